@@ -1,0 +1,34 @@
+"""GR00T N1.5 on an SO-100 arm: one process, the reference's actions, as fast as the hardware allows.
+
+Importing this package imports nothing else; `load_policy` and the types are looked up when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gr00t_fast.contracts import ActionChunk, Observation
+    from gr00t_fast.data_config import DataConfig
+    from gr00t_fast.errors import Gr00tFastError
+    from gr00t_fast.policy import Gr00tPolicy, load_policy
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_policy": "policy",
+    "Gr00tPolicy": "policy",
+    "DataConfig": "data_config",
+    "Observation": "contracts",
+    "ActionChunk": "contracts",
+    "Gr00tFastError": "errors",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gr00t_fast' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f"gr00t_fast.{_HOME[name]}"), name)

@@ -1,0 +1,197 @@
+"""From a checkpoint directory or hub id to a model ready to run.
+
+The model is built on the meta device (no memory), then each parameter is allocated once and filled straight from the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
+from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
+from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
+from gr00t_fast.config import PUBLISHED_EAGLE, ModelConfig
+from gr00t_fast.errors import CheckpointError
+from gr00t_fast.model import Gr00tN1d5
+
+_READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores
+_LISTED = 12  # names shown per kind of fault before "and N more"
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory whose small files were read and checked; no weights yet."""
+
+    path: Path
+    config: ModelConfig
+    raw_metadata: dict[str, Any]
+    weight_files: tuple[Path, ...]
+
+    def embodiment(self, tag: str) -> EmbodimentMetadata:
+        """Raises ConfigError for an unknown tag."""
+        return parse_metadata(self.raw_metadata, tag)
+
+
+def open_checkpoint(model_path: str | Path) -> Checkpoint:
+    """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError."""
+    path = _local_directory(model_path)
+    eagle_file = path / "eagle2_hg_model" / "config.json"
+    eagle = _read_json(eagle_file) if eagle_file.exists() else PUBLISHED_EAGLE
+    config = ModelConfig.from_dicts(_read_json(path / "config.json"), eagle)
+    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), _weight_files(path))
+
+
+def load_model(
+    checkpoint: Checkpoint, embodiment_tag: str, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+) -> Gr00tN1d5:
+    """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors."""
+    with torch.device("meta"):
+        model = Gr00tN1d5(checkpoint.config)
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files]
+        located = _check_names_and_shapes(model, checkpoint, files)
+        _fill(model, located, EMBODIMENT_ROWS[embodiment_tag], device, dtype, progress)
+    return model.eval().requires_grad_(False)
+
+
+def _local_directory(model_path: str | Path) -> Path:
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"model_path {path} is a file; expected the checkpoint's directory (with config.json in it).")
+    text = str(model_path)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"model_path '{text}' does not exist. Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B.")
+    return _download(text)
+
+
+def _download(repo_id: str) -> Path:
+    import huggingface_hub  # only when a hub id is given
+
+    patterns = ["config.json", "model*.safetensors*", "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
+        raise CheckpointError(
+            f"'{repo_id}' is no local directory, and fetching it from the hub failed: {error}. Check the spelling, or download it and give the path."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing. Expected a fine-tuned GR00T N1.5 checkpoint: {_EXPECTED_FILES}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(loaded).__name__}.")
+    return loaded
+
+
+_EXPECTED_FILES = "config.json, model*.safetensors and experiment_cfg/metadata.json"
+
+
+def _weight_files(path: Path) -> tuple[Path, ...]:
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        single = path / "model.safetensors"
+        if not single.exists():
+            raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json. Expected {_EXPECTED_FILES}.")
+        return (single,)
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    absent = [name for name in names if not (path / name).exists()]
+    if absent or not names:
+        raise CheckpointError(f"{index} names weight files that are not there: {', '.join(absent) or '(none named)'}. Copy or download them.")
+    return tuple(path / name for name in names)
+
+
+Located = dict[str, tuple[TensorFile, TensorEntry]]
+
+
+def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
+    """Compare the files' headers with what the network needs, before a byte of weights is read."""
+    located: Located = {name: (file, entry) for file in files for name, entry in file.entries.items()}
+    needed: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        needed.update(published_shapes(name, tuple(parameter.shape), checkpoint.config))
+    missing = sorted(needed.keys() - located.keys())
+    extra = sorted(name for name in located.keys() - needed.keys() if not name.startswith(UNUSED_PREFIXES))
+    wrong = sorted(name for name, shape in needed.items() if name in located and located[name][1].shape != shape)
+    if missing or extra or wrong:
+        mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
+        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped)]
+        raise CheckpointError(
+            f"the weights in {checkpoint.path} do not fit config.json (and eagle2_hg_model/config.json):\n"
+            + "\n".join(part for part in parts if part)
+            + "\nCheck that all files come from the same GR00T N1.5 checkpoint."
+        )
+    return located
+
+
+def _listing(kind: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f"\n    ... and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"  {len(names)} {kind}:\n    " + "\n    ".join(names[:_LISTED]) + more
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One piece of work: fill `target` (part of a parameter) from a published tensor's rows, `first_row` on."""
+
+    target: Tensor
+    file: TensorFile
+    entry: TensorEntry
+    first_row: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.target.numel() * self.entry.dtype.itemsize
+
+    def run(self) -> int:
+        direct = self.target.dtype == self.entry.dtype and self.target.device.type == "cpu"
+        buffer = self.target if direct else torch.empty(self.target.shape, dtype=self.entry.dtype)
+        self.file.read_into(buffer, self.entry, self.first_row)
+        if not direct:
+            self.target.copy_(buffer)
+        return self.size_bytes
+
+
+def _fill(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
+    reads = list(_plan(model, located, row, device, dtype))
+    total = sum(read.size_bytes for read in reads)
+    done = 0
+    with ThreadPoolExecutor(_READ_THREADS) as pool, torch.inference_mode():
+        for size in pool.map(_Read.run, reads):
+            done += size
+            if progress:
+                progress(done, total)
+
+
+def _plan(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype) -> Iterator[_Read]:
+    """Allocate each parameter and say where its parts come from."""
+    for name, meta in list(model.named_parameters()):
+        parameter = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
+        sources = sources_of(name)
+        if sources.layout is Layout.CATEGORY:
+            yield _Read(parameter.data[None], *located[sources.names[0]], first_row=row)
+            continue
+        start = 0
+        for source in sources.names:
+            file, entry = located[source]
+            yield _Read(parameter.data[start : start + entry.shape[0]], file, entry, first_row=0)
+            start += entry.shape[0]

@@ -1,0 +1,74 @@
+"""experiment_cfg/metadata.json: what the training data looked like (statistics, camera resolution, frame rate) per embodiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.errors import CheckpointError, ConfigError, closest
+
+# Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
+EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
+_STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+
+
+@dataclass(frozen=True)
+class CameraMetadata:
+    """Resolution and rate that training saw."""
+
+    width: int
+    height: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class EmbodimentMetadata:
+    """One embodiment's entry. Statistics are float64 (D,), by key (`state.single_arm`, `action.gripper`, ...) and name (`min`, `q99`, ...)."""
+
+    tag: str
+    statistics: Mapping[str, Mapping[str, np.ndarray]]
+    cameras: Mapping[str, CameraMetadata]  # by key: `video.webcam`
+
+    def width_of(self, key: str) -> int:
+        """Number of dimensions of a state or action part."""
+        return len(self.statistics[key]["min"])
+
+
+def parse_metadata(raw: Mapping[str, Any], tag: str) -> EmbodimentMetadata:
+    """Read the entry of `tag`. Raises ConfigError for an unknown tag, CheckpointError for a damaged file."""
+    if tag not in EMBODIMENT_ROWS:
+        raise ConfigError(f"unknown embodiment_tag '{tag}'.{closest(tag, EMBODIMENT_ROWS)} Expected one of: {', '.join(EMBODIMENT_ROWS)}.")
+    if tag not in raw:
+        raise ConfigError(f"this checkpoint has no statistics for embodiment_tag '{tag}'; its metadata.json has: {', '.join(raw) or 'nothing'}.")
+    try:
+        entry = raw[tag]
+        statistics = {
+            f"{modality}.{part}": _part_statistics(values)
+            for modality in ("state", "action")
+            for part, values in entry["statistics"][modality].items()
+        }
+        cameras = {f"video.{name}": _camera(values) for name, values in entry["modalities"]["video"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"experiment_cfg/metadata.json: the entry '{tag}' is incomplete or damaged ({error!r}).") from error
+    return EmbodimentMetadata(tag, statistics, cameras)
+
+
+def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {name: np.atleast_1d(np.asarray(values[name], dtype=np.float64)) for name in _STATISTICS if name in values}
+    if "min" not in arrays or "max" not in arrays:
+        raise ValueError("statistics without min and max")
+    for name, array in arrays.items():
+        if array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all():
+            raise ValueError(f"statistic {name} is not {arrays['min'].shape} finite numbers")
+    return arrays
+
+
+def _camera(values: Mapping[str, Any]) -> CameraMetadata:
+    width, height = values["resolution"]
+    fps = float(values["fps"])
+    if width <= 0 or height <= 0 or fps <= 0:
+        raise ValueError(f"camera resolution {width}x{height} at {fps} fps")
+    return CameraMetadata(int(width), int(height), fps)

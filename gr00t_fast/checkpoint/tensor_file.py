@@ -1,0 +1,101 @@
+"""Read tensors of a .safetensors file straight into memory that already exists.
+
+The safetensors library maps the file and hands out views; copying those into a model keeps both the map and the copy resident, twice the
+memory that loading needs. Reading each tensor's bytes into the parameter itself needs it once, and several threads can do it.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gr00t_fast.errors import CheckpointError
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies in its file: `offset` counts from the beginning of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class TensorFile:
+    """A .safetensors file open for positional reads. Safe to read from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError when the file is not a whole safetensors file."""
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"cannot open {path}: {error.strerror}. Expected a readable weight file.") from error
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, target: Tensor, entry: TensorEntry, first_row: int = 0) -> None:
+        """Fill contiguous CPU tensor `target`, of the file's dtype, with the file's rows from `first_row` on."""
+        view = memoryview(target.view(torch.uint8).reshape(-1).numpy())
+        position = entry.offset + first_row * entry.row_bytes
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], position + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} ended early while being read. Copy or download it again.")
+            done += count
+
+    def _read_header(self) -> dict[str, TensorEntry]:
+        size = os.fstat(self._descriptor).st_size
+        length = int.from_bytes(os.pread(self._descriptor, _LENGTH_BYTES, 0), "little")
+        if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+            raise self._damaged(f"its header announces {length} bytes, the file has {size}")
+        try:
+            header = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES))
+            header.pop("__metadata__", None)
+            entries = {name: self._entry(name, raw, _LENGTH_BYTES + length) for name, raw in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(f"its header cannot be read ({error})") from error
+        end = max((e.offset + math.prod(e.shape) * e.dtype.itemsize for e in entries.values()), default=_LENGTH_BYTES + length)
+        if end != size:
+            raise self._damaged(f"expected {end} bytes, got {size}")
+        return entries
+
+    def _entry(self, name: str, raw: dict, data_start: int) -> TensorEntry:
+        if raw["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{self.path}: tensor '{name}' has dtype {raw['dtype']}, expected one of {', '.join(_DTYPES)}.")
+        entry = TensorEntry(_DTYPES[raw["dtype"]], tuple(raw["shape"]), data_start + raw["data_offsets"][0])
+        if math.prod(entry.shape) * entry.dtype.itemsize != raw["data_offsets"][1] - raw["data_offsets"][0] or raw["data_offsets"][0] < 0:
+            raise ValueError(f"size of '{name}' does not fit its shape")
+        return entry
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} is damaged or cut short: {why}. Copy or download it again.")

@@ -1,0 +1,353 @@
+"""Sizes of the network, read from a checkpoint's own files and checked once.
+
+The published checkpoint says nothing about the backbone's sizes: they are in Eagle's configuration, a separate file. Fields that would change the
+computation in a way this implementation does not cover are refused here, by name, instead of being ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gr00t_fast.errors import CheckpointError, closest
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP-2 tower and the one-layer connector behind it."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    layer_norm_eps: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per camera: one per patch (no pixel shuffle)."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen3 decoder cut to its first `num_layers` layers."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    vocab_size: int
+    image_token_id: int
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Width and depth of the diffusion transformer, or of the self-attention over vision-language tokens."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class ActionHeadConfig:
+    """Flow-matching head: state and action encoders, diffusion transformer, action decoder."""
+
+    action_dim: int
+    state_dim: int
+    action_horizon: int
+    hidden_size: int  # inner width of the per-embodiment encoders and decoder
+    future_tokens: int
+    max_positions: int
+    embodiments: int
+    denoising_steps: int
+    timestep_buckets: int
+    output_dim: int
+    use_vlln: bool
+    dit: TransformerConfig
+    vl_attention: TransformerConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides a tensor's shape."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    head: ActionHeadConfig
+
+    @classmethod
+    def from_dicts(cls, config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelConfig:
+        """Build from the checkpoint's `config.json` and Eagle's `config.json`. Raises CheckpointError."""
+        if config.get("model_type") != "gr00t_n1_5":
+            raise CheckpointError(
+                f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5'. "
+                "This library runs GR00T N1.5 only; N1.6 and later have another network."
+            )
+        head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
+        _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
+        _refuse_unknown(backbone, _BACKBONE_KEYS, "backbone_cfg")
+        _refuse_other_computation(config, eagle)
+        built = cls(_vision(eagle), _language(eagle, backbone), _head(config, head))
+        _check_widths(built, head)
+        return built
+
+
+# Values this implementation computes with; any other value would need other code. Paths are dotted keys in config.json ...
+_ASSUMED = {
+    "action_head_cfg.add_pos_embed": (True,),
+    "action_head_cfg.diffusion_model_cfg.norm_type": ("ada_norm",),
+    "action_head_cfg.diffusion_model_cfg.interleave_self_attention": (True,),
+    "action_head_cfg.diffusion_model_cfg.positional_embeddings": (None,),
+    "action_head_cfg.diffusion_model_cfg.activation_fn": ("gelu-approximate",),
+    "action_head_cfg.diffusion_model_cfg.attention_bias": (True,),
+    "action_head_cfg.diffusion_model_cfg.norm_elementwise_affine": (False,),
+    "action_head_cfg.diffusion_model_cfg.norm_eps": (1e-5,),
+    "action_head_cfg.vl_self_attention_cfg.positional_embeddings": (None,),
+    "action_head_cfg.vl_self_attention_cfg.activation_fn": ("gelu-approximate",),
+    "action_head_cfg.vl_self_attention_cfg.attention_bias": (True,),
+    "backbone_cfg.project_to_dim": (None,),
+    "backbone_cfg.reproject_vision": (False,),
+}
+# ... and in Eagle's config.json.
+_ASSUMED_EAGLE = {
+    "use_pixel_shuffle": (False,),
+    "mlp_connector_layers": (1,),
+    "select_layer": (-1,),
+    "text_config.model_type": ("qwen3",),
+    "text_config.hidden_act": ("silu",),
+    "text_config.attention_bias": (False,),
+    "text_config.rope_scaling": (None,),
+    "text_config.use_sliding_window": (False,),
+    "vision_config.hidden_act": ("gelu_pytorch_tanh",),
+    "vision_config.num_channels": (3,),
+}
+_TRANSFORMER_KEYS = {
+    *("attention_head_dim", "cross_attention_dim", "dropout", "final_dropout", "interleave_self_attention", "norm_type", "norm_eps"),
+    *("num_attention_heads", "num_layers", "output_dim", "positional_embeddings", "activation_fn", "attention_bias", "compute_dtype"),
+    *("norm_elementwise_affine", "max_num_positional_embeddings", "upcast_attention", "num_embeds_ada_norm"),
+}
+_HEAD_KEYS = {
+    *("action_dim", "action_horizon", "add_pos_embed", "backbone_embedding_dim", "diffusion_model_cfg", "hidden_size", "input_embedding_dim"),
+    *("max_action_dim", "max_state_dim", "model_dtype", "noise_beta_alpha", "noise_beta_beta", "noise_s", "num_inference_timesteps"),
+    *("num_target_vision_tokens", "num_timestep_buckets", "tune_diffusion_model", "tune_projector", "use_vlln", "vl_self_attention_cfg"),
+    *("max_seq_len", "max_num_embodiments", "expand_batch", "load_pretrained_det_decode_layer_path", "detection_coeff", "freeze_decode_layer"),
+}
+_BACKBONE_KEYS = {
+    *("eagle_path", "load_bf16", "project_to_dim", "reproject_vision", "select_layer", "tune_llm", "tune_visual", "use_flash_attention"),
+}
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(config.get(name), Mapping):
+        raise CheckpointError(f"config.json has no '{name}' section. Expected the config.json that NVIDIA's N1.5 training writes.")
+    return config[name]
+
+
+def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str) -> None:
+    for key in section:
+        if key not in known:
+            raise CheckpointError(f"config.json: unknown key '{key}' in {name}.{closest(key, known)} It may change the computation, so it is refused.")
+    for part in ("diffusion_model_cfg", "vl_self_attention_cfg"):
+        if part in section:
+            _refuse_unknown(section[part], _TRANSFORMER_KEYS, f"{name}.{part}")
+
+
+def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> None:
+    for source, assumed, file in ((config, _ASSUMED, "config.json"), (eagle, _ASSUMED_EAGLE, "eagle2_hg_model/config.json")):
+        for path, allowed in assumed.items():
+            value = _look_up(source, path, default=allowed[0])
+            if value not in allowed:
+                raise CheckpointError(f"{file}: {path} is {value!r}; this implementation computes with {allowed[0]!r} only.")
+
+
+def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
+    node: Any = source
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            return default
+        node = node[key]
+    return node
+
+
+def _need(section: Mapping[str, Any], key: str, where: str) -> int:
+    value = section.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"{where}: '{key}' must be a positive whole number, got {value!r}. The file is incomplete or damaged.")
+    return value
+
+
+def _vision(eagle: Mapping[str, Any]) -> VisionConfig:
+    section, where = eagle.get("vision_config", {}), "eagle2_hg_model/config.json vision_config"
+    return VisionConfig(
+        hidden_size=_need(section, "hidden_size", where),
+        intermediate_size=_need(section, "intermediate_size", where),
+        num_layers=_need(section, "num_hidden_layers", where),
+        num_heads=_need(section, "num_attention_heads", where),
+        patch_size=_need(section, "patch_size", where),
+        image_size=_need(section, "image_size", where),
+        layer_norm_eps=float(section.get("layer_norm_eps", 1e-6)),
+    )
+
+
+def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> LanguageConfig:
+    section, where = eagle.get("text_config", {}), "eagle2_hg_model/config.json text_config"
+    select_layer = backbone.get("select_layer")
+    available = _need(section, "num_hidden_layers", where)
+    if isinstance(select_layer, bool) or not isinstance(select_layer, int) or not 0 < select_layer <= available:
+        raise CheckpointError(f"config.json: backbone_cfg.select_layer must be between 1 and {available}, got {select_layer!r}.")
+    return LanguageConfig(
+        hidden_size=_need(section, "hidden_size", where),
+        intermediate_size=_need(section, "intermediate_size", where),
+        num_layers=select_layer,
+        num_heads=_need(section, "num_attention_heads", where),
+        num_kv_heads=_need(section, "num_key_value_heads", where),
+        head_dim=_need(section, "head_dim", where),
+        rms_norm_eps=float(section.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(section.get("rope_theta", 1e6)),
+        vocab_size=_need(section, "vocab_size", where),
+        image_token_id=_need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
+    )
+
+
+def _head(config: Mapping[str, Any], head: Mapping[str, Any]) -> ActionHeadConfig:
+    where = "config.json action_head_cfg"
+    return ActionHeadConfig(
+        action_dim=_need(head, "action_dim", where),
+        state_dim=_need(head, "max_state_dim", where),
+        action_horizon=_need(head, "action_horizon", where),
+        hidden_size=_need(head, "hidden_size", where),
+        future_tokens=_need(head, "num_target_vision_tokens", where),
+        max_positions=head.get("max_seq_len", 1024),  # the reference's default; published files leave it out
+        embodiments=head.get("max_num_embodiments", 32),  # likewise
+        denoising_steps=_need(head, "num_inference_timesteps", where),
+        timestep_buckets=_need(head, "num_timestep_buckets", where),
+        output_dim=_need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
+        use_vlln=bool(head.get("use_vlln", True)),
+        dit=_transformer(head, "diffusion_model_cfg"),
+        vl_attention=_transformer(head, "vl_self_attention_cfg"),
+    )
+
+
+def _transformer(head: Mapping[str, Any], name: str) -> TransformerConfig:
+    section, where = _section(head, name), f"config.json action_head_cfg.{name}"
+    return TransformerConfig(*(_need(section, key, where) for key in ("num_layers", "num_attention_heads", "attention_head_dim")))
+
+
+def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
+    """The parts must fit together; a mismatch here would otherwise show as a puzzling shape error in the middle of the network."""
+    width = config.language.hidden_size
+    dit_cfg = head["diffusion_model_cfg"]
+    pairs = {
+        "action_head_cfg.backbone_embedding_dim": (head.get("backbone_embedding_dim", width), width),
+        "diffusion_model_cfg.cross_attention_dim": (dit_cfg.get("cross_attention_dim", width), width),
+        "vl_self_attention_cfg heads x head_dim": (config.head.vl_attention.width, width),
+        "action_head_cfg.input_embedding_dim": (head.get("input_embedding_dim", config.head.dit.width), config.head.dit.width),
+        "diffusion_model_cfg.output_dim": (config.head.output_dim, config.head.hidden_size),
+        "action_head_cfg.max_action_dim": (head.get("max_action_dim", config.head.action_dim), config.head.action_dim),
+    }
+    for name, (got, expected) in pairs.items():
+        if got != expected:
+            raise CheckpointError(f"config.json: {name} is {got}, expected {expected} from the rest of the configuration.")
+
+
+# Sizes of the published backbone (Eagle 2.5: SigLIP-2 so400m/14 at 224 and Qwen3-1.7B), for checkpoints that do not carry Eagle's config.json.
+PUBLISHED_EAGLE: dict[str, Any] = {
+    "image_token_index": 151669,
+    "mlp_connector_layers": 1,
+    "select_layer": -1,
+    "use_pixel_shuffle": False,
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "layer_norm_eps": 1e-6,
+    },
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "vocab_size": 151680,
+    },
+}
+
+# Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
+PUBLISHED_CONFIG: dict[str, Any] = {
+    "model_type": "gr00t_n1_5",
+    "architectures": ["GR00T_N1_5"],
+    "action_dim": 32,
+    "action_horizon": 16,
+    "hidden_size": 2048,
+    "compute_dtype": "bfloat16",
+    "model_dtype": "float32",
+    "torch_dtype": "bfloat16",
+    "backbone_cfg": {
+        "eagle_path": None,
+        "load_bf16": False,
+        "project_to_dim": None,
+        "reproject_vision": False,
+        "select_layer": 12,
+        "tune_llm": False,
+        "tune_visual": True,
+        "use_flash_attention": True,
+    },
+    "action_head_cfg": {
+        "action_dim": 32,
+        "action_horizon": 16,
+        "add_pos_embed": True,
+        "backbone_embedding_dim": 2048,
+        "diffusion_model_cfg": {
+            "attention_head_dim": 48,
+            "cross_attention_dim": 2048,
+            "dropout": 0.2,
+            "final_dropout": True,
+            "interleave_self_attention": True,
+            "norm_type": "ada_norm",
+            "num_attention_heads": 32,
+            "num_layers": 16,
+            "output_dim": 1024,
+            "positional_embeddings": None,
+        },
+        "hidden_size": 1024,
+        "input_embedding_dim": 1536,
+        "max_action_dim": 32,
+        "max_state_dim": 64,
+        "model_dtype": "float32",
+        "noise_beta_alpha": 1.5,
+        "noise_beta_beta": 1.0,
+        "noise_s": 0.999,
+        "num_inference_timesteps": 4,
+        "num_target_vision_tokens": 32,
+        "num_timestep_buckets": 1000,
+        "tune_diffusion_model": True,
+        "tune_projector": True,
+        "use_vlln": True,
+        "vl_self_attention_cfg": {
+            "attention_head_dim": 64,
+            "dropout": 0.2,
+            "final_dropout": True,
+            "num_attention_heads": 32,
+            "num_layers": 4,
+            "positional_embeddings": None,
+        },
+    },
+}

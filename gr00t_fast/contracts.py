@@ -1,0 +1,152 @@
+"""The types that cross a boundary: what a robot saw, what a policy answers, and the protocols both sides implement.
+
+Axis alphabet of this file: H horizon (actions in a chunk), J joints of the arm (six on an SO-100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+# Motor order of lerobot's SO-100 driver (ids 1..6); the same order as state.single_arm + state.gripper in NVIDIA's SO-100 data configs.
+SO100_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+
+# How body joints are expressed; the gripper is 0..100 (per cent open) in both.
+JointUnit = Literal["degrees", "range_m100_100"]
+
+
+@dataclass(frozen=True)
+class ModalityConfig:
+    """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names)."""
+
+    delta_indices: list[int]
+    modality_keys: list[str]
+
+
+@dataclass(frozen=True)
+class PartStatistics:
+    """Range of one state or action part in the training data, from the checkpoint's metadata. Each float64 (D,), in the data's units."""
+
+    min: np.ndarray
+    max: np.ndarray
+    q01: np.ndarray
+    q99: np.ndarray
+
+
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What a checkpoint says about the robot it was trained on; the pre-flight check compares it with the arm at hand.
+
+    Names are without their modality prefix: camera `webcam`, part `single_arm`. Parts are in the order of the modality configuration.
+    """
+
+    embodiment_tag: str
+    resolutions: Mapping[str, tuple[int, int]]  # camera -> (width, height) of the training frames
+    fps: float | None  # of the training data; None when the metadata does not carry it
+    state_widths: Mapping[str, int]
+    action_widths: Mapping[str, int]
+    state_statistics: Mapping[str, PartStatistics]
+    action_statistics: Mapping[str, PartStatistics]
+    trained_horizon: int
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Everything that yields actions: in-process network, exported engine, server client, or a test's fake."""
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
+        """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was)."""
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        """Modality name (`video`, `state`, `action`, `language`) -> its keys and offsets."""
+
+    def reset(self) -> None:
+        """Forget whatever one episode left behind."""
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """What a robot's camera delivers."""
+
+    width: int
+    height: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the robot saw at one instant.
+
+    joints: float64 (J,), in the robot's `joint_unit`, order of `joint_names`.
+    frames: camera name -> uint8 RGB (height, width, 3). Read-only to the receiver.
+    time_s: monotonic time of the joint reading.
+    """
+
+    joints: np.ndarray
+    frames: Mapping[str, np.ndarray]
+    time_s: float
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """Joint targets from one inference: float32 (H, J), robot joint order and units, one row per control tick."""
+
+    targets: np.ndarray
+    inference_ms: float = 0.0
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class LandingReport:
+    """How the arm was left. `problems` is empty when everything that could be switched off was."""
+
+    torque: dict[str, Literal["off", "held", "unknown"]] = field(default_factory=dict)  # per joint
+    port_closed: bool = False
+    cameras_closed: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def safe(self) -> bool:
+        """True when torque is as configured on every joint, and port and cameras are closed."""
+        return self.port_closed and self.cameras_closed and "unknown" not in self.torque.values()
+
+
+@runtime_checkable
+class Robot(Protocol):
+    """An arm with cameras. One thread only. `connect` first, `land` last, whatever happened in between."""
+
+    name: str
+    joint_names: tuple[str, ...]
+    joint_unit: JointUnit
+    cameras: Mapping[str, CameraSpec]
+    events: Mapping[str, int]  # faults survived so far, by name: {"read_retry": 3, "reconnect": 1}
+
+    @property
+    def joint_limits(self) -> np.ndarray:
+        """(J, 2) lowest and highest safe target from the arm's calibration, in `joint_unit`. Valid after `connect`."""
+
+    def connect(self) -> None:
+        """Open bus and cameras, switch torque on. Raises RobotError, never prompts; on error everything is closed again."""
+
+    def reset(self, seed: int | None = None) -> None:
+        """Begin an episode. A real arm does nothing; a simulation rearranges its scene from `seed`."""
+
+    def observe(self) -> Observation:
+        """Read joints and newest frames. Retries and reconnects; raises RobotError when that did not help."""
+
+    def send(self, targets: np.ndarray) -> None:
+        """Send goal positions (J,), finite and already limited by the caller. Raises RobotError."""
+
+    def land(self) -> LandingReport:
+        """Release (or hold, as configured) torque, close port and cameras. Never raises; calling it again is harmless."""
+
+
+class Clock(Protocol):
+    """Monotonic time; tests pass a virtual one."""
+
+    def now_s(self) -> float: ...
+
+    def sleep_until_s(self, deadline_s: float) -> None: ...

@@ -1,0 +1,108 @@
+"""Which cameras and joints a fine-tune was trained on, in NVIDIA's naming, and how their numbers are normalised.
+
+A DataConfig is NVIDIA's class of the same purpose without the transform objects: the key lists are the same, so a user's own class can usually
+be passed as it is (`module:ClassName`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gr00t_fast.contracts import ModalityConfig
+from gr00t_fast.errors import ConfigError, closest
+
+NORMALISATIONS = ("min_max", "q99", "mean_std", "binary")  # the modes of the reference's Normalizer that need no rotation maths
+DEFAULT_NORMALISATION = "min_max"  # what NVIDIA's SO-100 data configs use for every part
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Key lists of one data configuration; every key carries its modality prefix (`video.`, `state.`, `action.`)."""
+
+    video_keys: tuple[str, ...]
+    state_keys: tuple[str, ...]
+    action_keys: tuple[str, ...]
+    language_key: str = "annotation.human.task_description"
+    action_indices: tuple[int, ...] = tuple(range(16))
+    normalisation: Mapping[str, str] = field(default_factory=dict)  # key -> mode; DEFAULT_NORMALISATION where absent
+
+    def __post_init__(self) -> None:
+        for prefix, keys in (("video.", self.video_keys), ("state.", self.state_keys), ("action.", self.action_keys)):
+            if not keys:
+                raise ConfigError(f"data config: no '{prefix}*' keys. Expected at least one.")
+            for key in keys:
+                if not key.startswith(prefix):
+                    raise ConfigError(f"data config: key '{key}' must begin with '{prefix}'.")
+        for key, mode in self.normalisation.items():
+            if mode not in NORMALISATIONS:
+                raise ConfigError(f"data config: normalisation '{mode}' of '{key}' is not supported; choose from {', '.join(NORMALISATIONS)}.")
+
+    def normalisation_of(self, key: str) -> str:
+        return self.normalisation.get(key, DEFAULT_NORMALISATION)
+
+    def modality_config(self) -> dict[str, ModalityConfig]:
+        """The same information in the form NVIDIA's clients ask a server for."""
+        return {
+            "video": ModalityConfig([0], list(self.video_keys)),
+            "state": ModalityConfig([0], list(self.state_keys)),
+            "action": ModalityConfig(list(self.action_indices), list(self.action_keys)),
+            "language": ModalityConfig([0], [self.language_key]),
+        }
+
+
+_ARM = {"state_keys": ("state.single_arm", "state.gripper"), "action_keys": ("action.single_arm", "action.gripper")}
+DATA_CONFIGS = {
+    "so100": DataConfig(video_keys=("video.webcam",), **_ARM),
+    "so100_dualcam": DataConfig(video_keys=("video.front", "video.wrist"), **_ARM),
+}
+
+
+def load_data_config(name: str | DataConfig) -> DataConfig:
+    """Return a built-in configuration by name, or the user's own from `module:ClassName`. Raises ConfigError."""
+    if isinstance(name, DataConfig):
+        return name
+    if name in DATA_CONFIGS:
+        return DATA_CONFIGS[name]
+    if ":" in name:
+        return _from_user_class(name)
+    raise ConfigError(
+        f"unknown data_config '{name}'.{closest(name, DATA_CONFIGS)} Expected {', '.join(DATA_CONFIGS)} or your own class as 'module:ClassName'."
+    )
+
+
+def _from_user_class(spec: str) -> DataConfig:
+    module_name, class_name = spec.split(":", 1)
+    if str(Path.cwd()) not in sys.path:  # a user's my_config.py lies where they run the command
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except ImportError as error:
+        raise ConfigError(f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it.") from error
+    except AttributeError as error:
+        raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}'.") from error
+    made = found() if isinstance(found, type) else found
+    return made if isinstance(made, DataConfig) else _from_nvidia_class(made, spec)
+
+
+def _from_nvidia_class(source: Any, spec: str) -> DataConfig:
+    """Read NVIDIA-style attributes (`video_keys`, `state_keys`, `action_keys`, `language_keys`, `action_indices`)."""
+    missing = [name for name in ("video_keys", "state_keys", "action_keys") if not hasattr(source, name)]
+    if missing:
+        raise ConfigError(f"data_config '{spec}': the class has no {', '.join(missing)}. Expected a DataConfig or NVIDIA-style key lists.")
+    observation_indices = list(getattr(source, "observation_indices", [0]))
+    if observation_indices != [0]:
+        raise ConfigError(f"data_config '{spec}': observation_indices {observation_indices} are not supported; expected [0] (one frame).")
+    normalisation = {**getattr(source, "state_normalization_modes", {}), **getattr(source, "action_normalization_modes", {})}
+    return DataConfig(
+        video_keys=tuple(source.video_keys),
+        state_keys=tuple(source.state_keys),
+        action_keys=tuple(source.action_keys),
+        language_key=next(iter(getattr(source, "language_keys", ["annotation.human.task_description"]))),
+        action_indices=tuple(getattr(source, "action_indices", range(16))),
+        normalisation=normalisation or dict(getattr(source, "normalisation", {})),
+    )

@@ -1,0 +1,48 @@
+"""Every error this package raises on purpose.
+
+One class per thing the user can act on. Each message has three parts: what was expected, what came, what to do next.
+`Gr00tFastError` is the only base class that command-line programs catch; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Gr00tFastError(Exception):
+    """Base of all errors with an explanation for the user."""
+
+
+class ConfigError(Gr00tFastError, ValueError):
+    """A flag, configuration file or model configuration holds a value that cannot be used."""
+
+
+class CheckpointError(Gr00tFastError, ValueError):
+    """The checkpoint directory is incomplete, damaged, or not GR00T N1.5."""
+
+
+class ObservationError(Gr00tFastError, ValueError):
+    """An observation given to the policy has a missing key or a wrong dtype, shape or value."""
+
+
+class PreflightError(Gr00tFastError):
+    """Robot and checkpoint do not fit together; raised before the arm may move."""
+
+
+class RobotError(Gr00tFastError, RuntimeError):
+    """The arm, its bus or a camera failed in a way that retries and reconnecting did not cure."""
+
+
+class UnsafeActionError(Gr00tFastError, RuntimeError):
+    """The policy kept returning actions that must not reach the motors (NaN or infinite)."""
+
+
+class MissingExtraError(Gr00tFastError, ImportError):
+    """An optional dependency is not installed; the message names the pip extra that brings it."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean '{match[0]}'?" if match else ""
