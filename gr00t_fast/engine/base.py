@@ -1,0 +1,22 @@
+"""What an engine is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from gr00t_fast.model import ModelInputs
+from gr00t_fast.timing import StageTimer
+
+
+class Engine(Protocol):
+    """Runs the network for one batch. Stages are timed under the names vision, language, refine, denoise."""
+
+    name: str
+
+    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer) -> Tensor:
+        """noise (B, H, A), fp32 or the model's dtype -> normalised actions (B, H, A) on the model's device."""
+
+    def synchronise(self) -> None:
+        """Wait until everything submitted has finished; nothing to do on a CPU."""

@@ -1,0 +1,276 @@
+"""The policy: NVIDIA-style observation dict in, joint targets out, transforms included.
+
+    from gr00t_fast import load_policy
+    policy = load_policy("./my-checkpoint", data_config="so100")
+    actions = policy.get_action({"video.webcam": frame, "state.single_arm": arm, "state.gripper": gripper,
+                                 "annotation.human.task_description": ["Place the block in the bowl"]})
+
+Axis alphabet: B batch, C cameras, H horizon, D joint values of a part, A padded action width.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, load_model, open_checkpoint
+from gr00t_fast.contracts import ModalityConfig, PartStatistics, PolicyFacts
+from gr00t_fast.data_config import DataConfig, load_data_config
+from gr00t_fast.engine import Engine, make_engine, select_device, select_precision
+from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.model import ModelInputs
+from gr00t_fast.observation import PolicyInput, parse_observation
+from gr00t_fast.prompt import PromptEncoder, find_tokenizer
+from gr00t_fast.timing import StageTimer
+from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values
+
+log = logging.getLogger(__name__)
+_WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
+_WARM_UP_INSTRUCTION = "Place the block in the bowl"
+_MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repeat buckets
+
+
+def load_policy(
+    model_path: str | Path,
+    embodiment_tag: str = "new_embodiment",
+    data_config: str | DataConfig = "so100",
+    denoising_steps: int | None = None,
+    action_horizon: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    engine: str = "auto",
+    processor_path: str | Path | None = None,
+    prompt_style: str = "plain",
+    seed: int | None = None,
+) -> Gr00tPolicy:
+    """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
+
+    `denoising_steps` and `action_horizon` default to the checkpoint's own. Raises ConfigError for an argument that cannot be used and
+    CheckpointError for files that are missing, damaged or of another network. Everything small is checked before weights are read.
+    """
+    checkpoint = open_checkpoint(model_path)
+    metadata = checkpoint.embodiment(embodiment_tag)
+    config, target = load_data_config(data_config), select_device(device)
+    dtype = select_precision(precision, target)
+    language = checkpoint.config.language
+    tokens, cameras = checkpoint.config.vision.tokens, len(config.video_keys)
+    prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.path), cameras, tokens, language.image_token_id, prompt_style)
+    pieces = _Pieces(checkpoint, metadata, config, prompts)
+    steps = pieces.check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps)
+    horizon = pieces.check_action_horizon(action_horizon)
+    with _progress_bar() as progress:
+        model = load_model(checkpoint, embodiment_tag, target, dtype, progress)
+    return Gr00tPolicy(pieces, make_engine(engine, model), target, dtype, steps, horizon, seed)
+
+
+class _Pieces:
+    """What the policy needs from the checkpoint besides the network; built, and so checked, before the weights are read."""
+
+    def __init__(self, checkpoint: Checkpoint, metadata: EmbodimentMetadata, config: DataConfig, prompts: PromptEncoder) -> None:
+        head = checkpoint.config.head
+        absent = [key for key in config.video_keys if key not in metadata.cameras]
+        if absent:
+            raise ConfigError(
+                f"the data config reads {', '.join(absent)}, but this checkpoint was trained with {', '.join(metadata.cameras) or 'no camera'}. "
+                "Choose the data_config it was trained with."
+            )
+        self.network, self.metadata, self.data_config, self.prompts = checkpoint.config, metadata, config, prompts
+        self.state = StateTransform(config, metadata, head.state_dim)
+        self.action = ActionTransform(config, metadata, head.action_dim)
+
+    def check_denoising_steps(self, steps: int) -> int:
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MAX_DENOISING_STEPS:
+            raise ConfigError(f"denoising_steps must be a whole number from 1 to {_MAX_DENOISING_STEPS}, got {steps!r}.")
+        return steps
+
+    def check_action_horizon(self, horizon: int | None) -> int:
+        trained = self.network.head.action_horizon
+        if horizon is None:
+            return trained
+        if isinstance(horizon, bool) or not isinstance(horizon, int) or not 1 <= horizon <= trained:
+            raise ConfigError(
+                f"action_horizon must be from 1 to {trained}, the number of actions this checkpoint was trained to predict; got {horizon!r}."
+            )
+        return horizon
+
+
+class Gr00tPolicy:
+    """Implements the `Policy` protocol in this process. Not thread-safe: one thread calls it."""
+
+    def __init__(
+        self, pieces: _Pieces, engine: Engine, device: torch.device, dtype: torch.dtype, denoising_steps: int, action_horizon: int, seed: int | None
+    ) -> None:
+        self._pieces, self.engine, self.device, self.dtype = pieces, engine, device, dtype
+        self._denoising_steps, self.action_horizon = denoising_steps, action_horizon
+        self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+        self._seed = seed
+        self._resizes_told: set[str] = set()
+        self.last_timing: dict[str, float] = {}
+
+    @property
+    def denoising_steps(self) -> int:
+        """Euler steps per inference. Setting it costs nothing: the small tables it needs are made at the next call and kept."""
+        return self._denoising_steps
+
+    @denoising_steps.setter
+    def denoising_steps(self, steps: int) -> None:
+        self._denoising_steps = self._pieces.check_denoising_steps(steps)
+
+    @property
+    def prompt_style(self) -> str:
+        return self._pieces.prompts.style
+
+    @property
+    def facts(self) -> PolicyFacts:
+        """What the checkpoint says about the robot it was trained on, for the pre-flight check."""
+        metadata, config = self._pieces.metadata, self._pieces.data_config
+        cameras = {key: metadata.cameras[key] for key in config.video_keys}
+        return PolicyFacts(
+            embodiment_tag=metadata.tag,
+            fps=next(iter(cameras.values())).fps,
+            resolutions={_bare(key): (camera.width, camera.height) for key, camera in cameras.items()},
+            state_widths={_bare(key): width for key, width in self._pieces.state.widths.items()},
+            action_widths={_bare(key): width for key, width in self._pieces.action.widths.items()},
+            state_statistics={_bare(key): _part(metadata, key) for key in config.state_keys},
+            action_statistics={_bare(key): _part(metadata, key) for key in config.action_keys},
+            trained_horizon=self._pieces.network.head.action_horizon,
+        )
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        return self._pieces.data_config.modality_config()
+
+    def reset(self) -> None:
+        """Begin an episode: a seeded policy repeats its noise from the start."""
+        if self._seed is not None:
+            self._generator.manual_seed(self._seed)
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
+        """One inference.
+
+        observation: `video.<cam>` uint8 (T, H, W, 3) or (B, T, H, W, 3) with T = 1, any resolution; `state.<part>` float (T, D) or
+        (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out.
+        noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
+        Returns `action.<part>` float32 (action_horizon, D) or (B, action_horizon, D). Raises ObservationError.
+        """
+        timer = StageTimer(self.engine.synchronise)
+        with timer.stage("preprocess"):
+            parsed = parse_observation(observation, self._pieces.data_config, self._pieces.state.widths)
+            start = self._noise(noise, parsed.batch)
+            inputs = self._model_inputs(parsed)
+        normalised = self.engine.run(inputs, start, self._denoising_steps, timer)
+        with timer.stage("postprocess"):
+            actions = self._pieces.action(normalised[:, : self.action_horizon].float().cpu().numpy())
+            if not parsed.batched:
+                actions = {key: value[0] for key, value in actions.items()}
+        self.last_timing = timer.finish()
+        return actions
+
+    def warm_up(self, instruction: str | None = None) -> dict[str, float]:
+        """Run until the first-call costs are paid; returns the last call's timing. Does not disturb the noise sequence of a seeded policy."""
+        observation = self._example_observation(instruction or _WARM_UP_INSTRUCTION)
+        state = self._generator.get_state()
+        for _ in range(_WARM_UP_CALLS):
+            self.get_action(observation)
+        self._generator.set_state(state)
+        return self.last_timing
+
+    def _example_observation(self, instruction: str) -> dict[str, Any]:
+        """An observation of the right form: mid-grey pictures, joints at the training data's mean."""
+        config, metadata = self._pieces.data_config, self._pieces.metadata
+        observation: dict[str, Any] = {config.language_key: [instruction]}
+        for key in config.video_keys:
+            camera = metadata.cameras[key]
+            observation[key] = np.full((1, camera.height, camera.width, 3), 127, dtype=np.uint8)
+        for key in config.state_keys:
+            statistics = metadata.statistics[key]
+            observation[key] = ((statistics["min"] + statistics["max"]) / 2)[None]
+        return observation
+
+    def _noise(self, noise: Any, batch: int) -> Tensor:
+        head = self._pieces.network.head
+        shape = (batch, head.action_horizon, head.action_dim)
+        if noise is None:
+            # drawn in fp32 whatever the precision, so that runs in two precisions can be compared at one seed
+            return torch.randn(shape, generator=self._generator).to(self.device)
+        start = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
+        if tuple(start.shape) != shape:
+            raise ObservationError(f"noise: expected shape {shape} (batch, trained horizon, padded action width), got {tuple(start.shape)}.")
+        return start
+
+    def _model_inputs(self, parsed: PolicyInput) -> ModelInputs:
+        pixels = torch.stack([self._pixels(key, frames) for key, frames in parsed.frames.items()], dim=1)  # (B, C, 3, h, w)
+        ids, image_positions, mask = self._prompt(parsed.instructions)
+        state = torch.from_numpy(self._pieces.state(parsed.state))
+        return ModelInputs(
+            pixel_values=pixels.to(self.dtype),
+            input_ids=ids.to(self.device),
+            image_positions=image_positions.to(self.device),
+            state=state.to(self.device, self.dtype),
+            prompt_mask=None if mask is None else mask.to(self.device),
+        )
+
+    def _pixels(self, key: str, frames: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, 3) -> (B, 3, h, w) on the device: bytes are uploaded, floats are made there."""
+        camera = self._pieces.metadata.cameras[key]
+        height, width = frames.shape[1:3]
+        if (height, width) != (camera.height, camera.width) and key not in self._resizes_told:
+            self._resizes_told.add(key)
+            log.warning("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
+        uploaded = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
+        return pixel_values(uploaded, (camera.height, camera.width), self._pieces.network.vision.image_size)
+
+    def _prompt(self, instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids (B, S) padded on the right, places of the image tokens (V,), mask (B, S) or None when nothing is padded."""
+        prompts = self._pieces.prompts
+        encoded = [prompts(instruction) for instruction in instructions]
+        lengths = np.array([len(ids) for ids in encoded])
+        padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
+        for row, ids in zip(padded, encoded, strict=True):
+            row[: len(ids)] = ids
+        image_positions = np.flatnonzero(encoded[0] == prompts.image_token_id)  # pictures precede the instruction: the same for every item
+        mask = None if (lengths == lengths[0]).all() else torch.from_numpy(np.arange(padded.shape[1]) < lengths[:, None])
+        return torch.from_numpy(padded), torch.from_numpy(image_positions), mask
+
+
+def _bare(key: str) -> str:
+    """`video.webcam` -> `webcam`."""
+    return key.split(".", 1)[1]
+
+
+def _part(metadata: EmbodimentMetadata, key: str) -> PartStatistics:
+    statistics = metadata.statistics[key]
+    return PartStatistics(*(statistics.get(name, statistics[fallback]) for name, fallback in _STATISTICS))
+
+
+_STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))
+
+
+class _progress_bar:  # noqa: N801 - used like a function
+    """A byte progress bar on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> Any:
+        if not sys.stderr.isatty():
+            return None
+        from tqdm import tqdm
+
+        self._bar = tqdm(unit="B", unit_scale=True, desc="weights", leave=False)
+
+        def update(done: int, total: int) -> None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()

@@ -1,0 +1,138 @@
+"""From an instruction to token ids, exactly as the reference's processor renders and tokenises it.
+
+Eagle's chat template puts the pictures first, each as a numbered block of image tokens, then the instruction. The tokenizer is Qwen2's
+byte-level BPE; the `tokenizers` library runs it without the seconds that importing transformers costs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from gr00t_fast.errors import CheckpointError, ConfigError, closest
+
+PROMPT_STYLES = ("plain", "nvidia")
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+HUB_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # holds the same files; used when none are found locally
+
+_SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+_END = "<|im_end|>\n<|im_start|>assistant\n"
+# Word splitting of Qwen2's tokenizer (transformers' Qwen2Converter).
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def render_prompt(instruction: str, cameras: int, tokens_per_camera: int, style: str = "plain") -> str:
+    """The text the network reads. Style `nvidia` reproduces what NVIDIA's robot clients cause: a list, printed with brackets and quotes."""
+    if style not in PROMPT_STYLES:
+        raise ConfigError(f"unknown prompt_style '{style}'.{closest(style, PROMPT_STYLES)} Expected one of: {', '.join(PROMPT_STYLES)}.")
+    if style == "nvidia":
+        instruction = str(np.array([instruction]))
+    images = "".join(f"<image {k}><img>{IMAGE_TOKEN * tokens_per_camera}</img>" for k in range(1, cameras + 1))
+    return f"{_SYSTEM}{images}{instruction}{_END}"
+
+
+class PromptEncoder:
+    """Instruction -> ids, remembered per instruction: a robot repeats the same one thirty times a second."""
+
+    _REMEMBERED = 256  # instructions; enough for any session, bounded for a server that hears arbitrary ones
+
+    def __init__(self, tokenizer: Tokenizer, cameras: int, tokens_per_camera: int, image_token_id: int, style: str) -> None:
+        """Raises CheckpointError when the tokenizer and the network disagree on the image token."""
+        if tokenizer.token_to_id(IMAGE_TOKEN) != image_token_id:
+            raise CheckpointError(
+                f"the tokenizer's {IMAGE_TOKEN} has id {tokenizer.token_to_id(IMAGE_TOKEN)}, the network expects {image_token_id}. "
+                "Pass the processor files that belong to this checkpoint (--processor_path)."
+            )
+        render_prompt("", cameras, tokens_per_camera, style)  # refuses an unknown style now, not at the first inference
+        self.image_token_id, self.style = image_token_id, style
+        self._tokenizer, self._cameras, self._tokens_per_camera = tokenizer, cameras, tokens_per_camera
+        self._known: dict[str, np.ndarray] = {}
+
+    def __call__(self, instruction: str) -> np.ndarray:
+        """int64 (S,). Read-only."""
+        if instruction not in self._known:
+            if len(self._known) >= self._REMEMBERED:
+                self._known.clear()
+            self._known[instruction] = self._encode(instruction)
+        return self._known[instruction]
+
+    def _encode(self, instruction: str) -> np.ndarray:
+        text = render_prompt(instruction, self._cameras, self._tokens_per_camera, self.style)
+        ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        expected = self._cameras * self._tokens_per_camera
+        if (found := int((ids == self.image_token_id).sum())) != expected:
+            raise ConfigError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
+        ids.setflags(write=False)
+        return ids
+
+
+def find_tokenizer(processor_path: str | Path | None, checkpoint: Path) -> Tokenizer:
+    """Look where facts say the files can be: the path given, the checkpoint, an installed gr00t package, the hub. Raises CheckpointError."""
+    if processor_path is not None:
+        directory = Path(processor_path).expanduser()
+        if not _holds_tokenizer(directory):
+            raise CheckpointError(f"processor_path {directory} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt.")
+        return load_tokenizer(directory)
+    for directory in (checkpoint / "eagle2_hg_model", checkpoint, *_installed_gr00t()):
+        if _holds_tokenizer(directory):
+            return load_tokenizer(directory)
+    return load_tokenizer(_from_hub(checkpoint))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Build the tokenizer from `tokenizer.json`, or from the slow format's vocab, merges and added tokens. Raises CheckpointError."""
+    try:
+        if (directory / "tokenizer.json").exists():
+            return Tokenizer.from_file(str(directory / "tokenizer.json"))
+        return _from_slow_files(directory)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
+        raise CheckpointError(f"the tokenizer files in {directory} cannot be read: {error}. Copy or download them again.") from error
+
+
+def _from_slow_files(directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    for index, (token, special) in sorted(_added_tokens(directory).items()):
+        added = AddedToken(token, special=special, normalized=False)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+        if tokenizer.token_to_id(token) != index:
+            raise ValueError(f"added token {token} got id {tokenizer.token_to_id(token)}, the files say {index}")
+    return tokenizer
+
+
+def _added_tokens(directory: Path) -> dict[int, tuple[str, bool]]:
+    """Id -> (token, special)."""
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return {int(index): (entry["content"], bool(entry["special"])) for index, entry in config["added_tokens_decoder"].items()}
+
+
+def _holds_tokenizer(directory: Path) -> bool:
+    return (directory / "tokenizer.json").exists() or all((directory / name).exists() for name in ("vocab.json", "merges.txt"))
+
+
+def _installed_gr00t() -> list[Path]:
+    from importlib.util import find_spec
+
+    spec = find_spec("gr00t")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    return [Path(root) / "model" / "backbone" / "eagle2_hg_model" for root in roots]
+
+
+def _from_hub(checkpoint: Path) -> Path:
+    import huggingface_hub  # only when nothing is found locally
+
+    try:
+        return Path(huggingface_hub.snapshot_download(HUB_PROCESSOR, allow_patterns=["*.json", "*.txt"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no tokenizer files: none in {checkpoint / 'eagle2_hg_model'}, and fetching '{HUB_PROCESSOR}' from the hub failed ({error}). "
+            "Give their directory with --processor_path (vocab.json, merges.txt, tokenizer_config.json of Eagle)."
+        ) from error

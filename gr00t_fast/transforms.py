@@ -1,0 +1,142 @@
+"""What happens to pictures and joint values before the network, and to its answer after it.
+
+Each step repeats the reference's evaluation transform; the order is: resize to what training saw, centre crop, resize to the tower's size,
+truncate to bytes, scale to [-1, 1]. Axis alphabet: B batch, C cameras, H and W height and width, D joint values, P padded width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gr00t_fast.checkpoint import EmbodimentMetadata
+from gr00t_fast.data_config import DataConfig
+from gr00t_fast.errors import ConfigError
+
+_CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
+_CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
+
+
+def pixel_values(frames: Tensor, trained_size: tuple[int, int], image_size: int) -> Tensor:
+    """uint8 (B, H, W, 3) RGB -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
+
+    `trained_size` (height, width) is the resolution of the training videos: frames of another size are resized to it first, so that
+    the crop removes the same part of the scene.
+    """
+    x = frames.permute(0, 3, 1, 2).float() / 255.0  # (B, 3, H, W)
+    x = _resize(x, trained_size)
+    x = _centre_crop(x, _CROP_SCALE)
+    x = _resize(x, (image_size, image_size))
+    x = (x * 255.0).to(torch.uint8).float()  # truncation, as the reference's conversion to bytes does
+    return (x / 255.0 - 0.5) / 0.5
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with antialias: what torchvision's resize does to a float tensor."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _centre_crop(x: Tensor, scale: float) -> Tensor:
+    height, width = x.shape[-2:]
+    crop_height, crop_width = int(height * scale), int(width * scale)
+    top = round((height - crop_height) / 2.0)  # torchvision's CenterCrop rounds to even as Python does
+    left = round((width - crop_width) / 2.0)
+    return x[..., top : top + crop_height, left : left + crop_width]
+
+
+class Normaliser:
+    """One part's map between joint values and the network's [-1, 1], from the checkpoint's statistics."""
+
+    def __init__(self, mode: str, statistics: Mapping[str, np.ndarray], key: str) -> None:
+        """Raises ConfigError when the checkpoint lacks the statistics the mode needs."""
+        self.mode = mode
+        names = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std"), "binary": ("min", "max")}[mode]
+        absent = [name for name in names if name not in statistics]
+        if absent:
+            raise ConfigError(f"{key}: normalisation '{mode}' needs the statistics {', '.join(absent)}, which metadata.json does not have.")
+        self._low, self._high = (statistics[name].astype(np.float64) for name in names)  # for mean_std: mean and std
+        self._varies = self._high != (0.0 if mode == "mean_std" else self._low)
+
+    @property
+    def width(self) -> int:
+        return len(self._low)
+
+    def forward(self, values: np.ndarray) -> np.ndarray:
+        """float64 (..., D) in joint units -> float64 (..., D)."""
+        if self.mode == "binary":
+            return (values > 0.5).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if self.mode == "mean_std":
+                scaled = (values - self._low) / self._high
+            else:
+                scaled = 2.0 * ((values - self._low) / (self._high - self._low)) - 1.0
+        scaled = np.where(self._varies, scaled, _CONSTANT_STATE.get(self.mode, values))
+        return np.clip(scaled, -1.0, 1.0) if self.mode == "q99" else scaled
+
+    def inverse(self, values: np.ndarray) -> np.ndarray:
+        """(..., D) as the network gives them -> float32 (..., D) in joint units."""
+        if self.mode == "binary":
+            return (values > 0.5).astype(np.float32)
+        low, high, values = self._low.astype(np.float32), self._high.astype(np.float32), values.astype(np.float32)
+        if self.mode == "mean_std":
+            return values * high + low
+        return (values + np.float32(1.0)) / np.float32(2.0) * (high - low) + low
+
+
+class StateTransform:
+    """State parts in, the network's padded state vector out."""
+
+    def __init__(self, config: DataConfig, metadata: EmbodimentMetadata, padded_width: int) -> None:
+        self._parts = _normalisers(config.state_keys, config, metadata, padded_width)
+        self._padded_width = padded_width
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Key -> number of values."""
+        return {key: part.width for key, part in self._parts.items()}
+
+    def __call__(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
+        """`state.<part>` (B, D) -> float32 (B, P)."""
+        parts = [part.forward(state[key]) for key, part in self._parts.items()]
+        joined = np.concatenate(parts, axis=-1)
+        padded = np.zeros((joined.shape[0], self._padded_width), dtype=np.float32)
+        padded[:, : joined.shape[-1]] = joined
+        return padded
+
+
+class ActionTransform:
+    """The network's padded actions in, action parts in joint units out."""
+
+    def __init__(self, config: DataConfig, metadata: EmbodimentMetadata, padded_width: int) -> None:
+        self._parts = _normalisers(config.action_keys, config, metadata, padded_width)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {key: part.width for key, part in self._parts.items()}
+
+    def __call__(self, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """(B, horizon, P) -> `action.<part>` float32 (B, horizon, D)."""
+        result, start = {}, 0
+        for key, part in self._parts.items():
+            result[key] = part.inverse(actions[..., start : start + part.width])
+            start += part.width
+        return result
+
+
+def _normalisers(keys: Sequence[str], config: DataConfig, metadata: EmbodimentMetadata, padded_width: int) -> dict[str, Normaliser]:
+    unknown = [key for key in keys if key not in metadata.statistics]
+    if unknown:
+        known = ", ".join(sorted(metadata.statistics))
+        raise ConfigError(
+            f"the data config reads {', '.join(unknown)}, but this checkpoint has statistics for {known} only. Choose the data_config it was trained with."
+        )
+    parts = {key: Normaliser(config.normalisation_of(key), metadata.statistics[key], key) for key in keys}
+    if (total := sum(part.width for part in parts.values())) > padded_width:
+        raise ConfigError(f"the data config's {', '.join(keys)} have {total} values together; the network takes {padded_width}.")
+    return parts
