@@ -1,0 +1,191 @@
+"""Flags, exit codes and error messages of `so100_inference_optimized.py`.
+
+Imports of torch, lerobot and mujoco happen in the functions that need them: `--help` and every mistake on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_DEG
+from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.errors import Gr00tFastError, closest
+from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
+from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+@dataclass
+class RunConfig:
+    """Everything the command line says."""
+
+    robot: RobotConfig | None = None
+    model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
+    embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
+    data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
+    lang_instruction: str = ""  # what the robot shall do, taken literally; required
+    denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
+    action_horizon: int | None = None  # actions executed per inference; default: all that the checkpoint predicts
+    device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
+    precision: str = "auto"  # number format of the network
+    engine: str = "auto"  # way to run the network
+    seed: int | None = None  # makes the noise, and a simulated scene, repeatable
+    processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
+    prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients send
+    camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
+    fps: float | None = None  # control rate; default: the rate at which the training data was recorded
+    timeout: float | None = None  # seconds per episode; default: until Ctrl-C
+    episodes: int = 1  # how many times to play
+    clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
+    max_step_deg: float | None = DEFAULT_MAX_STEP_DEG  # largest change of a target per tick; null: no limit
+    max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
+    preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
+    dry_run: bool = False  # connect, check, infer once, send nothing
+    show_images: bool = False  # live window of the cameras (q stops)
+    out: Path | None = None  # directory for report.json, report.txt, joints.png, run.npz, run.csv
+    video: Path | None = None  # record the cameras to this .mp4 or .gif
+    verbose: bool = False  # full tracebacks
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """Return the checked configuration. Raises UsageError; prints notes to stderr."""
+    config, notes = parse_flags(RunConfig, argv)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    _validate(config)
+    return config
+
+
+def _validate(config: RunConfig) -> None:
+    if config.robot is None:
+        raise UsageError(f"--robot.type is missing; choose from {', '.join(sorted(RobotConfig.get_known_choices()))}.")
+    if isinstance(config.robot, SO100FollowerConfig):
+        _validate_follower(config.robot)
+    if not config.model_path.strip():
+        raise UsageError("--model_path is missing: the directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub.")
+    if not config.lang_instruction.strip():
+        raise UsageError(
+            "--lang_instruction is missing or empty. Say what to do, in the words of the training "
+            'data: --lang_instruction="Pick up the cube".'
+        )
+    if not _DEVICE.fullmatch(config.device):
+        raise UsageError(
+            f"--device={config.device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(config.device, ('auto', 'cuda', 'cpu', 'mps'))}"
+        )
+    for name in ("denoising_steps", "action_horizon", "episodes"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}={value} must be at least 1.")
+    for name in ("fps", "timeout", "max_step_deg"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"--{name}={value} must be a positive number.")
+    for name in ("seed", "max_held_ticks"):
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UsageError(f"--{name}={value} must not be negative.")
+    if config.episodes > 1 and config.timeout is None:
+        raise UsageError(f"--episodes={config.episodes} needs --timeout=SECONDS, or the first episode would never end.")
+    if config.video is not None and config.video.suffix.lower() not in (".mp4", ".gif"):
+        raise UsageError(f"--video={config.video} must end in .mp4 or .gif.")
+
+
+def _validate_follower(robot: SO100FollowerConfig) -> None:
+    if not robot.port.strip():
+        raise UsageError(
+            "--robot.port is missing: the arm's serial device, e.g. /dev/ttyACM0 (Linux) or "
+            "/dev/tty.usbmodem... (macOS). `lerobot-find-port` finds it."
+        )
+    for name, camera in robot.cameras.items():
+        if isinstance(camera, SimCameraConfig):
+            raise UsageError(
+                f"--robot.cameras: '{name}' has type sim, which only --robot.type=so100_sim has. A real camera is {{type: opencv, ...}}."
+            )
+
+
+def settings_of(config: RunConfig) -> dict[str, object]:
+    """The configuration as JSON-ready values, for the report."""
+    return _plain(asdict(config) | {"robot": {"type": type(config.robot).__name__, **asdict(config.robot)}})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> int:
+    """Parse, run, and turn every expected failure into one message on stderr and an exit code. Bugs keep their traceback."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return EXIT_OK
+    try:
+        config = parse(argv)
+    except UsageError as error:
+        return _explain(error, EXIT_USAGE, verbose="--verbose" in argv)
+    try:
+        return run(config)
+    except Gr00tFastError as error:
+        return _explain(error, EXIT_ERROR, config.verbose)
+    except StopRequested as request:  # before the arm was connected, or the loop would have handled it
+        print(f"stopped by {request.reason}", file=sys.stderr)
+        return request.exit_code
+    except KeyboardInterrupt:
+        return EXIT_CTRL_C
+    except BrokenPipeError:  # the reader of our output went away (`| head`); the arm has landed, and nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+        return EXIT_ERROR
+
+
+def _explain(error: Gr00tFastError, code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def exit_code(stop: StopSignals, landing: LandingReport) -> int:
+    """0 when the run ended by itself, 128 + signal when it was stopped; 1 when the arm may still be powered, whatever else happened."""
+    if not landing.safe:
+        problems = "; ".join(landing.problems) or "not every joint, port and camera could be released"
+        print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr)
+        return EXIT_ERROR
+    if "held" in landing.torque.values():
+        print("The arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.")
+    return stop.exit_code or EXIT_OK
+
+
+def help_text() -> str:
+    """All flags with their values, defaults and meaning."""
+    flags = list(flags_of(RunConfig))
+    robot_flags = [flag for flag in flags if flag.name.startswith("robot.")]
+    lines = ["usage: python so100_inference_optimized.py --robot.type=... --model_path=... --lang_instruction=... [--flag=value ...]", ""]
+    lines += [line for flag in flags if flag not in robot_flags for line in _help_lines(flag)]
+    lines += ["", "robot:"] + [line for flag in robot_flags for line in _help_lines(flag)]
+    lines += ["", "exit codes: 0 done, 1 error (the arm has landed), 2 bad flag, 130 Ctrl-C, 143 SIGTERM"]
+    return "\n".join(lines)
+
+
+def _help_lines(flag: Flag) -> list[str]:
+    values = {"text": "TEXT", "path": "PATH", "bool": "true|false", "yaml": "VALUE"}.get(flag.kind) or "|".join(map(str, flag.choices))
+    default = "" if flag.default in (None, "", {}) or not isinstance(flag.default, str | int | float) else f" [{str(flag.default).lower()}]"
+    only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < len(RobotConfig.get_known_choices()) else ""
+    head = f"  --{flag.name}={values}"
+    body = textwrap.wrap(f"{flag.help}{default}{only}", 92)
+    if len(head) < 34 and body:
+        body[0] = f"{head:<34}{body[0]}"
+        return [body[0], *(" " * 34 + line for line in body[1:])]
+    return [head, *(" " * 34 + line for line in body)]

@@ -1,0 +1,150 @@
+"""Between the robot's names and the policy's: one typed boundary each way.
+
+A robot has cameras called as its owner likes and joints in motor order; a policy wants `video.<cam>`, `state.<part>` and answers
+`action.<part>`. Axis alphabet of this file: H horizon (actions in a chunk), J joints of the arm, D width of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionChunk, ModalityConfig, Observation
+from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError, closest
+
+
+def without_prefix(key: str) -> str:
+    """`video.webcam` -> `webcam`."""
+    return key.split(".", 1)[1]
+
+
+def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[str], requested: Mapping[str, str] | None) -> dict[str, str]:
+    """Return {robot camera: policy camera}, naming every policy camera once.
+
+    `requested` (the flag `--camera_map`) comes first; policy cameras it leaves open are filled by equal names; one camera on each side
+    needs neither. Raises PreflightError with both lists and the flag to use.
+    """
+    robot_names, policy_names = list(robot_cameras), list(policy_cameras)
+    mapping = dict(requested or {})
+    _check_requested(mapping, robot_names, policy_names)
+    open_names = [name for name in policy_names if name not in mapping.values()]
+    if len(robot_names) == 1 and len(policy_names) == 1 and open_names:
+        return {robot_names[0]: policy_names[0]}
+    by_name = [name for name in open_names if name in robot_names and name not in mapping]
+    mapping.update((name, name) for name in by_name)
+    missing = [name for name in open_names if name not in by_name]
+    if missing:
+        spare = [name for name in robot_names if name not in mapping] or robot_names
+        pairs = ", ".join(f"{robot}: {policy}" for robot, policy in zip([*spare, *["<camera>"] * len(missing)], missing, strict=False))
+        raise PreflightError(
+            f"no camera of the robot provides {_listed(missing)}. The robot has {_listed(robot_names)}, the policy was trained with "
+            f'{_listed(policy_names)}. Say which is which with --camera_map="{{{pairs}}}", or name the cameras in --robot.cameras alike.'
+        )
+    return mapping
+
+
+def _check_requested(mapping: Mapping[str, str], robot_names: list[str], policy_names: list[str]) -> None:
+    for robot, policy in mapping.items():
+        if robot not in robot_names:
+            raise PreflightError(
+                f"--camera_map: the robot has no camera '{robot}', only {_listed(robot_names)}.{closest(robot, robot_names)}"
+            )
+        if policy not in policy_names:
+            raise PreflightError(
+                f"--camera_map: the policy has no camera '{policy}', only {_listed(policy_names)}.{closest(policy, policy_names)}"
+            )
+    if len(set(mapping.values())) < len(mapping):
+        raise PreflightError(f"--camera_map: two robot cameras are given to the same policy camera: {dict(mapping)}.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "none"
+
+
+def joints_of_parts(widths: Mapping[str, int], joint_names: tuple[str, ...], what: str) -> dict[str, list[int]]:
+    """Return part -> indices of its joints in robot order.
+
+    A part of width one that is called like a joint (`gripper`) is that joint; the other parts take the remaining joints in order, as
+    NVIDIA's SO-100 data configs do. Raises PreflightError when the widths do not add up to the arm's joints.
+    """
+    if sum(widths.values()) != len(joint_names):
+        parts = ", ".join(f"{part} ({width})" for part, width in widths.items())
+        raise PreflightError(
+            f"the policy's {what} has {sum(widths.values())} numbers: {parts}; the arm has "
+            f"{len(joint_names)} joints: {', '.join(joint_names)}. "
+            "This checkpoint or --data_config is for another robot."
+        )
+    named = {part: joint_names.index(part) for part, width in widths.items() if width == 1 and part in joint_names}
+    rest = iter([index for index in range(len(joint_names)) if index not in named.values()])
+    return {part: [named[part]] if part in named else [next(rest) for _ in range(width)] for part, width in widths.items()}
+
+
+class RobotBinding:
+    """Turns an Observation and an instruction into the policy's dict, and the policy's dict into an ActionChunk."""
+
+    def __init__(
+        self,
+        modality_config: Mapping[str, ModalityConfig],
+        state_widths: Mapping[str, int],
+        action_widths: Mapping[str, int],
+        joint_names: tuple[str, ...],
+        camera_map: Mapping[str, str],
+    ) -> None:
+        """`camera_map` is complete (`resolve_camera_map`). Widths by part name. Raises PreflightError when parts and joints do not fit."""
+        for modality in ("video", "state"):
+            offsets = modality_config[modality].delta_indices
+            if list(offsets) != [0]:
+                raise PreflightError(
+                    f"the policy wants {modality} frames at offsets {list(offsets)}; this control "
+                    "loop provides the present frame only ([0]). "
+                    "Use a data config without history."
+                )
+        state_parts = [without_prefix(key) for key in modality_config["state"].modality_keys]
+        action_parts = [without_prefix(key) for key in modality_config["action"].modality_keys]
+        self._state = joints_of_parts({part: state_widths[part] for part in state_parts}, joint_names, "state")
+        self._action = joints_of_parts({part: action_widths[part] for part in action_parts}, joint_names, "action")
+        self._language_key = modality_config["language"].modality_keys[0]
+        self._cameras = dict(camera_map)
+        self._joint_count = len(joint_names)
+
+    def policy_observation(self, observation: Observation, instruction: str) -> dict[str, Any]:
+        """Return `video.<cam>` uint8 (1, H, W, 3), `state.<part>` float64 (1, D) and the instruction as a list of one str.
+
+        Raises ObservationError when a mapped camera or a joint is missing from the observation.
+        """
+        if observation.joints.shape != (self._joint_count,):
+            raise ObservationError(f"the robot delivered joints of shape {observation.joints.shape}, expected ({self._joint_count},).")
+        built: dict[str, Any] = {}
+        for robot_camera, policy_camera in self._cameras.items():
+            if robot_camera not in observation.frames:
+                raise ObservationError(
+                    f"the robot delivered no frame of camera '{robot_camera}'; it delivered {_listed(observation.frames)}."
+                )
+            built[f"video.{policy_camera}"] = np.asarray(observation.frames[robot_camera])[None]
+        for part, joints in self._state.items():
+            built[f"state.{part}"] = observation.joints[joints].astype(np.float64)[None]
+        built[self._language_key] = [instruction]
+        return built
+
+    def action_targets(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return float32 (H, J) in robot joint order. Raises UnsafeActionError when a part is missing or has a wrong shape."""
+        horizons = {np.asarray(actions[key]).shape[0] if np.ndim(actions[key]) else 0 for key in actions if key.startswith("action.")}
+        if len(horizons) != 1 or 0 in horizons:
+            shapes = {key: np.shape(value) for key, value in actions.items()}
+            raise UnsafeActionError(f"the policy's action parts must have the same number of steps, at least one; got {shapes}.")
+        targets = np.empty((horizons.pop(), self._joint_count), np.float32)  # (H, J)
+        for part, joints in self._action.items():
+            values = np.asarray(actions.get(f"action.{part}", ()))
+            if values.shape != (len(targets), len(joints)):
+                raise UnsafeActionError(
+                    f"the policy returned action.{part} of shape {values.shape}, expected {(len(targets), len(joints))} (steps, joints). "
+                    "Nothing was sent; checkpoint and --data_config do not belong together."
+                )
+            targets[:, joints] = values
+        return targets
+
+    def action_chunk(self, actions: Mapping[str, np.ndarray], inference_ms: float, stages_ms: Mapping[str, float]) -> ActionChunk:
+        """Return the policy's answer as an ActionChunk, with what it cost. Raises UnsafeActionError as `action_targets`."""
+        return ActionChunk(self.action_targets(actions), inference_ms, dict(stages_ms))

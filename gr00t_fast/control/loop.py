@@ -1,0 +1,178 @@
+"""The control loop: observe, infer, send, wait - and always land.
+
+It knows neither the network nor the servo bus: targets come from a Controller, the arm is a Robot, time is a Clock.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from gr00t_fast.contracts import Clock, Observation, Robot
+from gr00t_fast.control.controller import Controller
+from gr00t_fast.control.pacer import Pacer
+from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
+from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.control.trace import RunTrace
+
+
+class Observer(Protocol):
+    """Looks on at every tick (video recorder, live view). Must be quick and must not raise for reasons of its own."""
+
+    def see(self, observation: Observation) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode."""
+
+    fps: float
+    episodes: int = 1
+    timeout_s: float | None = None
+    seed: int | None = None
+    dry_run: bool = False
+    safety: SafetyOptions = field(default_factory=SafetyOptions)
+
+
+class ControlLoop:
+    """One run on one arm. `trace` and `pacer` hold the figures, also after an error."""
+
+    def __init__(
+        self,
+        robot: Robot,
+        controller: Controller,
+        options: LoopOptions,
+        clock: Clock,
+        stop: StopSignals | None = None,
+        on_connected: Callable[[Observation], None] = lambda observation: None,
+        observers: Sequence[Observer] = (),
+        echo: Callable[[str], None] = print,
+    ) -> None:
+        """`on_connected` gets the first observation and raises to refuse the run (the arm has not moved then).
+
+        Without `stop` the loop handles Ctrl-C and SIGTERM itself while it runs.
+        """
+        self.robot, self.controller, self.options, self.clock = robot, controller, options, clock
+        self.stop = stop or StopSignals()
+        self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
+        self.on_connected, self.observers, self.echo = on_connected, observers, echo
+        self.pacer = Pacer(options.fps, clock)
+        self.trace = RunTrace(robot.joint_names, clock)
+        self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
+        self._end_s = float("inf")
+        self._loop_began_s: float | None = None
+
+    def run(self) -> RunTrace:
+        """Connect, play all episodes, land. Returns normally when done or stopped; raises, after landing, what arm or policy raised."""
+        with self._signals:
+            try:
+                with self.stop.armed(), _few_garbage_collections():
+                    self._connect()
+                    self._play()
+                    self.trace.ended_by = "done"
+            except StopRequested as request:
+                self.trace.ended_by = request.reason
+            finally:
+                self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
+                self.trace.ended_s = self.clock.now_s()
+                self.trace.events = dict(self.robot.events)
+        return self.trace
+
+    def _connect(self) -> None:
+        self.robot.connect()
+        self.safety = SafetyFilter(self.robot.joint_limits, self.robot.joint_names, self.options.safety)
+        self.on_connected(self.robot.observe())
+        self.trace.began_s = self.clock.now_s()
+
+    def _play(self) -> None:
+        if self.options.dry_run:
+            self._dry_run()
+            return
+        for episode in range(self.options.episodes):
+            self._episode(episode)
+
+    def _episode(self, index: int) -> None:
+        """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
+        self.robot.reset(None if self.options.seed is None else self.options.seed + index)
+        self.controller.reset()
+        self.safety.start(self.robot.observe().joints)
+        self.trace.episodes += 1
+        self._loop_began_s = None
+        if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs
+            self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
+        self.pacer.start()
+        while self.clock.now_s() < self._end_s:
+            self._tick()
+        self._close_loop()
+
+    def _tick(self) -> None:
+        if self.controller.needs_observation:  # the chunk is played out: look, think, then move
+            self._close_loop()
+            self._loop_began_s = self.clock.now_s()
+            observation = self._observe()
+            self._infer(observation)
+            sent = self._send()
+        else:  # the move is due now: send first, so that its instant does not depend on the cameras
+            sent = self._send()
+            observation = self._observe()
+            self.controller.see(observation)
+        self.trace.add_tick(observation.joints, *sent)
+        for observer in self.observers:
+            observer.see(observation)
+        with self.trace.timed("wait"):
+            self.pacer.wait()
+        self.stop.check()
+
+    def _observe(self) -> Observation:
+        with self.trace.timed("observe"), self.stop.atomic():
+            return self.robot.observe()
+
+    def _infer(self, observation: Observation) -> None:
+        with self.trace.timed("infer"):
+            chunk = self.controller.plan(observation)
+        self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
+        self.trace.add_chunk(chunk, self.pacer.resume())
+
+    def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return what the policy wanted and what was sent, each (J,), and when."""
+        target = self.controller.next_target()
+        commanded = self.safety(target)
+        with self.trace.timed("send"), self.stop.atomic():
+            self.robot.send(commanded)
+        return target, commanded, self.clock.now_s()
+
+    def _close_loop(self) -> None:
+        """Report the loop that just ended: one inference and its chunk, played to the end."""
+        if self._loop_began_s is None or not self.controller.needs_observation:
+            return
+        total_s = self.clock.now_s() - self._loop_began_s
+        self._loop_began_s = None
+        self.trace.stages_ms["loop"].append(1000 * total_s)
+        self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
+
+    def _dry_run(self) -> None:
+        """One observation and one inference, checked but not sent."""
+        self.controller.reset()
+        observation = self._observe()
+        self.safety.start(observation.joints)
+        self._infer(observation)
+        target = self.controller.next_target()
+        self.safety(target)
+        self.trace.episodes += 1
+        self.echo(f"Dry run: nothing was sent. The first target would have been {np.round(target, 1).tolist()}")
+
+
+@contextmanager
+def _few_garbage_collections() -> Iterator[None]:
+    """A full collection walks every object of torch and lerobot (about 100 ms, three ticks): what is there now is exempt during the run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,91 @@
+"""Absolute-deadline pacing: the clock of the control loop.
+
+Deadlines are `origin + k * period`, so an early or late tick never shifts the ones after it (a sleep of one period per tick drifts by the
+work done in it). A deadline that has gone by is skipped, never caught up: two targets in quick succession would be the jump that pacing
+is there to prevent.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+
+from gr00t_fast.contracts import Clock
+from gr00t_fast.errors import ConfigError
+
+# The operating system wakes a sleeper late: about 0.06 ms on Linux (timer slack), above 1 ms on a busy machine. The last stretch is
+# polled instead;
+# 1 ms of a 33 ms tick is 3 % of a core.
+SPIN_S = 0.001
+# A tick that is late by less than this part of a period still runs (and shows in the tick error); beyond, it would crowd the next one.
+MISS_AFTER_PERIODS = 0.5
+ROUNDING = 1e-6  # periods; a pause of exactly n periods counts as n
+
+
+class MonotonicClock:
+    """Real time. Sleeps coarsely, then polls the last millisecond."""
+
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        coarse_s = deadline_s - SPIN_S - time.perf_counter()
+        if coarse_s > 0:
+            time.sleep(coarse_s)
+        while time.perf_counter() < deadline_s:
+            time.sleep(0)  # gives the interpreter lock to camera threads while polling
+
+
+class Pacer:
+    """Ticks at `fps` on a fixed grid. Call `start`, then `wait` at the end of every tick; `resume` after a pause that was meant.
+
+    tick_errors_s: how late each tick began against its deadline, one value per `wait`.
+    missed_ticks: deadlines at which nothing could be sent because the work of a tick overran.
+    waiting_ticks: deadlines that went by in pauses announced through `resume` (the arm waited for the network).
+    """
+
+    def __init__(self, fps: float, clock: Clock) -> None:
+        """Raises ConfigError unless fps is positive and finite."""
+        if not (math.isfinite(fps) and fps > 0):
+            raise ConfigError(f"the control rate must be a positive number of ticks per second, got {fps}.")
+        self.fps = float(fps)
+        self.period_s = 1.0 / self.fps
+        self.tick_errors_s = array("d")
+        self.missed_ticks = 0
+        self.waiting_ticks = 0
+        self._clock = clock
+        self._origin_s = clock.now_s()
+        self._tick = 0
+
+    def start(self) -> None:
+        """Begin a grid: the current tick is due now."""
+        self._origin_s, self._tick = self._clock.now_s(), 0
+
+    def wait(self) -> None:
+        """Sleep until the next deadline of the grid. Overrun deadlines are counted and skipped, so ticks never come in a burst."""
+        late_periods = self._periods_since(self._tick + 1)
+        if late_periods > MISS_AFTER_PERIODS:
+            skipped = math.ceil(late_periods)
+            self.missed_ticks += skipped
+            self._tick += skipped
+        self._tick += 1
+        deadline_s = self._origin_s + self._tick * self.period_s
+        self._clock.sleep_until_s(deadline_s)
+        self.tick_errors_s.append(self._clock.now_s() - deadline_s)
+
+    def resume(self) -> float:
+        """Continue after a pause within a tick; returns its length in seconds, counted from the tick's deadline.
+
+        A pause shorter than half a period keeps the grid. After a longer one the arm is at rest and nothing is in phase with the old
+        grid, so a new one begins now: the first interval has its full length.
+        """
+        pause = self._periods_since(self._tick)
+        self.waiting_ticks += math.floor(pause + ROUNDING)
+        if pause > MISS_AFTER_PERIODS:
+            self.start()
+        return pause * self.period_s
+
+    def _periods_since(self, tick: int) -> float:
+        """How long ago the deadline of `tick` was, in periods; negative when it is still to come."""
+        return (self._clock.now_s() - self._origin_s) * self.fps - tick

@@ -1,0 +1,248 @@
+"""Does this arm fit this checkpoint? Asked before the arm may move; every finding at once.
+
+An arm that does nothing, or shudders, often shows a mismatch for which nothing raises: swapped cameras, degrees against the normalised
+range, another calibration. What contradicts itself is refused; what is only unusual is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gr00t_fast.contracts import CameraSpec, JointUnit, Observation, PartStatistics, PolicyFacts, Robot
+from gr00t_fast.control.binding import joints_of_parts, resolve_camera_map
+from gr00t_fast.errors import PreflightError
+
+ASPECT_TOLERANCE = 0.02  # relative; 1280x720 against 1920x1080 is 0, 4:3 against 16:9 is 0.25
+FPS_TOLERANCE = 0.1  # relative
+# lerobot's normalised range is clamped to +-100 by its driver, so anything beyond cannot be it; half a unit for rounding.
+NORMALISED_LIMIT = 100.5
+# Clamping leaves extremes at exactly +-100; degrees meet that by accident once, hardly twice.
+SATURATION_TOLERANCE, SATURATED_EXTREMES = 0.01, 2
+RADIANS_LIMIT = 3.5  # just above pi: body joints that never leave it are radians, no task in degrees is that still
+RANGE_SLACK_DEG = 10.0  # two calibrations of the same arm differ by a few degrees
+# A pose this far outside the training range, and further than the range is wide, is not a careless start but another zero point.
+POSE_CONTRADICTION_DEG = 60.0
+# The published embodiments with category weights of their own; none is an SO-100 (fine-tunes are `new_embodiment`).
+OTHER_ROBOTS = {"gr1": "the GR-1 humanoid", "oxe_droid": "a Franka arm (DROID)", "agibot_genie1": "the AgiBot Genie-1"}
+
+
+@dataclass
+class Findings:
+    """`problems` forbid the run, `warnings` are for the user to judge, `notes` say what was decided on the way."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def collect(self, check: Callable[[], None]) -> None:
+        """Run a check that raises PreflightError, and keep its message as a problem."""
+        try:
+            check()
+        except PreflightError as error:
+            self.problems.append(str(error))
+
+    def refuse(self) -> None:
+        """Raise one PreflightError with all problems, if there are any."""
+        if self.problems:
+            plural = "s" if len(self.problems) > 1 else ""
+            listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+            raise PreflightError(f"robot and checkpoint do not fit together ({len(self.problems)} problem{plural}):\n{listing}")
+
+
+class Preflight:
+    """The checks of one run, in two rounds. Tells the user what it found; `warnings` collects it for the report.
+
+    `strict=False` turns contradictions into warnings, for those who know better.
+    """
+
+    def __init__(self, robot: Robot, facts: PolicyFacts, strict: bool = True, echo: Callable[[str], None] = print) -> None:
+        self.warnings: list[str] = []
+        self._robot, self._facts, self._strict, self._echo = robot, facts, strict, echo
+
+    def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None) -> float:
+        """Check what is known while the arm is untouched; returns the control rate in Hz. Raises PreflightError."""
+        findings = check_before_connecting(self._robot, self._facts, loop_fps, camera_map, action_horizon)
+        self._judge(findings)
+        fps = loop_fps or self._facts.fps
+        if fps is None:  # cannot be waved through with strict=False: there is no rate to run at
+            findings.refuse()
+        return float(fps)
+
+    def connected(self, observation: Observation) -> None:
+        """Check the arm's limits and its pose. Raises PreflightError."""
+        self._judge(check_connected(self._robot, self._facts, observation.joints))
+
+    def _judge(self, findings: Findings) -> None:
+        if self._strict:
+            findings.refuse()
+        warnings = [*(f"ignored at your wish: {problem}" for problem in findings.problems), *findings.warnings]
+        self.warnings += warnings
+        for note in findings.notes:
+            self._echo(f"note: {note}")
+        for warning in warnings:
+            self._echo(f"WARNING: {warning}")
+
+
+def check_before_connecting(
+    robot: Robot, facts: PolicyFacts, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None
+) -> Findings:
+    """Everything that can be known while the arm is still untouched. Raises nothing; see `Findings.refuse`."""
+    findings = Findings()
+    _check_embodiment(findings, facts)
+    findings.collect(lambda: _check_cameras(findings, robot.cameras, facts, camera_map))
+    _check_fps(findings, robot, facts, loop_fps)
+    _check_horizon(findings, facts, action_horizon)
+    findings.collect(lambda: _check_joints(facts, robot.joint_names))
+    if not findings.problems:  # statistics can only be laid out along the joints when these fit
+        _check_units(findings, robot.joint_unit, _training_range(facts, robot.joint_names), robot.joint_names)
+    return findings
+
+
+def check_connected(robot: Robot, facts: PolicyFacts, joints: np.ndarray) -> Findings:
+    """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing."""
+    findings = Findings()
+    training = _training_range(facts, robot.joint_names)
+    unit = "deg" if robot.joint_unit == "degrees" else "units"
+    for name, (low, high), (arm_low, arm_high), pose in zip(robot.joint_names, training, robot.joint_limits, joints, strict=True):
+        if high < arm_low or low > arm_high:
+            findings.problems.append(
+                f"{name}: the training data lies in [{low:.0f}, {high:.0f}] {unit}, the calibrated arm "
+                f"can only reach [{arm_low:.0f}, {arm_high:.0f}]. "
+                f"{_UNIT_ADVICE}"
+            )
+            continue
+        if low < arm_low - RANGE_SLACK_DEG or high > arm_high + RANGE_SLACK_DEG:
+            findings.warnings.append(
+                f"{name}: the training data lies in [{low:.0f}, {high:.0f}] {unit}, more than the arm's [{arm_low:.0f}, {arm_high:.0f}]; "
+                "targets beyond are clamped. Was the data recorded with another calibration?"
+            )
+        _check_pose(findings, name, pose, low, high, unit)
+    return findings
+
+
+_UNIT_ADVICE = (
+    "The arm and the data use different units or zero points: try the other --robot.use_degrees, "
+    "or use the calibration file of the arm that recorded the data (--robot.id, --robot.calibration_dir)."
+)
+
+
+def _check_pose(findings: Findings, name: str, pose: float, low: float, high: float, unit: str) -> None:
+    outside = max(low - pose, pose - high)
+    if outside > max(POSE_CONTRADICTION_DEG, high - low):
+        findings.problems.append(
+            f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the training data's [{low:.0f}, {high:.0f}]. "
+            f"Move the arm to where the recordings began. If it is there already: {_UNIT_ADVICE}"
+        )
+    elif outside > RANGE_SLACK_DEG:
+        findings.warnings.append(
+            f"{name}: the arm stands at {pose:.0f} {unit}, outside the training data's [{low:.0f}, "
+            f"{high:.0f}]. Better begin where the recordings began."
+        )
+
+
+def _check_embodiment(findings: Findings, facts: PolicyFacts) -> None:
+    if facts.embodiment_tag in OTHER_ROBOTS:
+        findings.problems.append(
+            f"embodiment '{facts.embodiment_tag}' is {OTHER_ROBOTS[facts.embodiment_tag]}, not an SO-100. "
+            "Use the tag that the fine-tuning used, normally --embodiment_tag=new_embodiment."
+        )
+
+
+def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts: PolicyFacts, requested: Mapping[str, str] | None) -> None:
+    mapping = resolve_camera_map(cameras, facts.resolutions, requested)
+    for robot_name, policy_name in mapping.items():
+        camera, (width, height) = cameras[robot_name], facts.resolutions[policy_name]
+        if robot_name != policy_name:
+            implied = "" if requested and robot_name in requested else " (the only camera on both sides)"
+            findings.notes.append(f"camera '{robot_name}' is the policy's '{policy_name}'{implied}.")
+        if (camera.width, camera.height) == (width, height):
+            continue
+        sizes = f"camera '{robot_name}' delivers {camera.width}x{camera.height}, the policy was trained with {width}x{height}"
+        if abs(camera.width * height / (camera.height * width) - 1) > ASPECT_TOLERANCE:
+            findings.warnings.append(
+                f"{sizes}: frames are resized to ANOTHER ASPECT RATIO, the picture is distorted and the policy will misjudge positions. "
+                f"Set width: {width}, height: {height} in --robot.cameras, or another mode of the same shape."
+            )
+        else:
+            findings.notes.append(f"{sizes}; frames are resized.")
+    for unused in [name for name in cameras if name not in mapping]:
+        findings.notes.append(f"camera '{unused}' is not used by the policy.")
+
+
+def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: float | None) -> None:
+    if facts.fps is None and loop_fps is None:
+        findings.problems.append(
+            "the checkpoint's metadata does not say at which rate its data was recorded. Give it: --fps=30 (lerobot's default)."
+        )
+        return
+    fps = loop_fps or facts.fps
+    if facts.fps and abs(fps / facts.fps - 1) > FPS_TOLERANCE:
+        findings.warnings.append(
+            f"the loop runs at {fps:g} Hz but the data was recorded at {facts.fps:g} Hz: motion "
+            f"will be {fps / facts.fps:.2f} times as fast."
+        )
+    for name, camera in robot.cameras.items():
+        if camera.fps < fps * (1 - FPS_TOLERANCE):
+            findings.warnings.append(
+                f"camera '{name}' delivers {camera.fps:g} frames/s, less than the loop's {fps:g} Hz: some observations repeat a frame."
+            )
+
+
+def _check_horizon(findings: Findings, facts: PolicyFacts, action_horizon: int | None) -> None:
+    if action_horizon is not None and action_horizon > facts.trained_horizon:
+        findings.problems.append(
+            f"--action_horizon={action_horizon} is more than the {facts.trained_horizon} actions this checkpoint was trained to predict. "
+            f"Use 1 to {facts.trained_horizon}."
+        )
+
+
+def _check_joints(facts: PolicyFacts, joint_names: tuple[str, ...]) -> None:
+    joints_of_parts(facts.state_widths, joint_names, "state")
+    joints_of_parts(facts.action_widths, joint_names, "action")
+
+
+def _training_range(facts: PolicyFacts, joint_names: tuple[str, ...]) -> np.ndarray:
+    """(J, 2): lowest and highest value of states and actions together, in robot joint order."""
+    state = _along_joints(facts.state_statistics, joints_of_parts(facts.state_widths, joint_names, "state"), len(joint_names))
+    action = _along_joints(facts.action_statistics, joints_of_parts(facts.action_widths, joint_names, "action"), len(joint_names))
+    return np.stack([np.minimum(state[:, 0], action[:, 0]), np.maximum(state[:, 1], action[:, 1])], axis=1)
+
+
+def _along_joints(statistics: Mapping[str, PartStatistics], joints: Mapping[str, list[int]], count: int) -> np.ndarray:
+    ranges = np.empty((count, 2))
+    for part, indices in joints.items():
+        ranges[indices, 0], ranges[indices, 1] = statistics[part].min, statistics[part].max
+    return ranges
+
+
+def _check_units(findings: Findings, unit: JointUnit, training: np.ndarray, joint_names: tuple[str, ...]) -> None:
+    body = np.array([name != "gripper" for name in joint_names])
+    extremes = np.abs(training[body])
+    saturated = int((np.abs(extremes - 100) <= SATURATION_TOLERANCE).sum())
+    if extremes.max() <= RADIANS_LIMIT:
+        findings.problems.append(
+            f"the checkpoint's statistics never exceed {extremes.max():.2f} on any body joint: "
+            f"they look like radians, the arm uses {unit}. "
+            "Use a checkpoint trained on data recorded with lerobot's SO-100 driver."
+        )
+    elif unit == "range_m100_100" and extremes.max() > NORMALISED_LIMIT:
+        name = [name for name, is_body in zip(joint_names, body, strict=True) if is_body][int(extremes.max(axis=1).argmax())]
+        findings.problems.append(
+            f"the arm is set to the normalised range -100..100, but the checkpoint's statistics reach {extremes.max():.0f} on {name}: "
+            "it was trained on degrees. Use --robot.use_degrees=true."
+        )
+    elif unit == "degrees" and saturated >= SATURATED_EXTREMES and extremes.max() <= NORMALISED_LIMIT:
+        findings.problems.append(
+            f"the arm is set to degrees, but {saturated} of the checkpoint's joint ranges end at exactly 100 and none goes beyond: "
+            "it was trained on the normalised range -100..100. Use --robot.use_degrees=false."
+        )
+    low, high = training[~body].min(initial=0.0), training[~body].max(initial=0.0)
+    if low < -RANGE_SLACK_DEG or high > 100 + RANGE_SLACK_DEG:
+        findings.warnings.append(f"the gripper's statistics are [{low:.0f}, {high:.0f}]; lerobot counts it in per cent, 0 to 100.")
+    if 0 < high <= 1.5 and (~body).any():
+        findings.warnings.append(
+            f"the gripper's statistics never exceed {high:.2f}; lerobot counts it in per cent, 0 to 100. Was it recorded as a fraction?"
+        )

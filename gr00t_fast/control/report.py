@@ -1,0 +1,239 @@
+"""What a run was like, as a dictionary for JSON and as aligned text for people.
+
+Percentiles are over all samples of the run (numpy's linear interpolation). Times in milliseconds, joints in the arm's own unit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.loop import ControlLoop
+from gr00t_fast.control.pacer import Pacer
+from gr00t_fast.control.safety import SafetyFilter
+from gr00t_fast.control.trace import RunTrace
+from gr00t_fast.errors import ConfigError
+
+SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
+_PACKAGES = ("gr00t_fast", "torch", "numpy", "lerobot", "draccus", "mujoco-core", "opencv-python-headless")
+
+
+def build_report(
+    loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Everything about a finished (or failed) run as JSON-ready values. `settings` and `warnings` are passed through."""
+    trace, pacer = loop.trace, loop.pacer
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "run": _run(trace, pacer),
+        "stages_ms": {stage: percentiles(values) for stage, values in trace.stages_ms.items()},
+        "pacing": {
+            "tick_error_ms": percentiles(1000 * np.asarray(pacer.tick_errors_s)),
+            "missed_ticks": pacer.missed_ticks,
+            "waiting_for_inference_ticks": pacer.waiting_ticks,
+            "pause_per_chunk_ms": percentiles([chunk.pause_ms for chunk in trace.chunks]),
+        },
+        "safety": _safety(loop.safety),
+        "tracking_error": _tracking(trace, loop.robot.joint_unit),
+        "events": dict(trace.events),
+        "landing": _landing(trace.landing),
+        "warnings": list(warnings),
+        "settings": dict(settings),
+        "machine": machine(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command_line": shlex.join(sys.argv if argv is None else argv),
+    }
+
+
+def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
+    """Return {count, p50, p95, p99, max} of the finite samples, or None when there are none."""
+    values = np.asarray(list(samples), np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    return {
+        "count": int(values.size),
+        **{k: round(float(v), 3) for k, v in zip(("p50", "p95", "p99", "max"), (p50, p95, p99, values.max()), strict=True)},
+    }
+
+
+def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
+    intervals_s = _intervals_s(trace)
+    during_playback_s = intervals_s[~_is_chunk_start(trace)]
+    return {
+        "ended_by": trace.ended_by,
+        "episodes": trace.episodes,
+        "ticks": len(trace),
+        "inferences": len(trace.chunks),
+        "duration_s": round(trace.ended_s - trace.began_s, 3),
+        "target_hz": pacer.fps,
+        "achieved_hz": _rate(intervals_s),
+        "playback_hz": _rate(during_playback_s),
+    }
+
+
+def _intervals_s(trace: RunTrace) -> np.ndarray:
+    """Time between successive sends; NaN across episodes."""
+    data = trace.arrays()
+    return np.where(np.diff(data["episode"]) == 0, np.diff(data["time_s"]), np.nan)
+
+
+def _is_chunk_start(trace: RunTrace) -> np.ndarray:
+    return np.isin(np.arange(1, max(1, len(trace))), trace.arrays()["chunk_starts"])
+
+
+def _rate(intervals_s: np.ndarray) -> float | None:
+    valid = intervals_s[np.isfinite(intervals_s)]
+    return round(float(valid.size / valid.sum()), 3) if valid.size and valid.sum() > 0 else None
+
+
+def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
+    if safety is None:
+        return None
+    return {
+        "held_ticks": safety.held_ticks,
+        "clamped": _per_joint(safety.joint_names, safety.clamped),
+        "step_limited": _per_joint(safety.joint_names, safety.step_limited),
+        "options": asdict(safety.options),
+    }
+
+
+def _per_joint(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def _tracking(trace: RunTrace, unit: str) -> dict[str, Any]:
+    errors = trace.tracking_error()
+    return {"unit": unit, "joints": {name: percentiles(errors[:, index]) for index, name in enumerate(trace.joint_names)}}
+
+
+def _landing(landing: LandingReport | None) -> dict[str, Any] | None:
+    return None if landing is None else {**asdict(landing), "safe": landing.safe}
+
+
+def machine() -> dict[str, Any]:
+    """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
+    facts: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        facts["torch_threads"] = torch.get_num_threads()
+        facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or just the architecture on Linux
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shapes the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # optional, or run from a checkout
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with `-dirty` when changed; None when it is not a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # git is not installed, or the repository has no commit yet
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    lines = [*_text_run(report), "", *_text_stages(report), "", *_text_joints(report), *_text_tail(report)]
+    return "\n".join(lines) + "\n"
+
+
+def _text_run(report: Mapping[str, Any]) -> list[str]:
+    run, pacing = report["run"], report["pacing"]
+    pause, error = pacing["pause_per_chunk_ms"], pacing["tick_error_ms"]
+    lines = [
+        f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
+        f"{run['duration_s']:.1f} s, ended by {run['ended_by']}",
+        f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} "
+        f"Hz within chunks (target {run['target_hz']:g} Hz)",
+        f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
+    ]
+    if error:
+        lines.append(f"tick error     p50 {error['p50']:.2f}, p95 {error['p95']:.2f}, p99 {error['p99']:.2f} ms")
+    if pause:
+        lines.append(f"pause/chunk    p50 {pause['p50']:.1f}, p95 {pause['p95']:.1f}, p99 {pause['p99']:.1f} ms")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _text_stages(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"{'stage':<24}{'count':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'max ms':>10}"]
+    for stage, row in report["stages_ms"].items():
+        if row:
+            lines.append(f"{stage:<24}{row['count']:>8}" + "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "p99", "max")))
+    return lines
+
+
+def _text_joints(report: Mapping[str, Any]) -> list[str]:
+    safety, tracking = report["safety"], report["tracking_error"]
+    if safety is None:
+        return []
+    lines = [f"{'joint':<24}{'clamped':>8}{'step-lim.':>10}{'track p50':>10}{'p95':>10}{'max':>10}  ({tracking['unit']})"]
+    for name, clamped in safety["clamped"].items():
+        row = tracking["joints"][name]
+        errors = "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "max")) if row else f"{'-':>10}" * 3
+        lines.append(f"{name:<24}{clamped:>8}{safety['step_limited'][name]:>10}{errors}")
+    return [*lines, f"targets held because NaN or infinite: {safety['held_ticks']}"]
+
+
+def _text_tail(report: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if report["events"]:
+        lines.append("faults survived: " + ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items())))
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    landing = report["landing"]
+    if landing:
+        states = sorted(set(landing["torque"].values())) or ["not reported"]
+        lines.append(f"landing: torque {', '.join(states)}; {'safe' if landing['safe'] else 'NOT SAFE: ' + '; '.join(landing['problems'])}")
+    return lines
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
+    """Write report.json and report.txt into `directory`; returns their paths. Raises ConfigError when it cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        as_json, text = directory / "report.json", directory / "report.txt"
+        as_json.write_text(json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        text.write_text(as_text(report), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
+    return [as_json, text]

@@ -1,0 +1,106 @@
+"""Names and shapes between robot and policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from control_fakes import modality_config
+
+from gr00t_fast.contracts import SO100_JOINTS, ModalityConfig, Observation
+from gr00t_fast.control.binding import RobotBinding, joints_of_parts, resolve_camera_map
+from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError
+
+WIDTHS = {"single_arm": 5, "gripper": 1}
+
+
+def binding(camera_map: dict[str, str] | None = None, **changes: ModalityConfig) -> RobotBinding:
+    config = {**modality_config(), **changes}
+    return RobotBinding(config, WIDTHS, WIDTHS, SO100_JOINTS, camera_map or {"front": "webcam"})
+
+
+def observation(cameras: tuple[str, ...] = ("front",)) -> Observation:
+    return Observation(np.arange(6.0), {name: np.full((6, 8, 3), 7, np.uint8) for name in cameras}, 0.0)
+
+
+def test_observation_has_the_reference_keys_shapes_and_dtypes() -> None:
+    built = binding().policy_observation(observation(), "pick: the cube")
+    assert set(built) == {"video.webcam", "state.single_arm", "state.gripper", "annotation.human.task_description"}
+    assert (built["video.webcam"].shape, built["video.webcam"].dtype) == ((1, 6, 8, 3), np.uint8)
+    assert (built["state.single_arm"].shape, built["state.single_arm"].dtype) == ((1, 5), np.float64)
+    assert built["state.gripper"].tolist() == [[5.0]]
+    assert built["annotation.human.task_description"] == ["pick: the cube"]
+
+
+def test_actions_come_back_in_robot_order_whatever_the_order_of_parts() -> None:
+    swapped = ModalityConfig(list(range(16)), ["action.gripper", "action.single_arm"])
+    actions = {"action.gripper": np.full((4, 1), 9.0), "action.single_arm": np.tile(np.arange(5.0), (4, 1))}
+    for bound in (binding(), binding(action=swapped)):
+        targets = bound.action_targets(actions)
+        assert targets.dtype == np.float32
+        assert targets.tolist() == [[0, 1, 2, 3, 4, 9]] * 4
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        {},
+        {"action.single_arm": np.zeros((16, 5))},
+        {"action.single_arm": np.zeros((16, 6)), "action.gripper": np.zeros((16, 1))},
+        {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.zeros((15, 1))},
+        {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.zeros(16)},
+        {"action.single_arm": np.zeros((0, 5)), "action.gripper": np.zeros((0, 1))},
+    ],
+)
+def test_wrong_action_shapes_are_refused(actions: dict) -> None:
+    with pytest.raises(UnsafeActionError, match="policy"):
+        binding().action_targets(actions)
+
+
+def test_missing_frame_and_wrong_joint_count() -> None:
+    with pytest.raises(ObservationError, match="no frame of camera 'front'"):
+        binding().policy_observation(observation(("wrist",)), "go")
+    with pytest.raises(ObservationError, match=r"expected \(6,\)"):
+        binding().policy_observation(Observation(np.zeros(5), {}, 0.0), "go")
+
+
+def test_history_is_refused() -> None:
+    with pytest.raises(PreflightError, match="history"):
+        binding(video=ModalityConfig([-1, 0], ["video.webcam"]))
+
+
+@pytest.mark.parametrize("widths", [{"single_arm": 5}, {"left_arm": 7, "right_arm": 7}, {"single_arm": 6, "gripper": 1}])
+def test_parts_of_another_robot_are_refused(widths: dict[str, int]) -> None:
+    with pytest.raises(PreflightError, match="another robot"):
+        joints_of_parts(widths, SO100_JOINTS, "state")
+
+
+@pytest.mark.parametrize(
+    ("robot", "policy", "requested", "expected"),
+    [
+        (["front"], ["webcam"], None, {"front": "webcam"}),
+        (["front", "wrist"], ["front", "wrist"], None, {"front": "front", "wrist": "wrist"}),
+        (["top", "front"], ["front"], None, {"front": "front"}),
+        (["cam1", "wrist"], ["front", "wrist"], {"cam1": "front"}, {"cam1": "front", "wrist": "wrist"}),
+        (["front", "wrist"], ["front", "wrist"], {"front": "wrist", "wrist": "front"}, {"front": "wrist", "wrist": "front"}),
+        (["a", "b"], ["webcam"], {"b": "webcam"}, {"b": "webcam"}),
+    ],
+)
+def test_camera_map(robot: list[str], policy: list[str], requested: dict | None, expected: dict[str, str]) -> None:
+    assert resolve_camera_map(robot, policy, requested) == expected
+
+
+@pytest.mark.parametrize(
+    ("robot", "policy", "requested", "message"),
+    [
+        (["front", "wrist"], ["webcam"], None, r'--camera_map="\{front: webcam\}"'),
+        (["front"], ["front", "wrist"], None, "no camera of the robot provides 'wrist'"),
+        ([], ["webcam"], None, "The robot has none"),
+        (["front"], ["webcam"], {"frnot": "webcam"}, "no camera 'frnot'.*Did you mean 'front'"),
+        (["front"], ["webcam"], {"front": "webcm"}, "Did you mean 'webcam'"),
+        (["a", "b"], ["front"], {"a": "front", "b": "front"}, "same policy camera"),
+        (["front", "b"], ["front", "wrist"], {"front": "wrist"}, "provides 'front'"),
+    ],
+)
+def test_camera_map_errors_name_both_sides_and_the_flag(robot: list[str], policy: list[str], requested: dict | None, message: str) -> None:
+    with pytest.raises(PreflightError, match=message):
+        resolve_camera_map(robot, policy, requested)

@@ -1,0 +1,358 @@
+"""The command line: what it accepts, how it refuses, and what it exits with. The policy and the arm are fakes, the flags are real."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_fakes import FakeClock, FakePolicy, FakeRobot, facts
+
+import so100_inference_optimized as script
+from gr00t_fast import cli
+from gr00t_fast.contracts import LandingReport
+from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
+from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
+
+ROOT = Path(__file__).parent.parent
+ISSUE = [
+    "--robot.type=so100_follower",
+    "--robot.port=/dev/tty.usbmodem58FA0921581",
+    "--robot.id=black",
+    "--robot.cameras={ front: {type: opencv, index_or_path: 1, width: 1280, height: 720, fps: 30}}",
+    "--model_path=./gr00t-n1.5-so100-finetuned",
+    "--embodiment_tag=new_embodiment",
+    "--data_config=so100",
+    "--denoising_steps=2",
+    "--lang_instruction=Place the block in the bowl",
+    "--action_horizon=8",
+]
+SIM = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
+
+
+def test_the_well_known_command_line_parses_as_printed() -> None:
+    config = cli.parse(ISSUE)
+    assert config.robot == SO100FollowerConfig(
+        id="black",
+        port="/dev/tty.usbmodem58FA0921581",
+        cameras={"front": OpenCVCameraConfig(width=1280, height=720, fps=30, index_or_path=1)},
+    )
+    assert (config.model_path, config.embodiment_tag, config.data_config) == ("./gr00t-n1.5-so100-finetuned", "new_embodiment", "so100")
+    assert (config.denoising_steps, config.action_horizon, config.lang_instruction) == (2, 8, "Place the block in the bowl")
+
+
+def test_every_other_flag() -> None:
+    argv = ["--device=cuda:1", "--precision=bf16", "--engine=eager", "--seed=3", "--processor_path=p", "--prompt_style=nvidia"]
+    argv += ["--camera_map={front: webcam}"]
+    config = cli.parse(
+        [*SIM, *argv, "--show_images", "--timeout=12.5", "--episodes", "2", "--fps=15", "--max_step_deg=null", "--out=o", "--dry_run"]
+    )
+    assert (config.device, config.precision, config.engine, config.seed) == ("cuda:1", "bf16", "eager", 3)
+    assert (config.processor_path, config.prompt_style, config.camera_map) == (Path("p"), "nvidia", {"front": "webcam"})
+    assert (config.show_images, config.dry_run, config.timeout, config.episodes, config.fps) == (True, True, 12.5, 2, 15.0)
+    assert (config.max_step_deg, config.out) == (None, Path("o"))
+
+
+TEXTS = [
+    *("pick: the cube", "yes", "null", "007", "1e3", "🤖 pick up 红色 cube", "\"quoted\" and 'single'", "{a: b}", "[1, 2", "# no comment"),
+    *(
+        "- x",
+        "a\nb",
+        "--dashes",
+        "include me",
+        "it's 50% & done!",
+        "key=value",
+        " spaces ",
+        "~",
+        "*star",
+        "!tag",
+        "@at",
+        "`tick`",
+        "\\n",
+        "true",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_free_text_arrives_literally(text: str) -> None:
+    config = cli.parse([*SIM[:2], f"--lang_instruction={text}", f"--robot.id={text}", f"--model_path={text}", f"--out={text}"])
+    assert (config.lang_instruction, config.robot.id, config.model_path, str(config.out)) == (text, text, text, str(Path(text)))
+
+
+def test_free_text_as_a_separate_word() -> None:
+    assert cli.parse([*SIM[:2], "--lang_instruction", "pick: the cube"]).lang_instruction == "pick: the cube"
+
+
+SWITCHES = [
+    (["--show_images"], True),
+    (["--show_images=true"], True),
+    (["--show_images", "false"], False),
+    (["--show_images=False"], False),
+    (["--show_images", "--seed=1"], True),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), SWITCHES)
+def test_switches(words: list[str], expected: bool) -> None:
+    assert cli.parse([*SIM, *words]).show_images is expected
+
+
+FOLLOWER = ISSUE[:2]
+BAD = {
+    "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean 'lang_instruction'"),
+    "abbreviated flag": ([*SIM, "--robot.ta=reach"], "unknown flag '--robot.ta'"),
+    "dashes for underscores": ([*SIM, "--model-path=x"], "Did you mean 'model_path'"),
+    "unknown robot flag": ([*SIM, "--robot.prot=x"], "unknown flag '--robot.prot'. Did you mean 'robot.port'"),
+    "single dash": ([*SIM, "-timeout=3"], "unexpected argument '-timeout=3'"),
+    "unquoted instruction": (["--lang_instruction=pick", "the", "cube"], "needs quotes"),
+    "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
+    "unknown robot": (["--robot.type=so100_folower"], "Did you mean 'so100_follower'"),
+    "no robot": (["--model_path=m", "--lang_instruction=go"], "--robot.type is missing"),
+    "robot flags without a type": (["--robot.port=/dev/x"], "--robot.type is missing"),
+    "no port": (["--robot.type=so100_follower", *SIM[1:]], "--robot.port is missing"),
+    "empty port": (["--robot.type=so100_follower", "--robot.port=", *SIM[1:]], "lerobot-find-port"),
+    "no model": (["--robot.type=so100_sim", "--lang_instruction=go"], "--model_path is missing"),
+    "no instruction": (SIM[:2], "--lang_instruction is missing or empty"),
+    "empty instruction": ([*SIM, "--lang_instruction="], "--lang_instruction is missing or empty"),
+    "blank instruction": ([*SIM, "--lang_instruction=   "], "--lang_instruction is missing or empty"),
+    "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
+    "value missing before a flag": ([*SIM, "--seed", "--dry_run"], "--seed needs a value"),
+    "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: "),
+    "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),
+    "zero steps": ([*SIM, "--denoising_steps=0"], "at least 1"),
+    "negative horizon": ([*SIM, "--action_horizon=-1"], "at least 1"),
+    "negative timeout": ([*SIM, "--timeout=-3"], "positive"),
+    "nan rate": ([*SIM, "--fps=.nan"], "positive"),
+    "infinite step": ([*SIM, "--max_step_deg=.inf"], "positive"),
+    "negative seed": ([*SIM, "--seed=-1"], "not be negative"),
+    "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),
+    "unknown device": ([*SIM, "--device=cdua"], "Did you mean 'cuda'"),
+    "unknown prompt style": ([*SIM, "--prompt_style=nvidea"], "Did you mean 'nvidia'"),
+    "unknown sim task": ([*SIM, "--robot.task=plce"], "Did you mean 'place'"),
+    "not a bool": ([*SIM, "--dry_run=maybe"], "neither true nor false"),
+    "empty path": ([*SIM, "--out="], "needs a path"),
+    "video suffix": ([*SIM, "--video=run.avi"], ".mp4 or .gif"),
+    "broken braces": ([*SIM, "--robot.cameras={front: {type: sim"], "--robot.cameras: cannot read"),
+    "type without a space": ([*FOLLOWER, "--robot.cameras={front: {type:opencv, width: 640}}"], "space after the colon"),
+    "camera without type": ([*FOLLOWER, "--robot.cameras={front: {index_or_path: 0}}"], "has no 'type'"),
+    "unknown camera type": ([*FOLLOWER, "--robot.cameras={front: {type: opencvv}}"], "Did you mean 'opencv'"),
+    "unknown camera setting": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, widht: 3}}"], "Did you mean 'width'"),
+    "camera is a number": ([*FOLLOWER, "--robot.cameras=5"], "expected names with settings"),
+    "fractional camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: 29.97}}"], "--robot.cameras.front.fps"),
+    "sim camera on a real arm": ([*FOLLOWER, "--robot.cameras={front: {type: sim}}", *SIM[1:]], "only --robot.type=so100_sim has"),
+    "camera map is a text": ([*SIM, "--camera_map=front"], "--camera_map: "),
+    "missing config file": ([*SIM, "--config_path=/nowhere.yaml"], "cannot read '/nowhere.yaml'"),
+    "config path is a directory": ([*SIM, "--config_path=/"], "cannot read '/'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line_and_exit_code_2(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = BAD[case]
+    assert script.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert "<class" not in captured.err
+
+
+FILES = {
+    "unknown setting": ("model_pth: x\n", "unknown setting 'model_pth'"),
+    "unknown robot setting": ("robot: {type: so100_sim, tsak: place}\n", "unknown setting 'robot.tsak'"),
+    "text read as a bool": ("lang_instruction: yes\n", "put the text in quotes"),
+    "id read as a number": ("robot: {type: so100_sim, id: 007}\n", "put the text in quotes"),
+    "text read as a mapping": ("lang_instruction: {pick: the cube}\n", "put the text in quotes"),
+    "not YAML": ("a: [1\n", "cannot read"),
+    "not text": ("\x00\x01", "cannot read"),
+    "a list": ("- a\n", "holds no settings"),
+    "empty": ("", "holds no settings"),
+    "unknown type": ("robot: {type: so1000}\n", "so1000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_config_file(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = FILES[case]
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    assert script.main([f"--config_path={path}", "--model_path=m", *([] if "lang" in content else SIM[2:])]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_presets_parse_and_flags_win() -> None:
+    real = cli.parse([f"--config_path={ROOT}/configs/so100.yaml", "--robot.port=/dev/ttyACM0", *SIM[1:]])
+    assert real.robot.cameras["front"].width == 640
+    assert (real.robot.id, real.action_horizon, real.max_step_deg) == ("black", 8, cli.DEFAULT_MAX_STEP_DEG)
+    sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=reach"])
+    assert isinstance(sim.robot, SO100SimConfig)
+    assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "reach", "Place the block in the bowl")
+
+
+def test_another_robot_type_than_the_files(capsys: pytest.CaptureFixture[str]) -> None:
+    cameras = "--robot.cameras={front: {type: opencv}}"
+    config = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", *ISSUE[:2], "--model_path=m", cameras])
+    assert config.robot == SO100FollowerConfig(port="/dev/tty.usbmodem58FA0921581", cameras={"front": OpenCVCameraConfig()})
+    assert "robot.task do not apply" in capsys.readouterr().err
+
+
+def test_a_cameras_flag_replaces_the_files_cameras() -> None:
+    argv = [f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--robot.cameras={wrist: {type: sim, view: wrist}}"]
+    assert list(cli.parse(argv).robot.cameras) == ["wrist"]
+
+
+class World:
+    """A fake policy and a fake arm behind the real program."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.policy, self.robot = FakePolicy(FakeClock()), FakeRobot(FakeClock())
+        self.load = lambda config: self.policy
+        monkeypatch.setattr(script, "load", lambda config: self.load(config))
+        monkeypatch.setattr(script, "build_robot", lambda config: self.robot)
+
+    def run(self, *argv: str) -> int:
+        return script.main([*SIM, "--timeout=0.25", *argv])
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def raising(error: BaseException):
+    def hook(*_: object) -> None:
+        raise error
+
+    return hook
+
+
+def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert world.run(f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.json", "report.txt", "run.csv", "run.npz"]
+    assert (tmp_path / "run.mp4").stat().st_size > 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["run"]["ended_by"] == "done"
+    assert report["settings"]["robot"]["type"] == "SO100SimConfig"
+    assert report["settings"]["action_horizon"] == 4
+    printed = capsys.readouterr().out
+    assert "Direct inference time: 0." in printed
+    assert "Loop 1: 0." in printed
+    assert world.policy.warmed_up == "go"
+    assert world.robot.calls == ["connect", "reset", "land"]
+
+
+def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert world.run(f"--out={tmp_path / 'file' / 'x'}") == 1
+    world.policy.facts = facts(tag="gr1")
+    assert world.run() == 1
+    world.policy.facts = FakePolicy(FakeClock()).facts
+    world.policy.warm_up = raising(MissingExtraError("pip install 'gr00t_fast[x]'"))
+    assert world.run() == 1
+    world.load = raising(CheckpointError("no metadata in 'm'"))
+    assert world.run() == 1
+    assert world.robot.calls == []
+    error = capsys.readouterr().err
+    assert "error: no metadata in 'm'" in error
+    assert "Traceback" not in error
+
+
+def test_errors_of_the_arm_exit_1_after_landing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.robot.on_send = lambda: len(world.robot.sent) == 2 and raising(RobotError("servo 3 is silent"))()
+    assert world.run() == 1
+    assert world.robot.calls[-1] == "land"
+    captured = capsys.readouterr()
+    assert captured.err == "error: servo 3 is silent\n"
+    assert "ended by error" in captured.out  # the report of what was done
+
+
+def test_unsafe_actions_exit_1_after_landing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.policy.on_action = lambda targets: targets * np.nan
+    assert world.run("--max_held_ticks=2") == 1
+    assert world.robot.calls[-1] == "land"
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_bugs_keep_their_traceback_but_the_arm_lands(world: World) -> None:
+    world.policy.on_action = raising(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        world.run()
+    assert world.robot.calls[-1] == "land"
+
+
+def test_verbose_shows_the_traceback_of_user_errors(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.load = raising(CheckpointError("damaged"))
+    assert world.run("--verbose") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unsafe_landing_is_an_error_whatever_else(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 did not answer"])
+    assert world.run() == 1
+    assert "MAY STILL BE POWERED: servo 6 did not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", ["load", "run"])
+def test_signals_end_with_the_shells_exit_code(
+    world: World, number: int, code: int, phase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if phase == "load":
+        world.load = lambda config: signal.raise_signal(number)
+    else:
+        world.policy.on_action = lambda targets: signal.raise_signal(number)
+    assert world.run() == code
+    assert world.robot.calls == ([] if phase == "load" else ["connect", "reset", "land"])
+
+
+def test_dry_run_sends_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run("--dry_run") == 0
+    assert world.robot.sent == []
+    assert "nothing was sent" in capsys.readouterr().out
+
+
+def test_preflight_warnings_are_printed_and_reported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world.policy.facts = facts(tag="gr1", cameras={"webcam": (16, 9)})
+    assert world.run("--preflight=warn", f"--out={tmp_path}") == 0
+    warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert any("gr1" in warning for warning in warnings)
+    assert any("ASPECT RATIO" in warning for warning in warnings)
+    assert capsys.readouterr().out.count("frames are resized") == 2  # once when found, once in the report
+
+
+def program(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "so100_inference_optimized.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    probe = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--help']\n"
+        "import so100_inference_optimized as s; assert s.main() == 0\n"
+        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'cv2', 'matplotlib', 'transformers') if m in sys.modules])"
+    )
+    began_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=30, check=True)
+    assert time.monotonic() - began_s < 3
+    assert "HEAVY []" in done.stdout
+    for flag in ("--robot.port", "--lang_instruction", "--camera_map", "--max_held_ticks", "--show_images", "--processor_path"):
+        assert flag in done.stdout
+
+
+def test_as_a_program() -> None:
+    assert program("--help").returncode == 0
+    bad = program(*ISSUE, "--bogus=1")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: unknown flag '--bogus'")

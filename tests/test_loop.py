@@ -1,0 +1,339 @@
+"""The control loop in virtual time; its stopping and landing also with real signals in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_fakes import TICK_S, Bench
+
+from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.loop import ControlLoop
+from gr00t_fast.control.safety import SafetyOptions
+from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
+
+
+def test_a_free_inference_gives_an_even_thirty_hertz() -> None:
+    bench = Bench(timeout_s=2.0)
+    trace = bench.loop.run()
+    assert len(trace) == 60
+    assert np.allclose(np.diff(bench.times()), TICK_S)
+    assert (bench.loop.pacer.missed_ticks, bench.loop.pacer.waiting_ticks) == (0, 0)
+    assert trace.ended_by == "done"
+    assert bench.robot.calls == ["connect", "reset", "land"]
+
+
+def test_executes_the_first_actions_of_each_chunk_in_order() -> None:
+    bench = Bench(horizon=8, timeout_s=1.0)
+    bench.policy.on_action = lambda targets: np.arange(16)[:, None] + np.zeros(6)  # the index of the action in its chunk
+    bench.loop.run()
+    assert bench.loop.trace.arrays()["target"][:24, 0].tolist() == [*range(8)] * 3
+
+
+def test_without_a_horizon_the_whole_chunk_is_played() -> None:
+    bench = Bench(horizon=None, timeout_s=1.0)
+    bench.loop.run()
+    assert len(bench.policy.seen) == 2
+
+
+def test_a_slow_inference_pauses_once_per_chunk_and_misses_nothing() -> None:
+    bench = Bench(inference_s=0.4, timeout_s=3.0)
+    bench.loop.run()
+    gaps = np.diff(bench.times())
+    boundaries = np.arange(7, len(gaps), 8)
+    assert np.allclose(gaps[boundaries], TICK_S + 0.4)
+    assert np.allclose(np.delete(gaps, boundaries), TICK_S)  # even within a chunk: neither burst nor gap
+    assert bench.loop.pacer.missed_ticks == 0
+    assert bench.loop.pacer.waiting_ticks == 12 * len(bench.policy.seen)
+    assert all(chunk.pause_ms == pytest.approx(400) for chunk in bench.loop.trace.chunks)
+
+
+def test_the_lines_users_know() -> None:
+    bench = Bench(inference_s=0.234, timeout_s=1.0)
+    bench.loop.run()
+    assert bench.said[0] == "Direct inference time: 0.234s"
+    assert bench.said[1] == f"Loop 1: {0.234 + 8 * TICK_S:.3f}s total"
+    assert bench.said[3].startswith("Loop 2:")
+
+
+def test_the_policy_sees_the_pose_after_the_last_action() -> None:
+    bench = Bench(timeout_s=1.0)
+    bench.loop.run()
+    poses = [seen["state.single_arm"][0, 0] for seen in bench.policy.seen]
+    assert poses == [0, 8, 16, 24]
+    assert bench.policy.seen[0]["annotation.human.task_description"] == ["pick: the cube"]
+
+
+def test_tracking_compares_a_target_with_the_pose_one_tick_later() -> None:
+    bench = Bench(timeout_s=1.0)
+    bench.loop.run()
+    assert bench.loop.trace.tracking_error().shape == (29, 6)
+    assert not bench.loop.trace.tracking_error().any()  # the fake arm is there after one tick
+
+
+def test_sending_does_not_wait_for_a_slow_camera_within_a_chunk() -> None:
+    bench = Bench(timeout_s=1.0)
+    bench.robot.on_observe = lambda: bench.clock.advance(0.012)
+    bench.loop.run()
+    within = np.delete(np.diff(bench.times()), np.arange(7, 30, 8)[:3])
+    assert np.allclose(within[1:7], TICK_S)
+    assert bench.loop.pacer.missed_ticks == 0
+
+
+def test_missed_ticks_in_playback_are_counted_apart_from_inference() -> None:
+    bench = Bench(inference_s=0.1, timeout_s=1.0)
+    bench.robot.on_send = lambda: bench.clock.advance(0.09 if len(bench.robot.sent) == 3 else 0.0)
+    bench.loop.run()
+    assert bench.loop.pacer.missed_ticks == 2
+    assert bench.loop.pacer.waiting_ticks == 3 * len(bench.policy.seen)
+
+
+def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
+    bench = Bench(episodes=3, timeout_s=0.5, seed=7)
+    trace = bench.loop.run()
+    assert bench.robot.seeds == [7, 8, 9]
+    assert (bench.policy.resets, trace.episodes) == (3, 3)
+    assert np.bincount(trace.arrays()["episode"]).tolist() == [15, 15, 15]
+    assert trace.tracking_error().shape == (42, 6)  # no pair across two episodes
+
+
+def test_an_episode_starts_with_a_fresh_observation_not_with_old_actions() -> None:
+    bench = Bench(episodes=2, timeout_s=0.1)
+    bench.loop.run()
+    assert len(bench.policy.seen) == 2
+
+
+def test_nan_is_held_and_then_ends_the_run_with_the_arm_landed() -> None:
+    bench = Bench(safety=SafetyOptions(max_held_ticks=4))
+    bench.policy.on_action = lambda targets: targets * np.nan
+    with pytest.raises(UnsafeActionError, match="NaN"):
+        bench.loop.run()
+    assert np.isfinite(bench.sent()).all()
+    assert len(bench.sent()) == 4
+    assert bench.robot.calls[-1] == "land"
+    assert bench.loop.trace.ended_by == "error"
+
+
+def test_a_policy_that_returns_too_few_actions() -> None:
+    bench = Bench(horizon=16, policy_horizon=8)
+    with pytest.raises(UnsafeActionError, match="--action_horizon"):
+        bench.loop.run()
+    assert bench.robot.sent == []
+
+
+def test_action_horizon_must_be_positive() -> None:
+    with pytest.raises(ConfigError):
+        Bench(horizon=0)
+
+
+def raising(error: BaseException):
+    def hook(*_: object) -> None:
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [RobotError("camera died"), ValueError("a bug"), KeyboardInterrupt(), SystemExit(3), MemoryError()])
+@pytest.mark.parametrize("place", ["on_connect", "on_observe", "on_send", "infer"])
+def test_always_lands(place: str, error: BaseException) -> None:
+    bench = Bench()
+    if place == "infer":
+        bench.policy.on_action = raising(error)
+    else:
+        setattr(bench.robot, place, raising(error))
+    with pytest.raises(type(error)):
+        bench.loop.run()
+    assert bench.robot.calls[-1] == "land"
+    assert bench.loop.trace.landing.safe
+    assert bench.loop.trace.events == {"read_retry": 2}
+
+
+def test_a_refused_preflight_lands_without_a_single_command() -> None:
+    bench = Bench()
+    bench.loop.on_connected = raising(PreflightError("units"))
+    with pytest.raises(PreflightError):
+        bench.loop.run()
+    assert bench.robot.sent == []
+    assert bench.robot.calls == ["connect", "land"]
+
+
+def test_a_stop_request_ends_normally_after_the_tick() -> None:
+    bench = Bench(timeout_s=None)
+    bench.robot.on_send = lambda: len(bench.robot.sent) == 5 and bench.stop.request("window closed")
+    trace = bench.loop.run()
+    assert trace.ended_by == "window closed"
+    assert len(bench.robot.sent) == 6
+    assert bench.robot.calls[-1] == "land"
+
+
+def test_a_dry_run_sends_nothing() -> None:
+    bench = Bench(dry_run=True)
+    trace = bench.loop.run()
+    assert bench.robot.sent == []
+    assert len(bench.policy.seen) == 1
+    assert bench.robot.calls == ["connect", "land"]
+    assert "nothing was sent" in bench.said[-1]
+    assert trace.ended_by == "done"
+
+
+def test_handles_signals_itself_when_nobody_else_does() -> None:
+    bench = Bench()
+    loop = ControlLoop(bench.robot, bench.loop.controller, bench.loop.options, bench.clock, echo=bench.said.append)
+    bench.policy.on_action = lambda targets: signal.raise_signal(signal.SIGINT)
+    landed_with = []
+    bench.robot.landing, land = LandingReport(port_closed=True, cameras_closed=True), bench.robot.land
+
+    def land_and_be_interrupted() -> LandingReport:
+        signal.raise_signal(signal.SIGINT)
+        landed_with.append("intact")
+        return land()
+
+    bench.robot.land = land_and_be_interrupted
+    assert loop.run().ended_by == "SIGINT"
+    assert landed_with == ["intact"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_unsafe_landing_is_kept() -> None:
+    bench = Bench()
+    bench.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 silent"])
+    assert not bench.loop.run().landing.safe
+
+
+class TestStopSignals:
+    """The handler's rules, with signals raised in this process."""
+
+    def test_raises_at_once_when_armed_and_restores_the_handlers(self) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        with StopSignals() as stop:
+            with pytest.raises(StopRequested) as caught, stop.armed():
+                signal.raise_signal(signal.SIGTERM)
+            assert (caught.value.exit_code, caught.value.reason, stop.exit_code) == (143, "SIGTERM", 143)
+        assert signal.getsignal(signal.SIGTERM) is before
+
+    def test_is_remembered_outside_and_raised_at_the_next_chance(self) -> None:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(StopRequested), stop.armed():
+                pytest.fail("must not get here")
+            signal.raise_signal(signal.SIGINT)  # while landing: nothing
+            assert stop.exit_code == 130
+
+    def test_an_atomic_block_is_finished_first(self) -> None:
+        done = []
+
+        def transfer(stop: StopSignals) -> None:
+            with stop.armed(), stop.atomic():
+                signal.raise_signal(signal.SIGINT)
+                done.append("finished")
+
+        with StopSignals() as stop, pytest.raises(StopRequested):
+            transfer(stop)
+        assert done == ["finished"]
+
+    def test_a_second_signal_does_not_wait_for_it(self) -> None:
+        done = []
+
+        def transfer(stop: StopSignals) -> None:
+            with stop.armed(), stop.atomic():
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                done.append("finished")
+
+        with StopSignals() as stop, pytest.raises(StopRequested):
+            transfer(stop)
+        assert done == []
+
+    def test_an_exception_swallowed_by_a_library_is_raised_again_by_check(self) -> None:
+        done = []
+
+        def library(stop: StopSignals) -> None:
+            with stop.armed():
+                with contextlib.suppress(BaseException):  # what a __del__ or a C callback does to exceptions
+                    signal.raise_signal(signal.SIGTERM)
+                done.append("swallowed")
+                stop.check()
+                done.append("not stopped")
+
+        with StopSignals() as stop, pytest.raises(StopRequested):
+            library(stop)
+        assert done == ["swallowed"]
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
+    def test_a_closed_terminal_stops_too_unless_ignored_on_purpose(self) -> None:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.exit_code == 129
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopSignals() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert not stop.requested
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+HERE = Path(__file__).parent
+
+
+def run_and_signal(
+    tmp_path: Path, mode: str, after_event: str, *numbers: int, pause_s: float = 0.1
+) -> tuple[int, list[tuple[float, str]], float]:
+    """Start tests/signal_arm.py, send the signals once `after_event` is logged; return exit code, log and the time of the first signal."""
+    log = tmp_path / "log"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    process = subprocess.Popen([sys.executable, str(HERE / "signal_arm.py"), str(log), mode], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        give_up_s = time.monotonic() + 10
+        while not (log.exists() and f" {after_event}\n" in log.read_text()):
+            assert time.monotonic() < give_up_s, "the arm never got there"
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)
+        first_s = time.time()
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(pause_s)
+        code = process.wait(timeout=10)
+    finally:
+        process.kill()
+    lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    return code, [(float(when), event) for when, event in lines], first_s
+
+
+def when(log: list[tuple[float, str]], event: str) -> float:
+    return next(time_s for time_s, name in log if name == event)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+class TestRealSignals:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+    def test_lands_in_the_middle_of_an_inference(self, tmp_path: Path, number: int, code: int) -> None:
+        got, log, signalled_s = run_and_signal(tmp_path, "infer", "infer", number)
+        assert got == code
+        assert when(log, "landed") - signalled_s < 0.5  # the inference would have taken three seconds
+        assert "inferred" not in [event for _, event in log]
+
+    def test_landing_is_not_cut_short_by_impatience(self, tmp_path: Path) -> None:
+        got, log, _ = run_and_signal(tmp_path, "land", "inferred", *[signal.SIGINT] * 4)
+        assert got == 130
+        assert [event for _, event in log][-2:] == ["landed", "ended by SIGINT"]
+        assert when(log, "landed") - when(log, "landing") >= 0.6
+
+    def test_a_transfer_is_finished_before_landing(self, tmp_path: Path) -> None:
+        got, log, signalled_s = run_and_signal(tmp_path, "send", "send", signal.SIGTERM)
+        assert got == 143
+        assert [event for _, event in log][-4:] == ["sent", "landing", "landed", "ended by SIGTERM"]
+        assert when(log, "landed") - signalled_s < 0.5
+
+    def test_a_second_signal_cuts_a_transfer_short(self, tmp_path: Path) -> None:
+        _, log, _ = run_and_signal(tmp_path, "send", "send", signal.SIGTERM, signal.SIGTERM)
+        assert [event for _, event in log][-4:] == ["send", "landing", "landed", "ended by SIGTERM"]

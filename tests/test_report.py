@@ -1,0 +1,206 @@
+"""Figures of a run whose times are known exactly, and what is written to disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_fakes import TICK_S, Bench
+
+from gr00t_fast.contracts import LandingReport, Observation
+from gr00t_fast.control import recorder
+from gr00t_fast.control.outputs import Outputs
+from gr00t_fast.control.plots import plot_joints, save_run
+from gr00t_fast.control.recorder import LiveView, VideoRecorder, display_obstacle, side_by_side
+from gr00t_fast.control.report import SCHEMA, as_text, build_report, percentiles, write_report
+from gr00t_fast.errors import ConfigError, MissingExtraError
+
+
+def report_of(bench: Bench, **kwargs: object) -> dict:
+    return build_report(bench.loop, {"model_path": "m"}, **kwargs)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    bench = Bench(inference_s=0.2, timeout_s=2.0)
+    bench.loop.run()
+    return bench
+
+
+def test_percentiles() -> None:
+    assert percentiles([]) is None
+    assert percentiles([1.0, float("nan"), 3.0]) == {"count": 2, "p50": 2.0, "p95": 2.9, "p99": 2.98, "max": 3.0}
+
+
+def test_figures_of_a_known_run(bench: Bench) -> None:
+    report = report_of(bench)
+    assert report["schema"] == SCHEMA
+    assert report["run"]["ticks"] == len(bench.robot.sent)
+    assert report["run"]["playback_hz"] == pytest.approx(30, abs=0.01)
+    assert report["run"]["achieved_hz"] < 30
+    assert report["stages_ms"]["infer"]["p50"] == pytest.approx(200)
+    assert report["stages_ms"]["infer/network"]["p99"] == 4.0
+    assert report["stages_ms"]["loop"]["p50"] == pytest.approx(200 + 8000 * TICK_S, abs=0.01)
+    assert report["pacing"]["pause_per_chunk_ms"]["p50"] == pytest.approx(200)
+    assert report["pacing"]["missed_ticks"] == 0
+    assert report["pacing"]["waiting_for_inference_ticks"] == 6 * report["run"]["inferences"]
+    assert report["pacing"]["tick_error_ms"]["max"] == 0
+    assert report["tracking_error"]["joints"]["gripper"]["max"] == 0
+    assert report["events"] == {"read_retry": 2}
+    assert report["landing"]["safe"] is True
+    assert {"observe", "infer", "send", "wait", "loop"} <= set(report["stages_ms"])
+
+
+def test_safety_counts_are_per_joint() -> None:
+    bench = Bench(timeout_s=1.0)
+    bench.policy.on_action = lambda targets: targets + np.array([0, 0, 0, 0, 0, 200.0])
+    bench.loop.run()
+    safety = report_of(bench)["safety"]
+    assert safety["clamped"]["gripper"] == 30
+    assert safety["clamped"]["elbow_flex"] == 0
+    assert safety["step_limited"]["gripper"] > 0
+
+
+def test_says_what_ran_where(bench: Bench) -> None:
+    report = report_of(bench, argv=["prog", "--lang_instruction=pick: the cube"])
+    assert report["command_line"] == "prog '--lang_instruction=pick: the cube'"
+    assert report["versions"]["python"]
+    assert report["machine"]["cpus"]
+    assert "git_commit" in report
+
+
+def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
+    text = as_text(report_of(bench, warnings=["look out"]))
+    for word in (
+        "observe",
+        "infer",
+        "infer/network",
+        "send",
+        "wait",
+        "loop",
+        "wrist_roll",
+        "gripper",
+        "missed ticks",
+        "p99",
+        "read_retry 2",
+    ):
+        assert word in text
+    assert "warning: look out" in text
+    assert "torque off; safe" in text
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_an_unsafe_landing_is_loud(bench: Bench) -> None:
+    bench.loop.trace.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 silent"])
+    assert "NOT SAFE: servo 6 silent" in as_text(report_of(bench))
+
+
+def test_a_run_that_failed_at_connect_still_has_a_report(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.robot.on_connect = lambda: (_ for _ in ()).throw(OSError("no port"))
+    with pytest.raises(OSError, match="no port"):
+        bench.loop.run()
+    report = report_of(bench)
+    assert report["run"]["ticks"] == 0
+    assert report["safety"] is None
+    assert as_text(report)
+    write_report(report, tmp_path)
+
+
+def test_json_is_strict_and_complete(bench: Bench, tmp_path: Path) -> None:
+    as_json, text = write_report(report_of(bench), tmp_path / "deep" / "out")
+    loaded = json.loads(as_json.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert loaded["settings"] == {"model_path": "m"}
+    assert text.read_text().startswith("run ")
+
+
+def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        write_report(report_of(bench), tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="--out"):
+        Outputs(tmp_path / "file" / "out", None, False, 30.0, lambda: None)
+
+
+def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
+    npz, csv = save_run(bench.loop.trace, tmp_path)
+    data = np.load(npz)
+    assert data["commanded"].shape == (len(bench.robot.sent), 6)
+    assert np.array_equal(data["commanded"], np.array([targets for _, targets in bench.robot.sent]))
+    assert data["joint_names"].tolist()[-1] == "gripper"
+    assert np.allclose(np.diff(data["time_s"]), np.diff(bench.times()))
+    header, *rows = csv.read_text().splitlines()
+    assert len(rows) == len(bench.robot.sent)
+    assert len(header.split(",")) == len(rows[0].split(",")) == 20
+    assert plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees").read_bytes().startswith(b"\x89PNG")
+
+
+def frames_of(number: int) -> Observation:
+    front, wrist = np.full((48, 64, 3), number, np.uint8), np.full((50, 33, 3), 255 - number, np.uint8)
+    return Observation(np.zeros(6), {"front": front, "wrist": wrist}, 0.0)
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [(".mp4", b"ftyp"), (".gif", b"GIF89a")])
+def test_video(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / "new" / f"run{suffix}"
+    with VideoRecorder(path, 30.0) as video:
+        for number in range(30):
+            video.see(frames_of(number))
+    assert video.error is None
+    assert magic in path.read_bytes()[:16]
+
+
+def test_a_failing_encoder_never_disturbs_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with VideoRecorder(tmp_path / "file" / "run.mp4", 30.0) as video:
+        for number in range(100):
+            video.see(frames_of(number))
+    assert video.error
+
+
+def test_side_by_side_has_even_sizes() -> None:
+    assert side_by_side(frames_of(0).frames).shape == (48, 96, 3)
+
+
+def test_video_suffix_and_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\.mp4 or \.gif"):
+        VideoRecorder(tmp_path / "run.avi", 30.0)
+    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
+    with pytest.raises(MissingExtraError, match=r"gr00t_fast\[plots\]"):
+        VideoRecorder(tmp_path / "run.mp4", 30.0)
+
+
+def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder.sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    said: list[str] = []
+    view = LiveView(echo=said.append)
+    view.see(frames_of(0))
+    view.close()
+    assert len(said) == 1
+    assert "--video=run.mp4" in said[0]
+
+
+def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
+    assert "pip install opencv-python" in display_obstacle()
+
+
+def test_a_window_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cv2 = pytest.importorskip("cv2")
+    monkeypatch.setattr(recorder, "display_obstacle", lambda: None)
+
+    def fail(*_: object) -> None:
+        raise cv2.error("no window system")
+
+    monkeypatch.setattr(cv2, "imshow", fail)
+    said: list[str] = []
+    view = LiveView(echo=said.append)
+    view.see(frames_of(0))
+    view.see(frames_of(1))
+    assert len(said) == 1
