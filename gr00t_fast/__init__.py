@@ -5,13 +5,7 @@ Importing this package imports nothing else; `load_policy` and the types are loo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from gr00t_fast.contracts import ActionChunk, Observation
-    from gr00t_fast.data_config import DataConfig
-    from gr00t_fast.errors import Gr00tFastError
-    from gr00t_fast.policy import Gr00tPolicy, load_policy
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -23,7 +17,7 @@ _HOME = {
     "ActionChunk": "contracts",
     "Gr00tFastError": "errors",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = ["ActionChunk", "DataConfig", "Gr00tFastError", "Gr00tPolicy", "Observation", "__version__", "load_policy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,8 +77,7 @@ def _validate(config: RunConfig) -> None:
         raise UsageError("--model_path is missing: the directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub.")
     if not config.lang_instruction.strip():
         raise UsageError(
-            "--lang_instruction is missing or empty. Say what to do, in the words of the training "
-            'data: --lang_instruction="Pick up the cube".'
+            '--lang_instruction is missing or empty. Say what to do, in the words of the training data: --lang_instruction="Pick up the cube".'
         )
     if not _DEVICE.fullmatch(config.device):
         raise UsageError(

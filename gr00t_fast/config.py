@@ -158,7 +158,9 @@ def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str) -> None:
     for key in section:
         if key not in known:
-            raise CheckpointError(f"config.json: unknown key '{key}' in {name}.{closest(key, known)} It may change the computation, so it is refused.")
+            raise CheckpointError(
+                f"config.json: unknown key '{key}' in {name}.{closest(key, known)} It may change the computation, so it is refused."
+            )
     for part in ("diffusion_model_cfg", "vl_self_attention_cfg"):
         if part in section:
             _refuse_unknown(section[part], _TRANSFORMER_KEYS, f"{name}.{part}")

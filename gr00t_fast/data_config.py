@@ -82,7 +82,9 @@ def _from_user_class(spec: str) -> DataConfig:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
-        raise ConfigError(f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it.") from error
+        raise ConfigError(
+            f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it."
+        ) from error
     except AttributeError as error:
         raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}'.") from error
     made = found() if isinstance(found, type) else found

@@ -203,8 +203,7 @@ def _check_choice_items(where: str, flag: Flag, value: Any) -> None:
             )
         if item["type"] not in classes:
             raise UsageError(
-                f"{where}: '{name}' has the unknown type '{item['type']}'.{closest(str(item['type']), classes)} "
-                f"Known: {', '.join(classes)}."
+                f"{where}: '{name}' has the unknown type '{item['type']}'.{closest(str(item['type']), classes)} Known: {', '.join(classes)}."
             )
         known = [field.name for field in dataclasses.fields(classes[item["type"]])]
         for key in item:

@@ -21,9 +21,7 @@ HUB_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # holds the same files;
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _END = "<|im_end|>\n<|im_start|>assistant\n"
 # Word splitting of Qwen2's tokenizer (transformers' Qwen2Converter).
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def render_prompt(instruction: str, cameras: int, tokens_per_camera: int, style: str = "plain") -> str:
@@ -90,7 +88,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if (directory / "tokenizer.json").exists():
             return Tokenizer.from_file(str(directory / "tokenizer.json"))
         return _from_slow_files(directory)
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception for every damaged file
+    except Exception as error:
         raise CheckpointError(f"the tokenizer files in {directory} cannot be read: {error}. Copy or download them again.") from error
 
 

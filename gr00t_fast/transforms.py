@@ -134,7 +134,8 @@ def _normalisers(keys: Sequence[str], config: DataConfig, metadata: EmbodimentMe
     if unknown:
         known = ", ".join(sorted(metadata.statistics))
         raise ConfigError(
-            f"the data config reads {', '.join(unknown)}, but this checkpoint has statistics for {known} only. Choose the data_config it was trained with."
+            f"the data config reads {', '.join(unknown)}, but this checkpoint has statistics for {known} only. "
+            "Choose the data_config it was trained with."
         )
     parts = {key: Normaliser(config.normalisation_of(key), metadata.statistics[key], key) for key in keys}
     if (total := sum(part.width for part in parts.values())) > padded_width:

@@ -51,9 +51,7 @@ def open_checkpoint(model_path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), _weight_files(path))
 
 
-def load_model(
-    checkpoint: Checkpoint, embodiment_tag: str, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-) -> Gr00tN1d5:
+def load_model(checkpoint: Checkpoint, embodiment_tag: str, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Gr00tN1d5:
     """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors."""
     with torch.device("meta"):
         model = Gr00tN1d5(checkpoint.config)

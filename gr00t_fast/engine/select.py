@@ -20,9 +20,13 @@ def select_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}'.{closest(name, ('auto', 'cuda', 'cpu', 'mps'))} Expected auto, cuda, cuda:N, cpu or mps.") from error
+        raise ConfigError(
+            f"unknown device '{name}'.{closest(name, ('auto', 'cuda', 'cpu', 'mps'))} Expected auto, cuda, cuda:N, cpu or mps."
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device '{name}' was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs. Use --device=cpu.")
+        raise ConfigError(
+            f"device '{name}' was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs. Use --device=cpu."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device 'mps' was asked for, but torch {torch.__version__} has no MPS here. Use --device=cpu.")
     if device.type not in ("cuda", "cpu", "mps"):

@@ -1,0 +1,221 @@
+"""Write a checkpoint with random weights in NVIDIA's published N1.5 format: for demonstrations, tests and timing where no real one is at hand.
+
+    python -m gr00t_fast.random_checkpoint --size=demo --out=outputs/demo/checkpoint
+
+It carries a small tokenizer of its own (every byte is a token), so nothing is downloaded. What it does with an arm means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from gr00t_fast.checkpoint.rename import published_shapes
+from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.prompt import IMAGE_TOKEN
+
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
+_MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
+# Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent): the arm stays in front of its base, above the table.
+_RANGES_DEG = {
+    "shoulder_pan": (-40.0, 40.0),
+    "shoulder_lift": (-70.0, 20.0),
+    "elbow_flex": (-20.0, 80.0),
+    "wrist_flex": (10.0, 80.0),
+    "wrist_roll": (-40.0, 40.0),
+    "gripper": (5.0, 60.0),
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    # vision: width, inner, layers, heads; language: width, inner, layers, heads, kv heads, head dim; dit and vl: layers, heads, head dim
+    "tiny": {"vision": (32, 64, 1, 2), "language": (32, 64, 1, 4, 2, 8), "hidden": 32, "dit": (2, 4, 8), "vl": (1, 4, 8)},
+    "demo": {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
+}
+SIZES = (*_SIZES, "full")
+
+
+def write_random_checkpoint(
+    out: Path,
+    size: str = "demo",
+    data_config: str = "so100",
+    resolution: tuple[int, int] = (640, 480),
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    published_tokenizer: bool = False,
+) -> Path:
+    """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters); resolution is (width, height). Raises ConfigError.
+
+    `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
+    """
+    if size not in SIZES or data_config not in DATA_CONFIGS:
+        raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(DATA_CONFIGS)}; got '{size}', '{data_config}'.")
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in out.glob("model*.safetensors*"):
+        stale.unlink()
+    config, eagle = network_config(size, published_tokenizer or size == "full")
+    if not (published_tokenizer or size == "full"):
+        _write_tokenizer(out / "eagle2_hg_model" / "tokenizer.json")
+    _write_json(out / "config.json", config)
+    _write_json(out / "eagle2_hg_model" / "config.json", eagle)
+    _write_json(out / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
+    _write_weights(out, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
+    return out
+
+
+def network_config(size: str, published_vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and Eagle's config.json of a network of that size."""
+    config, eagle = copy.deepcopy(PUBLISHED_CONFIG), copy.deepcopy(PUBLISHED_EAGLE)
+    vision, text = eagle["vision_config"], eagle["text_config"]
+    vision.update(model_type="siglip_vision_model", num_channels=3, hidden_act="gelu_pytorch_tanh", attention_dropout=0)
+    text.update(model_type="qwen3", hidden_act="silu", attention_bias=False, rope_scaling=None, tie_word_embeddings=True)
+    if size == "full":
+        return config, eagle
+    sizes, head = _SIZES[size], config["action_head_cfg"]
+    vision.update(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes["vision"], strict=True))
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    text.update(zip(keys, sizes["language"], strict=True))
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
+        head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
+    head["diffusion_model_cfg"].update(cross_attention_dim=width, output_dim=sizes["hidden"])
+    head.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
+    config.update(hidden_size=width)
+    config["backbone_cfg"]["select_layer"] = layers
+    if not published_vocabulary:
+        tokenizer = byte_tokenizer()
+        text["vocab_size"], eagle["image_token_index"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN)
+    return config, eagle
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, plus the special tokens of the prompt: the smallest tokenizer that can read any instruction."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    return tokenizer
+
+
+def _write_tokenizer(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(path))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _metadata(data_config: str, resolution: tuple[int, int]) -> dict[str, Any]:
+    parts = {"single_arm": SO100_JOINTS[:-1], "gripper": SO100_JOINTS[-1:]}
+    statistics = {part: _part_statistics([_RANGES_DEG[joint] for joint in joints]) for part, joints in parts.items()}
+    shapes = {part: {"absolute": True, "rotation_type": None, "shape": [len(joints)], "continuous": True} for part, joints in parts.items()}
+    camera = {"resolution": list(resolution), "channels": 3, "fps": 30.0}
+    videos = {key.removeprefix("video."): camera for key in DATA_CONFIGS[data_config].video_keys}
+    modalities = {"video": videos, "state": shapes, "action": shapes}
+    entry = {"statistics": {"state": statistics, "action": statistics}, "modalities": modalities, "embodiment_tag": "new_embodiment"}
+    return {"new_embodiment": entry}
+
+
+def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]]:
+    low, high = zip(*ranges, strict=True)
+    mean = [(a + b) / 2 for a, b in ranges]
+    std = [(b - a) / 4 for a, b in ranges]
+    return {"min": list(low), "max": list(high), "mean": mean, "std": std, "q01": list(low), "q99": list(high)}
+
+
+def _write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shapes = _published_shapes(config)
+    shards = list(_shards(shapes, dtype, max_shard_bytes))
+    generator = torch.Generator().manual_seed(seed)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _random_tensor(name, shapes[name], generator, dtype) for name in names}
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+        print(f"wrote {file}: {len(names)} tensors", file=sys.stderr)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = Gr00tN1d5(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        shapes.update(published_shapes(name, tuple(parameter.shape), config))
+    return shapes
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit_bytes: int) -> Iterator[list[str]]:
+    names, filled = [], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if names and filled + size > limit_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    yield names
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Norm weights near 1, biases near 0, matrices scaled by their fan-in so that activations stay of order one."""
+    is_norm = "norm" in name.rsplit(".", 2)[-2] or "vlln" in name
+    if len(shape) == 1 and name.endswith("weight") and is_norm:
+        return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    if len(shape) == 1 or name.endswith(".b"):
+        return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+    fan_in = shape[1] if name.endswith(".W") else math.prod(shape[1:])
+    scale = 0.02 if "embedding" in name or "embed_tokens" in name or "future_tokens" in name else fan_in**-0.5
+    return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="full: the published sizes, 4.7 GB")
+    parser.add_argument("--data_config", choices=tuple(DATA_CONFIGS), default="so100")
+    parser.add_argument("--resolution", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"), help="of the imagined training videos")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max_shard_bytes", type=int, default=_MAX_SHARD_BYTES, help="start another weight file beyond this")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files of a checkpoint that is there")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.out.exists() and any(arguments.out.iterdir()) and not arguments.overwrite:
+            raise ConfigError(f"{arguments.out} exists and is not empty. Choose another --out, or say --overwrite.")
+        write_random_checkpoint(
+            arguments.out,
+            arguments.size,
+            arguments.data_config,
+            tuple(arguments.resolution),
+            arguments.seed,
+            max_shard_bytes=arguments.max_shard_bytes,
+        )
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: a GR00T N1.5 checkpoint of size '{arguments.size}' with RANDOM weights. Its actions mean nothing.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
