@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gr00t_fast.checkpoint.rename import published_shapes
+from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.data_config import DATA_CONFIGS
@@ -162,7 +162,18 @@ def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes.update(published_shapes(name, tuple(parameter.shape), config))
-    return shapes
+    return {**shapes, **_pooling_head_shapes(config)}
+
+
+def _pooling_head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """SigLIP's pooling head: published files hold it although the policy never uses it."""
+    width, inner = config.vision.hidden_size, config.vision.intermediate_size
+    prefix = UNUSED_PREFIXES[0]
+    shapes = {"probe": (1, 1, width), "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
+    for name, rows, columns in (("attention.out_proj", width, width), ("mlp.fc1", inner, width), ("mlp.fc2", width, inner)):
+        shapes.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})
+    shapes.update({"layernorm.weight": (width,), "layernorm.bias": (width,)})
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit_bytes: int) -> Iterator[list[str]]:

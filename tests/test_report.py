@@ -14,8 +14,9 @@ from gr00t_fast.control import recorder
 from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.plots import plot_joints, save_run
 from gr00t_fast.control.recorder import LiveView, VideoRecorder, display_obstacle, side_by_side
-from gr00t_fast.control.report import SCHEMA, as_text, build_report, percentiles, write_report
+from gr00t_fast.control.report import SCHEMA, as_text, build_report, write_report
 from gr00t_fast.errors import ConfigError, MissingExtraError
+from gr00t_fast.measurement import percentiles
 
 
 def report_of(bench: Bench, **kwargs: object) -> dict:

@@ -5,14 +5,10 @@ Percentiles are over all samples of the run (numpy's linear interpolation). Time
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,9 +21,9 @@ from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.control.trace import RunTrace
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
-_PACKAGES = ("gr00t_fast", "torch", "numpy", "lerobot", "draccus", "mujoco-core", "opencv-python-headless")
 
 
 def build_report(
@@ -56,19 +52,6 @@ def build_report(
         "versions": versions(),
         "git_commit": git_commit(),
         "command_line": shlex.join(sys.argv if argv is None else argv),
-    }
-
-
-def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
-    """Return {count, p50, p95, p99, max} of the finite samples, or None when there are none."""
-    values = np.asarray(list(samples), np.float64)
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return None
-    p50, p95, p99 = np.percentile(values, (50, 95, 99))
-    return {
-        "count": int(values.size),
-        **{k: round(float(v), 3) for k, v in zip(("p50", "p95", "p99", "max"), (p50, p95, p99, values.max()), strict=True)},
     }
 
 
@@ -124,48 +107,6 @@ def _tracking(trace: RunTrace, unit: str) -> dict[str, Any]:
 
 def _landing(landing: LandingReport | None) -> dict[str, Any] | None:
     return None if landing is None else {**asdict(landing), "safe": landing.safe}
-
-
-def machine() -> dict[str, Any]:
-    """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
-    facts: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        facts["torch_threads"] = torch.get_num_threads()
-        facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or just the architecture on Linux
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what shapes the result."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # optional, or run from a checkout
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `-dirty` when changed; None when it is not a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None  # git is not installed, or the repository has no commit yet
 
 
 def as_text(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,96 @@
+"""How much work one inference is, and how fast this machine could possibly do it.
+
+FLOP count multiplications and additions of the matrix products and attention (2 per multiply-add); bytes count each weight once. The
+floor of a stage is the larger of FLOP over the machine's best matrix rate and bytes over its best read rate, both measured in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.model import Gr00tN1d5
+
+
+@dataclass(frozen=True)
+class Work:
+    flop: float
+    weight_bytes: float
+
+    def floor_ms(self, ceilings: Ceilings) -> float:
+        return 1e3 * max(self.flop / ceilings.flop_per_s, self.weight_bytes / ceilings.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Best rates seen on this machine: a large matrix product in the model's dtype, a read of more memory than the caches hold."""
+
+    flop_per_s: float
+    bytes_per_s: float
+
+    def best(self, other: Ceilings) -> Ceilings:
+        return Ceilings(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
+
+
+def stage_work(model: Gr00tN1d5, prompt_tokens: int, cameras: int, steps: int) -> dict[str, Work]:
+    """Work of one inference of one observation, by the stage names of the engines."""
+    c: ModelConfig = model.config
+    v, la, h = c.vision, c.language, c.head
+    images = cameras * v.tokens
+    sequence = 1 + h.future_tokens + h.action_horizon
+    itemsize = model.dtype.itemsize
+    blocks = list(model.head.dit.blocks)
+    cross = [block.attention.kv for block in blocks if block.crosses]
+
+    def linear(module: torch.nn.Module, rows: int) -> float:
+        return 2.0 * rows * sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+    def weights(module: torch.nn.Module) -> float:
+        return float(sum(p.numel() for p in module.parameters()) * itemsize)
+
+    vision = linear(model.vision, images) - 2.0 * images * model.vision.position_embedding.weight.numel()
+    vision += v.num_layers * 4.0 * v.tokens**2 * cameras * v.hidden_size
+    language = linear(model.language.blocks, prompt_tokens) + la.num_layers * 4.0 * prompt_tokens**2 * la.num_heads * la.head_dim / 2  # causal
+    refine = linear(model.head.vl_blocks, prompt_tokens) + len(model.head.vl_blocks) * 4.0 * prompt_tokens**2 * la.hidden_size
+    refine += sum(linear(kv, prompt_tokens) for kv in cross)
+    step_modules = [*(b.attention for b in blocks), *(b.mlp for b in blocks)]
+    step = sum(linear(module, sequence) for module in step_modules) - sum(linear(kv, sequence) for kv in cross)
+    step += sum(4.0 * sequence * (prompt_tokens if b.crosses else sequence) * h.dit.width for b in blocks)
+    step += linear(model.head.action_encoder, h.action_horizon) + linear(model.head.action_decoder, h.action_horizon)
+    step_bytes = sum(map(weights, step_modules)) - sum(map(weights, cross)) + weights(model.head.action_encoder) + weights(model.head.action_decoder)
+    return {
+        "vision": Work(vision, weights(model.vision)),
+        "language": Work(language, weights(model.language.blocks)),
+        "refine": Work(refine, weights(model.head.vl_blocks) + sum(map(weights, cross))),
+        "denoise": Work(step * steps, step_bytes * steps),
+    }
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Best of several runs; takes a second or two on a CPU."""
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else 1536
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    matrix_s = _best_s(lambda: a @ b, device, repeats=20 if on_gpu else 8)
+    big = torch.randn(2**30 // 4 if on_gpu else 2**28 // 4, device=device)  # 1 GiB, 256 MiB: beyond any cache
+    read_s = _best_s(lambda: big.sum(), device, repeats=10)
+    return Ceilings(2.0 * size**3 / matrix_s, big.numel() * 4 / read_s)
+
+
+def _best_s(run, device: torch.device, repeats: int) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    run()
+    wait()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,71 @@
+"""What every report and benchmark says about itself: percentiles, and the machine, versions and commit behind a figure."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless")
+
+
+def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
+    """Return {count, p50, p95, p99, max} of the finite samples, or None when there are none."""
+    values = np.asarray(list(samples), np.float64)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    return {
+        "count": int(values.size),
+        **{k: round(float(v), 3) for k, v in zip(("p50", "p95", "p99", "max"), (p50, p95, p99, values.max()), strict=True)},
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
+    facts: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        facts["torch_threads"] = torch.get_num_threads()
+        facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or just the architecture on Linux
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what shapes the result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # optional, or run from a checkout
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with `-dirty` when changed; None when it is not a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # git is not installed, or the repository has no commit yet
