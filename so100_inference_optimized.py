@@ -72,9 +72,7 @@ def build_robot(config: RunConfig) -> Robot:
     return make_robot(config.robot)
 
 
-def control_loop(
-    config: RunConfig, policy: Any, robot: Robot, fps: float, stop: StopSignals, preflight: Preflight, outputs: Outputs
-) -> ControlLoop:
+def control_loop(config: RunConfig, policy: Any, robot: Robot, fps: float, stop: StopSignals, preflight: Preflight, outputs: Outputs) -> ControlLoop:
     clock, facts = MonotonicClock(), policy.facts
     camera_map = resolve_camera_map(robot.cameras, facts.resolutions, config.camera_map)
     binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, robot.joint_names, camera_map)

@@ -31,14 +31,14 @@ from gr00t_fast.prompt import IMAGE_TOKEN
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
-# Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent): the arm stays in front of its base, above the table.
+# Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent), around the simulated arm's first pose.
 _RANGES_DEG = {
     "shoulder_pan": (-40.0, 40.0),
-    "shoulder_lift": (-70.0, 20.0),
-    "elbow_flex": (-20.0, 80.0),
-    "wrist_flex": (10.0, 80.0),
-    "wrist_roll": (-40.0, 40.0),
-    "gripper": (5.0, 60.0),
+    "shoulder_lift": (-60.0, 20.0),
+    "elbow_flex": (-20.0, 60.0),
+    "wrist_flex": (40.0, 95.0),
+    "wrist_roll": (-120.0, -60.0),
+    "gripper": (0.0, 60.0),
 }
 _SIZES: dict[str, dict[str, Any]] = {
     # vision: width, inner, layers, heads; language: width, inner, layers, heads, kv heads, head dim; dit and vl: layers, heads, head dim

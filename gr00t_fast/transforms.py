@@ -18,6 +18,7 @@ from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ConfigError
 
 _CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
+_PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
 _CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
 
 
@@ -32,7 +33,7 @@ def pixel_values(frames: Tensor, trained_size: tuple[int, int], image_size: int)
     x = _centre_crop(x, _CROP_SCALE)
     x = _resize(x, (image_size, image_size))
     x = (x * 255.0).to(torch.uint8).float()  # truncation, as the reference's conversion to bytes does
-    return (x / 255.0 - 0.5) / 0.5
+    return (x - _PIXEL_MEAN) / _PIXEL_MEAN
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

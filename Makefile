@@ -1,0 +1,67 @@
+# Each target makes .venv and installs what it needs; a second run installs nothing. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+OUT ?= outputs/gpu_check
+BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
+BIN := .venv/bin
+PINS := setup.cfg pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+DEMO := outputs/demo
+
+.PHONY: help demo test lint bench gpu-check clean
+
+help:
+	@echo "make demo       a simulated SO-100, driven from its camera by a small random network; leaves a video, a plot and a report"
+	@echo "make test       all tests that need no GPU, trained weights or arm"
+	@echo "make lint       ruff, and the import arrow"
+	@echo "make bench      inference time, a few minutes"
+	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
+	@echo "make clean      remove .venv and everything made"
+
+demo: .venv/.demo
+	$(BIN)/python -m gr00t_fast.random_checkpoint --size=demo --overwrite --out=$(DEMO)/checkpoint
+	$(BIN)/python so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=$(DEMO)/checkpoint \
+		--lang_instruction="Place the block in the bowl" --timeout=10 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4
+	@echo
+	@echo "picture: $(DEMO)/joints.png"
+	@echo "video:   $(DEMO)/demo.mp4"
+	@echo "report:  $(DEMO)/report.txt (and report.json)"
+
+# One thread: on a busy machine OpenMP's spin barriers make two threads slower than one.
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/bench_policy.py $(BENCH_FLAGS)
+
+gpu-check:
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		$(PYTHON) -m benchmarks.gpu_check --out="$(OUT)"; \
+	else \
+		echo "$(PYTHON) has no torch with a CUDA GPU; using .venv" && \
+		$(MAKE) .venv/.dev && $(BIN)/python -m benchmarks.gpu_check --out="$(OUT)"; \
+	fi
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info .pytest_cache .ruff_cache
+
+.venv/.created:
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))" || { \
+		echo "gr00t_fast needs Python 3.10, 3.11 or 3.12; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.demo: $(PINS) | .venv/.created
+	@echo "installing what the demo needs into .venv (a few minutes, once)"
+	$(INSTALL) '.[demo]'
+	@touch $@
+
+.venv/.dev: $(PINS) | .venv/.created
+	@echo "installing what tests and benchmarks need into .venv (some minutes and 9 GB, once)"
+	$(INSTALL) '.[dev]'
+	@touch $@

@@ -1,0 +1,79 @@
+"""`--robot.*` flags: which arm, on which port, with which cameras.
+
+The fields of the real arm are lerobot 0.4.4's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`), so that a command line written for
+lerobot works unchanged. They are declared here once more because importing lerobot takes five seconds, which `--help` must not; a test
+compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import draccus
+
+
+@dataclass
+class CameraConfig(draccus.ChoiceRegistry):
+    """A camera by `type`; width, height and fps are what it is asked to deliver."""
+
+    width: int = 640
+    height: int = 480
+    fps: int = 30
+
+
+@CameraConfig.register_subclass("opencv")
+@dataclass
+class OpenCVCameraConfig(CameraConfig):
+    """A camera that OpenCV opens by number or device path (lerobot's `type: opencv`)."""
+
+    index_or_path: int | Path = 0
+    color_mode: Literal["rgb", "bgr"] = "rgb"
+    rotation: Literal[0, 90, 180, -90] = 0
+    warmup_s: int = 1
+    fourcc: str | None = None
+    backend: int = 0  # OpenCV's number of a capture backend; 0: any
+
+
+@CameraConfig.register_subclass("sim")
+@dataclass
+class SimCameraConfig(CameraConfig):
+    """A rendered camera of the simulated scene."""
+
+    view: Literal["front", "wrist"] = "front"
+
+
+@dataclass
+class RobotConfig(draccus.ChoiceRegistry):
+    """An arm by `type`."""
+
+    id: str | None = None  # names the calibration file
+    calibration_dir: Path | None = None
+
+
+@RobotConfig.register_subclass("so100_follower")
+@RobotConfig.register_subclass("so101_follower")
+@dataclass
+class SO100FollowerConfig(RobotConfig):
+    """The real arm, driven by lerobot's unmodified `SO100Follower`."""
+
+    port: str = ""  # serial device, e.g. /dev/ttyACM0; required
+    cameras: dict[str, CameraConfig] = field(default_factory=dict)
+    disable_torque_on_disconnect: bool = True  # False: hold the last pose when the run ends
+    max_relative_target: float | dict[str, float] | None = None  # lerobot's own step limit, on top of ours
+    use_degrees: bool = True
+    connect_attempts: int = 3  # a slow bus may miss a reply now and then
+    reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
+
+
+@RobotConfig.register_subclass("so100_sim")
+@dataclass
+class SO100SimConfig(RobotConfig):
+    """A MuJoCo SO-100 on a table with a block and a bowl; needs no hardware and no OpenGL."""
+
+    task: Literal["reach", "place"] = "place"
+    cameras: dict[str, CameraConfig] = field(default_factory=lambda: {"front": SimCameraConfig()})
+    use_degrees: bool = True
+    through_bus: bool = False  # drive the simulated motors with lerobot's driver over the virtual servo bus
+    disable_torque_on_disconnect: bool = True

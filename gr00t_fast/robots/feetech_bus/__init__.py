@@ -1,0 +1,22 @@
+"""A virtual bus of six Feetech STS3215 servos: try any SO-100 program without an arm, and every fault without breaking one.
+
+In a process: `VirtualBus`. From the command line: `python -m gr00t_fast.robots.feetech_bus --link PATH`. Standard library only.
+"""
+
+from gr00t_fast.robots.feetech_bus.bus import VirtualBus
+from gr00t_fast.robots.feetech_bus.calibration import JointCalibration, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.feetech_bus.faults import Fault
+from gr00t_fast.robots.feetech_bus.plant import Plant
+from gr00t_fast.robots.feetech_bus.servo import Register, Servo
+
+__all__ = [
+    "Fault",
+    "JointCalibration",
+    "Plant",
+    "Register",
+    "Servo",
+    "VirtualBus",
+    "default_calibration",
+    "load_calibration",
+    "save_calibration",
+]

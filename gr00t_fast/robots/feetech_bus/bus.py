@@ -1,0 +1,303 @@
+"""The virtual bus itself: six servos behind a pseudo-terminal, served by one thread.
+
+    with VirtualBus() as bus:
+        robot = SO100Follower(SO100FollowerConfig(port=bus.port, ...))
+
+`port` is a symbolic link to the terminal, so that it stays the same when the cable is pulled and plugged in again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import heapq
+import os
+import select
+import tempfile
+import threading
+import time
+import tty
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.feetech_bus.calibration import Calibration, default_calibration
+from gr00t_fast.robots.feetech_bus.faults import Fault, FaultTable, Reply
+from gr00t_fast.robots.feetech_bus.instructions import answer
+from gr00t_fast.robots.feetech_bus.plant import Gearbox, Plant
+from gr00t_fast.robots.feetech_bus.protocol import RequestParser
+from gr00t_fast.robots.feetech_bus.servo import Register, Servo
+
+STEP_S = 0.005  # how often the mechanics move on; a 30 Hz loop cannot see finer
+BYTE_S = 10e-6  # ten bits at 1 Mb/s
+RETURN_DELAY_UNIT_S = 2e-6
+GAP_S = 0.02  # a servo gives up a packet that stops for so long
+
+
+class VirtualBus:
+    """Six STS3215 on a pseudo-terminal. A context manager that runs its own thread; the methods may be called from any thread.
+
+    calibration: what the servos hold in EEPROM; None: `default_calibration()`.
+    plant: what they move; None: nothing but themselves.
+    faults: in force from the start. link: where to put the port; None: in a new temporary directory.
+    usb_latency_ms: added to every answer. wire_time: answers also take the time of their bytes at 1 Mb/s and of the Return_Delay register.
+    servo_ids: which of the six are attached.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration | None = None,
+        plant: Plant | None = None,
+        faults: Iterable[Fault] = (),
+        *,
+        link: Path | None = None,
+        usb_latency_ms: float = 0.0,
+        wire_time: bool = False,
+        servo_ids: Sequence[int] = (1, 2, 3, 4, 5, 6),
+        goal_enables_torque: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.calibration = calibration or default_calibration()
+        self.servos = [Servo(self.calibration[j].id, self.calibration[j], goal_enables_torque=goal_enables_torque) for j in SO100_JOINTS]
+        self.failure: Exception | None = None  # what ended the thread, if anything did
+        self.requests = 0  # well-formed requests so far
+        self._attached = [servo for servo in self.servos if servo.id in servo_ids]
+        self._gearbox = Gearbox(self.servos, self.calibration, plant)
+        self._faults = FaultTable(faults, seed)
+        self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
+        self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="feetech_bus_")
+        self._link = Path(link) if link else Path(self._own_directory.name) / "port"
+        self._terminal: _Terminal | None = None
+        self._lock = threading.Lock()  # between the thread and the callers of inject, unplug, replug, push
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._cycle = 0  # rounds of the thread so far
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._replug_at_s: float | None = None
+
+    @property
+    def port(self) -> str:
+        """What to give as `--robot.port`."""
+        return str(self._link)
+
+    @property
+    def device(self) -> str | None:
+        """The terminal behind `port`, or None while unplugged."""
+        return self._terminal.device if self._terminal else None
+
+    def __enter__(self) -> VirtualBus:
+        self.start()
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        self.close()
+        if self.failure is not None and exc_type is None:
+            raise RobotError(f"the virtual bus stopped by itself: {type(self.failure).__name__}: {self.failure}") from self.failure
+
+    def start(self) -> None:
+        """Create the port and begin to answer."""
+        self.replug()
+        self._faults.start(time.monotonic())
+        self._thread = threading.Thread(target=self._run, name="feetech_bus", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering, close the terminal, remove the link. Calling it again is harmless."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        self.unplug()
+        if self._own_directory is not None:
+            self._own_directory.cleanup()
+
+    def inject(self, fault: Fault | str) -> None:
+        """Put a fault in force; a string is parsed by `Fault.parse`."""
+        fault = Fault.parse(fault) if isinstance(fault, str) else fault
+        with self._lock:
+            self._faults.add(fault, time.monotonic())
+
+    def clear(self) -> None:
+        """End every fault (an unplugged port stays unplugged)."""
+        with self._lock:
+            self._faults.clear()
+
+    def unplug(self) -> None:
+        """Pull the cable: the terminal disappears under whoever has it open. The servos keep their power."""
+        with self._lock:
+            self._unplug()
+            cycle = self._cycle
+        # A thread inside select() still holds the closed terminal; it is gone for the driver once that call has returned.
+        while self._cycle == cycle and self._thread is not None and self._thread.is_alive():
+            if self._thread is threading.current_thread():
+                return
+            time.sleep(0.0005)
+
+    def replug(self) -> None:
+        """Plug the cable in again: a new terminal behind the same link."""
+        with self._lock:
+            self._replug()
+
+    def power_cycle(self) -> None:
+        """Switch the servos' supply off and on."""
+        with self._lock:
+            for servo in self.servos:
+                servo.power_cycle()
+
+    def push(self, joint: str, degrees: float) -> None:
+        """Turn a joint by hand."""
+        with self._lock:
+            self._gearbox.push(SO100_JOINTS.index(joint), degrees)
+
+    def torque(self) -> dict[str, int]:
+        """Torque_Enable of each joint."""
+        return {joint: servo.registers[Register.TORQUE_ENABLE] for joint, servo in zip(SO100_JOINTS, self.servos, strict=True)}
+
+    def watch(self, descriptor: int, ready: Callable[[], None]) -> None:
+        """Call `ready` from the bus thread whenever `descriptor` becomes readable (the control socket)."""
+        self._watched[descriptor] = ready
+
+    def unwatch(self, descriptor: int) -> None:
+        """Undo `watch`."""
+        self._watched.pop(descriptor, None)
+
+    def _run(self) -> None:
+        try:
+            last_s = time.monotonic()
+            while not self._stop.is_set():
+                self._wait(last_s + STEP_S)
+                self._cycle += 1
+                now_s = time.monotonic()
+                with self._lock:
+                    if now_s - last_s >= STEP_S:
+                        self._gearbox.advance(now_s - last_s)
+                        last_s = now_s
+                    self._cable(now_s)
+                    if self._terminal is not None:
+                        self._serve(self._terminal)
+        except Exception as error:  # noqa: BLE001 - a plant may raise anything; the owner of the thread reads it from `failure`
+            self.failure = error
+
+    def _wait(self, until_s: float) -> None:
+        terminal = self._terminal
+        if terminal is not None and terminal.due_s is not None:
+            until_s = min(until_s, terminal.due_s)
+        descriptors = [*self._watched, *([terminal.master] if terminal else [])]
+        with contextlib.suppress(OSError, ValueError):  # the terminal was unplugged by another thread meanwhile
+            ready, _, _ = select.select(descriptors, [], [], max(0.0, until_s - time.monotonic()))
+            for descriptor in ready:
+                if callback := self._watched.get(descriptor):
+                    callback()
+
+    def _serve(self, terminal: _Terminal) -> None:
+        terminal.flush_due(time.monotonic())
+        for request in terminal.requests(time.monotonic()):
+            self.requests += 1
+            now_s = time.monotonic()
+            faults = self._faults.strike(request, now_s)
+            if pulled := next((fault for fault in faults if fault.kind == "unplug"), None):
+                self._replug_at_s = None if pulled.for_s is None else now_s + pulled.for_s
+                self._unplug()
+                return
+            absent = [fault for fault in faults if fault.kind == "absent"]
+            obeying = [servo for servo in self._attached if not any(fault.hits(servo.id) for fault in absent)]
+            replies = self._faults.spoil(faults, request, answer(request, obeying))
+            self._queue(terminal, replies, now_s)
+        terminal.flush_due(time.monotonic())
+
+    def _queue(self, terminal: _Terminal, replies: list[Reply], now_s: float) -> None:
+        due_s = now_s + self._latency_s
+        for reply in replies:
+            due_s += reply.delay_s
+            if self._wire_time:
+                due_s += len(reply.data) * BYTE_S + self._return_delay_s(reply.servo_id)
+            terminal.send(reply.data, due_s)
+
+    def _return_delay_s(self, servo_id: int) -> float:
+        units = next((servo.registers[Register.RETURN_DELAY] for servo in self.servos if servo.id == servo_id), 0)
+        return units * RETURN_DELAY_UNIT_S
+
+    def _cable(self, now_s: float) -> None:
+        if fault := self._faults.due_unplug(now_s):
+            self._replug_at_s = None if fault.for_s is None else now_s + fault.for_s
+            self._unplug()
+        if self._replug_at_s is not None and now_s >= self._replug_at_s:
+            self._replug()
+
+    def _unplug(self) -> None:
+        terminal, self._terminal = self._terminal, None
+        if terminal is not None:
+            if self._link.is_symlink() and os.readlink(self._link) == terminal.device:
+                self._link.unlink()
+            terminal.close()
+
+    def _replug(self) -> None:
+        self._replug_at_s = None
+        if self._terminal is None:
+            self._terminal = _Terminal()
+            place_link(self._link, self._terminal.device)
+
+
+def place_link(link: Path, target: str) -> None:
+    """Point `link` at `target` in one step, replacing a link a dead bus left behind. Raises RobotError when something else is there."""
+    if link.exists() and not link.is_symlink():
+        raise RobotError(f"the link {link} cannot be placed: a file that is not a link is already there. Choose another path.")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.symlink_to(target)
+        temporary.replace(link)
+    except OSError as error:
+        raise RobotError(f"the link {link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
+
+
+class _Terminal:
+    """One pseudo-terminal: the master side read and written without ever blocking, answers leaving in order at their time."""
+
+    def __init__(self) -> None:
+        self.master, self._slave = os.openpty()  # our own slave descriptor stays open, else reads fail while no driver is there
+        tty.setraw(self._slave)  # before anyone learns the path: a cooked terminal would echo our answers back as requests
+        os.set_blocking(self.master, False)
+        self.device = os.ttyname(self._slave)
+        self._parser = RequestParser()
+        self._last_byte_s = 0.0
+        self._out: list[tuple[float, int, bytes]] = []
+        self._sent = 0
+        self._last_due_s = 0.0
+
+    @property
+    def due_s(self) -> float | None:
+        """When the next answer has to leave."""
+        return self._out[0][0] if self._out else None
+
+    def requests(self, now_s: float) -> list:
+        """Whatever arrived since the last call, parsed."""
+        try:
+            data = os.read(self.master, 65536)
+        except BlockingIOError:
+            data = b""
+        if data:
+            self._last_byte_s = now_s
+        elif self._parser.waiting and now_s - self._last_byte_s > GAP_S:
+            self._parser.abandon()
+        return self._parser.requests(data) if data else []
+
+    def send(self, data: bytes, due_s: float) -> None:
+        """Queue an answer; a delayed one holds up those behind it, as on a wire."""
+        self._last_due_s = max(self._last_due_s, due_s)
+        self._sent += 1
+        heapq.heappush(self._out, (self._last_due_s, self._sent, data))
+
+    def flush_due(self, now_s: float) -> None:
+        """Write the answers whose time has come; what a full buffer refuses is lost, as on a wire nobody reads."""
+        while self._out and self._out[0][0] <= now_s:
+            data = heapq.heappop(self._out)[2]
+            try:
+                os.write(self.master, data)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EIO):
+                    raise
+
+    def close(self) -> None:
+        """Both ends; the driver's next access fails with EIO."""
+        os.close(self.master)
+        os.close(self._slave)

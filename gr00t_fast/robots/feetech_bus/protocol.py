@@ -1,0 +1,182 @@
+"""Feetech protocol v0 as bytes: framing, checksums and the parser a servo uses. No I/O, no clock, no registers.
+
+Request: `FF FF id length instruction params.. checksum`; status: `FF FF id length error params.. checksum`, where length counts what
+follows it and the checksum is the inverted sum of everything between header and checksum. Source: Feetech's STS communication manual; the
+constants are those of Feetech's own `scservo_sdk`, so that any program built on it can be the master.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+HEADER = b"\xff\xff"
+BROADCAST_ID = 0xFE
+MAX_LENGTH = 250  # scservo_sdk's TXPACKET_MAX_LEN: a longer length field can only be a damaged byte
+
+
+class Instruction(IntEnum):
+    """What a master may ask for."""
+
+    PING = 0x01
+    READ = 0x02
+    WRITE = 0x03
+    REG_WRITE = 0x04  # like WRITE, but takes effect at the next ACTION
+    ACTION = 0x05
+    SYNC_READ = 0x82
+    SYNC_WRITE = 0x83
+
+
+class ErrorBit(IntEnum):
+    """Bits of the error byte in a status packet (and of register 65)."""
+
+    VOLTAGE = 0x01
+    ANGLE = 0x02
+    OVERHEAT = 0x04
+    OVERCURRENT = 0x08
+    OVERLOAD = 0x20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One well-formed request. `instruction` is an int because a master may send what no servo knows."""
+
+    servo_id: int
+    instruction: int
+    params: bytes = b""
+
+
+@dataclass(frozen=True)
+class Status:
+    """One well-formed status packet."""
+
+    servo_id: int
+    error: int
+    params: bytes = b""
+
+
+def checksum(body: Sequence[int]) -> int:
+    """Inverted low byte of the sum of everything between header and checksum."""
+    return ~sum(body) & 0xFF
+
+
+def frame(servo_id: int, kind: int, params: bytes = b"") -> bytes:
+    """The bytes of a packet; `kind` is the instruction of a request or the error byte of a status."""
+    body = bytes((servo_id, len(params) + 2, kind)) + params
+    return HEADER + body + bytes((checksum(body),))
+
+
+def encode_request(request: Request) -> bytes:
+    """The bytes a master sends."""
+    return frame(request.servo_id, request.instruction, request.params)
+
+
+def encode_status(status: Status) -> bytes:
+    """The bytes a servo answers with."""
+    return frame(status.servo_id, status.error, status.params)
+
+
+class FrameParser:
+    """Cuts a byte stream into packets and recovers from anything in between.
+
+    After a bad checksum it searches again from the byte behind the false header, so that one damaged packet never costs the next one.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.rejected = 0  # packets whose length or checksum was wrong
+
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
+        """Add bytes; return every complete packet as (id, instruction or error byte, params)."""
+        self._buffer += data
+        packets = []
+        while (packet := self._next()) is not None:
+            packets.append(packet)
+        return packets
+
+    def abandon(self) -> None:
+        """Forget a packet that stopped half way (a servo does so when the line stays silent)."""
+        if self._buffer:
+            self.rejected += 1
+            self._buffer.clear()
+
+    @property
+    def waiting(self) -> bool:
+        """True while part of a packet has arrived."""
+        return bool(self._buffer)
+
+    def _next(self) -> tuple[int, int, bytes] | None:
+        buffer = self._buffer
+        while True:
+            self._skip_to_header()
+            if len(buffer) < 4 or (2 <= buffer[3] <= MAX_LENGTH and len(buffer) < buffer[3] + 4):
+                return None
+            end = buffer[3] + 4
+            if 2 <= buffer[3] <= MAX_LENGTH and buffer[end - 1] == checksum(buffer[2 : end - 1]):
+                packet = (buffer[2], buffer[4], bytes(buffer[5 : end - 1]))
+                del buffer[:end]
+                return packet
+            self.rejected += 1
+            del buffer[0]
+
+    def _skip_to_header(self) -> None:
+        buffer = self._buffer
+        start = buffer.find(HEADER)
+        if start < 0:  # keep a last FF: it may be the first half of a header
+            start = len(buffer) - 1 if buffer.endswith(b"\xff") else len(buffer)
+        del buffer[:start]
+        while buffer.startswith(b"\xff\xff\xff"):  # no id is FF, so the header begins one byte later
+            del buffer[0]
+
+
+class RequestParser(FrameParser):
+    """The servo's end of the line."""
+
+    def requests(self, data: bytes) -> list[Request]:
+        """Add bytes; return the complete requests."""
+        return [Request(*packet) for packet in self.feed(data)]
+
+
+class StatusParser(FrameParser):
+    """The master's end of the line (used by tests and tools, not by lerobot)."""
+
+    def statuses(self, data: bytes) -> list[Status]:
+        """Add bytes; return the complete status packets."""
+        return [Status(*packet) for packet in self.feed(data)]
+
+
+def to_word(value: int) -> bytes:
+    """Two bytes, low byte first (protocol v0)."""
+    return bytes((value & 0xFF, value >> 8 & 0xFF))
+
+
+def from_word(data: Sequence[int]) -> int:
+    """The unsigned number in two bytes, low byte first."""
+    return data[0] | data[1] << 8
+
+
+def encode_signed(value: int, sign_bit: int) -> int:
+    """Sign-magnitude: the servo keeps the sign in `sign_bit` and the absolute value below it; too large a value saturates."""
+    magnitude = min(abs(value), (1 << sign_bit) - 1)
+    return magnitude | (1 << sign_bit if value < 0 else 0)
+
+
+def decode_signed(raw: int, sign_bit: int) -> int:
+    """Inverse of `encode_signed`; bits above the sign are ignored."""
+    magnitude = raw & ((1 << sign_bit) - 1)
+    return -magnitude if raw >> sign_bit & 1 else magnitude
+
+
+def sync_read(address: int, length: int, servo_ids: Sequence[int]) -> Request:
+    """One request that every listed servo answers, in the order listed."""
+    return Request(BROADCAST_ID, Instruction.SYNC_READ, bytes((address, length, *servo_ids)))
+
+
+def sync_write(address: int, data_by_id: dict[int, bytes]) -> Request:
+    """One request that writes to several servos and that none answers. All values must have the same length."""
+    lengths = {len(data) for data in data_by_id.values()}
+    if len(lengths) != 1:
+        raise ValueError(f"a sync write needs values of one length, got lengths {sorted(lengths)}")
+    body = b"".join(bytes((servo_id,)) + data for servo_id, data in data_by_id.items())
+    return Request(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, lengths.pop())) + body)

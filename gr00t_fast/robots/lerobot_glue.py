@@ -1,0 +1,117 @@
+"""From our configuration to lerobot's objects, and lerobot's calibration explained.
+
+lerobot takes five seconds to import, so that happens inside the functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.optional import require
+from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig
+
+_OWN_FIELDS = ("connect_attempts", "reconnect_s")  # ours, unknown to lerobot
+TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
+GRIPPER = SO100_JOINTS.index("gripper")
+
+
+def make_follower(config: SO100FollowerConfig) -> Any:
+    """lerobot's unmodified `SO100Follower`. Raises MissingExtraError without lerobot, RobotError when its constructor refuses."""
+    require("scservo_sdk", "robot")
+    package = require("lerobot.robots.so_follower", "robot")
+    try:
+        return package.SO100Follower(to_lerobot_config(config))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise RobotError(
+            f"lerobot refused the arm's configuration or calibration file: {type(error).__name__}: {error}. "
+            f"If the calibration file is damaged, make it anew: {calibrate_command(config)}"
+        ) from error
+
+
+def to_lerobot_config(config: SO100FollowerConfig) -> Any:
+    """The same values in lerobot's own configuration classes. Raises ConfigError for a camera lerobot does not have."""
+    package = require("lerobot.robots.so_follower", "robot")
+    values = {name: value for name, value in vars(config).items() if name not in _OWN_FIELDS}
+    values["max_relative_target"] = _step_limit(config.max_relative_target)
+    values["cameras"] = {name: _camera(name, camera) for name, camera in config.cameras.items()}
+    return package.SO100FollowerConfig(**values)
+
+
+def calibrate_command(config: SO100FollowerConfig) -> str:
+    """What to type to calibrate this arm."""
+    directory = f" --robot.calibration_dir={config.calibration_dir}" if config.calibration_dir else ""
+    name = config.id or "my_arm"
+    return f"lerobot-calibrate --robot.type=so100_follower --robot.port={config.port} --robot.id={name}{directory}"
+
+
+def check_calibration_file(follower: Any, config: SO100FollowerConfig) -> None:
+    """Raise RobotError when no calibration was found for the arm's id, or when it lacks joints. Touches no hardware."""
+    path = follower.calibration_fpath
+    if not follower.calibration:
+        found = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
+        raise RobotError(
+            f"the arm is not calibrated: expected a calibration file at {path}, ids found there: {found}. "
+            f"Give the right --robot.id, or calibrate: {calibrate_command(config)}"
+        )
+    if set(follower.calibration) != set(SO100_JOINTS) or any(c.range_min >= c.range_max for c in follower.calibration.values()):
+        raise RobotError(
+            f"the calibration file {path} must hold range_min < range_max for the joints {', '.join(SO100_JOINTS)}; "
+            f"it holds {', '.join(sorted(follower.calibration))}. Calibrate again: {calibrate_command(config)}"
+        )
+
+
+def check_calibration_in_servos(follower: Any, config: SO100FollowerConfig) -> None:
+    """Raise RobotError, with the differing values, when the servos hold another calibration than the file. Only reads."""
+    in_servos = follower.bus.read_calibration()
+    differences = [
+        f"{joint}.{name}: file {getattr(expected, name)}, servo {getattr(in_servos[joint], name)}"
+        for joint, expected in follower.calibration.items()
+        for name in ("homing_offset", "range_min", "range_max")
+        if getattr(expected, name) != getattr(in_servos[joint], name)
+    ]
+    if differences:
+        raise RobotError(
+            f"the servos on {config.port} hold another calibration than {follower.calibration_fpath} ({'; '.join(differences[:4])}"
+            f"{'; ..' if len(differences) > 4 else ''}). Is this the arm '{config.id}'? To write the file to the servos, or to calibrate "
+            f"again, run: {calibrate_command(config)}"
+        )
+
+
+def joint_limits(calibration: dict[str, Any], use_degrees: bool) -> np.ndarray:
+    """(6, 2) lowest and highest target: degrees about mid-range or -100..100 for the body, 0..100 for the gripper."""
+    half = np.array([_range_deg(calibration[joint]) / 2 if use_degrees else 100.0 for joint in SO100_JOINTS])
+    limits = np.stack([-half, half], axis=1)  # (J, 2)
+    limits[GRIPPER] = 0.0, 100.0
+    return limits
+
+
+def units_per_deg(calibration: dict[str, Any], use_degrees: bool) -> np.ndarray:
+    """(6,) how much each joint's reading changes when its shaft turns by a degree."""
+    scale = np.array([1.0 if use_degrees else 200.0 / _range_deg(calibration[joint]) for joint in SO100_JOINTS])
+    scale[GRIPPER] = 100.0 / _range_deg(calibration[SO100_JOINTS[GRIPPER]])
+    return scale
+
+
+def _range_deg(values: Any) -> float:
+    return (values.range_max - values.range_min) * 360 / TICKS
+
+
+def _step_limit(limit: float | dict[str, float] | None) -> float | dict[str, float] | None:
+    if isinstance(limit, dict) and set(limit) != set(SO100_JOINTS):
+        raise ConfigError(f"--robot.max_relative_target as a mapping must name {', '.join(SO100_JOINTS)}; it names {', '.join(limit)}.")
+    return float(limit) if isinstance(limit, int) else limit  # an int makes the driver raise TypeError
+
+
+def _camera(name: str, camera: Any) -> Any:
+    if not isinstance(camera, OpenCVCameraConfig):
+        raise ConfigError(
+            f"camera '{name}' is of type {type(camera).__name__}, which the real arm does not have. "
+            f"Use {{type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}, or --robot.type=so100_sim for rendered cameras."
+        )
+    return require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**vars(camera))

@@ -1,0 +1,67 @@
+"""Watches the error bits of the servos, which the driver's sync read hides.
+
+Overload is survived: the servo limits its own force, and a gripper that holds a block may stay in it. Wrong voltage, heat, current or a
+broken encoder that lasts ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
+
+log = logging.getLogger(__name__)
+
+POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
+GIVE_UP_POLLING = 3
+LONGEST_TROUBLE_S = 1.0
+_OVERLOAD = 0x20
+
+
+class ServoHealth:
+    """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts."""
+
+    def __init__(self, link: ServoLink, events: Counter[str]) -> None:
+        self._link, self._events = link, events
+        self._next_poll_s, self._next_joint = 0.0, 0
+        self._missed = 0  # polls in a row
+        self._known: dict[int, int] = {}
+        self._since_s: dict[int, float] = {}
+
+    def check(self, now_s: float) -> None:
+        """Ask the next servo if it is time, then judge all error bits seen so far. Raises RobotError."""
+        if now_s >= self._next_poll_s and self._missed < GIVE_UP_POLLING:
+            self._next_poll_s = now_s + POLL_EVERY_S
+            self._poll()
+        for servo_id, bits in self._link.error_bits.items():
+            self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
+
+    def _poll(self) -> None:
+        servo_id = self._next_joint + 1
+        self._next_joint = servo_id % len(SO100_JOINTS)
+        try:
+            answered = self._link.poll_status(servo_id)
+        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
+            answered = False
+        self._missed = 0 if answered else self._missed + 1
+        if not answered:
+            self._events["status_poll_missed"] += 1
+        if self._missed == GIVE_UP_POLLING:  # each miss costs 70 ms; error bytes of the joint readings are still watched
+            log.warning("the servos do not answer for their status register; it is not asked any more")
+
+    def _judge(self, servo_id: int, bits: int, now_s: float) -> None:
+        joint = SO100_JOINTS[servo_id - 1]
+        for name in error_names(bits & ~self._known.get(servo_id, 0)):
+            self._events[f"servo_{name}"] += 1
+            log.warning("servo %d (%s) reports %s", servo_id, joint, name)
+        self._known[servo_id] = bits
+        if not bits & ~_OVERLOAD:
+            self._since_s.pop(servo_id, None)
+        elif now_s - self._since_s.setdefault(servo_id, now_s) > LONGEST_TROUBLE_S:
+            raise RobotError(
+                f"servo {servo_id} ({joint}) reports {', '.join(error_names(bits))} for more than {LONGEST_TROUBLE_S:g} s. "
+                "Check the supply voltage and that the joint moves freely, let it cool down, then switch its power off and on."
+            )

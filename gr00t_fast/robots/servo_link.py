@@ -1,0 +1,153 @@
+"""Makes one lerobot `FeetechMotorsBus` object survive a bad line, by replacing four methods on that object; no class is touched.
+
+What the SDK under the driver does by itself, and what is done about it here:
+* it never discards old input, so one answer later than its 50 ms window shifts every later reading by one: flush input before each request;
+* a missed or damaged answer is an error at once: repeat the request;
+* a status packet without data reads as zero: a wrong length counts as damaged;
+* the error byte of a sync read is dropped: keep it here, so that overload is seen without an extra request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+try:
+    import termios
+
+    LINK_LOST: tuple[type[Exception], ...] = (termios.error, OSError)
+except ImportError:  # Windows has no termios; pyserial reports everything as OSError there
+    LINK_LOST = (OSError,)
+
+# What the driver raises for one failed exchange, as opposed to a lost port (ConnectionError is an OSError: catch it before LINK_LOST).
+EXCHANGE_FAILED = (ConnectionError, RuntimeError, IndexError)
+
+TRIES = 3  # per request; with the SDK's 50 ms window a silent servo costs 0.2 s
+LATE_ANSWER_S = 0.02  # after a missed answer, wait so long for it to arrive late, and drop it
+QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
+STATUS_REGISTER = 65
+_ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
+_READ = 2
+ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
+
+
+def error_names(bits: int) -> list[str]:
+    """The names of the set error bits."""
+    return [name for bit, name in ERROR_BITS.items() if bits & bit] or ([f"0x{bits:02x}"] if bits else [])
+
+
+class ServoLink:
+    """The guarded line to the servos of one bus object.
+
+    events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
+    status_bits: id -> its status register when last polled.
+    """
+
+    def __init__(self, bus: Any, events: Counter[str]) -> None:
+        self._bus, self._events = bus, events
+        self._port, self._packets, self._reader = bus.port_handler, bus.packet_handler, bus.sync_reader
+        self._request, self._sync_read = self._packets.txRxPacket, self._reader.txRxPacket
+        self.tries = TRIES
+        self.error_bits: dict[int, int] = {}
+        self.status_bits: dict[int, int] = {}
+        import scservo_sdk
+
+        self._ok, self._timeout, self._corrupt = scservo_sdk.COMM_SUCCESS, scservo_sdk.COMM_RX_TIMEOUT, scservo_sdk.COMM_RX_CORRUPT
+        self._broadcast = scservo_sdk.BROADCAST_ID
+
+    def install(self) -> ServoLink:
+        """Replace the methods. The SDK looks all four up on its objects, so every path of the driver goes through them."""
+        self._port.clearPort = self._flush_input
+        self._packets.txRxPacket = self._guarded_request
+        self._packets.readRx = self._guarded_answer
+        self._reader.txRxPacket = self._guarded_sync_read
+        return self
+
+    def free(self) -> None:
+        """Clear the SDK's busy mark, which an interrupted or failed exchange leaves set for ever."""
+        self._port.is_using = False
+
+    def poll_status(self, servo_id: int) -> bool:
+        """Ask one servo for its status register, once. Returns whether it answered; the findings are in `error_bits`, `status_bits`."""
+        self.free()
+        tries, self.tries = self.tries, 1
+        try:
+            data, result, error = self._packets.readTxRx(self._port, servo_id, STATUS_REGISTER, 1)
+        finally:
+            self.tries = tries
+        if result != self._ok:
+            return False
+        self.error_bits[servo_id], self.status_bits[servo_id] = error, data[0]
+        return True
+
+    def close_port(self) -> None:
+        """Close the serial port whatever state it is in; afterwards the bus object can connect again."""
+        self.free()
+        try:
+            if self._port.ser is not None:
+                self._port.ser.close()
+        except LINK_LOST:  # closing a device that vanished: there is nothing left to close
+            self._events["close_failed"] += 1
+        self._port.is_open = False
+
+    def _flush_input(self) -> None:
+        waiting = self._port.ser.in_waiting
+        if waiting:
+            self._events["stale_bytes"] += 1
+            self._port.ser.reset_input_buffer()
+
+    def _guarded_request(self, port: Any, packet: list[int]) -> tuple[Any, int, int]:
+        for attempt in range(self.tries):
+            self.free()
+            answer, result, error = self._request(port, packet)
+            if packet[_ID] == self._broadcast or answer is None:
+                return answer, result, error
+            if result == self._ok and answer[_LENGTH] != self._expected_length(packet):
+                result = self._corrupt
+            if result == self._ok:
+                self.error_bits[packet[_ID]] = error
+                return answer, result, error
+            self._after_failure(result, last=attempt + 1 == self.tries)
+        return answer, result, error
+
+    def _guarded_sync_read(self) -> int:
+        result = self._corrupt
+        for attempt in range(self.tries):
+            self.free()
+            result = self._sync_read()
+            if result == self._ok:
+                break
+            self._after_failure(result, last=attempt + 1 == self.tries)
+        return result
+
+    def _guarded_answer(self, port: Any, servo_id: int, length: int) -> tuple[list[int], int, int]:
+        while True:
+            packet, result = self._packets.rxPacket(port)
+            if result != self._ok:
+                return [], result, 0
+            if packet[_ID] == servo_id:  # others are the tail of an earlier exchange
+                break
+        if packet[_LENGTH] != length + 2:
+            return [], self._corrupt, 0
+        self.error_bits[servo_id] = packet[_ERROR]
+        return list(packet[_DATA : _DATA + length]), result, packet[_ERROR]
+
+    @staticmethod
+    def _expected_length(packet: list[int]) -> int:
+        return 2 + (packet[_DATA + 1] if packet[_INSTRUCTION] == _READ else 0)
+
+    def _after_failure(self, result: int, last: bool) -> None:
+        """Let the rest of a damaged answer, or a late one, pass by; then the line is ready for the next request."""
+        if not last:
+            self._events["read_retry"] += 1
+        serial = self._port.ser
+        limit_s = time.monotonic() + LATE_ANSWER_S
+        quiet_s = limit_s if result == self._timeout else time.monotonic() + QUIET_S
+        while time.monotonic() < min(quiet_s, limit_s):
+            if serial.in_waiting:
+                serial.reset_input_buffer()
+                if result == self._timeout:
+                    self._events["late_answer"] += 1
+                quiet_s = time.monotonic() + QUIET_S
+            time.sleep(0.0005)

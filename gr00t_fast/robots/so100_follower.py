@@ -1,0 +1,336 @@
+"""The real SO-100 (and SO-101) arm: lerobot's unmodified driver, made fit for a loop that must not stop and must always land.
+
+`SO100FollowerArm` owns one lerobot `SO100Follower`. It calls the parts of its `connect`, `get_observation` and `disconnect` one by one,
+because a failure in the middle of those leaves ports open, motors holding, or a person asked to press ENTER. `servo_link` guards the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
+from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.robots import lerobot_glue as glue
+from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots.jump_guard import JumpGuard
+from gr00t_fast.robots.landing import attempt, close_camera, release_torque, undisturbed
+from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
+from gr00t_fast.robots.servo_health import ServoHealth
+from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
+
+log = logging.getLogger(__name__)
+
+READ_PATIENCE_S = 0.5  # without a reading for so long the run ends; the arm meanwhile holds its last goal
+FIRST_FRAME_MS = 3000
+OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze
+RETRY_PAUSE_S = 0.05
+LAND_REOPEN_S = 1.0  # a port that vanished just before landing gets so long to come back
+FELL_DEG = 20.0  # motors found without torque after an outage are switched on again only if the arm moved less
+
+
+class SO100FollowerArm:
+    """`contracts.Robot` for the real arm. One thread at a time; nothing but Gr00tFastError (and Ctrl-C) leaves its methods."""
+
+    name = "so100_follower"
+    joint_names = SO100_JOINTS
+
+    def __init__(self, config: SO100FollowerConfig) -> None:
+        """Touches no hardware. Raises ConfigError when the port is missing."""
+        if not config.port:
+            raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_in_words()}.")
+        self.config = config
+        self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
+        self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
+        self.events: Counter[str] = Counter()
+        self._busy = threading.Lock()
+        self._follower: Any = None  # lerobot's SO100Follower
+        self._link: ServoLink | None = None
+        self._limits: np.ndarray | None = None
+        self._torque_touched = False
+        self._port_given_up = False
+        self._landing: LandingReport | None = None
+
+    @property
+    def joint_limits(self) -> np.ndarray:
+        """(6, 2) lowest and highest target from the calibration, in `joint_unit`. Raises RobotError before `connect`."""
+        if self._limits is None:
+            raise RobotError("the joint limits come from the arm's calibration, which is read by connect(). Call connect() first.")
+        return self._limits
+
+    def connect(self) -> None:
+        """Open and check everything, then hold the arm where it is. Raises RobotError with everything closed again."""
+        if self._follower is not None and self._landing is None:
+            raise RobotError("the arm is already connected. Call land() before connecting again.")
+        self._landing, self._follower, self._torque_touched, self._port_given_up = None, None, False, False
+        try:
+            with self._explained("connecting to the arm"):
+                self._connect()
+        except BaseException:
+            report = self.land()
+            for problem in report.problems:
+                log.warning("after the failed connection: %s", problem)
+            raise
+
+    def reset(self, seed: int | None = None) -> None:
+        """A real arm has nothing to rearrange."""
+
+    def observe(self) -> Observation:
+        """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError."""
+        with self._alone("observe"), self._explained("observing"):
+            joints, time_s = self._read_joints()
+            frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
+            self._health.check(time_s)
+            return Observation(joints, frames, time_s)
+
+    def send(self, targets: np.ndarray) -> None:
+        """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. Raises RobotError."""
+        with self._alone("send"), self._explained("sending a goal"):
+            self._send(self._checked(targets))
+
+    def land(self) -> LandingReport:
+        """Torque off (or held, as configured), port closed, cameras closed. Never raises; a second call returns the first report."""
+        if self._landing is None:
+            report = LandingReport()
+            waited = self._busy.acquire(timeout=0.5)  # a signal handler may land inside observe(): never wait for ourselves
+            try:
+                with undisturbed(report.problems):
+                    self._land(report)
+            finally:
+                if waited:
+                    self._busy.release()
+            self._landing = report
+        return self._landing
+
+    # Connecting
+
+    def _connect(self) -> None:
+        check_port(self.config.port)
+        follower = glue.make_follower(self.config)
+        glue.check_calibration_file(follower, self.config)
+        self._link = ServoLink(follower.bus, self.events).install()
+        self._health = ServoHealth(self._link, self.events)
+        self._follower = follower
+        self._repeat("finding the servos", self._open_bus)
+        self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
+        self._limits = glue.joint_limits(follower.calibration, self.config.use_degrees)
+        self._guard = JumpGuard(glue.units_per_deg(follower.calibration, self.config.use_degrees))
+        for name, camera in follower.cameras.items():
+            self._open_camera(name, camera)
+        self._enable_torque = follower.bus.enable_torque
+        follower.bus.enable_torque = self._hold_here  # lerobot's configure() ends with enable_torque()
+        self._torque_touched = True
+        self._repeat("configuring the servos", follower.configure)
+        self._read_joints()
+
+    def _repeat(self, what: str, step: Any) -> None:
+        """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
+        attempts = max(1, self.config.connect_attempts)
+        for number in range(1, attempts + 1):
+            self._free_link().free()
+            try:
+                step()
+                return
+            except Gr00tFastError:
+                raise
+            except (*EXCHANGE_FAILED, *LINK_LOST) as error:
+                if number == attempts:
+                    raise RobotError(self._connect_failure(what, attempts, error)) from error
+                self.events["connect_retry"] += 1
+                time.sleep(RETRY_PAUSE_S)
+
+    def _open_bus(self) -> None:
+        bus = self._follower.bus
+        if bus.is_connected:
+            self._free_link().close_port()
+        try:
+            bus.connect()
+            lock_port(bus.port_handler.ser.fileno(), self.config.port)
+        except BaseException:
+            self._free_link().close_port()
+            raise
+
+    def _connect_failure(self, what: str, attempts: int, error: Exception) -> str:
+        message = f"{what} on {self.config.port} failed {attempts} times: {_one_line(error)}. "
+        complaints = {servo: error_names(bits) for servo, bits in self._free_link().error_bits.items() if bits}
+        if complaints:
+            named = "; ".join(f"servo {servo} reports {', '.join(names)}" for servo, names in complaints.items())
+            return message + f"{named}. Relieve the joint, then switch the arm's power off and on."
+        return message + "Check the power supply and the cables between the servos; `lerobot-setup-motors` repairs ids."
+
+    def _open_camera(self, name: str, camera: Any) -> None:
+        try:
+            camera.connect()
+            camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
+        except Exception as error:
+            raise RobotError(
+                f"camera '{name}' ({camera}) cannot be used: {_one_line(error)}. Find its index and sizes with `lerobot-find-cameras opencv`."
+            ) from error
+
+    def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
+        """Stands in for the bus's `enable_torque`: first make the present position the goal, else the arm leaps to an old one."""
+        bus = self._follower.bus
+        for motor, position in bus.sync_read("Present_Position", normalize=False).items():
+            bus.write("Goal_Position", motor, position, normalize=False)
+        self._enable_torque(motors, num_retry)
+
+    # Observing
+
+    def _read_joints(self) -> tuple[np.ndarray, float]:
+        give_up_s = time.monotonic() + READ_PATIENCE_S
+        while True:
+            try:
+                self._free_link().free()
+                reading = self._follower.bus.sync_read("Present_Position")
+                joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.monotonic()
+                first = self._guard.last is None
+                if self._guard.believes(joints, time_s):
+                    return joints, time_s
+                if not first:
+                    self.events["implausible_reading"] += 1
+                problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
+            except EXCHANGE_FAILED as error:
+                problem = _one_line(error)
+                self.events["read_failed"] += 1
+            except LINK_LOST as error:
+                self._reconnect(error)
+                give_up_s, problem = time.monotonic() + READ_PATIENCE_S, ""
+            if time.monotonic() > give_up_s:
+                raise RobotError(
+                    f"no believable joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. Check cables and power of the servos."
+                )
+
+    def _read_frame(self, name: str, camera: Any) -> np.ndarray:
+        try:
+            return camera.read_latest(max_age_ms=OLDEST_FRAME_MS)
+        except Exception as error:
+            raise RobotError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
+
+    # Sending
+
+    def _checked(self, targets: np.ndarray) -> dict[str, float]:
+        values = np.asarray(targets, dtype=np.float64)
+        if values.shape != (len(SO100_JOINTS),) or not np.isfinite(values).all():
+            raise RobotError(f"expected {len(SO100_JOINTS)} finite joint targets, got {targets!r}. They were not sent.")
+        inside = np.clip(values, self.joint_limits[:, 0], self.joint_limits[:, 1])
+        if not np.array_equal(inside, values):
+            self.events["target_clipped"] += 1
+        return {f"{joint}.pos": float(value) for joint, value in zip(SO100_JOINTS, inside, strict=True)}
+
+    def _send(self, action: dict[str, float]) -> None:
+        give_up_s = time.monotonic() + READ_PATIENCE_S
+        while True:
+            try:
+                self._free_link().free()
+                self._follower.send_action(action)
+                return
+            except EXCHANGE_FAILED as error:
+                closed = [name for name, camera in self._follower.cameras.items() if not camera.is_connected]
+                if closed or time.monotonic() > give_up_s:
+                    cause = f"camera {', '.join(closed)} was closed" if closed else _one_line(error)
+                    raise RobotError(f"the goal could not be sent on {self.config.port}: {cause}. Check cables and power.") from error
+                self.events["send_retry"] += 1
+            except LINK_LOST as error:
+                self._reconnect(error)
+                self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
+                return
+
+    # Losing and finding the port
+
+    def _reconnect(self, cause: Exception) -> None:
+        """Wait up to `reconnect_s` for the port, and check that the same arm is behind it. Raises RobotError."""
+        log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
+        give_up_s = time.monotonic() + self.config.reconnect_s
+        while True:
+            try:
+                self._open_bus()
+                glue.check_calibration_in_servos(self._follower, self.config)
+                self._resume_torque()
+                break
+            except Gr00tFastError:
+                raise
+            except (*EXCHANGE_FAILED, *LINK_LOST) as error:
+                if time.monotonic() > give_up_s:
+                    self._port_given_up = True
+                    raise RobotError(
+                        f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
+                        f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_in_words()}."
+                    ) from cause
+                time.sleep(RETRY_PAUSE_S)
+        self._guard.forget()
+        self.events["reconnect"] += 1
+        log.warning("%s is back", self.config.port)
+
+    def _resume_torque(self) -> None:
+        """After an outage: motors that still hold are left alone; without torque they are switched on again where they are."""
+        bus = self._follower.bus
+        if all(bus.sync_read("Torque_Enable").values()):
+            return
+        before, now = self._guard.last, bus.sync_read("Present_Position")
+        if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > FELL_DEG):
+            raise RobotError(
+                f"the servos lost power while {self.config.port} was away, and the arm moved more than {FELL_DEG:g} degrees. "
+                "It is not switched on again by itself. Put it upright and start the run again."
+            )
+        self._follower.configure()
+        self.events["torque_restored"] += 1
+
+    # Landing
+
+    def _land(self, report: LandingReport) -> None:
+        follower, link = self._follower, self._link
+        if follower is None or link is None:
+            report.port_closed = report.cameras_closed = True
+            return
+        if self._torque_touched and self.config.disable_torque_on_disconnect:
+            patience_s = 0.0 if self._port_given_up else LAND_REOPEN_S
+            report.torque = release_torque(follower.bus, link, patience_s, report.problems)
+        elif self._torque_touched:
+            report.torque = dict.fromkeys(SO100_JOINTS, "held")
+        attempt("closing the port", link.close_port, report.problems)
+        report.port_closed = not follower.bus.is_connected
+        closed = [close_camera(name, camera, report.problems) for name, camera in follower.cameras.items()]
+        report.cameras_closed = all(closed)
+
+    # Helpers
+
+    @contextlib.contextmanager
+    def _alone(self, doing: str) -> Iterator[None]:
+        """The bus is for one thread at a time, and only between connect and land."""
+        if self._follower is None or self._landing is not None:
+            raise RobotError(f"cannot {doing}: the arm is not connected. Call connect() first.")
+        if not self._busy.acquire(blocking=False):
+            raise RobotError(f"cannot {doing}: another thread is using the arm. Its bus takes one thread at a time.")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Gr00tFastError:
+            raise
+        except Exception as error:
+            raise RobotError(f"{doing} on {self.config.port} failed: {_one_line(error)}. Check cables and power, then start again.") from error
+
+    def _free_link(self) -> ServoLink:
+        if self._link is None:
+            raise RobotError("the arm is not connected. Call connect() first.")
+        return self._link
+
+
+def _spec(camera: Any) -> CameraSpec:
+    return CameraSpec(camera.width, camera.height, camera.fps)  # lerobot's sizes are those after `rotation`
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.!')}"

@@ -1,0 +1,239 @@
+"""What the scene looks like: a few printed plates and dark servos per link, a wooden table, a red block and a blue bowl.
+
+Only looks; what touches what is in `scene.py`. Shapes are placed by hand in the frames of the links. At the home pose these are, for shoulder,
+upper arm and forearm: x to the side, y up, z forward (away from the base); for gripper and jaw: -y towards the finger tips, z forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr00t_fast.robots.so100_sim.meshes import Mesh, box, capsule_outline, disc, join, lathe, plate
+from gr00t_fast.robots.so100_sim.scene import BLOCK_HALF_M, BOWL_HEIGHT_M, BOWL_RADIUS_M
+
+# sRGB. The print is a warm white, so that the lit side does not saturate.
+MATERIALS: dict[str, tuple[int, int, int]] = {
+    "print": (226, 224, 216),
+    "servo": (46, 48, 54),
+    "metal": (150, 152, 158),
+    "board": (40, 92, 66),
+    "rubber": (70, 72, 78),
+    "block": (206, 44, 34),
+    "bowl": (46, 104, 176),
+}
+
+ALONG_X = np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])  # outline x, y, thickness z -> link y, z, x
+ALONG_Y = np.array([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])  # -> link z, x, y
+ALONG_Z = np.eye(3)
+
+_SERVO_LONG, _SERVO_SHORT, _SERVO_DEPTH = 0.0226, 0.0124, 0.0175  # half sizes of an STS3215, depth along its shaft
+
+
+@dataclass(frozen=True)
+class Part:
+    """One mesh in the frame of a body of the model."""
+
+    body: str
+    material: str
+    mesh: Mesh
+    hidden_from: str = ""  # a camera that does not see it, because it sits inside
+
+
+def _part(body: str, material: str, mesh: Mesh, at: tuple[float, float, float], turn: np.ndarray = ALONG_Z, **options: str) -> Part:
+    return Part(body, material, mesh.moved(turn, np.array(at)), **options)
+
+
+def _side_plates(body: str, outline: np.ndarray, x_m: float, thickness_m: float = 0.004) -> list[Part]:
+    """The same plate on both sides of a link; the outline is in the link's (y, z)."""
+    plates = plate(outline, thickness_m / 2)
+    return [_part(body, "print", plates, (side * x_m, 0, 0), ALONG_X) for side in (-1, 1)]
+
+
+def _horns(body: str, y: float, z: float, x_m: float) -> list[Part]:
+    """The round metal ends of a joint's shaft."""
+    return [_part(body, "metal", disc(0.0095, 0.0015), (side * x_m, y, z), ALONG_X) for side in (-1, 1)]
+
+
+def _base() -> list[Part]:
+    foot = np.array([(-0.05, -0.06), (-0.036, -0.088), (0.036, -0.088), (0.05, -0.06), (0.05, 0.03), (0.038, 0.045), (-0.038, 0.045), (-0.05, 0.03)])
+    tower = np.array(
+        [(-0.03, -0.066), (-0.02, -0.076), (0.02, -0.076), (0.03, -0.066), (0.03, -0.018), (0.024, -0.010), (-0.024, -0.010), (-0.03, -0.018)]
+    )
+    screws = [_part("base", "metal", disc(0.004, 0.001, 8), (x, y, 0.0135)) for x in (-0.038, 0.038) for y in (-0.062, 0.03)]
+    return [
+        _part("base", "print", plate(foot, 0.0065, 0.002), (0, 0, 0.0065)),
+        _part("base", "print", plate(tower, 0.0185, 0.002), (0, 0, 0.0295)),
+        _part("base", "servo", box(0.0124, 0.006, 0.014), (0, -0.0745, 0.03)),
+        _part("base", "board", box(0.021, 0.014, 0.002), (0, 0.018, 0.016)),
+        _part("base", "servo", box(0.012, 0.006, 0.004), (0, 0.014, 0.0215)),
+        *screws,
+    ]
+
+
+def _shoulder() -> list[Part]:
+    cheek = np.array([(0.0435, -0.018), (0.0435, 0.036), (0.06, 0.046), (0.1, 0.047), (0.116, 0.038), (0.117, 0.022), (0.1, 0.012), (0.07, -0.01)])[
+        ::-1
+    ]
+    return [
+        _part("shoulder", "metal", disc(0.024, 0.003, 24), (0, 0.0345, 0), ALONG_Y),
+        _part("shoulder", "print", box(0.0265, 0.003, 0.028, 0.0015), (0, 0.041, 0.010)),
+        *[_part("shoulder", "print", plate(cheek[::-1], 0.002), (side * 0.0205, 0, 0), ALONG_X) for side in (-1, 1)],
+        _part("shoulder", "servo", box(_SERVO_DEPTH, _SERVO_LONG, _SERVO_SHORT), (0, 0.0905, 0.0306)),
+    ]
+
+
+def _upper_arm() -> list[Part]:
+    link = capsule_outline((0.0, 0.0), 0.0165, (0.11257, 0.028), 0.0155)
+    return [
+        *_side_plates("upper_arm", link, 0.0255),
+        *_horns("upper_arm", 0.0, 0.0, 0.0285),
+        *_horns("upper_arm", 0.11257, 0.028, 0.0285),
+        _part("upper_arm", "print", box(0.0255, 0.017, 0.002), (0, 0.055, 0.0005)),
+        _part("upper_arm", "servo", box(_SERVO_DEPTH, _SERVO_LONG, _SERVO_SHORT), (0, 0.0995, 0.0268)),
+    ]
+
+
+def _lower_arm() -> list[Part]:
+    link = capsule_outline((0.0, 0.0), 0.0145, (0.0052, 0.1349), 0.0135)
+    return [
+        *_side_plates("lower_arm", link, 0.0205),
+        *_horns("lower_arm", 0.0052, 0.1349, 0.0275),
+        _part("lower_arm", "print", box(0.0205, 0.002, 0.028), (0, 0.0145, 0.062)),
+        _part("lower_arm", "servo", box(_SERVO_DEPTH, _SERVO_SHORT, _SERVO_LONG), (0, 0.0048, 0.1222)),
+        _part("lower_arm", "servo", box(0.009, 0.0026, 0.016), (0, 0.0185, 0.062)),
+    ]
+
+
+def _wrist() -> list[Part]:
+    cheek = capsule_outline((0.0, 0.0), 0.0125, (-0.030, 0.0), 0.0125)
+    return [
+        *_side_plates("wrist", cheek, 0.0245),
+        _part("wrist", "print", box(0.0265, 0.0025, 0.0165), (0, -0.0215, 0)),
+        _part("wrist", "servo", box(_SERVO_LONG, _SERVO_DEPTH - 0.001, _SERVO_SHORT), (-0.004, -0.0395, 0)),
+        _part("wrist", "metal", disc(0.0105, 0.0025), (0, -0.0575, 0), ALONG_Y),
+    ]
+
+
+def _gripper() -> list[Part]:
+    finger = np.array(
+        [
+            (0.0079, -0.1075),
+            (0.0125, -0.1085),
+            (0.0185, -0.098),
+            (0.0275, -0.070),
+            (0.0315, -0.042),
+            (0.031, -0.012),
+            (0.016, -0.012),
+            (0.0153, -0.046),
+            (0.0133, -0.066),
+            (0.0098, -0.094),
+        ]
+    )
+    camera_arm = np.array([(-0.006, 0.012), (-0.006, 0.056), (0.0, 0.066), (0.006, 0.066), (0.0, 0.052), (0.0, 0.012)])[::-1]
+    return [
+        _part("gripper_body", "print", box(0.029, 0.0055, 0.0205, 0.002), (0.0015, -0.0055, 0)),
+        _part("gripper_body", "print", plate(finger, 0.0105, 0.0018), (0, 0, 0)),
+        _part("gripper_body", "servo", box(_SERVO_LONG, _SERVO_SHORT, _SERVO_DEPTH), (-0.0085, -0.0236, 0)),
+        _part("gripper_body", "rubber", box(0.0011, 0.0265, 0.0062, 0.0005), (0.0119, -0.0775, 0), _tilt_z(-0.115)),
+        _part("gripper_body", "print", plate(camera_arm, 0.009), (0, 0, 0), ALONG_X, hidden_from="wrist"),
+        _part("gripper_body", "servo", box(0.013, 0.006, 0.009), (0, 0.004, 0.073), hidden_from="wrist"),
+        _part("gripper_body", "metal", disc(0.0055, 0.003), (0, -0.004, 0.073), ALONG_Y, hidden_from="wrist"),
+    ]
+
+
+def _jaw() -> list[Part]:
+    finger = np.array(
+        [
+            (-0.0123, -0.083),
+            (-0.006, -0.083),
+            (0.004, -0.062),
+            (0.0095, -0.036),
+            (0.0115, -0.004),
+            (0.007, 0.0095),
+            (-0.007, 0.0095),
+            (-0.0105, -0.004),
+            (-0.0083, -0.028),
+            (-0.0083, -0.056),
+        ]
+    )[::1]
+    return [
+        _part("moving_jaw", "print", plate(finger, 0.0095, 0.0018), (0, 0, 0)),
+        *[
+            _part("moving_jaw", "print", plate(capsule_outline((0, 0), 0.0105, (0, -0.020), 0.0085), 0.002), (0, 0, side * 0.0205))
+            for side in (-1, 1)
+        ],
+        *[_part("moving_jaw", "metal", disc(0.007, 0.001), (0, 0, side * 0.0232)) for side in (-1, 1)],
+        _part("moving_jaw", "rubber", box(0.0011, 0.0255, 0.0062, 0.0005), (-0.0095, -0.0555, 0), _tilt_z(-0.07)),
+    ]
+
+
+def _tilt_z(angle: float) -> np.ndarray:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+
+
+def _block() -> list[Part]:
+    return [_part("block", "block", box(BLOCK_HALF_M, BLOCK_HALF_M, BLOCK_HALF_M, 0.0012), (0, 0, 0))]
+
+
+def _bowl() -> list[Part]:
+    rim, height = BOWL_RADIUS_M + 0.003, BOWL_HEIGHT_M + 0.001
+    outside = [(0.0, 0.0), (rim - 0.012, 0.0), (rim - 0.006, 0.008), (rim - 0.002, 0.022), (rim, height - 0.001)]
+    inside = [(rim - 0.001, height), (rim - 0.003, height), (rim - 0.005, 0.022), (rim - 0.010, 0.008), (rim - 0.016, 0.005), (0.0, 0.0045)]
+    return [_part("bowl", "bowl", lathe(outside + inside), (0, 0, 0))]
+
+
+def scene_parts(with_bowl: bool) -> list[Part]:
+    """Every visible part except the table."""
+    arm = [*_base(), *_shoulder(), *_upper_arm(), *_lower_arm(), *_wrist(), *_gripper(), *_jaw()]
+    return [*arm, *_block(), *(_bowl() if with_bowl else [])]
+
+
+def gather(parts: list[Part], bodies: list[str]) -> tuple[Mesh, np.ndarray, np.ndarray]:
+    """All parts as one mesh, with the body index of each vertex (V,) and the material index of each face (F,)."""
+    materials = list(MATERIALS)
+    body_of_vertex = np.concatenate([np.full(len(part.mesh.vertices), bodies.index(part.body)) for part in parts])
+    material_of_face = np.concatenate([np.full(len(part.mesh.faces), materials.index(part.material)) for part in parts])
+    return join([part.mesh for part in parts]), body_of_vertex, material_of_face
+
+
+def shade_table(levels: int) -> np.ndarray:
+    """Colours (materials, levels, 3) uint8 from unlit to highlight: shadows turn cool, the last sixth goes to white as gloss does."""
+    light = np.linspace(0, 1.2, levels)[None, :, None]
+    colour = np.array(list(MATERIALS.values()), dtype=np.float64)[:, None, :]
+    cool = np.array([0.90, 0.96, 1.10])
+    tint = cool + (1 - cool) * np.clip(light, 0, 1)
+    lit = colour * np.clip(light, 0, 1) * tint
+    gloss = np.clip(light - 1.0, 0, 1) * 2.2
+    return np.clip(lit + (255 - lit) * gloss, 0, 255).astype(np.uint8)
+
+
+def wood(size: int = 1024) -> np.ndarray:
+    """A table top of planks, (size, size, 3) uint8; the same grain each time. Rows run along y, columns along x."""
+    rng = np.random.default_rng(7)
+    planks = 7
+    x = np.linspace(0, planks, size, endpoint=False)
+    plank = x.astype(int)
+    grain = _noise(rng, size, 48, 6) * 0.6 + _noise(rng, size, 200, 10) * 0.4  # stretched along y
+    shift = rng.uniform(0, 6, planks)
+    rings = np.sin(2 * np.pi * (3.0 * (x - plank) + shift[plank])[None, :] + 7.0 * grain)
+    tone = 0.035 * rings + 0.05 * grain + rng.uniform(-0.045, 0.045, planks)[plank][None, :]
+    gap = np.minimum(x - plank, 1 - (x - plank)) < 0.006
+    tone = tone - 0.16 * gap[None, :]
+    base = np.array([176.0, 137.0, 98.0])
+    colour = base * (1 + tone[..., None] * np.array([1.0, 1.1, 1.25]))
+    return np.clip(colour, 0, 255).astype(np.uint8)
+
+
+def _noise(rng: np.random.Generator, size: int, across: int, along: int) -> np.ndarray:
+    """Smooth noise (size, size) in about -1..1: `across` cells in x, `along` cells in y, linearly interpolated."""
+    cells = rng.uniform(-1, 1, (along + 1, across + 1))
+    y, x = np.linspace(0, along, size, endpoint=False), np.linspace(0, across, size, endpoint=False)
+    j, i = y.astype(int), x.astype(int)
+    v, u = (y - j)[:, None], (x - i)[None, :]
+    v, u = v * v * (3 - 2 * v), u * u * (3 - 2 * u)
+    top = cells[np.ix_(j, i)] * (1 - u) + cells[np.ix_(j, i + 1)] * u
+    bottom = cells[np.ix_(j + 1, i)] * (1 - u) + cells[np.ix_(j + 1, i + 1)] * u
+    return top * (1 - v) + bottom * v

@@ -1,0 +1,117 @@
+"""A scripted expert for both tasks. It knows where everything is, so it proves that a scene can be solved and makes demonstrations.
+
+It is a generator of joint targets, one per control tick (30 Hz): straight lines in joint space between a few poses, at limited speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gr00t_fast.robots.so100_sim.kinematics import GraspKinematics
+from gr00t_fast.robots.so100_sim.scene import BOWL_HEIGHT_M
+from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
+from gr00t_fast.robots.so100_sim.units import GRIPPER
+
+_STEP_DEG = 4.0  # per tick and joint, 120 deg/s: what the servos of the arm manage
+_JAW_STEP = 8.0  # per cent per tick
+_ARRIVED_DEG, _SETTLE_TICKS = 1.5, 12  # a waypoint counts as reached when measured so near, or after waiting so long
+_JAW_OPEN, _JAW_SHUT = 55.0, 2.0  # per cent
+# Heights of the point between the finger tips. Fingers straight down, the arm gets no higher than about 85 mm (the wrist bends 95 degrees).
+_HOVER_M = 0.062  # above the block's centre: the block clears the bowl's rim by 20 mm
+_CARRY_M, _DROP_M = 0.038, 0.018  # above the rim
+_WAYPOINT_M = 0.012  # how far off a pose in passing may be: at the rim of the workspace it tilts instead
+_GRASP_M = 0.006  # above the block's centre: the tips reach 15 mm further down and must clear the table
+_REACH_M = 0.012  # above the block's centre; within the 3 cm that count, without poking the block
+_CLOSE_TICKS, _OPEN_TICKS = 10, 6
+
+
+def expert(simulation: Simulation) -> Iterator[np.ndarray]:
+    """Targets (6,) in degrees for each tick of the task from where the simulation is now; ends when the script is over.
+
+    The caller sends each to the simulation and advances it by a tick. Raises RobotError when the scene is out of reach.
+    """
+    script = _reach if simulation.task == "reach" else _place
+    yield from script(simulation, GraspKinematics(simulation))
+
+
+def run_expert(simulation: Simulation, max_ticks: int = 180) -> int | None:
+    """Play the expert; the tick at which the task had succeeded, or None. Physics only, nothing is drawn."""
+    for tick, targets in enumerate(expert(simulation)):
+        simulation.set_targets(targets)
+        simulation.advance(TICK_S)
+        if simulation.success:
+            return tick + 1
+        if tick + 1 >= max_ticks:
+            break
+    return None
+
+
+def _reach(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
+    hover = kinematics.solve(_above(simulation.block_m, _HOVER_M), None, simulation.joints_deg, _WAYPOINT_M)
+    goal = kinematics.solve(_above(simulation.block_m, _REACH_M), None, hover)
+    hover[GRIPPER] = goal[GRIPPER] = _JAW_OPEN
+    yield from _move(simulation, hover, near_deg=12.0)
+    yield from _move(simulation, goal)
+    yield from _hold(simulation, goal, 10)
+
+
+def _place(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
+    block, bowl, yaw = simulation.block_m, simulation.bowl_m, simulation.layout.block_yaw_rad
+    hover = kinematics.solve(_above(block, _HOVER_M), yaw, _preferred(simulation), _WAYPOINT_M)
+    grasp = kinematics.solve(_above(block, _GRASP_M), yaw, hover)
+    rim = np.array([*bowl[:2], BOWL_HEIGHT_M])
+    over = kinematics.solve(_above(rim, _CARRY_M), None, hover, _WAYPOINT_M)
+    drop = kinematics.solve(_above(rim, _DROP_M), None, over)
+    yield from _move(simulation, _jaw(hover, _JAW_OPEN))
+    yield from _move(simulation, _jaw(grasp, _JAW_OPEN), speed=0.7)
+    yield from _hold(simulation, _jaw(grasp, _JAW_SHUT), _CLOSE_TICKS)
+    yield from _move(simulation, _jaw(hover, _JAW_SHUT))
+    yield from _move(simulation, _jaw(over, _JAW_SHUT))
+    yield from _move(simulation, _jaw(drop, _JAW_SHUT))
+    yield from _hold(simulation, _jaw(drop, _JAW_OPEN), _OPEN_TICKS)
+    yield from _move(simulation, _jaw(over, _JAW_OPEN))
+    yield from _hold(simulation, _jaw(over, _JAW_OPEN), 8)
+
+
+def _preferred(simulation: Simulation) -> np.ndarray:
+    """Start of the search for a grasp: the home pose turned towards the block, so that of four ways to grasp it the natural one is found."""
+    start = HOME_DEG.copy()
+    x, y = simulation.block_m[:2] - simulation.model.body("shoulder").pos[:2]
+    start[0] = np.rad2deg(np.arctan2(x, -y))
+    return start
+
+
+def _above(point_m: np.ndarray, height_m: float) -> np.ndarray:
+    return np.array([point_m[0], point_m[1], point_m[2] + height_m])
+
+
+def _jaw(pose_deg: np.ndarray, percent: float) -> np.ndarray:
+    return np.array([*pose_deg[:GRIPPER], percent])
+
+
+def _move(simulation: Simulation, goal_deg: np.ndarray, speed: float = 1.0, near_deg: float = _ARRIVED_DEG) -> Iterator[np.ndarray]:
+    """Joint-space line from the measured pose, all joints arriving together; then wait until the arm is near."""
+    start = simulation.joints_deg
+    start[GRIPPER] = _last_jaw(simulation)  # closed on a block, the jaw's target must not become what was measured
+    limit = np.array([_STEP_DEG] * GRIPPER + [_JAW_STEP]) * speed
+    ticks = max(1, int(np.ceil(np.max(np.abs(goal_deg - start) / limit))))
+    for tick in range(1, ticks + 1):
+        yield start + (goal_deg - start) * tick / ticks
+    for _ in range(_SETTLE_TICKS):
+        if np.abs(simulation.joints_deg - goal_deg)[:GRIPPER].max() < near_deg:
+            return
+        yield goal_deg
+
+
+def _hold(simulation: Simulation, goal_deg: np.ndarray, ticks: int) -> Iterator[np.ndarray]:
+    """Keep the arm and let the jaw move at its speed."""
+    jaw = _last_jaw(simulation)
+    for _ in range(ticks):
+        jaw += np.clip(goal_deg[GRIPPER] - jaw, -_JAW_STEP, _JAW_STEP)
+        yield _jaw(goal_deg, jaw)
+
+
+def _last_jaw(simulation: Simulation) -> float:
+    return float(simulation.targets_deg[GRIPPER])

@@ -1,0 +1,209 @@
+"""The world in MuJoCo's XML: an SO-100, a table, a block and (for `place`) a bowl, all from primitives.
+
+Kinematics, masses and actuator gains are those published for the arm in MuJoCo Menagerie (`trs_so_arm100`), as numbers; no mesh is needed, because
+only the finger pads, the gripper body and the forearm touch anything. How the arm looks is in `appearance.py`. SI units, z up, table top at z = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.optional import require
+
+Task = Literal["reach", "place"]
+
+TIMESTEP_S = 0.004
+BLOCK_HALF_M = 0.0125
+BOWL_RADIUS_M = 0.045
+BOWL_HEIGHT_M = 0.036
+PAN_AXIS_XY_M = np.array([0.0, -0.0452])  # objects are placed in polar coordinates about the shoulder pan axis; the arm faces -y
+
+# Where an object's centre may lie: the gripper can point straight down there, also when lifted above the bowl.
+_BLOCK_RADIUS_M, _BOWL_RADIUS_RANGE_M, _HALF_ANGLE_RAD = (0.15, 0.24), (0.15, 0.235), np.deg2rad(55)
+_SEPARATION_M = 0.115  # bowl radius + half block + an open finger
+
+FRONT_CAMERA = (np.array([0.14, -0.62, 0.40]), np.array([0.0, -0.15, 0.06]), 48.0)  # position, look-at point, vertical field of view (deg)
+WRIST_CAMERA = (np.array([0.0, 0.0, 0.07]), np.array([0.0, -0.1, 0.0]), 75.0)  # in the fixed jaw's frame
+
+# (position, half size) of the finger pads in the frame of their jaw.
+_FIXED_PADS = [
+    ((0.0089, -0.1014, 0), (0.001, 0.005, 0.004)),
+    ((0.0109, -0.0914, 0), (0.001, 0.005, 0.006)),
+    ((0.0126, -0.0768, 0), (0.001, 0.010, 0.007)),
+    ((0.0143, -0.0572, 0), (0.001, 0.010, 0.008)),
+]
+_MOVING_PADS = [
+    ((-0.0113, -0.077, 0), (0.001, 0.005, 0.004)),
+    ((-0.0093, -0.067, 0), (0.001, 0.005, 0.006)),
+    ((-0.0073, -0.055, 0), (0.001, 0.010, 0.006)),
+    ((-0.0073, -0.035, 0), (0.001, 0.010, 0.008)),
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the objects start: centres on the table (m) and the block's turn about the vertical (rad)."""
+
+    block_xy_m: tuple[float, float]
+    block_yaw_rad: float
+    bowl_xy_m: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A compiled model (`mujoco.MjModel`), its XML, and the layout drawn from the seed."""
+
+    model: Any
+    xml: str
+    layout: Layout
+    task: Task
+
+
+def build_scene(task: Task = "place", seed: int = 0) -> Scene:
+    """Compile the world for `task`. The same seed gives the same layout on every platform. Raises ConfigError, MissingExtraError."""
+    mujoco = require("mujoco", "sim")
+    xml = scene_xml(task)
+    return Scene(mujoco.MjModel.from_xml_string(xml), xml, sample_layout(task, seed), task)
+
+
+def sample_layout(task: Task, seed: int) -> Layout:
+    """Random positions within reach, block and bowl apart; deterministic per (task, seed)."""
+    check_task(task)
+    rng = np.random.default_rng([seed, get_args(Task).index(task)])
+    block = _polar(rng, _BLOCK_RADIUS_M)
+    yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
+    if task == "reach":
+        return Layout(block, yaw, None)
+    while True:
+        bowl = _polar(rng, _BOWL_RADIUS_RANGE_M)
+        if np.hypot(bowl[0] - block[0], bowl[1] - block[1]) >= _SEPARATION_M:
+            return Layout(block, yaw, bowl)
+
+
+def check_task(task: str) -> None:
+    """ConfigError unless `task` is one of the scene's tasks."""
+    if task not in get_args(Task):
+        raise ConfigError(f"task must be one of {', '.join(get_args(Task))}, but it is '{task}'.{closest(task, get_args(Task))}")
+
+
+def _polar(rng: np.random.Generator, radius_m: tuple[float, float]) -> tuple[float, float]:
+    radius, angle = rng.uniform(*radius_m), rng.uniform(-_HALF_ANGLE_RAD, _HALF_ANGLE_RAD)
+    return (float(PAN_AXIS_XY_M[0] + radius * np.sin(angle)), float(PAN_AXIS_XY_M[1] - radius * np.cos(angle)))
+
+
+# --- XML ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def scene_xml(task: Task) -> str:
+    """The whole world as MJCF; it also opens in MuJoCo's own viewer."""
+    check_task(task)
+    actuators = "\n    ".join(f'<position name="{name}" joint="{name}" class="servo"/>' for name in SO100_JOINTS)
+    return f"""<mujoco model="so100_{task}">
+  <compiler angle="radian" autolimits="true"/>
+  <option timestep="{TIMESTEP_S}" cone="elliptic" impratio="10" integrator="implicitfast"/>
+  <default>
+    <default class="servo">
+      <joint armature="0.1" frictionloss="0.1"/>
+      <position kp="50" dampratio="1" forcerange="-35 35"/>
+    </default>
+    <default class="pad"><geom type="box" friction="1 0.01 0.0005" condim="4" rgba=".3 .3 .3 1" {_touch(arm=True)}/></default>
+    <default class="shell"><geom friction="0.5" rgba=".9 .9 .88 1" {_touch(arm=True)}/></default>
+  </default>
+  <worldbody>
+    <light pos="0 0 1.5" dir="0 0 -1" directional="true"/>
+    <geom name="table" type="plane" size="0.6 0.6 0.1" friction="1" rgba=".7 .55 .4 1" {_touch(arm=False)}/>
+    {_camera_xml("front", *FRONT_CAMERA)}
+{_arm_xml()}
+{_block_xml()}
+{_bowl_xml() if task == "place" else ""}
+  </worldbody>
+  <actuator>
+    {actuators}
+  </actuator>
+</mujoco>"""
+
+
+def _touch(arm: bool) -> str:
+    """Contact bits: the arm touches table and objects, never itself; those touch everything."""
+    return 'contype="2" conaffinity="1"' if arm else 'contype="1" conaffinity="3"'
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{float(v):.6g}" for v in values)
+
+
+def _camera_xml(name: str, position: np.ndarray, target: np.ndarray, fovy_deg: float) -> str:
+    backward = (position - target) / np.linalg.norm(position - target)
+    up_hint = np.array([0.0, 0.0, 1.0]) if name == "front" else np.array([0.0, 1.0, 0.0])
+    right = np.cross(up_hint, backward)
+    right /= np.linalg.norm(right)
+    axes = _numbers([*right, *np.cross(backward, right)])
+    return f'<camera name="{name}" pos="{_numbers(position)}" xyaxes="{axes}" fovy="{fovy_deg:g}"/>'
+
+
+def _pads_xml(prefix: str, pads: list) -> str:
+    return "".join(
+        f'\n<geom name="{prefix}_pad{i}" class="pad" pos="{_numbers(position)}" size="{_numbers(half)}"/>' for i, (position, half) in enumerate(pads)
+    )
+
+
+def _arm_xml() -> str:
+    """Nested links; joints carry lerobot's motor names. Inertias of the links are small next to the armature, so spheres stand in for them."""
+    return f"""    <body name="base">
+      <geom class="shell" type="box" pos="0 -0.02 0.03" size="0.045 0.065 0.028" {_touch(arm=True)}/>
+      <body name="shoulder" pos="0 -0.0452 0.0165" quat="0.7071068 0.7071068 0 0">
+        <inertial mass="0.119" pos="-.0001 .0591 .0311" diaginertia="6e-5 5e-5 5e-5"/>
+        <joint name="shoulder_pan" class="servo" axis="0 1 0" range="-2.2 2.2"/>
+        <body name="upper_arm" pos="0 0.1025 0.0306" euler="1.5707963 0 0">
+          <inertial mass="0.162" pos="0 .0702 .0031" diaginertia="2e-4 6e-5 2e-4"/>
+          <joint name="shoulder_lift" class="servo" axis="1 0 0" range="-3.5 0.3"/>
+          <body name="lower_arm" pos="0 0.11257 0.028" euler="-1.5707963 0 0">
+            <inertial mass="0.148" pos="-.0034 .0014 .0768" diaginertia="2e-4 2e-4 6e-5"/>
+            <joint name="elbow_flex" class="servo" axis="1 0 0" range="-0.2 3.3"/>
+            <geom class="shell" type="capsule" fromto="0 0.003 0.02 0 0.005 0.13" size="0.018"/>
+            <body name="wrist" pos="0 0.0052 0.1349" euler="-1.5707963 0 0">
+              <inertial mass="0.066" pos="-.0085 -.0352 0" diaginertia="3e-5 3e-5 3e-5"/>
+              <joint name="wrist_flex" class="servo" axis="1 0 0" range="-2.0 1.8"/>
+              <body name="gripper_body" pos="0 -0.0601 0" euler="0 1.5707963 0">
+                <inertial mass="0.093" pos=".0055 -.0280 .0005" diaginertia="6e-5 4e-5 5e-5"/>
+                <joint name="wrist_roll" class="servo" axis="0 1 0" range="-3.1416 3.1416"/>
+                <site name="tcp" pos="-0.012 -0.092 0" size="0.004"/>
+                {_camera_xml("wrist", *WRIST_CAMERA)}
+                <geom class="shell" type="box" pos="-0.002 -0.02 0" size="0.028 0.02 0.018"/>{_pads_xml("fixed", _FIXED_PADS)}
+                <body name="moving_jaw" pos="-0.0202 -0.0244 0" quat="0 0 1 0">
+                  <inertial mass="0.020" pos="-.0016 -.0303 .0004" diaginertia="1e-5 3e-6 1e-5"/>
+                  <joint name="gripper" class="servo" axis="0 0 1" range="-0.2 2.0"/>{_pads_xml("moving", _MOVING_PADS)}
+                </body>
+              </body>
+            </body>
+          </body>
+        </body>
+      </body>
+    </body>"""
+
+
+def _block_xml() -> str:
+    return f"""    <body name="block" pos="0 -0.25 {BLOCK_HALF_M}"><freejoint name="block"/>
+      <geom name="block" type="box" size="{_numbers([BLOCK_HALF_M] * 3)}" mass="0.02" friction="1.2 0.01 0.0005" condim="4" rgba=".85 .15 .1 1"
+        {_touch(arm=False)}/></body>"""
+
+
+def _bowl_xml() -> str:
+    """A ring of twelve thin boxes on a plate, heavy enough not to skid when the block lands in it."""
+    sides = 12
+    half_width = BOWL_RADIUS_M * np.tan(np.pi / sides) + 0.002
+    walls = []
+    for i in range(sides):
+        angle = 2 * np.pi * i / sides
+        pos = _numbers(
+            [BOWL_RADIUS_M * np.cos(angle), BOWL_RADIUS_M * np.sin(angle), BOWL_HEIGHT_M / 2 + 0.001]
+        )  # 1 mm up: only the plate rests on the table
+        size = _numbers([0.002, half_width, BOWL_HEIGHT_M / 2 - 0.001])
+        walls.append(f'<geom type="box" pos="{pos}" euler="0 0 {angle:.6f}" size="{size}" mass="0.01" {_touch(arm=False)}/>')
+    plate = f'<geom type="cylinder" pos="0 0 0.002" size="{BOWL_RADIUS_M} 0.002" mass="0.08" {_touch(arm=False)}/>'
+    return '    <body name="bowl" pos="0.1 -0.2 0"><freejoint name="bowl"/>\n      ' + "\n      ".join([plate, *walls]) + "</body>"

@@ -1,0 +1,48 @@
+"""An arm on the virtual bus, for tests: how to make one, where its joints really are, and what must hold when it has landed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS, LandingReport
+from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.feetech_bus.calibration import to_units
+from gr00t_fast.robots.so100_follower import SO100FollowerArm
+
+
+def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
+    """An arm whose calibration file agrees with the bus's servos."""
+    save_calibration(bus.calibration, directory / "test.json")
+    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, **options}))
+
+
+def true_joints(bus: VirtualBus) -> np.ndarray:
+    """Where the shafts are, in degrees and gripper per cent, asked behind the driver's back."""
+    values = zip(SO100_JOINTS, bus.servos, strict=True)
+    return np.array([to_units(joint, bus.calibration[joint], servo.position) for joint, servo in values])
+
+
+def assert_landed(bus: VirtualBus, arm: SO100FollowerArm, report: LandingReport) -> None:
+    """Torque register 0 on every servo the cable reaches, port closed, nothing still open on the terminal."""
+    if bus.device is not None:
+        assert bus.torque() == dict.fromkeys(SO100_JOINTS, 0)
+        assert descriptors_on(bus.device) == 1, "only the bus itself may still hold the terminal"
+    assert report.port_closed
+    assert report.cameras_closed
+    assert arm.land() is report, "landing again is harmless"
+
+
+def descriptors_on(device: str) -> int:
+    """How many descriptors of this process are open on `device`."""
+    count = 0
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            count += os.readlink(f"/proc/self/fd/{entry}") == device
+        except OSError:
+            continue
+    return count

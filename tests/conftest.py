@@ -1,0 +1,54 @@
+"""What all tests share: one thread, markers that say how to enable what they skip, and where reference data lie."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Before torch is imported, so that no test pays for the import only to set this. One thread: spinning OpenMP barriers on a busy machine
+# make two threads slower than one, and results repeat.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+if "torch" in sys.modules:  # a plugin was faster
+    sys.modules["torch"].set_num_threads(1)
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip here and not at collection: only tests that would run make torch look for a GPU."""
+    if item.get_closest_marker("gpu") and not _has_cuda():
+        pytest.skip("needs a CUDA GPU and a CUDA build of torch: run `make gpu-check` where there is one")
+    if item.get_closest_marker("weights") and not os.environ.get("GR00T_CHECKPOINT"):
+        pytest.skip("needs a trained checkpoint: set GR00T_CHECKPOINT=DIR")
+    if item.get_closest_marker("hardware") and not os.environ.get("SO100_PORT"):
+        pytest.skip("moves a real SO-100: clear its surroundings and set SO100_PORT=/dev/ttyACM0")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Directory with the recorded outputs of the reference (`golden/`) and the Eagle processor files."""
+    directory = Path(os.environ.get("GR00T_FAST_SHARED") or ROOT.parent / "shared")
+    if not directory.is_dir():
+        pytest.skip(f"no reference data in {directory}: set GR00T_FAST_SHARED to the directory that holds golden/ and eagle2_hg_model/")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def eagle_dir(shared_dir: Path) -> Path:
+    """Tokenizer and processor files of Eagle."""
+    directory = shared_dir / "eagle2_hg_model"
+    if not (directory / "vocab.json").is_file():
+        pytest.skip(f"no Eagle processor files in {directory}: expected vocab.json, merges.txt and tokenizer_config.json")
+    return directory

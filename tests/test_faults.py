@@ -1,0 +1,272 @@
+"""The table: each fault a servo bus, a cable or a user can produce, and what the arm makes of it.
+
+`Survives(event)`: the run goes on, the event is counted, and readings are current afterwards. `Stops(text)`: one RobotError that says `text`.
+Either way the arm lands: torque register 0 on every servo that can be reached, port closed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+
+from arm_bench import assert_landed, make_arm, true_joints
+
+from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots.feetech_bus import Register, VirtualBus
+from gr00t_fast.robots.so100_follower import SO100FollowerArm
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
+
+
+@dataclass(frozen=True)
+class Survives:
+    event: str | None
+
+
+@dataclass(frozen=True)
+class Stops:
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    when: Literal["connect", "run", "land"]
+    fault: str
+    outcome: Survives | Stops
+    ticks: int = 10
+
+
+TABLE = [
+    Row("servo 3 silent", "run", "silent:servo=3", Stops("no believable joint reading")),
+    Row("servo 3 silent for 0.1 s", "run", "silent:servo=3,for_s=0.1", Survives("read_retry")),
+    Row("silent at disconnect", "land", "silent:servo=3", Survives(None)),
+    Row("silent at connect", "connect", "silent:servo=3", Stops("Missing motor IDs: - 3")),
+    Row("absent at connect", "connect", "absent:servo=6", Stops("Missing motor IDs: - 6")),
+    Row("one missed reply at connect", "connect", "silent:servo=5,count=4", Survives("read_retry")),
+    Row("silent while being configured", "connect", "silent:servo=2,on=write", Stops("configuring the servos")),
+    Row("wrong model", "connect", "wrong_model:servo=4", Stops("incorrect model numbers")),
+    Row("bad checksum", "run", "checksum:servo=2,count=1", Survives("read_retry")),
+    Row("byte lost in the header", "run", "drop:at=0,count=1", Survives("read_retry")),
+    Row("byte lost in the data", "run", "drop:at=20,count=1", Survives("read_retry")),
+    Row("byte lost at the end", "run", "drop:at=47,count=1", Survives("read_retry")),
+    Row("random byte loss 0.2 %", "run", "loss:rate=0.002", Survives("read_retry"), ticks=60),
+    Row("random byte flips 1 %", "run", "flip:rate=0.01", Survives("read_retry"), ticks=40),
+    Row("replies of 30 ms", "run", "delay:ms=30", Survives(None)),
+    Row("one reply later than 50 ms", "run", "delay:ms=60,count=1", Survives("late_answer")),
+    Row("one reply much later", "run", "delay:ms=130,count=1", Survives("read_retry")),
+    Row("every reply later than 50 ms", "run", "delay:ms=60,on=sync_read", Stops("no believable joint reading")),
+    Row("late ack of a write", "connect", "delay:ms=60,servo=1,on=write,after=5,count=1", Survives("late_answer")),
+    Row("very late ack of a write", "connect", "delay:ms=90,servo=1,on=write,after=5,count=1", Survives("read_retry")),
+    Row("status without data", "run", "no_data:servo=4,count=1", Survives("read_retry")),
+    Row("status without data, always", "run", "no_data:servo=4,on=sync_read", Stops("no believable joint reading")),
+    Row("status register never answered", "run", "silent:register=65,on=read", Survives("status_poll_missed"), ticks=60),
+    Row("overload", "run", "error:servo=3,bits=32", Survives("servo_overload")),
+    Row("overload at disconnect", "land", "error:servo=3,bits=32", Survives(None)),
+    Row("overload at connect", "connect", "error:servo=3,bits=32", Stops("servo 3 reports overload")),
+    Row("overheating that lasts", "run", "error:servo=3,bits=4", Stops("overheat"), ticks=150),
+    Row("unplugged for 0.3 s", "run", "unplug:at_s=0.01,for_s=0.3", Survives("reconnect"), ticks=30),
+    Row("unplugged between request and reply", "run", "unplug:for_s=0.2", Survives("reconnect"), ticks=30),
+    Row("unplugged while sending", "run", "unplug:on=sync_write,for_s=0.2", Survives("reconnect"), ticks=30),
+    Row("unplugged for good", "run", "unplug", Stops("did not come back within")),
+    Row("unplugged just before landing", "land", "unplug:for_s=0.3", Survives(None)),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_fault(row: Row, tmp_path: Path) -> None:
+    with VirtualBus(seed=3) as bus:
+        arm = make_arm(bus, tmp_path, reconnect_s=0.6)
+        if row.when == "connect":
+            bus.inject(row.fault)
+        if isinstance(row.outcome, Stops):
+            with pytest.raises(RobotError, match=row.outcome.text):
+                run(bus, arm, row)
+        else:
+            run(bus, arm, row)
+            assert row.outcome.event is None or arm.events[row.outcome.event] > 0, dict(arm.events)
+        if row.when == "land":
+            bus.inject(row.fault)
+        assert_landed(bus, arm, arm.land())
+
+
+def run(bus: VirtualBus, arm: SO100FollowerArm, row: Row) -> None:
+    """Connect, move the arm slowly, and compare the last reading with where the joints are."""
+    arm.connect()
+    target = arm.observe().joints
+    for tick in range(row.ticks):
+        if tick == 3 and row.when == "run":
+            bus.inject(row.fault)
+        joints = arm.observe().joints
+        assert np.all(np.abs(joints - target) < 12), "a damaged or stale reading came through"
+        target = target + 0.5
+        arm.send(target)
+        time.sleep(0.01)
+    bus.clear()
+    time.sleep(0.08)
+    np.testing.assert_allclose(arm.observe().joints, true_joints(bus), atol=0.2)
+
+
+def test_torque_that_was_not_acknowledged_is_reported_as_unknown(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        bus.inject("silent:servo=3")
+        report = arm.land()
+        assert report.torque["elbow_flex"] == "unknown"
+        assert [joint for joint, state in report.torque.items() if state == "off"] == [j for j in arm.joint_names if j != "elbow_flex"]
+        assert any("elbow_flex (id 3)" in problem for problem in report.problems)
+        assert not report.safe
+        assert_landed(bus, arm, report)
+
+
+def test_a_port_that_is_gone_is_reported_with_what_to_do(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path, reconnect_s=0.1)
+        arm.connect()
+        bus.unplug()
+        with pytest.raises(RobotError, match="did not come back"):
+            arm.observe()
+        report = arm.land()
+        assert not report.safe
+        assert set(report.torque.values()) == {"unknown"}
+        assert "power supply" in report.problems[0]
+        assert_landed(bus, arm, report)
+
+
+def test_connecting_again_works_after_a_failed_connection(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        bus.inject("silent:servo=3")
+        with pytest.raises(RobotError):
+            arm.connect()
+        bus.clear()
+        arm.connect()
+        arm.observe()
+        assert_landed(bus, arm, arm.land())
+
+
+def test_power_lost_with_the_cable_out_holds_the_arm_where_it_is(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path, reconnect_s=2)
+        arm.connect()
+        before = arm.observe().joints
+        bus.unplug()
+        bus.power_cycle()
+        threading.Timer(0.1, bus.replug).start()
+        np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
+        assert arm.events["torque_restored"] == 1
+        assert set(bus.torque().values()) == {1}
+        assert_landed(bus, arm, arm.land())
+
+
+def test_an_arm_that_fell_while_away_is_not_switched_on_again(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path, reconnect_s=2)
+        arm.connect()
+        bus.unplug()
+        bus.power_cycle()
+        bus.push("shoulder_lift", -40)
+        threading.Timer(0.1, bus.replug).start()
+        with pytest.raises(RobotError, match="lost power"):
+            arm.observe()
+        assert_landed(bus, arm, arm.land())
+
+
+def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path, reconnect_s=2)
+        arm.connect()
+        bus.unplug()
+        bus.servos[2].set_word(Register.MIN_POSITION, 5)
+        threading.Timer(0.1, bus.replug).start()
+        with pytest.raises(RobotError, match=r"elbow_flex\.range_min: file \d+, servo 5"):
+            arm.observe()
+        assert_landed(bus, arm, arm.land())
+
+
+def test_port_absent(tmp_path: Path) -> None:
+    arm = SO100FollowerArm(SO100FollowerConfig(port=str(tmp_path / "ttyACM9"), id="test", calibration_dir=tmp_path))
+    with pytest.raises(RobotError, match=r"ttyACM9 does not exist\. .*lerobot-find-port"):
+        arm.connect()
+    assert arm.land().safe
+
+
+def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        handler = arm._follower.bus.port_handler
+        original = handler.readPort
+
+        def interrupted(length: int) -> bytes:
+            handler.readPort = original
+            raise KeyboardInterrupt
+
+        handler.readPort = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            arm.observe()
+        assert handler.is_using, "the SDK's busy mark is left behind by the interruption"
+        assert_landed(bus, arm, arm.land())
+
+
+def test_two_threads(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        bus.inject("delay:ms=40,count=1")
+        first = threading.Thread(target=arm.observe)
+        first.start()
+        time.sleep(0.01)
+        with pytest.raises(RobotError, match="one thread at a time"):
+            arm.observe()
+        first.join()
+        arm.observe()
+        assert_landed(bus, arm, arm.land())
+
+
+@pytest.mark.parametrize("bad", [np.full(6, np.nan), np.full(6, np.inf), np.zeros(5), np.zeros((1, 6)), {}])
+def test_goals_that_no_motor_can_take_are_refused(bad: object, tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
+        with pytest.raises(RobotError, match=r"6 finite joint targets|failed"):
+            arm.send(bad)
+        assert [servo.word(Register.GOAL_POSITION) for servo in bus.servos] == goals
+        assert_landed(bus, arm, arm.land())
+
+
+@pytest.mark.parametrize("wild", [1e6, -500.0])
+def test_goals_out_of_range_stay_inside_the_calibration(wild: float, tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.send(np.full(6, wild))
+        arm.observe()  # the sync write is not acknowledged; the answer to this one comes after it
+        for servo, values in zip(bus.servos, bus.calibration.values(), strict=True):
+            assert values.range_min <= servo.word(Register.GOAL_POSITION) <= values.range_max
+        assert arm.events["target_clipped"] == 1
+        assert_landed(bus, arm, arm.land())
+
+
+def test_step_limit_of_the_driver(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path, max_relative_target=5)
+        arm.connect()
+        arm.send(np.full(6, 45.0))
+        arm.observe()
+        assert abs(bus.servos[0].word(Register.GOAL_POSITION) - 2047) * 360 / 4095 < 6
+        assert_landed(bus, arm, arm.land())
+        with pytest.raises(ConfigError, match="must name"):
+            make_arm(bus, tmp_path, max_relative_target={"gripper": 5.0}).connect()

@@ -1,0 +1,528 @@
+"""The virtual servo bus, checked from the outside: raw bytes, Feetech's SDK, and lerobot's unmodified driver as masters."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.robots.feetech_bus import Fault, Register, Servo, VirtualBus, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.feetech_bus import protocol as p
+from gr00t_fast.robots.feetech_bus.calibration import HALF_RANGE_DEG, from_units, to_units
+from gr00t_fast.robots.feetech_bus.faults import KINDS
+from gr00t_fast.robots.feetech_bus.servo import MAX_SPEED
+
+READ_POSITION = p.sync_read(Register.PRESENT_POSITION, 2, range(1, 7))
+
+
+class RawMaster:
+    """A master of a few lines, independent of any driver."""
+
+    def __init__(self, port: str) -> None:
+        self.fd = os.open(port, os.O_RDWR | os.O_NOCTTY)
+        tty.setraw(self.fd)
+
+    def send(self, data: bytes | p.Request) -> None:
+        os.write(self.fd, p.encode_request(data) if isinstance(data, p.Request) else data)
+
+    def answers(self, count: int, within_s: float = 0.5) -> list[p.Status]:
+        parser, found, end = p.StatusParser(), [], time.monotonic() + within_s
+        while (not count or len(found) < count) and select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]:
+            found += parser.statuses(os.read(self.fd, 4096))
+        return found
+
+    def ask(self, request: p.Request, count: int = 1) -> list[p.Status]:
+        self.send(request)
+        return self.answers(count, 0.5 if count else 0.03)
+
+    def read(self, servo_id: int, address: int, length: int) -> bytes:
+        (status,) = self.ask(p.Request(servo_id, p.Instruction.READ, bytes((address, length))))
+        return status.params
+
+    def write(self, servo_id: int, address: int, data: bytes) -> list[p.Status]:
+        return self.ask(p.Request(servo_id, p.Instruction.WRITE, bytes((address,)) + data))
+
+
+@pytest.fixture
+def bus() -> Iterator[VirtualBus]:
+    with VirtualBus() as bus:
+        yield bus
+
+
+@pytest.fixture
+def master(bus: VirtualBus) -> Iterator[RawMaster]:
+    master = RawMaster(bus.port)
+    yield master
+    os.close(master.fd)
+
+
+# Framing
+
+
+def test_a_frame_is_what_the_manual_prints() -> None:
+    assert p.encode_request(p.Request(1, p.Instruction.PING)) == bytes.fromhex("ffff010201fb")
+    write = p.Request(0xFE, p.Instruction.WRITE, bytes((5, 1)))
+    assert p.encode_request(write) == bytes.fromhex("fffffe04030501f4")
+
+
+def test_the_parser_survives_any_cut_and_any_rubbish() -> None:
+    wanted = [p.Request(3, p.Instruction.READ, bytes((56, 2))), READ_POSITION, p.Request(1, p.Instruction.PING)]
+    stream = b"\x00\xff\x07" + b"\xff".join(p.encode_request(request) for request in wanted)  # also FF FF FF
+    for step in (1, 2, 3, 7, 64):
+        parser = p.RequestParser()
+        got = [request for start in range(0, len(stream), step) for request in parser.requests(stream[start : start + step])]
+        assert got == wanted
+
+
+def test_a_damaged_packet_does_not_cost_the_next_one() -> None:
+    good = p.encode_request(p.Request(3, p.Instruction.READ, bytes((56, 2))))
+    for position in range(2, len(good)):
+        damaged = bytearray(good)
+        damaged[position] ^= 0x40
+        parser = p.RequestParser()
+        parser.requests(bytes(damaged))
+        parser.abandon()
+        assert [request.servo_id for request in parser.requests(good)] == [3]
+
+
+@pytest.mark.parametrize(("value", "bit", "raw"), [(0, 11, 0), (5, 11, 5), (-5, 11, 0x805), (-1, 15, 0x8001), (9999, 11, 2047)])
+def test_sign_magnitude(value: int, bit: int, raw: int) -> None:
+    assert p.encode_signed(value, bit) == raw
+    assert p.decode_signed(raw, bit) == max(-2047, min(2047, value)) if bit == 11 else value
+
+
+# One servo
+
+
+def test_eeprom_needs_the_lock_open_to_last() -> None:
+    servo = Servo(1)
+    servo.write(Register.MIN_POSITION, p.to_word(100))
+    servo.power_cycle()
+    assert servo.word(Register.MIN_POSITION) == 0
+    servo.write(Register.LOCK, b"\0")
+    servo.write(Register.MIN_POSITION, p.to_word(100))
+    servo.power_cycle()
+    assert servo.word(Register.MIN_POSITION) == 100
+    assert not servo.torque
+
+
+def test_read_only_registers_stay() -> None:
+    servo = Servo(1)
+    servo.write(Register.MODEL, b"\1\1")
+    servo.write(Register.PRESENT_POSITION, b"\0\0")
+    assert servo.word(Register.MODEL) == 777
+    assert servo.position == 2048
+
+
+def test_writing_128_to_torque_makes_here_the_middle() -> None:
+    servo = Servo(1)
+    servo.settle(1500.0, 0.01)
+    servo.write(Register.TORQUE_ENABLE, bytes((128,)))
+    assert servo.word(Register.PRESENT_POSITION) == 2048
+    assert servo.homing_offset == -548
+    assert not servo.torque
+
+
+def test_the_servo_moves_along_a_trapezoid_within_its_limits() -> None:
+    servo = Servo(1, default_calibration()["shoulder_pan"])
+    servo.write(Register.ACCELERATION, bytes((50,)))
+    servo.write(Register.GOAL_POSITION, p.to_word(3900))  # beyond the limit: clamped by the servo
+    assert servo.torque, "a goal switches torque on"
+    positions = [servo.encoder]
+    for _ in range(200):
+        servo.settle(servo.plan(0.01) or 0.0, 0.01)
+        positions.append(servo.encoder)
+    speed = np.diff(positions) / 0.01
+    assert servo.position == default_calibration()["shoulder_pan"].range_max
+    assert speed.min() >= 0
+    assert 1000 < speed.max() <= MAX_SPEED + 1
+    assert np.abs(np.diff(speed)).max() / 0.01 <= 50 * 100 * 1.2
+    servo.write(Register.TORQUE_ENABLE, b"\0")
+    assert servo.plan(0.01) is None
+
+
+def test_units_are_lerobots() -> None:
+    values = default_calibration()["gripper"]
+    assert to_units("gripper", values, values.range_min) == 0
+    assert to_units("gripper", values, values.range_max) == 100
+    assert to_units("elbow_flex", values, values.middle + 4095 / 4) == pytest.approx(90)
+    for joint in ("gripper", "elbow_flex"):
+        assert to_units(joint, values, from_units(joint, values, 12.5)) == pytest.approx(12.5)
+
+
+def test_calibration_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    save_calibration(default_calibration(), path)
+    assert load_calibration(path) == default_calibration()
+    content = json.loads(path.read_text())
+    content["gripper"]["range_max"] = 5000
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"'gripper'.*range_max"):
+        load_calibration(path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="expected JSON"):
+        load_calibration(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_calibration(tmp_path / "no.json")
+
+
+def test_the_default_calibration_covers_the_simulated_arm() -> None:
+    units = pytest.importorskip("gr00t_fast.robots.so100_sim.units")
+    body = [HALF_RANGE_DEG[joint] for joint in SO100_JOINTS[:-1]]
+    np.testing.assert_array_equal(units.LIMITS_DEG[:-1, 1], body)
+
+
+# The line
+
+
+def test_ping_read_and_write(master: RawMaster, bus: VirtualBus) -> None:
+    assert master.ask(p.Request(4, p.Instruction.PING)) == [p.Status(4, 0)]
+    assert master.read(4, Register.MODEL, 2) == p.to_word(777)
+    assert master.write(4, Register.P_GAIN, bytes((16,))) == [p.Status(4, 0)]
+    assert bus.servos[3].registers[Register.P_GAIN] == 16
+    assert master.ask(p.Request(9, p.Instruction.PING), 0) == []
+    assert [status.servo_id for status in master.ask(p.Request(p.BROADCAST_ID, p.Instruction.PING), 6)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sync_read_answers_in_the_order_asked(master: RawMaster, bus: VirtualBus) -> None:
+    statuses = master.ask(p.sync_read(Register.PRESENT_POSITION, 2, (5, 2, 6)), 3)
+    assert [status.servo_id for status in statuses] == [5, 2, 6]
+    assert [p.from_word(status.params) for status in statuses] == [bus.servos[i].position for i in (4, 1, 5)]
+
+
+def test_sync_write_is_obeyed_and_not_answered(master: RawMaster, bus: VirtualBus) -> None:
+    assert master.ask(p.sync_write(Register.GOAL_POSITION, {1: p.to_word(2100), 6: p.to_word(2000)}), 0) == []
+    assert (bus.servos[0].word(Register.GOAL_POSITION), bus.servos[5].word(Register.GOAL_POSITION)) == (2100, 2000)
+    assert list(bus.torque().values()) == [1, 0, 0, 0, 0, 1]
+
+
+def test_reg_write_waits_for_action(master: RawMaster, bus: VirtualBus) -> None:
+    assert master.ask(p.Request(2, p.Instruction.REG_WRITE, bytes((Register.P_GAIN, 7)))) == [p.Status(2, 0)]
+    assert bus.servos[1].registers[Register.P_GAIN] == 32
+    assert master.ask(p.Request(p.BROADCAST_ID, p.Instruction.ACTION), 0) == []
+    assert bus.servos[1].registers[Register.P_GAIN] == 7
+
+
+def test_a_new_id_is_acknowledged_under_the_old_one(master: RawMaster) -> None:
+    assert master.write(6, Register.ID, bytes((9,))) == [p.Status(6, 0)]
+    assert master.ask(p.Request(9, p.Instruction.PING)) == [p.Status(9, 0)]
+
+
+def test_response_level_zero_answers_only_ping_and_read(master: RawMaster) -> None:
+    master.write(1, Register.RESPONSE_LEVEL, b"\0")
+    assert master.ask(p.Request(1, p.Instruction.WRITE, bytes((Register.P_GAIN, 9))), 0) == []
+    assert master.read(1, Register.P_GAIN, 1) == bytes((9,))
+
+
+def test_half_a_request_is_given_up_after_a_pause(master: RawMaster) -> None:
+    master.send(p.encode_request(READ_POSITION)[:7])
+    time.sleep(0.05)
+    assert len(master.ask(READ_POSITION, 6)) == 6
+
+
+def test_answers_nobody_reads_do_not_stop_the_bus(master: RawMaster, bus: VirtualBus) -> None:
+    for _ in range(300):
+        master.send(READ_POSITION)
+    time.sleep(0.1)
+    termios.tcflush(master.fd, termios.TCIFLUSH)
+    assert len(master.ask(READ_POSITION, 6)) == 6
+    assert bus.failure is None
+
+
+def test_usb_latency_and_wire_time() -> None:
+    with VirtualBus(usb_latency_ms=8, wire_time=True) as bus:
+        master = RawMaster(bus.port)
+        start_s = time.monotonic()
+        assert len(master.ask(READ_POSITION, 6)) == 6
+        assert time.monotonic() - start_s >= 0.008 + 6 * (8 * 10e-6 + 500e-6)
+        os.close(master.fd)
+
+
+# Faults on the line
+
+
+@pytest.mark.parametrize(
+    ("spec", "good", "bad_ids"),
+    [("silent:servo=3", 5, {3}), ("absent:servo=3", 5, {3}), ("checksum:servo=2", 5, {2}), ("drop:at=12", 5, {2}), ("loss:rate=1", 0, None)],
+)
+def test_spoilt_answers(spec: str, good: int, bad_ids: set[int] | None, master: RawMaster, bus: VirtualBus) -> None:
+    bus.inject(spec)
+    statuses = master.ask(READ_POSITION, 6)
+    assert len(statuses) == good
+    assert bad_ids is None or {status.servo_id for status in statuses} == set(range(1, 7)) - bad_ids
+    bus.clear()
+    assert len(master.ask(READ_POSITION, 6)) == 6
+
+
+def test_silent_obeys_and_absent_does_not(master: RawMaster, bus: VirtualBus) -> None:
+    bus.inject("silent:servo=1")
+    bus.inject("absent:servo=2")
+    master.ask(p.sync_write(Register.P_GAIN, {1: b"\5", 2: b"\5"}), 0)
+    assert [bus.servos[i].registers[Register.P_GAIN] for i in (0, 1)] == [5, 32]
+
+
+def test_error_bits_missing_data_wrong_model_and_delay(master: RawMaster, bus: VirtualBus) -> None:
+    bus.inject("error:servo=3,bits=0x20")
+    bus.inject("no_data:servo=4,on=sync_read")
+    bus.inject("wrong_model:servo=5,model=42")
+    statuses = {status.servo_id: status for status in master.ask(READ_POSITION, 6)}
+    assert statuses[3].error == 0x20
+    assert (statuses[4].params, len(statuses[3].params)) == (b"", 2)
+    assert master.read(5, Register.FIRMWARE_MINOR, 4) == bytes((10, 0, 42, 0))
+    bus.inject("delay:ms=40,servo=1,count=1,on=read")
+    start_s = time.monotonic()
+    master.read(1, Register.MODEL, 2)
+    assert 0.04 <= time.monotonic() - start_s < 0.2
+    assert master.read(1, Register.MODEL, 2) == p.to_word(777)
+
+
+def test_count_after_and_register_select_requests(master: RawMaster, bus: VirtualBus) -> None:
+    bus.inject(f"silent:servo=1,on=write,register={int(Register.TORQUE_ENABLE)},after=1,count=1")
+    write = p.Request(1, p.Instruction.WRITE, bytes((Register.TORQUE_ENABLE, 0)))
+    assert [len(master.ask(write, 1) if expected else master.ask(write, 0)) for expected in (1, 0, 1)] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("silnt:servo=3", "Did you mean 'silent'"),
+        ("silent:srvo=3", "Did you mean 'servo'"),
+        ("silent:servo=x", "expected a number"),
+        ("silent:on=raed", "Did you mean 'read'"),
+    ],
+)
+def test_a_fault_that_is_misspelt(spec: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Fault.parse(spec)
+
+
+def test_every_kind_is_documented() -> None:
+    from gr00t_fast.robots.feetech_bus import faults
+
+    assert all(f"    {kind}:" in (faults.__doc__ or "") for kind in KINDS)
+
+
+# The port
+
+
+def test_the_link_is_replaced_and_removed(tmp_path: Path) -> None:
+    link = tmp_path / "port"
+    link.symlink_to("/dev/pts/of-a-dead-bus")
+    with VirtualBus(link=link) as bus:
+        assert bus.device is not None
+        assert os.readlink(link) == bus.device
+    assert not link.is_symlink()
+    link.write_text("a file")
+    with pytest.raises(RobotError, match="not a link"):
+        VirtualBus(link=link).start()
+    assert link.read_text() == "a file"
+
+
+def test_unplugging_fails_like_a_cable_and_replugging_keeps_the_name(bus: VirtualBus) -> None:
+    master, port = RawMaster(bus.port), bus.port
+    bus.unplug()
+    with pytest.raises((OSError, termios.error)) as caught:
+        termios.tcflush(master.fd, termios.TCIOFLUSH)
+    assert caught.value.args[0] == errno.EIO
+    assert not Path(port).exists()
+    bus.replug()
+    again = RawMaster(port)
+    assert len(again.ask(READ_POSITION, 6)) == 6
+    os.close(master.fd)
+    os.close(again.fd)
+
+
+def test_a_plant_moves_the_arm() -> None:
+    class Stiff:
+        """Reaches half of what is asked, and rests at 10."""
+
+        def step(self, targets_deg: list[float | None], dt_s: float) -> list[float]:
+            return [10.0 if target is None else target / 2 for target in targets_deg]
+
+    with VirtualBus(plant=Stiff()) as bus:
+        assert to_units("elbow_flex", bus.calibration["elbow_flex"], bus.servos[2].position) == pytest.approx(10, abs=0.1)
+        goal = round(from_units("elbow_flex", bus.calibration["elbow_flex"], 40.0))
+        master = RawMaster(bus.port)
+        master.write(3, Register.GOAL_POSITION, p.to_word(goal))
+        time.sleep(0.6)
+        assert to_units("elbow_flex", bus.calibration["elbow_flex"], bus.servos[2].position) == pytest.approx(20, abs=0.2)
+        os.close(master.fd)
+
+
+def test_the_simulated_arm_behind_the_servos() -> None:
+    pytest.importorskip("mujoco")
+    plant = pytest.importorskip("gr00t_fast.robots.so100_sim.plant")
+    with VirtualBus(plant=plant.ScenePlant(task="place", seed=0)) as bus:
+        pan, values = bus.servos[0], bus.calibration["shoulder_pan"]
+        start_deg = to_units("shoulder_pan", values, pan.position)
+        master = RawMaster(bus.port)
+        goals = {servo.id: p.to_word(servo.position) for servo in bus.servos}
+        goals[1] = p.to_word(round(from_units("shoulder_pan", values, start_deg + 15)))
+        master.send(p.sync_write(Register.GOAL_POSITION, goals))
+        time.sleep(1.5)
+        assert to_units("shoulder_pan", values, pan.position) == pytest.approx(start_deg + 15, abs=2.5)
+        os.close(master.fd)
+
+
+# Other masters
+
+
+def test_feetechs_own_sdk(bus: VirtualBus) -> None:
+    scs = pytest.importorskip("scservo_sdk")
+    port, packets = scs.PortHandler(bus.port), scs.PacketHandler(0)
+    assert port.openPort()
+    assert packets.ping(port, 2) == (777, scs.COMM_SUCCESS, 0)
+    assert packets.write2ByteTxRx(port, 2, Register.GOAL_POSITION, 2200) == (scs.COMM_SUCCESS, 0)
+    assert packets.read2ByteTxRx(port, 2, Register.GOAL_POSITION) == (2200, scs.COMM_SUCCESS, 0)
+    assert packets.regWriteTxRx(port, 3, Register.P_GAIN, 1, [5]) == (scs.COMM_SUCCESS, 0)
+    packets.action(port, scs.BROADCAST_ID)
+    assert packets.read1ByteTxRx(port, 3, Register.P_GAIN)[0] == 5
+    port.closePort()
+
+
+@pytest.fixture
+def driver(bus: VirtualBus, tmp_path: Path) -> Iterator[object]:
+    """lerobot's unmodified SO100Follower, connected."""
+    pytest.importorskip("scservo_sdk")
+    package = pytest.importorskip("lerobot.robots.so_follower")
+    save_calibration(bus.calibration, tmp_path / "arm.json")
+    robot = package.SO100Follower(package.SO100FollowerConfig(port=bus.port, id="arm", calibration_dir=tmp_path))
+    robot.connect()
+    yield robot
+    bus.clear()
+    if robot.bus.is_connected:
+        robot.bus.port_handler.closePort()
+
+
+def test_lerobot_connects_moves_and_lets_go(driver: object, bus: VirtualBus) -> None:
+    assert set(bus.torque().values()) == {1}
+    driver.send_action({f"{joint}.pos": 30.0 for joint in SO100_JOINTS})
+    time.sleep(0.4)
+    np.testing.assert_allclose(list(driver.get_observation().values()), 30.0, atol=0.2)
+    driver.disconnect()
+    assert set(bus.torque().values()) == {0}
+
+
+def test_lerobot_calibrates(driver: object, bus: VirtualBus) -> None:
+    driver.bus.disable_torque()
+    bus.push("elbow_flex", 20)
+    driver.bus.set_half_turn_homings()
+    assert set(driver.bus.sync_read("Present_Position", normalize=False).values()) == {2047}
+    driver.bus.write_calibration(driver.calibration)
+    assert driver.bus.is_calibrated
+    assert driver.bus.broadcast_ping() == dict.fromkeys(range(1, 7), 777)
+
+
+def test_lerobot_gives_a_servo_its_id(tmp_path: Path) -> None:
+    motors = pytest.importorskip("lerobot.motors")
+    feetech = pytest.importorskip("lerobot.motors.feetech")
+    pytest.importorskip("scservo_sdk")
+    with VirtualBus(servo_ids=[1]) as bus:
+        line = feetech.FeetechMotorsBus(bus.port, {"gripper": motors.Motor(6, "sts3215", motors.MotorNormMode.RANGE_0_100)})
+        line.setup_motor("gripper", initial_baudrate=1_000_000)
+        line.port_handler.closePort()
+        assert bus.servos[0].id == 6
+
+
+def test_the_documented_failures_of_the_unmodified_driver_happen_here_too(driver: object, bus: VirtualBus) -> None:
+    """What the real arm's adapter is built against must be what the bus produces."""
+    truth = driver.get_observation()["shoulder_pan.pos"]
+    bus.inject("checksum:servo=2,count=1")
+    with pytest.raises(ConnectionError, match="Incorrect status packet"):
+        driver.get_observation()
+    bus.inject("silent:servo=3,count=1")
+    with pytest.raises(ConnectionError, match="no status packet"):
+        driver.get_observation()
+    bus.inject("no_data:servo=1,count=1,on=sync_read")
+    assert driver.get_observation()["shoulder_pan.pos"] < -170, "silently read as zero"
+    assert driver.get_observation()["shoulder_pan.pos"] == truth
+    bus.inject("delay:ms=60,count=1,on=sync_read")
+    with pytest.raises(ConnectionError):
+        driver.get_observation()
+    time.sleep(0.05)
+    driver.send_action({"shoulder_pan.pos": 40.0})
+    time.sleep(0.5)
+    assert driver.get_observation()["shoulder_pan.pos"] == truth, "one answer late for ever"
+
+
+def test_the_unmodified_driver_leaves_motors_holding_behind_a_silent_one(driver: object, bus: VirtualBus) -> None:
+    bus.inject("silent:servo=3")
+    with pytest.raises(ConnectionError, match="after 6 tries"):
+        driver.disconnect()
+    assert list(bus.torque().values()) == [0, 0, 0, 1, 1, 1]
+
+
+# The command line
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path, str]]:
+    """The bus as a program of its own; its link and its first words."""
+    link = tmp_path / "so100"
+    arguments = ["--link", str(link), "--write_calibration", str(tmp_path / "cal"), "--id", "virtual"]
+    command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    words = [process.stdout.readline() for _ in range(3)]
+    yield process, link, "".join(words)
+    process.kill()
+    process.wait()
+
+
+def send(control: Path, command: str) -> subprocess.CompletedProcess:
+    arguments = ["--control", str(control), "--send", command]
+    return subprocess.run([sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments], capture_output=True, text=True, timeout=20)
+
+
+def test_lerobot_connects_to_the_program_without_a_prompt(program: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scservo_sdk")
+    package = pytest.importorskip("lerobot.robots.so_follower")
+    process, link, words = program
+    assert f"--robot.port={link} --robot.calibration_dir={tmp_path / 'cal'} --robot.id=virtual" in words
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    robot = package.SO100Follower(package.SO100FollowerConfig(port=str(link), id="virtual", calibration_dir=tmp_path / "cal"))
+    robot.connect()
+    robot.send_action({f"{joint}.pos": 5.0 for joint in SO100_JOINTS})
+    time.sleep(0.2)
+    np.testing.assert_allclose(list(robot.get_observation().values()), 5.0, atol=45.5)
+    state = json.loads(send(Path(f"{link}.ctl"), "state").stdout)
+    assert [joint["torque"] for joint in state["joints"].values()] == [1] * 6
+    assert "Did you mean 'silent'" in send(Path(f"{link}.ctl"), "inject silnt").stdout
+    assert send(Path(f"{link}.ctl"), "inject silent:servo=3").returncode == 0
+    with pytest.raises(ConnectionError):
+        robot.get_observation()
+    assert send(Path(f"{link}.ctl"), "clear").returncode == 0
+    robot.get_observation()
+    robot.disconnect()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 0
+    assert not link.is_symlink()
+    assert list(link.parent.glob("so100*")) == []
+
+
+def test_the_program_refuses_bad_input(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+    link = str(tmp_path / "port")
+    bad_fault = run("--link", link, "--fault", "silnt:servo=3")
+    assert (bad_fault.returncode, bad_fault.stderr.count("\n")) == (1, 1)
+    assert "Did you mean 'silent'" in bad_fault.stderr
+    assert "cannot be read" in run("--link", link, "--calibration", str(tmp_path / "none.json")).stderr
+    assert "no virtual bus answers" in run("--control", link, "--send", "state").stderr
+    assert run("--help").returncode == 0
+    assert run().returncode == 2

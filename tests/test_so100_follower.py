@@ -1,0 +1,380 @@
+"""The adapter of the real arm: lerobot's unmodified driver over the virtual servo bus. Faults have their own table in test_faults.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+
+import virtual_camera
+from arm_bench import assert_landed, make_arm, true_joints
+
+from gr00t_fast.contracts import SO100_JOINTS, Robot
+from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.robots import config as ours
+from gr00t_fast.robots import make_robot
+from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
+from gr00t_fast.robots.jump_guard import JumpGuard
+from gr00t_fast.robots.lerobot_glue import to_lerobot_config
+from gr00t_fast.robots.so100_follower import SO100FollowerArm
+
+
+@pytest.fixture
+def bus() -> Iterator[VirtualBus]:
+    with VirtualBus() as bus:
+        yield bus
+
+
+@pytest.fixture(autouse=True)
+def no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the driver asked a question"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def camera_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen | None]:
+    """The camera scenarios take ten seconds in a process of their own (OpenCV looks for plugins once), so they run beside the other tests."""
+    cv2 = pytest.importorskip("cv2")
+    if virtual_camera.compiler() is None or not sys.platform.startswith("linux") or not cv2.__version__.startswith("4."):
+        yield None
+        return
+    directory = tmp_path_factory.mktemp("cameras")
+    virtual_camera.build_plugin(directory)
+    command = [sys.executable, str(Path(__file__).with_name("camera_faults.py")), str(directory)]
+    environment = virtual_camera.plugin_environment(directory)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+# Configuration
+
+
+def test_our_flags_are_lerobots() -> None:
+    from lerobot.cameras.opencv import OpenCVCameraConfig
+    from lerobot.robots.so_follower import SO100FollowerConfig
+
+    own = {"connect_attempts", "reconnect_s"}
+    arm, theirs = _defaults(ours.SO100FollowerConfig), _defaults(SO100FollowerConfig)
+    assert set(arm) - own == set(theirs)
+    assert {name: arm[name] for name in theirs if name != "port"} == {name: theirs[name] for name in theirs if name != "port"}
+    types, their_types = typing.get_type_hints(ours.SO100FollowerConfig), typing.get_type_hints(SO100FollowerConfig)
+    assert all(types[name] == their_types[name] for name in theirs if name != "cameras")
+    camera, theirs = _defaults(ours.OpenCVCameraConfig), _defaults(OpenCVCameraConfig)
+    assert set(camera) == set(theirs)
+    sizes = {"width", "height", "fps", "index_or_path"}  # lerobot leaves these open but refuses a robot's camera without them
+    assert all(camera[name] == theirs[name] for name in set(theirs) - sizes)
+
+
+def test_configuration_reaches_lerobot(tmp_path: Path) -> None:
+    camera = ours.OpenCVCameraConfig(width=1280, height=720, fps=30, index_or_path=1, rotation=180, color_mode="bgr", fourcc="MJPG")
+    config = to_lerobot_config(ours.SO100FollowerConfig(port="/dev/x", id="black", cameras={"front": camera}, max_relative_target=5))
+    assert (config.port, config.id, config.type, config.max_relative_target) == ("/dev/x", "black", "so100_follower", 5.0)
+    assert isinstance(config.max_relative_target, float)
+    front = config.cameras["front"]
+    assert (front.type, front.width, front.index_or_path, front.rotation, front.fourcc) == ("opencv", 1280, 1, 180, "MJPG")
+    with pytest.raises(ConfigError, match="which the real arm does not have"):
+        to_lerobot_config(ours.SO100FollowerConfig(port="/dev/x", cameras={"front": ours.SimCameraConfig()}))
+
+
+def test_make_robot_makes_the_arm_without_touching_anything() -> None:
+    arm = make_robot(ours.SO100FollowerConfig(port="/dev/none", cameras={"front": ours.OpenCVCameraConfig(width=1280, height=720)}))
+    assert isinstance(arm, SO100FollowerArm)
+    assert arm.cameras["front"].width == 1280
+    assert arm.land().safe, "landing an arm that was never connected is fine"
+    with pytest.raises(ConfigError, match=r"--robot\.port is required"):
+        make_robot(ours.SO100FollowerConfig())
+    with pytest.raises(ConfigError, match="no arm is known"):
+        make_robot(ours.RobotConfig())
+
+
+# A plain run
+
+
+def test_connect_observe_send_land(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    assert isinstance(arm, Robot)
+    assert set(bus.torque().values()) == {1}
+    arm.send(np.array([10, -20, 30, -40, 50, 60], dtype=np.float32))
+    time.sleep(0.6)
+    observation = arm.observe()
+    np.testing.assert_allclose(observation.joints, [10, -20, 30, -40, 50, 60], atol=0.15)
+    assert (observation.joints.dtype, observation.joints.shape, dict(observation.frames)) == (np.float64, (6,), {})
+    assert abs(observation.time_s - time.monotonic()) < 0.1
+    report = arm.land()
+    assert report.safe
+    assert report.problems == []
+    assert report.torque == dict.fromkeys(SO100_JOINTS, "off")
+    assert dict(arm.events) == {}
+    assert_landed(bus, arm, report)
+    with pytest.raises(RobotError, match="not connected"):
+        arm.observe()
+
+
+def test_joint_limits_come_from_the_calibration_in_both_units(bus: VirtualBus, tmp_path: Path) -> None:
+    for use_degrees, first in ((True, (3298 - 796) / 2 * 360 / 4095), (False, 100.0)):
+        arm = make_arm(bus, tmp_path, use_degrees=use_degrees)
+        with pytest.raises(RobotError, match="Call connect"):
+            _ = arm.joint_limits
+        arm.connect()
+        np.testing.assert_allclose(arm.joint_limits[0], [-first, first])
+        np.testing.assert_allclose(arm.joint_limits[5], [0, 100])
+        arm.send(arm.joint_limits[:, 1])
+        time.sleep(0.9)
+        np.testing.assert_allclose(arm.observe().joints, arm.joint_limits[:, 1], atol=0.2)
+        assert [servo.position for servo in bus.servos] == pytest.approx([c.range_max for c in bus.calibration.values()], abs=1)
+        assert arm.joint_unit == ("degrees" if use_degrees else "range_m100_100")
+        assert_landed(bus, arm, arm.land())
+
+
+def test_connecting_never_moves_the_arm(bus: VirtualBus, tmp_path: Path) -> None:
+    bus.push("elbow_flex", 40)  # moved by hand: the goal registers still hold the old pose
+    before = true_joints(bus)
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    time.sleep(0.3)
+    np.testing.assert_allclose(true_joints(bus), before, atol=0.1)
+    assert_landed(bus, arm, arm.land())
+
+
+def test_torque_is_held_when_asked(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False)
+    arm.connect()
+    report = arm.land()
+    assert report.safe
+    assert set(report.torque.values()) == {"held"}
+    assert set(bus.torque().values()) == {1}
+    assert report.port_closed
+
+
+def test_a_reading_takes_less_than_a_tick(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    durations_s = []
+    for _ in range(200):
+        start_s = time.perf_counter()
+        arm.send(arm.observe().joints)
+        durations_s.append(time.perf_counter() - start_s)
+    assert np.median(durations_s) < 0.005
+    assert_landed(bus, arm, arm.land())
+
+
+# Calibration
+
+
+def test_no_calibration_file(bus: VirtualBus, tmp_path: Path) -> None:
+    save_calibration(bus.calibration, tmp_path / "black.json")
+    arm = SO100FollowerArm(ours.SO100FollowerConfig(port=bus.port, id="blak", calibration_dir=tmp_path))
+    with pytest.raises(RobotError, match=r"not calibrated: .*blak\.json, ids found there: black.*lerobot-calibrate --robot.type=so100_follower"):
+        arm.connect()
+    assert bus.requests == 0, "the arm is untouched"
+
+
+def test_calibration_differs_from_the_servos(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    content = json.loads((tmp_path / "test.json").read_text())
+    content["wrist_roll"]["homing_offset"] += 7
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    before = [bytes(servo.registers) for servo in bus.servos]
+    with pytest.raises(RobotError, match=r"wrist_roll\.homing_offset: file 107, servo 100.*lerobot-calibrate"):
+        arm.connect()
+    assert [bytes(servo.registers) for servo in bus.servos] == before, "nothing was written"
+    assert_landed(bus, arm, arm.land())
+
+
+@pytest.mark.parametrize("content", ["{", '{"gripper": {"id": 6}}', "[]"])
+def test_damaged_calibration_file(content: str, bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    (tmp_path / "test.json").write_text(content)
+    with pytest.raises(RobotError, match="calibrat"):
+        arm.connect()
+    assert bus.requests == 0
+
+
+# The port
+
+
+def test_a_file_is_not_a_port(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text("")
+    arm = SO100FollowerArm(ours.SO100FollowerConfig(port=str(tmp_path / "port"), id="test", calibration_dir=tmp_path))
+    with pytest.raises(RobotError, match="not a serial device"):
+        arm.connect()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="other programs are found through /proc")
+def test_a_port_another_program_has_open(bus: VirtualBus, tmp_path: Path) -> None:
+    code = f"import os, time; os.open({bus.port!r}, os.O_RDWR | os.O_NOCTTY); print('open', flush=True); time.sleep(60)"
+    rival = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert rival.stdout.readline() == "open\n"
+        with pytest.raises(RobotError, match=f"in use by pid {rival.pid} "):
+            make_arm(bus, tmp_path).connect()
+    finally:
+        rival.kill()
+        rival.wait()
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    assert_landed(bus, arm, arm.land())
+
+
+def test_a_second_arm_object_on_the_port_is_refused(bus: VirtualBus, tmp_path: Path) -> None:
+    first = make_arm(bus, tmp_path)
+    first.connect()
+    with pytest.raises(RobotError, match="in use"):
+        make_arm(bus, tmp_path).connect()
+    with pytest.raises(RobotError, match="already connected"):
+        first.connect()
+    first.observe()
+    assert set(bus.torque().values()) == {1}
+    assert_landed(bus, first, first.land())
+
+
+def test_no_permission(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may open everything, so the refusal itself cannot be had here
+    with pytest.raises(RobotError, match="no permission.*dialout"):
+        make_arm(bus, tmp_path).connect()
+
+
+# Readings
+
+
+def test_jump_guard() -> None:
+    guard, still = JumpGuard(np.ones(6)), np.zeros(6)
+    assert not guard.believes(still, 0.0), "a first reading needs a second one"
+    assert guard.believes(still, 0.001)
+    assert guard.believes(still + 15, 0.034), "fast, but possible"
+    jumped = still + [15, 15, 15, 15, 15, 90]
+    assert not guard.believes(jumped, 0.067)
+    assert guard.believes(still + 15, 0.068), "it was a damaged reading"
+    assert not guard.believes(jumped, 0.1)
+    assert guard.believes(jumped, 0.101), "it really is there"
+    guard.forget()
+    assert guard.last is None
+
+
+def test_an_implausible_reading_never_comes_through(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    before = arm.observe().joints
+    original, lies = arm._follower.bus.sync_read, [1]
+
+    def lying(*args: object, **options: object) -> dict:
+        values = original(*args, **options)
+        return {**values, "elbow_flex": -180.0} if lies and lies.pop() else values
+
+    arm._follower.bus.sync_read = lying  # stands for a damaged byte that passes the 8-bit checksum
+    np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
+    assert arm.events["implausible_reading"] == 1
+    assert_landed(bus, arm, arm.land())
+
+
+# Landing
+
+
+def test_ctrl_c_while_landing_does_not_leave_motors_holding(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    write, interrupted = arm._follower.bus.write, []
+
+    def write_once_interrupted(*args: object, **options: object) -> None:
+        if not interrupted:
+            interrupted.append(True)
+            os.kill(os.getpid(), 2)
+        write(*args, **options)
+
+    arm._follower.bus.write = write_once_interrupted
+    report = arm.land()
+    assert any("SIGINT came while landing" in problem for problem in report.problems)
+    assert report.safe
+    assert_landed(bus, arm, report)
+
+
+def test_a_connection_interrupted_half_way_closes_everything(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lerobot.robots.so_follower import SO100Follower
+
+    def interrupted(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SO100Follower, "configure", interrupted)
+    arm = make_arm(bus, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        arm.connect()
+    assert_landed(bus, arm, arm.land())
+
+
+def test_the_goal_registers_end_where_the_arm_is(bus: VirtualBus, tmp_path: Path) -> None:
+    """Landing must not be undone by a goal that follows it: on this servo a goal switches torque on."""
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    arm.land()
+    with pytest.raises(RobotError):
+        arm.send(np.zeros(6))
+    assert set(bus.torque().values()) == {0}
+    assert bus.servos[0].word(Register.GOAL_POSITION) == bus.servos[0].position
+
+
+# Cameras
+
+
+@pytest.fixture(scope="module")
+def camera_results(camera_process: subprocess.Popen | None) -> dict:
+    """Every camera scenario, from the process that began with the module."""
+    if camera_process is None:
+        pytest.skip("the virtual camera needs Linux, a C compiler and OpenCV 4")
+    output, errors = camera_process.communicate(timeout=90)
+    assert camera_process.returncode == 0, errors[-3000:]
+    return json.loads(output.splitlines()[-1])
+
+
+def test_a_real_camera_delivers_rgb(camera_results: dict) -> None:
+    good = camera_results["good"]
+    assert good["error"] is None
+    assert good["frame"] == [[48, 64, 3], "uint8", [0, 0, 250]]
+    assert camera_results["turned"]["frame"][0] == [64, 48, 3]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("missing", "camera 'wrist' .* cannot be used: .*lerobot-find-cameras"),
+        ("wrong size", "camera 'front' .* failed to set capture_width=1280 .actual_width=64"),
+        ("of the simulation", "SimCameraConfig, which the real arm does not have"),
+        ("closed", "camera .*front.* (closed|stopped delivering)"),
+        ("failing", "camera 'front' stopped delivering"),
+        ("frozen", "camera 'front' stopped delivering: .*too old"),
+    ],
+)
+def test_camera_faults_end_the_run_and_land(scenario: str, text: str, camera_results: dict) -> None:
+    result = camera_results[scenario]
+    assert result["error"] is not None
+    assert re.search(text, result["error"]), result["error"]
+    assert result["safe"]
+    assert result["threads"] == []
+
+
+def test_a_camera_missing_at_connect_leaves_torque_off(camera_results: dict) -> None:
+    assert "torque_after_connect" not in camera_results["missing"]
+
+
+def _defaults(cls: type) -> dict[str, object]:
+    """Field -> default, enum values as plain ones; `MISSING` where there is none."""
+
+    def plain(field: dataclasses.Field) -> object:
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+        return getattr(field.default, "value", field.default)
+
+    return {field.name: plain(field) for field in dataclasses.fields(cls)}
