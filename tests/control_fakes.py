@@ -149,9 +149,7 @@ class Bench:
         self.robot = FakeRobot(self.clock)
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
         facts = self.policy.facts
-        binding = RobotBinding(
-            self.policy.get_modality_config(), facts.state_widths, facts.action_widths, SO100_JOINTS, {"front": "webcam"}
-        )
+        binding = RobotBinding(self.policy.get_modality_config(), facts.state_widths, facts.action_widths, SO100_JOINTS, {"front": "webcam"})
         controller = SyncController(self.policy, binding, "pick: the cube", self.clock, horizon)
         self.said: list[str] = []
         self.stop = StopSignals()

@@ -50,9 +50,7 @@ def test_the_well_known_command_line_parses_as_printed() -> None:
 def test_every_other_flag() -> None:
     argv = ["--device=cuda:1", "--precision=bf16", "--engine=eager", "--seed=3", "--processor_path=p", "--prompt_style=nvidia"]
     argv += ["--camera_map={front: webcam}"]
-    config = cli.parse(
-        [*SIM, *argv, "--show_images", "--timeout=12.5", "--episodes", "2", "--fps=15", "--max_step_deg=null", "--out=o", "--dry_run"]
-    )
+    config = cli.parse([*SIM, *argv, "--show_images", "--timeout=12.5", "--episodes", "2", "--fps=15", "--max_step_deg=null", "--out=o", "--dry_run"])
     assert (config.device, config.precision, config.engine, config.seed) == ("cuda:1", "bf16", "eager", 3)
     assert (config.processor_path, config.prompt_style, config.camera_map) == (Path("p"), "nvidia", {"front": "webcam"})
     assert (config.show_images, config.dry_run, config.timeout, config.episodes, config.fps) == (True, True, 12.5, 2, 15.0)
@@ -306,9 +304,7 @@ def test_an_unsafe_landing_is_an_error_whatever_else(world: World, capsys: pytes
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("phase", ["load", "run"])
-def test_signals_end_with_the_shells_exit_code(
-    world: World, number: int, code: int, phase: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_signals_end_with_the_shells_exit_code(world: World, number: int, code: int, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
     if phase == "load":
         world.load = lambda config: signal.raise_signal(number)
     else:

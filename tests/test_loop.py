@@ -49,18 +49,37 @@ def test_a_slow_inference_pauses_once_per_chunk_and_misses_nothing() -> None:
     bench.loop.run()
     gaps = np.diff(bench.times())
     boundaries = np.arange(7, len(gaps), 8)
-    assert np.allclose(gaps[boundaries], TICK_S + 0.4)
+    assert np.allclose(gaps[boundaries], 0.4)  # thinking begins right after the last action: its tick is not lost
     assert np.allclose(np.delete(gaps, boundaries), TICK_S)  # even within a chunk: neither burst nor gap
     assert bench.loop.pacer.missed_ticks == 0
-    assert bench.loop.pacer.waiting_ticks == 12 * len(bench.policy.seen)
-    assert all(chunk.pause_ms == pytest.approx(400) for chunk in bench.loop.trace.chunks)
+    pauses_ms = [chunk.pause_ms for chunk in bench.loop.trace.chunks]
+    assert pauses_ms == pytest.approx([400] + [400 - 1000 * TICK_S] * (len(pauses_ms) - 1))
+    assert bench.loop.pacer.waiting_ticks == 12 + 11 * (len(pauses_ms) - 1)
+
+
+def test_a_quick_inference_is_ready_when_its_action_is_due() -> None:
+    bench = Bench(inference_s=0.02, timeout_s=3.0)
+    bench.loop.run()
+    gaps = np.diff(bench.times())
+    assert np.allclose(gaps[8:], TICK_S)  # from the second chunk on, when it is known how long a plan takes
+    assert bench.loop.pacer.waiting_ticks == bench.loop.pacer.missed_ticks == 0
+    assert [chunk.pause_ms for chunk in bench.loop.trace.chunks][2:] == [0.0] * (len(bench.policy.seen) - 2)
+
+
+def test_a_plan_does_not_begin_earlier_than_it_must() -> None:
+    bench = Bench(inference_s=0.01, timeout_s=2.0)
+    seen_s: list[float] = []
+    bench.robot.on_observe = lambda: seen_s.append(bench.clock.now_s())
+    bench.loop.run()
+    ages_s = [bench.times()[8 * k] - max(t for t in seen_s if t < bench.times()[8 * k]) for k in range(2, 6)]
+    assert max(ages_s) < 0.012  # the observation is as old as the inference is long, plus a millisecond
 
 
 def test_the_lines_users_know() -> None:
     bench = Bench(inference_s=0.234, timeout_s=1.0)
     bench.loop.run()
     assert bench.said[0] == "Direct inference time: 0.234s"
-    assert bench.said[1] == f"Loop 1: {0.234 + 8 * TICK_S:.3f}s total"
+    assert bench.said[1] == f"Loop 1: {0.234 + 7 * TICK_S:.3f}s total"
     assert bench.said[3].startswith("Loop 2:")
 
 
@@ -75,7 +94,7 @@ def test_the_policy_sees_the_pose_after_the_last_action() -> None:
 def test_tracking_compares_a_target_with_the_pose_one_tick_later() -> None:
     bench = Bench(timeout_s=1.0)
     bench.loop.run()
-    assert bench.loop.trace.tracking_error().shape == (29, 6)
+    assert bench.loop.trace.tracking_error().shape == (26, 6)  # 29 pairs less 3 that end at a new chunk
     assert not bench.loop.trace.tracking_error().any()  # the fake arm is there after one tick
 
 
@@ -93,7 +112,7 @@ def test_missed_ticks_in_playback_are_counted_apart_from_inference() -> None:
     bench.robot.on_send = lambda: bench.clock.advance(0.09 if len(bench.robot.sent) == 3 else 0.0)
     bench.loop.run()
     assert bench.loop.pacer.missed_ticks == 2
-    assert bench.loop.pacer.waiting_ticks == 3 * len(bench.policy.seen)
+    assert bench.loop.pacer.waiting_ticks == 3 + 2 * (len(bench.policy.seen) - 1)
 
 
 def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
@@ -102,7 +121,7 @@ def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
     assert bench.robot.seeds == [7, 8, 9]
     assert (bench.policy.resets, trace.episodes) == (3, 3)
     assert np.bincount(trace.arrays()["episode"]).tolist() == [15, 15, 15]
-    assert trace.tracking_error().shape == (42, 6)  # no pair across two episodes
+    assert trace.tracking_error().shape == (39, 6)  # no pair across two episodes, none that ends at a new chunk
 
 
 def test_an_episode_starts_with_a_fresh_observation_not_with_old_actions() -> None:
@@ -284,9 +303,7 @@ class TestStopSignals:
 HERE = Path(__file__).parent
 
 
-def run_and_signal(
-    tmp_path: Path, mode: str, after_event: str, *numbers: int, pause_s: float = 0.1
-) -> tuple[int, list[tuple[float, str]], float]:
+def run_and_signal(tmp_path: Path, mode: str, after_event: str, *numbers: int, pause_s: float = 0.1) -> tuple[int, list[tuple[float, str]], float]:
     """Start tests/signal_arm.py, send the signals once `after_event` is logged; return exit code, log and the time of the first signal."""
     log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}

@@ -48,13 +48,9 @@ def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[st
 def _check_requested(mapping: Mapping[str, str], robot_names: list[str], policy_names: list[str]) -> None:
     for robot, policy in mapping.items():
         if robot not in robot_names:
-            raise PreflightError(
-                f"--camera_map: the robot has no camera '{robot}', only {_listed(robot_names)}.{closest(robot, robot_names)}"
-            )
+            raise PreflightError(f"--camera_map: the robot has no camera '{robot}', only {_listed(robot_names)}.{closest(robot, robot_names)}")
         if policy not in policy_names:
-            raise PreflightError(
-                f"--camera_map: the policy has no camera '{policy}', only {_listed(policy_names)}.{closest(policy, policy_names)}"
-            )
+            raise PreflightError(f"--camera_map: the policy has no camera '{policy}', only {_listed(policy_names)}.{closest(policy, policy_names)}")
     if len(set(mapping.values())) < len(mapping):
         raise PreflightError(f"--camera_map: two robot cameras are given to the same policy camera: {dict(mapping)}.")
 
@@ -119,9 +115,7 @@ class RobotBinding:
         built: dict[str, Any] = {}
         for robot_camera, policy_camera in self._cameras.items():
             if robot_camera not in observation.frames:
-                raise ObservationError(
-                    f"the robot delivered no frame of camera '{robot_camera}'; it delivered {_listed(observation.frames)}."
-                )
+                raise ObservationError(f"the robot delivered no frame of camera '{robot_camera}'; it delivered {_listed(observation.frames)}.")
             built[f"video.{policy_camera}"] = np.asarray(observation.frames[robot_camera])[None]
         for part, joints in self._state.items():
             built[f"state.{part}"] = observation.joints[joints].astype(np.float64)[None]

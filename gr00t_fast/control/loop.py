@@ -6,6 +6,7 @@ It knows neither the network nor the servo bus: targets come from a Controller, 
 from __future__ import annotations
 
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,12 +14,15 @@ from typing import Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import Clock, Observation, Robot
+from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.controller import Controller
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.stop import StopRequested, StopSignals
 from gr00t_fast.control.trace import RunTrace
+
+_REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
+_LEAD_MARGIN_S = 0.001
 
 
 class Observer(Protocol):
@@ -66,6 +70,7 @@ class ControlLoop:
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
+        self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
     def run(self) -> RunTrace:
         """Connect, play all episodes, land. Returns normally when done or stopped; raises, after landing, what arm or policy raised."""
@@ -115,7 +120,9 @@ class ControlLoop:
             self._close_loop()
             self._loop_began_s = self.clock.now_s()
             observation = self._observe()
-            self._infer(observation)
+            chunk = self._infer(observation)
+            self._plans_s.append(self.clock.now_s() - self._loop_began_s)
+            self._resume(chunk)
             sent = self._send()
         else:  # the move is due now: send first, so that its instant does not depend on the cameras
             sent = self._send()
@@ -125,18 +132,30 @@ class ControlLoop:
         for observer in self.observers:
             observer.see(observation)
         with self.trace.timed("wait"):
-            self.pacer.wait()
+            self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
         self.stop.check()
+
+    def _plan_lead_s(self) -> float:
+        """How long before its deadline the next plan must begin to be ready: as long as the slowest of the last few took.
+
+        Looking and thinking then fit into the pause between two ticks where they are short enough, and the observation is no older
+        than it has to be.
+        """
+        return max(self._plans_s, default=0.0) + _LEAD_MARGIN_S
 
     def _observe(self) -> Observation:
         with self.trace.timed("observe"), self.stop.atomic():
             return self.robot.observe()
 
-    def _infer(self, observation: Observation) -> None:
+    def _infer(self, observation: Observation) -> ActionChunk:
         with self.trace.timed("infer"):
             chunk = self.controller.plan(observation)
         self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
-        self.trace.add_chunk(chunk, self.pacer.resume())
+        return chunk
+
+    def _resume(self, chunk: ActionChunk) -> None:
+        with self.trace.timed("wait"):
+            self.trace.add_chunk(chunk, self.pacer.resume())
 
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
@@ -160,7 +179,7 @@ class ControlLoop:
         self.controller.reset()
         observation = self._observe()
         self.safety.start(observation.joints)
-        self._infer(observation)
+        self._resume(self._infer(observation))
         target = self.controller.next_target()
         self.safety(target)
         self.trace.episodes += 1

@@ -14,9 +14,8 @@ from array import array
 from gr00t_fast.contracts import Clock
 from gr00t_fast.errors import ConfigError
 
-# The operating system wakes a sleeper late: about 0.06 ms on Linux (timer slack), above 1 ms on a busy machine. The last stretch is
-# polled instead;
-# 1 ms of a 33 ms tick is 3 % of a core.
+# The operating system wakes a sleeper late: about 0.06 ms on Linux (timer slack), above 1 ms on a busy machine. The last
+# stretch is polled instead; 1 ms of a 33 ms tick is 3 % of a core.
 SPIN_S = 0.001
 # A tick that is late by less than this part of a period still runs (and shows in the tick error); beyond, it would crowd the next one.
 MISS_AFTER_PERIODS = 0.5
@@ -40,7 +39,7 @@ class MonotonicClock:
 class Pacer:
     """Ticks at `fps` on a fixed grid. Call `start`, then `wait` at the end of every tick; `resume` after a pause that was meant.
 
-    tick_errors_s: how late each tick began against its deadline, one value per `wait`.
+    tick_errors_s: how late each target could go out against its deadline; a pause that began a new grid is not in it.
     missed_ticks: deadlines at which nothing could be sent because the work of a tick overran.
     waiting_ticks: deadlines that went by in pauses announced through `resume` (the arm waited for the network).
     """
@@ -62,29 +61,45 @@ class Pacer:
         """Begin a grid: the current tick is due now."""
         self._origin_s, self._tick = self._clock.now_s(), 0
 
-    def wait(self) -> None:
-        """Sleep until the next deadline of the grid. Overrun deadlines are counted and skipped, so ticks never come in a burst."""
+    def wait(self, lead_s: float = 0.0) -> None:
+        """Sleep until the next deadline of the grid, or until `lead_s` before it when a plan is to be ready by then (`resume` must follow).
+
+        Overrun deadlines are counted and skipped, so ticks never come in a burst.
+        """
         late_periods = self._periods_since(self._tick + 1)
         if late_periods > MISS_AFTER_PERIODS:
             skipped = math.ceil(late_periods)
             self.missed_ticks += skipped
             self._tick += skipped
         self._tick += 1
-        deadline_s = self._origin_s + self._tick * self.period_s
-        self._clock.sleep_until_s(deadline_s)
-        self.tick_errors_s.append(self._clock.now_s() - deadline_s)
+        self._clock.sleep_until_s(self._deadline_s - lead_s)
+        if lead_s <= 0:
+            self._note_error()
 
     def resume(self) -> float:
-        """Continue after a pause within a tick; returns its length in seconds, counted from the tick's deadline.
+        """Go on after planning; returns the pause it caused in seconds, counted from the tick's deadline: 0 when the plan was early.
 
-        A pause shorter than half a period keeps the grid. After a longer one the arm is at rest and nothing is in phase with the old
-        grid, so a new one begins now: the first interval has its full length.
+        An early plan waits for the deadline. A pause shorter than half a period keeps the grid. After a longer one the arm is at rest and
+        nothing is in phase with the old grid, so a new one begins now: the first interval has its full length.
         """
         pause = self._periods_since(self._tick)
+        if pause <= 0:
+            self._clock.sleep_until_s(self._deadline_s)
+            self._note_error()
+            return 0.0
         self.waiting_ticks += math.floor(pause + ROUNDING)
         if pause > MISS_AFTER_PERIODS:
             self.start()
+        else:
+            self._note_error()
         return pause * self.period_s
+
+    @property
+    def _deadline_s(self) -> float:
+        return self._origin_s + self._tick * self.period_s
+
+    def _note_error(self) -> None:
+        self.tick_errors_s.append(self._clock.now_s() - self._deadline_s)
 
     def _periods_since(self, tick: int) -> float:
         """How long ago the deadline of `tick` was, in periods; negative when it is still to come."""

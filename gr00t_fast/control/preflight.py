@@ -174,15 +174,12 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts:
 
 def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: float | None) -> None:
     if facts.fps is None and loop_fps is None:
-        findings.problems.append(
-            "the checkpoint's metadata does not say at which rate its data was recorded. Give it: --fps=30 (lerobot's default)."
-        )
+        findings.problems.append("the checkpoint's metadata does not say at which rate its data was recorded. Give it: --fps=30 (lerobot's default).")
         return
     fps = loop_fps or facts.fps
     if facts.fps and abs(fps / facts.fps - 1) > FPS_TOLERANCE:
         findings.warnings.append(
-            f"the loop runs at {fps:g} Hz but the data was recorded at {facts.fps:g} Hz: motion "
-            f"will be {fps / facts.fps:.2f} times as fast."
+            f"the loop runs at {fps:g} Hz but the data was recorded at {facts.fps:g} Hz: motion will be {fps / facts.fps:.2f} times as fast."
         )
     for name, camera in robot.cameras.items():
         if camera.fps < fps * (1 - FPS_TOLERANCE):

@@ -26,9 +26,7 @@ from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 
 
-def build_report(
-    loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None
-) -> dict[str, Any]:
+def build_report(loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Everything about a finished (or failed) run as JSON-ready values. `settings` and `warnings` are passed through."""
     trace, pacer = loop.trace, loop.pacer
     return {
@@ -121,8 +119,7 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
         f"{run['duration_s']:.1f} s, ended by {run['ended_by']}",
-        f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} "
-        f"Hz within chunks (target {run['target_hz']:g} Hz)",
+        f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} Hz within chunks (target {run['target_hz']:g} Hz)",
         f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
     ]
     if error:

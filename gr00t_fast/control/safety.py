@@ -105,9 +105,7 @@ class SafetyFilter:
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:
         values = np.array(values, np.float64)
         if values.shape != (len(self.joint_names),):
-            raise UnsafeActionError(
-                f"{what} has shape {values.shape}, expected ({len(self.joint_names)},): one number per joint. Nothing was sent."
-            )
+            raise UnsafeActionError(f"{what} has shape {values.shape}, expected ({len(self.joint_names)},): one number per joint. Nothing was sent.")
         return values
 
 

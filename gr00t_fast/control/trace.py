@@ -82,10 +82,12 @@ class RunTrace:
     def tracking_error(self) -> np.ndarray:
         """Return |commanded at a tick - measured one tick later| (T', J), pairs within one episode.
 
-        A pause for inference does not spoil a pair: its observation is made at the tick's deadline, before the network runs."""
+        Pairs that end at the first tick of a chunk are left out: there the pose is measured before the network runs, so less than a tick later.
+        """
         data = self.arrays()
-        together = np.diff(data["episode"]) == 0
-        return np.abs(data["commanded"][:-1] - data["measured"][1:])[together]
+        comparable = np.diff(data["episode"]) == 0
+        comparable[data["chunk_starts"][data["chunk_starts"] > 0] - 1] = False
+        return np.abs(data["commanded"][:-1] - data["measured"][1:])[comparable]
 
 
 @dataclass

@@ -55,7 +55,13 @@ def _inputs(source: Path, z: np.lib.npyio.NpzFile, cameras: tuple[str, ...]) -> 
     observation = np.load(source / "observation.npz")
     frames = np.stack([z[f"video_224.{camera}"][0, 0] for camera in cameras])
     states = {key: observation[key] for key in observation if key.startswith("state.")}
-    return {"frames_224": frames, "noise": z["noise"], "in.state": z["in.state"], "vision_features": z["vision_features"][:, ::KEPT_IMAGE_TOKENS], **states}
+    return {
+        "frames_224": frames,
+        "noise": z["noise"],
+        "in.state": z["in.state"],
+        "vision_features": z["vision_features"][:, ::KEPT_IMAGE_TOKENS],
+        **states,
+    }
 
 
 def _configuration(checkpoint: Path, vocabulary: np.ndarray) -> dict[str, np.ndarray]:

@@ -173,8 +173,13 @@ class BusDrive:
         arm, bus, directory = self._arm, self._bus, self._directory
         self._arm = self._bus = self._directory = None
         report = arm.land() if arm is not None else LandingReport(port_closed=True, cameras_closed=True)
-        if bus is not None:
-            bus.close()
-        if directory is not None:
-            directory.cleanup()
+        try:
+            if bus is not None:
+                bus.close()
+                # The bus's thread may have stopped before the physics took a step with the last registers written.
+                self.simulation.set_torque([bool(register) for register in bus.torque().values()])
+            if directory is not None:
+                directory.cleanup()
+        except OSError as error:
+            report.problems.append(f"closing the virtual servo bus: {error}")
         return report

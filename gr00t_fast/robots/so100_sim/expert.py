@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gr00t_fast.robots.so100_sim.kinematics import GraspKinematics
-from gr00t_fast.robots.so100_sim.scene import BOWL_HEIGHT_M
+from gr00t_fast.robots.so100_sim.scene import BOWL_HEIGHT_M, PAN_AXIS_XY_M
 from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
 from gr00t_fast.robots.so100_sim.units import GRIPPER
 
@@ -78,7 +78,7 @@ def _place(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.n
 def _preferred(simulation: Simulation) -> np.ndarray:
     """Start of the search for a grasp: the home pose turned towards the block, so that of four ways to grasp it the natural one is found."""
     start = HOME_DEG.copy()
-    x, y = simulation.block_m[:2] - simulation.model.body("shoulder").pos[:2]
+    x, y = simulation.block_m[:2] - PAN_AXIS_XY_M
     start[0] = np.rad2deg(np.arctan2(x, -y))
     return start
 

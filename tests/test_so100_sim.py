@@ -1,0 +1,467 @@
+"""The simulated arm: scene, pictures, physics, expert, and the Robot made of them. No GPU, no OpenGL."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from control_fakes import FakeClock
+
+from gr00t_fast.contracts import SO100_JOINTS, Robot
+from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots.so100_sim import __main__ as program
+from gr00t_fast.robots.so100_sim.rasteriser import Pinhole, fill_mask, render_faces, spans
+from gr00t_fast.robots.so100_sim.scene import FRONT_CAMERA, sample_layout
+from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, degrees_to_radians, from_degrees, radians_to_degrees, to_degrees
+
+pytest.importorskip("mujoco")
+from gr00t_fast.robots.so100_sim.expert import expert, run_expert
+from gr00t_fast.robots.so100_sim.meshes import box, disc, lathe
+from gr00t_fast.robots.so100_sim.plant import ScenePlant
+from gr00t_fast.robots.so100_sim.robot import SimArm
+from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
+
+EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
+
+
+# --- units and layout ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_units_round_trip():
+    joints = np.random.default_rng(0).uniform(*LIMITS_DEG.T, (50, 6))
+    np.testing.assert_allclose(radians_to_degrees(degrees_to_radians(joints)), joints, atol=1e-9)
+    for unit in ("degrees", "range_m100_100"):
+        np.testing.assert_allclose(to_degrees(from_degrees(joints, unit), unit), joints, atol=1e-9)
+
+
+def test_units_match_the_driver_convention():
+    rest_rad = np.array([0, -3.32, 3.11, 1.18, 0, -0.174])  # the folded arm
+    np.testing.assert_allclose(radians_to_degrees(rest_rad), [0, -100, 88, 68, 0, 0], atol=0.5)
+    np.testing.assert_array_equal(from_degrees(LIMITS_DEG[:, 0], "range_m100_100"), [-100] * 5 + [0])
+    np.testing.assert_array_equal(from_degrees(LIMITS_DEG[:, 1], "range_m100_100"), [100] * 6)
+
+
+@pytest.mark.parametrize("task", ["reach", "place"])
+def test_layouts_repeat_differ_and_are_in_view(task):
+    layouts = [sample_layout(task, seed) for seed in range(100)]
+    assert layouts == [sample_layout(task, seed) for seed in range(100)]
+    assert len({layout.block_xy_m for layout in layouts}) == 100
+    camera = Simulation(task)._camera("front", 640, 480)
+    objects = np.array([xy for layout in layouts for xy in (layout.block_xy_m, layout.bowl_xy_m) if xy is not None])
+    seen = camera.to_camera(np.column_stack([objects, np.zeros(len(objects))]))
+    pixels = seen[:, :2] / seen[:, 2:] * camera.focal_px + [320, 240]
+    assert (pixels > [40, 40]).all()
+    assert (pixels < [600, 440]).all()
+
+
+def test_unknown_task_names_the_closest():
+    with pytest.raises(ConfigError, match="'place'"):
+        sample_layout("plaec", 0)
+
+
+# --- rasteriser ------------------------------------------------------------------------------------------------------------------------------
+
+
+def square(half: float, z: float, tilt: float = 0.0) -> np.ndarray:
+    """Four corners facing the camera at the origin, anticlockwise seen from it (y down); tilt: z changes along x."""
+    x, y = np.array([-half, -half, half, half]), np.array([-half, half, half, -half])
+    return np.column_stack([x, y, z + tilt * x])
+
+
+def squares(*corners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, faces (two per square) and the value i for square i."""
+    faces = np.concatenate([np.array([[0, 1, 2], [0, 2, 3]]) + 4 * i for i in range(len(corners))])
+    return np.concatenate(corners), faces, np.repeat(np.arange(len(corners), dtype=float), 4)
+
+
+def picture(camera: Pinhole, points: np.ndarray, faces: np.ndarray, values: np.ndarray, **options: np.ndarray) -> np.ndarray:
+    """Values per pixel, -1 where nothing is seen."""
+    image = np.full(camera.height * camera.width, -1.0)
+    fragments = render_faces(camera, points, faces, values, **options)
+    image[fragments.pixel] = fragments.value
+    return image.reshape(camera.height, camera.width)
+
+
+def cast_rays(camera: Pinhole, points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """The slow twin: nearest face (H,W) hit by each pixel's ray beyond the near plane, or -1; both sides of faces count."""
+    v, u = np.mgrid[: camera.height, : camera.width] + 0.5
+    rays = np.stack([(u - camera.width / 2) / camera.focal_px, (v - camera.height / 2) / camera.focal_px, np.ones_like(u)], -1)
+    nearest, hit = np.full(u.shape, np.inf), np.full(u.shape, -1)
+    for number, face in enumerate(faces):
+        corners = camera.to_camera(points[face])
+        solution = rays @ np.linalg.pinv(corners) if np.linalg.matrix_rank(corners) == 3 else np.full(rays.shape, -1.0)
+        depth = 1 / solution.sum(-1)
+        closer = (solution >= 0).all(-1) & (depth > camera.near_m) & (depth < nearest)
+        nearest[closer], hit[closer] = depth[closer], number
+    return hit
+
+
+def test_nearer_hides_farther_whatever_the_order():
+    near, far = square(0.3, 1.0), square(1.0, 2.0)
+    for order, expected in ((squares(near, far), 0.0), (squares(far, near), 1.0)):
+        image = picture(EYE, *order)
+        assert image[18, 24] == expected
+        assert image[18, 10] == 1.0 - expected
+        assert image[0, 0] == -1
+
+
+def test_crossing_surfaces_meet_in_a_line():
+    image = picture(EYE, *squares(square(0.4, 1.0, tilt=0.5), square(0.4, 1.0, tilt=-0.5)))
+    row = image[18][image[18] >= 0]
+    assert row.tolist() == sorted(row.tolist())  # one change, in the middle
+    assert abs((row == 0).sum() - (row == 1).sum()) <= 1
+
+
+def test_faces_turned_away_are_not_drawn():
+    points, faces, values = squares(square(0.3, 1.0))
+    assert (picture(EYE, points, faces[:, ::-1], values) == -1).all()
+
+
+def test_the_table_hides_what_is_below_it():
+    points, faces, values = squares(square(0.3, 1.0))
+    assert (picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 0.9)) == -1).all()
+    assert picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 1.1))[18, 24] == 0
+
+
+def test_shared_edges_leave_no_gap_and_no_overlap():
+    rng = np.random.default_rng(3)
+    grid = np.stack(np.meshgrid(np.linspace(-5, 55, 9), np.linspace(-5, 45, 8)), -1)
+    grid[1:-1, 1:-1] += rng.uniform(-3, 3, grid[1:-1, 1:-1].shape)
+    a, b, c, d = grid[:-1, :-1], grid[:-1, 1:], grid[1:, 1:], grid[1:, :-1]
+    triangles = np.concatenate([np.stack(corners, 2).reshape(-1, 3, 2) for corners in ((a, b, c), (a, c, d))])  # (F,3,2)
+    row, first, last, _ = spans(triangles[..., 0].T, triangles[..., 1].T, 48, 36)
+    count = np.zeros((36, 48), int)
+    for y, start, stop in zip(row, first, last, strict=True):
+        count[y, start:stop] += 1
+    assert (count == 1).all()
+    mask = np.zeros((36, 48), bool)
+    fill_mask(mask, triangles[..., 0].T, triangles[..., 1].T)
+    assert mask.all()
+
+
+def test_near_plane_clipping_agrees_with_ray_casting():
+    """Long triangles that pass beside and behind the camera, as the fingers do in the wrist camera."""
+    rng = np.random.default_rng(5)
+    camera = Pinhole(np.zeros(3), np.eye(3), 75, 64, 48, near_m=0.05)
+    compared = 0
+    for _ in range(60):
+        points = rng.uniform([-0.5, -0.5, -0.6], [0.5, 0.5, 1.0], (3, 3))
+        face = np.array([[0, 1, 2]])
+        if np.cross(points[1] - points[0], points[2] - points[0]) @ points[0] > 0:
+            face = face[:, ::-1]
+        drawn, cast = picture(camera, points, face, np.zeros(3)) == 0, cast_rays(camera, points, face) == 0
+        assert (drawn != cast).sum() <= 2  # pixels whose centre lies on an edge to within rounding
+        compared += int(cast.any() and (points[:, 2] < 0.05).any())
+    assert compared > 15
+
+
+def test_closed_meshes_agree_with_ray_casting():
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    rotation *= np.linalg.det(rotation)
+    for mesh in (box(0.1, 0.2, 0.15, 0.02), disc(0.2, 0.1), lathe([(0, 0), (0.15, 0), (0.2, 0.1), (0.18, 0.1), (0.13, 0.02), (0, 0.02)])):
+        moved = mesh.moved(rotation, np.array([0.05, 0.02, 0.7]))
+        fragments = render_faces(EYE, moved.vertices, moved.faces, np.zeros(len(moved.vertices)))
+        image = np.full(36 * 48, -1)
+        image[fragments.pixel] = fragments.face
+        assert (image.reshape(36, 48) != cast_rays(EYE, moved.vertices, moved.faces)).mean() < 0.01
+        normal = np.cross(*(moved.vertices[moved.faces[:, i]] - moved.vertices[moved.faces[:, 0]] for i in (1, 2)))
+        assert ((normal * moved.normals[moved.faces].mean(1)).sum(1) > -1e-9).all()  # faces and normals both point outwards
+
+
+def test_values_are_interpolated_and_the_order_of_faces_does_not_matter():
+    points, faces, _ = squares(square(0.4, 1.0))
+    image = picture(EYE, points, faces, points[:, 0])
+    seen = image > -1
+    columns = np.broadcast_to((np.arange(48) + 0.5 - 24) / EYE.focal_px, image.shape)
+    np.testing.assert_allclose(image[seen], columns[seen], atol=1e-9)
+    np.testing.assert_array_equal(image, picture(EYE, points, faces[::-1], points[:, 0]))
+
+
+# --- pictures of the scene -------------------------------------------------------------------------------------------------------------------
+
+
+def is_red(image: np.ndarray) -> np.ndarray:
+    image = image.astype(int)
+    return (image[..., 0] > 90) & (image[..., 0] > 2 * image[..., 1]) & (image[..., 0] > 2 * image[..., 2])
+
+
+def test_pictures_and_motion_repeat_exactly():
+    first, second, other = Simulation("place", 3), Simulation("place", 3), Simulation("place", 4)
+    for simulation in (first, second, other):
+        simulation.set_targets(HOME_DEG + [10, 10, -10, 5, 20, 30])
+        for _ in range(5):
+            simulation.advance(1 / 30)
+            if simulation is second:
+                simulation.render("wrist", 32, 24)  # looking changes nothing
+    np.testing.assert_array_equal(first.joints_deg, second.joints_deg)
+    for view in ("front", "wrist"):
+        np.testing.assert_array_equal(first.render(view, 160, 120), second.render(view, 160, 120))
+        assert (first.render(view, 160, 120) != other.render(view, 160, 120)).any()
+    first.reset(4)
+    first.set_targets(HOME_DEG + [10, 10, -10, 5, 20, 30])
+    for _ in range(5):
+        first.advance(1 / 30)
+    np.testing.assert_array_equal(first.render("front", 160, 120), other.render("front", 160, 120))  # nothing is left of the last episode
+
+
+def test_the_front_camera_sees_the_block_where_it_lies():
+    simulation = Simulation("reach", 1)
+    image = simulation.render("front", 640, 480)
+    assert image.shape == (480, 640, 3)
+    assert image.dtype == np.uint8
+    camera = simulation._camera("front", 640, 480)
+    np.testing.assert_allclose(camera.position, FRONT_CAMERA[0])
+    x, y, z = camera.to_camera(simulation.block_m)
+    v, u = np.nonzero(is_red(image))
+    np.testing.assert_allclose([u.mean(), v.mean()], [x / z * camera.focal_px + 320, y / z * camera.focal_px + 240], atol=4)
+
+
+def test_bad_pictures_are_refused():
+    simulation = Simulation("reach", 0)
+    for arguments in ({"view": "top"}, {"width": 0}, {"height": 100_000}, {"samples": 0}):
+        with pytest.raises(ConfigError):
+            simulation.render(**arguments)
+
+
+def test_smoothed_edges_keep_size_and_mean():
+    simulation = Simulation("place", 0)
+    plain, smooth = simulation.render("front", 160, 120), simulation.render("front", 160, 120, samples=2)
+    assert smooth.shape == plain.shape
+    assert abs(smooth.mean() - plain.mean()) < 1
+
+
+def test_needs_neither_opencv_nor_opengl_and_imports_lazily():
+    code = """
+import sys, time
+sys.modules["cv2"] = None
+sys.modules["OpenGL"] = None
+sys.modules["glfw"] = None
+import gr00t_fast.contracts  # numpy
+began = time.process_time()
+import gr00t_fast.robots.so100_sim as package
+assert time.process_time() - began < 0.2
+assert "mujoco" not in sys.modules
+assert package.Simulation("place", 0).render("front", 64, 48).std() > 5
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- physics ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_reached_and_clamped_to_the_limits():
+    simulation = Simulation("reach", 0)
+    simulation.set_targets(np.array([500, -20, 20, 75, 500, 500]))
+    np.testing.assert_allclose(simulation.targets_deg, [110, -20, 20, 75, 160, 100], atol=1e-9)
+    simulation.advance(3)
+    np.testing.assert_allclose(simulation.joints_deg, [110, -20, 20, 75, 160, 100], atol=1.5)
+    for bad in ([0] * 5, [0, 0, 0, 0, 0, np.nan]):
+        with pytest.raises(ConfigError, match="six finite numbers"):
+            simulation.set_targets(np.array(bad))
+
+
+def test_without_torque_the_arm_sags_and_is_not_driven():
+    simulation = Simulation("reach", 0)
+    simulation.advance(0.5)
+    np.testing.assert_allclose(simulation.joints_deg, HOME_DEG, atol=1)
+    simulation.set_torque(False)
+    simulation.set_targets(HOME_DEG + [60, 0, 0, 0, 0, 0])
+    simulation.advance(3)
+    assert abs(simulation.joints_deg[0]) < 2  # pan hangs on nothing but gravity and stays
+    assert np.abs(simulation.joints_deg - HOME_DEG)[1:4].max() > 10
+    assert simulation.tcp_m[2] > -0.005  # the table stops it
+    where = simulation.joints_deg
+    simulation.set_torque(True)
+    np.testing.assert_allclose(simulation.targets_deg, where, atol=1e-9)  # no leap to a stale goal
+
+
+def test_torque_is_switched_joint_by_joint():
+    simulation = Simulation("reach", 0)
+    simulation.set_torque([True] * 5 + [False])
+    simulation.set_targets(HOME_DEG + [30, 0, 0, 0, 0, 50])
+    simulation.advance(2)
+    assert abs(simulation.joints_deg[0] - 30) < 1
+    assert abs(simulation.joints_deg[5] - HOME_DEG[5]) < 5
+
+
+def test_time_adds_up_whatever_the_steps():
+    coarse, fine = Simulation("reach", 0), Simulation("reach", 0)
+    coarse.advance(0.5)
+    for _ in range(500):
+        fine.advance(0.001)
+    assert coarse.time_s == pytest.approx(0.5)
+    np.testing.assert_array_equal(coarse.joints_deg, fine.joints_deg)
+    with pytest.raises(ConfigError):
+        coarse.advance(float("nan"))
+
+
+@pytest.mark.parametrize("task", ["reach", "place"])
+def test_expert_solves_the_scene(task):
+    simulation = Simulation(task, 0)
+    for seed in range(8):
+        simulation.reset(seed)
+        assert run_expert(simulation) is not None, f"seed {seed}"
+
+
+def test_success_needs_the_task_done():
+    reach, place = Simulation("reach", 0), Simulation("place", 0)
+    for simulation in (reach, place):
+        simulation.advance(1)
+        assert not simulation.success
+    for targets in expert(place):
+        place.set_targets(targets)
+        place.advance(1 / 30)
+        assert not (place.success and not place.block_in_bowl)
+        if place.block_in_bowl and not place.block_released:
+            assert not place.success  # still between the fingers
+    assert place.success
+
+
+def test_plant_follows_targets_only_with_torque():
+    plant = ScenePlant("place", 0)
+    np.testing.assert_allclose(plant.step([None] * 6, 0.0), HOME_DEG, atol=1e-6)
+    for _ in range(400):
+        positions = plant.step([20.0, None, 20.0, 75.0, -90.0, 40.0], 0.005)
+    assert abs(positions[0] - 20) < 1
+    assert abs(positions[5] - 40) < 2
+    assert plant.simulation.torque_on.tolist() == [True, False, True, True, True, True]
+    assert plant.simulation.time_s == pytest.approx(2.0)
+
+
+# --- robot -----------------------------------------------------------------------------------------------------------------------------------
+
+SMALL = {"front": SimCameraConfig(width=64, height=48), "hand": SimCameraConfig(width=48, height=48, view="wrist")}
+
+
+def test_sim_arm_is_a_robot_on_a_virtual_clock():
+    clock = FakeClock()
+    arm = SimArm(SO100SimConfig(cameras=SMALL), clock)
+    for early in (arm.observe, lambda: arm.joint_limits):
+        with pytest.raises(RobotError, match="connect"):
+            early()
+    arm.connect()
+    assert isinstance(arm, Robot)
+    np.testing.assert_array_equal(arm.joint_limits, LIMITS_DEG)
+    arm.reset(seed=2)
+    seen = arm.observe()
+    assert {name: frame.shape for name, frame in seen.frames.items()} == {"front": (48, 64, 3), "hand": (48, 48, 3)}
+    assert (arm.cameras["hand"].width, arm.cameras["hand"].fps) == (48, 30.0)
+    np.testing.assert_allclose(seen.joints, HOME_DEG, atol=1e-6)
+    arm.send(HOME_DEG + [20, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(arm.observe().joints, seen.joints)  # no time, no motion
+    clock.advance(1.0)
+    moved = arm.observe(with_frames=False)
+    assert moved.frames == {}
+    assert moved.time_s == clock.now_s()
+    assert abs(moved.joints[0] - 20) < 1
+    with pytest.raises(RobotError, match="six finite"):
+        arm.send(np.full(6, np.nan))
+    report = arm.land()
+    assert report.safe
+    assert report.torque == dict.fromkeys(SO100_JOINTS, "off")
+    assert arm.land() is report
+    for call in (arm.observe, arm.reset, lambda: arm.send(HOME_DEG)):
+        with pytest.raises(RobotError, match="connect"):
+            call()
+    arm.connect()  # and once more
+    assert arm.observe().joints.shape == (6,)
+    arm.land()
+
+
+def test_sim_arm_episodes_repeat_and_count_on():
+    def episode(arm: SimArm, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        arm.reset(seed)
+        arm.send(np.full(6, 10.0))
+        arm._clock.advance(0.3)
+        observation = arm.observe()
+        return observation.joints, observation.frames["front"]
+
+    first, second = (SimArm(SO100SimConfig(cameras=SMALL), FakeClock()) for _ in range(2))
+    first.connect()
+    second.connect()
+    for seed in (None, None, 1):  # seeds 0, 1, 1
+        for a, b in zip(episode(first, seed), episode(second, seed), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert first.simulation.seed == 1
+
+
+def test_sim_arm_in_driver_units():
+    arm = SimArm(SO100SimConfig(cameras={}, use_degrees=False), FakeClock())
+    arm.connect()
+    assert arm.joint_unit == "range_m100_100"
+    np.testing.assert_array_equal(arm.joint_limits, [[-100, 100]] * 5 + [[0, 100]])
+    arm.send(np.array([50, -20, 20, 79, -56, 100.0]))
+    arm._clock.advance(2.0)
+    np.testing.assert_allclose(arm.observe().joints, [50, -20, 20, 79, -56, 100], atol=1.5)
+    assert abs(arm.simulation.joints_deg[0] - 55) < 1
+    arm.land()
+
+
+def test_sim_arm_holds_when_told_to():
+    arm = SimArm(SO100SimConfig(cameras={}, disable_torque_on_disconnect=False), FakeClock())
+    arm.connect()
+    assert set(arm.land().torque.values()) == {"held"}
+
+
+def test_sim_arm_refuses_what_it_cannot_be():
+    with pytest.raises(ConfigError, match="type: sim"):
+        SimArm(SO100SimConfig(cameras={"front": OpenCVCameraConfig()}))
+    with pytest.raises(ConfigError, match="front, wrist"):
+        SimArm(SO100SimConfig(cameras={"front": SimCameraConfig(view="top")}))
+    with pytest.raises(ConfigError, match="real time"):
+        SimArm(SO100SimConfig(through_bus=True), FakeClock())
+
+
+def test_inference_latency_passes_in_the_simulation():
+    arm = SimArm(SO100SimConfig(cameras={}))  # on the wall clock
+    arm.connect()
+    arm.send(HOME_DEG + [40, 0, 0, 0, 0, 0])
+    time.sleep(0.3)
+    assert 5 < arm.observe().joints[0] < 41
+    arm.land()
+
+
+def test_sim_arm_through_the_servo_bus():
+    """lerobot's driver, the virtual servos and the physics together: the same motion as without the bus."""
+    pytest.importorskip("lerobot")
+    pytest.importorskip("scservo_sdk")
+    arm = SimArm(SO100SimConfig(cameras=SMALL, through_bus=True))
+    try:
+        arm.connect()
+        arm.reset(seed=1)
+        np.testing.assert_allclose(arm.joint_limits, LIMITS_DEG, atol=0.1)
+        np.testing.assert_allclose(arm.observe().joints, HOME_DEG, atol=1)
+        arm.send(HOME_DEG + [15, 0, 0, 0, 0, 30])
+        time.sleep(1.0)
+        seen = arm.observe()
+        np.testing.assert_allclose(seen.joints, HOME_DEG + [15, 0, 0, 0, 0, 30], atol=2)
+        np.testing.assert_allclose(seen.joints, arm.simulation.joints_deg, atol=0.5)
+        assert seen.frames["hand"].shape == (48, 48, 3)
+        simulation = arm.simulation
+    finally:
+        report = arm.land()
+    assert report.safe, report.problems
+    assert not simulation.torque_on.any()
+    with pytest.raises(RobotError, match="connect"):
+        arm.observe()
+
+
+# --- program ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_program_writes_a_gif_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("imageio")
+    assert program.main(["--out", str(tmp_path / "new"), "--task", "reach", "--height", "96", "--format", "gif", "--xml"]) == 0
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"reach_0.gif", "reach_0.png", "reach_0.xml"}
+    assert "solved after" in capsys.readouterr().out
+
+
+def test_program_explains_an_unwritable_directory(tmp_path, capsys):
+    pytest.importorskip("imageio")
+    (tmp_path / "file").write_text("")
+    assert program.main(["--out", str(tmp_path / "file" / "below"), "--task", "reach", "--height", "48", "--format", "gif"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
