@@ -225,7 +225,7 @@ class Gr00tPolicy:
         height, width = frames.shape[1:3]
         if (height, width) != (camera.height, camera.width) and key not in self._resizes_told:
             self._resizes_told.add(key)
-            log.warning("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
+            log.info("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
         uploaded = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
         return pixel_values(uploaded, (camera.height, camera.width), self._pieces.network.vision.image_size)
 

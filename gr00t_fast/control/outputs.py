@@ -50,7 +50,7 @@ class Outputs:
         paths = self._write_files(loop, report)  # before printing: the terminal may be gone (SIGHUP)
         if self._video is not None and self._video.error is None and self._video.path.exists():
             paths.append(self._video.path)
-        print("\n" + as_text(report), end="")
+        print("\n" + as_text({**report, "warnings": self._video_warnings()}), end="")  # the others were said when they were found
         if paths:
             print("wrote " + ", ".join(str(path) for path in paths))
 

@@ -19,6 +19,7 @@ import numpy as np
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
 from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import lerobot_glue as glue
+from gr00t_fast.robots.camera_threads import leave_explaining_to_the_arm
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.jump_guard import JumpGuard
 from gr00t_fast.robots.landing import attempt, close_camera, release_torque, undisturbed
@@ -168,6 +169,7 @@ class SO100FollowerArm:
     def _open_camera(self, name: str, camera: Any) -> None:
         try:
             camera.connect()
+            leave_explaining_to_the_arm(getattr(camera, "thread", None))
             camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
         except Exception as error:
             raise RobotError(

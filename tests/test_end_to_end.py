@@ -1,0 +1,183 @@
+"""The whole program against a virtual servo bus in another process: real driver, real camera class, real signals.
+
+    GR00T_FAST_SOAK_S=60 python -m pytest tests/test_end_to_end.py -k clock -s
+
+runs the timing test for a minute and prints the report. OUTCOMES is the table fault -> outcome of the program as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import virtual_camera
+from safetensors.torch import load_file, save_file
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+from gr00t_fast.robots.feetech_bus.control import send_command
+
+pytest.importorskip("lerobot")
+pytestmark = pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")
+
+ROOT = Path(__file__).resolve().parent.parent
+CAMERA = (640, 480)
+SOAK_S = float(os.environ.get("GR00T_FAST_SOAK_S", "4"))
+
+
+@dataclass
+class Stand:
+    """An arm on a virtual bus, a camera, and a small checkpoint."""
+
+    directory: Path
+    bus: subprocess.Popen[str]
+
+    def command(self, line: str) -> dict:
+        answer = send_command(self.directory / "port.ctl", line)
+        assert "error" not in answer, answer
+        return answer["ok"]
+
+    def torque(self) -> dict[str, int]:
+        return {joint: state["torque"] for joint, state in self.command("state")["joints"].items()}
+
+    def start(self, checkpoint: str = "checkpoint", *flags: str) -> subprocess.Popen[str]:
+        camera = f"{{ front: {{type: opencv, index_or_path: 0, width: {CAMERA[0]}, height: {CAMERA[1]}, fps: 30}}}}"
+        command = [
+            *(sys.executable, str(ROOT / "so100_inference_optimized.py"), "--robot.type=so100_follower", f"--robot.port={self.directory / 'port'}"),
+            *("--robot.id=virtual", f"--robot.calibration_dir={self.directory}", f"--robot.cameras={camera}", "--preflight=warn"),
+            *(f"--model_path={self.directory / checkpoint}", "--lang_instruction=pick: the cube", "--action_horizon=8", "--device=cpu"),
+            *("--precision=fp32", "--seed=0", f"--out={self.directory / 'out'}", *flags),
+        ]
+        environment = {**virtual_camera.plugin_environment(self.directory), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, stdin=subprocess.DEVNULL)
+
+    def report(self) -> dict:
+        return json.loads((self.directory / "out" / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    directory = tmp_path_factory.mktemp("stand")
+    virtual_camera.build_plugin(directory)
+    write_random_checkpoint(directory / "checkpoint", "tiny", resolution=(1280, 720))
+    _poison(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA))
+    command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
+    bus = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert "Virtual servo bus" in bus.stdout.readline()
+    yield Stand(directory, bus)
+    bus.terminate()
+    bus.wait(10)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(stand: Stand) -> None:
+    stand.command("clear")
+    stand.command("replug")
+    stand.command("power-cycle")
+    picture = np.random.default_rng(0).integers(0, 255, (CAMERA[1], CAMERA[0], 3), dtype=np.uint8)
+    virtual_camera.write_camera(stand.directory, 0, picture)
+
+
+def _poison(checkpoint: Path) -> None:
+    """A network whose actions are NaN: one bad number in its last layer is enough."""
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    weights["action_head.action_decoder.layer2.b"][:] = float("nan")
+    save_file(weights, file)
+
+
+def _wait_until_moving(program: subprocess.Popen[str]) -> str:
+    said = ""
+    while "Loop 2:" not in said:
+        line = program.stdout.readline()
+        assert line, f"the program ended early:\n{said}"
+        said += line
+    return said
+
+
+def _finish(program: subprocess.Popen[str], within_s: float = 20.0) -> str:
+    try:
+        return program.communicate(timeout=within_s)[0]
+    finally:
+        program.kill()
+
+
+def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
+    program = stand.start("checkpoint", f"--timeout={SOAK_S}")
+    said = _finish(program, SOAK_S + 30)
+    assert program.returncode == 0, said
+    assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
+    report = stand.report()
+    if "GR00T_FAST_SOAK_S" in os.environ:
+        print(said[said.index("run  ") :])
+    assert said.count("frames are resized") == 1, said  # 640x480 for a checkpoint trained on 1280x720: said once
+    assert report["run"]["ticks"] >= 0.9 * 30 * SOAK_S
+    assert report["landing"]["safe"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    says: str  # must stand in the program's output
+    torque_off: tuple[str, ...] = SO100_JOINTS
+    event: str | None = None  # must be counted in the report
+    checkpoint: str = "checkpoint"
+    flags: tuple[str, ...] = field(default_factory=lambda: ("--timeout=4",))
+
+
+def _camera(state: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
+    return lambda stand, _: virtual_camera.set_state(stand.directory, 0, state)
+
+
+def _bus(*lines: str, pause_s: float = 0.5) -> Callable[[Stand, subprocess.Popen[str]], None]:
+    def act(stand: Stand, _: subprocess.Popen[str]) -> None:
+        for line in lines:
+            stand.command(line)
+            time.sleep(pause_s)
+
+    return act
+
+
+def _signal(number: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
+    return lambda _, program: program.send_signal(number)
+
+
+_OTHERS = tuple(joint for joint in SO100_JOINTS if joint != "elbow_flex")
+OUTCOMES = {
+    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "landing: torque off", flags=())),
+    "SIGTERM": (_signal(signal.SIGTERM), Outcome(143, "landing: torque off", flags=())),
+    "servo silent for good": (_bus("inject silent:servo=3"), Outcome(1, "error:", torque_off=_OTHERS, flags=())),
+    "bad checksums now and then": (_bus("inject flip:rate=0.002"), Outcome(0, "landing: torque off", event="read_retry")),
+    "cable out and in again": (_bus("unplug", "replug"), Outcome(0, "landing: torque off", event="reconnect", flags=("--timeout=6",))),
+    "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:", flags=())),
+    "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", flags=())),
+    "network answers NaN": (None, Outcome(1, "NaN", checkpoint="poisoned", flags=())),
+}
+
+
+@pytest.mark.parametrize("fault", OUTCOMES)
+def test_every_fault_has_its_outcome(stand: Stand, fault: str) -> None:
+    act, expected = OUTCOMES[fault]
+    program = stand.start(expected.checkpoint, *expected.flags)
+    said = ""
+    if act is not None:
+        said = _wait_until_moving(program)
+        assert stand.torque() == dict.fromkeys(SO100_JOINTS, 1)
+        act(stand, program)
+    said += _finish(program)
+    assert program.returncode == expected.exit_code, said
+    assert expected.says in said
+    assert "Traceback" not in said
+    torque = stand.torque()
+    assert {joint: torque[joint] for joint in expected.torque_off} == dict.fromkeys(expected.torque_off, 0), said
+    if expected.event:
+        assert stand.report()["events"].get(expected.event, 0) > 0, stand.report()["events"]
