@@ -28,7 +28,7 @@ from gr00t_fast.model import ModelInputs
 from gr00t_fast.observation import PolicyInput, parse_observation
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.timing import StageTimer
-from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values
+from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values, to_trained_size
 
 log = logging.getLogger(__name__)
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
@@ -226,8 +226,8 @@ class Gr00tPolicy:
         if (height, width) != (camera.height, camera.width) and key not in self._resizes_told:
             self._resizes_told.add(key)
             log.info("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
-        uploaded = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
-        return pixel_values(uploaded, (camera.height, camera.width), self._pieces.network.vision.image_size)
+        uploaded = torch.from_numpy(np.ascontiguousarray(to_trained_size(frames, camera.width, camera.height))).to(self.device)
+        return pixel_values(uploaded, self._pieces.network.vision.image_size)
 
     def _prompt(self, instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Ids (B, S) padded on the right, places of the image tokens (V,), mask (B, S) or None when nothing is padded."""

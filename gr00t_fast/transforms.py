@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,25 +23,29 @@ _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255
 _CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
 
 
-def pixel_values(frames: Tensor, trained_size: tuple[int, int], image_size: int) -> Tensor:
-    """uint8 (B, H, W, 3) RGB -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
+def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 (B, H, W, 3) of any size -> (B, height, width, 3): what a camera of the training videos' resolution would have delivered.
 
-    `trained_size` (height, width) is the resolution of the training videos: frames of another size are resized to it first, so that
-    the crop removes the same part of the scene.
+    The reference refuses other sizes, so the kernel is our choice: area averaging where pixels are lost, bilinear elsewhere.
     """
-    x = frames.permute(0, 3, 1, 2).float() / 255.0  # (B, 3, H, W)
-    x = _resize(x, trained_size)
-    x = _centre_crop(x, _CROP_SCALE)
-    x = _resize(x, (image_size, image_size))
+    if frames.shape[1:3] == (height, width):
+        return frames
+    shrinks = frames.shape[1] > height and frames.shape[2] > width
+    kernel = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(frame, (width, height), interpolation=kernel) for frame in frames])
+
+
+def pixel_values(frames: Tensor, image_size: int) -> Tensor:
+    """uint8 (B, H, W, 3) RGB at the training videos' resolution -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
+
+    Cropping bytes before they become floats gives the same numbers as the reference's order, with less to convert.
+    """
+    x = _centre_crop(frames.permute(0, 3, 1, 2), _CROP_SCALE).contiguous().float().div_(255.0)  # (B, 3, h, w)
+    if x.shape[-2:] != (image_size, image_size):
+        # bilinear with antialias: what torchvision's resize does to a float tensor
+        x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=True)
     x = (x * 255.0).to(torch.uint8).float()  # truncation, as the reference's conversion to bytes does
-    return (x - _PIXEL_MEAN) / _PIXEL_MEAN
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with antialias: what torchvision's resize does to a float tensor."""
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return (x / 255.0 - 0.5) / 0.5
 
 
 def _centre_crop(x: Tensor, scale: float) -> Tensor:
