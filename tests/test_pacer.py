@@ -51,6 +51,7 @@ def test_overrun_skips_to_the_grid_and_never_bursts(clock: FakeClock, pacer: Pac
 
 
 def test_a_long_pause_begins_a_new_grid_and_is_not_a_miss(clock: FakeClock, pacer: Pacer) -> None:
+    pacer.wait()
     clock.advance(0.25)
     assert pacer.resume() == pytest.approx(0.25)
     sent = clock.now_s()
@@ -60,12 +61,32 @@ def test_a_long_pause_begins_a_new_grid_and_is_not_a_miss(clock: FakeClock, pace
 
 
 def test_a_short_pause_keeps_the_grid(clock: FakeClock, pacer: Pacer) -> None:
+    pacer.wait()
     begin = clock.now_s()
     clock.advance(0.005)
     pacer.resume()
     pacer.wait()
     assert clock.now_s() - begin == pytest.approx(TICK_S)
     assert pacer.waiting_ticks == 0
+
+
+def test_the_first_plan_of_an_episode_pauses_nothing(clock: FakeClock, pacer: Pacer) -> None:
+    clock.advance(2.0)
+    assert pacer.resume() == 0
+    begin = clock.now_s()
+    pacer.wait()
+    assert clock.now_s() - begin == pytest.approx(TICK_S)
+    assert pacer.waiting_ticks == pacer.missed_ticks == 0
+
+
+def test_an_early_plan_waits_for_its_deadline(clock: FakeClock, pacer: Pacer) -> None:
+    begin = clock.now_s()
+    pacer.wait(lead_s=0.010)
+    assert clock.now_s() - begin == pytest.approx(TICK_S - 0.010)
+    clock.advance(0.006)
+    assert pacer.resume() == 0
+    assert clock.now_s() - begin == pytest.approx(TICK_S)
+    assert list(pacer.tick_errors_s) == pytest.approx([0])
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf")])

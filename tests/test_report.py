@@ -46,7 +46,7 @@ def test_figures_of_a_known_run(bench: Bench) -> None:
     assert report["stages_ms"]["loop"]["p50"] == pytest.approx(200 + 7000 * TICK_S, abs=0.01)
     assert report["pacing"]["pause_per_chunk_ms"]["p50"] == pytest.approx(200 - 1000 * TICK_S, abs=0.01)
     assert report["pacing"]["missed_ticks"] == 0
-    assert report["pacing"]["waiting_for_inference_ticks"] == 6 + 5 * (report["run"]["inferences"] - 1)
+    assert report["pacing"]["waiting_for_inference_ticks"] == 5 * (report["run"]["inferences"] - 1)
     assert report["pacing"]["tick_error_ms"]["max"] == pytest.approx(0, abs=1e-3)
     assert report["tracking_error"]["joints"]["gripper"]["max"] == 0
     assert report["events"] == {"read_retry": 2}
