@@ -177,15 +177,15 @@ class Gr00tPolicy:
 
     def warm_up(self, instruction: str | None = None) -> dict[str, float]:
         """Run until the first-call costs are paid; returns the last call's timing. Does not disturb the noise sequence of a seeded policy."""
-        observation = self._example_observation(instruction or _WARM_UP_INSTRUCTION)
+        observation = self.example_observation(instruction or _WARM_UP_INSTRUCTION)
         state = self._generator.get_state()
         for _ in range(_WARM_UP_CALLS):
             self.get_action(observation)
         self._generator.set_state(state)
         return self.last_timing
 
-    def _example_observation(self, instruction: str) -> dict[str, Any]:
-        """An observation of the right form: mid-grey pictures, joints at the training data's mean."""
+    def example_observation(self, instruction: str = _WARM_UP_INSTRUCTION) -> dict[str, Any]:
+        """An observation of the right form: mid-grey pictures, joints in the middle of their range. For warm-up and timing."""
         config, metadata = self._pieces.data_config, self._pieces.metadata
         observation: dict[str, Any] = {config.language_key: [instruction]}
         for key in config.video_keys:
