@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
@@ -53,13 +54,25 @@ def open_checkpoint(model_path: str | Path) -> Checkpoint:
 
 def load_model(checkpoint: Checkpoint, embodiment_tag: str, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Gr00tN1d5:
     """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors."""
-    with torch.device("meta"):
+    row, rows = EMBODIMENT_ROWS[embodiment_tag], checkpoint.config.head.embodiments
+    if row >= rows:
+        raise CheckpointError(f"embodiment_tag '{embodiment_tag}' selects row {row} of the per-embodiment weights; by config.json there are {rows}.")
+    with _WithoutInitialisation(), torch.device("meta"):
         model = Gr00tN1d5(checkpoint.config)
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files]
         located = _check_names_and_shapes(model, checkpoint, files)
-        _fill(model, located, EMBODIMENT_ROWS[embodiment_tag], device, dtype, progress)
+        _fill(model, located, row, device, dtype, progress)
     return model.eval().requires_grad_(False)
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: every weight comes from the file, and initialising meta tensors alone imports 0.7 s of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _local_directory(model_path: str | Path) -> Path:
@@ -91,7 +104,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Expected a fine-tuned GR00T N1.5 checkpoint: {_EXPECTED_FILES}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(loaded).__name__}.")
@@ -105,11 +118,14 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     index = path / "model.safetensors.index.json"
     if not index.exists():
         single = path / "model.safetensors"
-        if not single.exists():
+        if not single.is_file():
             raise CheckpointError(f"{path} has neither model.safetensors nor model.safetensors.index.json. Expected {_EXPECTED_FILES}.")
         return (single,)
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    absent = [name for name in names if not (path / name).exists()]
+    weight_map = _read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must give a file name for each tensor. Copy or download it again.")
+    names = sorted(set(weight_map.values()))
+    absent = [name for name in names if not (path / name).is_file()]
     if absent or not names:
         raise CheckpointError(f"{index} names weight files that are not there: {', '.join(absent) or '(none named)'}. Copy or download them.")
     return tuple(path / name for name in names)
@@ -127,9 +143,10 @@ def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: lis
     missing = sorted(needed.keys() - located.keys())
     extra = sorted(name for name in located.keys() - needed.keys() if not name.startswith(UNUSED_PREFIXES))
     wrong = sorted(name for name, shape in needed.items() if name in located and located[name][1].shape != shape)
-    if missing or extra or wrong:
+    twice = sorted(name for name in located if sum(name in file.entries for file in files) > 1)
+    if missing or extra or wrong or twice:
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
-        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped)]
+        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("in two files", twice)]
         raise CheckpointError(
             f"the weights in {checkpoint.path} do not fit config.json (and eagle2_hg_model/config.json):\n"
             + "\n".join(part for part in parts if part)

@@ -63,12 +63,15 @@ def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all():
             raise ValueError(f"statistic {name} is not {arrays['min'].shape} finite numbers")
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if low in arrays and high in arrays and (arrays[low] > arrays[high]).any():
+            raise ValueError(f"statistic {low} exceeds {high}")
     return arrays
 
 
 def _camera(values: Mapping[str, Any]) -> CameraMetadata:
     width, height = values["resolution"]
     fps = float(values["fps"])
-    if width <= 0 or height <= 0 or fps <= 0:
+    if not (width > 0 and height > 0 and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
         raise ValueError(f"camera resolution {width}x{height} at {fps} fps")
     return CameraMetadata(int(width), int(height), fps)

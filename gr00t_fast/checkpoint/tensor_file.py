@@ -32,6 +32,10 @@ class TensorEntry:
     offset: int
 
     @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one index of the first dimension."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -82,9 +86,15 @@ class TensorFile:
             header = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES))
             header.pop("__metadata__", None)
             entries = {name: self._entry(name, raw, _LENGTH_BYTES + length) for name, raw in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"its header cannot be read ({error})") from error
-        end = max((e.offset + math.prod(e.shape) * e.dtype.itemsize for e in entries.values()), default=_LENGTH_BYTES + length)
+        except CheckpointError:  # a ValueError too, but it already says what is wrong
+            raise
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"its header cannot be read ({error!r})") from error
+        end = _LENGTH_BYTES + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
+            if entry.offset != end:  # the format allows neither holes nor overlaps
+                raise self._damaged(f"'{name}' begins at byte {entry.offset}, expected {end}")
+            end += entry.size_bytes
         if end != size:
             raise self._damaged(f"expected {end} bytes, got {size}")
         return entries
@@ -93,7 +103,9 @@ class TensorFile:
         if raw["dtype"] not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor '{name}' has dtype {raw['dtype']}, expected one of {', '.join(_DTYPES)}.")
         entry = TensorEntry(_DTYPES[raw["dtype"]], tuple(raw["shape"]), data_start + raw["data_offsets"][0])
-        if math.prod(entry.shape) * entry.dtype.itemsize != raw["data_offsets"][1] - raw["data_offsets"][0] or raw["data_offsets"][0] < 0:
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in (*entry.shape, *raw["data_offsets"])):
+            raise ValueError(f"shape or place of '{name}' is no list of whole numbers")
+        if entry.size_bytes != raw["data_offsets"][1] - raw["data_offsets"][0]:
             raise ValueError(f"size of '{name}' does not fit its shape")
         return entry
 
