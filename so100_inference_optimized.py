@@ -12,20 +12,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from gr00t_fast import cli
 from gr00t_fast.cli import RunConfig
-from gr00t_fast.contracts import Robot
+from gr00t_fast.contracts import Clock, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import Controller, SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.safety import SafetyOptions
 from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
 
 def run(config: RunConfig) -> int:
@@ -38,7 +38,7 @@ def run(config: RunConfig) -> int:
             fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
             outputs = Outputs(config.out, config.video, config.show_images, fps, on_quit=lambda: stop.request("window closed"))
             loop = control_loop(config, policy, robot, fps, stop, preflight, outputs)
-            policy.warm_up(config.lang_instruction)
+            loop.controller.warm_up()
         try:
             with outputs:
                 loop.run()
@@ -76,10 +76,18 @@ def control_loop(config: RunConfig, policy: Any, robot: Robot, fps: float, stop:
     clock, facts = MonotonicClock(), policy.facts
     camera_map = resolve_camera_map(robot.cameras, facts.resolutions, config.camera_map)
     binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, robot.joint_names, camera_map)
-    controller = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon)
+    controller = build_controller(config, policy, binding, clock, fps)
     safety = SafetyOptions(config.clamp_to_limits, config.max_step_deg, config.max_held_ticks)
     options = LoopOptions(fps, config.episodes, config.timeout, config.seed, config.dry_run, safety)
     return ControlLoop(robot, controller, options, clock, stop, preflight.connected, outputs.observers)
+
+
+def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Controller:
+    """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere."""
+    if config.controller == "sync":
+        return SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon)
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late)
+    return ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,4 +95,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_DEG
 from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.errors import Gr00tFastError, closest
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
@@ -44,6 +45,10 @@ class RunConfig:
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients send
+    controller: Literal["sync", "threaded"] = "sync"  # sync: the arm waits for each inference; threaded: inference overlaps the motion
+    chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
+    smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
+    when_late: Literal["hold", "lag"] = "hold"  # threaded: hold the pose when no action is left, or lag behind the plan
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
@@ -95,10 +100,22 @@ def _validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 0:
             raise UsageError(f"--{name}={value} must not be negative.")
+    _validate_controller(config)
     if config.episodes > 1 and config.timeout is None:
         raise UsageError(f"--episodes={config.episodes} needs --timeout=SECONDS, or the first episode would never end.")
     if config.video is not None and config.video.suffix.lower() not in (".mp4", ".gif"):
         raise UsageError(f"--video={config.video} must end in .mp4 or .gif.")
+
+
+def _validate_controller(config: RunConfig) -> None:
+    given = {"chunk_threshold": config.chunk_threshold is not None, "smoothing": config.smoothing != "none", "when_late": config.when_late != "hold"}
+    if config.controller != "threaded" and any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded: only there a chunk joins another one that still plays.")
+    if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
+        raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
+    if config.when_late == "lag" and config.smoothing != "none":
+        raise UsageError(f"--when_late=lag and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
 
 
 def _validate_follower(robot: SO100FollowerConfig) -> None:
@@ -165,6 +182,16 @@ def exit_code(stop: StopSignals, landing: LandingReport) -> int:
     if "held" in landing.torque.values():
         print("The arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.")
     return stop.exit_code or EXIT_OK
+
+
+def leave(code: int) -> NoReturn:
+    """End the program. An inference that hangs must not hold it up: the interpreter cannot end while native code of another thread runs
+    (it may abort instead), so what is left to do at exit is then done here."""
+    if not thread_left_running():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def help_text() -> str:

@@ -162,7 +162,7 @@ def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str)
                 f"config.json: unknown key '{key}' in {name}.{closest(key, known)} It may change the computation, so it is refused."
             )
     for part in ("diffusion_model_cfg", "vl_self_attention_cfg"):
-        if part in section:
+        if isinstance(section.get(part), Mapping):  # one that is absent or no section is reported where it is read
             _refuse_unknown(section[part], _TRANSFORMER_KEYS, f"{name}.{part}")
 
 
@@ -190,8 +190,22 @@ def _need(section: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
+def _positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    """Files that leave the key out mean the libraries' default."""
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {value!r}. The file is incomplete or damaged.")
+    return float(value)
+
+
+def _eagle_section(eagle: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(eagle.get(name), Mapping):
+        raise CheckpointError(f"eagle2_hg_model/config.json has no '{name}' section. Expected Eagle's config.json.")
+    return eagle[name]
+
+
 def _vision(eagle: Mapping[str, Any]) -> VisionConfig:
-    section, where = eagle.get("vision_config", {}), "eagle2_hg_model/config.json vision_config"
+    section, where = _eagle_section(eagle, "vision_config"), "eagle2_hg_model/config.json vision_config"
     return VisionConfig(
         hidden_size=_need(section, "hidden_size", where),
         intermediate_size=_need(section, "intermediate_size", where),
@@ -199,12 +213,12 @@ def _vision(eagle: Mapping[str, Any]) -> VisionConfig:
         num_heads=_need(section, "num_attention_heads", where),
         patch_size=_need(section, "patch_size", where),
         image_size=_need(section, "image_size", where),
-        layer_norm_eps=float(section.get("layer_norm_eps", 1e-6)),
+        layer_norm_eps=_positive(section, "layer_norm_eps", 1e-6, where),
     )
 
 
 def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> LanguageConfig:
-    section, where = eagle.get("text_config", {}), "eagle2_hg_model/config.json text_config"
+    section, where = _eagle_section(eagle, "text_config"), "eagle2_hg_model/config.json text_config"
     select_layer = backbone.get("select_layer")
     available = _need(section, "num_hidden_layers", where)
     if isinstance(select_layer, bool) or not isinstance(select_layer, int) or not 0 < select_layer <= available:
@@ -216,8 +230,8 @@ def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> Language
         num_heads=_need(section, "num_attention_heads", where),
         num_kv_heads=_need(section, "num_key_value_heads", where),
         head_dim=_need(section, "head_dim", where),
-        rms_norm_eps=float(section.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(section.get("rope_theta", 1e6)),
+        rms_norm_eps=_positive(section, "rms_norm_eps", 1e-6, where),
+        rope_theta=_positive(section, "rope_theta", 1e6, where),
         vocab_size=_need(section, "vocab_size", where),
         image_token_id=_need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
     )
@@ -231,8 +245,8 @@ def _head(config: Mapping[str, Any], head: Mapping[str, Any]) -> ActionHeadConfi
         action_horizon=_need(head, "action_horizon", where),
         hidden_size=_need(head, "hidden_size", where),
         future_tokens=_need(head, "num_target_vision_tokens", where),
-        max_positions=head.get("max_seq_len", 1024),  # the reference's default; published files leave it out
-        embodiments=head.get("max_num_embodiments", 32),  # likewise
+        max_positions=_need({"max_seq_len": 1024, **head}, "max_seq_len", where),  # the reference's default; published files leave it out
+        embodiments=_need({"max_num_embodiments": 32, **head}, "max_num_embodiments", where),  # likewise
         denoising_steps=_need(head, "num_inference_timesteps", where),
         timestep_buckets=_need(head, "num_timestep_buckets", where),
         output_dim=_need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
@@ -262,6 +276,18 @@ def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
     for name, (got, expected) in pairs.items():
         if got != expected:
             raise CheckpointError(f"config.json: {name} is {got}, expected {expected} from the rest of the configuration.")
+    language, vision = config.language, config.vision
+    conditions = {
+        "vision_config.hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,
+        "text_config.num_attention_heads is a multiple of num_key_value_heads": language.num_heads % language.num_kv_heads == 0,
+        "text_config.head_dim is even": language.head_dim % 2 == 0,
+        "action_head_cfg.input_embedding_dim is even": config.head.dit.width % 2 == 0,
+        "action_head_cfg.max_seq_len is at least action_horizon": config.head.max_positions >= config.head.action_horizon,
+        "image_token_index is below text_config.vocab_size": language.image_token_id < language.vocab_size,
+    }
+    for condition, holds in conditions.items():
+        if not holds:
+            raise CheckpointError(f"config.json and eagle2_hg_model/config.json: expected that {condition}, which is not so.")
 
 
 # Sizes of the published backbone (Eagle 2.5: SigLIP-2 so400m/14 at 224 and Qwen3-1.7B), for checkpoints that do not carry Eagle's config.json.

@@ -53,6 +53,22 @@ class PolicyFacts:
     trained_horizon: int
 
 
+@dataclass(frozen=True)
+class ActionPrefix:
+    """What the chunk that plays now still holds from the new observation on: the next chunk is to continue it.
+
+    actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
+    delay: the first `delay` rows will have been executed before the new chunk arrives (0 <= delay <= L); the rest may still change, the
+    sooner due the less.
+    method: "rtc" pulls the denoising towards the rows (real-time chunking; the committed rows come out nearly the same),
+    "prefix" overwrites them at every denoising step (cheaper; the committed rows come out exactly the same).
+    """
+
+    actions: Mapping[str, np.ndarray]
+    delay: int
+    method: Literal["rtc", "prefix"] = "rtc"
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Everything that yields actions: in-process network, exported engine, server client, or a test's fake."""
@@ -65,6 +81,14 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Forget whatever one episode left behind."""
+
+
+@runtime_checkable
+class ContinuingPolicy(Policy, Protocol):
+    """A policy that can make a chunk which continues another one."""
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        """As `Policy.get_action`; without `prefix` (or with one of no rows) exactly the same."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ be passed as it is (`module:ClassName`).
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import ConfigError, closest
 
+log = logging.getLogger(__name__)
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary")  # the modes of the reference's Normalizer that need no rotation maths
 DEFAULT_NORMALISATION = "min_max"  # what NVIDIA's SO-100 data configs use for every part
 
@@ -36,9 +38,14 @@ class DataConfig:
             if not keys:
                 raise ConfigError(f"data config: no '{prefix}*' keys. Expected at least one.")
             for key in keys:
-                if not key.startswith(prefix):
+                if not isinstance(key, str) or not key.startswith(prefix):
                     raise ConfigError(f"data config: key '{key}' must begin with '{prefix}'.")
+            if len(set(keys)) != len(keys):
+                raise ConfigError(f"data config: a key is listed twice in {', '.join(keys)}.")
+        parts = (*self.state_keys, *self.action_keys)
         for key, mode in self.normalisation.items():
+            if key not in parts:
+                raise ConfigError(f"data config: normalisation is given for '{key}', which is no state or action key.{closest(key, parts)}")
             if mode not in NORMALISATIONS:
                 raise ConfigError(f"data config: normalisation '{mode}' of '{key}' is not supported; choose from {', '.join(NORMALISATIONS)}.")
 
@@ -99,12 +106,18 @@ def _from_nvidia_class(source: Any, spec: str) -> DataConfig:
     observation_indices = list(getattr(source, "observation_indices", [0]))
     if observation_indices != [0]:
         raise ConfigError(f"data_config '{spec}': observation_indices {observation_indices} are not supported; expected [0] (one frame).")
-    normalisation = {**getattr(source, "state_normalization_modes", {}), **getattr(source, "action_normalization_modes", {})}
+    language_keys = list(getattr(source, "language_keys", ["annotation.human.task_description"]))
+    if len(language_keys) != 1:
+        raise ConfigError(f"data_config '{spec}': expected one language key, got {language_keys}.")
+    modes = (getattr(source, "state_normalization_modes", {}), getattr(source, "action_normalization_modes", {}))
+    normalisation = {key: mode for given in modes for key, mode in given.items()} or dict(getattr(source, "normalisation", {}))
+    if not normalisation and hasattr(source, "transform"):  # NVIDIA's classes say it inside the transform, which cannot be read without their package
+        log.warning("data_config '%s' does not say how parts are normalised: %s for all", spec, DEFAULT_NORMALISATION)
     return DataConfig(
         video_keys=tuple(source.video_keys),
         state_keys=tuple(source.state_keys),
         action_keys=tuple(source.action_keys),
-        language_key=next(iter(getattr(source, "language_keys", ["annotation.human.task_description"]))),
+        language_key=language_keys[0],
         action_indices=tuple(getattr(source, "action_indices", range(16))),
-        normalisation=normalisation or dict(getattr(source, "normalisation", {})),
+        normalisation=normalisation,
     )

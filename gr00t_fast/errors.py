@@ -38,6 +38,18 @@ class UnsafeActionError(Gr00tFastError, RuntimeError):
     """The policy kept returning actions that must not reach the motors (NaN or infinite)."""
 
 
+class WireError(Gr00tFastError, ValueError):
+    """A message between policy client and server is damaged, too large, or holds what the protocol does not carry."""
+
+
+class ServerError(Gr00tFastError, RuntimeError):
+    """A policy server refused a request or cannot serve; the message carries its reason."""
+
+
+class ServerUnreachableError(ServerError):
+    """A policy server did not answer in time, or the connection to it was lost; the next call connects anew."""
+
+
 class MissingExtraError(Gr00tFastError, ImportError):
     """An optional dependency is not installed; the message names the pip extra that brings it."""
 

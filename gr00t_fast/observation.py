@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
 
@@ -31,11 +32,14 @@ class PolicyInput:
 
 def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> PolicyInput:
     """Check and convert. Raises ObservationError that names the key, what was expected, and what came."""
+    if not isinstance(observation, Mapping):
+        raise ObservationError(f"observation: expected a dict of arrays by key, got {type(observation).__name__}.")
     needed = [*config.video_keys, *config.state_keys, config.language_key]
     for key in needed:
         if key not in observation:
-            have = ", ".join(sorted(observation)) or "nothing"
-            raise ObservationError(f"observation: '{key}' is missing.{closest(key, observation)} Expected {', '.join(needed)}; got {have}.")
+            given = [str(name) for name in observation]
+            have = ", ".join(sorted(given)) or "nothing"
+            raise ObservationError(f"observation: '{key}' is missing.{closest(key, given)} Expected {', '.join(needed)}; got {have}.")
     frames = {key: _frames(key, observation[key]) for key in config.video_keys}
     state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
@@ -44,9 +48,37 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     return PolicyInput({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched)
 
 
+def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: PolicyInput, horizon: int) -> dict[str, np.ndarray]:
+    """`action.<part>` -> float32 (B, L, D), at most `horizon` rows; empty when there are none. Raises ObservationError.
+
+    `parsed` is the observation that the chunk is for: batched or not as that is.
+    """
+    if prefix.method not in ("rtc", "prefix"):
+        raise ObservationError(f"prefix: expected method 'rtc' or 'prefix', got '{prefix.method}'.")
+    absent = [key for key in widths if key not in prefix.actions]
+    if absent:
+        given = ", ".join(map(str, prefix.actions)) or "nothing"
+        raise ObservationError(f"prefix: {', '.join(absent)} missing. Expected {', '.join(widths)}; got {given}.")
+    known = {key: _prefix_rows(key, prefix.actions[key], width, parsed) for key, width in widths.items()}
+    lengths = sorted({rows.shape[1] for rows in known.values()})
+    if len(lengths) != 1 or not 0 <= prefix.delay <= lengths[0]:
+        raise ObservationError(f"prefix: expected parts of equal length and a delay within it, got lengths {lengths}, delay {prefix.delay}.")
+    return {key: rows[:, :horizon] for key, rows in known.items()} if lengths[0] else {}
+
+
+def _prefix_rows(key: str, value: Any, width: int, parsed: PolicyInput) -> np.ndarray:
+    rows = _array(f"prefix {key}", value, f"numbers of shape (rows, {width})")
+    batched = rows if parsed.batched else rows[None]
+    numeric = np.issubdtype(rows.dtype, np.floating)
+    if not numeric or batched.ndim != 3 or batched.shape[0] != parsed.batch or batched.shape[2] != width or not np.isfinite(batched).all():
+        expected = f"({parsed.batch}, rows, {width})" if parsed.batched else f"(rows, {width})"
+        raise ObservationError(f"prefix {key}: expected finite numbers of shape {expected}, got {rows.dtype} of shape {rows.shape}.")
+    return batched.astype(np.float32)
+
+
 def _frames(key: str, value: Any) -> tuple[np.ndarray, bool]:
     """-> (B, H, W, 3) and whether it came batched."""
-    array = np.asarray(value)
+    array = _array(key, value, "uint8 RGB pixels")
     if array.dtype != np.uint8:
         raise ObservationError(f"{key}: expected uint8 RGB pixels 0..255, got {array.dtype}. Convert the frame before passing it.")
     batched = array.ndim == 5
@@ -57,12 +89,8 @@ def _frames(key: str, value: Any) -> tuple[np.ndarray, bool]:
 
 def _state(key: str, value: Any, width: int) -> tuple[np.ndarray, bool]:
     """-> float64 (B, D) and whether it came batched."""
-    try:
-        array = np.asarray(value)
-        numeric = np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
-    except ValueError as error:  # ragged nested lists
-        raise ObservationError(f"{key}: expected numbers of shape (1, {width}), got something irregular ({error}).") from error
-    if not numeric:
+    array = _array(key, value, f"numbers of shape (1, {width})")
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise ObservationError(f"{key}: expected numbers of shape (1, {width}), got dtype {array.dtype}.")
     if array.ndim not in (2, 3) or array.shape[-1] != width:
         raise ObservationError(f"{key}: expected shape (1, {width}), or (batch, 1, {width}); got {array.shape}.")
@@ -71,6 +99,13 @@ def _state(key: str, value: Any, width: int) -> tuple[np.ndarray, bool]:
         raise ObservationError(f"{key}: expected finite joint values, got {array.ravel().tolist()}. Check the robot's readings and calibration.")
     batched = array.ndim == 3
     return _drop_time(key, array if batched else array[None]), batched
+
+
+def _array(key: str, value: Any, expected: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged nested lists; a tensor on a GPU, or one that needs gradients
+        raise ObservationError(f"{key}: expected {expected} as a NumPy array, got {type(value).__name__} ({error}).") from error
 
 
 def _drop_time(key: str, array: np.ndarray) -> np.ndarray:

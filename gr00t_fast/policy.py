@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, load_model, open_checkpoint
-from gr00t_fast.contracts import ModalityConfig, PartStatistics, PolicyFacts
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PartStatistics, PolicyFacts
 from gr00t_fast.data_config import DataConfig, load_data_config
-from gr00t_fast.engine import Engine, make_engine, select_device, select_precision
+from gr00t_fast.engine import Engine, Goal, check_engine, make_engine, select_device, select_precision, soft_mask
 from gr00t_fast.errors import ConfigError, ObservationError
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.observation import PolicyInput, parse_observation
+from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.timing import StageTimer
 from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values, to_trained_size
@@ -54,6 +54,9 @@ def load_policy(
     `denoising_steps` and `action_horizon` default to the checkpoint's own. Raises ConfigError for an argument that cannot be used and
     CheckpointError for files that are missing, damaged or of another network. Everything small is checked before weights are read.
     """
+    check_engine(engine)
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
     checkpoint = open_checkpoint(model_path)
     metadata = checkpoint.embodiment(embodiment_tag)
     config, target = load_data_config(data_config), select_device(device)
@@ -107,7 +110,7 @@ class Gr00tPolicy:
         self, pieces: _Pieces, engine: Engine, device: torch.device, dtype: torch.dtype, denoising_steps: int, action_horizon: int, seed: int | None
     ) -> None:
         self._pieces, self.engine, self.device, self.dtype = pieces, engine, device, dtype
-        self._denoising_steps, self.action_horizon = denoising_steps, action_horizon
+        self._denoising_steps, self._action_horizon = denoising_steps, action_horizon
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
         if seed is None:
             self._generator.seed()
@@ -125,6 +128,15 @@ class Gr00tPolicy:
     @denoising_steps.setter
     def denoising_steps(self, steps: int) -> None:
         self._denoising_steps = self._pieces.check_denoising_steps(steps)
+
+    @property
+    def action_horizon(self) -> int:
+        """How many of the predicted actions are returned."""
+        return self._action_horizon
+
+    @action_horizon.setter
+    def action_horizon(self, horizon: int | None) -> None:
+        self._action_horizon = self._pieces.check_action_horizon(horizon)
 
     @property
     def prompt_style(self) -> str:
@@ -154,33 +166,46 @@ class Gr00tPolicy:
         if self._seed is not None:
             self._generator.manual_seed(self._seed)
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """One inference.
 
         observation: `video.<cam>` uint8 (T, H, W, 3) or (B, T, H, W, 3) with T = 1, any resolution; `state.<part>` float (T, D) or
         (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out.
         noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
-        Returns `action.<part>` float32 (action_horizon, D) or (B, action_horizon, D). Raises ObservationError.
+        prefix: actions to continue (real-time chunking); without it, or with no rows in it, the call is exactly the same as ever.
+        Returns `action.<part>` float32 (action_horizon, D) or (B, action_horizon, D). Raises ObservationError, and
+        ConfigError for a prefix that the engine cannot take.
         """
         timer = StageTimer(self.engine.synchronise)
         with timer.stage("preprocess"):
             parsed = parse_observation(observation, self._pieces.data_config, self._pieces.state.widths)
-            start = self._noise(noise, parsed.batch)
             inputs = self._model_inputs(parsed)
-        normalised = self.engine.run(inputs, start, self._denoising_steps, timer)
+            start = self._noise(noise, parsed.batch)  # last: a refused observation uses up no noise
+            goal = self._goal(prefix, parsed)
+        normalised = self.engine.run(inputs, start, self._denoising_steps, timer, **({} if goal is None else {"goal": goal}))
         with timer.stage("postprocess"):
             actions = self._pieces.action(normalised[:, : self.action_horizon].float().cpu().numpy())
             if not parsed.batched:
                 actions = {key: value[0] for key, value in actions.items()}
+            if goal is not None and goal.method == "prefix":
+                for key, rows in actions.items():  # exactly, without the rounding of normalising and back
+                    committed = min(prefix.delay, self._action_horizon)
+                    rows[..., :committed, :] = prefix.actions[key][..., :committed, :]
         self.last_timing = timer.finish()
         return actions
 
-    def warm_up(self, instruction: str | None = None) -> dict[str, float]:
-        """Run until the first-call costs are paid; returns the last call's timing. Does not disturb the noise sequence of a seeded policy."""
+    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
+        """Run until the first-call costs are paid, with `prefix_method` those of continuing a chunk too; returns the last call's timing.
+
+        Does not disturb the noise sequence of a seeded policy.
+        """
         observation = self.example_observation(instruction or _WARM_UP_INSTRUCTION)
         state = self._generator.get_state()
         for _ in range(_WARM_UP_CALLS):
-            self.get_action(observation)
+            actions = self.get_action(observation)
+        if prefix_method is not None:
+            for _ in range(_WARM_UP_CALLS):
+                self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method))
         self._generator.set_state(state)
         return self.last_timing
 
@@ -196,16 +221,38 @@ class Gr00tPolicy:
             observation[key] = ((statistics["min"] + statistics["max"]) / 2)[None]
         return observation
 
+    def _goal(self, prefix: ActionPrefix | None, parsed: PolicyInput) -> Goal | None:
+        """Normalised and padded; None when there is nothing to continue. Dimensions beyond the arm's own carry no weight: nothing is known of
+        them."""
+        if prefix is None:
+            return None
+        if not getattr(self.engine, "continues", False):
+            raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --engine=eager, or --smoothing=none or ensemble.")
+        head = self._pieces.network.head
+        known = parse_prefix(prefix, self._pieces.action.widths, parsed, head.action_horizon)
+        if not known:
+            return None
+        rows = torch.from_numpy(self._pieces.action.normalised(known))  # (B, L, widths together)
+        actions = torch.zeros(rows.shape[0], head.action_horizon, head.action_dim)
+        actions[:, : rows.shape[1], : rows.shape[2]] = rows
+        weights = torch.zeros(head.action_horizon, head.action_dim)
+        weights[:, : rows.shape[2]] = soft_mask(head.action_horizon, prefix.delay, rows.shape[1])[:, None]
+        return Goal(actions.to(self.device), weights.to(self.device), prefix.method)
+
     def _noise(self, noise: Any, batch: int) -> Tensor:
         head = self._pieces.network.head
         shape = (batch, head.action_horizon, head.action_dim)
         if noise is None:
             # drawn in fp32 whatever the precision, so that runs in two precisions can be compared at one seed
             return torch.randn(shape, generator=self._generator).to(self.device)
-        start = torch.as_tensor(noise, dtype=torch.float32, device=self.device)
-        if tuple(start.shape) != shape:
-            raise ObservationError(f"noise: expected shape {shape} (batch, trained horizon, padded action width), got {tuple(start.shape)}.")
-        return start
+        try:
+            start = torch.as_tensor(noise, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ObservationError(f"noise: expected numbers of shape {shape}, got {type(noise).__name__} ({error}).") from error
+        if tuple(start.shape) != shape or not torch.isfinite(start).all():
+            found = "values that are not finite" if tuple(start.shape) == shape else f"shape {tuple(start.shape)}"
+            raise ObservationError(f"noise: expected finite numbers of shape {shape} (batch, trained horizon, padded action width), got {found}.")
+        return start.to(self.device)
 
     def _model_inputs(self, parsed: PolicyInput) -> ModelInputs:
         pixels = torch.stack([self._pixels(key, frames) for key, frames in parsed.frames.items()], dim=1)  # (B, C, 3, h, w)
@@ -226,7 +273,8 @@ class Gr00tPolicy:
         if (height, width) != (camera.height, camera.width) and key not in self._resizes_told:
             self._resizes_told.add(key)
             log.info("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
-        uploaded = torch.from_numpy(np.ascontiguousarray(to_trained_size(frames, camera.width, camera.height))).to(self.device)
+        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
+        uploaded = torch.from_numpy(np.require(to_trained_size(frames, camera.width, camera.height), requirements=("C", "W"))).to(self.device)
         return pixel_values(uploaded, self._pieces.network.vision.image_size)
 
     def _prompt(self, instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from gr00t_fast.errors import CheckpointError, ConfigError, closest
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
 
 PROMPT_STYLES = ("plain", "nvidia")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -52,7 +52,7 @@ class PromptEncoder:
         self._known: dict[str, np.ndarray] = {}
 
     def __call__(self, instruction: str) -> np.ndarray:
-        """int64 (S,). Read-only."""
+        """int64 (S,). Read-only. Raises ObservationError for an instruction that holds the image token."""
         if instruction not in self._known:
             if len(self._known) >= self._REMEMBERED:
                 self._known.clear()
@@ -64,7 +64,7 @@ class PromptEncoder:
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
         if (found := int((ids == self.image_token_id).sum())) != expected:
-            raise ConfigError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
+            raise ObservationError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
         ids.setflags(write=False)
         return ids
 
@@ -86,7 +86,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Build the tokenizer from `tokenizer.json`, or from the slow format's vocab, merges and added tokens. Raises CheckpointError."""
     try:
         if (directory / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer.no_truncation()  # saved files may carry a training run's truncation and padding; the reference's prompt has neither
+            tokenizer.no_padding()
+            return tokenizer
         return _from_slow_files(directory)
     except Exception as error:
         raise CheckpointError(f"the tokenizer files in {directory} cannot be read: {error}. Copy or download them again.") from error

@@ -45,7 +45,7 @@ def pixel_values(frames: Tensor, image_size: int) -> Tensor:
         # bilinear with antialias: what torchvision's resize does to a float tensor
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=True)
     x = (x * 255.0).to(torch.uint8).float()  # truncation, as the reference's conversion to bytes does
-    return (x / 255.0 - 0.5) / 0.5
+    return (x - _PIXEL_MEAN) / _PIXEL_MEAN
 
 
 def _centre_crop(x: Tensor, scale: float) -> Tensor:
@@ -74,7 +74,12 @@ class Normaliser:
         return len(self._low)
 
     def forward(self, values: np.ndarray) -> np.ndarray:
-        """float64 (..., D) in joint units -> float64 (..., D)."""
+        """float64 (..., D) in joint units -> float64 (..., D), as training saw them."""
+        scaled = self.exact(values)
+        return np.clip(scaled, -1.0, 1.0) if self.mode == "q99" else scaled
+
+    def exact(self, values: np.ndarray) -> np.ndarray:
+        """The same without q99's clipping, so that `inverse` gives the values back."""
         if self.mode == "binary":
             return (values > 0.5).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -82,8 +87,7 @@ class Normaliser:
                 scaled = (values - self._low) / self._high
             else:
                 scaled = 2.0 * ((values - self._low) / (self._high - self._low)) - 1.0
-        scaled = np.where(self._varies, scaled, _CONSTANT_STATE.get(self.mode, values))
-        return np.clip(scaled, -1.0, 1.0) if self.mode == "q99" else scaled
+        return np.where(self._varies, scaled, _CONSTANT_STATE.get(self.mode, values))
 
     def inverse(self, values: np.ndarray) -> np.ndarray:
         """(..., D) as the network gives them -> float32 (..., D) in joint units."""
@@ -133,6 +137,10 @@ class ActionTransform:
             result[key] = part.inverse(actions[..., start : start + part.width])
             start += part.width
         return result
+
+    def normalised(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The way back: `action.<part>` (B, L, D) -> float32 (B, L, widths together), not padded."""
+        return np.concatenate([part.exact(actions[key].astype(np.float64)) for key, part in self._parts.items()], axis=-1, dtype=np.float32)
 
 
 def _normalisers(keys: Sequence[str], config: DataConfig, metadata: EmbodimentMetadata, padded_width: int) -> dict[str, Normaliser]:

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden.reduce import CASES, KEPT_IMAGE_TOKENS, PROMPTS, ROW, STEPS, is_per_embodiment
+from golden.reduce import KEPT_IMAGE_TOKENS, PROMPTS, ROW, STEPS, is_per_embodiment
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
-
-__all__ = ["CASES", "PROMPTS", "STEPS", "Golden", "Stages", "load_case", "recorded", "reduced", "relative_error", "run_stages"]
 
 REDUCED_DIR = Path(__file__).parent / "golden"
 
@@ -115,11 +113,34 @@ def run_stages(model: Gr00tN1d5, inputs: ModelInputs, noise: Tensor, steps: tupl
     return Stages(vision.unflatten(1, (inputs.pixel_values.shape[1], -1)).flatten(0, 1), backbone, vl, actions)
 
 
-def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Gr00tN1d5:
-    return load_model(open_checkpoint(checkpoint), tag, torch.device("cpu"), dtype)
-
-
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Relative L2 distance, in float64. Shapes must be equal: nothing is broadcast or trimmed."""
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def matrix_library_is_regular(model: Gr00tN1d5) -> bool:
+    """Whether a product's element has the same bits however rows and columns are grouped into calls, for the groupings in which we differ.
+
+    Ours fuses projections and computes the last tokens only. Elsewhere than on x86 with AVX-512 the kernels' results were seen to depend even on
+    where in memory an operand lies, so that the reference does not always equal itself.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    linear, generator = torch.nn.functional.linear, torch.Generator().manual_seed(0)
+    out = model.head.dit.out
+    x = torch.randn(1, 49, out.in_features, generator=generator)
+    alike = [torch.equal(linear(x, out.weight)[:, -16:], linear(x[:, -16:].contiguous(), out.weight))]
+    for name, module in model.named_modules():
+        if name.endswith((".qkv", ".kv")):
+            x = torch.randn(1, 49, module.in_features, generator=generator)
+            parts = module.weight.split(_fused_rows(model.get_submodule(name.rpartition(".")[0]), module))
+            alike.append(torch.equal(linear(x, module.weight), torch.cat([linear(x, part) for part in parts], dim=-1)))
+    return all(alike)
+
+
+def _fused_rows(attention: torch.nn.Module, fused: torch.nn.Linear) -> list[int]:
+    if hasattr(attention, "q_width"):  # grouped-query attention
+        return [attention.q_width, attention.kv_width, attention.kv_width]
+    count = 3 if hasattr(attention, "qkv") else 2
+    return [fused.out_features // count] * count

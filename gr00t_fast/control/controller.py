@@ -1,12 +1,14 @@
 """Where targets come from. The loop asks for one target per tick and does not know whether inference overlaps the motion.
 
 `SyncController` looks, thinks and then plays the chunk. A controller that thinks while the arm moves fits the same protocol: it starts with
-`needs_observation` true once, and receives every later observation through `see`.
+`needs_observation` true once, and receives every later observation through `see` (threaded.py).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,12 +17,27 @@ from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 
+@dataclass(frozen=True)
+class TickNote:
+    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, and the
+    chunk that it is the first of, if that came in while the arm moved."""
+
+    age_ticks: int = 0
+    starved: bool = False
+    entered: ActionChunk | None = None
+
+
 class Controller(Protocol):
-    """Source of targets for the control loop. One thread calls it."""
+    """Source of targets for the control loop. One thread calls it. Ticks are the pacer's, counted from the episode's begin."""
+
+    note: TickNote  # on the target last returned
 
     @property
     def needs_observation(self) -> bool:
         """True when the next target can only come from a new observation: the loop observes and calls `plan` before the next target."""
+
+    def warm_up(self) -> None:
+        """Pay first-call costs, in the thread that will run the policy."""
 
     def reset(self) -> None:
         """Forget the last episode."""
@@ -28,11 +45,55 @@ class Controller(Protocol):
     def plan(self, observation: Observation) -> ActionChunk:
         """Make targets from an observation; may take as long as an inference. Returns the chunk that comes next."""
 
-    def see(self, observation: Observation) -> None:
-        """Take note of an observation made while targets are still left."""
+    def see(self, observation: Observation, tick: int) -> None:
+        """Take note of an observation made at `tick`, after its target, while targets are still left."""
 
-    def next_target(self) -> np.ndarray:
-        """The target (J,) of this tick."""
+    def next_target(self, tick: int) -> np.ndarray:
+        """The target (J,) of this tick. Raises what the policy raised in the meantime."""
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for the report, JSON-ready; `kind` names the controller."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Stop thinking; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
+
+
+@dataclass(frozen=True)
+class Thinker:
+    """A policy with what turns its answer into targets for one arm and one instruction."""
+
+    policy: Policy
+    binding: RobotBinding
+    instruction: str
+    clock: Clock
+
+    def warm_up(self, **options: Any) -> None:
+        """Policies that have nothing to warm up lack the method: it is no part of the protocol. `options` go to it."""
+        warm_up: Callable[..., Any] | None = getattr(self.policy, "warm_up", None)
+        if warm_up is not None:
+            warm_up(self.instruction, **options)
+
+    def think(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
+        """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
+        began_s = self.clock.now_s()
+        actions = self.policy.get_action(self.binding.policy_observation(observation, self.instruction), **options)
+        inference_ms = 1000 * (self.clock.now_s() - began_s)
+        return self.binding.action_chunk(actions, inference_ms, getattr(self.policy, "last_timing", {})), actions
+
+
+def check_horizon(action_horizon: int | None) -> None:
+    """Raises ConfigError when it is not positive."""
+    if action_horizon is not None and action_horizon < 1:
+        raise ConfigError(f"action_horizon must be at least 1, got {action_horizon}.")
+
+
+def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
+    """Raises UnsafeActionError when the policy returned fewer actions than are to be executed."""
+    if action_horizon is not None and len(chunk.targets) < action_horizon:
+        raise UnsafeActionError(
+            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon} to be executed (--action_horizon). "
+            "Load the policy with the same action horizon."
+        )
 
 
 class SyncController:
@@ -40,37 +101,41 @@ class SyncController:
 
     def __init__(self, policy: Policy, binding: RobotBinding, instruction: str, clock: Clock, action_horizon: int | None = None) -> None:
         """`action_horizon=None` plays all the policy returns. Raises ConfigError when it is not positive."""
-        if action_horizon is not None and action_horizon < 1:
-            raise ConfigError(f"action_horizon must be at least 1, got {action_horizon}.")
-        self._policy, self._binding, self._instruction, self._clock = policy, binding, instruction, clock
+        check_horizon(action_horizon)
+        self._thinker = Thinker(policy, binding, instruction, clock)
         self._horizon = action_horizon
         self._targets = np.empty((0, 0), np.float32)
         self._next = 0
+        self.note = TickNote()
 
     @property
     def needs_observation(self) -> bool:
         return self._next >= len(self._targets)
 
+    def warm_up(self) -> None:
+        self._thinker.warm_up()
+
     def reset(self) -> None:
-        self._policy.reset()
+        self._thinker.policy.reset()
         self._targets, self._next = self._targets[:0], 0
 
     def plan(self, observation: Observation) -> ActionChunk:
-        began_s = self._clock.now_s()
-        actions = self._policy.get_action(self._binding.policy_observation(observation, self._instruction))
-        inference_ms = 1000 * (self._clock.now_s() - began_s)
-        chunk = self._binding.action_chunk(actions, inference_ms, getattr(self._policy, "last_timing", {}))
-        if self._horizon is not None and len(chunk.targets) < self._horizon:
-            raise UnsafeActionError(
-                f"the policy returned {len(chunk.targets)} actions, fewer than the {self._horizon} to be executed (--action_horizon). "
-                "Load the policy with the same action horizon."
-            )
+        chunk, _ = self._thinker.think(observation)
+        check_length(chunk, self._horizon)
         self._targets, self._next = chunk.targets[: self._horizon], 0
         return chunk
 
-    def see(self, observation: Observation) -> None:
+    def see(self, observation: Observation, tick: int) -> None:
         """Nothing to do: the next plan brings its own observation."""
 
-    def next_target(self) -> np.ndarray:
+    def next_target(self, tick: int) -> np.ndarray:
+        """Rows in order, whatever the tick: the arm waits for each chunk, so none is late."""
+        self.note = TickNote(age_ticks=self._next)
         self._next += 1
         return self._targets[self._next - 1]
+
+    def summary(self) -> dict[str, Any]:
+        return {"kind": "sync"}
+
+    def close(self, timeout_s: float) -> bool:
+        return True

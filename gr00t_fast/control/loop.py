@@ -23,6 +23,8 @@ from gr00t_fast.control.trace import RunTrace
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
+# How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
+_JOIN_TIMEOUT_S = 2.0
 
 
 class Observer(Protocol):
@@ -85,6 +87,7 @@ class ControlLoop:
             finally:
                 self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
                 self.trace.ended_s = self.clock.now_s()
+                self.controller.close(_JOIN_TIMEOUT_S)
                 self.trace.events = dict(self.robot.events)
         return self.trace
 
@@ -127,8 +130,9 @@ class ControlLoop:
         else:  # the move is due now: send first, so that its instant does not depend on the cameras
             sent = self._send()
             observation = self._observe()
-            self.controller.see(observation)
-        self.trace.add_tick(observation.joints, *sent)
+            self.controller.see(observation, self.pacer.tick)
+        note = self.controller.note
+        self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.starved)
         for observer in self.observers:
             observer.see(observation)
         with self.trace.timed("wait"):
@@ -159,8 +163,10 @@ class ControlLoop:
 
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
-        target = self.controller.next_target()
+        target = self.controller.next_target(self.pacer.tick)
         commanded = self.safety(target)
+        if self.controller.note.entered is not None:
+            self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)
         with self.trace.timed("send"), self.stop.atomic():
             self.robot.send(commanded)
         return target, commanded, self.clock.now_s()
@@ -180,7 +186,7 @@ class ControlLoop:
         observation = self._observe()
         self.safety.start(observation.joints)
         self._resume(self._infer(observation))
-        target = self.controller.next_target()
+        target = self.controller.next_target(self.pacer.tick)
         self.safety(target)
         self.trace.episodes += 1
         self.echo(f"Dry run: nothing was sent. The first target would have been {np.round(target, 1).tolist()}")

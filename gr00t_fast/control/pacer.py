@@ -56,10 +56,19 @@ class Pacer:
         self._clock = clock
         self._origin_s = clock.now_s()
         self._tick = 0
+        self._grid_began_at = 0
 
     def start(self) -> None:
-        """Begin a grid: the current tick is due now."""
-        self._origin_s, self._tick = self._clock.now_s(), 0
+        """Begin an episode's grid: the current tick is number 0 and due now."""
+        self._begin_grid(0)
+
+    @property
+    def tick(self) -> int:
+        """Number of the current tick: deadlines since `start`, those skipped and those of pauses included."""
+        return self._grid_began_at + self._tick
+
+    def _begin_grid(self, number: int) -> None:
+        self._origin_s, self._tick, self._grid_began_at = self._clock.now_s(), 0, number
 
     def wait(self, lead_s: float = 0.0) -> None:
         """Sleep until the next deadline of the grid, or until `lead_s` before it when a plan is to be ready by then (`resume` must follow).
@@ -92,7 +101,7 @@ class Pacer:
             return 0.0
         self.waiting_ticks += math.floor(pause + ROUNDING)
         if pause > MISS_AFTER_PERIODS:
-            self.start()
+            self._begin_grid(self.tick + math.floor(pause + ROUNDING))
         else:
             self._note_error()
         return pause * self.period_s

@@ -40,6 +40,7 @@ def build_report(loop: ControlLoop, settings: Mapping[str, Any], warnings: Seque
             "waiting_for_inference_ticks": pacer.waiting_ticks,
             "pause_per_chunk_ms": percentiles([chunk.pause_ms for chunk in trace.chunks]),
         },
+        "controller": _controller(loop),
         "safety": _safety(loop.safety),
         "tracking_error": _tracking(trace, loop.robot.joint_unit),
         "events": dict(trace.events),
@@ -66,6 +67,13 @@ def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
         "achieved_hz": _rate(intervals_s),
         "playback_hz": _rate(during_playback_s),
     }
+
+
+def _controller(loop: ControlLoop) -> dict[str, Any]:
+    """Ages in ticks since the observation behind a target: how fresh what was played is."""
+    data = loop.trace.arrays()
+    own = loop.controller.summary()
+    return {"starved_ticks": int(data["starved"].sum()), **own, "target_age_ticks": percentiles(data["age_ticks"][~data["starved"]])}
 
 
 def _intervals_s(trace: RunTrace) -> np.ndarray:
@@ -124,8 +132,26 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     ]
     if error:
         lines.append(f"tick error     p50 {error['p50']:.2f}, p95 {error['p95']:.2f}, p99 {error['p99']:.2f} ms")
+    lines += _text_controller(report["controller"])
     if pause:
         lines.append(f"pause/chunk    p50 {pause['p50']:.1f}, p95 {pause['p95']:.1f}, p99 {pause['p99']:.1f} ms")
+    return lines
+
+
+def _text_controller(controller: Mapping[str, Any]) -> list[str]:
+    if controller["kind"] != "threaded":
+        return []
+    rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
+    lines = [
+        f"overlapped     starved ticks {controller['starved_ticks']}; chunks: {controller['chunks_entered']} entered, "
+        f"{controller['chunks_expired']} expired, {controller['chunks_stale']} stale, {controller['lost_inferences']} lost; "
+        f"smoothing {controller['smoothing']}"
+    ]
+    for name, key in rows.items():
+        if row := controller[key]:
+            lines.append(f"{name:<15}p50 {row['p50']:.1f}, p95 {row['p95']:.1f}, p99 {row['p99']:.1f}, max {row['max']:.0f} ticks")
+    if controller["inference_left_running"]:
+        lines.append("warning: an inference was still running when the program ended; the arm had landed before.")
     return lines
 
 

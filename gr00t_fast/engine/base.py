@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.timing import StageTimer
 
@@ -14,9 +15,11 @@ class Engine(Protocol):
     """Runs the network for one batch. Stages are timed under the names vision, language, refine, denoise."""
 
     name: str
+    continues: bool  # whether `run` takes a goal
 
-    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer) -> Tensor:
-        """noise (B, H, A), fp32 or the model's dtype -> normalised actions (B, H, A) on the model's device."""
+    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
+        """noise (B, H, A), fp32 or the model's dtype -> normalised actions (B, H, A) on the model's device; with `goal` a chunk that continues
+        another one, in fp32."""
 
     def synchronise(self) -> None:
         """Wait until everything submitted has finished; nothing to do on a CPU."""

@@ -52,8 +52,11 @@ def _computes_bf16(device: torch.device) -> bool:
 
 def make_engine(name: str, model: Gr00tN1d5) -> Engine:
     """`auto` takes the fastest engine that gives the same numbers on the model's device."""
-    if name == "auto":
-        name = "eager"
-    if name not in ENGINES:
+    check_engine(name)
+    return ENGINES["eager" if name == "auto" else name](model)
+
+
+def check_engine(name: str) -> None:
+    """Raises ConfigError for an unknown name: to be asked before gigabytes are read."""
+    if name != "auto" and name not in ENGINES:
         raise ConfigError(f"unknown engine '{name}'.{closest(name, ENGINES)} Expected auto or one of: {', '.join(ENGINES)}.")
-    return ENGINES[name](model)

@@ -1,0 +1,171 @@
+"""Which action is due now: the decisions of overlapped inference, without threads and without a clock.
+
+Time is counted in control ticks. A chunk knows the tick of its observation, `observed`; its row i was meant for tick `observed + i`. While the
+network was thinking the arm moved on, so a chunk that arrives d ticks later is entered at row d: the action that is due now, not the first one.
+A tick for which no row is left is *starved*: the last target is held, and the tick is counted.
+
+Axis alphabet of this file: H horizon (rows of a chunk), J joints of the arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionChunk
+
+# Zhao et al. 2023 (ACT, arXiv 2304.13705): the weight of the k-th oldest prediction is exp(-0.01 k).
+ENSEMBLE_DECAY = 0.01
+# A spike must not count for long (about 20 chunks: seconds), and one or two in the window not at all.
+DELAY_WINDOW, DELAY_QUANTILE = 20, 0.9
+
+
+@dataclass(frozen=True)
+class TimedChunk:
+    """A chunk and where it belongs. `actions` is the policy's own answer, rows aligned with `chunk.targets`: the next inference may continue it."""
+
+    chunk: ActionChunk
+    observed: int
+    episode: int
+    actions: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.chunk.targets)
+
+
+@dataclass(frozen=True)
+class Due:
+    """The target (J,) of a tick, ticks since the observation behind it, and whether it is only the last one held."""
+
+    target: np.ndarray
+    age_ticks: int
+    starved: bool
+
+
+class Verdict(Enum):
+    ENTERED = "plays from the tick it was offered for"
+    STALE = "from an older observation than the chunk that plays, or from another episode"
+    EXPIRED = "every row was due earlier"
+
+
+class ChunkBuffer:
+    """Plays the chunk of the newest observation, each row at its tick. Pure bookkeeping: the same calls give the same answers.
+
+    starved_ticks: ticks at which the last target was held. verdicts: how many chunks got which verdict.
+    """
+
+    def __init__(self, ensemble: bool = False, lag: bool = False) -> None:
+        """`ensemble`: average the predictions of all chunks that cover a tick (temporal ensembling) instead of playing the newest.
+
+        `lag`: where dropping the elapsed rows would leave too few to last until the next chunk (inference takes more than half a chunk), enter
+        earlier in the chunk: the arm keeps moving, behind its plan, instead of stopping. It never goes back in its plan.
+        """
+        self.episode = 0
+        self.starved_ticks = 0
+        self.verdicts = dict.fromkeys(Verdict, 0)
+        self._ensemble, self._lag = ensemble, lag
+        self._forget()
+
+    def reset(self) -> None:
+        """Begin an episode: nothing of the last one plays any more."""
+        self.episode += 1
+        self._forget()
+
+    def _forget(self) -> None:
+        self._chunks: list[TimedChunk] = []  # the newest last; the older ones only when they are averaged
+        self._origin = 0  # tick of the newest chunk's row 0; its `observed` unless entered with lag
+        self._last_tick = -math.inf
+        self._last_row = -math.inf  # row last played, as the tick it was meant for
+        self._last_target: np.ndarray | None = None
+
+    @property
+    def empty(self) -> bool:
+        """True until the first chunk of the episode."""
+        return not self._chunks
+
+    def offer(self, chunk: TimedChunk, tick: int, bridge_ticks: int = 0) -> Verdict:
+        """A chunk is there and may play from `tick` on. `bridge_ticks`: how long it shall last when lagging is allowed."""
+        verdict = self._judge(chunk, tick)
+        self.verdicts[verdict] += 1
+        if verdict is Verdict.ENTERED:
+            self._origin = tick - self._entry_row(chunk, tick, bridge_ticks)
+            self._chunks = [*self._chunks, chunk] if self._ensemble else [chunk]
+        return verdict
+
+    def _judge(self, chunk: TimedChunk, tick: int) -> Verdict:
+        if chunk.episode != self.episode or (self._chunks and chunk.observed < self._chunks[-1].observed):
+            return Verdict.STALE
+        expired = tick - chunk.observed >= len(chunk) and not self._lag
+        return Verdict.EXPIRED if expired else Verdict.ENTERED
+
+    def _entry_row(self, chunk: TimedChunk, tick: int, bridge_ticks: int) -> int:
+        due = tick - chunk.observed
+        if not self._lag:
+            return due
+        affordable = max(0, len(chunk) - bridge_ticks)
+        return int(max(min(due, affordable), self._last_row + 1 - chunk.observed))
+
+    def due(self, tick: int) -> Due:
+        """The target of `tick`. Ticks must increase. Raises RuntimeError before the first chunk of an episode, or for a tick that is over."""
+        if not self._chunks:
+            raise RuntimeError("no chunk yet: the first one of an episode must be planned before the first target")
+        if tick <= self._last_tick:
+            raise RuntimeError(f"tick {tick} was asked for after tick {self._last_tick}: targets go out in order")
+        self._last_tick = tick
+        newest = self._chunks[-1]
+        row = tick - self._origin
+        starved = row >= len(newest)
+        if starved:
+            self.starved_ticks += 1
+            if self._last_target is None:  # the chunk ran out before anything was sent; its end is the nearest to the present
+                self._last_target = newest.chunk.targets[-1]
+        else:
+            self._last_row = newest.observed + row
+            self._last_target = self._average(tick) if self._ensemble else newest.chunk.targets[row]
+        return Due(self._last_target, tick - newest.observed, starved)
+
+    def _average(self, tick: int) -> np.ndarray:
+        self._chunks = [chunk for chunk in self._chunks if tick - chunk.observed < len(chunk)]
+        rows = np.stack([chunk.chunk.targets[tick - chunk.observed] for chunk in self._chunks])  # (chunks, J), the oldest first
+        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(rows)))
+        return (weights @ rows / weights.sum()).astype(np.float32)
+
+    def rows_left(self, tick: int) -> int:
+        """How many ticks after `tick` have a row."""
+        return max(0, self._origin + len(self._chunks[-1]) - 1 - tick) if self._chunks else 0
+
+    def fraction_left(self, tick: int) -> float:
+        """The same as part of the chunk, 0..1."""
+        return self.rows_left(tick) / len(self._chunks[-1]) if self._chunks else 0.0
+
+    def leftover(self, tick: int) -> dict[str, np.ndarray]:
+        """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""
+        row = tick - self._origin
+        if not self._chunks or row >= len(self._chunks[-1]):
+            return {}
+        return {key: values[row:] for key, values in self._chunks[-1].actions.items()}
+
+
+class DelayEstimate:
+    """Ticks from an observation to the tick its chunk is there: a high quantile of the last few, so that a spike is forgotten.
+
+    (An all-time maximum, by contrast, is inflated for ever by one slow call.)
+    """
+
+    def __init__(self) -> None:
+        self._window: deque[int] = deque(maxlen=DELAY_WINDOW)
+
+    def add(self, ticks: int) -> None:
+        self._window.append(ticks)
+
+    @property
+    def ticks(self) -> int:
+        """Nearest-rank quantile; 0 before the first measurement. With fewer than ten measurements it is their maximum."""
+        if not self._window:
+            return 0
+        return sorted(self._window)[math.ceil(DELAY_QUANTILE * len(self._window)) - 1]

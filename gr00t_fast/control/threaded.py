@@ -1,0 +1,223 @@
+"""Inference overlaps the motion: while the arm plays a chunk, a worker makes the next one.
+
+This file decides when to think and hands results over; which action is due is decided in chunk_buffer.py, the thread is in worker.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from array import array
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk, Verdict
+from gr00t_fast.control.controller import Thinker, TickNote, check_horizon, check_length
+from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import percentiles
+
+Smoothing = Literal["none", "rtc", "prefix", "ensemble"]
+WhenLate = Literal["hold", "lag"]
+_ARRIVAL_MARGIN_TICKS = 1  # the quantile of the delay is exceeded now and then
+
+
+@dataclass(frozen=True)
+class OverlapOptions:
+    """How thinking and moving overlap. The defaults think all the time and play each action at its tick.
+
+    chunk_threshold: think again when this part of the chunk is left, 0..1 (but always early enough to be in time, as far as the estimated
+    delay tells); None: as soon as the last inference is done.
+    smoothing: how a chunk joins the one before. rtc and prefix: the policy continues it (needs a ContinuingPolicy); ensemble: average.
+    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. lag: see ChunkBuffer.
+    recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
+    """
+
+    chunk_threshold: float | None = None
+    smoothing: Smoothing = "none"
+    when_late: WhenLate = "hold"
+    recoverable: tuple[type[Exception], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chunk_threshold is not None and not 0 <= self.chunk_threshold <= 1:
+            raise ConfigError(f"chunk_threshold must be from 0 to 1, the part of a chunk that is left; got {self.chunk_threshold}.")
+        if self.when_late == "lag" and self.smoothing != "none":
+            raise ConfigError(
+                f"smoothing '{self.smoothing}' joins actions that are due at the same tick; with when_late 'lag' they are not. Leave one out."
+            )
+
+    @property
+    def continues(self) -> bool:
+        return self.smoothing in ("rtc", "prefix")
+
+
+class ThreadedController:
+    """A Controller. The policy, its reset included, runs in the worker only."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        binding: RobotBinding,
+        instruction: str,
+        clock: Clock,
+        fps: float,
+        options: OverlapOptions | None = None,
+        action_horizon: int | None = None,
+        worker: Worker | None = None,
+    ) -> None:
+        """`action_horizon`: rows of a chunk that may play; None: all the policy returns. Raises ConfigError."""
+        check_horizon(action_horizon)
+        self.options = options or OverlapOptions()
+        if self.options.continues and "prefix" not in inspect.signature(policy.get_action).parameters:
+            raise ConfigError(
+                f"smoothing '{self.options.smoothing}' needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
+                "Use --smoothing=none or ensemble."
+            )
+        self.note = TickNote()
+        self._thinker = Thinker(policy, binding, instruction, clock)
+        self._fps, self._horizon = fps, action_horizon
+        self._worker = worker or ThreadWorker()
+        self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", lag=self.options.when_late == "lag")
+        self._delay = DelayEstimate()
+        self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
+        self._entered: ActionChunk | None = None
+        self._reset_policy = False
+        self._lost_inferences = 0
+        self._delays, self._estimates = array("q"), array("q")
+        self._left_running = False
+
+    # The Controller protocol
+
+    @property
+    def needs_observation(self) -> bool:
+        return self._buffer.empty and self._first is None
+
+    def warm_up(self) -> None:
+        """In the worker's thread: thread pools and library handles belong to a thread. Raises what the policy raises."""
+        options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
+        self._worker.submit(lambda: self._thinker.warm_up(**options))
+        _value_of(self._worker.wait())
+
+    def reset(self) -> None:
+        """What the last episode left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
+        self._buffer.reset()
+        self._first = self._entered = None
+        self._reset_policy = True
+
+    def plan(self, observation: Observation) -> ActionChunk:
+        """The first chunk of an episode, waited for: the arm stands still. Raises what the policy raises, recoverable or not: there is nothing
+        to hold yet. Raises ConfigError when the very first one takes so long that nothing of a later chunk would be left to play."""
+        if self._worker.busy:
+            self._take(self._worker.wait(), tick=0)  # of the episode before: dropped as stale
+        self._submit(observation, tick=0, prefix=None)
+        self._first = _value_of(self._worker.wait())
+        ticks = math.ceil(self._first.chunk.inference_ms / 1000 * self._fps)
+        if not self._delays:  # later ones are no reason to end a run: a spike passes
+            self._check_in_time(ticks, len(self._first))
+        self._note_delay(ticks)
+        return self._first.chunk
+
+    def see(self, observation: Observation, tick: int) -> None:
+        self._collect(tick + 1)  # this tick's target is out
+        if not self._worker.busy and self._is_time(tick):
+            self._submit(observation, tick, self._prefix(tick))
+
+    def next_target(self, tick: int) -> np.ndarray:
+        if self._first is not None:
+            self._buffer.offer(dataclasses.replace(self._first, observed=tick), tick)
+            self._first = None
+        self._collect(tick)
+        due = self._buffer.due(tick)
+        self.note = TickNote(due.age_ticks, due.starved, self._entered)
+        self._entered = None
+        return due.target
+
+    def summary(self) -> dict[str, Any]:
+        verdicts = self._buffer.verdicts
+        return {
+            "kind": "threaded",
+            "smoothing": self.options.smoothing,
+            "when_late": self.options.when_late,
+            "starved_ticks": self._buffer.starved_ticks,
+            "chunks_entered": verdicts[Verdict.ENTERED],
+            "chunks_stale": verdicts[Verdict.STALE],
+            "chunks_expired": verdicts[Verdict.EXPIRED],
+            "lost_inferences": self._lost_inferences,
+            "delay_ticks": percentiles(self._delays),
+            "delay_estimate_ticks": percentiles(self._estimates),
+            "inference_left_running": self._left_running,
+        }
+
+    def close(self, timeout_s: float) -> bool:
+        ended = self._worker.close(timeout_s)
+        self._left_running = not ended
+        return ended
+
+    # Thinking
+
+    def _is_time(self, tick: int) -> bool:
+        if self.options.chunk_threshold is None or self._buffer.empty:
+            return True
+        in_time = self._buffer.rows_left(tick) <= self._delay.ticks + _ARRIVAL_MARGIN_TICKS
+        return in_time or self._buffer.fraction_left(tick) <= self.options.chunk_threshold
+
+    def _submit(self, observation: Observation, tick: int, prefix: ActionPrefix | None) -> None:
+        episode, reset, self._reset_policy = self._buffer.episode, self._reset_policy, False
+        options = {} if prefix is None else {"prefix": prefix}
+
+        def think() -> TimedChunk:
+            if reset:
+                self._thinker.policy.reset()
+            chunk, actions = self._thinker.think(observation, **options)
+            check_length(chunk, self._horizon)
+            chunk = dataclasses.replace(chunk, targets=chunk.targets[: self._horizon])
+            return TimedChunk(chunk, tick, episode, {key: values[: self._horizon] for key, values in actions.items()})
+
+        self._worker.submit(think)
+
+    def _prefix(self, tick: int) -> ActionPrefix | None:
+        """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
+        left = self._buffer.leftover(tick) if self.options.continues else {}
+        if not left or not all(np.isfinite(values).all() for values in left.values()):
+            return None
+        rows = min(len(values) for values in left.values())
+        return ActionPrefix(left, min(self._delay.ticks, rows), self.options.smoothing)
+
+    def _collect(self, tick: int) -> None:
+        """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
+        outcome = self._worker.poll()
+        if outcome is not None:
+            self._take(outcome, tick)
+
+    def _take(self, outcome: Outcome, tick: int) -> None:
+        if isinstance(outcome.error, self.options.recoverable):
+            self._lost_inferences += 1
+            return
+        timed: TimedChunk = _value_of(outcome)
+        if timed.episode == self._buffer.episode:
+            self._note_delay(tick - timed.observed)
+        if self._buffer.offer(timed, tick, self._delay.ticks) is Verdict.ENTERED:
+            self._entered = timed.chunk
+
+    def _note_delay(self, ticks: int) -> None:
+        self._delay.add(ticks)
+        self._delays.append(ticks)
+        self._estimates.append(self._delay.ticks)
+
+    def _check_in_time(self, ticks: int, horizon: int) -> None:
+        if self.options.when_late == "hold" and ticks >= horizon:
+            raise ConfigError(
+                f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
+                "arrives. Use --controller=sync (the arm waits), --when_late=lag (it moves behind its plan), a lower --fps or a faster device."
+            )
+
+
+def _value_of(outcome: Outcome) -> Any:
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value

@@ -1,0 +1,106 @@
+"""One thread that runs one call at a time, and hands back what came of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+THREAD_NAME = "gr00t_fast-inference"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call returned, or what it raised."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+class Worker(Protocol):
+    """Where inference runs. Tests and simulations of slow networks use one without a thread."""
+
+    @property
+    def busy(self) -> bool:
+        """True from `submit` until the outcome has been taken by `poll` or `wait`."""
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        """Start a call. Raises RuntimeError while busy."""
+
+    def poll(self) -> Outcome | None:
+        """The outcome if it is there; never waits."""
+
+    def wait(self) -> Outcome:
+        """Wait for the outcome."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
+
+
+class ThreadWorker:
+    """A daemon thread, started with the first call. All methods belong to one other thread.
+
+    Daemon, because a call may hang for ever (a driver, a network connection) and must not keep the program from ending.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.busy = False
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        if self.busy or self._closed:
+            raise RuntimeError("the inference thread is " + ("closed" if self._closed else "busy; take its outcome first"))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+            self._thread.start()
+        self.busy = True
+        self._calls.put(call)
+
+    def poll(self) -> Outcome | None:
+        if not self.busy:
+            return None
+        try:
+            outcome = self._outcomes.get_nowait()
+        except Empty:
+            return None
+        self.busy = False
+        return outcome
+
+    def wait(self) -> Outcome:
+        """A signal handler may raise out of this; the call then goes on and `close` waits for it."""
+        if not self.busy:
+            raise RuntimeError("nothing was submitted to the inference thread")
+        outcome = self._outcomes.get()
+        self.busy = False
+        return outcome
+
+    def close(self, timeout_s: float) -> bool:
+        if not self._closed:
+            self._closed = True
+            self._calls.put(None)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            self._outcomes.put(_outcome_of(call))
+            del call  # it holds an observation
+
+
+def _outcome_of(call: Callable[[], Any]) -> Outcome:
+    try:
+        return Outcome(value=call())
+    except BaseException as error:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
+        return Outcome(error=error)
+
+
+def thread_left_running() -> bool:
+    """Whether some inference still runs in a thread that could not be joined."""
+    return any(thread.name == THREAD_NAME and thread.is_alive() for thread in threading.enumerate())

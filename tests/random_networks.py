@@ -1,0 +1,133 @@
+"""Small random checkpoints of any shape in the published format, for tests: `Sizes` says the shape, `write_network` makes the directory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gr00t_fast import random_checkpoint as rc
+from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
+
+PICTURE = (64, 48)  # width and height of the imagined training videos
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """vision: width, inner, layers, heads; language: width, inner, layers, heads, kv heads, head dim; dit and vl: layers, heads, head dim."""
+
+    vision: tuple[int, int, int, int] = (32, 64, 1, 2)
+    language: tuple[int, int, int, int, int, int] = (32, 64, 1, 4, 2, 8)
+    hidden: int = 32
+    dit: tuple[int, int, int] = (2, 4, 8)
+    vl: tuple[int, int, int] = (1, 4, 8)
+    image: int = 56  # 16 tokens per picture: the tests' time goes elsewhere
+    horizon: int = 16
+    future: int = 32
+    state_dim: int = 64
+    action_dim: int = 32
+    use_vlln: bool = True
+    extra_language_layers: int = 0  # announced by Eagle's configuration, cut by select_layer
+
+    def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, eagle = rc.network_config("tiny", published_vocabulary=False)
+        vision, text, head = eagle["vision_config"], eagle["text_config"], config["action_head_cfg"]
+        vision.update(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), self.vision, strict=True))
+        vision.update(image_size=self.image)
+        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        text.update(zip(keys, self.language, strict=True))
+        config["backbone_cfg"]["select_layer"] = text["num_hidden_layers"]
+        text["num_hidden_layers"] += self.extra_language_layers
+        for name, part in (("diffusion_model_cfg", self.dit), ("vl_self_attention_cfg", self.vl)):
+            head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), part, strict=True))
+        head["diffusion_model_cfg"].update(cross_attention_dim=self.language[0], output_dim=self.hidden)
+        head.update(backbone_embedding_dim=self.language[0], hidden_size=self.hidden, input_embedding_dim=math.prod(self.dit[1:]))
+        head.update(action_horizon=self.horizon, num_target_vision_tokens=self.future, use_vlln=self.use_vlln)
+        head.update(action_dim=self.action_dim, max_action_dim=self.action_dim, max_state_dim=self.state_dim)
+        return config, eagle
+
+
+TINY = Sizes()
+
+
+def write_network(
+    directory: Path,
+    sizes: Sizes = TINY,
+    seed: int = 0,
+    data_config: str = "so100",
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = 10**9,
+    resolution: tuple[int, int] = PICTURE,
+) -> Path:
+    config, eagle = sizes.configuration()
+    write_json(directory / "config.json", config)
+    write_json(directory / "eagle2_hg_model" / "config.json", eagle)
+    write_json(directory / "experiment_cfg" / "metadata.json", rc._metadata(data_config, resolution))
+    rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json")
+    with contextlib.redirect_stderr(io.StringIO()):
+        rc._write_weights(directory, ModelConfig.from_dicts(config, eagle), seed, dtype, shard_bytes)
+    return directory
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def edit_json(file: Path, dotted: str, value: Any) -> None:
+    """Set the value of a dotted key; `...` as value removes it."""
+    raw = json.loads(file.read_text())
+    *parents, last = dotted.split(".")
+    node = raw
+    for key in parents:
+        node = node[key]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    file.write_text(json.dumps(raw))
+
+
+def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Gr00tN1d5:
+    return load_model(open_checkpoint(checkpoint), tag, torch.device("cpu"), dtype)
+
+
+def random_inputs(config: ModelConfig, batch: int = 1, cameras: int = 1, text_tokens: int = 20, seed: int = 0) -> tuple[ModelInputs, torch.Tensor]:
+    """Inputs of equal prompt lengths, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    vision, language, head = config.vision, config.language, config.head
+    images = cameras * vision.tokens
+    ids = torch.randint(0, language.vocab_size - 8, (batch, images + text_tokens), generator=generator)
+    assert language.image_token_id >= language.vocab_size - 8, "text must not hold the image token"
+    positions = torch.arange(images) + text_tokens // 2
+    ids[:, positions] = language.image_token_id
+    pixels = torch.rand((batch, cameras, 3, vision.image_size, vision.image_size), generator=generator) * 2 - 1
+    state = torch.randn((batch, head.state_dim), generator=generator)
+    noise = torch.randn((batch, head.action_horizon, head.action_dim), generator=generator)
+    return ModelInputs(pixels, ids, positions, state), noise
+
+
+def cast(inputs: ModelInputs, dtype: torch.dtype) -> ModelInputs:
+    return replace(inputs, pixel_values=inputs.pixel_values.to(dtype), state=inputs.state.to(dtype))
+
+
+def observation(
+    data_config: str = "so100", batch: int | None = None, instruction: Any = "pick", seed: int = 0, size: tuple[int, int] = PICTURE
+) -> dict:
+    """A random observation, unbatched when `batch` is None."""
+    generator = np.random.default_rng(seed)
+    config, lead = DATA_CONFIGS[data_config], () if batch is None else (batch,)
+    frames = {key: generator.integers(0, 256, (*lead, 1, size[1], size[0], 3), dtype=np.uint8) for key in config.video_keys}
+    widths = dict(zip(config.state_keys, (5, 1), strict=True))
+    states = {key: generator.uniform(-30, 30, (*lead, 1, width)) for key, width in widths.items()}
+    return {**frames, **states, config.language_key: instruction}

@@ -1,0 +1,116 @@
+"""Several observations in one call: each item's actions are those of its own single call, whatever the other items are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from random_networks import Sizes, observation, write_network
+
+from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.errors import ObservationError
+from gr00t_fast.observation import parse_observation
+from gr00t_fast.prompt import PromptEncoder
+
+UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
+EQUAL = ["pick a", "pick b", "pick c", "pick d"]
+CLOSE_DEG = 1e-3  # joint ranges are near 100 degrees: ten digits in fp32 are not there, five are
+WORDS = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(4, 4, 12), vision=(32, 64, 2, 2))
+
+
+@pytest.fixture(scope="module", params=["so100", "so100_dualcam"])
+def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gr00tPolicy:
+    checkpoint = write_network(tmp_path_factory.mktemp(request.param), WORDS, data_config=request.param)
+    loaded = load_policy(checkpoint, data_config=request.param, device="cpu", precision="fp32")
+    loaded.name = request.param
+    return loaded
+
+
+def _noise(batch: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, 16, 32)).astype(np.float32)
+
+
+def _single(policy: Gr00tPolicy, batched: dict, noise: np.ndarray, item: int) -> dict[str, np.ndarray]:
+    one = {key: value[item] for key, value in batched.items()}
+    return policy.get_action(one, noise=noise[item : item + 1])
+
+
+@pytest.mark.parametrize("instructions", [UNEQUAL, EQUAL, UNEQUAL[::-1]], ids=["unequal", "equal", "reversed"])
+def test_each_item_equals_its_own_single_call(policy: Gr00tPolicy, instructions: list[str]) -> None:
+    batched, noise = observation(policy.name, batch=4, instruction=instructions), _noise(4)
+    together = policy.get_action(batched, noise=noise)
+    for item in range(4):
+        for key, alone in _single(policy, batched, noise, item).items():
+            assert (together[key].shape, together[key].dtype) == ((4, *alone.shape), np.float32)
+            np.testing.assert_allclose(together[key][item], alone, rtol=0, atol=CLOSE_DEG)
+    assert np.abs(together["action.single_arm"][0] - together["action.single_arm"][1]).max() > 1, "items are not told apart"
+
+
+def test_an_item_does_not_depend_on_its_neighbours(policy: Gr00tPolicy) -> None:
+    noise = _noise(2)
+    pictures = observation(policy.name, batch=2, instruction=["pick", "pick"])
+    other = observation(policy.name, batch=2, instruction=["pick", "a much longer instruction than the first"], seed=9)
+    mixed = {key: np.stack([value[0], other[key][1]]) for key, value in pictures.items() if key.startswith(("video", "state"))}
+    mixed["annotation.human.task_description"] = ["pick", "a much longer instruction than the first"]
+    first = policy.get_action(pictures, noise=noise)["action.single_arm"][0]
+    np.testing.assert_allclose(policy.get_action(mixed, noise=noise)["action.single_arm"][0], first, rtol=0, atol=CLOSE_DEG)
+
+
+def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
+    """The check above is sensitive: run the same padded batch without its mask, as the reference does, and the short prompts' actions move."""
+    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
+    parsed = parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths)
+    inputs = policy._model_inputs(parsed)
+    assert inputs.prompt_mask is not None
+    model, tables = policy.engine.model, policy.engine.tables(policy.denoising_steps)
+    with torch.inference_mode():
+        normalised = [model(i, torch.from_numpy(noise), tables).numpy() for i in (inputs, replace(inputs, prompt_mask=None))]
+    masked, unmasked = (policy._pieces.action(actions) for actions in normalised)
+    moved = np.abs(masked["action.single_arm"] - unmasked["action.single_arm"]).max(axis=(1, 2))
+    assert moved[1] == 0, "the longest prompt has no padding"
+    assert (moved[[0, 2, 3]] > 100 * CLOSE_DEG).all()
+
+
+def test_equal_lengths_need_no_mask(policy: Gr00tPolicy) -> None:
+    batched = observation(policy.name, batch=4, instruction=EQUAL)
+    assert policy._model_inputs(parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths)).prompt_mask is None
+
+
+def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another token in the padding changes nothing."""
+    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
+    inputs = policy._model_inputs(parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths))
+    other = replace(inputs, input_ids=inputs.input_ids.masked_fill(~inputs.prompt_mask, 97))
+    assert not torch.equal(other.input_ids, inputs.input_ids)
+    with torch.inference_mode():
+        a, b = (policy.engine.model(i, torch.from_numpy(noise), policy.engine.tables(2)) for i in (inputs, other))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_one_instruction_serves_the_whole_batch(policy: Gr00tPolicy) -> None:
+    noise = _noise(3)
+    one = policy.get_action(observation(policy.name, batch=3, instruction="pick"), noise=noise)
+    each = policy.get_action(observation(policy.name, batch=3, instruction=["pick"] * 3), noise=noise)
+    assert all(np.array_equal(one[key], each[key]) for key in one)
+
+
+def test_wrong_batches_are_refused(policy: Gr00tPolicy) -> None:
+    with pytest.raises(ObservationError, match="expected 3 instructions for a batch of 3, got 2"):
+        policy.get_action(observation(policy.name, batch=3, instruction=["a", "b"]))
+    uneven = observation(policy.name, batch=3) | {"state.gripper": np.zeros((2, 1, 1))}
+    with pytest.raises(ObservationError, match=r"one batch size.*state.gripper': 2"):
+        policy.get_action(uneven)
+    half = observation(policy.name, batch=1) | {"state.gripper": np.zeros((1, 1))}
+    with pytest.raises(ObservationError, match="batched or unbatched alike"):
+        policy.get_action(half)
+    with pytest.raises(ObservationError, match=r"noise: .*\(3, 16, 32\).*got shape \(1, 16, 32\)"):
+        policy.get_action(observation(policy.name, batch=3), noise=_noise(1))
+
+
+def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -> None:
+    """The batch shares one list of image positions: no instruction may move them."""
+    encode: PromptEncoder = policy._pieces.prompts
+    places = [np.flatnonzero(encode(text) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
+    assert all(np.array_equal(places[0], other) for other in places)

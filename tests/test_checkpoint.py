@@ -1,0 +1,318 @@
+"""The published format, read strictly: what is complete loads exactly, what is not gives one error that says what and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_networks import Sizes, load_network, write_network
+from safetensors.torch import load_file, save_file
+
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS
+from gr00t_fast.checkpoint.tensor_file import TensorFile
+from gr00t_fast.errors import CheckpointError
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "model.safetensors"
+DECODER = "action_head.action_decoder.layer2.b"
+PROJECTION = "backbone.eagle_model.mlp1.0.weight"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def checkpoint(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
+
+
+def _change(checkpoint: Path, change) -> None:
+    tensors = load_file(checkpoint / WEIGHTS)
+    change(tensors)
+    save_file(tensors, checkpoint / WEIGHTS)
+
+
+def _parameters(checkpoint: Path, dtype: torch.dtype = torch.bfloat16, tag: str = "new_embodiment") -> dict[str, torch.Tensor]:
+    return dict(load_network(checkpoint, dtype, tag).named_parameters())
+
+
+# --- complete files ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_weight_arrives_where_the_table_says(pristine: Path) -> None:
+    """Independently of the table's code: concatenation in the order q, k, v; k, v; one row of per-embodiment weights."""
+    published, ours = load_file(pristine / WEIGHTS), _parameters(pristine)
+    row = EMBODIMENT_ROWS["new_embodiment"]
+    qwen = "backbone.eagle_model.language_model.model.layers.0.self_attn."
+    siglip = "backbone.eagle_model.vision_model.vision_model.encoder.layers.0.self_attn."
+    cross, self_ = "action_head.model.transformer_blocks.0.attn1.", "action_head.model.transformer_blocks.1.attn1."
+    expected = {
+        "language.blocks.0.attention.qkv.weight": torch.cat([published[f"{qwen}{x}_proj.weight"] for x in "qkv"]),
+        "vision.blocks.0.attention.qkv.bias": torch.cat([published[f"{siglip}{x}_proj.bias"] for x in "qkv"]),
+        "head.dit.blocks.0.attention.q.weight": published[f"{cross}to_q.weight"],
+        "head.dit.blocks.0.attention.kv.weight": torch.cat([published[f"{cross}to_{x}.weight"] for x in "kv"]),
+        "head.dit.blocks.1.attention.qkv.bias": torch.cat([published[f"{self_}to_{x}.bias"] for x in "qkv"]),
+        "head.action_decoder.layer2.bias": published[DECODER][row],
+        "head.action_encoder.w2.weight": published["action_head.action_encoder.W2.W"][row],
+        "vision.connector.weight": published[PROJECTION],
+    }
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_all_of_the_file_is_used_but_the_unused(pristine: Path) -> None:
+    """Element counts agree: nothing is read twice, nothing left out."""
+    published = load_file(pristine / WEIGHTS)
+    per_embodiment = sum(t.numel() for n, t in published.items() if n.endswith((".W", ".b")))
+    unused = sum(t.numel() for n, t in published.items() if ".vision_model.head." in n)
+    expected = sum(t.numel() for t in published.values()) - unused - per_embodiment * 31 // 32
+    assert sum(p.numel() for p in _parameters(pristine).values()) == expected
+
+
+def test_sharded_and_single_files_are_the_same_network(pristine: Path, tmp_path: Path) -> None:
+    sharded = write_network(tmp_path, shard_bytes=60_000)
+    assert len(list(sharded.glob("model-*.safetensors"))) > 5
+    one, many = _parameters(pristine), _parameters(sharded)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_format_is_converted(tmp_path: Path, stored: torch.dtype) -> None:
+    checkpoint = write_network(tmp_path, dtype=stored)
+    published, ours = load_file(checkpoint / WEIGHTS), _parameters(checkpoint, torch.float32)
+    assert torch.equal(ours["vision.connector.weight"], published[PROJECTION].float())
+    assert ours["head.action_decoder.layer2.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("tag", EMBODIMENT_ROWS)
+def test_each_embodiment_reads_its_own_rows(checkpoint: Path, tag: str) -> None:
+    def number_rows(tensors: dict) -> None:
+        for name in [name for name in tensors if name.endswith((".W", ".b"))]:
+            tensors[name] = torch.arange(32).view(-1, *(1,) * (tensors[name].ndim - 1)).expand_as(tensors[name]).to(tensors[name].dtype).contiguous()
+
+    _change(checkpoint, number_rows)
+    own = {name: p for name, p in _parameters(checkpoint, tag=tag).items() if any(x in name for x in ("_encoder.", "_decoder."))}
+    assert len(own) == 14
+    assert all((p == {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}[tag]).all() for p in own.values())
+
+
+def test_unused_tensors_are_ignored(checkpoint: Path) -> None:
+    before = _parameters(checkpoint)
+    names = {"backbone.eagle_model.language_model.lm_head.weight": (7, 3), "backbone.eagle_model.vision_model.vision_model.head.probe": (1, 1, 5)}
+    _change(checkpoint, lambda t: t.update({name: torch.zeros(shape) for name, shape in names.items()}))
+    after = _parameters(checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_network_is_frozen_and_in_inference_mode(pristine: Path) -> None:
+    model = load_network(pristine)
+    assert not model.training
+    assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+
+
+# --- names and shapes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_extra_and_misshaped_are_told_together(checkpoint: Path) -> None:
+    def damage(tensors: dict) -> None:
+        del tensors[DECODER], tensors["action_head.vlln.weight"]
+        tensors["action_head.unheard_of.weight"] = torch.zeros(1)
+        tensors[PROJECTION] = tensors[PROJECTION].t().contiguous()[:, :-1].contiguous()
+
+    _change(checkpoint, damage)
+    with pytest.raises(CheckpointError) as caught:
+        load_network(checkpoint)
+    message = str(caught.value)
+    assert "2 missing:\n    action_head.action_decoder.layer2.b\n    action_head.vlln.weight" in message
+    assert "1 unexpected:\n    action_head.unheard_of.weight" in message
+    assert f"1 mis-shaped:\n    {PROJECTION}: expected [32, 32], got [32, 31]" in message
+    assert "same GR00T N1.5 checkpoint" in message
+
+
+def test_a_long_list_is_cut(checkpoint: Path) -> None:
+    _change(checkpoint, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("action_head.")])
+    with pytest.raises(CheckpointError, match=r"... and \d+ more"):
+        load_network(checkpoint)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_network(tmp_path, shard_bytes=60_000)
+    first, second = sorted(checkpoint.glob("model-*.safetensors"))[:2]
+    tensors = load_file(first)
+    name = next(iter(load_file(second)))
+    save_file({**tensors, name: load_file(second)[name] + 1}, first)
+    with pytest.raises(CheckpointError, match=rf"1 in two files:\n    {name}"):
+        load_network(checkpoint)
+
+
+def test_fewer_embodiments_than_the_tag_needs(tmp_path: Path) -> None:
+    """Row 31 of 8 would lie in the bytes of the next tensor."""
+    checkpoint = write_network(tmp_path)
+    raw = json.loads((checkpoint / "config.json").read_text())
+    raw["action_head_cfg"]["max_num_embodiments"] = 8
+    (checkpoint / "config.json").write_text(json.dumps(raw))
+    _change(checkpoint, lambda t: t.update({n: v[:8].contiguous() for n, v in t.items() if n.endswith((".W", ".b"))}))
+    with pytest.raises(CheckpointError, match="selects row 31 .* there are 8"):
+        load_network(checkpoint)
+
+
+# --- damaged weight files ------------------------------------------------------------------------------------------------------------
+
+
+def _expect_damage(checkpoint: Path, pattern: str = "damaged or cut short") -> str:
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        load_network(checkpoint)
+    assert WEIGHTS in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_cut_at_any_byte_is_refused(checkpoint: Path) -> None:
+    whole = (checkpoint / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 2, len(whole) - 1]
+    cuts += np.random.default_rng(0).integers(0, len(whole), 40).tolist()
+    for cut in cuts:
+        (checkpoint / WEIGHTS).write_bytes(whole[:cut])
+        assert "Copy or download it again" in _expect_damage(checkpoint), cut
+    (checkpoint / WEIGHTS).write_bytes(whole + b"\0")
+    _expect_damage(checkpoint)
+
+
+def test_no_change_of_the_header_reaches_the_network(checkpoint: Path) -> None:
+    """One byte after another is changed: either the file is refused, or it still means the same (a space, a name in `__metadata__`)."""
+    whole = (checkpoint / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    before, generator, refused = _parameters(checkpoint), np.random.default_rng(0), 0
+    for position in sorted({*range(12), *generator.integers(0, header, 150).tolist()}):
+        damaged = bytearray(whole)
+        damaged[position] ^= int(generator.integers(1, 256))
+        (checkpoint / WEIGHTS).write_bytes(damaged)
+        try:
+            after = _parameters(checkpoint)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert all(torch.equal(before[name], after[name]) for name in before), position
+    assert refused > 100
+
+
+def _with_header(checkpoint: Path, header: dict | bytes, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (checkpoint / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json",
+        b"[1, 2]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        {"a": 3},
+        {"a": {"dtype": "F32", "shape": [1]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}},
+        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},  # overlap
+        {"a": {"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]}},  # hole
+    ],
+    ids=str,
+)
+def test_impossible_headers(checkpoint: Path, header: dict | bytes) -> None:
+    _with_header(checkpoint, header, b"\0" * 4)
+    _expect_damage(checkpoint)
+
+
+def test_a_header_longer_than_the_file(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    _expect_damage(checkpoint)
+
+
+def test_a_wrong_dtype_is_named(checkpoint: Path) -> None:
+    _change(checkpoint, lambda tensors: tensors.update({DECODER: tensors[DECODER].to(torch.int64)}))
+    message = _expect_damage(checkpoint, "dtype I64, expected one of BF16")
+    assert DECODER in message
+    assert "damaged" not in message, "the file is whole; copying it again would not help"
+
+
+def test_a_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:
+    with TensorFile(checkpoint / WEIGHTS) as file:
+        entry = max(file.entries.values(), key=lambda e: e.offset)
+        (checkpoint / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes()[: entry.offset])
+        with pytest.raises(CheckpointError, match="ended early"):
+            file.read_into(torch.empty(entry.shape, dtype=entry.dtype), entry)
+
+
+def test_weight_files_that_are_not_there(checkpoint: Path) -> None:
+    (checkpoint / WEIGHTS).rename(checkpoint / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+        open_checkpoint(checkpoint)
+    (checkpoint / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("index", "pattern"),
+    [
+        ({"weight_map": {"a": "model-1.safetensors", "b": WEIGHTS}}, r"names weight files that are not there: model-1.safetensors"),
+        ({"weight_map": {}}, r"\(none named\)"),
+        ({}, r"\(none named\)"),
+        ({"weight_map": {"a": 3}}, "must give a file name"),
+        ({"weight_map": ["a"]}, "must give a file name"),
+        ([], "must hold a JSON object, got list"),
+    ],
+)
+def test_a_wrong_index(checkpoint: Path, index: object, pattern: str) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=pattern):
+        open_checkpoint(checkpoint)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------------------
+
+_MEMORY = """
+import gc, json, sys
+from pathlib import Path
+sys.path[:0] = [ROOT, TESTS]
+import torch
+torch.set_num_threads(1)
+from random_networks import load_network
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+load_network(Path(SMALL), torch.bfloat16)  # imports, thread pool
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")  # resets the high-water mark
+before = peak()
+model = load_network(Path(LARGE), torch.bfloat16)
+print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in model.parameters())]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory high-water mark from /proc")
+def test_loading_needs_the_weights_once(tmp_path: Path, pristine: Path) -> None:
+    sizes = Sizes(language=(1280, 5120, 4, 16, 8, 64), vl=(1, 16, 80), vision=(512, 2048, 2, 8), dit=(2, 16, 32), hidden=64)
+    large = write_network(tmp_path, sizes, shard_bytes=100_000_000)
+    values = {"ROOT": str(ROOT), "TESTS": str(ROOT / "tests"), "SMALL": str(pristine), "LARGE": str(large)}
+    code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + _MEMORY
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    peak_bytes, weight_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert weight_bytes > 200e6
+    assert peak_bytes <= 1.15 * weight_bytes

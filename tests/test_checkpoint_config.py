@@ -1,0 +1,208 @@
+"""The small files of a checkpoint: configuration, metadata, and where the directory comes from. Every mistake gives one error that names it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from random_networks import TINY, Sizes, edit_json, load_network, write_network
+
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("pristine"))
+
+
+@pytest.fixture
+def checkpoint(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
+
+
+# --- configuration -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "pattern"),
+    [
+        ("model_type", "gr00t_n1_6", r"'gr00t_n1_6', expected 'gr00t_n1_5'.*N1.6"),
+        ("model_type", ..., "model_type 'None'"),
+        ("action_head_cfg", ..., "no 'action_head_cfg' section"),
+        ("backbone_cfg", 3, "no 'backbone_cfg' section"),
+        ("action_head_cfg.diffusion_model_cfg", None, "no 'diffusion_model_cfg' section"),
+        ("action_head_cfg.vl_self_attention_cfg", [], "no 'vl_self_attention_cfg' section"),
+        ("action_head_cfg.use_vln", True, "unknown key 'use_vln' in action_head_cfg. Did you mean 'use_vlln'"),
+        ("action_head_cfg.diffusion_model_cfg.num_layer", 2, r"'num_layer' in action_head_cfg.diffusion_model_cfg. Did you mean 'num_layers'"),
+        ("backbone_cfg.tune_lm", True, "'tune_lm' in backbone_cfg. Did you mean 'tune_llm'"),
+        ("action_head_cfg.diffusion_model_cfg.norm_type", "layer_norm", "norm_type is 'layer_norm'; .* 'ada_norm' only"),
+        ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
+        ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
+        ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
+        ("backbone_cfg.select_layer", 99, "select_layer must be between 1 and 1, got 99"),
+        ("backbone_cfg.select_layer", -1, "select_layer must be between"),
+        ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a positive whole number, got 0"),
+        ("action_head_cfg.action_horizon", "16", "got '16'"),
+        ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a positive whole number, got None"),
+        ("action_head_cfg.max_num_embodiments", "32", "'max_num_embodiments' must be a positive whole number"),
+        ("action_head_cfg.max_seq_len", 8, "max_seq_len is at least action_horizon"),
+        ("action_head_cfg.backbone_embedding_dim", 2048, "backbone_embedding_dim is 2048, expected 32"),
+        ("action_head_cfg.input_embedding_dim", 1536, "input_embedding_dim is 1536, expected 32"),
+        ("action_head_cfg.max_action_dim", 16, "max_action_dim is 16, expected 32"),
+        ("action_head_cfg.vl_self_attention_cfg.num_attention_heads", 3, "heads x head_dim is 24, expected 32"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: object, pattern: str) -> None:
+    edit_json(checkpoint / "config.json", key, value)
+    with pytest.raises(CheckpointError, match=pattern):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "pattern"),
+    [
+        ("use_pixel_shuffle", True, "use_pixel_shuffle is True"),
+        ("text_config.model_type", "qwen2", "text_config.model_type is 'qwen2'; .* 'qwen3' only"),
+        ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling"),
+        ("vision_config", ..., "no 'vision_config' section"),
+        ("text_config", "qwen3", "no 'text_config' section"),
+        ("text_config.num_key_value_heads", 3, "multiple of num_key_value_heads"),
+        ("text_config.head_dim", 7, "head_dim is even"),
+        ("vision_config.num_attention_heads", 5, "multiple of num_attention_heads"),
+        ("text_config.rope_theta", "1e6", "'rope_theta' must be a positive number, got '1e6'"),
+        ("text_config.rms_norm_eps", float("nan"), "'rms_norm_eps' must be a positive number, got nan"),
+        ("image_token_index", 10**6, "image_token_index is below"),
+        ("image_token_index", ..., "'image_token_index' must be a positive whole number"),
+    ],
+)
+def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: object, pattern: str) -> None:
+    edit_json(checkpoint / "eagle2_hg_model" / "config.json", key, value)
+    with pytest.raises(CheckpointError, match=pattern):
+        open_checkpoint(checkpoint)
+
+
+def test_sizes_of_the_published_network_are_the_default(checkpoint: Path) -> None:
+    (checkpoint / "eagle2_hg_model" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="backbone_embedding_dim is 32, expected 2048"):
+        open_checkpoint(checkpoint)  # a small network without its sizes is not silently read as something else
+
+
+def test_other_sizes_are_mis_shaped(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", "action_head_cfg.num_target_vision_tokens", 31)
+    with pytest.raises(CheckpointError, match=r"future_tokens.weight: expected \[31, 32\], got \[32, 32\]"):
+        load_network(checkpoint)
+
+
+def test_use_vlln_false_has_no_vl_attention(tmp_path: Path) -> None:
+    checkpoint = write_network(tmp_path, Sizes(use_vlln=False))
+    model = load_network(checkpoint)
+    assert torch.equal(model.head.refine(torch.ones(1, 3, 32)), torch.ones(1, 3, 32))
+    edit_json(checkpoint / "config.json", "action_head_cfg.use_vlln", True)
+    with pytest.raises(CheckpointError, match=r"missing:\n    action_head.vl_self_attention"):
+        load_network(checkpoint)
+
+
+# --- metadata ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "experiment_cfg/metadata.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff\xff", b"[" * 100_000])
+def test_small_files_absent_or_damaged(checkpoint: Path, file: str, content: bytes | None) -> None:
+    (checkpoint / file).unlink()
+    if content is not None:
+        (checkpoint / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{file} (is missing|cannot be read|must hold)"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("tag", "pattern"),
+    [
+        ("new_embodyment", "unknown embodiment_tag 'new_embodyment'. Did you mean 'new_embodiment'.*oxe_droid"),
+        ("", "unknown embodiment_tag ''"),
+        ("gr1", "no statistics for embodiment_tag 'gr1'; its metadata.json has: new_embodiment"),
+    ],
+)
+def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        open_checkpoint(checkpoint).embodiment(tag)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("statistics", ...),
+        ("statistics.state", 3),
+        ("statistics.state.gripper.min", ...),
+        ("statistics.action.gripper.max", [None]),
+        ("statistics.action.gripper.max", [1.0, 2.0]),
+        ("statistics.state.single_arm.q99", [1.0]),
+        ("statistics.state.single_arm.mean", [[1.0] * 5]),
+        ("statistics.state.gripper.min", [float("nan")]),
+        ("statistics.state.gripper.min", [1e9]),
+        ("statistics.state.gripper.min", "low"),
+        ("modalities.video", ...),
+        ("modalities.video.webcam", 3),
+        ("modalities.video.webcam.resolution", [640]),
+        ("modalities.video.webcam.resolution", [640, 0]),
+        ("modalities.video.webcam.resolution", [640.5, 480]),
+        ("modalities.video.webcam.resolution", ["640", "480"]),
+        ("modalities.video.webcam.fps", float("nan")),
+        ("modalities.video.webcam.fps", -30),
+        ("modalities.video.webcam.fps", "fast"),
+    ],
+)
+def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.{key}", value)
+    with pytest.raises(CheckpointError, match=r"metadata.json: the entry 'new_embodiment' is incomplete or damaged"):
+        open_checkpoint(checkpoint).embodiment("new_embodiment")
+
+
+# --- where it comes from -------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file; expected the checkpoint's directory"):
+        open_checkpoint(checkpoint / "config.json")
+    for path in (tmp_path / "nowhere", "./some/where", "a/b/c", "nowhere", ""):
+        with pytest.raises(CheckpointError, match=r"does not exist|is missing"):
+            open_checkpoint(path)
+
+
+def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_checkpoint("someone/so100-finetune").config == open_checkpoint(checkpoint).config
+    (repo, patterns), *_ = asked
+    assert repo == "someone/so100-finetune"
+    for file in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "experiment_cfg/metadata.json"):
+        assert any(Path(file).match(pattern) for pattern in patterns), file
+    assert not any(Path(file).match(pattern) for pattern in patterns for file in ("optimizer.pt", "training_args.bin", "global_step1/x.pt"))
+
+
+@pytest.mark.parametrize("error", [OSError("no network"), ValueError("repository not found")])
+def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointError, match=f"'a/b' is no local directory, and fetching it from the hub failed: {error}"):
+        open_checkpoint("a/b")
+
+
+def test_the_sizes_of_a_random_checkpoint_are_what_was_asked(pristine: Path) -> None:
+    config = open_checkpoint(pristine).config
+    assert (config.head.action_horizon, config.head.dit.num_layers, config.language.num_kv_heads) == (TINY.horizon, TINY.dit[0], TINY.language[4])

@@ -1,0 +1,392 @@
+"""The contract of `load_policy` and `get_action`: shapes, reproducibility, cheap changes, and one clear error for each wrong input."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_networks import TINY, edit_json, observation, write_network
+
+from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.contracts import Policy
+from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError
+
+TASK = "annotation.human.task_description"
+LOAD = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> Gr00tPolicy:
+    return load_policy(checkpoint, **LOAD, seed=0)
+
+
+@pytest.fixture
+def policy(loaded: Gr00tPolicy) -> Gr00tPolicy:
+    """As freshly loaded."""
+    loaded.denoising_steps, loaded.action_horizon = 4, None
+    loaded.reset()
+    return loaded
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((1, 16, 32)).astype(np.float32)
+
+
+def _same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    assert a.keys() == b.keys()
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_unbatched_in_unbatched_out(policy: Gr00tPolicy) -> None:
+    actions = policy.get_action(observation())
+    assert {key: (value.shape, value.dtype) for key, value in actions.items()} == {
+        "action.single_arm": ((16, 5), np.float32),
+        "action.gripper": ((16, 1), np.float32),
+    }
+    assert all(np.isfinite(value).all() for value in actions.values())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batched_in_batched_out(policy: Gr00tPolicy, batch: int) -> None:
+    actions = policy.get_action(observation(batch=batch, instruction=["pick"] * batch))
+    assert {key: value.shape for key, value in actions.items()} == {"action.single_arm": (batch, 16, 5), "action.gripper": (batch, 16, 1)}
+
+
+@pytest.mark.parametrize("task", ["pick", ["pick"], ("pick",), np.array(["pick"]), np.array([["pick"]]), np.str_("pick"), np.array("pick")], ids=repr)
+def test_forms_of_the_instruction(policy: Gr00tPolicy, noise: np.ndarray, task: object) -> None:
+    assert _same(policy.get_action(observation(instruction=task), noise=noise), policy.get_action(observation(instruction="pick"), noise=noise))
+
+
+@pytest.mark.parametrize("text", ["pick: the cube", "yes", "null", "🤖 積み木", "- a\n- b", "{x: 1}", "'", '"', "%s {0}"])
+def test_any_text_is_an_instruction(policy: Gr00tPolicy, noise: np.ndarray, text: str) -> None:
+    ours, other = (policy.get_action(observation(instruction=t), noise=noise) for t in (text, text + "!"))
+    assert not _same(ours, other)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, "list", "torch"])
+def test_forms_of_the_state(policy: Gr00tPolicy, noise: np.ndarray, kind: object) -> None:
+    whole = observation() | {"state.single_arm": np.array([[1.0, 2.0, 3.0, 4.0, 5.0]]), "state.gripper": np.array([[6.0]])}
+    convert = {"list": np.ndarray.tolist, "torch": torch.from_numpy}.get(kind, lambda value: value.astype(kind))
+    given = whole | {key: convert(whole[key]) for key in ("state.single_arm", "state.gripper")}
+    assert _same(policy.get_action(given, noise=noise), policy.get_action(whole, noise=noise))
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_observation_is_not_changed(policy: Gr00tPolicy) -> None:
+    given = observation()
+    before = {key: value.copy() for key, value in given.items() if isinstance(value, np.ndarray)}
+    for value in before:
+        given[value].setflags(write=False)  # a camera's frame may be read-only
+    policy.get_action(given)
+    assert all(np.array_equal(given[key], before[key]) for key in before)
+
+
+def test_every_input_matters(policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    base = policy.get_action(observation(), noise=noise)
+    changes = [
+        {"video.webcam": 255 - observation()["video.webcam"]},
+        {"state.single_arm": observation()["state.single_arm"] + 10},
+        {"state.gripper": observation()["state.gripper"] + 10},
+        {TASK: "place"},
+    ]
+    assert not any(_same(policy.get_action(observation() | change, noise=noise), base) for change in changes)
+    assert not _same(policy.get_action(observation(), noise=-noise), base)
+
+
+# --- horizon and steps ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", [1, 8, 16])
+def test_a_shorter_horizon_is_the_beginning_of_the_whole(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray, horizon: int) -> None:
+    whole = policy.get_action(observation(), noise=noise)
+    short = load_policy(checkpoint, **LOAD, action_horizon=horizon)
+    assert short.action_horizon == horizon
+    assert _same(short.get_action(observation(), noise=noise), {key: value[:horizon] for key, value in whole.items()})
+
+
+@pytest.mark.parametrize("horizon", [0, 17, -1, 8.0, "8", True])
+def test_a_horizon_that_was_not_trained(checkpoint: Path, policy: Gr00tPolicy, horizon: object) -> None:
+    pattern = "action_horizon must be from 1 to 16, the number of actions this checkpoint was trained to predict"
+    with pytest.raises(ConfigError, match=pattern):
+        load_policy(checkpoint, **LOAD, action_horizon=horizon)
+    with pytest.raises(ConfigError, match=pattern):
+        policy.action_horizon = horizon
+
+
+def test_denoising_steps_change_without_reloading(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    weights = {name: parameter.data_ptr() for name, parameter in policy.engine.model.named_parameters()}
+    results = {}
+    for steps in (1, 2, 4, 8, 2):
+        policy.denoising_steps = steps
+        actions = policy.get_action(observation(), noise=noise)
+        assert _same(actions, results.setdefault(steps, actions))
+        assert _same(actions, load_policy(checkpoint, **LOAD, denoising_steps=steps).get_action(observation(), noise=noise))
+    assert not _same(results[1], results[2])
+    assert weights == {name: parameter.data_ptr() for name, parameter in policy.engine.model.named_parameters()}
+
+
+def test_steps_default_to_the_checkpoints_own(tmp_path: Path) -> None:
+    checkpoint = write_network(tmp_path)
+    edit_json(checkpoint / "config.json", "action_head_cfg.num_inference_timesteps", 7)
+    assert load_policy(checkpoint, **LOAD).denoising_steps == 7
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "4", True, None])
+def test_impossible_steps(checkpoint: Path, policy: Gr00tPolicy, steps: object) -> None:
+    with pytest.raises(ConfigError, match="denoising_steps must be a whole number from 1 to 1000"):
+        policy.denoising_steps = steps
+    assert policy.denoising_steps == 4
+    if steps is not None:
+        with pytest.raises(ConfigError, match="denoising_steps"):
+            load_policy(checkpoint, **LOAD, denoising_steps=steps)
+
+
+# --- noise ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _sequence(policy: Gr00tPolicy, calls: int = 3) -> list[dict[str, np.ndarray]]:
+    return [policy.get_action(observation()) for _ in range(calls)]
+
+
+def test_a_seed_repeats_and_warming_up_does_not_disturb(checkpoint: Path) -> None:
+    plain, warmed, other = (load_policy(checkpoint, **LOAD, seed=seed) for seed in (5, 5, 6))
+    first = _sequence(plain)
+    warmed.warm_up()
+    warmed.warm_up("another instruction")
+    assert all(map(_same, first, _sequence(warmed)))
+    assert not _same(first[0], first[1])
+    assert not _same(first[0], _sequence(other, 1)[0])
+    plain.reset()
+    assert all(map(_same, first, _sequence(plain)))
+
+
+def test_without_a_seed_each_policy_differs_and_reset_does_not_repeat(checkpoint: Path) -> None:
+    one, two = (load_policy(checkpoint, **LOAD) for _ in range(2))
+    first = _sequence(one, 1)[0]
+    assert not _same(first, _sequence(two, 1)[0])
+    one.reset()
+    assert not _same(first, _sequence(one, 1)[0])
+
+
+def test_a_policys_noise_does_not_depend_on_the_global_generator(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    first = _sequence(load_policy(checkpoint, **LOAD, seed=5), 1)[0]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert _same(first, _sequence(load_policy(checkpoint, **LOAD, seed=5), 1)[0])
+    torch.manual_seed(0)
+    _sequence(load_policy(checkpoint, **LOAD, seed=5), 1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_may_be_given(policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    forms = [noise, torch.from_numpy(noise), noise.astype(np.float64), noise.tolist(), torch.from_numpy(noise).requires_grad_()]
+    first, *others = [policy.get_action(observation(), noise=form) for form in forms]
+    assert all(_same(first, other) for other in others)
+    policy.reset()
+    drawn = _sequence(policy, 1)[0]
+    policy.reset()
+    policy.get_action(observation(), noise=noise)
+    assert _same(drawn, _sequence(policy, 1)[0]), "a call with given noise must not use up the policy's own"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pattern"),
+    [
+        (np.zeros((16, 32)), r"got shape \(16, 32\)"),
+        (np.zeros((1, 8, 32)), r"\(1, 16, 32\).*got shape \(1, 8, 32\)"),
+        (np.full((1, 16, 32), np.nan), "got values that are not finite"),
+        ("loud", "expected numbers"),
+        ([[1.0], [2.0, 3.0]], "expected numbers"),
+    ],
+)
+def test_wrong_noise(policy: Gr00tPolicy, wrong: object, pattern: str) -> None:
+    with pytest.raises(ObservationError, match=f"noise: .*{pattern}"):
+        policy.get_action(observation(), noise=wrong)
+
+
+# --- wrong observations --------------------------------------------------------------------------------------------------------------
+
+_FRAME = np.zeros((1, 48, 64, 3), dtype=np.uint8)
+WRONG = {
+    "missing camera": ({"video.webcam": ...}, r"'video.webcam' is missing.*Expected video.webcam, state.single_arm.*got annotation"),
+    "misspelt camera": ({"video.webcam": ..., "video.web_cam": _FRAME}, "'video.webcam' is missing. Did you mean 'video.web_cam'"),
+    "missing state": ({"state.gripper": ...}, "'state.gripper' is missing"),
+    "missing instruction": ({TASK: ...}, f"'{TASK}' is missing"),
+    "float frame": ({"video.webcam": _FRAME.astype(np.float32)}, "video.webcam: expected uint8 RGB pixels 0..255, got float32"),
+    "int64 frame": ({"video.webcam": _FRAME.astype(np.int64)}, "expected uint8 .* got int64"),
+    "no time axis": ({"video.webcam": _FRAME[0]}, r"expected shape \(1, height, width, 3\).*got \(48, 64, 3\)"),
+    "channels first": ({"video.webcam": _FRAME.transpose(0, 3, 1, 2)}, r"got \(1, 3, 48, 64\)"),
+    "with alpha": ({"video.webcam": np.zeros((1, 48, 64, 4), np.uint8)}, r"got \(1, 48, 64, 4\)"),
+    "empty frame": ({"video.webcam": np.zeros((1, 0, 64, 3), np.uint8)}, r"got \(1, 0, 64, 3\)"),
+    "two times": ({"video.webcam": np.zeros((2, 48, 64, 3), np.uint8)}, "expected one time step, got 2"),
+    "no frame": ({"video.webcam": None}, "expected uint8 .* got object"),
+    "ragged frame": ({"video.webcam": [[1, 2], [3]]}, "expected uint8 RGB pixels as a NumPy array, got list"),
+    "narrow state": ({"state.single_arm": np.zeros((1, 4))}, r"state.single_arm: expected shape \(1, 5\).*got \(1, 4\)"),
+    "flat state": ({"state.single_arm": np.zeros(5)}, r"expected shape \(1, 5\).*got \(5,\)"),
+    "NaN state": ({"state.single_arm": np.array([[0, 0, np.nan, 0, 0]])}, "expected finite joint values, got .*nan"),
+    "infinite state": ({"state.gripper": np.array([[np.inf]])}, "expected finite joint values, got .*inf"),
+    "state of words": ({"state.gripper": np.array([["open"]])}, "expected numbers"),
+    "state of truth values": ({"state.gripper": np.array([[True]])}, "expected numbers .* got dtype bool"),
+    "ragged state": ({"state.single_arm": [[1, 2], [3]]}, "expected numbers .* got list"),
+    "state with gradients": ({"state.gripper": torch.zeros(1, 1, requires_grad=True)}, "expected numbers .* got Tensor"),
+    "state of two times": ({"state.gripper": np.zeros((2, 1))}, "expected one time step, got 2"),
+    "empty instruction": ({TASK: ""}, "the instruction is empty"),
+    "blank instruction": ({TASK: ["  \n"]}, "the instruction is empty"),
+    "no instruction": ({TASK: []}, r"expected an instruction .* got \[\]"),
+    "instruction None": ({TASK: None}, "expected an instruction .* got None"),
+    "instruction number": ({TASK: [3]}, r"expected an instruction .* got \[3\]"),
+    "instruction bytes": ({TASK: b"pick"}, "expected an instruction"),
+    "two instructions": ({TASK: ["a", "b"]}, "expected 1 instructions for a batch of 1, got 2"),
+    "image token": ({TASK: "look <IMG_CONTEXT>"}, "contains the image token"),
+    "keys that are no words": ({"video.webcam": ..., 3: 4}, "'video.webcam' is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_observation_is_refused(policy: Gr00tPolicy, name: str) -> None:
+    changes, pattern = WRONG[name]
+    wrong = {key: value for key, value in (observation() | changes).items() if value is not ...}
+    before = policy._generator.get_state()
+    with pytest.raises(ObservationError, match=pattern):
+        policy.get_action(wrong)
+    assert torch.equal(policy._generator.get_state(), before), "a refused call must not use up noise"
+
+
+@pytest.mark.parametrize("wrong", [None, [], "video", 3])
+def test_an_observation_that_is_no_dict(policy: Gr00tPolicy, wrong: object) -> None:
+    with pytest.raises(ObservationError, match="expected a dict of arrays by key"):
+        policy.get_action(wrong)
+
+
+# --- cameras of another size ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_resolution_is_resized_and_told_once(checkpoint: Path, noise: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = load_policy(checkpoint, **LOAD)
+    caplog.set_level(logging.INFO, logger="gr00t_fast")
+    fresh.warm_up()
+    fresh.get_action(observation())
+    assert not caplog.records
+    for _ in range(3):
+        fresh.get_action(observation(size=(128, 96)))
+    assert [record.getMessage() for record in caplog.records] == ["video.webcam is 128x96, training saw 64x48: resizing every frame"]
+    # a picture without detail means the same at any size
+    grey = {size: observation() | {"video.webcam": np.full((1, size[1], size[0], 3), 90, np.uint8)} for size in ((64, 48), (128, 96), (31, 77))}
+    first, *others = [fresh.get_action(given, noise=noise) for given in grey.values()]
+    assert all(_same(first, other) for other in others)
+
+
+# --- loading -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error", "pattern"),
+    [
+        ("data_config", "so10", ConfigError, "unknown data_config 'so10'. Did you mean 'so100'"),
+        ("data_config", "so100_dualcam", ConfigError, "reads video.front, video.wrist, but this checkpoint was trained with video.webcam"),
+        ("embodiment_tag", "new", ConfigError, "unknown embodiment_tag 'new'"),
+        ("device", "cud", ConfigError, "unknown device 'cud'. Did you mean 'cuda'"),
+        ("device", "cuda:99", ConfigError, "device 'cuda:99' was asked for, but torch"),
+        ("device", "meta", ConfigError, "device 'meta' is not supported"),
+        ("precision", "fp8", ConfigError, "unknown precision 'fp8'"),
+        ("engine", "eagr", ConfigError, "unknown engine 'eagr'. Did you mean 'eager'"),
+        ("prompt_style", "bracketed", ConfigError, "unknown prompt_style"),
+        ("processor_path", "/nowhere", CheckpointError, "processor_path /nowhere holds no tokenizer"),
+        ("seed", -1, ConfigError, "seed must be a whole number from 0"),
+        ("seed", "1", ConfigError, "seed must be a whole number"),
+        ("model_path", "/nowhere", CheckpointError, "model_path '/nowhere' does not exist"),
+    ],
+)
+def test_wrong_options_are_found_before_weights_are_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: object, error: type, pattern: str
+) -> None:
+    def load_model(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("gr00t_fast.policy.load_model", load_model)
+    with pytest.raises(error, match=pattern):
+        load_policy(**({"model_path": checkpoint, **LOAD, option: value}))
+    assert issubclass(error, Gr00tFastError)
+
+
+def test_a_users_data_config_class(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: np.ndarray) -> None:
+    (tmp_path / "my_arm_config.py").write_text(
+        "class Reversed:\n"
+        "    video_keys = ['video.webcam']\n"
+        "    state_keys = ['state.single_arm', 'state.gripper']\n"
+        "    action_keys = ['action.gripper', 'action.single_arm']\n"
+        "    language_keys = ['annotation.task']\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    theirs = load_policy(checkpoint, **LOAD, data_config="my_arm_config:Reversed")
+    given = observation()
+    given["annotation.task"] = given.pop(TASK)
+    actions = theirs.get_action(given, noise=noise)
+    assert list(actions) == ["action.gripper", "action.single_arm"]
+    assert theirs.get_modality_config()["language"].modality_keys == ["annotation.task"]
+
+
+def test_bf16_is_near_fp32(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    low = load_policy(checkpoint, device="cpu", precision="bf16")
+    assert {parameter.dtype for parameter in low.engine.model.parameters()} == {torch.bfloat16}
+    ours, truth = (p.get_action(observation(), noise=noise)["action.single_arm"] for p in (low, policy))
+    assert ours.dtype == np.float32
+    assert 0 < np.abs(ours - truth).max() < 0.1 * np.abs(truth).max()
+
+
+def test_precisions_share_the_noise_of_a_seed(checkpoint: Path) -> None:
+    low, full = (load_policy(checkpoint, device="cpu", precision=precision, seed=2) for precision in ("bf16", "fp32"))
+    assert torch.equal(low._noise(None, 2), full._noise(None, 2))
+
+
+# --- what else is promised -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_implements_the_protocol_and_describes_itself(policy: Gr00tPolicy) -> None:
+    assert isinstance(policy, Policy)
+    modality = policy.get_modality_config()
+    assert {name: config.modality_keys for name, config in modality.items()} == {
+        "video": ["video.webcam"],
+        "state": ["state.single_arm", "state.gripper"],
+        "action": ["action.single_arm", "action.gripper"],
+        "language": [TASK],
+    }
+    assert modality["action"].delta_indices == list(range(16))
+    facts = policy.facts
+    assert (facts.resolutions, facts.fps, facts.trained_horizon) == ({"webcam": (64, 48)}, 30.0, TINY.horizon)
+    assert (facts.state_widths, facts.action_widths) == ({"single_arm": 5, "gripper": 1}, {"single_arm": 5, "gripper": 1})
+    assert facts.action_statistics["gripper"].q99.tolist() == [60.0]
+
+
+def test_timing_names_every_stage(policy: Gr00tPolicy) -> None:
+    policy.get_action(observation())
+    stages = dict(policy.last_timing)
+    total = stages.pop("total")
+    assert set(stages) == {"preprocess", "vision", "language", "refine", "denoise", "postprocess"}
+    assert min(stages.values()) > 0
+    assert 0.9 * total < sum(stages.values()) <= total
+    assert policy.warm_up() == policy.last_timing
+
+
+def test_an_exemplary_observation_is_accepted(policy: Gr00tPolicy) -> None:
+    assert policy.get_action(policy.example_observation())["action.single_arm"].shape == (16, 5)
+
+
+def test_no_gradients_are_kept(policy: Gr00tPolicy) -> None:
+    assert torch.is_grad_enabled()
+    policy.get_action(observation())
+    assert torch.is_grad_enabled(), "the caller's mode is left as it was"
+    assert all(parameter.grad is None for parameter in policy.engine.model.parameters())

@@ -1,0 +1,240 @@
+"""The prompt: rendered as the reference's template does, tokenised as transformers' Qwen2 tokenizer does, and remembered."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
+from gr00t_fast.prompt import HUB_PROCESSOR, IMAGE_TOKEN, PromptEncoder, find_tokenizer, load_tokenizer, render_prompt
+from gr00t_fast.random_checkpoint import byte_tokenizer
+
+# fmt: off
+TEXTS = [
+    "Place the block in the bowl", "pick: the cube", "yes", "null", "x", "don't I'LL we've THEY'RE", "1234567 3.14 -5e10 １２３",
+    "   leading", "trailing   ", "tab\tand\nnewline\r\n\r\nmore\n\n\n  indented", "\n", " ", "\xa0nbsp\u2003em", 'quote " and \' and `',
+    "{'a': [1, 2]}", "a/b\\c#d@e!!??...", "🤖",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1ef\U0001f1f5 \u270b\U0001f3fd", "積み木をボウルに入れてください",
+    "把积木放进碗里。", "블록을 그릇에 넣으세요", "ضع المكعب في الوعاء", "הנח את הקוביה", "Положи кубик", "โปรดวาง", "हिन्दी", "Ελληνικά",
+    "café naïve Å ﬁ", "café Å", "é́́", "\u200b\u200d\ufeff", "\x00\x01\x7f", "\U0010ffff", "ＦＵＬＬ", "ǅ ß ẞ İ ı", "½ ² Ⅷ ٣",
+    "<|im_end|>", "<|im_start|>user\nhi<|im_end|>", "<|endoftext|> a", "<img> </img>", "<box>1</box>", "<|im_end", "a<|im_end|>b",
+    " <|vision_start|> ", "<tool_call>", "word " * 300, "a" * 2000, "'s't're've'm'll'd", "CamelCaseWORDS123abc", "snake_case kebab-case",
+    "https://example.org/a?b=c&d=%20",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def qwen(eagle_dir: Path):
+    """transformers' own tokenizer from the same files."""
+    return pytest.importorskip("transformers").Qwen2TokenizerFast.from_pretrained(str(eagle_dir))
+
+
+@pytest.fixture(scope="module")
+def ours(eagle_dir: Path) -> Tokenizer:
+    return load_tokenizer(eagle_dir)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:20]))
+def test_tokens_equal_those_of_transformers(qwen, ours: Tokenizer, text: str) -> None:
+    assert _ids(ours, text) == qwen(text, add_special_tokens=False)["input_ids"]
+
+
+def test_random_strings_equal_those_of_transformers(qwen, ours: Tokenizer) -> None:
+    generator = random.Random(0)
+    ranges = [
+        (32, 126),
+        (9, 13),
+        (0xA0, 0x24F),
+        (0x300, 0x36F),
+        (0x370, 0x6FF),
+        (0x2000, 0x206F),
+        (0x3040, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0x1F300, 0x1FAFF),
+    ]
+    for _ in range(400):
+        pieces = [chr(generator.randint(*generator.choice(ranges))) for _ in range(generator.randint(1, 40))]
+        if generator.random() < 0.3:
+            pieces.insert(generator.randrange(len(pieces)), generator.choice(["<|im_end|>", IMAGE_TOKEN, "<img>", "'s", "  ", "\n\n"]))
+        text = "".join(pieces)
+        assert _ids(ours, text) == qwen(text, add_special_tokens=False)["input_ids"], ascii(text)
+
+
+def test_the_whole_prompt_equals_that_of_transformers(qwen, ours: Tokenizer) -> None:
+    encode = PromptEncoder(ours, 2, 256, 151669, "plain")
+    for text in TEXTS:
+        expected = qwen(render_prompt(text, 2, 256), add_special_tokens=False)["input_ids"]
+        assert encode(text).tolist() == expected, ascii(text[:40])
+    assert len(PromptEncoder(ours, 1, 256, 151669, "plain")("Place the block in the bowl")) == 288
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_template() -> None:
+    assert render_prompt("Do it", 2, 3) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<image 1><img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img><image 2><img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>"
+        "Do it<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("instruction", "printed"),
+    [("Do it", "['Do it']"), ("don't", '["don\'t"]'), ('say "x"', "['say \"x\"']"), ("new\nline", "['new\\nline']"), ("émoji 🤖", "['émoji 🤖']")],
+)
+def test_style_nvidia_prints_a_list(instruction: str, printed: str) -> None:
+    assert render_prompt(instruction, 1, 1, "nvidia") == render_prompt(printed, 1, 1)
+    assert str(np.array([instruction])) == printed  # what the reference's client path does to it
+
+
+def test_an_unknown_style() -> None:
+    with pytest.raises(ConfigError, match="unknown prompt_style 'plane'. Did you mean 'plain'"):
+        render_prompt("x", 1, 1, "plane")
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ConfigError, match="unknown prompt_style"):  # when the encoder is made, not at the first inference
+        PromptEncoder(tokenizer, 1, 1, tokenizer.token_to_id(IMAGE_TOKEN), "NVIDIA")
+
+
+# --- the encoder ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Counting:
+    """A tokenizer that counts how often it is used."""
+
+    def __init__(self) -> None:
+        self.inner, self.calls = byte_tokenizer(), 0
+
+    def token_to_id(self, token: str) -> int:
+        return self.inner.token_to_id(token)
+
+    def encode(self, *args: object, **options: object):
+        self.calls += 1
+        return self.inner.encode(*args, **options)
+
+
+def _encoder(tokenizer: object = None, style: str = "plain") -> PromptEncoder:
+    tokenizer = tokenizer or byte_tokenizer()
+    return PromptEncoder(tokenizer, 2, 5, tokenizer.token_to_id(IMAGE_TOKEN), style)
+
+
+def test_an_instruction_is_tokenised_once() -> None:
+    tokenizer = _Counting()
+    encode = _encoder(tokenizer)
+    first = encode("a")
+    assert encode("a") is first
+    assert tokenizer.calls == 1
+    encode("b")
+    assert tokenizer.calls == 2
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 1  # what is remembered cannot be spoilt
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    encode = _encoder()
+    kept = encode("first").copy()
+    for number in range(3 * PromptEncoder._REMEMBERED):
+        encode(str(number))
+    assert len(encode._known) <= PromptEncoder._REMEMBERED
+    assert np.array_equal(encode("first"), kept)
+
+
+def test_image_tokens_in_the_instruction_are_refused() -> None:
+    with pytest.raises(ObservationError, match=r"contains the image token <IMG_CONTEXT> \(2 times\)"):
+        _encoder()(f"look at {IMAGE_TOKEN}{IMAGE_TOKEN}")
+
+
+def test_a_tokenizer_of_another_network() -> None:
+    with pytest.raises(CheckpointError, match=r"<IMG_CONTEXT> has id \d+, the network expects 151669.*--processor_path"):
+        PromptEncoder(byte_tokenizer(), 1, 1, 151669, "plain")
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text], ids=lambda text: ascii(text[:20]))
+def test_the_byte_tokenizer_reads_every_byte(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    assert len(_ids(tokenizer, text)) == len(text.encode())
+    assert tokenizer.decode(_ids(tokenizer, text)) == text
+
+
+# --- where the files are -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "eagle2_hg_model").mkdir()
+    byte_tokenizer().save(str(tmp_path / "eagle2_hg_model" / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def snapshot_download(repo_id: str, **_: object) -> str:
+        asked.append(repo_id)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_the_given_path_goes_before_the_checkpoint(checkpoint: Path, tmp_path: Path, no_hub: list[str]) -> None:
+    other = byte_tokenizer()
+    other.add_tokens([AddedToken("block")])
+    (tmp_path / "given").mkdir()
+    other.save(str(tmp_path / "given" / "tokenizer.json"))
+    assert find_tokenizer(tmp_path / "given", checkpoint).get_vocab_size() == other.get_vocab_size()
+    assert find_tokenizer(None, checkpoint).get_vocab_size() == byte_tokenizer().get_vocab_size()
+    assert no_hub == []
+
+
+def test_a_given_path_without_a_tokenizer_is_an_error_even_if_the_checkpoint_has_one(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"):
+        find_tokenizer(tmp_path / "nowhere", checkpoint)
+
+
+def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub: list[str]) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer files: none in .*eagle2_hg_model.*no network.*--processor_path"):
+        find_tokenizer(None, tmp_path)
+    assert no_hub == [HUB_PROCESSOR]
+
+
+def test_truncation_saved_in_the_file_is_not_applied(tmp_path: Path) -> None:
+    saved = byte_tokenizer()
+    saved.enable_truncation(4)
+    saved.enable_padding(length=64)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert _ids(load_tokenizer(tmp_path), "a longer text") == _ids(byte_tokenizer(), "a longer text")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": "1.0"}', b"\xff"])
+def test_damaged_tokenizer_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read.*Copy or download them again"):
+        load_tokenizer(tmp_path)
+
+
+def test_slow_files_that_disagree_with_each_other(eagle_dir: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copyfile(eagle_dir / name, tmp_path / name)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["151990"] = config["added_tokens_decoder"].pop("151669")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="the files say"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_tokenizer(tmp_path)

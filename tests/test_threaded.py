@@ -1,0 +1,498 @@
+"""Overlapped inference: a million virtual ticks against an independent account of them, the loop around it, and the real thread."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from control_fakes import FakeClock, FakePolicy, FakeRobot, facts, modality_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from virtual_worker import VirtualWorker
+
+from gr00t_fast import cli
+from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.report import as_text, build_report
+from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.control.worker import ThreadWorker, thread_left_running
+from gr00t_fast.errors import ConfigError, UnsafeActionError
+
+# `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
+TICKS = int(os.environ.get("GR00T_FAST_VIRTUAL_TICKS", "40000"))
+TICKS_PER_EXAMPLE = 1000
+FPS = 30.0
+
+
+class Unreachable(ConnectionError):
+    """What a policy on a server raises while the server restarts."""
+
+
+class ScriptedPolicy:
+    """Answers chunks whose numbers say where they come from: joint 0 the observation, joint 1 the row, joint 2 the policy's own episode.
+
+    `script`: what each call does, repeated for ever: "ok", "lost" (Unreachable), "crash" (a bug), "nan".
+    """
+
+    def __init__(self, script: list[str], horizon: int) -> None:
+        self._script, self._horizon = itertools.cycle(script), horizon
+        self.resets = 0
+        self.prefixes: list[tuple[int, ActionPrefix]] = []
+        self.last_error: Exception | None = None
+
+    def get_action(self, observation: dict, noise: object = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        observed = int(observation["state.single_arm"][0, 0])
+        if prefix is not None:
+            self.prefixes.append((observed, prefix))
+        what = next(self._script)
+        if what in ("lost", "crash"):
+            self.last_error = Unreachable("no answer") if what == "lost" else ZeroDivisionError("a bug")
+            raise self.last_error
+        arm = np.zeros((self._horizon, 5), np.float32)
+        arm[:, 0], arm[:, 1], arm[:, 2] = observed, np.arange(self._horizon), self.resets
+        if what == "nan":
+            arm[:, 4] = np.nan
+        return {"action.single_arm": arm, "action.gripper": np.zeros((self._horizon, 1), np.float32)}
+
+    def get_modality_config(self) -> dict:
+        return modality_config()
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def binding() -> RobotBinding:
+    known = facts()
+    return RobotBinding(modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
+
+
+FRAMES = {"front": np.zeros((2, 2, 3), np.uint8)}
+
+
+def observation(tick: int) -> Observation:
+    return Observation(np.array([tick, 0, 0, 0, 0, 0], float), FRAMES, 0.0)
+
+
+@dataclass
+class Account:
+    """What must happen, kept apart from the code under test: the chunk that plays, as (tick its row 0 is due, its length)."""
+
+    horizon: int
+    origin: int | None = None
+    starved: int = 0
+    ticks: int = 0
+
+
+def play(
+    script: list[str], delays: list[int], skips: list[int], resets: list[int], horizon: int, options: OverlapOptions, ticks: int
+) -> tuple[Account, ThreadedController]:
+    """Run `ticks` targets in virtual time and check each one. Restarts (of the episode, or after a crash) go on with the same objects."""
+    policy, worker, clock = ScriptedPolicy(script, horizon), VirtualWorker(delays), FakeClock()
+    controller = ThreadedController(policy, binding(), "go", clock, FPS, options, worker=worker)
+    account, skip, gap = Account(horizon), itertools.cycle(skips), itertools.cycle(resets)
+    controller.reset()
+    tick, next_reset, newest = 0, next(gap), -1
+    last: np.ndarray | None = None
+    while account.ticks < ticks:
+        try:
+            if account.ticks >= next_reset:
+                controller.reset()
+                next_reset, last = account.ticks + next(gap), None
+            if controller.needs_observation:
+                worker.now = 2 * tick
+                while True:
+                    try:
+                        controller.plan(observation(tick))
+                        break
+                    except (Unreachable, ZeroDivisionError) as error:
+                        assert error is policy.last_error
+                newest, first = tick, True
+            else:
+                first = False
+            worker.now = 2 * tick
+            target = controller.next_target(tick)
+            check(account, controller, target, tick, newest if first else None, last, policy)
+            last, account.ticks = target, account.ticks + 1
+            worker.now = 2 * tick + 1
+            controller.see(observation(tick), tick)
+            busy_or_supplied = worker.busy or (options.chunk_threshold is not None and controller._buffer.rows_left(tick) > 0)
+            assert busy_or_supplied, "nobody thinks and nothing is left: the arm would stand for ever"
+        except ZeroDivisionError as error:
+            assert error is policy.last_error  # the very object, at the next tick
+            controller.reset()
+            last = None
+        tick += next(skip)
+    return account, controller
+
+
+def check(account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy) -> None:
+    note = controller.note
+    if planned is not None:
+        assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
+        account.origin = tick
+        return
+    if note.starved:
+        account.starved += 1
+        assert np.array_equal(target, last, equal_nan=True)
+        assert note.age_ticks >= account.horizon
+        return
+    assert tick - note.age_ticks >= account.origin, "an older observation than the one that played before"
+    account.origin = tick - note.age_ticks
+    assert target[1] == note.age_ticks, "not the action that is due now"
+    assert target[2] == policy.resets, "from an episode that is over"
+
+
+EVENT = st.sampled_from(["ok"] * 12 + ["lost", "lost", "crash", "nan"])
+DELAY = st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(20, 150))
+SKIP = st.sampled_from([1] * 10 + [2, 7])
+OVERLAP = st.builds(
+    OverlapOptions,
+    chunk_threshold=st.one_of(st.none(), st.floats(0, 1)),
+    smoothing=st.sampled_from(["none", "rtc"]),
+    recoverable=st.just((Unreachable,)),
+)
+
+
+def test_a_million_virtual_ticks() -> None:
+    """Random delays, spikes, lost and crashed inferences, episode restarts, skipped ticks: no stop, no action out of order, none unaccounted."""
+    total = Account(0)
+
+    @settings(max_examples=max(1, TICKS // TICKS_PER_EXAMPLE), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        script=st.lists(EVENT, min_size=1, max_size=30).filter(lambda script: "ok" in script),
+        delays=st.lists(DELAY, min_size=1, max_size=30),
+        skips=st.lists(SKIP, min_size=1, max_size=20),
+        resets=st.lists(st.integers(1, 500), min_size=1, max_size=5),
+        horizon=st.sampled_from([1, 2, 8, 16, 50]),
+        options=OVERLAP,
+    )
+    def scenario(**drawn: object) -> None:
+        account, controller = play(ticks=TICKS_PER_EXAMPLE, **drawn)
+        assert controller.summary()["starved_ticks"] == account.starved
+        total.ticks += account.ticks
+        total.starved += account.starved
+
+    scenario()
+    print(f"{total.ticks} virtual ticks, {total.starved} of them starved")
+    assert total.ticks >= TICKS
+    assert 0 < total.starved < total.ticks
+
+
+def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
+    policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
+    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="rtc"), worker=worker)
+    controller.reset()
+    controller.plan(observation(0))
+    for tick in range(60):
+        worker.now = 2 * tick
+        controller.next_target(tick)
+        worker.now += 1
+        controller.see(observation(tick), tick)
+    observed, prefix = policy.prefixes[-1]
+    rows = prefix.actions["action.single_arm"]
+    assert (rows[:, 0] + rows[:, 1]).tolist() == [observed + i for i in range(len(rows))]
+    assert prefix.delay == 3  # what is seen in one tick arrives five half ticks later
+    assert len(rows) == 13
+    assert prefix.method == "rtc"
+
+
+def test_nothing_to_rely_on_gives_no_prefix() -> None:
+    policy, worker = ScriptedPolicy(["nan"], 16), VirtualWorker([2])
+    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="prefix"), worker=worker)
+    controller.plan(observation(0))
+    for tick in range(9):
+        worker.now = 2 * tick
+        controller.next_target(tick)
+        worker.now += 1
+        controller.see(observation(tick), tick)
+    assert worker.calls > 3
+    assert policy.prefixes == []
+
+
+@pytest.mark.parametrize(("threshold", "rows_left_at_submit"), [(0.5, 8), (0.0, 4), (1.0, 12)])
+def test_the_next_inference_starts_at_the_threshold_but_early_enough(threshold: float, rows_left_at_submit: int) -> None:
+    policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
+    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(threshold), worker=worker)
+    controller.plan(observation(0))
+    started = []
+    for tick in range(80):
+        worker.now = 2 * tick
+        controller.next_target(tick)
+        worker.now += 1
+        calls, left = worker.calls, controller._buffer.rows_left(tick)
+        controller.see(observation(tick), tick)
+        if worker.calls > calls:
+            started.append(left)
+    assert started[-1] == rows_left_at_submit
+    assert controller.summary()["starved_ticks"] <= (1 if threshold == 0.0 else 0)  # the first arrives before its delay is known
+
+
+class ThreadedBench:
+    """The control loop around a ThreadedController whose worker follows the loop's virtual clock."""
+
+    def __init__(self, delay_s: float, horizon: int = 16, overlap: OverlapOptions | None = None, **options: object) -> None:
+        self.clock = FakeClock()
+        self.robot, self.policy = FakeRobot(self.clock), FakePolicy(FakeClock(), 0.0, horizon)
+        self.worker = ClockWorker(self.clock, delay_s)
+        controller = ThreadedController(self.policy, binding(), "go", self.clock, FPS, overlap, worker=self.worker)
+        self.said: list[str] = []
+        options.setdefault("timeout_s", 3.0)
+        self.stop = StopSignals()
+        self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, **options), self.clock, self.stop, echo=self.said.append)
+
+
+class ClockWorker(VirtualWorker):
+    """Outcomes after `delay_s` of the loop's virtual time; waiting for one lets it pass."""
+
+    def __init__(self, clock: FakeClock, delay_s: float) -> None:
+        super().__init__([0])
+        self.clock, self.delay_s, self.ready_s = clock, delay_s, 0.0
+
+    def submit(self, call) -> None:
+        super().submit(call)
+        self.ready_s = self.clock.now_s() + self.delay_s
+
+    def poll(self):
+        return super().wait() if self.busy and self.clock.now_s() >= self.ready_s else None
+
+    def wait(self):
+        self.clock.sleep_until_s(self.ready_s)
+        return super().wait()
+
+
+def test_the_loop_never_pauses_after_the_first_plan() -> None:
+    bench = ThreadedBench(delay_s=0.2)
+    trace = bench.loop.run()
+    times = np.array([time_s for time_s, _ in bench.robot.sent])
+    assert np.allclose(np.diff(times), 1 / FPS)
+    data = trace.arrays()
+    assert not data["starved"].any()
+    assert data["age_ticks"].max() <= 14
+    assert data["age_ticks"][30:].min() >= 6  # 0.2 s are six ticks: those rows are dropped
+    assert bench.worker.closed
+
+
+def test_the_report_counts_what_starved() -> None:
+    bench = ThreadedBench(delay_s=0.4)  # twelve ticks; a chunk of sixteen leaves four
+    bench.loop.run()
+    report = build_report(bench.loop, {})
+    figures = report["controller"]
+    assert figures["starved_ticks"] == bench.loop.trace.arrays()["starved"].sum() > 20
+    assert figures["delay_ticks"]["p50"] == 12
+    assert figures["target_age_ticks"]["max"] <= 15
+    assert report["stages_ms"]["infer"]["count"] == report["run"]["inferences"] == figures["chunks_entered"]
+    text = as_text(report)
+    assert "starved ticks" in text
+    assert "delay" in text
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_lag_moves_on_where_holding_would_stop() -> None:
+    starved = {}
+    for when_late in ("hold", "lag"):
+        bench = ThreadedBench(delay_s=0.4, overlap=OverlapOptions(when_late=when_late), timeout_s=6.0)
+        bench.loop.run()
+        starved[when_late] = bench.loop.controller.summary()["starved_ticks"]
+    assert starved["lag"] <= 2 * 13 - 16  # once, by what two delays exceed a chunk
+    assert starved["hold"] > 80
+
+
+def test_missed_ticks_drop_their_actions_too() -> None:
+    bench = ThreadedBench(delay_s=0.01, timeout_s=2.0)
+    bench.policy.on_action = lambda targets: np.zeros((16, 6)) + np.arange(16)[:, None]
+    bench.robot.on_send = lambda: bench.clock.advance(0.09 if len(bench.robot.sent) == 20 else 0.0)
+    trace = bench.loop.run()
+    assert bench.loop.pacer.missed_ticks == 2
+    data = trace.arrays()
+    assert np.array_equal(data["target"][:, 0], data["age_ticks"])
+
+
+def test_an_inference_longer_than_a_chunk_is_refused_before_the_arm_moves() -> None:
+    bench = ThreadedBench(delay_s=0.0, horizon=8)
+    bench.policy.clock, bench.policy.inference_s = bench.clock, 1.0
+    with pytest.raises(ConfigError, match="--controller=sync"):
+        bench.loop.run()
+    assert bench.robot.sent == []
+
+
+def test_episodes_start_afresh() -> None:
+    bench = ThreadedBench(delay_s=0.1, episodes=3, timeout_s=0.5, seed=1)
+    trace = bench.loop.run()
+    assert (trace.episodes, bench.policy.resets) == (3, 3)
+    starts = np.flatnonzero(np.diff(trace.arrays()["episode"], prepend=-1))
+    assert trace.arrays()["age_ticks"][starts].tolist() == [0, 0, 0]
+
+
+def test_a_lost_inference_is_survived_only_where_that_was_said() -> None:
+    for recoverable, survives in (((), False), ((Unreachable,), True)):
+        policy, worker = ScriptedPolicy(["ok", "lost", "lost", "ok"], 4), VirtualWorker([2])
+        options = OverlapOptions(recoverable=recoverable)
+        controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
+        controller.plan(observation(0))
+
+        def run(controller=controller, worker=worker) -> None:
+            for tick in range(12):
+                worker.now = 2 * tick
+                controller.next_target(tick)
+                worker.now += 1
+                controller.see(observation(tick), tick)
+
+        if survives:
+            run()
+            assert controller.summary()["lost_inferences"] > 1
+        else:
+            with pytest.raises(Unreachable):
+                run()
+
+
+class PlainPolicy(FakePolicy):
+    """Cannot continue a chunk: no `prefix`."""
+
+
+@pytest.mark.parametrize("smoothing", ["rtc", "prefix"])
+def test_a_policy_that_cannot_continue_is_refused(smoothing: str) -> None:
+    clock = FakeClock()
+    with pytest.raises(ConfigError, match="PlainPolicy"):
+        ThreadedController(PlainPolicy(clock), binding(), "go", clock, FPS, OverlapOptions(smoothing=smoothing))
+
+
+@pytest.mark.parametrize(
+    "options", [{"chunk_threshold": 1.5}, {"chunk_threshold": -0.1}, {"when_late": "lag", "smoothing": "rtc"}, {"chunk_threshold": float("nan")}]
+)
+def test_options_that_make_no_sense(options: dict) -> None:
+    with pytest.raises(ConfigError):
+        OverlapOptions(**options)
+
+
+class TestThread:
+    """The real thread, in real time."""
+
+    def test_order_and_account_hold(self) -> None:
+        policy = ScriptedPolicy(["ok"] * 20 + ["lost"], 40)
+        slow = np.random.default_rng(0)
+
+        class Sleepy(ScriptedPolicy):
+            def get_action(self, *args, **kwargs):
+                assert threading.current_thread() is not threading.main_thread()
+                time.sleep(slow.uniform(0, 0.004))
+                return policy.get_action(*args, **kwargs)
+
+            def reset(self):
+                policy.reset()
+
+        sleepy = Sleepy(["ok"], 40)
+        controller = ThreadedController(sleepy, binding(), "go", FakeClock(), FPS, OverlapOptions(recoverable=(Unreachable,)))
+        account, last = Account(40), None
+        for tick in range(3000):
+            if tick % 700 == 0:
+                controller.reset()
+            first = controller.needs_observation
+            if first:
+                controller.plan(observation(tick))
+            target = controller.next_target(tick)
+            check(account, controller, target, tick, tick if first else None, last, policy)
+            last = target
+            controller.see(observation(tick), tick)
+            time.sleep(0.0002)
+        assert controller.summary()["starved_ticks"] == account.starved
+        assert controller.summary()["chunks_entered"] > 50
+        assert controller.close(2.0)
+        assert not thread_left_running()
+
+    def test_an_error_surfaces_in_the_main_thread_at_the_next_tick_as_it_was(self) -> None:
+        policy = ScriptedPolicy(["ok", "crash"], 16)
+        controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS)
+        controller.reset()
+        controller.plan(observation(0))
+        controller.next_target(0)
+        controller.see(observation(0), 0)
+        give_up_s = time.monotonic() + 5
+        while policy.last_error is None and time.monotonic() < give_up_s:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        with pytest.raises(ZeroDivisionError, match="a bug") as caught:
+            controller.next_target(1)
+        assert caught.value is policy.last_error
+        assert controller.close(1.0)
+
+    def test_warm_up_and_policy_share_one_thread(self) -> None:
+        seen = []
+
+        class Watched(FakePolicy):
+            def warm_up(self, instruction=None):
+                seen.append(threading.current_thread())
+
+            def get_action(self, *args, **kwargs):
+                seen.append(threading.current_thread())
+                return super().get_action(*args, **kwargs)
+
+            def reset(self):
+                seen.append(threading.current_thread())
+
+        controller = ThreadedController(Watched(FakeClock()), binding(), "go", FakeClock(), FPS)
+        controller.warm_up()
+        controller.reset()
+        controller.plan(observation(0))
+        assert len(seen) == 3
+        assert len(set(seen)) == 1
+        assert seen[0] is not threading.main_thread()
+        controller.close(1.0)
+
+    def test_too_few_actions(self) -> None:
+        controller = ThreadedController(FakePolicy(FakeClock(), horizon=8), binding(), "go", FakeClock(), FPS, action_horizon=16)
+        with pytest.raises(UnsafeActionError, match="--action_horizon"):
+            controller.plan(observation(0))
+        controller.close(1.0)
+
+    def test_landing_does_not_wait_for_an_inference_that_hangs(self) -> None:
+        release, clock = threading.Event(), MonotonicClock()
+        robot, policy = FakeRobot(FakeClock()), FakePolicy(FakeClock())
+        landed_s: list[float] = []
+        land = robot.land
+        robot.land = lambda: landed_s.append(time.monotonic()) or land()
+        policy.on_action = lambda targets: release.wait(20) and targets if len(policy.seen) > 1 else targets
+        controller = ThreadedController(policy, binding(), "go", clock, FPS)
+        loop = ControlLoop(robot, controller, LoopOptions(FPS, timeout_s=0.3), clock, StopSignals(), echo=lambda line: None)
+        began_s = time.monotonic()
+        loop.run()
+        assert landed_s[0] - began_s < 0.6
+        assert time.monotonic() - began_s < 4
+        report = build_report(loop, {})
+        assert report["controller"]["inference_left_running"]
+        assert "still running" in as_text(report)
+        assert thread_left_running()
+        release.set()
+        assert controller.close(5.0)
+
+    def test_a_closed_worker_takes_nothing(self) -> None:
+        worker = ThreadWorker()
+        assert worker.close(0.1)
+        with pytest.raises(RuntimeError, match="closed"):
+            worker.submit(int)
+        with pytest.raises(RuntimeError, match="nothing was submitted"):
+            worker.wait()
+
+
+def usage_error(*flags: str) -> str:
+    with pytest.raises(cli.UsageError) as caught:
+        cli.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *flags])
+    return str(caught.value)
+
+
+def test_flags() -> None:
+    config = cli.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", "--controller=threaded", "--chunk_threshold=0.5"])
+    assert (config.controller, config.chunk_threshold, config.smoothing, config.when_late) == ("threaded", 0.5, "none", "hold")
+    assert "--controller=threaded" in usage_error("--smoothing=rtc")
+    assert "0 to 1" in usage_error("--controller=threaded", "--chunk_threshold=2")
+    assert "exclude" in usage_error("--controller=threaded", "--smoothing=rtc", "--when_late=lag")
+    assert "rtc" in usage_error("--controller=threaded", "--smoothing=rct")
+    for flag in ("--controller=", "--chunk_threshold=", "--smoothing=", "--when_late="):
+        assert flag in cli.help_text()

@@ -1,0 +1,281 @@
+"""Pictures and joint values on their way in and out: the reference's arithmetic, repeated here from its libraries or its formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from gr00t_fast.checkpoint.metadata import CameraMetadata, EmbodimentMetadata
+from gr00t_fast.data_config import DATA_CONFIGS, NORMALISATIONS, DataConfig, load_data_config
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.transforms import ActionTransform, Normaliser, StateTransform, pixel_values, to_trained_size
+
+SIZES = [(480, 640), (720, 1280), (224, 224), (236, 236), (100, 131), (97, 61), (1080, 1920), (240, 320), (21, 43)]
+ONE_LEVEL = 1 / 127.5 + 1e-6  # truncation makes 254 of some of the averages over 255s, as it does in the reference
+
+
+def _frames(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Noise, gradients and saturated areas: crop, rounding and overshoot all show."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randint(0, 256, (batch, height, width, 3), generator=generator, dtype=torch.uint8)
+    frames[:, : height // 3] = torch.linspace(0, 255, width).to(torch.uint8)[None, None, :, None]
+    frames[:, -height // 4 :, : width // 2] = 255
+    return frames
+
+
+def _as_nvidia(frames: torch.Tensor, crop: float = 0.95) -> torch.Tensor:
+    """NVIDIA's evaluation transforms, with the operations of torchvision that they use -> uint8 (B, 3, 224, 224)."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    height, width = frames.shape[1:3]
+    pipeline = v2.Compose(
+        [
+            v2.CenterCrop((int(height * crop), int(width * crop))),
+            v2.Resize((224, 224), interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+        ]
+    )
+    return (pipeline((frames.float() / 255.0).permute(0, 3, 1, 2)) * 255).to(torch.uint8)
+
+
+def _bytes(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels * 127.5 + 127.5).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_pictures_equal_torchvision(height: int, width: int) -> None:
+    frames = _frames(height, width, batch=2)
+    ours, theirs = _bytes(pixel_values(frames, 224)), _as_nvidia(frames)
+    assert torch.equal(ours, theirs)
+    assert (_as_nvidia(frames, crop=0.9).int() - theirs.int()).abs().float().mean() > 1, "the comparison cannot tell another crop"
+
+
+def test_pixel_values_are_those_of_eagles_image_processor() -> None:
+    """transformers' fast processors fold rescaling into the normalisation: (x - 127.5) / 127.5."""
+    processing = pytest.importorskip("transformers.image_processing_utils_fast")
+    every_byte = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[None, :, :, None]  # (1, 3, 256, 1)
+    processor = processing.BaseImageProcessorFast(
+        do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    theirs = processor.rescale_and_normalize(every_byte.float(), True, 1 / 255, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    square = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)  # one 16 x 16 picture, cropped to 15 x 15
+    ours = pixel_values(square, 15)[0, 0].ravel()
+    table = dict(zip(range(256), theirs[0, 0, :, 0].tolist(), strict=True))
+    assert [table[level] for level in square[0, 0:15, 0:15, 0].ravel().tolist()] == ours.tolist()
+
+
+def test_bytes_are_truncated_not_rounded() -> None:
+    """Averages between two grey levels give the lower one."""
+    frames = torch.zeros(1, 480, 640, 3, dtype=torch.uint8)
+    frames[:, :, ::2] = 1
+    levels = _bytes(pixel_values(frames, 224)).float()
+    assert levels.mean() < 0.2  # rounding would make about half of them 1
+
+
+def test_pixel_values_span_minus_one_to_one() -> None:
+    for level, expected in ((0, -1.0), (255, 1.0)):
+        pixels = pixel_values(torch.full((2, 480, 640, 3), level, dtype=torch.uint8), 224)
+        assert (pixels.shape, pixels.dtype) == ((2, 3, 224, 224), torch.float32)
+        assert (pixels - expected).abs().max() <= ONE_LEVEL
+
+
+def test_colours_and_sides_are_not_exchanged() -> None:
+    frames = torch.zeros(1, 480, 640, 3, dtype=torch.uint8)
+    frames[:, :240, :320, 0] = 255  # red in the upper left
+    frames[:, 240:, 320:, 2] = 255  # blue in the lower right
+    red, green, blue = pixel_values(frames, 224)[0]
+    assert red[:100, :100].min() >= 1 - ONE_LEVEL
+    assert red[:, 124:].max() == red[124:].max() == -1
+    assert blue[124:, 124:].min() >= 1 - ONE_LEVEL
+    assert green.max() == -1
+
+
+# --- cameras of another resolution ---------------------------------------------------------------------------------------------------
+
+
+def test_frames_of_the_trained_size_are_not_touched() -> None:
+    frames = _frames(480, 640).numpy()
+    assert to_trained_size(frames, 640, 480) is frames
+
+
+@pytest.mark.parametrize(("width", "height"), [(320, 240), (1280, 720), (640, 480), (1920, 1080), (641, 480)])
+def test_other_sizes_show_the_same_scene(width: int, height: int) -> None:
+    """A smooth picture keeps its values at the same relative places: sides, colours and range are right."""
+    y, x = np.mgrid[0:480, 0:640]
+    scene = np.stack([x / 639 * 255, y / 479 * 255, np.full_like(x, 90.0)], axis=-1).round().astype(np.uint8)
+    resized = to_trained_size(np.stack([scene, scene[::-1]]), width, height)
+    assert (resized.shape, resized.dtype) == ((2, height, width, 3), np.uint8)
+    for row, column in ((0.1, 0.9), (0.5, 0.5), (0.8, 0.2)):
+        got = resized[0, round(row * (height - 1)), round(column * (width - 1))]
+        np.testing.assert_allclose(got, [column * 255, row * 255, 90], atol=2)
+    np.testing.assert_allclose(resized[1, ::-1].astype(int), resized[0], atol=1)
+
+
+def test_shrinking_averages_instead_of_picking_pixels() -> None:
+    stripes = np.zeros((1, 480, 640, 3), dtype=np.uint8)
+    stripes[:, :, ::2] = 200
+    shrunk = to_trained_size(stripes, 320, 240)
+    assert (shrunk == 100).all()
+
+
+# --- joint values --------------------------------------------------------------------------------------------------------------------
+
+STATISTICS = {
+    "min": np.array([-100.0, 0.0, 5.0]),
+    "max": np.array([100.0, 30.0, 5.0]),  # the last joint never moved
+    "mean": np.array([10.0, 12.0, 5.0]),
+    "std": np.array([40.0, 8.0, 0.0]),
+    "q01": np.array([-90.0, 1.0, 5.0]),
+    "q99": np.array([95.0, 29.0, 5.0]),
+}
+VALUES = np.array([[-100.0, 30.0, 5.0], [0.0, 15.0, 5.0], [250.0, -7.5, 9.0]])
+
+
+def _normalised(mode: str) -> np.ndarray:
+    return Normaliser(mode, STATISTICS, "state.arm").forward(VALUES)
+
+
+def test_min_max() -> None:
+    np.testing.assert_allclose(_normalised("min_max"), [[-1, 1, 0], [0, 0, 0], [2.5, -1.5, 0]], atol=1e-12)  # outside the range is not clipped
+
+
+def test_q99_clips_and_leaves_constants_raw_within_the_clip() -> None:
+    np.testing.assert_allclose(_normalised("q99"), [[-1, 1, 1], [-1 + 180 / 185, 0, 1], [1, -1, 1]], atol=1e-12)
+
+
+def test_mean_std() -> None:
+    np.testing.assert_allclose(_normalised("mean_std"), [[-2.75, 2.25, 5], [-0.25, 0.375, 5], [6, -19.5 / 8, 9]], atol=1e-12)
+
+
+def test_binary() -> None:
+    normaliser = Normaliser("binary", {"min": np.zeros(1), "max": np.ones(1)}, "state.gripper")
+    assert normaliser.forward(np.array([[0.0], [0.5], [0.51], [9.0]])).ravel().tolist() == [0, 0, 1, 1]
+    assert normaliser.inverse(np.array([[0.4], [0.6]])).ravel().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std"])
+def test_the_inverse_undoes(mode: str) -> None:
+    normaliser = Normaliser(mode, STATISTICS, "action.arm")
+    inside = np.array([[-80.0, 3.0, 5.0], [0.0, 15.0, 5.0], [94.0, 28.5, 5.0]])
+    back = normaliser.inverse(normaliser.forward(inside))
+    assert back.dtype == np.float32
+    moving = 3 if mode != "mean_std" else 2  # a joint without spread comes back as its mean plus 0 x the raw value
+    np.testing.assert_allclose(back[:, :moving], inside[:, :moving], atol=1e-4)
+    np.testing.assert_allclose(back[:, 2], 5)
+
+
+def test_modes_need_their_statistics() -> None:
+    short = {name: STATISTICS[name] for name in ("min", "max")}
+    for mode, absent in (("q99", "q01, q99"), ("mean_std", "mean, std")):
+        with pytest.raises(ConfigError, match=f"state.arm: normalisation '{mode}' needs the statistics {absent}"):
+            Normaliser(mode, short, "state.arm")
+    assert {mode for mode in NORMALISATIONS if Normaliser(mode, STATISTICS, "state.arm")} == set(NORMALISATIONS)
+
+
+@pytest.fixture
+def metadata() -> EmbodimentMetadata:
+    part = {name: STATISTICS[name] for name in STATISTICS}
+    one = {name: values[:1] for name, values in part.items()}
+    statistics = {"state.single_arm": part, "state.gripper": one, "action.single_arm": part, "action.gripper": one}
+    return EmbodimentMetadata("new_embodiment", statistics, {"video.webcam": CameraMetadata(640, 480, 30.0)})
+
+
+def test_state_is_joined_in_order_and_padded(metadata: EmbodimentMetadata) -> None:
+    transform = StateTransform(DATA_CONFIGS["so100"], metadata, 8)
+    assert transform.widths == {"state.single_arm": 3, "state.gripper": 1}
+    state = transform({"state.gripper": np.array([[50.0]]), "state.single_arm": np.array([[100.0, 0.0, 5.0]])})
+    assert state.dtype == np.float32
+    np.testing.assert_allclose(state, [[1, -1, 0, 0.5, 0, 0, 0, 0]])
+
+
+def test_actions_are_split_in_order(metadata: EmbodimentMetadata) -> None:
+    actions = ActionTransform(DATA_CONFIGS["so100"], metadata, 8)(np.broadcast_to([1.0, -1.0, 0.3, 0.5, 7, 7, 7, 7], (2, 4, 8)))
+    assert {key: value.shape for key, value in actions.items()} == {"action.single_arm": (2, 4, 3), "action.gripper": (2, 4, 1)}
+    np.testing.assert_allclose(actions["action.single_arm"][1, 3], [100, 0, 5])
+    np.testing.assert_allclose(actions["action.gripper"][0, 0], [50])
+
+
+def test_parts_that_do_not_fit_the_checkpoint(metadata: EmbodimentMetadata) -> None:
+    with pytest.raises(ConfigError, match="4 values together; the network takes 3"):
+        ActionTransform(DATA_CONFIGS["so100"], metadata, 3)
+    other = replace(DATA_CONFIGS["so100"], state_keys=("state.left_arm", "state.gripper"))
+    with pytest.raises(ConfigError, match=r"reads state.left_arm, but this checkpoint has statistics for .*state.single_arm"):
+        StateTransform(other, metadata, 8)
+
+
+# --- data configurations -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"video_keys": ()}, r"no 'video.\*' keys"),
+        ({"state_keys": ("single_arm",)}, "key 'single_arm' must begin with 'state.'"),
+        ({"video_keys": ("video.front", "video.front")}, "listed twice"),
+        ({"normalisation": {"state.gripper": "minmax"}}, "normalisation 'minmax' of 'state.gripper' is not supported; choose from min_max"),
+        ({"normalisation": {"state.griper": "q99"}}, "'state.griper', which is no state or action key. Did you mean 'state.gripper'"),
+    ],
+)
+def test_a_data_config_checks_itself(changes: dict, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        replace(DATA_CONFIGS["so100"], **changes)
+
+
+def test_built_in_names() -> None:
+    assert load_data_config("so100") is DATA_CONFIGS["so100"]
+    with pytest.raises(ConfigError, match="unknown data_config 'so100_dualcamera'. Did you mean 'so100_dualcam'"):
+        load_data_config("so100_dualcamera")
+
+
+_MODULE = """
+from gr00t_fast import DataConfig
+mine = DataConfig(video_keys=("video.top",), state_keys=("state.arm",), action_keys=("action.arm",), normalisation={"action.arm": "q99"})
+class Nvidia:
+    video_keys = ["video.top"]
+    state_keys = ["state.arm"]
+    action_keys = ["action.arm"]
+    language_keys = ["annotation.task"]
+    observation_indices = [0]
+    action_indices = list(range(8))
+    state_normalization_modes = {"state.arm": "mean_std"}
+class InTransform(Nvidia):
+    state_normalization_modes = {}
+    def transform(self): ...
+class Past(Nvidia): observation_indices = [-1, 0]
+class Mute(Nvidia): language_keys = []
+class Other: video_keys = ["video.top"]
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_robot_configs.py").write_text(_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "my_robot_configs"
+
+
+def test_a_users_own_classes(user_module: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_data_config(f"{user_module}:mine").normalisation_of("action.arm") == "q99"
+    nvidia = load_data_config(f"{user_module}:Nvidia")
+    assert nvidia == DataConfig(("video.top",), ("state.arm",), ("action.arm",), "annotation.task", tuple(range(8)), {"state.arm": "mean_std"})
+    assert nvidia.modality_config()["action"].delta_indices == list(range(8))
+    assert not caplog.records
+    assert load_data_config(f"{user_module}:InTransform").normalisation_of("state.arm") == "min_max"
+    assert "does not say how parts are normalised: min_max for all" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("nowhere_to_be_found:X", "cannot import 'nowhere_to_be_found'"),
+        ("my_robot_configs:Absent", "has no class 'Absent'"),
+        ("my_robot_configs:Past", r"observation_indices \[-1, 0\] are not supported"),
+        ("my_robot_configs:Mute", r"expected one language key, got \[\]"),
+        ("my_robot_configs:Other", "the class has no state_keys, action_keys"),
+    ],
+)
+def test_users_classes_that_cannot_be_used(user_module: str, name: str, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        load_data_config(name)
