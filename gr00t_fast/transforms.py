@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
     """
     if frames.shape[1:3] == (height, width):
         return frames
+    import cv2  # here, because importing it changes the environment of the process
+
     shrinks = frames.shape[1] > height and frames.shape[2] > width
     kernel = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.stack([cv2.resize(frame, (width, height), interpolation=kernel) for frame in frames])
