@@ -1,0 +1,223 @@
+"""The other end of the wire: a `ContinuingPolicy` whose network runs behind a ZeroMQ socket, ours or NVIDIA's GR00T N1.5 inference service.
+
+Every call ends within `timeout_s`. A REQ socket that lost its answer is useless, so it is thrown away and made anew ("lazy pirate"), both
+after a time-out and as soon as the connection is seen to break; in the second case the request is sent again while there is time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig
+from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
+from gr00t_fast.optional import require
+from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode
+
+DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
+PING_TIMEOUT_S = 2.0
+# A machine that vanished without closing its connections is noticed after this long. Answered by ZeroMQ itself, also while a server computes.
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
+_RECONNECT_MS = 50
+
+
+class PolicyClient:
+    """Implements `ContinuingPolicy` over a socket. One thread at a time; close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 5555,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        api_token: str | None = None,
+        address: str | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """Connects in the background. `address`: any ZeroMQ address instead of host and port, such as `ipc:///tmp/gr00t.sock`.
+
+        Raises ConfigError for an address or time-out that cannot be used, and MissingExtraError without pyzmq and msgpack.
+        """
+        if not (math.isfinite(timeout_s) and timeout_s > 0):
+            raise ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s}.")
+        self._zmq = require("zmq", "serving")
+        self.address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        self.timeout_s, self._token, self._max_bytes = timeout_s, api_token, max_message_bytes
+        self.last_timing: dict[str, float] = {}
+        self.reconnects = 0  # sockets thrown away so far
+        self._context = self._zmq.Context()
+        try:
+            self._connect()
+        except self._zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"cannot connect to '{self.address}': {error}. Expected an address like tcp://192.168.0.7:5555.") from error
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        """As `ContinuingPolicy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so.
+
+        Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense.
+        """
+        if noise is None and prefix is None:
+            return _actions(self._call("get_action", observation))
+        options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
+        if prefix is not None:
+            options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.delay), "method": prefix.method}
+        return _actions(self._call("get_action_with_options", {"observation": observation, **options}))
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        """As `Policy.get_modality_config`; raises like `get_action`."""
+        reply = self._call("get_modality_config")
+        if not isinstance(reply, dict) or not all(isinstance(value, ModalityConfig) for value in reply.values()):
+            raise WireError("get_modality_config: the server answered something else than modality configurations.")
+        return reply
+
+    def reset(self) -> None:
+        """As `Policy.reset`, for all clients of that server. NVIDIA's server has nothing to reset, and no such endpoint: that is no error."""
+        try:
+            self._call("reset")
+        except ServerError as error:
+            if isinstance(error, ServerUnreachableError) or "Unknown endpoint" not in str(error):
+                raise
+
+    def ping(self, timeout_s: float = PING_TIMEOUT_S) -> bool:
+        """True when the server answers in time. Raises ServerError when it answers with a refusal (a wrong token)."""
+        try:
+            self._call("ping", timeout_s=timeout_s)
+        except ServerUnreachableError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End the server. Raises ServerError when it refuses: ours does without an api_token."""
+        self._call("kill")  # NVIDIA's server answers with nil
+
+    def close(self) -> None:
+        """Close the connection; never waits. Calling it again is harmless."""
+        if not self._context.closed:
+            self._drop_socket()
+            self._context.destroy(linger=0)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_context"):
+            self.close()  # the garbage collector would close the sockets in an order that can block for ever, see _drop_socket
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _call(self, endpoint: str, data: Any = None, timeout_s: float | None = None) -> Any:
+        """One request and its reply. Fills `last_timing`: stages in ms."""
+        if self._context.closed:
+            raise ServerError("this client is closed; make a new one.")
+        began_s = time.monotonic()
+        request = encode(
+            {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token})
+        )
+        sent_s = time.monotonic()
+        answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s))
+        answered_s = time.monotonic()
+        reply = decode(answer, self._max_bytes)
+        stages_s = {"encode": sent_s - began_s, "server": answered_s - sent_s, "decode": time.monotonic() - answered_s}
+        self.last_timing = {name: 1000 * seconds for name, seconds in stages_s.items()}
+        if isinstance(reply, dict) and "error" in reply:
+            raise ServerError(f"the policy server at {self.address} refused {endpoint}: {reply['error']}")
+        return reply
+
+    def _exchange(self, request: bytes, deadline_s: float) -> bytes:
+        """Send and wait; a broken connection is made anew and the request sent again until the deadline."""
+        done = False
+        try:
+            while True:
+                self._forget_events()
+                answer = self._wait(deadline_s) if self._send(request) else None
+                if answer is not None:
+                    done = True
+                    return answer
+                self._check_deadline(deadline_s)
+                self._reconnect()
+                time.sleep(
+                    min(_RECONNECT_MS / 1000, max(deadline_s - time.monotonic(), 0))
+                )  # a server that ends every connection must not be hammered
+        finally:
+            if not done:  # timed out or interrupted: a late answer must not be taken for the next request's
+                self._reconnect()
+
+    def _send(self, request: bytes) -> bool:
+        """False when the socket has no way to send: ZeroMQ gave the connection up because the other end does not speak its protocol."""
+        try:
+            self._socket.send(request, self._zmq.NOBLOCK, copy=False)
+        except self._zmq.Again:
+            return False
+        return True
+
+    def _wait(self, deadline_s: float) -> bytes | None:
+        """The answer, or None when the connection broke. Raises ServerUnreachableError at the deadline."""
+        while True:
+            ready = dict(self._poller.poll(max(math.ceil(1000 * (deadline_s - time.monotonic())), 0)))
+            if self._socket in ready:
+                return self._socket.recv(self._zmq.NOBLOCK)
+            if self._monitor in ready:
+                return None
+            self._check_deadline(deadline_s)
+
+    def _check_deadline(self, deadline_s: float) -> None:
+        if time.monotonic() >= deadline_s:
+            raise ServerUnreachableError(
+                f"no answer from the policy server at {self.address} in time. Is it running there (python -m gr00t_fast.serving), does it accept "
+                "messages of this size, and is the time-out longer than an inference?"
+            )
+
+    def _forget_events(self) -> None:
+        while self._monitor.poll(0):
+            self._monitor.recv_multipart()
+
+    def _connect(self) -> None:
+        zmq = self._zmq
+        self._socket = self._context.socket(zmq.REQ)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.IPV6, 1),
+            (zmq.MAXMSGSIZE, self._max_bytes),
+            (zmq.RECONNECT_IVL, _RECONNECT_MS),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
+        ):
+            self._socket.setsockopt(option, value)
+        events_address = f"inproc://events-{id(self)}-{self.reconnects}"
+        self._socket.monitor(events_address, zmq.EVENT_DISCONNECTED)
+        self._monitor = self._context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)  # ZeroMQ's own thread, which writes, would block when it is full
+        self._monitor.connect(events_address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._socket.connect(self.address)
+
+    def _reconnect(self) -> None:
+        self._drop_socket()
+        self.reconnects += 1
+        self._connect()
+
+    def _drop_socket(self) -> None:
+        self._socket.disable_monitor()  # first: ZeroMQ's own thread blocks for ever when it reports to a reader that is gone
+        self._socket.close(0)
+        self._monitor.close(0)
+
+
+def _actions(reply: Any) -> dict[str, np.ndarray]:
+    """Checked actions in float32, as the `Policy` protocol has them."""
+    if not isinstance(reply, dict) or not reply:
+        raise WireError(f"get_action: expected a map of action arrays from the server, got {type(reply).__name__}.")
+    for key, value in reply.items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2, 3):
+            raise WireError(f"get_action: expected an array of (horizon, values) or (batch, horizon, values) for '{key}', got {_kind(value)}.")
+    return {key: value.astype(np.float32, copy=False) for key, value in reply.items()}
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} of shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__

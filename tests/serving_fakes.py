@@ -1,0 +1,203 @@
+"""A policy without a network for the server tests, servers around it in this and in other processes, and messages with mistakes in them.
+
+python tests/serving_fakes.py zmq|http PORT [TOKEN]     serves the fake policy; prints its port when it listens
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig
+from gr00t_fast.data_config import load_data_config
+from gr00t_fast.observation import parse_observation
+
+HORIZON = 16
+WIDTHS = {"state.single_arm": 5, "state.gripper": 1}
+ROOT = Path(__file__).parent.parent
+
+
+class ArithmeticPolicy:
+    """Checks an observation as the real policy does, and answers joints + step + brightness of each picture: wrong routing shows.
+
+    An instruction of the form `wait 0.5` makes it take that many seconds; `bug` makes it fail as only a bug can.
+    """
+
+    def __init__(self, data_config: str = "so100") -> None:
+        self.config = load_data_config(data_config)
+        self.calls, self.resets, self.threads = 0, 0, set()
+        self._busy = threading.Lock()
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        assert self._busy.acquire(blocking=False), "two threads in one policy"
+        try:
+            self.calls += 1
+            self.threads.add(threading.get_ident())
+            parsed = parse_observation(observation, self.config, WIDTHS)
+            word, _, value = parsed.instructions[0].partition(" ")
+            if word == "wait":
+                time.sleep(float(value))
+            if word == "bug":
+                raise ZeroDivisionError("a bug")
+            actions = self._actions(parsed, noise)
+            for key, rows in ({} if prefix is None else prefix.actions).items():
+                actions[key][..., : prefix.delay, :] = rows[..., : prefix.delay, :]
+            return actions
+        finally:
+            self._busy.release()
+
+    def _actions(self, parsed: Any, noise: Any) -> dict[str, np.ndarray]:
+        brightness = sum(10.0**place * frames.reshape(parsed.batch, -1).mean(1) for place, frames in enumerate(parsed.frames.values()))
+        offset = brightness + (0 if noise is None else float(np.sum(noise)))
+        steps = np.arange(HORIZON)[None, :, None] + offset[:, None, None]
+        actions = {key.replace("state", "action"): (value[:, None] + steps).astype(np.float32) for key, value in parsed.state.items()}
+        return actions if parsed.batched else {key: value[0] for key, value in actions.items()}
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        return self.config.modality_config()
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def observation(batch: int | None = None, cameras: tuple[str, ...] = ("webcam",), size: tuple[int, int] = (6, 8), **changes: Any) -> dict[str, Any]:
+    """Pictures and joints that differ in every item."""
+    generator, items = np.random.default_rng(0), batch or 1
+    result: dict[str, Any] = {f"video.{name}": generator.integers(0, 256, (items, 1, *size, 3), dtype=np.uint8) for name in cameras}
+    result |= {key: generator.normal(size=(items, 1, width)) for key, width in WIDTHS.items()}
+    if batch is None:
+        result = {key: value[0] for key, value in result.items()}
+    return result | {"annotation.human.task_description": ["pick up the cube"] * items} | changes
+
+
+def assert_same(actions: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actions.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(actions[key], value)
+        assert (actions[key].dtype, actions[key].shape) == (value.dtype, value.shape)
+
+
+@contextmanager
+def running(server: Any) -> Iterator[Any]:
+    """`server.run` in a thread."""
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not end"
+
+
+class ServerProcess:
+    """The fake policy's server in a process of its own, which may be killed."""
+
+    def __init__(self, kind: str = "zmq", port: int = 0, token: str = "") -> None:
+        self.process = subprocess.Popen([sys.executable, __file__, kind, str(port), token], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Mutator:
+    """Valid messages with mistakes: damaged, cut, spliced, with lengths that lie, with bombs, or pure noise."""
+
+    def __init__(self, seeds: list[bytes], seed: int = 0) -> None:
+        self.seeds, self.random = seeds, random.Random(seed)
+        self._ways = (self._flip, self._cut, self._splice, self._insert, self._lie, self._repeat, self._noise, self._bomb, self._rename)
+
+    def next(self) -> bytes:
+        data = self.random.choice(self.seeds)
+        for _ in range(self.random.choice((1, 1, 1, 2, 5))):
+            data = self.random.choice(self._ways)(data)
+        return data
+
+    def _place(self, data: bytes) -> int:
+        return self.random.randrange(len(data)) if data else 0
+
+    def _flip(self, data: bytes) -> bytes:
+        changed = bytearray(data or b"\0")
+        for _ in range(self.random.choice((1, 1, 4, 32))):
+            changed[self._place(changed)] ^= 1 << self.random.randrange(8)
+        return bytes(changed)
+
+    def _cut(self, data: bytes) -> bytes:
+        return data[: self._place(data)] if self.random.random() < 0.7 else data[self._place(data) :]
+
+    def _splice(self, data: bytes) -> bytes:
+        other = self.random.choice(self.seeds)
+        return data[: self._place(data)] + other[self._place(other) :]
+
+    def _insert(self, data: bytes) -> bytes:
+        place = self._place(data)
+        return data[:place] + self.random.randbytes(self.random.choice((1, 2, 8, 64))) + data[place:]
+
+    def _lie(self, data: bytes) -> bytes:
+        """Another type byte, and a length that the message does not have."""
+        place = self._place(data)
+        head = bytes([self.random.choice((0xC4, 0xC5, 0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xC1))])
+        return data[:place] + head + self.random.choice((b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", self.random.randbytes(4))) + data[place + 5 :]
+
+    def _repeat(self, data: bytes) -> bytes:
+        begin, end = sorted((self._place(data), self._place(data)))
+        return data[:end] + data[begin:end] * self.random.choice((1, 2, 8)) + data[end:]
+
+    def _noise(self, data: bytes) -> bytes:
+        return self.random.randbytes(self.random.choice((0, 1, 7, 100, 1000)))
+
+    def _bomb(self, data: bytes) -> bytes:
+        return (
+            self.random.choice((b"\x91", b"\x81\xa1a", b"\xdd\x00\x0f\xff\xff", b"\xdc\x07\xff", b"\x80")) * self.random.choice((10, 600, 2000))
+            + data
+        )
+
+    def _rename(self, data: bytes) -> bytes:
+        words = (
+            b"endpoint",
+            b"data",
+            b"api_token",
+            b"__ndarray_class__",
+            b"as_npy",
+            b"as_json",
+            b"get_action",
+            b"ping",
+            b"NUMPY",
+            b"'descr'",
+            b"|u1",
+            b"<f8",
+        )
+        return data.replace(self.random.choice(words), self.random.choice((*words, b"|O8", b"kill", b"")))
+
+
+def main(kind: str, port: str, token: str = "") -> None:
+    if kind == "http":
+        from gr00t_fast.serving.http import HttpPolicyServer as Server
+    else:
+        from gr00t_fast.serving.server import PolicyServer as Server
+    server = Server(ArithmeticPolicy(), port=int(port), api_token=token or None)
+    print(server.port, flush=True)
+    server.run()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(*sys.argv[1:])

@@ -1,0 +1,206 @@
+"""The bytes on the wire: what numpy and the protocol say they are, and what is refused without harm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tracemalloc
+from typing import Any
+
+import msgpack
+import numpy as np
+import nvidia_style_service as reference
+import pytest
+from serving_fakes import Mutator, observation
+
+from gr00t_fast.contracts import ModalityConfig
+from gr00t_fast.errors import WireError
+from gr00t_fast.serving import wire, wire_json
+
+FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 5000)
+ARRAYS = {
+    "frame": np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3),
+    "state": np.linspace(-1, 1, 5)[None],
+    "float32": np.float32([[1.5, np.nan, -np.inf]]),
+    "columns first": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+    "every other": np.arange(20)[::2],
+    "mirrored frame": np.arange(24, dtype=np.uint8).reshape(2, 4, 3)[:, ::-1],
+    "scalar": np.array(3.5),
+    "empty": np.zeros((0, 6), np.float32),
+    "big endian": np.arange(3, dtype=">f4"),
+    "bool": np.array([True, False]),
+    "text": np.array(["Pick up the cube", "ä\u6f22"]),
+}
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_the_bytes_of_np_save_and_come_back(name: str) -> None:
+    array = ARRAYS[name]
+    assert wire.npy_bytes(array) == npy(array)
+    assert wire.encode({"x": array}) == reference.pack({"x": array})
+    for back in (wire.decode(reference.pack({"x": [array]}))["x"][0], wire_json.from_json(reference.json_numpy_text({"x": array}).encode())["x"]):
+        np.testing.assert_array_equal(back, array)
+        assert back.dtype == array.dtype.newbyteorder("=")
+        assert back.shape == array.shape
+        assert back.ndim == 0 or back.flags.writeable  # torch.from_numpy complains about others
+    np.testing.assert_array_equal(reference.json_numpy_read(wire_json.to_json({"x": array}))["x"], array)
+
+
+def test_npy_format_2_is_read() -> None:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, ARRAYS["state"], version=(2, 0))
+    np.testing.assert_array_equal(wire.npy_array(file.getvalue()), ARRAYS["state"])
+
+
+def test_modality_configs_have_the_text_that_pydantic_writes() -> None:
+    config = {"video": ModalityConfig([0], ["video.webcam", "video.front"]), "language": ModalityConfig([], [])}
+    data = wire.encode(config)
+    assert b'{"delta_indices":[0],"modality_keys":["video.webcam","video.front"]}' in data
+    assert data == reference.pack(config)
+    assert wire.decode(data) == config
+
+
+def marked(data: Any) -> bytes:
+    return msgpack.packb({"__ndarray_class__": True, "as_npy": data})
+
+
+def header(descr: str = "'|u1'", shape: str = "(4,)", order: str = "False", values: bytes = b"abcd") -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + values
+
+
+def test_the_header_of_these_tests_is_right() -> None:
+    assert wire.npy_array(header()).tolist() == list(b"abcd")
+
+
+REFUSED = {
+    "nothing": b"",
+    "half a message": reference.pack({"x": ARRAYS["frame"]})[:-1],
+    "two messages": msgpack.packb({}) * 2,
+    "never used byte": b"\xc1",
+    "number as key": msgpack.packb({1: 2}),
+    "text that is not UTF-8": b"\xa2\xff\xfe",
+    "extension type": msgpack.packb(msgpack.ExtType(5, b"x")),
+    "time stamp": msgpack.packb(msgpack.Timestamp(1)),
+    "long text": msgpack.packb("x" * 70000),
+    "list that claims four billion": b"\xdd\xff\xff\xff\xff",
+    "map that claims four billion": b"\xdf\xff\xff\xff\xff",
+    "nested lists": b"\x91" * 100_000 + b"\x90",
+    "nested maps": b"\x81\xa1a" * 100_000 + b"\x80",
+    "nested lists that claim 2000 each": b"\xdc\x07\xd0" * 1000,
+    "lists side by side": msgpack.packb([[]] * 2000),
+    "pickle": pickle.dumps({"x": 1}),
+    "object array": marked(npy(np.array([{}], object), allow_pickle=True)),
+    "array of records": marked(npy(np.zeros(2, "i4,f4"))),
+    "array without bytes": msgpack.packb({"__ndarray_class__": True}),
+    "array as text": marked("x"),
+    "no npy": marked(b"nothing of the kind"),
+    "npy format 3": marked(b"\x93NUMPY\x03\x00" + header()[8:]),
+    "values missing": marked(header(values=b"abc")),
+    "values left over": marked(header(values=b"abcde")),
+    "header longer than the file": marked(b"\x93NUMPY\x01\x00\xff\xff" + header()[10:]),
+    "shape of a terabyte": marked(header(shape="(1000000000000,)")),
+    "negative shape": marked(header(shape="(-4,)")),
+    "too many dimensions": marked(header(shape="(4," + "1," * 60 + ")")),
+    "empty beyond the address space": marked(header(shape="(0,99999999999999999999,9999999999999999999)", values=b"")),
+    "shape that is an expression": marked(header(shape="(2**2,)")),
+    "header that is an expression": marked(header(descr="__import__('os')")),
+    "unknown dtype": marked(header(descr="'|u3'")),
+    "dtype without size": marked(header(descr="'<U0'", shape="(1000000,)", values=b"")),
+    "text that is not Unicode": marked(header(descr="'<U1'", shape="(1,)", values=b"\xff\xff\xff\xff")),
+    "half a surrogate pair": marked(header(descr="'<U1'", shape="(1,)", values=b"\x00\xd8\x00\x00")),
+    "config that is no JSON": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "{"}),
+    "config nested": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "[" * 60000}),
+    "config without text": msgpack.packb({"__ModalityConfig_class__": True}),
+    "config of other types": msgpack.packb({"__ModalityConfig_class__": True, "as_json": '{"delta_indices": ["0"], "modality_keys": []}'}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_without_taking_memory(name: str) -> None:
+    data = REFUSED[name]
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            wire.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 24e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_oversized_messages_are_refused_unread() -> None:
+    with pytest.raises(WireError, match="at most 10"):
+        wire.decode(msgpack.packb("x" * 20), max_bytes=10)
+    with pytest.raises(WireError, match="at most 10"):
+        wire_json.from_json(b'"' + b"x" * 20 + b'"', max_bytes=10)
+
+
+@pytest.mark.parametrize("value", [object(), np.array([{}]), np.zeros(2, "i4,f4"), {1, 2}, 2**70, "\ud800", np.datetime64("2025-01-01")])
+def test_what_cannot_travel_is_named_by_the_sender(value: Any) -> None:
+    with pytest.raises(WireError):
+        wire.encode({"x": value})
+
+
+JSON_REFUSED = {
+    "nothing": b"",
+    "not JSON": b"{'a': 1}",
+    "not UTF-8": b'"\xff"',
+    "nested": b"[" * 9000,
+    "nested further": b"[" * 100_000,
+    "many lists": b"[" + b"[]," * 50_000 + b"0]",
+    "many numbers": b"[" + b"1," * 600_000 + b"0]",
+    "endless integer": b"1" * 10_000,
+    "no dtype": b'{"__numpy__": "AAAA", "shape": [3]}',
+    "object dtype": b'{"__numpy__": "AAAAAAAAAAA=", "dtype": "|O", "shape": [1]}',
+    "dtype of fields": b'{"__numpy__": "AAAA", "dtype": [["a", "|u1"]], "shape": [3]}',
+    "dtype that is an expression": b'{"__numpy__": "AAAA", "dtype": ",", "shape": [3]}',
+    "not base64": b'{"__numpy__": "AAA*", "dtype": "|u1", "shape": [3]}',
+    "wrong padding": b'{"__numpy__": "AAA", "dtype": "|u1", "shape": [3]}',
+    "wrong length": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [4]}',
+    "shape of many dimensions": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [' + b"1" * 4000 + b",1" * 400_000 + b"]}",
+    "shape beyond the address space": b'{"__numpy__": "", "dtype": "|u1", "shape": [0, 4000000000, 4000000000]}',
+    "negative shape": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [-3]}',
+    "shape of truth": b'{"__numpy__": "AA==", "dtype": "|u1", "shape": [true]}',
+}
+
+
+@pytest.mark.parametrize("name", JSON_REFUSED)
+def test_json_is_refused(name: str) -> None:
+    with pytest.raises(WireError):
+        wire_json.from_json(JSON_REFUSED[name])
+
+
+def test_json_carries_numpy_scalars_and_refuses_the_rest() -> None:
+    assert wire_json.from_json(wire_json.to_json(np.float32(1.5))) == np.float32(1.5)
+    for value in (object(), np.array([{}]), {(1, 2): 3}):
+        with pytest.raises(WireError):
+            wire_json.to_json({"x": value})
+
+
+def test_mutated_messages_raise_nothing_but_wire_errors() -> None:
+    """GR00T_FAST_FUZZ_MESSAGES=100000 for the long run."""
+    seeds = [reference.pack({"endpoint": "get_action", "data": observation(batch)}) for batch in (None, 2)]
+    seeds += [reference.pack({"x": array}) for array in ARRAYS.values()]
+    seeds.append(wire.encode({"video": ModalityConfig([0], ["video.webcam"])}))
+    _fuzz(Mutator(seeds), wire.decode)
+    json_seeds = [reference.json_numpy_text({"observation": observation()}).encode(), json.dumps({"encoded": "{}"}).encode()]
+    _fuzz(Mutator(json_seeds), wire_json.from_json)
+
+
+def _fuzz(mutator: Mutator, read: Any) -> None:
+    refused = 0
+    for _ in range(FUZZ_MESSAGES):
+        data = mutator.next()
+        try:
+            read(data)
+        except WireError:
+            refused += 1
+    assert refused > FUZZ_MESSAGES / 2
