@@ -60,8 +60,9 @@ class ActionPrefix:
     actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
     delay: the first `delay` rows will have been executed before the new chunk arrives (0 <= delay <= L); the rest may still change, the
     sooner due the less.
-    method: "rtc" pulls the denoising towards the rows (real-time chunking; the committed rows come out nearly the same),
-    "prefix" overwrites them at every denoising step (cheaper; the committed rows come out exactly the same).
+    The first `delay` rows come back exactly as they were given.
+    method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" overwrites
+    them at every denoising step (cheaper).
     """
 
     actions: Mapping[str, np.ndarray]

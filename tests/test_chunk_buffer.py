@@ -96,9 +96,7 @@ def test_lag_bridges_the_gap_that_dropping_would_leave() -> None:
     assert starved[False] > 40
 
 
-@given(
-    steps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=40), rows=st.integers(1, 16), bridge=st.integers(0, 40)
-)
+@given(steps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=40), rows=st.integers(1, 16), bridge=st.integers(0, 40))
 def test_lagging_never_goes_back_in_its_plan_nor_ahead_of_time(steps: list[tuple[int, int]], rows: int, bridge: int) -> None:
     buffer, tick, last = ChunkBuffer(lag=True), 0, -np.inf
     for delay, play in steps:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,14 +35,14 @@ TICKS_PER_EXAMPLE = 1000
 FPS = 30.0
 
 
-class Unreachable(ConnectionError):
+class UnreachableError(ConnectionError):
     """What a policy on a server raises while the server restarts."""
 
 
 class ScriptedPolicy:
     """Answers chunks whose numbers say where they come from: joint 0 the observation, joint 1 the row, joint 2 the policy's own episode.
 
-    `script`: what each call does, repeated for ever: "ok", "lost" (Unreachable), "crash" (a bug), "nan".
+    `script`: what each call does, repeated for ever: "ok", "lost" (UnreachableError), "crash" (a bug), "nan".
     """
 
     def __init__(self, script: list[str], horizon: int) -> None:
@@ -54,13 +57,17 @@ class ScriptedPolicy:
             self.prefixes.append((observed, prefix))
         what = next(self._script)
         if what in ("lost", "crash"):
-            self.last_error = Unreachable("no answer") if what == "lost" else ZeroDivisionError("a bug")
+            self.last_error = UnreachableError("no answer") if what == "lost" else ZeroDivisionError("a bug")
             raise self.last_error
         arm = np.zeros((self._horizon, 5), np.float32)
         arm[:, 0], arm[:, 1], arm[:, 2] = observed, np.arange(self._horizon), self.resets
         if what == "nan":
             arm[:, 4] = np.nan
         return {"action.single_arm": arm, "action.gripper": np.zeros((self._horizon, 1), np.float32)}
+
+    def recognise(self, error: Exception) -> None:
+        """What surfaced must be the very object that was raised."""
+        assert error is self.last_error
 
     def get_modality_config(self) -> dict:
         return modality_config()
@@ -112,8 +119,8 @@ def play(
                     try:
                         controller.plan(observation(tick))
                         break
-                    except (Unreachable, ZeroDivisionError) as error:
-                        assert error is policy.last_error
+                    except (UnreachableError, ZeroDivisionError) as error:
+                        policy.recognise(error)
                 newest, first = tick, True
             else:
                 first = False
@@ -126,14 +133,16 @@ def play(
             busy_or_supplied = worker.busy or (options.chunk_threshold is not None and controller._buffer.rows_left(tick) > 0)
             assert busy_or_supplied, "nobody thinks and nothing is left: the arm would stand for ever"
         except ZeroDivisionError as error:
-            assert error is policy.last_error  # the very object, at the next tick
+            policy.recognise(error)
             controller.reset()
             last = None
         tick += next(skip)
     return account, controller
 
 
-def check(account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy) -> None:
+def check(
+    account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy
+) -> None:
     note = controller.note
     if planned is not None:
         assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
@@ -157,7 +166,7 @@ OVERLAP = st.builds(
     OverlapOptions,
     chunk_threshold=st.one_of(st.none(), st.floats(0, 1)),
     smoothing=st.sampled_from(["none", "rtc"]),
-    recoverable=st.just((Unreachable,)),
+    recoverable=st.just((UnreachableError,)),
 )
 
 
@@ -332,7 +341,7 @@ def test_episodes_start_afresh() -> None:
 
 
 def test_a_lost_inference_is_survived_only_where_that_was_said() -> None:
-    for recoverable, survives in (((), False), ((Unreachable,), True)):
+    for recoverable, survives in (((), False), ((UnreachableError,), True)):
         policy, worker = ScriptedPolicy(["ok", "lost", "lost", "ok"], 4), VirtualWorker([2])
         options = OverlapOptions(recoverable=recoverable)
         controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
@@ -349,7 +358,7 @@ def test_a_lost_inference_is_survived_only_where_that_was_said() -> None:
             run()
             assert controller.summary()["lost_inferences"] > 1
         else:
-            with pytest.raises(Unreachable):
+            with pytest.raises(UnreachableError):
                 run()
 
 
@@ -389,7 +398,7 @@ class TestThread:
                 policy.reset()
 
         sleepy = Sleepy(["ok"], 40)
-        controller = ThreadedController(sleepy, binding(), "go", FakeClock(), FPS, OverlapOptions(recoverable=(Unreachable,)))
+        controller = ThreadedController(sleepy, binding(), "go", FakeClock(), FPS, OverlapOptions(recoverable=(UnreachableError,)))
         account, last = Account(40), None
         for tick in range(3000):
             if tick % 700 == 0:
@@ -471,6 +480,22 @@ class TestThread:
         assert thread_left_running()
         release.set()
         assert controller.close(5.0)
+
+    def test_a_hanging_inference_does_not_hold_up_the_end_of_the_program(self) -> None:
+        program = """
+import sys, threading, time
+from gr00t_fast import cli
+from gr00t_fast.control.worker import ThreadWorker
+worker = ThreadWorker()
+worker.submit(lambda: time.sleep(60))
+assert not worker.close(0.1)
+print("said")
+cli.leave(3)
+"""
+        began_s = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent.parent)
+        assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "")
+        assert time.monotonic() - began_s < 20
 
     def test_a_closed_worker_takes_nothing(self) -> None:
         worker = ThreadWorker()

@@ -1,0 +1,299 @@
+"""How far a new chunk jumps from the one it takes over from, by delay and by way of joining them.
+
+    python benchmarks/chunk_continuity.py --out=outputs/chunk_continuity          # random demo weights, made in --out
+
+The simulated arm of the demo runs in virtual time; an inference takes exactly `delay` ticks, and the next one begins when it is done. At each
+tick at which a chunk enters, the target that is sent is compared with the one that would have been sent without it (held, where the old chunk has
+run out): times the control rate, the jump of the joint's commanded velocity. Two policies: `network`, the checkpoint, and `smooth`, an exactly
+known flow with smooth chunks (smooth_flow.py) in the network's place, because RANDOM weights make chunks that are neither smooth nor related to
+one another: there, only what is carried over from the old chunk can join. No safety limit is applied to the figures. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
+
+import numpy as np
+import torch
+
+from benchmarks.smooth_flow import SmoothFlow
+from gr00t_fast import load_policy
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
+from gr00t_fast.control.chunk_buffer import ChunkBuffer, TimedChunk
+from gr00t_fast.control.controller import Thinker
+from gr00t_fast.control.safety import SafetyFilter
+from gr00t_fast.engine.continuation import denoise_towards
+from gr00t_fast.errors import Gr00tFastError, MissingExtraError
+from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots.so100_sim.robot import SimArm
+
+SMOOTHINGS = ("none", "ensemble", "prefix", "rtc")
+INSTRUCTION = "Place the block in the bowl"
+
+
+class VirtualClock:
+    """Time that moves tick by tick."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        self.time_s = max(self.time_s, deadline_s)
+
+
+class SmoothEngine:
+    """Runs the known flow instead of a network."""
+
+    name, continues = "smooth-flow", True
+
+    def run(self, inputs, noise, denoising_steps, timer, goal=None):
+        velocity = SmoothFlow(noise.shape[1], denoising_steps)
+        with timer.stage("denoise"), torch.no_grad():
+            if goal is not None:
+                return denoise_towards(velocity, noise, denoising_steps, goal)
+            actions = noise
+            for step in range(denoising_steps):
+                actions = actions + velocity(actions, step) / denoising_steps
+            return actions
+
+    def synchronise(self) -> None:
+        """Nothing runs apart."""
+
+
+class Episode:
+    """The arm, the policy and the chunk that plays, in lock-step."""
+
+    def __init__(self, policy: Any, smoothing: str, delay: int, fps: float, seed: int) -> None:
+        self.clock, self.fps, self.delay, self.smoothing = VirtualClock(), fps, delay, smoothing
+        camera = SimCameraConfig(width=640, height=480, fps=30)
+        self.arm = SimArm(SO100SimConfig(cameras={"front": camera}), self.clock)
+        self.arm.connect()
+        self.arm.reset(seed)
+        policy.reset()
+        facts = policy.facts
+        camera_map = resolve_camera_map(self.arm.cameras, facts.resolutions, None)
+        binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, self.arm.joint_names, camera_map)
+        self.thinker = Thinker(policy, binding, INSTRUCTION, self.clock)
+        self.buffer = ChunkBuffer(ensemble=smoothing == "ensemble")
+        self.safety = SafetyFilter(self.arm.joint_limits, self.arm.joint_names)
+
+    def play(self, ticks: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Per tick the target (J,), and at a boundary the target that would have been sent without the new chunk."""
+        self.safety.start(self.arm.observe(with_frames=False).joints)
+        self.buffer.offer(self._think(0), 0)
+        coming: TimedChunk | None = None
+        for tick in range(ticks):
+            self.clock.sleep_until_s(tick / self.fps)
+            without = None
+            if self.delay == 0 and tick > 0:
+                coming = self._think(tick)
+            if coming is not None and tick - coming.observed >= self.delay:
+                without = copy.copy(self.buffer).due(tick).target
+                self.buffer.offer(coming, tick)
+                coming = None
+            target = self.buffer.due(tick).target
+            self.arm.send(self.safety(target))
+            if coming is None and self.delay:
+                coming = self._think(tick)
+            yield target, without
+        self.arm.land()
+
+    def _think(self, tick: int) -> TimedChunk:
+        options, left = {}, self.buffer.leftover(tick)
+        if left and self.smoothing in ("rtc", "prefix"):
+            rows = min(len(values) for values in left.values())
+            options = {"prefix": ActionPrefix(left, min(self.delay, rows), self.smoothing)}
+        chunk, actions = self.thinker.think(self.arm.observe(), **options)
+        return TimedChunk(chunk, tick, 0, actions)
+
+
+def jumps_of(episode: Episode, ticks: int) -> dict[str, Any]:
+    """Jumps in degrees (gripper: per cent) per second, the largest joint of each boundary."""
+    played = list(episode.play(ticks))
+    targets = np.array([target for target, _ in played])
+    boundaries = [tick for tick, (_, without) in enumerate(played) if without is not None]
+    takeover = [episode.fps * np.abs(targets[tick] - played[tick][1]).max() for tick in boundaries]
+    change = episode.fps * np.abs(np.diff(targets, 2, axis=0)).max(axis=1)  # entry i: velocity into tick i + 2 against that into i + 1
+    ticks_of_change = np.arange(2, len(targets))
+    at_boundary = np.isin(ticks_of_change, boundaries)
+    after_boundary = np.isin(ticks_of_change - 1, boundaries)  # the way back from a jump is part of it
+    return {
+        "boundaries": len(boundaries),
+        "takeover_jump": percentiles(takeover),
+        "velocity_change_at_boundaries": percentiles(change[at_boundary]),
+        "velocity_change_within_chunks": percentiles(change[~at_boundary & ~after_boundary]),
+        "starved_ticks": episode.buffer.starved_ticks,
+    }
+
+
+def cost_of_a_step(policy: Any, rounds: int) -> dict[str, Any]:
+    """Denoising time per step in ms, the ways taking turns."""
+    observation = policy.example_observation(INSTRUCTION)
+    old, times = policy.get_action(observation), {"none": [], "prefix": [], "rtc": []}
+    for number in range(rounds + 2):
+        for method, samples in times.items():
+            prefix = None if method == "none" else ActionPrefix({key: rows[2:] for key, rows in old.items()}, 4, method)
+            policy.get_action(observation, prefix=prefix)
+            if number >= 2:
+                samples.append(policy.last_timing["denoise"] / policy.denoising_steps)
+    result = {method: percentiles(samples) for method, samples in times.items()}
+    return {"ms_per_step": result, "rtc_over_none": round(result["rtc"]["p50"] / result["none"]["p50"], 2)}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    path = arguments.model_path or _random_checkpoint(arguments)
+    policies = {name: _load(path, arguments) for name in arguments.policies}
+    for name, policy in policies.items():
+        if name == "smooth":
+            policy.engine = SmoothEngine()
+    table: dict[str, Any] = {}
+    for name, policy in policies.items():
+        for delay in arguments.delays:
+            for smoothing in SMOOTHINGS:
+                episode = Episode(policy, smoothing, delay, arguments.fps, arguments.seed)
+                table.setdefault(name, {}).setdefault(smoothing, {})[str(delay)] = jumps_of(episode, arguments.ticks)
+            if sys.stderr.isatty():
+                print(f"{name}: delay {delay} done", file=sys.stderr)
+    return {
+        "benchmark": "chunk_continuity",
+        "unit": "degrees (gripper: per cent) per second",
+        "jumps": table,
+        "cut_of_the_largest_jump": _cuts(table),
+        "cost": cost_of_a_step(policies["network"], arguments.rounds) if "network" in policies else None,
+        "denoising_steps": next(iter(policies.values())).denoising_steps,
+        "weights": str(arguments.model_path) if arguments.model_path else "RANDOM (demo size): chunks are unrelated to each other and to the scene",
+        "ticks": arguments.ticks,
+        "fps": arguments.fps,
+        "machine": machine(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command_line": shlex.join(sys.argv),
+        "seed": arguments.seed,
+    }
+
+
+def _cuts(table: dict[str, Any]) -> dict[str, Any]:
+    """Largest jump without smoothing over the largest with it, by policy, way and delay."""
+    return {
+        name: {way: {delay: _ratio(arms["none"][delay], row) for delay, row in by_delay.items()} for way, by_delay in arms.items() if way != "none"}
+        for name, arms in table.items()
+    }
+
+
+def _ratio(without: dict[str, Any], with_it: dict[str, Any]) -> float | None:
+    low = with_it["takeover_jump"]["max"]
+    return round(without["takeover_jump"]["max"] / low, 1) if low else None
+
+
+def _load(path: Path, arguments: argparse.Namespace) -> Any:
+    return load_policy(
+        path,
+        arguments.embodiment_tag,
+        arguments.data_config,
+        denoising_steps=arguments.denoising_steps,
+        device=arguments.device,
+        precision=arguments.precision,
+        engine="eager",
+        seed=arguments.seed,
+    )
+
+
+def _random_checkpoint(arguments: argparse.Namespace) -> Path:
+    from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+    path = arguments.out / "checkpoint-demo"
+    if not (path / "config.json").exists():
+        write_random_checkpoint(path, "demo", seed=arguments.seed)
+    return path
+
+
+def as_table(result: dict[str, Any]) -> str:
+    lines = []
+    for name, arms in result["jumps"].items():
+        delays = list(arms["none"])
+        lines += ["", f"{name}: largest jump at a chunk boundary, {result['unit']}", f"{'delay (ticks)':<16}" + "".join(f"{d:>9}" for d in delays)]
+        for way, rows in arms.items():
+            lines.append(f"{way:<16}" + "".join(f"{rows[d]['takeover_jump']['max']:>9.0f}" for d in delays))
+        within = [arms["none"][d]["velocity_change_within_chunks"] for d in delays]
+        lines.append(f"{'within chunks':<16}" + "".join(f"{row['max']:>9.0f}" if row else f"{'-':>9}" for row in within))
+        for way, cuts in result["cut_of_the_largest_jump"][name].items():
+            lines.append(f"cut by {way:<9}" + "".join(f"{f'{cuts[d]}x':>9}" for d in delays))
+    if result["cost"]:
+        steps = ", ".join(f"{way} {row['p50']:.2f}" for way, row in result["cost"]["ms_per_step"].items())
+        lines += ["", f"one denoising step (p50, ms): {steps}; rtc costs {result['cost']['rtc_over_none']}x"]
+    return "\n".join([*lines, f"weights: {result['weights']}"])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    from gr00t_fast.optional import require
+
+    require("matplotlib", "plots").use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(result["jumps"]), figsize=(5.5 * len(result["jumps"]), 4), squeeze=False, sharey=True)
+    titles = {"network": "the checkpoint's network", "smooth": "a known flow with smooth chunks"}
+    for axis, (name, arms) in zip(axes[0], result["jumps"].items(), strict=True):
+        for way, rows in arms.items():
+            axis.semilogy([int(d) for d in rows], [row["takeover_jump"]["max"] for row in rows.values()], marker="o", markersize=4, label=way)
+        axis.set_title(titles[name], fontsize=10)
+        axis.set_xlabel("delay (ticks)")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel(f"largest jump at a boundary\n({result['unit']})", fontsize=9)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        result = run(arguments)
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(as_table(result))
+    (arguments.out / "chunk_continuity.json").write_text(json.dumps(result, indent=2) + "\n")
+    try:
+        plot(result, arguments.out / "chunk_continuity.png")
+    except MissingExtraError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of demo size is made in --out")
+    parser.add_argument("--embodiment_tag", default="new_embodiment")
+    parser.add_argument("--data_config", default="so100")
+    parser.add_argument("--denoising_steps", type=int, help="default: the checkpoint's own")
+    parser.add_argument("--delays", type=int, nargs="+", default=list(range(9)), help="ticks per inference")
+    parser.add_argument("--policies", nargs="+", choices=("network", "smooth"), default=["network", "smooth"])
+    parser.add_argument("--ticks", type=int, default=90, help="per run")
+    parser.add_argument("--fps", type=float, default=30.0)
+    parser.add_argument("--rounds", type=int, default=20, help="calls per way when timing a step")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/chunk_continuity"), help="directory for the JSON and the plot")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""Chunks that continue another one: nothing changes without, committed actions come out the same with, and the joint is smooth.
+
+The algorithm is tried on a flow whose answer is known (benchmarks/smooth_flow.py), the wiring on a network with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import chunk_continuity
+from benchmarks.smooth_flow import SmoothFlow
+from gr00t_fast import load_policy
+from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy
+from gr00t_fast.engine.continuation import Goal, denoise_towards, guidance_weight, soft_mask
+from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+HORIZON, WIDTH = 16, 32
+METHODS = ("rtc", "prefix")
+
+
+class TestMask:
+    def test_committed_fading_free(self) -> None:
+        mask = soft_mask(16, 4, 12)
+        assert mask[:4].tolist() == [1.0] * 4
+        assert (mask[4:12].diff() < 0).all()
+        assert 0 < mask[11] < mask[4] < 1
+        assert mask[12:].tolist() == [0.0] * 4
+
+    def test_the_papers_formula(self) -> None:
+        c = (12 - 6) / (12 - 4 + 1)
+        assert soft_mask(16, 4, 12)[6] == pytest.approx(c * (math.exp(c) - 1) / (math.e - 1))
+
+    @pytest.mark.parametrize(("delay", "overlap"), [(0, 0), (0, 16), (16, 16), (8, 8)])
+    def test_ends(self, delay: int, overlap: int) -> None:
+        mask = soft_mask(16, delay, overlap)
+        assert ((mask >= 0) & (mask <= 1)).all()
+        assert mask[:delay].sum() == delay
+        assert not mask[overlap:].any()
+
+
+def test_guidance_weight_is_clipped_at_both_ends() -> None:
+    assert guidance_weight(0.0, 5) == guidance_weight(0.0, 50) == 5.0  # the paper's beta
+    assert guidance_weight(0.0, 2) == 2.0  # more would overshoot: a step moves the end by weight / steps
+    assert guidance_weight(0.5, 5) == pytest.approx(2.0)
+    assert guidance_weight(0.75, 4) == pytest.approx(0.625 / 0.1875)
+
+
+def largest(values: torch.Tensor) -> float:
+    return float(values.abs().max())
+
+
+def goal_of(method: str, rows: torch.Tensor, delay: int) -> Goal:
+    """rows (L, A) are known."""
+    actions = torch.zeros(1, HORIZON, rows.shape[1])
+    actions[0, : len(rows)] = rows
+    return Goal(actions, soft_mask(HORIZON, delay, len(rows))[:, None].expand(-1, rows.shape[1]), method)
+
+
+class TestFlow:
+    """On the flow whose conditional distribution is known."""
+
+    def sample(self, steps: int = 4, seed: int = 0, count: int = 1) -> torch.Tensor:
+        flow, noise = SmoothFlow(HORIZON, steps), torch.randn(count, HORIZON, 6, generator=torch.Generator().manual_seed(seed))
+        actions = noise
+        for step in range(steps):
+            actions = actions + flow(actions, step) / steps
+        return actions
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("delay", range(6))
+    def test_the_jump_where_the_new_chunk_takes_over_is_cut(self, method: str, delay: int) -> None:
+        """Old chunk observed `delay` ticks earlier, as when thinking never stops; 40 pairs. The jump: new minus old target of the same tick.
+
+        Up to a delay of five of sixteen rows, where enough of the old chunk is left to fade over; beyond, the factor sinks to two.
+        """
+        old, plain = self.sample(seed=1, count=40)[:, max(1, delay) :], self.sample(seed=2, count=40)
+        noise = torch.randn(40, HORIZON, 6, generator=torch.Generator().manual_seed(2))
+        new = torch.cat([denoise_towards(SmoothFlow(HORIZON, 4), noise[i : i + 1], 4, goal_of(method, old[i], delay)) for i in range(40)])
+        assert largest(plain[:, delay] - old[:, delay]) > 3 * largest(new[:, delay] - old[:, delay])
+
+    def test_guidance_samples_what_the_known_rows_imply(self) -> None:
+        """With many steps the mean over noises comes near the Gaussian conditional mean of the free rows (the method approximates: it takes
+        the actions' deviation for 1, here it is 0.5). Without the Jacobian the free rows would stay around 0."""
+        steps, known = 20, 6
+        rows = self.sample(steps, seed=3)[0, :known]
+        noise = torch.randn(400, HORIZON, 6, generator=torch.Generator().manual_seed(4))
+        weights = (torch.arange(HORIZON) < known).float()[:, None].expand(-1, 6)
+        goal = Goal(goal_of("rtc", rows, known).actions, weights, "rtc")
+        mean = denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal).mean(0)
+        s = SmoothFlow(HORIZON, 1).covariance.float()
+        expected = s[known:, :known] @ torch.linalg.solve(s[:known, :known], rows)  # (H - known, A)
+        assert largest(mean[:known] - rows) < 0.15
+        assert largest(mean[known] - expected[0]) < 0.3 * largest(expected[0])
+
+    def test_the_gradient_goes_through_the_network(self) -> None:
+        """Free rows follow the known ones only by the Jacobian: the mask does not touch them."""
+        rows = torch.full((4, 6), 1.5)
+        noise = torch.zeros(1, HORIZON, 6)
+        free = denoise_towards(SmoothFlow(HORIZON, 8), noise, 8, goal_of("rtc", rows, 4))[0, 4:]
+        assert free[0].min() > 0.7
+        assert (free[:-1] > free[1:]).all()
+
+    @pytest.mark.parametrize("steps", [2, 4, 8])
+    def test_committed_rows(self, steps: int) -> None:
+        noise = torch.randn(1, HORIZON, 6, generator=torch.Generator().manual_seed(6))
+        rows = self.sample(steps, seed=5)[0, 4:]
+        free = denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal_of("rtc", rows[:0], 0))[0, :4]
+        overwritten, guided = (denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal_of(m, rows, 4))[0, :4] for m in ("prefix", "rtc"))
+        assert torch.equal(overwritten, rows[:4])
+        assert largest(guided - rows[:4]) < largest(free - rows[:4])
+
+
+def test_guidance_closes_the_gap_of_a_network_that_is_near_the_identity() -> None:
+    """A step moves the end by weight / steps of the gap: what four leave is (1 - 1)(1 - 0.83)(1 - 0.5)(1 - 0.83) = 0 of it, up to rounding."""
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    end = denoise_towards(lambda actions, step: torch.ones_like(actions), torch.zeros(1, HORIZON, 6), 4, goal_of("rtc", rows, 8))
+    assert largest(end[0, :8] - rows) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path):
+    return load_policy(checkpoint, device="cpu", precision="fp32", seed=0)
+
+
+NOISE = np.random.default_rng(1).standard_normal((1, HORIZON, WIDTH)).astype(np.float32)
+
+
+def observation(seed: int, batch: int | None = None) -> dict:
+    rng = np.random.default_rng(seed)
+    lead = (1,) if batch is None else (batch, 1)
+    return {
+        "video.webcam": rng.integers(0, 255, (*lead, 480, 640, 3), dtype=np.uint8),
+        "state.single_arm": rng.uniform(-20, 20, (*lead, 5)),
+        "state.gripper": rng.uniform(0, 60, (*lead, 1)),
+        "annotation.human.task_description": ["go"] * (batch or 1),
+    }
+
+
+def later(actions: dict[str, np.ndarray], elapsed: int) -> dict[str, np.ndarray]:
+    return {key: rows[..., elapsed:, :] for key, rows in actions.items()}
+
+
+def joined(actions: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([actions["action.single_arm"], actions["action.gripper"]], axis=-1)
+
+
+def test_is_a_continuing_policy(policy) -> None:
+    assert isinstance(policy, ContinuingPolicy)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_off_is_bit_identical(checkpoint: Path, precision: str) -> None:
+    """No prefix, one without rows, and a call after a continued one: all the same bits as a policy that never heard of it."""
+    fresh, used = (load_policy(checkpoint, device="cpu", precision=precision, seed=0) for _ in range(2))
+    expected = joined(fresh.get_action(observation(1), noise=NOISE))
+    empty = {"action.single_arm": np.empty((0, 5), np.float32), "action.gripper": np.empty((0, 1), np.float32)}
+    for method in METHODS:
+        used.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(later(fresh.get_action(observation(2)), 4), 4, method))
+        assert np.array_equal(joined(used.get_action(observation(1), noise=NOISE)), expected)
+        assert np.array_equal(joined(used.get_action(observation(1), noise=NOISE, prefix=ActionPrefix(empty, 0, method))), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("delay", [0, 1, 3, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, delay: int, method: str) -> None:
+    policy = load_policy(checkpoint, device="cpu", precision=precision, seed=0)
+    old = later(policy.get_action(observation(1)), delay)
+    new = policy.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(old, delay, method))
+    assert np.array_equal(joined(new)[:delay], joined(old)[:delay])
+    assert joined(new).shape == (HORIZON, 6)
+
+
+@pytest.mark.parametrize("delay", [1, 3, 8])
+def test_what_guidance_alone_leaves_of_the_gap(policy, monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
+    """Before the committed rows are put in place. Beyond what an identity would leave (nothing, see above) it is the network's own Jacobian:
+    about two per cent with these weights; five leave room for other rounding."""
+    seen = {}
+    run = policy.engine.run
+
+    def watched(*args, goal=None):
+        seen["goal"], seen["actions"] = goal, run(*args, goal=goal)
+        return seen["actions"]
+
+    monkeypatch.setattr(policy.engine, "run", watched)
+    policy.get_action(observation(2), noise=NOISE)
+    plain = seen["actions"][0, :delay, :6]
+    policy.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(later(policy.get_action(observation(1)), delay), delay, "rtc"))
+    wanted, guided = seen["goal"].actions[0, :delay, :6], seen["actions"][0, :delay, :6]
+    assert largest(guided - wanted) < 0.05 * largest(plain - wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("delay", range(6))
+def test_the_jump_of_a_network_with_random_weights_is_cut(policy, method: str, delay: int) -> None:
+    """Four pairs of chunks, the largest of all joints: degrees between the new and the old target of the tick at which the new chunk enters."""
+    with_it, without = [], []
+    for seed in range(4):
+        old = later(policy.get_action(observation(seed)), max(1, delay))
+        noise = np.random.default_rng(seed).standard_normal((1, HORIZON, WIDTH)).astype(np.float32)
+        for prefix, jumps in ((ActionPrefix(old, delay, method), with_it), (None, without)):
+            new = policy.get_action(observation(seed + 10), noise=noise, prefix=prefix)
+            jumps.append(np.abs(joined(new)[delay] - joined(old)[delay]).max())
+    assert max(without) > 3 * max(with_it)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_as_single(policy, method: str) -> None:
+    old = [policy.get_action(observation(seed)) for seed in (1, 2)]
+    prefix = ActionPrefix({key: np.stack([later(a, 4)[key] for a in old]) for key in old[0]}, 3, method)
+    single = observation(5)
+    both = {key: np.stack([value, value]) if isinstance(value, np.ndarray) else value * 2 for key, value in single.items()}
+    got = joined(policy.get_action(both, noise=np.concatenate([NOISE, NOISE]), prefix=prefix))
+    for index, actions in enumerate(old):
+        alone = joined(policy.get_action(single, noise=NOISE, prefix=ActionPrefix(later(actions, 4), 3, method)))
+        assert np.allclose(got[index], alone, atol=2e-2)  # degrees; products of other shapes round differently
+
+
+def test_a_shorter_horizon(checkpoint: Path) -> None:
+    policy = load_policy(checkpoint, device="cpu", precision="fp32", action_horizon=8, seed=0)
+    old = policy.get_action(observation(1))
+    new = policy.get_action(observation(2), prefix=ActionPrefix(later(old, 2), 6, "prefix"))
+    assert np.array_equal(joined(new)[:6], joined(old)[2:])
+    assert joined(new).shape == (8, 6)
+
+
+def test_no_memory_of_gradients(policy) -> None:
+    policy.get_action(observation(1), prefix=ActionPrefix(policy.get_action(observation(2)), 3, "rtc"))
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in policy.engine.model.parameters())
+    assert not torch.is_inference_mode_enabled()
+
+
+GOOD = {"action.single_arm": np.zeros((8, 5), np.float32), "action.gripper": np.zeros((8, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "says"),
+    [
+        (ActionPrefix({"action.single_arm": GOOD["action.single_arm"]}, 1), "action.gripper"),
+        (ActionPrefix({**GOOD, "action.gripper": np.zeros((7, 1), np.float32)}, 1), "equal length"),
+        (ActionPrefix({**GOOD, "action.gripper": np.zeros((8, 2), np.float32)}, 1), "shape"),
+        (ActionPrefix({**GOOD, "action.gripper": np.full((8, 1), np.nan, np.float32)}, 1), "finite"),
+        (ActionPrefix(GOOD, 9), "delay"),
+        (ActionPrefix(GOOD, -1), "delay"),
+        (ActionPrefix(GOOD, 1, "inpaint"), "inpaint"),
+    ],
+)
+def test_a_prefix_that_makes_no_sense(policy, prefix: ActionPrefix, says: str) -> None:
+    with pytest.raises(ObservationError, match=says):
+        policy.get_action(observation(1), prefix=prefix)
+
+
+def test_an_engine_that_cannot(policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(policy.engine), "continues", False)
+    with pytest.raises(ConfigError, match="--engine=eager"):
+        policy.get_action(observation(1), prefix=ActionPrefix(GOOD, 1))
+
+
+def test_warm_up_covers_it_and_keeps_the_noise(checkpoint: Path) -> None:
+    warmed, cold = (load_policy(checkpoint, device="cpu", precision="fp32", seed=3) for _ in range(2))
+    warmed.warm_up("go", prefix_method="rtc")
+    assert np.array_equal(joined(warmed.get_action(observation(1))), joined(cold.get_action(observation(1))))
+
+
+def test_benchmark(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mujoco")
+    flags = ["--delays", "0", "3", "--ticks=20", "--rounds=2", "--device=cpu", f"--model_path={checkpoint}", f"--out={tmp_path}"]
+    assert chunk_continuity.main(flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for policy in ("network", "smooth"):
+        assert result["cut_of_the_largest_jump"][policy]["rtc"]["3"] > 3
+        assert result["jumps"][policy]["none"]["3"]["starved_ticks"] == 0
+    assert result["cost"]["ms_per_step"]["rtc"]["count"] == 2
+    assert (tmp_path / "chunk_continuity.png").read_bytes().startswith(b"\x89PNG")
