@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from gr00t_fast import cli
@@ -30,21 +31,25 @@ from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
 def run(config: RunConfig) -> int:
     """One run; returns the exit code. Raises Gr00tFastError with the arm untouched or landed."""
-    with StopSignals() as stop:
-        with stop.armed():
-            policy = load(config)
-            robot = build_robot(config)
-            preflight = Preflight(robot, policy.facts, strict=config.preflight == "refuse")
-            fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-            outputs = Outputs(config.out, config.video, config.show_images, fps, on_quit=lambda: stop.request("window closed"))
-            loop = control_loop(config, policy, robot, fps, stop, preflight, outputs)
-            loop.controller.warm_up()
-        try:
-            with outputs:
-                loop.run()
-        finally:
-            if loop.trace.landing is not None:
-                outputs.write(loop, cli.settings_of(config), preflight.warnings)
+    stop = StopSignals()
+    with stop, stop.armed():
+        policy = load(config)
+        robot = build_robot(config)
+        preflight = Preflight(robot, policy.facts, strict=config.preflight == "refuse")
+        fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
+        outputs = Outputs(config.out, config.video, config.show_images, fps, on_quit=lambda: stop.request("window closed"))
+        loop = control_loop(config, policy, robot, fps, stop, preflight, outputs)
+        loop.controller.warm_up()
+    try:
+        with outputs:
+            try:
+                with stop:  # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
+                    loop.run()
+            finally:
+                cli.announce_landing(loop.trace.landing)  # before anything that can fail or take time
+    finally:
+        if loop.trace.landing is not None:
+            outputs.write(loop, cli.settings_of(config), preflight.warnings, failing=sys.exc_info()[0] is not None)
     return cli.exit_code(stop, loop.trace.landing)
 
 

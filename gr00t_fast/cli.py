@@ -5,6 +5,7 @@ Imports of torch, lerobot and mujoco happen in the functions that need them: `--
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
+_FPS_RANGE = (1, 200)  # Hz; six servos take about 4 ms for one read and one write
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
 def _validate(config: RunConfig) -> None:
     if config.robot is None:
         raise UsageError(f"--robot.type is missing; choose from {', '.join(sorted(RobotConfig.get_known_choices()))}.")
+    _validate_cameras(config.robot)
     if isinstance(config.robot, SO100FollowerConfig):
         _validate_follower(config.robot)
     if not config.model_path.strip():
@@ -84,6 +87,10 @@ def _validate(config: RunConfig) -> None:
         raise UsageError(
             '--lang_instruction is missing or empty. Say what to do, in the words of the training data: --lang_instruction="Pick up the cube".'
         )
+    try:
+        config.lang_instruction.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--lang_instruction={config.lang_instruction!a} holds bytes that are no UTF-8 text. Type it in a UTF-8 terminal.") from None
     if not _DEVICE.fullmatch(config.device):
         raise UsageError(
             f"--device={config.device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(config.device, ('auto', 'cuda', 'cpu', 'mps'))}"
@@ -96,6 +103,10 @@ def _validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number.")
+    if config.fps is not None and not _FPS_RANGE[0] <= config.fps <= _FPS_RANGE[1]:
+        raise UsageError(f"--fps={config.fps:g} must be from {_FPS_RANGE[0]} to {_FPS_RANGE[1]} Hz: what cameras and the servo bus can do.")
+    if config.timeout is not None and config.timeout < 1 / (config.fps or _FPS_RANGE[1]):
+        raise UsageError(f"--timeout={config.timeout:g} is shorter than one tick: the arm would not move. It counts in seconds.")
     for name in ("seed", "max_held_ticks"):
         value = getattr(config, name)
         if value is not None and value < 0:
@@ -116,6 +127,13 @@ def _validate_controller(config: RunConfig) -> None:
         raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
     if config.when_late == "lag" and config.smoothing != "none":
         raise UsageError(f"--when_late=lag and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
+
+
+def _validate_cameras(robot: RobotConfig) -> None:
+    for name, camera in getattr(robot, "cameras", {}).items():
+        for setting in ("width", "height", "fps"):
+            if (value := getattr(camera, setting)) <= 0:
+                raise UsageError(f"--robot.cameras.{name}.{setting}={value} must be at least 1.")
 
 
 def _validate_follower(robot: SO100FollowerConfig) -> None:
@@ -139,6 +157,8 @@ def settings_of(config: RunConfig) -> dict[str, object]:
 def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -173,15 +193,21 @@ def _explain(error: Gr00tFastError, code: int, verbose: bool) -> int:
     return code
 
 
+def announce_landing(landing: LandingReport | None) -> None:
+    """Say whether the arm is still powered, also when another error is on its way. Raises nothing: the terminal may be gone."""
+    if landing is None:
+        return
+    with contextlib.suppress(OSError):
+        if not landing.safe:
+            problems = "; ".join(landing.problems) or "not every joint, port and camera could be released"
+            print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr, flush=True)
+        elif "held" in landing.torque.values():
+            print("The arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.", flush=True)
+
+
 def exit_code(stop: StopSignals, landing: LandingReport) -> int:
     """0 when the run ended by itself, 128 + signal when it was stopped; 1 when the arm may still be powered, whatever else happened."""
-    if not landing.safe:
-        problems = "; ".join(landing.problems) or "not every joint, port and camera could be released"
-        print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr)
-        return EXIT_ERROR
-    if "held" in landing.torque.values():
-        print("The arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.")
-    return stop.exit_code or EXIT_OK
+    return stop.exit_code or EXIT_OK if landing.safe else EXIT_ERROR
 
 
 def leave(code: int) -> NoReturn:

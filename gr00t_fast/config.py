@@ -198,6 +198,13 @@ def _positive(section: Mapping[str, Any], key: str, default: float, where: str) 
     return float(value)
 
 
+def _switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    value = section.get(key, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where}: '{key}' must be true or false, got {value!r}. The file is incomplete or damaged.")
+    return value
+
+
 def _eagle_section(eagle: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(eagle.get(name), Mapping):
         raise CheckpointError(f"eagle2_hg_model/config.json has no '{name}' section. Expected Eagle's config.json.")
@@ -250,7 +257,7 @@ def _head(config: Mapping[str, Any], head: Mapping[str, Any]) -> ActionHeadConfi
         denoising_steps=_need(head, "num_inference_timesteps", where),
         timestep_buckets=_need(head, "num_timestep_buckets", where),
         output_dim=_need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
-        use_vlln=bool(head.get("use_vlln", True)),
+        use_vlln=_switch(head, "use_vlln", True, where),
         dit=_transformer(head, "diffusion_model_cfg"),
         vl_attention=_transformer(head, "vl_self_attention_cfg"),
     )
@@ -283,6 +290,7 @@ def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
         "text_config.head_dim is even": language.head_dim % 2 == 0,
         "action_head_cfg.input_embedding_dim is even": config.head.dit.width % 2 == 0,
         "action_head_cfg.max_seq_len is at least action_horizon": config.head.max_positions >= config.head.action_horizon,
+        "action_head_cfg.num_timestep_buckets is at least num_inference_timesteps": config.head.timestep_buckets >= config.head.denoising_steps,
         "image_token_index is below text_config.vocab_size": language.image_token_id < language.vocab_size,
     }
     for condition, holds in conditions.items():

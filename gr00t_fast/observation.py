@@ -125,6 +125,10 @@ def _instructions(key: str, value: Any, batch: int) -> list[str]:
     for item in items:
         if not item.strip():
             raise ObservationError(f"{key}: the instruction is empty. Say what the robot shall do.")
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise ObservationError(f"{key}: expected text that UTF-8 can hold, got {item!a} ({error.reason}).") from error
     return [str(item) for item in items]
 
 

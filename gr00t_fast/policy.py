@@ -23,7 +23,7 @@ from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, load_model, op
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PartStatistics, PolicyFacts
 from gr00t_fast.data_config import DataConfig, load_data_config
 from gr00t_fast.engine import Engine, Goal, check_engine, make_engine, select_device, select_precision, soft_mask
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
@@ -187,8 +187,8 @@ class Gr00tPolicy:
             actions = self._pieces.action(normalised[:, : self.action_horizon].float().cpu().numpy())
             if not parsed.batched:
                 actions = {key: value[0] for key, value in actions.items()}
-            if goal is not None and goal.method == "prefix":
-                for key, rows in actions.items():  # exactly, without the rounding of normalising and back
+            if goal is not None:
+                for key, rows in actions.items():  # they are facts by now: exactly, without what guidance leaves and normalising rounds
                     committed = min(prefix.delay, self._action_horizon)
                     rows[..., :committed, :] = prefix.actions[key][..., :committed, :]
         self.last_timing = timer.finish()
@@ -197,17 +197,27 @@ class Gr00tPolicy:
     def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
         """Run until the first-call costs are paid, with `prefix_method` those of continuing a chunk too; returns the last call's timing.
 
-        Does not disturb the noise sequence of a seeded policy.
+        Does not disturb the noise sequence of a seeded policy. Raises CheckpointError when an action is NaN or infinite.
         """
         observation = self.example_observation(instruction or _WARM_UP_INSTRUCTION)
         state = self._generator.get_state()
         for _ in range(_WARM_UP_CALLS):
             actions = self.get_action(observation)
+            self._check_finite(actions)
         if prefix_method is not None:
             for _ in range(_WARM_UP_CALLS):
-                self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method))
+                self._check_finite(self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method)))
         self._generator.set_state(state)
         return self.last_timing
+
+    def _check_finite(self, actions: dict[str, np.ndarray]) -> None:
+        unusable = [key for key, values in actions.items() if not np.isfinite(values).all()]
+        if unusable:
+            narrow = "" if self.dtype == torch.float32 else f" {self.dtype} may overflow where fp32 does not: try --precision=fp32."
+            raise CheckpointError(
+                f"the network answers NaN or infinity ({', '.join(unusable)}) to an ordinary observation in {self.dtype}; expected finite actions."
+                f"{narrow or ' The weights or the statistics are damaged: copy or download the checkpoint again.'}"
+            )
 
     def example_observation(self, instruction: str = _WARM_UP_INSTRUCTION) -> dict[str, Any]:
         """An observation of the right form: mid-grey pictures, joints in the middle of their range. For warm-up and timing."""

@@ -145,6 +145,12 @@ BAD = {
     "camera is a number": ([*FOLLOWER, "--robot.cameras=5"], "expected names with settings"),
     "fractional camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: 29.97}}"], "--robot.cameras.front.fps"),
     "sim camera on a real arm": ([*FOLLOWER, "--robot.cameras={front: {type: sim}}", *SIM[1:]], "only --robot.type=so100_sim has"),
+    "camera height 0": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, height: 0}}", *SIM[1:]], "--robot.cameras.front.height=0"),
+    "negative camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: -30}}", *SIM[1:]], "--robot.cameras.front.fps=-30"),
+    "absurd rate": ([*SIM, "--fps=1e9"], "must be from 1 to 200 Hz"),
+    "rate next to zero": ([*SIM, "--fps=1e-300"], "must be from 1 to 200 Hz"),
+    "timeout below a tick": ([*SIM, "--timeout=0.001"], "shorter than one tick"),
+    "instruction that is no text": ([*SIM[:2], "--lang_instruction=a\udcffb"], "no UTF-8 text"),
     "camera map is a text": ([*SIM, "--camera_map=front"], "--camera_map: "),
     "missing config file": ([*SIM, "--config_path=/nowhere.yaml"], "cannot read '/nowhere.yaml'"),
     "config path is a directory": ([*SIM, "--config_path=/"], "cannot read '/'"),
@@ -254,6 +260,7 @@ def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: py
 def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert world.run(f"--out={tmp_path / 'file' / 'x'}") == 1
+    assert world.run(f"--video={tmp_path / 'file' / 'x.mp4'}") == 1
     world.policy.facts = facts(tag="gr1")
     assert world.run() == 1
     world.policy.facts = FakePolicy(FakeClock()).facts
@@ -300,6 +307,32 @@ def test_an_unsafe_landing_is_an_error_whatever_else(world: World, capsys: pytes
     world.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 did not answer"])
     assert world.run() == 1
     assert "MAY STILL BE POWERED: servo 6 did not answer" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_hides_neither_the_error_nor_the_powered_arm(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies() -> None:
+        if len(world.robot.sent) == 2:
+            (tmp_path / "report.json").mkdir()
+            raise RobotError("servo 3 is silent")
+
+    world.robot.on_send = dies
+    world.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 did not answer"])
+    assert world.run(f"--out={tmp_path}") == 1
+    captured = capsys.readouterr()
+    powered, warning, error = captured.err.splitlines()
+    assert "MAY STILL BE POWERED: servo 6 did not answer" in powered
+    assert warning.startswith("WARNING: the report of the run could not be written: --out")
+    assert error == "error: servo 3 is silent"
+    assert "ended by error" in captured.out
+
+
+def test_signals_have_their_usual_effect_once_the_arm_has_landed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(script.Outputs, "write", lambda *_, **__: seen.append(signal.getsignal(signal.SIGTERM)))
+    assert world.run() == 0
+    assert seen == [before]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

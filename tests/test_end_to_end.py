@@ -160,8 +160,17 @@ OUTCOMES = {
     "cable out and in again": (_bus("unplug", "replug"), Outcome(0, "landing: torque off", event="reconnect", flags=("--timeout=6",))),
     "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:", flags=())),
     "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", flags=())),
-    "network answers NaN": (None, Outcome(1, "NaN", checkpoint="poisoned", flags=())),
 }
+
+
+def test_a_network_that_answers_nan_never_gets_the_arm(stand: Stand) -> None:
+    program = stand.start("poisoned")
+    said = _finish(program)
+    assert program.returncode == 1, said
+    assert "the network answers NaN" in said
+    assert "Traceback" not in said
+    assert "landing:" not in said  # found before the arm was connected
+    assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
 
 
 @pytest.mark.parametrize("fault", OUTCOMES)

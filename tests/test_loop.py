@@ -227,6 +227,25 @@ def test_an_unsafe_landing_is_kept() -> None:
     assert not bench.loop.run().landing.safe
 
 
+@pytest.mark.parametrize("event", ["reconnect", "torque_restored"])
+def test_after_an_outage_steps_are_limited_from_where_the_arm_is(event: str) -> None:
+    bench = Bench()
+    robot, count, sagged = bench.robot, [0], []
+
+    def sag() -> None:
+        count[0] += 1
+        if count[0] == 6:
+            robot.events[event] = 1
+            robot.pose = robot.pose - 18.0
+            robot._move = lambda: None  # it stays where it sagged to
+            sagged.append((len(robot.sent), robot.pose.copy()))
+
+    robot.on_observe = sag
+    bench.loop.run()
+    index, pose = sagged[0]
+    assert np.abs(robot.sent[index][1] - pose).max() <= 6.0 + 1e-9
+
+
 class TestStopSignals:
     """The handler's rules, with signals raised in this process."""
 
@@ -270,6 +289,35 @@ class TestStopSignals:
         with StopSignals() as stop, pytest.raises(StopRequested):
             transfer(stop)
         assert done == []
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
+    def test_an_atomic_block_that_waits_for_a_lost_cable_is_left_soon(self) -> None:
+        def wait(stop: StopSignals) -> None:
+            with stop.armed(), stop.atomic():
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(5)
+
+        before, began_s = signal.getsignal(signal.SIGALRM), time.perf_counter()
+        with StopSignals() as stop, pytest.raises(StopRequested):
+            wait(stop)
+        assert 0.4 < time.perf_counter() - began_s < 1.5
+        assert signal.getsignal(signal.SIGALRM) is before
+
+    def test_no_timer_is_left_behind_by_a_finished_transfer(self) -> None:
+        def transfer(stop: StopSignals) -> None:
+            with stop.armed(), stop.atomic():
+                signal.raise_signal(signal.SIGINT)
+
+        with StopSignals() as stop, pytest.raises(StopRequested):
+            transfer(stop)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+    @pytest.mark.parametrize("name", ["SIGQUIT", "SIGTSTP"])
+    def test_keys_that_would_end_or_freeze_the_program_land_instead(self, name: str) -> None:
+        if not hasattr(signal, name):
+            pytest.skip("POSIX only")
+        with StopSignals() as stop, pytest.raises(StopRequested, match=name), stop.armed():
+            signal.raise_signal(getattr(signal, name))
 
     def test_an_exception_swallowed_by_a_library_is_raised_again_by_check(self) -> None:
         done = []

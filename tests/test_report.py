@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,28 @@ def test_a_failing_encoder_never_disturbs_the_run(tmp_path: Path) -> None:
         for number in range(100):
             video.see(frames_of(number))
     assert video.error
+
+
+def test_an_encoder_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_FINISH_S", 0.3)
+    video = VideoRecorder(tmp_path / "run.mp4", 30.0)
+    began_s = time.monotonic()
+    with video:
+        video.see(frames_of(0))
+        while video._process is None:
+            time.sleep(0.01)
+        os.kill(video._process.pid, signal.SIGSTOP)
+        for number in range(200):
+            video.see(frames_of(number))
+    assert time.monotonic() - began_s < 5
+    assert "was killed" in video.error
+    assert video._process.wait(5) == -signal.SIGKILL
+
+
+def test_settings_that_are_no_json_numbers_are_written_as_text(bench: Bench, tmp_path: Path) -> None:
+    report = build_report(bench.loop, {"reconnect_s": float("inf"), "path": "a\udcffb"})
+    loaded = json.loads(write_report(report, tmp_path)[0].read_text())
+    assert loaded["settings"] == {"reconnect_s": "inf", "path": "a\udcffb"}
 
 
 def test_side_by_side_has_even_sizes() -> None:

@@ -100,20 +100,54 @@ def test_make_robot_makes_the_arm_without_touching_anything() -> None:
         make_robot(ours.RobotConfig())
 
 
+@pytest.mark.parametrize(
+    ("flag", "bad"),
+    [
+        *(("max_relative_target", bad) for bad in (0, -5, float("nan"), float("inf"), dict.fromkeys(SO100_JOINTS, 5.0) | {"gripper": -1.0})),
+        *(("connect_attempts", bad) for bad in (0, -3)),
+        *(("reconnect_s", bad) for bad in (-1.0, float("nan"), float("inf"))),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(flag: str, bad: object) -> None:
+    with pytest.raises(ConfigError, match=rf"--robot\.{flag} must be"):
+        make_robot(ours.SO100FollowerConfig(port="/dev/none", **{flag: bad}))
+
+
 # A plain run
+
+
+def test_an_arm_that_is_only_looked_at_is_never_powered(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    on = []
+    for servo in bus.servos:
+        original = servo.write
+        servo.write = lambda address, data, original=original: (
+            on.append(address == Register.TORQUE_ENABLE and data[0] == 1),
+            original(address, data),
+        )[1]
+    arm.connect()
+    arm.observe()
+    report = arm.land()
+    assert report.safe
+    assert on
+    assert not any(on)
+    assert_landed(bus, arm, report)
 
 
 def test_connect_observe_send_land(bus: VirtualBus, tmp_path: Path) -> None:
     arm = make_arm(bus, tmp_path)
     arm.connect()
     assert isinstance(arm, Robot)
+    assert set(bus.torque().values()) == {0}, "looking needs no power"
+    arm.observe()
+    arm.reset()
     assert set(bus.torque().values()) == {1}
     arm.send(np.array([10, -20, 30, -40, 50, 60], dtype=np.float32))
     time.sleep(0.6)
     observation = arm.observe()
     np.testing.assert_allclose(observation.joints, [10, -20, 30, -40, 50, 60], atol=0.15)
     assert (observation.joints.dtype, observation.joints.shape, dict(observation.frames)) == (np.float64, (6,), {})
-    assert abs(observation.time_s - time.monotonic()) < 0.1
+    assert abs(observation.time_s - time.perf_counter()) < 0.1
     report = arm.land()
     assert report.safe
     assert report.problems == []
@@ -145,6 +179,7 @@ def test_connecting_never_moves_the_arm(bus: VirtualBus, tmp_path: Path) -> None
     before = true_joints(bus)
     arm = make_arm(bus, tmp_path)
     arm.connect()
+    arm.reset()
     time.sleep(0.3)
     np.testing.assert_allclose(true_joints(bus), before, atol=0.1)
     assert_landed(bus, arm, arm.land())
@@ -153,6 +188,7 @@ def test_connecting_never_moves_the_arm(bus: VirtualBus, tmp_path: Path) -> None
 def test_torque_is_held_when_asked(bus: VirtualBus, tmp_path: Path) -> None:
     arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False)
     arm.connect()
+    arm.reset()
     report = arm.land()
     assert report.safe
     assert set(report.torque.values()) == {"held"}
@@ -233,6 +269,7 @@ def test_a_port_another_program_has_open(bus: VirtualBus, tmp_path: Path) -> Non
 def test_a_second_arm_object_on_the_port_is_refused(bus: VirtualBus, tmp_path: Path) -> None:
     first = make_arm(bus, tmp_path)
     first.connect()
+    first.reset()
     with pytest.raises(RobotError, match="in use"):
         make_arm(bus, tmp_path).connect()
     with pytest.raises(RobotError, match="already connected"):
@@ -287,6 +324,7 @@ def test_an_implausible_reading_never_comes_through(bus: VirtualBus, tmp_path: P
 def test_ctrl_c_while_landing_does_not_leave_motors_holding(bus: VirtualBus, tmp_path: Path) -> None:
     arm = make_arm(bus, tmp_path)
     arm.connect()
+    arm.reset()
     write, interrupted = arm._follower.bus.write, []
 
     def write_once_interrupted(*args: object, **options: object) -> None:
@@ -310,8 +348,9 @@ def test_a_connection_interrupted_half_way_closes_everything(bus: VirtualBus, tm
 
     monkeypatch.setattr(SO100Follower, "configure", interrupted)
     arm = make_arm(bus, tmp_path)
+    arm.connect()
     with pytest.raises(KeyboardInterrupt):
-        arm.connect()
+        arm.reset()
     assert_landed(bus, arm, arm.land())
 
 
@@ -319,6 +358,7 @@ def test_the_goal_registers_end_where_the_arm_is(bus: VirtualBus, tmp_path: Path
     """Landing must not be undone by a goal that follows it: on this servo a goal switches torque on."""
     arm = make_arm(bus, tmp_path)
     arm.connect()
+    arm.reset()
     arm.land()
     with pytest.raises(RobotError):
         arm.send(np.zeros(6))

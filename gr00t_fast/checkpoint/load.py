@@ -125,6 +125,9 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must give a file name for each tensor. Copy or download it again.")
     names = sorted(set(weight_map.values()))
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise CheckpointError(f"{index} names files outside the checkpoint's directory: {', '.join(foreign)}. Expected plain file names.")
     absent = [name for name in names if not (path / name).is_file()]
     if absent or not names:
         raise CheckpointError(f"{index} names weight files that are not there: {', '.join(absent) or '(none named)'}. Copy or download them.")

@@ -60,6 +60,8 @@ def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     arrays = {name: np.atleast_1d(np.asarray(values[name], dtype=np.float64)) for name in _STATISTICS if name in values}
     if "min" not in arrays or "max" not in arrays:
         raise ValueError("statistics without min and max")
+    if not arrays["min"].size:
+        raise ValueError("statistics of no values")
     for name, array in arrays.items():
         if array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all():
             raise ValueError(f"statistic {name} is not {arrays['min'].shape} finite numbers")

@@ -23,6 +23,7 @@ from gr00t_fast.control.trace import RunTrace
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
+_OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
 
@@ -72,6 +73,7 @@ class ControlLoop:
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
+        self._outages = 0
         self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
     def run(self) -> RunTrace:
@@ -149,7 +151,12 @@ class ControlLoop:
 
     def _observe(self) -> Observation:
         with self.trace.timed("observe"), self.stop.atomic():
-            return self.robot.observe()
+            observation = self.robot.observe()
+        outages = sum(self.robot.events.get(name, 0) for name in _OUTAGES)
+        if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
+            self._outages = outages
+            self.safety.start(observation.joints)
+        return observation
 
     def _infer(self, observation: Observation) -> ActionChunk:
         with self.trace.timed("infer"):

@@ -4,10 +4,11 @@ beforehand."""
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.plots import plot_joints, save_run
@@ -20,13 +21,17 @@ class Outputs:
     """Onlookers during the run and files after it. Use as a context manager around the run."""
 
     def __init__(self, out: Path | None, video: Path | None, show_images: bool, fps: float, on_quit: Callable[[], None]) -> None:
-        """Raises ConfigError when `out` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
+        """Raises ConfigError when `out` or `video` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
         self._out = out
         if out is not None:
-            _check_writable(out)
+            _check_writable(out, "--out")
             if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
                 raise MissingExtraError("--out draws joints.png with matplotlib, which is not installed: pip install 'gr00t_fast[plots]'")
         self._video = VideoRecorder(video, fps) if video is not None else None
+        if video is not None:
+            _check_writable(video.parent, "--video")
+            if video.is_dir():
+                raise ConfigError(f"--video: '{video}' is a directory. Name a file in a directory that can be written.")
         self._view = LiveView(on_quit=on_quit) if show_images else None
         self._stack = ExitStack()
 
@@ -44,13 +49,28 @@ class Outputs:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str]) -> None:
-        """Print the report and write the files. Raises ConfigError when the disk refuses."""
+    def write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False) -> None:
+        """Print the report and write the files. Raises ConfigError when the disk refuses; with `failing`, when the run's own error is on
+        its way to the user, that is only a warning."""
+        try:
+            self._write(loop, settings, warnings)
+        except Exception as error:
+            if not failing:
+                raise
+            with suppress(OSError):  # whatever it was, it must not take the place of the error that ended the run
+                print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
+
+    def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str]) -> None:
         report = build_report(loop, settings, [*warnings, *self._video_warnings()])
-        paths = self._write_files(loop, report)  # before printing: the terminal may be gone (SIGHUP)
+        with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
+            try:
+                # the other warnings were said when they were found
+                print("\n" + as_text({**report, "warnings": self._video_warnings()}), end="", flush=True)
+            except OSError as error:
+                told.callback(_raise, error)
+            paths = self._write_files(loop, report)
         if self._video is not None and self._video.error is None and self._video.path.exists():
             paths.append(self._video.path)
-        print("\n" + as_text({**report, "warnings": self._video_warnings()}), end="")  # the others were said when they were found
         if paths:
             print("wrote " + ", ".join(str(path) for path in paths))
 
@@ -75,11 +95,15 @@ class Outputs:
         return warnings
 
 
-def _check_writable(directory: Path) -> None:
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _check_writable(directory: Path, flag: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".write_probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
+        raise ConfigError(f"{flag}: cannot write to '{directory}': {error}. Name a directory that can be written.") from error

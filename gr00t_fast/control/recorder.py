@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -17,6 +22,9 @@ from gr00t_fast.optional import require
 
 QUEUE_FRAMES = 60  # two seconds at 30 Hz (110 MB at 640x480 and two cameras); a slower encoder drops frames instead of delaying the arm
 _GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"  # a palette of the clip's own 256 colours
+_H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]  # plays everywhere; 16: hardly to be told from the original
+# How long a finished run waits for the encoder's backlog; a GIF is only encoded once its palette, and so its last frame, is known.
+_FINISH_S, _GIF_FINISH_S_PER_FRAME = 5.0, 0.1
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 
 
@@ -42,6 +50,7 @@ class VideoRecorder:
         self._fps = fps / self._every
         self._seen = 0
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUE_FRAMES)
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
 
     def __enter__(self) -> VideoRecorder:
@@ -49,8 +58,20 @@ class VideoRecorder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        """Wait for the encoder, but not for one that hangs: that is killed, and `error` says so."""
+        limit_s = _FINISH_S + (_GIF_FINISH_S_PER_FRAME * self._seen / self._every if self.path.suffix.lower() == ".gif" else 0.0)
+        if not self._finished(limit_s):
+            self.error = f"the encoder did not finish within {limit_s:.0f} s and was killed"
+            if self._process is not None:
+                self._process.kill()
+            self._finished(1.0)  # the thread is a daemon: whatever it does now, it does not hold up the program
+
+    def _finished(self, limit_s: float) -> bool:
+        end_s = time.monotonic() + limit_s
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=limit_s)
+        self._thread.join(max(0.0, end_s - time.monotonic()))
+        return not self._thread.is_alive()
 
     def see(self, observation: Observation) -> None:
         self._seen += 1
@@ -62,29 +83,38 @@ class VideoRecorder:
             self.dropped_frames += 1
 
     def _encode(self) -> None:
-        writer = None
         try:
-            while (picture := self._queue.get()) is not None:
-                if writer is None:
-                    writer = self._open(picture)
-                writer.send(picture)
-            if writer is not None:
-                writer.close()
+            with tempfile.TemporaryFile() as complaints:
+                while (picture := self._queue.get()) is not None:
+                    if self._process is None:
+                        self._process = self._start(picture, complaints)
+                    try:
+                        self._process.stdin.write(picture)
+                    except OSError:  # it went away; why, it has said itself
+                        break
+                if self._process is not None:
+                    self._close(complaints)
         except (OSError, ValueError, RuntimeError) as error:  # disk full, unwritable path, encoder gone: the run goes on without a video
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = self.error or f"{type(error).__name__}: {error}"
             while self._queue.get() is not None:
                 pass
 
-    def _open(self, picture: np.ndarray):
+    def _close(self, complaints: IO[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        code = self._process.wait()
+        if code:
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip()
+            raise RuntimeError(f"ffmpeg ended with code {code}: {said or 'without a message'}")
+
+    def _start(self, picture: np.ndarray, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        size = (picture.shape[1], picture.shape[0])
-        if self._every > 1 or self.path.suffix.lower() == ".gif":
-            options = {"codec": "gif", "pix_fmt_out": "pal8", "output_params": ["-filter_complex", _GIF_FILTER]}
-        else:
-            options = {"codec": "libx264", "quality": 7}
-        writer = self._ffmpeg.write_frames(str(self.path), size, fps=self._fps, macro_block_size=2, ffmpeg_log_level="error", **options)
-        writer.send(None)  # starts the encoder
-        return writer
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{picture.shape[1]}x{picture.shape[0]}", "-r", f"{self._fps:.4f}", "-i", "-"]
+        codec = ["-filter_complex", _GIF_FILTER, "-c:v", "gif"] if self.path.suffix.lower() == ".gif" else _H264
+        command = [self._ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, "-an", *codec, str(self.path.absolute())]
+        # a session of its own: Ctrl-C in the terminal is for the arm, the encoder ends when its input does
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints, bufsize=0, start_new_session=True)
 
 
 class LiveView:

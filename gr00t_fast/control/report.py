@@ -6,6 +6,7 @@ Percentiles are over all samples of the run (numpy's linear interpolation). Time
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -191,13 +192,25 @@ def _text_tail(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+_UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}  # a path may hold bytes that are no text; as \\udcNN it is valid JSON still
+
+
+def _strict(value: Any) -> Any:
+    """JSON knows no infinity and no NaN; a setting may be one (`--robot.reconnect_s=.inf`): as text then."""
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
     """Write report.json and report.txt into `directory`; returns their paths. Raises ConfigError when it cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         as_json, text = directory / "report.json", directory / "report.txt"
-        as_json.write_text(json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-        text.write_text(as_text(report), encoding="utf-8")
+        as_json.write_text(json.dumps(_strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", **_UTF8)
+        text.write_text(as_text(report), **_UTF8)
     except OSError as error:
         raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
     return [as_json, text]

@@ -6,7 +6,7 @@ A signal may come anywhere: in the middle of a seconds-long inference (the arm m
     try:
         with stop.armed():                  # a signal raises StopRequested here, at once
             ...
-            with stop.atomic():             # ... but here only on leaving (a second signal does not wait)
+            with stop.atomic():             # ... but here on leaving, or after GRACE_S (a second signal does not wait)
                 robot.send(targets)
     finally:
         robot.land()                        # outside `armed`: signals are remembered, never raised
@@ -25,8 +25,10 @@ from types import FrameType, TracebackType
 
 # Exit code of a program ended by a signal, by shell convention: 128 + number (Ctrl-C 130, SIGTERM 143).
 SIGNAL_EXIT_BASE = 128
-# SIGHUP: the terminal or the ssh connection went away. Absent on Windows.
-_STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# SIGHUP: the terminal or the ssh connection went away. SIGQUIT and SIGTSTP (Ctrl-\, Ctrl-Z) would end or freeze the program with the motors
+# holding. All but the first two are absent on Windows.
+_STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
+GRACE_S = 0.5  # a transfer on a sound bus takes milliseconds; one that waits for a lost cable must not hold up the landing
 
 
 class StopRequested(BaseException):  # not an Exception: like KeyboardInterrupt it must not be swallowed
@@ -58,9 +60,12 @@ class StopSignals:
             for number in _STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background shells ignore on purpose
                     self._previous[number] = signal.signal(number, self._on_signal)
+            if hasattr(signal, "SIGALRM"):
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_grace_over)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _end_grace()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -97,7 +102,7 @@ class StopSignals:
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """Inside, the first signal waits until the block is left. For bus transfers, which last milliseconds."""
+        """Inside, the first signal waits until the block is left, or for GRACE_S. For bus transfers, which last milliseconds."""
         if self._mode is not _Mode.ARMED:
             yield
             return
@@ -105,16 +110,31 @@ class StopSignals:
         try:
             yield
         finally:
+            if self._request is not None:
+                _end_grace()
             if self._mode is _Mode.ATOMIC:  # the handler switches to QUIET when it raises, and QUIET must stay
                 self._mode = _Mode.ARMED
         self.check()
+
+    def _on_grace_over(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._mode is _Mode.ATOMIC and self._request is not None and not self._raised:
+            self._mode, self._raised = _Mode.QUIET, True
+            raise self._request
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del frame
         first = self._request is None
         if first:
             self._request = StopRequested(signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
+        if first and self._mode is _Mode.ATOMIC and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
         may_raise = self._mode is _Mode.ARMED or (self._mode is _Mode.ATOMIC and not first)
         if may_raise and not self._raised:
             self._mode, self._raised = _Mode.QUIET, True
             raise self._request
+
+
+def _end_grace() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0.0)

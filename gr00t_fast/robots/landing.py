@@ -17,6 +17,9 @@ from gr00t_fast.robots.servo_link import ServoLink
 BLIND_WRITES = 3  # a broadcast write is not acknowledged; three times, because a line bad enough to land for may lose one
 TRIES_PER_MOTOR = 4
 REOPEN_PAUSE_S = 0.01
+SILENT_S = 0.03  # a line silent for so long has delivered its late answers, which would pass for acknowledgements of later requests
+LONGEST_CHATTER_S = 0.4
+_HELD_OFF = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
 Torque = Literal["off", "held", "unknown"]
 
 
@@ -38,7 +41,7 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(problems: list[str]) -> Iterator[None]:
-    """Hold off Ctrl-C and SIGTERM: an impatient second one must not leave motors holding. They are noted, then forgotten."""
+    """Hold off Ctrl-C, SIGTERM and their like: an impatient second one must not leave motors holding. They are noted, then forgotten."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -46,7 +49,7 @@ def undisturbed(problems: list[str]) -> Iterator[None]:
     def note(number: int, _frame: object) -> None:
         problems.append(f"{signal.Signals(number).name} came while landing; the landing went on")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in _HELD_OFF if signal.getsignal(number) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, note)
     try:
@@ -59,16 +62,46 @@ def undisturbed(problems: list[str]) -> Iterator[None]:
 def release_torque(bus: Any, link: ServoLink, patience_s: float, problems: list[str]) -> dict[str, Torque]:
     """Torque off on every motor. Returns how each joint was left; `problems` gets a line for each that is unknown.
 
-    A port that vanished is given `patience_s` to come back: motors keep their power, and hold, without it.
+    A port that vanished, before or in the middle, is given `patience_s` to come back: motors keep their power, and hold, without it.
     """
-    if not _line_is_open(bus.port_handler, link, patience_s):
-        problems.append(f"{bus.port} is gone: torque could NOT be switched off. Hold the arm and switch its power supply off.")
-        return dict.fromkeys(bus.motors, "unknown")
+    give_up_s = time.monotonic() + patience_s
+    while _line_is_open(bus.port_handler, link, give_up_s):
+        trouble: list[str] = []
+        torque = _release_all(bus, link, trouble)
+        if "unknown" not in torque.values() or _answers(bus.port_handler):
+            problems.extend(trouble)
+            return torque
+    problems.append(f"{bus.port} is gone: torque could NOT be switched off. Hold the arm and switch its power supply off.")
+    return dict.fromkeys(bus.motors, "unknown")
+
+
+def _release_all(bus: Any, link: ServoLink, problems: list[str]) -> dict[str, Torque]:
+    """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet."""
     for _ in range(BLIND_WRITES):
         failed: list[str] = []
         if not attempt("torque off to all servos", lambda: _write_all(bus, link), failed):
             problems.extend(line for line in failed if line not in problems)
-    return {joint: _release_one(bus, link, joint, problems) for joint in bus.motors}
+    attempt("waiting for late answers", lambda: _wait_for_silence(bus.port_handler.ser), [])  # a lost line shows in the next step
+    found = {joint: _release_one(bus, link, joint, []) for joint in bus.motors}
+    if "unknown" in found.values() and _answers(bus.port_handler):
+        attempt("waiting for late answers", lambda: _wait_for_silence(bus.port_handler.ser), [])
+        for joint in [joint for joint, state in found.items() if state == "unknown"]:
+            found[joint] = _release_one(bus, link, joint, problems)
+    return found
+
+
+def _answers(handler: Any) -> bool:
+    """Whether the port is still there."""
+    return bool(handler.is_open) and attempt("asking the port", lambda: handler.ser.in_waiting, [])
+
+
+def _wait_for_silence(serial: Any) -> None:
+    begin_s = quiet_since_s = time.monotonic()
+    while (now_s := time.monotonic()) - quiet_since_s < SILENT_S and now_s - begin_s < LONGEST_CHATTER_S:
+        if serial.in_waiting:
+            serial.reset_input_buffer()
+            quiet_since_s = now_s
+        time.sleep(0.001)
 
 
 def close_camera(name: str, camera: Any, problems: list[str]) -> bool:
@@ -83,10 +116,9 @@ def close_camera(name: str, camera: Any, problems: list[str]) -> bool:
     return closed
 
 
-def _line_is_open(handler: Any, link: ServoLink, patience_s: float) -> bool:
-    give_up_s = time.monotonic() + patience_s
+def _line_is_open(handler: Any, link: ServoLink, give_up_s: float) -> bool:
     while True:
-        if handler.is_open and attempt("asking the port", lambda: handler.ser.in_waiting, []):
+        if _answers(handler):
             return True
         link.close_port()
         if not attempt("reopening the port", handler.openPort, []):

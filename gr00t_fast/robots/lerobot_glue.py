@@ -5,6 +5,7 @@ lerobot takes five seconds to import, so that happens inside the functions.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig
 _OWN_FIELDS = ("connect_attempts", "reconnect_s")  # ours, unknown to lerobot
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
 GRIPPER = SO100_JOINTS.index("gripper")
+
+
+def check_numbers(config: SO100FollowerConfig) -> None:
+    """Raise ConfigError for a flag of the arm whose number makes no sense. Imports and touches nothing."""
+    if config.connect_attempts < 1:
+        raise ConfigError(f"--robot.connect_attempts must be at least 1, got {config.connect_attempts}.")
+    if not (math.isfinite(config.reconnect_s) and config.reconnect_s >= 0):
+        raise ConfigError(f"--robot.reconnect_s must be a finite number of seconds, 0 or more, got {config.reconnect_s}.")
+    limit = _step_limit(config.max_relative_target)
+    for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"--robot.max_relative_target must be a positive number (or null for no limit), got {value} for {joint}.")
 
 
 def make_follower(config: SO100FollowerConfig) -> Any:

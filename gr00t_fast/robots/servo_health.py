@@ -31,15 +31,15 @@ class ServoHealth:
         self._known: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
 
-    def check(self, now_s: float) -> None:
-        """Ask the next servo if it is time, then judge all error bits seen so far. Raises RobotError."""
+    def check(self, now_s: float, holding: bool) -> None:
+        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. Raises RobotError."""
         if now_s >= self._next_poll_s and self._missed < GIVE_UP_POLLING:
             self._next_poll_s = now_s + POLL_EVERY_S
-            self._poll()
+            self._poll(holding)
         for servo_id, bits in self._link.error_bits.items():
             self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
 
-    def _poll(self) -> None:
+    def _poll(self, holding: bool) -> None:
         servo_id = self._next_joint + 1
         self._next_joint = servo_id % len(SO100_JOINTS)
         try:
@@ -51,6 +51,18 @@ class ServoHealth:
             self._events["status_poll_missed"] += 1
         if self._missed == GIVE_UP_POLLING:  # each miss costs 70 ms; error bytes of the joint readings are still watched
             log.warning("the servos do not answer for their status register; it is not asked any more")
+
+        if answered and holding:
+            self._demand_torque(servo_id)
+
+    def _demand_torque(self, servo_id: int) -> None:
+        """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
+        overload = (self._link.error_bits[servo_id] | self._link.status_bits[servo_id]) & _OVERLOAD
+        if not self._link.torque[servo_id] and not overload:
+            raise RobotError(
+                f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "
+                "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
+            )
 
     def _judge(self, servo_id: int, bits: int, now_s: float) -> None:
         joint = SO100_JOINTS[servo_id - 1]

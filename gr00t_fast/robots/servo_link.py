@@ -26,7 +26,7 @@ EXCHANGE_FAILED = (ConnectionError, RuntimeError, IndexError)
 TRIES = 3  # per request; with the SDK's 50 ms window a silent servo costs 0.2 s
 LATE_ANSWER_S = 0.02  # after a missed answer, wait so long for it to arrive late, and drop it
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
-STATUS_REGISTER = 65
+TORQUE_REGISTER, STATUS_REGISTER = 40, 65
 _ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
 _READ = 2
 ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
@@ -41,7 +41,7 @@ class ServoLink:
     """The guarded line to the servos of one bus object.
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
-    status_bits: id -> its status register when last polled.
+    status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then.
     """
 
     def __init__(self, bus: Any, events: Counter[str]) -> None:
@@ -51,6 +51,7 @@ class ServoLink:
         self.tries = TRIES
         self.error_bits: dict[int, int] = {}
         self.status_bits: dict[int, int] = {}
+        self.torque: dict[int, int] = {}
         import scservo_sdk
 
         self._ok, self._timeout, self._corrupt = scservo_sdk.COMM_SUCCESS, scservo_sdk.COMM_RX_TIMEOUT, scservo_sdk.COMM_RX_CORRUPT
@@ -69,16 +70,16 @@ class ServoLink:
         self._port.is_using = False
 
     def poll_status(self, servo_id: int) -> bool:
-        """Ask one servo for its status register, once. Returns whether it answered; the findings are in `error_bits`, `status_bits`."""
+        """Ask one servo, once, for its torque and status registers. Returns whether it answered; see `error_bits`, `status_bits`, `torque`."""
         self.free()
         tries, self.tries = self.tries, 1
         try:
-            data, result, error = self._packets.readTxRx(self._port, servo_id, STATUS_REGISTER, 1)
+            data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, STATUS_REGISTER - TORQUE_REGISTER + 1)
         finally:
             self.tries = tries
         if result != self._ok:
             return False
-        self.error_bits[servo_id], self.status_bits[servo_id] = error, data[0]
+        self.error_bits[servo_id], self.status_bits[servo_id], self.torque[servo_id] = error, data[-1], data[0]
         return True
 
     def close_port(self) -> None:

@@ -23,6 +23,7 @@ from gr00t_fast.robots.camera_threads import leave_explaining_to_the_arm
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.jump_guard import JumpGuard
 from gr00t_fast.robots.landing import attempt, close_camera, release_torque, undisturbed
+from gr00t_fast.robots.motor_power import MotorPower
 from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
 from gr00t_fast.robots.servo_health import ServoHealth
 from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
@@ -34,7 +35,7 @@ FIRST_FRAME_MS = 3000
 OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze
 RETRY_PAUSE_S = 0.05
 LAND_REOPEN_S = 1.0  # a port that vanished just before landing gets so long to come back
-FELL_DEG = 20.0  # motors found without torque after an outage are switched on again only if the arm moved less
+LONGEST_BLIND_S = 0.1  # before a goal that comes later after the last reading than this, the motors are asked whether they still hold
 
 
 class SO100FollowerArm:
@@ -44,9 +45,10 @@ class SO100FollowerArm:
     joint_names = SO100_JOINTS
 
     def __init__(self, config: SO100FollowerConfig) -> None:
-        """Touches no hardware. Raises ConfigError when the port is missing."""
+        """Touches no hardware. Raises ConfigError when the port is missing or a number makes no sense."""
         if not config.port:
             raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_in_words()}.")
+        glue.check_numbers(config)
         self.config = config
         self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
         self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
@@ -55,7 +57,7 @@ class SO100FollowerArm:
         self._follower: Any = None  # lerobot's SO100Follower
         self._link: ServoLink | None = None
         self._limits: np.ndarray | None = None
-        self._torque_touched = False
+        self._power: MotorPower | None = None
         self._port_given_up = False
         self._landing: LandingReport | None = None
 
@@ -67,10 +69,10 @@ class SO100FollowerArm:
         return self._limits
 
     def connect(self) -> None:
-        """Open and check everything, then hold the arm where it is. Raises RobotError with everything closed again."""
+        """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
         if self._follower is not None and self._landing is None:
             raise RobotError("the arm is already connected. Call land() before connecting again.")
-        self._landing, self._follower, self._torque_touched, self._port_given_up = None, None, False, False
+        self._landing, self._follower, self._power, self._port_given_up = None, None, None, False
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -81,20 +83,27 @@ class SO100FollowerArm:
             raise
 
     def reset(self, seed: int | None = None) -> None:
-        """A real arm has nothing to rearrange."""
+        """Hold the arm where it is, if it is not held yet; a real arm has nothing to rearrange. Raises RobotError."""
+        with self._alone("reset"), self._explained("switching the motors on"):
+            self._engage()
 
     def observe(self) -> Observation:
         """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError."""
         with self._alone("observe"), self._explained("observing"):
             joints, time_s = self._read_joints()
             frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
-            self._health.check(time_s)
+            self._health.check(time_s, holding=self._power.engaged)
             return Observation(joints, frames, time_s)
 
     def send(self, targets: np.ndarray) -> None:
-        """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. Raises RobotError."""
+        """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. The first one switches the motors on.
+
+        Raises RobotError.
+        """
         with self._alone("send"), self._explained("sending a goal"):
-            self._send(self._checked(targets))
+            action = self._checked(targets)
+            self._engage()
+            self._send(action)
 
     def land(self) -> LandingReport:
         """Torque off (or held, as configured), port closed, cameras closed. Never raises; a second call returns the first report."""
@@ -122,14 +131,17 @@ class SO100FollowerArm:
         self._repeat("finding the servos", self._open_bus)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
         self._limits = glue.joint_limits(follower.calibration, self.config.use_degrees)
-        self._guard = JumpGuard(glue.units_per_deg(follower.calibration, self.config.use_degrees))
+        scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
+        self._guard = JumpGuard(scale)
         for name, camera in follower.cameras.items():
             self._open_camera(name, camera)
-        self._enable_torque = follower.bus.enable_torque
-        follower.bus.enable_torque = self._hold_here  # lerobot's configure() ends with enable_torque()
-        self._torque_touched = True
-        self._repeat("configuring the servos", follower.configure)
+        self._power = MotorPower(follower, scale, self.events)
         self._read_joints()
+
+    def _engage(self) -> None:
+        if not self._power.engaged:
+            self._repeat("configuring the servos", self._power.engage)
+            self._read_joints()
 
     def _repeat(self, what: str, step: Any) -> None:
         """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
@@ -164,7 +176,11 @@ class SO100FollowerArm:
         if complaints:
             named = "; ".join(f"servo {servo} reports {', '.join(names)}" for servo, names in complaints.items())
             return message + f"{named}. Relieve the joint, then switch the arm's power off and on."
-        return message + "Check the power supply and the cables between the servos; `lerobot-setup-motors` repairs ids."
+        return message + self._slowness() + "Check the power supply and the cables between the servos; `lerobot-setup-motors` repairs ids."
+
+    def _slowness(self) -> str:
+        late = self.events["late_answer"]
+        return f"{late} answers came too late: the USB adapter or its hub is slow (try another port). " if late else ""
 
     def _open_camera(self, name: str, camera: Any) -> None:
         try:
@@ -176,26 +192,23 @@ class SO100FollowerArm:
                 f"camera '{name}' ({camera}) cannot be used: {_one_line(error)}. Find its index and sizes with `lerobot-find-cameras opencv`."
             ) from error
 
-    def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
-        """Stands in for the bus's `enable_torque`: first make the present position the goal, else the arm leaps to an old one."""
-        bus = self._follower.bus
-        for motor, position in bus.sync_read("Present_Position", normalize=False).items():
-            bus.write("Goal_Position", motor, position, normalize=False)
-        self._enable_torque(motors, num_retry)
-
     # Observing
 
     def _read_joints(self) -> tuple[np.ndarray, float]:
-        give_up_s = time.monotonic() + READ_PATIENCE_S
+        give_up_s = time.perf_counter() + READ_PATIENCE_S
+        before, trouble = self._guard.last, self._trouble()
         while True:
             try:
                 self._free_link().free()
                 reading = self._follower.bus.sync_read("Present_Position")
-                joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.monotonic()
+                joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
                 first = self._guard.last is None
                 if self._guard.believes(joints, time_s):
-                    return joints, time_s
-                if not first:
+                    if trouble == self._trouble() or not self._power.restore_if_lost(before):
+                        self._read_s = time_s
+                        return joints, time_s
+                    trouble = self._trouble()
+                elif not first:
                     self.events["implausible_reading"] += 1
                 problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
             except EXCHANGE_FAILED as error:
@@ -203,11 +216,16 @@ class SO100FollowerArm:
                 self.events["read_failed"] += 1
             except LINK_LOST as error:
                 self._reconnect(error)
-                give_up_s, problem = time.monotonic() + READ_PATIENCE_S, ""
-            if time.monotonic() > give_up_s:
+                give_up_s, problem = time.perf_counter() + READ_PATIENCE_S, ""
+            if time.perf_counter() > give_up_s:
                 raise RobotError(
-                    f"no believable joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. Check cables and power of the servos."
+                    f"no believable joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
+                    f"{self._slowness()}Check cables and power of the servos."
                 )
+
+    def _trouble(self) -> int:
+        """Grows with whatever may have been a dip in the servos' supply: missed answers, and a pose that jumped."""
+        return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading", "status_poll_missed"))
 
     def _read_frame(self, name: str, camera: Any) -> np.ndarray:
         try:
@@ -227,18 +245,22 @@ class SO100FollowerArm:
         return {f"{joint}.pos": float(value) for joint, value in zip(SO100_JOINTS, inside, strict=True)}
 
     def _send(self, action: dict[str, float]) -> None:
-        give_up_s = time.monotonic() + READ_PATIENCE_S
+        give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
         while True:
             try:
                 self._free_link().free()
-                self._follower.send_action(action)
+                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._power.restore_if_lost(self._guard.last):
+                    self.events["goal_dropped"] += 1  # it was meant for another pose
+                else:
+                    self._follower.send_action(action)
                 return
             except EXCHANGE_FAILED as error:
                 closed = [name for name, camera in self._follower.cameras.items() if not camera.is_connected]
-                if closed or time.monotonic() > give_up_s:
+                if closed or time.perf_counter() > give_up_s:
                     cause = f"camera {', '.join(closed)} was closed" if closed else _one_line(error)
                     raise RobotError(f"the goal could not be sent on {self.config.port}: {cause}. Check cables and power.") from error
                 self.events["send_retry"] += 1
+                dark = True
             except LINK_LOST as error:
                 self._reconnect(error)
                 self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
@@ -249,17 +271,17 @@ class SO100FollowerArm:
     def _reconnect(self, cause: Exception) -> None:
         """Wait up to `reconnect_s` for the port, and check that the same arm is behind it. Raises RobotError."""
         log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
-        give_up_s = time.monotonic() + self.config.reconnect_s
+        give_up_s = time.perf_counter() + self.config.reconnect_s
         while True:
             try:
                 self._open_bus()
                 glue.check_calibration_in_servos(self._follower, self.config)
-                self._resume_torque()
+                self._power.restore_if_lost(self._guard.last)
                 break
             except Gr00tFastError:
                 raise
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
-                if time.monotonic() > give_up_s:
+                if time.perf_counter() > give_up_s:
                     self._port_given_up = True
                     raise RobotError(
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
@@ -270,20 +292,6 @@ class SO100FollowerArm:
         self.events["reconnect"] += 1
         log.warning("%s is back", self.config.port)
 
-    def _resume_torque(self) -> None:
-        """After an outage: motors that still hold are left alone; without torque they are switched on again where they are."""
-        bus = self._follower.bus
-        if all(bus.sync_read("Torque_Enable").values()):
-            return
-        before, now = self._guard.last, bus.sync_read("Present_Position")
-        if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > FELL_DEG):
-            raise RobotError(
-                f"the servos lost power while {self.config.port} was away, and the arm moved more than {FELL_DEG:g} degrees. "
-                "It is not switched on again by itself. Put it upright and start the run again."
-            )
-        self._follower.configure()
-        self.events["torque_restored"] += 1
-
     # Landing
 
     def _land(self, report: LandingReport) -> None:
@@ -291,10 +299,10 @@ class SO100FollowerArm:
         if follower is None or link is None:
             report.port_closed = report.cameras_closed = True
             return
-        if self._torque_touched and self.config.disable_torque_on_disconnect:
+        if self._power is not None and self.config.disable_torque_on_disconnect:
             patience_s = 0.0 if self._port_given_up else LAND_REOPEN_S
             report.torque = release_torque(follower.bus, link, patience_s, report.problems)
-        elif self._torque_touched:
+        elif self._power is not None and self._power.engaged:
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
         attempt("closing the port", link.close_port, report.problems)
         report.port_closed = not follower.bus.is_connected
