@@ -86,16 +86,28 @@ def _from_user_class(spec: str) -> DataConfig:
     module_name, class_name = spec.split(":", 1)
     if str(Path.cwd()) not in sys.path:  # a user's my_config.py lies where they run the command
         sys.path.insert(0, str(Path.cwd()))
+    if not module_name or not class_name or module_name.startswith("."):
+        raise ConfigError(f"data_config '{spec}': expected 'module:ClassName', e.g. my_config:MyRobot.")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
+        made = found() if isinstance(found, type) else found
     except ImportError as error:
         raise ConfigError(
             f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it."
         ) from error
     except AttributeError as error:
-        raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}'.") from error
-    made = found() if isinstance(found, type) else found
+        raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}', or it fails: {error}.") from error
+    except Exception as error:
+        raise ConfigError(f"data_config '{spec}': the module or class raised {type(error).__name__}: {error}.") from error
+    _refuse_rotations(made, spec)
     return made if isinstance(made, DataConfig) else _from_nvidia_class(made, spec)
+
+
+def _refuse_rotations(source: Any, spec: str) -> None:
+    """Their maths is not here, and min_max in their place would be silently wrong."""
+    told = [name for name in dir(source) if name.endswith("target_rotations") or name.startswith("sin_cos")]
+    if used := [name for name in told if getattr(source, name)]:
+        raise ConfigError(f"data_config '{spec}': {', '.join(used)} set; rotations and sin/cos states are not supported.")
 
 
 def _from_nvidia_class(source: Any, spec: str) -> DataConfig:
@@ -109,7 +121,7 @@ def _from_nvidia_class(source: Any, spec: str) -> DataConfig:
     language_keys = list(getattr(source, "language_keys", ["annotation.human.task_description"]))
     if len(language_keys) != 1:
         raise ConfigError(f"data_config '{spec}': expected one language key, got {language_keys}.")
-    modes = (getattr(source, "state_normalization_modes", {}), getattr(source, "action_normalization_modes", {}))
+    modes = [getattr(source, f"{modality}_normalization_modes", None) or {} for modality in ("state", "action")]
     normalisation = {key: mode for given in modes for key, mode in given.items()} or dict(getattr(source, "normalisation", {}))
     if not normalisation and hasattr(source, "transform"):  # NVIDIA's classes say it inside the transform, which cannot be read without their package
         log.warning("data_config '%s' does not say how parts are normalised: %s for all", spec, DEFAULT_NORMALISATION)

@@ -11,6 +11,7 @@ Axis alphabet: B batch, C cameras, H horizon, D joint values of a part, A padded
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def load_policy(
     `denoising_steps` and `action_horizon` default to the checkpoint's own. Raises ConfigError for an argument that cannot be used and
     CheckpointError for files that are missing, damaged or of another network. Everything small is checked before weights are read.
     """
+    _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=engine)
     check_engine(engine)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
@@ -72,6 +74,20 @@ def load_policy(
     return Gr00tPolicy(pieces, make_engine(engine, model), target, dtype, steps, horizon, seed)
 
 
+def _check_words(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not (isinstance(value, str | Path) and str(value).strip()):
+            raise ConfigError(f"{name}: expected a non-empty text, got {value!r}.")
+
+
+def _whole(value: object) -> int | None:
+    """`value` as an int when it is a whole number of any kind (NumPy's too), else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 class _Pieces:
     """What the policy needs from the checkpoint besides the network; built, and so checked, before the weights are read."""
 
@@ -88,19 +104,21 @@ class _Pieces:
         self.action = ActionTransform(config, metadata, head.action_dim)
 
     def check_denoising_steps(self, steps: int) -> int:
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= _MAX_DENOISING_STEPS:
-            raise ConfigError(f"denoising_steps must be a whole number from 1 to {_MAX_DENOISING_STEPS}, got {steps!r}.")
-        return steps
+        most, number = min(_MAX_DENOISING_STEPS, self.network.head.timestep_buckets), _whole(steps)
+        if number is None or not 1 <= number <= most:
+            raise ConfigError(f"denoising_steps must be a whole number from 1 to {most}, got {steps!r}.")
+        return number
 
     def check_action_horizon(self, horizon: int | None) -> int:
         trained = self.network.head.action_horizon
         if horizon is None:
             return trained
-        if isinstance(horizon, bool) or not isinstance(horizon, int) or not 1 <= horizon <= trained:
+        number = _whole(horizon)
+        if number is None or not 1 <= number <= trained:
             raise ConfigError(
                 f"action_horizon must be from 1 to {trained}, the number of actions this checkpoint was trained to predict; got {horizon!r}."
             )
-        return horizon
+        return number
 
 
 class Gr00tPolicy:

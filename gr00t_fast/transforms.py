@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gr00t_fast.checkpoint import EmbodimentMetadata
 from gr00t_fast.data_config import DataConfig
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, ObservationError
 
 _CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
 _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
@@ -113,11 +113,14 @@ class StateTransform:
         return {key: part.width for key, part in self._parts.items()}
 
     def __call__(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
-        """`state.<part>` (B, D) -> float32 (B, P)."""
+        """`state.<part>` (B, D) -> float32 (B, P). Raises ObservationError for values that overflow."""
         parts = [part.forward(state[key]) for key, part in self._parts.items()]
         joined = np.concatenate(parts, axis=-1)
         padded = np.zeros((joined.shape[0], self._padded_width), dtype=np.float32)
-        padded[:, : joined.shape[-1]] = joined
+        with np.errstate(over="ignore"):
+            padded[:, : joined.shape[-1]] = joined
+        if not np.isfinite(padded).all():
+            raise ObservationError(f"state: values like {np.abs(joined).max():.3g} times the training range are no joint positions. Check the units.")
         return padded
 
 
