@@ -472,7 +472,7 @@ class TestThread:
         loop = ControlLoop(robot, controller, LoopOptions(FPS, timeout_s=0.3), clock, StopSignals(), echo=lambda line: None)
         began_s = time.monotonic()
         loop.run()
-        assert landed_s[0] - began_s < 0.6
+        assert landed_s[0] - began_s < 3  # the inference hangs for 20 s; a busy machine may take its time
         assert time.monotonic() - began_s < 4
         report = build_report(loop, {})
         assert report["controller"]["inference_left_running"]
