@@ -20,17 +20,19 @@ import nvidia_style_service as reference
 import psutil
 import pytest
 import zmq
-from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, assert_same, observation, running
+from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, ServerProcess, assert_same, observation, running
 
 from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
 from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
 from gr00t_fast.serving.service import InferenceQueue, Traffic, check_port_free, same_token
+from gr00t_fast.serving.wire import encode
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 5000)
 FUZZ_BATCH = 500
 MAX_GROWTH_BYTES = 24e6
 MAX_OVERHEAD_MS = 2.0
+MAX_OVERHEAD_ECHOES = 5.0
 DUALCAM = ("front", "wrist")
 
 
@@ -464,24 +466,26 @@ def test_the_log_has_one_line_per_interval(caplog: pytest.LogCaptureFixture) -> 
 
 
 def overhead_ms(calls: int = 100, size: tuple[int, int] = (480, 640)) -> np.ndarray:
-    """Additional time of each call through a server in another process, (calls,): both ways in turn, on the same observation."""
-    seen, direct, times_ms = observation(size=size), ArithmeticPolicy(), np.empty((calls, 2))
-    with ServerProcess() as server, PolicyClient(port=server.port) as client:
-        ways = (direct.get_action, client.get_action)
-        for row in [*np.empty((10, 2)), *times_ms]:
-            for column, get_action in enumerate(ways):
+    """(calls, 2): additional time of a call through a server in another process, and a round trip of the same bytes with nothing done to them.
+    In process, through the server, echo, in turn and on the same observation."""
+    seen, direct, times_ms = observation(size=size), ArithmeticPolicy(), np.empty((calls, 3))
+    message = encode({"endpoint": "get_action", "data": seen})
+    with ServerProcess() as server, PolicyClient(port=server.port) as client, EchoProcess() as echo:
+        ways = (lambda: direct.get_action(seen), lambda: client.get_action(seen), lambda: echo(message))
+        for row in [*np.empty((10, 3)), *times_ms]:
+            for column, call in enumerate(ways):
                 began_s = time.perf_counter()
-                get_action(seen)
+                call()
                 row[column] = 1000 * (time.perf_counter() - began_s)
-    return times_ms[:, 1] - times_ms[:, 0]
+    return np.stack((times_ms[:, 1] - times_ms[:, 0], times_ms[:, 2]), axis=1)
 
 
 def test_the_detour_over_the_server_costs_little() -> None:
-    medians_ms = []
+    """At most 2 ms, or what a busy or slow machine makes of that: the bare echo takes a third of a millisecond on a quiet one."""
+    seen = []
     for _ in range(4):  # other programs may disturb one of the attempts
-        medians_ms.append(float(np.median(overhead_ms())))
-        if medians_ms[-1] <= MAX_OVERHEAD_MS:
+        overhead, echo = np.median(overhead_ms(), axis=0)
+        seen.append((round(float(overhead), 2), round(float(echo), 2)))
+        if overhead <= max(MAX_OVERHEAD_MS, MAX_OVERHEAD_ECHOES * echo):
             return
-    if os.getloadavg()[0] > 0.75 * os.cpu_count():
-        pytest.skip(f"median overhead {medians_ms} ms, but the machine is busy with other programs: measure again when it is idle")
-    pytest.fail(f"median overhead {medians_ms} ms, at most {MAX_OVERHEAD_MS} ms expected")
+    pytest.fail(f"median (overhead, echo) {seen} ms; expected at most {MAX_OVERHEAD_MS} ms or {MAX_OVERHEAD_ECHOES} echoes")

@@ -16,7 +16,7 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.optional import require
-from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode
+from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, decode
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
 PING_TIMEOUT_S = 2.0
@@ -48,6 +48,7 @@ class PolicyClient:
         self.timeout_s, self._token, self._max_bytes = timeout_s, api_token, max_message_bytes
         self.last_timing: dict[str, float] = {}
         self.reconnects = 0  # sockets thrown away so far
+        self._encoder = Encoder()
         self._context = self._zmq.Context()
         try:
             self._connect()
@@ -115,7 +116,7 @@ class PolicyClient:
         if self._context.closed:
             raise ServerError("this client is closed; make a new one.")
         began_s = time.monotonic()
-        request = encode(
+        request = self._encoder.encode(
             {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token})
         )
         sent_s = time.monotonic()
@@ -128,7 +129,7 @@ class PolicyClient:
             raise ServerError(f"the policy server at {self.address} refused {endpoint}: {reply['error']}")
         return reply
 
-    def _exchange(self, request: bytes, deadline_s: float) -> bytes:
+    def _exchange(self, request: memoryview, deadline_s: float) -> bytes:
         """Send and wait; a broken connection is made anew and the request sent again until the deadline."""
         done = False
         try:
@@ -147,7 +148,7 @@ class PolicyClient:
             if not done:  # timed out or interrupted: a late answer must not be taken for the next request's
                 self._reconnect()
 
-    def _send(self, request: bytes) -> bool:
+    def _send(self, request: memoryview) -> bool:
         """False when the socket has no way to send: ZeroMQ gave the connection up because the other end does not speak its protocol."""
         try:
             self._socket.send(request, self._zmq.NOBLOCK, copy=False)
@@ -216,7 +217,7 @@ def _actions(reply: Any) -> dict[str, np.ndarray]:
     for key, value in reply.items():
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2, 3):
             raise WireError(f"get_action: expected an array of (horizon, values) or (batch, horizon, values) for '{key}', got {_kind(value)}.")
-    return {key: value.astype(np.float32, copy=False) for key, value in reply.items()}
+    return {key: value.astype(np.float32) for key, value in reply.items()}
 
 
 def _kind(value: Any) -> str:

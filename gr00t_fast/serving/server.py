@@ -14,6 +14,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.optional import require
@@ -142,15 +144,15 @@ class PolicyServer:
                 return False
             self._socket.send_multipart(frames, copy=False)
         if self._socket in ready:
-            self._take(self._socket.recv_multipart())
+            self._take(self._socket.recv_multipart(copy=False))
         return True
 
-    def _take(self, frames: list[bytes]) -> None:
+    def _take(self, frames: list[Any]) -> None:
         """Frames are the route back, an empty frame (a REQ client, perhaps behind proxies), and the message."""
-        if b"" not in frames[1:] or len(frames) != frames.index(b"", 1) + 2:
+        route, message = [frame.bytes for frame in frames[:-1]], frames[-1].buffer
+        if b"" not in route[1:] or len(route) != route.index(b"", 1) + 1:
             self._traffic.refused("frames that no REQ client sends")
             return  # without a route in REQ form there is nobody who could read a reply
-        route, message = frames[:-1], frames[-1]
         try:
             reply = self._answer(message, route)
         except Gr00tFastError as error:
@@ -162,7 +164,7 @@ class PolicyServer:
         if reply is not None:
             self._socket.send_multipart([*route, reply])
 
-    def _answer(self, message: bytes, route: list[bytes]) -> bytes | None:
+    def _answer(self, message: memoryview, route: list[bytes]) -> bytes | None:
         """The reply, or None when it comes later. Raises Gr00tFastError with the reason of a refusal."""
         request = decode(message, self._max_bytes)
         if not isinstance(request, dict):
@@ -215,7 +217,8 @@ class PolicyServer:
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
     """`noise` and `prefix` of `ContinuingPolicy.get_action`, as far as they were sent."""
-    options = {} if request.get("noise") is None else {"noise": request["noise"]}
+    noise = request.get("noise")
+    options = {} if noise is None else {"noise": noise.copy() if isinstance(noise, np.ndarray) else noise}  # torch complains of read-only arrays
     if request.get("prefix") is not None:
         prefix = _string_keyed(request["prefix"], "prefix")
         delay, method = prefix.get("delay"), prefix.get("method")

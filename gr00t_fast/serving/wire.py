@@ -37,37 +37,70 @@ _LAST_CHARACTER, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)  # of Unicode
 
 def encode(message: Any) -> bytes:
     """msgpack of a message that may hold numpy arrays and ModalityConfigs anywhere. Raises WireError for what the protocol cannot carry."""
-    msgpack = require("msgpack", "serving")
-    try:
-        return msgpack.packb(message, default=_to_wire)
-    except WireError:
-        raise
-    except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(f"a message must consist of dicts, lists, str, numbers and numpy arrays, but packing it failed: {error}.") from error
+    return bytes(Encoder().encode(message))
 
 
-def _to_wire(value: Any) -> dict[str, Any]:
-    if isinstance(value, np.ndarray):
-        return {_ARRAY: True, "as_npy": npy_bytes(value)}
-    if isinstance(value, ModalityConfig):
-        content = {"delta_indices": list(value.delta_indices), "modality_keys": list(value.modality_keys)}
-        return {_CONFIG: True, "as_json": json.dumps(content, separators=(",", ":"))}
-    raise WireError(f"the protocol carries dicts, lists, str, numbers and numpy arrays, not {type(value).__name__}. Convert it to a numpy array.")
+class Encoder:
+    """`encode` into memory that is used again: pictures need megabytes, and fresh ones cost a page fault per 4 kB, more than the copying."""
+
+    def __init__(self) -> None:
+        """Raises MissingExtraError without msgpack."""
+        self._msgpack = require("msgpack", "serving")
+        self._packer = self._new_packer()
+        self._scratch = bytearray()  # one .npy file: msgpack has copied it before it asks for the next
+
+    def encode(self, message: Any) -> memoryview:
+        """The message, in memory that belongs to whoever holds the view: only without one is it used again. Raises WireError."""
+        try:
+            self._packer.reset()
+        except BufferError:  # a view of the last message is still held, by ZeroMQ until it has sent it
+            self._packer = self._new_packer()
+        try:
+            self._packer.pack(message)
+        except WireError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise WireError(f"a message must consist of dicts, lists, str, numbers and numpy arrays, but packing it failed: {error}.") from error
+        return memoryview(self._packer.getbuffer())
+
+    def _new_packer(self) -> Any:
+        return self._msgpack.Packer(default=self._to_wire, autoreset=False)
+
+    def _to_wire(self, value: Any) -> dict[str, Any]:
+        if isinstance(value, np.ndarray):
+            return {_ARRAY: True, "as_npy": self._npy(value)}
+        if isinstance(value, ModalityConfig):
+            content = {"delta_indices": list(value.delta_indices), "modality_keys": list(value.modality_keys)}
+            return {_CONFIG: True, "as_json": json.dumps(content, separators=(",", ":"))}
+        raise WireError(f"the protocol carries dicts, lists, str, numbers and numpy arrays, not {type(value).__name__}. Convert it to a numpy array.")
+
+    def _npy(self, array: np.ndarray) -> memoryview:
+        parts = npy_parts(array)
+        size = sum(len(part) for part in parts)
+        if len(self._scratch) < size:
+            self._scratch = bytearray(size)
+        view, end = memoryview(self._scratch), 0
+        for part in parts:
+            view[end : end + len(part)] = part
+            end += len(part)
+        return view[:end]
 
 
-def npy_bytes(array: np.ndarray) -> bytes:
-    """What `np.save` writes; one copy of the pixels instead of its three. Raises WireError for object arrays and structured dtypes."""
+def npy_parts(array: np.ndarray) -> tuple[bytes, Any]:
+    """Header and numbers as `np.save` writes them, the numbers without a copy where possible. Raises WireError for object arrays and structured
+    dtypes."""
     if array.dtype.kind not in "biufUS":
         raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-    pixels = array.data.cast("B") if array.flags.c_contiguous and array.ndim and array.size and array.dtype.kind != "U" else array.tobytes(order)
-    return b"".join((header.getvalue(), pixels))
+    plain = array.flags.c_contiguous and array.ndim and array.size and array.dtype.kind != "U"
+    return header.getvalue(), array.data.cast("B") if plain else array.tobytes(order)
 
 
-def decode(data: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
-    """The message in `data`; arrays are writable copies in native byte order. Raises WireError, and nothing else, whatever `data` is."""
+def decode(data: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
+    """The message in `data`, bytes or a view of them; arrays are read-only and in native byte order. Raises WireError, and nothing else,
+    whatever `data` holds."""
     if len(data) > max_bytes:
         raise WireError(f"the message has {len(data)} bytes; at most {max_bytes} are accepted. Send fewer or smaller pictures at once.")
     msgpack = require("msgpack", "serving")
@@ -136,7 +169,8 @@ def _npy_header(data: bytes) -> tuple[int, bytes]:
 
 
 def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-    """A writable array in native byte order from raw bytes. Raises WireError unless the bytes are exactly what dtype and shape need."""
+    """An array in native byte order from raw bytes, read-only where it shares their memory. Raises WireError unless the bytes are exactly what
+    dtype and shape need."""
     try:
         wire_type = np.dtype(dtype) if _DTYPE.fullmatch(dtype) else None  # np.dtype evaluates other texts as lists of fields
     except TypeError:
@@ -153,7 +187,8 @@ def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...], order: str =
     try:
         if not count:
             return np.empty(shape, wire_type.newbyteorder("="))
-        flat = np.frombuffer(data, wire_type).astype(wire_type.newbyteorder("="))
+        flat = np.frombuffer(data, wire_type)
+        flat = flat.astype(wire_type.newbyteorder("="), copy=not flat.flags.aligned)  # a header of odd length shifts the numbers
     except ValueError as error:  # an empty shape beyond the address space
         raise WireError(f"an array of dtype {dtype} and shape {shape} cannot be made: {error}.") from error
     if wire_type.kind == "U" and not _is_unicode(flat.view(np.uint32)):
