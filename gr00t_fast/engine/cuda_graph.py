@@ -1,0 +1,140 @@
+"""Camera frames to actions as one CUDA graph: one upload, one launch, one download, and nothing in between that asks the GPU a question.
+
+Eager PyTorch launches some 1,500 kernels per inference, and the CPU that launches them is slower than the GPU that runs them: that is most of
+the time on a fast GPU. A graph is recorded once per shape of call (batch, cameras and their sizes, prompt bucket, denoising steps) and
+replayed with a single launch. `cuda_graph` records the plain model's own kernels; `compiled` lets Inductor fuse them first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr00t_fast.engine.continuation import Goal
+from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.static_call import CallShape, Forward, RawInputs, StaticCall, ToPixels
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.model import Gr00tN1d5, ModelInputs, StepTables
+from gr00t_fast.timing import StageTimer
+
+log = logging.getLogger(__name__)
+_CALLS_BEFORE_RECORDING = 3  # libraries choose kernels and allocate workspaces in their first calls, which a graph cannot hold
+_KEPT_RECORDINGS = 8  # each holds its own buffers and intermediate results, some 100 MB
+
+
+class Recording:
+    """A StaticCall recorded as a CUDA graph, with the stream it runs on."""
+
+    def __init__(self, call: StaticCall, pool: tuple[int, int]) -> None:
+        """`pool`: where intermediate results live; recordings that never run at the same time may share one."""
+        self.call = call
+        self._stream = torch.cuda.Stream()
+        self._done = torch.cuda.Event()
+        self._graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_CALLS_BEFORE_RECORDING):
+                call.upload()
+                call.compute()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
+            call.compute()
+
+    def launch(self, raw: RawInputs) -> None:
+        """Start one inference; returns before it has run."""
+        self.call.fill(raw)
+        with torch.cuda.stream(self._stream):
+            self.call.upload()
+            self._graph.replay()
+            self.call.download()
+            self._done.record()
+
+    def wait(self) -> np.ndarray:
+        """Actions (B, H, A), normalised, fp32: a copy, since the next call writes the same memory."""
+        self._done.synchronize()
+        return self.call.answer.numpy().copy()
+
+
+class CudaGraphEngine:
+    """An Engine that also takes frames as they are (`run_raw`). Not thread-safe, as its policy is not."""
+
+    name = "cuda_graph"
+    continues = False
+
+    def __init__(self, model: Gr00tN1d5, to_pixels: ToPixels) -> None:
+        """Raises ConfigError without a CUDA GPU."""
+        if model.device.type != "cuda":
+            raise ConfigError(f"engine '{self.name}' needs a CUDA GPU, but the model is on {model.device}. Use --device=cuda, or --engine=eager.")
+        self.model, self._to_pixels = model, to_pixels
+        self._recordings: OrderedDict[CallShape, Recording] = OrderedDict()
+        self._eager = EagerEngine(model)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._forward = self._make_forward()
+
+    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
+        """From tensors instead of frames, for comparisons: the eager engine's own path. The policy calls `run_raw`."""
+        return self._eager.run(inputs, noise, denoising_steps, timer, goal)
+
+    @torch.inference_mode()
+    def run_raw(self, raw: RawInputs, denoising_steps: int, timer: StageTimer) -> np.ndarray:
+        """Normalised actions float32 (B, H, A). The first call of a shape records it: seconds, so a policy is warmed up with its instruction."""
+        shape = CallShape.of(raw, denoising_steps)
+        recording = self._recordings.get(shape) or self._record(shape, raw)
+        self._recordings.move_to_end(shape)
+        with timer.stage("graph"):
+            recording.launch(raw)
+            return recording.wait()
+
+    def _record(self, shape: CallShape, raw: RawInputs) -> Recording:
+        log.info("recording a CUDA graph for %d prompt tokens, %d denoising steps", shape.prompt_tokens, shape.denoising_steps)
+        call = self._static_call(shape)
+        call.fill(raw)
+        recording = Recording(call, self._pool)
+        self._recordings[shape] = recording
+        while len(self._recordings) > _KEPT_RECORDINGS:
+            self._recordings.popitem(last=False)
+        return recording
+
+    def _static_call(self, shape: CallShape) -> StaticCall:
+        return StaticCall(self.model, shape, self._to_pixels, self._forward)
+
+    def _make_forward(self) -> Forward:
+        return self.model
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize(self.model.device)
+
+
+class CompiledEngine(CudaGraphEngine):
+    """The same with kernels that Inductor fuses: the first call takes minutes."""
+
+    name = "compiled"
+
+    def _make_forward(self) -> Forward:
+        return CompiledForward(self.model)
+
+
+class CompiledForward:
+    """The model's forward, stage by stage through torch.compile. One denoising step is compiled once and called N times."""
+
+    def __init__(self, model: Gr00tN1d5, **options: Any) -> None:
+        """`options` go to torch.compile. Whole graphs only: a break would be a launch that nobody asked for."""
+        head = model.head
+        stages = (model.encode_vision, model.encode_language, head.refine, head.condition, head.velocity)
+        self._vision, self._language, self._refine, self._condition, self._velocity = (
+            torch.compile(stage, fullgraph=True, dynamic=False, **options) for stage in stages
+        )
+
+    def __call__(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
+        """As Gr00tN1d5.forward."""
+        features = self._language(inputs, self._vision(inputs.pixel_values))  # (B, S, D)
+        condition = self._condition(self._refine(features, inputs.key_mask), inputs.state, inputs.key_mask)
+        actions = noise
+        for step in range(tables.steps):
+            actions = actions + self._velocity(actions, condition, tables.tau[step], tables.modulation[step]) * (1.0 / tables.steps)
+        return actions

@@ -1,0 +1,145 @@
+"""One inference with every shape fixed and every buffer made beforehand: what a CUDA graph can record, and a CPU can run as it stands.
+
+Everything a call needs is packed into one host buffer, so that there is one upload; the answer is one download. A prompt is padded on the
+right to its bucket, and masked as a batch of unequal prompts is: a new instruction of the same bucket changes contents only.
+
+Axis alphabet: B batch, C cameras, S prompt tokens of the bucket, V image tokens, H horizon, A padded action width, P padded state width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr00t_fast.model import Gr00tN1d5, ModelInputs, StepTables
+
+PROMPT_BUCKET = 32  # tokens: an SO-100 instruction with one camera has 280 to 300, so most share one bucket
+_ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
+
+ToPixels = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device
+Forward = Callable[[ModelInputs, Tensor, StepTables], Tensor]
+
+
+@dataclass(frozen=True)
+class RawInputs:
+    """One batch on the host, as it comes before any tensor is made.
+
+    frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, L), padded on the right; lengths int64 (B,);
+    image_positions int64 (V,); state float32 (B, P); noise float32 (B, H, A).
+    """
+
+    frames: Sequence[np.ndarray]
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    image_positions: np.ndarray
+    state: np.ndarray
+    noise: np.ndarray
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What one recording is good for."""
+
+    frames: tuple[tuple[int, ...], ...]  # (B, H, W, 3) per camera
+    prompt_tokens: int  # of the bucket
+    image_tokens: int
+    denoising_steps: int
+
+    @classmethod
+    def of(cls, raw: RawInputs, denoising_steps: int) -> CallShape:
+        bucket = PROMPT_BUCKET * math.ceil(raw.input_ids.shape[1] / PROMPT_BUCKET)
+        return cls(tuple(frames.shape for frames in raw.frames), bucket, len(raw.image_positions), denoising_steps)
+
+    @property
+    def batch(self) -> int:
+        return self.frames[0][0]
+
+
+class PackedBuffers:
+    """Named tensors in one block of memory on the host (pinned, for CUDA) and one on the device."""
+
+    def __init__(self, parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
+        offsets, size = {}, 0
+        for name, (dtype, shape) in parts.items():
+            offsets[name] = size
+            size += _ALIGNMENT_BYTES * math.ceil(math.prod(shape) * dtype.itemsize / _ALIGNMENT_BYTES)
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = self._host if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = dict(_views(self._host, offsets, parts))
+        self.device = dict(_views(self._device, offsets, parts))
+
+    def upload(self) -> None:
+        """One copy, which returns at once on CUDA."""
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+
+
+def _views(block: Tensor, offsets: Mapping[str, int], parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
+    for name, (dtype, shape) in parts.items():
+        begin = offsets[name]
+        yield name, block[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+class StaticCall:
+    """`fill` writes host memory, `upload` copies it, `compute` makes `actions` from what is on the device, `download` copies them back.
+    `compute` always touches the same memory and never waits for the device, so it can be recorded."""
+
+    def __init__(self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, forward: Forward | None = None) -> None:
+        """`forward` stands in for the model's own, with the same arguments."""
+        head, batch = model.config.head, shape.batch
+        self._model, self._to_pixels, self.shape, self._run_model = model, to_pixels, shape, forward or model
+        self._inputs = PackedBuffers(
+            {
+                **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
+                "input_ids": (torch.int64, (batch, shape.prompt_tokens)),
+                "prompt_mask": (torch.bool, (batch, shape.prompt_tokens)),
+                "image_positions": (torch.int64, (shape.image_tokens,)),
+                "state": (torch.float32, (batch, head.state_dim)),
+                "noise": (torch.float32, (batch, head.action_horizon, head.action_dim)),
+            },
+            model.device,
+        )
+        self._tables = model.head.step_tables(shape.denoising_steps)
+        size = (batch, head.action_horizon, head.action_dim)
+        self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
+        self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
+
+    def fill(self, raw: RawInputs) -> None:
+        """Write one observation. Nothing uploaded before may still be under way."""
+        host, tokens = self._inputs.host, raw.input_ids.shape[1]
+        for index, frames in enumerate(raw.frames):
+            host[f"frames{index}"].numpy()[...] = frames
+        host["input_ids"].zero_()
+        host["input_ids"].numpy()[:, :tokens] = raw.input_ids
+        host["prompt_mask"].numpy()[...] = np.arange(self.shape.prompt_tokens) < raw.lengths[:, None]
+        host["image_positions"].numpy()[...] = raw.image_positions
+        host["state"].numpy()[...] = raw.state
+        host["noise"].numpy()[...] = raw.noise
+
+    def upload(self) -> None:
+        self._inputs.upload()
+
+    def compute(self) -> None:
+        model, given = self._model, self._inputs.device
+        inputs = ModelInputs(
+            pixel_values=self.pixels().to(model.dtype),
+            input_ids=given["input_ids"],
+            image_positions=given["image_positions"],
+            state=given["state"].to(model.dtype),
+            prompt_mask=given["prompt_mask"],
+        )
+        self.actions.copy_(self._run_model(inputs, given["noise"].to(model.dtype), self._tables))  # (B, H, A)
+
+    def pixels(self) -> Tensor:
+        """fp32 (B, C, 3, h, w) from the frames on the device."""
+        cameras = range(len(self.shape.frames))
+        return torch.stack([self._to_pixels(self._inputs.device[f"frames{index}"]) for index in cameras], dim=1)
+
+    def download(self) -> None:
+        """Start copying the actions to the host; `answer` is complete once the stream has got there."""
+        self.answer.copy_(self.actions, non_blocking=True)

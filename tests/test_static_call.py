@@ -1,0 +1,108 @@
+"""The fixed-shape inference that CUDA graphs record, run as it stands on a CPU: buckets, packed buffers and compiled stages change no action."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from random_networks import load_network, random_inputs, write_network
+
+from gr00t_fast.engine.cuda_graph import CompiledForward, CudaGraphEngine
+from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.static_call import PROMPT_BUCKET, CallShape, PackedBuffers, RawInputs, StaticCall
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.timing import StageTimer
+from gr00t_fast.transforms import pixel_values
+
+FRAME = (60, 80)  # height, width
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00tN1d5:
+    return load_network(write_network(tmp_path_factory.mktemp("network")))
+
+
+def to_pixels(model: Gr00tN1d5):
+    return lambda frames: pixel_values(frames, model.config.vision.image_size)
+
+
+def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[RawInputs, ModelInputs]:
+    """The same observations as bytes on the host and as the tensors that the eager engine takes."""
+    inputs, noise = random_inputs(model.config, batch, cameras, seed=seed)
+    frames = [np.random.default_rng((seed, index)).integers(0, 256, (batch, *FRAME, 3), dtype=np.uint8) for index in range(cameras)]
+    mask = inputs.prompt_mask if inputs.prompt_mask is not None else torch.ones_like(inputs.input_ids, dtype=torch.bool)
+    pixels = torch.stack([to_pixels(model)(torch.from_numpy(view)) for view in frames], dim=1)
+    raw = RawInputs(
+        frames, inputs.input_ids.numpy(), mask.sum(1).numpy(), inputs.image_positions.numpy(), inputs.state.float().numpy(), noise.numpy()
+    )
+    return raw, ModelInputs(pixels, inputs.input_ids, inputs.image_positions, inputs.state, inputs.prompt_mask)
+
+
+def computed(call: StaticCall, raw: RawInputs) -> torch.Tensor:
+    call.fill(raw)
+    call.upload()
+    with torch.inference_mode():
+        call.compute()
+    call.download()
+    return call.answer.clone()
+
+
+def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: np.ndarray) -> float:
+    return float((got - expected).norm() / (expected - torch.from_numpy(noise)).norm())
+
+
+@pytest.mark.parametrize(("batch", "cameras", "steps"), [(1, 1, 4), (1, 2, 1), (3, 1, 2)])
+def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, batch: int, cameras: int, steps: int) -> None:
+    """Padding to the bucket is masked, so it adds nothing; attention over masked keys may round differently."""
+    raw, inputs = raw_inputs(model, batch, cameras)
+    call = StaticCall(model, CallShape.of(raw, steps), to_pixels(model))
+    expected = EagerEngine(model).run(inputs, torch.from_numpy(raw.noise), steps, StageTimer())
+    assert displacement_error(computed(call, raw), expected, raw.noise) < 1e-4
+
+
+def test_the_same_memory_serves_other_contents(model: Gr00tN1d5) -> None:
+    """A second observation with a shorter prompt of the same bucket: nothing of the first is left in the buffers."""
+    first, _ = raw_inputs(model, seed=1)
+    second, _ = raw_inputs(model, seed=2)
+    second = RawInputs(second.frames, second.input_ids[:, :-3], second.lengths - 3, second.image_positions, second.state, second.noise)
+    shape = CallShape.of(first, 2)
+    assert CallShape.of(second, 2) == shape
+    call, fresh = (StaticCall(model, shape, to_pixels(model)) for _ in range(2))
+    computed(call, first)
+    torch.testing.assert_close(computed(call, second), computed(fresh, second), rtol=0, atol=0)
+    assert not torch.equal(computed(call, first), computed(call, second))
+
+
+def test_shapes_that_differ_are_recorded_apart(model: Gr00tN1d5) -> None:
+    one, _ = raw_inputs(model)
+    two, _ = raw_inputs(model, cameras=2)
+    assert len({CallShape.of(one, 4), CallShape.of(one, 2), CallShape.of(two, 4)}) == 3
+    assert CallShape.of(one, 4).prompt_tokens % PROMPT_BUCKET == 0
+
+
+def test_packed_parts_do_not_overlap() -> None:
+    parts = {"a": (torch.uint8, (3, 5)), "b": (torch.int64, (7,)), "c": (torch.bool, (2, 2)), "d": (torch.float32, (1,))}
+    packed = PackedBuffers(parts, torch.device("cpu"))
+    for name, (dtype, shape) in parts.items():
+        assert (packed.host[name].dtype, tuple(packed.host[name].shape)) == (dtype, shape)
+        packed.host[name].fill_(1)
+    packed.upload()
+    assert [int(packed.device[name].sum()) for name in parts] == [15, 7, 4, 1]
+    packed.host["b"].fill_(9)
+    assert [int(packed.host[name].sum()) for name in ("a", "c", "d")] == [15, 4, 1]
+
+
+def test_the_stages_compile_without_a_graph_break(model: Gr00tN1d5) -> None:
+    """`backend="eager"` traces as Inductor would and runs the trace as it is; fullgraph=True makes a break an error."""
+    raw, _ = raw_inputs(model)
+    shape = CallShape.of(raw, 2)
+    torch.compiler.reset()
+    compiled = StaticCall(model, shape, to_pixels(model), CompiledForward(model, backend="eager"))
+    plain = StaticCall(model, shape, to_pixels(model))
+    torch.testing.assert_close(computed(compiled, raw), computed(plain, raw), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_gpu_the_engine_says_what_to_do(model: Gr00tN1d5) -> None:
+    with pytest.raises(ConfigError, match="--device=cuda, or --engine=eager"):
+        CudaGraphEngine(model, to_pixels(model))
