@@ -7,8 +7,9 @@ import pytest
 import torch
 from random_networks import load_network, random_inputs, write_network
 
-from gr00t_fast.engine.cuda_graph import CompiledForward, CudaGraphEngine
+from gr00t_fast.engine.cuda_graph import CudaGraphEngine
 from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.stages import Stages
 from gr00t_fast.engine.static_call import PROMPT_BUCKET, CallShape, PackedBuffers, RawInputs, StaticCall
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
@@ -98,7 +99,7 @@ def test_the_stages_compile_without_a_graph_break(model: Gr00tN1d5) -> None:
     raw, _ = raw_inputs(model)
     shape = CallShape.of(raw, 2)
     torch.compiler.reset()
-    compiled = StaticCall(model, shape, to_pixels(model), CompiledForward(model, backend="eager"))
+    compiled = StaticCall(model, shape, to_pixels(model), Stages.of(model).compiled(backend="eager"))
     plain = StaticCall(model, shape, to_pixels(model))
     torch.testing.assert_close(computed(compiled, raw), computed(plain, raw), rtol=1e-5, atol=1e-5)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.static_call import CallShape, Forward, RawInputs, StaticCall, ToPixels
+from gr00t_fast.engine.stages import Stages
+from gr00t_fast.engine.static_call import CallShape, RawInputs, StaticCall, ToPixels
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.model import Gr00tN1d5, ModelInputs, StepTables
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
 from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Recording:
     def __init__(self, call: StaticCall, pool: tuple[int, int]) -> None:
         """`pool`: where intermediate results live; recordings that never run at the same time may share one."""
         self.call = call
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(priority=-1)  # before whatever keeps the clocks up
         self._done = torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -70,11 +70,11 @@ class CudaGraphEngine:
         """Raises ConfigError without a CUDA GPU."""
         if model.device.type != "cuda":
             raise ConfigError(f"engine '{self.name}' needs a CUDA GPU, but the model is on {model.device}. Use --device=cuda, or --engine=eager.")
-        self.model, self._to_pixels = model, to_pixels
+        self.model, self.to_pixels = model, to_pixels
         self._recordings: OrderedDict[CallShape, Recording] = OrderedDict()
         self._eager = EagerEngine(model)
         self._pool = torch.cuda.graph_pool_handle()
-        self._forward = self._make_forward()
+        self.stages = self._make_stages()
 
     def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
         """From tensors instead of frames, for comparisons: the eager engine's own path. The policy calls `run_raw`."""
@@ -101,10 +101,10 @@ class CudaGraphEngine:
         return recording
 
     def _static_call(self, shape: CallShape) -> StaticCall:
-        return StaticCall(self.model, shape, self._to_pixels, self._forward)
+        return StaticCall(self.model, shape, self.to_pixels, self.stages)
 
-    def _make_forward(self) -> Forward:
-        return self.model
+    def _make_stages(self) -> Stages:
+        return Stages.of(self.model)
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.model.device)
@@ -115,26 +115,5 @@ class CompiledEngine(CudaGraphEngine):
 
     name = "compiled"
 
-    def _make_forward(self) -> Forward:
-        return CompiledForward(self.model)
-
-
-class CompiledForward:
-    """The model's forward, stage by stage through torch.compile. One denoising step is compiled once and called N times."""
-
-    def __init__(self, model: Gr00tN1d5, **options: Any) -> None:
-        """`options` go to torch.compile. Whole graphs only: a break would be a launch that nobody asked for."""
-        head = model.head
-        stages = (model.encode_vision, model.encode_language, head.refine, head.condition, head.velocity)
-        self._vision, self._language, self._refine, self._condition, self._velocity = (
-            torch.compile(stage, fullgraph=True, dynamic=False, **options) for stage in stages
-        )
-
-    def __call__(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
-        """As Gr00tN1d5.forward."""
-        features = self._language(inputs, self._vision(inputs.pixel_values))  # (B, S, D)
-        condition = self._condition(self._refine(features, inputs.key_mask), inputs.state, inputs.key_mask)
-        actions = noise
-        for step in range(tables.steps):
-            actions = actions + self._velocity(actions, condition, tables.tau[step], tables.modulation[step]) * (1.0 / tables.steps)
-        return actions
+    def _make_stages(self) -> Stages:
+        return Stages.of(self.model).compiled()

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.model import Gr00tN1d5, ModelInputs, StepTables
+from gr00t_fast.engine.stages import Stages
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
 
 PROMPT_BUCKET = 32  # tokens: an SO-100 instruction with one camera has 280 to 300, so most share one bucket
 _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
 
 ToPixels = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device
-Forward = Callable[[ModelInputs, Tensor, StepTables], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class StaticCall:
     """`fill` writes host memory, `upload` copies it, `compute` makes `actions` from what is on the device, `download` copies them back.
     `compute` always touches the same memory and never waits for the device, so it can be recorded."""
 
-    def __init__(self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, forward: Forward | None = None) -> None:
-        """`forward` stands in for the model's own, with the same arguments."""
+    def __init__(self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None) -> None:
+        """`stages`: the model's own, or compiled ones."""
         head, batch = model.config.head, shape.batch
-        self._model, self._to_pixels, self.shape, self._run_model = model, to_pixels, shape, forward or model
+        self._model, self._to_pixels, self.shape, self.stages = model, to_pixels, shape, stages or Stages.of(model)
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
@@ -104,7 +104,7 @@ class StaticCall:
             },
             model.device,
         )
-        self._tables = model.head.step_tables(shape.denoising_steps)
+        self.tables = model.head.step_tables(shape.denoising_steps)
         size = (batch, head.action_horizon, head.action_dim)
         self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
@@ -125,15 +125,20 @@ class StaticCall:
         self._inputs.upload()
 
     def compute(self) -> None:
+        self.actions.copy_(self.stages(self.model_inputs(self.pixels()), self.noise(), self.tables))  # (B, H, A)
+
+    def model_inputs(self, pixels: Tensor) -> ModelInputs:
         model, given = self._model, self._inputs.device
-        inputs = ModelInputs(
-            pixel_values=self.pixels().to(model.dtype),
+        return ModelInputs(
+            pixel_values=pixels.to(model.dtype),
             input_ids=given["input_ids"],
             image_positions=given["image_positions"],
             state=given["state"].to(model.dtype),
             prompt_mask=given["prompt_mask"],
         )
-        self.actions.copy_(self._run_model(inputs, given["noise"].to(model.dtype), self._tables))  # (B, H, A)
+
+    def noise(self) -> Tensor:
+        return self._inputs.device["noise"].to(self._model.dtype)  # (B, H, A)
 
     def pixels(self) -> Tensor:
         """fp32 (B, C, 3, h, w) from the frames on the device."""
