@@ -1,0 +1,294 @@
+"""ACT, Diffusion, SmolVLA and GR00T N1.5 on the same observations: what one action costs, and what a chunk costs.
+
+    python benchmarks/simple_benchmark.py                      # small networks of the same architectures, a minute
+    python benchmarks/simple_benchmark.py --published          # the published sizes (24 GB of memory; half an hour on two CPU cores)
+
+Every call ends with one action. A **step** pops it from the policy's queue, a **refill** computes a chunk first: which of the two a call was is
+read from the queue before it, never guessed from its duration. Weights are random: speed does not depend on them. All arms start from raw
+uint8 frames and joints and end with an action on the host. Arms run one after the other, each in a process of its own, so that its memory is
+its own. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
+
+import numpy as np
+import torch
+
+from benchmarks.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
+from gr00t_fast.engine import select_device, select_precision
+from gr00t_fast.errors import Gr00tFastError, MissingExtraError
+from gr00t_fast.measurement import git_commit, machine, versions
+
+CONTROL_HZ = 30.0
+_OBSERVATIONS = 8  # different ones in turn
+_WARM_UP_CALLS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        result = run(arguments)
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(as_table(result))
+    print(summary(result))
+    write(result, arguments.out)
+    print(json.dumps(result))
+    return 0 if all(policy["success_rate"] == 1.0 for policy in result["policies"].values()) else 1
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = select_device(arguments.device)
+    setting = Setting(
+        published=arguments.published,
+        cameras=("front", "wrist")[: arguments.cameras],
+        resolution=arguments.resolution,
+        device=device,
+        dtype=select_precision(arguments.dtype, device),
+        scratch=arguments.out,
+        seed=arguments.seed,
+    )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:  # one at a time
+        policies = {name: pool.submit(measure, name, setting, arguments).result() for name in arguments.policies}
+    return {
+        "benchmark": "simple_benchmark",
+        "published_sizes": setting.published,
+        "device": str(device),
+        "dtype_asked": str(setting.dtype).removeprefix("torch."),
+        "cameras": len(setting.cameras),
+        "resolution": list(setting.resolution),
+        "control_hz": CONTROL_HZ,
+        "policies": policies,
+        "machine": machine(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command_line": shlex.join(sys.argv),
+        "seed": setting.seed,
+    }
+
+
+def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build, warm up and time one policy; in a process that does nothing else."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    generator = np.random.default_rng(setting.seed)
+    observations = [observation_of(setting, generator) for _ in range(_OBSERVATIONS)]
+    before, began_s = memory_bytes(setting.device), time.perf_counter()
+    arm = BUILDERS[name](setting)
+    built_s = time.perf_counter() - began_s
+    for observation in observations[:_WARM_UP_CALLS]:
+        arm.reset()
+        arm.act(observation)
+    arm.reset()
+    times, failures, stopped_early = time_calls(arm, observations, arguments)
+    return {
+        "name": arm.name,
+        "dtype": arm.dtype,
+        "parameters": arm.parameters,
+        "actions_per_chunk": arm.actions_per_chunk,
+        "memory_bytes": memory_bytes(setting.device) - before,
+        "build_s": round(built_s, 2),
+        "step_ms": statistics_of(times["step"]),
+        "refill_ms": statistics_of(times["refill"]),
+        "all_ms": statistics_of(times["step"] + times["refill"]),
+        "amortised_ms_per_tick": amortised_ms(times, arm.actions_per_chunk),
+        "success_rate": round(1 - len(failures) / max(sum(map(len, times.values())) + len(failures), 1), 4),
+        "failures": failures[:5],
+        "stopped_early": stopped_early,
+    }
+
+
+def time_calls(arm: Arm, observations: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[str], bool]:
+    """ms of each call, by what it was. A call that raises or gives anything but finite joints is a failure, and is told."""
+    times: dict[str, list[float]] = {"step": [], "refill": []}
+    failures: list[str] = []
+    deadline_s = time.monotonic() + 60 * arguments.minutes
+    for number in range(arguments.steps):
+        kind = "step" if arm.waiting else "refill"
+        began_s = time.perf_counter()
+        try:
+            action = arm.act(observations[number % len(observations)])
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:  # counted: one policy's fault must not hide the others' figures
+            failures.append(f"call {number}: {type(error).__name__}: {error}")
+            arm.reset()
+            continue
+        taken_ms = 1000 * (time.perf_counter() - began_s)
+        if action.shape == (JOINTS,) and np.isfinite(action).all():
+            times[kind].append(taken_ms)
+        else:
+            failures.append(f"call {number}: an action of shape {action.shape}" if action.shape != (JOINTS,) else f"call {number}: NaN or infinity")
+        show_progress(arm.name, number + 1, arguments.steps)
+        if time.monotonic() > deadline_s:
+            return times, failures, True
+    return times, failures, False
+
+
+def statistics_of(samples: list[float]) -> dict[str, float] | None:
+    if not samples:
+        return None
+    values = np.asarray(samples)
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    found = {"mean": values.mean(), "median": p50, "min": values.min(), "max": values.max(), "p95": p95, "p99": p99}
+    return {"count": len(samples), **{key: round(float(value), 3) for key, value in found.items()}}
+
+
+def amortised_ms(times: dict[str, list[float]], chunk: int) -> float | None:
+    """What a control tick costs on average when each chunk is played to its end: one refill and chunk - 1 steps."""
+    if not times["refill"] or (chunk > 1 and not times["step"]):
+        return None
+    steps_ms = (chunk - 1) * float(np.median(times["step"])) if chunk > 1 else 0.0
+    return round((float(np.median(times["refill"])) + steps_ms) / chunk, 3)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """On a GPU the peak that torch allocated; on a CPU the peak resident size of the process, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def as_table(result: dict[str, Any]) -> str:
+    head = f"{'policy':<18} {'call':<7} {'count':>6} {'mean':>10} {'median':>10} {'min':>10} {'max':>10} {'p95':>10} {'p99':>10}  ms"
+    rows = [head]
+    for policy in result["policies"].values():
+        for kind in ("step", "refill", "all"):
+            s = policy[f"{kind}_ms"]
+            if s is None:
+                rows.append(f"{policy['name']:<18} {kind:<7} {0:>6}")
+                continue
+            figures = " ".join(f"{s[key]:>10.2f}" for key in ("mean", "median", "min", "max", "p95", "p99"))
+            rows.append(f"{policy['name']:<18} {kind:<7} {s['count']:>6} {figures}")
+    rows += ["", f"{'policy':<18} {'parameters':>12} {'memory MB':>10} {'chunk':>6} {'ms per tick':>12} {'success':>8}  dtype"]
+    for p in result["policies"].values():
+        amortised = "-" if p["amortised_ms_per_tick"] is None else f"{p['amortised_ms_per_tick']:.2f}"
+        rows.append(
+            f"{p['name']:<18} {p['parameters']:>12,} {p['memory_bytes'] / 1e6:>10.0f} {p['actions_per_chunk']:>6} {amortised:>12} "
+            f"{100 * p['success_rate']:>7.1f}%  {p['dtype']}"
+        )
+    return "\n".join(rows)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each policy to the fastest, by median: refill against refill and amortised against amortised, never one against the other."""
+    found = {}
+    for kind, value in (("refill", lambda p: (p["refill_ms"] or {}).get("median")), ("amortised", lambda p: p["amortised_ms_per_tick"])):
+        values = {p["name"]: value(p) for p in result["policies"].values() if value(p)}
+        if values:
+            found[kind] = {name: round(ms / min(values.values()), 1) for name, ms in values.items()}
+    return found
+
+
+def summary(result: dict[str, Any]) -> str:
+    lines = [""]
+    if not result["published_sizes"]:
+        lines.append("small networks: these figures try out the benchmark and say nothing about the policies; --published does")
+    for kind, values in ratios(result).items():
+        lines.append(
+            f"{kind}, times the fastest: " + ", ".join(f"{name} {ratio:g}x" for name, ratio in sorted(values.items(), key=lambda item: item[1]))
+        )
+    budget_ms = 1000 / result["control_hz"]
+    for p in result["policies"].values():
+        if p["refill_ms"]:
+            ticks = p["refill_ms"]["median"] / budget_ms
+            lines.append(f"{p['name']}: a refill takes {ticks:.1f} ticks at {result['control_hz']:g} Hz" + (": the arm waits" if ticks > 1 else ""))
+        if p["stopped_early"]:
+            lines.append(f"{p['name']}: stopped by --minutes after {p['all_ms']['count'] if p['all_ms'] else 0} calls")
+        lines += [f"{p['name']}: {failure}" for failure in p["failures"]]
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    (out / "simple_benchmark.json").write_text(json.dumps(result | {"ratios": ratios(result)}, indent=2) + "\n")
+    with (out / "simple_benchmark.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("policy", "call", "count", "mean_ms", "median_ms", "min_ms", "max_ms", "p95_ms", "p99_ms"))
+        for policy in result["policies"].values():
+            for kind in ("step", "refill", "all"):
+                if s := policy[f"{kind}_ms"]:
+                    table.writerow((policy["name"], kind, *(s[key] for key in ("count", "mean", "median", "min", "max", "p95", "p99"))))
+    try:
+        plot(result, out / "simple_benchmark.png")
+    except MissingExtraError as error:  # the figures are what counts; a bare GPU machine has no matplotlib
+        print(f"no plot: {error}", file=sys.stderr)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    from gr00t_fast.optional import require
+
+    require("matplotlib", "plots").use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 4))
+    policies = list(result["policies"].values())
+    for offset, kind in enumerate(("step", "refill")):
+        values = [(p[f"{kind}_ms"] or {}).get("median", np.nan) for p in policies]
+        axis.bar(np.arange(len(policies)) + 0.3 * (offset - 1), values, 0.3, label=f"{kind}, median")
+    amortised = [np.nan if p["amortised_ms_per_tick"] is None else p["amortised_ms_per_tick"] for p in policies]
+    axis.bar(np.arange(len(policies)) + 0.3, amortised, 0.3, label="per tick, chunk played out")
+    axis.axhline(1000 / result["control_hz"], color="k", lw=0.8, ls="--", label=f"one tick at {result['control_hz']:g} Hz")
+    axis.set_xticks(range(len(policies)), [p["name"] for p in policies])
+    axis.set_yscale("log")
+    axis.set_ylabel("ms")
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_progress(name: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{name}: {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) >= 32 and int(height) >= 32):
+        raise argparse.ArgumentTypeError(f"'{text}' is no resolution; expected WIDTHxHEIGHT such as 640x480, each at least 32")
+    return int(width), int(height)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--policies", nargs="+", choices=tuple(BUILDERS), default=list(BUILDERS), metavar="POLICY", help=", ".join(BUILDERS))
+    parser.add_argument("--published", action="store_true", help="the published sizes instead of small networks")
+    parser.add_argument("--steps", type=_positive, default=210, help="calls per policy, one action each")
+    parser.add_argument("--minutes", type=float, default=10.0, help="at most this long per policy; what was cut is said")
+    parser.add_argument("--cameras", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--resolution", type=_resolution, default=(640, 480), help="of the cameras, WIDTHxHEIGHT")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=("auto", "fp32", "bf16"), help="of SmolVLA's language model and GR00T; the others run in fp32"
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=_positive, help="CPU threads of torch; default: torch's own choice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/simple_benchmark"), help="directory for JSON, CSV and the plot")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
