@@ -1,0 +1,232 @@
+"""How many actions a chunk must have, and when to think again, from measured latency.
+
+    python benchmarks/inference_profiler.py --model_path=DIR --fps=30
+    python benchmarks/inference_profiler.py --latency=measured:outputs/bench_policy/bench_policy.json --fps=50
+
+An observation is `delay` ticks old when its actions arrive: delay = ceil(p99 of the latency * fps). A controller that drops the elapsed actions and
+must never run out needs
+
+    actions per chunk >= 2 * delay + margin      (delay rows are over on arrival, delay more play while the next chunk is made)
+    think again when (delay + margin) / actions per chunk are left      (the chunk_threshold of the threaded controller)
+
+`sync` is enough when an inference fits between two ticks. The margin is 4 ticks: one for the tick an answer arrives in, the rest for threads that
+wake up late. p99, not the mean: one late chunk in a hundred still comes every minute or so, and it is the one that is seen. The latency is of
+`get_action`; a camera's own delay comes on top and is not measured here. One configuration, calls one after the other, after warm-up; for its
+floor see bench_policy.py. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
+
+import numpy as np
+
+from benchmarks.command_line import without_machine_paths
+from benchmarks.replay_study.delay import parse_delay
+from benchmarks.replay_study.needs import BRIDGE_MARGIN_TICKS, needed_actions
+from gr00t_fast.contracts import Policy
+from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
+from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+
+_ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
+_TRAINED_HORIZON = 16  # GR00T N1.5
+_INSTRUCTION = "Place the block in the bowl"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Settings for one control rate. `action_horizon` None: play all; `chunk_threshold` None: no setting keeps the arm moving."""
+
+    fps: float
+    delay_ticks: int
+    needed_actions_per_chunk: int
+    actions_per_chunk: int
+    controller: str
+    chunk_threshold: float | None
+    action_horizon: int | None
+    sync_is_enough: bool
+    sync_pause_ticks_per_chunk: int
+    highest_fps_without_pauses: float
+    reason: str
+
+
+def profile(policy: Policy, observation: dict[str, Any], calls: int = 100, warm_up: int = 3) -> list[float]:
+    """Latency of each call in seconds. Raises ConfigError for fewer than 50 calls."""
+    if calls < _ENOUGH_CALLS:
+        raise ConfigError(f"--calls={calls}: at least {_ENOUGH_CALLS} are needed to say anything about the 99th percentile.")
+    for _ in range(warm_up):
+        policy.get_action(observation)
+    latencies_s = []
+    for number in range(calls):
+        began_s = time.perf_counter()
+        policy.get_action(observation)  # returns arrays: whatever computed them has finished
+        latencies_s.append(time.perf_counter() - began_s)
+        _show_progress(number + 1, calls)
+    return latencies_s
+
+
+def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
+    """What to set for a policy that answers `actions_per_chunk` actions within `p99_s`. Raises ConfigError for figures that are none."""
+    if not (math.isfinite(p99_s) and p99_s >= 0 and fps > 0 and actions_per_chunk >= 1):
+        raise ConfigError(f"expected a latency, a rate and a chunk length, got {p99_s} s, {fps} Hz, {actions_per_chunk} actions.")
+    delay = math.ceil(p99_s * fps - 1e-9)
+    needed, sync = needed_actions(delay), p99_s < 1 / fps
+    bridges = actions_per_chunk >= needed
+    if sync:
+        reason = "an inference fits between two ticks: the plain loop does not pause"
+    elif bridges:
+        reason = f"a chunk lasts {actions_per_chunk} ticks, at least twice the delay of {delay} and {BRIDGE_MARGIN_TICKS} more"
+    else:
+        reason = (
+            f"a chunk of {actions_per_chunk} actions is too short for a delay of {delay} ticks ({needed} are needed): with overlap the arm starves "
+            "and leaves out what it starved through; sync pauses, but plays every action. Lower the rate, the denoising steps or the latency"
+        )
+    return Advice(
+        fps,
+        delay,
+        needed,
+        actions_per_chunk,
+        "threaded" if bridges and not sync else "sync",
+        round((delay + BRIDGE_MARGIN_TICKS) / actions_per_chunk, 3) if bridges else None,
+        None,  # the tail of a chunk is a reserve for the one inference in a hundred that takes longer
+        sync,
+        0 if sync else delay,
+        round((actions_per_chunk - BRIDGE_MARGIN_TICKS) / 2 / p99_s, 1) if p99_s > 0 else math.inf,
+        reason,
+    )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.latency:
+        delay = parse_delay(arguments.latency)
+        latency_ms = {"p50": 1000 * delay.at(0.5), "p95": 1000 * delay.at(0.95), "p99": 1000 * delay.at(0.99)}
+        horizon, latencies_s = arguments.actions_per_chunk or _TRAINED_HORIZON, None
+    else:
+        policy = _load(arguments)
+        observation = policy.example_observation(_INSTRUCTION)
+        horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
+        latencies_s = profile(policy, observation, arguments.calls, arguments.warm_up)
+        latency_ms = percentiles(1000 * np.array(latencies_s))
+    advice = [advise(latency_ms["p99"] / 1000, fps, horizon) for fps in arguments.fps]
+    return {
+        "benchmark": "inference_profiler",
+        "latency_ms": latency_ms,
+        "samples_ms": None if latencies_s is None else [round(1000 * value, 3) for value in latencies_s],
+        "advice": [_finite(asdict(each)) for each in advice],
+        "weights": "RANDOM (demo size)" if not (arguments.model_path or arguments.latency) else Path(arguments.model_path or arguments.latency).name,
+        "machine": machine(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command_line": without_machine_paths(sys.argv),
+        "seed": arguments.seed,
+    }
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()}
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from gr00t_fast import load_policy  # imports torch
+
+    path = arguments.model_path
+    if path is None:
+        from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+        path = arguments.out / "checkpoint-demo"
+        if not (path / "config.json").exists():
+            write_random_checkpoint(path, "demo", seed=arguments.seed)
+    options = ("embodiment_tag", "data_config", "denoising_steps", "device", "precision", "engine", "seed")
+    return load_policy(path, **{name: getattr(arguments, name) for name in options})
+
+
+def as_table(result: dict[str, Any]) -> str:
+    p = result["latency_ms"]
+    lines = [f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})", ""]
+    lines += ["| fps | delay, ticks | needed actions | has | controller | chunk_threshold | highest fps without pauses |", "|---" * 7 + "|"]
+    for row in result["advice"]:
+        cells = [row[key] for key in ("delay_ticks", "needed_actions_per_chunk", "actions_per_chunk", "controller", "chunk_threshold")]
+        lines.append(
+            f"| {row['fps']:g} | " + " | ".join("-" if cell is None else str(cell) for cell in [*cells, row["highest_fps_without_pauses"]]) + " |"
+        )
+    return "\n".join([*lines, "", *(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])])
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Needed actions by control rate, against what the policy has."""
+    from gr00t_fast.optional import require
+
+    require("matplotlib", "plots").use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    rates = np.arange(1, 101)
+    for name in ("p50", "p99"):
+        delays = np.ceil(result["latency_ms"][name] / 1000 * rates - 1e-9).astype(int)
+        axis.plot(rates, [needed_actions(int(delay)) for delay in delays], label=f"needed at the {name} latency")
+    axis.axhline(result["advice"][0]["actions_per_chunk"], color="k", linewidth=1, linestyle="--", label="actions per chunk")
+    axis.set_xlabel("control rate (Hz)")
+    axis.set_ylabel("actions per chunk")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        result = run(arguments)
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(as_table(result))
+    (arguments.out / "inference_profiler.json").write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.out / "inference_profiler.md").write_text(as_table(result) + "\n")
+    try:
+        plot(result, arguments.out / "inference_profiler.png")
+    except MissingExtraError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+def _show_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\rcall {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of demo size is made in --out")
+    parser.add_argument("--latency", help="instead of measuring: seconds, or measured:FILE[#PLACE] (percentiles in ms in a benchmark's JSON)")
+    parser.add_argument("--fps", type=float, nargs="+", default=[30.0, 50.0], help="control rates to advise on")
+    parser.add_argument("--actions_per_chunk", type=int, help="default: what the policy answers; with --latency 16")
+    parser.add_argument("--calls", type=int, default=100, help="at least 50")
+    parser.add_argument("--warm_up", type=int, default=3, help="calls not counted")
+    parser.add_argument("--embodiment_tag", default="new_embodiment")
+    parser.add_argument("--data_config", default="so100")
+    parser.add_argument("--denoising_steps", type=int, help="default: the checkpoint's own")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("outputs/inference_profiler"), help="directory for the JSON, the table and the plot")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Virtual time for a loop and the inference that overlaps it: nothing waits, and the same run has the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gr00t_fast.control.worker import Outcome
+
+
+class VirtualClock:
+    """Moves only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        self.time_s = max(self.time_s, deadline_s)
+
+
+class VirtualWorker:
+    """A `Worker` beside a loop on the same VirtualClock: a call runs at once on time of its own, and its outcome is there when that has passed."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self._outcome: Outcome | None = None
+        self._ready_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._outcome is not None
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        if self.busy:
+            raise RuntimeError("the inference is busy; take its outcome first")
+        began_s = self._clock.now_s()
+        try:
+            self._outcome = Outcome(value=call())
+        except Exception as error:  # noqa: BLE001 - handed over, as a thread does
+            self._outcome = Outcome(error=error)
+        self._ready_s, self._clock.time_s = self._clock.now_s(), began_s
+
+    def poll(self) -> Outcome | None:
+        return self.wait() if self.busy and self._clock.now_s() >= self._ready_s else None
+
+    def wait(self) -> Outcome:
+        if self._outcome is None:
+            raise RuntimeError("nothing was submitted")
+        self._clock.sleep_until_s(self._ready_s)
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def close(self, timeout_s: float) -> bool:
+        return True
