@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_stages(policy: Gr00tPolicy, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> time, work and, on a GPU, kernels. Stages take turns, so that a disturbance hits all alike."""
-    stages = stages_of(policy, policy.raw_inputs(random_observations(policy, arguments.seed)[0]))
+    stages = stages_of(policy, policy.raw_inputs(random_observations(policy, arguments.seed)[0]), arguments.seed)
     calls: Mapping[str, Callable[[], Any]] = {name: recorded(stage, policy.device) for name, stage in stages.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     rounds = arguments.rounds

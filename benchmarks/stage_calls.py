@@ -18,12 +18,12 @@ _PROFILED_CALLS = 5
 Call = Callable[[], Any]
 
 
-def stages_of(policy: Gr00tPolicy, raw: RawInputs) -> dict[str, Call]:
+def stages_of(policy: Gr00tPolicy, raw: RawInputs, seed: int) -> dict[str, Call]:
     """pixels, vision, language, refine, denoise for one observation, each from what the stage before left."""
     engine = policy.engine
     stages: Stages = getattr(engine, "stages", None) or Stages.of(engine.model)
     call = StaticCall(engine.model, CallShape.of(raw, policy.denoising_steps), policy.to_pixels, stages)
-    call.fill(raw)
+    call.fill(raw, torch.randn(call.actions.shape, generator=torch.Generator().manual_seed(seed)))
     call.upload()
     with torch.inference_mode():
         inputs, noise = call.model_inputs(call.pixels()), call.noise()

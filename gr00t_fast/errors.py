@@ -22,6 +22,14 @@ class CheckpointError(Gr00tFastError, ValueError):
     """The checkpoint directory is incomplete, damaged, or not GR00T N1.5."""
 
 
+class EngineError(Gr00tFastError, RuntimeError):
+    """An exported engine is incomplete, damaged, or cannot run on this machine; the message names the command that makes one."""
+
+
+class StaleEngineError(EngineError):
+    """An exported engine belongs to other weights, cameras, another embodiment or data configuration; the message names the command to run."""
+
+
 class ObservationError(Gr00tFastError, ValueError):
     """An observation given to the policy has a missing key or a wrong dtype, shape or value."""
 

@@ -21,10 +21,24 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, load_model, open_checkpoint
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PartStatistics, PolicyFacts
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
 from gr00t_fast.data_config import DataConfig, load_data_config
-from gr00t_fast.engine import Engine, Goal, check_engine, make_engine, select_device, select_precision, soft_mask
+from gr00t_fast.engine import (
+    Engine,
+    FrameEngine,
+    Goal,
+    RawInputs,
+    Target,
+    check_engine,
+    make_engine,
+    open_engine,
+    runs_from_files,
+    select_device,
+    select_precision,
+    soft_mask,
+)
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
+from gr00t_fast.facts import check_cameras, facts_of
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
@@ -45,33 +59,46 @@ def load_policy(
     action_horizon: int | None = None,
     device: str = "auto",
     precision: str = "auto",
-    engine: str = "auto",
+    engine: str | Engine = "auto",
+    engine_path: str | Path | None = None,
     processor_path: str | Path | None = None,
     prompt_style: str = "plain",
     seed: int | None = None,
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
 
-    `denoising_steps` and `action_horizon` default to the checkpoint's own. Raises ConfigError for an argument that cannot be used and
-    CheckpointError for files that are missing, damaged or of another network. Everything small is checked before weights are read.
+    `denoising_steps` and `action_horizon` default to the checkpoint's own. `engine_path` is the directory of an export, for engines that run one
+    (default: `<checkpoint>/exports/<engine>`); those read no weights, they compare them. An Engine of your own, with
+    `device` and `dtype`, can stand for a name. Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing,
+    damaged or of another network, and EngineError for an export that does not fit. Everything small is checked before weights are read.
     """
-    _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=engine)
-    check_engine(engine)
+    own, name = (engine, "auto") if hasattr(engine, "run") else (None, engine)
+    _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
+    if engine_path is not None:
+        _check_words(engine_path=engine_path)
+    check_engine(name, engine_path)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
     checkpoint = open_checkpoint(model_path)
     metadata = checkpoint.embodiment(embodiment_tag)
-    config, target = load_data_config(data_config), select_device(device)
-    dtype = select_precision(precision, target)
+    config = load_data_config(data_config)
     language = checkpoint.config.language
     tokens, cameras = checkpoint.config.vision.tokens, len(config.video_keys)
     prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.path), cameras, tokens, language.image_token_id, prompt_style)
     pieces = _Pieces(checkpoint, metadata, config, prompts)
     steps = pieces.check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps)
     horizon = pieces.check_action_horizon(action_horizon)
+    if own is not None:
+        return Gr00tPolicy(pieces, own, own.device, own.dtype, steps, horizon, seed)
+    if runs_from_files(name):  # an export has a precision, and its runtime says which devices it can use
+        target = Target(checkpoint, embodiment_tag, config, data_config if isinstance(data_config, str) else "module:ClassName")
+        ready = open_engine(name, engine_path, target, device, precision)
+        return Gr00tPolicy(pieces, ready, ready.device, ready.dtype, steps, horizon, seed)
+    where = select_device(device)
+    dtype = select_precision(precision, where)
     with _progress_bar() as progress:
-        model = load_model(checkpoint, embodiment_tag, target, dtype, progress)
-    return Gr00tPolicy(pieces, make_engine(engine, model), target, dtype, steps, horizon, seed)
+        model = load_model(checkpoint, embodiment_tag, where, dtype, progress)
+    return Gr00tPolicy(pieces, make_engine(name, model, pieces.to_pixels), where, dtype, steps, horizon, seed)
 
 
 def _check_words(**arguments: object) -> None:
@@ -93,15 +120,14 @@ class _Pieces:
 
     def __init__(self, checkpoint: Checkpoint, metadata: EmbodimentMetadata, config: DataConfig, prompts: PromptEncoder) -> None:
         head = checkpoint.config.head
-        absent = [key for key in config.video_keys if key not in metadata.cameras]
-        if absent:
-            raise ConfigError(
-                f"the data config reads {', '.join(absent)}, but this checkpoint was trained with {', '.join(metadata.cameras) or 'no camera'}. "
-                "Choose the data_config it was trained with."
-            )
+        check_cameras(metadata, config)
         self.network, self.metadata, self.data_config, self.prompts = checkpoint.config, metadata, config, prompts
         self.state = StateTransform(config, metadata, head.state_dim)
         self.action = ActionTransform(config, metadata, head.action_dim)
+
+    def to_pixels(self, frames: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) at the trained resolution -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device."""
+        return pixel_values(frames, self.network.vision.image_size)
 
     def check_denoising_steps(self, steps: int) -> int:
         most, number = min(_MAX_DENOISING_STEPS, self.network.head.timestep_buckets), _whole(steps)
@@ -163,18 +189,8 @@ class Gr00tPolicy:
     @property
     def facts(self) -> PolicyFacts:
         """What the checkpoint says about the robot it was trained on, for the pre-flight check."""
-        metadata, config = self._pieces.metadata, self._pieces.data_config
-        cameras = {key: metadata.cameras[key] for key in config.video_keys}
-        return PolicyFacts(
-            embodiment_tag=metadata.tag,
-            fps=next(iter(cameras.values())).fps,
-            resolutions={_bare(key): (camera.width, camera.height) for key, camera in cameras.items()},
-            state_widths={_bare(key): width for key, width in self._pieces.state.widths.items()},
-            action_widths={_bare(key): width for key, width in self._pieces.action.widths.items()},
-            state_statistics={_bare(key): _part(metadata, key) for key in config.state_keys},
-            action_statistics={_bare(key): _part(metadata, key) for key in config.action_keys},
-            trained_horizon=self._pieces.network.head.action_horizon,
-        )
+        pieces = self._pieces
+        return facts_of(pieces.metadata, pieces.data_config, pieces.state.widths, pieces.action.widths, pieces.network.head.action_horizon)
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return self._pieces.data_config.modality_config()
@@ -197,12 +213,18 @@ class Gr00tPolicy:
         timer = StageTimer(self.engine.synchronise)
         with timer.stage("preprocess"):
             parsed = parse_observation(observation, self._pieces.data_config, self._pieces.state.widths)
-            inputs = self._model_inputs(parsed)
+            raw = self._raw_inputs(parsed)
+            takes_frames = isinstance(self.engine, FrameEngine)
+            inputs = None if takes_frames else self._model_inputs(raw)
             start = self._noise(noise, parsed.batch)  # last: a refused observation uses up no noise
             goal = self._goal(prefix, parsed)
-        normalised = self.engine.run(inputs, start, self._denoising_steps, timer, **({} if goal is None else {"goal": goal}))
+        if takes_frames:
+            normalised = self.engine.run_raw(raw, start, self._denoising_steps, timer)
+        else:
+            options = {} if goal is None else {"goal": goal}
+            normalised = self.engine.run(inputs, start.to(self.device), self._denoising_steps, timer, **options).float().cpu().numpy()
         with timer.stage("postprocess"):
-            actions = self._pieces.action(normalised[:, : self.action_horizon].float().cpu().numpy())
+            actions = self._pieces.action(normalised[:, : self.action_horizon])
             if not parsed.batched:
                 actions = {key: value[0] for key, value in actions.items()}
             if goal is not None:
@@ -272,7 +294,7 @@ class Gr00tPolicy:
         shape = (batch, head.action_horizon, head.action_dim)
         if noise is None:
             # drawn in fp32 whatever the precision, so that runs in two precisions can be compared at one seed
-            return torch.randn(shape, generator=self._generator).to(self.device)
+            return torch.randn(shape, generator=self._generator)
         try:
             start = torch.as_tensor(noise, dtype=torch.float32)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -280,55 +302,57 @@ class Gr00tPolicy:
         if tuple(start.shape) != shape or not torch.isfinite(start).all():
             found = "values that are not finite" if tuple(start.shape) == shape else f"shape {tuple(start.shape)}"
             raise ObservationError(f"noise: expected finite numbers of shape {shape} (batch, trained horizon, padded action width), got {found}.")
-        return start.to(self.device)
+        return start.cpu()
 
-    def _model_inputs(self, parsed: PolicyInput) -> ModelInputs:
-        pixels = torch.stack([self._pixels(key, frames) for key, frames in parsed.frames.items()], dim=1)  # (B, C, 3, h, w)
-        ids, image_positions, mask = self._prompt(parsed.instructions)
-        state = torch.from_numpy(self._pieces.state(parsed.state))
+    def to_pixels(self, frames: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) at the trained resolution -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device. For benchmarks."""
+        return self._pieces.to_pixels(frames)
+
+    def raw_inputs(self, observation: dict[str, Any]) -> RawInputs:
+        """What a FrameEngine takes, for benchmarks. Raises ObservationError."""
+        return self._raw_inputs(parse_observation(observation, self._pieces.data_config, self._pieces.state.widths))
+
+    def _raw_inputs(self, parsed: PolicyInput) -> RawInputs:
+        ids, lengths, image_positions = self._prompt(parsed.instructions)
+        frames = [self._trained_size(key, frames) for key, frames in parsed.frames.items()]
+        return RawInputs(frames, ids, lengths, image_positions, self._pieces.state(parsed.state))
+
+    def _model_inputs(self, raw: RawInputs) -> ModelInputs:
+        pixels = torch.stack([self._pixels(frames) for frames in raw.frames], dim=1)  # (B, C, 3, h, w)
+        padded = (raw.lengths != raw.input_ids.shape[1]).any()
+        mask = torch.from_numpy(np.arange(raw.input_ids.shape[1]) < raw.lengths[:, None]) if padded else None
         return ModelInputs(
             pixel_values=pixels.to(self.dtype),
-            input_ids=ids.to(self.device),
-            image_positions=image_positions.to(self.device),
-            state=state.to(self.device, self.dtype),
+            input_ids=torch.from_numpy(raw.input_ids).to(self.device),
+            image_positions=torch.from_numpy(raw.image_positions).to(self.device),
+            state=torch.from_numpy(raw.state).to(self.device, self.dtype),
             prompt_mask=None if mask is None else mask.to(self.device),
         )
 
-    def _pixels(self, key: str, frames: np.ndarray) -> Tensor:
-        """uint8 (B, H, W, 3) -> (B, 3, h, w) on the device: bytes are uploaded, floats are made there."""
+    def _trained_size(self, key: str, frames: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) at the resolution that training saw."""
         camera = self._pieces.metadata.cameras[key]
         height, width = frames.shape[1:3]
         if (height, width) != (camera.height, camera.width) and key not in self._resizes_told:
             self._resizes_told.add(key)
             log.info("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
-        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
-        uploaded = torch.from_numpy(np.require(to_trained_size(frames, camera.width, camera.height), requirements=("C", "W"))).to(self.device)
-        return pixel_values(uploaded, self._pieces.network.vision.image_size)
+        return to_trained_size(frames, camera.width, camera.height)
 
-    def _prompt(self, instructions: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids (B, S) padded on the right, places of the image tokens (V,), mask (B, S) or None when nothing is padded."""
+    def _pixels(self, frames: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, 3) -> (B, 3, h, w) on the device: bytes are uploaded, floats are made there."""
+        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
+        return self._pieces.to_pixels(torch.from_numpy(np.require(frames, requirements=("C", "W"))).to(self.device))
+
+    def _prompt(self, instructions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,)."""
         prompts = self._pieces.prompts
         encoded = [prompts(instruction) for instruction in instructions]
         lengths = np.array([len(ids) for ids in encoded])
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
         for row, ids in zip(padded, encoded, strict=True):
             row[: len(ids)] = ids
-        image_positions = np.flatnonzero(encoded[0] == prompts.image_token_id)  # pictures precede the instruction: the same for every item
-        mask = None if (lengths == lengths[0]).all() else torch.from_numpy(np.arange(padded.shape[1]) < lengths[:, None])
-        return torch.from_numpy(padded), torch.from_numpy(image_positions), mask
-
-
-def _bare(key: str) -> str:
-    """`video.webcam` -> `webcam`."""
-    return key.split(".", 1)[1]
-
-
-def _part(metadata: EmbodimentMetadata, key: str) -> PartStatistics:
-    statistics = metadata.statistics[key]
-    return PartStatistics(*(statistics.get(name, statistics[fallback]) for name, fallback in _STATISTICS))
-
-
-_STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))
+        # pictures precede the instruction: their places are the same for every item
+        return padded, lengths, np.flatnonzero(encoded[0] == prompts.image_token_id)
 
 
 class _progress_bar:  # noqa: N801 - used like a function

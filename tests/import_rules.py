@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "config", "data_config", "optional", "timing", "flags", "measurement")
-POLICY = ("prompt", "observation", "transforms", "policy")
+BASE = ("errors", "contracts", "config", "data_config", "optional", "tensorrt_library", "timing", "flags", "measurement")
+POLICY = ("prompt", "observation", "transforms", "facts", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
-PROGRAMS = ("cli", "random_checkpoint")  # under gr00t_fast; scripts, export and benchmarks are added by `unit_of`
+PROGRAMS = ("cli", "random_checkpoint", "remote", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
 LAYERS = (BASE, ("model",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
 ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy")}
@@ -22,7 +22,7 @@ ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE
 CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "draccus", "yaml"})
 FLAG_PACKAGES = frozenset({"draccus", "yaml"})  # at import time only where flags are declared: a policy must load without them
 FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config", "gr00t_fast.cli"})
-OUTSIDE = ("benchmarks", "export", "scripts")
+OUTSIDE = ("benchmarks", "export", "scripts", "training")
 SCRIPT = "a script"
 MAX_LINES = 400
 

@@ -1,6 +1,6 @@
 """A policy without a network for the server tests, servers around it in this and in other processes, and messages with mistakes in them.
 
-python tests/serving_fakes.py zmq|http PORT [TOKEN]     serves the fake policy; prints its port when it listens
+python tests/serving_fakes.py zmq|http PORT [TOKEN [FPS]]     serves the fake policy; prints its port when it listens
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import zmq
+from control_fakes import facts
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.data_config import load_data_config
@@ -33,8 +34,9 @@ class ArithmeticPolicy:
     An instruction of the form `wait 0.5` makes it take that many seconds; `bug` makes it fail as only a bug can.
     """
 
-    def __init__(self, data_config: str = "so100") -> None:
+    def __init__(self, data_config: str = "so100", fps: float = 30.0) -> None:
         self.config = load_data_config(data_config)
+        self.facts = facts({key.removeprefix("video."): (8, 6) for key in self.config.video_keys}, fps=fps)
         self.calls, self.resets, self.threads = 0, 0, set()
         self._busy = threading.Lock()
 
@@ -103,8 +105,9 @@ def running(server: Any) -> Iterator[Any]:
 class ServerProcess:
     """The fake policy's server in a process of its own, which may be killed."""
 
-    def __init__(self, kind: str = "zmq", port: int = 0, token: str = "") -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, kind, str(port), token], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    def __init__(self, kind: str = "zmq", port: int = 0, token: str = "", fps: float = 30.0) -> None:
+        command = [sys.executable, __file__, kind, str(port), token, str(fps)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         self.port = int(self.process.stdout.readline())
 
     def kill(self) -> None:
@@ -220,12 +223,12 @@ class Mutator:
         return data.replace(self.random.choice(words), self.random.choice((*words, b"|O8", b"kill", b"")))
 
 
-def main(kind: str, port: str, token: str = "") -> None:
+def main(kind: str, port: str, token: str = "", fps: str = "30") -> None:
     if kind == "http":
         from gr00t_fast.serving.http import HttpPolicyServer as Server
     else:
         from gr00t_fast.serving.server import PolicyServer as Server
-    server = Server(ArithmeticPolicy(), port=int(port), api_token=token or None)
+    server = Server(ArithmeticPolicy(fps=float(fps)), port=int(port), api_token=token or None)
     print(server.port, flush=True)
     server.run()
 

@@ -62,7 +62,7 @@ def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
     """The check above is sensitive: run the same padded batch without its mask, as the reference does, and the short prompts' actions move."""
     batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
     parsed = parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths)
-    inputs = policy._model_inputs(parsed)
+    inputs = policy._model_inputs(policy._raw_inputs(parsed))
     assert inputs.prompt_mask is not None
     model, tables = policy.engine.model, policy.engine.tables(policy.denoising_steps)
     with torch.inference_mode():
@@ -75,13 +75,13 @@ def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
 
 def test_equal_lengths_need_no_mask(policy: Gr00tPolicy) -> None:
     batched = observation(policy.name, batch=4, instruction=EQUAL)
-    assert policy._model_inputs(parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths)).prompt_mask is None
+    assert policy._model_inputs(policy.raw_inputs(batched)).prompt_mask is None
 
 
 def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another token in the padding changes nothing."""
     batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
-    inputs = policy._model_inputs(parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths))
+    inputs = policy._model_inputs(policy.raw_inputs(batched))
     other = replace(inputs, input_ids=inputs.input_ids.masked_fill(~inputs.prompt_mask, 97))
     assert not torch.equal(other.input_ids, inputs.input_ids)
     with torch.inference_mode():

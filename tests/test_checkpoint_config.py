@@ -11,6 +11,8 @@ from random_networks import TINY, Sizes, edit_json, load_network, write_network
 
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.errors import CheckpointError, ConfigError
+from gr00t_fast.facts import read_facts
+from gr00t_fast.serving.facts_message import facts_to_message
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,9 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
         ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a positive whole number, got None"),
         ("action_head_cfg.max_num_embodiments", "32", "'max_num_embodiments' must be a positive whole number"),
         ("action_head_cfg.max_seq_len", 8, "max_seq_len is at least action_horizon"),
+        ("action_head_cfg.num_timestep_buckets", 3, "num_timestep_buckets is at least num_inference_timesteps"),
+        ("action_head_cfg.use_vlln", 1, "'use_vlln' must be true or false, got 1"),
+        ("action_head_cfg.use_vlln", "false", "'use_vlln' must be true or false, got 'false'"),
         ("action_head_cfg.backbone_embedding_dim", 2048, "backbone_embedding_dim is 2048, expected 32"),
         ("action_head_cfg.input_embedding_dim", 1536, "input_embedding_dim is 1536, expected 32"),
         ("action_head_cfg.max_action_dim", 16, "max_action_dim is 16, expected 32"),
@@ -150,6 +155,9 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
         ("modalities.video.webcam.resolution", [640]),
         ("modalities.video.webcam.resolution", [640, 0]),
         ("modalities.video.webcam.resolution", [640.5, 480]),
+        ("modalities.video.webcam.resolution", [31, 480]),
+        ("modalities.video.webcam.resolution", [640, 31]),
+        ("modalities.video.webcam.resolution", [1, 1]),
         ("modalities.video.webcam.resolution", ["640", "480"]),
         ("modalities.video.webcam.fps", float("nan")),
         ("modalities.video.webcam.fps", -30),
@@ -160,6 +168,37 @@ def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.{key}", value)
     with pytest.raises(CheckpointError, match=r"metadata.json: the entry 'new_embodiment' is incomplete or damaged"):
         open_checkpoint(checkpoint).embodiment("new_embodiment")
+
+
+def test_statistics_of_no_values(checkpoint: Path) -> None:
+    """Also where all of them agree: a part without values would leave the arm's joints to the other parts."""
+    for names in (("min",), ("min", "max", "mean", "std", "q01", "q99")):
+        for name in names:
+            edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [])
+        with pytest.raises(CheckpointError, match="statistics of no values"):
+            open_checkpoint(checkpoint).embodiment("new_embodiment")
+
+
+def test_the_smallest_camera(checkpoint: Path) -> None:
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.modalities.video.webcam.resolution", [32, 32])
+    camera = open_checkpoint(checkpoint).embodiment("new_embodiment").cameras["video.webcam"]
+    assert (camera.width, camera.height) == (32, 32)
+
+
+def test_facts_need_no_weights(checkpoint: Path) -> None:
+    expected = facts_to_message(read_facts(checkpoint, "new_embodiment", "so100"))
+    for file in checkpoint.glob("model*"):
+        file.unlink()
+    assert facts_to_message(read_facts(checkpoint, "new_embodiment", "so100")) == expected
+    assert expected["state_widths"] == {"single_arm": 5, "gripper": 1}
+    assert expected["resolutions"] == {"webcam": [64, 48]}
+    with pytest.raises(ConfigError, match="reads video.front, video.wrist"):
+        read_facts(checkpoint, "new_embodiment", "so100_dualcam")
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.gripper", ...)
+    with pytest.raises(ConfigError, match=r"reads state.gripper, but this checkpoint has statistics for"):
+        read_facts(checkpoint, "new_embodiment", "so100")
+    with pytest.raises(CheckpointError, match="neither model.safetensors"):
+        open_checkpoint(checkpoint)
 
 
 # --- where it comes from -------------------------------------------------------------------------------------------------------------
@@ -189,6 +228,8 @@ def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     for file in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "experiment_cfg/metadata.json"):
         assert any(Path(file).match(pattern) for pattern in patterns), file
     assert not any(Path(file).match(pattern) for pattern in patterns for file in ("optimizer.pt", "training_args.bin", "global_step1/x.pt"))
+    open_checkpoint("someone/so100-finetune", with_weights=False)
+    assert set(patterns) - set(asked[-1][1]) == {"model*.safetensors*"}
 
 
 @pytest.mark.parametrize("error", [OSError("no network"), ValueError("repository not found")])

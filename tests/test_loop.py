@@ -351,11 +351,14 @@ class TestStopSignals:
 HERE = Path(__file__).parent
 
 
-def run_and_signal(tmp_path: Path, mode: str, after_event: str, *numbers: int, pause_s: float = 0.1) -> tuple[int, list[tuple[float, str]], float]:
+def run_and_signal(
+    tmp_path: Path, mode: str, after_event: str, *numbers: int, pause_s: float = 0.1, launcher: tuple[str, ...] = ()
+) -> tuple[int, list[tuple[float, str]], float]:
     """Start tests/signal_arm.py, send the signals once `after_event` is logged; return exit code, log and the time of the first signal."""
     log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    process = subprocess.Popen([sys.executable, str(HERE / "signal_arm.py"), str(log), mode], env=environment, stdout=subprocess.DEVNULL)
+    command = [*launcher, sys.executable, str(HERE / "signal_arm.py"), str(log), mode]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
         give_up_s = time.monotonic() + 10
         while not (log.exists() and f" {after_event}\n" in log.read_text()):
@@ -386,6 +389,12 @@ class TestRealSignals:
         assert got == code
         assert when(log, "landed") - signalled_s < 0.5  # the inference would have taken three seconds
         assert "inferred" not in [event for _, event in log]
+
+    def test_ctrl_c_is_heard_in_a_background_job_of_a_script(self, tmp_path: Path) -> None:
+        shell = ("sh", "-c", 'trap "" INT QUIT; exec "$@"', "sh")  # what a shell without job control does to a command with a `&`
+        got, log, signalled_s = run_and_signal(tmp_path, "infer", "infer", signal.SIGINT, launcher=shell)
+        assert got == 130
+        assert when(log, "landed") - signalled_s < 0.5
 
     def test_landing_is_not_cut_short_by_impatience(self, tmp_path: Path) -> None:
         got, log, _ = run_and_signal(tmp_path, "land", "inferred", *[signal.SIGINT] * 4)

@@ -38,6 +38,10 @@ def test_help_is_quick_and_knows_all_policy_options(capsys: pytest.CaptureFixtur
         (["--model_path=x", "--prot=1"], "Did you mean 'port'"),
         (["--model_path=x", "--api_token="], "--api_token is empty"),
         (["--model_path=x", "--http", "--address=ipc:///tmp/x"], "--address"),
+        (["--model_path=x", "--address=/tmp/x"], "expected ipc://PATH or tcp://HOST:PORT"),
+        (["--model_path=x", "--address=ipc://"], "expected ipc://PATH or tcp://HOST:PORT"),
+        (["--model_path=x", "--address=ipc:///no/such/place/x"], "no directory"),
+        (["--model_path=x", f"--address=ipc:///tmp/{'x' * 120}"], "103 bytes"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

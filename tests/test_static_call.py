@@ -28,20 +28,18 @@ def to_pixels(model: Gr00tN1d5):
     return lambda frames: pixel_values(frames, model.config.vision.image_size)
 
 
-def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[RawInputs, ModelInputs]:
+def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[RawInputs, ModelInputs, torch.Tensor]:
     """The same observations as bytes on the host and as the tensors that the eager engine takes."""
     inputs, noise = random_inputs(model.config, batch, cameras, seed=seed)
     frames = [np.random.default_rng((seed, index)).integers(0, 256, (batch, *FRAME, 3), dtype=np.uint8) for index in range(cameras)]
     mask = inputs.prompt_mask if inputs.prompt_mask is not None else torch.ones_like(inputs.input_ids, dtype=torch.bool)
     pixels = torch.stack([to_pixels(model)(torch.from_numpy(view)) for view in frames], dim=1)
-    raw = RawInputs(
-        frames, inputs.input_ids.numpy(), mask.sum(1).numpy(), inputs.image_positions.numpy(), inputs.state.float().numpy(), noise.numpy()
-    )
-    return raw, ModelInputs(pixels, inputs.input_ids, inputs.image_positions, inputs.state, inputs.prompt_mask)
+    raw = RawInputs(frames, inputs.input_ids.numpy(), mask.sum(1).numpy(), inputs.image_positions.numpy(), inputs.state.float().numpy())
+    return raw, ModelInputs(pixels, inputs.input_ids, inputs.image_positions, inputs.state, inputs.prompt_mask), noise
 
 
-def computed(call: StaticCall, raw: RawInputs) -> torch.Tensor:
-    call.fill(raw)
+def computed(call: StaticCall, raw: RawInputs, noise: torch.Tensor) -> torch.Tensor:
+    call.fill(raw, noise)
     call.upload()
     with torch.inference_mode():
         call.compute()
@@ -49,35 +47,35 @@ def computed(call: StaticCall, raw: RawInputs) -> torch.Tensor:
     return call.answer.clone()
 
 
-def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: np.ndarray) -> float:
-    return float((got - expected).norm() / (expected - torch.from_numpy(noise)).norm())
+def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: torch.Tensor) -> float:
+    return float((got - expected).norm() / (expected - noise).norm())
 
 
 @pytest.mark.parametrize(("batch", "cameras", "steps"), [(1, 1, 4), (1, 2, 1), (3, 1, 2)])
 def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, batch: int, cameras: int, steps: int) -> None:
     """Padding to the bucket is masked, so it adds nothing; attention over masked keys may round differently."""
-    raw, inputs = raw_inputs(model, batch, cameras)
+    raw, inputs, noise = raw_inputs(model, batch, cameras)
     call = StaticCall(model, CallShape.of(raw, steps), to_pixels(model))
-    expected = EagerEngine(model).run(inputs, torch.from_numpy(raw.noise), steps, StageTimer())
-    assert displacement_error(computed(call, raw), expected, raw.noise) < 1e-4
+    expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
+    assert displacement_error(computed(call, raw, noise), expected, noise) < 1e-4
 
 
 def test_the_same_memory_serves_other_contents(model: Gr00tN1d5) -> None:
     """A second observation with a shorter prompt of the same bucket: nothing of the first is left in the buffers."""
-    first, _ = raw_inputs(model, seed=1)
-    second, _ = raw_inputs(model, seed=2)
-    second = RawInputs(second.frames, second.input_ids[:, :-3], second.lengths - 3, second.image_positions, second.state, second.noise)
+    first, _, noise = raw_inputs(model, seed=1)
+    second, _, _ = raw_inputs(model, seed=2)
+    second = RawInputs(second.frames, second.input_ids[:, :-3], second.lengths - 3, second.image_positions, second.state)
     shape = CallShape.of(first, 2)
     assert CallShape.of(second, 2) == shape
     call, fresh = (StaticCall(model, shape, to_pixels(model)) for _ in range(2))
-    computed(call, first)
-    torch.testing.assert_close(computed(call, second), computed(fresh, second), rtol=0, atol=0)
-    assert not torch.equal(computed(call, first), computed(call, second))
+    computed(call, first, noise)
+    torch.testing.assert_close(computed(call, second, noise), computed(fresh, second, noise), rtol=0, atol=0)
+    assert not torch.equal(computed(call, first, noise), computed(call, second, noise))
 
 
 def test_shapes_that_differ_are_recorded_apart(model: Gr00tN1d5) -> None:
-    one, _ = raw_inputs(model)
-    two, _ = raw_inputs(model, cameras=2)
+    one, _, _ = raw_inputs(model)
+    two, _, _ = raw_inputs(model, cameras=2)
     assert len({CallShape.of(one, 4), CallShape.of(one, 2), CallShape.of(two, 4)}) == 3
     assert CallShape.of(one, 4).prompt_tokens % PROMPT_BUCKET == 0
 
@@ -96,12 +94,12 @@ def test_packed_parts_do_not_overlap() -> None:
 
 def test_the_stages_compile_without_a_graph_break(model: Gr00tN1d5) -> None:
     """`backend="eager"` traces as Inductor would and runs the trace as it is; fullgraph=True makes a break an error."""
-    raw, _ = raw_inputs(model)
+    raw, _, noise = raw_inputs(model)
     shape = CallShape.of(raw, 2)
     torch.compiler.reset()
     compiled = StaticCall(model, shape, to_pixels(model), Stages.of(model).compiled(backend="eager"))
     plain = StaticCall(model, shape, to_pixels(model))
-    torch.testing.assert_close(computed(compiled, raw), computed(plain, raw), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(computed(compiled, raw, noise), computed(plain, raw, noise), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_gpu_the_engine_says_what_to_do(model: Gr00tN1d5) -> None:

@@ -43,17 +43,30 @@ class Checkpoint:
         return parse_metadata(self.raw_metadata, tag)
 
 
-def open_checkpoint(model_path: str | Path) -> Checkpoint:
-    """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError."""
-    path = _local_directory(model_path)
+def open_checkpoint(model_path: str | Path, with_weights: bool = True) -> Checkpoint:
+    """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError.
+
+    `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty.
+    """
+    path = _local_directory(model_path, with_weights)
     eagle_file = path / "eagle2_hg_model" / "config.json"
     eagle = _read_json(eagle_file) if eagle_file.exists() else PUBLISHED_EAGLE
     config = ModelConfig.from_dicts(_read_json(path / "config.json"), eagle)
-    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), _weight_files(path))
+    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), _weight_files(path) if with_weights else ())
 
 
-def load_model(checkpoint: Checkpoint, embodiment_tag: str, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Gr00tN1d5:
-    """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors."""
+def load_model(
+    checkpoint: Checkpoint,
+    embodiment_tag: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    only: tuple[str, ...] = ("",),
+) -> Gr00tN1d5:
+    """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors.
+
+    Parameters whose names do not begin with one of `only` stay on the meta device, without memory: for work on a part of the network.
+    """
     row, rows = EMBODIMENT_ROWS[embodiment_tag], checkpoint.config.head.embodiments
     if row >= rows:
         raise CheckpointError(f"embodiment_tag '{embodiment_tag}' selects row {row} of the per-embodiment weights; by config.json there are {rows}.")
@@ -62,7 +75,7 @@ def load_model(checkpoint: Checkpoint, embodiment_tag: str, device: torch.device
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files]
         located = _check_names_and_shapes(model, checkpoint, files)
-        _fill(model, located, row, device, dtype, progress)
+        _fill(list(_plan(model, located, row, device, dtype, only)), progress)
     return model.eval().requires_grad_(False)
 
 
@@ -75,7 +88,7 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _local_directory(model_path: str | Path) -> Path:
+def _local_directory(model_path: str | Path, with_weights: bool) -> Path:
     path = Path(model_path).expanduser()
     if path.is_dir():
         return path
@@ -84,13 +97,13 @@ def _local_directory(model_path: str | Path) -> Path:
     text = str(model_path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"model_path '{text}' does not exist. Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B.")
-    return _download(text)
+    return _download(text, with_weights)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, with_weights: bool) -> Path:
     import huggingface_hub  # only when a hub id is given
 
-    patterns = ["config.json", "model*.safetensors*", "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
+    patterns = ["config.json", *(["model*.safetensors*"] if with_weights else []), "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
@@ -187,8 +200,7 @@ class _Read:
         return self.size_bytes
 
 
-def _fill(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> None:
-    reads = list(_plan(model, located, row, device, dtype))
+def _fill(reads: list[_Read], progress: Progress | None) -> None:
     total = sum(read.size_bytes for read in reads)
     done = 0
     with ThreadPoolExecutor(_READ_THREADS) as pool, torch.inference_mode():
@@ -198,9 +210,9 @@ def _fill(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dt
                 progress(done, total)
 
 
-def _plan(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype) -> Iterator[_Read]:
+def _plan(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype, only: tuple[str, ...]) -> Iterator[_Read]:
     """Allocate each parameter and say where its parts come from."""
-    for name, meta in list(model.named_parameters()):
+    for name, meta in [(name, meta) for name, meta in model.named_parameters() if name.startswith(only)]:
         parameter = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameter)

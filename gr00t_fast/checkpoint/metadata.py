@@ -13,6 +13,8 @@ from gr00t_fast.errors import CheckpointError, ConfigError, closest
 # Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
 EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
 _STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+# No camera delivers less, and nothing is left to see after the crop: a smaller entry is a damaged one (numbers shifted, a scale instead of pixels).
+_MIN_CAMERA_PX = 32
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,6 @@ def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _camera(values: Mapping[str, Any]) -> CameraMetadata:
     width, height = values["resolution"]
     fps = float(values["fps"])
-    if not (width > 0 and height > 0 and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
-        raise ValueError(f"camera resolution {width}x{height} at {fps} fps")
+    if not (min(width, height) >= _MIN_CAMERA_PX and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
+        raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, at least {_MIN_CAMERA_PX} each way")
     return CameraMetadata(int(width), int(height), fps)

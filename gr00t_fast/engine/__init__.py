@@ -1,7 +1,24 @@
-"""Ways to run the network. Each wraps the plain model from outside and gives the same actions for the same noise."""
+"""Ways to run the network: over the plain torch model, or over files exported from it. Same noise, same actions."""
 
-from gr00t_fast.engine.base import Engine
+from gr00t_fast.engine.base import Engine, FrameEngine
 from gr00t_fast.engine.continuation import Goal, soft_mask
-from gr00t_fast.engine.select import ENGINES, check_engine, make_engine, select_device, select_precision
+from gr00t_fast.engine.manifest import Target
+from gr00t_fast.engine.select import ENGINES, EXPORTED, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.engine.static_call import RawInputs
 
-__all__ = ["ENGINES", "Engine", "Goal", "check_engine", "make_engine", "select_device", "select_precision", "soft_mask"]
+__all__ = [
+    "ENGINES",
+    "EXPORTED",
+    "Engine",
+    "FrameEngine",
+    "Goal",
+    "RawInputs",
+    "Target",
+    "check_engine",
+    "make_engine",
+    "open_engine",
+    "runs_from_files",
+    "select_device",
+    "select_precision",
+    "soft_mask",
+]

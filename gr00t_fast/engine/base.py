@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from gr00t_fast.engine.continuation import Goal
+from gr00t_fast.engine.static_call import RawInputs
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.timing import StageTimer
 
@@ -23,3 +25,11 @@ class Engine(Protocol):
 
     def synchronise(self) -> None:
         """Wait until everything submitted has finished; nothing to do on a CPU."""
+
+
+@runtime_checkable
+class FrameEngine(Engine, Protocol):
+    """An engine that also makes the pixels: bytes go in, so that all that follows can be one submission."""
+
+    def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer) -> np.ndarray:
+        """noise fp32 (B, H, A) on the host -> normalised actions float32 (B, H, A) on the host."""

@@ -45,9 +45,9 @@ class Recording:
         with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
             call.compute()
 
-    def launch(self, raw: RawInputs) -> None:
+    def launch(self, raw: RawInputs, noise: Tensor) -> None:
         """Start one inference; returns before it has run."""
-        self.call.fill(raw)
+        self.call.fill(raw, noise)
         with torch.cuda.stream(self._stream):
             self.call.upload()
             self._graph.replay()
@@ -66,10 +66,12 @@ class CudaGraphEngine:
     name = "cuda_graph"
     continues = False
 
-    def __init__(self, model: Gr00tN1d5, to_pixels: ToPixels) -> None:
-        """Raises ConfigError without a CUDA GPU."""
+    def __init__(self, model: Gr00tN1d5, to_pixels: ToPixels | None) -> None:
+        """Raises ConfigError without a CUDA GPU, or without `to_pixels`."""
         if model.device.type != "cuda":
             raise ConfigError(f"engine '{self.name}' needs a CUDA GPU, but the model is on {model.device}. Use --device=cuda, or --engine=eager.")
+        if to_pixels is None:
+            raise ConfigError(f"engine '{self.name}' runs from camera frames, not from tensors. Measure it with benchmarks/bench_stages.py.")
         self.model, self.to_pixels = model, to_pixels
         self._recordings: OrderedDict[CallShape, Recording] = OrderedDict()
         self._eager = EagerEngine(model)
@@ -81,19 +83,20 @@ class CudaGraphEngine:
         return self._eager.run(inputs, noise, denoising_steps, timer, goal)
 
     @torch.inference_mode()
-    def run_raw(self, raw: RawInputs, denoising_steps: int, timer: StageTimer) -> np.ndarray:
-        """Normalised actions float32 (B, H, A). The first call of a shape records it: seconds, so a policy is warmed up with its instruction."""
+    def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer) -> np.ndarray:
+        """noise fp32 (B, H, A) on the host -> normalised actions float32 (B, H, A). The first call of a shape records it, which takes seconds: warm
+        the policy up with the instruction that it will get."""
         shape = CallShape.of(raw, denoising_steps)
-        recording = self._recordings.get(shape) or self._record(shape, raw)
+        recording = self._recordings.get(shape) or self._record(shape, raw, noise)
         self._recordings.move_to_end(shape)
         with timer.stage("graph"):
-            recording.launch(raw)
+            recording.launch(raw, noise)
             return recording.wait()
 
-    def _record(self, shape: CallShape, raw: RawInputs) -> Recording:
+    def _record(self, shape: CallShape, raw: RawInputs, noise: Tensor) -> Recording:
         log.info("recording a CUDA graph for %d prompt tokens, %d denoising steps", shape.prompt_tokens, shape.denoising_steps)
         call = self._static_call(shape)
-        call.fill(raw)
+        call.fill(raw, noise)
         recording = Recording(call, self._pool)
         self._recordings[shape] = recording
         while len(self._recordings) > _KEPT_RECORDINGS:

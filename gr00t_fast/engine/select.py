@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 
 from gr00t_fast.engine.base import Engine
+from gr00t_fast.engine.cuda_graph import CompiledEngine, CudaGraphEngine
 from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.static_call import ToPixels
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00tN1d5
 
-ENGINES = {"eager": EagerEngine}
+if TYPE_CHECKING:
+    from gr00t_fast.engine.exported import ExportedEngine
+    from gr00t_fast.engine.manifest import Target
+
+# Engines over the torch model ...
+ENGINES: dict[str, Callable[[Gr00tN1d5, ToPixels | None], Engine]] = {
+    "eager": lambda model, _: EagerEngine(model),
+    "cuda_graph": CudaGraphEngine,
+    "compiled": CompiledEngine,
+}
+# ... and engines over exported files, which read no torch weights: their classes are imported when they are asked for. Each is made with
+# (directory, Target, device, precision), checks the export's manifest, and has `device` and `dtype` besides what an Engine has.
+EXPORTED = {
+    "onnxruntime": "gr00t_fast.engine.onnxruntime_engine:OnnxRuntimeEngine",
+    "onnxruntime_tensorrt": "gr00t_fast.engine.onnxruntime_engine:OnnxRuntimeTensorRtEngine",
+    "tensorrt": "gr00t_fast.engine.tensorrt_engine:TensorRTEngine",
+    "openvino": "gr00t_fast.engine.openvino_engine:OpenVinoEngine",
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,13 +74,34 @@ def _computes_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def make_engine(name: str, model: Gr00tN1d5) -> Engine:
-    """`auto` takes the fastest engine that gives the same numbers on the model's device."""
+def make_engine(name: str, model: Gr00tN1d5, to_pixels: ToPixels | None = None) -> Engine:
+    """An engine over the torch model; those that take frames need `to_pixels`. `auto` takes the fastest one that has been shown to give the same
+    numbers on the model's device."""
     check_engine(name)
-    return ENGINES["eager" if name == "auto" else name](model)
+    if runs_from_files(name):
+        raise ConfigError(f"engine '{name}' runs an export, not the torch model. Expected auto or one of: {', '.join(ENGINES)}.")
+    return ENGINES["eager" if name == "auto" else name](model, to_pixels)
 
 
-def check_engine(name: str) -> None:
-    """Raises ConfigError for an unknown name: to be asked before gigabytes are read."""
-    if name != "auto" and name not in ENGINES:
-        raise ConfigError(f"unknown engine '{name}'.{closest(name, ENGINES)} Expected auto or one of: {', '.join(ENGINES)}.")
+def open_engine(name: str, engine_path: str | Path | None, target: Target, device: str, precision: str) -> ExportedEngine:
+    """An engine over exported files in `engine_path`, or where exports lie by default: `<checkpoint>/exports/<engine>`.
+
+    Raises EngineError and StaleEngineError, naming the command to run, MissingExtraError, and ConfigError for a device or precision that the
+    export does not have.
+    """
+    directory = target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
+    module, _, class_name = EXPORTED[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)(directory, target, device, precision)
+
+
+def runs_from_files(name: str) -> bool:
+    return name in EXPORTED
+
+
+def check_engine(name: str, engine_path: str | Path | None = None) -> None:
+    """Raises ConfigError for an unknown name, or a path for an engine that takes none: to be asked before gigabytes are read."""
+    if name != "auto" and name not in ENGINES and name not in EXPORTED:
+        known = (*ENGINES, *EXPORTED)
+        raise ConfigError(f"unknown engine '{name}'.{closest(name, known)} Expected auto or one of: {', '.join(known)}.")
+    if engine_path is not None and not runs_from_files(name):
+        raise ConfigError(f"engine_path={engine_path} is for an engine that runs exported files ({', '.join(EXPORTED)}); engine is '{name}'.")

@@ -30,7 +30,7 @@ class RawInputs:
     """One batch on the host, as it comes before any tensor is made.
 
     frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, L), padded on the right; lengths int64 (B,);
-    image_positions int64 (V,); state float32 (B, P); noise float32 (B, H, A).
+    image_positions int64 (V,); state float32 (B, P).
     """
 
     frames: Sequence[np.ndarray]
@@ -38,7 +38,6 @@ class RawInputs:
     lengths: np.ndarray
     image_positions: np.ndarray
     state: np.ndarray
-    noise: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ class StaticCall:
         self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
-    def fill(self, raw: RawInputs) -> None:
-        """Write one observation. Nothing uploaded before may still be under way."""
+    def fill(self, raw: RawInputs, noise: Tensor) -> None:
+        """Write one observation and its noise, fp32 (B, H, A). Nothing uploaded before may still be under way."""
         host, tokens = self._inputs.host, raw.input_ids.shape[1]
         for index, frames in enumerate(raw.frames):
             host[f"frames{index}"].numpy()[...] = frames
@@ -119,7 +118,7 @@ class StaticCall:
         host["prompt_mask"].numpy()[...] = np.arange(self.shape.prompt_tokens) < raw.lengths[:, None]
         host["image_positions"].numpy()[...] = raw.image_positions
         host["state"].numpy()[...] = raw.state
-        host["noise"].numpy()[...] = raw.noise
+        host["noise"].copy_(noise)
 
     def upload(self) -> None:
         self._inputs.upload()

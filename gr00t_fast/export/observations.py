@@ -238,7 +238,7 @@ class LeRobotFrames:
         widths, told, parts, start = self._facts.state_widths, self._modality.get("state", {}), {}, 0
         if not told and sum(widths.values()) != len(values):
             raise ConfigError(
-                f"{self.name}: observation.state has {len(values)} values, the policy's parts {widths}. Expected as many, or modality.json."
+                f"{self.name}: observation.state has {len(values)} values, the policy has {widths}. Expected as many, or a modality.json."
             )
         for part, width in widths.items():
             span = told.get(part, {"start": start, "end": start + width})

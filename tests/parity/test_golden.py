@@ -245,7 +245,7 @@ def test_prompt_ids(shared_dir: Path, eagle_dir: Path, case: str, style: str) ->
 @pytest.mark.parametrize("case", CASES)
 def test_pixel_values_from_raw_frames(shared_dir: Path, case: str) -> None:
     golden, policy = load_case(case, "plain", Path(), shared_dir), _policy(shared_dir, case, "plain")
-    ours = torch.stack([policy._pixels(key, golden.arrays[key])[0] for key in DATA_CONFIGS[case].video_keys])
+    ours = torch.stack([policy._pixels(golden.arrays[key])[0] for key in DATA_CONFIGS[case].video_keys])
     difference = (ours - golden.inputs.pixel_values[0]).abs() * 127.5  # grey levels
     assert difference.max() <= 1.001
     assert (difference > 0).float().mean() <= 0.001

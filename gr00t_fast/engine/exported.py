@@ -1,0 +1,127 @@
+"""What all engines over exported files share: batches, embeddings, step tables and the loop; a runtime only executes stages.
+
+Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A padded action width. One observation at a time: 1 for B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gr00t_fast.engine.continuation import Goal, denoise_towards
+from gr00t_fast.engine.manifest import Manifest
+from gr00t_fast.engine.select import PRECISIONS
+from gr00t_fast.engine.tables import ExportTables
+from gr00t_fast.errors import ConfigError, EngineError, ObservationError
+from gr00t_fast.model import ModelInputs, StepTables
+from gr00t_fast.timing import StageTimer
+
+STAGES = ("vision", "language", "denoise_step")
+
+
+class Runtime(Protocol):
+    """Executes the stages of an export; the contract of names and shapes is `gr00t_fast/export/graphs.py`'s."""
+
+    device: torch.device
+
+    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Contiguous inputs of the export's dtype on `device` -> the `wanted` outputs. Outputs of vision and language may live in memory that the
+        next call of the same stage writes again; those of denoise_step may not."""
+
+
+class ExportedEngine:
+    """An Engine over a `Runtime`. The torch weights are never read."""
+
+    continues = True  # by method "prefix": "rtc" needs the network's gradient, which no exported graph gives
+
+    name: str
+
+    def __init__(self, runtime: Runtime, directory: Path, manifest: Manifest, remedy: str) -> None:
+        """`remedy`: the command that makes this export again. Raises EngineError for a manifest without the three stages."""
+        if missing := [stage for stage in STAGES if stage not in manifest.stages]:
+            raise EngineError(f"the export in {directory} has no stage {', '.join(missing)}. Run: {remedy}")
+        self.manifest, self.device = manifest, runtime.device
+        self.dtype = PRECISIONS[manifest.precision]
+        self.runtime, self._remedy = runtime, remedy
+        self._tables = ExportTables(directory, remedy)
+        self._steps: dict[int, StepTables] = {}
+
+    @torch.inference_mode()
+    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
+        """As `Engine.run`. Items of a batch run one after the other, each exactly as it would alone.
+
+        Raises ConfigError for a step count or a continuation that the export cannot do, ObservationError for a prompt beyond its longest.
+        """
+        if goal is not None and goal.method != "prefix":
+            raise ConfigError(
+                f"the engine '{self.name}' cannot continue a chunk by '{goal.method}': that needs the network's gradient. "
+                "Use --smoothing=prefix (or none, ensemble), or --engine=eager."
+            )
+        tables = self.tables(denoising_steps)
+        prompts = [self._prompt(inputs, item) for item in range(noise.shape[0])]
+        chunks = []
+        for item, ids in enumerate(prompts):
+            one = slice(item, item + 1)
+            with timer.stage("vision"):
+                (tokens,) = self._call("vision", {"pixel_values": inputs.pixel_values[one]}, "tokens")
+            with timer.stage("language"):
+                keys, values = self._call("language", {"embeddings": self._embed(ids, inputs.image_positions, tokens)}, "keys", "values")
+            with timer.stage("denoise"):
+                fixed = {"state": inputs.state[one], "keys": keys, "values": values}
+                own = None if goal is None else Goal(goal.actions[one], goal.weights, goal.method)
+                chunks.append(self._denoise(noise[one], fixed, tables, own))
+        return torch.cat(chunks)
+
+    def tables(self, steps: int) -> StepTables:
+        """Of one step count, on the device; kept. Raises ConfigError for a count that was not exported."""
+        if steps not in self._steps:
+            tables = self._tables.steps(steps)
+            self._steps[steps] = StepTables(tables.tau.to(self.device), tables.modulation.to(self.device))
+        return self._steps[steps]
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
+        """Ids (S,) of one item on the CPU, without padding."""
+        ids = inputs.input_ids[item] if inputs.prompt_mask is None else inputs.input_ids[item][inputs.prompt_mask[item]]
+        most = self.manifest.shapes["max_tokens"]
+        if len(ids) > most:
+            text = len(ids) - self.manifest.shapes["image_tokens"]
+            raise ObservationError(
+                f"the instruction makes a prompt of {len(ids)} tokens; this export takes {most}. Shorten it, or run: "
+                f"{self._remedy} --max_text_tokens={text}"
+            )
+        return ids.cpu()
+
+    def _embed(self, ids: Tensor, image_positions: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings (1, S, width) with the image tokens in their places."""
+        return self._tables.embed(ids).to(self.device).index_copy(1, image_positions, tokens)
+
+    def _denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, goal: Goal | None) -> Tensor:
+        def step(actions: Tensor, index: int, size: float) -> Tensor:
+            of_step = {"tau": tables.tau[index], "modulation": tables.modulation[index]}
+            length = torch.full((1,), size, dtype=self.dtype, device=self.device)
+            return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")[0]
+
+        if goal is not None:
+            # a step of length 1 moves by the velocity itself
+            return denoise_towards(lambda actions, index: step(actions.to(self.dtype), index, 1.0).float() - actions, noise, tables.steps, goal)
+        actions = noise.to(self.dtype)
+        for index in range(tables.steps):
+            actions = step(actions, index, 1.0 / tables.steps)
+        return actions
+
+    def _call(self, stage: str, inputs: dict[str, Tensor], *wanted: str) -> tuple[Tensor, ...]:
+        return self.runtime.run_stage(stage, {name: value.contiguous() for name, value in inputs.items()}, wanted)
+
+
+def check_precision(manifest: Manifest, asked: str, remedy: str) -> None:
+    """An export has one precision, its own. Raises ConfigError when another one was asked for; `remedy` is the command that makes that."""
+    if asked not in ("auto", manifest.precision):
+        raise ConfigError(f"this export computes in {manifest.precision}, but --precision={asked} was asked for. Leave it out, or run: {remedy}")

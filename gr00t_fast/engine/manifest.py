@@ -1,0 +1,178 @@
+"""What an export says about itself, and the check that it belongs to the checkpoint, cameras and data configuration at hand.
+
+`manifest.json` lies beside the exported files. Every engine that runs from files calls `check_manifest` before it opens one of them, so that an
+engine of other weights or another arm can never move this one.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gr00t_fast.checkpoint import Checkpoint
+from gr00t_fast.data_config import DataConfig
+from gr00t_fast.engine.digests import Digests, sha256_of_json
+from gr00t_fast.errors import EngineError, StaleEngineError
+
+FORMAT = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an export is made for, and later has to fit."""
+
+    checkpoint: Checkpoint
+    embodiment_tag: str
+    data_config: DataConfig
+    data_config_name: str  # as on the command line
+
+    def identity(self, digests: Digests) -> dict[str, Any]:
+        """Content, not names or dates: the same checkpoint elsewhere has the same identity. Raises OSError when a weight file cannot be read."""
+        metadata = self.checkpoint.embodiment(self.embodiment_tag)
+        files = self.checkpoint.weight_files
+        return {
+            "weights": dict(zip((file.name for file in files), digests.of(files), strict=True)),
+            "config": sha256_of_json(asdict(self.checkpoint.config)),
+            "metadata": sha256_of_json(self.checkpoint.raw_metadata[self.embodiment_tag]),
+            "embodiment_tag": self.embodiment_tag,
+            "cameras": [[key, metadata.cameras[key].width, metadata.cameras[key].height] for key in self.data_config.video_keys],
+            "data_config": _plain(self.data_config),
+        }
+
+    def command(self, program: str, *flags: str) -> str:
+        """The command line that makes an export for this target: `program` is a script of `export/`."""
+        common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
+        return shlex.join(["python", f"export/{program}", *(f"--{name}={value}" for name, value in common.items()), *flags])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    kind: what the stages' files are: "onnx", "openvino", "tensorrt".
+    precision: "fp32", "fp16" or "bf16", the number format of the graphs' inputs and outputs, and of weights that are not quantised.
+    quantisation: None, or what the quantiser says of it; `format` ("int8", "fp8") and `runtime` (which engine the file is made for) at least.
+    identity: `Target.identity`.
+    shapes: cameras, image_tokens, max_tokens (most prompt tokens, image tokens included), prompt_buckets (usual prompt lengths, ascending),
+        horizon, action_dim, state_dim.
+    denoising_steps: step counts that the tables cover.
+    stages: stage -> {"file": name, "inputs": {name: shape}, "outputs": {name: shape}}; a dynamic size is the text "tokens".
+    files: name -> {"bytes": int, "sha256": text}, every file of the export but this one.
+    versions: package -> version. command: how it was made. details: what else a kind needs (opset, target GPU, calibration).
+    program, flags: the script of `export/` that made it, and its flags besides checkpoint, embodiment, data configuration and --out: with
+        these a message can say how to make it again.
+    """
+
+    kind: str
+    precision: str
+    identity: Mapping[str, Any]
+    shapes: Mapping[str, Any]
+    denoising_steps: tuple[int, ...]
+    stages: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Any]]
+    versions: Mapping[str, str]
+    command: str
+    quantisation: Mapping[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    program: str = ""
+    flags: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def write(self, directory: Path) -> None:
+        (directory / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def describe_files(directory: Path, digests: Digests | None = None) -> dict[str, dict[str, Any]]:
+    """`Manifest.files` for all that lies in `directory` (hidden files and the manifest apart)."""
+    files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_NAME and not file.name.startswith("."))
+    found = (digests or Digests(directory)).of(files)
+    return {file.name: {"bytes": file.stat().st_size, "sha256": digest} for file, digest in zip(files, found, strict=True)}
+
+
+def read_manifest(directory: Path, remedy: str) -> Manifest:
+    """Raises EngineError when there is none or it is damaged; `remedy` is the command to run."""
+    path = directory / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format"] != FORMAT:
+            raise EngineError(f"{path} has format {raw['format']}; this version reads format {FORMAT}. {_run(remedy)}")
+        manifest = Manifest(**{each.name: raw[each.name] for each in fields(Manifest) if each.name in raw})
+        sections = (manifest.identity, manifest.shapes, manifest.stages, manifest.files, *manifest.files.values(), *manifest.stages.values())
+        if not all(isinstance(section, dict) for section in sections):
+            raise ValueError("a section is no mapping")
+        if any(Path(name).name != name for name in manifest.files):
+            raise ValueError("a file's name leaves the directory")
+        return manifest
+    except FileNotFoundError as error:
+        raise EngineError(f"{directory} holds no exported engine (no {MANIFEST_NAME}). {_run(remedy)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be read ({error!r}). {_run(remedy)}") from error
+
+
+def remedy_for(directory: Path, target: Target, program: str, *flags: str) -> str:
+    """The command that makes this export (again): with the program and flags that made it, or the given ones when it does not say."""
+    try:
+        made_by = read_manifest(directory, "")
+    except EngineError:
+        made_by = None
+    if made_by is not None and made_by.program:
+        program, flags = made_by.program, tuple(made_by.flags)
+    overwrite = () if made_by is None else ("--overwrite",)
+    return target.command(program, f"--out={directory}", *map(str, flags), *overwrite)
+
+
+def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> Manifest:
+    """The manifest of `directory`, whose files are whole and belong to `target`.
+
+    Raises EngineError when there is no export of this `kind` or a file is missing, cut short or altered, and StaleEngineError when it was made
+    from or for something else. Every message names `remedy`, the command to run.
+    """
+    manifest = read_manifest(directory, remedy)
+    if manifest.kind != kind:
+        raise EngineError(f"{directory} holds an export of kind '{manifest.kind}', expected '{kind}'. {_run(remedy)}")
+    digests = Digests(directory)
+    differences = _differences(manifest.identity, target.identity(digests))
+    if differences:
+        raise StaleEngineError(
+            f"the engine in {directory} was not made for this checkpoint and robot:\n  " + "\n  ".join(differences) + f"\n{_run(remedy)}"
+        )
+    _check_files(directory, manifest, digests, remedy)
+    return manifest
+
+
+def _differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, expected in here.items():
+        got = made_for.get(name)
+        if name == "weights" and isinstance(got, Mapping):  # shards may have been renamed
+            got, expected = sorted(map(str, got.values())), sorted(expected.values())
+        if got != expected:
+            hashed = name in ("weights", "config", "metadata")
+            found.append(f"other {name}" if hashed else f"{name}: made for {got}, here {expected}")
+    return found
+
+
+def _check_files(directory: Path, manifest: Manifest, digests: Digests, remedy: str) -> None:
+    for name, entry in manifest.files.items():  # sizes first: they cost nothing
+        file = directory / name
+        if not file.is_file():
+            raise EngineError(f"{file} is missing from the export. {_run(remedy)}")
+        if file.stat().st_size != entry.get("bytes"):
+            raise EngineError(f"{file} is cut short or altered: expected {entry.get('bytes')} bytes, got {file.stat().st_size}. {_run(remedy)}")
+    for name, digest in zip(manifest.files, digests.of(directory / name for name in manifest.files), strict=True):
+        if digest != manifest.files[name].get("sha256"):
+            raise EngineError(f"{directory / name} is altered: its content is not what was exported. {_run(remedy)}")
+
+
+def _run(command: str) -> str:
+    return f"Run: {command}"
+
+
+def _plain(config: DataConfig) -> dict[str, Any]:
+    """As JSON gives it back: lists instead of tuples."""
+    return json.loads(json.dumps(asdict(config)))

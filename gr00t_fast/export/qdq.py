@@ -1,0 +1,169 @@
+"""Writes an 8-bit version of a graph: QuantizeLinear and DequantizeLinear (Q/DQ) around the inputs of chosen matrix products.
+
+Explicit Q/DQ is what TensorRT since version 11 and OpenVINO read 8 bits from: weights are stored in 8 bits with one scale per output channel,
+activations are rounded at run time with one scale per tensor, and both scales have the graph's own float type. INT8 is symmetric (zero point 0);
+FP8 is E4M3 (`float8e4m3fn`, largest number 448).
+
+Axis alphabet: K input width, N output width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.export.linear_layers import Graph, LinearLayer
+from gr00t_fast.optional import require
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+_MIN_OPSET = 19  # first with FP8 in QuantizeLinear
+_SMALLEST_RANGE = 1e-6  # of a channel that is always zero: any scale will do, but not zero
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one matrix product is quantised. `range`: largest |input| that is represented, after division by `smoothing` (K,), if any."""
+
+    range: float
+    smoothing: np.ndarray | None = None
+
+
+def write_quantised(source: Path, target: Path, plans: Mapping[str, LayerPlan], scheme: str) -> None:
+    """Copy the graph `source` to `target` with the layers of `plans` (label -> plan) in 8 bits. Weights go to `<target>.data`.
+
+    Raises ConfigError for an unknown label or a graph of an opset without FP8.
+    """
+    graph = Graph(source)
+    layers = {layer.label: layer for layer in graph.linear_layers()}
+    if unknown := sorted(set(plans) - set(layers)):
+        raise ConfigError(f"{source}: no linear layer is called {', '.join(unknown[:3])}. This plan was made for another graph.")
+    opset = next(entry.version for entry in graph.proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset < _MIN_OPSET:
+        raise ConfigError(f"{source}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with export/to_onnx.py.")
+    writer = _Writer(graph, scheme)
+    by_input: dict[str, list[LinearLayer]] = defaultdict(list)
+    for label in plans:
+        by_input[layers[label].input].append(layers[label])
+    for tensor, sharing in by_input.items():
+        writer.quantise_input(tensor, sharing, plans[sharing[0].label])
+        for layer in sharing:
+            writer.quantise_weight(layer, plans[layer.label])
+    writer.save(target)
+
+
+def quantised_weight(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 (K, N) -> 8-bit values as fp32 (K, N) and scales (N,); the product of the two approximates the weight."""
+    scales = np.maximum(np.abs(weight).max(axis=0), _SMALLEST_RANGE) / LARGEST[scheme]  # (N,)
+    return rounded(weight / scales, scheme), scales
+
+
+def rounded(values: np.ndarray, scheme: str) -> np.ndarray:
+    """To the nearest representable number, saturating as QuantizeLinear does; still fp32."""
+    if scheme == "int8":
+        return np.clip(np.rint(values), -128, 127)
+    return np.clip(values, -LARGEST[scheme], LARGEST[scheme]).astype(_fp8()).astype(np.float32)
+
+
+def _fp8() -> Any:
+    return require("ml_dtypes", "export").float8_e4m3fn
+
+
+class _Writer:
+    def __init__(self, graph: Graph, scheme: str) -> None:
+        self.graph, self.scheme = graph, scheme
+        self.onnx = graph.onnx
+        self.eight_bit = {"int8": self.onnx.TensorProto.INT8, "fp8": self.onnx.TensorProto.FLOAT8E4M3FN}[scheme]
+        self.new: dict[str, Any] = {}  # initialisers by name
+        self.before: dict[str, list[Any]] = defaultdict(list)  # node name -> nodes to stand in front of it
+        self.nodes = {node.name: node for node in graph.proto.graph.node}
+        self.outputs = {output.name for output in graph.proto.graph.output}
+
+    def quantise_input(self, tensor: str, layers: list[LinearLayer], plan: LayerPlan) -> None:
+        """One Q/DQ pair for all products that read `tensor`."""
+        first, source = layers[0].node, tensor
+        if plan.smoothing is not None and not self._fold(tensor, layers, plan.smoothing):
+            source = f"{tensor}_smoothed"
+            self._constant(f"{tensor}_smoothing", 1.0 / plan.smoothing, layers[0])
+            self._add_node(first, "Mul", [tensor, f"{tensor}_smoothing"], source)
+        scale, zero = self._scale(f"{tensor}_scale", np.float32(plan.range / LARGEST[self.scheme]), layers[0])
+        self._add_node(first, "QuantizeLinear", [source, scale, zero], f"{tensor}_q")
+        self._add_node(first, "DequantizeLinear", [f"{tensor}_q", scale, zero], f"{tensor}_dq")
+        for layer in layers:
+            self.nodes[layer.node].input[0] = f"{tensor}_dq"
+
+    def quantise_weight(self, layer: LinearLayer, plan: LayerPlan) -> None:
+        weight = self.graph.array(layer.weight).astype(np.float32)  # (K, N)
+        if plan.smoothing is not None:
+            weight = weight * plan.smoothing[:, None]
+        values, scales = quantised_weight(weight, self.scheme)
+        name = layer.weight
+        if self.scheme == "int8":
+            self.new[name] = self.onnx.numpy_helper.from_array(values.astype(np.int8), name)
+        else:
+            raw = values.astype(_fp8()).tobytes()
+            self.new[name] = self.onnx.helper.make_tensor(name, self.eight_bit, layer.shape, raw, raw=True)
+        scale, zero = self._scale(f"{name}_scale", scales, layer)
+        self._add_node(layer.node, "DequantizeLinear", [name, scale, zero], f"{name}_dq", axis=1)
+        self.nodes[layer.node].input[1] = f"{name}_dq"
+
+    def _fold(self, tensor: str, layers: list[LinearLayer], smoothing: np.ndarray) -> bool:
+        """Let the norm before the products divide, where it has constant gains and nobody else reads it."""
+        node = next((n for n in self.graph.proto.graph.node if tensor in n.output), None)
+        readers = [n.name for n in self.graph.proto.graph.node if tensor in n.input]
+        if node is None or tensor in self.outputs or set(readers) != {layer.node for layer in layers}:
+            return False
+        # LayerNormalization(x, gain, bias), or the last product of a written-out RMSNorm: x * gain
+        places = {"LayerNormalization": (1, 2), "Mul": (1,)}.get(node.op_type, ())
+        gains = [place for place in places if place < len(node.input)]
+        if not gains or any(self.graph.initializers.get(node.input[p]) is None for p in gains):
+            return False
+        if any(list(self.graph.initializers[node.input[p]].dims) != [len(smoothing)] for p in gains):
+            return False
+        for place in gains:
+            name = f"{tensor}_folded_{place}"
+            self._constant(name, self.graph.array(node.input[place]).astype(np.float32) / smoothing, layers[0])
+            node.input[place] = name
+        return True
+
+    def _scale(self, name: str, values: np.ndarray, layer: LinearLayer) -> tuple[str, str]:
+        """Scale and zero point initialisers; the scale in the graph's own float type."""
+        self._constant(name, values, layer)
+        zero, shape = f"{name}_zero", np.shape(values)
+        raw = bytes(int(np.prod(shape, dtype=np.int64)))  # zero in INT8 and in FP8 is the byte 0
+        self.new[zero] = self.onnx.helper.make_tensor(zero, self.eight_bit, shape, raw, raw=True)
+        return name, zero
+
+    def _constant(self, name: str, values: np.ndarray, layer: LinearLayer) -> None:
+        data_type = self.graph.type_of(layer)
+        dtype = self.onnx.helper.tensor_dtype_to_np_dtype(data_type)
+        raw = np.asarray(values, np.float32).astype(dtype).tobytes()
+        self.new[name] = self.onnx.helper.make_tensor(name, data_type, np.shape(values), raw, raw=True)
+
+    def _add_node(self, before: str, kind: str, inputs: list[str], output: str, **attributes: int) -> None:
+        self.before[before].append(self.onnx.helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
+
+    def save(self, target: Path) -> None:
+        """One weight in memory at a time would need a writer of our own; the 8-bit graph as a whole is a quarter of the fp32 one."""
+        proto, graph = self.graph.proto, self.graph.proto.graph
+        nodes = [new for node in graph.node for new in (*self.before[node.name], node)]
+        used = {name for node in nodes for name in node.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used and tensor.name not in self.new]
+        del graph.node[:], graph.initializer[:], graph.value_info[:]  # value infos of replaced tensors would be stale
+        graph.node.extend(nodes)
+        graph.initializer.extend([*self.new.values(), *kept])
+        self.onnx.external_data_helper.load_external_data_for_model(proto, str(self.graph.path.parent))
+        save_with_data(self.onnx, proto, target)
+
+
+def save_with_data(onnx: Any, proto: Any, target: Path) -> None:
+    """Write `target` and its weights beside it, replacing both."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = target.with_name(target.name + ".data")
+    data.unlink(missing_ok=True)  # the library appends to a file that is there
+    onnx.save_model(proto, str(target), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)

@@ -1,0 +1,93 @@
+"""Which layers 8 bits hurt, measured where it counts: on the actions, in joint units.
+
+Layers at the same place of every block are one group (`vision blocks.*.mlp.down`). Each group alone is rounded, everything else stays fp32, and the
+actions are compared. Then all groups together; as long as that is above the limit, the group with the most squared error per multiplication goes
+back to 16 bit. Groups with a negligible share of the multiplications stay in 16 bit without being asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gr00t_fast.export.action_error import ActionError, action_error
+from gr00t_fast.export.qdq import LayerPlan, write_quantised
+from gr00t_fast.export.stage_chain import REFERENCE, STAGES, OrtStage, StageChain
+from gr00t_fast.transforms import ActionTransform
+
+NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
+_TRIAL = "trial"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one stage at the same place of every block, and their share of an inference's multiplications."""
+
+    stage: str
+    kind: str
+    labels: tuple[str, ...]
+    work: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a group does alone (None: not measured), and why it is kept in 16 bit, if it is."""
+
+    group: Group
+    alone: ActionError | None
+    kept: str | None
+
+
+class Trials:
+    """Runs the chain with some layers rounded. The reference variant must have been run for the chain's samples."""
+
+    def __init__(
+        self, chain: StageChain, graphs: Mapping[str, Path], plans: Mapping[str, Mapping[str, LayerPlan]], scheme: str, transform: ActionTransform
+    ) -> None:
+        """graphs: stage -> fp32 file; plans: stage -> label -> plan."""
+        self._chain, self._graphs, self._plans, self._scheme, self._transform = chain, graphs, plans, scheme, transform
+
+    def error(self, groups: Iterable[Group]) -> ActionError:
+        chosen: dict[str, list[str]] = {stage: [] for stage in STAGES}
+        for group in groups:
+            chosen[group.stage] += group.labels
+        reads = REFERENCE
+        for stage in STAGES:
+            if not chosen[stage] and reads == REFERENCE:
+                continue  # nothing has changed up to here
+            self._chain.run(stage, OrtStage(self._graph(stage, chosen[stage])), reads, _TRIAL)
+            reads = _TRIAL
+        truth, noise = self._chain.actions(REFERENCE), np.concatenate([sample.noise for sample in self._chain.samples])
+        return action_error(self._chain.actions(reads), truth, noise, self._transform)
+
+    def _graph(self, stage: str, labels: list[str]) -> Path:
+        if not labels:
+            return self._graphs[stage]
+        path = self._chain.directory / _TRIAL / f"{stage}.onnx"
+        write_quantised(self._graphs[stage], path, {label: self._plans[stage][label] for label in labels}, self._scheme)
+        return path
+
+
+def choose(groups: list[Group], trials: Trials, limit: float, tick: Callable[[], None] = lambda: None) -> tuple[list[Verdict], ActionError | None]:
+    """Verdicts on all groups, and the error with all that are not kept rounded; `limit`: p99 in joint units. `tick` is called per measured group."""
+    small = [group for group in groups if group.work < NEGLIGIBLE]
+    alone: dict[str, ActionError] = {}
+    for group in (group for group in groups if group not in small):
+        alone[group.name] = trials.error([group])
+        tick()
+    rounded = [group for group in groups if group.name in alone]
+    kept: dict[str, str] = {group.name: f"less than {NEGLIGIBLE:.1%} of the multiplications" for group in small}
+    total = trials.error(rounded) if rounded else None
+    while rounded and not total.p99 <= limit:  # not: NaN is above every limit
+        worst = max(rounded, key=lambda group: alone[group.name].rms ** 2 / group.work)
+        rounded.remove(worst)
+        kept[worst.name] = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
+        total = trials.error(rounded) if rounded else None
+    return [Verdict(group, alone.get(group.name), kept.get(group.name)) for group in groups], total

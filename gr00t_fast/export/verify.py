@@ -1,0 +1,184 @@
+"""An exported engine against the plain model in fp32, stage by stage and in the actions, on the same observations and noise.
+
+First the plain model runs all observations and its outputs go to the disk, then it is freed and the engine is opened: at full size the two are not
+in memory together. A stage is fed with the plain model's outputs of the stage before, so that its figure is its own; the actions are the engine's
+from pixels to the end.
+Axis alphabet: n observations, H horizon, A padded action width, X cross-attending blocks, N heads, S prompt tokens, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr00t_fast.checkpoint import load_model
+from gr00t_fast.engine.exported import ExportedEngine
+from gr00t_fast.engine.manifest import Target
+from gr00t_fast.export.action_error import ActionError, action_error
+from gr00t_fast.export.progress import Progress
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.timing import StageTimer
+from gr00t_fast.transforms import ActionTransform
+
+OUTPUTS = ("tokens", "backbone_features", "vl_features", "keys", "values", "actions")
+_FP32_STAGE_LIMIT = 1e-4  # relative L2: rounding of another order of operations, and no more
+# p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree
+ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One observation as the network gets it (fp32, batch of one) and its noise (1, H, A)."""
+
+    inputs: ModelInputs
+    noise: Tensor
+
+
+class TruthFiles:
+    """The plain model's outputs on the disk: some 35 MB per full-size observation."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def store(self, index: int, outputs: Mapping[str, Tensor]) -> None:
+        for name, value in outputs.items():
+            np.save(self._directory / f"{index}.{name}.npy", value.numpy())
+
+    def load(self, index: int, name: str) -> Tensor:
+        return torch.from_numpy(np.load(self._directory / f"{index}.{name}.npy"))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """stages: output -> relative L2 of each observation. chained: of the actions, pixels to end; denoise: of the last stage alone."""
+
+    format: str
+    stages: Mapping[str, Sequence[float]]
+    chained: ActionError
+    denoise: ActionError
+    action_limit: float
+
+    @property
+    def failures(self) -> list[str]:
+        found = []
+        if not self.chained.p99 <= self.action_limit:  # not: NaN passes no limit
+            found.append(f"actions: p99 {self.chained.p99:.3g}, limit {self.action_limit:g} joint units ({self.format})")
+        if self.format == "fp32":
+            for name, values in self.stages.items():
+                if not max(values) <= _FP32_STAGE_LIMIT:
+                    found.append(f"{name}: relative L2 {max(values):.3g}, limit {_FP32_STAGE_LIMIT:g}")
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        stages = {name: {"p50": _percentile(v, 50), "p99": _percentile(v, 99), "max": _percentile(v, 100)} for name, v in self.stages.items()}
+        return {
+            "format": self.format,
+            "observations": len(next(iter(self.stages.values()))),
+            "relative_l2": stages,
+            "actions": self.chained.describe(),
+            "actions_of_denoise_alone": self.denoise.describe(),
+            "action_limit_p99": self.action_limit,
+            "failures": self.failures,
+            "passed": not self.failures,
+        }
+
+
+def record_truth(target: Target, cases: Sequence[Case], steps: int, files: TruthFiles, progress: Progress) -> None:
+    """Run the plain model in fp32 on the CPU over all cases. Needs the fp32 weights in memory, 8 GB at full size."""
+    model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), torch.float32)
+    tables = model.head.step_tables(steps)
+    with progress.bar("plain model, fp32", len(cases)) as tick, torch.inference_mode():
+        for index, case in enumerate(cases):
+            files.store(index, _plain_outputs(model, case, tables))
+            tick()
+
+
+def _plain_outputs(model: Gr00tN1d5, case: Case, tables: Any) -> dict[str, Tensor]:
+    inputs, head = case.inputs, model.head
+    tokens = model.encode_vision(inputs.pixel_values)
+    features = model.encode_language(inputs, tokens)
+    refined = head.refine(features)
+    condition = head.condition(refined, inputs.state)
+    keys, values = (torch.cat(parts) for parts in zip(*condition.cross, strict=True))  # (X, N, S, K)
+    actions = head.denoise(case.noise, condition, tables)
+    return dict(zip(OUTPUTS, (tokens, features, refined, keys, values, actions), strict=True))
+
+
+def compare(
+    engine: ExportedEngine,
+    embed: Callable[[Tensor], Tensor],
+    cases: Sequence[Case],
+    steps: int,
+    files: TruthFiles,
+    transform: ActionTransform,
+    limit: float | None,
+    progress: Progress,
+) -> Verification:
+    """The engine over the same cases. `embed`: `ExportTables.embed` of the export. `limit`: p99 in joint units, None: that of the engine's format."""
+    stages: dict[str, list[float]] = {name: [] for name in OUTPUTS if name != "actions"}
+    chained, alone = [], []
+    with progress.bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
+        for index, case in enumerate(cases):
+            inputs = _cast(case.inputs, engine)
+            chained.append(engine.run(inputs, case.noise.to(engine.device), steps, StageTimer(engine.synchronise)).float().cpu())
+            for name, got in _stage_outputs(engine, embed, inputs, files, index).items():
+                stages[name].append(relative_l2(got, files.load(index, name)))
+            alone.append(_denoise(engine, inputs, case.noise, steps, files, index))
+            tick()
+    truth = np.concatenate([files.load(index, "actions").numpy() for index in range(len(cases))])
+    noise = np.concatenate([case.noise.numpy() for case in cases])
+    errors = [action_error(torch.cat(got).numpy(), truth, noise, transform) for got in (chained, alone)]
+    name = format_of(engine)
+    return Verification(name, stages, *errors, ACTION_LIMITS[name] if limit is None else limit)
+
+
+def _stage_outputs(
+    engine: ExportedEngine, embed: Callable[[Tensor], Tensor], inputs: ModelInputs, files: TruthFiles, index: int
+) -> dict[str, Tensor]:
+    """Vision's and language's outputs, each stage fed with the plain model's."""
+    (tokens,) = engine.runtime.run_stage("vision", {"pixel_values": inputs.pixel_values.contiguous()}, ("tokens",))
+    text = embed(inputs.input_ids[0].cpu()).to(engine.device)
+    embeddings = text.index_copy(1, inputs.image_positions, files.load(index, "tokens").to(engine.device, engine.dtype))
+    wanted = ("backbone_features", "vl_features", "keys", "values")
+    return {"tokens": tokens, **dict(zip(wanted, engine.runtime.run_stage("language", {"embeddings": embeddings}, wanted), strict=True))}
+
+
+def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, files: TruthFiles, index: int) -> Tensor:
+    """All steps with the plain model's keys and values: (1, H, A) fp32."""
+    tables, place = engine.tables(steps), {"device": engine.device, "dtype": engine.dtype}
+    fixed = {"state": inputs.state, **{name: files.load(index, name).to(**place) for name in ("keys", "values")}}
+    actions, step_size = noise.to(**place), torch.full((1,), 1.0 / steps, **place)
+    for tau, modulation in zip(tables.tau, tables.modulation, strict=True):
+        step = {"actions": actions, **fixed, "tau": tau.contiguous(), "modulation": modulation.contiguous(), "step_size": step_size}
+        (actions,) = engine.runtime.run_stage("denoise_step", step, ("next_actions",))
+    return actions.float().cpu()
+
+
+def format_of(engine: ExportedEngine) -> str:
+    """The coarsest number format that the engine computes in."""
+    quantisation = engine.manifest.quantisation
+    return quantisation["format"] if quantisation else getattr(engine, "arithmetic", engine.manifest.precision)
+
+
+def relative_l2(got: Tensor, truth: Tensor) -> float:
+    truth = truth.double()
+    return float((got.cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def _cast(inputs: ModelInputs, engine: ExportedEngine) -> ModelInputs:
+    return ModelInputs(
+        inputs.pixel_values.to(engine.device, engine.dtype),
+        inputs.input_ids.to(engine.device),
+        inputs.image_positions.to(engine.device),
+        inputs.state.to(engine.device, engine.dtype),
+    )
+
+
+def _percentile(values: Sequence[float], q: float) -> float:
+    return float(f"{np.percentile(values, q):.3e}")

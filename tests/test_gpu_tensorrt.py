@@ -1,0 +1,179 @@
+"""TensorRT engines on a GPU: built for it, loaded, recorded and compared with the plain model. Run by `make gpu-check`.
+
+Needs onnx, onnxscript and a TensorRT that knows the GPU: `tensorrt_rtx` for GeForce and RTX, `tensorrt` for the others.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gr00t_fast import tensorrt_library as library
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.engine.manifest import Target, read_manifest
+from gr00t_fast.errors import EngineError, ObservationError
+from gr00t_fast.export.tensorrt_build import BuildOptions, build_engines
+from gr00t_fast.export.tensorrt_targets import rtx_capabilities
+from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = 0.05  # of the displacement: 16-bit against fp32, as in test_gpu.py
+OTHER = "pick up the red cube and put it down gently beside the bowl"
+
+
+@pytest.fixture(scope="module")
+def builder() -> str:
+    """The installed library that builds for this GPU."""
+    here = library.gpu_capability()
+    if library.RTX in library.installed() and here in rtx_capabilities(library.load(library.RTX)):
+        return library.RTX
+    if library.STANDARD in library.installed():
+        return library.STANDARD
+    pytest.skip(f"no TensorRT for compute capability {here}: pip install 'gr00t_fast[tensorrt_rtx]' (RTX) or 'gr00t_fast[tensorrt]' (others)")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), "demo")
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp16 engines for this GPU."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
+    from gr00t_fast.export.to_onnx import Options, export_onnx
+
+    graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
+    target = Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100")
+    export_onnx(target, Options(graphs, "fp16", (), 360, 256), "test")
+    build_engines(BuildOptions(graphs, out, builder), "test")
+    return out
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path, engines: Path) -> Gr00tPolicy:
+    return load_policy(checkpoint, engine="tensorrt", engine_path=engines, seed=0)
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint: Path) -> Gr00tPolicy:
+    return load_policy(checkpoint, device="cpu", precision="fp32", engine="eager", seed=0)
+
+
+def noise_of(seed: int, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 16, 32)).astype(np.float32)
+
+
+def displacement(policy: Gr00tPolicy, noise: np.ndarray, instruction: str = "pick") -> np.ndarray:
+    """Normalised actions less the noise they began from: what the network contributed."""
+    actions = policy.get_action(policy.example_observation(instruction), noise=noise)["action.single_arm"]
+    statistics = policy.facts.action_statistics["single_arm"]
+    return (actions - statistics.min) / (statistics.max - statistics.min) * 2 - 1 - noise[0, :, :5]
+
+
+def test_the_engines_are_read_back_on_the_gpu_they_were_built_for(engines: Path) -> None:
+    for name, entry in read_manifest(engines, "").stages.items():
+        check = entry["build"]["check"]
+        assert check["deserialised"] is True, f"{name}: {check['reason']}"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("instruction", ["pick", OTHER])
+def test_tensorrt_gives_the_actions_of_the_plain_model(policy: Gr00tPolicy, eager: Gr00tPolicy, steps: int, instruction: str) -> None:
+    policy.denoising_steps = eager.denoising_steps = steps
+    expected = displacement(eager, noise_of(steps), instruction)
+    got = displacement(policy, noise_of(steps), instruction)
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < TOLERANCE
+
+
+def test_every_inference_is_one_recorded_graph(policy: Gr00tPolicy) -> None:
+    policy.get_action(policy.example_observation())
+    recordings = policy.engine._recordings
+    assert recordings
+    assert all(recording._graph is not None for recording in recordings.values()), "the library declared a stage unfit for a CUDA graph"
+    before = len(recordings)
+    policy.get_action(policy.example_observation())
+    assert len(recordings) == before, "the same prompt length and step count is recorded once"
+
+
+def test_replays_do_not_see_each_other(policy: Gr00tPolicy) -> None:
+    """Prompt lengths and step counts by turns, each with its own noise: every call repeats exactly."""
+    calls = [(4, "pick", 1), (2, OTHER, 2), (4, OTHER, 3), (1, "pick", 4)]
+    rounds = []
+    for _ in range(3):
+        found = []
+        for steps, instruction, seed in calls:
+            policy.denoising_steps = steps
+            found.append(displacement(policy, noise_of(seed), instruction))
+        rounds.append(found)
+    for later in rounds[1:]:
+        for first, again in zip(rounds[0], later, strict=True):
+            np.testing.assert_array_equal(first, again)
+
+
+def test_a_batch_of_unequal_prompts_gives_each_its_own_actions(policy: Gr00tPolicy) -> None:
+    policy.denoising_steps = 4
+    one, noise = policy.example_observation("pick"), noise_of(1, batch=2)
+    two = {**one, "annotation.human.task_description": [OTHER]}
+    both = {key: np.stack([value, value]) for key, value in one.items() if not key.startswith("annotation")}
+    both["annotation.human.task_description"] = ["pick", OTHER]
+    together = policy.get_action(both, noise=noise)["action.single_arm"]
+    for index, single in enumerate((one, two)):
+        alone = policy.get_action(single, noise=noise[index : index + 1])["action.single_arm"]
+        np.testing.assert_array_equal(together[index], alone)
+
+
+def test_a_chunk_is_continued_as_by_the_plain_model(policy: Gr00tPolicy, eager: Gr00tPolicy) -> None:
+    policy.denoising_steps = eager.denoising_steps = 4
+    observation, noise = policy.example_observation("pick"), noise_of(5)
+    known = {key: rows[4:] for key, rows in eager.get_action(observation, noise=noise).items()}
+    prefix = ActionPrefix(known, 3, "prefix")
+    expected = eager.get_action(observation, noise=noise, prefix=prefix)["action.single_arm"]
+    got = policy.get_action(observation, noise=noise, prefix=prefix)["action.single_arm"]
+    np.testing.assert_array_equal(got[:3], known["action.single_arm"][:3])
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < TOLERANCE
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(policy: Gr00tPolicy, engines: Path, checkpoint: Path, builder: str) -> None:
+    if builder != library.RTX:
+        pytest.skip("`tensorrt` compiles nothing at run time")
+    policy.get_action(policy.example_observation())
+    kept = list(engines.glob(".*.kernels"))
+    assert len(kept) == 3
+    again = load_policy(checkpoint, engine="tensorrt", engine_path=engines, seed=0)
+    noise = noise_of(9)
+    np.testing.assert_array_equal(displacement(again, noise), displacement(policy, noise))
+
+
+def test_a_prompt_beyond_the_longest_is_refused(policy: Gr00tPolicy) -> None:
+    with pytest.raises(ObservationError, match=r"prompt of \d+ tokens.*--max_text_tokens"):
+        policy.get_action(policy.example_observation("word " * 400))
+
+
+def test_an_altered_engine_is_refused_before_it_is_loaded(engines: Path, checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(engines, tmp_path / "copy")
+    file = copy / "denoise_step.engine"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(EngineError, match=r"denoise_step\.engine is altered.*to_tensorrt\.py"):
+        load_policy(checkpoint, engine="tensorrt", engine_path=copy)
+
+
+def test_memory_does_not_grow_with_calls(policy: Gr00tPolicy) -> None:
+    observation = policy.example_observation()
+    policy.get_action(observation)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        policy.get_action(observation)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < 2**20

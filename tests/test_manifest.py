@@ -1,0 +1,214 @@
+"""An export is refused, with the command to run, unless it is whole and was made for this checkpoint, embodiment, cameras and data configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from exports import target_for
+from random_networks import edit_json, write_network
+
+from gr00t_fast.engine import Target
+from gr00t_fast.engine.digests import Digests, sha256, sha256_of_json
+from gr00t_fast.engine.manifest import MANIFEST_NAME, Manifest, check_manifest, describe_files, read_manifest, remedy_for
+from gr00t_fast.errors import EngineError
+
+REMEDY = "python export/somehow.py"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and an export of two files that no runtime could open: the manifest does not care."""
+    checkpoint, export = write_network(tmp_path_factory.mktemp("checkpoint")), tmp_path_factory.mktemp("export")
+    (export / "vision.onnx").write_bytes(bytes(range(256)) * 40)
+    (export / "vision.onnx.data").write_bytes(b"weights" * 1000)
+    manifest = Manifest(
+        kind="onnx",
+        precision="fp32",
+        identity=target_for(checkpoint).identity(Digests(export)),
+        shapes={"cameras": 1},
+        denoising_steps=(1, 2),
+        stages={"vision": {"file": "vision.onnx", "inputs": {}, "outputs": {}}},
+        files=describe_files(export),
+        versions={"python": "3"},
+        command="as it was",
+        program="to_onnx.py",
+        flags=("--precision=fp32",),
+    )
+    manifest.write(export)
+    return checkpoint, export
+
+
+@pytest.fixture
+def checkpoint(made: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[0], tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def export(made: tuple[Path, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made[1], tmp_path / "export"))
+
+
+def _check(export: Path, target: Target, kind: str = "onnx") -> Manifest:
+    return check_manifest(export, kind, target, REMEDY)
+
+
+def _refused(export: Path, target: Target, kind: str = "onnx") -> str:
+    with pytest.raises(EngineError) as caught:
+        _check(export, target, kind)
+    assert str(caught.value).endswith(f"Run: {REMEDY}")
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def test_a_whole_export_of_this_checkpoint_is_accepted_wherever_both_lie(export: Path, checkpoint: Path) -> None:
+    manifest = _check(export, target_for(checkpoint))
+    assert (manifest.kind, manifest.precision, manifest.stages["vision"]["file"]) == ("onnx", "fp32", "vision.onnx")
+    assert set(manifest.files) == {"vision.onnx", "vision.onnx.data"}
+
+
+def _other_weights(checkpoint: Path) -> Target:
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # one bit of one weight
+    file.write_bytes(content)
+    return target_for(checkpoint)
+
+
+def _other_statistics(checkpoint: Path) -> Target:
+    metadata = checkpoint / "experiment_cfg" / "metadata.json"
+    edit_json(metadata, "new_embodiment.statistics.state.gripper.max", [61.0])
+    return target_for(checkpoint)
+
+
+def _other_resolution(checkpoint: Path) -> Target:
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.modalities.video.webcam.resolution", [128, 96])
+    return target_for(checkpoint)
+
+
+def _other_network(checkpoint: Path) -> Target:
+    edit_json(checkpoint / "config.json", "action_head_cfg.num_inference_timesteps", 5)
+    return target_for(checkpoint)
+
+
+def _other_embodiment(checkpoint: Path) -> Target:
+    metadata = checkpoint / "experiment_cfg" / "metadata.json"
+    edit_json(metadata, "gr1", json.loads(metadata.read_text())["new_embodiment"])
+    return target_for(checkpoint, tag="gr1")
+
+
+def _other_data_config(checkpoint: Path) -> Target:
+    target = target_for(checkpoint)
+    return replace(target, data_config=replace(target.data_config, state_keys=target.data_config.state_keys[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_other_weights, "other weights"),
+        (_other_statistics, "other metadata"),
+        (_other_resolution, "cameras: made for [['video.webcam', 64, 48]], here [['video.webcam', 128, 96]]"),
+        (_other_network, "other config"),
+        (_other_embodiment, "embodiment_tag: made for new_embodiment, here gr1"),
+        (_other_data_config, "data_config: made for"),
+    ],
+)
+def test_stale(export: Path, checkpoint: Path, change, told: str) -> None:
+    message = _refused(export, change(checkpoint))
+    assert message.startswith("StaleEngineError")
+    assert told in message
+
+
+def test_another_camera_is_stale(export: Path, tmp_path: Path) -> None:
+    two = write_network(tmp_path / "two", data_config="so100_dualcam")
+    assert "cameras: made for [['video.webcam', 64, 48]], here [['video.front', 64, 48], ['video.wrist', 64, 48]]" in _refused(
+        export, target_for(two, "so100_dualcam")
+    )
+
+
+def test_renamed_shards_are_the_same_weights(export: Path, checkpoint: Path) -> None:
+    index = {"weight_map": dict.fromkeys(["anything"], "renamed.safetensors")}
+    (checkpoint / "model.safetensors").rename(checkpoint / "renamed.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert _check(export, target_for(checkpoint)).kind == "onnx"
+
+
+def _truncate(export: Path) -> None:
+    os.truncate(export / "vision.onnx.data", 6999)
+
+
+def _flip(export: Path) -> None:
+    """One byte, of a file whose size and modification time stay."""
+    file = export / "vision.onnx.data"
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[3] ^= 0xFF
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_truncate, "vision.onnx.data is cut short or altered: expected 7000 bytes, got 6999"),
+        (_flip, "vision.onnx.data is altered: its content is not what was exported"),
+        (lambda export: (export / "vision.onnx").unlink(), "vision.onnx is missing from the export"),
+        (lambda export: (export / MANIFEST_NAME).unlink(), "holds no exported engine"),
+        (shutil.rmtree, "holds no exported engine"),
+        (lambda export: os.truncate(export / MANIFEST_NAME, 100), "cannot be read"),
+        (lambda export: (export / MANIFEST_NAME).write_text("[]"), "cannot be read"),
+        (lambda export: edit_json(export / MANIFEST_NAME, "format", 99), "has format 99; this version reads format 1"),
+        (lambda export: edit_json(export / MANIFEST_NAME, "files", ["vision.onnx"]), "cannot be read"),
+        (lambda export: edit_json(export / MANIFEST_NAME, "files", {"../outside": {"bytes": 1, "sha256": ""}}), "leaves the directory"),
+        (lambda export: edit_json(export / MANIFEST_NAME, "identity", ...), "cannot be read"),
+    ],
+)
+def test_damaged(export: Path, checkpoint: Path, damage, told: str) -> None:
+    _check(export, target_for(checkpoint))  # digests are remembered now
+    damage(export)
+    assert told in _refused(export, target_for(checkpoint))
+
+
+def test_another_kind(export: Path, checkpoint: Path) -> None:
+    assert "of kind 'onnx', expected 'tensorrt'" in _refused(export, target_for(checkpoint), "tensorrt")
+
+
+def test_the_remedy_repeats_what_made_the_export(export: Path, checkpoint: Path, tmp_path: Path) -> None:
+    target = target_for(checkpoint)
+    common = f"--model_path={checkpoint} --embodiment_tag=new_embodiment --data_config=so100 --out="
+    assert remedy_for(export, target, "other.py", "--x=1") == f"python export/to_onnx.py {common}{export} --precision=fp32 --overwrite"
+    assert remedy_for(tmp_path / "none", target, "other.py", "--x=1") == f"python export/other.py {common}{tmp_path / 'none'} --x=1"
+
+
+def test_fields_of_a_later_version_are_left_alone(export: Path) -> None:
+    edit_json(export / MANIFEST_NAME, "unheard_of", 1)
+    assert read_manifest(export, REMEDY).kind == "onnx"
+
+
+# --- digests -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_digest_is_computed_once_per_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = tmp_path / "a", []
+    file.write_bytes(b"one")
+    monkeypatch.setattr("gr00t_fast.engine.digests.sha256", lambda path: read.append(path) or sha256(path))
+    first = Digests(tmp_path).of([file])
+    assert Digests(tmp_path).of([file]) == first
+    assert len(read) == 1
+    file.write_bytes(b"two")
+    assert Digests(tmp_path).of([file]) != first
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": [1, 2]}', "\x00"])
+def test_damaged_memory_of_digests_costs_time_only(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    (tmp_path / ".digests.json").write_text(content)
+    assert Digests(tmp_path).of([file]) == [sha256(file)]
+
+
+def test_digests_of_json_are_of_the_value() -> None:
+    assert sha256_of_json({"a": 1, "b": [2.0]}) == sha256_of_json({"b": [2.0], "a": 1}) != sha256_of_json({"a": 1, "b": [2.5]})

@@ -1,0 +1,349 @@
+"""The ONNX export on ONNX Runtime: each stage and the actions are the plain model's, and what cannot run says why and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exports import make_export, stages_of, target_for
+from golden_cases import load_case, reduced, relative_error
+from random_networks import Sizes, load_network, observation, random_inputs, write_network
+
+from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.engine.manifest import describe_files
+from gr00t_fast.engine.onnxruntime_engine import OnnxRuntimeEngine
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
+from gr00t_fast.export.directory import whole_directory
+from gr00t_fast.export.graphs import GRAPHS
+from gr00t_fast.export.onnx_files import write_onnx
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ASKED = 1e-4  # relative L2 in fp32, each stage against the plain model
+CLOSE_DEG = 2e-3  # of joint ranges near 100 degrees
+ROOT = Path(__file__).parent.parent
+NETWORK = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(3, 4, 12), vision=(32, 64, 2, 2))
+TWO = "so100_dualcam"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("two_cameras"), NETWORK, data_config=TWO)
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(checkpoint, tmp_path_factory.mktemp("exports") / "onnx", TWO)
+
+
+@pytest.fixture
+def export(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "export"))
+
+
+def _load(checkpoint: Path, export: Path, **options) -> Gr00tPolicy:
+    return load_policy(checkpoint, **({"data_config": TWO, "engine": "onnxruntime", "engine_path": export, "device": "cpu", "seed": 0} | options))
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path, exported: Path) -> Gr00tPolicy:
+    return _load(checkpoint, exported)
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint: Path) -> Gr00tPolicy:
+    return load_policy(checkpoint, data_config=TWO, device="cpu", precision="fp32", seed=0)
+
+
+def _noise(batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, 16, 32)).astype(np.float32)
+
+
+def _assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        np.testing.assert_allclose(value, theirs[key], rtol=0, atol=CLOSE_DEG)
+
+
+# --- parity --------------------------------------------------------------------------------------------------------------------------
+
+
+def _assert_stages_agree(export: Path, checkpoint: Path, inputs, noise: torch.Tensor) -> None:
+    for stage, (given, expected) in stages_of(load_network(checkpoint), inputs, noise, steps=4).items():
+        session = ort.InferenceSession(str(export / f"{stage}.onnx"), providers=["CPUExecutionProvider"])
+        got = session.run(list(GRAPHS[stage].outputs), {name: value.contiguous().numpy() for name, value in given.items()})
+        for name, value in zip(GRAPHS[stage].outputs, got, strict=True):
+            assert relative_error(torch.from_numpy(value), expected[name]) < ASKED, f"{stage}: {name}"
+
+
+@pytest.mark.parametrize("text_tokens", [20, 1, 70])
+def test_each_stage_for_any_length_of_prompt(exported: Path, checkpoint: Path, text_tokens: int) -> None:
+    config = target_for(checkpoint, TWO).checkpoint.config
+    _assert_stages_agree(exported, checkpoint, *random_inputs(config, cameras=2, text_tokens=text_tokens, seed=text_tokens))
+
+
+def test_each_stage_of_the_golden_network(tmp_path: Path) -> None:
+    checkpoint = reduced("so100", tmp_path / "checkpoint")
+    golden = load_case("so100", "plain", checkpoint, None)
+    export = make_export(checkpoint, tmp_path / "onnx", "so100")
+    _assert_stages_agree(export, checkpoint, golden.inputs, golden.noise)
+    engine = OnnxRuntimeEngine(export, target_for(checkpoint), "cpu", "auto")
+    actions = engine.run(golden.inputs, golden.noise, 1, _timer())
+    assert relative_error(actions, golden.action_pred(1)) < ASKED  # NVIDIA's own recording
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_actions_are_those_of_the_eager_engine(policy: Gr00tPolicy, eager: Gr00tPolicy, steps: int) -> None:
+    policy.denoising_steps = eager.denoising_steps = steps
+    seen, noise = observation(TWO, instruction="put it there"), _noise()
+    _assert_close(policy.get_action(seen, noise=noise), eager.get_action(seen, noise=noise))
+    assert set(policy.last_timing) == {"preprocess", "vision", "language", "denoise", "postprocess", "total"}
+
+
+@pytest.mark.parametrize("instructions", [["pick", "put the red block into the bowl"], ["pick a", "pick b"]], ids=["unequal", "equal"])
+def test_batches_are_those_of_the_eager_engine(policy: Gr00tPolicy, eager: Gr00tPolicy, instructions: list[str]) -> None:
+    policy.denoising_steps = eager.denoising_steps = 2
+    seen, noise = observation(TWO, batch=2, instruction=instructions), _noise(2)
+    together = policy.get_action(seen, noise=noise)
+    _assert_close(together, eager.get_action(seen, noise=noise))
+    for item in range(2):
+        alone = policy.get_action({key: value[item] for key, value in seen.items()}, noise=noise[item : item + 1])
+        assert all(np.array_equal(together[key][item], alone[key]) for key in alone), "an item depends on its neighbours"
+
+
+def test_answers_are_kept_when_the_next_call_is_made(policy: Gr00tPolicy) -> None:
+    """Output memory is used again; what was given out must not change."""
+    first = policy.get_action(observation(TWO, seed=1), noise=_noise())
+    copies = {key: value.copy() for key, value in first.items()}
+    policy.get_action(observation(TWO, seed=2, instruction="something of another length"), noise=_noise() + 1)
+    assert all(np.array_equal(first[key], copies[key]) for key in first)
+
+
+def test_a_chunk_is_continued_by_prefix(policy: Gr00tPolicy, eager: Gr00tPolicy) -> None:
+    policy.denoising_steps = eager.denoising_steps = 4
+    seen, noise = observation(TWO), _noise()
+    before = eager.get_action(observation(TWO, seed=5), noise=noise)
+    prefix = ActionPrefix({key: value[4:12] for key, value in before.items()}, 2, "prefix")
+    ours, theirs = (each.get_action(seen, noise=noise, prefix=prefix) for each in (policy, eager))
+    _assert_close(ours, theirs)
+    assert np.abs(ours["action.single_arm"] - policy.get_action(seen, noise=noise)["action.single_arm"]).max() > 0.1
+    with pytest.raises(ConfigError, match="needs the network's gradient"):
+        policy.get_action(seen, prefix=ActionPrefix(prefix.actions, 2, "rtc"))
+
+
+# --- the files -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", GRAPHS)
+def test_weights_are_stored_once_as_products_take_them_and_beside_the_graph(exported: Path, stage: str) -> None:
+    model = onnx.load(str(exported / f"{stage}.onnx"))
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 20)]
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    fed = [name for node in model.graph.node if node.op_type == "Transpose" for name in node.input]
+    assert not weights.keys() & set(fed), "a weight is transposed at run time"
+    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    assert len(products) == len(set(products)) > 3
+    contents = [bytes(weight.raw_data) for name, weight in weights.items() if name in products]
+    assert len(contents) == len(set(contents)), "a weight is there twice"
+    own = {node.op_type for node in model.graph.node if node.domain}
+    assert own == set(), f"operators that other runtimes do not know: {own}"
+    assert {file.name for file in exported.glob(f"{stage}*")} == {f"{stage}.onnx", f"{stage}.onnx.data"}
+    assert str(ROOT).encode() not in (exported / f"{stage}.onnx").read_bytes(), "the file tells where it was made"
+
+
+def test_the_manifest_describes_the_graphs(exported: Path) -> None:
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert manifest["denoising_steps"] == [1, 2, 3, 4, 8]
+    assert manifest["shapes"] | {"prompt_buckets": None} == {
+        **{"cameras": 2, "image_tokens": 32, "max_tokens": 288, "prompt_buckets": None, "horizon": 16, "action_dim": 32, "state_dim": 64}
+    }
+    assert manifest["shapes"]["prompt_buckets"] == [52, 96, 160, 288]
+    assert manifest["stages"]["language"]["outputs"]["keys"] == [2, 4, "tokens", 12]
+    assert set(manifest["files"]) == {file.name for file in exported.iterdir() if file.name != "manifest.json" and not file.name.startswith(".")}
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------------------------
+
+
+def _refused(error: type[Exception], load: Callable[[], object], *told: str) -> None:
+    with pytest.raises(error) as caught:
+        load()
+    assert all(text in str(caught.value) for text in told), str(caught.value)
+
+
+def test_torch_weights_are_not_read(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gr00t_fast.policy.load_model", lambda *_: pytest.fail("read the weights"))
+    assert _load(checkpoint, exported).dtype == torch.float32
+
+
+def test_an_export_of_another_checkpoint(export: Path, tmp_path: Path) -> None:
+    other = write_network(tmp_path / "other", NETWORK, seed=1, data_config=TWO)
+    command = f"python export/to_onnx.py --model_path={other} --embodiment_tag=new_embodiment --data_config={TWO} --out={export}"
+    _refused(StaleEngineError, lambda: _load(other, export), "other weights", command, "--precision=fp32", "--overwrite")
+
+
+def test_an_export_that_is_cut_short_or_not_there(checkpoint: Path, export: Path, tmp_path: Path) -> None:
+    os.truncate(export / "vision.onnx.data", 100)
+    _refused(EngineError, lambda: _load(checkpoint, export), "cut short", "python export/to_onnx.py")
+    _refused(EngineError, lambda: _load(checkpoint, tmp_path / "none"), "holds no exported engine", f"--out={tmp_path / 'none'}")
+    usual = checkpoint / "exports" / "onnxruntime"
+    _refused(EngineError, lambda: _load(checkpoint, None), f"{usual} holds no exported engine", f"--out={usual}")
+
+
+def test_the_usual_place_is_in_the_checkpoint(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    shutil.copytree(exported, copy / "exports" / "onnxruntime")
+    assert _load(copy, None).engine.name == "onnxruntime"
+
+
+def test_words_that_do_not_fit(checkpoint: Path, exported: Path) -> None:
+    _refused(ConfigError, lambda: _load(checkpoint, exported, precision="bf16"), "computes in fp32", "--precision=bf16 --overwrite")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, engine="eager"), "engine_path", "onnxruntime")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, engine="onxruntime"), "Did you mean 'onnxruntime'?")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, engine_path=""), "engine_path")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, device="mps"), "device")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
+
+
+def test_a_provider_that_is_not_installed(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gr00t_fast.engine.onnxruntime_engine.select_device", torch.device)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "no CUDAExecutionProvider", "onnxruntime-gpu")
+    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda", engine="onnxruntime_tensorrt"), "no TensorrtExecutionProvider")
+
+
+def test_a_provider_that_does_not_start(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime then goes on with the CPU and says so in its log alone."""
+    monkeypatch.setattr("gr00t_fast.engine.onnxruntime_engine.select_device", torch.device)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    real = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]))
+    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "did not start", "--device=cpu")
+
+
+def test_without_the_package(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install 'gr00t_fast[export]'")
+
+
+def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:
+    _refused(ObservationError, lambda: policy.get_action(observation(TWO, instruction="x" * 400)), "this export takes 288", "--max_text_tokens=")
+
+
+def test_eight_bit_files_of_another_runtime(checkpoint: Path, export: Path) -> None:
+    manifest = json.loads((export / "manifest.json").read_text())
+    manifest["quantisation"] = {"format": "int8", "runtime": "tensorrt"}
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    _refused(EngineError, lambda: _load(checkpoint, export), "made for 'tensorrt'", "quantise.py")
+
+
+def test_fp16_is_computed_through_casts(tmp_path: Path) -> None:
+    checkpoint = write_network(tmp_path / "checkpoint")
+    low = load_policy(
+        checkpoint, engine="onnxruntime", engine_path=make_export(checkpoint, tmp_path / "fp16", precision="fp16"), device="cpu", precision="fp16"
+    )
+    full = load_policy(checkpoint, device="cpu", precision="fp32")
+    seen, noise = observation(), _noise()
+    error = low.get_action(seen, noise=noise)["action.single_arm"] - full.get_action(seen, noise=noise)["action.single_arm"]
+    assert 0 < np.abs(error).max() < 1.0  # degrees; fp16 keeps three digits of some hundred
+
+
+def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:
+    model = load_network(checkpoint, torch.bfloat16)
+    graph = GRAPHS["vision"].build(model, 2, 288)
+    write_onnx("vision", graph, model.config, 2, 288, torch.bfloat16, export)  # the other stages stay as they are: opening stops at this one
+    raw = json.loads((export / "manifest.json").read_text())
+    (export / "manifest.json").write_text(json.dumps({**raw, "precision": "bf16", "files": describe_files(export)}))
+    _refused(EngineError, lambda: _load(checkpoint, export), "do not compute bf16", "--precision=fp32 --overwrite")
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------------------
+
+
+def _program(checkpoint: Path, out: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "export" / "to_onnx.py"), f"--model_path={checkpoint}", f"--out={out}", f"--data_config={TWO}", *flags]
+
+
+def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    done = subprocess.run(_program(checkpoint, exported), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "exists and is not empty" in done.stderr
+    out = tmp_path / "killed"
+    process = subprocess.Popen(_program(checkpoint, out), stderr=subprocess.PIPE, text=True)
+    _wait_for(lambda: any(tmp_path.glob(".killed.partial-*/tables.safetensors")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    out, ended = tmp_path / "out", subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".out.partial-{ended.pid}").mkdir()  # as a kill that cannot be caught leaves it
+    running = tmp_path / f".out.partial-{os.getppid()}"
+    running.mkdir()
+    with pytest.raises(ZeroDivisionError), whole_directory(out, overwrite=False) as directory:
+        (directory / "file").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == [running]
+    for content, overwrite in (("first", False), ("second", True)):
+        with whole_directory(out, overwrite) as directory:
+            (directory / content).write_text(content)
+            assert not (out / content).exists()
+        assert [file.name for file in out.iterdir()] == [content]
+    with pytest.raises(ConfigError, match="is not empty"), whole_directory(out, overwrite=False):
+        pytest.fail("nothing is done before it is refused")
+    with pytest.raises(ConfigError, match="is a file"), whole_directory(out / "second", overwrite=True):
+        pytest.fail("nothing is done before it is refused")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--precision=int8",), "invalid choice"),
+        (("--data_config=so100",), "the data config reads video.webcam"),
+        (("--embodiment_tag=new_embodimnt",), "Did you mean 'new_embodiment'?"),
+        (("--denoising_steps", "0"), "expected whole numbers from 1 to"),
+        (("--max_text_tokens=3",), "Give at least"),
+        (("--device=cuda",), "Expected auto or cpu"),
+    ],
+)
+def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str) -> None:
+    from export.to_onnx import main
+
+    arguments = _program(checkpoint, tmp_path / "out")[2:]
+    try:
+        code = main([*arguments, *flags])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code != 0
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _timer():
+    from gr00t_fast.timing import StageTimer
+
+    return StageTimer()

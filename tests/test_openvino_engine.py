@@ -1,0 +1,135 @@
+"""OpenVINO against the plain model at the same noise, in fp32, bf16 and INT8, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exports import make_export
+from random_networks import TINY, observation, write_network
+
+from export import quantise as program
+from gr00t_fast import load_policy
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.engine.openvino_engine import choose_arithmetic
+from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Made:
+    checkpoint: Path
+    onnx: Path
+    int8: Path
+
+    def policy(self, directory: Path, precision: str = "fp32", **options):
+        return load_policy(self.checkpoint, engine="openvino", engine_path=directory, precision=precision, denoising_steps=STEPS, **options)
+
+    def eager(self):
+        return load_policy(self.checkpoint, device="cpu", precision="fp32", denoising_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    directory = tmp_path_factory.mktemp("openvino")
+    checkpoint = write_network(directory / "checkpoint", TINY)
+    onnx = make_export(checkpoint, directory / "onnx")
+    flags = [f"--model_path={checkpoint}", f"--onnx={onnx}", f"--out={directory / 'int8'}", "--target=openvino", f"--denoising_steps={STEPS}"]
+    assert program.main([*flags, "--calibration=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
+    return Made(checkpoint, onnx, directory / "int8")
+
+
+def _noise(batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((batch, TINY.horizon, TINY.action_dim)).astype(np.float32)
+
+
+def _together(actions: dict[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate(list(actions.values()), axis=-1)
+
+
+def test_fp32_gives_the_plain_models_actions(made: Made) -> None:
+    seen, noise = observation(), _noise()
+    got, truth = (_together(policy.get_action(seen, noise)) for policy in (made.policy(made.onnx), made.eager()))
+    assert np.abs(got - truth).max() < 1e-3  # joint units, of ranges up to 100
+
+
+def test_int8_is_near_and_another_format(made: Made) -> None:
+    seen, noise = observation(), _noise()
+    truth = _together(made.eager().get_action(seen, noise))
+    errors = {precision: np.abs(_together(made.policy(made.int8, precision).get_action(seen, noise)) - truth).max() for precision in ("fp32", "auto")}
+    assert all(1e-3 < error < 5.0 for error in errors.values()), errors
+
+
+def test_items_of_a_batch_are_as_alone_and_prompts_may_differ_in_length(made: Made) -> None:
+    policy, noise = made.policy(made.int8), _noise(2)
+    both = observation(batch=2, instruction=["pick", "put the cube into the bowl"])
+    together = _together(policy.get_action(both, noise))
+    for item in range(2):
+        alone = {key: value[item] if isinstance(value, np.ndarray) else [value[item]] for key, value in both.items()}
+        assert (_together(policy.get_action(alone, noise[item : item + 1])) == together[item]).all()
+
+
+def test_stages_are_timed_and_calls_repeat(made: Made) -> None:
+    policy, seen, noise = made.policy(made.int8), observation(), _noise()
+    first = _together(policy.get_action(seen, noise))
+    assert {"vision", "language", "denoise", "total"} <= policy.last_timing.keys()
+    policy.get_action(observation(seed=1, instruction="something else altogether"), _noise() + 1)
+    assert (_together(policy.get_action(seen, noise)) == first).all()
+
+
+def test_the_step_count_can_change_and_an_unknown_one_is_refused(made: Made) -> None:
+    policy, seen, noise = made.policy(made.int8), observation(), _noise()
+    three = _together(policy.get_action(seen, noise))
+    policy.denoising_steps = 1
+    assert (_together(policy.get_action(seen, noise)) != three).any()
+    policy.denoising_steps = 7
+    with pytest.raises(ConfigError, match=r"tables for 1, 2, 3, 4, 8 steps.*quantise\.py"):
+        policy.get_action(seen, noise)
+
+
+def test_a_chunk_is_continued_by_prefix(made: Made) -> None:
+    policy, seen, noise = made.policy(made.onnx), observation(), _noise()
+    known = {key: value[:6] + 1 for key, value in policy.get_action(seen, noise).items()}
+    got, truth = (p.get_action(seen, noise, prefix=ActionPrefix(known, 4, "prefix")) for p in (policy, made.eager()))
+    for key, rows in got.items():
+        assert (rows[:4] == known[key][:4].astype(np.float32)).all()
+        assert np.abs(rows - truth[key]).max() < 1e-3
+
+
+def test_another_checkpoint_is_refused_with_the_command(made: Made, tmp_path: Path) -> None:
+    other = write_network(tmp_path, TINY, seed=1)
+    with pytest.raises(StaleEngineError, match=r"other weights(.|\n)*Run: python export/quantise\.py .*--target=openvino .*--overwrite"):
+        load_policy(other, engine="openvino", engine_path=made.int8)
+
+
+def test_a_cut_file_is_refused(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.int8, tmp_path / "cut")
+    (tmp_path / "cut" / "language.bin").write_bytes((made.int8 / "language.bin").read_bytes()[:-100])
+    with pytest.raises(EngineError, match=r"language\.bin is cut short"):
+        made.policy(tmp_path / "cut")
+
+
+def test_files_for_another_runtime_and_16_bit_exports_are_refused(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.onnx, tmp_path / "altered")
+    manifest = tmp_path / "altered" / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**raw, "quantisation": {"format": "int8", "runtime": "tensorrt"}}))
+    with pytest.raises(EngineError, match="made for 'tensorrt'.*--engine=tensorrt"):
+        made.policy(tmp_path / "altered")
+    manifest.write_text(json.dumps({**raw, "precision": "bf16"}))
+    with pytest.raises(EngineError, match=r"bf16 export; OpenVINO runs fp32 ones.*to_onnx\.py"):
+        made.policy(tmp_path / "altered")
+
+
+def test_only_cpus_and_formats_that_they_compute_in(made: Made) -> None:
+    with pytest.raises(ConfigError, match="Expected auto or cpu"):
+        made.policy(made.int8, device="cuda")
+    assert choose_arithmetic("auto", ["FP32", "INT8", "BF16"]) == "bf16"
+    assert choose_arithmetic("auto", ["FP32", "INT8"]) == choose_arithmetic("fp32", ["FP32"]) == "fp32"
+    with pytest.raises(ConfigError, match="computes in fp32 on this CPU"):
+        choose_arithmetic("bf16", ["FP32", "INT8"])

@@ -1,0 +1,310 @@
+"""A policy server as the policy of a control loop: what is checked before the arm moves, and a server that dies, hangs or changes under it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import nvidia_style_service as reference
+import pytest
+from control_fakes import FakeRobot, facts
+from serving_fakes import ArithmeticPolicy, observation, running
+
+import so100_inference_optimized as script
+from gr00t_fast import cli
+from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
+from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.report import without_secrets
+from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
+from gr00t_fast.remote import RemotePolicy, connect
+from gr00t_fast.serving import PolicyServer
+from gr00t_fast.serving.facts_message import facts_from_message, facts_to_message
+from gr00t_fast.serving.wire import decode, encode
+
+FPS = 30.0
+SIM = ["--robot.type=so100_sim", "--lang_instruction=go", "--fps=30"]
+NOWHERE = "tcp://127.0.0.1:1"
+
+
+def address_of(server: Any) -> str:
+    return f"tcp://127.0.0.1:{server.port}"
+
+
+@contextlib.contextmanager
+def connected(server: Any, said: list[str] | None = None, **options: Any) -> Iterator[RemotePolicy]:
+    defaults = {"api_token": None, "timeout_s": 5.0, "reconnect_s": 30.0, "echo": ([] if said is None else said).append}
+    policy = connect(address_of(server), **{**defaults, **options})
+    try:
+        yield policy
+    finally:
+        policy.close()
+
+
+# --- facts over the wire -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [facts(), facts({"front": (1280, 720), "wrist": (640, 480)}, low=[-1 / 3] * 6, fps=None, tag="gr1")])
+def test_facts_arrive_as_they_were_sent(known: Any) -> None:
+    arrived = facts_from_message(decode(encode(facts_to_message(known))))
+    assert facts_to_message(arrived) == facts_to_message(known)
+    assert list(arrived.state_widths) == list(known.state_widths)
+    np.testing.assert_array_equal(arrived.state_statistics["single_arm"].min, known.state_statistics["single_arm"].min)
+    assert (arrived.resolutions, arrived.fps) == (known.resolutions, known.fps)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(facts())])
+@pytest.mark.parametrize(
+    "junk", ["", -1, 0.5, [], {}, {"single_arm": "x"}, {"single_arm": [3]}, {"webcam": [1, -2]}, {1: 2}, float("nan"), True, ...]
+)
+def test_facts_that_make_no_sense_are_refused_by_name(field: str, junk: Any) -> None:
+    message = facts_to_message(facts())
+    if junk is ...:
+        del message[field]
+    else:
+        message[field] = junk
+    allowed = (field, junk) in (("fps", 0.5), ("fps", ...))
+    with contextlib.nullcontext() if allowed else pytest.raises(WireError, match=field):
+        facts_from_message(message)
+
+
+@pytest.mark.parametrize("message", [None, [], "x", {}, 3])
+def test_no_facts_at_all(message: Any) -> None:
+    with pytest.raises(WireError):
+        facts_from_message(message)
+
+
+def test_statistics_must_fit_the_widths_and_be_finite() -> None:
+    for change in ({"min": [0.0]}, {"max": [float("inf")] * 5}, {"q01": "low"}):
+        message = facts_to_message(facts())
+        message["action_statistics"]["single_arm"].update(change)
+        with pytest.raises(WireError, match="action_statistics"):
+            facts_from_message(message)
+
+
+# --- before the arm moves ----------------------------------------------------------------------------------------------------------------
+
+
+class World:
+    """The real program and a real connection; the arm is a fake that keeps real time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.robot = FakeRobot(MonotonicClock())
+        monkeypatch.setattr(script, "build_robot", lambda config: self.robot)
+
+    def run(self, server: Any, *argv: str) -> int:
+        return script.main([*SIM, f"--server={server if isinstance(server, str) else address_of(server)}", "--timeout=0.5", *argv])
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+@pytest.mark.parametrize("controller", ["sync", "threaded", "server"])
+def test_the_program_drives_the_arm_from_a_server(world: World, controller: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = ArithmeticPolicy()
+    with running(PolicyServer(policy, port=0, api_token="s3cret")) as server:
+        assert world.run(server, f"--controller={controller}", "--api_token=s3cret", f"--out={tmp_path}") == 0
+    assert world.robot.calls == ["connect", "reset", "land"]
+    assert len(world.robot.sent) >= 5
+    assert policy.resets == 1
+    text, report = ((tmp_path / name).read_text() for name in ("report.txt", "report.json"))
+    assert f"server         {address_of(server)}: outages 0" in text
+    assert "s3cret" not in text + report
+    assert "(hidden)" in report
+    assert ("overlapped" in text) is (controller != "sync")
+    assert "WARNING" not in capsys.readouterr().out
+
+
+def test_a_wrong_token_is_said_before_the_arm_is_touched(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(PolicyServer(ArithmeticPolicy(), port=0, api_token="right")) as server:
+        for token in ([], ["--api_token=wrong"]):
+            assert world.run(server, *token) == 1
+            error = capsys.readouterr().err
+            assert "Unauthorized" in error
+            assert "--api_token=..." in error
+    with reference.Server(ArithmeticPolicy(), api_token="right") as server:
+        assert world.run(server, "--api_token=wrong") == 1
+    assert world.robot.calls == []
+
+
+def test_a_server_that_is_not_there(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    began_s = time.monotonic()
+    assert world.run(NOWHERE, "--server_timeout_s=0.3") == 1
+    assert time.monotonic() - began_s < 5
+    assert f"no policy server answers at {NOWHERE} within 0.3 s" in capsys.readouterr().err
+    assert world.robot.calls == []
+
+
+def test_facts_of_our_server_go_through_the_preflight_check(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = ArithmeticPolicy()
+    policy.facts = facts(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
+    with running(PolicyServer(policy, port=0)) as server:
+        assert world.run(server) == 1
+    assert "--robot.use_degrees=false" in capsys.readouterr().err
+    assert world.robot.calls == []
+
+
+def test_a_server_that_tells_no_facts_is_refused_unless_waved_through(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with reference.Server(ArithmeticPolicy()) as server:
+        assert world.run(server, "--controller=server") == 1
+        error = capsys.readouterr().err
+        assert "nobody can check: joint units and ranges, camera resolution, embodiment" in error
+        assert "--model_path=" in error
+        assert "--preflight=warn" in error
+        assert world.robot.calls == []
+        assert world.run(server, "--preflight=warn", "--controller=server") == 0
+    assert "WARNING: ignored at your wish: the policy server does not say" in capsys.readouterr().out
+    assert len(world.robot.sent) >= 5
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small files of a checkpoint, without its weights."""
+    from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+    checkpoint = write_random_checkpoint(tmp_path_factory.mktemp("metadata") / "checkpoint", "tiny", resolution=(64, 48))
+    (checkpoint / "model.safetensors").unlink()
+    return checkpoint
+
+
+def test_facts_come_from_the_metadata_beside_a_server_that_tells_none(world: World, metadata: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with reference.Server(ArithmeticPolicy()) as server:
+        assert world.run(server, f"--model_path={metadata}", "--controller=server", "--preflight=warn") == 0
+        shapes = {request["data"]["video.webcam"].shape for request in server.requests if request.get("endpoint") == "get_action"}
+    assert shapes == {(1, 48, 64, 3)}  # the arm's camera has 8x6, and a reference server refuses what training did not see
+    printed = capsys.readouterr().out
+    assert "does not say" not in printed
+    assert "delivers 8x6, the policy was trained with 64x48" in printed
+
+
+def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None:
+    with (
+        reference.Server(ArithmeticPolicy("so100_dualcam")) as server,
+        pytest.raises(ConfigError, match=r"video is front, wrist; .* it would be webcam"),
+    ):
+        connect(address_of(server), None, 5.0, 30.0, model_path=str(metadata))
+
+
+def test_metadata_is_not_used_where_the_server_tells(metadata: Path) -> None:
+    said: list[str] = []
+    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server, said, model_path=str(metadata)) as policy:
+        assert isinstance(policy, ContinuingPolicy)
+        assert policy.facts.resolutions == {"webcam": (8, 6)}
+    assert len(said) == 1
+    assert "--model_path is not used" in said[0]
+
+
+class Odd(ArithmeticPolicy):
+    """States of which nobody can tell which joint is which."""
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        return super().get_modality_config() | {"state": ModalityConfig([0], self.state_keys)}
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "match"),
+    [
+        (["state.upper", "state.lower"], PreflightError, "how many joints each has"),
+        ([], PreflightError, "0 numbers"),
+        (["joints"], ServerError, "no usable 'state' keys"),
+    ],
+)
+def test_modality_configurations_that_tell_too_little(keys: list[str], error: type[Exception], match: str) -> None:
+    policy = Odd()
+    policy.state_keys = keys
+    with reference.Server(policy) as server, pytest.raises(error, match=match):
+        connect(address_of(server), None, 5.0, 30.0)
+
+
+def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ArithmeticPolicy()
+    with running(PolicyServer(policy, port=0)) as server:
+        with connected(server, action_horizon=16) as remote:
+            remote.warm_up("go", prefix_method="rtc")
+            assert policy.calls == 3
+        with connected(server, action_horizon=17) as remote, pytest.raises(ConfigError, match=r"--action_horizon=17 is more than the 16"):
+            remote.warm_up("go")
+        monkeypatch.setattr(policy, "_actions", lambda *_: {"action.gripper": np.full((16, 1), np.nan, np.float32)})
+        with connected(server) as remote, pytest.raises(ServerError, match=r"NaN or infinity \(action.gripper\)"):
+            remote.warm_up("go")
+    with reference.Server(ArithmeticPolicy()) as server, connected(server, model_path=str(metadata)) as remote:
+        remote.warm_up("go")
+        with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks"):
+            remote.warm_up("go", prefix_method="prefix")
+
+
+def test_noise_and_prefix_reach_the_server() -> None:
+    seen, prefix = observation(), ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, delay=3)
+    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server) as remote:
+        given = remote.get_action(seen, noise=np.ones((1, 16, 32)), prefix=prefix)
+    expected = ArithmeticPolicy().get_action(seen, np.ones((1, 16, 32)), prefix)
+    assert given.keys() == expected.keys()
+    assert all(np.array_equal(given[key], expected[key]) for key in expected)
+
+
+# --- the command line --------------------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "controller without address": (["--model_path=m", "--controller=server"], "--controller=server needs the policy server's address"),
+    "token without a server": (["--model_path=m", "--api_token=x"], "--api_token needs --server"),
+    "timeout without a server": (["--model_path=m", "--server_timeout_s=1"], "--server_timeout_s needs --server"),
+    "no network at all": ([], "Or infer on a policy server"),
+    "no scheme": (["--server=localhost:5555"], "Expected tcp://HOST:PORT or ipc://PATH"),
+    "no port": (["--server=tcp://localhost"], "Expected tcp://HOST:PORT"),
+    "port 0": (["--server=tcp://localhost:0"], "Expected tcp://HOST:PORT"),
+    "port too large": (["--server=tcp://localhost:70000"], "Expected tcp://HOST:PORT"),
+    "every interface": (["--server=tcp://*:5555"], "Expected tcp://HOST:PORT"),
+    "the HTTP twin": (["--server=http://localhost:8000/act"], "Expected tcp://HOST:PORT"),
+    "empty ipc path": (["--server=ipc://"], "Expected tcp://HOST:PORT or ipc://PATH"),
+    "empty token": (["--server=tcp://a:1", "--api_token="], "--api_token is empty"),
+    "no patience": (["--server=tcp://a:1", "--server_timeout_s=0"], "must be a positive number of seconds"),
+    "endless patience": (["--server=tcp://a:1", "--server_reconnect_s=.inf"], "must be a positive number of seconds"),
+    "steps of a network elsewhere": (["--server=tcp://a:1", "--denoising_steps=2"], "--denoising_steps is for a network in this process"),
+    "device of a network elsewhere": (["--server=tcp://a:1", "--device=cpu"], "--device is for a network in this process"),
+    "data config without metadata": (["--server=tcp://a:1", "--data_config=so100_dualcam"], "belongs on the command line of the policy server"),
+    "smoothing without overlap": (["--server=tcp://a:1", "--smoothing=rtc"], "needs --controller=threaded (or server)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_on_the_command_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv, message = BAD[case]
+    assert script.main([*SIM, *argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:5555", "tcp://[::1]:5555", "tcp://[fe80::1%eth0]:1", "tcp://my-robot.local:65535", "ipc:///tmp/x.sock"]
+)
+def test_addresses(address: str) -> None:
+    config = cli.parse([*SIM, f"--server={address}", "--controller=server", "--smoothing=rtc"])
+    assert (config.server, config.model_path, config.server_timeout_s, config.server_reconnect_s) == (address, "", 5.0, 30.0)
+
+
+def test_metadata_flags_and_presets_go_with_a_server() -> None:
+    cli.parse([*SIM, "--server=tcp://a:1", "--model_path=m", "--data_config=so100_dualcam", "--embodiment_tag=gr1"])
+    preset = Path(script.__file__).parent / "configs" / "so100_sim.yaml"
+    assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=server"]).data_config == "so100"
+
+
+def test_a_token_is_in_no_report() -> None:
+    config = cli.parse([*SIM, "--server=tcp://a:1", "--api_token=s3cret"])
+    assert cli.settings_of(config)["api_token"] == "(hidden)"
+    assert cli.settings_of(cli.parse([*SIM, "--server=tcp://a:1"]))["api_token"] is None
+    for argv in (["p", "--api_token=s3cret", "--x"], ["p", "--api_token", "s3cret", "--x"]):
+        assert "s3cret" not in " ".join(without_secrets(argv))
+        assert without_secrets(argv)[-1] == "--x"
+
+
+def test_help_says_how_to_stop_and_how_to_reach_a_server() -> None:
+    text = cli.help_text()
+    for words in ("--server=", "--api_token=", "--server_timeout_s=", "--server_reconnect_s=", "sync|threaded|server", "Ctrl-\\", "Ctrl-Z"):
+        assert words in text

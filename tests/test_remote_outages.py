@@ -1,0 +1,441 @@
+"""A policy server that is killed, stopped, hangs, stays away or comes back as another one, under a control loop that runs.
+
+The loops run on fake arms in real time, the servers in processes of their own; scenarios that only need time to pass run side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import nvidia_style_service as reference
+import pytest
+from control_fakes import Bench, FakeClock, FakeRobot, facts
+from serving_fakes import ROOT, ArithmeticPolicy, ServerProcess, observation, running
+
+import so100_inference_optimized as script
+from gr00t_fast import cli
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.report import as_text, build_report
+from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.errors import ServerError, ServerUnreachableError
+from gr00t_fast.remote import connect
+from gr00t_fast.serving import PolicyServer
+from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN
+
+FPS = 30.0
+HORIZON = 16
+PARSING = threading.Lock()  # draccus compiles source text, which Python 3.11 cannot do in two threads at once
+
+
+def address_of(server: Any) -> str:
+    return f"tcp://127.0.0.1:{server.port}"
+
+
+class Run:
+    """A control loop in this process on a fake arm in real time, around a policy on a server."""
+
+    def __init__(self, server: Any, *flags: str, timeout_s: float | None) -> None:
+        self.said: list[str] = []
+        with PARSING:
+            config = cli.parse(["--robot.type=so100_sim", "--lang_instruction=go", f"--server={address_of(server)}", *flags])
+        self.policy = connect(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=self.said.append)
+        clock, known = MonotonicClock(), self.policy.facts
+        self.robot, self.landed_s, self.error = FakeRobot(clock), 0.0, None
+        land = self.robot.land
+        self.robot.land = lambda: setattr(self, "landed_s", time.monotonic()) or land()
+        served, joints = self.policy.get_modality_config(), self.robot.joint_names
+        binding = RobotBinding(served, known.state_widths, known.action_widths, joints, {"front": "webcam"})
+        controller = script.build_controller(config, self.policy, binding, clock, FPS)
+        self.stop = StopSignals()
+        self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, 1, timeout_s), clock, self.stop, echo=lambda line: None)
+
+    def play(self, *acts: tuple[float, Callable[[], Any]]) -> Run:
+        """The run, with `error` for what ended it; each of `acts` is done so many seconds after the first target went out."""
+        timers = [threading.Timer(at_s, act) for at_s, act in acts]
+
+        def start_timers() -> None:
+            self.robot.on_send = lambda: None
+            for timer in timers:
+                timer.start()
+
+        self.robot.on_send = start_timers
+        try:
+            with self.stop:
+                self.loop.run()
+        except ServerError as error:
+            self.error = error
+        finally:
+            for timer in timers:
+                timer.cancel()
+                if timer.ident is not None:
+                    timer.join(10)
+            self.policy.close()
+        return self
+
+    @property
+    def starved(self) -> np.ndarray:
+        return self.loop.trace.arrays()["starved"]
+
+    def observed_s(self) -> np.ndarray:
+        """When the robot saw what each target comes from."""
+        return np.array([time_s for time_s, _ in self.robot.sent]) - self.loop.trace.arrays()["age_ticks"] / FPS
+
+
+# --- scenarios that run side by side -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outage:
+    """A run whose server was killed and started again, and when that was."""
+
+    run: Run
+    killed_s: float
+    back_s: float
+
+
+def killed_and_restarted(*flags: str) -> Outage:
+    clock, times_s = MonotonicClock(), {}
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(ServerProcess())
+
+        def kill() -> None:
+            first.kill()  # SIGKILL
+            times_s["killed"] = clock.now_s()
+
+        def restart() -> None:
+            servers.enter_context(ServerProcess(port=first.port))
+            times_s["back"] = clock.now_s()
+
+        run = Run(first, *flags, timeout_s=6.0).play((0.4, kill), (2.2, restart))
+    return Outage(run, times_s["killed"], times_s["back"])
+
+
+def killed_for_good(*flags: str) -> tuple[Run, float]:
+    killed_s: list[float] = []
+    with ServerProcess() as server:
+        run = Run(server, *flags, "--server_reconnect_s=1.2", timeout_s=60.0)
+        run.play((0.4, lambda: killed_s.append(time.monotonic()) or server.kill()))
+    return run, killed_s[0]
+
+
+def replaced(*flags: str) -> Run:
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(ServerProcess())
+        run = Run(first, *flags, timeout_s=60.0)
+        return run.play((0.4, first.kill), (0.5, lambda: servers.enter_context(ServerProcess(port=first.port, fps=15.0))))
+
+
+def hanging() -> Run:
+    with ServerProcess() as server:
+        stop, go_on = (partial(server.process.send_signal, number) for number in (signal.SIGSTOP, signal.SIGCONT))
+        return Run(server, "--controller=server", "--server_timeout_s=0.5", timeout_s=5.0).play((0.4, stop), (2.0, go_on))
+
+
+SYNC, SERVER = ("--controller=sync", "--action_horizon=8"), ("--controller=server",)
+CONTROLLERS = (SYNC, SERVER, (*SERVER, "--when_late=lag"), ("--controller=threaded", "--smoothing=rtc", "--chunk_threshold=0.3"))
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> dict[Any, Future]:
+    """Name -> what came of it."""
+    with ThreadPoolExecutor(16) as pool:
+        futures: dict[Any, Future] = {("restarted", flags): pool.submit(killed_and_restarted, *flags) for flags in CONTROLLERS}
+        futures |= {("for good", flags): pool.submit(killed_for_good, *flags) for flags in (SYNC, SERVER)}
+        futures |= {("replaced", flags): pool.submit(replaced, *flags) for flags in (SYNC, SERVER)}
+        futures["hanging"] = pool.submit(hanging)
+        wait(futures.values())
+    return futures
+
+
+@pytest.mark.parametrize("flags", CONTROLLERS, ids=" ".join)
+def test_the_arm_holds_while_its_server_is_killed_and_goes_on_when_it_is_back(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
+    outage: Outage = scenarios["restarted", flags].result()
+    run, starved = outage.run, outage.run.starved
+    sent = np.array([targets for _, targets in run.robot.sent])
+    at_s = np.array([time_s for time_s, _ in run.robot.sent])
+    held = (at_s > outage.killed_s + 1.0) & (at_s < outage.back_s)  # within a second the rest of the chunk has played
+    assert held.any()
+    assert starved[held].all()
+    assert np.ptp(sent[held], axis=0).max() == 0, "the arm moved without a server"
+    assert not starved[-5:].all(), "the run did not go on"
+    assert (sent[-1] != sent[held][-1]).any(), "the arm does not move although the server is back"
+    played = ~starved & (at_s > outage.killed_s + 1.0)
+    assert run.observed_s()[played].min() > outage.killed_s + 1.0, "what was inferred from before the outage played after it"
+    summary = run.loop.controller.summary()
+    assert summary.get("starved_ticks", starved.sum()) == starved.sum()
+    assert summary["lost_inferences"] >= 1
+    assert summary["server"]["outages"] == 1
+    assert 1.0 < summary["server"]["away_s"] < 6.0
+    assert sum("The arm holds its pose" in line for line in run.said) == 1
+    assert sum("is back after" in line for line in run.said) == 1
+    assert (run.error, run.loop.trace.ended_by, run.loop.trace.landing.safe) == (None, "done", True)
+    text = as_text(build_report(run.loop, {}))
+    assert f"server         {run.policy.address}: outages 1, " in text
+    assert max(map(len, text.splitlines())) < 130
+
+
+@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
+    run, killed_s = scenarios["for good", flags].result()
+    assert "has been away for" in str(run.error)
+    assert "--server_reconnect_s=1.2 allows no more" in str(run.error)
+    assert not isinstance(run.error, ServerUnreachableError)
+    assert 1.1 < run.landed_s - killed_s < 15
+    assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("error", True)
+
+
+@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+def test_another_policy_behind_the_same_address_ends_the_run(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
+    """Its facts have not been through the pre-flight check."""
+    run: Run = scenarios["replaced", flags].result()
+    assert "came back with another policy" in str(run.error)
+    assert run.loop.trace.landing.safe
+
+
+def test_a_server_that_hangs_for_a_while(scenarios: dict[Any, Future]) -> None:
+    """SIGSTOP: the connection stays, nobody answers. The late answer is not taken for a later observation's."""
+    run: Run = scenarios["hanging"].result()
+    assert run.starved.sum() > 5
+    assert not run.starved[-5:].all()
+    assert run.loop.trace.arrays()["age_ticks"][~run.starved].max() < HORIZON
+    assert run.loop.controller.summary()["server"]["outages"] == 1
+    assert run.loop.trace.ended_by == "done"
+
+
+# --- one at a time -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_stopped_and_started_by_hand_is_an_outage_too() -> None:
+    """Ctrl-C at the server: requests that wait are refused with a reason instead of losing their connection."""
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(running(PolicyServer(ArithmeticPolicy(), port=0)))
+        run = Run(first, "--controller=server", timeout_s=3.0)
+
+        def start() -> None:
+            give_up_s = time.monotonic() + 5
+            while time.monotonic() < give_up_s:
+                with contextlib.suppress(ServerError):  # the first one has not left the port yet
+                    stack.enter_context(running(PolicyServer(ArithmeticPolicy(), port=first.port)))
+                    return
+                time.sleep(0.05)
+
+        run.play((0.3, first.stop), (0.9, start))
+    assert run.loop.controller.summary()["server"]["outages"] >= 1
+    assert (run.error, run.loop.trace.ended_by) == (None, "done")
+    assert not run.starved[-5:].all()
+
+
+class Refuses(ArithmeticPolicy):
+    reason: str | None = None
+
+    def get_action(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
+        if self.reason is not None:
+            raise ServerError(self.reason)
+        return super().get_action(*args, **options)
+
+
+@pytest.mark.parametrize(("reason", "passes"), [(SHUTTING_DOWN, True), (f"{BUSY}128 requests are waiting.", True), ("out of memory", False)])
+def test_refusals_that_pass_and_one_that_does_not(reason: str, passes: bool) -> None:
+    policy = Refuses()
+    with reference.Server(policy) as server, closing(connect(address_of(server), None, 5.0, 30.0)) as remote:
+        remote.get_action(observation())
+        policy.reason = reason
+        with pytest.raises(ServerError, match=reason) as caught:
+            remote.get_action(observation())
+        assert isinstance(caught.value, ServerUnreachableError) is passes
+
+
+@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
+def test_ctrl_c_lands_at_once_whatever_the_server_does(flags: tuple[str, ...], how: int) -> None:
+    with ServerProcess() as server:
+        run = Run(server, *flags, "--server_timeout_s=60", "--server_reconnect_s=60", timeout_s=None)
+        pressed_s: list[float] = []
+
+        def press() -> None:
+            pressed_s.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+
+        run.play((0.3, lambda: server.process.send_signal(how)), (0.9, press))
+    assert run.landed_s - pressed_s[0] < 5  # the client would wait for a minute
+    assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("SIGINT", True)
+
+
+@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+def test_no_server_at_the_first_plan_is_an_error_and_nothing_moves(flags: tuple[str, ...]) -> None:
+    with ServerProcess() as server:
+        run = Run(server, *flags, "--server_timeout_s=0.5", timeout_s=60.0)
+        server.kill()
+        run.play()
+    assert isinstance(run.error, ServerUnreachableError)
+    assert run.policy.address in str(run.error)
+    assert run.robot.sent == []
+    assert run.robot.calls[-1] == "land"
+    assert run.said == []
+
+
+def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
+    """It fails, because the answer might come late; so does the one that waited for the server. The one after them checks who answers."""
+    with ServerProcess() as first, closing(connect(address_of(first), None, 5.0, 30.0)) as remote:
+        remote.get_action(observation())
+        first.kill()
+        with ServerProcess(port=first.port) as second:
+            for reason in ("broke", "answers again"):
+                with pytest.raises(ServerUnreachableError, match=reason):
+                    remote.get_action(observation())
+            remote.get_action(observation())
+            assert remote.summary()["server"]["outages"] == 1
+            second.kill()
+        with ServerProcess(port=first.port, fps=15.0):
+            for reason in ("broke", "answers again", "came back with another policy"):
+                with pytest.raises(ServerError, match=reason):
+                    remote.get_action(observation())
+
+
+def test_an_episode_may_begin_with_a_server_that_was_restarted_meanwhile() -> None:
+    with ServerProcess() as first, closing(connect(address_of(first), None, 5.0, 30.0)) as remote:
+        remote.get_action(observation())
+        first.kill()
+        with ServerProcess(port=first.port):
+            remote.reset()
+            remote.get_action(observation())
+            assert remote.summary()["server"]["outages"] == 0
+
+
+def test_an_episode_does_not_wait_for_a_server_that_goes_at_its_beginning() -> None:
+    said: list[str] = []
+    with ServerProcess() as server, closing(connect(address_of(server), None, 0.5, 30.0, echo=said.append)) as remote:
+        remote.get_action(observation())
+        remote.reset()
+        server.kill()
+        for _ in range(2):
+            with pytest.raises(ServerUnreachableError):
+                remote.get_action(observation())
+    assert said == []
+    assert remote.summary()["server"]["outages"] == 0
+
+
+def _read_until(process: subprocess.Popen[str], word: str) -> str:
+    said = ""
+    while word not in said:
+        line = process.stdout.readline()
+        assert line, f"ended early:\n{said}"
+        said += line
+    return said
+
+
+@contextlib.contextmanager
+def _program(*command: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, env=environment, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_whole_program_outlives_a_server_with_a_network(tmp_path: Path) -> None:
+    """Simulated arm and random network, each in its own process; the server is killed, started again, and Ctrl-C ends it all."""
+    pytest.importorskip("mujoco")
+    from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", resolution=(64, 48))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    server = ("-m", "gr00t_fast.serving", f"--model_path={checkpoint}", f"--port={port}", "--device=cpu", "--precision=fp32")
+    arm = (
+        "--robot.type=so100_sim",
+        "--robot.cameras={front: {type: sim, width: 64, height: 48}}",
+        "--lang_instruction=go",
+        f"--out={tmp_path / 'out'}",
+    )
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(_program(*server))
+        _read_until(first, "Server is ready")
+        policy = (f"--server=tcp://127.0.0.1:{port}", "--controller=server", "--server_reconnect_s=60")
+        program = stack.enter_context(_program("so100_inference_optimized.py", *arm, *policy))
+        _read_until(program, "Direct inference time")
+        time.sleep(0.5)
+        first.kill()
+        _read_until(program, "The arm holds its pose")
+        second = stack.enter_context(_program(*server))
+        _read_until(second, "Server is ready")
+        _read_until(program, "is back after")
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
+        said = program.communicate(timeout=30)[0]
+        assert program.returncode == 130, said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["controller"]["server"]["outages"] == 1
+    assert report["controller"]["starved_ticks"] >= 1
+    assert report["landing"]["safe"]
+    assert "Traceback" not in said
+
+
+# --- the synchronous controller, in virtual time -----------------------------------------------------------------------------------------
+
+
+def test_sync_holds_the_last_target_and_looks_again_at_every_tick() -> None:
+    bench = Bench(timeout_s=2.0)
+    known = bench.policy.facts
+    binding = RobotBinding(bench.policy.get_modality_config(), known.state_widths, known.action_widths, bench.robot.joint_names, {"front": "webcam"})
+    bench.loop.controller = SyncController(bench.policy, binding, "go", bench.clock, 8, (ServerUnreachableError,))
+    plain = bench.policy.on_action
+
+    def lost_between(targets: np.ndarray) -> np.ndarray:
+        if 3 <= len(bench.policy.seen) <= 12:
+            bench.clock.advance(0.05)
+            raise ServerUnreachableError("away")
+        return plain(targets)
+
+    bench.policy.on_action = lost_between
+    trace = bench.loop.run()
+    data, sent = trace.arrays(), bench.sent()
+    assert data["starved"].sum() == 10
+    first, last = np.flatnonzero(data["starved"])[[0, -1]]
+    assert last - first == 9
+    assert (sent[first - 1 : last + 1] == sent[first - 1]).all()
+    assert (np.diff(sent[:first, 0]) == 1).all()
+    assert (np.diff(sent[last:, 0])[1:] == 1).all()
+    assert len(trace.chunks) == len(bench.policy.seen) - 10
+    report = build_report(bench.loop, {})
+    assert (report["controller"]["starved_ticks"], report["controller"]["lost_inferences"]) == (10, 10)
+    assert report["run"]["playback_hz"] == pytest.approx(30, abs=0.01)
+    assert bench.loop.pacer.waiting_ticks > 0
+    assert sum(line.startswith("Direct inference time") for line in bench.said) == len(trace.chunks)
+
+
+def test_sync_raises_what_is_not_recoverable_and_has_nothing_to_hold_at_first() -> None:
+    class Away(ArithmeticPolicy):
+        def get_action(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
+            raise ServerUnreachableError("away")
+
+    known = facts()
+    binding = RobotBinding(
+        ArithmeticPolicy().get_modality_config(), known.state_widths, known.action_widths, FakeRobot.joint_names, {"front": "webcam"}
+    )
+    seen = FakeRobot(FakeClock()).observe()
+    for recoverable in ((), (ServerUnreachableError,)):
+        controller = SyncController(Away(), binding, "go", FakeClock(), None, recoverable)
+        with pytest.raises(ServerUnreachableError):
+            controller.plan(seen)

@@ -1,0 +1,369 @@
+"""What can be known of the TensorRT engine without a GPU: the sequence it records, and everything it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import cuda_stand_in
+import pytest
+import torch
+from random_networks import edit_json, load_network, random_inputs, write_network
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gr00t_fast import tensorrt_library as library
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.engine.continuation import Goal, soft_mask
+from gr00t_fast.engine.digests import Digests
+from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.manifest import Manifest, Target, describe_files
+from gr00t_fast.engine.stage_program import StageProgram, stage_shapes
+from gr00t_fast.engine.tensorrt_engine import TensorRTEngine, check_capability, check_version, cuda_device
+from gr00t_fast.engine.tensorrt_runtime import LoadedStage
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
+from gr00t_fast.export.graphs import GRAPHS, example_inputs, graph_tables
+from gr00t_fast.model import StepTables
+from gr00t_fast.policy import load_policy
+from gr00t_fast.timing import StageTimer
+
+ROOT = Path(__file__).parent.parent
+has_gpu = library.gpu_capability() is not None
+TEXT = 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("checkpoint"))
+
+
+# the sequence that is recorded, over the exported graphs' own modules
+
+
+MARK = 997  # a prompt length that no other size is
+
+
+def stages_of(config: ModelConfig) -> dict[str, dict]:
+    """`Manifest.stages` of a network, from the shapes of example inputs and outputs."""
+    shapes = {
+        key: tensor.shape
+        for name, spec in GRAPHS.items()
+        for key, tensor in zip(spec.inputs, example_inputs(name, config, 1, MARK, torch.float32), strict=True)
+    }
+    shapes |= {"tokens": (1, config.vision.tokens, config.language.hidden_size), "next_actions": shapes["actions"]}
+    shapes |= dict.fromkeys(("backbone_features", "vl_features"), shapes["embeddings"])
+    written = {key: ["tokens" if size == MARK else size for size in shape] for key, shape in shapes.items()}
+    return {
+        name: {"inputs": {key: written[key] for key in spec.inputs}, "outputs": {key: written[key] for key in spec.outputs}}
+        for name, spec in GRAPHS.items()
+    }
+
+
+class GraphModules:
+    """Stands in for TensorRT: runs the exported graphs' torch modules on the buffers it is given, and writes down what ran."""
+
+    def __init__(self, checkpoint: Path, max_tokens: int) -> None:
+        self.calls: list[str] = []
+        self._graphs = {name: spec.build(load_network(checkpoint), 1, max_tokens).eval() for name, spec in GRAPHS.items()}
+
+    @torch.no_grad()
+    def __call__(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
+        self.calls.append(stage)
+        outputs = self._graphs[stage](*(tensors[name] for name in GRAPHS[stage].inputs))
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        for name, value in zip(GRAPHS[stage].outputs, outputs, strict=True):
+            assert tensors[name].shape == value.shape, name
+            tensors[name].copy_(value)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: int) -> None:
+    model = load_network(checkpoint)
+    inputs, noise = random_inputs(model.config, text_tokens=TEXT)
+    expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
+    tokens, images = inputs.input_ids.shape[1], len(inputs.image_positions)
+    graphs = GraphModules(checkpoint, tokens)
+    shapes = stage_shapes(stages_of(model.config), tokens)
+    with torch.no_grad():
+        tables = graph_tables(model, steps)
+    program = StageProgram(shapes, images, StepTables(tables.tau, tables.modulation), model.language.embedding.weight.detach())
+    before = [buffer.data_ptr() for buffer in program._buffers.values()]
+    for _ in range(2):  # the second call must not see what the first left behind
+        program.fill(inputs.pixel_values, inputs.input_ids[0], inputs.image_positions, inputs.state, noise)
+        program.enqueue(graphs)
+        error = (program.actions - expected).norm() / (expected - noise).norm()
+        assert error < 1e-4
+    assert graphs.calls == ["vision", "language", *["denoise_step"] * steps] * 2
+    assert [buffer.data_ptr() for buffer in program._buffers.values()] == before, "a recording keeps its addresses"
+
+
+def test_the_varying_size_is_filled_in() -> None:
+    stages = {"language": {"inputs": {"embeddings": [1, "tokens", 8]}, "outputs": {"keys": [2, 4, "tokens", 3]}}}
+    assert stage_shapes(stages, 33) == {"language": {"embeddings": (1, 33, 8), "keys": (2, 4, 33, 3)}}
+
+
+# the engine around it, on a stand-in for CUDA
+
+
+@pytest.fixture
+def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
+    """A TensorRTEngine whose stages are the exported graphs' modules, in fp32 on the CPU."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    model = load_network(checkpoint)
+    tables = {"embedding": model.language.embedding.weight.detach().clone()}
+    for steps in (1, 2, 4):
+        with torch.no_grad():
+            of_steps = graph_tables(model, steps)
+        tables |= {f"tau.{steps}": of_steps.tau, f"modulation.{steps}": of_steps.modulation}
+    save_file(tables, engines / "tables.safetensors")
+    manifest = json.loads((engines / "manifest.json").read_text())
+    manifest |= {"precision": "fp32", "files": describe_files(engines)}
+    manifest["details"]["builder_version"] = trt.__version__
+    (engines / "manifest.json").write_text(json.dumps(manifest))
+    cuda_stand_in.install(monkeypatch, GraphModules(checkpoint, 64))
+    return TensorRTEngine(engines, target_of(checkpoint), "cuda", "auto")
+
+
+def distance(got: Tensor, expected: Tensor, noise: Tensor) -> float:
+    return float((got - expected).norm() / (expected - noise).norm())
+
+
+def test_lengths_and_step_counts_by_turns_give_the_eager_actions(opened: TensorRTEngine, checkpoint: Path) -> None:
+    eager = EagerEngine(load_network(checkpoint))
+    for round_number in range(2):
+        for steps, text in ((4, 20), (1, 31), (2, 20), (4, 31)):
+            inputs, noise = random_inputs(eager.model.config, text_tokens=text, seed=steps + round_number)
+            timer = StageTimer()
+            got = opened.run(inputs, noise, steps, timer)
+            assert distance(got, eager.run(inputs, noise, steps, StageTimer()), noise) < 1e-4
+            assert set(timer.stages_ms) == {"graph"}
+    assert len(opened._recordings) == 4, "recorded once each"
+
+
+def test_recordings_beyond_the_limit_are_dropped(opened: TensorRTEngine, checkpoint: Path) -> None:
+    config = open_checkpoint(checkpoint).config
+    for text in range(10, 20):
+        inputs, noise = random_inputs(config, text_tokens=text)
+        opened.run(inputs, noise, 1, StageTimer())
+    assert len(opened._recordings) == 8
+    assert min(length for length, _ in opened._recordings) == 16 + 12, "the oldest went first"
+
+
+def test_a_padded_batch_gives_each_item_its_own_actions(opened: TensorRTEngine, checkpoint: Path) -> None:
+    config = open_checkpoint(checkpoint).config
+    inputs, noise = random_inputs(config, batch=2, text_tokens=24)
+    mask = torch.ones_like(inputs.input_ids, dtype=torch.bool)
+    mask[1, -5:] = False
+    together = opened.run(dataclasses.replace(inputs, prompt_mask=mask), noise, 2, StageTimer())
+    for item, length in ((0, 40), (1, 35)):
+        one = slice(item, item + 1)
+        alone = dataclasses.replace(inputs, pixel_values=inputs.pixel_values[one], input_ids=inputs.input_ids[one, :length], state=inputs.state[one])
+        torch.testing.assert_close(together[one], opened.run(alone, noise[one], 2, StageTimer()), rtol=0, atol=0)
+
+
+def test_a_batch_of_equal_prompts_shares_a_recording_and_nothing_else(opened: TensorRTEngine, checkpoint: Path) -> None:
+    eager = EagerEngine(load_network(checkpoint))
+    inputs, noise = random_inputs(eager.model.config, batch=3, text_tokens=TEXT)
+    assert distance(opened.run(inputs, noise, 2, StageTimer()), eager.run(inputs, noise, 2, StageTimer()), noise) < 1e-4
+    assert len(opened._recordings) == 1
+
+
+def test_a_chunk_is_continued_as_by_the_eager_engine(opened: TensorRTEngine, checkpoint: Path) -> None:
+    eager = EagerEngine(load_network(checkpoint))
+    inputs, noise = random_inputs(eager.model.config, text_tokens=TEXT)
+    goal = Goal(torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), soft_mask(16, 3, 10)[:, None].expand(16, 32), "prefix")
+    expected = eager.run(inputs, noise, 4, StageTimer(), goal)
+    assert distance(opened.run(inputs, noise, 4, StageTimer(), goal), expected, noise) < 1e-4
+
+
+def test_a_step_count_without_tables_names_the_command(opened: TensorRTEngine, checkpoint: Path) -> None:
+    inputs, noise = random_inputs(open_checkpoint(checkpoint).config, text_tokens=TEXT)
+    with pytest.raises(ConfigError, match=r"denoising_steps=3: .*1, 2, 4.*to_tensorrt\.py.*--denoising_steps=3"):
+        opened.run(inputs, noise, 3, StageTimer())
+
+
+def test_a_prompt_beyond_the_longest_is_refused(opened: TensorRTEngine, checkpoint: Path) -> None:
+    inputs, noise = random_inputs(open_checkpoint(checkpoint).config, text_tokens=60)
+    with pytest.raises(ObservationError, match=r"prompt of 76 tokens; this export takes 64.*to_tensorrt\.py.*--max_text_tokens"):
+        opened.run(inputs, noise, 1, StageTimer())
+
+
+# refusals, in the order in which they are checked
+
+
+def target_of(checkpoint: Path, data_config: str = "so100") -> Target:
+    return Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS[data_config], data_config)
+
+
+@pytest.fixture
+def engines(checkpoint: Path, tmp_path: Path) -> Path:
+    """Engine files as far as the manifest's checks go: what is in them is nobody's business before they are loaded."""
+    directory = tmp_path / "engines"
+    directory.mkdir()
+    for name in (*(f"{stage}.engine" for stage in GRAPHS), "tables.safetensors"):
+        (directory / name).write_bytes(name.encode() * 100)
+    config = open_checkpoint(checkpoint).config
+    stages = {name: {"file": f"{name}.engine", **entry} for name, entry in stages_of(config).items()}
+    Manifest(
+        kind="tensorrt",
+        precision="fp16",
+        identity=target_of(checkpoint).identity(Digests(directory)),
+        shapes={"cameras": 1, "image_tokens": 16, "max_tokens": 64},
+        denoising_steps=(4,),
+        stages=stages,
+        files=describe_files(directory),
+        versions={},
+        command="",
+        details={"builder": library.RTX, "builder_version": "0.0.1", "compute_capability": ["8.6"]},
+        program="to_tensorrt.py",
+        flags=("--compute_capability=8.6",),
+    ).write(directory)
+    return directory
+
+
+def open_it(directory: Path, checkpoint: Path, device: str = "auto", precision: str = "auto", data_config: str = "so100") -> TensorRTEngine:
+    return TensorRTEngine(directory, target_of(checkpoint, data_config), device, precision)
+
+
+def test_no_engines_at_all_names_the_command(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no exported engine.*python export/to_tensorrt\.py --model_path=.*--data_config=so100 --out="):
+        open_it(tmp_path, checkpoint)
+
+
+def test_a_truncated_engine_is_refused(engines: Path, checkpoint: Path) -> None:
+    file = engines / "language.engine"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(EngineError, match=r"language\.engine is cut short.*to_tensorrt\.py .*--compute_capability=8\.6"):
+        open_it(engines, checkpoint)
+
+
+def test_engines_of_other_weights_are_refused(engines: Path, tmp_path: Path) -> None:
+    other = write_network(tmp_path / "other", seed=5)
+    with pytest.raises(StaleEngineError, match=r"(?s)other weights.*to_tensorrt\.py"):
+        open_it(engines, other)
+
+
+def test_engines_of_other_cameras_are_refused(engines: Path, checkpoint: Path, tmp_path: Path) -> None:
+    dual = write_network(tmp_path / "dual", data_config="so100_dualcam")
+    with pytest.raises(StaleEngineError, match=r"(?s)cameras: made for.*to_tensorrt\.py"):
+        open_it(engines, dual, data_config="so100_dualcam")
+
+
+def test_an_onnx_export_is_no_engine(engines: Path, checkpoint: Path) -> None:
+    edit_json(engines / "manifest.json", "kind", "onnx")
+    with pytest.raises(EngineError, match="kind 'onnx', expected 'tensorrt'"):
+        open_it(engines, checkpoint)
+
+
+def test_another_precision_is_refused(engines: Path, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fp16, but --precision=bf16.*to_tensorrt\.py .*--precision=bf16"):
+        open_it(engines, checkpoint, precision="bf16")
+
+
+@pytest.mark.parametrize("key", ["builder", "builder_version", "compute_capability"])
+def test_an_incomplete_manifest_is_refused(engines: Path, checkpoint: Path, key: str) -> None:
+    edit_json(engines / "manifest.json", f"details.{key}", ...)
+    with pytest.raises(EngineError, match=rf"incomplete \({key}\)"):
+        open_it(engines, checkpoint)
+
+
+@pytest.mark.parametrize("builder", library.BUILDERS)
+def test_a_missing_library_names_its_extra(engines: Path, checkpoint: Path, builder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_json(engines / "manifest.json", "details.builder", builder)
+    monkeypatch.setitem(sys.modules, builder, None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'gr00t_fast\[{builder}\]'"):
+        open_it(engines, checkpoint)
+
+
+def test_no_library_at_all_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "installed", list)
+    with pytest.raises(MissingExtraError, match=r"tensorrt_rtx\].*tensorrt\].*JetPack"):
+        library.choose("auto")
+
+
+def test_an_unknown_library_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'tensorrt_rtx'"):
+        library.choose("tensorrt-rtx")
+
+
+def test_engines_of_another_version_are_refused(engines: Path, checkpoint: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*to_tensorrt\.py"):
+        open_it(engines, checkpoint)
+
+
+@pytest.mark.skipif(has_gpu or torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_it_says_what_to_use_instead(engines: Path, checkpoint: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    edit_json(engines / "manifest.json", "details.builder_version", trt.__version__)
+    with pytest.raises(EngineError, match=r"needs a CUDA GPU.*--engine=onnxruntime.*--engine=eager --device=cpu"):
+        open_it(engines, checkpoint)
+    with pytest.raises(EngineError, match="needs a CUDA GPU"):
+        load_policy(checkpoint, engine="tensorrt", engine_path=engines)
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"runs on CUDA GPUs.*--device=cpu"):
+        cuda_device("cpu")
+
+
+def manifest_with(**details: object) -> Manifest:
+    details = {"builder": library.RTX, "builder_version": "1.7", "compute_capability": [], **details}
+    return Manifest("tensorrt", "fp16", {}, {}, (), {}, {}, {}, "", details=details)
+
+
+@pytest.mark.parametrize(("targets", "here"), [(["8.6"], "8.6"), (["8.6", "12.0"], "12.0"), ([], "8.0"), ([], "12.0")])
+def test_a_gpu_that_the_engines_were_built_for_passes(targets: list[str], here: str) -> None:
+    check_capability(manifest_with(compute_capability=targets), here, "build")
+
+
+@pytest.mark.parametrize(("targets", "here"), [(["8.6"], "8.9"), (["8.6", "12.0"], "8.0"), ([], "7.5")])
+def test_another_gpu_is_refused(targets: list[str], here: str) -> None:
+    with pytest.raises(StaleEngineError, match=rf"this GPU has {here}.*--compute_capability={here}: build"):
+        check_capability(manifest_with(compute_capability=targets), here, "build")
+
+
+def test_the_same_version_passes() -> None:
+    check_version(manifest_with(), "1.7", "build")
+    with pytest.raises(StaleEngineError):
+        check_version(manifest_with(), "1.7.1", "build")
+
+
+def test_a_file_that_the_library_refuses_is_reported_in_its_words(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "vision.engine").write_bytes(b"vtrt" + bytes(5000))
+    with pytest.raises(EngineError, match=r"tensorrt_rtx .* cannot load .*vision\.engine: .*Serialization.*\. Run: build"):
+        LoadedStage(trt, tmp_path / "vision.engine", tmp_path / "cache", "build")
+
+
+def test_importing_the_engine_needs_torch_and_numpy_alone() -> None:
+    blocked = "import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime', 'cuda'): sys.modules[name] = None\n"
+    code = blocked + "import gr00t_fast.engine.tensorrt_engine, gr00t_fast.engine.tensorrt_runtime, gr00t_fast.tensorrt_library"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_manifest_survives_writing(engines: Path) -> None:
+    raw = json.loads((engines / "manifest.json").read_text())
+    assert raw["details"]["builder"] == library.RTX
+    assert {field.name for field in dataclasses.fields(Manifest)} == set(raw)
+
+
+def test_what_the_runtime_calls_exists_in_the_library() -> None:
+    """Without a GPU there is no engine to call: at least no name is misspelt."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    source = (ROOT / "gr00t_fast" / "engine" / "tensorrt_runtime.py").read_text()
+    owners = {"self._runtime": trt.Runtime, "self._engine": trt.ICudaEngine, "self._context": trt.IExecutionContext, "config": trt.IRuntimeConfig}
+    owners |= {"context": trt.IExecutionContext, "cache": trt.IRuntimeCache, "self._cache": trt.IRuntimeCache}
+    used = {
+        (owner, name) for owner in owners for name in re.findall(rf"(?<![\w.]){re.escape(owner)}\.([a-z]\w*)", source) if name != "device_memory_size"
+    }
+    assert len(used) > 15
+    assert [f"{owner}.{name}" for owner, name in sorted(used) if not hasattr(owners[owner], name)] == []
