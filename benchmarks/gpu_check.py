@@ -24,7 +24,14 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_BUDGET_S = 570.0  # ten minutes in all; half a minute to write and to stop
-BENCHMARKS: dict[str, Sequence[str]] = {"bench_policy": ("benchmarks/bench_policy.py", "--device=cuda", "--seed=0")}
+_STAGES = ("benchmarks/bench_stages.py", "--device=cuda", "--seed=0", "--rounds=100", "--calls=1000")
+BENCHMARKS: dict[str, Sequence[str]] = {  # what matters most first: the last ones may be cut by the budget
+    "bench_policy": ("benchmarks/bench_policy.py", "--device=cuda", "--seed=0"),
+    "stages_graph": (*_STAGES, "--engine=cuda_graph", "--seconds=60"),
+    "stages_graph_2_steps": (*_STAGES, "--engine=cuda_graph", "--denoising_steps=2"),
+    "stages_compiled": (*_STAGES, "--engine=compiled"),
+}
+TAKES_REFERENCE = ("bench_policy",)
 REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engine is timed
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 
@@ -107,8 +114,10 @@ def run_benchmarks(size: str, out: Path, deadline: float) -> list[Step]:
         code, seconds, lines = run(make, out / "checkpoint.log", deadline)
         if code != 0:
             return [Step("checkpoint", "failed", seconds, f"exit code {code}: {lines[-1] if lines else 'no output'}")]
-        flags = (f"--model_path={checkpoint}", *(["--no-reference"] if missing else []))
-        steps = [run_benchmark(name, (*command, *flags), out, deadline) for name, command in BENCHMARKS.items()]
+        steps = []
+        for name, command in BENCHMARKS.items():
+            flags = ["--no-reference"] if missing and name in TAKES_REFERENCE else []
+            steps.append(run_benchmark(name, (*command, f"--model_path={checkpoint}", *flags), out, deadline))
     without = [Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")] if missing else []
     return [*steps, *without]
 
@@ -146,7 +155,7 @@ def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float,
 
 def report(steps: Sequence[Step], machine: dict[str, Any], out: Path) -> int:
     """Write and print the table, then one JSON line. Exit code 1 when a step failed or nothing ran."""
-    rows = [f"{step.name:<16} {step.outcome:<8} {step.seconds:7.1f} s  {step.detail[:100]}" for step in steps]
+    rows = [f"{step.name:<20} {step.outcome:<8} {step.seconds:7.1f} s  {step.detail[:100]}" for step in steps]
     table = "\n".join([f"{machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}", *rows]) + "\n"
     result = {"machine": machine, "steps": [asdict(step) for step in steps]}
     (out / "result.txt").write_text(table, encoding="utf-8")

@@ -68,8 +68,8 @@ def write_random_checkpoint(
     for stale in out.glob("model*.safetensors*"):
         stale.unlink()
     config, eagle = network_config(size, published_tokenizer or size == "full")
-    if not (published_tokenizer or size == "full"):
-        _write_tokenizer(out / "eagle2_hg_model" / "tokenizer.json")
+    if not published_tokenizer:
+        _write_tokenizer(out / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
     _write_json(out / "config.json", config)
     _write_json(out / "eagle2_hg_model" / "config.json", eagle)
     _write_json(out / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
@@ -112,9 +112,14 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _write_tokenizer(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(path))
+def _write_tokenizer(path: Path, image_token_id: int) -> None:
+    """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
+    content = json.loads(byte_tokenizer().to_str())
+    for token in content["added_tokens"]:
+        if token["content"] == IMAGE_TOKEN:
+            token["id"] = image_token_id
+        content["model"]["vocab"][token["content"]] = token["id"]
+    _write_json(path, content)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

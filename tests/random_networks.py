@@ -73,7 +73,7 @@ def write_network(
     write_json(directory / "config.json", config)
     write_json(directory / "eagle2_hg_model" / "config.json", eagle)
     write_json(directory / "experiment_cfg" / "metadata.json", rc._metadata(data_config, resolution))
-    rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json")
+    rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
     with contextlib.redirect_stderr(io.StringIO()):
         rc._write_weights(directory, ModelConfig.from_dicts(config, eagle), seed, dtype, shard_bytes)
     return directory

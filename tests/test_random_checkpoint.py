@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import Gr00tN1d5
-from gr00t_fast.random_checkpoint import main, network_config, write_random_checkpoint
+from gr00t_fast.prompt import IMAGE_TOKEN
+from gr00t_fast.random_checkpoint import _write_tokenizer, main, network_config, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,16 @@ def test_the_published_tokenizer(tmp_path: Path, eagle_dir: Path) -> None:
     assert open_checkpoint(checkpoint).config.language.image_token_id == 151669
     policy = load_policy(checkpoint, device="cpu", precision="bf16", processor_path=eagle_dir)
     assert len(policy._pieces.prompts("Place the block in the bowl")) == 288
+
+
+def test_the_full_size_reads_any_instruction_without_other_files(tmp_path: Path) -> None:
+    """Its vocabulary is the published one; bytes and the image token are all that its tokenizer uses of it."""
+    _write_tokenizer(tmp_path / "tokenizer.json", PUBLISHED_EAGLE["image_token_index"])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode(f"<img>{IMAGE_TOKEN}</img>ä", add_special_tokens=False).ids
+    assert ids[1] == PUBLISHED_EAGLE["image_token_index"]
+    assert len(ids) == 5
+    assert max(ids[:1] + ids[2:]) < 300
 
 
 @pytest.mark.parametrize("wrong", [{"size": "huge"}, {"data_config": "so101"}])
