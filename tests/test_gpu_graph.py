@@ -1,0 +1,104 @@
+"""What only a GPU can show of the CUDA-graph engines: the eager actions, nothing that waits between upload and download, and no second recording
+for a new instruction of the same bucket. Run by `make gpu-check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+MAX_ERROR_DEG = {"fp32": 0.01, "bf16": 0.5}  # 99th percentile over joints, actions and observations
+OBSERVATIONS = 100
+MAX_GREY_LEVELS = 1.01 / 127.5  # of [-1, 1]
+
+
+@pytest.fixture(scope="module", params=["so100", "so100_dualcam"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), "demo", data_config=request.param), request.param
+
+
+def load(checkpoint: tuple[Path, str], **options: str) -> Gr00tPolicy:
+    return load_policy(checkpoint[0], data_config=checkpoint[1], **options)
+
+
+def observations(policy: Gr00tPolicy, count: int) -> list[dict]:
+    generator, example = np.random.default_rng(0), policy.example_observation()
+    found = []
+    for _ in range(count):
+        seen = dict(example)
+        for key, value in example.items():
+            if key.startswith("video."):
+                seen[key] = generator.integers(0, 256, value.shape, dtype=np.uint8)
+            elif key.startswith("state."):
+                seen[key] = value + generator.uniform(-20, 20, value.shape)
+        found.append(seen)
+    return found
+
+
+def noise(seed: int, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, 16, 32)).astype(np.float32)
+
+
+@pytest.mark.parametrize("engine", ["cuda_graph", "compiled"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_actions_are_those_of_eager_fp32(checkpoint: tuple[Path, str], engine: str, precision: str) -> None:
+    truth = load(checkpoint, device="cpu", precision="fp32")
+    fast = load(checkpoint, device="cuda", precision=precision, engine=engine)
+    errors = []
+    for seed, seen in enumerate(observations(truth, OBSERVATIONS)):
+        expected, got = truth.get_action(seen, noise=noise(seed)), fast.get_action(seen, noise=noise(seed))
+        errors += [np.abs(got[key] - expected[key]).ravel() for key in expected]
+    assert np.percentile(np.concatenate(errors), 99) < MAX_ERROR_DEG[precision]
+
+
+def test_pixels_are_within_one_grey_level_of_the_cpu(checkpoint: tuple[Path, str]) -> None:
+    policy = load(checkpoint, device="cpu", precision="fp32")
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 480, 640, 3), dtype=np.uint8))
+    assert (policy.to_pixels(frames.cuda()).cpu() - policy.to_pixels(frames)).abs().max() <= MAX_GREY_LEVELS
+
+
+def test_nothing_waits_between_upload_and_download(checkpoint: tuple[Path, str]) -> None:
+    policy = load(checkpoint, device="cuda", engine="cuda_graph")
+    policy.warm_up()
+    seen = policy.example_observation()
+    raw, start = policy.raw_inputs(seen), torch.from_numpy(noise(0))
+    (recording,) = policy.engine._recordings.values()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recording.launch(raw, start)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.isfinite(recording.wait()).all()
+
+
+def test_a_new_instruction_of_the_same_bucket_needs_no_recording(checkpoint: tuple[Path, str]) -> None:
+    policy = load(checkpoint, device="cuda", precision="fp32", engine="cuda_graph")
+    eager = load(checkpoint, device="cuda", precision="fp32", engine="eager")
+    policy.get_action(policy.example_observation("pick up it"))
+    recordings = list(policy.engine._recordings)
+    for instruction in ("pick up at", "pick it up", "drop it"):
+        seen = policy.example_observation(instruction)
+        got, expected = policy.get_action(seen, noise=noise(1)), eager.get_action(seen, noise=noise(1))
+        np.testing.assert_allclose(got["action.single_arm"], expected["action.single_arm"], atol=0.05)
+    assert list(policy.engine._recordings) == recordings
+
+
+def test_steps_and_batches_are_recorded_apart(checkpoint: tuple[Path, str]) -> None:
+    policy = load(checkpoint, device="cuda", precision="fp32", engine="cuda_graph")
+    eager = load(checkpoint, device="cuda", precision="fp32", engine="eager")
+    seen = policy.example_observation()
+    both = {key: ["pick it up", "put it down there"] if key.startswith("annotation") else np.stack([value, value]) for key, value in seen.items()}
+    for steps in (1, 4, 2):
+        policy.denoising_steps = eager.denoising_steps = steps
+        for given, start in ((seen, noise(2)), (both, noise(3, batch=2))):
+            got, expected = policy.get_action(given, noise=start), eager.get_action(given, noise=start)
+            np.testing.assert_allclose(got["action.single_arm"], expected["action.single_arm"], atol=0.05)
+    assert len(policy.engine._recordings) == 6
