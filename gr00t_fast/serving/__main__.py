@@ -20,8 +20,9 @@ from gr00t_fast.optional import require
 from gr00t_fast.serving.service import check_port_free
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
+_MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
 _POLICY_OPTIONS = (
-    *("embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "precision", "engine"),
+    *("embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "precision", "engine", "engine_path"),
     *("processor_path", "prompt_style", "seed"),
 )
 
@@ -42,7 +43,8 @@ class ServeConfig:
     action_horizon: int | None = None  # actions returned per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # way to run the network
+    engine: str = "auto"  # way to run the network: eager, or an export with onnxruntime and its like
+    engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's server puts around the instruction
     seed: int | None = None  # makes the noise repeatable
@@ -62,7 +64,21 @@ def parse(argv: Sequence[str]) -> ServeConfig:
         raise UsageError("--api_token is empty; leave the flag out to serve every client.")
     if config.http and config.address:
         raise UsageError(f"--address={config.address} is for ZeroMQ; with --http use --host and --port.")
+    if config.address:
+        _check_address(config.address)
     return config
+
+
+def _check_address(address: str) -> None:
+    """Before gigabytes are read. Raises UsageError."""
+    transport, _, place = address.partition("://")
+    if transport not in ("tcp", "ipc") or not place:
+        raise UsageError(f"--address={address}: expected ipc://PATH or tcp://HOST:PORT.")
+    path = Path(place)
+    if transport == "ipc" and not place.startswith("@") and not path.parent.is_dir():  # @: Linux's abstract names, no files
+        raise UsageError(f"--address={address}: there is no directory {path.parent} for the socket.")
+    if transport == "ipc" and len(place.encode()) > _MAX_IPC_PATH_BYTES:
+        raise UsageError(f"--address={address}: a socket's path has at most {_MAX_IPC_PATH_BYTES} bytes, this one {len(place.encode())}.")
 
 
 def serve(config: ServeConfig) -> None:
