@@ -5,7 +5,7 @@
 
 A recording is the task; a policy that knows it by heart answers each observation with the next actions, after a delay and with an error of its own
 per chunk (replay_study/policy.py). The product's control loop, pacer and controllers move an arm with a first-order lag. Architectures: `sync`,
-`threaded`, `server` (threaded, the policy in another process behind ZeroMQ), `threaded_lag` (--when_late=lag) and the baseline `naive_async` (a FIFO
+`threaded`, `server` (threaded, the policy in another process behind ZeroMQ), `threaded_resume` (--when_late=resume) and the baseline `naive_async` (a FIFO
 of chunks, each played from its first action). `floor` is the recording itself sent to the same arm: no delay, no error.
 
 What comparisons of this kind commonly get wrong, and what is done here: one trial (here several, seeds paired, architectures taking turns,
@@ -51,7 +51,7 @@ Motions = dict[tuple[Cell, int], Motion]
 def cells_of(arguments: argparse.Namespace, delays: list[Delay]) -> list[Cell]:
     """Every architecture at every delay with the first chunk length; with longer ones where the length before is too short to bridge the delay.
 
-    `threaded_lag` differs from `threaded` only where the chunk is too short, and is run there.
+    `threaded_resume` differs from `threaded` only where the chunk is too short, and is run there.
     """
     cells = []
     for scene in arguments.scenes:
@@ -61,9 +61,9 @@ def cells_of(arguments: argparse.Namespace, delays: list[Delay]) -> list[Cell]:
                 if before >= needed_actions(delay.ticks(arguments.fps)):
                     continue
                 too_short = horizon < needed_actions(delay.ticks(arguments.fps))
-                cells += [Cell(scene, name, horizon, delay) for name in arguments.architectures if name != "threaded_lag" or too_short]
+                cells += [Cell(scene, name, horizon, delay) for name in arguments.architectures if name != "threaded_resume" or too_short]
     if not cells:
-        raise ConfigError("nothing to run: threaded_lag alone differs from threaded only where a chunk is shorter than twice the delay.")
+        raise ConfigError("nothing to run: threaded_resume alone differs from threaded only where a chunk is shorter than twice the delay.")
     return cells
 
 
@@ -221,8 +221,8 @@ def _check(arguments: argparse.Namespace) -> None:
     arguments.architectures = arguments.architectures or [name for name in ARCHITECTURES if not (arguments.virtual and name == "server")]
     if min(arguments.trials, arguments.jobs, *arguments.actions_per_chunk) < 1 or arguments.fps <= 0 or arguments.arm_time_constant_s <= 0:
         raise ConfigError("--trials, --jobs, --actions_per_chunk, --fps and --arm_time_constant_s must be positive.")
-    if arguments.when_late == "lag" and arguments.smoothing != "none":
-        raise ConfigError("--smoothing=ensemble averages actions that are due at the same tick; with --when_late=lag they are not. Leave one out.")
+    if arguments.when_late == "resume" and arguments.smoothing != "none":
+        raise ConfigError("--smoothing=ensemble averages actions that are due at the same tick; with --when_late=resume they are not. Leave one out.")
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "--actions_per_chunk", type=int, nargs="+", default=[50, 100], help="the further ones run where the one before cannot bridge the delay"
     )
     parser.add_argument("--chunk_size_threshold", type=float, default=0.5, help="think again when this part of a chunk is left (threaded, server)")
-    parser.add_argument("--when_late", choices=("hold", "lag"), default="hold", help="for threaded and server, see ChunkBuffer")
+    parser.add_argument("--when_late", choices=("hold", "resume"), default="hold", help="for threaded and server, see ChunkBuffer")
     parser.add_argument("--smoothing", choices=("none", "ensemble"), default="none", help="for threaded and server")
     parser.add_argument(
         "--chunk_noise_deg", type=float, default=1.0, help="standard deviation of a chunk's error at its end (a choice, not measured)"

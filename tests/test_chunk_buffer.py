@@ -78,35 +78,43 @@ def test_what_is_left() -> None:
     assert buffer.rows_left(40) == 0
 
 
-def test_lag_bridges_the_gap_that_dropping_would_leave() -> None:
-    """Ten actions, eight ticks per inference: dropping leaves two actions for eight ticks; lagging waits once, by the missing six, and no more."""
-    starved = {}
-    for lag in (False, True):
-        buffer = ChunkBuffer(lag=lag)
-        played = []
-        for tick in range(0, 80):
-            if tick % 8 == 0:
-                buffer.offer(chunk(max(0, tick - 8), rows=10), tick, bridge_ticks=8)
-            due = buffer.due(tick)
-            if not due.starved:
-                played.append(due.target[0])
-        assert (np.diff(played) > 0).all()
-        starved[lag] = buffer.starved_ticks
-    assert starved[True] == 6
-    assert starved[False] > 40
+def test_resuming_goes_on_where_the_arm_stopped() -> None:
+    """Four actions, then three held ticks. The next chunk, seen at tick 2, is due at row 5; the arm has executed two of its rows."""
+    played = {}
+    for resume in (False, True):
+        buffer = ChunkBuffer(resume=resume)
+        buffer.offer(chunk(0, rows=4), 0)
+        assert [buffer.due(tick).starved for tick in range(7)] == [False] * 4 + [True] * 3
+        buffer.offer(chunk(2, rows=10), 7)
+        played[resume] = [buffer.due(tick).target[0] for tick in (7, 8)]
+    assert played == {False: [7, 8], True: [4, 5]}
 
 
-@given(steps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=40), rows=st.integers(1, 16), bridge=st.integers(0, 40))
-def test_lagging_never_goes_back_in_its_plan_nor_ahead_of_time(steps: list[tuple[int, int]], rows: int, bridge: int) -> None:
-    buffer, tick, last = ChunkBuffer(lag=True), 0, -np.inf
+@given(steps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=40), rows=st.integers(1, 16))
+def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: list[tuple[int, int]], rows: int) -> None:
+    """A chunk begins where the arm was when it was observed, as a policy's does in a scene that waits for the arm."""
+    buffer, tick, reached = ChunkBuffer(resume=True), 0, [-1.0]  # reached[t]: how far the plan had come before tick t
     for delay, play in steps:
-        buffer.offer(chunk(tick - delay, rows), tick, bridge)
+        offered = chunk(max(0, tick - delay), rows)
+        offered.chunk.targets[:, 0] = reached[offered.observed] + 1 + np.arange(rows)
+        buffer.offer(offered, tick)
         for _ in range(play):
             due = buffer.due(tick)
-            if not due.starved:
-                assert last < due.target[0] <= tick
-                last = due.target[0]
+            assert due.target[0] == reached[-1] + (0 if due.starved else 1)
+            reached.append(due.target[0])
             tick += 1
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=40))
+def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, int]]) -> None:
+    plain, resuming, tick = ChunkBuffer(), ChunkBuffer(resume=True), 0
+    for delay, play in steps:
+        for buffer in (plain, resuming):
+            buffer.offer(chunk(max(0, tick - delay)), tick)
+        for _ in range(play):
+            assert plain.due(tick).target[0] == resuming.due(tick).target[0]
+            tick += 1
+    assert plain.starved_ticks == resuming.starved_ticks == 0
 
 
 def test_ensembling_averages_what_covers_the_tick() -> None:

@@ -394,12 +394,12 @@ def test_the_baseline_plays_old_chunks_from_their_begin() -> None:
     assert measure(play("threaded", 50, "0.1"))["mae_raw"] < 0.3 * figures["mae_raw"]
 
 
-def test_lagging_pauses_once_in_a_moving_scene() -> None:
-    motion = play("threaded_lag", 50, "0.8")
-    held = np.flatnonzero(motion.starved)
-    assert 0 < len(held) <= 41
-    assert np.diff(held).max() == 1
-    assert np.diff(motion.played_s).min() > -1e-6
+def test_resuming_plays_the_whole_plan_once_in_a_still_scene_although_chunks_are_too_short() -> None:
+    resumed, caught_up = (measure(play(name, 50, "0.8", "still")) for name in ("threaded_resume", "threaded"))
+    assert resumed["went_back_s"] == pytest.approx(0, abs=0.05)
+    assert resumed["never_played_s"] == pytest.approx(0, abs=0.05)
+    assert resumed["boundary_jump_deg_s"] < 0.2 * caught_up["boundary_jump_deg_s"]
+    assert caught_up["never_played_s"] > 1
 
 
 def test_without_delay_and_error_sync_and_threaded_reach_the_floor() -> None:
@@ -491,9 +491,9 @@ def test_a_published_command_has_no_machine_paths() -> None:
     [
         (["--virtual", "--architectures", "server"], "real time only"),
         (["--virtual", "--delays", "1", "--architectures", "threaded", "--actions_per_chunk", "20"], "all would be over"),
-        (["--virtual", "--delays", "0", "--architectures", "threaded_lag"], "nothing to run"),
+        (["--virtual", "--delays", "0", "--architectures", "threaded_resume"], "nothing to run"),
         (["--virtual", "--trials", "0"], "must be positive"),
-        (["--when_late", "lag", "--smoothing", "ensemble"], "Leave one out"),
+        (["--when_late", "resume", "--smoothing", "ensemble"], "Leave one out"),
     ],
 )
 def test_flags_that_cannot_work_are_explained(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from benchmarks.replay_study.trial import Cell, Motion
 from gr00t_fast.optional import require
 
 _DPI = 75
-_COLOURS = {"sync": "C3", "threaded": "C0", "server": "C2", "threaded_lag": "C4", "naive_async": "C1", "floor": "0.5"}
+_COLOURS = {"sync": "C3", "threaded": "C0", "server": "C2", "threaded_resume": "C4", "naive_async": "C1", "floor": "0.5"}
 Motions = Mapping[Cell, Motion]
 
 

@@ -71,7 +71,7 @@ def _bridges(rows: Sequence[Mapping[str, Any]], fps: float) -> Iterator[str]:
 
 
 def _frozen(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for name in ("sync", "threaded", "server", "threaded_lag"):
+    for name in ("sync", "threaded", "server", "threaded_resume"):
         own = [row for row in rows if row["architecture"] == name]
         if not own:
             continue

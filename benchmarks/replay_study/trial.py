@@ -30,8 +30,8 @@ from gr00t_fast.control.threaded import OverlapOptions, Smoothing, ThreadedContr
 from gr00t_fast.control.worker import ThreadWorker, Worker
 from gr00t_fast.errors import ConfigError
 
-Architecture = Literal["sync", "threaded", "server", "threaded_lag", "naive_async"]
-ARCHITECTURES: tuple[Architecture, ...] = ("sync", "threaded", "server", "threaded_lag", "naive_async")
+Architecture = Literal["sync", "threaded", "server", "threaded_resume", "naive_async"]
+ARCHITECTURES: tuple[Architecture, ...] = ("sync", "threaded", "server", "threaded_resume", "naive_async")
 FINISHED = "the recording is over"
 _PATIENCE = 2.0  # a still scene waits for the arm, but not for more than this many times the recording's length
 # The loop's time limit includes waiting for the first chunk, the scene's time does not; the goal ends a run that gets there.
@@ -139,8 +139,8 @@ def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, 
         return SyncController(policy, binding, _INSTRUCTION, clock)
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
-    when_late: WhenLate = "lag" if cell.architecture == "threaded_lag" else setup.when_late
-    options = OverlapOptions(setup.chunk_threshold, "none" if when_late == "lag" else setup.smoothing, when_late)
+    when_late: WhenLate = "resume" if cell.architecture == "threaded_resume" else setup.when_late
+    options = OverlapOptions(setup.chunk_threshold, "none" if when_late == "resume" else setup.smoothing, when_late)
     return ThreadedController(policy, binding, _INSTRUCTION, clock, setup.fps, options, worker=worker)
 
 

@@ -59,16 +59,16 @@ class ChunkBuffer:
     starved_ticks: ticks at which the last target was held. verdicts: how many chunks got which verdict.
     """
 
-    def __init__(self, ensemble: bool = False, lag: bool = False) -> None:
+    def __init__(self, ensemble: bool = False, resume: bool = False) -> None:
         """`ensemble`: average the predictions of all chunks that cover a tick (temporal ensembling) instead of playing the newest.
 
-        `lag`: where dropping the elapsed rows would leave too few to last until the next chunk (inference takes more than half a chunk), enter
-        earlier in the chunk: the arm keeps moving, behind its plan, instead of stopping. It never goes back in its plan.
+        `resume`: only ticks at which the arm moved count as elapsed, so that a chunk is entered where the arm stopped when it had to hold: in a scene
+        that waits for the arm nothing of the plan is left out or done twice. Without a starved tick it is the same as without `resume`.
         """
         self.episode = 0
         self.starved_ticks = 0
         self.verdicts = dict.fromkeys(Verdict, 0)
-        self._ensemble, self._lag = ensemble, lag
+        self._ensemble, self._resume = ensemble, resume
         self._forget()
 
     def reset(self) -> None:
@@ -78,9 +78,9 @@ class ChunkBuffer:
 
     def _forget(self) -> None:
         self._chunks: list[TimedChunk] = []  # the newest last; the older ones only when they are averaged
-        self._origin = 0  # tick of the newest chunk's row 0; its `observed` unless entered with lag
+        self._origin = 0  # tick of the newest chunk's row 0; its `observed` unless the arm held since
         self._last_tick = -math.inf
-        self._last_row = -math.inf  # row last played, as the tick it was meant for
+        self._moved_at: list[int] = []  # ticks that were not starved, from the newest chunk's observation on
         self._last_target: np.ndarray | None = None
 
     @property
@@ -88,27 +88,26 @@ class ChunkBuffer:
         """True until the first chunk of the episode."""
         return not self._chunks
 
-    def offer(self, chunk: TimedChunk, tick: int, bridge_ticks: int = 0) -> Verdict:
-        """A chunk is there and may play from `tick` on. `bridge_ticks`: how long it shall last when lagging is allowed."""
+    def offer(self, chunk: TimedChunk, tick: int) -> Verdict:
+        """A chunk is there and may play from `tick` on."""
         verdict = self._judge(chunk, tick)
         self.verdicts[verdict] += 1
         if verdict is Verdict.ENTERED:
-            self._origin = tick - self._entry_row(chunk, tick, bridge_ticks)
+            self._origin = tick - self._elapsed(chunk, tick)
+            self._moved_at = [moved for moved in self._moved_at if moved >= chunk.observed]  # later chunks saw later ticks
             self._chunks = [*self._chunks, chunk] if self._ensemble else [chunk]
         return verdict
 
     def _judge(self, chunk: TimedChunk, tick: int) -> Verdict:
         if chunk.episode != self.episode or (self._chunks and chunk.observed < self._chunks[-1].observed):
             return Verdict.STALE
-        expired = tick - chunk.observed >= len(chunk) and not self._lag
-        return Verdict.EXPIRED if expired else Verdict.ENTERED
+        return Verdict.EXPIRED if self._elapsed(chunk, tick) >= len(chunk) else Verdict.ENTERED
 
-    def _entry_row(self, chunk: TimedChunk, tick: int, bridge_ticks: int) -> int:
-        due = tick - chunk.observed
-        if not self._lag:
-            return due
-        affordable = max(0, len(chunk) - bridge_ticks)
-        return int(max(min(due, affordable), self._last_row + 1 - chunk.observed))
+    def _elapsed(self, chunk: TimedChunk, tick: int) -> int:
+        """Rows of the chunk that are over at `tick`."""
+        if not self._resume:
+            return tick - chunk.observed
+        return sum(chunk.observed <= moved < tick for moved in self._moved_at)
 
     def due(self, tick: int) -> Due:
         """The target of `tick`. Ticks must increase. Raises RuntimeError before the first chunk of an episode, or for a tick that is over."""
@@ -125,7 +124,7 @@ class ChunkBuffer:
             if self._last_target is None:  # the chunk ran out before anything was sent; its end is the nearest to the present
                 self._last_target = newest.chunk.targets[-1]
         else:
-            self._last_row = newest.observed + row
+            self._moved_at.append(tick)
             self._last_target = self._average(tick) if self._ensemble else newest.chunk.targets[row]
         return Due(self._last_target, tick - newest.observed, starved)
 

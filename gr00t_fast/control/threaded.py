@@ -23,7 +23,7 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
 Smoothing = Literal["none", "rtc", "prefix", "ensemble"]
-WhenLate = Literal["hold", "lag"]
+WhenLate = Literal["hold", "resume"]
 _ARRIVAL_MARGIN_TICKS = 1  # the quantile of the delay is exceeded now and then
 
 
@@ -34,7 +34,7 @@ class OverlapOptions:
     chunk_threshold: think again when this part of the chunk is left, 0..1 (but always early enough to be in time, as far as the estimated
     delay tells); None: as soon as the last inference is done.
     smoothing: how a chunk joins the one before. rtc and prefix: the policy continues it (needs a ContinuingPolicy); ensemble: average.
-    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. lag: see ChunkBuffer.
+    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: it goes on where it stopped, see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
     """
 
@@ -46,9 +46,9 @@ class OverlapOptions:
     def __post_init__(self) -> None:
         if self.chunk_threshold is not None and not 0 <= self.chunk_threshold <= 1:
             raise ConfigError(f"chunk_threshold must be from 0 to 1, the part of a chunk that is left; got {self.chunk_threshold}.")
-        if self.when_late == "lag" and self.smoothing != "none":
+        if self.when_late == "resume" and self.smoothing != "none":
             raise ConfigError(
-                f"smoothing '{self.smoothing}' joins actions that are due at the same tick; with when_late 'lag' they are not. Leave one out."
+                f"smoothing '{self.smoothing}' joins actions that are due at the same tick; with when_late 'resume' they are not. Leave one out."
             )
 
     @property
@@ -82,7 +82,7 @@ class ThreadedController:
         self._thinker = Thinker(policy, binding, instruction, clock)
         self._fps, self._horizon = fps, action_horizon
         self._worker = worker or ThreadWorker()
-        self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", lag=self.options.when_late == "lag")
+        self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", resume=self.options.when_late == "resume")
         self._delay = DelayEstimate()
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
         self._entered: ActionChunk | None = None
@@ -151,6 +151,7 @@ class ThreadedController:
             "delay_ticks": percentiles(self._delays),
             "delay_estimate_ticks": percentiles(self._estimates),
             "inference_left_running": self._left_running,
+            **self._thinker.summary(),
         }
 
     def close(self, timeout_s: float) -> bool:
@@ -201,7 +202,7 @@ class ThreadedController:
         timed: TimedChunk = _value_of(outcome)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
-        if self._buffer.offer(timed, tick, self._delay.ticks) is Verdict.ENTERED:
+        if self._buffer.offer(timed, tick) is Verdict.ENTERED:
             self._entered = timed.chunk
 
     def _note_delay(self, ticks: int) -> None:
@@ -213,7 +214,7 @@ class ThreadedController:
         if self.options.when_late == "hold" and ticks >= horizon:
             raise ConfigError(
                 f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
-                "arrives. Use --controller=sync (the arm waits), --when_late=lag (it moves behind its plan), a lower --fps or a faster device."
+                "arrives. Use --controller=sync (the arm waits), --when_late=resume (it stops and goes on), a lower --fps or a faster device."
             )
 
 
