@@ -10,7 +10,7 @@ DEMO := outputs/demo
 .PHONY: help demo test lint bench gpu-check clean
 
 help:
-	@echo "make demo       a simulated SO-100, driven from its camera by a small random network; leaves a video, a plot and a report"
+	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
 	@echo "make lint       ruff, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
@@ -18,9 +18,8 @@ help:
 	@echo "make clean      remove .venv and everything made"
 
 demo: .venv/.demo
-	$(BIN)/python -m gr00t_fast.random_checkpoint --size=demo --overwrite --out=$(DEMO)/checkpoint
-	$(BIN)/python so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=$(DEMO)/checkpoint \
-		--lang_instruction="Place the block in the bowl" --timeout=10 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4
+	$(BIN)/python so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach \
+		--timeout=3 --episodes=3 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4
 	@echo
 	@echo "picture: $(DEMO)/joints.png"
 	@echo "video:   $(DEMO)/demo.mp4"

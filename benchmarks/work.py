@@ -20,6 +20,9 @@ class Work:
     flop: float
     weight_bytes: float
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flop + other.flop, self.weight_bytes + other.weight_bytes)
+
     def floor_ms(self, ceilings: Ceilings) -> float:
         return 1e3 * max(self.flop / ceilings.flop_per_s, self.weight_bytes / ceilings.bytes_per_s)
 

@@ -161,8 +161,22 @@ def _counted(items, tick):
 
 def _flags(arguments: argparse.Namespace) -> list[str]:
     """What the manifest needs to name the command that makes the same again."""
-    names = ("onnx", "scheme", "target", "calibration", "frames", "denoising_steps", "limit", "trial_frames", "processor_path", "seed")
+    names = (
+        "onnx",
+        "scheme",
+        "target",
+        "calibration",
+        "frames",
+        "denoising_steps",
+        "limit",
+        "trial_frames",
+        "prompt_style",
+        "processor_path",
+        "seed",
+    )
     flags = [f"--{name}={value}" for name in names if (value := getattr(arguments, name)) is not None]
+    if arguments.camera_map:
+        flags.append(f"--camera_map={json.dumps(arguments.camera_map)}")  # JSON is YAML
     return [*flags, *(["--allow_few"] if arguments.allow_few else []), *([] if arguments.balance else ["--no-balance"])]
 
 

@@ -6,6 +6,7 @@ Imports of torch, lerobot and mujoco happen in the functions that need them: `--
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -21,13 +22,16 @@ from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_DEG
 from gr00t_fast.control.stop import StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
-from gr00t_fast.errors import Gr00tFastError, closest
+from gr00t_fast.data_config import check_trained_cameras, load_data_config
+from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _FPS_RANGE = (1, 200)  # Hz; six servos take about 4 ms for one read and one write
+_RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+_SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
 
 
 @dataclass
@@ -35,7 +39,11 @@ class RunConfig:
     """Everything the command line says."""
 
     robot: RobotConfig | None = None
-    model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
+    model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required without --server
+    server: str = ""  # infer on this policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's; --model_path gives facts it does not tell
+    api_token: str | None = None  # secret that the policy server asks for
+    server_timeout_s: float = 5.0  # how long an answer of the policy server may take
+    server_reconnect_s: float = 30.0  # how long the arm holds its pose for a policy server that is away before the run ends
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
     data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
     lang_instruction: str = ""  # what the robot shall do, taken literally; required
@@ -43,18 +51,20 @@ class RunConfig:
     action_horizon: int | None = None  # actions executed per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # way to run the network
+    engine: str = "auto"  # way to run the network: eager, or an export with onnxruntime and its like
+    engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients send
-    controller: Literal["sync", "threaded"] = "sync"  # sync: the arm waits for each inference; threaded: inference overlaps the motion
+    controller: Literal["sync", "threaded", "server"] = "sync"  # sync: wait for each inference; threaded: overlap it; server: so, with --server
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
-    when_late: Literal["hold", "lag"] = "hold"  # threaded: hold the pose when no action is left, or lag behind the plan
+    when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
     episodes: int = 1  # how many times to play
+    reset_time_s: float | None = None  # how long the arm holds its pose between episodes, for you to put things back; default: 10, simulated 0
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_step_deg: float | None = DEFAULT_MAX_STEP_DEG  # largest change of a target per tick; null: no limit
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
@@ -69,9 +79,9 @@ class RunConfig:
 def parse(argv: Sequence[str]) -> RunConfig:
     """Return the checked configuration. Raises UsageError; prints notes to stderr."""
     config, notes = parse_flags(RunConfig, argv)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
     _validate(config)
+    for note in [*notes, *_notes_on_cameras(config.robot)]:
+        print(f"note: {note}", file=sys.stderr)
     return config
 
 
@@ -81,8 +91,7 @@ def _validate(config: RunConfig) -> None:
     _validate_cameras(config.robot)
     if isinstance(config.robot, SO100FollowerConfig):
         _validate_follower(config.robot)
-    if not config.model_path.strip():
-        raise UsageError("--model_path is missing: the directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub.")
+    _validate_policy(config)
     if not config.lang_instruction.strip():
         raise UsageError(
             '--lang_instruction is missing or empty. Say what to do, in the words of the training data: --lang_instruction="Pick up the cube".'
@@ -107,10 +116,10 @@ def _validate(config: RunConfig) -> None:
         raise UsageError(f"--fps={config.fps:g} must be from {_FPS_RANGE[0]} to {_FPS_RANGE[1]} Hz: what cameras and the servo bus can do.")
     if config.timeout is not None and config.timeout < 1 / (config.fps or _FPS_RANGE[1]):
         raise UsageError(f"--timeout={config.timeout:g} is shorter than one tick: the arm would not move. It counts in seconds.")
-    for name in ("seed", "max_held_ticks"):
+    for name in ("seed", "max_held_ticks", "reset_time_s"):
         value = getattr(config, name)
-        if value is not None and value < 0:
-            raise UsageError(f"--{name}={value} must not be negative.")
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UsageError(f"--{name}={value} must not be negative, and finite.")
     _validate_controller(config)
     if config.episodes > 1 and config.timeout is None:
         raise UsageError(f"--episodes={config.episodes} needs --timeout=SECONDS, or the first episode would never end.")
@@ -118,15 +127,58 @@ def _validate(config: RunConfig) -> None:
         raise UsageError(f"--video={config.video} must end in .mp4 or .gif.")
 
 
+def _validate_policy(config: RunConfig) -> None:
+    """Either a network in this process or a policy server."""
+    if config.server:
+        _validate_server(config)
+        return
+    if config.controller == "server":
+        raise UsageError("--controller=server needs the policy server's address: --server=tcp://127.0.0.1:5555.")
+    if given := _given(config, "api_token", "server_timeout_s", "server_reconnect_s"):
+        raise UsageError(f"--{given[0]} needs --server=tcp://HOST:PORT: it is about a policy server.")
+    if not config.model_path.strip():
+        raise UsageError(
+            "--model_path is missing: the directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub. "
+            "Or infer on a policy server: --server=tcp://HOST:PORT."
+        )
+
+
+def _validate_server(config: RunConfig) -> None:
+    found = _SERVER.fullmatch(config.server)
+    if found is None or (found["port"] and not 1 <= int(found["port"]) <= 65535):
+        raise UsageError(
+            f"--server={config.server} is no address of a policy server. Expected tcp://HOST:PORT or ipc://PATH, e.g. tcp://127.0.0.1:5555."
+        )
+    if config.api_token is not None and not config.api_token:
+        raise UsageError("--api_token is empty; leave the flag out for a server that asks for none.")
+    for name in ("server_timeout_s", "server_reconnect_s"):
+        if not (math.isfinite(value := getattr(config, name)) and value > 0):
+            raise UsageError(f"--{name}={value} must be a positive number of seconds.")
+    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "prompt_style"):
+        raise UsageError(f"--{given[0]} is for a network in this process; with --server it belongs on the command line of the policy server.")
+    if not config.model_path.strip() and (given := _given(config, "embodiment_tag", "data_config")):
+        raise UsageError(
+            f"--{given[0]} belongs on the command line of the policy server. Here it only says how to read the metadata of --model_path, "
+            "for a server that does not tell what its checkpoint was trained on (NVIDIA's)."
+        )
+
+
+def _given(config: RunConfig, *names: str) -> list[str]:
+    """Those that are not at their default."""
+    return [name for name in names if getattr(config, name) != getattr(RunConfig, name)]
+
+
 def _validate_controller(config: RunConfig) -> None:
     given = {"chunk_threshold": config.chunk_threshold is not None, "smoothing": config.smoothing != "none", "when_late": config.when_late != "hold"}
-    if config.controller != "threaded" and any(given.values()):
+    if config.controller == "sync" and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
-        raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded: only there a chunk joins another one that still plays.")
+        raise UsageError(
+            f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there a chunk joins another one that still plays."
+        )
     if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
         raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
-    if config.when_late == "lag" and config.smoothing != "none":
-        raise UsageError(f"--when_late=lag and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
+    if config.when_late == "resume" and config.smoothing != "none":
+        raise UsageError(f"--when_late=resume and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
 
 
 def _validate_cameras(robot: RobotConfig) -> None:
@@ -142,16 +194,57 @@ def _validate_follower(robot: SO100FollowerConfig) -> None:
             "--robot.port is missing: the arm's serial device, e.g. /dev/ttyACM0 (Linux) or "
             "/dev/tty.usbmodem... (macOS). `lerobot-find-port` finds it."
         )
-    for name, camera in robot.cameras.items():
-        if isinstance(camera, SimCameraConfig):
-            raise UsageError(
-                f"--robot.cameras: '{name}' has type sim, which only --robot.type=so100_sim has. A real camera is {{type: opencv, ...}}."
-            )
+
+
+def _notes_on_cameras(robot: RobotConfig) -> list[str]:
+    """A policy that looks at pictures of another world moves the arm blindly: right for a virtual bus, wrong for an arm of metal."""
+    drawn = [name for name, camera in getattr(robot, "cameras", {}).items() if isinstance(camera, SimCameraConfig)]
+    if not drawn or not isinstance(robot, SO100FollowerConfig):
+        return []
+    return [
+        f"camera {', '.join(drawn)} has type sim: it draws the simulated scene with the arm where its servos say it is, and shows nothing real. "
+        "Meant for the virtual servo bus; a real camera is {type: opencv, ...}."
+    ]
+
+
+def check_checkpoint(config: RunConfig) -> None:
+    """Raises ConfigError where the small files of a local checkpoint contradict the flags: before torch is imported and weights are read.
+
+    Whatever else is wrong with those files is left for loading to explain.
+    """
+    directory = Path(config.model_path).expanduser()
+    try:
+        horizon = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["action_head_cfg"]["action_horizon"])
+        metadata = json.loads((directory / "experiment_cfg" / "metadata.json").read_text(encoding="utf-8"))
+        cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if config.embodiment_tag not in cameras:
+        has = ", ".join(f"--embodiment_tag={tag}" for tag in cameras) or "none"
+        raise ConfigError(f"--embodiment_tag={config.embodiment_tag}: the checkpoint has no statistics for it. It has: {has}.")
+    check_trained_cameras(load_data_config(config.data_config), cameras[config.embodiment_tag])
+    if config.action_horizon is not None and config.action_horizon > horizon:
+        raise ConfigError(
+            f"--action_horizon={config.action_horizon} is more than the {horizon} actions this checkpoint was trained to predict. Use 1 to {horizon}."
+        )
+
+
+def reset_time_s(config: RunConfig) -> float:
+    """The flag, or its default: nobody has to put the simulated scene back."""
+    if config.reset_time_s is not None:
+        return config.reset_time_s
+    return _RESET_TIME_S if isinstance(config.robot, SO100FollowerConfig) else 0.0
+
+
+def say(text: str) -> None:
+    """A line for the user that is seen at once, also through a pipe or in a log."""
+    print(text, flush=True)
 
 
 def settings_of(config: RunConfig) -> dict[str, object]:
     """The configuration as JSON-ready values, for the report."""
-    return _plain(asdict(config) | {"robot": {"type": type(config.robot).__name__, **asdict(config.robot)}})
+    hidden = {} if config.api_token is None else {"api_token": "(hidden)"}
+    return _plain(asdict(config) | hidden | {"robot": {"type": type(config.robot).__name__, **asdict(config.robot)}})
 
 
 def _plain(value: object) -> object:
@@ -181,7 +274,9 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
         return request.exit_code
     except KeyboardInterrupt:
         return EXIT_CTRL_C
-    except BrokenPipeError:  # the reader of our output went away (`| head`); the arm has landed, and nobody is left to tell
+    except BrokenPipeError:  # the arm has landed by now
+        with contextlib.suppress(OSError):  # it may have read stderr too
+            print("error: nobody reads this program's output any more (a closed pipe, as with `| head`); the run has ended.", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
         return EXIT_ERROR
 
@@ -227,7 +322,9 @@ def help_text() -> str:
     lines = ["usage: python so100_inference_optimized.py --robot.type=... --model_path=... --lang_instruction=... [--flag=value ...]", ""]
     lines += [line for flag in flags if flag not in robot_flags for line in _help_lines(flag)]
     lines += ["", "robot:"] + [line for flag in robot_flags for line in _help_lines(flag)]
-    lines += ["", "exit codes: 0 done, 1 error (the arm has landed), 2 bad flag, 130 Ctrl-C, 143 SIGTERM"]
+    lines += ["", "Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal land the arm and end the run."]
+    lines += ["exit codes: 0 done, 1 error (the arm has landed), 2 bad flag; 128 + signal when stopped: 129 closed terminal (SIGHUP), 130 Ctrl-C,"]
+    lines += ["131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."]
     return "\n".join(lines)
 
 

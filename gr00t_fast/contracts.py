@@ -41,10 +41,11 @@ class PolicyFacts:
     """What a checkpoint says about the robot it was trained on; the pre-flight check compares it with the arm at hand.
 
     Names are without their modality prefix: camera `webcam`, part `single_arm`. Parts are in the order of the modality configuration.
+    A policy server that says nothing about its checkpoint leaves tag and resolutions None, and the statistics empty.
     """
 
-    embodiment_tag: str
-    resolutions: Mapping[str, tuple[int, int]]  # camera -> (width, height) of the training frames
+    embodiment_tag: str | None
+    resolutions: Mapping[str, tuple[int, int] | None]  # camera -> (width, height) of the training frames
     fps: float | None  # of the training data; None when the metadata does not carry it
     state_widths: Mapping[str, int]
     action_widths: Mapping[str, int]

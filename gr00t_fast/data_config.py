@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,18 @@ DATA_CONFIGS = {
     "so100": DataConfig(video_keys=("video.webcam",), **_ARM),
     "so100_dualcam": DataConfig(video_keys=("video.front", "video.wrist"), **_ARM),
 }
+
+
+def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
+    """Raises ConfigError when `config` reads cameras that training did not have (`cameras`: those it had, as `video.webcam`)."""
+    trained = list(cameras)
+    absent = [key for key in config.video_keys if key not in trained]
+    if absent:
+        fitting = [name for name, known in DATA_CONFIGS.items() if set(known.video_keys) <= set(trained)]
+        best = max(fitting, key=lambda name: len(DATA_CONFIGS[name].video_keys), default=None)
+        use = f"Use --data_config={best}" if best else "Choose the data_config it was trained with (--data_config=module:ClassName)"
+        had = ", ".join(trained) or "no camera"
+        raise ConfigError(f"the data config reads {', '.join(absent)}, but this checkpoint was trained with {had}. {use}.")
 
 
 def load_data_config(name: str | DataConfig) -> DataConfig:

@@ -9,8 +9,7 @@ import numpy as np
 
 from gr00t_fast.checkpoint import EmbodimentMetadata, open_checkpoint
 from gr00t_fast.contracts import PartStatistics, PolicyFacts
-from gr00t_fast.data_config import DataConfig, load_data_config
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.data_config import DataConfig, check_trained_cameras, load_data_config
 from gr00t_fast.transforms import ActionTransform, StateTransform
 
 _STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))  # name, and what stands for it in files that lack it
@@ -27,12 +26,7 @@ def read_facts(model_path: str | Path, embodiment_tag: str, data_config: str | D
 
 def check_cameras(metadata: EmbodimentMetadata, config: DataConfig) -> None:
     """Raises ConfigError when the data configuration reads cameras that training did not have."""
-    absent = [key for key in config.video_keys if key not in metadata.cameras]
-    if absent:
-        raise ConfigError(
-            f"the data config reads {', '.join(absent)}, but this checkpoint was trained with {', '.join(metadata.cameras) or 'no camera'}. "
-            "Choose the data_config it was trained with."
-        )
+    check_trained_cameras(config, metadata.cameras)
 
 
 def facts_of(

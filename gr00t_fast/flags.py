@@ -44,6 +44,7 @@ class Flag:
     default: Any
     help: str
     owners: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names a choice had elsewhere, for the error message
 
     @property
     def choices(self) -> tuple[Any, ...]:
@@ -86,7 +87,8 @@ def flags_of(config_class: type) -> Iterator[Flag]:
 
 def _choice_flags(prefix: str, registry: type[draccus.ChoiceRegistry]) -> Iterator[Flag]:
     classes = registry.get_known_choices()
-    yield Flag(f"{prefix}.type", "choice", Literal[tuple(sorted(classes))], None, f"which {prefix}")
+    renamed = getattr(registry, "RENAMED", {})
+    yield Flag(f"{prefix}.type", "choice", Literal[tuple(sorted(classes))], None, f"which {prefix}", renamed=renamed)
     merged: dict[str, Flag] = {}
     for type_name, choice_class in classes.items():
         for name, hint, default, text in _fields(choice_class):
@@ -143,8 +145,9 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag]) -> dict[s
 
 def _known(name: str, table: Mapping[str, Flag], where: str = "") -> Flag:
     if name not in table:
-        what = f"unknown setting '{name}' in {where}." if where else f"unknown flag '--{name}'."
-        raise UsageError(f"{what}{closest(name, table)} See --help.")
+        if where:
+            raise UsageError(f"unknown setting '{name}' in {where}.{closest(name, table)} See --help.")
+        raise UsageError(f"unknown flag '--{name}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help.")
     return table[name]
 
 
@@ -175,7 +178,7 @@ def _value(flag: Flag, text: str) -> Any:
         raise UsageError(
             f"--{flag.name}: cannot read '{text}' as YAML ({_one_line(str(getattr(error, 'problem', error)))}). Check the braces."
         ) from error
-    _check_choice_items(f"--{flag.name}", flag, value)
+    _check_items(f"--{flag.name}", flag, value)
     return value
 
 
@@ -184,7 +187,25 @@ def _choice(flag: Flag, text: str) -> Any:
         if str(choice) == text:
             return choice
     words = [str(choice) for choice in flag.choices]
-    raise UsageError(f"--{flag.name}={text} is not one of {', '.join(words)}.{closest(text, words)}")
+    meant = f" It is called {flag.renamed[text]} now." if text in flag.renamed else closest(text, words)
+    raise UsageError(f"--{flag.name}={text} is not one of {', '.join(words)}.{meant}")
+
+
+def _check_items(where: str, flag: Flag, value: Any) -> None:
+    hint = _without_none(flag.hint)
+    if typing.get_origin(hint) is dict and typing.get_args(hint) == (str, str):
+        _check_names(where, value)
+    else:
+        _check_choice_items(where, flag, value)
+
+
+def _check_names(where: str, value: Any) -> None:
+    """A mapping of names: what YAML makes of `a=b` and of `{a:b}` explains itself to nobody."""
+    if isinstance(value, dict) and all(isinstance(name, str | int) for pair in value.items() for name in pair):
+        return
+    without_space = isinstance(value, dict) and any(":" in str(name) and item is None for name, item in value.items())
+    hint = " YAML wants a space after the colon." if without_space else ""
+    raise UsageError(f'{where}: expected names in braces, e.g. "{{front: webcam}}", got {value!r}.{hint}')
 
 
 def _check_choice_items(where: str, flag: Flag, value: Any) -> None:
@@ -225,7 +246,7 @@ def _read_file(path: Path, table: Mapping[str, Flag]) -> dict[str, Any]:
         flag = _known(name, table, str(path))
         if flag.kind in ("text", "path") and not isinstance(value, str | None):
             raise UsageError(f"{path}: YAML reads {name} as {value!r} ({type(value).__name__}); put the text in quotes.")
-        _check_choice_items(f"{path}: {name}", flag, value)
+        _check_items(f"{path}: {name}", flag, value)
     return settings
 
 
@@ -279,6 +300,11 @@ def _explained(error: ParsingError) -> str:
     if one_type:
         path += [one_type[1]] if one_type[1] else []
         text = one_type[2]
+    if unread := re.match(r"Couldn't parse '(.*)' into an? (int|float)$", text):
+        what, example = ("whole number", "8") if unread[2] == "int" else ("number", "30")
+        dotted = ".".join(path)
+        written = f"--{dotted}={example}" if dotted.count(".") < 2 else f"{dotted.rpartition('.')[2]}: {example}"  # deeper: within braces
+        text = f"'{unread[1]}' is not a {what}; write it as in {written}."
     cause = f" ({_one_line(str(error.__cause__))})" if error.__cause__ is not None and "Couldn't instantiate" in text else ""
     return ("--" + ".".join(path) + ": " if path else "") + text + cause
 

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-_PACKAGES = ("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless")
+_PACKAGES = (
+    *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless"),
+    *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt_rtx", "tensorrt"),
+)
 
 
 def percentiles(samples: Iterable[float]) -> dict[str, float] | None:

@@ -39,7 +39,8 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
         if key not in observation:
             given = [str(name) for name in observation]
             have = ", ".join(sorted(given)) or "nothing"
-            raise ObservationError(f"observation: '{key}' is missing.{closest(key, given)} Expected {', '.join(needed)}; got {have}.")
+            misspelt = closest(key, [name for name in given if name not in needed])
+            raise ObservationError(f"observation: '{key}' is missing.{misspelt} Expected {', '.join(needed)}; got {have}.")
     frames = {key: _frames(key, observation[key]) for key in config.video_keys}
     state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")

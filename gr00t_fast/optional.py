@@ -16,5 +16,10 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise  # the module is there but broken inside: hiding that would mislead
         raise MissingExtraError(
-            f"this needs the package '{module.split('.')[0]}', which is not installed. Install it with: pip install 'gr00t_fast[{extra}]'"
+            f"this needs the package '{module.split('.')[0]}', which is not installed. Install it with: {install_command(extra)}"
         ) from error
+
+
+def install_command(extra: str) -> str:
+    """What to type, in either way to have this package."""
+    return f"pip install 'gr00t_fast[{extra}]' (in a clone: pip install -e '.[{extra}]' -c constraints.txt)"

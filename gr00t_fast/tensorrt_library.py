@@ -11,7 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from gr00t_fast.errors import ConfigError, MissingExtraError, closest
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, closest
 from gr00t_fast.optional import require
 
 RTX, STANDARD = "tensorrt_rtx", "tensorrt"
@@ -40,8 +40,16 @@ def choose(name: str) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """Import `tensorrt_rtx` or `tensorrt`. Raises MissingExtraError with the command that installs it."""
-    return require("tensorrt_rtx", "tensorrt_rtx") if name == RTX else require("tensorrt", "tensorrt")
+    """Import `tensorrt_rtx` or `tensorrt`. Raises MissingExtraError with the command that installs it, EngineError when it is there but broken."""
+    try:
+        return require("tensorrt_rtx", "tensorrt_rtx") if name == RTX else require("tensorrt", "tensorrt")
+    except MissingExtraError:
+        raise
+    except (ImportError, OSError) as error:
+        raise EngineError(
+            f"{name} is installed and does not load ({error}): its own libraries are missing or for another CUDA. "
+            f"Run: pip install --force-reinstall {name}"
+        ) from error
 
 
 def version_of(trt: ModuleType) -> str:

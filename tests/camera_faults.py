@@ -18,7 +18,7 @@ from arm_bench import assert_landed, make_arm
 from virtual_camera import READS_FAIL, READS_HANG, RUNNING, set_state, write_camera
 
 from gr00t_fast.errors import Gr00tFastError
-from gr00t_fast.robots.config import CameraConfig, OpenCVCameraConfig, SimCameraConfig
+from gr00t_fast.robots.config import CameraConfig, OpenCVCameraConfig
 from gr00t_fast.robots.feetech_bus import VirtualBus
 from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
@@ -69,7 +69,8 @@ def main(cameras: Path) -> None:
         "turned": scenario({"front": camera(rotation=90, width=48, height=64)}),
         "missing": scenario({"front": camera(), "wrist": camera(index_or_path=7)}),
         "wrong size": scenario({"front": camera(width=1280, height=720)}),
-        "of the simulation": scenario({"front": SimCameraConfig()}),
+        "wrong rate": scenario({"front": camera(fps=60)}),
+        "wrong size, turned": scenario({"front": camera(width=64, height=720, rotation=90)}),
         "closed": scenario({"front": camera()}, close),
         "failing": scenario({"front": camera()}, fall(READS_FAIL)),
     }

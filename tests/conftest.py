@@ -52,3 +52,14 @@ def eagle_dir(shared_dir: Path) -> Path:
     if not (directory / "vocab.json").is_file():
         pytest.skip(f"no Eagle processor files in {directory}: expected vocab.json, merges.txt and tokenizer_config.json")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny checkpoint and its fp32 ONNX export; read-only: several modules use the same, because exporting takes seconds."""
+    from exports import make_export
+    from random_networks import TINY, write_network
+
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoint = write_network(directory / "checkpoint", TINY)
+    return checkpoint, make_export(checkpoint, directory / "onnx")

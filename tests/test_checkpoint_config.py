@@ -127,9 +127,9 @@ def test_small_files_absent_or_damaged(checkpoint: Path, file: str, content: byt
 @pytest.mark.parametrize(
     ("tag", "pattern"),
     [
-        ("new_embodyment", "unknown embodiment_tag 'new_embodyment'. Did you mean 'new_embodiment'.*oxe_droid"),
+        ("new_embodyment", "unknown embodiment_tag 'new_embodyment'. Did you mean 'new_embodiment'.*has: --embodiment_tag=new_embodiment."),
         ("", "unknown embodiment_tag ''"),
-        ("gr1", "no statistics for embodiment_tag 'gr1'; its metadata.json has: new_embodiment"),
+        ("gr1", "no statistics for embodiment_tag 'gr1'. This checkpoint has: --embodiment_tag=new_embodiment"),
     ],
 )
 def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: str) -> None:

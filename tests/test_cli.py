@@ -104,14 +104,15 @@ def test_switches(words: list[str], expected: bool) -> None:
 
 FOLLOWER = ISSUE[:2]
 BAD = {
-    "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean 'lang_instruction'"),
+    "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
     "abbreviated flag": ([*SIM, "--robot.ta=reach"], "unknown flag '--robot.ta'"),
-    "dashes for underscores": ([*SIM, "--model-path=x"], "Did you mean 'model_path'"),
-    "unknown robot flag": ([*SIM, "--robot.prot=x"], "unknown flag '--robot.prot'. Did you mean 'robot.port'"),
+    "dashes for underscores": ([*SIM, "--model-path=x"], "Did you mean '--model_path'"),
+    "unknown robot flag": ([*SIM, "--robot.prot=x"], "unknown flag '--robot.prot'. Did you mean '--robot.port'"),
     "single dash": ([*SIM, "-timeout=3"], "unexpected argument '-timeout=3'"),
     "unquoted instruction": (["--lang_instruction=pick", "the", "cube"], "needs quotes"),
     "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
     "unknown robot": (["--robot.type=so100_folower"], "Did you mean 'so100_follower'"),
+    "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
     "no robot": (["--model_path=m", "--lang_instruction=go"], "--robot.type is missing"),
     "robot flags without a type": (["--robot.port=/dev/x"], "--robot.type is missing"),
     "no port": (["--robot.type=so100_follower", *SIM[1:]], "--robot.port is missing"),
@@ -122,7 +123,10 @@ BAD = {
     "blank instruction": ([*SIM, "--lang_instruction=   "], "--lang_instruction is missing or empty"),
     "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
     "value missing before a flag": ([*SIM, "--seed", "--dry_run"], "--seed needs a value"),
-    "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: "),
+    "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number; write it as in --denoising_steps=8."),
+    "words for a number": ([*SIM, "--timeout=long"], "--timeout: 'long' is not a number; write it as in --timeout=30."),
+    "negative pause": ([*SIM, "--reset_time_s=-1"], "must not be negative"),
+    "endless pause": ([*SIM, "--reset_time_s=.inf"], "finite"),
     "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),
     "zero steps": ([*SIM, "--denoising_steps=0"], "at least 1"),
     "negative horizon": ([*SIM, "--action_horizon=-1"], "at least 1"),
@@ -144,14 +148,15 @@ BAD = {
     "unknown camera setting": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, widht: 3}}"], "Did you mean 'width'"),
     "camera is a number": ([*FOLLOWER, "--robot.cameras=5"], "expected names with settings"),
     "fractional camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: 29.97}}"], "--robot.cameras.front.fps"),
-    "sim camera on a real arm": ([*FOLLOWER, "--robot.cameras={front: {type: sim}}", *SIM[1:]], "only --robot.type=so100_sim has"),
     "camera height 0": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, height: 0}}", *SIM[1:]], "--robot.cameras.front.height=0"),
     "negative camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: -30}}", *SIM[1:]], "--robot.cameras.front.fps=-30"),
     "absurd rate": ([*SIM, "--fps=1e9"], "must be from 1 to 200 Hz"),
     "rate next to zero": ([*SIM, "--fps=1e-300"], "must be from 1 to 200 Hz"),
     "timeout below a tick": ([*SIM, "--timeout=0.001"], "shorter than one tick"),
     "instruction that is no text": ([*SIM[:2], "--lang_instruction=a\udcffb"], "no UTF-8 text"),
-    "camera map is a text": ([*SIM, "--camera_map=front"], "--camera_map: "),
+    "camera map is a text": ([*SIM, "--camera_map=front"], "--camera_map: expected names in braces"),
+    "camera map with an equals sign": ([*SIM, "--camera_map=front=webcam"], 'e.g. "{front: webcam}", got \'front=webcam\'.'),
+    "camera map without a space": ([*SIM, "--camera_map={front:webcam}"], "YAML wants a space after the colon"),
     "missing config file": ([*SIM, "--config_path=/nowhere.yaml"], "cannot read '/nowhere.yaml'"),
     "config path is a directory": ([*SIM, "--config_path=/"], "cannot read '/'"),
 }  # fmt: skip
@@ -199,9 +204,9 @@ def test_presets_parse_and_flags_win() -> None:
     real = cli.parse([f"--config_path={ROOT}/configs/so100.yaml", "--robot.port=/dev/ttyACM0", *SIM[1:]])
     assert real.robot.cameras["front"].width == 640
     assert (real.robot.id, real.action_horizon, real.max_step_deg) == ("black", 8, cli.DEFAULT_MAX_STEP_DEG)
-    sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=reach"])
+    sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=place"])
     assert isinstance(sim.robot, SO100SimConfig)
-    assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "reach", "Place the block in the bowl")
+    assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "place", "Reach the block")
 
 
 def test_another_robot_type_than_the_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +219,52 @@ def test_another_robot_type_than_the_files(capsys: pytest.CaptureFixture[str]) -
 def test_a_cameras_flag_replaces_the_files_cameras() -> None:
     argv = [f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--robot.cameras={wrist: {type: sim, view: wrist}}"]
     assert list(cli.parse(argv).robot.cameras) == ["wrist"]
+
+
+def test_a_rendered_camera_on_a_servo_bus_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.parse([*FOLLOWER, "--robot.cameras={front: {type: sim}}", *SIM[1:]])
+    assert "camera front has type sim: it draws the simulated scene" in capsys.readouterr().err
+    cli.parse([*SIM])
+    assert capsys.readouterr().err == ""
+
+
+def test_the_pause_between_episodes_is_for_arms_whose_scene_somebody_puts_back() -> None:
+    assert cli.reset_time_s(cli.parse(ISSUE)) == 10
+    assert cli.reset_time_s(cli.parse(SIM)) == 0
+    assert cli.reset_time_s(cli.parse([*SIM, "--reset_time_s=2.5"])) == 2.5
+
+
+def checkpoint_of(directory: Path, horizon: object = 16, cameras: tuple[str, ...] = ("webcam",)) -> str:
+    """The two small files of a checkpoint that are looked at before torch is imported."""
+    (directory / "experiment_cfg").mkdir()
+    (directory / "config.json").write_text(json.dumps({"action_head_cfg": {"action_horizon": horizon}}))
+    entry = {"modalities": {"video": {name: {} for name in cameras}}}
+    (directory / "experiment_cfg" / "metadata.json").write_text(json.dumps({"new_embodiment": entry}))
+    return f"--model_path={directory}"
+
+
+CONTRADICTIONS = {
+    "long horizon": ("--action_horizon=20", "--action_horizon=20 is more than the 16 actions"),
+    "another embodiment": ("--embodiment_tag=so100", "It has: --embodiment_tag=new_embodiment."),
+    "other cameras": ("--data_config=so100_dualcam", "was trained with video.webcam. Use --data_config=so100."),
+    "no data config": ("--data_config=so10", "Did you mean 'so100'"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_flags_that_contradict_the_checkpoint_are_told_before_it_is_loaded(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flag, message = CONTRADICTIONS[case]
+    assert script.main([*SIM, checkpoint_of(tmp_path), flag]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "loading" not in captured.out
+
+
+def test_a_checkpoint_that_is_odd_is_left_for_loading_to_explain(tmp_path: Path) -> None:
+    config = cli.parse([*SIM, checkpoint_of(tmp_path, horizon="many"), "--action_horizon=20"])
+    cli.check_checkpoint(config)
+    (tmp_path / "config.json").unlink()
+    cli.check_checkpoint(config)
 
 
 class World:
@@ -253,6 +304,10 @@ def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "Direct inference time: 0." in printed
     assert "Loop 1: 0." in printed
+    starts = [printed.index(words) for words in ("loading m ...", "warming up ...", "ready: 4 of 16 actions", "connecting to the arm ...", "Direct")]
+    assert starts == sorted(starts)
+    assert "instruction: 'go'" in printed
+    assert "ended by the time limit" in printed
     assert world.policy.warmed_up == "go"
     assert world.robot.calls == ["connect", "reset", "land"]
 
@@ -281,6 +336,32 @@ def test_errors_of_the_arm_exit_1_after_landing(world: World, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.err == "error: servo 3 is silent\n"
     assert "ended by error" in captured.out  # the report of what was done
+
+
+def test_an_arm_that_never_moved_gets_no_report(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.robot.on_observe = raising(RobotError("camera 'front' cannot be opened"))
+    assert world.run() == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: camera 'front' cannot be opened\n"
+    assert captured.out.splitlines()[-2:] == ["connecting to the arm ...", "The arm was not moved: the run ended before the first target was sent."]
+
+
+def test_a_target_that_may_have_arrived_is_a_move(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.robot.on_send = raising(RobotError("servo 3 is silent"))
+    assert world.run() == 1
+    assert "was not moved" not in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_lands_the_arm_and_is_named(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    world.robot.on_send = lambda: len(world.robot.sent) == 2 and os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert world.run() == 1
+    assert world.robot.calls[-1] == "land"
+    assert capsys.readouterr().err == "error: nobody reads this program's output any more (a closed pipe, as with `| head`); the run has ended.\n"
 
 
 def test_unsafe_actions_exit_1_after_landing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +439,9 @@ def test_preflight_warnings_are_printed_and_reported(world: World, tmp_path: Pat
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert any("gr1" in warning for warning in warnings)
     assert any("ASPECT RATIO" in warning for warning in warnings)
-    assert capsys.readouterr().out.count("frames are resized") == 1  # said when found, written into the report
+    printed = capsys.readouterr().out
+    assert [printed.count("frames are resized"), printed.count("note: camera 'front' is the policy's")] == [2, 2]
+    assert printed.index("frames are resized") < printed.index("Direct inference") < printed.rindex("frames are resized")  # and again, not to be missed
     assert "frames are resized" in (tmp_path / "report.txt").read_text()
 
 

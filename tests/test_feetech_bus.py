@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gr00t_fast import cli
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.feetech_bus import Fault, Register, Servo, VirtualBus, default_calibration, load_calibration, save_calibration
@@ -332,6 +334,30 @@ def test_the_link_is_replaced_and_removed(tmp_path: Path) -> None:
     assert link.read_text() == "a file"
 
 
+def test_a_link_belongs_to_the_bus_that_lives(tmp_path: Path) -> None:
+    link = tmp_path / "port"
+    with VirtualBus(link=link) as first:
+        for _ in range(2):
+            with pytest.raises(RobotError, match="another virtual bus is running at"):
+                VirtualBus(link=link).start()
+        first.unplug()  # still its own while the cable is out
+        with pytest.raises(RobotError, match="another virtual bus"):
+            VirtualBus(link=link).start()
+        first.replug()
+        assert os.readlink(link) == first.device
+    with VirtualBus(link=link) as second:
+        assert os.readlink(link) == second.device
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_something_real_is_not_taken(tmp_path: Path) -> None:
+    link = tmp_path / "port"
+    link.symlink_to("/dev/null")
+    with pytest.raises(RobotError, match="points to /dev/null, which is no virtual bus"):
+        VirtualBus(link=link).start()
+    assert os.readlink(link) == "/dev/null"
+
+
 def test_unplugging_fails_like_a_cable_and_replugging_keeps_the_name(bus: VirtualBus) -> None:
     master, port = RawMaster(bus.port), bus.port
     bus.unplug()
@@ -476,7 +502,9 @@ def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path, str]]:
     arguments = ["--link", str(link), "--write_calibration", str(tmp_path / "cal"), "--id", "virtual"]
     command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    words = [process.stdout.readline() for _ in range(3)]
+    words = [process.stdout.readline()]
+    while words[-1] and "--send state" not in words[-1]:
+        words.append(process.stdout.readline())
     yield process, link, "".join(words)
     process.kill()
     process.wait()
@@ -511,6 +539,37 @@ def test_lerobot_connects_to_the_program_without_a_prompt(program: tuple, tmp_pa
     assert process.wait(timeout=5) == 0
     assert not link.is_symlink()
     assert list(link.parent.glob("so100*")) == []
+
+
+def test_the_program_prints_a_run_that_can_be_typed(program: tuple) -> None:
+    _, link, words = program
+    (run,) = [shlex.split(line) for line in words.splitlines() if "so100_inference_optimized.py" in line]
+    config = cli.parse(run[2:])
+    assert (config.robot.port, config.robot.id, list(config.robot.cameras)) == (str(link), "virtual", ["webcam"])
+    (make,) = [shlex.split(line) for line in words.splitlines() if "random_checkpoint" in line]
+    assert f"--out={config.model_path}" in make
+
+
+def test_a_second_program_leaves_the_first_alone(program: tuple, tmp_path: Path) -> None:
+    process, link, _ = program
+    device = os.readlink(link)
+    for arguments in (["--link", str(link), "--control", str(tmp_path / "c")], ["--link", str(tmp_path / "p"), "--control", f"{link}.ctl"]):
+        command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert (second.returncode, second.stderr.count("\n")) == (1, 1)
+        assert "another virtual bus" in second.stderr
+    assert os.readlink(link) == device
+    assert send(Path(f"{link}.ctl"), "state").returncode == 0
+    process.kill()  # a dead bus leaves everything lying about, and is in nobody's way
+    process.wait()
+    arguments = ["--link", str(link)]
+    third = subprocess.Popen([sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert third.stdout.readline().startswith("Virtual servo bus")
+        assert send(Path(f"{link}.ctl"), "quit").returncode == 0
+        assert third.wait(timeout=10) == 0
+    finally:
+        third.kill()
 
 
 def test_the_program_refuses_bad_input(tmp_path: Path) -> None:

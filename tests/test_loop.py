@@ -124,6 +124,28 @@ def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
     assert trace.tracking_error().shape == (39, 6)  # no pair across two episodes, none that ends at a new chunk
 
 
+def test_between_episodes_there_is_time_to_put_things_back() -> None:
+    bench = Bench(episodes=3, timeout_s=0.5, reset_time_s=4.0)
+    looked: list[float] = []
+    bench.robot.on_observe = lambda: looked.append(bench.clock.now_s())
+    trace = bench.loop.run()
+    times = bench.times().reshape(3, 15)
+    assert np.allclose(times[1:, 0] - times[:-1, -1], 4.0 + TICK_S)  # the arm keeps its last target
+    held = [when for when in looked if times[0, -1] + TICK_S <= when < times[1, 0]]
+    assert len(held) >= 100  # a camera that dies or a servo that gives up in the pause is noticed
+    assert trace.episodes == 3
+    told = [line for line in bench.said if line.startswith("Episode")]
+    assert told[:3] == ["Episode 1 of 3", "Episode 1 of 3 is over. The arm holds its pose for 4 s: put things back.", "Episode 2 of 3"]
+
+
+def test_the_pause_between_episodes_can_be_stopped() -> None:
+    bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=1000.0)
+    bench.robot.on_observe = lambda: bench.clock.now_s() > 105 and bench.stop.request("window closed")
+    assert bench.loop.run().ended_by == "window closed"
+    assert bench.clock.now_s() < 106
+    assert bench.robot.calls[-1] == "land"
+
+
 def test_an_episode_starts_with_a_fresh_observation_not_with_old_actions() -> None:
     bench = Bench(episodes=2, timeout_s=0.1)
     bench.loop.run()
@@ -201,6 +223,27 @@ def test_a_dry_run_sends_nothing() -> None:
     assert bench.robot.calls == ["connect", "land"]
     assert "nothing was sent" in bench.said[-1]
     assert trace.ended_by == "done"
+
+
+def test_a_dry_run_shows_by_joint_what_would_have_been_sent() -> None:
+    bench = Bench(dry_run=True)
+    bench.policy.on_action = lambda targets: targets + np.array([56.2000001, 0, 0, 0, 0, 0])
+    bench.loop.run()
+    rows = {line.split()[0]: line.split()[1:] for line in bench.said[-1].splitlines()[2:]}
+    assert rows["shoulder_pan"] == ["0.0", "57.2", "6.0"]  # the policy's wish is a leap: one step of it would have gone out
+    assert rows["gripper"] == ["50.0", "51.0", "51.0"]
+    assert not bench.loop.trace.moved
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_long_run_says_every_few_seconds_that_it_lives(overlapped: bool) -> None:
+    bench = Bench(timeout_s=12.0)
+    if overlapped:
+        bench.loop.controller.plan = lambda observation, plan=bench.loop.controller.plan: (plan(observation), None)[1]  # says nothing itself
+    bench.loop.run()
+    progress = [line for line in bench.said if " ticks (" in line]
+    assert [line.split(":")[0] for line in progress] == ["5 s", "10 s"]
+    assert f"0 missed, 0 waiting for inference), {0 if overlapped else 19} inferences" in progress[0]
 
 
 def test_handles_signals_itself_when_nobody_else_does() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exports import make_export
 from random_networks import TINY, observation, write_network
 
 from export import quantise as program
@@ -35,10 +34,9 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tiny_export: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    checkpoint, onnx = tiny_export
     directory = tmp_path_factory.mktemp("openvino")
-    checkpoint = write_network(directory / "checkpoint", TINY)
-    onnx = make_export(checkpoint, directory / "onnx")
     flags = [f"--model_path={checkpoint}", f"--onnx={onnx}", f"--out={directory / 'int8'}", "--target=openvino", f"--denoising_steps={STEPS}"]
     assert program.main([*flags, "--calibration=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
     return Made(checkpoint, onnx, directory / "int8")

@@ -223,7 +223,7 @@ _FRAME = np.zeros((1, 48, 64, 3), dtype=np.uint8)
 WRONG = {
     "missing camera": ({"video.webcam": ...}, r"'video.webcam' is missing.*Expected video.webcam, state.single_arm.*got annotation"),
     "misspelt camera": ({"video.webcam": ..., "video.web_cam": _FRAME}, "'video.webcam' is missing. Did you mean 'video.web_cam'"),
-    "missing state": ({"state.gripper": ...}, "'state.gripper' is missing"),
+    "missing state": ({"state.gripper": ...}, "'state.gripper' is missing. Expected"),  # not: did you mean state.single_arm, which is there
     "missing instruction": ({TASK: ...}, f"'{TASK}' is missing"),
     "float frame": ({"video.webcam": _FRAME.astype(np.float32)}, "video.webcam: expected uint8 RGB pixels 0..255, got float32"),
     "int64 frame": ({"video.webcam": _FRAME.astype(np.int64)}, "expected uint8 .* got int64"),

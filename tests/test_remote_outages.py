@@ -151,7 +151,7 @@ def hanging() -> Run:
 
 
 SYNC, SERVER = ("--controller=sync", "--action_horizon=8"), ("--controller=server",)
-CONTROLLERS = (SYNC, SERVER, (*SERVER, "--when_late=lag"), ("--controller=threaded", "--smoothing=rtc", "--chunk_threshold=0.3"))
+CONTROLLERS = (SYNC, SERVER, (*SERVER, "--when_late=resume"), ("--controller=threaded", "--smoothing=rtc", "--chunk_threshold=0.3"))
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,9 @@ def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
     ):
         assert word in text
     assert "warning: look out" in text
+    assert "ended by the time limit" in text
+    for word in ("pause/chunk:", "wait:", "infer/refine:", "step-lim.:", "track:"):
+        assert word in text, f"{word} is explained nowhere"
     assert "torque off; safe" in text
     assert max(map(len, text.splitlines())) < 120
 
@@ -111,6 +114,12 @@ def test_a_run_that_failed_at_connect_still_has_a_report(tmp_path: Path) -> None
     assert report["safety"] is None
     assert as_text(report)
     write_report(report, tmp_path)
+
+
+def test_a_dry_run_is_not_ended_by_a_time_limit() -> None:
+    bench = Bench(dry_run=True)
+    bench.loop.run()
+    assert "ended by itself: a dry run" in as_text(report_of(bench))
 
 
 def test_json_is_strict_and_complete(bench: Bench, tmp_path: Path) -> None:
@@ -139,6 +148,17 @@ def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
     assert len(rows) == len(bench.robot.sent)
     assert len(header.split(",")) == len(rows[0].split(",")) == 20
     assert plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_marks_where_episodes_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    bench = Bench(episodes=3, timeout_s=0.5)
+    bench.loop.run()
+    marked_s = []
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: marked_s.append(x) if style.get("linestyle") == "--" else None)
+    plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees")
+    assert marked_s == [bench.loop.trace.arrays()["time_s"][tick] for tick in (15, 30)] * 6
 
 
 def frames_of(number: int) -> Observation:

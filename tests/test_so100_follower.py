@@ -24,11 +24,11 @@ from arm_bench import assert_landed, make_arm, true_joints
 
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.robots import check_ready, make_robot
 from gr00t_fast.robots import config as ours
-from gr00t_fast.robots import make_robot
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
 from gr00t_fast.robots.jump_guard import JumpGuard
-from gr00t_fast.robots.lerobot_glue import to_lerobot_config
+from gr00t_fast.robots.lerobot_glue import calibration_file, make_follower, to_lerobot_config
 from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
 
@@ -85,8 +85,9 @@ def test_configuration_reaches_lerobot(tmp_path: Path) -> None:
     assert isinstance(config.max_relative_target, float)
     front = config.cameras["front"]
     assert (front.type, front.width, front.index_or_path, front.rotation, front.fourcc) == ("opencv", 1280, 1, 180, "MJPG")
+    assert to_lerobot_config(ours.SO100FollowerConfig(port="/dev/x", cameras={"front": ours.SimCameraConfig()})).cameras == {}, "drawn by us"
     with pytest.raises(ConfigError, match="which the real arm does not have"):
-        to_lerobot_config(ours.SO100FollowerConfig(port="/dev/x", cameras={"front": ours.SimCameraConfig()}))
+        to_lerobot_config(ours.SO100FollowerConfig(port="/dev/x", cameras={"front": ours.CameraConfig()}))
 
 
 def test_make_robot_makes_the_arm_without_touching_anything() -> None:
@@ -217,6 +218,31 @@ def test_no_calibration_file(bus: VirtualBus, tmp_path: Path) -> None:
     with pytest.raises(RobotError, match=r"not calibrated: .*blak\.json, ids found there: black.*lerobot-calibrate --robot.type=so100_follower"):
         arm.connect()
     assert bus.requests == 0, "the arm is untouched"
+
+
+def test_the_calibration_is_where_lerobot_looks(tmp_path: Path) -> None:
+    for directory in (None, tmp_path):
+        config = ours.SO100FollowerConfig(port="/dev/x", id="black", calibration_dir=directory)
+        assert calibration_file(config) == make_follower(config).calibration_fpath
+
+
+def test_a_missing_calibration_is_told_before_anything_slow(bus: VirtualBus, tmp_path: Path) -> None:
+    now, before = tmp_path / "so_follower", tmp_path / "so100_follower"
+    config = ours.SO100FollowerConfig(port=bus.port, calibration_dir=now)
+    with pytest.raises(RobotError, match=r"--robot\.id is missing.*Ids found in .*: none"):
+        check_ready(config)
+    config.id = "black"
+    with pytest.raises(RobotError, match=r"not calibrated: [^;]*lerobot-calibrate") as caught:
+        check_ready(config)
+    assert "before" not in str(caught.value)
+    save_calibration(bus.calibration, before / "black.json")
+    with pytest.raises(RobotError, match=rf"kept it elsewhere before: --robot\.calibration_dir={before} takes"):
+        check_ready(config)
+    save_calibration(bus.calibration, now / "black.json")
+    check_ready(config)
+    with pytest.raises(RobotError, match="does not exist"):
+        check_ready(dataclasses.replace(config, port="/dev/none"))
+    check_ready(ours.SO100SimConfig())
 
 
 def test_calibration_differs_from_the_servos(bus: VirtualBus, tmp_path: Path) -> None:
@@ -369,6 +395,21 @@ def test_the_goal_registers_end_where_the_arm_is(bus: VirtualBus, tmp_path: Path
 # Cameras
 
 
+def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    arm = make_arm(bus, tmp_path, cameras={"webcam": ours.SimCameraConfig(width=64, height=48)})
+    arm.connect()
+    here = arm.observe()
+    assert here.frames["webcam"].shape == (48, 64, 3)
+    arm.send(here.joints + [40.0, 0, 0, 0, 0, 0])
+    time.sleep(1.0)
+    there = arm.observe()
+    assert there.joints[0] > here.joints[0] + 30
+    assert (there.frames["webcam"] != here.frames["webcam"]).any(), "the picture shows the pose that the servos report"
+    assert np.array_equal(arm._twin.frames(here.joints)["webcam"], here.frames["webcam"]), "and nothing else has moved"
+    assert_landed(bus, arm, arm.land())
+
+
 @pytest.fixture(scope="module")
 def camera_results(camera_process: subprocess.Popen | None) -> dict:
     """Every camera scenario, from the process that began with the module."""
@@ -389,9 +430,10 @@ def test_a_real_camera_delivers_rgb(camera_results: dict) -> None:
 @pytest.mark.parametrize(
     ("scenario", "text"),
     [
-        ("missing", "camera 'wrist' .* cannot be used: .*lerobot-find-cameras"),
-        ("wrong size", "camera 'front' .* failed to set capture_width=1280 .actual_width=64"),
-        ("of the simulation", "SimCameraConfig, which the real arm does not have"),
+        ("missing", r"camera 'wrist' of --robot.cameras \(index_or_path: 7\) cannot be opened. `lerobot-find-cameras opencv` lists[^`]*$"),
+        ("wrong size", "camera 'front' .* does not deliver width: 1280; it gives 64. Set width: 64 there"),
+        ("wrong size, turned", "camera 'front' .* does not deliver height: 720; it gives 64. Set height: 64 there"),
+        ("wrong rate", "camera 'front' .* does not deliver fps: 60; it gives 30. Set fps: 30 there"),
         ("closed", "camera .*front.* (closed|stopped delivering)"),
         ("failing", "camera 'front' stopped delivering"),
         ("frozen", "camera 'front' stopped delivering: .*too old"),

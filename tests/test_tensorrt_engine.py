@@ -282,6 +282,14 @@ def test_a_missing_library_names_its_extra(engines: Path, checkpoint: Path, buil
         open_it(engines, checkpoint)
 
 
+def test_a_library_that_does_not_load_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(EngineError, match=r"does not load \(libnvinfer.*pip install --force-reinstall tensorrt"):
+        library.load(library.STANDARD)
+
+
 def test_no_library_at_all_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "installed", list)
     with pytest.raises(MissingExtraError, match=r"tensorrt_rtx\].*tensorrt\].*JetPack"):

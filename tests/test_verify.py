@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from exports import make_export, target_for
-from random_networks import TINY, write_network
+from exports import target_for
+from random_networks import TINY
 
 from export import verify as program
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
@@ -26,10 +26,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    directory = tmp_path_factory.mktemp("verify")
-    checkpoint = write_network(directory / "checkpoint", TINY)
-    return Made(checkpoint, make_export(checkpoint, directory / "onnx"))
+def made(tiny_export: tuple[Path, Path]) -> Made:
+    return Made(*tiny_export)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def _damaged(made: Made, out: Path, stage: str, factor: float) -> Path:
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(factor), name))
     (out / f"{stage}.onnx.data").unlink()
-    onnx.save_model(model, str(out / f"{stage}.onnx"), save_as_external_data=True, location=f"{stage}.onnx.data", size_threshold=0)
+    onnx.save_model(model, str(out / f"{stage}.onnx"), save_as_external_data=True, location=f"{stage}.onnx.data")
     manifest = read_manifest(out, "")
     Manifest(**{**vars(manifest), "files": describe_files(out)}).write(out)
     return out

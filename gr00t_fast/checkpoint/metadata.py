@@ -41,10 +41,11 @@ class EmbodimentMetadata:
 
 def parse_metadata(raw: Mapping[str, Any], tag: str) -> EmbodimentMetadata:
     """Read the entry of `tag`. Raises ConfigError for an unknown tag, CheckpointError for a damaged file."""
-    if tag not in EMBODIMENT_ROWS:
-        raise ConfigError(f"unknown embodiment_tag '{tag}'.{closest(tag, EMBODIMENT_ROWS)} Expected one of: {', '.join(EMBODIMENT_ROWS)}.")
-    if tag not in raw:
-        raise ConfigError(f"this checkpoint has no statistics for embodiment_tag '{tag}'; its metadata.json has: {', '.join(raw) or 'nothing'}.")
+    if tag not in raw or tag not in EMBODIMENT_ROWS:  # only what this checkpoint has would help: the other tags are no way out
+        usable = [name for name in raw if name in EMBODIMENT_ROWS]
+        has = ", ".join(f"--embodiment_tag={name}" for name in usable) or f"none that is known, only {', '.join(raw) or 'nothing'}"
+        what = "this checkpoint has no statistics for embodiment_tag" if tag in EMBODIMENT_ROWS else "unknown embodiment_tag"
+        raise ConfigError(f"{what} '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
     try:
         entry = raw[tag]
         statistics = {

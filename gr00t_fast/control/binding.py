@@ -36,16 +36,18 @@ def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[st
     mapping.update((name, name) for name in by_name)
     missing = [name for name in open_names if name not in by_name]
     if missing:
-        spare = [name for name in robot_names if name not in mapping] or robot_names
-        pairs = ", ".join(f"{robot}: {policy}" for robot, policy in zip([*spare, *["<camera>"] * len(missing)], missing, strict=False))
+        spare = [name for name in robot_names if name not in mapping]
         raise PreflightError(
             f"no camera of the robot provides {_listed(missing)}. The robot has {_listed(robot_names)}, the policy was trained with "
-            f'{_listed(policy_names)}. Say which is which with --camera_map="{{{pairs}}}", or name the cameras in --robot.cameras alike.'
+            f"{_listed(policy_names)}. {_which_is_which(spare, missing) if spare else _how_to_add(missing)}"
         )
     return mapping
 
 
 def _check_requested(mapping: Mapping[str, str], robot_names: list[str], policy_names: list[str]) -> None:
+    if mapping and all(robot in policy_names and policy in robot_names and robot not in robot_names for robot, policy in mapping.items()):
+        turned = ", ".join(f"{policy}: {robot}" for robot, policy in mapping.items())
+        raise PreflightError(f'--camera_map is the other way round: the robot\'s camera comes first, --camera_map="{{{turned}}}".')
     for robot, policy in mapping.items():
         if robot not in robot_names:
             raise PreflightError(f"--camera_map: the robot has no camera '{robot}', only {_listed(robot_names)}.{closest(robot, robot_names)}")
@@ -53,6 +55,16 @@ def _check_requested(mapping: Mapping[str, str], robot_names: list[str], policy_
             raise PreflightError(f"--camera_map: the policy has no camera '{policy}', only {_listed(policy_names)}.{closest(policy, policy_names)}")
     if len(set(mapping.values())) < len(mapping):
         raise PreflightError(f"--camera_map: two robot cameras are given to the same policy camera: {dict(mapping)}.")
+
+
+def _which_is_which(spare: list[str], missing: list[str]) -> str:
+    pairs = ", ".join(f"{robot}: {policy}" for robot, policy in zip([*spare, *["<camera>"] * len(missing)], missing, strict=False))
+    return f'Say which is which with --camera_map="{{{pairs}}}", or name the cameras in --robot.cameras alike.'
+
+
+def _how_to_add(missing: list[str]) -> str:
+    cameras = ", ".join(f"{name}: {{type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}" for name in missing)
+    return f'Add to --robot.cameras="{{{cameras}}}", each with its own index; `lerobot-find-cameras opencv` lists what is plugged in.'
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -42,8 +42,9 @@ class Controller(Protocol):
     def reset(self) -> None:
         """Forget the last episode."""
 
-    def plan(self, observation: Observation) -> ActionChunk:
-        """Make targets from an observation; may take as long as an inference. Returns the chunk that comes next."""
+    def plan(self, observation: Observation) -> ActionChunk | None:
+        """Make targets from an observation; may take as long as an inference. Returns the chunk that comes next; None when the policy failed in
+        a way that may pass: the next target holds the last one."""
 
     def see(self, observation: Observation, tick: int) -> None:
         """Take note of an observation made at `tick`, after its target, while targets are still left."""
@@ -73,6 +74,11 @@ class Thinker:
         if warm_up is not None:
             warm_up(self.instruction, **options)
 
+    def summary(self) -> dict[str, Any]:
+        """What the policy has to say in the report, if anything (a client: how its server was reached)."""
+        summary: Callable[[], dict[str, Any]] | None = getattr(self.policy, "summary", None)
+        return {} if summary is None else summary()
+
     def think(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
         """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
         began_s = self.clock.now_s()
@@ -99,13 +105,24 @@ def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
 class SyncController:
     """Executes the first `action_horizon` actions of a chunk, then infers again while the arm waits."""
 
-    def __init__(self, policy: Policy, binding: RobotBinding, instruction: str, clock: Clock, action_horizon: int | None = None) -> None:
-        """`action_horizon=None` plays all the policy returns. Raises ConfigError when it is not positive."""
+    def __init__(
+        self,
+        policy: Policy,
+        binding: RobotBinding,
+        instruction: str,
+        clock: Clock,
+        action_horizon: int | None = None,
+        recoverable: tuple[type[Exception], ...] = (),
+    ) -> None:
+        """`action_horizon=None` plays all the policy returns; `recoverable` as in OverlapOptions. Raises ConfigError when it is not positive."""
         check_horizon(action_horizon)
         self._thinker = Thinker(policy, binding, instruction, clock)
-        self._horizon = action_horizon
+        self._horizon, self._recoverable = action_horizon, recoverable
         self._targets = np.empty((0, 0), np.float32)
         self._next = 0
+        self._last: np.ndarray | None = None
+        self._starved = False
+        self._lost_inferences = 0
         self.note = TickNote()
 
     @property
@@ -117,12 +134,20 @@ class SyncController:
 
     def reset(self) -> None:
         self._thinker.policy.reset()
-        self._targets, self._next = self._targets[:0], 0
+        self._targets, self._next, self._last = self._targets[:0], 0, None
 
-    def plan(self, observation: Observation) -> ActionChunk:
-        chunk, _ = self._thinker.think(observation)
+    def plan(self, observation: Observation) -> ActionChunk | None:
+        """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet."""
+        try:
+            chunk, _ = self._thinker.think(observation)
+        except self._recoverable:
+            if self._last is None:
+                raise
+            self._lost_inferences += 1
+            self._targets, self._next, self._starved = self._last[None], 0, True
+            return None
         check_length(chunk, self._horizon)
-        self._targets, self._next = chunk.targets[: self._horizon], 0
+        self._targets, self._next, self._starved = chunk.targets[: self._horizon], 0, False
         return chunk
 
     def see(self, observation: Observation, tick: int) -> None:
@@ -130,12 +155,13 @@ class SyncController:
 
     def next_target(self, tick: int) -> np.ndarray:
         """Rows in order, whatever the tick: the arm waits for each chunk, so none is late."""
-        self.note = TickNote(age_ticks=self._next)
+        self.note = TickNote(age_ticks=self._next, starved=self._starved)
         self._next += 1
-        return self._targets[self._next - 1]
+        self._last = self._targets[self._next - 1]
+        return self._last
 
     def summary(self) -> dict[str, Any]:
-        return {"kind": "sync"}
+        return {"kind": "sync", "lost_inferences": self._lost_inferences, **self._thinker.summary()}
 
     def close(self, timeout_s: float) -> bool:
         return True

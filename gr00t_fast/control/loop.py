@@ -19,6 +19,7 @@ from gr00t_fast.control.controller import Controller
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.control.telling import Progress, dry_run_table
 from gr00t_fast.control.trace import RunTrace
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
@@ -36,7 +37,10 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode."""
+    """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode.
+
+    `reset_time_s`: how long the arm holds its pose between two episodes.
+    """
 
     fps: float
     episodes: int = 1
@@ -44,6 +48,7 @@ class LoopOptions:
     seed: int | None = None
     dry_run: bool = False
     safety: SafetyOptions = field(default_factory=SafetyOptions)
+    reset_time_s: float = 0.0
 
 
 class ControlLoop:
@@ -70,6 +75,7 @@ class ControlLoop:
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
         self.pacer = Pacer(options.fps, clock)
         self.trace = RunTrace(robot.joint_names, clock)
+        self._progress = Progress(self.trace, self.pacer, clock, echo)
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
@@ -104,7 +110,24 @@ class ControlLoop:
             self._dry_run()
             return
         for episode in range(self.options.episodes):
+            if episode and self.options.reset_time_s:
+                self._hold_between(episode)
+            if self.options.episodes > 1:
+                self.echo(f"Episode {episode + 1} of {self.options.episodes}")
             self._episode(episode)
+
+    def _hold_between(self, played: int) -> None:
+        """Time for somebody to put things back: the arm keeps its last target, onlookers and the watch over the arm go on."""
+        hold_s = self.options.reset_time_s
+        self.echo(f"Episode {played} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
+        end_s = self.clock.now_s() + hold_s
+        while (now_s := self.clock.now_s()) < end_s:
+            with self.stop.atomic():
+                observation = self.robot.observe()
+            for observer in self.observers:
+                observer.see(observation)
+            self.clock.sleep_until_s(min(end_s, now_s + self.pacer.period_s))
+            self.stop.check()
 
     def _episode(self, index: int) -> None:
         """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
@@ -116,6 +139,7 @@ class ControlLoop:
         if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs
             self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
         self.pacer.start()
+        self._progress.begin()
         while self.clock.now_s() < self._end_s:
             self._tick()
         self._close_loop()
@@ -126,7 +150,10 @@ class ControlLoop:
             self._loop_began_s = self.clock.now_s()
             observation = self._observe()
             chunk = self._infer(observation)
-            self._plans_s.append(self.clock.now_s() - self._loop_began_s)
+            if chunk is None:  # this tick holds, and the next one looks again
+                self._loop_began_s = None
+            else:
+                self._plans_s.append(self.clock.now_s() - self._loop_began_s)
             self._resume(chunk)
             sent = self._send()
         else:  # the move is due now: send first, so that its instant does not depend on the cameras
@@ -137,6 +164,7 @@ class ControlLoop:
         self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.starved)
         for observer in self.observers:
             observer.see(observation)
+        self._progress()
         with self.trace.timed("wait"):
             self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
         self.stop.check()
@@ -158,15 +186,18 @@ class ControlLoop:
             self.safety.start(observation.joints)
         return observation
 
-    def _infer(self, observation: Observation) -> ActionChunk:
+    def _infer(self, observation: Observation) -> ActionChunk | None:
         with self.trace.timed("infer"):
             chunk = self.controller.plan(observation)
-        self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
+        if chunk is not None:
+            self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
         return chunk
 
-    def _resume(self, chunk: ActionChunk) -> None:
+    def _resume(self, chunk: ActionChunk | None) -> None:
         with self.trace.timed("wait"):
-            self.trace.add_chunk(chunk, self.pacer.resume())
+            pause_s = self.pacer.resume()
+        if chunk is not None:
+            self.trace.add_chunk(chunk, pause_s)
 
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
@@ -174,6 +205,7 @@ class ControlLoop:
         commanded = self.safety(target)
         if self.controller.note.entered is not None:
             self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)
+        self.trace.moved = True
         with self.trace.timed("send"), self.stop.atomic():
             self.robot.send(commanded)
         return target, commanded, self.clock.now_s()
@@ -194,9 +226,9 @@ class ControlLoop:
         self.safety.start(observation.joints)
         self._resume(self._infer(observation))
         target = self.controller.next_target(self.pacer.tick)
-        self.safety(target)
+        limited = self.safety(target)
         self.trace.episodes += 1
-        self.echo(f"Dry run: nothing was sent. The first target would have been {np.round(target, 1).tolist()}")
+        self.echo(dry_run_table(self.robot.joint_names, observation.joints, target, limited))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from gr00t_fast.control.plots import plot_joints, save_run
 from gr00t_fast.control.recorder import LiveView, VideoRecorder
 from gr00t_fast.control.report import as_text, build_report, write_report
 from gr00t_fast.errors import ConfigError, MissingExtraError
+from gr00t_fast.optional import install_command
 
 
 class Outputs:
@@ -26,7 +27,7 @@ class Outputs:
         if out is not None:
             _check_writable(out, "--out")
             if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
-                raise MissingExtraError("--out draws joints.png with matplotlib, which is not installed: pip install 'gr00t_fast[plots]'")
+                raise MissingExtraError(f"--out draws joints.png with matplotlib, which is not installed: {install_command('plots')}")
         self._video = VideoRecorder(video, fps) if video is not None else None
         if video is not None:
             _check_writable(video.parent, "--video")
@@ -49,23 +50,26 @@ class Outputs:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False) -> None:
-        """Print the report and write the files. Raises ConfigError when the disk refuses; with `failing`, when the run's own error is on
-        its way to the user, that is only a warning."""
+    def write(
+        self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
+    ) -> None:
+        """Print the report, `warnings` and `notes` once more in it, and write the files. Raises ConfigError when the disk refuses; with `failing`,
+        when the run's own error is on its way to the user, that is only a warning."""
         try:
-            self._write(loop, settings, warnings)
+            self._write(loop, settings, warnings, notes)
         except Exception as error:
             if not failing:
                 raise
+            if isinstance(error, BrokenPipeError):
+                return  # it is what ended the run, and said as that
             with suppress(OSError):  # whatever it was, it must not take the place of the error that ended the run
                 print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
 
-    def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str]) -> None:
-        report = build_report(loop, settings, [*warnings, *self._video_warnings()])
+    def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], notes: Sequence[str]) -> None:
+        report = build_report(loop, settings, [*warnings, *self._video_warnings()], notes=notes)
         with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
             try:
-                # the other warnings were said when they were found
-                print("\n" + as_text({**report, "warnings": self._video_warnings()}), end="", flush=True)
+                print(_for_terminal(loop, report), end="", flush=True)
             except OSError as error:
                 told.callback(_raise, error)
             paths = self._write_files(loop, report)
@@ -93,6 +97,13 @@ class Outputs:
         if self._video.dropped_frames:
             warnings.append(f"the video lacks {self._video.dropped_frames} frames: the encoder was slower than the loop.")
         return warnings
+
+
+def _for_terminal(loop: ControlLoop, report: Mapping[str, Any]) -> str:
+    """The report; where nothing was played there is nothing to report but that."""
+    if loop.trace.moved or loop.trace.ended_by == "done":
+        return "\n" + as_text(report)
+    return "The arm was not moved: the run ended before the first target was sent.\n"
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -23,7 +23,7 @@ def save_run(trace: RunTrace, directory: Path) -> list[Path]:
 
 
 def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
-    """Draw one panel per joint over time, chunk boundaries as vertical lines; returns `path`. Raises MissingExtraError without
+    """Draw one panel per joint over time, begins of chunks and episodes as vertical lines; returns `path`. Raises MissingExtraError without
     matplotlib."""
     require("matplotlib", "plots")
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object interface: no global state, no display
@@ -37,13 +37,21 @@ def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
     for index, (axis, name) in enumerate(zip(axes, trace.joint_names, strict=True)):
         for start_s in data["time_s"][data["chunk_starts"]]:
             axis.axvline(start_s, color="0.85", linewidth=0.8, zorder=0)
+        for start_s in data["time_s"][_later_episodes(data["episode"])]:
+            axis.axvline(start_s, color="tab:red", linestyle="--", linewidth=1.0, zorder=0)
         axis.step(data["time_s"], data["commanded"][:, index], where="post", label="commanded", linewidth=1.2)
         axis.plot(data["time_s"], data["measured"][:, index], label="measured", linewidth=1.2)
         axis.set_ylabel(name.replace("_", "\n"), fontsize=8)
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(loc="upper right", ncols=2, fontsize=8)
-    axes[0].set_title(f"joints ({unit}; gripper in per cent), grey lines: a new chunk", fontsize=9)
+    episodes = ", red lines: a new episode" if trace.episodes > 1 else ""
+    axes[0].set_title(f"joints ({unit}; gripper in per cent), grey lines: a new chunk{episodes}", fontsize=9)
     axes[-1].set_xlabel("time (s)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _later_episodes(episode: np.ndarray) -> np.ndarray:
+    """Ticks at which an episode begins, but for the first; `episode` int64 (T,)."""
+    return np.flatnonzero(np.diff(episode)) + 1

@@ -53,13 +53,14 @@ class Findings:
 
 
 class Preflight:
-    """The checks of one run, in two rounds. Tells the user what it found; `warnings` collects it for the report.
+    """The checks of one run, in two rounds. Tells the user what it found; `warnings` and `notes` collect it for the report.
 
     `strict=False` turns contradictions into warnings, for those who know better.
     """
 
     def __init__(self, robot: Robot, facts: PolicyFacts, strict: bool = True, echo: Callable[[str], None] = print) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
         self._robot, self._facts, self._strict, self._echo = robot, facts, strict, echo
 
     def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None) -> float:
@@ -80,6 +81,7 @@ class Preflight:
             findings.refuse()
         warnings = [*(f"ignored at your wish: {problem}" for problem in findings.problems), *findings.warnings]
         self.warnings += warnings
+        self.notes += findings.notes
         for note in findings.notes:
             self._echo(f"note: {note}")
         for warning in warnings:
@@ -91,12 +93,13 @@ def check_before_connecting(
 ) -> Findings:
     """Everything that can be known while the arm is still untouched. Raises nothing; see `Findings.refuse`."""
     findings = Findings()
+    _check_known(findings, facts)
     _check_embodiment(findings, facts)
     findings.collect(lambda: _check_cameras(findings, robot.cameras, facts, camera_map))
     _check_fps(findings, robot, facts, loop_fps)
     _check_horizon(findings, facts, action_horizon)
     findings.collect(lambda: _check_joints(facts, robot.joint_names))
-    if not findings.problems:  # statistics can only be laid out along the joints when these fit
+    if facts.state_statistics and not findings.problems:  # statistics can only be laid out along the joints when these fit
         _check_units(findings, robot.joint_unit, _training_range(facts, robot.joint_names), robot.joint_names)
     return findings
 
@@ -104,6 +107,8 @@ def check_before_connecting(
 def check_connected(robot: Robot, facts: PolicyFacts, joints: np.ndarray) -> Findings:
     """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing."""
     findings = Findings()
+    if not facts.state_statistics:  # said before connecting, and waved through
+        return findings
     training = _training_range(facts, robot.joint_names)
     unit = "deg" if robot.joint_unit == "degrees" else "units"
     for name, (low, high), (arm_low, arm_high), pose in zip(robot.joint_names, training, robot.joint_limits, joints, strict=True):
@@ -143,6 +148,21 @@ def _check_pose(findings: Findings, name: str, pose: float, low: float, high: fl
         )
 
 
+def _check_known(findings: Findings, facts: PolicyFacts) -> None:
+    """What nobody tells nobody can check, and each of these makes an arm misbehave without an error."""
+    known = {
+        "joint units and ranges": bool(facts.state_statistics),
+        "camera resolution": None not in facts.resolutions.values(),
+        "embodiment": facts.embodiment_tag is not None,
+    }
+    unknown = [what for what, is_known in known.items() if not is_known]
+    if unknown:
+        findings.problems.append(
+            f"the policy server does not say what its checkpoint was trained on, so nobody can check: {', '.join(unknown)}. Give the checkpoint's "
+            "directory or hub name too, --model_path=... (only its small files are read), or go on unchecked with --preflight=warn."
+        )
+
+
 def _check_embodiment(findings: Findings, facts: PolicyFacts) -> None:
     if facts.embodiment_tag in OTHER_ROBOTS:
         findings.problems.append(
@@ -154,12 +174,13 @@ def _check_embodiment(findings: Findings, facts: PolicyFacts) -> None:
 def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts: PolicyFacts, requested: Mapping[str, str] | None) -> None:
     mapping = resolve_camera_map(cameras, facts.resolutions, requested)
     for robot_name, policy_name in mapping.items():
-        camera, (width, height) = cameras[robot_name], facts.resolutions[policy_name]
+        camera, trained = cameras[robot_name], facts.resolutions[policy_name]
         if robot_name != policy_name:
             implied = "" if requested and robot_name in requested else " (the only camera on both sides)"
             findings.notes.append(f"camera '{robot_name}' is the policy's '{policy_name}'{implied}.")
-        if (camera.width, camera.height) == (width, height):
+        if trained is None or (camera.width, camera.height) == trained:
             continue
+        width, height = trained
         sizes = f"camera '{robot_name}' delivers {camera.width}x{camera.height}, the policy was trained with {width}x{height}"
         if abs(camera.width * height / (camera.height * width) - 1) > ASPECT_TOLERANCE:
             findings.warnings.append(
@@ -174,7 +195,7 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts:
 
 def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: float | None) -> None:
     if facts.fps is None and loop_fps is None:
-        findings.problems.append("the checkpoint's metadata does not say at which rate its data was recorded. Give it: --fps=30 (lerobot's default).")
+        findings.problems.append("the policy does not say at which rate its training data was recorded. Give it: --fps=30 (lerobot's default).")
         return
     fps = loop_fps or facts.fps
     if facts.fps and abs(fps / facts.fps - 1) > FPS_TOLERANCE:

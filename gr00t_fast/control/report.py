@@ -25,10 +25,19 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
+_LEGEND = (
+    "pause/chunk: the arm stood still for a new chunk. wait: idle until the next tick; counted twice where a chunk begins.",
+    "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
+    "clamped: target beyond the calibrated range. step-lim.: more than --max_step_deg away. Both count ticks.",
+    "track: distance from a target to the pose one tick later.",
+)
+_SECRET_FLAGS, _HIDDEN = ("--api_token",), "(hidden)"
 
 
-def build_report(loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Everything about a finished (or failed) run as JSON-ready values. `settings` and `warnings` are passed through."""
+def build_report(
+    loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything about a finished (or failed) run as JSON-ready values. `settings`, `warnings` and `notes` are passed through."""
     trace, pacer = loop.trace, loop.pacer
     return {
         "schema": SCHEMA,
@@ -47,17 +56,28 @@ def build_report(loop: ControlLoop, settings: Mapping[str, Any], warnings: Seque
         "events": dict(trace.events),
         "landing": _landing(trace.landing),
         "warnings": list(warnings),
+        "notes": list(notes),
         "settings": dict(settings),
         "machine": machine(),
         "versions": versions(),
         "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv if argv is None else argv),
+        "command_line": shlex.join(without_secrets(sys.argv if argv is None else argv)),
     }
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """A command line for others to read: `--api_token=...` without its value."""
+    shown, hide = [], False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        shown.append(_HIDDEN if hide else f"{name}={_HIDDEN}" if equals and name in _SECRET_FLAGS else word)
+        hide = not equals and name in _SECRET_FLAGS
+    return shown
 
 
 def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
     intervals_s = _intervals_s(trace)
-    during_playback_s = intervals_s[~_is_chunk_start(trace)]
+    during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["starved"][1:])]
     return {
         "ended_by": trace.ended_by,
         "episodes": trace.episodes,
@@ -127,7 +147,7 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     pause, error = pacing["pause_per_chunk_ms"], pacing["tick_error_ms"]
     lines = [
         f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
-        f"{run['duration_s']:.1f} s, ended by {run['ended_by']}",
+        f"{run['duration_s']:.1f} s, ended by {_ending(run)}",
         f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} Hz within chunks (target {run['target_hz']:g} Hz)",
         f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
     ]
@@ -139,7 +159,26 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _ending(run: Mapping[str, Any]) -> str:
+    """`done` in words: nothing but its time limit ends a run that moves the arm."""
+    return run["ended_by"] if run["ended_by"] != "done" else "the time limit" if run["ticks"] else "itself: a dry run"
+
+
 def _text_controller(controller: Mapping[str, Any]) -> list[str]:
+    return [*_text_server(controller), *_text_overlap(controller)]
+
+
+def _text_server(controller: Mapping[str, Any]) -> list[str]:
+    server = controller.get("server")
+    if server is None:
+        return []
+    away = f"outages {server['outages']}, {server['away_s']:.1f} s in all; {server['reconnects']} reconnects"
+    return [
+        f"server         {server['address']}: {away}, {controller['lost_inferences']} lost inferences, {controller['starved_ticks']} starved ticks"
+    ]
+
+
+def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["kind"] != "threaded":
         return []
     rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
@@ -177,14 +216,14 @@ def _text_joints(report: Mapping[str, Any]) -> list[str]:
         row = tracking["joints"][name]
         errors = "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "max")) if row else f"{'-':>10}" * 3
         lines.append(f"{name:<24}{clamped:>8}{safety['step_limited'][name]:>10}{errors}")
-    return [*lines, f"targets held because NaN or infinite: {safety['held_ticks']}"]
+    return [*lines, f"targets held because NaN or infinite: {safety['held_ticks']}", "", *_LEGEND]
 
 
 def _text_tail(report: Mapping[str, Any]) -> list[str]:
     lines = []
     if report["events"]:
         lines.append("faults survived: " + ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items())))
-    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    lines += [f"warning: {warning}" for warning in report["warnings"]] + [f"note: {note}" for note in report["notes"]]
     landing = report["landing"]
     if landing:
         states = sorted(set(landing["torque"].values())) or ["not reported"]

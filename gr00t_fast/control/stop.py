@@ -58,7 +58,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in _STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background shells ignore on purpose
+                if not _ignored_on_purpose(number):
                     self._previous[number] = signal.signal(number, self._on_signal)
             if hasattr(signal, "SIGALRM"):
                 self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_grace_over)
@@ -133,6 +133,12 @@ class StopSignals:
         if may_raise and not self._raised:
             self._mode, self._raised = _Mode.QUIET, True
             raise self._request
+
+
+def _ignored_on_purpose(number: int) -> bool:
+    """Only `nohup` means it. A script's background job (`run.sh` with a `&`) inherits SIGINT and SIGQUIT ignored without anybody having asked for
+    that, and an arm that does not hear them is an arm that moves on."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
 def _end_grace() -> None:

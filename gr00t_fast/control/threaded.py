@@ -34,7 +34,8 @@ class OverlapOptions:
     chunk_threshold: think again when this part of the chunk is left, 0..1 (but always early enough to be in time, as far as the estimated
     delay tells); None: as soon as the last inference is done.
     smoothing: how a chunk joins the one before. rtc and prefix: the policy continues it (needs a ContinuingPolicy); ensemble: average.
-    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: it goes on where it stopped, see ChunkBuffer.
+    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
+    see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
     """
 

@@ -35,6 +35,7 @@ class RunTrace:
         self.chunks: list[ChunkRecord] = []
         self.episodes = 0
         self.ended_by = "error"
+        self.moved = False  # whether a target was on its way to the arm, however little of it arrived
         self.events: dict[str, int] = {}
         self.landing: LandingReport | None = None
         self.began_s = clock.now_s()

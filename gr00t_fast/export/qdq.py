@@ -35,17 +35,24 @@ class LayerPlan:
 
 
 def write_quantised(source: Path, target: Path, plans: Mapping[str, LayerPlan], scheme: str) -> None:
-    """Copy the graph `source` to `target` with the layers of `plans` (label -> plan) in 8 bits. Weights go to `<target>.data`.
+    """Copy the graph `source` to `target` with the layers of `plans` (label -> plan) in 8 bits; weights go to `<target>.data`.
 
     Raises ConfigError for an unknown label or a graph of an opset without FP8.
     """
     graph = Graph(source)
+    proto = quantised_graph(graph, plans, scheme)
+    graph.onnx.external_data_helper.load_external_data_for_model(proto, str(source.parent))
+    save_with_data(graph.onnx, proto, target)
+
+
+def quantised_graph(graph: Graph, plans: Mapping[str, LayerPlan], scheme: str) -> Any:
+    """The same as a ModelProto, made of `graph`'s: 8-bit weights are in it, all others still refer to the source's file."""
     layers = {layer.label: layer for layer in graph.linear_layers()}
     if unknown := sorted(set(plans) - set(layers)):
-        raise ConfigError(f"{source}: no linear layer is called {', '.join(unknown[:3])}. This plan was made for another graph.")
+        raise ConfigError(f"{graph.path}: no linear layer is called {', '.join(unknown[:3])}. This plan was made for another graph.")
     opset = next(entry.version for entry in graph.proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < _MIN_OPSET:
-        raise ConfigError(f"{source}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with export/to_onnx.py.")
+        raise ConfigError(f"{graph.path}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with export/to_onnx.py.")
     writer = _Writer(graph, scheme)
     by_input: dict[str, list[LinearLayer]] = defaultdict(list)
     for label in plans:
@@ -54,7 +61,7 @@ def write_quantised(source: Path, target: Path, plans: Mapping[str, LayerPlan], 
         writer.quantise_input(tensor, sharing, plans[sharing[0].label])
         for layer in sharing:
             writer.quantise_weight(layer, plans[layer.label])
-    writer.save(target)
+    return writer.finish()
 
 
 def quantised_weight(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
@@ -148,17 +155,15 @@ class _Writer:
     def _add_node(self, before: str, kind: str, inputs: list[str], output: str, **attributes: int) -> None:
         self.before[before].append(self.onnx.helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
 
-    def save(self, target: Path) -> None:
-        """One weight in memory at a time would need a writer of our own; the 8-bit graph as a whole is a quarter of the fp32 one."""
-        proto, graph = self.graph.proto, self.graph.proto.graph
+    def finish(self) -> Any:
+        graph = self.graph.proto.graph
         nodes = [new for node in graph.node for new in (*self.before[node.name], node)]
         used = {name for node in nodes for name in node.input}
         kept = [tensor for tensor in graph.initializer if tensor.name in used and tensor.name not in self.new]
         del graph.node[:], graph.initializer[:], graph.value_info[:]  # value infos of replaced tensors would be stale
         graph.node.extend(nodes)
         graph.initializer.extend([*self.new.values(), *kept])
-        self.onnx.external_data_helper.load_external_data_for_model(proto, str(self.graph.path.parent))
-        save_with_data(self.onnx, proto, target)
+        return self.graph.proto
 
 
 def save_with_data(onnx: Any, proto: Any, target: Path) -> None:

@@ -136,7 +136,7 @@ def _record(
     """Run the stage over all samples; statistics of what goes into its linear layers."""
     runs = len(chain.samples) * (chain.steps if stage == "denoise_step" else 1)
     recorder = InputRecorder(layers, runs, settings.seed)
-    ort = OrtStage(graph, recorder.tensors)
+    ort = OrtStage(Graph(graph), recorder.tensors)
 
     def infer(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = ort(feeds)

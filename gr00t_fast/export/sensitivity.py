@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from gr00t_fast.export.action_error import ActionError, action_error
-from gr00t_fast.export.qdq import LayerPlan, write_quantised
+from gr00t_fast.export.linear_layers import Graph
+from gr00t_fast.export.qdq import LayerPlan, quantised_graph
 from gr00t_fast.export.stage_chain import REFERENCE, STAGES, OrtStage, StageChain
 from gr00t_fast.transforms import ActionTransform
 
@@ -67,12 +68,12 @@ class Trials:
         truth, noise = self._chain.actions(REFERENCE), np.concatenate([sample.noise for sample in self._chain.samples])
         return action_error(self._chain.actions(reads), truth, noise, self._transform)
 
-    def _graph(self, stage: str, labels: list[str]) -> Path:
-        if not labels:
-            return self._graphs[stage]
-        path = self._chain.directory / _TRIAL / f"{stage}.onnx"
-        write_quantised(self._graphs[stage], path, {label: self._plans[stage][label] for label in labels}, self._scheme)
-        return path
+    def _graph(self, stage: str, labels: list[str]) -> Graph:
+        """In memory: of a trial only the 8-bit weights are new."""
+        graph = Graph(self._graphs[stage])
+        if labels:
+            quantised_graph(graph, {label: self._plans[stage][label] for label in labels}, self._scheme)
+        return graph
 
 
 def choose(groups: list[Group], trials: Trials, limit: float, tick: Callable[[], None] = lambda: None) -> tuple[list[Verdict], ActionError | None]:

@@ -92,7 +92,8 @@ class StageChain:
 class OrtStage:
     """One graph on ONNX Runtime's CPU kernels, optionally with inner tensors among its outputs."""
 
-    def __init__(self, path: Path, watched: Sequence[str] = ()) -> None:
+    def __init__(self, graph: Graph, watched: Sequence[str] = ()) -> None:
+        """Weights that are not in `graph` itself are mapped from its file."""
         ort = require("onnxruntime", "export")
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -100,17 +101,16 @@ class OrtStage:
         # BASIC: above it FP8 Q/DQ is fused into an operator that does not exist for FP8
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of every weight, for a few per cent
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        self._session = ort.InferenceSession(_with_outputs(path, watched), options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.path.parent))
+        self._session = ort.InferenceSession(_with_outputs(graph, watched), options, providers=["CPUExecutionProvider"])
         self._names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, feeds: Arrays) -> Arrays:
         return dict(zip(self._names, self._session.run(None, feeds), strict=True))
 
 
-def _with_outputs(path: Path, watched: Sequence[str]) -> bytes:
-    """The graph, without its weights, that also returns `watched`."""
-    graph = Graph(path)
+def _with_outputs(graph: Graph, watched: Sequence[str]) -> bytes:
+    """The graph that also returns `watched`."""
     known = {value.name for value in (*graph.proto.graph.input, *graph.proto.graph.output)}
     graph.proto.graph.output.extend(graph.onnx.ValueInfoProto(name=name) for name in dict.fromkeys(watched) if name not in known)
     return graph.proto.SerializeToString()

@@ -9,6 +9,21 @@ if TYPE_CHECKING:
     from gr00t_fast.robots.config import RobotConfig
 
 
+def check_ready(config: RobotConfig) -> None:
+    """What can be known of an arm in no time, to be asked before anything slow is done: are its port and its calibration file there?
+
+    Raises RobotError.
+    """
+    from gr00t_fast.robots.config import SO100FollowerConfig
+
+    if isinstance(config, SO100FollowerConfig):
+        from gr00t_fast.robots.lerobot_glue import check_calibration_exists
+        from gr00t_fast.robots.serial_ports import check_port
+
+        check_port(config.port)
+        check_calibration_exists(config)
+
+
 def make_robot(config: RobotConfig) -> Robot:
     """The arm that `config` describes, not yet connected. Raises ConfigError, or MissingExtraError when its packages are not installed."""
     from gr00t_fast.errors import ConfigError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import draccus
 
@@ -39,7 +39,7 @@ class OpenCVCameraConfig(CameraConfig):
 @CameraConfig.register_subclass("sim")
 @dataclass
 class SimCameraConfig(CameraConfig):
-    """A rendered camera of the simulated scene."""
+    """A rendered camera of the simulated scene; for a servo bus, of that scene with the arm in the pose its servos report."""
 
     view: Literal["front", "wrist"] = "front"
 
@@ -48,6 +48,7 @@ class SimCameraConfig(CameraConfig):
 class RobotConfig(draccus.ChoiceRegistry):
     """An arm by `type`."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's names before version 0.2
     id: str | None = None  # names the calibration file
     calibration_dir: Path | None = None
 

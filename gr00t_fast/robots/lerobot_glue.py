@@ -6,6 +6,9 @@ lerobot takes five seconds to import, so that happens inside the functions.
 from __future__ import annotations
 
 import math
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,11 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.optional import require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig
+from gr00t_fast.robots.twin_cameras import rendered
 
 _OWN_FIELDS = ("connect_attempts", "reconnect_s")  # ours, unknown to lerobot
+_LEROBOT_NAME = "so_follower"  # of the driver in lerobot 0.4.4, and of the directory with its calibrations
+_OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
 GRIPPER = SO100_JOINTS.index("gripper")
 
@@ -52,7 +58,8 @@ def to_lerobot_config(config: SO100FollowerConfig) -> Any:
     package = require("lerobot.robots.so_follower", "robot")
     values = {name: value for name, value in vars(config).items() if name not in _OWN_FIELDS}
     values["max_relative_target"] = _step_limit(config.max_relative_target)
-    values["cameras"] = {name: _camera(name, camera) for name, camera in config.cameras.items()}
+    drawn = rendered(config.cameras)  # not lerobot's business
+    values["cameras"] = {name: _camera(name, camera) for name, camera in config.cameras.items() if name not in drawn}
     return package.SO100FollowerConfig(**values)
 
 
@@ -63,19 +70,44 @@ def calibrate_command(config: SO100FollowerConfig) -> str:
     return f"lerobot-calibrate --robot.type=so100_follower --robot.port={config.port} --robot.id={name}{directory}"
 
 
+def calibration_file(config: SO100FollowerConfig) -> Path:
+    """Where lerobot looks for the arm's calibration, found without importing lerobot (a test compares the two)."""
+    if config.calibration_dir is not None:
+        return Path(config.calibration_dir) / f"{config.id}.json"
+    from huggingface_hub.constants import HF_HOME
+
+    home = Path(os.environ.get("HF_LEROBOT_HOME", Path(HF_HOME) / "lerobot")).expanduser()
+    directory = Path(os.environ.get("HF_LEROBOT_CALIBRATION", home / "calibration")).expanduser()
+    return directory / "robots" / _LEROBOT_NAME / f"{config.id}.json"
+
+
+def check_calibration_exists(config: SO100FollowerConfig) -> None:
+    """Raise RobotError when the arm has no calibration file. Takes no time: to be asked before anything slow is done."""
+    path = calibration_file(config)
+    if path.is_file():
+        return
+    found = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
+    if config.id is None:
+        raise RobotError(
+            f"--robot.id is missing: the name that the arm was calibrated under. Ids found in {path.parent}: {found}. "
+            f"An arm that has none yet: {calibrate_command(config)}"
+        )
+    older = [path.parent.with_name(name) / path.name for name in _OLDER_DIRECTORIES]
+    moved = next((f" lerobot kept it elsewhere before: --robot.calibration_dir={file.parent} takes {file}." for file in older if file.is_file()), "")
+    raise RobotError(
+        f"the arm is not calibrated: expected a calibration file at {path}, ids found there: {found}.{moved} "
+        f"Give the right --robot.id, or calibrate: {calibrate_command(config)}"
+    )
+
+
 def check_calibration_file(follower: Any, config: SO100FollowerConfig) -> None:
     """Raise RobotError when no calibration was found for the arm's id, or when it lacks joints. Touches no hardware."""
+    check_calibration_exists(config)
     path = follower.calibration_fpath
-    if not follower.calibration:
-        found = ", ".join(sorted(file.stem for file in path.parent.glob("*.json"))) or "none"
-        raise RobotError(
-            f"the arm is not calibrated: expected a calibration file at {path}, ids found there: {found}. "
-            f"Give the right --robot.id, or calibrate: {calibrate_command(config)}"
-        )
     if set(follower.calibration) != set(SO100_JOINTS) or any(c.range_min >= c.range_max for c in follower.calibration.values()):
         raise RobotError(
             f"the calibration file {path} must hold range_min < range_max for the joints {', '.join(SO100_JOINTS)}; "
-            f"it holds {', '.join(sorted(follower.calibration))}. Calibrate again: {calibrate_command(config)}"
+            f"it holds {', '.join(sorted(follower.calibration)) or 'none'}. Calibrate again: {calibrate_command(config)}"
         )
 
 
@@ -128,3 +160,21 @@ def _camera(name: str, camera: Any) -> Any:
             f"Use {{type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}, or --robot.type=so100_sim for rendered cameras."
         )
     return require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**vars(camera))
+
+
+def camera_trouble(name: str, camera: OpenCVCameraConfig, error: Exception) -> str:
+    """Why a camera could not be opened, and what to change in --robot.cameras. lerobot's message says what the camera gives instead."""
+    text = " ".join(str(error).split())
+    where = f"camera '{name}' of --robot.cameras (index_or_path: {camera.index_or_path})"
+    refused = re.search(r"failed to set (fps|capture_width|capture_height)=\S+ \(actual_\w+=([\d.]+)", text)
+    if refused is None:
+        reason = "cannot be opened" if "Failed to open" in text else f"cannot be used: {type(error).__name__}: {text.rstrip('.!')}"
+        return f"{where} {reason}. `lerobot-find-cameras opencv` lists the cameras that are there, with their sizes and rates."
+    setting = refused[1].removeprefix("capture_")
+    if setting != "fps" and camera.rotation in (90, -90):  # lerobot's sizes are those after the rotation
+        setting = "height" if setting == "width" else "width"
+    gives = f"{float(refused[2]):g}"
+    return (
+        f"{where} does not deliver {setting}: {getattr(camera, setting)}; it gives {gives}. Set {setting}: {gives} there, or another mode that "
+        "`lerobot-find-cameras opencv` lists."
+    )

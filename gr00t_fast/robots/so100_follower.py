@@ -27,6 +27,7 @@ from gr00t_fast.robots.motor_power import MotorPower
 from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
 from gr00t_fast.robots.servo_health import ServoHealth
 from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
+from gr00t_fast.robots.twin_cameras import TwinCameras, rendered
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class SO100FollowerArm:
         self._link: ServoLink | None = None
         self._limits: np.ndarray | None = None
         self._power: MotorPower | None = None
+        self._twin: TwinCameras | None = None  # where cameras are of `type: sim`
         self._port_given_up = False
         self._landing: LandingReport | None = None
 
@@ -92,6 +94,8 @@ class SO100FollowerArm:
         with self._alone("observe"), self._explained("observing"):
             joints, time_s = self._read_joints()
             frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
+            if self._twin is not None:
+                frames |= self._twin.frames(joints)
             self._health.check(time_s, holding=self._power.engaged)
             return Observation(joints, frames, time_s)
 
@@ -123,6 +127,8 @@ class SO100FollowerArm:
 
     def _connect(self) -> None:
         check_port(self.config.port)
+        if self._twin is None and (drawn := rendered(self.config.cameras)):
+            self._twin = TwinCameras(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
         self._link = ServoLink(follower.bus, self.events).install()
@@ -188,9 +194,7 @@ class SO100FollowerArm:
             leave_explaining_to_the_arm(getattr(camera, "thread", None))
             camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
         except Exception as error:
-            raise RobotError(
-                f"camera '{name}' ({camera}) cannot be used: {_one_line(error)}. Find its index and sizes with `lerobot-find-cameras opencv`."
-            ) from error
+            raise RobotError(glue.camera_trouble(name, self.config.cameras[name], error)) from error
 
     # Observing
 

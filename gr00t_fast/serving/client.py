@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
 from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.optional import require
+from gr00t_fast.serving.facts_message import facts_from_message
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, decode
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
@@ -36,18 +37,22 @@ class PolicyClient:
         api_token: str | None = None,
         address: str | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        resend: bool = True,
     ) -> None:
         """Connects in the background. `address`: any ZeroMQ address instead of host and port, such as `ipc:///tmp/gr00t.sock`.
 
+        `resend=False`: a connection that breaks, or broke since the last call, ends `get_action` at once with ServerUnreachableError: whoever drives
+        an arm has a newer observation to send.
         Raises ConfigError for an address or time-out that cannot be used, and MissingExtraError without pyzmq and msgpack.
         """
         if not (math.isfinite(timeout_s) and timeout_s > 0):
             raise ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s}.")
         self._zmq = require("zmq", "serving")
         self.address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
-        self.timeout_s, self._token, self._max_bytes = timeout_s, api_token, max_message_bytes
+        self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
         self.last_timing: dict[str, float] = {}
         self.reconnects = 0  # sockets thrown away so far
+        self._disconnects = 0  # connections that broke between two calls; ZeroMQ made them anew
         self._encoder = Encoder()
         self._context = self._zmq.Context()
         try:
@@ -62,11 +67,11 @@ class PolicyClient:
         Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense.
         """
         if noise is None and prefix is None:
-            return _actions(self._call("get_action", observation))
+            return _actions(self._call("get_action", observation, resend=self._resend))
         options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
         if prefix is not None:
             options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.delay), "method": prefix.method}
-        return _actions(self._call("get_action_with_options", {"observation": observation, **options}))
+        return _actions(self._call("get_action_with_options", {"observation": observation, **options}, resend=self._resend))
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """As `Policy.get_modality_config`; raises like `get_action`."""
@@ -75,13 +80,19 @@ class PolicyClient:
             raise WireError("get_modality_config: the server answered something else than modality configurations.")
         return reply
 
+    def get_facts(self) -> PolicyFacts | None:
+        """What the server's checkpoint was trained on, or None from a server that does not tell (NVIDIA's). Raises like `get_action`."""
+        reply = self._call_extension("get_facts")
+        return None if reply is None else facts_from_message(reply)
+
     def reset(self) -> None:
         """As `Policy.reset`, for all clients of that server. NVIDIA's server has nothing to reset, and no such endpoint: that is no error."""
-        try:
-            self._call("reset")
-        except ServerError as error:
-            if isinstance(error, ServerUnreachableError) or "Unknown endpoint" not in str(error):
-                raise
+        self._call_extension("reset")
+
+    @property
+    def connection(self) -> int:
+        """Another number whenever the connection broke: what answers now may be another server than before."""
+        return self.reconnects + self._disconnects
 
     def ping(self, timeout_s: float = PING_TIMEOUT_S) -> bool:
         """True when the server answers in time. Raises ServerError when it answers with a refusal (a wrong token)."""
@@ -111,7 +122,16 @@ class PolicyClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, endpoint: str, data: Any = None, timeout_s: float | None = None) -> Any:
+    def _call_extension(self, endpoint: str) -> Any:
+        """The reply, or None from a server that does not know this endpoint of ours."""
+        try:
+            return self._call(endpoint)
+        except ServerError as error:
+            if isinstance(error, ServerUnreachableError) or "Unknown endpoint" not in str(error):
+                raise
+            return None
+
+    def _call(self, endpoint: str, data: Any = None, timeout_s: float | None = None, resend: bool = True) -> Any:
         """One request and its reply. Fills `last_timing`: stages in ms."""
         if self._context.closed:
             raise ServerError("this client is closed; make a new one.")
@@ -120,7 +140,7 @@ class PolicyClient:
             {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token})
         )
         sent_s = time.monotonic()
-        answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s))
+        answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s), resend)
         answered_s = time.monotonic()
         reply = decode(answer, self._max_bytes)
         stages_s = {"encode": sent_s - began_s, "server": answered_s - sent_s, "decode": time.monotonic() - answered_s}
@@ -129,17 +149,19 @@ class PolicyClient:
             raise ServerError(f"the policy server at {self.address} refused {endpoint}: {reply['error']}")
         return reply
 
-    def _exchange(self, request: memoryview, deadline_s: float) -> bytes:
-        """Send and wait; a broken connection is made anew and the request sent again until the deadline."""
+    def _exchange(self, request: memoryview, deadline_s: float, resend: bool) -> bytes:
+        """Send and wait; a broken connection is made anew and, with `resend`, the request sent again until the deadline."""
         done = False
         try:
             while True:
-                self._forget_events()
-                answer = self._wait(deadline_s) if self._send(request) else None
+                intact = not self._forget_events()
+                answer = self._wait(deadline_s) if (intact or resend) and self._send(request) else None
                 if answer is not None:
                     done = True
                     return answer
                 self._check_deadline(deadline_s)
+                if not resend:
+                    raise ServerUnreachableError(f"the connection to the policy server at {self.address} broke.")
                 self._reconnect()
                 time.sleep(
                     min(_RECONNECT_MS / 1000, max(deadline_s - time.monotonic(), 0))
@@ -173,9 +195,14 @@ class PolicyClient:
                 "messages of this size, and is the time-out longer than an inference?"
             )
 
-    def _forget_events(self) -> None:
+    def _forget_events(self) -> int:
+        """How often the connection broke since it was last looked at."""
+        count = 0
         while self._monitor.poll(0):
             self._monitor.recv_multipart()
+            count += 1
+        self._disconnects += count
+        return count
 
     def _connect(self) -> None:
         zmq = self._zmq

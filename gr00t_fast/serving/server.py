@@ -19,6 +19,7 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.optional import require
+from gr00t_fast.serving.facts_message import facts_to_message
 from gr00t_fast.serving.service import UNAUTHORISED, InferenceQueue, Outcome, Traffic, numeric_host, same_token
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode
 
@@ -52,7 +53,9 @@ class PolicyServer:
         self._policy, self._token, self._max_bytes = policy, api_token, max_message_bytes
         self._traffic = Traffic()
         self._queue = InferenceQueue(self._traffic)
-        self._modality_config = encode(policy.get_modality_config())  # answered by the talking thread, which must not touch the policy
+        # answered by the talking thread, which must not touch the policy
+        self._modality_config = encode(policy.get_modality_config())
+        self._facts = encode(facts_to_message(policy.facts)) if hasattr(policy, "facts") else None
         self._talk_failure: BaseException | None = None
         self._context = self._zmq.Context()
         try:
@@ -176,6 +179,8 @@ class PolicyServer:
             return encode({"status": "ok", "message": "Server is running"})
         if endpoint == "get_modality_config":
             return self._modality_config
+        if endpoint == "get_facts" and self._facts is not None:  # an extension, like those below
+            return self._facts
         if endpoint == "kill":
             return self._kill()
         self._queue.submit(self._policy_call(endpoint, request.get("data", {})), lambda outcome: self._reply(route, outcome))

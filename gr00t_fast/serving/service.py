@@ -20,6 +20,7 @@ MAX_WAITING = 128  # requests in the queue; further ones are refused at once, so
 MAX_WAIT_S = 15.0  # NVIDIA's clients mean to wait this long; an older request is answered with an error instead of being computed
 PROGRESS_EVERY_S = 10.0
 UNAUTHORISED = "Unauthorized: Invalid API token"  # NVIDIA's wording, which clients may compare
+SHUTTING_DOWN, BUSY = "the server is shutting down.", "busy: "  # refusals that pass: a client that can wait may look for them
 
 
 def same_token(given: Any, expected: str | None) -> bool:
@@ -57,15 +58,15 @@ class InferenceQueue:
     def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None]) -> None:
         """Queue `call`; `answer` gets its outcome in the running thread. Raises ServerError when too many wait or the server is ending."""
         if self._stopping.is_set():
-            raise ServerError("the server is shutting down.")
+            raise ServerError(SHUTTING_DOWN)
         if self._jobs.qsize() >= self._max_waiting:
-            raise ServerError(f"busy: {self._max_waiting} requests are waiting already. Try again later.")
+            raise ServerError(f"{BUSY}{self._max_waiting} requests are waiting already. Try again later.")
         self._jobs.put(_Job(call, answer, time.monotonic()))
 
     def run(self) -> None:
         """Work until `stop`; what still waits then is answered with an error."""
         while (job := self._jobs.get()) is not None:
-            job.answer(Outcome(error="the server is shutting down.", fault=True) if self._stopping.is_set() else self._outcome(job))
+            job.answer(Outcome(error=SHUTTING_DOWN, fault=True) if self._stopping.is_set() else self._outcome(job))
 
     def stop(self) -> None:
         """End `run` after the call in progress. From any thread and from signal handlers."""
@@ -75,7 +76,7 @@ class InferenceQueue:
     def _outcome(self, job: _Job) -> Outcome:
         began_s = time.monotonic()
         if began_s - job.arrived_s > self._max_wait_s:
-            return Outcome(error=f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", fault=True)
+            return Outcome(error=f"{BUSY}the request waited longer than {self._max_wait_s:g} s. Try again later.", fault=True)
         try:
             value = job.call()
         except Gr00tFastError as error:

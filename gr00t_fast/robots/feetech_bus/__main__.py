@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ from gr00t_fast.robots.feetech_bus.calibration import Calibration, default_calib
 from gr00t_fast.robots.feetech_bus.control import ControlSocket, send_command
 from gr00t_fast.robots.feetech_bus.faults import Fault
 from gr00t_fast.robots.feetech_bus.plant import Plant
+
+_CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,18 +87,28 @@ def prepare_calibration(args: argparse.Namespace) -> tuple[Calibration, Path | N
 
 
 def describe(args: argparse.Namespace, bus: VirtualBus, calibration_file: Path | None) -> str:
-    """What to type next."""
-    flags = f"--robot.port={bus.port}"
-    if calibration_file is not None:
-        flags += f" --robot.calibration_dir={calibration_file.resolve().parent} --robot.id={calibration_file.stem}"
-    lines = [
-        f"Virtual servo bus: STS3215 {', '.join(map(str, args.servos))} on {bus.port} -> {bus.device}",
-        f"  --robot.type=so100_follower {flags}",
-        f"  python -m gr00t_fast.robots.feetech_bus --control {args.control} --send state",
-    ]
+    """What to type next: commands that work as they are printed."""
+    lines = [f"Virtual servo bus: STS3215 {', '.join(map(str, args.servos))} on {bus.port} -> {bus.device}"]
+    flags = f"--robot.type=so100_follower --robot.port={shlex.quote(bus.port)}"
     if calibration_file is None:
-        lines.append("  (lerobot will ask for a calibration; add --write_calibration DIR to get a matching file)")
+        lines += [f"  {flags}", "  (no program can use it without a calibration file: start it with --write_calibration=DIR to get a matching one)"]
+    else:
+        directory = shlex.quote(str(calibration_file.resolve().parent))
+        flags += f" --robot.calibration_dir={directory} --robot.id={shlex.quote(calibration_file.stem)}"
+        lines.append("a run on it, with random weights and a rendered camera (the first command once):")
+        lines += [f"  {line}" for line in _a_run(flags, args.scene is not None)]
+    lines += ["what the servos do:", f"  python -m gr00t_fast.robots.feetech_bus --control {shlex.quote(str(args.control))} --send state"]
     return "\n".join(lines)
+
+
+def _a_run(flags: str, scene: bool) -> list[str]:
+    """Without a scene the servos come up in the middle of their ranges, not where the imagined recordings began: hence --preflight=warn."""
+    flags += "" if scene else " --preflight=warn"
+    return [
+        f"python -m gr00t_fast.random_checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
+        f'python so100_inference_optimized.py {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
+        '--lang_instruction="Place the block in the bowl" --timeout=10',
+    ]
 
 
 def serve(args: argparse.Namespace) -> int:

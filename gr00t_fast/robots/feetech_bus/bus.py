@@ -25,6 +25,7 @@ from gr00t_fast.errors import RobotError
 from gr00t_fast.robots.feetech_bus.calibration import Calibration, default_calibration
 from gr00t_fast.robots.feetech_bus.faults import Fault, FaultTable, Reply
 from gr00t_fast.robots.feetech_bus.instructions import answer
+from gr00t_fast.robots.feetech_bus.link import LinkClaim, place_link
 from gr00t_fast.robots.feetech_bus.plant import Gearbox, Plant
 from gr00t_fast.robots.feetech_bus.protocol import RequestParser
 from gr00t_fast.robots.feetech_bus.servo import Register, Servo
@@ -68,6 +69,7 @@ class VirtualBus:
         self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
         self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="feetech_bus_")
         self._link = Path(link) if link else Path(self._own_directory.name) / "port"
+        self._claim = LinkClaim(self._link)
         self._terminal: _Terminal | None = None
         self._lock = threading.Lock()  # between the thread and the callers of inject, unplug, replug, push
         self._stop = threading.Event()
@@ -96,8 +98,13 @@ class VirtualBus:
             raise RobotError(f"the virtual bus stopped by itself: {type(self.failure).__name__}: {self.failure}") from self.failure
 
     def start(self) -> None:
-        """Create the port and begin to answer."""
-        self.replug()
+        """Create the port and begin to answer. Raises RobotError when the link belongs to a living bus, or cannot be placed."""
+        self._claim.take()
+        try:
+            self.replug()
+        except BaseException:
+            self._claim.give_back()
+            raise
         self._faults.start(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="feetech_bus", daemon=True)
         self._thread.start()
@@ -108,6 +115,7 @@ class VirtualBus:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self.unplug()
+        self._claim.give_back()
         if self._own_directory is not None:
             self._own_directory.cleanup()
 
@@ -236,18 +244,6 @@ class VirtualBus:
         if self._terminal is None:
             self._terminal = _Terminal()
             place_link(self._link, self._terminal.device)
-
-
-def place_link(link: Path, target: str) -> None:
-    """Point `link` at `target` in one step, replacing a link a dead bus left behind. Raises RobotError when something else is there."""
-    if link.exists() and not link.is_symlink():
-        raise RobotError(f"the link {link} cannot be placed: a file that is not a link is already there. Choose another path.")
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.symlink_to(target)
-        temporary.replace(link)
-    except OSError as error:
-        raise RobotError(f"the link {link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
 
 
 class _Terminal:

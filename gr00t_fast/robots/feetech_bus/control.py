@@ -58,10 +58,18 @@ class ControlSocket:
         while b"\n" in buffer:
             line, _, rest = bytes(buffer).partition(b"\n")
             buffer[:] = rest
+            answer, then = self._obey(line.decode(errors="replace"))
             with contextlib.suppress(OSError):  # a client that went away does not need its answer
-                client.sendall(json.dumps(self._obey(line.decode(errors="replace"))).encode() + b"\n")
+                client.sendall(json.dumps(answer).encode() + b"\n")
+            then()
 
-    def _obey(self, line: str) -> dict:
+    def _obey(self, line: str) -> tuple[dict, Callable[[], None]]:
+        """The answer, and what is to be done once it is sent: the end of the program would cut it off."""
+        if line.strip() == "quit":
+            return {"ok": None}, self._quit
+        return self._answer(line), lambda: None
+
+    def _answer(self, line: str) -> dict:
         command, _, argument = line.strip().partition(" ")
         actions: dict[str, Callable[[], object]] = {
             "inject": lambda: self._bus.inject(argument.strip()),
@@ -71,10 +79,9 @@ class ControlSocket:
             "power-cycle": self._bus.power_cycle,
             "push": lambda: self._push(argument),
             "state": lambda: state(self._bus),
-            "quit": self._quit,
         }
         if command not in actions:
-            return {"error": f"unknown command '{command}'; expected one of {', '.join(actions)}.{closest(command, actions)}"}
+            return {"error": f"unknown command '{command}'; expected one of {', '.join([*actions, 'quit'])}.{closest(command, [*actions, 'quit'])}"}
         try:
             return {"ok": actions[command]()}
         except Gr00tFastError as error:
@@ -119,7 +126,7 @@ def send_command(path: Path, command: str) -> dict:
 def _listen(path: Path) -> socket.socket:
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
         raise RobotError(f"the control socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes. Give a shorter one with --control.")
-    path.unlink(missing_ok=True)
+    _clear_place(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(path))
@@ -128,3 +135,20 @@ def _listen(path: Path) -> socket.socket:
         listener.close()
         raise RobotError(f"the control socket {path} cannot be made: {error.strerror}.") from error
     return listener
+
+
+def _clear_place(path: Path) -> None:
+    """Remove the socket of a dead bus. Raises RobotError when a living one listens there, or a file is no socket."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise RobotError(f"the control socket {path} cannot be made: a file that is no socket is already there. Choose another --control.")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise RobotError(f"the control socket {path} cannot be made: {error.strerror}. Choose another --control.") from error
+    raise RobotError(f"another virtual bus listens at the control socket {path}. End it (--control={path} --send=quit) or choose another --control.")

@@ -81,6 +81,12 @@ class Simulation:
         with self.lock:
             return radians_to_degrees(self.data.qpos[:6])
 
+    def place_arm(self, joints_deg: np.ndarray) -> None:
+        """Put the arm into a pose (6,) by hand, without physics; objects stay where they are."""
+        with self.lock:
+            self.data.qpos[:6] = degrees_to_radians(check_joints(joints_deg, "joints"))
+            self._update_poses()
+
     def set_targets(self, targets_deg: np.ndarray) -> None:
         """Goal positions (6,); like the servos, clamped to the calibrated range. They act where torque is on."""
         targets = degrees_to_radians(check_joints(targets_deg, "targets"))

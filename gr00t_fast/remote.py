@@ -1,0 +1,300 @@
+"""A policy server in another process as the policy of a control loop: what is known about it before the arm moves, and outages during the run.
+
+The arm outlives its server: while that is away every call ends soon with ServerUnreachableError (the controller holds the pose), the first
+answer ends the outage, and an outage longer than `reconnect_s` ends the run. What answers after an outage must be the same policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, PolicyFacts
+from gr00t_fast.control.binding import joints_of_parts, without_prefix
+from gr00t_fast.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
+from gr00t_fast.facts import read_facts
+from gr00t_fast.serving.client import PolicyClient
+from gr00t_fast.serving.facts_message import facts_to_message
+from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN, UNAUTHORISED
+from gr00t_fast.transforms import to_trained_size
+
+# NVIDIA's server is not warmed up: its first inference sets up the GPU and compiles kernels.
+_FIRST_ANSWER_S = 60.0
+_WARM_UP_CALLS = 2
+_KNOCK_S = 1.0  # how long each call waits while the server is away; the end of the program may have to wait for one
+_GREY = 127
+
+
+def connect(
+    address: str,
+    api_token: str | None,
+    timeout_s: float,
+    reconnect_s: float,
+    model_path: str = "",
+    embodiment_tag: str = "new_embodiment",
+    data_config: str = "so100",
+    action_horizon: int | None = None,
+    echo: Callable[[str], None] = print,
+) -> RemotePolicy:
+    """Reach the server and learn what it serves. `model_path`: where to read the facts that a server like NVIDIA's does not tell.
+    `action_horizon`: how many actions an answer must have at least; None: any number.
+
+    Raises ServerUnreachableError when nobody answers, ServerError for a wrong token, ConfigError when address or metadata do not fit.
+    """
+    client = PolicyClient(address=address, timeout_s=timeout_s, api_token=api_token, resend=False)
+    try:
+        _greet(client)
+        served, facts = client.get_modality_config(), client.get_facts()
+        tells_facts = facts is not None
+        if facts is None:
+            facts = read_facts(model_path, embodiment_tag, data_config) if model_path else _facts_of_names(served)
+        elif model_path:
+            echo("note: --model_path is not used: the server itself says what its checkpoint was trained on.")
+        _check_names(facts, served)
+        return RemotePolicy(client, facts, served, tells_facts, reconnect_s, action_horizon, echo)
+    except BaseException:
+        client.close()
+        raise
+
+
+def _greet(client: PolicyClient) -> None:
+    try:
+        answers = client.ping(client.timeout_s)
+    except ServerError as error:
+        if UNAUTHORISED not in str(error):
+            raise
+        raise ServerError(f"{error}. Give the token that the server was started with: --api_token=...") from error
+    if not answers:
+        raise ServerUnreachableError(
+            f"no policy server answers at {client.address} within {client.timeout_s:g} s. Start it first (python -m gr00t_fast.serving "
+            "--model_path=... --port=...), look at address, --host and firewall, or wait longer with --server_timeout_s."
+        )
+
+
+def _check_names(facts: PolicyFacts, served: Mapping[str, ModalityConfig]) -> None:
+    """Raises ConfigError unless the facts are about what the server reads and answers, as far as names can tell."""
+    known = {"video": facts.resolutions, "state": facts.state_widths, "action": facts.action_widths, "language": None}
+    for modality, names in known.items():
+        theirs = _names(served, modality)
+        if names is not None and theirs != [*names]:
+            raise ConfigError(
+                f"the policy server's {modality} is {', '.join(theirs)}; by its metadata (--model_path, --data_config) it would be "
+                f"{', '.join(names)}. Give the checkpoint and the data config that the server was started with."
+            )
+
+
+def _facts_of_names(served: Mapping[str, ModalityConfig]) -> PolicyFacts:
+    """All that a modality configuration says; the pre-flight check refuses the rest. Raises PreflightError when not even widths follow."""
+    widths = {modality: _widths(_names(served, modality), modality) for modality in ("state", "action")}
+    return PolicyFacts(
+        embodiment_tag=None,
+        resolutions=dict.fromkeys(_names(served, "video")),
+        fps=None,
+        state_widths=widths["state"],
+        action_widths=widths["action"],
+        state_statistics={},
+        action_statistics={},
+        trained_horizon=len(served["action"].delta_indices),
+    )
+
+
+def _names(served: Mapping[str, ModalityConfig], modality: str) -> list[str]:
+    if modality not in served or not all("." in key for key in served[modality].modality_keys):
+        raise ServerError(f"the policy server's modality configuration has no usable '{modality}' keys. It is no GR00T N1.5 inference service.")
+    return [without_prefix(key) for key in served[modality].modality_keys]
+
+
+def _widths(parts: list[str], modality: str) -> dict[str, int]:
+    """Parts called like a joint have one value; a single other part has the rest. The server refuses a state that is not so."""
+    others = [part for part in parts if part not in SO100_JOINTS]
+    rest = len(SO100_JOINTS) - (len(parts) - len(others))
+    if len(others) > 1 or (others and rest < 1):
+        raise PreflightError(
+            f"the policy server's {modality} parts are {', '.join(parts)}, and it does not say how many joints each has. "
+            "Give the checkpoint's directory or hub name too: --model_path=... (only its small files are read)."
+        )
+    widths = {part: 1 if part in SO100_JOINTS else rest for part in parts}
+    joints_of_parts(widths, SO100_JOINTS, modality)
+    return widths
+
+
+class RemotePolicy:
+    """Implements `ContinuingPolicy`. One thread at a time; `facts`, `get_modality_config` and `summary` answer from memory."""
+
+    def __init__(
+        self,
+        client: PolicyClient,
+        facts: PolicyFacts,
+        served: Mapping[str, ModalityConfig],
+        tells_facts: bool,
+        reconnect_s: float,
+        action_horizon: int | None = None,
+        echo: Callable[[str], None] = print,
+    ) -> None:
+        """`served`: the server's modality configuration; `tells_facts`: `facts` are its own too. The rest is as in `connect`."""
+        self.facts, self._served, self._tells_facts = facts, dict(served), tells_facts
+        self._client, self._reconnect_s, self._horizon, self._echo = client, reconnect_s, action_horizon, echo
+        self._timeout_s, self._ever_answered = client.timeout_s, False
+        self._moving = False  # an answer has come since the episode began: there is a pose to hold
+        self._known_connection = client.connection  # the one on which the server proved to be the one of `facts`
+        self._away_since_s: float | None = None
+        self._knocked = False  # it was away, and answers again
+        self._outages, self._away_s = 0, 0.0
+        self.last_timing: dict[str, float] = {}
+
+    @property
+    def address(self) -> str:
+        return self._client.address
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        return dict(self._served)
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        """As `ContinuingPolicy.get_action`. Frames travel at the size of the training videos.
+
+        Raises ServerUnreachableError while the server is away, ServerError when it has been away for too long or came back with another
+        policy, and what `PolicyClient.get_action` raises.
+        """
+        began_s = time.monotonic()
+        observation = self._at_trained_size(observation)
+        try:
+            self._knock()
+            self._check_same_policy()
+            actions = self._infer(observation, noise=noise, prefix=prefix)
+        except ServerError as error:
+            if not (self._moving and _may_pass(error)):
+                raise
+            self._note_loss(began_s, error)
+        self._note_answer()
+        self._moving, self.last_timing = True, self._client.last_timing
+        return actions
+
+    def reset(self) -> None:
+        """As `Policy.reset`; raises like `get_action`. An outage from here to the first answer is not waited for: nothing moves yet."""
+        self._moving = False
+        self._client.reset()
+        self._note_answer()
+
+    def warm_up(self, instruction: str, prefix_method: str | None = None) -> None:
+        """Infer on a made-up observation before the arm is touched: shows a wrong instruction, option or answer, and sets up a cold server.
+
+        Raises what `PolicyClient.get_action` raises, ServerError for NaN, and ConfigError when the server answers fewer actions than are to be
+        executed, or cannot continue a chunk. Does nothing when nobody knows which size of picture the server takes.
+        """
+        observation = self._example_observation(instruction)
+        if observation is None:
+            return
+        for _ in range(_WARM_UP_CALLS):
+            actions = self._infer(observation)
+            self._check_answer(actions)
+        if prefix_method is not None:
+            self._continue(observation, ActionPrefix(actions, 1, prefix_method))
+
+    def summary(self) -> dict[str, Any]:
+        """For the report: where the server is, how often and how long it was away."""
+        away_s = self._away_s + (0.0 if self._away_since_s is None else time.monotonic() - self._away_since_s)
+        figures = {"outages": self._outages, "away_s": round(away_s, 3), "reconnects": self._client.connection}
+        return {"server": {"address": self.address, **figures}}
+
+    def close(self) -> None:
+        """Close the connection; never waits."""
+        self._client.close()
+
+    def _infer(self, observation: dict[str, Any], **options: Any) -> dict[str, np.ndarray]:
+        """One call; the first answer of all may take longer."""
+        self._client.timeout_s = self._timeout_s if self._ever_answered else max(self._timeout_s, _FIRST_ANSWER_S)
+        try:
+            actions = self._client.get_action(observation, **options)
+        finally:
+            self._client.timeout_s = self._timeout_s
+        self._ever_answered = True
+        return actions
+
+    def _at_trained_size(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """NVIDIA's server refuses other sizes, ours would do the same to them; and small frames travel faster."""
+        resized = dict(observation)
+        for name, size in self.facts.resolutions.items():
+            if size is not None and f"video.{name}" in observation:
+                resized[f"video.{name}"] = to_trained_size(observation[f"video.{name}"], *size)
+        return resized
+
+    def _knock(self) -> None:
+        """While the server is away, wait a little for a sign of life. Raises ServerUnreachableError even when there is one: what was seen before
+        the wait is old by then, and the next call brings something newer."""
+        if self._away_since_s is None or self._knocked:
+            self._knocked = False  # should this call fail, the next one knocks again
+            return
+        self._knocked = self._client.ping(min(_KNOCK_S, self._timeout_s))
+        raise ServerUnreachableError(f"the policy server at {self.address} {'answers again' if self._knocked else 'is still away'}.")
+
+    def _check_same_policy(self) -> None:
+        """A new connection may lead to a server that was started with another checkpoint, which the pre-flight check has not seen."""
+        if self._client.connection == self._known_connection:
+            return
+        connection = self._client.connection
+        same = self._client.get_modality_config() == self._served
+        if same and self._tells_facts:
+            facts = self._client.get_facts()
+            same = facts is not None and facts_to_message(facts) == facts_to_message(self.facts)
+        if not same:
+            raise ServerError(f"the policy server at {self.address} came back with another policy. Start the program again to check it.")
+        self._known_connection = connection
+
+    def _note_loss(self, began_s: float, error: ServerError) -> NoReturn:
+        """Raises ServerUnreachableError, which the controller survives, or ServerError when it has lasted too long."""
+        if self._away_since_s is None:
+            self._away_since_s, self._outages = began_s, self._outages + 1
+            self._echo(f"WARNING: {error} The arm holds its pose and waits for the server, at most {self._reconnect_s:g} s (--server_reconnect_s).")
+        if time.monotonic() - self._away_since_s >= self._reconnect_s:
+            raise ServerError(
+                f"the policy server at {self.address} has been away for {time.monotonic() - self._away_since_s:.1f} s; "
+                f"--server_reconnect_s={self._reconnect_s:g} allows no more. Last: {error}"
+            ) from error
+        raise ServerUnreachableError(str(error)) from error
+
+    def _note_answer(self) -> None:
+        if self._away_since_s is not None:
+            away_s = time.monotonic() - self._away_since_s
+            self._away_s, self._away_since_s = self._away_s + away_s, None
+            self._echo(f"The policy server at {self.address} is back after {away_s:.1f} s.")
+
+    def _example_observation(self, instruction: str) -> dict[str, Any] | None:
+        """Grey pictures, joints in the middle of their range; None when that is not known."""
+        if None in self.facts.resolutions.values():
+            return None
+        frames = {f"video.{name}": np.full((1, height, width, 3), _GREY, np.uint8) for name, (width, height) in self.facts.resolutions.items()}
+        states = {f"state.{part}": ((known.min + known.max) / 2)[None] for part, known in self.facts.state_statistics.items()}
+        return {**frames, **states, self._served["language"].modality_keys[0]: [instruction]}
+
+    def _continue(self, observation: dict[str, Any], prefix: ActionPrefix) -> None:
+        try:
+            self._check_answer(self._infer(observation, prefix=prefix))
+        except ServerError as error:
+            if "Unknown endpoint" not in str(error):
+                raise
+            raise ConfigError(
+                f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
+                "Use --smoothing=none or ensemble, or serve with python -m gr00t_fast.serving."
+            ) from error
+
+    def _check_answer(self, actions: Mapping[str, np.ndarray]) -> None:
+        unusable = [key for key, values in actions.items() if not np.isfinite(values).all()]
+        if unusable:
+            raise ServerError(
+                f"the policy server at {self.address} answers NaN or infinity ({', '.join(unusable)}) to an ordinary observation; expected finite "
+                "actions. Look at its checkpoint and --precision."
+            )
+        fewest = min(len(values) for values in actions.values())
+        if self._horizon is not None and fewest < self._horizon:
+            raise ConfigError(
+                f"--action_horizon={self._horizon} is more than the {fewest} actions that the policy server at {self.address} answers. "
+                "Start it with the same --action_horizon, or use fewer here."
+            )
+
+
+def _may_pass(error: ServerError) -> bool:
+    """Unreachable, stopping (somebody starts it again) or overloaded."""
+    return isinstance(error, ServerUnreachableError) or SHUTTING_DOWN in str(error) or BUSY in str(error)

@@ -1,0 +1,111 @@
+"""Record episodes of the scripted expert as a LeRobotDataset v3, as a teleoperated arm would leave it.
+
+    python training/record.py --episodes=20 --out=outputs/reach/dataset
+
+For tools that read data sets (lerobot's training, a dry run of a policy on recorded data). Needs the `robot` extra. Each row: joints in degrees
+(`observation.state`), the frame of the front camera, and the target that was sent at that tick (`action`). `meta/modality.json` names the parts as
+NVIDIA's data configuration `so100` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.optional import require
+from gr00t_fast.robots.so100_sim.expert import expert
+from gr00t_fast.robots.so100_sim.scene import Task
+from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
+from training.labels import FPS, GRIPPER
+from training.samples import FIRST_LAYOUT_SEED, RESOLUTION
+
+INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
+_CAMERA = "front"
+
+
+def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
+    """One per tick of the expert. With noise the arm is sent elsewhere now and then, but `action` stays what the expert wanted there."""
+    drift = np.zeros(len(SO100_JOINTS))
+    for targets in expert(simulation):
+        yield {
+            "observation.state": simulation.joints_deg.astype(np.float32),
+            f"observation.images.{_CAMERA}": simulation.render(_CAMERA, *resolution),
+            "action": targets.astype(np.float32),
+        }
+        drift = 0.8 * drift + rng.normal(0, noise_deg, len(drift)) * (np.arange(len(drift)) != GRIPPER)
+        simulation.set_targets(targets + drift)
+        simulation.advance(TICK_S)
+
+
+def create(out: Path, resolution: tuple[int, int]) -> Any:
+    """An empty LeRobotDataset in `out`. Raises ConfigError when that is there already, MissingExtraError without lerobot."""
+    if out.exists():
+        raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
+    joints = {"dtype": "float32", "shape": (len(SO100_JOINTS),), "names": [f"{joint}.pos" for joint in SO100_JOINTS]}
+    picture = {"dtype": "video", "shape": (resolution[1], resolution[0], 3), "names": ["height", "width", "channels"]}
+    features = {"observation.state": joints, "action": joints, f"observation.images.{_CAMERA}": picture}
+    dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
+    return dataset.create(f"local/{out.name}", FPS, features, root=out, robot_type="so100_follower")
+
+
+def write_modality(out: Path) -> None:
+    parts = {"single_arm": {"start": 0, "end": GRIPPER}, "gripper": {"start": GRIPPER, "end": GRIPPER + 1}}
+    video = {"webcam": {"original_key": f"observation.images.{_CAMERA}"}}
+    annotation = {"human.task_description": {"original_key": "task_index"}}
+    modality = {"state": parts, "action": parts, "video": video, "annotation": annotation}
+    (out / "meta" / "modality.json").write_text(json.dumps(modality, indent=2) + "\n")
+
+
+def record(arguments: argparse.Namespace) -> int:
+    """Returns how many episodes were written; those in which the expert fails are left out."""
+    resolution = tuple(arguments.resolution)
+    dataset, simulation = create(arguments.out, resolution), Simulation(arguments.task, 0)
+    rng, written = np.random.default_rng(arguments.seed), 0
+    for number in require("tqdm", "sim").tqdm(range(arguments.episodes), unit=" episodes"):
+        simulation.reset(FIRST_LAYOUT_SEED + arguments.seed * 100_003 + number)
+        for row in rows(simulation, resolution, arguments.noise_deg, rng):
+            dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
+        if simulation.success:
+            dataset.save_episode()
+            written += 1
+        else:
+            dataset.clear_episode_buffer()
+    dataset.finalize()
+    write_modality(arguments.out)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="directory to create")
+    parser.add_argument("--task", default="reach", choices=get_args(Task), help="(default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--resolution", type=int, nargs=2, default=RESOLUTION, metavar=("WIDTH", "HEIGHT"), help="(default: %(default)s)")
+    parser.add_argument("--noise_deg", type=float, default=0.5, help="disturbance of the arm, not of the labels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.episodes < 1 or arguments.seed < 0 or arguments.noise_deg < 0:
+            raise ConfigError("--episodes must be at least 1, --seed and --noise_deg not negative.")
+        written = record(arguments)
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: {written} of {arguments.episodes} episodes, in which the expert solved the task")
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
