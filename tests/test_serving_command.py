@@ -35,7 +35,7 @@ def test_help_is_quick_and_knows_all_policy_options(capsys: pytest.CaptureFixtur
     [
         ([], "--model_path is missing"),
         (["--model_path", "x", "--port", "99999"], "--port=99999"),
-        (["--model_path=x", "--prot=1"], "Did you mean 'port'"),
+        (["--model_path=x", "--prot=1"], "Did you mean '--port'"),
         (["--model_path=x", "--api_token="], "--api_token is empty"),
         (["--model_path=x", "--http", "--address=ipc:///tmp/x"], "--address"),
         (["--model_path=x", "--address=/tmp/x"], "expected ipc://PATH or tcp://HOST:PORT"),
