@@ -259,7 +259,10 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
     """Parse, run, and turn every expected failure into one message on stderr and an exit code. Bugs keep their traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            print(help_text(), flush=True)
+            return EXIT_OK
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     try:
         config = parse(argv)
