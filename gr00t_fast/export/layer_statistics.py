@@ -20,7 +20,7 @@ _COLUMNS = 384  # of the weights take part in the search: one scale per column m
 # Exponents of SmoothQuant (Xiao et al. 2023, section 4): how much of the activations' spread moves into the weights. None: no balancing.
 _BALANCES = (None, 0.35, 0.5, 0.65)
 _CLIPS = {"int8": (1.0, 0.9, 0.8, 0.65, 0.5), "fp8": (1.0,)}  # of the largest value seen; FP8's relative precision gains nothing from clipping
-_WORTH = 0.9  # another choice must lower the error at least to this, or the plainer one stays: a range fitted closely clips what was not seen
+_WORTH = 0.75  # another choice must lower the error at least to this, or the plainer one stays: a range fitted closely clips what was not seen
 _SMALLEST = 1e-5
 
 
@@ -44,7 +44,8 @@ class InputRecorder:
         """`runs`: how often the stage will run; rows are kept from as many of them as there is room for."""
         self.tensors = list(dict.fromkeys(layer.input for layer in layers))
         self.statistics: dict[str, InputStatistics] = {}
-        self._every = max(1, runs * _ROWS_PER_RUN // _ROWS)
+        self._per_run = max(_ROWS_PER_RUN, -(-_ROWS // runs))  # few runs: more of each, so that the search has something to go by
+        self._every = max(1, runs * self._per_run // _ROWS)
         self._generator = np.random.default_rng(seed)
         self._seen = 0
 
@@ -55,7 +56,7 @@ class InputRecorder:
             entry = self.statistics.setdefault(name, InputStatistics(np.zeros(values.shape[-1], np.float32), len(values)))
             np.maximum(entry.largest, sizes.max(axis=0), out=entry.largest)
             if self._seen % self._every == 0:
-                picked = self._generator.integers(0, len(values), _ROWS_PER_RUN - 1)
+                picked = self._generator.integers(0, len(values), self._per_run - 1)
                 entry.rows.append(values[[int(sizes.max(axis=1).argmax()), *picked]])
         self._seen += 1
 
