@@ -7,11 +7,12 @@ PINS := setup.cfg pyproject.toml constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
+	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
@@ -28,6 +29,10 @@ demo: .venv/.demo
 # One thread: on a busy machine OpenMP's spin barriers make two threads slower than one.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+soak: .venv/.dev
+	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 \
+		$(BIN)/python -m pytest -s tests/test_serving.py tests/test_threaded.py tests/test_end_to_end.py -k "mutated or million or clock"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
