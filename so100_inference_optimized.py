@@ -123,8 +123,9 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
     recoverable = (ServerUnreachableError,) if config.server else ()
     if config.controller == "sync":
         return SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable)
-    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable)
-    return ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon)
+    max_hold_s, echo = (None, None) if config.server else (config.max_hold_s, cli.say)  # the client of a server has its own limit and tells its own
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, max_hold_s)
+    return ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, echo=echo)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,21 +2,31 @@
 
     python benchmarks/chunk_continuity.py --out=outputs/chunk_continuity          # random demo weights, made in --out
 
-The simulated arm of the demo runs in virtual time; an inference takes exactly `delay` ticks, and the next one begins when it is done. At each
-tick at which a chunk enters, the target that is sent is compared with the one that would have been sent without it (held, where the old chunk has
-run out): times the control rate, the jump of the joint's commanded velocity. Two policies: `network`, the checkpoint, and `smooth`, an exactly
-known flow with smooth chunks (smooth_flow.py) in the network's place, because RANDOM weights make chunks that are neither smooth nor related to
-one another: there, only what is carried over from the old chunk can join. No safety limit is applied to the figures. The last line is JSON.
+The simulated arm of the demo runs in virtual time; an inference takes exactly `delay` ticks, and the next one begins when it is done. Two figures
+for each tick at which a chunk enters, both of the joint that jumps most, in degrees per second:
+
+* takeover jump: the target that is sent against the one that would have been sent without the new chunk (held, where the old one has run out),
+  times the control rate;
+* velocity change: the commanded velocity into this tick against that into the tick before. It is what the arm feels, and has a floor: the changes
+  that a chunk makes by itself, printed as `within chunks`.
+
+Two policies: `network`, the checkpoint, and `smooth`, an exactly known flow with smooth chunks (smooth_flow.py) in the network's place, because
+RANDOM weights make chunks that are neither smooth nor related to one another: there, only what is carried over from the old chunk can join, and
+the velocity change cannot be cut by much, because from row to row within a chunk it is as large as between two chunks.
+
+The column `jitter`: an inference takes 3 ticks, now and then 6 (8 of 100). rtc and prefix commit to the longest of the last 20, as the controller
+does; `late` counts the chunks that took longer than that. No safety limit is applied to the figures. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +39,7 @@ from benchmarks.smooth_flow import SmoothFlow
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.chunk_buffer import ChunkBuffer, TimedChunk
+from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk
 from gr00t_fast.control.controller import Thinker
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.engine.continuation import denoise_towards
@@ -39,6 +49,8 @@ from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim.robot import SimArm
 
 SMOOTHINGS = ("none", "ensemble", "prefix", "rtc")
+METRICS = {"takeover_jump": "takeover jump", "velocity_change_at_boundaries": "velocity change"}
+JITTER, JITTER_TICKS, JITTER_PARTS = "jitter", (3, 6), (0.92, 0.08)
 INSTRUCTION = "Place the block in the bowl"
 
 
@@ -77,8 +89,14 @@ class SmoothEngine:
 class Episode:
     """The arm, the policy and the chunk that plays, in lock-step."""
 
-    def __init__(self, policy: Any, smoothing: str, delay: int, fps: float, seed: int) -> None:
-        self.clock, self.fps, self.delay, self.smoothing = VirtualClock(), fps, delay, smoothing
+    def __init__(self, policy: Any, smoothing: str, delay: str, fps: float, seed: int) -> None:
+        """`delay`: ticks, or `jitter`."""
+        self.clock, self.fps, self.smoothing = VirtualClock(), fps, smoothing
+        self._delays, usual = (_jitter(seed), JITTER_TICKS[0]) if delay == JITTER else (itertools.repeat(int(delay)), int(delay))
+        self._expected = DelayEstimate(1.0)
+        self._expected.add(usual)
+        self._instant = usual == 0
+        self.late_chunks = 0
         camera = SimCameraConfig(width=640, height=480, fps=30)
         self.arm = SimArm(SO100SimConfig(cameras={"front": camera}), self.clock)
         self.arm.connect()
@@ -96,29 +114,41 @@ class Episode:
         self.safety.start(self.arm.observe(with_frames=False).joints)
         self.buffer.offer(self._think(0), 0)
         coming: TimedChunk | None = None
+        arrives = 0
         for tick in range(ticks):
             self.clock.sleep_until_s(tick / self.fps)
             without = None
-            if self.delay == 0 and tick > 0:
-                coming = self._think(tick)
-            if coming is not None and tick - coming.observed >= self.delay:
+            if self._instant and tick > 0:
+                coming, arrives = self._think(tick), tick
+            if coming is not None and tick >= arrives:
                 without = copy.copy(self.buffer).due(tick).target
                 self.buffer.offer(coming, tick)
+                self._note_delay(tick - coming.observed)
                 coming = None
             target = self.buffer.due(tick).target
             self.arm.send(self.safety(target))
-            if coming is None and self.delay:
-                coming = self._think(tick)
+            if coming is None and not self._instant:
+                coming, arrives = self._think(tick), tick + next(self._delays)
             yield target, without
         self.arm.land()
+
+    def _note_delay(self, ticks: int) -> None:
+        self.late_chunks += ticks > self._expected.ticks  # what was committed: nothing is noted while an inference runs
+        self._expected.add(ticks)
 
     def _think(self, tick: int) -> TimedChunk:
         options, left = {}, self.buffer.leftover(tick)
         if left and self.smoothing in ("rtc", "prefix"):
             rows = min(len(values) for values in left.values())
-            options = {"prefix": ActionPrefix(left, min(self.delay, rows), self.smoothing)}
+            options = {"prefix": ActionPrefix(left, min(self._expected.ticks, rows), self.smoothing)}
         chunk, actions = self.thinker.think(self.arm.observe(), **options)
         return TimedChunk(chunk, tick, 0, actions)
+
+
+def _jitter(seed: int) -> Iterator[int]:
+    generator = np.random.default_rng(seed)
+    while True:
+        yield int(generator.choice(JITTER_TICKS, p=JITTER_PARTS))
 
 
 def jumps_of(episode: Episode, ticks: int) -> dict[str, Any]:
@@ -137,6 +167,7 @@ def jumps_of(episode: Episode, ticks: int) -> dict[str, Any]:
         "velocity_change_at_boundaries": percentiles(change[at_boundary]),
         "velocity_change_within_chunks": percentiles(change[~at_boundary & ~after_boundary]),
         "starved_ticks": episode.buffer.starved_ticks,
+        "late_chunks": episode.late_chunks,
     }
 
 
@@ -162,17 +193,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             policy.engine = SmoothEngine()
     table: dict[str, Any] = {}
     for name, policy in policies.items():
-        for delay in arguments.delays:
+        for delay in (*map(str, arguments.delays), JITTER):
             for smoothing in SMOOTHINGS:
                 episode = Episode(policy, smoothing, delay, arguments.fps, arguments.seed)
-                table.setdefault(name, {}).setdefault(smoothing, {})[str(delay)] = jumps_of(episode, arguments.ticks)
+                table.setdefault(name, {}).setdefault(smoothing, {})[delay] = jumps_of(episode, arguments.ticks)
             if sys.stderr.isatty():
                 print(f"{name}: delay {delay} done", file=sys.stderr)
     return {
         "benchmark": "chunk_continuity",
         "unit": "degrees (gripper: per cent) per second",
         "jumps": table,
-        "cut_of_the_largest_jump": _cuts(table),
+        "cut_of_the_largest_jump": _cuts(table, "takeover_jump"),
+        "cut_of_the_largest_velocity_change": _cuts(table, "velocity_change_at_boundaries"),
         "cost": cost_of_a_step(policies["network"], arguments.rounds) if "network" in policies else None,
         "denoising_steps": next(iter(policies.values())).denoising_steps,
         "weights": str(arguments.model_path) if arguments.model_path else "RANDOM (demo size): chunks are unrelated to each other and to the scene",
@@ -186,17 +218,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _cuts(table: dict[str, Any]) -> dict[str, Any]:
-    """Largest jump without smoothing over the largest with it, by policy, way and delay."""
+def _cuts(table: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Largest figure without smoothing over the largest with it, by policy, way and delay."""
     return {
-        name: {way: {delay: _ratio(arms["none"][delay], row) for delay, row in by_delay.items()} for way, by_delay in arms.items() if way != "none"}
+        name: {way: {delay: _ratio(arms["none"][delay], row, metric) for delay, row in rows.items()} for way, rows in arms.items() if way != "none"}
         for name, arms in table.items()
     }
 
 
-def _ratio(without: dict[str, Any], with_it: dict[str, Any]) -> float | None:
-    low = with_it["takeover_jump"]["max"]
-    return round(without["takeover_jump"]["max"] / low, 1) if low else None
+def _ratio(without: dict[str, Any], with_it: dict[str, Any], metric: str) -> float | None:
+    """None where nothing is to be compared: no boundary, or no jump left."""
+    high, low = without[metric], with_it[metric]
+    return round(high["max"] / low["max"], 1) if high and low and low["max"] else None
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> Any:
@@ -224,18 +257,31 @@ def _random_checkpoint(arguments: argparse.Namespace) -> Path:
 def as_table(result: dict[str, Any]) -> str:
     lines = []
     for name, arms in result["jumps"].items():
-        delays = list(arms["none"])
-        lines += ["", f"{name}: largest jump at a chunk boundary, {result['unit']}", f"{'delay (ticks)':<16}" + "".join(f"{d:>9}" for d in delays)]
-        for way, rows in arms.items():
-            lines.append(f"{way:<16}" + "".join(f"{rows[d]['takeover_jump']['max']:>9.0f}" for d in delays))
-        within = [arms["none"][d]["velocity_change_within_chunks"] for d in delays]
-        lines.append(f"{'within chunks':<16}" + "".join(f"{row['max']:>9.0f}" if row else f"{'-':>9}" for row in within))
-        for way, cuts in result["cut_of_the_largest_jump"][name].items():
-            lines.append(f"cut by {way:<9}" + "".join(f"{f'{cuts[d]}x':>9}" for d in delays))
+        for metric, cuts in zip(METRICS, (result["cut_of_the_largest_jump"], result["cut_of_the_largest_velocity_change"]), strict=True):
+            lines += ["", f"{name}: largest {METRICS[metric]} at a chunk boundary, {result['unit']}", *_block(arms, metric, cuts[name])]
+        lines.append(_line("late", [rows["late_chunks"] for rows in arms["rtc"].values()]))
     if result["cost"]:
         steps = ", ".join(f"{way} {row['p50']:.2f}" for way, row in result["cost"]["ms_per_step"].items())
         lines += ["", f"one denoising step (p50, ms): {steps}; rtc costs {result['cost']['rtc_over_none']}x"]
     return "\n".join([*lines, f"weights: {result['weights']}"])
+
+
+def _block(arms: dict[str, Any], metric: str, cuts: dict[str, Any]) -> Iterator[str]:
+    yield _line("delay (ticks)", arms["none"])
+    for way, rows in arms.items():
+        yield _line(way, [_largest(row[metric]) for row in rows.values()])
+    if metric == "velocity_change_at_boundaries":
+        yield _line("within chunks", [_largest(row["velocity_change_within_chunks"]) for row in arms["none"].values()])
+    for way, by_delay in cuts.items():
+        yield _line(f"cut by {way}", ["-" if cut is None else f"{cut}x" for cut in by_delay.values()])
+
+
+def _line(name: str, cells: Iterable[object]) -> str:
+    return f"{name:<16}" + "".join(f"{cell:>9}" for cell in cells)
+
+
+def _largest(figures: dict[str, float] | None) -> str:
+    return "-" if figures is None else f"{figures['max']:.0f}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -244,15 +290,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     require("matplotlib", "plots").use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(result["jumps"]), figsize=(5.5 * len(result["jumps"]), 4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(2, len(result["jumps"]), figsize=(5.5 * len(result["jumps"]), 7), squeeze=False, sharex=True, sharey=True)
     titles = {"network": "the checkpoint's network", "smooth": "a known flow with smooth chunks"}
-    for axis, (name, arms) in zip(axes[0], result["jumps"].items(), strict=True):
-        for way, rows in arms.items():
-            axis.semilogy([int(d) for d in rows], [row["takeover_jump"]["max"] for row in rows.values()], marker="o", markersize=4, label=way)
-        axis.set_title(titles[name], fontsize=10)
-        axis.set_xlabel("delay (ticks)")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel(f"largest jump at a boundary\n({result['unit']})", fontsize=9)
+    for line, metric in zip(axes, METRICS, strict=True):
+        for axis, (name, arms) in zip(line, result["jumps"].items(), strict=True):
+            for way, rows in arms.items():
+                points = [(int(delay), row[metric]["max"]) for delay, row in rows.items() if delay != JITTER and row[metric]]
+                axis.semilogy(*zip(*points, strict=True), marker="o", markersize=4, label=way)
+            axis.set_title(titles[name], fontsize=10)
+            axis.set_xlabel("delay (ticks)")
+            axis.grid(alpha=0.3, which="both")
+        line[0].set_ylabel(f"largest {METRICS[metric]}\n({result['unit']})", fontsize=9)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -9,7 +9,8 @@ must never run out needs
     actions per chunk >= 2 * delay + margin      (delay rows are over on arrival, delay more play while the next chunk is made)
     think again when (delay + margin) / actions per chunk are left      (the chunk_threshold of the threaded controller)
 
-`sync` is enough when an inference fits between two ticks. The margin is 4 ticks: one for the tick an answer arrives in, the rest for threads that
+`sync` is enough when an inference and 8 ms more fit between two ticks: the loop also reads and writes the servo bus (about 4 ms) and fetches the
+frames there. The margin is 4 ticks: one for the tick an answer arrives in, the rest for threads that
 wake up late. p99, not the mean: one late chunk in a hundred still comes every minute or so, and it is the one that is seen. The latency is of
 `get_action`; a camera's own delay comes on top and is not measured here. One configuration, calls one after the other, after warm-up; for its
 floor see bench_policy.py. The last line is JSON.
@@ -33,7 +34,7 @@ import numpy as np
 
 from benchmarks.command_line import without_machine_paths
 from benchmarks.replay_study.delay import parse_delay
-from benchmarks.replay_study.needs import BRIDGE_MARGIN_TICKS, needed_actions
+from benchmarks.replay_study.needs import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
@@ -80,10 +81,10 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
     if not (math.isfinite(p99_s) and p99_s >= 0 and fps > 0 and actions_per_chunk >= 1):
         raise ConfigError(f"expected a latency, a rate and a chunk length, got {p99_s} s, {fps} Hz, {actions_per_chunk} actions.")
     delay = math.ceil(p99_s * fps - 1e-9)
-    needed, sync = needed_actions(delay), p99_s < 1 / fps
+    needed, sync = needed_actions(delay), p99_s + SYNC_MARGIN_S <= 1 / fps
     bridges = actions_per_chunk >= needed
     if sync:
-        reason = "an inference fits between two ticks: the plain loop does not pause"
+        reason = f"an inference and {1000 * SYNC_MARGIN_S:g} ms for bus and cameras fit between two ticks: the plain loop does not pause"
     elif bridges:
         reason = f"a chunk lasts {actions_per_chunk} ticks, at least twice the delay of {delay} and {BRIDGE_MARGIN_TICKS} more"
     else:
@@ -101,9 +102,17 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
         None,  # the tail of a chunk is a reserve for the one inference in a hundred that takes longer
         sync,
         0 if sync else delay,
-        round((actions_per_chunk - BRIDGE_MARGIN_TICKS) / 2 / p99_s, 1) if p99_s > 0 else math.inf,
+        highest_fps(p99_s, actions_per_chunk),
         reason,
     )
+
+
+def highest_fps(p99_s: float, actions_per_chunk: int) -> float:
+    """The highest control rate in Hz, rounded down to 0.1, at which the arm never waits, with overlap or without."""
+    whole_ticks = max(0, (actions_per_chunk - BRIDGE_MARGIN_TICKS) // 2)  # the longest delay that the chunk bridges
+    overlapped = whole_ticks / p99_s if p99_s > 0 else math.inf
+    best = max(overlapped, 1 / (p99_s + SYNC_MARGIN_S))
+    return math.floor(10 * best + 1e-6) / 10 if math.isfinite(best) else best
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S
 from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_DEG
 from gr00t_fast.control.stop import StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
@@ -60,6 +61,7 @@ class RunConfig:
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
+    max_hold_s: float | None = DEFAULT_MAX_HOLD_S  # threaded: how long the arm holds for want of actions before the run ends; null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
@@ -108,7 +110,7 @@ def _validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value} must be at least 1.")
-    for name in ("fps", "timeout", "max_step_deg"):
+    for name in ("fps", "timeout", "max_step_deg", "max_hold_s"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number.")
@@ -154,6 +156,8 @@ def _validate_server(config: RunConfig) -> None:
     for name in ("server_timeout_s", "server_reconnect_s"):
         if not (math.isfinite(value := getattr(config, name)) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number of seconds.")
+    if _given(config, "max_hold_s"):
+        raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
     if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "prompt_style"):
         raise UsageError(f"--{given[0]} is for a network in this process; with --server it belongs on the command line of the policy server.")
     if not config.model_path.strip() and (given := _given(config, "embodiment_tag", "data_config")):
@@ -170,11 +174,10 @@ def _given(config: RunConfig, *names: str) -> list[str]:
 
 def _validate_controller(config: RunConfig) -> None:
     given = {"chunk_threshold": config.chunk_threshold is not None, "smoothing": config.smoothing != "none", "when_late": config.when_late != "hold"}
+    given["max_hold_s"] = config.max_hold_s != DEFAULT_MAX_HOLD_S
     if config.controller == "sync" and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
-        raise UsageError(
-            f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there a chunk joins another one that still plays."
-        )
+        raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there inference overlaps the motion.")
     if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
         raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
     if config.when_late == "resume" and config.smoothing != "none":

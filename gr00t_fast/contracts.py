@@ -59,8 +59,8 @@ class ActionPrefix:
     """What the chunk that plays now still holds from the new observation on: the next chunk is to continue it.
 
     actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
-    delay: the first `delay` rows will have been executed before the new chunk arrives (0 <= delay <= L); the rest may still change, the
-    sooner due the less.
+    delay: the first `delay` rows are expected to have been executed when the new chunk arrives (0 <= delay <= L); the rest may still change,
+    the sooner due the less. A chunk that arrives later than expected joins at a row that could still change.
     The first `delay` rows come back exactly as they were given.
     method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" overwrites
     them at every denoising step (cheaper).

@@ -46,6 +46,10 @@ class UnsafeActionError(Gr00tFastError, RuntimeError):
     """The policy kept returning actions that must not reach the motors (NaN or infinite)."""
 
 
+class InferenceTimeoutError(Gr00tFastError, RuntimeError):
+    """Inference in this process has given the arm nothing to do for longer than it may hold its pose."""
+
+
 class WireError(Gr00tFastError, ValueError):
     """A message between policy client and server is damaged, too large, or holds what the protocol does not carry."""
 

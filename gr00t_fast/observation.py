@@ -5,7 +5,8 @@ Axis alphabet: B batch, T time (always 1), H and W height and width, D joint val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
+
+# An error shows the beginning of a value: it may travel to a client and into a log.
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_SHOWN_ITEMS = 12
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,8 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     for key in needed:
         if key not in observation:
             given = [str(name) for name in observation]
-            have = ", ".join(sorted(given)) or "nothing"
             misspelt = closest(key, [name for name in given if name not in needed])
-            raise ObservationError(f"observation: '{key}' is missing.{misspelt} Expected {', '.join(needed)}; got {have}.")
+            raise ObservationError(f"observation: '{key}' is missing.{misspelt} Expected {', '.join(needed)}; got {_names(sorted(given))}.")
     frames = {key: _frames(key, observation[key]) for key in config.video_keys}
     state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
@@ -55,11 +60,10 @@ def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: Policy
     `parsed` is the observation that the chunk is for: batched or not as that is.
     """
     if prefix.method not in ("rtc", "prefix"):
-        raise ObservationError(f"prefix: expected method 'rtc' or 'prefix', got '{prefix.method}'.")
+        raise ObservationError(f"prefix: expected method 'rtc' or 'prefix', got {_SHOWN.repr(prefix.method)}.")
     absent = [key for key in widths if key not in prefix.actions]
     if absent:
-        given = ", ".join(map(str, prefix.actions)) or "nothing"
-        raise ObservationError(f"prefix: {', '.join(absent)} missing. Expected {', '.join(widths)}; got {given}.")
+        raise ObservationError(f"prefix: {', '.join(absent)} missing. Expected {', '.join(widths)}; got {_names(map(str, prefix.actions))}.")
     known = {key: _prefix_rows(key, prefix.actions[key], width, parsed) for key, width in widths.items()}
     lengths = sorted({rows.shape[1] for rows in known.values()})
     if len(lengths) != 1 or not 0 <= prefix.delay <= lengths[0]:
@@ -97,7 +101,8 @@ def _state(key: str, value: Any, width: int) -> tuple[np.ndarray, bool]:
         raise ObservationError(f"{key}: expected shape (1, {width}), or (batch, 1, {width}); got {array.shape}.")
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
-        raise ObservationError(f"{key}: expected finite joint values, got {array.ravel().tolist()}. Check the robot's readings and calibration.")
+        shown = ", ".join(map(str, array.ravel()[:_SHOWN_ITEMS].tolist())) + (", ..." if array.size > _SHOWN_ITEMS else "")
+        raise ObservationError(f"{key}: expected finite joint values, got [{shown}]. Check the robot's readings and calibration.")
     batched = array.ndim == 3
     return _drop_time(key, array if batched else array[None]), batched
 
@@ -118,7 +123,7 @@ def _drop_time(key: str, array: np.ndarray) -> np.ndarray:
 def _instructions(key: str, value: Any, batch: int) -> list[str]:
     items = [value] if isinstance(value, str) else np.asarray(value, dtype=object).ravel().tolist()
     if not items or not all(isinstance(item, str) for item in items):
-        raise ObservationError(f"{key}: expected an instruction (str, or a list of {batch} str), got {value!r}.")
+        raise ObservationError(f"{key}: expected an instruction (str, or a list of {batch} str), got {_SHOWN.repr(value)}.")
     if len(items) == 1:
         items = items * batch
     if len(items) != batch:
@@ -129,8 +134,15 @@ def _instructions(key: str, value: Any, batch: int) -> list[str]:
         try:
             item.encode()
         except UnicodeEncodeError as error:
-            raise ObservationError(f"{key}: expected text that UTF-8 can hold, got {item!a} ({error.reason}).") from error
+            raise ObservationError(f"{key}: expected text that UTF-8 can hold, got {item[: _SHOWN.maxstring]!a} ({error.reason}).") from error
     return [str(item) for item in items]
+
+
+def _names(names: Iterable[str]) -> str:
+    """Of what was given, for an error."""
+    given = [name[: _SHOWN.maxstring] for name in names]
+    more = f" and {len(given) - _SHOWN_ITEMS} more" if len(given) > _SHOWN_ITEMS else ""
+    return ", ".join(given[:_SHOWN_ITEMS]) + more or "nothing"
 
 
 def _agree(values: Mapping[str, Any], what: str) -> Any:

@@ -217,7 +217,8 @@ class Gr00tPolicy:
             takes_frames = isinstance(self.engine, FrameEngine)
             inputs = None if takes_frames else self._model_inputs(raw)
             start = self._noise(noise, parsed.batch)  # last: a refused observation uses up no noise
-            goal = self._goal(prefix, parsed)
+            known = self._known(prefix, parsed)
+            goal = self._goal(prefix, known) if known else None
         if takes_frames:
             normalised = self.engine.run_raw(raw, start, self._denoising_steps, timer)
         else:
@@ -225,12 +226,11 @@ class Gr00tPolicy:
             normalised = self.engine.run(inputs, start.to(self.device), self._denoising_steps, timer, **options).float().cpu().numpy()
         with timer.stage("postprocess"):
             actions = self._pieces.action(normalised[:, : self.action_horizon])
+            for key, rows in known.items():  # they are facts by now: exactly, without what guidance leaves and normalising rounds
+                committed = min(prefix.delay, self._action_horizon)
+                actions[key][:, :committed] = rows[:, :committed]
             if not parsed.batched:
                 actions = {key: value[0] for key, value in actions.items()}
-            if goal is not None:
-                for key, rows in actions.items():  # they are facts by now: exactly, without what guidance leaves and normalising rounds
-                    committed = min(prefix.delay, self._action_horizon)
-                    rows[..., :committed, :] = prefix.actions[key][..., :committed, :]
         self.last_timing = timer.finish()
         return actions
 
@@ -271,17 +271,17 @@ class Gr00tPolicy:
             observation[key] = ((statistics["min"] + statistics["max"]) / 2)[None]
         return observation
 
-    def _goal(self, prefix: ActionPrefix | None, parsed: PolicyInput) -> Goal | None:
-        """Normalised and padded; None when there is nothing to continue. Dimensions beyond the arm's own carry no weight: nothing is known of
-        them."""
+    def _known(self, prefix: ActionPrefix | None, parsed: PolicyInput) -> dict[str, np.ndarray]:
+        """`action.<part>` -> float32 (B, L, D); empty when there is nothing to continue."""
         if prefix is None:
-            return None
+            return {}
         if not getattr(self.engine, "continues", False):
             raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --engine=eager, or --smoothing=none or ensemble.")
+        return parse_prefix(prefix, self._pieces.action.widths, parsed, self._pieces.network.head.action_horizon)
+
+    def _goal(self, prefix: ActionPrefix, known: dict[str, np.ndarray]) -> Goal:
+        """Normalised and padded. Dimensions beyond the arm's own carry no weight: nothing is known of them."""
         head = self._pieces.network.head
-        known = parse_prefix(prefix, self._pieces.action.widths, parsed, head.action_horizon)
-        if not known:
-            return None
         rows = torch.from_numpy(self._pieces.action.normalised(known))  # (B, L, widths together)
         actions = torch.zeros(rows.shape[0], head.action_horizon, head.action_dim)
         actions[:, : rows.shape[1], : rows.shape[2]] = rows

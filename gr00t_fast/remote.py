@@ -1,14 +1,15 @@
 """A policy server in another process as the policy of a control loop: what is known about it before the arm moves, and outages during the run.
 
 The arm outlives its server: while that is away every call ends soon with ServerUnreachableError (the controller holds the pose), the first
-answer ends the outage, and an outage longer than `reconnect_s` ends the run. What answers after an outage must be the same policy.
+answer ends the outage, and an outage longer than `reconnect_s` ends the run. At an episode's start the arm is at rest and the call itself waits.
+What answers after an outage must be the same policy.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from gr00t_fast.transforms import to_trained_size
 _FIRST_ANSWER_S = 60.0
 _WARM_UP_CALLS = 2
 _KNOCK_S = 1.0  # how long each call waits while the server is away; the end of the program may have to wait for one
+_RETRY_S = 0.2  # between two attempts at an episode's start: a server that is there but refuses must not be hammered
 _GREY = 127
+_Answer = TypeVar("_Answer")
 
 
 def connect(
@@ -138,7 +141,7 @@ class RemotePolicy:
         self.facts, self._served, self._tells_facts = facts, dict(served), tells_facts
         self._client, self._reconnect_s, self._horizon, self._echo = client, reconnect_s, action_horizon, echo
         self._timeout_s, self._ever_answered = client.timeout_s, False
-        self._moving = False  # an answer has come since the episode began: there is a pose to hold
+        self._moving = False  # an answer has come since the episode began: the loop must not wait, and asks again with a newer observation
         self._known_connection = client.connection  # the one on which the server proved to be the one of `facts`
         self._away_since_s: float | None = None
         self._knocked = False  # it was away, and answers again
@@ -155,28 +158,24 @@ class RemotePolicy:
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """As `ContinuingPolicy.get_action`. Frames travel at the size of the training videos.
 
-        Raises ServerUnreachableError while the server is away, ServerError when it has been away for too long or came back with another
-        policy, and what `PolicyClient.get_action` raises.
+        Raises ServerUnreachableError while the server is away (not for the first answer of an episode: that is waited for), ServerError when
+        it has been away for too long or came back with another policy, and what `PolicyClient.get_action` raises.
         """
-        began_s = time.monotonic()
         observation = self._at_trained_size(observation)
-        try:
+
+        def ask() -> dict[str, np.ndarray]:
             self._knock()
             self._check_same_policy()
-            actions = self._infer(observation, noise=noise, prefix=prefix)
-        except ServerError as error:
-            if not (self._moving and _may_pass(error)):
-                raise
-            self._note_loss(began_s, error)
-        self._note_answer()
+            return self._infer(observation, noise=noise, prefix=prefix)
+
+        actions = self._answer_of(ask)
         self._moving, self.last_timing = True, self._client.last_timing
         return actions
 
     def reset(self) -> None:
-        """As `Policy.reset`; raises like `get_action`. An outage from here to the first answer is not waited for: nothing moves yet."""
+        """As `Policy.reset`; waits for a server that is away, at most `reconnect_s`. Raises like `get_action`."""
         self._moving = False
-        self._client.reset()
-        self._note_answer()
+        self._answer_of(self._client.reset)
 
     def warm_up(self, instruction: str, prefix_method: str | None = None) -> None:
         """Infer on a made-up observation before the arm is touched: shows a wrong instruction, option or answer, and sets up a cold server.
@@ -211,7 +210,25 @@ class RemotePolicy:
         finally:
             self._client.timeout_s = self._timeout_s
         self._ever_answered = True
-        return actions
+        batched = any(np.ndim(value) == 3 for key, value in observation.items() if key.startswith("state."))
+        return _unsqueezed(actions, self.facts.action_widths, batched)
+
+    def _answer_of(self, call: Callable[[], _Answer]) -> _Answer:
+        """Raises ServerUnreachableError, which the controller survives, where the arm moves; at rest the call is made again until it answers."""
+        while True:
+            began_s = time.monotonic()
+            try:
+                answer = call()
+            except ServerError as error:
+                if not _may_pass(error):
+                    raise
+                self._note_loss(began_s, error)
+                if self._moving:
+                    raise ServerUnreachableError(str(error)) from error
+                time.sleep(_RETRY_S)
+            else:
+                self._note_answer()
+                return answer
 
     def _at_trained_size(self, observation: dict[str, Any]) -> dict[str, Any]:
         """NVIDIA's server refuses other sizes, ours would do the same to them; and small frames travel faster."""
@@ -243,8 +260,8 @@ class RemotePolicy:
             raise ServerError(f"the policy server at {self.address} came back with another policy. Start the program again to check it.")
         self._known_connection = connection
 
-    def _note_loss(self, began_s: float, error: ServerError) -> NoReturn:
-        """Raises ServerUnreachableError, which the controller survives, or ServerError when it has lasted too long."""
+    def _note_loss(self, began_s: float, error: ServerError) -> None:
+        """Raises ServerError when the outage has lasted too long."""
         if self._away_since_s is None:
             self._away_since_s, self._outages = began_s, self._outages + 1
             self._echo(f"WARNING: {error} The arm holds its pose and waits for the server, at most {self._reconnect_s:g} s (--server_reconnect_s).")
@@ -253,7 +270,6 @@ class RemotePolicy:
                 f"the policy server at {self.address} has been away for {time.monotonic() - self._away_since_s:.1f} s; "
                 f"--server_reconnect_s={self._reconnect_s:g} allows no more. Last: {error}"
             ) from error
-        raise ServerUnreachableError(str(error)) from error
 
     def _note_answer(self) -> None:
         if self._away_since_s is not None:
@@ -293,6 +309,13 @@ class RemotePolicy:
                 f"--action_horizon={self._horizon} is more than the {fewest} actions that the policy server at {self.address} answers. "
                 "Start it with the same --action_horizon, or use fewer here."
             )
+
+
+def _unsqueezed(actions: Mapping[str, np.ndarray], widths: Mapping[str, int], batched: bool) -> dict[str, np.ndarray]:
+    """Older servers of NVIDIA leave the joint axis out where a part has one joint: (H,) or (B, H) becomes (H, 1) or (B, H, 1)."""
+    short = 2 if batched else 1
+    is_short = {key: values.ndim == short and widths.get(key.removeprefix("action.")) == 1 for key, values in actions.items()}
+    return {key: values[..., None] if is_short[key] else values for key, values in actions.items()}
 
 
 def _may_pass(error: ServerError) -> bool:

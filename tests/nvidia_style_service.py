@@ -90,7 +90,8 @@ class Client:
 class Server:
     """REP server around any policy, in a thread while used as a context manager."""
 
-    def __init__(self, policy: Any, api_token: str | None = None, damage: Callable[[bytes], bytes] = bytes) -> None:
+    def __init__(self, policy: Any, api_token: str | None = None, damage: Callable[[bytes], bytes] = bytes, squeezes: bool = False) -> None:
+        """`squeezes`: answers without axes of length one, as older versions do."""
         self.socket = zmq.Context.instance().socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
@@ -99,7 +100,7 @@ class Server:
         self.endpoints: dict[str, tuple[Callable[..., Any], bool]] = {
             "ping": (lambda: {"status": "ok", "message": "Server is running"}, False),
             "kill": (self._kill, False),
-            "get_action": (policy.get_action, True),
+            "get_action": ((lambda seen: _squeezed(policy.get_action(seen))) if squeezes else policy.get_action, True),
             "get_modality_config": (policy.get_modality_config, False),
         }
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -136,6 +137,10 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.running = False
         self.thread.join(10)
+
+
+def _squeezed(actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: np.squeeze(values) for key, values in actions.items()}
 
 
 def http_post(url: str, message: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:

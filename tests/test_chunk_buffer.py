@@ -90,30 +90,60 @@ def test_resuming_goes_on_where_the_arm_stopped() -> None:
     assert played == {False: [7, 8], True: [4, 5]}
 
 
-@given(steps=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), min_size=1, max_size=40), rows=st.integers(1, 16))
-def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: list[tuple[int, int]], rows: int) -> None:
-    """A chunk begins where the arm was when it was observed, as a policy's does in a scene that waits for the arm."""
-    buffer, tick, reached = ChunkBuffer(resume=True), 0, [-1.0]  # reached[t]: how far the plan had come before tick t
-    for delay, play in steps:
+def test_resuming_passes_over_the_actions_of_missed_ticks() -> None:
+    """Ticks 3 and 4 are missed while actions are left; the next chunk, seen at tick 1, must not lead the arm back to where it was then."""
+    for resume in (False, True):
+        buffer = ChunkBuffer(resume=resume)
+        buffer.offer(chunk(0, rows=12), 0)
+        played = [buffer.due(tick).target[0] for tick in (0, 1, 2, 5)]
+        buffer.offer(chunk(1, rows=12), 6)
+        assert [*played, *(buffer.due(tick).target[0] for tick in (6, 7, 8))] == [0, 1, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("asked", [(4, 6), (5,), ()])
+def test_ticks_missed_while_the_arm_held_are_held_ticks(asked: tuple[int, ...]) -> None:
+    buffer = ChunkBuffer(resume=True)
+    buffer.offer(chunk(0, rows=4), 0)
+    assert [buffer.due(tick).starved for tick in (0, 1, 2, 3, *asked)] == [False] * 4 + [True] * len(asked)
+    buffer.offer(chunk(2, rows=10), 7)
+    assert buffer.due(7).target[0] == 4
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 30), st.lists(st.booleans(), min_size=1, max_size=20)), min_size=1, max_size=40), rows=st.integers(1, 16)
+)
+def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: list[tuple[int, list[bool]]], rows: int) -> None:
+    """A chunk begins where the plan was when it was observed, as a policy's does in a scene that waits for the arm. A tick is played or missed."""
+    buffer, tick, come = ChunkBuffer(resume=True), 0, [0]  # come[t]: actions that were due before tick t
+    left, newest, last = 0, 0, None  # left: actions of the playing chunk
+    for delay, ticks in steps:
         offered = chunk(max(0, tick - delay), rows)
-        offered.chunk.targets[:, 0] = reached[offered.observed] + 1 + np.arange(rows)
-        buffer.offer(offered, tick)
-        for _ in range(play):
-            due = buffer.due(tick)
-            assert due.target[0] == reached[-1] + (0 if due.starved else 1)
-            reached.append(due.target[0])
-            tick += 1
+        offered.chunk.targets[:, 0] = come[offered.observed] + np.arange(rows)
+        elapsed = come[tick] - come[offered.observed]
+        enters = buffer.offer(offered, tick) is Verdict.ENTERED
+        assert enters == (offered.observed >= newest and elapsed < rows)
+        if enters:
+            left, newest = rows - elapsed, offered.observed
+        for missed in ticks:
+            if not missed:
+                due = buffer.due(tick)
+                assert due.starved == (left == 0)
+                assert due.target[0] == (come[-1] if left else due.target[0] if last is None else last)
+                last = due.target[0]
+            come.append(come[-1] + (left > 0))
+            left, tick = max(0, left - 1), tick + 1
 
 
-@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=40))
-def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, int]]) -> None:
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=40))
+def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, int, int]]) -> None:
     plain, resuming, tick = ChunkBuffer(), ChunkBuffer(resume=True), 0
-    for delay, play in steps:
+    for delay, play, missed in steps:
         for buffer in (plain, resuming):
-            buffer.offer(chunk(max(0, tick - delay)), tick)
+            buffer.offer(chunk(max(0, tick - delay), rows=40), tick)
         for _ in range(play):
             assert plain.due(tick).target[0] == resuming.due(tick).target[0]
             tick += 1
+        tick += missed
     assert plain.starved_ticks == resuming.starved_ticks == 0
 
 
@@ -130,7 +160,38 @@ def test_ensembling_averages_what_covers_the_tick() -> None:
     assert buffer.due(13).target[1] == 4
 
 
+def test_one_chunk_of_nan_does_not_spoil_the_average() -> None:
+    buffer, bad = ChunkBuffer(ensemble=True), []
+    for tick in range(40):
+        if tick % 2 == 0:
+            offered = chunk(tick)
+            if tick == 20:
+                offered.chunk.targets[:] = np.nan
+            buffer.offer(offered, tick)
+        target = buffer.due(tick).target
+        if np.isfinite(target).all():
+            assert target[0] == pytest.approx(tick)
+        else:
+            bad.append(tick)
+    assert bad == []
+    buffer.reset()
+    offered = chunk(40, episode=1)
+    offered.chunk.targets[:] = np.nan
+    buffer.offer(offered, 40)
+    assert not np.isfinite(buffer.due(40).target).any()  # nothing else covers the tick: the safety filter holds
+
+
 class TestDelayEstimate:
+    def test_the_maximum_of_the_window(self) -> None:
+        estimate = DelayEstimate(1.0)
+        for ticks in [3] * DELAY_WINDOW + [6]:
+            estimate.add(ticks)
+        assert estimate.ticks == 6
+        for ticks in [3] * DELAY_WINDOW:
+            assert estimate.ticks == 6
+            estimate.add(ticks)
+        assert estimate.ticks == 3
+
     def test_nothing_measured(self) -> None:
         assert DelayEstimate().ticks == 0
 

@@ -22,6 +22,7 @@ from benchmarks.replay_study.metrics import (
     measure,
     never_played_s,
     summarise,
+    t95,
     tracking_delay_s,
 )
 from benchmarks.replay_study.needs import needed_actions
@@ -348,6 +349,8 @@ def test_confidence_intervals_are_students() -> None:
     summary = summarise([{"a": value, "joints": {"pan": value}} for value in (1.0, 2.0, 3.0)])
     assert summary["a"] == summary["joints"]["pan"] == {"mean": 2.0, "ci95": pytest.approx(4.303 / 3**0.5, abs=1e-3), "max": 3.0}
     assert summarise([{"a": 1.0}])["a"]["ci95"] is None
+    for freedom, quantile in {1: 12.706, 20: 2.086, 21: 2.080, 30: 2.042, 31: 2.040, 40: 2.021, 60: 2.000, 120: 1.980, 10**6: 1.960}.items():
+        assert t95(freedom) == pytest.approx(quantile, abs=1.1e-3)
 
 
 # --- architectures, in virtual time ---------------------------------------------------------------------------------------------------
@@ -520,11 +523,12 @@ def test_a_chunk_of_less_than_twice_the_delay_starves() -> None:
 
 
 def test_the_profiler_says_when_sync_is_enough_and_when_nothing_is() -> None:
-    quick = inference_profiler.advise(0.015, 50, 16)
+    assert not inference_profiler.advise(0.015, 50, 16).sync_is_enough  # bus and cameras want their part of the 20 ms
+    quick = inference_profiler.advise(0.010, 50, 16)
     assert quick.sync_is_enough
     assert quick.controller == "sync"
     assert quick.sync_pause_ticks_per_chunk == 0
-    assert frozen_ticks(play("sync", 16, "0.015")) == 0
+    assert frozen_ticks(play("sync", 16, "0.010")) == 0
     slow = inference_profiler.advise(0.8, 50, 16)
     assert not slow.sync_is_enough
     assert slow.controller == "sync"
@@ -534,6 +538,16 @@ def test_the_profiler_says_when_sync_is_enough_and_when_nothing_is() -> None:
     assert inference_profiler.advise(0.8, 7.5, 16).chunk_threshold is not None
     with pytest.raises(ConfigError):
         inference_profiler.advise(float("nan"), 50, 16)
+
+
+@pytest.mark.parametrize("p99_s", [0.02, 0.07, 0.13, 0.19, 0.8])
+@pytest.mark.parametrize("horizon", [1, 5, 8, 16, 17, 50])
+def test_at_the_highest_rate_that_is_advised_the_arm_does_not_pause(p99_s: float, horizon: int) -> None:
+    highest = inference_profiler.advise(p99_s, 30, horizon).highest_fps_without_pauses
+    for fps, pauses in ((highest, False), (highest + 0.11, True)):  # a tenth is what rounding down may cost
+        advice = inference_profiler.advise(p99_s, fps, horizon)
+        assert (advice.chunk_threshold is None and not advice.sync_is_enough) == pauses
+    assert inference_profiler.advise(0.13, 30, 16).highest_fps_without_pauses == 46.1
 
 
 def test_the_profiler_measures_and_refuses_too_few_calls() -> None:

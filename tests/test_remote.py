@@ -13,7 +13,7 @@ import numpy as np
 import nvidia_style_service as reference
 import pytest
 from control_fakes import FakeRobot, facts
-from serving_fakes import ArithmeticPolicy, observation, running
+from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
 import so100_inference_optimized as script
 from gr00t_fast import cli
@@ -160,6 +160,19 @@ def test_a_server_that_tells_no_facts_is_refused_unless_waved_through(world: Wor
         assert world.robot.calls == []
         assert world.run(server, "--preflight=warn", "--controller=server") == 0
     assert "WARNING: ignored at your wish: the policy server does not say" in capsys.readouterr().out
+    assert len(world.robot.sent) >= 5
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_an_older_server_that_leaves_out_the_axis_of_a_single_joint(batch: int | None) -> None:
+    with reference.Server(ArithmeticPolicy(), squeezes=True) as server, connected(server) as remote:
+        assert remote._client.get_action(observation(batch))["action.gripper"].ndim == (1 if batch is None else 2)
+        assert_same(remote.get_action(observation(batch)), ArithmeticPolicy().get_action(observation(batch)))
+
+
+def test_the_arm_moves_from_an_older_server(world: World) -> None:
+    with reference.Server(ArithmeticPolicy(), squeezes=True) as server:
+        assert world.run(server, "--preflight=warn", "--controller=server") == 0
     assert len(world.robot.sent) >= 5
 
 

@@ -53,7 +53,7 @@ def address_of(server: Any) -> str:
 class Run:
     """A control loop in this process on a fake arm in real time, around a policy on a server."""
 
-    def __init__(self, server: Any, *flags: str, timeout_s: float | None) -> None:
+    def __init__(self, server: Any, *flags: str, timeout_s: float | None, episodes: int = 1) -> None:
         self.said: list[str] = []
         with PARSING:
             config = cli.parse(["--robot.type=so100_sim", "--lang_instruction=go", f"--server={address_of(server)}", *flags])
@@ -66,7 +66,7 @@ class Run:
         binding = RobotBinding(served, known.state_widths, known.action_widths, joints, {"front": "webcam"})
         controller = script.build_controller(config, self.policy, binding, clock, FPS)
         self.stop = StopSignals()
-        self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, 1, timeout_s), clock, self.stop, echo=lambda line: None)
+        self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, episodes, timeout_s), clock, self.stop, echo=lambda line: None)
 
     def play(self, *acts: tuple[float, Callable[[], Any]]) -> Run:
         """The run, with `error` for what ended it; each of `acts` is done so many seconds after the first target went out."""
@@ -281,16 +281,42 @@ def test_ctrl_c_lands_at_once_whatever_the_server_does(flags: tuple[str, ...], h
 
 
 @pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
-def test_no_server_at_the_first_plan_is_an_error_and_nothing_moves(flags: tuple[str, ...]) -> None:
+def test_a_server_that_stays_away_at_the_first_plan_is_an_error_and_nothing_moves(flags: tuple[str, ...]) -> None:
     with ServerProcess() as server:
-        run = Run(server, *flags, "--server_timeout_s=0.5", timeout_s=60.0)
+        run = Run(server, *flags, "--server_timeout_s=0.5", "--server_reconnect_s=1", timeout_s=60.0)
         server.kill()
         run.play()
-    assert isinstance(run.error, ServerUnreachableError)
+    assert "has been away for" in str(run.error)
     assert run.policy.address in str(run.error)
     assert run.robot.sent == []
     assert run.robot.calls[-1] == "land"
-    assert run.said == []
+    assert len(run.said) == 1
+
+
+@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+def test_a_run_goes_on_after_an_outage_between_two_episodes(flags: tuple[str, ...]) -> None:
+    with contextlib.ExitStack() as servers:
+        first = servers.enter_context(ServerProcess())
+        run = Run(first, *flags, "--server_timeout_s=0.5", timeout_s=0.6, episodes=3)
+        plain, restart = run.robot.reset, threading.Timer(1.5, lambda: servers.enter_context(ServerProcess(port=first.port)))
+
+        def reset(seed: int | None) -> None:
+            if len(sent_before) == 1:
+                first.kill()
+                restart.start()
+            sent_before.append(len(run.robot.sent))
+            plain(seed)
+
+        sent_before: list[int] = []
+        run.robot.reset = reset
+        run.play()
+        restart.join(10)
+    assert (run.error, run.loop.trace.ended_by, run.loop.trace.episodes) == (None, "done", 3)
+    assert len(run.robot.sent) > sent_before[2] > sent_before[1], "nothing moved after the outage"
+    summary = run.loop.controller.summary()["server"]
+    assert summary["outages"] == 1
+    assert 1.0 < summary["away_s"] < 10
+    assert sum("is back after" in line for line in run.said) == 1
 
 
 def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
@@ -321,17 +347,34 @@ def test_an_episode_may_begin_with_a_server_that_was_restarted_meanwhile() -> No
             assert remote.summary()["server"]["outages"] == 0
 
 
-def test_an_episode_does_not_wait_for_a_server_that_goes_at_its_beginning() -> None:
+def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
     said: list[str] = []
-    with ServerProcess() as server, closing(connect(address_of(server), None, 0.5, 30.0, echo=said.append)) as remote:
+    with ServerProcess() as first, closing(connect(address_of(first), None, 0.5, 30.0, echo=said.append)) as remote:
         remote.get_action(observation())
         remote.reset()
-        server.kill()
-        for _ in range(2):
-            with pytest.raises(ServerUnreachableError):
-                remote.get_action(observation())
-    assert said == []
-    assert remote.summary()["server"]["outages"] == 0
+        first.kill()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(remote.get_action, observation())
+            time.sleep(1.0)
+            assert not waiting.done()
+            with ServerProcess(port=first.port):
+                assert waiting.result(15).keys() == {"action.single_arm", "action.gripper"}
+    assert [line.split()[0] for line in said] == ["WARNING:", "The"]
+    assert remote.summary()["server"]["outages"] == 1
+
+
+def test_ctrl_c_is_obeyed_while_an_episode_waits_for_its_server() -> None:
+    for flags in (SYNC, SERVER):
+        with ServerProcess() as server:
+            run = Run(server, *flags, "--server_timeout_s=0.5", "--server_reconnect_s=60", timeout_s=None)
+            server.kill()
+            timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            began_s = time.monotonic()
+            run.play()
+            timer.join(10)
+        assert run.landed_s - began_s < 6
+        assert (run.loop.trace.ended_by, run.robot.sent) == ("SIGINT", [])
 
 
 def _read_until(process: subprocess.Popen[str], word: str) -> str:

@@ -85,6 +85,32 @@ class TestFlow:
         new = torch.cat([denoise_towards(SmoothFlow(HORIZON, 4), noise[i : i + 1], 4, goal_of(method, old[i], delay)) for i in range(40)])
         assert largest(plain[:, delay] - old[:, delay]) > 3 * largest(new[:, delay] - old[:, delay])
 
+    def velocity_changes(self, method: str | None, delay: int, boundaries: int = 60) -> np.ndarray:
+        """Change of the commanded velocity at each boundary, the largest joint, when thinking never stops and each chunk takes `delay` ticks."""
+        flow, generator = SmoothFlow(HORIZON, 4), torch.Generator().manual_seed(7)
+        elapsed = max(1, delay)  # rows of a chunk that play
+        played: list[torch.Tensor] = []
+        rest = torch.empty(0, 6)
+        for _ in range(boundaries + 1):
+            noise = torch.randn(1, HORIZON, 6, generator=generator)
+            goal = goal_of(method or "rtc", rest if method else rest[:0], min(delay, len(rest)) if method else 0)
+            chunk = denoise_towards(flow, noise, 4, goal)[0]
+            chunk[: min(delay, len(rest))] = rest[: min(delay, len(rest))]  # what plays while the network thinks
+            played.append(chunk[:elapsed])
+            rest = chunk[elapsed:]
+        second = torch.cat(played).diff(n=2, dim=0).abs().amax(1).numpy()  # entry i is about tick i + 2
+        return second[2 * elapsed - 2 :: elapsed]  # the first chunk joins nothing; the second one's own rows begin at tick 2 * elapsed
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("delay", range(9))
+    def test_the_change_of_velocity_at_a_boundary_is_cut(self, method: str, delay: int) -> None:
+        """At delays of 7 and 8 of sixteen rows, about half of which a new chunk may still change, the factor sinks to
+        2.7, and to 2.5 (rtc) or 1.6 (prefix)."""
+        plain, smooth = self.velocity_changes(None, delay), self.velocity_changes(method, delay)
+        assert len(plain) >= 50
+        cut = plain.max() / smooth.max()
+        assert cut > (3 if delay <= 6 else 2 if delay == 7 else 1.4)
+
     def test_guidance_samples_what_the_known_rows_imply(self) -> None:
         """With many steps the mean over noises comes near the Gaussian conditional mean of the free rows (the method approximates: it takes
         the actions' deviation for 1, here it is 0.5). Without the Jacobian the free rows would stay around 0."""
@@ -183,6 +209,14 @@ def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, de
     assert joined(new).shape == (HORIZON, 6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prefix_of_lists_is_one_of_arrays(policy, method: str) -> None:
+    known = later(policy.get_action(observation(1)), 4)
+    prefixes = (ActionPrefix(known, 3, method), ActionPrefix({key: rows.tolist() for key, rows in known.items()}, 3, method))
+    arrays, lists = (joined(policy.get_action(observation(2), noise=NOISE, prefix=prefix)) for prefix in prefixes)
+    assert np.array_equal(arrays, lists)
+
+
 @pytest.mark.parametrize("delay", [1, 3, 8])
 def test_what_guidance_alone_leaves_of_the_gap(policy, monkeypatch: pytest.MonkeyPatch, delay: int) -> None:
     """Before the committed rows are put in place. Beyond what an identity would leave (nothing, see above) it is the network's own Jacobian:
@@ -278,9 +312,16 @@ def test_benchmark(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     pytest.importorskip("mujoco")
     flags = ["--delays", "0", "3", "--ticks=20", "--rounds=2", "--device=cpu", f"--model_path={checkpoint}", f"--out={tmp_path}"]
     assert chunk_continuity.main(flags) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *table, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
     for policy in ("network", "smooth"):
+        for metric in ("takeover jump", "velocity change"):
+            begin = next(number for number, row in enumerate(table) if row.startswith(f"{policy}: largest {metric}"))
+            for way, row in zip(("none", "ensemble", "prefix", "rtc"), table[begin + 2 :], strict=False):
+                assert row.split()[0] == way
         assert result["cut_of_the_largest_jump"][policy]["rtc"]["3"] > 3
         assert result["jumps"][policy]["none"]["3"]["starved_ticks"] == 0
+    assert result["cut_of_the_largest_velocity_change"]["smooth"]["rtc"]["3"] > 3
+    assert set(result["jumps"]["smooth"]["rtc"]) == {"0", "3", "jitter"}
     assert result["cost"]["ms_per_step"]["rtc"]["count"] == 2
     assert (tmp_path / "chunk_continuity.png").read_bytes().startswith(b"\x89PNG")

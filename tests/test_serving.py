@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,18 @@ import zmq
 from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, ServerProcess, assert_same, observation, running
 
 from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
-from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
+from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.service import InferenceQueue, Traffic, check_port_free, same_token
+from gr00t_fast.serving.service import (
+    MAX_PER_CLIENT,
+    MAX_REASON_CHARACTERS,
+    SHUTTING_DOWN,
+    ByteBudget,
+    InferenceQueue,
+    Traffic,
+    check_port_free,
+    same_token,
+)
 from gr00t_fast.serving.wire import encode
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 5000)
@@ -407,7 +418,7 @@ def test_connections_that_speak_no_protocol_or_send_strange_frames(server: Polic
     silent = socket.create_connection(("127.0.0.1", server.port))
     dealer = zmq.Context.instance().socket(zmq.DEALER)
     dealer.connect(server.address)
-    for frames in ([b"x"], [b"", b"", b""], [b"x"] * 500, [b"", b"a", b"b"], [b""]):
+    for frames in ([b"x"], [b"x"] * 500, [b"\0"]):  # nobody waits for a reply to these
         dealer.send_multipart(frames)
     dealer.send_multipart([b"proxy", b"", reference.pack({"endpoint": "ping"})])  # as a chain of ROUTER-DEALER proxies sends it
     with PolicyClient(port=server.port) as client:
@@ -415,6 +426,115 @@ def test_connections_that_speak_no_protocol_or_send_strange_frames(server: Polic
     assert dealer.recv_multipart()[:2] == [b"proxy", b""]
     dealer.close(0)
     silent.close()
+
+
+def test_a_request_in_several_parts_is_refused_and_not_left_without_an_answer(server: PolicyServer) -> None:
+    ping = reference.pack({"endpoint": "ping"})
+    for parts in ([ping, b"x"], [b"", ping], [b"", b""], [ping] * 100):
+        with reference.Client(server.port) as client:
+            client.socket.send_multipart(parts)
+            assert f"one part, got {len(parts)}" in reference.unpack(client.socket.recv())["error"]
+            client.call("ping", requires_input=False)
+    dealer = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.setsockopt(zmq.RCVTIMEO, 20_000)
+    dealer.connect(server.address)
+    for frames in ([b"proxy", b"", ping, b"x"], [b""]):
+        dealer.send_multipart(frames)
+        *route, reply = dealer.recv_multipart()
+        assert route == frames[: frames.index(b"") + 1]
+        assert "one part" in reference.unpack(reply)["error"]
+    dealer.close(0)
+
+
+@pytest.mark.parametrize("endpoint", [np.array(["ping", "kill"]), np.array(["ping"]), 3, ["ping"], None])
+def test_an_endpoint_is_text(server: PolicyServer, endpoint: Any) -> None:
+    with reference.Client(server.port) as client, pytest.raises(RuntimeError, match="endpoint: expected text"):
+        client.call(endpoint)
+
+
+@pytest.mark.parametrize("method", [np.array(["rtc", "prefix"]), np.array(["rtc"]), "x" * 50_000])
+def test_the_method_of_a_prefix_is_text(server: PolicyServer, method: Any) -> None:
+    request = {"observation": observation(), "prefix": {"actions": {}, "delay": 0, "method": method}}
+    with reference.Client(server.port) as client, pytest.raises(RuntimeError, match="rtc or prefix as method") as caught:
+        client.call("get_action_with_options", request)
+    assert len(str(caught.value)) < 300
+
+
+LONG = "x" * 60_000
+LARGE = {
+    "NaN in a large state": {"state.single_arm": np.full((100_000, 1, 5), np.nan)},
+    "a long instruction in a list": {"annotation.human.task_description": [LONG, 3]},
+    "text that UTF-8 cannot hold": {"annotation.human.task_description": np.array(["\udc80" + LONG]).astype(object).tolist()},
+}
+
+
+@pytest.mark.parametrize("case", ["NaN in a large state", "a long instruction in a list"])
+def test_the_reason_of_a_refusal_does_not_grow_with_the_request(server: PolicyServer, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    with reference.Client(server.port) as client, pytest.raises(RuntimeError) as caught:
+        client.get_action(observation(**LARGE[case]))
+    assert len(str(caught.value)) < 500
+    assert max((len(record.getMessage()) for record in caplog.records), default=0) < 2000
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_errors_about_an_observation_show_the_beginning_of_a_value(policy: ArithmeticPolicy, case: str) -> None:
+    with pytest.raises(ObservationError) as caught:
+        policy.get_action(observation(**LARGE[case]))
+    assert len(str(caught.value)) < 500
+
+
+def test_errors_about_names_show_some_of_them(policy: ArithmeticPolicy) -> None:
+    with pytest.raises(ObservationError, match=r"webcam' is missing.*; got a0+, .* and 1988 more") as caught:
+        policy.get_action({f"a{number:0100}": 0 for number in range(2000)})
+    assert len(str(caught.value)) < 1500
+
+
+def test_whatever_a_policy_raises_travels_in_short(server: PolicyServer, policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (KeyError, ObservationError):
+
+        def fail(seen: Any, error: type[Exception] = error) -> None:
+            raise error("x" * 1_000_000)
+
+        monkeypatch.setattr(policy, "get_action", fail)
+        with reference.Client(server.port) as client, pytest.raises(RuntimeError, match=r"xxx \.\.\.$") as caught:
+            client.get_action(observation())
+        assert len(str(caught.value)) < MAX_REASON_CHARACTERS + 50
+
+
+def test_a_client_that_sends_ahead_is_told_to_wait_and_another_one_is_served(server: PolicyServer, policy: ArithmeticPolicy) -> None:
+    eager = zmq.Context.instance().socket(zmq.DEALER)
+    eager.setsockopt(zmq.RCVTIMEO, 20_000)
+    eager.connect(server.address)
+    for _ in range(129):
+        eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": waiting(0.2)})])
+    refused = [reference.unpack(eager.recv_multipart()[1])["error"] for _ in range(129 - MAX_PER_CLIENT)]
+    assert all(reason.startswith("busy") for reason in refused)
+    with PolicyClient(port=server.port) as polite:
+        assert_same(polite.get_action(observation()), ArithmeticPolicy().get_action(observation()))
+    assert policy.calls == MAX_PER_CLIENT + 1
+    for _ in range(MAX_PER_CLIENT):
+        assert "action.gripper" in reference.unpack(eager.recv_multipart()[1])
+    eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": observation()})])  # they are answered: there is room again
+    assert "action.gripper" in reference.unpack(eager.recv_multipart()[1])
+    eager.close(0)
+
+
+def test_requests_that_wait_take_a_bounded_number_of_bytes() -> None:
+    """Many clients, each with a large request: some are told to come again, and the server does not grow by what all of them sent."""
+    policy, large = ArithmeticPolicy(), {"junk": np.zeros(4_000_000, np.uint8)}
+    request = reference.pack({"endpoint": "get_action", "data": waiting(1.0) | large})
+    with running(PolicyServer(policy, port=0, max_message_bytes=5_000_000)) as server:
+        clients = [reference.Client(server.port) for _ in range(12)]
+        for client in clients:
+            client.socket.send(request)
+        replies = [reference.unpack(client.socket.recv()) for client in clients]
+        for client in clients:
+            client.close()
+        with reference.Client(server.port) as client:
+            client.get_action(observation(**large))
+    busy = sum("bytes are waiting" in str(reply.get("error")) for reply in replies)
+    assert 4 <= busy <= 12 - 4  # 20 MB hold four requests at once; a slow machine may send the last ones when the first is answered
+    assert policy.calls == 12 - busy + 1
 
 
 def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(policy: ArithmeticPolicy) -> None:
@@ -430,7 +550,7 @@ def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(pol
 
 
 def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
-    work, outcomes = InferenceQueue(Traffic(), max_waiting=2, max_wait_s=0.05), []
+    work, outcomes = InferenceQueue(Traffic(), ByteBudget(0), max_waiting=2, max_wait_s=0.05), []
     work.submit(lambda: 1, outcomes.append)
     work.submit(lambda: work.stop(), outcomes.append)
     with pytest.raises(ServerError, match="busy"):
@@ -441,13 +561,65 @@ def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
     assert [outcome.error is not None and outcome.fault for outcome in outcomes] == [True, True]
     with pytest.raises(ServerError, match="shutting down"):
         work.submit(lambda: 3, outcomes.append)
-    late = InferenceQueue(Traffic(), max_wait_s=0.01)
+    late = InferenceQueue(Traffic(), ByteBudget(0), max_wait_s=0.01)
     late.submit(lambda: 4, outcomes.append)
     late.submit(lambda: late.stop(), outcomes.append)
     time.sleep(0.05)
     threading.Timer(0.2, late.stop).start()
     late.run()
     assert all("waited longer" in outcome.error for outcome in outcomes[2:])
+
+
+def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
+    """Behind the sentinel: `submit` had found the queue open before `stop` came."""
+    work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
+    put = work._jobs.put
+
+    def stop_first(job: Any) -> None:
+        work._jobs = jobs
+        work.stop()
+        put(job)
+
+    jobs = work._jobs
+    work._jobs = SimpleNamespace(put=stop_first, qsize=jobs.qsize)
+    work.submit(lambda: 1, outcomes.append, client="a", size_bytes=10)
+    work.stop()
+    work.run()
+    assert [outcome.error for outcome in outcomes] == [SHUTTING_DOWN]
+
+
+def test_submitting_and_stopping_at_once_loses_no_call() -> None:
+    for _ in range(50):
+        work, outcomes, taken = InferenceQueue(Traffic(), ByteBudget(0)), [], []
+        runner = threading.Thread(target=work.run)
+
+        def submit_all(work: InferenceQueue = work, outcomes: list[Any] = outcomes, taken: list[int] = taken) -> None:
+            with contextlib.suppress(ServerError):  # it ends, or is full
+                while True:
+                    work.submit(lambda: 1, outcomes.append)
+                    taken.append(1)
+
+        submitters = [threading.Thread(target=submit_all) for _ in range(3)]
+        for thread in (runner, *submitters):
+            thread.start()
+        work.stop()
+        for thread in (runner, *submitters):
+            thread.join(10)
+        assert len(outcomes) == len(taken)
+
+
+def test_the_budget_is_given_back() -> None:
+    work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
+    for _ in range(3):
+        work.submit(lambda: 1 / 0, outcomes.append, client="a", size_bytes=5)
+        work.submit(lambda: 1, outcomes.append, client="b", size_bytes=5)
+        with pytest.raises(ServerError, match="busy: requests of 10 bytes"):
+            work.submit(lambda: 1, outcomes.append, client="c", size_bytes=1)
+        work.submit(work.stop, outcomes.append)
+        work.run()
+        work._stopping.clear()
+    assert len(outcomes) == 9
+    assert not work._unanswered
 
 
 def test_the_log_has_one_line_per_interval(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +16,7 @@ import pytest
 from serving_fakes import ArithmeticPolicy, Mutator, assert_same, observation, running
 
 from gr00t_fast.serving import HttpPolicyServer
+from gr00t_fast.serving import http as module
 
 DUALCAM = ("front", "wrist")
 
@@ -73,6 +77,103 @@ def test_http_token() -> None:
     with running(HttpPolicyServer(ArithmeticPolicy(), port=0, api_token="secret")) as server:
         for headers, expected in (({}, 401), ({"Authorization": "Bearer wrong"}, 401), ({"Authorization": "Bearer secret"}, 200)):
             assert reference.http_post(f"{server.address}/act", {"observation": observation()}, headers)[0] == expected
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("utf-8", 200), ("latin-1", 401)])
+def test_a_http_token_outside_ascii_is_utf_8(encoding: str, expected: int) -> None:
+    body = reference.json_numpy_text({"observation": observation()}).encode()
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0, api_token="geheim-äÅ")) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.putrequest("POST", "/act")
+        connection.putheader("Authorization", "Bearer geheim-äÅ".encode(encoding))
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        assert connection.getresponse().status == expected
+        connection.close()
+
+
+@pytest.mark.parametrize("begun", [b"POST /act HTTP/1.1\r\nX: ", b"POST /act HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n"])
+def test_connections_that_never_finish_their_request_are_closed(begun: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another byte now and then buys no time, and afterwards the places are free again."""
+    for name in ("_HEADER_S", "_BODY_S"):
+        monkeypatch.setattr(module, name, 1.0)
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server:
+        slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(module._MAX_CONNECTIONS)]
+        over = threading.Event()
+
+        def dribble() -> None:
+            while not over.wait(0.2):
+                for connection in slow:
+                    with contextlib.suppress(OSError):
+                        connection.send(b"x")
+
+        dribbler = threading.Thread(target=dribble)
+        for connection in slow:
+            connection.sendall(begun)
+        dribbler.start()
+        try:
+            with pytest.raises((OSError, http.client.HTTPException)):
+                health(server)
+            give_up_s = time.monotonic() + 20
+            while (status := _health_or_none(server)) is None and time.monotonic() < give_up_s:
+                time.sleep(0.1)
+        finally:
+            over.set()
+            dribbler.join(10)
+            for connection in slow:
+                connection.close()
+    assert status == 200
+
+
+def health(server: HttpPolicyServer) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _health_or_none(server: HttpPolicyServer) -> int | None:
+    try:
+        return health(server)
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def test_a_connection_is_kept_between_requests_beyond_the_time_for_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HEADER_S", 0.3)
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.connect()
+        connection.auto_open = False  # a closed connection is an error
+        for _ in range(2):
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"healthy","model":"GR00T"}'
+            time.sleep(0.6)
+        connection.close()
+
+
+def test_http_bodies_take_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client has announced counts until its answer; there is room again afterwards."""
+    body = reference.json_numpy_text({"observation": observation()}).encode()
+    monkeypatch.setattr(module, "_MAX_BODY_BYTES", len(body))
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server:
+        head = b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(5)]
+        for connection in slow:
+            connection.sendall(head)
+            time.sleep(0.1)
+        answer = slow[4].recv(1000)
+        assert b" 503 " in answer
+        assert b"busy" in answer + slow[4].recv(1000)
+        assert health(server) == 200
+        for connection in slow[:4]:
+            connection.sendall(body)
+            assert b" 200 " in connection.recv(1000)
+        assert reference.http_post(f"{server.address}/act", {"observation": observation()})[0] == 200
+        for connection in slow:
+            connection.close()
 
 
 def test_http_survives_fuzz_vanishing_clients_and_fifty_at_once(http_server: HttpPolicyServer) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from virtual_worker import VirtualWorker
 from gr00t_fast import cli
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
 from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.hold import HoldWatch
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.control.stop import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.worker import ThreadWorker, thread_left_running
-from gr00t_fast.errors import ConfigError, UnsafeActionError
+from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
 TICKS = int(os.environ.get("GR00T_FAST_VIRTUAL_TICKS", "40000"))
@@ -40,7 +41,8 @@ class UnreachableError(ConnectionError):
 
 
 class ScriptedPolicy:
-    """Answers chunks whose numbers say where they come from: joint 0 the observation, joint 1 the row, joint 2 the policy's own episode.
+    """Answers chunks whose numbers say where they come from: joint 0 the observation, joint 1 the row, joint 2 the policy's own episode,
+    joint 3 whether joint 4 is NaN.
 
     `script`: what each call does, repeated for ever: "ok", "lost" (UnreachableError), "crash" (a bug), "nan".
     """
@@ -49,6 +51,7 @@ class ScriptedPolicy:
         self._script, self._horizon = itertools.cycle(script), horizon
         self.resets = 0
         self.prefixes: list[tuple[int, ActionPrefix]] = []
+        self.unusable: set[int] = set()  # observations that were answered with NaN
         self.last_error: Exception | None = None
 
     def get_action(self, observation: dict, noise: object = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
@@ -62,7 +65,8 @@ class ScriptedPolicy:
         arm = np.zeros((self._horizon, 5), np.float32)
         arm[:, 0], arm[:, 1], arm[:, 2] = observed, np.arange(self._horizon), self.resets
         if what == "nan":
-            arm[:, 4] = np.nan
+            arm[:, 3], arm[:, 4] = 1, np.nan
+            self.unusable.add(observed)
         return {"action.single_arm": arm, "action.gripper": np.zeros((self._horizon, 1), np.float32)}
 
     def recognise(self, error: Exception) -> None:
@@ -90,12 +94,31 @@ def observation(tick: int) -> Observation:
 
 @dataclass
 class Account:
-    """What must happen, kept apart from the code under test: the chunk that plays, as (tick its row 0 is due, its length)."""
+    """What must happen, kept apart from the code under test: the observation behind what plays, and when the arm had nothing to do."""
 
     horizon: int
     origin: int | None = None
     starved: int = 0
     ticks: int = 0
+    resumes: bool = False
+    row: int = 0  # that was last due, on the way through missed ticks too
+    tick: int = 0
+    held: set[int] = field(default_factory=set)
+
+    def enter(self, observed: int, tick: int) -> None:
+        """A chunk came in between two targets and plays from `tick` on, be that tick missed or not."""
+        self.row = self.row_at(observed, tick) - 1
+
+    def row_at(self, observed: int, tick: int) -> int:
+        return tick - observed - (sum(observed <= held < tick for held in self.held) if self.resumes else 0)
+
+    def pass_over(self, tick: int) -> None:
+        """Ticks between the last target and this one were missed: their rows are over, and where there was none the arm held."""
+        for missed in range(self.tick + 1, tick):
+            self.row += 1
+            if self.row >= self.horizon:
+                self.held.add(missed)
+        self.tick = tick
 
 
 def play(
@@ -104,7 +127,7 @@ def play(
     """Run `ticks` targets in virtual time and check each one. Restarts (of the episode, or after a crash) go on with the same objects."""
     policy, worker, clock = ScriptedPolicy(script, horizon), VirtualWorker(delays), FakeClock()
     controller = ThreadedController(policy, binding(), "go", clock, FPS, options, worker=worker)
-    account, skip, gap = Account(horizon), itertools.cycle(skips), itertools.cycle(resets)
+    account, skip, gap = Account(horizon, resumes=options.when_late == "resume"), itertools.cycle(skips), itertools.cycle(resets)
     controller.reset()
     tick, next_reset, newest = 0, next(gap), -1
     last: np.ndarray | None = None
@@ -130,6 +153,8 @@ def play(
             last, account.ticks = target, account.ticks + 1
             worker.now = 2 * tick + 1
             controller.see(observation(tick), tick)
+            if controller._entered is not None:
+                account.enter(int(controller._entered.targets[0, 0]), tick + 1)
             busy_or_supplied = worker.busy or (options.chunk_threshold is not None and controller._buffer.rows_left(tick) > 0)
             assert busy_or_supplied, "nobody thinks and nothing is left: the arm would stand for ever"
         except ZeroDivisionError as error:
@@ -143,30 +168,40 @@ def play(
 def check(
     account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy
 ) -> None:
-    note = controller.note
+    note, smoothing = controller.note, controller.options.smoothing
     if planned is not None:
         assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
-        account.origin = tick
+        account.origin, account.row, account.tick, account.held = tick, 0, tick, set()
         return
+    account.pass_over(tick)
     if note.starved:
         account.starved += 1
+        account.row = account.horizon
+        account.held.add(tick)
         assert np.array_equal(target, last, equal_nan=True)
         assert note.age_ticks >= account.horizon
         return
-    assert tick - note.age_ticks >= account.origin, "an older observation than the one that played before"
-    account.origin = tick - note.age_ticks
-    assert target[1] == note.age_ticks, "not the action that is due now"
-    assert target[2] == policy.resets, "from an episode that is over"
+    observed = tick - note.age_ticks
+    assert observed >= account.origin, "an older observation than the one that played before"
+    account.origin = observed
+    account.row = account.row_at(observed, tick)
+    assert target[2] == pytest.approx(policy.resets), "from an episode that is over"
+    if smoothing == "ensemble":  # each prediction is for this tick, so their average is too
+        assert target[0] + target[1] == pytest.approx(tick, abs=0.01)
+        assert tick - account.horizon < target[0] <= observed + 0.01
+        assert np.isfinite(target).all() or observed in policy.unusable
+        return
+    assert (target[0], target[1]) == (observed, account.row), "not the action that is due now"
+    assert np.isfinite(target).all() == (target[3] == 0)
 
 
 EVENT = st.sampled_from(["ok"] * 12 + ["lost", "lost", "crash", "nan"])
 DELAY = st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(20, 150))
 SKIP = st.sampled_from([1] * 10 + [2, 7])
 OVERLAP = st.builds(
-    OverlapOptions,
-    chunk_threshold=st.one_of(st.none(), st.floats(0, 1)),
-    smoothing=st.sampled_from(["none", "rtc"]),
-    recoverable=st.just((UnreachableError,)),
+    lambda threshold, join: OverlapOptions(threshold, *join, (UnreachableError,), max_hold_s=None),
+    st.one_of(st.none(), st.floats(0, 1)),
+    st.sampled_from([("none", "hold"), ("none", "resume"), ("rtc", "hold"), ("prefix", "hold"), ("ensemble", "hold")]),
 )
 
 
@@ -213,6 +248,30 @@ def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
     assert prefix.method == "rtc"
 
 
+def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
+    """Before anything has been measured, to what continuing a chunk took at warm-up: the first chunk of all continues none."""
+
+    class Warmed(ScriptedPolicy):
+        def warm_up(self, instruction: str, prefix_method: str) -> dict[str, float]:
+            return {"total": 120.0}
+
+    policy, worker = Warmed(["ok"], 16), VirtualWorker([0, 0, *[5] * 6, 13, *[5] * 50])
+    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="rtc"), worker=worker)
+    controller.warm_up()
+    controller.reset()
+    controller.plan(observation(0))
+    for tick in range(160):
+        worker.now = 2 * tick
+        controller.next_target(tick)
+        worker.now += 1
+        controller.see(observation(tick), tick)
+    committed = [prefix.delay for _, prefix in policy.prefixes]
+    assert committed[0] == 4  # 0.12 s
+    assert 7 in committed[7:9]
+    assert committed[9:25] == [7] * 16
+    assert committed[-1] == 3
+
+
 def test_nothing_to_rely_on_gives_no_prefix() -> None:
     policy, worker = ScriptedPolicy(["nan"], 16), VirtualWorker([2])
     controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="prefix"), worker=worker)
@@ -251,8 +310,8 @@ class ThreadedBench:
         self.clock = FakeClock()
         self.robot, self.policy = FakeRobot(self.clock), FakePolicy(FakeClock(), 0.0, horizon)
         self.worker = ClockWorker(self.clock, delay_s)
-        controller = ThreadedController(self.policy, binding(), "go", self.clock, FPS, overlap, worker=self.worker)
         self.said: list[str] = []
+        controller = ThreadedController(self.policy, binding(), "go", self.clock, FPS, overlap, worker=self.worker, echo=self.said.append)
         options.setdefault("timeout_s", 3.0)
         self.stop = StopSignals()
         self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, **options), self.clock, self.stop, echo=self.said.append)
@@ -272,7 +331,7 @@ class ClockWorker(VirtualWorker):
     def poll(self):
         return super().wait() if self.busy and self.clock.now_s() >= self.ready_s else None
 
-    def wait(self):
+    def wait(self, timeout_s: float | None = None):
         self.clock.sleep_until_s(self.ready_s)
         return super().wait()
 
@@ -314,6 +373,39 @@ def test_resuming_executes_more_of_each_chunk_where_chunks_are_too_short() -> No
     assert summaries["hold"]["starved_ticks"] > 80
     assert summaries["resume"]["starved_ticks"] < 0.7 * summaries["hold"]["starved_ticks"]
     assert summaries["resume"]["when_late"] == "resume"
+
+
+@pytest.mark.parametrize("max_hold_s", [5.0, None])
+def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: float | None) -> None:
+    bench = ThreadedBench(delay_s=0.1, overlap=OverlapOptions(max_hold_s=max_hold_s), timeout_s=20.0)
+    bench.robot.on_send = lambda: len(bench.robot.sent) == 60 and setattr(bench.worker, "delay_s", 1e9)
+    if max_hold_s is None:
+        bench.loop.run()
+    else:
+        with pytest.raises(InferenceTimeoutError, match="--max_hold_s"):
+            bench.loop.run()
+    trace = bench.loop.trace
+    assert trace.ended_by == ("done" if max_hold_s is None else "error")
+    assert bench.robot.calls[-1] == "land"
+    held_s = trace.arrays()["starved"].sum() / FPS
+    assert held_s > 10 if max_hold_s is None else held_s == pytest.approx(5.0, abs=0.1)
+    warnings = [line for line in bench.said if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "2.0 s" in warnings[0]
+
+
+def test_every_time_the_arm_holds_counts_by_itself() -> None:
+    """Missed ticks count as time; a target in between begins anew."""
+    said: list[str] = []
+    watch = HoldWatch(FPS, 4.0, said.append)
+    for begin in (0, 1000):
+        for tick in range(begin, begin + 119, 7):
+            watch(tick, starved=True)
+        watch(begin + 130, starved=False)
+    assert len(said) == 2
+    watch(2000, starved=True)
+    with pytest.raises(InferenceTimeoutError):
+        watch(2120, starved=True)
 
 
 def test_missed_ticks_drop_their_actions_too() -> None:
@@ -376,7 +468,8 @@ def test_a_policy_that_cannot_continue_is_refused(smoothing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"chunk_threshold": 1.5}, {"chunk_threshold": -0.1}, {"when_late": "resume", "smoothing": "rtc"}, {"chunk_threshold": float("nan")}]
+    "options",
+    [{"chunk_threshold": 1.5}, {"chunk_threshold": -0.1}, {"when_late": "resume", "smoothing": "rtc"}, {"chunk_threshold": float("nan")}],
 )
 def test_options_that_make_no_sense(options: dict) -> None:
     with pytest.raises(ConfigError):
@@ -483,6 +576,18 @@ class TestThread:
         release.set()
         assert controller.close(5.0)
 
+    def test_an_episode_does_not_wait_for_ever_for_its_first_chunk(self) -> None:
+        release = threading.Event()
+        policy = FakePolicy(FakeClock())
+        policy.on_action = lambda targets: release.wait(20) and targets
+        controller = ThreadedController(policy, binding(), "go", MonotonicClock(), FPS, OverlapOptions(max_hold_s=0.1))
+        for _ in range(2):  # the second meets what the first left behind
+            controller.reset()
+            with pytest.raises(InferenceTimeoutError, match="first chunk"):
+                controller.plan(observation(0))
+        release.set()
+        assert controller.close(5.0)
+
     def test_a_hanging_inference_does_not_hold_up_the_end_of_the_program(self) -> None:
         program = """
 import sys, threading, time
@@ -508,18 +613,24 @@ cli.leave(3)
             worker.wait()
 
 
+_FLAGS = ("--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go")
+
+
 def usage_error(*flags: str) -> str:
     with pytest.raises(cli.UsageError) as caught:
-        cli.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *flags])
+        cli.parse([*_FLAGS, *flags])
     return str(caught.value)
 
 
 def test_flags() -> None:
-    config = cli.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", "--controller=threaded", "--chunk_threshold=0.5"])
+    config = cli.parse([*_FLAGS, "--controller=threaded", "--chunk_threshold=0.5"])
     assert (config.controller, config.chunk_threshold, config.smoothing, config.when_late) == ("threaded", 0.5, "none", "hold")
     assert "--controller=threaded" in usage_error("--smoothing=rtc")
     assert "0 to 1" in usage_error("--controller=threaded", "--chunk_threshold=2")
     assert "exclude" in usage_error("--controller=threaded", "--smoothing=rtc", "--when_late=resume")
+    assert "--max_hold_s=5" in usage_error("--max_hold_s=5")
+    assert "positive" in usage_error("--controller=threaded", "--max_hold_s=0")
+    assert cli.parse([*_FLAGS, "--controller=threaded", "--max_hold_s=null"]).max_hold_s is None
     assert "rtc" in usage_error("--controller=threaded", "--smoothing=rct")
-    for flag in ("--controller=", "--chunk_threshold=", "--smoothing=", "--when_late="):
+    for flag in ("--controller=", "--chunk_threshold=", "--smoothing=", "--when_late=", "--max_hold_s="):
         assert flag in cli.help_text()

@@ -33,7 +33,7 @@ class VirtualWorker:
     def poll(self) -> Outcome | None:
         return self.wait() if self.busy and self.now >= self._due else None
 
-    def wait(self) -> Outcome:
+    def wait(self, timeout_s: float | None = None) -> Outcome:
         call, self._call = self._call, None
         try:
             return Outcome(value=call())

@@ -17,8 +17,12 @@ from benchmarks.replay_study.trial import Motion
 _LAG_STEP_S = 0.01
 _ONE_TICK = 1.5  # a step of more than this many periods in the recording leaves something out; less is the jitter of the ticks
 _LONGEST_LAG = 0.5  # of the motion; beyond, too little is left to compare
-# Two-sided 95 % quantiles of Student's t for 1, 2, .. degrees of freedom (any table of statistics); beyond them nearly the normal one's 1.96.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+# Two-sided 95 % quantiles of Student's t for 1, 2, .. 30 degrees of freedom (any table of statistics), and of the normal distribution.
+_T95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+_NORMAL95 = 1.960
 
 
 def measure(motion: Motion) -> dict[str, Any]:
@@ -144,12 +148,16 @@ def summarise(trials: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: _summary([trial[key] for trial in trials]) for key in trials[0]}
 
 
+def t95(freedom: int) -> float:
+    """Beyond the table linear in 1 / freedom down to the normal quantile, as tables of statistics recommend: right to 0.001."""
+    return _T95[freedom - 1] if freedom <= len(_T95) else _NORMAL95 + (_T95[-1] - _NORMAL95) * len(_T95) / freedom
+
+
 def _summary(values: list[Any]) -> dict[str, Any]:
     if isinstance(values[0], dict):
         return {key: _summary([value[key] for value in values]) for key in values[0]}
     count, mean = len(values), float(np.mean(values))
     half = None
     if count > 1:
-        quantile = _T95[count - 2] if count - 2 < len(_T95) else 1.96
-        half = round(quantile * float(np.std(values, ddof=1)) / math.sqrt(count), 4)
+        half = round(t95(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count), 4)
     return {"mean": round(mean, 4), "ci95": half, "max": round(float(np.max(values)), 4)}

@@ -140,7 +140,7 @@ def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, 
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
     when_late: WhenLate = "resume" if cell.architecture == "threaded_resume" else setup.when_late
-    options = OverlapOptions(setup.chunk_threshold, "none" if when_late == "resume" else setup.smoothing, when_late)
+    options = OverlapOptions(setup.chunk_threshold, "none" if when_late == "resume" else setup.smoothing, when_late, max_hold_s=None)
     return ThreadedController(policy, binding, _INSTRUCTION, clock, setup.fps, options, worker=worker)
 
 

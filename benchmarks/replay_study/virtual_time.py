@@ -46,7 +46,7 @@ class VirtualWorker:
     def poll(self) -> Outcome | None:
         return self.wait() if self.busy and self._clock.now_s() >= self._ready_s else None
 
-    def wait(self) -> Outcome:
+    def wait(self, timeout_s: float | None = None) -> Outcome:
         if self._outcome is None:
             raise RuntimeError("nothing was submitted")
         self._clock.sleep_until_s(self._ready_s)

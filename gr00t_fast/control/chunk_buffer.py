@@ -21,7 +21,7 @@ from gr00t_fast.contracts import ActionChunk
 
 # Zhao et al. 2023 (ACT, arXiv 2304.13705): the weight of the k-th oldest prediction is exp(-0.01 k).
 ENSEMBLE_DECAY = 0.01
-# A spike must not count for long (about 20 chunks: seconds), and one or two in the window not at all.
+# A spike must not count for long (about 20 chunks: seconds), and, at this quantile, one or two in the window not at all.
 DELAY_WINDOW, DELAY_QUANTILE = 20, 0.9
 
 
@@ -62,8 +62,9 @@ class ChunkBuffer:
     def __init__(self, ensemble: bool = False, resume: bool = False) -> None:
         """`ensemble`: average the predictions of all chunks that cover a tick (temporal ensembling) instead of playing the newest.
 
-        `resume`: only ticks at which the arm moved count as elapsed, so that a chunk is entered where the arm stopped when it had to hold: in a scene
-        that waits for the arm nothing of the plan is left out or done twice. Without a starved tick it is the same as without `resume`.
+        `resume`: ticks for which no row was left do not count as elapsed, so that a chunk is entered where the arm stopped when it had to hold: in a
+        scene that waits for the arm nothing of the plan is left out or done twice. While rows are left it is the same as without `resume`, also
+        where the pacer missed ticks: the rows of those are passed over.
         """
         self.episode = 0
         self.starved_ticks = 0
@@ -80,7 +81,7 @@ class ChunkBuffer:
         self._chunks: list[TimedChunk] = []  # the newest last; the older ones only when they are averaged
         self._origin = 0  # tick of the newest chunk's row 0; its `observed` unless the arm held since
         self._last_tick = -math.inf
-        self._moved_at: list[int] = []  # ticks that were not starved, from the newest chunk's observation on
+        self._held: list[range] = []  # ticks without a row before the newest chunk entered, as far as a later chunk may need them
         self._last_target: np.ndarray | None = None
 
     @property
@@ -93,8 +94,9 @@ class ChunkBuffer:
         verdict = self._judge(chunk, tick)
         self.verdicts[verdict] += 1
         if verdict is Verdict.ENTERED:
-            self._origin = tick - self._elapsed(chunk, tick)
-            self._moved_at = [moved for moved in self._moved_at if moved >= chunk.observed]  # later chunks saw later ticks
+            elapsed = self._elapsed(chunk, tick)
+            self._held = [held for held in self._held_before(tick) if held.stop > chunk.observed]  # later chunks saw later ticks
+            self._origin = tick - elapsed
             self._chunks = [*self._chunks, chunk] if self._ensemble else [chunk]
         return verdict
 
@@ -105,9 +107,15 @@ class ChunkBuffer:
 
     def _elapsed(self, chunk: TimedChunk, tick: int) -> int:
         """Rows of the chunk that are over at `tick`."""
-        if not self._resume:
-            return tick - chunk.observed
-        return sum(chunk.observed <= moved < tick for moved in self._moved_at)
+        elapsed = tick - chunk.observed
+        if self._resume:
+            elapsed -= sum(len(range(max(held.start, chunk.observed), held.stop)) for held in self._held_before(tick))
+        return elapsed
+
+    def _held_before(self, tick: int) -> list[range]:
+        """Stretches for which there was no row, ticks that the pacer missed meanwhile included: the arm stood still in them all the same."""
+        out_since = self._origin + len(self._chunks[-1]) if self._chunks else tick
+        return [*self._held, range(out_since, tick)] if out_since < tick else self._held
 
     def due(self, tick: int) -> Due:
         """The target of `tick`. Ticks must increase. Raises RuntimeError before the first chunk of an episode, or for a tick that is over."""
@@ -124,15 +132,18 @@ class ChunkBuffer:
             if self._last_target is None:  # the chunk ran out before anything was sent; its end is the nearest to the present
                 self._last_target = newest.chunk.targets[-1]
         else:
-            self._moved_at.append(tick)
             self._last_target = self._average(tick) if self._ensemble else newest.chunk.targets[row]
         return Due(self._last_target, tick - newest.observed, starved)
 
     def _average(self, tick: int) -> np.ndarray:
+        """Of the finite predictions: one chunk with NaN must not spoil its neighbours. Without any the newest, for the safety filter to judge."""
         self._chunks = [chunk for chunk in self._chunks if tick - chunk.observed < len(chunk)]
         rows = np.stack([chunk.chunk.targets[tick - chunk.observed] for chunk in self._chunks])  # (chunks, J), the oldest first
-        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(rows)))
-        return (weights @ rows / weights.sum()).astype(np.float32)
+        finite = rows[np.isfinite(rows).all(axis=1)]
+        if not len(finite):
+            return rows[-1]
+        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(finite)))
+        return (weights @ finite / weights.sum()).astype(np.float32)
 
     def rows_left(self, tick: int) -> int:
         """How many ticks after `tick` have a row."""
@@ -156,15 +167,17 @@ class DelayEstimate:
     (An all-time maximum, by contrast, is inflated for ever by one slow call.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantile: float = DELAY_QUANTILE) -> None:
+        """`quantile` 1: the maximum of the window, where an answer that is later than estimated costs more than one that is earlier."""
         self._window: deque[int] = deque(maxlen=DELAY_WINDOW)
+        self._quantile = quantile
 
     def add(self, ticks: int) -> None:
         self._window.append(ticks)
 
     @property
     def ticks(self) -> int:
-        """Nearest-rank quantile; 0 before the first measurement. With fewer than ten measurements it is their maximum."""
+        """Nearest-rank quantile; 0 before the first measurement. Of fewer than ten measurements 0.9 is the maximum."""
         if not self._window:
             return 0
-        return sorted(self._window)[math.ceil(DELAY_QUANTILE * len(self._window)) - 1]
+        return sorted(self._window)[math.ceil(self._quantile * len(self._window)) - 1]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,11 +68,11 @@ class Thinker:
     instruction: str
     clock: Clock
 
-    def warm_up(self, **options: Any) -> None:
-        """Policies that have nothing to warm up lack the method: it is no part of the protocol. `options` go to it."""
+    def warm_up(self, **options: Any) -> Mapping[str, float]:
+        """Policies that have nothing to warm up lack the method: it is no part of the protocol. `options` go to it. Returns what the last call
+        cost by stage, in ms, where the policy tells."""
         warm_up: Callable[..., Any] | None = getattr(self.policy, "warm_up", None)
-        if warm_up is not None:
-            warm_up(self.instruction, **options)
+        return {} if warm_up is None else warm_up(self.instruction, **options) or {}
 
     def summary(self) -> dict[str, Any]:
         """What the policy has to say in the report, if anything (a client: how its server was reached)."""

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk, Verdict
+from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, ChunkBuffer, DelayEstimate, TimedChunk, Verdict
 from gr00t_fast.control.controller import Thinker, TickNote, check_horizon, check_length
+from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S, HoldWatch, timed_out
 from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
@@ -37,12 +39,14 @@ class OverlapOptions:
     when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
     see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
+    max_hold_s: how long the arm may hold its pose for want of actions before the run ends; None: no limit (the policy has one of its own).
     """
 
     chunk_threshold: float | None = None
     smoothing: Smoothing = "none"
     when_late: WhenLate = "hold"
     recoverable: tuple[type[Exception], ...] = ()
+    max_hold_s: float | None = DEFAULT_MAX_HOLD_S
 
     def __post_init__(self) -> None:
         if self.chunk_threshold is not None and not 0 <= self.chunk_threshold <= 1:
@@ -70,8 +74,10 @@ class ThreadedController:
         options: OverlapOptions | None = None,
         action_horizon: int | None = None,
         worker: Worker | None = None,
+        echo: Callable[[str], None] | None = None,
     ) -> None:
-        """`action_horizon`: rows of a chunk that may play; None: all the policy returns. Raises ConfigError."""
+        """`action_horizon`: rows of a chunk that may play; None: all the policy returns. `echo` is told when the arm holds for long, unless the
+        policy tells that itself (None). Raises ConfigError."""
         check_horizon(action_horizon)
         self.options = options or OverlapOptions()
         if self.options.continues and "prefix" not in inspect.signature(policy.get_action).parameters:
@@ -84,7 +90,9 @@ class ThreadedController:
         self._fps, self._horizon = fps, action_horizon
         self._worker = worker or ThreadWorker()
         self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", resume=self.options.when_late == "resume")
-        self._delay = DelayEstimate()
+        # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
+        self._delay = DelayEstimate(1.0 if self.options.continues else DELAY_QUANTILE)
+        self._watch = HoldWatch(fps, self.options.max_hold_s, echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
         self._entered: ActionChunk | None = None
         self._reset_policy = False
@@ -99,25 +107,31 @@ class ThreadedController:
         return self._buffer.empty and self._first is None
 
     def warm_up(self) -> None:
-        """In the worker's thread: thread pools and library handles belong to a thread. Raises what the policy raises."""
+        """In the worker's thread: thread pools and library handles belong to a thread. Raises what the policy raises.
+
+        The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
         options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
         self._worker.submit(lambda: self._thinker.warm_up(**options))
-        _value_of(self._worker.wait())
+        timing_ms = _value_of(self._worker.wait())
+        if self.options.continues and "total" in timing_ms:
+            self._delay.add(self._ticks_of(timing_ms["total"]))
 
     def reset(self) -> None:
         """What the last episode left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
         self._buffer.reset()
+        self._watch.reset()
         self._first = self._entered = None
         self._reset_policy = True
 
     def plan(self, observation: Observation) -> ActionChunk:
         """The first chunk of an episode, waited for: the arm stands still. Raises what the policy raises, recoverable or not: there is nothing
-        to hold yet. Raises ConfigError when the very first one takes so long that nothing of a later chunk would be left to play."""
+        to hold yet. Raises ConfigError when the very first one takes so long that nothing of a later chunk would be left to play, and
+        InferenceTimeoutError when none comes within `max_hold_s`."""
         if self._worker.busy:
-            self._take(self._worker.wait(), tick=0)  # of the episode before: dropped as stale
+            self._take(self._waited_for(), tick=0)  # of the episode before: dropped as stale
         self._submit(observation, tick=0, prefix=None)
-        self._first = _value_of(self._worker.wait())
-        ticks = math.ceil(self._first.chunk.inference_ms / 1000 * self._fps)
+        self._first = _value_of(self._waited_for())
+        ticks = self._ticks_of(self._first.chunk.inference_ms)
         if not self._delays:  # later ones are no reason to end a run: a spike passes
             self._check_in_time(ticks, len(self._first))
         self._note_delay(ticks)
@@ -134,6 +148,7 @@ class ThreadedController:
             self._first = None
         self._collect(tick)
         due = self._buffer.due(tick)
+        self._watch(tick, due.starved)
         self.note = TickNote(due.age_ticks, due.starved, self._entered)
         self._entered = None
         return due.target
@@ -161,6 +176,15 @@ class ThreadedController:
         return ended
 
     # Thinking
+
+    def _waited_for(self) -> Outcome:
+        outcome = self._worker.wait(self.options.max_hold_s)
+        if outcome is None:
+            raise timed_out(self.options.max_hold_s, "the first chunk of the episode is not there")
+        return outcome
+
+    def _ticks_of(self, duration_ms: float) -> int:
+        return math.ceil(duration_ms / 1000 * self._fps)
 
     def _is_time(self, tick: int) -> bool:
         if self.options.chunk_threshold is None or self._buffer.empty:

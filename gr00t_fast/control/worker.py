@@ -32,8 +32,8 @@ class Worker(Protocol):
     def poll(self) -> Outcome | None:
         """The outcome if it is there; never waits."""
 
-    def wait(self) -> Outcome:
-        """Wait for the outcome."""
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Wait for the outcome; None when it is not there after `timeout_s` (the call goes on, and the worker stays busy)."""
 
     def close(self, timeout_s: float) -> bool:
         """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
@@ -71,11 +71,14 @@ class ThreadWorker:
         self.busy = False
         return outcome
 
-    def wait(self) -> Outcome:
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
         """A signal handler may raise out of this; the call then goes on and `close` waits for it."""
         if not self.busy:
             raise RuntimeError("nothing was submitted to the inference thread")
-        outcome = self._outcomes.get()
+        try:
+            outcome = self._outcomes.get(timeout=timeout_s)
+        except Empty:
+            return None
         self.busy = False
         return outcome
 

@@ -10,8 +10,11 @@ NVIDIA's server takes a token and ignores it. Here a request without `Authorizat
 
 from __future__ import annotations
 
+import io
 import logging
+import socket
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,14 +22,27 @@ from typing import Any
 
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
-from gr00t_fast.serving.service import UNAUTHORISED, InferenceQueue, Outcome, Traffic, numeric_host, same_token
+from gr00t_fast.serving.service import (
+    BUDGET_MESSAGES,
+    UNAUTHORISED,
+    ByteBudget,
+    InferenceQueue,
+    Outcome,
+    Traffic,
+    numeric_host,
+    reason_of,
+    same_token,
+)
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES
 from gr00t_fast.serving.wire_json import from_json, to_json
 
 log = logging.getLogger(__name__)
 _MAX_BODY_BYTES = MAX_MESSAGE_BYTES * 4 // 3  # base64 makes four bytes of three
 _MAX_CONNECTIONS = 128  # a thread each
-_IDLE_S = 30.0  # a connection that says nothing for so long is closed
+# A connection is closed when it has not said this much by then, however often it sends another byte.
+_HEADER_S = 10.0  # its first request's header
+_IDLE_S = 30.0  # another request's header; also for the client to take an answer
+_BODY_S = 30.0
 _ANSWER_S = 120.0  # no inference takes so long; without it a bug in the queue would block the connection's thread for ever
 
 
@@ -36,10 +52,12 @@ class HttpPolicyServer:
     def __init__(self, policy: Policy, host: str = "127.0.0.1", port: int = 5555, api_token: str | None = None) -> None:
         """Port 0 picks a free one. Raises ServerError when it cannot listen there."""
         self._traffic = Traffic()
-        self._queue = InferenceQueue(self._traffic)
+        budget = ByteBudget(BUDGET_MESSAGES * _MAX_BODY_BYTES)
+        self._queue = InferenceQueue(self._traffic, budget)
         family, address = numeric_host(host, port)
         server_class = type("Server", (_Server,), {"address_family": family})
-        handler = type("Handler", (_Handler,), {"policy": policy, "token": api_token, "queue": self._queue, "traffic": self._traffic})
+        shared = {"policy": policy, "token": api_token, "queue": self._queue, "traffic": self._traffic, "budget": budget}
+        handler = type("Handler", (_Handler,), shared)
         try:
             self._server = server_class((address, port), handler)
         except OSError as error:
@@ -96,8 +114,33 @@ class _Server(ThreadingHTTPServer):
 
 class _Refusal(Exception):  # noqa: N818 - not an error of the program: an HTTP answer
     def __init__(self, status: int, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(reason_of(detail))
         self.status = status
+
+
+class _TimedReader(io.RawIOBase):
+    """What comes from a connection, up to a deadline. Raises TimeoutError; a socket's own time-out begins again with every byte."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.allow(_HEADER_S)
+
+    def allow(self, seconds: float) -> None:
+        """From now on."""
+        self._deadline_s = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left_s)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(_IDLE_S)  # for the answer
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,10 +148,21 @@ class _Handler(BaseHTTPRequestHandler):
     token: str | None
     queue: InferenceQueue
     traffic: Traffic
+    budget: ByteBudget
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "gr00t_fast", ""
     timeout = _IDLE_S
     disable_nagle_algorithm = True  # else a reply waits for the client's delayed acknowledgement
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self._reader = _TimedReader(self.connection)
+        self.rfile = io.BufferedReader(self._reader)
+
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        self._reader.allow(_IDLE_S)
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -124,12 +178,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refusal.status, {"detail": str(refusal)})
 
     def _act(self) -> Any:
-        body = self._body()
-        if self.path != "/act":
-            raise _Refusal(404, "Not Found: GET /health or POST /act")
+        """A refusal before the body was read ends the connection: what follows on it would be taken for a request."""
+        keep, self.close_connection = self.close_connection, True
+        size_bytes = self._body_bytes()
         try:
-            observation = _observation(body)
-            outcome = self._infer(observation)
+            self.budget.take(size_bytes)
+            try:
+                self._reader.allow(_BODY_S)
+                body = self.rfile.read(size_bytes)
+                self.close_connection = keep
+                if self.path != "/act":
+                    raise _Refusal(404, "Not Found: GET /health or POST /act")
+                outcome = self._infer(_observation(body))
+            finally:
+                self.budget.give_back(size_bytes)
         except WireError as error:
             raise _Refusal(400, str(error)) from error
         except ServerError as error:
@@ -138,10 +200,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(500 if outcome.fault else 400, outcome.error)
         return outcome.value
 
-    def _body(self) -> bytes:
-        """The request's body. A refusal before it was read ends the connection: what follows on it would be taken for a request."""
-        keep, self.close_connection = self.close_connection, True
+    def _body_bytes(self) -> int:
+        """How long the body is, of a client that may send one."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = given.encode("latin-1").decode("utf-8", "surrogateescape")  # http.server reads each byte as one character
         if not same_token(given, self.token):
             raise _Refusal(401, UNAUTHORISED)
         length = self.headers.get("Content-Length", "")
@@ -149,9 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(411, "Content-Length is missing or not a number.")
         if len(length) > 12 or int(length) > _MAX_BODY_BYTES:
             raise _Refusal(413, f"at most {_MAX_BODY_BYTES} bytes are accepted. Send fewer or smaller pictures at once.")
-        body = self.rfile.read(int(length))
-        self.close_connection = keep
-        return body
+        return int(length)
 
     def _infer(self, observation: dict[str, Any]) -> Outcome:
         future: Future[Outcome] = Future()
@@ -165,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = to_json(message)
         except Gr00tFastError as error:  # the policy returned what cannot travel
-            status, body = 500, to_json({"detail": str(error)})
+            status, body = 500, to_json({"detail": reason_of(error)})
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

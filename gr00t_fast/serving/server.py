@@ -20,16 +20,26 @@ from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.optional import require
 from gr00t_fast.serving.facts_message import facts_to_message
-from gr00t_fast.serving.service import UNAUTHORISED, InferenceQueue, Outcome, Traffic, numeric_host, same_token
+from gr00t_fast.serving.service import (
+    BUDGET_MESSAGES,
+    UNAUTHORISED,
+    ByteBudget,
+    InferenceQueue,
+    Outcome,
+    Traffic,
+    numeric_host,
+    reason_of,
+    same_token,
+)
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode
 
 log = logging.getLogger(__name__)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 5555
 _REPLIES = "inproc://replies"
 _LINGER_MS = 1000  # how long closing waits for the last replies to leave
-_WAITING_PER_CLIENT = 16  # messages read ahead from one connection
+_WAITING_PER_CLIENT = 2  # messages read ahead from one connection
 # A message over the limit is read and refused with a reason; one over this many times the limit ends the connection unread.
-_DROP_FACTOR = 4
+_DROP_FACTOR = 2
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 5000, 15000  # connections to machines that vanished are closed
 
 
@@ -52,7 +62,7 @@ class PolicyServer:
         self._zmq = require("zmq", "serving")
         self._policy, self._token, self._max_bytes = policy, api_token, max_message_bytes
         self._traffic = Traffic()
-        self._queue = InferenceQueue(self._traffic)
+        self._queue = InferenceQueue(self._traffic, ByteBudget(BUDGET_MESSAGES * max_message_bytes))
         # answered by the talking thread, which must not touch the policy
         self._modality_config = encode(policy.get_modality_config())
         self._facts = encode(facts_to_message(policy.facts)) if hasattr(policy, "facts") else None
@@ -151,19 +161,22 @@ class PolicyServer:
         return True
 
     def _take(self, frames: list[Any]) -> None:
-        """Frames are the route back, an empty frame (a REQ client, perhaps behind proxies), and the message."""
-        route, message = [frame.bytes for frame in frames[:-1]], frames[-1].buffer
-        if b"" not in route[1:] or len(route) != route.index(b"", 1) + 1:
+        """Frames are the route back, which ends in an empty frame (a REQ client, perhaps behind proxies), and the message."""
+        ends = [place for place, frame in enumerate(frames) if place and not len(frame.buffer)]
+        if not ends:
             self._traffic.refused("frames that no REQ client sends")
             return  # without a route in REQ form there is nobody who could read a reply
+        route, parts = [frame.bytes for frame in frames[: ends[0] + 1]], frames[ends[0] + 1 :]
         try:
-            reply = self._answer(message, route)
+            if len(parts) != 1:
+                raise WireError(f"expected a message of one part, got {len(parts)}.")
+            reply = self._answer(parts[0].buffer, route)
         except Gr00tFastError as error:
             self._traffic.refused(str(error))
-            reply = encode({"error": str(error)})
+            reply = encode({"error": reason_of(error)})
         except Exception as error:  # noqa: BLE001 - no message, whatever it holds, may end the service for the others
             self._traffic.failed(error)
-            reply = encode({"error": f"{type(error).__name__}: {error}"})
+            reply = encode({"error": reason_of(f"{type(error).__name__}: {error}")})
         if reply is not None:
             self._socket.send_multipart([*route, reply])
 
@@ -175,6 +188,8 @@ class PolicyServer:
         if not same_token(request.get("api_token"), self._token):
             raise ServerError(UNAUTHORISED)
         endpoint = request.get("endpoint", "get_action")
+        if not isinstance(endpoint, str):
+            raise WireError(f"endpoint: expected text, got {type(endpoint).__name__}.")
         if endpoint == "ping":
             return encode({"status": "ok", "message": "Server is running"})
         if endpoint == "get_modality_config":
@@ -183,10 +198,11 @@ class PolicyServer:
             return self._facts
         if endpoint == "kill":
             return self._kill()
-        self._queue.submit(self._policy_call(endpoint, request.get("data", {})), lambda outcome: self._reply(route, outcome))
+        call = self._policy_call(endpoint, request.get("data", {}))
+        self._queue.submit(call, lambda outcome: self._reply(route, outcome), client=tuple(route), size_bytes=len(message))
         return None
 
-    def _policy_call(self, endpoint: Any, data: Any) -> Callable[[], Any]:
+    def _policy_call(self, endpoint: str, data: Any) -> Callable[[], Any]:
         if endpoint == "reset":
             return self._reset
         if endpoint == "get_action":
@@ -196,7 +212,7 @@ class PolicyServer:
             request = _string_keyed(data, "data")
             observation, options = _string_keyed(request.get("observation"), "observation"), _options(request)
             return lambda: self._policy.get_action(observation, **options)
-        raise ServerError(f"Unknown endpoint: {str(endpoint)[:80]}")
+        raise ServerError(f"Unknown endpoint: {endpoint[:80]}")
 
     def _kill(self) -> bytes:
         if self._token is None:
@@ -215,7 +231,7 @@ class PolicyServer:
         try:
             reply = encode(outcome.value if outcome.error is None else {"error": outcome.error})
         except WireError as error:  # the policy returned what cannot travel
-            reply = encode({"error": str(error)})
+            reply = encode({"error": reason_of(error)})
         with contextlib.suppress(self._zmq.Again):  # the talking thread failed; `run` raises its error next
             self._reply_later([*route, reply], copy=False)
 
@@ -227,8 +243,9 @@ def _options(request: dict[str, Any]) -> dict[str, Any]:
     if request.get("prefix") is not None:
         prefix = _string_keyed(request["prefix"], "prefix")
         delay, method = prefix.get("delay"), prefix.get("method")
-        if type(delay) is not int or method not in ("rtc", "prefix"):
-            raise WireError(f"prefix: expected a whole number as delay and rtc or prefix as method, got {delay!r} and {method!r}.")
+        if type(delay) is not int or not isinstance(method, str) or method not in ("rtc", "prefix"):
+            got = f"{str(delay)[:80]} and {str(method)[:80]}"
+            raise WireError(f"prefix: expected a whole number as delay and rtc or prefix as method, got {got}.")
         options["prefix"] = ActionPrefix(_string_keyed(prefix.get("actions"), "prefix.actions"), delay, method)
     return options
 
