@@ -133,6 +133,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         action_horizon=arguments.action_horizon,
         device=arguments.device,
         precision=arguments.precision,
+        engine=arguments.engine,
+        engine_path=arguments.engine_path,
         seed=arguments.seed,
     )
     head = open_checkpoint(arguments.model_path).config.head
@@ -143,7 +145,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "reach.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes]) + "\n")
-    settings = {name: getattr(policy, name) for name in ("denoising_steps", "action_horizon")} | {"dtype": str(policy.dtype)}
+    settings = {name: getattr(policy, name) for name in ("denoising_steps", "action_horizon")}
+    settings |= {"dtype": str(policy.dtype), "engine": policy.engine.name}
     return {"evaluation": "reach", **summary(outcomes), **settings}
 
 
@@ -157,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lang_instruction", default=INSTRUCTIONS[0], help="(default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--engine", default="auto", help="eager, or an export with onnxruntime and its like (default: %(default)s)")
+    parser.add_argument("--engine_path", type=Path, help="directory of the export")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
     parser.add_argument("--out", type=Path, help="directory for reach.json, one entry per episode")

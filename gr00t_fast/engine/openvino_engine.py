@@ -90,9 +90,10 @@ def choose_arithmetic(precision: str, capabilities: list[str]) -> str:
 def _check_runnable(manifest: Manifest, directory: Path, target: Target) -> None:
     runtime = (manifest.quantisation or {}).get("runtime", KIND)
     if runtime != KIND:
+        flags = ("--target=openvino", "--onnx=<fp32 export>", "--calibration=<data set>", "--out=<directory>")
         raise EngineError(
-            f"the {manifest.quantisation.get('format')} files in {directory} are made for '{runtime}'. Use --engine={runtime}, or quantise for OpenVINO: "
-            f"{target.command('quantise.py', '--target=openvino', '--onnx=<fp32 export>', '--calibration=<data set>', '--out=<directory>')}"
+            f"the {manifest.quantisation.get('format')} files in {directory} are made for '{runtime}'. Use --engine={runtime}, or quantise for "
+            f"OpenVINO: {target.command('quantise.py', *flags)}"
         )
     if manifest.precision != "fp32":
         raise EngineError(
