@@ -5,8 +5,8 @@
 
 A recording is the task; a policy that knows it by heart answers each observation with the next actions, after a delay and with an error of its own
 per chunk (replay_study/policy.py). The product's control loop, pacer and controllers move an arm with a first-order lag. Architectures: `sync`,
-`threaded`, `server` (threaded, the policy in another process behind ZeroMQ), `threaded_resume` (--when_late=resume) and the baseline `naive_async` (a FIFO
-of chunks, each played from its first action). `floor` is the recording itself sent to the same arm: no delay, no error.
+`threaded`, `server` (threaded, the policy in another process behind ZeroMQ), `threaded_resume` (--when_late=resume) and the baseline `naive_async`
+(a FIFO of chunks, each played from its first action). `floor` is the recording itself sent to the same arm: no delay, no error.
 
 What comparisons of this kind commonly get wrong, and what is done here: one trial (here several, seeds paired, architectures taking turns,
 confidence intervals); stale chunks played from index 0 (here a baseline that is called so); an invented fixed delay (here also measured
