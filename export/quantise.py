@@ -100,7 +100,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--onnx={arguments.onnx} is in {manifest.quantisation.get('format')} already. Give the export it was made from.")
     if arguments.target != "tensorrt" and manifest.precision != "fp32":
         raise ConfigError(f"--onnx={arguments.onnx} is {manifest.precision}; {arguments.target} takes fp32 (export/to_onnx.py --precision=fp32).")
-    steps = arguments.denoising_steps or checkpoint.config.head.denoising_steps
+    steps = checkpoint.config.head.denoising_steps if arguments.denoising_steps is None else arguments.denoising_steps
+    if steps < 1:
+        raise ConfigError(f"--denoising_steps={steps} must be at least 1.")
     settings = Settings(arguments.scheme, arguments.target, steps, arguments.limit, arguments.trial_frames, arguments.balance, arguments.seed)
     outcome, calibration = None, {}
     if arguments.calibration is not None:

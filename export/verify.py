@@ -90,7 +90,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
     directory = arguments.engine_path or checkpoint.path / "exports" / arguments.engine
     open_engine(arguments.engine, directory, target, arguments.device, arguments.precision)  # refused now rather than in ten minutes; freed at once
-    steps = arguments.denoising_steps or checkpoint.config.head.denoising_steps
+    steps = checkpoint.config.head.denoising_steps if arguments.denoising_steps is None else arguments.denoising_steps
+    if steps < 1:
+        raise ConfigError(f"--denoising_steps={steps} must be at least 1.")
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
     cases, sample = _cases(arguments, target)

@@ -12,10 +12,12 @@ import pytest
 from exports import target_for
 from random_networks import edit_json, write_network
 
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.digests import Digests, sha256, sha256_of_json
 from gr00t_fast.engine.manifest import MANIFEST_NAME, Manifest, check_manifest, describe_files, read_manifest, remedy_for
-from gr00t_fast.errors import EngineError
+from gr00t_fast.errors import ConfigError, EngineError
 
 REMEDY = "python export/somehow.py"
 
@@ -172,7 +174,22 @@ def test_damaged(export: Path, checkpoint: Path, damage, told: str) -> None:
 
 
 def test_another_kind(export: Path, checkpoint: Path) -> None:
-    assert "of kind 'onnx', expected 'tensorrt'" in _refused(export, target_for(checkpoint), "tensorrt")
+    """The command that made it would make the same kind again."""
+    with pytest.raises(EngineError, match=r"of kind 'onnx', expected 'tensorrt'\. Run it with --engine=onnxruntime, or make one"):
+        check_manifest(export, "tensorrt", target_for(checkpoint), "python export/x.py")
+
+
+def test_stages_outside_the_checked_files_are_damage(export: Path, checkpoint: Path) -> None:
+    content = json.loads((export / MANIFEST_NAME).read_text())
+    for stages, quantisation in (({"vision": {"file": "/elsewhere/vision.onnx"}}, None), ({"vision": {}}, None), (content["stages"], "int8")):
+        (export / MANIFEST_NAME).write_text(json.dumps(content | {"stages": stages, "quantisation": quantisation}))
+        assert "cannot be read" in _refused(export, target_for(checkpoint), "onnx")
+
+
+def test_a_target_with_foreign_cameras_is_refused_with_the_flag(checkpoint: Path, export: Path) -> None:
+    foreign = Target(open_checkpoint(checkpoint), "new_embodiment", load_data_config("so100_dualcam"), "so100_dualcam")
+    with pytest.raises(ConfigError, match="--data_config=so100"):
+        foreign.identity(Digests(export))
 
 
 def test_the_remedy_repeats_what_made_the_export(export: Path, checkpoint: Path, tmp_path: Path) -> None:

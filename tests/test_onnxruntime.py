@@ -316,12 +316,18 @@ def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [running]
     for content, overwrite in (("first", False), ("second", True)):
         with whole_directory(out, overwrite) as directory:
-            (directory / content).write_text(content)
-            assert not (out / content).exists()
-        assert [file.name for file in out.iterdir()] == [content]
+            (directory / "manifest.json").write_text(content)
+            assert not out.exists() or (out / "manifest.json").read_text() != content
+        assert (out / "manifest.json").read_text() == content
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="would delete them"), whole_directory(precious, overwrite=True):
+        pytest.fail("nothing is done before it is refused")
+    assert (precious / "thesis.txt").read_text() == "years"
     with pytest.raises(ConfigError, match="is not empty"), whole_directory(out, overwrite=False):
         pytest.fail("nothing is done before it is refused")
-    with pytest.raises(ConfigError, match="is a file"), whole_directory(out / "second", overwrite=True):
+    with pytest.raises(ConfigError, match="is a file"), whole_directory(out / "manifest.json", overwrite=True):
         pytest.fail("nothing is done before it is refused")
 
 

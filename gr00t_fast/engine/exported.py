@@ -94,8 +94,8 @@ class ExportedEngine:
         if len(ids) > most:
             text = len(ids) - self.manifest.shapes["image_tokens"]
             raise ObservationError(
-                f"the instruction makes a prompt of {len(ids)} tokens; this export takes {most}. Shorten it, or run: "
-                f"{self._remedy} --max_text_tokens={text}"
+                f"the instruction makes a prompt of {len(ids)} tokens; this export takes {most}. Shorten it, or make the graphs again "
+                f"with export/to_onnx.py and --max_text_tokens={text}, and what was made from them: {self._remedy}"
             )
         return ids.cpu()
 

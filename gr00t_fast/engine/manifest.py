@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gr00t_fast.checkpoint import Checkpoint
-from gr00t_fast.data_config import DataConfig
+from gr00t_fast.data_config import DataConfig, check_trained_cameras
 from gr00t_fast.engine.digests import Digests, sha256_of_json
 from gr00t_fast.errors import EngineError, StaleEngineError
 
@@ -34,6 +34,7 @@ class Target:
     def identity(self, digests: Digests) -> dict[str, Any]:
         """Content, not names or dates: the same checkpoint elsewhere has the same identity. Raises OSError when a weight file cannot be read."""
         metadata = self.checkpoint.embodiment(self.embodiment_tag)
+        check_trained_cameras(self.data_config, metadata.cameras)
         files = self.checkpoint.weight_files
         return {
             "weights": dict(zip((file.name for file in files), digests.of(files), strict=True)),
@@ -107,6 +108,10 @@ def read_manifest(directory: Path, remedy: str) -> Manifest:
             raise ValueError("a section is no mapping")
         if any(Path(name).name != name for name in manifest.files):
             raise ValueError("a file's name leaves the directory")
+        if any(stage["file"] not in manifest.files for stage in manifest.stages.values()):
+            raise ValueError("a stage's file is not among the files that are checked")
+        if not isinstance(manifest.quantisation, dict | None) or not all(isinstance(flag, str) for flag in manifest.flags):
+            raise ValueError("quantisation or flags have the wrong form")
         return manifest
     except FileNotFoundError as error:
         raise EngineError(f"{directory} holds no exported engine (no {MANIFEST_NAME}). {_run(remedy)}") from error
@@ -122,7 +127,7 @@ def remedy_for(directory: Path, target: Target, program: str, *flags: str) -> st
         made_by = None
     if made_by is not None and made_by.program:
         program, flags = made_by.program, tuple(made_by.flags)
-    overwrite = () if made_by is None else ("--overwrite",)
+    overwrite = ("--overwrite",) if directory.is_dir() and any(directory.iterdir()) else ()
     return target.command(program, f"--out={directory}", *map(str, flags), *overwrite)
 
 
@@ -134,7 +139,11 @@ def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> M
     """
     manifest = read_manifest(directory, remedy)
     if manifest.kind != kind:
-        raise EngineError(f"{directory} holds an export of kind '{manifest.kind}', expected '{kind}'. {_run(remedy)}")
+        engine = {"onnx": "onnxruntime"}.get(manifest.kind, manifest.kind)
+        raise EngineError(
+            f"{directory} holds an export of kind '{manifest.kind}', expected '{kind}'. Run it with --engine={engine}, or make one for this engine "
+            f"in another directory."
+        )
     digests = Digests(directory)
     differences = _differences(manifest.identity, target.identity(digests))
     if differences:

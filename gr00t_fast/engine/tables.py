@@ -41,8 +41,8 @@ class ExportTables:
             if names[0] not in self._entries:
                 there = sorted(int(name.rpartition(".")[2]) for name in self._entries if name.startswith(f"{TAU}."))
                 raise ConfigError(
-                    f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or run: "
-                    f"{self._remedy} --denoising_steps={count}"
+                    f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
+                    f"the graphs again with export/to_onnx.py and --denoising_steps={count}, and what was made from them: {self._remedy}"
                 )
             with TensorFile(self._path) as file:
                 self._steps[count] = StepTables(*(self._read(file, name) for name in names))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from gr00t_fast.engine.manifest import MANIFEST_NAME
 from gr00t_fast.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"--out={out} is a file. Expected a directory, existing or not.")
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ConfigError(f"--out={out} exists and is not empty. Choose another --out, or say --overwrite.")
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():  # somebody's files, not an earlier export
+        raise ConfigError(f"--out={out} holds files but no export (no {MANIFEST_NAME}): --overwrite would delete them. Choose another --out.")
 
 
 def _replace(partial: Path, out: Path) -> None:
