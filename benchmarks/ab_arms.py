@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.ab_host import REFERENCE
+from benchmarks.program import show_progress
 from gr00t_fast.errors import Gr00tFastError
 
 FACTORS = ("transport", "preprocessing", "engine", "steps", "warm_up")
@@ -201,7 +201,7 @@ def measure(
         check_agreement(targets)
         for pair, limit in compare.items():
             result.differences[pair].append(_difference(targets, pair, limit))
-        _show_progress(number + 1, total)
+        show_progress("round", number + 1, total)
     return result
 
 
@@ -258,8 +258,3 @@ def _median_interval(count: int) -> tuple[int, int]:
 def resolved(worth: dict[str, float]) -> bool:
     """Whether the difference can be told from none at all."""
     return worth["rounds"] >= _ROUNDS_TO_TELL and (worth["median_low"] > 0 or worth["median_high"] < 0)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rround {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)

@@ -42,9 +42,8 @@ from benchmarks.ab_processes import (
     running,
     thread_variables,
 )
-from benchmarks.command_line import without_machine_paths
+from benchmarks.program import provenance
 from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError, ServerUnreachableError
-from gr00t_fast.measurement import git_commit, machine, versions
 
 _OBSERVATIONS = 16  # different ones, taken in turn
 _PATIENCE_S = 600.0  # for a server to load its weights
@@ -65,8 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    result |= {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": without_machine_paths(sys.argv)}
-    result["seed"] = arguments.seed
+    result |= provenance(arguments.seed)
     _write(result, ab_remote if arguments.server else ab_report, arguments.out)
     print(json.dumps(result))
     return 0

@@ -12,8 +12,6 @@ shared machine the ratio of processor times is the steadier one. The last line i
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -28,13 +26,13 @@ import numpy as np
 import torch
 
 from benchmarks.bench_policy import example_inputs
+from benchmarks.program import finish, provenance
 from benchmarks.work import measure_ceilings, stage_work
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.select import EXPORTED
-from gr00t_fast.errors import Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.optional import require
 from gr00t_fast.timing import StageTimer
@@ -52,23 +50,7 @@ class Arm:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_table(result))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_export.json").write_text(json.dumps(result, indent=2) + "\n")
-    try:
-        plot(result, arguments.out / "bench_export.png")
-    except MissingExtraError as error:  # the figures are what counts
-        print(f"no plot: {error}", file=sys.stderr)
-    print(json.dumps(result))
-    return 0
+    return finish("bench_export", parser().parse_args(argv), run, as_table, plot)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,11 +103,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "difference_from_eager": _differences(actions, noise),
         "floor_ms_of_eager": {**{stage: round(value, 3) for stage, value in floors.items()}, "total": round(sum(floors.values()), 3)},
         "ceilings": {"tflop_per_s": round(ceilings.flop_per_s / 1e12, 3), "gb_per_s": round(ceilings.bytes_per_s / 1e9, 2)},
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import shlex
 import subprocess
 import sys
 import time
@@ -20,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
-
-_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+from benchmarks.program import provenance
+from gr00t_fast.measurement import peak_rss_bytes, percentiles
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "first_action_s": percentiles([r["load"]["first_action_s"] for r in rounds]),
         "first_action_over_read": round(percentiles([f / r for f, r in zip(first_s, read_s, strict=True)])["p50"], 3),
         "rounds": arguments.rounds,
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
+        **provenance(),
     }
 
 
@@ -79,7 +73,7 @@ def load_once(arguments: argparse.Namespace) -> dict[str, float]:
         return {"read_s": time.perf_counter() - start}
     from gr00t_fast.policy import load_policy
 
-    base = _peak_bytes()
+    base = peak_rss_bytes()
     start = time.perf_counter()
     policy = load_policy(arguments.model_path, processor_path=arguments.processor_path, device="cpu", precision=arguments.precision)
     loaded = time.perf_counter()
@@ -87,11 +81,7 @@ def load_once(arguments: argparse.Namespace) -> dict[str, float]:
     done = time.perf_counter()
     weights = sum(p.numel() * p.element_size() for p in policy.engine.model.parameters())
     times = {"load_s": loaded - start, "first_action_s": done - loaded}
-    return {**times, "base_bytes": base, "peak_bytes": _peak_bytes(), "weight_bytes": weights}
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES
+    return {**times, "base_bytes": base, "peak_bytes": peak_rss_bytes(), "weight_bytes": weights}
 
 
 def _in_child(what: str, arguments: argparse.Namespace) -> dict[str, float]:

@@ -11,8 +11,6 @@ p50/p95/p99 of each arm and stage, the paired ratio, the difference of the actio
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -23,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
+from benchmarks.program import checkpoint_of, finish, provenance, show_progress
 from benchmarks.work import measure_ceilings, stage_work
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
-from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
 from gr00t_fast.timing import StageTimer
 
@@ -36,28 +35,12 @@ _PROMPT_TOKENS_WITHOUT_IMAGES = 32  # "Place the block in the bowl" with one cam
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_table(result))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_policy.json").write_text(json.dumps(result, indent=2) + "\n")
-    try:
-        plot(result, arguments.out / "bench_policy.png")
-    except MissingExtraError as error:  # the figures are what counts; a bare GPU machine has no matplotlib
-        print(f"no plot: {error}", file=sys.stderr)
-    print(json.dumps(result))
-    return 0
+    return finish("bench_policy", _parser().parse_args(argv), run, as_table, plot)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     check_engine(arguments.engine, arguments.engine_path)
-    path = arguments.model_path or _random_checkpoint(arguments)
+    path = checkpoint_of(arguments, arguments.size)
     ours, network, device, dtype = _load(path, arguments)
     inputs, noise = example_inputs(network.config, device, dtype, arguments.cameras, arguments.seed)
     reference = _load_reference(path, device, dtype) if arguments.reference else None
@@ -85,11 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "total_over_floor": round(percentiles(times["ours"]["total"])["p50"] / sum(floors.values()), 2),
         "flop": {stage: w.flop for stage, w in work.items()},
         "ceilings": {"tflop_per_s": round(ceilings.flop_per_s / 1e12, 3), "gb_per_s": round(ceilings.bytes_per_s / 1e9, 2)},
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }
 
 
@@ -107,7 +86,7 @@ def interleave(ours, reference, inputs: ModelInputs, noise: torch.Tensor, steps:
             if number >= warm_up:
                 for stage, value in stages.items():
                     times[arm].setdefault(stage, []).append(value)
-        _show_progress(number + 1, warm_up + rounds)
+        show_progress("round", number + 1, warm_up + rounds)
     return times, _difference(results, noise)
 
 
@@ -170,15 +149,6 @@ def _load_reference(path: Path, device: torch.device, dtype: torch.dtype):
     return SecondReference(path, dtype).to(device)
 
 
-def _random_checkpoint(arguments: argparse.Namespace) -> Path:
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
-
-    path = arguments.out / f"checkpoint-{arguments.size}"
-    if not (path / "config.json").exists():
-        write_random_checkpoint(path, arguments.size, seed=arguments.seed)
-    return path
-
-
 def _speed_up(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Reference over ours, paired by round: a disturbance of the machine hits both arms of a round alike."""
     ratios = [theirs / mine for mine, theirs in zip(times["ours"]["total"], times["reference"]["total"], strict=True)]
@@ -228,11 +198,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rround {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,8 +12,6 @@ with and without --keep_warm, since an idle GPU lowers its clocks. The last line
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,37 +21,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 import numpy as np
-import torch
 
+from benchmarks.program import checkpoint_of, finish, provenance, show_progress
 from benchmarks.stage_calls import kernels_of, recorded, stages_of, timed_ms
 from benchmarks.work import Work, measure_ceilings, stage_work
-from gr00t_fast.errors import Gr00tFastError
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.measurement import percentiles
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 _RANDOM_FRAMES = 16  # different ones in turn
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_table(result))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_stages.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "bench_stages.md").write_text(as_table(result) + "\n")
-    print(json.dumps(result))
-    return 0
+    return finish("bench_stages", _parser().parse_args(argv), run, as_table)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     policy = load_policy(
-        arguments.model_path or _random_checkpoint(arguments),
+        checkpoint_of(arguments, arguments.size),
         embodiment_tag=arguments.embodiment_tag,
         data_config=arguments.data_config,
         denoising_steps=arguments.denoising_steps,
@@ -84,11 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "ceilings": {"tflop_per_s": round(ceilings.flop_per_s / 1e12, 3), "gb_per_s": round(ceilings.bytes_per_s / 1e9, 2)},
         "whole": whole,
         "whole_over_floor": round(whole["back_to_back_ms"]["p50"] / sum(floors.values()), 2),
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }
 
 
@@ -103,7 +83,7 @@ def measure_stages(policy: Gr00tPolicy, arguments: argparse.Namespace) -> dict[s
             taken_ms = timed_ms(call, policy.device)
             if number >= arguments.warm_up:
                 times[name].append(taken_ms)
-        show_progress(number + 1, arguments.warm_up + rounds)
+        show_progress("round", number + 1, arguments.warm_up + rounds)
     work = stage_work_of(policy)
     found = {}
     for name, call in calls.items():
@@ -146,7 +126,7 @@ def back_to_back(policy: Gr00tPolicy, observations: list[dict[str, Any]], calls:
         began_s = time.perf_counter()
         policy.get_action(observations[number % len(observations)])
         times.append(1000 * (time.perf_counter() - began_s))
-        show_progress(number + 1, calls)
+        show_progress("call", number + 1, calls)
     return times
 
 
@@ -177,7 +157,7 @@ def _paced(policy: Gr00tPolicy, observations: list, arguments: argparse.Namespac
         start_s = time.perf_counter()
         around(lambda tick=tick: policy.get_action(observations[tick % len(observations)]))
         times.append(1000 * (time.perf_counter() - start_s))
-        show_progress(tick + 1, ticks)
+        show_progress("tick", tick + 1, ticks)
     return times
 
 
@@ -205,20 +185,6 @@ def _scaled(value: float | None, unit: float) -> float | None:
 
 def _cell(value: float | None, width: int, digits: int) -> str:
     return " " * width if value is None else f"{value:>{width}.{digits}f}"
-
-
-def show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-
-def _random_checkpoint(arguments: argparse.Namespace) -> Path:
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
-
-    path = arguments.out / f"checkpoint-{arguments.size}"
-    if not (path / "config.json").exists():
-        write_random_checkpoint(path, arguments.size, seed=arguments.seed)
-    return path
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,8 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
+from benchmarks.program import finish
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.tensorrt_build import BuildOptions, as_table, build_engines
 from gr00t_fast.export.tensorrt_display import Display
 from gr00t_fast.measurement import git_commit, machine, versions
@@ -121,22 +122,7 @@ def _height(facts: dict[str, Any], what: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_markdown(result))
-    (arguments.out / "tensorrt_build.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "tensorrt_build.md").write_text(as_markdown(result) + "\n")
-    try:
-        plot(result, arguments.out / "tensorrt_build.png")
-    except MissingExtraError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print(json.dumps(result))
-    return 0
+    return finish("tensorrt_build", _parser().parse_args(argv), run, as_markdown, plot)
 
 
 def _parser() -> argparse.ArgumentParser:

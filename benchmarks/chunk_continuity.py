@@ -23,8 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -35,16 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
+from benchmarks.program import checkpoint_of, finish, provenance
 from benchmarks.smooth_flow import SmoothFlow
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk
 from gr00t_fast.control.controller import Thinker
+from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.engine.continuation import denoise_towards
-from gr00t_fast.errors import Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.measurement import percentiles
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim.robot import SimArm
 
@@ -52,19 +51,6 @@ SMOOTHINGS = ("none", "ensemble", "prefix", "rtc")
 METRICS = {"takeover_jump": "takeover jump", "velocity_change_at_boundaries": "velocity change"}
 JITTER, JITTER_TICKS, JITTER_PARTS = "jitter", (3, 6), (0.92, 0.08)
 INSTRUCTION = "Place the block in the bowl"
-
-
-class VirtualClock:
-    """Time that moves tick by tick."""
-
-    def __init__(self) -> None:
-        self.time_s = 0.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-    def sleep_until_s(self, deadline_s: float) -> None:
-        self.time_s = max(self.time_s, deadline_s)
 
 
 class SmoothEngine:
@@ -186,7 +172,7 @@ def cost_of_a_step(policy: Any, rounds: int) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    path = arguments.model_path or _random_checkpoint(arguments)
+    path = checkpoint_of(arguments)
     policies = {name: _load(path, arguments) for name in arguments.policies}
     for name, policy in policies.items():
         if name == "smooth":
@@ -210,11 +196,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "weights": str(arguments.model_path) if arguments.model_path else "RANDOM (demo size): chunks are unrelated to each other and to the scene",
         "ticks": arguments.ticks,
         "fps": arguments.fps,
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }
 
 
@@ -243,15 +225,6 @@ def _load(path: Path, arguments: argparse.Namespace) -> Any:
         engine="eager",
         seed=arguments.seed,
     )
-
-
-def _random_checkpoint(arguments: argparse.Namespace) -> Path:
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
-
-    path = arguments.out / "checkpoint-demo"
-    if not (path / "config.json").exists():
-        write_random_checkpoint(path, "demo", seed=arguments.seed)
-    return path
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -308,21 +281,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_table(result))
-    (arguments.out / "chunk_continuity.json").write_text(json.dumps(result, indent=2) + "\n")
-    try:
-        plot(result, arguments.out / "chunk_continuity.png")
-    except MissingExtraError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print(json.dumps(result))
-    return 0
+    return finish("chunk_continuity", _parser().parse_args(argv), run, as_table, plot)
 
 
 def _parser() -> argparse.ArgumentParser:

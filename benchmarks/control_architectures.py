@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.command_line import without_machine_paths
+from benchmarks.program import provenance, show_progress
 from benchmarks.replay_study.delay import Delay, parse_delay
 from benchmarks.replay_study.follower import DEFAULT_TIME_CONSTANT_S
 from benchmarks.replay_study.metrics import measure, summarise
@@ -43,7 +43,6 @@ from benchmarks.replay_study.table import as_table, notes_on
 from benchmarks.replay_study.trial import ARCHITECTURES, Cell, Motion, Setup, run_trial
 from gr00t_fast.control.safety import DEFAULT_MAX_STEP_DEG
 from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, versions
 
 Motions = dict[tuple[Cell, int], Motion]
 
@@ -73,7 +72,7 @@ def play_all(setup: Setup, cells: list[Cell], trials: int, jobs: int) -> Motions
     motions: Motions = {}
     for done, (key, motion) in enumerate(_played(setup, work, jobs), 1):
         motions[key] = motion
-        _show_progress(done, len(work))
+        show_progress("trial", done, len(work))
     return motions
 
 
@@ -149,11 +148,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], Motions]:
         "rows": rows,
         "notes": notes_on(rows, arguments.fps),
         "took_s": round(time.monotonic() - began_s, 1),
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": without_machine_paths(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }, motions
 
 
@@ -223,12 +218,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--trials, --jobs, --actions_per_chunk, --fps and --arm_time_constant_s must be positive.")
     if arguments.when_late == "resume" and arguments.smoothing != "none":
         raise ConfigError("--smoothing=ensemble averages actions that are due at the same tick; with --when_late=resume they are not. Leave one out.")
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        bar = "#" * (30 * done // total)
-        print(f"\r[{bar:<30}] trial {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,6 @@ floor see bench_policy.py. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -32,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.command_line import without_machine_paths
+from benchmarks.program import checkpoint_of, finish, provenance, show_progress
 from benchmarks.replay_study.delay import parse_delay
 from benchmarks.replay_study.needs import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions
 from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import percentiles
 
 _ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
 _TRAINED_HORIZON = 16  # GR00T N1.5
@@ -72,7 +71,7 @@ def profile(policy: Policy, observation: dict[str, Any], calls: int = 100, warm_
         began_s = time.perf_counter()
         policy.get_action(observation)  # returns arrays: whatever computed them has finished
         latencies_s.append(time.perf_counter() - began_s)
-        _show_progress(number + 1, calls)
+        show_progress("call", number + 1, calls)
     return latencies_s
 
 
@@ -133,11 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "samples_ms": None if latencies_s is None else [round(1000 * value, 3) for value in latencies_s],
         "advice": [_finite(asdict(each)) for each in advice],
         "weights": "RANDOM (demo size)" if not (arguments.model_path or arguments.latency) else Path(arguments.model_path or arguments.latency).name,
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": without_machine_paths(sys.argv),
-        "seed": arguments.seed,
+        **provenance(arguments.seed),
     }
 
 
@@ -149,15 +144,8 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 def _load(arguments: argparse.Namespace) -> Any:
     from gr00t_fast import load_policy  # imports torch
 
-    path = arguments.model_path
-    if path is None:
-        from gr00t_fast.random_checkpoint import write_random_checkpoint
-
-        path = arguments.out / "checkpoint-demo"
-        if not (path / "config.json").exists():
-            write_random_checkpoint(path, "demo", seed=arguments.seed)
     options = ("embodiment_tag", "data_config", "denoising_steps", "device", "precision", "engine", "seed")
-    return load_policy(path, **{name: getattr(arguments, name) for name in options})
+    return load_policy(checkpoint_of(arguments), **{name: getattr(arguments, name) for name in options})
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -195,27 +183,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(as_table(result))
-    (arguments.out / "inference_profiler.json").write_text(json.dumps(result, indent=2) + "\n")
-    (arguments.out / "inference_profiler.md").write_text(as_table(result) + "\n")
-    try:
-        plot(result, arguments.out / "inference_profiler.png")
-    except MissingExtraError as error:
-        print(f"no plot: {error}", file=sys.stderr)
-    print(json.dumps(result))
-    return 0
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\rcall {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    return finish("inference_profiler", _parser().parse_args(argv), run, as_table, plot)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,8 +15,6 @@ import argparse
 import csv
 import json
 import multiprocessing
-import resource
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +28,10 @@ import numpy as np
 import torch
 
 from benchmarks.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
+from benchmarks.program import provenance, show_progress
 from gr00t_fast.engine import select_device, select_precision
-from gr00t_fast.errors import Gr00tFastError, MissingExtraError
-from gr00t_fast.measurement import git_commit, machine, versions
+from gr00t_fast.errors import MissingExtraError, attempt
+from gr00t_fast.measurement import peak_rss_bytes
 
 CONTROL_HZ = 30.0
 _OBSERVATIONS = 8  # different ones in turn
@@ -43,11 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result, code = attempt(lambda: run(arguments), "interrupted: no result")
+    if result is None:
+        return code
     print(as_table(result))
     print(summary(result))
     write(result, arguments.out)
@@ -78,11 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "resolution": list(setting.resolution),
         "control_hz": CONTROL_HZ,
         "policies": policies,
-        "machine": machine(),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "command_line": shlex.join(sys.argv),
-        "seed": setting.seed,
+        **provenance(setting.seed),
     }
 
 
@@ -163,7 +156,7 @@ def memory_bytes(device: torch.device) -> int:
     """On a GPU the peak that torch allocated; on a CPU the peak resident size of the process, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_rss_bytes()
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -252,11 +245,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def show_progress(name: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{name}: {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def _resolution(text: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shlex
 import signal
 import sys
@@ -29,14 +28,14 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Target, check_manifest, remedy_for
 from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import ConfigError, attempt
 from gr00t_fast.export.directory import check_free, whole_directory
 from gr00t_fast.export.observations import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.quantisation_report import as_markdown, build_report, write_report
 from gr00t_fast.export.quantise import SCHEMES, TARGETS, Outcome, Settings, calibrate, temporary_directory, write_quantised_export
 from gr00t_fast.export.samples import draw_noise, stage_samples, transforms_only
-from gr00t_fast.measurement import git_commit, machine, versions
+from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
 from gr00t_fast.optional import require
 from gr00t_fast.prompt import PROMPT_STYLES
 from gr00t_fast.transforms import ActionTransform
@@ -46,17 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     start_s = time.perf_counter()
-    try:
-        report = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    report, code = attempt(lambda: run(arguments), "interrupted; nothing was left behind")
+    if report is None:
+        return code
     print(as_markdown(report))
-    facts = {"seconds": round(time.perf_counter() - start_s, 1), "peak_rss_bytes": peak_bytes, "machine": machine(), "versions": versions()}
+    facts = {"seconds": round(time.perf_counter() - start_s, 1), "peak_rss_bytes": peak_rss_bytes(), "machine": machine(), "versions": versions()}
     brief = {key: value for key, value in report.items() if key not in ("groups", "layers")}
     print(json.dumps({"out": str(arguments.out), **brief, **facts, "git_commit": git_commit(), "command_line": shlex.join(sys.argv)}))
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shlex
 import signal
 import sys
@@ -25,10 +24,11 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Manifest, Target
 from gr00t_fast.engine.select import PRECISIONS
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import ConfigError, attempt
 from gr00t_fast.export.directory import check_free
 from gr00t_fast.export.to_onnx import Options, export_onnx
 from gr00t_fast.facts import check_cameras
+from gr00t_fast.measurement import peak_rss_bytes
 from gr00t_fast.optional import require
 from gr00t_fast.prompt import PROMPT_STYLES, PromptEncoder, find_tokenizer
 
@@ -37,20 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     start_s = time.perf_counter()
-    try:
-        manifest = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    manifest, code = attempt(lambda: run(arguments), "interrupted; nothing was left behind")
+    if manifest is None:
+        return code
     for name, entry in manifest.files.items():
         print(f"{name:<26} {entry['bytes'] / 1e6:>9.1f} MB")
     result = {"out": str(arguments.out), "precision": manifest.precision, "seconds": round(time.perf_counter() - start_s, 1)}
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    print(json.dumps({**result, "bytes": size_bytes, "peak_rss_bytes": peak_bytes, "versions": dict(manifest.versions)}))
+    print(json.dumps({**result, "bytes": size_bytes, "peak_rss_bytes": peak_rss_bytes(), "versions": dict(manifest.versions)}))
     return 0
 
 

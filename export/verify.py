@@ -29,7 +29,7 @@ from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.select import EXPORTED, open_engine
 from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import ConfigError, attempt
 from gr00t_fast.export.observations import draw, open_frames, read
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.samples import network_inputs, transforms_only
@@ -43,14 +43,9 @@ LEAST = 100  # observations
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    try:
-        result = run(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    result, code = attempt(lambda: run(arguments), "interrupted")
+    if result is None:
+        return code
     table = as_markdown(result)
     print(table)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,11 @@ One class per thing the user can act on. Each message has three parts: what was 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Gr00tFastError(Exception):
@@ -70,3 +74,15 @@ def closest(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string when nothing is near."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def attempt(work: Callable[[], T], interrupted: str) -> tuple[T | None, int]:
+    """For programs: the result of `work` and 0, or None and an exit code once the reason has been said on stderr. Bugs keep their traceback."""
+    try:
+        return work(), 0
+    except Gr00tFastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None, 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return None, 130

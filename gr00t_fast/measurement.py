@@ -32,6 +32,13 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     }
 
 
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held at once."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def machine() -> dict[str, Any]:
     """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
     facts: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}

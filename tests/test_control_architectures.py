@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import control_architectures, inference_profiler
-from benchmarks.command_line import without_machine_paths
+from benchmarks.program import without_machine_paths
 from benchmarks.replay_study.delay import parse_delay
 from benchmarks.replay_study.follower import FollowerArm, MovingScene, StillScene
 from benchmarks.replay_study.metrics import (
@@ -29,9 +29,10 @@ from benchmarks.replay_study.needs import needed_actions
 from benchmarks.replay_study.policy import DelayedReplay, ReplaySpec
 from benchmarks.replay_study.recording import MARKER, Recording, load_recording, made_up
 from benchmarks.replay_study.trial import Cell, Motion, Setup, run_trial
-from benchmarks.replay_study.virtual_time import VirtualClock, VirtualWorker
+from benchmarks.replay_study.virtual_time import VirtualWorker
 from gr00t_fast.contracts import SO100_JOINTS, Policy, Robot
 from gr00t_fast.control.controller import Controller
+from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.errors import ConfigError, ObservationError
 

@@ -26,6 +26,7 @@ import torch
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
+from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.errors import ConfigError, Gr00tFastError
 from gr00t_fast.measurement import git_commit, machine, versions
@@ -36,19 +37,6 @@ from training.network import INSTRUCTIONS
 from training.samples import FIRST_LAYOUT_SEED, RESOLUTION
 
 MAX_TICKS = 75
-
-
-class SteppedClock:
-    """Time that moves when told."""
-
-    def __init__(self) -> None:
-        self.time_s = 0.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-    def sleep_until_s(self, deadline_s: float) -> None:
-        self.time_s = max(self.time_s, deadline_s)
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class ReachTrial:
     def __init__(self, policy: Any, noise_shape: tuple[int, int], instruction: str = INSTRUCTIONS[0], max_ticks: int = MAX_TICKS) -> None:
         """noise_shape: trained horizon and padded action width of the checkpoint."""
         self._policy, self._noise_shape, self._instruction, self._max_ticks = policy, noise_shape, instruction, max_ticks
-        self._clock, facts = SteppedClock(), policy.facts
+        self._clock, facts = VirtualClock(), policy.facts
         width, height = RESOLUTION
         self._arm = SimArm(SO100SimConfig(task="reach", cameras={"front": SimCameraConfig(width, height)}), self._clock)
         self._arm.connect()

@@ -18,12 +18,12 @@ from benchmarks.replay_study.follower import FollowerArm, MovingScene, SceneKind
 from benchmarks.replay_study.policy import CAMERA, ReplaySpec
 from benchmarks.replay_study.recording import MARKER, Recording
 from benchmarks.replay_study.server_process import ServedReplay
-from benchmarks.replay_study.virtual_time import VirtualClock, VirtualWorker
+from benchmarks.replay_study.virtual_time import VirtualWorker
 from gr00t_fast.contracts import Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import Controller, SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
 from gr00t_fast.control.safety import SafetyOptions
 from gr00t_fast.control.stop import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, Smoothing, ThreadedController, WhenLate

@@ -5,20 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.worker import Outcome
-
-
-class VirtualClock:
-    """Moves only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.time_s = 0.0
-
-    def now_s(self) -> float:
-        return self.time_s
-
-    def sleep_until_s(self, deadline_s: float) -> None:
-        self.time_s = max(self.time_s, deadline_s)
 
 
 class VirtualWorker:

@@ -36,6 +36,19 @@ class MonotonicClock:
             time.sleep(0)  # gives the interpreter lock to camera threads while polling
 
 
+class VirtualClock:
+    """Time that moves only when somebody sleeps: nothing waits, and the same run has the same result."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        self.time_s = max(self.time_s, deadline_s)
+
+
 class Pacer:
     """Ticks at `fps` on a fixed grid. Call `start`, then `wait` at the end of every tick; `resume` after a pause that was meant.
 
