@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing.connection
+import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,18 @@ def checkpoint_of(arguments: argparse.Namespace, size: str = "demo") -> Path:
     if not (path / "config.json").exists():
         write_random_checkpoint(path, size, seed=arguments.seed)
     return path
+
+
+def end_with_parent() -> None:
+    """In a process that another one started with multiprocessing: end when that one does, also when it was killed and could tell nobody."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def show_progress(what: str, done: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gr00t_fast.errors import ConfigError
 
 _PACKAGES = (
     *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless"),
@@ -32,8 +35,22 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     }
 
 
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a success rate (Wilson 1927); sound also at 0 and 1, where the usual one has no width."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise ConfigError(f"expected 0 <= successes <= trials and a trial at least; got {successes} of {trials}.")
+    rate, n = successes / trials, trials
+    centre, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
 def peak_rss_bytes() -> int:
     """The most memory that this process has held at once."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where getrusage also counts what the parent held when it started this program
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("mujoco")
 from gr00t_fast import load_policy
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots.so100_sim.kinematics import GraspKinematics
 from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
 from training import record, train
@@ -22,9 +23,11 @@ from training.data import TrainingSet, metadata_of
 from training.flow import BlockFinder, draw_times, item_tables, repeat_items
 from training.labels import GRIPPER, HORIZON, expert_chunk, waypoints
 from training.network import INSTRUCTIONS, small_tokenizer
-from training.reach import ReachTrial, summary, wilson_interval
+from training.reach import ReachTrial, summary
+from training.run import Options
 from training.samples import FIRST_LAYOUT_SEED, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees, load_samples, write_shards
-from training.trainer import Options, Trainer
+from training.session import StopRequest
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -239,7 +242,7 @@ def test_a_state_of_another_run_is_refused(trainer: Trainer, samples: Samples, t
 
 
 def test_ctrl_c_is_noted_and_not_raised() -> None:
-    with train.StopRequest() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reason == "SIGINT"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.errors import ConfigError, Gr00tFastError
-from gr00t_fast.measurement import git_commit, machine, versions
+from gr00t_fast.measurement import git_commit, machine, versions, wilson_interval
 from gr00t_fast.optional import require
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim.robot import SimArm
@@ -87,15 +86,6 @@ class ReachTrial:
         observation = self._binding.policy_observation(self._arm.observe(), self._instruction)
         drawn = noise.standard_normal((1, *self._noise_shape), np.float32)
         return self._binding.action_targets(self._policy.get_action(observation, noise=drawn))
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a success rate (Wilson 1927); sound also at 0 and 1, where the usual one has no width."""
-    if not 0 <= successes <= trials or trials < 1:
-        raise ConfigError(f"expected 0 <= successes <= trials and a trial at least; got {successes} of {trials}.")
-    rate, n = successes / trials, trials
-    centre, spread = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from benchmarks.replay_study.fifo import FifoController
 from benchmarks.replay_study.follower import FollowerArm, MovingScene, SceneKind, StillScene
 from benchmarks.replay_study.policy import CAMERA, ReplaySpec
 from benchmarks.replay_study.recording import MARKER, Recording
-from benchmarks.replay_study.server_process import ServedReplay
 from benchmarks.replay_study.virtual_time import VirtualWorker
+from benchmarks.served_policy import ServedPolicy
 from gr00t_fast.contracts import Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import Controller, SyncController
@@ -128,7 +128,7 @@ class _Goal:
 def _policy(setup: Setup, cell: Cell, trial: int, clock: Clock) -> Iterator[Policy]:
     spec = setup.replay(cell, trial)
     with ExitStack() as stack:
-        yield stack.enter_context(ServedReplay(spec)) if cell.architecture == "server" else spec.build(clock)
+        yield stack.enter_context(ServedPolicy(spec)) if cell.architecture == "server" else spec.build(clock)
 
 
 def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock, worker: Worker) -> Controller:

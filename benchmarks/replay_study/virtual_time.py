@@ -8,6 +8,8 @@ from typing import Any
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.worker import Outcome
 
+_ROUNDING_S = 1e-9  # a call that ends at a tick is in time for it, whatever the sums of floats say
+
 
 class VirtualWorker:
     """A `Worker` beside a loop on the same VirtualClock: a call runs at once on time of its own, and its outcome is there when that has passed."""
@@ -32,7 +34,7 @@ class VirtualWorker:
         self._ready_s, self._clock.time_s = self._clock.now_s(), began_s
 
     def poll(self) -> Outcome | None:
-        return self.wait() if self.busy and self._clock.now_s() >= self._ready_s else None
+        return self.wait() if self.busy and self._clock.now_s() >= self._ready_s - _ROUNDING_S else None
 
     def wait(self, timeout_s: float | None = None) -> Outcome:
         if self._outcome is None:

@@ -76,5 +76,6 @@ class SO100SimConfig(RobotConfig):
     task: Literal["reach", "place"] = "place"
     cameras: dict[str, CameraConfig] = field(default_factory=lambda: {"front": SimCameraConfig()})
     use_degrees: bool = True
+    block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
     through_bus: bool = False  # drive the simulated motors with lerobot's driver over the virtual servo bus
     disable_torque_on_disconnect: bool = True

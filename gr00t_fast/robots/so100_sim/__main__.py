@@ -15,9 +15,7 @@ from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.expert import expert
 from gr00t_fast.robots.so100_sim.scene import Task
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
-
-FPS = 30
-GIF_EVERY = 2  # a GIF of every second frame is half the size and still fluent
+from gr00t_fast.robots.so100_sim.video import write_video
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,17 +44,6 @@ def play(simulation: Simulation, height: int) -> Iterator[np.ndarray]:
         simulation.set_targets(targets)
         simulation.advance(TICK_S)
         yield np.hstack([simulation.render(view, width, height, samples=2) for view in ("front", "wrist")])
-
-
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
-    """An mp4 (H.264) or GIF (half the pixels each way: it compresses badly), by the name's ending. Raises MissingExtraError."""
-    imageio = require("imageio.v3", "sim")
-    if path.suffix == ".gif":
-        smaller = [frame.reshape(len(frame) // 2, 2, -1, 2, 3).mean((1, 3)).astype(np.uint8) for frame in frames[::GIF_EVERY]]
-        imageio.imwrite(path, smaller, duration=1000 * GIF_EVERY / FPS, loop=0)
-    else:
-        require("imageio_ffmpeg", "sim")
-        imageio.imwrite(path, frames, fps=FPS, codec="libx264", quality=8, macro_block_size=2)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ class DirectDrive:
 
     def __init__(self, config: SO100SimConfig, unit: JointUnit, clock: Clock | None) -> None:
         self._hold, self._unit, self._clock = not config.disable_torque_on_disconnect, unit, clock or WallClock()
-        self.simulation = Simulation(config.task, 0)
+        self.simulation = Simulation(config.task, 0, config.block_speed_m_s)
 
     def begin(self, seed: int) -> None:
         """See Drive."""

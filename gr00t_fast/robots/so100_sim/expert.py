@@ -58,7 +58,7 @@ def _reach(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.n
 
 
 def _place(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
-    block, bowl, yaw = simulation.block_m, simulation.bowl_m, simulation.layout.block_yaw_rad
+    block, bowl, yaw = simulation.block_m, simulation.bowl_m, simulation.block_yaw_rad
     hover = kinematics.solve(_above(block, _HOVER_M), yaw, _preferred(simulation), _WAYPOINT_M)
     grasp = kinematics.solve(_above(block, _GRASP_M), yaw, hover)
     rim = np.array([*bowl[:2], BOWL_HEIGHT_M])

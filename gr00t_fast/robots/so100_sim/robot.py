@@ -25,9 +25,11 @@ class SimArm:
     joint_names = SO100_JOINTS
 
     def __init__(self, config: SO100SimConfig, clock: Clock | None = None) -> None:
-        """Loads nothing yet. Raises ConfigError for a camera that is not simulated, or a clock together with `through_bus`."""
+        """Loads nothing yet. Raises ConfigError for a camera that is not simulated, or a clock or a moving block together with `through_bus`."""
         if config.through_bus and clock is not None:
             raise ConfigError("through_bus runs in real time and takes no clock of its own; leave one of the two out.")
+        if config.through_bus and config.block_speed_m_s:
+            raise ConfigError("the block does not move when the arm is driven through_bus; leave one of the two out.")
         for name, camera in config.cameras.items():
             _check_camera(name, camera)
         self.config = config

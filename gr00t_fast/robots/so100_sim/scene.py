@@ -25,6 +25,7 @@ PAN_AXIS_XY_M = np.array([0.0, -0.0452])  # objects are placed in polar coordina
 
 # Where an object's centre may lie: the gripper can point straight down there, also when lifted above the bowl.
 _BLOCK_RADIUS_M, _BOWL_RADIUS_RANGE_M, _HALF_ANGLE_RAD = (0.15, 0.24), (0.15, 0.235), np.deg2rad(55)
+_PATH_STREAM = 97  # of random numbers: apart from those that place the objects
 _SEPARATION_M = 0.115  # bowl radius + half block + an open finger
 
 FRONT_CAMERA = (np.array([0.14, -0.62, 0.40]), np.array([0.0, -0.15, 0.06]), 48.0)  # position, look-at point, vertical field of view (deg)
@@ -94,6 +95,24 @@ def check_task(task: str) -> None:
 def _polar(rng: np.random.Generator, radius_m: tuple[float, float]) -> tuple[float, float]:
     radius, angle = rng.uniform(*radius_m), rng.uniform(-_HALF_ANGLE_RAD, _HALF_ANGLE_RAD)
     return (float(PAN_AXIS_XY_M[0] + radius * np.sin(angle)), float(PAN_AXIS_XY_M[1] - radius * np.cos(angle)))
+
+
+def block_path(layout: Layout, seed: int, speed_m_s: float, time_s: float) -> tuple[np.ndarray, np.ndarray]:
+    """Position (2,) m and velocity (2,) m/s of a block that is carried on an arc about the pan axis, so that it stays where objects may lie.
+
+    It begins at its place in `layout`, to the side that `seed` says, and turns round at the edges.
+    """
+    offset = np.asarray(layout.block_xy_m) - PAN_AXIS_XY_M
+    radius, angle = np.hypot(*offset), np.arctan2(offset[0], -offset[1])
+    side = 1 if np.random.default_rng([seed, _PATH_STREAM]).random() < 0.5 else -1
+    span = 2 * _HALF_ANGLE_RAD
+    # unfolded: an angle that runs on for ever, mirrored back into the span at every edge
+    unfolded = (angle * side + _HALF_ANGLE_RAD + speed_m_s / radius * time_s) % (2 * span)
+    forth = unfolded <= span
+    angle = side * ((unfolded if forth else 2 * span - unfolded) - _HALF_ANGLE_RAD)
+    turning_m_s = speed_m_s * side * (1 if forth else -1)
+    position = PAN_AXIS_XY_M + radius * np.array([np.sin(angle), -np.cos(angle)])
+    return position, turning_m_s * np.array([np.cos(angle), np.sin(angle)])
 
 
 # --- XML ---------------------------------------------------------------------------------------------------------------------------------

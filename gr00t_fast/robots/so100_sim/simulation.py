@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gr00t_fast.robots.so100_sim.scene import (
     TIMESTEP_S,
     Layout,
     Task,
+    block_path,
     build_scene,
     sample_layout,
 )
@@ -30,6 +31,7 @@ TICK_S = 1 / 30  # success is judged at the datasets' rate
 REACH_M, REACH_TICKS = 0.03, 5
 _RELEASED_M = 0.02  # more than this from the block to the nearest finger pad is not holding it
 _RELAXED_DAMPING = 0.3  # of the powered servo's: what the gear train resists without torque
+MAX_BLOCK_SPEED_M_S = 1.0
 CAMERA_VIEWS = ("front", "wrist")
 
 
@@ -37,10 +39,18 @@ class Simulation:
     """An SO-100 before a block and, for `place`, a bowl. Joints are lerobot degrees, the gripper 0..100 per cent open.
 
     Deterministic per seed and sequence of calls. Safe to use from several threads: pictures are drawn from a snapshot outside the lock.
+    With a block speed the block of `reach` is carried to and fro, as on a belt that nothing stops, see `scene.block_path`.
+    `watch` is called at each tick of TICK_S, after `success` has been judged.
     Raises ConfigError (task, view, values), MissingExtraError (MuJoCo is not installed).
     """
 
-    def __init__(self, task: Task = "place", seed: int = 0) -> None:
+    def __init__(self, task: Task = "place", seed: int = 0, block_speed_m_s: float = 0.0) -> None:
+        if not 0 <= block_speed_m_s <= MAX_BLOCK_SPEED_M_S or (block_speed_m_s and task != "reach"):
+            raise ConfigError(
+                f"the block's speed must be 0 to {MAX_BLOCK_SPEED_M_S} m/s, and 0 unless the task is 'reach'; it is {block_speed_m_s} in '{task}'."
+            )
+        self._block_speed_m_s = block_speed_m_s
+        self.watch: Callable[[], None] | None = None
         self._mujoco = require("mujoco", "sim")
         self.scene = build_scene(task, seed)
         self.task, self.model = task, self.scene.model
@@ -131,10 +141,20 @@ class Simulation:
             while self._owed_s >= TIMESTEP_S - 1e-9:
                 self._mujoco.mj_step(self.model, self.data)
                 self._owed_s -= TIMESTEP_S
+                if self._block_speed_m_s:
+                    self._carry_block()
                 if self.data.time >= self._tick_due_s:
                     self._tick_due_s += TICK_S
                     self._judge()
+                    if self.watch:
+                        self.watch()
             self._update_poses()
+
+    def _carry_block(self) -> None:
+        block, half = self.data.joint("block"), self.layout.block_yaw_rad / 2
+        (x, y), velocity = block_path(self.layout, self.seed, self._block_speed_m_s, self.time_s)
+        block.qpos[:] = [x, y, BLOCK_HALF_M, np.cos(half), 0, 0, np.sin(half)]
+        block.qvel[:] = [*velocity, 0, 0, 0, 0]
 
     def _update_poses(self) -> None:
         """A step of MuJoCo leaves the poses of the step before; whoever looks, by number or by picture, shall see the present."""
@@ -152,6 +172,13 @@ class Simulation:
     def block_m(self) -> np.ndarray:
         """Centre of the block, world (3,)."""
         return self.data.body("block").xpos.copy()
+
+    @property
+    def block_yaw_rad(self) -> float:
+        """Turn of the block about the vertical, modulo a quarter turn, in [-pi/4, pi/4): which way its sides face, whatever side it lies on."""
+        axes = self.data.body("block").xmat.reshape(3, 3)
+        level = axes[:, np.argmin(np.abs(axes[2]))]
+        return float((np.arctan2(level[1], level[0]) + np.pi / 4) % (np.pi / 2) - np.pi / 4)
 
     @property
     def bowl_m(self) -> np.ndarray | None:

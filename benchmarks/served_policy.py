@@ -1,4 +1,4 @@
-"""The replaying policy behind gr00t_fast's own PolicyServer, in a process of its own."""
+"""Any policy behind gr00t_fast's own PolicyServer, in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import multiprocessing
 import secrets
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import Protocol
 
-from benchmarks.replay_study.policy import ReplaySpec
+from benchmarks.program import end_with_parent
+from gr00t_fast.contracts import Clock, Policy
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.errors import Gr00tFastError, ServerError
 from gr00t_fast.serving.client import PolicyClient
@@ -16,14 +18,20 @@ from gr00t_fast.serving.server import PolicyServer
 _START_TIMEOUT_S, _END_TIMEOUT_S = 60.0, 5.0
 
 
-class ServedReplay:
+class Recipe(Protocol):
+    """How to make a policy; travels to the other process."""
+
+    def build(self, clock: Clock) -> Policy: ...
+
+
+class ServedPolicy:
     """Context manager: starts the server, gives a client that is connected to it, and ends both."""
 
-    def __init__(self, spec: ReplaySpec) -> None:
+    def __init__(self, spec: Recipe) -> None:
         self._token = secrets.token_hex(8)
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(spec, self._token, self._theirs), name="replay-server", daemon=True)
+        self._process = context.Process(target=_serve, args=(spec, self._token, self._theirs), name="policy-server", daemon=True)
         self._client: PolicyClient | None = None
 
     def __enter__(self) -> PolicyClient:
@@ -61,7 +69,8 @@ class ServedReplay:
         self._ours.close()
 
 
-def _serve(spec: ReplaySpec, token: str, connection: Connection) -> None:
+def _serve(spec: Recipe, token: str, connection: Connection) -> None:
+    end_with_parent()
     try:
         server = PolicyServer(spec.build(MonotonicClock()), port=0, api_token=token)
     except Gr00tFastError as error:
