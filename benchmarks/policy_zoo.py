@@ -67,6 +67,11 @@ class LerobotArm:
         self.reset()
 
     @property
+    def policy(self) -> Any:
+        """lerobot's own object, for benchmarks that look inside."""
+        return self._policy
+
+    @property
     def waiting(self) -> int:
         return len(self._queue())
 
