@@ -68,13 +68,18 @@ def write_modality(out: Path) -> None:
     (out / "meta" / "modality.json").write_text(json.dumps(modality, indent=2) + "\n")
 
 
+def first_layout(arguments: argparse.Namespace) -> int:
+    """Seed of the first episode's layout: as asked, or among those that training draws from."""
+    return FIRST_LAYOUT_SEED + arguments.seed * 100_003 if arguments.first_layout is None else arguments.first_layout
+
+
 def record(arguments: argparse.Namespace) -> int:
     """Returns how many episodes were written; those in which the expert fails are left out."""
     resolution = tuple(arguments.resolution)
     dataset, simulation = create(arguments.out, resolution), Simulation(arguments.task, 0)
     rng, written = np.random.default_rng(arguments.seed), 0
     for number in require("tqdm", "sim").tqdm(range(arguments.episodes), unit=" episodes"):
-        simulation.reset(FIRST_LAYOUT_SEED + arguments.seed * 100_003 + number)
+        simulation.reset(first_layout(arguments) + number)
         for row in rows(simulation, resolution, arguments.noise_deg, rng):
             dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
         if simulation.success:
@@ -95,10 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resolution", type=int, nargs=2, default=RESOLUTION, metavar=("WIDTH", "HEIGHT"), help="(default: %(default)s)")
     parser.add_argument("--noise_deg", type=float, default=0.5, help="disturbance of the arm, not of the labels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--first_layout", type=int, help=f"seed of the first layout; training never sees those below {FIRST_LAYOUT_SEED} (default: above, by --seed)"
+    )
     arguments = parser.parse_args(argv)
     try:
-        if arguments.episodes < 1 or arguments.seed < 0 or arguments.noise_deg < 0:
-            raise ConfigError("--episodes must be at least 1, --seed and --noise_deg not negative.")
+        if arguments.episodes < 1 or min(arguments.seed, arguments.noise_deg, first_layout(arguments)) < 0:
+            raise ConfigError("--episodes must be at least 1; --seed, --noise_deg and --first_layout not negative.")
         written = record(arguments)
     except Gr00tFastError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ Axis alphabet: T frames of an episode, H and W height and width, D joint values.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 
 from gr00t_fast.contracts import PolicyFacts
 from gr00t_fast.data_config import DataConfig
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.optional import require
 
 MIN_FRAMES = 128  # fewer do not show an activation's range
@@ -191,57 +192,178 @@ class RecordedFrames:
         return observation
 
 
+@dataclass(frozen=True)
+class Camera:
+    """Which camera of a data set stands for one of the policy's, and how that was decided."""
+
+    feature: str  # observation.images.front
+    chosen_by: str
+    size: tuple[int, int] | None  # width, height as recorded; None when the data set does not say
+
+
 class LeRobotFrames:
-    """A LeRobotDataset v3 on the disk. `meta/modality.json` (NVIDIA's convention), where present, says which columns a part has."""
+    """A LeRobotDataset v3 on the disk. `meta/modality.json` (NVIDIA's convention), where present, says which columns a part has.
+
+    `fps` is the rate of the recording, or None when it does not say. `cameras`: policy's key (`video.webcam`) -> Camera.
+    """
 
     synthetic = False
 
     def __init__(self, path: Path, config: DataConfig, facts: PolicyFacts, camera_map: Mapping[str, str]) -> None:
-        self.name, self._config, self._facts = str(path), config, facts
-        info = json.loads((path / "meta" / "info.json").read_text())
-        if not str(info.get("codebase_version", "")).startswith("v3"):
-            raise ConfigError(f"{path}: LeRobotDataset {info.get('codebase_version')}, expected v3. Convert it with lerobot's conversion script.")
+        self.name, self._path, self._config, self._facts = str(path), path, config, facts
+        self._info = _read_json(path / "meta" / "info.json")
+        version, self._features = str(self._info.get("codebase_version", "")), dict(self._info.get("features") or {})
+        if not version.startswith("v3"):
+            raise ConfigError(
+                f"{path}: LeRobotDataset {version or 'of unknown version'}, expected v3. lerobot converts older ones: "
+                "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30."
+            )
+        self.fps = float(self._info["fps"]) if self._info.get("fps") else None
         modality = path / "meta" / "modality.json"
-        self._modality = json.loads(modality.read_text()) if modality.is_file() else {}
-        self._cameras = self._camera_keys([key.rpartition(".")[2] for key in info["features"] if key.startswith("observation.images.")], camera_map)
-        # pyav: torchcodec is there without the FFmpeg libraries it needs on many machines, and fails on the first frame
-        self._data = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset(f"local/{path.name}", root=path, video_backend="pyav")
+        self._modality = _read_json(modality) if modality.is_file() else {}
+        self.cameras = self._choose_cameras(camera_map)
+        self._check_files()
+        self._spans("state")
+        self._data = self._open()
         self.episode_lengths = [int(length) for length in self._data.meta.episodes["length"]]
 
-    def _camera_keys(self, found: list[str], camera_map: Mapping[str, str]) -> dict[str, str]:
-        """Policy's key -> the data set's key."""
+    @property
+    def episodes(self) -> list[range]:
+        """Rows of each episode, by its number. Raises ConfigError when they are not stored in order: lerobot would show another one's pictures."""
+        meta = self._data.meta.episodes
+        numbers = [int(number) for number in meta["episode_index"]]
+        if numbers != list(range(len(numbers))):
+            raise ConfigError(f"{self.name}: meta/episodes lists the episodes as {numbers[:8]}, expected 0, 1, 2, ... Write the data set again.")
+        spans = zip(meta["dataset_from_index"], meta["dataset_to_index"], strict=True)
+        return [range(int(begin), int(end)) for begin, end in spans]
+
+    def tasks_of(self, episode: int) -> list[str]:
+        """What the recording says was done; empty when it says nothing."""
+        return [text for text in self._data.meta.episodes[episode]["tasks"] if text.strip()]
+
+    def columns(self, kind: str, rows: range) -> dict[str, np.ndarray]:
+        """`state` or `action` of consecutive rows: part -> float64 (T, D). No picture is decoded."""
+        spans = self._spans(kind)
+        wanted = sorted({column for column, _ in spans.values()})
+        table = self._data.hf_dataset.with_format("numpy", columns=wanted)[rows.start : rows.stop]
+        return {part: np.asarray(table[column], np.float64)[:, span] for part, (column, span) in spans.items()}
+
+    def names(self, kind: str) -> dict[str, tuple[str, ...]]:
+        """Part -> names of its columns, without lerobot's `.pos`; numbered where the data set does not name them."""
+        found = {}
+        for part, (column, span) in self._spans(kind).items():
+            names, count = self._features.get(column, {}).get("names"), span.stop - span.start
+            named = names[span] if isinstance(names, list) else [f"{part}.{number}" for number in range(count)] if count > 1 else [part]
+            found[part] = tuple(str(name).removesuffix(".pos") for name in named)
+        return found
+
+    def _choose_cameras(self, camera_map: Mapping[str, str]) -> dict[str, Camera]:
+        """Policy's key -> the data set's camera."""
+        found = [key.rpartition(".")[2] for key in self._features if key.startswith("observation.images.")]
+        names = [key.split(".", 1)[1] for key in self._config.video_keys]
         given = {policy: data for data, policy in camera_map.items()}
         told = {name: entry.get("original_key", "").rpartition(".")[2] for name, entry in self._modality.get("video", {}).items()}
-        keys, names = {}, [key.split(".", 1)[1] for key in self._config.video_keys]
+        chosen = {}
+        if strangers := [policy for policy in given if policy not in names]:
+            raise ConfigError(f"--camera_map: the policy has no camera '{strangers[0]}', only {', '.join(names)}.{closest(strangers[0], names)}")
         for name in names:
-            data = given.get(name) or told.get(name) or (name if name in found else None)
-            if data is None and len(names) == len(found) == 1:
-                data = found[0]
+            ways = (("--camera_map", given.get(name)), ("meta/modality.json", told.get(name)), ("its name", name if name in found else None))
+            only = found[0] if len(names) == len(found) == 1 else None
+            chosen_by, data = next(((way, data) for way, data in (*ways, ("being the only one on both sides", only)) if data), ("", None))
             if data not in found:
+                says = f" {chosen_by} says '{data}'." if data else ""
                 raise ConfigError(
-                    f"{self.name}: no camera for '{name}'. The data set has {', '.join(found) or 'none'}. "
+                    f"{self.name}: no camera for '{name}'.{says} The data set has {', '.join(found) or 'none'}. "
                     f'Say which is which with --camera_map="{{<data set camera>: {name}}}".'
                 )
-            keys[f"video.{name}"] = f"observation.images.{data}"
-        return keys
+            feature = f"observation.images.{data}"
+            chosen[f"video.{name}"] = Camera(feature, chosen_by, _picture_size(self._features[feature]))
+        return chosen
+
+    def _check_files(self) -> None:
+        """Before lerobot looks: what it does not find it asks the hub for, and the message is about the network."""
+        patterns = {"the joints": self._info.get("data_path")}
+        if patterns["the joints"]:
+            patterns |= {"the tasks": "meta/tasks.parquet", "the lengths of episodes": "meta/episodes/*/*.parquet"}
+        for camera in self.cameras.values():
+            if self._features[camera.feature].get("dtype") == "video":
+                patterns[f"the videos of {camera.feature}"] = str(self._info.get("video_path")).replace("{video_key}", camera.feature)
+        for what, pattern in patterns.items():
+            pattern = re.sub(r"\{[^}]*\}", "*", pattern or "")
+            if pattern and not any(self._path.glob(pattern)):
+                raise ConfigError(f"{self.name}: {what} are missing, expected {pattern}. Copy the whole data set, or record it again.")
+
+    def _open(self) -> Any:
+        dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
+        try:  # pyav: torchcodec is there without the FFmpeg libraries it needs on many machines, and fails on the first frame
+            return dataset(f"local/{self._path.name}", root=self._path, video_backend="pyav")
+        except Exception as error:  # lerobot, datasets, pyarrow and the hub's client raise kinds of their own for files missing or damaged
+            asked = type(error).__module__.split(".")[0] in ("requests", "huggingface_hub")  # lerobot looks there for what it does not find here
+            reason = "it looks for files on the hub that are missing here" if asked else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise ConfigError(
+                f"{self.name}: lerobot cannot open it ({reason}). A file of data/, meta/ or videos/ is missing or damaged: copy the whole data "
+                "set, or record it again."
+            ) from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._data[index]
+        try:
+            row = self._data[index]
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). Is a video damaged or cut short?") from error
         observation: dict[str, Any] = {self._config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}
-        for key, feature in self._cameras.items():
-            pixels = (row[feature] * 255.0).round().clamp(0, 255).byte()  # lerobot gives float (3, H, W) in 0..1
+        for key, camera in self.cameras.items():
+            pixels = (row[camera.feature] * 255.0).round().clamp(0, 255).byte()  # lerobot gives float (3, H, W) in 0..1
             observation[key] = pixels.permute(1, 2, 0).contiguous().numpy()[None]
-        observation.update(self._state(np.asarray(row["observation.state"], np.float64)))
+        for part, (column, span) in self._spans("state").items():
+            observation[f"state.{part}"] = np.asarray(row[column], np.float64)[span][None]
         return observation
 
-    def _state(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        widths, told, parts, start = self._facts.state_widths, self._modality.get("state", {}), {}, 0
-        if not told and sum(widths.values()) != len(values):
-            raise ConfigError(
-                f"{self.name}: observation.state has {len(values)} values, the policy has {widths}. Expected as many, or a modality.json."
-            )
+    def _spans(self, kind: str) -> dict[str, tuple[str, slice]]:
+        """Part of `state` or `action` -> column of the data set, and the part's place in it. Raises ConfigError where they do not fit."""
+        widths = self._facts.state_widths if kind == "state" else self._facts.action_widths
+        told, column = self._modality.get(kind, {}), "observation.state" if kind == "state" else "action"
+        spans, start = {}, 0
         for part, width in widths.items():
-            span = told.get(part, {"start": start, "end": start + width})
-            parts[f"state.{part}"] = values[span["start"] : span["end"]][None]
+            if told and part not in told:
+                raise ConfigError(
+                    f"{self.name}: meta/modality.json names no {kind} part '{part}', only {', '.join(told)}; the policy reads {', '.join(widths)}. "
+                    "Add it with its start and end."
+                )
+            entry = told.get(part) or {"start": start, "end": start + width}
+            spans[part] = (entry.get("original_key") or column, slice(entry["start"], entry["end"]))
             start += width
-        return parts
+        self._check_spans(kind, widths, spans, whole=not told)
+        return spans
+
+    def _check_spans(self, kind: str, widths: Mapping[str, int], spans: Mapping[str, tuple[str, slice]], whole: bool) -> None:
+        for part, (column, span) in spans.items():
+            if column not in self._features:
+                raise ConfigError(f"{self.name}: no column '{column}' for {kind}.{part}; it has {', '.join(self._features)}.")
+            count = (self._features[column].get("shape") or [sum(widths.values())])[0]
+            if whole and sum(widths.values()) != count:
+                raise ConfigError(f"{self.name}: {column} has {count} values, the policy {dict(widths)}. Expected as many, or a modality.json.")
+            if not (span.start >= 0 and span.stop - span.start == widths[part] and span.stop <= count):
+                raise ConfigError(
+                    f"{self.name}: meta/modality.json places {kind}.{part} at {span.start} to {span.stop} of {column}, which has {count} values; "
+                    f"the checkpoint's {part} has {widths[part]}."
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Copy the data set again.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(found).__name__}.")
+    return found
+
+
+def _picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) of a picture feature."""
+    shape, names = feature.get("shape"), feature.get("names")
+    if not shape or len(shape) != 3:
+        return None
+    named = dict(zip(names, shape, strict=True)) if isinstance(names, list) and len(names) == 3 else {}
+    height, width = (named.get("height", shape[0]), named.get("width", shape[1])) if shape[2] == 3 else (shape[1], shape[2])
+    return int(width), int(height)
