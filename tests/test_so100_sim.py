@@ -15,7 +15,7 @@ from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim import __main__ as program
 from gr00t_fast.robots.so100_sim.rasteriser import Pinhole, fill_mask, render_faces, spans
-from gr00t_fast.robots.so100_sim.scene import FRONT_CAMERA, sample_layout
+from gr00t_fast.robots.so100_sim.scene import FRONT_CAMERA, PAN_AXIS_XY_M, sample_layout
 from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, degrees_to_radians, from_degrees, radians_to_degrees, to_degrees
 
 pytest.importorskip("mujoco")
@@ -23,7 +23,7 @@ from gr00t_fast.robots.so100_sim.expert import expert, run_expert
 from gr00t_fast.robots.so100_sim.meshes import box, disc, lathe
 from gr00t_fast.robots.so100_sim.plant import ScenePlant
 from gr00t_fast.robots.so100_sim.robot import SimArm
-from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
+from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
 
 EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
 
@@ -465,3 +465,36 @@ def test_program_explains_an_unwritable_directory(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert program.main(["--out", str(tmp_path / "file" / "below"), "--task", "reach", "--height", "48", "--format", "gif"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_sim_arm_counts_the_episodes_it_saw_solved():
+    arm = SimArm(SO100SimConfig(task="reach", cameras={}), FakeClock())
+    arm.connect()
+    for solve in (True, False, True):
+        arm.reset(5)
+        for targets in expert(arm.simulation) if solve else ():
+            arm.send(targets)
+            arm._clock.advance(TICK_S)
+            arm.observe()
+    assert arm.land().safe
+    assert arm.land().safe
+    assert arm.episodes_solved == 2
+
+
+def test_a_carried_block_stays_where_objects_may_lie_and_keeps_its_speed():
+    simulation, places = Simulation("reach", 4, 0.2), []
+    simulation.watch = lambda: places.append(simulation.block_m)
+    simulation.advance(8.0)
+    offset = np.array(places)[:, :2] - PAN_AXIS_XY_M
+    assert np.ptp(np.linalg.norm(offset, axis=1)) < 1e-6
+    angles = np.arctan2(offset[:, 0], -offset[:, 1])
+    assert np.abs(angles).max() <= np.deg2rad(55) + 1e-6
+    assert np.ptp(angles) > np.deg2rad(100)  # it turned round at both edges
+    moved = np.linalg.norm(np.diff(offset, axis=0), axis=1)
+    assert np.median(moved) == pytest.approx(0.2 * TICK_S, rel=0.13)  # ticks fall on whole steps of 4 ms
+    still = Simulation("reach", 4)
+    assert still.block_m[:2] == pytest.approx(Simulation("reach", 4, 0.2).block_m[:2])
+    with pytest.raises(ConfigError, match="speed"):
+        Simulation("place", 4, 0.2)
+    with pytest.raises(ConfigError, match="through_bus"):
+        SimArm(SO100SimConfig(task="reach", through_bus=True, block_speed_m_s=0.1))

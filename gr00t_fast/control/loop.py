@@ -97,6 +97,7 @@ class ControlLoop:
                 self.trace.ended_s = self.clock.now_s()
                 self.controller.close(_JOIN_TIMEOUT_S)
                 self.trace.events = dict(self.robot.events)
+                self.trace.episodes_solved = getattr(self.robot, "episodes_solved", None)  # only a simulation can tell
         return self.trace
 
     def _connect(self) -> None:

@@ -81,6 +81,7 @@ def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
     return {
         "ended_by": trace.ended_by,
         "episodes": trace.episodes,
+        "episodes_solved": trace.episodes_solved,
         "ticks": len(trace),
         "inferences": len(trace.chunks),
         "duration_s": round(trace.ended_s - trace.began_s, 3),
@@ -151,6 +152,8 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
         f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} Hz within chunks (target {run['target_hz']:g} Hz)",
         f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
     ]
+    if run["episodes_solved"] is not None:
+        lines.insert(1, f"task           solved in {run['episodes_solved']} of {run['episodes']} episode(s)")
     if error:
         lines.append(f"tick error     p50 {error['p50']:.2f}, p95 {error['p95']:.2f}, p99 {error['p99']:.2f} ms")
     lines += _text_controller(report["controller"])

@@ -34,6 +34,7 @@ class RunTrace:
         self.stages_ms: dict[str, array[float]] = defaultdict(lambda: array("d"))
         self.chunks: list[ChunkRecord] = []
         self.episodes = 0
+        self.episodes_solved: int | None = None  # None: the arm cannot tell (a real one)
         self.ended_by = "error"
         self.moved = False  # whether a target was on its way to the arm, however little of it arrived
         self.events: dict[str, int] = {}

@@ -42,6 +42,8 @@ class SimArm:
         self._drive: Drive | None = None  # while connected
         self._limits: np.ndarray | None = None
         self._next_seed = 0
+        self._played = False  # whether anything was sent since the scene was arranged
+        self.episodes_solved = 0  # of those that are over
         self._landing: LandingReport | None = None
 
     @property
@@ -84,8 +86,9 @@ class SimArm:
 
     def reset(self, seed: int | None = None) -> None:
         """Put the arm in its home pose and the objects where `seed` says; without a seed, the one after the last (the first is 0)."""
-        seed = self._next_seed if seed is None else seed
-        self._connected("reset").begin(seed)
+        drive, seed = self._connected("reset"), self._next_seed if seed is None else seed
+        self._end_episode(drive)
+        drive.begin(seed)
         self._next_seed = seed + 1
 
     def observe(self, with_frames: bool = True) -> Observation:
@@ -102,13 +105,20 @@ class SimArm:
         except ConfigError as error:
             raise RobotError(f"cannot send a goal to the simulated arm: {error}. The arm keeps its last goal.") from error
         drive.send(checked)
+        self._played = True
 
     def land(self) -> LandingReport:
         """Torque off (or held, as configured). Never raises; a second call returns the first report."""
         if self._landing is None:
             drive, self._drive = self._drive, None
+            if drive is not None:
+                self._end_episode(drive)
             self._landing = LandingReport(port_closed=True, cameras_closed=True) if drive is None else drive.end()
         return self._landing
+
+    def _end_episode(self, drive: Drive) -> None:
+        self.episodes_solved += self._played and drive.simulation.success
+        self._played = False
 
     def _connected(self, doing: str) -> Drive:
         if self._drive is None:
