@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip("mujoco")
+from benchmarks.closed_loop.episode import reach_for_still_blocks
 from gr00t_fast import load_policy
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import wilson_interval
@@ -23,7 +24,6 @@ from training.data import TrainingSet, metadata_of
 from training.flow import BlockFinder, draw_times, item_tables, repeat_items
 from training.labels import GRIPPER, HORIZON, expert_chunk, waypoints
 from training.network import INSTRUCTIONS, small_tokenizer
-from training.reach import ReachTrial, summary
 from training.run import Options
 from training.samples import FIRST_LAYOUT_SEED, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees, load_samples, write_shards
 from training.session import StopRequest
@@ -334,14 +334,10 @@ def test_wilson_interval_of_known_cases(successes: int, trials: int, low: float,
         wilson_interval(trials + 1, trials)
 
 
-def test_an_untrained_network_fails_and_the_trial_says_so(trainer: Trainer, tmp_path: Path) -> None:
+def test_an_untrained_network_fails(trainer: Trainer, tmp_path: Path) -> None:
     trainer.write_checkpoint(tmp_path, torch.float32)
-    trial = ReachTrial(load_policy(tmp_path, device="cpu", action_horizon=8), (HORIZON, 32), max_ticks=24)
-    outcomes = [trial.play(seed) for seed in (0, 1)]
-    assert outcomes[0] == trial.play(0), "an episode repeats"
-    assert summary(outcomes)["successes"] == 0
-    assert summary(outcomes)["failed_seeds"] == [0, 1]
-    assert all(set(asdict(outcome)) == {"seed", "ticks", "distance_m", "pushed_m"} for outcome in outcomes)
+    outcomes = reach_for_still_blocks(load_policy(tmp_path, device="cpu"), (HORIZON, 32), (0, 1))
+    assert [outcome.solved_s for outcome in outcomes] == [None, None]
 
 
 @pytest.fixture(scope="session")
@@ -354,7 +350,7 @@ class SeesGrey:
 
     def __init__(self, policy) -> None:
         self._policy, self.facts = policy, policy.facts
-        self.get_modality_config = policy.get_modality_config
+        self.get_modality_config, self.reset = policy.get_modality_config, policy.reset
 
     def get_action(self, observation: dict, noise=None) -> dict[str, np.ndarray]:
         return self._policy.get_action({**observation, "video.webcam": np.full_like(observation["video.webcam"], 127)}, noise=noise)
@@ -362,15 +358,14 @@ class SeesGrey:
 
 def test_the_shipped_network_is_small_and_reaches_the_block(shipped) -> None:
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 15e6
-    trial = ReachTrial(shipped, (HORIZON, 32), max_ticks=45)
-    outcomes = [trial.play(seed) for seed in range(6)]
-    assert sum(outcome.ticks is not None for outcome in outcomes) >= 5, outcomes
+    outcomes = reach_for_still_blocks(shipped, (HORIZON, 32), range(6))
+    assert sum(outcome.solved_s is not None for outcome in outcomes) >= 5, outcomes
     assert FIRST_LAYOUT_SEED > 6, "these layouts were not trained on"
 
 
 def test_the_shipped_network_needs_its_eyes(shipped) -> None:
-    trial = ReachTrial(SeesGrey(shipped), (HORIZON, 32), max_ticks=45)
-    assert summary([trial.play(seed) for seed in range(4)])["successes"] <= 1
+    outcomes = reach_for_still_blocks(SeesGrey(shipped), (HORIZON, 32), range(4))
+    assert sum(outcome.solved_s is not None for outcome in outcomes) <= 1, outcomes
 
 
 # --- data sets ---------------------------------------------------------------------------------------------------------------------------

@@ -78,12 +78,17 @@ def losses(model: Gr00tN1d5, finder: BlockFinder, batch: Batch, draws: int) -> t
     inputs, head = batch.inputs, model.head
     features = head.refine(model.encode_language(inputs, model.encode_vision(inputs.pixel_values)))  # (B, S, D)
     finding = finder.loss(features[:, inputs.image_positions], batch.block)
-    condition = repeat_items(head.condition(features, inputs.state), draws)
-    actions = batch.actions.repeat_interleave(draws, 0)  # (B*K, H, joints)
-    noise = torch.randn(actions.shape, generator=batch.generator).to(actions)
-    times = draw_times(len(actions), batch.generator).to(actions)
+    return flow_loss(head, head.condition(features, inputs.state), batch.actions, draws, batch.generator), finding
+
+
+def flow_loss(head: ActionHead, condition: Condition, actions: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the velocity over the joints that `actions` (B, H, joints) has, at `draws` noises and times per item."""
+    condition = repeat_items(condition, draws)
+    actions = actions.repeat_interleave(draws, 0)  # (B*K, H, joints)
+    noise = torch.randn(actions.shape, generator=generator).to(actions)
+    times = draw_times(len(actions), generator).to(actions)
     noisy = torch.lerp(noise, actions, times[:, None, None])
-    padded = F.pad(noisy, (0, head.config.action_dim - noisy.shape[-1]))  # zeros: see network.new_network
+    padded = F.pad(noisy, (0, head.config.action_dim - noisy.shape[-1]))  # zeros: see network.begin_quietly
     buckets = (times * head.config.timestep_buckets).long()
     velocity = head.velocity(padded, condition, *item_tables(head, buckets))[..., : actions.shape[-1]]
-    return F.mse_loss(velocity, actions - noise), finding
+    return F.mse_loss(velocity, actions - noise)

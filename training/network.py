@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS
 from gr00t_fast.checkpoint.rename import Layout, published_shapes, sources_of
 from gr00t_fast.config import ModelConfig
+from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model.action_head import ActionHead
 from gr00t_fast.model.layers import CategoryLinear
 from gr00t_fast.prompt import IMAGE_TOKEN, render_prompt
 from gr00t_fast.random_checkpoint import network_config
@@ -77,20 +79,31 @@ def new_network(config: ModelConfig, seed: int) -> Gr00tN1d5:
     """Trainable, fp32, on the CPU, with first weights from `seed`."""
     model = Gr00tN1d5(config)
     generator = torch.Generator().manual_seed(seed)
+    initialise(model, generator)
     with torch.no_grad():
-        for module in model.modules():
-            _initialise(module, generator)
         # Small random positions keep a network of this size from ever finding where things are; waves in two dimensions do not.
         model.vision.position_embedding.weight.copy_(grid_positions(config.vision.image_size // config.vision.patch_size, _WIDTH))
-        # AdaLN begins as a plain norm, and the padded joints carry nothing: their noise is not seen and their velocity is 0, so it stays noise.
-        for block in model.head.dit.blocks:
-            block.ada_norm.weight.zero_()
-        model.head.dit.out_modulation.weight.zero_()
-        joints = 6
-        model.head.state_encoder.layer1.weight[joints:].zero_()
-        model.head.action_encoder.w1.weight[joints:].zero_()
-        model.head.action_decoder.layer2.weight[:, joints:].zero_()
+    begin_quietly(model.head)
     return model
+
+
+@torch.no_grad()
+def begin_quietly(head: ActionHead) -> None:
+    """AdaLN begins as a plain norm, and the padded joints carry nothing: their noise is not seen and their velocity is 0, so it stays noise."""
+    for block in head.dit.blocks:
+        block.ada_norm.weight.zero_()
+    head.dit.out_modulation.weight.zero_()
+    joints = len(SO100_JOINTS)
+    head.state_encoder.layer1.weight[joints:].zero_()
+    head.action_encoder.w1.weight[joints:].zero_()
+    head.action_decoder.layer2.weight[:, joints:].zero_()
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, generator: torch.Generator) -> None:
+    """First weights of every layer, in the order of `modules()`."""
+    for module in model.modules():
+        _initialise(module, generator)
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

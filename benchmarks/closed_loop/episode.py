@@ -6,7 +6,7 @@ what else it does. Targets, chunks and controllers are those of `so100_inference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,3 +220,9 @@ def _outcome(seed: int, trace: EpisodeTrace, arm: ConnectedArm, inferences: int,
         inferences,
         starved_ticks,
     )
+
+
+def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:
+    """Does a policy do the task at all? Episodes of 2.5 s without latency, the block at rest."""
+    runner = EpisodeRunner(policy.facts, noise_shape, "Reach the block", 0.0, episode_s=2.5)
+    return [runner.play(policy, Cell(action_horizon=action_horizon), seed) for seed in seeds]
