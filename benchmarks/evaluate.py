@@ -36,12 +36,14 @@ from benchmarks.program import provenance
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine.digests import sha256
 from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
+from gr00t_fast.measurement import git_commit
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.simulation import MAX_BLOCK_SPEED_M_S
 from training.samples import FIRST_LAYOUT_SEED
 
 ROOT = Path(__file__).resolve().parent.parent
 _SEEDS, _SEEDS_FULL = 20, 200
+_LEAST_EPISODE_S, _LONGEST_EPISODE_S = 0.5, 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(
         str(arguments.model_path), arguments.lang_instruction, arguments.block_speed_m_s, arguments.episode_s, arguments.seed, arguments.device
     )
-    weights = [sha256(file) for file in open_checkpoint(arguments.model_path).weight_files]
-    log = EpisodeLog(arguments.out, {**asdict(settings), "model_path": weights})
+    log = EpisodeLog(arguments.out, {**asdict(settings), "model_path": digests_of(arguments.model_path)}, git_commit())
     jobs = jobs_of(settings, log.missing(cells, seeds))
     bar = require("tqdm", "sim").tqdm(total=sum(len(job.seeds) for job in jobs), unit=" episodes")
     with bar:
@@ -82,8 +83,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "block_speed_m_s": arguments.block_speed_m_s,
         "instruction": arguments.lang_instruction,
         "rows": rows_of(cells, seeds, log, arguments),
+        "episodes_played_by": log.commits,
         **provenance(arguments.seed),
     }
+
+
+def digests_of(model_path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint that decides about its actions, by name."""
+    directory = open_checkpoint(model_path).path
+    files = sorted(file for file in directory.rglob("*") if file.suffix in (".json", ".safetensors") and "exports" not in file.parts)
+    return {str(file.relative_to(directory)): sha256(file) for file in files}
 
 
 def cells_of(arguments: argparse.Namespace) -> list[Cell]:
@@ -98,7 +107,7 @@ def cells_of(arguments: argparse.Namespace) -> list[Cell]:
         cells = grid.cells_of_studies(studies or STUDIES[:1], scenes, given["engine"] or ())
     else:
         cells = grid.product_of(given | {"scene": scenes})
-    grid.check(cells)
+    grid.check(cells, open_checkpoint(arguments.model_path).config.head.action_horizon)
     return cells
 
 
@@ -106,24 +115,31 @@ def seeds_of(arguments: argparse.Namespace) -> list[int]:
     count = arguments.seeds if arguments.seeds is not None else _SEEDS_FULL if arguments.full else _SEEDS
     if count < 1 or not 0 <= arguments.first_seed <= FIRST_LAYOUT_SEED - count:
         raise ConfigError(f"layouts are held out below seed {FIRST_LAYOUT_SEED}; got {count} from {arguments.first_seed} on.")
-    if arguments.episode_s <= 0 or arguments.jobs < 1 or arguments.videos < 0 or min(arguments.deadlines_s, default=1) <= 0:
-        raise ConfigError("--episode_s and --deadlines_s must be positive, --jobs at least 1, --videos not negative.")
+    if not _LEAST_EPISODE_S <= arguments.episode_s <= _LONGEST_EPISODE_S or not all(0 < s <= arguments.episode_s for s in arguments.deadlines_s):
+        raise ConfigError(
+            f"--episode_s must be from {_LEAST_EPISODE_S:g} to {_LONGEST_EPISODE_S:g} and --deadlines_s above 0 and at most as long; "
+            f"got {arguments.episode_s} and {arguments.deadlines_s}."
+        )
+    if min(arguments.jobs - 1, arguments.videos, arguments.seed) < 0:
+        raise ConfigError("--jobs must be at least 1, --videos and --seed not negative.")
     if not 0 < arguments.block_speed_m_s <= MAX_BLOCK_SPEED_M_S:
         raise ConfigError(f"--block_speed_m_s must be above 0 and at most {MAX_BLOCK_SPEED_M_S}; got {arguments.block_speed_m_s}.")
     return list(range(arguments.first_seed, arguments.first_seed + count))
 
 
 def rows_of(cells: Sequence[Cell], seeds: Sequence[int], log: EpisodeLog, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per cell; `against` compares it, layout by layout, with the same scene at 4 steps, 8 actions, sync, no latency."""
+    """A row per cell; `against` compares it, layout by layout, with `reference_of` it, if that was played."""
     rows = []
     for cell in cells:
         row = asdict(cell)
         if cell in log.refused:
             rows.append(row | {"refused": log.refused[cell]})
             continue
-        outcomes, reference = log.outcomes(cell, seeds), log.outcomes(grid.reference_of(cell), seeds)
+        other = grid.reference_of(cell)
+        outcomes, reference = log.outcomes(cell, seeds), [] if other == cell else log.outcomes(other, seeds)
         row |= figures_of(outcomes, arguments.episode_s, arguments.deadlines_s)
-        rows.append(row | {"against": difference(outcomes, reference, arguments.episode_s)})
+        against = difference(outcomes, reference, arguments.episode_s)
+        rows.append(row | {"against": against and {**asdict(other), **against}})
     return rows
 
 
@@ -138,6 +154,8 @@ def write(result: dict[str, Any], out: Path) -> None:
             figures = [row["episodes"], row["success"]["successes"], row["mean_time_s"], row["median_time_s"], row["median_jerk_deg_s3"]]
             writer.writerow([*(row[factor] for factor in FACTORS), *figures])
     rows, deadlines = result["rows"], result["deadlines_s"]
+    for name in ("latency.png", "steps.png"):  # of an earlier run with other settings
+        (out / name).unlink(missing_ok=True)
     try:
         plot_latency(rows, deadlines[0], result["episode_s"], out / "latency.png")
         plot_steps(rows, result["episode_s"], out / "steps.png")
@@ -157,7 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--latency_ms", type=int, nargs="+", help="injected into every inference")
     parser.add_argument("--denoising_steps", type=int, nargs="+")
     parser.add_argument("--action_horizon", type=int, nargs="+", help="actions of a chunk that may play")
-    parser.add_argument("--engines", dest="engine", nargs="+", help="NAME[:PRECISION][=DIRECTORY], as in openvino:int8=outputs/exports/int8")
+    parser.add_argument(
+        "--engines",
+        dest="engine",
+        nargs="+",
+        help="NAME[:PRECISION][=DIRECTORY], as in openvino:int8=outputs/exports/int8; another export, another --out",
+    )
     parser.add_argument("--block_speed_m_s", type=float, default=0.06, help="of the moving block (default: %(default)s)")
     parser.add_argument("--episode_s", type=float, default=10.0, help="(default: %(default)s)")
     parser.add_argument("--deadlines_s", type=float, nargs="+", default=[1.0, 2.0], help="the first is plotted (default: 1 2)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ pytest.importorskip("mujoco")
 from benchmarks import evaluate
 from benchmarks.closed_loop import cells as grid
 from benchmarks.closed_loop.cells import Cell
-from benchmarks.closed_loop.episode import Outcome
+from benchmarks.closed_loop.episode import Outcome, jerk_rms
 from benchmarks.closed_loop.episode_log import EpisodeLog
 from benchmarks.closed_loop.statistics import difference, figures_of, newcombe_interval
 from benchmarks.closed_loop.workers import Job, Report, Settings, play, reports, runner_of
@@ -67,6 +68,20 @@ def test_success_is_timed_by_the_world_and_not_by_the_loop() -> None:
     slow, prompt = played(Cell("still", "sync", 800, 1, 16)), played(Cell("still", "sync", 0, 1, 16))
     assert prompt.solved_s is not None
     assert slow.solved_s == pytest.approx(prompt.solved_s + 0.8, abs=0.07)
+
+
+def test_success_after_the_time_is_up_does_not_count() -> None:
+    """A tick that began in time infers to its end; the block is reached at about 1.2 s."""
+    assert played(Cell("still", "sync", 800, 1, 16)).solved_s is not None
+    short = play(Job(replace(SETTINGS, episode_s=1.1), Cell("still", "sync", 800, 1, 16), (3,))).outcomes[0]
+    assert short.solved_s is None
+
+
+def test_waiting_is_not_smooth() -> None:
+    moving = np.random.default_rng(0).normal(size=(30, 5)).cumsum(axis=0)
+    waiting = np.concatenate([moving[:15], np.repeat(moving[14:15], 60, axis=0), moving[15:]])
+    assert jerk_rms(waiting) == pytest.approx(jerk_rms(moving), rel=0.2)
+    assert jerk_rms(np.zeros((20, 5))) is None
 
 
 def test_steps_and_noise_reach_the_policy() -> None:
@@ -122,6 +137,7 @@ def test_paired_intervals() -> None:
     low, high = newcombe_interval(200, 200, 0, 0, 200)
     assert low == pytest.approx(-high)
     assert high == pytest.approx(1 - wilson_interval(200, 200)[0])
+    assert newcombe_interval(100, 100, 0, 0, 200)[1] > 0.005
     low, high = newcombe_interval(48, 38, 2, 12, 50)
     assert (low, high) == pytest.approx(tuple(-bound for bound in reversed(newcombe_interval(38, 48, 12, 2, 50))))
     assert low < 0.2 < high
@@ -158,6 +174,7 @@ def test_cells_are_those_asked_for() -> None:
     assert {cell.engine for cell in everything} == {"eager:fp32", "eager:bf16", "openvino:int8=exports"}
     assert {(cell.denoising_steps, cell.action_horizon) for cell in everything} >= {(steps, h) for steps in grid.STEPS for h in grid.HORIZONS}
     assert all(grid.reference_of(cell) in everything for cell in everything)
+    assert grid.reference_of(Cell("moving", "threaded", 200)) == Cell("moving", "sync", 200)
     assert {cell.engine for cell in evaluate.cells_of(arguments("--engines", "eager:bf16"))} == {"eager:bf16"}
     product = ["--denoising_steps", "1", "2", "--action_horizon", "4", "8", "--controllers", *grid.CONTROLLERS, "--latency_ms", "0", "50"]
     assert len(evaluate.cells_of(arguments(*product, "--engines", "eager:fp32", "eager:bf16"))) == 2 * 2 * 2 * len(grid.CONTROLLERS) * 2 * 2
@@ -173,7 +190,13 @@ def test_cells_are_those_asked_for() -> None:
         (["--engines", ":fp32"], "names no engine"),
         (["--seeds", "0"], "held out"),
         (["--first_seed", "999999", "--seeds", "2"], "held out"),
-        (["--deadlines_s", "0"], "must be positive"),
+        (["--deadlines_s", "0"], "deadlines_s"),
+        (["--deadlines_s", "11"], "deadlines_s"),
+        (["--episode_s", "0.01"], "episode_s must be"),
+        (["--episode_s", "nan"], "episode_s must be"),
+        (["--episode_s", "inf"], "episode_s must be"),
+        (["--seed", "-1"], "not negative"),
+        (["--action_horizon", "8", "32"], "predicts 16 actions"),
         (["--model_path", "/nowhere"], "nowhere"),
         (["--block_speed_m_s", "7"], "must be above 0"),
         (["--denoising_steps", "100000", "--scenes", "still", "--seeds", "1"], "denoising_steps must be"),
@@ -189,7 +212,7 @@ def test_mistakes_are_told(words: list[str], said: str, tmp_path: Path, capsys: 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     conditions = {"speed": 1}
-    log = EpisodeLog(tmp_path, conditions)
+    log = EpisodeLog(tmp_path, conditions, "abc")
     log.add(Report(LATE, (outcome(0, 1.0), outcome(1, None))))
     log.add(Report(Cell(), (), "too late"))
     with open(log.path, "a") as stream:
@@ -199,12 +222,22 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert again.outcomes(LATE, [0, 1, 2]) == [outcome(0, 1.0), outcome(1, None)]
     assert again.refused == {Cell(): "too late"}
     again.add(Report(LATE, (outcome(2, 1.0),)))
-    assert EpisodeLog(tmp_path, conditions).missing([LATE], [0, 1, 2]) == []
+    third = EpisodeLog(tmp_path, conditions, "def")
+    assert third.missing([LATE], [0, 1, 2]) == []
+    assert third.commits == ["abc", None]
     with pytest.raises(ConfigError, match="other speed"):
         EpisodeLog(tmp_path, {"speed": 2})
     log.path.write_text(log.path.read_text() + "nonsense\n")
     with pytest.raises(ConfigError, match="damaged"):
         EpisodeLog(tmp_path, conditions)
+
+
+def test_other_statistics_are_another_checkpoint(tmp_path: Path) -> None:
+    copy = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
+    assert evaluate.digests_of(copy) == evaluate.digests_of(CHECKPOINT)
+    metadata = copy / "experiment_cfg" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("1", "2", 1))
+    assert evaluate.digests_of(copy) != evaluate.digests_of(CHECKPOINT)
 
 
 def test_the_program_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from gr00t_fast.errors import ConfigError, closest
@@ -90,7 +90,7 @@ def split_engine(engine: str) -> tuple[str, str, str | None]:
     return name, precision if precision and not directory else "auto", directory or None
 
 
-def check(cells: Sequence[Cell]) -> None:
+def check(cells: Sequence[Cell], trained_horizon: int) -> None:
     """Raises ConfigError for values that no run can have; what a policy or controller cannot do shows when it is asked."""
     if not cells:
         raise ConfigError("nothing to run: no study and no setting was given.")
@@ -100,9 +100,13 @@ def check(cells: Sequence[Cell]) -> None:
             raise ConfigError(f"unknown controller '{cell.controller}'.{suggestion} Expected one of {', '.join(CONTROLLERS)}.")
         if min(cell.latency_ms, cell.denoising_steps - 1, cell.action_horizon - 1) < 0:
             raise ConfigError(f"latencies must not be negative, steps and horizons at least 1; got {cell.key}.")
+        if cell.action_horizon > trained_horizon:
+            raise ConfigError(f"this checkpoint predicts {trained_horizon} actions; {cell.action_horizon} of them cannot play.")
         split_engine(cell.engine)
 
 
 def reference_of(cell: Cell) -> Cell:
-    """The cell that `cell` is compared with, seed by seed: the same scene, nothing else in the way."""
-    return replace(Cell(), scene=cell.scene)
+    """The cell that `cell` is compared with, layout by layout: a loop that thinks ahead with one that waits as long, others with the defaults."""
+    if cell.controller != "sync":
+        return Cell(cell.scene, "sync", cell.latency_ms)
+    return Cell(cell.scene)

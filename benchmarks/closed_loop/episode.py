@@ -28,18 +28,20 @@ from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 
 _SOLVED, _TAIL_S = "solved", 0.5  # an episode goes on for a moment after success
 Onlooker = Callable[[Simulation], None]
+_MOVING_DEG = 0.1  # per tick, by any joint: 3 degrees per second
 _BODY = slice(0, 5)  # all joints but the gripper, which is in per cent
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode went. solved_s: simulated time of success, None without. jerk_rms_deg_s3: of the five joints in degrees, measured at 30 Hz until
-    the episode's end. tip_path_m: how far the finger tips travelled. starved_ticks: targets held for want of actions."""
+    """How an episode went. solved_s: simulated time of success, None without one within the episode. jerk_rms_deg_s3: of the five joints in degrees,
+    measured at 30 Hz until success, over the ticks in which the arm moves, so that waiting does not count as smooth; None where that was not noted.
+    tip_path_m: how far the finger tips travelled. starved_ticks: targets held for want of actions. Those and the distance include the tail."""
 
     seed: int
     solved_s: float | None
     end_distance_m: float
-    jerk_rms_deg_s3: float
+    jerk_rms_deg_s3: float | None
     tip_path_m: float
     inferences: int
     starved_ticks: int
@@ -126,17 +128,19 @@ class ConnectedArm:
 class EpisodeTrace:
     """Notes what happens at every tick of the simulation, whatever the loop is doing."""
 
-    def __init__(self, arm: ConnectedArm, onlooker: Onlooker | None = None) -> None:
-        self._simulation, self._onlooker = arm.arm.simulation, onlooker
+    def __init__(self, arm: ConnectedArm, episode_s: float, onlooker: Onlooker | None = None) -> None:
+        self._simulation, self._episode_s, self._onlooker = arm.arm.simulation, episode_s, onlooker
         self.joints_deg: list[np.ndarray] = []
         self.tips_m: list[np.ndarray] = []
         self.solved_s: float | None = None
 
     def __call__(self) -> None:
-        self.joints_deg.append(self._simulation.joints_deg)
         self.tips_m.append(self._simulation.tcp_m)
-        if self.solved_s is None and self._simulation.success:
-            self.solved_s = self._simulation.time_s
+        if self.solved_s is None:
+            self.joints_deg.append(self._simulation.joints_deg)
+            # a loop that waits may finish its last inference after the time is up: the world is still judged by its own clock
+            if self._simulation.success and self._simulation.time_s <= self._episode_s:
+                self.solved_s = self._simulation.time_s
         if self._onlooker is not None:
             self._onlooker(self._simulation)
 
@@ -172,7 +176,7 @@ class EpisodeRunner:
         clock.time_s = 0.0  # the same instants, to the last bit, whatever was played before
         late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, noise_seed)
         late.begin(seed)
-        stop, trace = StopSignals(), EpisodeTrace(arm, onlooker)
+        stop, trace = StopSignals(), EpisodeTrace(arm, self._episode_s, onlooker)
         options = LoopOptions(self._facts.fps, timeout_s=self._episode_s, seed=seed)
         controller, goal = self._controller(cell, late, arm, clock), _Goal(trace, arm, stop)
         loop = ControlLoop(arm, controller, options, clock, stop, observers=[goal], echo=lambda line: None)
@@ -208,18 +212,24 @@ class EpisodeRunner:
 
 
 def _outcome(seed: int, trace: EpisodeTrace, arm: ConnectedArm, inferences: int, starved_ticks: int) -> Outcome:
-    simulation = arm.arm.simulation
-    joints, tips = np.array(trace.joints_deg), np.array(trace.tips_m)  # (N, J), (N, 3)
-    jerk = np.diff(joints[:, _BODY], n=3, axis=0) / TICK_S**3
+    simulation, tips = arm.arm.simulation, np.array(trace.tips_m)  # (N, 3)
     return Outcome(
         seed,
         None if trace.solved_s is None else round(trace.solved_s, 4),
         float(np.linalg.norm(simulation.tcp_m - simulation.block_m)),
-        float(np.sqrt(np.mean(jerk**2))) if len(jerk) else 0.0,
+        jerk_rms(np.array(trace.joints_deg)[:, _BODY]),
         float(np.linalg.norm(np.diff(tips, axis=0), axis=1).sum()),
         inferences,
         starved_ticks,
     )
+
+
+def jerk_rms(joints_deg: np.ndarray) -> float | None:
+    """Of poses (N, J), one per tick: root mean square of the third difference (deg/s^3) where the arm moves. None where it never does."""
+    moving = (np.abs(np.diff(joints_deg, axis=0)) > _MOVING_DEG).any(axis=1)  # (N - 1,)
+    jerk = np.diff(joints_deg, n=3, axis=0) / TICK_S**3  # (N - 3, J)
+    counted = jerk[moving[:-2] | moving[1:-1] | moving[2:]]
+    return float(np.sqrt(np.mean(counted**2))) if len(counted) else None
 
 
 def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:

@@ -15,18 +15,21 @@ from gr00t_fast.errors import ConfigError
 
 
 class EpisodeLog:
-    """DIRECTORY/episodes.jsonl: its first line says under which conditions the episodes were played; the others are one episode each."""
+    """DIRECTORY/episodes.jsonl: its first line says under which conditions the episodes were played; the others are one episode each,
+    or the commit of a run that began there."""
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, conditions: Mapping[str, Any], commit: str | None = None) -> None:
         """Reads what is there. Raises ConfigError when it was played under other conditions, or is damaged before its last line."""
         self.path = directory / "episodes.jsonl"
         self._outcomes: dict[Cell, dict[int, Outcome]] = defaultdict(dict)
         self.refused: dict[Cell, str] = {}
+        self.commits: list[str | None] = []  # under which the episodes were played, oldest first
         if self.path.exists():
             self._read(dict(conditions))
         else:
             directory.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps({"conditions": dict(conditions)}) + "\n", encoding="utf-8")
+        self._commit = commit
 
     def missing(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[tuple[Cell, list[int]]]:
         """What has yet to be played."""
@@ -37,9 +40,12 @@ class EpisodeLog:
         return [self._outcomes[cell][seed] for seed in seeds if seed in self._outcomes[cell]]
 
     def add(self, report: Report) -> None:
+        lines = report.lines()
+        if self._commit not in self.commits:
+            self.commits.append(self._commit)
+            lines.insert(0, {"commit": self._commit})
         with open(self.path, "a", encoding="utf-8") as stream:
-            for line in report.lines():
-                stream.write(json.dumps(line) + "\n")
+            stream.writelines(json.dumps(line) + "\n" for line in lines)
         self._note(report)
 
     def _note(self, report: Report) -> None:
@@ -56,6 +62,9 @@ class EpisodeLog:
             found, *entries = [json.loads(line) for line in lines]
             played = found["conditions"]
             for entry in entries:
+                if "commit" in entry:
+                    self.commits.append(entry["commit"])
+                    continue
                 cell = Cell(**entry["cell"])
                 outcomes = (Outcome(**entry["outcome"]),) if "outcome" in entry else ()
                 self._note(Report(cell, outcomes, entry.get("refused")))

@@ -16,7 +16,8 @@ Row = Mapping[str, Any]
 
 def plot_latency(rows: Sequence[Row], deadline_s: float, episode_s: float, path: Path) -> bool:
     """Success within a deadline and time to success against latency, a column per scene. False when the rows hold fewer than two latencies."""
-    rows = [row for row in rows if all(row[name] == rows[0][name] for name in ("denoising_steps", "engine"))]
+    like = max(rows, key=lambda row: _latencies_of(rows, row))
+    rows = [row for row in rows if all(row[name] == like[name] for name in ("denoising_steps", "engine"))]
     latencies = sorted({row["latency_ms"] for row in rows})
     arms = list(dict.fromkeys((row["controller"], row["action_horizon"]) for row in rows if _latencies_of(rows, row) > 1))
     scenes = list(dict.fromkeys(row["scene"] for row in rows))
@@ -75,7 +76,7 @@ def plot_steps(rows: Sequence[Row], episode_s: float, path: Path) -> bool:
 
 
 def _latencies_of(rows: Iterable[Row], like: Row) -> int:
-    same = ("scene", "controller", "action_horizon")
+    same = ("scene", "controller", "action_horizon", "denoising_steps", "engine")
     return len({row["latency_ms"] for row in rows if all(row[name] == like[name] for name in same)})
 
 

@@ -30,13 +30,18 @@ def figures_of(outcomes: Sequence[Outcome], episode_s: float, deadlines_s: Seque
         "mean_time_s": round(float(bounded_s.mean()), 3),
         "mean_time_95_s": _bootstrapped_mean(bounded_s),
         "median_time_s": round(median_s, 3) if math.isfinite(median_s) else None,
-        "median_jerk_deg_s3": round(float(np.median([outcome.jerk_rms_deg_s3 for outcome in outcomes])), 1),
+        **_jerk_of(outcomes),
         "median_end_distance_mm": round(1000 * float(np.median([outcome.end_distance_m for outcome in outcomes])), 1),
         "median_tip_path_m": round(float(np.median([outcome.tip_path_m for outcome in outcomes])), 3),
         "mean_inferences": round(float(np.mean([outcome.inferences for outcome in outcomes])), 2),
         "mean_starved_ticks": round(float(np.mean([outcome.starved_ticks for outcome in outcomes])), 2),
         "failed_seeds": [outcome.seed for outcome in outcomes if outcome.solved_s is None],
     }
+
+
+def _jerk_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    noted = [outcome.jerk_rms_deg_s3 for outcome in outcomes if outcome.jerk_rms_deg_s3 is not None]
+    return {"median_jerk_deg_s3": round(float(np.median(noted)), 1) if noted else None, "episodes_with_jerk": len(noted)}
 
 
 def times_of(outcomes: Sequence[Outcome], without: float) -> np.ndarray:
@@ -70,13 +75,15 @@ def difference(outcomes: Sequence[Outcome], reference: Sequence[Outcome], episod
 
 
 def newcombe_interval(ours: int, theirs: int, lost: int, won: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a difference of paired rates (Newcombe 1998, method 10 without its continuity correction). ours, theirs: successes of
-    `trials`; lost, won: pairs in which only they, only we succeeded. Has a width even where no pair differs."""
+    """95 % interval of a difference of paired rates (Newcombe 1998, method 10). ours, theirs: successes of `trials`; lost, won: pairs in which only
+    they, only we succeeded. The correlation is corrected for continuity, so that the interval has a width also where no pair differs."""
     rates = ours / trials, theirs / trials
     intervals = wilson_interval(ours, trials), wilson_interval(theirs, trials)
     both, neither = ours - won, trials - ours - lost
     spread = math.sqrt(ours * (trials - ours) * theirs * (trials - theirs))
-    correlation = (both * neither - won * lost) / spread if spread else 0.0
+    agreement = both * neither - won * lost
+    corrected = agreement if agreement < 0 else max(agreement - trials / 2, 0.0)
+    correlation = corrected / spread if spread else 0.0
     below, above = [(rate - low, high - rate) for rate, (low, high) in zip(rates, intervals, strict=True)]
 
     def apart(first: float, second: float) -> float:

@@ -53,7 +53,7 @@ def write_videos(settings: Settings, cells: Sequence[Cell], seeds: Sequence[int]
 
 def _film(settings: Settings, cell: Cell, seed: int) -> list[np.ndarray]:
     policies, runner = runner_of(settings)
-    camera = _Camera(f"{cell.controller}, {cell.action_horizon} actions, {cell.latency_ms} ms")
+    camera = _Camera(f"{cell.controller}, {cell.action_horizon} actions, {cell.latency_ms} ms, {cell.engine.partition('=')[0]}")
     try:
         runner.play(policies.of(cell), cell, seed, settings.noise_seed, camera)
     except ConfigError:  # the table says why this arm cannot run
