@@ -6,14 +6,15 @@
 
 For each resolution: encoder tokens, memory, time of a refill (one chunk for one observation), and of a training step with the times that
 lerobot-train logs: data_s = next(dataloader) + preprocessor, updt_s = update_policy. Frames come from a real data set (a short one is recorded
-when none is given) through pyav, in this process. Weights are random: speed does not depend on them. Arms take turns, in another order every
-round, on one network. Memory is measured in a process for each resolution. The last line is JSON.
+when none is given) through pyav, in this process. Weights are random: speed does not depend on them. Arms take turns on one network, shuffled
+anew every round (by --seed), so that none always follows the same one. Memory is measured in a process for each resolution. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import random
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -159,9 +160,9 @@ def _fixed_facts(training: ActTraining, arm: Arm, observation: dict[str, torch.T
 def _interleave(training: ActTraining, observation: dict[str, torch.Tensor], arguments: argparse.Namespace) -> Samples:
     arms = training.arms
     samples: Samples = {arm.name: {what: [] for what in (*_STEP_TIMES, *_CALL_TIMES)} for arm in arms}
+    order = random.Random(arguments.seed)
     for number in range(arguments.rounds + 1):
-        turn = number % len(arms)
-        for place, arm in enumerate((*arms[turn:], *arms[:turn])):
+        for place, arm in enumerate(order.sample(arms, len(arms))):
             calls = [training.refill(arm, observation), *(training.train_step(arm) for _ in range(arguments.steps))]
             show_progress("ACT", number * len(arms) + place + 1, (arguments.rounds + 1) * len(arms))
             if number:  # the first round warms up
@@ -201,9 +202,9 @@ def measure_smolvla(setting: Setting, arguments: argparse.Namespace) -> dict[str
     if arguments.smolvla_training:
         calls["updt_s"] = network.training_s
     samples: dict[str, dict[Size, list[float]]] = {what: {size: [] for size in sizes} for what in calls}
+    order = random.Random(arguments.seed)
     for number in range(arguments.rounds + 1):
-        turn = number % len(sizes)
-        for place, size in enumerate((*sizes[turn:], *sizes[:turn])):
+        for place, size in enumerate(order.sample(sizes, len(sizes))):
             taken = {what: call(size) for what, call in calls.items()}
             show_progress("SmolVLA", number * len(sizes) + place + 1, (arguments.rounds + 1) * len(sizes))
             if number:

@@ -14,6 +14,8 @@ _NOTES = (
     "Where a resize is billed. `pipeline`: the policy's preprocessor (training/act_resize.py), which is always in data_s. `loader`: the data "
     "set resizes each frame (lerobot's image_transforms), which is in data_s here, and with workers only where they do not keep up. lerobot "
     "does not save image_transforms with the policy: these arms have the pipeline's resize as well, which passes small pictures through.",
+    "data_s is unresolved between arms at so few steps (rounds times steps in a turn): all arms decode the same frames of the same video, so "
+    "differences of the loader's p50 that are no larger than its way from p50 to p95 are noise. The resize itself is in `of it preprocessor`.",
     "Neither makes decoding cheaper: the video has its own resolution in all arms. Fewer pixels to decode take a transcoded data set.",
     "Memory is what a process needs beyond an idle one with everything imported: weights and one refill; then also gradients, AdamW's "
     "moments, activations and a batch. On a CPU the growth of the largest resident size, on a GPU what torch allocates.",

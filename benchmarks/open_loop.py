@@ -30,10 +30,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
+import numpy as np
 import yaml
 
 from benchmarks.open_loop_study import metrics, report
-from benchmarks.open_loop_study.checks import Finding, picture_findings, static_findings
+from benchmarks.open_loop_study.checks import Finding, picture_findings, static_findings, trained_range
 from benchmarks.open_loop_study.metrics import Compared
 from benchmarks.open_loop_study.probes import Interview, places, questions
 from benchmarks.open_loop_study.recorded import Episode, Recorded, choose, describe, load
@@ -72,18 +73,21 @@ class OpenLoop:
         compared = {count: metrics.compare(recorded, _every(found, horizon), horizon) for count, found in chunks.items()}
         write_to = arguments.out / "open_loop.csv"
         report.write_csv(compared, recorded.layout.names, write_to)
-        runs = {str(count): _figures(recorded, chunks[count], compared[count], horizon, stride) for count in steps}
-        first = rollout.observation(episodes[0], 0)
-        findings = [*static_findings(recorded, policy.facts, frames), *picture_findings(first, frames)]
+        spans = trained_range(recorded, policy.facts)
+        runs = {str(count): _figures(recorded, chunks[count], compared[count], horizon, stride, spans) for count in steps}
+        ends = [(episode, frame) for episode in episodes for frame in (0, len(episode) - 1)]
+        looked_at = ((episode.number, frame, rollout.observation(episode, frame)) for episode, frame in ends)
+        findings = [*static_findings(recorded, policy.facts, frames), *picture_findings(looked_at, frames)]
         judged = min(steps, key=lambda count: runs[str(count)]["chunks"]["mae"])
         policy.denoising_steps = judged
         verdict = self._verdict(runs[str(judged)], findings, rollout, episodes, arguments)
+        first = rollout.observation(episodes[0], 0)
         pictures = {key: first[key][0] for key in frames.cameras}
         self.drawing = report.Drawing(compared[judged], recorded.layout.names, pictures)
         return {
             "benchmark": "open_loop",
             "checkpoint": Path(arguments.model_path).name,
-            "dataset": _about(frames, recorded, policy, episodes, texts),
+            "dataset": _about(frames, recorded, policy, episodes, texts) | {"recording": _recording(arguments.dataset)},
             "engine": policy.engine.name,
             "device": str(policy.device),
             "precision": str(policy.dtype).removeprefix("torch."),
@@ -100,12 +104,12 @@ class OpenLoop:
     ) -> Verdict:
         """Asks further only where the predictions are poor."""
         interview, summary = None, figures["chunks"]
-        if not is_good(summary) and arguments.probe_frames:
+        if not is_good(summary, findings) and arguments.probe_frames:
             where = places(rollout, episodes, arguments.action_horizon, arguments.probe_frames)
             cameras = [key for key in where[0].observation if key.startswith("video.")]
             asked = questions(cameras, rollout.recorded.layout.names, suspects(summary))
             interview = Interview(rollout, where, arguments.action_horizon, asked)
-        return judge(summary, figures["offsets"], findings, interview)
+        return judge(summary, figures["offsets"], findings, interview, figures["best_shift"])
 
     def plot(self, result: dict[str, Any], path: Path) -> None:
         report.plot(result, self.drawing, path)
@@ -171,10 +175,10 @@ def _every(chunks: Sequence[Chunk], frames: int) -> list[Chunk]:
     return [chunk for chunk in chunks if chunk.start % frames == 0]
 
 
-def _figures(recorded: Recorded, chunks: Sequence[Chunk], compared: Compared, horizon: int, stride: int) -> dict[str, Any]:
+def _figures(recorded: Recorded, chunks: Sequence[Chunk], compared: Compared, horizon: int, stride: int, spans: np.ndarray) -> dict[str, Any]:
     rows = len(chunks[0].targets)
     return {
-        "chunks": metrics.summary(compared, recorded.layout.names),
+        "chunks": metrics.summary(compared, recorded.layout.names, spans),
         "best_shift": metrics.best_shift(_every(chunks, horizon), horizon),
         "boundary_jumps": metrics.boundary_jumps(compared),
         "offsets": metrics.offsets(compared, recorded.layout.names),
@@ -195,6 +199,15 @@ def _about(frames: LeRobotFrames, recorded: Recorded, policy: Gr00tPolicy, episo
         "cameras": {key: {"feature": c.feature, "chosen_by": c.chosen_by, "size": c.size and list(c.size)} for key, c in frames.cameras.items()},
         "ranges": describe(recorded, policy.facts),
     }
+
+
+def _recording(dataset: Path) -> dict[str, Any] | None:
+    """What training/record.py says about itself, the layouts among it; None for a data set of another origin."""
+    file = dataset / "meta" / "recording.json"
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{file}: expected JSON as training/record.py writes it, got something else ({error}). Remove the file.") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,16 @@
 """ACT, Diffusion, SmolVLA and GR00T N1.5 on the same observations: what one action costs, and what a chunk costs.
 
     python benchmarks/simple_benchmark.py                      # small networks of the same architectures, a minute
-    python benchmarks/simple_benchmark.py --published          # the published sizes (24 GB of memory; half an hour on two CPU cores)
+    python benchmarks/simple_benchmark.py --published          # the published sizes (12 GB of free memory; half an hour on two CPU cores)
 
 Every call ends with one action. A **step** pops it from the policy's queue, a **refill** computes a chunk first: which of the two a call was is
 read from the queue before it, never guessed from its duration. Weights are random: speed does not depend on them. All arms start from raw
-uint8 frames and joints and end with an action on the host. Arms run one after the other, each in a process of its own, so that its memory is
-its own. The last line is JSON.
+uint8 frames and joints and end with an action on the host.
+
+Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own, and minutes after the
+one before. What the machine does meanwhile is in the ratios; on a busy one only large ratios mean something. lerobot's arms are select_action on
+converted frames: the pre- and postprocessor that lerobot's loop runs at every tick are left out, GR00T's own are in its refill (`NOTES`). A policy
+that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,12 +34,21 @@ import torch
 from benchmarks.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
 from benchmarks.program import provenance, show_progress
 from gr00t_fast.engine import select_device, select_precision
-from gr00t_fast.errors import MissingExtraError, attempt
+from gr00t_fast.errors import Gr00tFastError, MissingExtraError, attempt
 from gr00t_fast.measurement import peak_rss_bytes
 
 CONTROL_HZ = 30.0
 _OBSERVATIONS = 8  # different ones in turn
 _WARM_UP_CALLS = 2
+# What one policy can fail with: counted or told, since its fault must not hide the others' figures.
+_FAULTS = (Gr00tFastError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError, OSError, MemoryError)
+NOTES = (
+    "policies ran one after the other, each in a process of its own, not in turns: what the machine did meanwhile is in the ratios between them",
+    "lerobot's arms are select_action on frames that were converted to floats on every call, steps too. Left out is what lerobot's loop runs around "
+    "it on every call: preprocessor (normaliser, device; SmolVLA's also the tokenizer, here fixed token ids) and postprocessor (unnormaliser)",
+    "GR00T's refill contains its whole pre- and postprocessing (resize, normaliser, prompt, unnormaliser); its step takes an action from a list and "
+    "converts no frame",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,8 +77,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:  # one at a time
-        policies = {name: pool.submit(measure, name, setting, arguments).result() for name in arguments.policies}
+    policies = {name: measure_alone(name, setting, arguments) for name in arguments.policies}
     return {
         "benchmark": "simple_benchmark",
         "published_sizes": setting.published,
@@ -75,8 +87,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "resolution": list(setting.resolution),
         "control_hz": CONTROL_HZ,
         "policies": policies,
+        "notes": NOTES,
         **provenance(setting.seed),
     }
+
+
+def measure_alone(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in a process of its own; a row without figures, with the reason, where that failed or the process died."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(measure, name, setting, arguments).result()
+    except _FAULTS as error:
+        reason = f"not measured: {type(error).__name__}: {error}"
+        print(f"{name}: {reason}", file=sys.stderr)
+        absent = ("dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s", "step_ms", "refill_ms", "all_ms", "amortised_ms_per_tick")
+        return {"name": name, **dict.fromkeys(absent), "success_rate": 0.0, "failures": [reason], "stopped_early": False}
 
 
 def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,15 +145,17 @@ def time_calls(arm: Arm, observations: list[dict[str, Any]], arguments: argparse
         began_s = time.perf_counter()
         try:
             action = arm.act(observations[number % len(observations)])
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:  # counted: one policy's fault must not hide the others' figures
+        except _FAULTS as error:
             failures.append(f"call {number}: {type(error).__name__}: {error}")
             arm.reset()
-            continue
-        taken_ms = 1000 * (time.perf_counter() - began_s)
-        if action.shape == (JOINTS,) and np.isfinite(action).all():
-            times[kind].append(taken_ms)
         else:
-            failures.append(f"call {number}: an action of shape {action.shape}" if action.shape != (JOINTS,) else f"call {number}: NaN or infinity")
+            taken_ms = 1000 * (time.perf_counter() - began_s)
+            if action.shape == (JOINTS,) and np.isfinite(action).all():
+                times[kind].append(taken_ms)
+            else:
+                failures.append(
+                    f"call {number}: an action of shape {action.shape}" if action.shape != (JOINTS,) else f"call {number}: NaN or infinity"
+                )
         show_progress(arm.name, number + 1, arguments.steps)
         if time.monotonic() > deadline_s:
             return times, failures, True
@@ -172,6 +199,9 @@ def as_table(result: dict[str, Any]) -> str:
             rows.append(f"{policy['name']:<18} {kind:<7} {s['count']:>6} {figures}")
     rows += ["", f"{'policy':<18} {'parameters':>12} {'memory MB':>10} {'chunk':>6} {'ms per tick':>12} {'success':>8}  dtype"]
     for p in result["policies"].values():
+        if p["parameters"] is None:
+            rows.append(f"{p['name']:<18} {'-':>12} {'-':>10} {'-':>6} {'-':>12} {0:>7.1f}%  not measured")
+            continue
         amortised = "-" if p["amortised_ms_per_tick"] is None else f"{p['amortised_ms_per_tick']:.2f}"
         rows.append(
             f"{p['name']:<18} {p['parameters']:>12,} {p['memory_bytes'] / 1e6:>10.0f} {p['actions_per_chunk']:>6} {amortised:>12} "
@@ -206,6 +236,7 @@ def summary(result: dict[str, Any]) -> str:
         if p["stopped_early"]:
             lines.append(f"{p['name']}: stopped by --minutes after {p['all_ms']['count'] if p['all_ms'] else 0} calls")
         lines += [f"{p['name']}: {failure}" for failure in p["failures"]]
+    lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join(lines)
 
 

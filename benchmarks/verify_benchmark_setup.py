@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
-from benchmarks.policy_zoo import BUILDERS, JOINTS, Setting, observation_of
+from benchmarks.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLISHED_MEMORY_GB, Setting, observation_of
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import Gr00tFastError
 from gr00t_fast.measurement import machine, versions
 
 _PACKAGES = {"lerobot": "robot", "num2words": "bench", "diffusers": "bench", "transformers": "bench", "matplotlib": "plots"}
-_PUBLISHED_DISK_BYTES, _PUBLISHED_MEMORY_BYTES = 6e9, 12e9  # the random GR00T checkpoint; the largest arm in fp32 with its peak while loading
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +78,14 @@ def _notes(out: Path) -> list[str]:
     """What may be too little for the published sizes."""
     existing = next(parent for parent in (out.resolve(), *out.resolve().parents) if parent.exists())
     notes, free = [], shutil.disk_usage(existing).free
-    if free < _PUBLISHED_DISK_BYTES:
-        notes.append(f"{free / 1e9:.0f} GB are free where --out points; --published needs {_PUBLISHED_DISK_BYTES / 1e9:.0f}")
+    if free < 1e9 * PUBLISHED_DISK_GB:
+        notes.append(f"{free / 1e9:.0f} GB are free where --out points; --published needs {PUBLISHED_DISK_GB}")
     if importlib.util.find_spec("psutil"):
         import psutil
 
         available = psutil.virtual_memory().available
-        if available < _PUBLISHED_MEMORY_BYTES:
-            notes.append(f"{available / 1e9:.0f} GB of memory are available; --published needs about {_PUBLISHED_MEMORY_BYTES / 1e9:.0f}")
+        if available < 1e9 * PUBLISHED_MEMORY_GB:
+            notes.append(f"{available / 1e9:.0f} GB of memory are available; --published needs about {PUBLISHED_MEMORY_GB}")
     return notes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -9,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ pytest.importorskip("lerobot")
 pytest.importorskip("mujoco")
 pytest.importorskip("psutil")
 from benchmarks import act_resolution
-from benchmarks.act_training import ActTraining, Options, measure_memory, tiny_dataset
+from benchmarks.act_training import ActTraining, Arm, Options, measure_memory, tiny_dataset
 from benchmarks.policy_zoo import Setting
 from benchmarks.smolvla_padding import SmolVlaAtResolutions, padded_share
 from gr00t_fast.errors import ConfigError
@@ -76,6 +79,35 @@ def test_a_refill_is_a_refill(training: ActTraining) -> None:
     for _ in range(2):
         assert training.refill(training.arms[0], observation)["refill_ms"] > 0
         assert len(training.policy._action_queue) == training.policy.config.n_action_steps - 1
+
+
+class OrderedArms:
+    """Stands in for the training: says in which order arms were called."""
+
+    arms: ClassVar = [Arm(str(number), HALF, "nobody", None, None) for number in range(4)]
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def refill(self, arm: Arm, observation: dict) -> dict[str, float]:
+        self.called.append(arm.name)
+        return {}
+
+    def train_step(self, arm: Arm) -> dict[str, float]:
+        return {}
+
+
+def test_arms_are_shuffled_each_round_by_the_seed() -> None:
+    def orders(seed: int) -> list[tuple[str, ...]]:
+        training = OrderedArms()
+        act_resolution._interleave(training, {}, argparse.Namespace(rounds=7, steps=1, seed=seed))
+        return [tuple(training.called[start : start + 4]) for start in range(0, 32, 4)]
+
+    found = orders(0)
+    assert all(sorted(order) == list("0123") for order in found)
+    followers = {(one, other) for order in found for one, other in itertools.pairwise(order)}
+    assert len(followers) > 6  # turning one order round gives the same four neighbours again and again
+    assert found == orders(0) != orders(1)
 
 
 def test_the_program_leaves_a_table_and_ends_in_json(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

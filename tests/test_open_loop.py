@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from benchmarks import open_loop
 from benchmarks.open_loop_study import metrics
-from benchmarks.open_loop_study.checks import CAMERAS, UNITS
+from benchmarks.open_loop_study.checks import CAMERAS, RATE, TIMING, UNITS, Finding, picture_findings
 from benchmarks.open_loop_study.probes import Interview, Place, questions
 from benchmarks.open_loop_study.recorded import Episode, Layout, Recorded, choose
 from benchmarks.open_loop_study.rollout import Chunk
 from benchmarks.open_loop_study.verdict import FINE, MODEL, judge
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.observations import LeRobotFrames
+from gr00t_fast.export.observations import Camera, LeRobotFrames
 from gr00t_fast.facts import read_facts
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
 NAMES = ("pan", "gripper")
+RANGE = np.array([140.0, 80.0])  # trained
 
 
 # Figures
@@ -50,7 +52,7 @@ def test_errors_and_baselines_by_hand() -> None:
     compared = metrics.compare(recorded(RAMP, other), chunks, horizon=4)
     assert compared.frame.tolist() == [0, 1, 2, 3, 4, 5]
     assert compared.lead.tolist() == [0, 1, 2, 3, 0, 1]
-    found = metrics.summary(compared, NAMES)
+    found = metrics.summary(compared, NAMES, RANGE)
     assert found["joints"]["pan"]["mae"] == pytest.approx(4 / 6, abs=1e-3)
     assert found["joints"]["gripper"]["mae"] == pytest.approx(1)
     assert found["mse"] == pytest.approx((4 + 18) / 12, abs=1e-3)
@@ -66,7 +68,7 @@ def test_errors_and_baselines_by_hand() -> None:
 
 
 def test_a_lone_episode_has_nothing_to_replay() -> None:
-    found = metrics.summary(metrics.compare(recorded(RAMP), [Chunk(RAMP, 0, RAMP.actions, 1.0)], 6), NAMES)
+    found = metrics.summary(metrics.compare(recorded(RAMP), [Chunk(RAMP, 0, RAMP.actions, 1.0)], 6), NAMES, RANGE)
     assert found["replay_mae"] is None
     assert found["mae"] == 0
 
@@ -86,6 +88,77 @@ def test_episodes_in_any_order() -> None:
     for wanted, told in ((["3"], "from 0 to 2"), (["-1"], "'-1'"), (["one"], "'one'"), (["1", "1"], "twice")):
         with pytest.raises(ConfigError, match=told):
             choose(three, wanted)
+
+
+# Verdicts on figures
+
+STEADY = {name: {"bias": 0.0, "same_sign": 0.5, "spread": 9.0, "mae_without_bias": 40.0} for name in NAMES}
+
+
+def summary(mae: float, hold_mae: float, trained_range: float = 140.0) -> dict[str, Any]:
+    """Every joint alike."""
+    joint = {"mae": mae, "hold_mae": hold_mae, "ratio_to_hold": mae / hold_mae}
+    return joint | {"joints": dict.fromkeys(NAMES, joint | {"trained_range": trained_range})}
+
+
+@pytest.mark.parametrize(("frames", "words"), [(5, "recorded actions by 5 frames"), (8, "by 8 frames or more"), (-3, "run behind .* recorded early")])
+def test_actions_of_other_frames_are_told(frames: int, words: str) -> None:
+    verdict = judge(summary(mae=5.94, hold_mae=6.0), STEADY, [], None, {"frames": frames, "mae": 1.73})
+    assert verdict.kind == TIMING
+    assert re.search(words, " ".join(verdict.evidence))
+    assert "from 5.9 to 1.7" in verdict.evidence[1]
+
+
+def test_a_shift_is_only_a_hint_where_it_does_not_explain() -> None:
+    for poor in ({"frames": 2, "mae": 4.5}, {"frames": 2, "mae": 5.0}):  # still bad, hardly better
+        verdict = judge(summary(mae=6.3, hold_mae=6.0), STEADY, [], None, poor)
+        assert verdict.kind == MODEL
+        assert any("2 frames" in line for line in verdict.evidence)
+    good = judge(summary(mae=3.0, hold_mae=6.0), STEADY, [], None, {"frames": 3, "mae": 1.6})
+    assert good.kind == FINE
+    assert "trained with actions ahead" in good.evidence[-1]
+    slow = judge(summary(mae=5.94, hold_mae=6.0), STEADY, [Finding(RATE, "recorded at another rate")], None, {"frames": -4, "mae": 1.7})
+    assert slow.kind == RATE
+
+
+@pytest.mark.parametrize(("shifted_mae", "kind"), [(0.5, TIMING), (4.0, UNITS)])
+def test_a_delay_in_steady_motion_is_not_taken_for_an_offset(shifted_mae: float, kind: str) -> None:
+    offset = {"bias": 10.0, "same_sign": 1.0, "spread": 1.0, "mae_without_bias": 2.0}
+    verdict = judge(summary(mae=10.0, hold_mae=8.0), dict.fromkeys(NAMES, offset), [], None, {"frames": 3, "mae": shifted_mae})
+    assert verdict.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("mae", "hold_mae", "trained_range", "kind"),
+    [
+        (0.8, 0.4, 2.4, MODEL),  # radians: 46 degrees off
+        (0.8, 0.4, 140.0, FINE),  # degrees, and nothing moves
+        (2.7, 1.8, 140.0, MODEL),  # small, but the arm moved and holding still was better
+        (0.04, 0.045, 2.4, FINE),
+        (0.5, 1.0, 2.4, FINE),
+    ],
+)
+def test_small_is_a_share_of_the_trained_range(mae: float, hold_mae: float, trained_range: float, kind: str) -> None:
+    assert judge(summary(mae, hold_mae, trained_range), STEADY, [], None, {"frames": 0, "mae": mae}).kind == kind
+
+
+def test_figures_in_other_units_are_never_small() -> None:
+    found = Finding(UNITS, "radians?")
+    assert judge(summary(0.8, 0.4), STEADY, [found], None, {"frames": 0, "mae": 0.8}).kind == UNITS
+
+
+class OneCamera:
+    cameras: ClassVar = {"video.webcam": Camera("observation.images.front", (4, 4), "test")}
+
+
+@pytest.mark.parametrize(("dark", "decides"), [({(1, 9)}, False), ({(0, 9), (1, 0), (1, 9)}, True)])
+def test_a_camera_that_dies_on_the_way_is_told(dark: set[tuple[int, int]], decides: bool) -> None:
+    lively = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
+    looked_at = [(*place, {"video.webcam": lively * (place not in dark)}) for place in ((0, 0), (0, 9), (1, 0), (1, 9))]
+    (found,) = picture_findings(looked_at, OneCamera())
+    assert (found.kind, found.decides) == (CAMERAS, decides)
+    assert f"{len(dark)} of 4 pictures, first in episode {min(dark)[0]} at frame {min(dark)[1]}" in found.text
+    assert picture_findings([(0, 0, {"video.webcam": lively})], OneCamera()) == []
 
 
 class LookingRollout:
@@ -109,9 +182,7 @@ def test_a_mistake_that_is_undone_is_found(first: float, front: int, kind: str, 
     where = [Place(path, start, pictures) for start in (0, 4, 8)]
     interview = Interview(LookingRollout(), where, 8, questions(list(pictures), NAMES, [0, 1]))
     assert interview.as_is == pytest.approx(40)
-    poor = {"mae": 40.0, "hold_mae": 1.0, "ratio_to_hold": 40.0}
-    steady = {"bias": 0.0, "same_sign": 0.5, "spread": 9.0, "mae_without_bias": 40.0}
-    verdict = judge({"ratio_to_hold": 40.0, "joints": dict.fromkeys(NAMES, poor)}, dict.fromkeys(NAMES, steady), [], interview)
+    verdict = judge(summary(mae=40.0, hold_mae=1.0), STEADY, [], interview, {"frames": 0, "mae": 40.0})
     best = min(interview.answers, key=lambda answer: answer.mae)
     assert best.mae < 0.1 * interview.as_is
     assert words in best.question.what
@@ -172,6 +243,10 @@ def test_the_trained_network_predicts_held_out_episodes(dataset: Path, tmp_path:
         assert run["chunks"]["frames"] == result["dataset"]["frames"]
         assert len(run["leads"]["mae"]) == 16
         assert run["leads"]["mae"][-1] < 0.5 * run["leads"]["hold_mae"][-1]
+    recording = result["dataset"]["recording"]
+    assert recording["layouts"] == [700, 701, 702]
+    assert max(recording["layouts"]) < recording["training_layouts_from"]
+    assert "layouts 702, 700;" in (tmp_path / "open_loop.md").read_text()
     assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
     assert str(tmp_path) not in json.dumps(result)
     for name in ("open_loop.json", "open_loop.md", "open_loop.png", "open_loop.csv"):
@@ -193,6 +268,15 @@ def _shifted(values: np.ndarray, column: str) -> np.ndarray:
 
 def _leader_shifted(values: np.ndarray, column: str) -> np.ndarray:
     return values + np.array([0, 20 if column == "action" else 0, 0, 0, 0, 0])
+
+
+def test_actions_recorded_late_are_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def late(values: np.ndarray, column: str) -> np.ndarray:
+        return values if column == "observation.state" else np.concatenate([values[:1].repeat(5, 0), values[:-5]])
+
+    result = dry_run(variant(dataset, tmp_path / "data", late), tmp_path / "out", capsys)
+    assert result["verdict"]["kind"] == TIMING, result["verdict"]
+    assert result["runs"][str(result["verdict"]["denoising_steps"])]["best_shift"]["frames"] >= 5
 
 
 def _exchanged(values: np.ndarray, column: str) -> np.ndarray:

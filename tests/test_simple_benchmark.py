@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import simple_benchmark
+from benchmarks import policy_zoo, simple_benchmark, verify_benchmark_setup
 from benchmarks.policy_zoo import BUILDERS, JOINTS, Setting, observation_of
 
 
@@ -58,6 +59,45 @@ def test_a_time_limit_is_kept_and_said() -> None:
     times, _, stopped = simple_benchmark.time_calls(SlowStepArm(), [{}], arguments(steps=10**6, minutes=0.05 / 60))
     assert stopped
     assert 1 <= sum(map(len, times.values())) < 10**4
+
+
+class BrokenArm(SlowStepArm):
+    def act(self, observation: dict) -> np.ndarray:
+        time.sleep(0.01)
+        raise RuntimeError("out of memory")
+
+
+def test_a_time_limit_is_kept_by_a_policy_that_only_fails() -> None:
+    times, failures, stopped = simple_benchmark.time_calls(BrokenArm(), [{}], arguments(steps=2000, minutes=0.05 / 60))
+    assert stopped
+    assert times == {"step": [], "refill": []}
+    assert 1 <= len(failures) < 1000
+
+
+def test_a_policy_that_cannot_be_built_costs_its_own_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "gr00t-tiny-so100_dualcam").write_text("no directory")  # GR00T's random checkpoint cannot be written there
+    flags = ["--policies", "act", "gr00t", "--steps=3", "--resolution=96x64", "--threads=1", "--device=cpu", f"--out={tmp_path}"]
+    assert simple_benchmark.main(flags) == 1
+    shown = capsys.readouterr().out
+    result = json.loads(shown.splitlines()[-1])
+    assert result["policies"]["act"]["refill_ms"]["count"] >= 1
+    assert "not measured: " in result["policies"]["gr00t"]["failures"][0]
+    assert result["policies"]["gr00t"]["refill_ms"] is None
+    assert "not in turns" in shown
+    assert "tokenizer" in shown
+    assert json.loads((tmp_path / "simple_benchmark.json").read_text())["policies"].keys() == {"act", "gr00t"}
+
+
+def test_one_figure_for_the_memory_that_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    needed = f"{policy_zoo.PUBLISHED_MEMORY_GB} GB of free memory"
+    readme = (Path(simple_benchmark.__file__).parent / "README.md").read_text()
+    assert needed in simple_benchmark.__doc__
+    assert needed in readme
+    for spare, told in ((-1e9, True), (1e9, False)):
+        free = argparse.Namespace(available=1e9 * policy_zoo.PUBLISHED_MEMORY_GB + spare)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+        assert any(f"needs about {policy_zoo.PUBLISHED_MEMORY_GB}" in note for note in verify_benchmark_setup._notes(tmp_path)) == told
 
 
 def test_amortised_cost_counts_one_refill_per_chunk() -> None:

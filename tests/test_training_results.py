@@ -84,6 +84,24 @@ def test_what_cannot_be_counted_is_marked(tmp_path: Path) -> None:
     assert "| ~3000 | ~" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.parametrize("lost", [1200, 1800, 2200])
+def test_a_lost_line_makes_no_wrong_step_exact(lost: int) -> None:
+    lines = [LINE.format(shown(step), shown(8 * step), 1.0) for step in range(200, 3001, 200) if step != lost]
+    steps = [step for step in range(200, 3001, 200) if step != lost]
+    log = read_log("\n".join(lines), "train.log")
+    assert log.batch == 8
+    assert all(row.step == step and row.samples == 8 * step for row, step in zip(log.rows, steps, strict=True) if row.exact)
+    assert [row.exact for row in log.rows] == [step < lost for step in steps]
+
+
+def test_a_lost_line_that_shows_late_takes_back_the_steps_that_hid_it() -> None:
+    """With one sample a step, samples round as steps do: a line lost at 3000 shows only where 3600 is printed as 4K."""
+    steps = [step for step in range(200, 4001, 200) if step != 3000]
+    log = read_log("\n".join(LINE.format(shown(step), shown(step), 1.0) for step in steps), "train.log", batch=1)
+    assert all(row.step == step for row, step in zip(log.rows, steps, strict=True) if row.exact)
+    assert [step for row, step in zip(log.rows, steps, strict=True) if row.exact][-1] < 3000
+
+
 def test_a_summary_of_throughput_and_sample_efficiency() -> None:
     lines = [LINE.format(10 * number, 20 * number, loss) for number, loss in enumerate((8.0, 5.0, 3.0, 0.7, 0.9), 1)]
     told = results.summary(read_log("\n".join(lines), "train.log"))

@@ -1,10 +1,12 @@
-"""Record episodes of the scripted expert as a LeRobotDataset v3, as a teleoperated arm would leave it.
+"""Record episodes of the scripted expert as a LeRobotDataset v3, in the form that a teleoperated arm leaves.
 
     python training/record.py --episodes=20 --out=outputs/reach/dataset
 
 For tools that read data sets (lerobot's training, a dry run of a policy on recorded data). Needs the `robot` extra. Each row: joints in degrees
-(`observation.state`), the frame of the front camera, and the target that was sent at that tick (`action`). `meta/modality.json` names the parts as
-NVIDIA's data configuration `so100` does.
+(`observation.state`), the frame of the front camera, and the target that the expert wanted at that tick (`action`). What was sent is that target plus
+a drift that changes at every tick (`--noise_deg`, 0.5 by default), so that states off the expert's way are recorded too; with `--noise_deg=0` the
+target itself was sent. `meta/modality.json` names the parts as NVIDIA's data configuration `so100` does; `meta/recording.json` says which layouts
+were recorded.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,11 +33,12 @@ from training.labels import FPS, GRIPPER
 from training.samples import FIRST_LAYOUT_SEED, RESOLUTION
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
+RECORDING = "meta/recording.json"
 _CAMERA = "front"
 
 
 def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
-    """One per tick of the expert. With noise the arm is sent elsewhere now and then, but `action` stays what the expert wanted there."""
+    """One per tick of the expert. With noise the arm is sent off the target at every tick, but `action` stays what the expert wanted."""
     drift = np.zeros(len(SO100_JOINTS))
     for targets in expert(simulation):
         yield {
@@ -68,6 +71,14 @@ def write_modality(out: Path) -> None:
     (out / "meta" / "modality.json").write_text(json.dumps(modality, indent=2) + "\n")
 
 
+def write_recording(out: Path, arguments: argparse.Namespace, layouts: Sequence[int]) -> None:
+    """`layouts`: seed of each episode's layout. With `training_layouts_from` it shows whether a network that was trained here can know them."""
+    names = ("task", "episodes", "seed", "noise_deg", "resolution")
+    flags = {name: getattr(arguments, name) for name in names} | {"first_layout": first_layout(arguments)}
+    told = {"program": "training/record.py", "flags": flags, "layouts": list(layouts), "training_layouts_from": FIRST_LAYOUT_SEED}
+    (out / RECORDING).write_text(json.dumps(told, indent=2) + "\n")
+
+
 def first_layout(arguments: argparse.Namespace) -> int:
     """Seed of the first episode's layout: as asked, or among those that training draws from."""
     return FIRST_LAYOUT_SEED + arguments.seed * 100_003 if arguments.first_layout is None else arguments.first_layout
@@ -77,19 +88,21 @@ def record(arguments: argparse.Namespace) -> int:
     """Returns how many episodes were written; those in which the expert fails are left out."""
     resolution = tuple(arguments.resolution)
     dataset, simulation = create(arguments.out, resolution), Simulation(arguments.task, 0)
-    rng, written = np.random.default_rng(arguments.seed), 0
+    rng, layouts = np.random.default_rng(arguments.seed), []
     for number in require("tqdm", "sim").tqdm(range(arguments.episodes), unit=" episodes"):
-        simulation.reset(first_layout(arguments) + number)
+        layout = first_layout(arguments) + number
+        simulation.reset(layout)
         for row in rows(simulation, resolution, arguments.noise_deg, rng):
             dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
         if simulation.success:
             dataset.save_episode()
-            written += 1
+            layouts.append(layout)
         else:
             dataset.clear_episode_buffer()
     dataset.finalize()
     write_modality(arguments.out)
-    return written
+    write_recording(arguments.out, arguments, layouts)
+    return len(layouts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Training logs as rows of one kind: what lerobot-train 0.4.4 prints, and loss.csv of training/train.py.
 
 lerobot prints numbers of 1000 and more rounded to whole thousands or millions (`step:2K` is anything from 1500 to 2499). Lines come every `log_freq`
-steps, so the exact step is counted from the line before, and taken only where rounding it gives what is printed. The batch size is the one that gives
-what is printed for all lines, when only one does. What stays rounded is marked.
+steps, so the exact step is counted from the line before, and taken only where rounding it gives the step AND the samples that are printed: a lost
+line shows there first. The batch size is the one that gives what is printed for all these lines, when only one does. What stays rounded is marked.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read_log(text: str, name: str, batch: int | None = None, frames: int | None 
             f"{name} has no line of lerobot-train such as 'step:200 smpl:2K ep:3 epch:0.10 loss:0.123 grdn:1.2 lr:1.0e-05 updt_s:0.1 data_s:0.0', "
             "and is no loss.csv of training/train.py. Give the standard error of lerobot-train (2> train.log), or DIR/loss.csv."
         )
-    steps = _exact_steps([line["step"] for line in lines], _number_in(text, r"'log_freq': (\d+)"), name)
-    batch = _batch_size(batch, _number_in(text, r"Effective batch size: .* = (\d+)"), _fitting_sizes(lines, steps, name), name)
+    steps, sizes = _exact_steps(lines, _number_in(text, r"'log_freq': (\d+)"), name)
+    batch = _batch_size(batch, _number_in(text, r"Effective batch size: .* = (\d+)"), sizes, name)
     frames = _agree("number of frames", frames, _number_in(text, r"dataset\.num_frames=(\d+)"), name)
     rows = tuple(_row(line, step, exact, batch, frames, name) for line, (step, exact) in zip(lines, steps, strict=True))
     return TrainingLog("lerobot-train", rows, batch, frames, tuple(dict.fromkeys(map(int, _CHECKPOINT.findall(text)))))
@@ -108,34 +108,47 @@ def _range(sizes: set[int]) -> str:
     return str(min(sizes)) if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
 
 
-def _fitting_sizes(lines: list[re.Match[str]], steps: list[tuple[int, bool]], name: str) -> set[int]:
-    """The batch sizes with which lerobot would have printed these samples at these steps."""
-    sizes: set[int] | None = None
-    for line, (step, exact) in zip(lines, steps, strict=True):
-        if not (exact and step):
-            continue
+Sizes = set[int] | None  # batch sizes that are possible; None: nothing is known yet
+
+
+def _fitting_sizes(line: re.Match[str], step: int, known: Sizes, name: str) -> set[int]:
+    """The batch sizes, of those known, with which lerobot would have printed these samples at this step."""
+    if known is None:
         samples = _value(line["smpl"], name)
         off = 0 if line["smpl"].isdigit() else 1000 ** _SUFFIXES.index(line["smpl"][-1])  # more than rounding can be off
-        around = range(max(1, (samples - off) // step), (samples + off) // step + 2)
-        fitting = {size for size in around if shown(size * step) == line["smpl"]}
-        sizes = fitting if sizes is None else sizes & fitting
-    return sizes or set()
+        known = set(range(max(1, (samples - off) // step), (samples + off) // step + 2))
+    return {size for size in known if shown(size * step) == line["smpl"]}
 
 
-def _exact_steps(texts: list[str], every: int | None, name: str) -> list[tuple[int, bool]]:
-    """(step, exact) per line. Without `log_freq` in the log, the distance of the first two full numbers tells it."""
-    full = [int(text) for text in texts if text.isdigit()]
+def _exact_steps(lines: list[re.Match[str]], every: int | None, name: str) -> tuple[list[tuple[int, bool]], set[int]]:
+    """(step, exact) per line, and the batch sizes that fit the exact ones. Without `log_freq` in the log, the distance of the first two full numbers
+    tells it."""
+    full = [int(line["step"]) for line in lines if line["step"].isdigit()]
     every = every or (full[1] - full[0] if len(full) > 1 else full[0] if full else None)
     found: list[tuple[int, bool]] = []
-    for text in texts:
+    sizes: Sizes = None
+    for number, line in enumerate(lines):
         counted = found[-1][0] + every if found and found[-1][1] and every else None
-        if text.isdigit():
-            found.append((int(text), True))
-        elif counted is not None and shown(counted) == text:
+        if line["step"].isdigit():
+            found.append((int(line["step"]), True))
+            sizes = _fitting_sizes(line, found[-1][0], sizes, name) if found[-1][0] else sizes
+        elif counted is not None and shown(counted) == line["step"] and (fitting := _fitting_sizes(line, counted, sizes, name)):
             found.append((counted, True))
+            sizes = fitting
         else:
-            found.append((_value(text, name), False))
-    return found
+            if counted is not None:  # a line was lost, perhaps before lines whose rounded figures could not show it
+                _doubt(found, lines[:number], every, sizes, name)
+            found.append((_value(line["step"], name), False))
+    return found, sizes or set()
+
+
+def _doubt(found: list[tuple[int, bool]], lines: list[re.Match[str]], every: int, sizes: Sizes, name: str) -> None:
+    """Takes back, from the end, the steps that would fit their lines as well with a line lost before them."""
+    for number in range(len(found) - 1, -1, -1):
+        line, later = lines[number], found[number][0] + every
+        if line["step"].isdigit() or not (shown(later) == line["step"] and _fitting_sizes(line, later, sizes, name)):
+            return
+        found[number] = (_value(line["step"], name), False)
 
 
 def _row(line: re.Match[str], step: int, exact: bool, batch: int | None, frames: int | None, name: str) -> Row:

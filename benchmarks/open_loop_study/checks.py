@@ -5,7 +5,7 @@ What is found is evidence, not proof: it decides only where the predictions are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,16 +17,17 @@ from gr00t_fast.contracts import SO100_JOINTS, PolicyFacts
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
 from gr00t_fast.export.observations import LeRobotFrames
 
-UNITS, CAMERAS, RATE = "units/calibration", "cameras", "rate"
-# Share of a joint's values outside the trained range from which that is told, and from which it explains poor predictions.
+UNITS, CAMERAS, RATE, TIMING = "units/calibration", "cameras", "rate", "timing"
+# Share of a joint's values outside the trained range from which that is told; share of values, or of flat pictures, that explains poor predictions.
 _FOREIGN_SHARE, _DECISIVE_SHARE = 0.1, 0.3
 _FRACTION_LIMIT, _PERCENT_LIMIT = 1.5, 10.0  # a gripper that never exceeds the first is a fraction; one beyond the second is in per cent
+_NARROW_SHARE = 0.1  # a joint that hardly moved in training is measured by this part of the widest range
 _FLAT_LEVELS = 4.0  # standard deviation of a picture, of 255 levels, below which there is nothing to see
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind` is what it hints at: UNITS, CAMERAS or RATE. One that does not decide is told, and no reason for a verdict by itself."""
+    """`kind` is what it hints at: UNITS, CAMERAS, RATE or TIMING. One that does not decide is told, and no reason for a verdict by itself."""
 
     kind: str
     text: str
@@ -42,6 +43,12 @@ def _trained(recorded: Recorded, facts: PolicyFacts) -> np.ndarray:
     both = (facts.state_statistics, facts.action_statistics)
     low = np.min([recorded.layout.statistics(parts, "min") for parts in both], axis=0)
     return np.stack([low, np.max([recorded.layout.statistics(parts, "max") for parts in both], axis=0)])
+
+
+def trained_range(recorded: Recorded, facts: PolicyFacts) -> np.ndarray:
+    """(J,): the width of what is large or small for each joint, in the checkpoint's units."""
+    low, high = _trained(recorded, facts)
+    return np.maximum(high - low, _NARROW_SHARE * (high - low).max())
 
 
 def _units(recorded: Recorded, facts: PolicyFacts) -> Iterator[Finding]:
@@ -120,10 +127,17 @@ def _cameras(frames: LeRobotFrames, facts: PolicyFacts) -> Iterator[Finding]:
             )
 
 
-def picture_findings(observation: dict[str, Any], frames: LeRobotFrames) -> list[Finding]:
-    """Of one observation: a covered or dead camera."""
+def picture_findings(looked_at: Iterable[tuple[int, int, Mapping[str, Any]]], frames: LeRobotFrames) -> list[Finding]:
+    """Of (episode, frame, observation): a covered or dead camera, also one that died on the way. Holds one observation at a time."""
+    levels: dict[str, list[tuple[int, int, float]]] = {key: [] for key in frames.cameras}
+    for episode, frame, observation in looked_at:
+        for key in levels:
+            levels[key].append((episode, frame, float(observation[key].std())))
     found = []
-    for key, camera in frames.cameras.items():
-        if (levels := float(observation[key].std())) < _FLAT_LEVELS:
-            found.append(Finding(CAMERAS, f"{camera.feature} shows nothing (standard deviation {levels:.1f} of 255): covered, or not recorded"))
+    for key, seen in levels.items():
+        if flat := [one for one in seen if one[2] < _FLAT_LEVELS]:
+            episode, frame, level = flat[0]
+            text = f"{frames.cameras[key].feature} shows nothing in {len(flat)} of {len(seen)} pictures, first in episode {episode} at frame {frame} "
+            text += f"(standard deviation {level:.1f} of 255): covered, or not recorded"
+            found.append(Finding(CAMERAS, text, decides=len(flat) / len(seen) > _DECISIVE_SHARE))
     return found

@@ -16,7 +16,7 @@ from benchmarks.open_loop_study.rollout import Chunk
 from gr00t_fast.measurement import percentiles
 
 _STILL = 1e-6  # variance below which a joint did not move
-_MOST_SHIFT = 8  # frames looked at in both directions
+MOST_SHIFT = 8  # frames looked at in both directions
 _SHIFT_SHARE, _NEARLY = 0.8, 1.1  # what a shift must lower the error to; of those nearly as good as the best the shortest is taken
 
 
@@ -60,8 +60,8 @@ def compare(recorded: Recorded, chunks: Iterable[Chunk], horizon: int) -> Compar
     return Compared(*joined, lead)
 
 
-def summary(compared: Compared, names: Sequence[str]) -> dict[str, Any]:
-    """All joints together, and each. MSE over all joints is the figure that NVIDIA's eval_policy prints."""
+def summary(compared: Compared, names: Sequence[str], trained_range: np.ndarray) -> dict[str, Any]:
+    """All joints together, and each, with the width (J,) that it had in training. MSE over all joints is what NVIDIA's eval_policy prints."""
     error, hold = np.abs(compared.error), np.abs(compared.held - compared.recorded)
     replay = None if compared.replayed is None else np.abs(compared.replayed - compared.recorded)
     variance = compared.recorded.var(axis=0)
@@ -84,6 +84,7 @@ def summary(compared: Compared, names: Sequence[str]) -> dict[str, Any]:
             "replay_mae": None if replay is None else _figure(replay[:, joint].mean()),
             "ratio_to_hold": ratio(error[:, joint].mean(), hold[:, joint].mean()),
             "r2": _r2((compared.error[:, joint] ** 2).mean(), variance[joint]),
+            "trained_range": _figure(trained_range[joint]),
         }
         for joint, name in enumerate(names)
     }
@@ -116,7 +117,7 @@ def by_lead(compared: Compared) -> dict[str, list[Any]]:
 
 def best_shift(chunks: Sequence[Chunk], horizon: int) -> dict[str, Any]:
     """Frames by which the predictions run ahead of the recording (negative: behind) where that shift in time cuts the error by a fifth; else 0."""
-    found = {shift: np.mean([_shifted_error(chunk, horizon, shift) for chunk in chunks]) for shift in range(-_MOST_SHIFT, _MOST_SHIFT + 1)}
+    found = {shift: np.mean([_shifted_error(chunk, horizon, shift) for chunk in chunks]) for shift in range(-MOST_SHIFT, MOST_SHIFT + 1)}
     least = min(found.values())
     shift = min((shift for shift in found if found[shift] <= _NEARLY * least), key=abs) if least < _SHIFT_SHARE * found[0] else 0
     return {"frames": shift, "mae": _figure(found[shift])}

@@ -28,6 +28,7 @@ def as_table(result: Result) -> str:
         f"{_numbers(data['episodes'])} ({data['of']} in all), {result['engine']}, {result['precision']}, "
         f"the first {result['action_horizon']} of {result['trained_horizon']} actions of each chunk.",
         f"Cameras: {'; '.join(_camera(*item) for item in data['cameras'].items())}. Instruction: {' | '.join(data['instructions'])}.",
+        *_recorded_by(data),
         "Joint units are the recording's: degrees, and per cent for the gripper, in lerobot's SO-100 data.",
         "",
     ]
@@ -35,6 +36,13 @@ def as_table(result: Result) -> str:
         lines += [f"**Denoising steps: {steps}.** {_headline(run)}", "", *_joints(run, data["ranges"]), ""]
     lines += [*_leads(result), "", *_verdict(result)]
     return "\n".join(lines)
+
+
+def _recorded_by(data: Mapping[str, Any]) -> Iterator[str]:
+    """Which layouts of the simulation these are, where the data set says it."""
+    if told := data["recording"]:
+        layouts = ", ".join(str(told["layouts"][episode]) for episode in data["episodes"][:_MOST_NAMED])
+        yield f"Recorded by {told['program']}, layouts {layouts}; training/samples.py draws layouts from {told['training_layouts_from']} on."
 
 
 def _numbers(episodes: Sequence[int]) -> str:
