@@ -6,7 +6,7 @@
 Per stage: time, FLOP, bytes of weights, floor (the larger of FLOP and bytes over ceilings measured in the same run) and their ratio. On a
 GPU each stage is recorded as a CUDA graph of its own and timed with events, kernels are counted, and the time in which none runs is told.
 Then the whole way, camera frame in host memory to actions in host memory: back to back, and at --hz with the idle gaps of a control loop,
-with and without --keep_warm, since an idle GPU lowers its clocks. The last line is JSON.
+with and without keeping the GPU warm, since an idle one lowers its clocks. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-import numpy as np
-
 from benchmarks.program import checkpoint_of, finish, provenance, show_progress
+from benchmarks.random_observations import random_observations
 from benchmarks.stage_calls import kernels_of, recorded, stages_of, timed_ms
 from benchmarks.work import Work, measure_ceilings, stage_work
 from gr00t_fast.measurement import percentiles
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     before = measure_ceilings(policy.device, policy.dtype)
     stages = measure_stages(policy, arguments)
     ceilings = before.best(measure_ceilings(policy.device, policy.dtype))
-    observations = random_observations(policy, arguments.seed)
+    observations = random_observations(policy, arguments.seed, _RANDOM_FRAMES)
     whole = {"back_to_back_ms": percentiles(back_to_back(policy, observations, arguments.calls))}
     if arguments.seconds > 0:
         whole |= at_rate(policy, observations, arguments)
@@ -63,19 +62,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": str(policy.dtype).removeprefix("torch."),
         "denoising_steps": policy.denoising_steps,
         "cameras": len(policy.facts.resolutions),
+        "parameters": sum(parameter.numel() for parameter in policy.engine.model.parameters()),
         "stages": {name: _with_floor(figures, floors.get(name)) for name, figures in stages.items()},
         "floor_ms": round(sum(floors.values()), 3),
         "ceilings": {"tflop_per_s": round(ceilings.flop_per_s / 1e12, 3), "gb_per_s": round(ceilings.bytes_per_s / 1e9, 2)},
         "whole": whole,
         "whole_over_floor": round(whole["back_to_back_ms"]["p50"] / sum(floors.values()), 2),
+        "attention": policy.engine.attention.describe() if hasattr(policy.engine, "attention") else [],
         **provenance(arguments.seed),
     }
 
 
 def measure_stages(policy: Gr00tPolicy, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> time, work and, on a GPU, kernels. Stages take turns, so that a disturbance hits all alike."""
-    stages = stages_of(policy, policy.raw_inputs(random_observations(policy, arguments.seed)[0]), arguments.seed)
-    calls: Mapping[str, Callable[[], Any]] = {name: recorded(stage, policy.device) for name, stage in stages.items()}
+    stages = stages_of(policy, policy.raw_inputs(random_observations(policy, arguments.seed, 1)[0]), arguments.seed)
+    calls: Mapping[str, Callable[[], Any]] = {name: recorded(stage, policy) for name, stage in stages.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     rounds = arguments.rounds
     for number in range(arguments.warm_up + rounds):
@@ -110,15 +111,6 @@ def _with_floor(figures: dict[str, Any], floor_ms: float | None) -> dict[str, An
 # --- the whole way ----------------------------------------------------------------------------------------------------------------------
 
 
-def random_observations(policy: Gr00tPolicy, seed: int) -> list[dict[str, Any]]:
-    generator = np.random.default_rng(seed)
-    example = policy.example_observation()
-    return [
-        {key: generator.integers(0, 256, value.shape, dtype=np.uint8) if key.startswith("video.") else value for key, value in example.items()}
-        for _ in range(_RANDOM_FRAMES)
-    ]
-
-
 def back_to_back(policy: Gr00tPolicy, observations: list[dict[str, Any]], calls: int) -> list[float]:
     """ms of each call, without pauses."""
     times = []
@@ -131,31 +123,21 @@ def back_to_back(policy: Gr00tPolicy, observations: list[dict[str, Any]], calls:
 
 
 def at_rate(policy: Gr00tPolicy, observations: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """ms of each call when the machine idles until the next tick, as in a control loop; on a GPU also with its clocks kept up."""
-    found: dict[str, Any] = {"hz": arguments.hz, "with_idle_gaps_ms": percentiles(_paced(policy, observations, arguments, lambda call: call()))}
-    if arguments.keep_warm and policy.device.type == "cuda":
-        from gr00t_fast.engine.keep_warm import KeepWarm, matrix_burst
-
-        with KeepWarm(matrix_burst(policy.device)) as warm:
-
-            def alone(call: Callable[[], Any]) -> None:
-                warm.pause()
-                try:
-                    call()
-                finally:
-                    warm.resume()
-
-            found["kept_warm_ms"] = percentiles(_paced(policy, observations, arguments, alone))
+    """ms of each call when the machine idles until the next tick, as in a control loop; with a CUDA graph also with the GPU's clocks kept up."""
+    found: dict[str, Any] = {"hz": arguments.hz, "with_idle_gaps_ms": percentiles(_paced(policy, observations, arguments.seconds, arguments.hz))}
+    if arguments.warm_seconds > 0 and policy.device.type == "cuda" and hasattr(policy.engine, "kept_warm"):
+        with policy.kept_warm() as warm:
+            found["kept_warm_ms"] = percentiles(_paced(policy, observations, arguments.warm_seconds, arguments.hz))
             found["bursts"] = warm.bursts
     return found
 
 
-def _paced(policy: Gr00tPolicy, observations: list, arguments: argparse.Namespace, around: Callable[[Callable[[], Any]], None]) -> list[float]:
-    ticks, began_s, times = round(arguments.seconds * arguments.hz), time.perf_counter(), []
+def _paced(policy: Gr00tPolicy, observations: list[dict[str, Any]], seconds: float, hz: float) -> list[float]:
+    ticks, began_s, times = round(seconds * hz), time.perf_counter(), []
     for tick in range(ticks):
-        time.sleep(max(began_s + tick / arguments.hz - time.perf_counter(), 0))
+        time.sleep(max(began_s + tick / hz - time.perf_counter(), 0))
         start_s = time.perf_counter()
-        around(lambda tick=tick: policy.get_action(observations[tick % len(observations)]))
+        policy.get_action(observations[tick % len(observations)])
         times.append(1000 * (time.perf_counter() - start_s))
         show_progress("tick", tick + 1, ticks)
     return times
@@ -175,8 +157,15 @@ def as_table(result: dict[str, Any]) -> str:
         if isinstance(p, dict):
             what = name.removesuffix("_ms").replace("_", " ")
             rows.append("whole, {}: p50 {p50:.2f}, p95 {p95:.2f}, p99 {p99:.2f} ms ({count} calls)".format(what, **p))
+    rows += [_attention_row(choice) for choice in result["attention"]]
     rows.append(f"whole is {result['whole_over_floor']}x the floor {result['floor_ms']} ms of this machine {result['ceilings']}")
     return "\n".join(rows)
+
+
+def _attention_row(choice: dict[str, Any]) -> str:
+    tried = ", ".join(f"{name} {1000 * taken_ms:.1f}" for name, taken_ms in choice["times_ms"].items())
+    mask = " masked" * choice["masked"] + " causal" * choice["causal"]
+    return f"attention {choice['queries']} to {choice['keys']}{mask}: {choice['back_end']} (us: {tried})"
 
 
 def _scaled(value: float | None, unit: float) -> float | None:
@@ -205,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calls", type=int, default=100, help="whole inferences back to back; a GPU deserves 1000")
     parser.add_argument("--seconds", type=float, default=0.0, help="length of the run with idle gaps; 0: none")
     parser.add_argument("--hz", type=float, default=30.0, help="inferences per second of the run with idle gaps")
-    parser.add_argument("--keep_warm", action=argparse.BooleanOptionalAction, default=True, help="repeat it with the GPU's clocks kept up")
+    parser.add_argument("--warm_seconds", type=float, default=20.0, help="length of its repetition with the GPU's clocks kept up; 0: none")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_stages"), help="directory for JSON and table")
     return parser
 

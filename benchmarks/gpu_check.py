@@ -1,9 +1,11 @@
 """Everything that needs a GPU, in one command, on a machine where nothing can be installed: GPU tests, then the benchmarks.
 
-    python -m benchmarks.gpu_check [--out DIR] [--size full] [--budget_s 570]
+    python -m benchmarks.gpu_check [--out DIR] [--size full] [--budget_s 470] [--only NAME,NAME]
+    python -m benchmarks.gpu_check --device=cpu --size=tiny          # a rehearsal of the steps, which shows that they run and nothing else
 
 Needs a Python with torch (CUDA), numpy, safetensors and opencv; this file itself uses the standard library only. What is missing is said
-and not counted as passed. Leaves `result.json`, `result.txt` and one log per step in DIR.
+and not counted as passed. Leaves `result.json`, `result.txt` and one log per step in DIR. The table ends with what the project promises
+(benchmarks/targets.py): a promise that is not kept is said, and does not change the exit code, which is about steps that broke.
 """
 
 from __future__ import annotations
@@ -17,22 +19,64 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.targets import verdicts
+
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_BUDGET_S = 570.0  # ten minutes in all; half a minute to write and to stop
-_STAGES = ("benchmarks/bench_stages.py", "--device=cuda", "--seed=0", "--rounds=100", "--calls=1000")
-BENCHMARKS: dict[str, Sequence[str]] = {  # what matters most first: the last ones may be cut by the budget
-    "bench_policy": ("benchmarks/bench_policy.py", "--device=cuda", "--seed=0"),
-    "stages_graph": (*_STAGES, "--engine=cuda_graph", "--seconds=60"),
-    "stages_graph_2_steps": (*_STAGES, "--engine=cuda_graph", "--denoising_steps=2"),
-    "stages_compiled": (*_STAGES, "--engine=compiled"),
+DEFAULT_BUDGET_S = 470.0  # eight minutes in all; ten seconds to write and to stop
+TESTS = "gpu tests"
+_TESTS_LIMIT_S = 150.0  # so that tests that hang leave time for the rest
+TRAINED = ROOT / "checkpoints" / "so100-sim-reach"  # degrees mean something on trained weights only
+
+
+Checkpoint = Literal["one camera", "two cameras", "trained"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """`checkpoint`: which one it measures. `rehearsal`: flags instead of `flags` where there is no GPU. `needs_s`: not begun with less time left."""
+
+    script: str
+    flags: Sequence[str]
+    rehearsal: Sequence[str]
+    checkpoint: Checkpoint = "one camera"
+    needs_s: float = 20.0
+
+
+def _stages(engine: str, *flags: str, seconds: float = 0.0, checkpoint: Checkpoint = "one camera", needs_s: float = 20.0) -> Benchmark:
+    long = ["--rounds=100", "--calls=1000", f"--engine={engine}", f"--seconds={seconds}", *flags]
+    short = ["--rounds=2", "--calls=3", "--engine=eager", f"--seconds={min(seconds, 0.2)}", *flags]
+    return Benchmark("benchmarks/bench_stages.py", long, short, checkpoint, needs_s + seconds)
+
+
+def _engines(*flags: str, checkpoint: Checkpoint = "one camera", needs_s: float = 20.0) -> Benchmark:
+    steps = [flag for flag in flags if "engines" not in flag and "skip" not in flag]
+    short = ["--engines=eager", "--rounds=2", "--observations=2", *steps]
+    return Benchmark("benchmarks/bench_engines.py", ["--rounds=50", *flags], short, checkpoint, needs_s)
+
+
+# What matters most first: the last ones may be cut by the budget. Engines apart: what breaks one says nothing of the other.
+BENCHMARKS: dict[str, Benchmark] = {
+    "engines_trained": _engines("--engines=eager,cuda_graph", checkpoint="trained"),
+    "stages_graph": _stages("cuda_graph", "--warm_seconds=20", seconds=60.0, needs_s=40.0),
+    "stages_graph_2_steps": _stages("cuda_graph", "--denoising_steps=2"),
+    "stages_graph_2_cameras": _stages("cuda_graph", checkpoint="two cameras"),
+    "engines_full": _engines("--skip=compiled,triton", "--denoising_steps", "4", "2", needs_s=40.0),
+    "stages_triton": _stages("triton"),
+    "stages_triton_2_steps": _stages("triton", "--denoising_steps=2"),
+    "stages_triton_2_cameras": _stages("triton", checkpoint="two cameras"),
+    "engines_trained_triton": _engines("--engines=eager,triton", checkpoint="trained"),
+    "engines_full_triton": _engines("--engines=eager,triton"),
+    "stages_compiled": _stages("compiled", needs_s=90.0),
+    "engines_compiled": _engines("--engines=eager,compiled", needs_s=60.0),
+    "bench_policy": Benchmark("benchmarks/bench_policy.py", [], ["--rounds=2", "--warm_up=1"]),
 }
 TAKES_REFERENCE = ("bench_policy",)
-REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engine is timed
+REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engines are timed
 NO_TESTS_COLLECTED = 5  # pytest's exit code
 
 
@@ -48,21 +92,42 @@ class Step:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    gpu = describe_gpu() if options.device == "cuda" else {"name": "no GPU: a rehearsal", "cuda": None}
+    if gpu is None:
+        print("error: this Python has no torch with a CUDA GPU. Run where it has one, or name another interpreter: make gpu-check PYTHON=...")
+        return 1
+    names = (TESTS, *BENCHMARKS)
+    wanted = [name.strip() for name in options.only.split(",")] if options.only else list(names)
+    if unknown := [name for name in wanted if name not in names]:
+        print(f"error: --only names {', '.join(unknown)}. Expected some of: {', '.join(names)}.")
+        return 2
+    plan = Plan(wanted, options.device, options.size, options.out.resolve(), time.monotonic() + options.budget_s)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    steps = run_all(plan)
+    return report(steps, {"gpu": gpu, "python": platform.python_version(), "packages": versions()}, plan.out)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="GPU tests and benchmarks on a bare machine.")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu_check", help="directory for result.json, result.txt and logs")
     parser.add_argument("--size", default="full", help="random checkpoint to time, as in gr00t_fast.random_checkpoint")
     parser.add_argument("--budget_s", type=float, default=DEFAULT_BUDGET_S, help="seconds for everything")
-    options = parser.parse_args(argv)
-    gpu = describe_gpu()
-    if gpu is None:
-        print("error: this Python has no torch with a CUDA GPU. Run where it has one, or name another interpreter: make gpu-check PYTHON=...")
-        return 1
-    out = options.out.resolve()  # steps run in the repository's root
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.budget_s
-    steps = [run_tests(out, deadline)]
-    steps += run_benchmarks(options.size, out, deadline)
-    return report(steps, {"gpu": gpu, "python": platform.python_version(), "packages": versions()}, out)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the steps with few calls of the eager engine")
+    parser.add_argument("--only", default="", help=f"comma-separated steps: {TESTS}, {', '.join(BENCHMARKS)}")
+    return parser
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, on what, where results go (steps run in the repository's root), and until when (monotonic)."""
+
+    wanted: Sequence[str]
+    device: str
+    size: str
+    out: Path
+    deadline: float
+    packages: Mapping[str, bool] = field(default_factory=lambda: {name: importlib.util.find_spec(name) is not None for name in REFERENCE_PACKAGES})
 
 
 def describe_gpu() -> dict[str, Any] | None:
@@ -91,35 +156,88 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def run_all(plan: Plan) -> list[Step]:
+    """Tests while the checkpoint is being written, which needs no GPU; then one benchmark at a time. The checkpoint is kept out of `out`: at full
+    size it has 4.7 GB, and what is in `out` may be copied."""
+    with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as directory:
+        random = Path(directory) / f"random-{plan.size}"
+        checkpoints = {"one camera": random, "two cameras": random.with_name(f"{random.name}-2"), "trained": TRAINED}
+        needed = {BENCHMARKS[name].checkpoint for name in plan.wanted if name in BENCHMARKS}
+        writer = Writer(plan, checkpoints) if needed - {"trained"} else None
+        steps = [run_tests(plan.out, min(plan.deadline, time.monotonic() + _TESTS_LIMIT_S))] if TESTS in plan.wanted else []
+        failed = writer.wait() if writer else None
+        if failed is not None:
+            return [*steps, failed]
+        for name in (name for name in BENCHMARKS if name in plan.wanted):
+            left_s = plan.deadline - time.monotonic()
+            if left_s < BENCHMARKS[name].needs_s and plan.device == "cuda":
+                steps.append(Step(name, "not run", 0.0, f"{left_s:.0f} s of --budget_s are left; it needs {BENCHMARKS[name].needs_s:.0f}"))
+            else:
+                steps.append(run_benchmark(name, command_of(name, plan, checkpoints), plan.out, plan.deadline))
+    missing = [name for name, is_there in plan.packages.items() if not is_there]
+    return [*steps, Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")] if missing else steps
+
+
+def command_of(name: str, plan: Plan, checkpoints: Mapping[str, Path]) -> list[str]:
+    """Script and flags of a benchmark."""
+    benchmark = BENCHMARKS[name]
+    flags = benchmark.flags if plan.device == "cuda" else benchmark.rehearsal
+    data_config = ["--data_config=so100_dualcam"] if benchmark.checkpoint == "two cameras" else []
+    no_reference = ["--no-reference"] if name in TAKES_REFERENCE and not all(plan.packages.values()) else []
+    common = [f"--device={plan.device}", "--precision=bf16", "--seed=0", f"--model_path={checkpoints[benchmark.checkpoint]}"]
+    return [benchmark.script, *common, *flags, *data_config, *no_reference]
+
+
+class Writer:
+    """Writes the random checkpoints in a process of its own: one with weights, one that links to them and was trained with two cameras."""
+
+    def __init__(self, plan: Plan, checkpoints: Mapping[str, Path]) -> None:
+        self._plan, self._one, self._two = plan, checkpoints["one camera"], checkpoints["two cameras"]
+        self._began_s, self._log = time.monotonic(), plan.out / "checkpoint.log"
+        self._process = self._start(plan.size, self._one)
+
+    def _start(self, size: str, out: Path, *flags: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "gr00t_fast.random_checkpoint", f"--size={size}", f"--out={out}", *flags]
+        with self._log.open("a", encoding="utf-8") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
+
+    def wait(self) -> Step | None:
+        """None when all is written, else what went wrong."""
+        small = self._start("tiny", self._two, "--data_config=so100_dualcam")
+        for process in (self._process, small):
+            try:
+                code = process.wait(max(self._plan.deadline - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = -1
+            if code != 0:
+                text = self._log.read_text(encoding="utf-8", errors="replace").strip()
+                return Step("checkpoint", "failed", time.monotonic() - self._began_s, f"exit code {code}: {(text or 'no output').splitlines()[-1]}")
+        self._share_weights()
+        return None
+
+    def _share_weights(self) -> None:
+        """Of the small checkpoint only what it says about cameras stays."""
+        for file in self._two.glob("*.*"):
+            file.unlink()
+        for file in (self._two / "eagle2_hg_model").iterdir():
+            file.unlink()
+        for file in (*self._one.glob("*.*"), *(self._one / "eagle2_hg_model").iterdir()):
+            (self._two / file.relative_to(self._one)).symlink_to(file)
+
+
 def run_tests(out: Path, deadline: float) -> Step:
     """The tests marked `gpu`. Only their files are collected: others import packages that a bare machine lacks."""
     if importlib.util.find_spec("pytest") is None:
-        return Step("gpu tests", "not run", 0.0, "pytest is not installed for this Python")
+        return Step(TESTS, "not run", 0.0, "pytest is not installed for this Python")
     files = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text("utf-8"))
     if not files:
-        return Step("gpu tests", "not run", 0.0, "no test is marked gpu")
+        return Step(TESTS, "not run", 0.0, "no test is marked gpu")
     code, seconds, lines = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files], out / "gpu_tests.log", deadline)
     summary = lines[-1] if lines else "no output"
     if code == NO_TESTS_COLLECTED or (code == 0 and "passed" not in summary):  # all were skipped
-        return Step("gpu tests", "not run", seconds, summary)
-    return Step("gpu tests", "passed" if code == 0 else "failed", seconds, summary)
-
-
-def run_benchmarks(size: str, out: Path, deadline: float) -> list[Step]:
-    """Time a random checkpoint, which is kept out of `out`: at full size it has 4.7 GB and what is in `out` may be copied."""
-    missing = [package for package in REFERENCE_PACKAGES if importlib.util.find_spec(package) is None]
-    with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as directory:
-        checkpoint = Path(directory) / "checkpoint"
-        make = [sys.executable, "-m", "gr00t_fast.random_checkpoint", f"--size={size}", f"--out={checkpoint}"]
-        code, seconds, lines = run(make, out / "checkpoint.log", deadline)
-        if code != 0:
-            return [Step("checkpoint", "failed", seconds, f"exit code {code}: {lines[-1] if lines else 'no output'}")]
-        steps = []
-        for name, command in BENCHMARKS.items():
-            flags = ["--no-reference"] if missing and name in TAKES_REFERENCE else []
-            steps.append(run_benchmark(name, (*command, f"--model_path={checkpoint}", *flags), out, deadline))
-    without = [Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")] if missing else []
-    return [*steps, *without]
+        return Step(TESTS, "not run", seconds, summary)
+    return Step(TESTS, "passed" if code == 0 else "failed", seconds, summary)
 
 
 def run_benchmark(name: str, command: Sequence[str], out: Path, deadline: float) -> Step:
@@ -140,11 +258,10 @@ def run_benchmark(name: str, command: Sequence[str], out: Path, deadline: float)
 def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float, list[str]]:
     """(exit code, seconds, non-empty lines of output). Output goes to `log` and is shown at the end; code -1 when the time was up."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
         try:
             limit_s = max(deadline - start, 1.0)
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+            code = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=file, stderr=subprocess.STDOUT, timeout=limit_s).returncode
         except subprocess.TimeoutExpired:
             code = -1
             file.write(f"\nstopped after {time.monotonic() - start:.0f} s: the time was up (--budget_s)\n")
@@ -153,11 +270,17 @@ def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float,
     return code, time.monotonic() - start, [line for line in text.splitlines() if line.strip()]
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
 def report(steps: Sequence[Step], machine: dict[str, Any], out: Path) -> int:
     """Write and print the table, then one JSON line. Exit code 1 when a step failed or nothing ran."""
     rows = [f"{step.name:<20} {step.outcome:<8} {step.seconds:7.1f} s  {step.detail[:100]}" for step in steps]
-    table = "\n".join([f"{machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}", *rows]) + "\n"
-    result = {"machine": machine, "steps": [asdict(step) for step in steps]}
+    promises = verdicts({step.name: step.result for step in steps})
+    head = f"{machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
+    table = "\n".join([head, *rows, "", *(verdict.line() for verdict in promises)]) + "\n"
+    result = {"machine": machine, "promises": [asdict(verdict) for verdict in promises], "steps": [asdict(step) for step in steps]}
     (out / "result.txt").write_text(table, encoding="utf-8")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print("\n" + table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def stages_of(policy: Gr00tPolicy, raw: RawInputs, seed: int) -> dict[str, Call]
     call = StaticCall(engine.model, CallShape.of(raw, policy.denoising_steps), policy.to_pixels, stages)
     call.fill(raw, torch.randn(call.actions.shape, generator=torch.Generator().manual_seed(seed)))
     call.upload()
-    with torch.inference_mode():
+    with torch.no_grad(), _attention_of(policy):  # as the engines do: another mode would compile everything once more
         inputs, noise = call.model_inputs(call.pixels()), call.noise()
         tokens = stages.encode_vision(inputs.pixel_values)
         features = stages.encode_language(inputs, tokens)
@@ -39,11 +40,18 @@ def stages_of(policy: Gr00tPolicy, raw: RawInputs, seed: int) -> dict[str, Call]
     }
 
 
-def recorded(call: Call, device: torch.device) -> Call:
+def _attention_of(policy: Gr00tPolicy) -> AbstractContextManager[Any]:
+    """The engine's choice of back ends, which its stages are recorded with."""
+    choice = getattr(policy.engine, "attention", None)
+    return choice if choice is not None and choice.candidates else nullcontext()
+
+
+def recorded(call: Call, policy: Gr00tPolicy) -> Call:
     """On CUDA the replay of a graph of `call`; elsewhere `call` itself, without autograd."""
+    device = policy.device
 
     def plain() -> Any:
-        with torch.inference_mode():
+        with torch.no_grad(), _attention_of(policy):
             return call()
 
     if device.type != "cuda":

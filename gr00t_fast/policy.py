@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from gr00t_fast.engine import (
     RawInputs,
     Target,
     check_engine,
-    make_engine,
     open_engine,
+    prepare_engine,
     runs_from_files,
     select_device,
     select_precision,
@@ -48,6 +49,7 @@ from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values,
 log = logging.getLogger(__name__)
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
 _WARM_UP_INSTRUCTION = "Place the block in the bowl"
+_CPU = torch.device("cpu")
 _MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repeat buckets
 
 
@@ -67,8 +69,8 @@ def load_policy(
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
 
-    `denoising_steps` and `action_horizon` default to the checkpoint's own. `engine_path` is the directory of an export, for engines that run one
-    (default: `<checkpoint>/exports/<engine>`); those read no weights, they compare them. An Engine of your own, with
+    `denoising_steps` and `action_horizon` default to the checkpoint's own. `engine_path` is the directory of an export or of a calibration, for
+    engines that need one (default: `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own, with
     `device` and `dtype`, can stand for a name. Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing,
     damaged or of another network, and EngineError for an export that does not fit. Everything small is checked before weights are read.
     """
@@ -90,15 +92,16 @@ def load_policy(
     horizon = pieces.check_action_horizon(action_horizon)
     if own is not None:
         return Gr00tPolicy(pieces, own, own.device, own.dtype, steps, horizon, seed)
+    target = Target(checkpoint, embodiment_tag, config, data_config if isinstance(data_config, str) else "module:ClassName")
     if runs_from_files(name):  # an export has a precision, and its runtime says which devices it can use
-        target = Target(checkpoint, embodiment_tag, config, data_config if isinstance(data_config, str) else "module:ClassName")
         ready = open_engine(name, engine_path, target, device, precision)
         return Gr00tPolicy(pieces, ready, ready.device, ready.dtype, steps, horizon, seed)
     where = select_device(device)
     dtype = select_precision(precision, where)
+    over = prepare_engine(name, engine_path, target, where)
     with _progress_bar() as progress:
         model = load_model(checkpoint, embodiment_tag, where, dtype, progress)
-    return Gr00tPolicy(pieces, make_engine(name, model, pieces.to_pixels), where, dtype, steps, horizon, seed)
+    return Gr00tPolicy(pieces, over(model, pieces.to_pixels), where, dtype, steps, horizon, seed)
 
 
 def _check_words(**arguments: object) -> None:
@@ -154,6 +157,8 @@ class Gr00tPolicy:
         self, pieces: _Pieces, engine: Engine, device: torch.device, dtype: torch.dtype, denoising_steps: int, action_horizon: int, seed: int | None
     ) -> None:
         self._pieces, self.engine, self.device, self.dtype = pieces, engine, device, dtype
+        if isinstance(engine, FrameEngine):
+            engine.to_joints = pieces.action.on(device)
         self._denoising_steps, self._action_horizon = denoising_steps, action_horizon
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
         if seed is None:
@@ -181,6 +186,11 @@ class Gr00tPolicy:
     @action_horizon.setter
     def action_horizon(self, horizon: int | None) -> None:
         self._action_horizon = self._pieces.check_action_horizon(horizon)
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """Trained horizon and padded action width: what `noise` has besides the batch."""
+        return self._pieces.network.head.action_horizon, self._pieces.network.head.action_dim
 
     @property
     def prompt_style(self) -> str:
@@ -218,14 +228,14 @@ class Gr00tPolicy:
             inputs = None if takes_frames else self._model_inputs(raw)
             start = self._noise(noise, parsed.batch)  # last: a refused observation uses up no noise
             known = self._known(prefix, parsed)
-            goal = self._goal(prefix, known) if known else None
+            options = {"goal": self._goal(prefix, known, _CPU if takes_frames else self.device)} if known else {}
         if takes_frames:
-            normalised = self.engine.run_raw(raw, start, self._denoising_steps, timer)
+            chunk = self.engine.run_raw(raw, start, self._denoising_steps, timer, **options)
         else:
-            options = {} if goal is None else {"goal": goal}
-            normalised = self.engine.run(inputs, start.to(self.device), self._denoising_steps, timer, **options).float().cpu().numpy()
+            chunk = self.engine.run(inputs, start.to(self.device), self._denoising_steps, timer, **options).float().cpu().numpy()
         with timer.stage("postprocess"):
-            actions = self._pieces.action(normalised[:, : self.action_horizon])
+            to_parts = self._pieces.action.split if takes_frames else self._pieces.action  # an engine of frames gives joint units
+            actions = to_parts(chunk[:, : self.action_horizon])
             for key, rows in known.items():  # they are facts by now: exactly, without what guidance leaves and normalising rounds
                 committed = min(prefix.delay, self._action_horizon)
                 actions[key][:, :committed] = rows[:, :committed]
@@ -249,6 +259,12 @@ class Gr00tPolicy:
                 self._check_finite(self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method)))
         self._generator.set_state(state)
         return self.last_timing
+
+    def kept_warm(self) -> AbstractContextManager[Any]:
+        """Inside, the GPU's clocks stay up between inferences (engine/keep_warm.py). Raises ConfigError for an engine without a CUDA graph."""
+        if self.device.type != "cuda" or not hasattr(self.engine, "kept_warm"):
+            raise ConfigError(f"keep_warm is for CUDA graphs; the engine is '{self.engine.name}' on {self.device}. Use --engine=cuda_graph.")
+        return self.engine.kept_warm()
 
     def _check_finite(self, actions: dict[str, np.ndarray]) -> None:
         unusable = [key for key, values in actions.items() if not np.isfinite(values).all()]
@@ -279,7 +295,7 @@ class Gr00tPolicy:
             raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --engine=eager, or --smoothing=none or ensemble.")
         return parse_prefix(prefix, self._pieces.action.widths, parsed, self._pieces.network.head.action_horizon)
 
-    def _goal(self, prefix: ActionPrefix, known: dict[str, np.ndarray]) -> Goal:
+    def _goal(self, prefix: ActionPrefix, known: dict[str, np.ndarray], device: torch.device) -> Goal:
         """Normalised and padded. Dimensions beyond the arm's own carry no weight: nothing is known of them."""
         head = self._pieces.network.head
         rows = torch.from_numpy(self._pieces.action.normalised(known))  # (B, L, widths together)
@@ -287,7 +303,7 @@ class Gr00tPolicy:
         actions[:, : rows.shape[1], : rows.shape[2]] = rows
         weights = torch.zeros(head.action_horizon, head.action_dim)
         weights[:, : rows.shape[2]] = soft_mask(head.action_horizon, prefix.delay, rows.shape[1])[:, None]
-        return Goal(actions.to(self.device), weights.to(self.device), prefix.method)
+        return Goal(actions.to(device), weights.to(device), prefix.method)
 
     def _noise(self, noise: Any, batch: int) -> Tensor:
         head = self._pieces.network.head

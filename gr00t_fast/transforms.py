@@ -6,7 +6,7 @@ truncate to bytes, scale to [-1, 1]. Axis alphabet: B batch, C cameras, H and W 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -99,6 +99,18 @@ class Normaliser:
             return values * high + low
         return (values + np.float32(1.0)) / np.float32(2.0) * (high - low) + low
 
+    def inverse_table(self) -> np.ndarray:
+        """float32 (5, D): offset, factor, span, low, binary. `inverse` is `(values + offset) * factor * span + low`, or a threshold where binary.
+
+        Halving is exact as a product too, and adding 0 or multiplying by 1 rounds nothing.
+        """
+        low, high, ones = self._low.astype(np.float32), self._high.astype(np.float32), np.ones(self.width, np.float32)
+        if self.mode == "mean_std":
+            rows = (0 * ones, ones, high, low, 0 * ones)
+        else:
+            rows = (ones, 0.5 * ones, high - low, low, (self.mode == "binary") * ones)
+        return np.stack(rows).astype(np.float32)
+
 
 class StateTransform:
     """State parts in, the network's padded state vector out."""
@@ -136,11 +148,34 @@ class ActionTransform:
 
     def __call__(self, actions: np.ndarray) -> dict[str, np.ndarray]:
         """(B, horizon, P) -> `action.<part>` float32 (B, horizon, D)."""
+        return {key: self._parts[key].inverse(values) for key, values in self.split(actions).items()}
+
+    def split(self, actions: np.ndarray) -> dict[str, np.ndarray]:
+        """(B, horizon, P) -> `action.<part>` (B, horizon, D), the values as they are: for actions that `on` made joint units of."""
         result, start = {}, 0
         for key, part in self._parts.items():
-            result[key] = part.inverse(actions[..., start : start + part.width])
+            result[key] = actions[..., start : start + part.width].copy()
             start += part.width
         return result
+
+    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The same arithmetic for tensors on `device`: actions fp32 (B, H, P) -> (B, H, P) in joint units, the padding as it is.
+
+        Bit for bit what `__call__` gives (one rounded operation after the other, in the same order), without waiting for the device.
+        """
+        rows = torch.cat([torch.from_numpy(part.inverse_table()) for part in self._parts.values()], dim=1)
+        width = rows.shape[1]
+        offset, factor, span, low, binary = rows.to(device)
+        has_binary = bool(rows[-1].any())
+        binary = binary.bool()
+
+        def to_joints(actions: Tensor) -> Tensor:
+            values, padding = actions.split((width, actions.shape[-1] - width), dim=-1)
+            joints = (values + offset) * factor * span + low
+            joints = torch.where(binary, (values > 0.5).to(joints.dtype), joints) if has_binary else joints
+            return torch.cat((joints, padding), dim=-1)
+
+        return to_joints
 
     def normalised(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
         """The way back: `action.<part>` (B, L, D) -> float32 (B, L, widths together), not padded."""

@@ -20,8 +20,8 @@ def test_nothing_is_launched_while_paused() -> None:
     began, seen = threading.Event(), []
 
     def work() -> None:
+        seen.append("burst")
         began.set()
-        seen.append(warm.bursts)
 
     with KeepWarm(work, pause_s=0.001) as warm:
         assert began.wait(10)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Step
+from gr00t_fast.engine import ENGINES
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": {"name": "some GPU", "cuda": "12.8"}, "packages": {"torch": "2.10.0"}}
@@ -56,6 +59,61 @@ def test_the_exit_code_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert gpu_check.report(steps, MACHINE, tmp_path) == code
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path / "result.json").read_text())
     assert "some GPU" in (tmp_path / "result.txt").read_text()
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> gpu_check.Plan:
+    return gpu_check.Plan((), "cuda", "full", tmp_path, time.monotonic() + 60.0, {"lerobot": False})
+
+
+@pytest.mark.parametrize("name", gpu_check.BENCHMARKS)
+def test_every_command_is_understood_by_its_program(name: str, plan: gpu_check.Plan) -> None:
+    """The flags for the GPU, which no other test without one runs."""
+    checkpoints = {"one camera": Path("one"), "two cameras": Path("two"), "trained": gpu_check.TRAINED}
+    script, *flags = gpu_check.command_of(name, plan, checkpoints)
+    parsed = importlib.import_module(script.removesuffix(".py").replace("/", "."))._parser().parse_args(flags)
+    assert parsed.device == "cuda"
+    assert parsed.model_path == checkpoints[gpu_check.BENCHMARKS[name].checkpoint]
+    assert getattr(parsed, "data_config", "so100") == ("so100_dualcam" if name.endswith("2_cameras") else "so100")
+    assert getattr(parsed, "reference", False) is False
+    named = [*filter(None, getattr(parsed, "engines", "").split(",")), *([parsed.engine] if "stages" in name else [])]
+    assert all(engine in ENGINES for engine in named)
+
+
+def test_the_plan_fits_the_budget_up_to_compilation() -> None:
+    needed = [benchmark.needs_s for name, benchmark in gpu_check.BENCHMARKS.items() if "compiled" not in name and name != "bench_policy"]
+    assert sum(needed) + gpu_check._TESTS_LIMIT_S < gpu_check.DEFAULT_BUDGET_S + 60, "each figure is generous"
+
+
+def test_with_too_little_time_left_a_benchmark_is_not_begun(plan: gpu_check.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: pytest.fail("begun"))
+    late = replace(plan, wanted=("engines_trained",), deadline=time.monotonic() + 1.0)
+    step, *_ = gpu_check.run_all(late)
+    assert (step.outcome, step.name) == ("not run", "engines_trained")
+    assert "1 s of --budget_s are left" in step.detail or "0 s of" in step.detail
+
+
+def test_a_checkpoint_that_cannot_be_written_has_failed(plan: gpu_check.Plan) -> None:
+    (step, *_) = gpu_check.run_all(replace(plan, wanted=("stages_graph",), size="no-such-size"))
+    assert (step.name, step.outcome) == ("checkpoint", "failed")
+
+
+def test_steps_that_do_not_exist_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--device=cpu", "--only=stages_grahp", f"--out={tmp_path}"]) == 2
+    assert "--only names stages_grahp" in capsys.readouterr().out
+
+
+def test_a_rehearsal_runs_the_steps_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two kinds of benchmark, on the trained network and on the one with two cameras, whose weights are another one's."""
+    arguments = ["--device=cpu", "--size=tiny", f"--out={tmp_path}", "--only=engines_trained,stages_graph_2_cameras", "--budget_s=600"]
+    assert gpu_check.main(arguments) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    engines, stages = (step["result"] for step in result["steps"][:2])
+    assert (engines["network"], engines["device"], list(engines["error_deg"])) == ("so100-sim-reach", "cpu", ["eager"])
+    assert (stages["cameras"], stages["engine"], stages["whole"]["back_to_back_ms"]["count"]) == (2, "eager", 3)
+    table = (tmp_path / "result.txt").read_text()
+    assert "not measured p50 <= 7 ms, bf16, 1 camera, 4 steps" in table
+    assert "actions of eager near eager fp32, so100-sim-reach" in table
 
 
 def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_path: Path) -> None:

@@ -196,6 +196,26 @@ def test_actions_are_split_in_order(metadata: EmbodimentMetadata) -> None:
     np.testing.assert_allclose(actions["action.gripper"][0, 0], [50])
 
 
+@pytest.mark.parametrize("arm", ["min_max", "q99", "mean_std", "binary"])
+@pytest.mark.parametrize("gripper", ["min_max", "mean_std", "binary"])
+def test_actions_are_the_same_bits_as_tensors(arm: str, gripper: str) -> None:
+    """On ranges that are no round numbers, for small, large and odd values: not one rounding more or less than on the host."""
+    generator = np.random.default_rng(0)
+    odd = {key: np.sort(generator.normal(0, 70, (6, 5)), axis=0) for key in ("action.single_arm", "action.gripper")}
+    statistics = {key: dict(zip(("min", "q01", "mean", "q99", "max", "std"), rows, strict=True)) for key, rows in odd.items()}
+    metadata = EmbodimentMetadata("new_embodiment", statistics, {"video.webcam": CameraMetadata(640, 480, 30.0)})
+    config = replace(DATA_CONFIGS["so100"], normalisation={"action.single_arm": arm, "action.gripper": gripper})
+    transform = ActionTransform(config, metadata, 32)
+    actions = (generator.standard_normal((3, 16, 32)) * 10.0 ** generator.integers(-6, 4, (3, 16, 32))).astype(np.float32)
+    actions[0, 0, :8] = [0.0, -0.0, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, -1.0, np.nan, np.inf]
+    as_tensor = transform.on(torch.device("cpu"))(torch.from_numpy(actions)).numpy()
+    with np.errstate(invalid="ignore"):
+        expected = transform(actions)
+    for key, values in transform.split(as_tensor).items():
+        np.testing.assert_array_equal(values, expected[key])
+    np.testing.assert_array_equal(as_tensor[..., 10:], actions[..., 10:])
+
+
 def test_parts_that_do_not_fit_the_checkpoint(metadata: EmbodimentMetadata) -> None:
     with pytest.raises(ConfigError, match="4 values together; the network takes 3"):
         ActionTransform(DATA_CONFIGS["so100"], metadata, 3)

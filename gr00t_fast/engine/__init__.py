@@ -3,10 +3,22 @@
 from gr00t_fast.engine.base import Engine, FrameEngine
 from gr00t_fast.engine.continuation import Goal, soft_mask
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.select import ENGINES, EXPORTED, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.engine.select import (
+    CALIBRATED,
+    ENGINES,
+    EXPORTED,
+    check_engine,
+    make_engine,
+    open_engine,
+    prepare_engine,
+    runs_from_files,
+    select_device,
+    select_precision,
+)
 from gr00t_fast.engine.static_call import RawInputs
 
 __all__ = [
+    "CALIBRATED",
     "ENGINES",
     "EXPORTED",
     "Engine",
@@ -17,6 +29,7 @@ __all__ = [
     "check_engine",
     "make_engine",
     "open_engine",
+    "prepare_engine",
     "runs_from_files",
     "select_device",
     "select_precision",

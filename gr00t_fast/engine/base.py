@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from gr00t_fast.engine.continuation import Goal
-from gr00t_fast.engine.static_call import RawInputs
+from gr00t_fast.engine.static_call import RawInputs, ToJoints
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.timing import StageTimer
 
@@ -29,7 +29,9 @@ class Engine(Protocol):
 
 @runtime_checkable
 class FrameEngine(Engine, Protocol):
-    """An engine that also makes the pixels: bytes go in, so that all that follows can be one submission."""
+    """An engine that also makes the pixels, and joint units of the actions: bytes go in, so that all that follows can be one submission."""
 
-    def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer) -> np.ndarray:
-        """noise fp32 (B, H, A) on the host -> normalised actions float32 (B, H, A) on the host."""
+    to_joints: ToJoints | None  # given before the first call; without it actions come out normalised
+
+    def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> np.ndarray:
+        """noise fp32 (B, H, A) and `goal` on the host -> actions float32 (B, H, A) on the host; those of the padding stay normalised."""

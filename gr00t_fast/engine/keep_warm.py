@@ -7,7 +7,8 @@ benchmark without pauses says. A thread that launches a little work while the po
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -50,6 +51,15 @@ class KeepWarm:
     def resume(self) -> None:
         self._turn.release()
         self._wanted.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside nothing else is launched."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
 
     def _run(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from gr00t_fast.engine.base import Engine
 from gr00t_fast.engine.cuda_graph import CompiledEngine, CudaGraphEngine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.static_call import ToPixels
+from gr00t_fast.engine.triton_engine import TritonEngine
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00tN1d5
 
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from gr00t_fast.engine.exported import ExportedEngine
     from gr00t_fast.engine.manifest import Target
 
+MakeEngine = Callable[..., Engine]  # from what `make_engine` takes after the name
 # Engines over the torch model ...
 ENGINES: dict[str, Callable[[Gr00tN1d5, ToPixels | None], Engine]] = {
     "eager": lambda model, _: EagerEngine(model),
     "cuda_graph": CudaGraphEngine,
     "compiled": CompiledEngine,
+    "triton": TritonEngine,
 }
 # ... and engines over exported files, which read no torch weights: their classes are imported when they are asked for. Each is made with
 # (directory, Target, device, precision), checks the export's manifest, and has `device` and `dtype` besides what an Engine has.
@@ -34,6 +38,8 @@ EXPORTED = {
     "tensorrt": "gr00t_fast.engine.tensorrt_engine:TensorRTEngine",
     "openvino": "gr00t_fast.engine.openvino_engine:OpenVinoEngine",
 }
+# ... and engines over the torch model with a calibration in `engine_path`: these are `prepare(name, directory, Target, device)` of their engine.
+CALIBRATED = {"fp8": "gr00t_fast.engine.eight_bit.engines:prepare", "int8": "gr00t_fast.engine.eight_bit.engines:prepare"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,9 +84,21 @@ def make_engine(name: str, model: Gr00tN1d5, to_pixels: ToPixels | None = None) 
     """An engine over the torch model; those that take frames need `to_pixels`. `auto` takes the fastest one that has been shown to give the same
     numbers on the model's device."""
     check_engine(name)
-    if runs_from_files(name):
-        raise ConfigError(f"engine '{name}' runs an export, not the torch model. Expected auto or one of: {', '.join(ENGINES)}.")
+    if name not in ("auto", *ENGINES):
+        raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
     return ENGINES["eager" if name == "auto" else name](model, to_pixels)
+
+
+def prepare_engine(name: str, engine_path: str | Path | None, target: Target, device: torch.device) -> MakeEngine:
+    """`make_engine` for every engine over the torch model, in two parts: its files and the GPU are checked now, before weights are read, and what
+    is returned makes it. Files lie in `engine_path`, by default in `<checkpoint>/exports/<engine>`.
+
+    Raises EngineError and StaleEngineError, naming the command to run.
+    """
+    if name not in CALIBRATED:
+        return functools.partial(make_engine, name)
+    module, _, prepare = CALIBRATED[name].partition(":")
+    return getattr(importlib.import_module(module), prepare)(name, _directory(name, engine_path, target), target, device)
 
 
 def open_engine(name: str, engine_path: str | Path | None, target: Target, device: str, precision: str) -> ExportedEngine:
@@ -89,9 +107,12 @@ def open_engine(name: str, engine_path: str | Path | None, target: Target, devic
     Raises EngineError and StaleEngineError, naming the command to run, MissingExtraError, and ConfigError for a device or precision that the
     export does not have.
     """
-    directory = target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
     module, _, class_name = EXPORTED[name].partition(":")
-    return getattr(importlib.import_module(module), class_name)(directory, target, device, precision)
+    return getattr(importlib.import_module(module), class_name)(_directory(name, engine_path, target), target, device, precision)
+
+
+def _directory(name: str, engine_path: str | Path | None, target: Target) -> Path:
+    return target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
 
 
 def runs_from_files(name: str) -> bool:
@@ -100,8 +121,9 @@ def runs_from_files(name: str) -> bool:
 
 def check_engine(name: str, engine_path: str | Path | None = None) -> None:
     """Raises ConfigError for an unknown name, or a path for an engine that takes none: to be asked before gigabytes are read."""
-    if name != "auto" and name not in ENGINES and name not in EXPORTED:
-        known = (*ENGINES, *EXPORTED)
+    known = (*ENGINES, *CALIBRATED, *EXPORTED)
+    if name not in ("auto", *known):
         raise ConfigError(f"unknown engine '{name}'.{closest(name, known)} Expected auto or one of: {', '.join(known)}.")
-    if engine_path is not None and not runs_from_files(name):
-        raise ConfigError(f"engine_path={engine_path} is for an engine that runs exported files ({', '.join(EXPORTED)}); engine is '{name}'.")
+    if engine_path is not None and name not in (*CALIBRATED, *EXPORTED):
+        takers = ", ".join((*EXPORTED, *CALIBRATED))
+        raise ConfigError(f"engine_path={engine_path} is for an engine with files of its own ({takers}); engine is '{name}'.")

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.engine.continuation import Goal, denoise_towards
 from gr00t_fast.engine.stages import Stages
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
 
@@ -23,6 +25,7 @@ PROMPT_BUCKET = 32  # tokens: an SO-100 instruction with one camera has 280 to 3
 _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
 
 ToPixels = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device
+ToJoints = Callable[[Tensor], Tensor]  # normalised actions fp32 (B, H, A) -> the same in joint units, on the actions' device
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,13 @@ class CallShape:
     prompt_tokens: int  # of the bucket
     image_tokens: int
     denoising_steps: int
+    goal: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
 
     @classmethod
-    def of(cls, raw: RawInputs, denoising_steps: int) -> CallShape:
+    def of(cls, raw: RawInputs, denoising_steps: int, goal: Goal | None = None) -> CallShape:
         bucket = PROMPT_BUCKET * math.ceil(raw.input_ids.shape[1] / PROMPT_BUCKET)
-        return cls(tuple(frames.shape for frames in raw.frames), bucket, len(raw.image_positions), denoising_steps)
+        frames = tuple(view.shape for view in raw.frames)
+        return cls(frames, bucket, len(raw.image_positions), denoising_steps, None if goal is None else goal.method)
 
     @property
     def batch(self) -> int:
@@ -86,12 +91,18 @@ def _views(block: Tensor, offsets: Mapping[str, int], parts: Mapping[str, tuple[
 
 class StaticCall:
     """`fill` writes host memory, `upload` copies it, `compute` makes `actions` from what is on the device, `download` copies them back.
-    `compute` always touches the same memory and never waits for the device, so it can be recorded."""
+    `compute` always touches the same memory and never waits for the device, so it can be recorded. To be made and used without autograd, but not
+    in inference mode, whose tensors autograd refuses when a chunk continues another one."""
 
-    def __init__(self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None) -> None:
-        """`stages`: the model's own, or compiled ones."""
+    def __init__(
+        self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None, to_joints: ToJoints | None = None
+    ) -> None:
+        """`stages`: the model's own, or others. `to_joints`: what the computation ends with; without it actions stay normalised."""
         head, batch = model.config.head, shape.batch
-        self._model, self._to_pixels, self.shape, self.stages = model, to_pixels, shape, stages or Stages.of(model)
+        self._model, self._to_pixels, self._to_joints, self.shape = model, to_pixels, to_joints, shape
+        self.stages = stages or Stages.of(model)
+        size = (batch, head.action_horizon, head.action_dim)
+        goal = {} if shape.goal is None else {"goal_actions": (torch.float32, size), "goal_weights": (torch.float32, size[1:])}
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
@@ -99,17 +110,17 @@ class StaticCall:
                 "prompt_mask": (torch.bool, (batch, shape.prompt_tokens)),
                 "image_positions": (torch.int64, (shape.image_tokens,)),
                 "state": (torch.float32, (batch, head.state_dim)),
-                "noise": (torch.float32, (batch, head.action_horizon, head.action_dim)),
+                "noise": (torch.float32, size),
+                **goal,
             },
             model.device,
         )
         self.tables = model.head.step_tables(shape.denoising_steps)
-        size = (batch, head.action_horizon, head.action_dim)
-        self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
+        self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), in joint units with `to_joints`, else normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
-    def fill(self, raw: RawInputs, noise: Tensor) -> None:
-        """Write one observation and its noise, fp32 (B, H, A). Nothing uploaded before may still be under way."""
+    def fill(self, raw: RawInputs, noise: Tensor, goal: Goal | None = None) -> None:
+        """Write one observation, its noise, fp32 (B, H, A), and what it continues. Nothing uploaded before may still be under way."""
         host, tokens = self._inputs.host, raw.input_ids.shape[1]
         for index, frames in enumerate(raw.frames):
             host[f"frames{index}"].numpy()[...] = frames
@@ -119,12 +130,31 @@ class StaticCall:
         host["image_positions"].numpy()[...] = raw.image_positions
         host["state"].numpy()[...] = raw.state
         host["noise"].copy_(noise)
+        if goal is not None:
+            host["goal_actions"].copy_(goal.actions)
+            host["goal_weights"].copy_(goal.weights)
 
     def upload(self) -> None:
         self._inputs.upload()
 
     def compute(self) -> None:
-        self.actions.copy_(self.stages(self.model_inputs(self.pixels()), self.noise(), self.tables))  # (B, H, A)
+        inputs = self.model_inputs(self.pixels())
+        actions = self.stages(inputs, self.noise(), self.tables) if self.shape.goal is None else self._continued(inputs)  # (B, H, A)
+        self.actions.copy_(actions if self._to_joints is None else self._to_joints(actions.float()))
+
+    def _continued(self, inputs: ModelInputs) -> Tensor:
+        """As EagerEngine with a goal: normalised actions, fp32."""
+        given, stages = self._inputs.device, self.stages
+        refined = stages.refine(stages.encode_language(inputs, stages.encode_vision(inputs.pixel_values)), inputs.key_mask)
+        # guidance needs the gradient of the velocity, which is the plain model's: kernels of others need not have one
+        head = self._model.head if self.shape.goal == "rtc" else stages
+        condition = head.condition(refined, inputs.state, inputs.key_mask)
+
+        def velocity(actions: Tensor, step: int) -> Tensor:
+            return head.velocity(actions.to(self._model.dtype), condition, self.tables.tau[step], self.tables.modulation[step])
+
+        goal = Goal(given["goal_actions"], given["goal_weights"], self.shape.goal)
+        return denoise_towards(velocity, given["noise"], self.shape.denoising_steps, goal)
 
     def model_inputs(self, pixels: Tensor) -> ModelInputs:
         model, given = self._model, self._inputs.device

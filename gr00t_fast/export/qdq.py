@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.linear_layers import Graph, LinearLayer
@@ -74,7 +75,8 @@ def rounded(values: np.ndarray, scheme: str) -> np.ndarray:
     """To the nearest representable number, saturating as QuantizeLinear does; still fp32."""
     if scheme == "int8":
         return np.clip(np.rint(values), -128, 127)
-    return np.clip(values, -LARGEST[scheme], LARGEST[scheme]).astype(_fp8()).astype(np.float32)
+    limited = np.clip(values, -LARGEST[scheme], LARGEST[scheme]).astype(np.float32)
+    return torch.from_numpy(np.atleast_1d(limited)).to(torch.float8_e4m3fn).float().numpy().reshape(limited.shape)
 
 
 def _fp8() -> Any:

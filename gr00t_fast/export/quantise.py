@@ -23,7 +23,7 @@ from gr00t_fast.export.linear_layers import Graph, LinearLayer
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.qdq import LayerPlan
 from gr00t_fast.export.quantised_files import write_stage
-from gr00t_fast.export.sensitivity import NEGLIGIBLE, Group, Trials, Verdict, choose
+from gr00t_fast.export.sensitivity import NEGLIGIBLE, Group, Trials, Verdict, choose, spread
 from gr00t_fast.export.stage_chain import REFERENCE, STAGES, OrtStage, StageChain, StageSample
 from gr00t_fast.export.upcast import as_fp32
 from gr00t_fast.measurement import versions
@@ -76,7 +76,7 @@ def calibrate(
         groups += _groups(stage, layers, statistics, settings.denoising_steps)
     groups = _with_shares(groups)
     if settings.trial_samples:
-        few = chain.of(_spread(samples, settings.trial_samples))
+        few = chain.of(spread(samples, settings.trial_samples))
         trials = Trials(few, graphs, outcome.plans, settings.scheme, transform)
         outcome.trial_samples = len(few.samples)
         with progress.bar("sensitivity", sum(group.work >= NEGLIGIBLE for group in groups)) as tick:
@@ -182,8 +182,3 @@ def _groups(stage: str, layers: Iterable[LinearLayer], statistics: Mapping[str, 
 def _with_shares(groups: list[Group]) -> list[Group]:
     total = sum(group.work for group in groups)
     return [Group(group.stage, group.kind, group.labels, group.work / total) for group in groups]
-
-
-def _spread(samples: Sequence[StageSample], count: int) -> list[StageSample]:
-    picked = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
-    return [samples[index] for index in picked]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.engine.tables import ExportTables
+from gr00t_fast.export.observations import Frames, Sample, read
 from gr00t_fast.export.stage_chain import StageSample
+from gr00t_fast.export.verify import Case
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 from gr00t_fast.timing import StageTimer
@@ -47,6 +49,16 @@ def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInp
 def draw_noise(shapes: Mapping[str, Any], count: int, seed: int) -> np.ndarray:
     """(count, 1, H, A) fp32; `shapes` as in the manifest."""
     return np.random.default_rng(seed).standard_normal((count, 1, shapes["horizon"], shapes["action_dim"])).astype(np.float32)
+
+
+def network_cases(policy: Gr00tPolicy, frames: Frames, sample: Sample, seed: int, tick: Callable[[], None] = lambda: None) -> list[Case]:
+    """The chosen observations through the transforms of a `transforms_only` policy, each with noise of its own; `tick` is called after each."""
+    horizon, action_dim = policy.chunk_shape
+    noise, cases = draw_noise({"horizon": horizon, "action_dim": action_dim}, len(sample.indices), seed), []
+    for observation, start in zip(read(frames, sample, policy.facts), noise, strict=True):
+        cases.append(Case(network_inputs(policy, observation), torch.from_numpy(start)))
+        tick()
+    return cases
 
 
 def stage_samples(policy: Gr00tPolicy, tables: ExportTables, observations: Iterable[dict[str, Any]], noise: np.ndarray) -> list[StageSample]:

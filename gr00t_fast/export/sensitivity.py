@@ -7,9 +7,10 @@ back to 16 bit. Groups with a negligible share of the multiplications stay in 16
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from gr00t_fast.export.qdq import LayerPlan, quantised_graph
 from gr00t_fast.export.stage_chain import REFERENCE, STAGES, OrtStage, StageChain
 from gr00t_fast.transforms import ActionTransform
 
+T = TypeVar("T")
 NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
 _TRIAL = "trial"
 
@@ -46,8 +48,14 @@ class Verdict:
     kept: str | None
 
 
+class Trier(Protocol):
+    """Runs the network with some layers rounded."""
+
+    def error(self, groups: Iterable[Group]) -> ActionError: ...
+
+
 class Trials:
-    """Runs the chain with some layers rounded. The reference variant must have been run for the chain's samples."""
+    """A Trier: runs the chain with some layers rounded. The reference variant must have been run for the chain's samples."""
 
     def __init__(
         self, chain: StageChain, graphs: Mapping[str, Path], plans: Mapping[str, Mapping[str, LayerPlan]], scheme: str, transform: ActionTransform
@@ -76,7 +84,7 @@ class Trials:
         return graph
 
 
-def choose(groups: list[Group], trials: Trials, limit: float, tick: Callable[[], None] = lambda: None) -> tuple[list[Verdict], ActionError | None]:
+def choose(groups: list[Group], trials: Trier, limit: float, tick: Callable[[], None] = lambda: None) -> tuple[list[Verdict], ActionError | None]:
     """Verdicts on all groups, and the error with all that are not kept rounded; `limit`: p99 in joint units. `tick` is called per measured group."""
     small = [group for group in groups if group.work < NEGLIGIBLE]
     alone: dict[str, ActionError] = {}
@@ -92,3 +100,9 @@ def choose(groups: list[Group], trials: Trials, limit: float, tick: Callable[[],
         kept[worst.name] = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
         total = trials.error(rounded) if rounded else None
     return [Verdict(group, alone.get(group.name), kept.get(group.name)) for group in groups], total
+
+
+def spread(samples: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the samples, evenly from first to last."""
+    picked = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
+    return [samples[index] for index in picked]
