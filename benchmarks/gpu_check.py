@@ -38,13 +38,15 @@ Checkpoint = Literal["one camera", "two cameras", "trained"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """`checkpoint`: which one it measures. `rehearsal`: flags instead of `flags` where there is no GPU. `needs_s`: not begun with less time left."""
+    """`checkpoint`: which one it measures. `rehearsal`: flags instead of `flags` where there is no GPU; None: it cannot run there. `needs_s`: not
+    begun with less time left."""
 
     script: str
     flags: Sequence[str]
-    rehearsal: Sequence[str]
+    rehearsal: Sequence[str] | None
     checkpoint: Checkpoint = "one camera"
     needs_s: float = 20.0
+    takes_precision: bool = True
 
 
 def _stages(engine: str, *flags: str, seconds: float = 0.0, checkpoint: Checkpoint = "one camera", needs_s: float = 20.0) -> Benchmark:
@@ -58,6 +60,8 @@ def _engines(*flags: str, checkpoint: Checkpoint = "one camera", needs_s: float 
     short = ["--engines=eager", "--rounds=2", "--observations=2", *steps]
     return Benchmark("benchmarks/bench_engines.py", ["--rounds=50", *flags], short, checkpoint, needs_s)
 
+
+_EIGHT_BIT = ("--beside", "eager", "cuda_graph", "--frames=64", "--trial_frames=8", "--rounds=50")
 
 # What matters most first: the last ones may be cut by the budget. Engines apart: what breaks one says nothing of the other.
 BENCHMARKS: dict[str, Benchmark] = {
@@ -74,7 +78,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "stages_compiled": _stages("compiled", needs_s=90.0),
     "engines_compiled": _engines("--engines=eager,compiled", needs_s=60.0),
     "bench_policy": Benchmark("benchmarks/bench_policy.py", [], ["--rounds=2", "--warm_up=1"]),
+    "kernels": Benchmark("benchmarks/bench_kernels.py", ["--no-engines"], ["--no-engines"], needs_s=60.0),
+    "eight_bit_trained": Benchmark("benchmarks/bench_eight_bit.py", _EIGHT_BIT, None, "trained", needs_s=90.0),
+    "eight_bit_full": Benchmark("benchmarks/bench_eight_bit.py", _EIGHT_BIT[:3], None, needs_s=90.0),
+    "tensorrt_run": Benchmark("benchmarks/bench_tensorrt_run.py", ["--rounds=100"], None, needs_s=90.0, takes_precision=False),
 }
+# A run has hardly time for these: `--only=kernels,eight_bit_trained,eight_bit_full,tensorrt_run` gives them one of their own.
+SECOND_RUN = ("kernels", "eight_bit_trained", "eight_bit_full", "tensorrt_run")
 TAKES_REFERENCE = ("bench_policy",)
 REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engines are timed
 NO_TESTS_COLLECTED = 5  # pytest's exit code
@@ -170,7 +180,9 @@ def run_all(plan: Plan) -> list[Step]:
             return [*steps, failed]
         for name in (name for name in BENCHMARKS if name in plan.wanted):
             left_s = plan.deadline - time.monotonic()
-            if left_s < BENCHMARKS[name].needs_s and plan.device == "cuda":
+            if plan.device == "cpu" and BENCHMARKS[name].rehearsal is None:
+                steps.append(Step(name, "not run", 0.0, "needs a GPU"))
+            elif left_s < BENCHMARKS[name].needs_s and plan.device == "cuda":
                 steps.append(Step(name, "not run", 0.0, f"{left_s:.0f} s of --budget_s are left; it needs {BENCHMARKS[name].needs_s:.0f}"))
             else:
                 steps.append(run_benchmark(name, command_of(name, plan, checkpoints), plan.out, plan.deadline))
@@ -184,7 +196,8 @@ def command_of(name: str, plan: Plan, checkpoints: Mapping[str, Path]) -> list[s
     flags = benchmark.flags if plan.device == "cuda" else benchmark.rehearsal
     data_config = ["--data_config=so100_dualcam"] if benchmark.checkpoint == "two cameras" else []
     no_reference = ["--no-reference"] if name in TAKES_REFERENCE and not all(plan.packages.values()) else []
-    common = [f"--device={plan.device}", "--precision=bf16", "--seed=0", f"--model_path={checkpoints[benchmark.checkpoint]}"]
+    precision = ["--precision=bf16"] if benchmark.takes_precision else []
+    common = [f"--device={plan.device}", *precision, "--seed=0", f"--model_path={checkpoints[benchmark.checkpoint]}"]
     return [benchmark.script, *common, *flags, *data_config, *no_reference]
 
 
