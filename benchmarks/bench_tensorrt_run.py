@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Result:
     for name, policy in policies.items():
         arms[name] |= measured_error(policy, truth, arms[name]["format"], arguments)
     steps = policies[BASELINE].denoising_steps
-    times = take_turns(policies, steps, arguments)
+    times, _ = take_turns(policies, steps, arguments)
     return {
         "benchmark": "bench_tensorrt_run",
         "regime": "whole calls, batch 1, camera frame in host memory to joint targets in host memory",

@@ -261,11 +261,13 @@ def run_benchmark(name: str, command: Sequence[str], out: Path, deadline: float)
     code, seconds, lines = run([sys.executable, script, *flags, f"--out={out / name}"], out / f"{name}.log", deadline)
     if code != 0:
         return Step(name, "failed", seconds, f"exit code {code}: {lines[-1] if lines else 'no output'}")
+    # Errors share the log: libraries have something to say when a program ends
+    last = next((index for index in reversed(range(len(lines))) if lines[index].startswith("{")), None)
     try:
-        result = json.loads(lines[-1] if lines else "")
+        result = json.loads("" if last is None else lines[last])
     except json.JSONDecodeError:
         return Step(name, "failed", seconds, "its last line is not JSON")
-    return Step(name, "passed", seconds, lines[-2] if len(lines) > 1 else "", result)
+    return Step(name, "passed", seconds, lines[last - 1] if last else "", result)
 
 
 def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float, list[str]]:

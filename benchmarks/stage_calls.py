@@ -83,6 +83,7 @@ def timed_ms(call: Call, device: torch.device) -> float:
 
 def kernels_of(call: Call) -> dict[str, Any]:
     """Per call, from the CUDA profiler: kernels, their time (ms), and the time between the first and the last in which none ran."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -92,9 +93,9 @@ def kernels_of(call: Call) -> dict[str, Any]:
         with profile(activities=[ProfilerActivity.CUDA]) as recording:
             call()
             torch.cuda.synchronize()
-        spans.append(
-            [(event.time_range.start, event.time_range.end) for event in recording.events() if event.time_range.end > event.time_range.start]
-        )
+        # the host's calls of the CUDA runtime are among the events: one that waits for the device would cover every gap
+        on_device = [event.time_range for event in recording.events() if event.device_type == DeviceType.CUDA]
+        spans.append([(span.start, span.end) for span in on_device if span.end > span.start])
     middle = sorted(map(busy_and_idle_ms, spans), key=sum)[len(spans) // 2]
     return {"kernels": len(spans[-1]), "busy_ms": round(middle[0], 4), "idle_ms": round(middle[1], 4)}
 

@@ -84,7 +84,7 @@ def _idle(stages: list[dict]) -> Verdict:
 
 
 def _speed_up(engines: list[dict]) -> Verdict:
-    """Against the reference modules; where they are not installed against our eager engine, which does less than they do."""
+    """Against the reference modules; where they are not installed against our eager engine, which does less than they do: the line then says so."""
     promise = f">= {_TIMES_AS_FAST:g} x the eager baseline"
     for kind, baseline in (("reference", "the reference modules"), ("eager", "our eager; the reference modules are not installed and do more")):
         found = [
@@ -96,6 +96,8 @@ def _speed_up(engines: list[dict]) -> Verdict:
         ]
         if found:
             ratio, name = max(found)
+            if kind == "eager":
+                promise = f">= {_TIMES_AS_FAST:g} x our own eager engine"
             return Verdict(promise, _passed(ratio >= _TIMES_AS_FAST), f"{ratio:.2f} x ({name}, against {baseline})")
     return Verdict(promise, "not measured", "")
 

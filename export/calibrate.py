@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-import yaml
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.data_config import load_data_config
@@ -59,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _camera_map(text: str) -> dict[str, str]:
+    import yaml  # a bare GPU machine has none, and needs none without this flag
+
+    return yaml.safe_load(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
@@ -70,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--calibration", required=True, help="a LeRobotDataset or recordings directory, or random:SEED (says nothing about trained weights)"
     )
-    p.add_argument("--camera_map", type=yaml.safe_load, default={}, help='which camera of the data set is which of the checkpoint: "{front: webcam}"')
+    p.add_argument("--camera_map", type=_camera_map, default={}, help='which camera of the data set is which of the checkpoint: "{front: webcam}"')
     p.add_argument("--frames", type=int, default=MIN_FRAMES, help="how many, spread over all episodes")
     p.add_argument("--allow_few", action="store_true", help="calibrate with fewer frames or episodes than it takes; the manifest says so")
     p.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="of the network to round; the others stay in 16 bits")

@@ -27,8 +27,10 @@ def _benchmark(tmp_path: Path, code: str, budget_s: float = 60.0) -> Step:
 
 
 def test_the_last_line_of_a_benchmark_is_its_result(tmp_path: Path) -> None:
-    step = _benchmark(tmp_path, "import json, sys\nprint('warming up')\nprint(json.dumps(sys.argv[1:]))")
-    assert (step.outcome, step.result) == ("passed", ["--seed=0", f"--out={tmp_path / 'sample'}"])
+    step = _benchmark(
+        tmp_path, "import json, sys\nprint('warming up')\nprint(json.dumps({'argv': sys.argv[1:]}))\nsys.exit(print('bye', file=sys.stderr))"
+    )
+    assert (step.outcome, step.result) == ("passed", {"argv": ["--seed=0", f"--out={tmp_path / 'sample'}"]})
     assert (tmp_path / "sample.log").read_text().startswith("warming up\n")
 
 

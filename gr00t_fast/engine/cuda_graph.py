@@ -40,10 +40,10 @@ _COMPILERS = ("g++", "clang++", "c++")
 class Recording:
     """A StaticCall recorded as a CUDA graph, with the stream it runs on."""
 
-    def __init__(self, call: StaticCall, pool: tuple[int, int]) -> None:
-        """`pool`: where intermediate results live; recordings that never run at the same time may share one."""
+    def __init__(self, call: StaticCall, pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        """`pool`: where intermediate results live; recordings that never run at the same time may share one, on the same stream."""
         self.call = call
-        self._stream = torch.cuda.Stream(priority=-1)  # before whatever keeps the clocks up
+        self._stream = stream
         self._done = torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -107,7 +107,9 @@ class CudaGraphEngine:
         self._to_joints: ToJoints | None = None
         self._recordings: OrderedDict[CallShape, Recording | Unrecorded] = OrderedDict()
         self._eager = EagerEngine(model)
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._pool: tuple[int, int] | None = None
+        # of higher priority than whatever keeps the clocks up
+        self._stream = torch.cuda.Stream(model.device, priority=-1) if model.device.type == "cuda" else None
         self.attention = AttentionChoice.of(model.device)
         self._warm: KeepWarm | None = None
         self.stages = self._make_stages()
@@ -142,13 +144,15 @@ class CudaGraphEngine:
         self._choose_attention(shape, raw, noise, goal)
         call = self._static_call(shape)
         call.fill(raw, noise, goal)
-        if self._pool is None:
+        if self._stream is None:
             recording = Unrecorded(call)
             with self._while_preparing():
                 call.compute()
         else:
+            if not self._recordings:  # a pool goes with the last recording that used it
+                self._pool = torch.cuda.graph_pool_handle()
             with self.attention:
-                recording = Recording(call, self._pool)
+                recording = Recording(call, self._pool, self._stream)
         self._recordings[shape] = recording
         while len(self._recordings) > _KEPT_RECORDINGS:
             self._recordings.popitem(last=False)
