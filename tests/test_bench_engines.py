@@ -36,12 +36,16 @@ def test_a_named_engine_that_cannot_run_is_an_error_and_an_unnamed_one_a_line(tm
 
 
 def test_limits() -> None:
-    errors = {"eager": {"p99": 0.4}, "cuda_graph": {"p99": 0.55}, "fp8": {"p99": 1.4}, "bad": {"p99": float("nan")}}
+    errors = {"eager": {"p99": 0.4}, "cuda_graph": {"p99": 0.49}, "fp8": {"p99": 1.4}, "bad": {"p99": float("nan")}}
     assert [bench_engines.within_limit(name, errors, "bf16") for name in errors] == [True, True, True, False]
-    errors["cuda_graph"]["p99"] = 0.61
+    errors |= {"cuda_graph": {"p99": 0.51}, "fp8": {"p99": 1.6}}
     assert not bench_engines.within_limit("cuda_graph", errors, "bf16")
-    errors["fp8"]["p99"] = 1.6
     assert not bench_engines.within_limit("fp8", errors, "bf16")
+
+
+def test_where_the_plain_model_amplifies_rounding_too_an_engine_is_held_against_it() -> None:
+    errors = {"eager": {"p99": 2.0}, "cuda_graph": {"p99": 2.9}, "triton": {"p99": 3.1}, "fp8": {"p99": 2.0}}
+    assert [bench_engines.within_limit(name, errors, "bf16") for name in errors] == [True, True, False, False]
 
 
 def test_ratios_are_paired_by_round() -> None:

@@ -125,6 +125,24 @@ def test_a_rehearsal_runs_the_steps_without_a_gpu(tmp_path: Path, capsys: pytest
     assert "actions of eager near eager fp32, so100-sim-reach" in table
 
 
+def test_tests_run_file_by_file_and_one_that_hangs_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "conftest.py").write_text("def pytest_configure(config):\n    config.addinivalue_line('markers', 'gpu: x')\n")
+    head = "import pytest, time\npytestmark = pytest.mark.gpu\n"
+    (tests / "test_gpu_graph.py").write_text(head + "def test_hangs():\n    time.sleep(60)\n")
+    (tests / "test_gpu_a.py").write_text(head + "def test_breaks():\n    assert False\n")
+    (tests / "test_gpu_b.py").write_text(head + "def test_works():\n    pass\n")
+    (tests / "test_gpu_c.py").write_text(head + "def test_skips():\n    pytest.skip('no')\n")
+    (tests / "test_plain.py").write_text("import no_such_package\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "_LEAST_FOR_A_FILE_S", 20.0)
+    steps = gpu_check.run_tests(tmp_path, time.monotonic() + 62.0)
+    expected = {"gpu_graph": "failed", "gpu_a": "failed", "gpu_b": "passed", "gpu_c": "not run"}
+    assert {step.name.removeprefix("gpu tests: "): step.outcome for step in steps} == expected
+    assert "the time was up" in steps[0].detail
+
+
 def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_path: Path) -> None:
     blocked = "import sys\nsys.modules['torch'] = None\nimport benchmarks.gpu_check\n"
     done = subprocess.run([sys.executable, "-S", "-c", blocked], cwd=ROOT, capture_output=True, text=True, timeout=60)

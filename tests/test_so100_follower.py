@@ -43,22 +43,6 @@ def no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the driver asked a question"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def camera_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen | None]:
-    """The camera scenarios take ten seconds in a process of their own (OpenCV looks for plugins once), so they run beside the other tests."""
-    cv2 = pytest.importorskip("cv2")
-    if virtual_camera.compiler() is None or not sys.platform.startswith("linux") or not cv2.__version__.startswith("4."):
-        yield None
-        return
-    directory = tmp_path_factory.mktemp("cameras")
-    virtual_camera.build_plugin(directory)
-    command = [sys.executable, str(Path(__file__).with_name("camera_faults.py")), str(directory)]
-    environment = virtual_camera.plugin_environment(directory)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
-
-
 # Configuration
 
 
@@ -411,13 +395,19 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def camera_results(camera_process: subprocess.Popen | None) -> dict:
-    """Every camera scenario, from the process that began with the module."""
-    if camera_process is None:
+def camera_results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Every camera scenario, from a process of its own (OpenCV looks for plugins once). Not beside other tests: the driver polls the line without
+    a pause, and two of them leave two processors no time for the servos' answers."""
+    cv2 = pytest.importorskip("cv2")
+    if virtual_camera.compiler() is None or not sys.platform.startswith("linux") or not cv2.__version__.startswith("4."):
         pytest.skip("the virtual camera needs Linux, a C compiler and OpenCV 4")
-    output, errors = camera_process.communicate(timeout=90)
-    assert camera_process.returncode == 0, errors[-3000:]
-    return json.loads(output.splitlines()[-1])
+    directory = tmp_path_factory.mktemp("cameras")
+    virtual_camera.build_plugin(directory)
+    command = [sys.executable, str(Path(__file__).with_name("camera_faults.py")), str(directory)]
+    environment = virtual_camera.plugin_environment(directory)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_a_real_camera_delivers_rgb(camera_results: dict) -> None:
