@@ -36,8 +36,8 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
     engines = [result for result in results.values() if _is(result, "bench_engines")]
     eight_bit = [result for result in results.values() if _is(result, "bench_eight_bit")]
     wrong = {name for result in (*engines, *_trained(eight_bit)) for name, kept in result["within_limit"].items() if not kept}
-    stages = [result for result in results.values() if _is(result, "bench_stages") and result["precision"] == _PRECISION]
-    stages = [result for result in stages if result["parameters"] > _FULL_SIZE and result["engine"] not in wrong]
+    stages = [result for result in results.values() if _is(result, "bench_stages") and _counts(result)]
+    stages = [result for result in stages if result["precision"] == _PRECISION and result["engine"] not in wrong]
     return [
         *(_p50(stages, *promised) for promised in _P50_LIMITS_MS),
         *(_fp8_p50(eight_bit, wrong, *promised) for promised in _FP8_P50_LIMITS_MS),
@@ -51,6 +51,11 @@ def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
 def _trained(eight_bit: list[dict]) -> list[dict]:
     """8 bits in a network with random weights tell speed and no accuracy: there is no action for the error to be small against."""
     return [result for result in eight_bit if not result["network"].startswith("random")]
+
+
+def _counts(result: Mapping[str, Any]) -> bool:
+    """For speed: the published size, on a GPU."""
+    return result["parameters"] > _FULL_SIZE and result["device"].startswith("cuda")
 
 
 def _is(result: Any, name: str) -> bool:
@@ -77,7 +82,7 @@ def _fp8_p50(eight_bit: list[dict], wrong: set[str], cameras: int, steps: int, l
     found = [
         result["times_ms"][str(steps)]["fp8"]
         for result in eight_bit
-        if result["parameters"] > _FULL_SIZE and result["cameras"] == cameras and "fp8" in result["times_ms"].get(str(steps), {})
+        if _counts(result) and result["cameras"] == cameras and "fp8" in result["times_ms"].get(str(steps), {})
     ]
     if not found or "fp8" in wrong:
         return Verdict(promise, "not measured", "its actions are outside their limit" if found else "")
@@ -113,7 +118,7 @@ def _speed_up(engines: list[dict], wrong: set[str]) -> Verdict:
         found = [
             (ratio["median"], name)
             for result in engines
-            if result["parameters"] > _FULL_SIZE
+            if _counts(result)
             for name, ratio in (result[f"times_as_fast_as_{kind}"].get("4") or {}).items()
             if name not in {"eager", "reference", *result["eight_bit"], *wrong}
         ]

@@ -7,6 +7,7 @@ it: `GR00T_FAST_COMPILE=1 python -m pytest tests/test_graph_engines.py`. Recordi
 from __future__ import annotations
 
 import os
+import sysconfig
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from random_networks import Sizes, cast, load_network, observation, random_input
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.cuda_graph import CompiledEngine, CudaGraphEngine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.laid_out import laid_out_stages
@@ -193,6 +195,24 @@ def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytes
         CompiledEngine(model, to_pixels)
 
 
+def test_on_a_gpu_what_loads_a_kernel_is_looked_for_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"engine 'triton' needs a C compiler, .*CC=no-such-compiler.*--engine=cuda_graph"):
+        check_compiler("triton", "cuda")
+    monkeypatch.setenv("CC", "sh")  # anything that is there
+    monkeypatch.setattr("sysconfig.get_paths", lambda *_: {"include": str(tmp_path)})
+    with pytest.raises(ConfigError, match=rf"headers of Python .* no {tmp_path}/Python.h.*python3\.\d+-dev"):
+        check_compiler("triton", "cuda")
+    (tmp_path / "Python.h").touch()
+    check_compiler("triton", "cuda")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / f"cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
+    check_compiler("triton", "cuda")  # what it keeps on disk needs none
+
+
 @pytest.mark.skipif("GR00T_FAST_COMPILE" not in os.environ, reason="compiles for a minute or more: enable with GR00T_FAST_COMPILE=1")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
@@ -231,6 +251,16 @@ def test_joining_weights_moves_them_and_changes_no_value(tmp_path: Path) -> None
     assert all(torch.equal(value, names[name]) for name, value in model.named_parameters())
     assert _storage_bytes(model.parameters()) <= before, "nothing is held twice"
     torch.testing.assert_close(EagerEngine(model).run(inputs, start, 2, StageTimer()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_second_engine_over_the_same_model_shares_the_joined_weights(tmp_path: Path) -> None:
+    model = load_network(write_network(tmp_path / "network", SIZES))
+    first, second = (laid_out_stages(model) for _ in range(2))
+    for mine, theirs in zip(first.encode_language.gate_up, second.encode_language.gate_up, strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+        assert torch.equal(mine, theirs)
+    assert torch.equal(first.encode_language.gate_up[0], torch.cat([getattr(model.language.blocks[0].mlp, name).weight for name in ("gate", "up")]))
+    assert first.condition.__self__.cross.weight.data_ptr() == second.condition.__self__.cross.weight.data_ptr()
 
 
 @pytest.mark.parametrize("sizes", [SIZES, Sizes(use_vlln=False), Sizes(dit=(1, 4, 8)), Sizes(horizon=8, future=4, state_dim=12, action_dim=7)])

@@ -15,13 +15,20 @@ def times(p50: float, p99: float | None = None, count: int = 1000) -> dict:
 
 def stages(engine: str, cameras: int, steps: int, p50: float, **more: dict) -> dict:
     whole = {"back_to_back_ms": times(p50), **more}
-    common = {"benchmark": "bench_stages", "precision": "bfloat16", "parameters": 2_000_000_000}
+    common = {"benchmark": "bench_stages", "device": "cuda", "precision": "bfloat16", "parameters": 2_000_000_000}
     return {**common, "engine": engine, "cameras": cameras, "denoising_steps": steps, "whole": whole}
 
 
 def engines(reference: dict | None, eager: dict | None, kept: bool = True) -> dict:
     error = {"p50": 0.1, "p99": 0.3, "max": 0.6}
-    common = {"benchmark": "bench_engines", "network": "some", "parameters": 2_000_000_000, "eight_bit": ["fp8"], "observations": 100}
+    common = {
+        "benchmark": "bench_engines",
+        "device": "cuda",
+        "network": "some",
+        "parameters": 2_000_000_000,
+        "eight_bit": ["fp8"],
+        "observations": 100,
+    }
     names = {"cuda_graph": error}
     return {
         **common,
@@ -32,7 +39,14 @@ def engines(reference: dict | None, eager: dict | None, kept: bool = True) -> di
 
 def eight_bit(p50: dict[str, float], network: str = "random-full", error: float = 1.2, cameras: int = 1) -> dict:
     return {
-        **{"benchmark": "bench_eight_bit", "network": network, "parameters": 2_000_000_000, "cameras": cameras, "observations": 100},
+        **{
+            "benchmark": "bench_eight_bit",
+            "device": "cuda",
+            "network": network,
+            "parameters": 2_000_000_000,
+            "cameras": cameras,
+            "observations": 100,
+        },
         "times_ms": {steps: {"fp8": times(value, count=50), "eager": times(90.0)} for steps, value in p50.items()},
         "error_deg": {"fp8": {"p50": 0.2, "p99": error, "max": 2.0}},
         "within_limit": {"fp8": error <= 1.5},
@@ -116,10 +130,10 @@ def test_what_did_not_run_is_not_measured() -> None:
     assert set(outcomes({"graph": None, "tests": "text"})) == {"not measured"}
 
 
-def test_other_precisions_small_networks_and_few_calls_do_not_count() -> None:
-    fp32, small, few = (copy.deepcopy(KEPT["two"]) for _ in range(3))
-    fp32["precision"], small["parameters"] = "float32", 1_000_000
-    assert set(outcomes({"a": fp32, "b": small})) == {"not measured"}
+def test_other_precisions_devices_small_networks_and_few_calls_do_not_count() -> None:
+    fp32, small, cpu, few = (copy.deepcopy(KEPT["two"]) for _ in range(4))
+    fp32["precision"], small["parameters"], cpu["device"] = "float32", 1_000_000, "cpu"
+    assert set(outcomes({"a": fp32, "b": small, "c": cpu})) == {"not measured"}
     few["denoising_steps"], few["whole"]["back_to_back_ms"]["count"] = 4, 999
     found = {verdict.promise: verdict.outcome for verdict in verdicts({"a": few})}
     assert (found[SEVEN], found[SPREAD]) == ("PASS", "not measured")

@@ -9,8 +9,6 @@ how a chunk continues another one) and replayed with a single launch. `cuda_grap
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.engine.attention import AttentionChoice
+from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.keep_warm import KeepWarm, matrix_burst
@@ -34,7 +33,6 @@ from gr00t_fast.timing import StageTimer
 log = logging.getLogger(__name__)
 _CALLS_BEFORE_RECORDING = 3  # libraries choose kernels and allocate workspaces in their first calls, which a graph cannot hold
 _KEPT_RECORDINGS = 8  # each holds its own buffers and intermediate results, some 100 MB
-_COMPILERS = ("g++", "clang++", "c++")
 
 
 class Recording:
@@ -204,11 +202,12 @@ class CompiledEngine(CudaGraphEngine):
 
     name = "compiled"
     device_types = ("cuda", "cpu")
+    compiles = True
     _uncompiled: Stages | None = None
 
     def _make_stages(self) -> Stages:
-        if self.model.device.type == "cpu":
-            check_compiler()
+        if self.compiles:
+            check_compiler(self.name, self.model.device.type)
         self._uncompiled = laid_out_stages(self.model)
         return self._uncompiled.compiled()
 
@@ -221,14 +220,3 @@ class CompiledEngine(CudaGraphEngine):
         import torch._inductor.config as inductor
 
         return inductor.patch(freezing=True)
-
-
-def check_compiler() -> None:
-    """Raises ConfigError where Inductor would find no C++ compiler."""
-    named = os.environ.get("CXX")
-    if not any(shutil.which(compiler) for compiler in ((named,) if named else _COMPILERS)):
-        looked = f"CXX={named}" if named else ", ".join(_COMPILERS)
-        raise ConfigError(
-            f"engine 'compiled' needs a C++ compiler on a CPU, but there is none (looked for {looked}). "
-            "Install g++ or name yours with CXX=..., or use --engine=eager."
-        )

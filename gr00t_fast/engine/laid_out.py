@@ -16,6 +16,7 @@ Axis alphabet: I images, B batch, S prompt tokens, H horizon, A padded action wi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -162,13 +163,24 @@ def has_plain_weights(model: Gr00tN1d5) -> bool:
 
 
 def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer whose outputs are those of `linears` side by side; their weights become views of its weights."""
+    """One layer whose outputs are those of `linears` side by side; their weights become views of its weights, if they are not yet."""
     outputs = [linear.out_features for linear in linears]
-    weight = torch.cat([linear.weight for linear in linears])
+    weight = _side_by_side([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     for linear, part in zip(linears, weight.split(outputs), strict=True):
         linear.weight = nn.Parameter(part, requires_grad=False)
     return _linear(weight, bias)
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """(sum of rows, in): where they already lie like that, for another engine over the same model, that memory and no copy."""
+    first, row = weights[0], weights[0].stride(0) * weights[0].element_size()
+    ends = itertools.accumulate((weight.shape[0] * row for weight in weights), initial=first.data_ptr())
+    if all(weight.is_contiguous() and weight.data_ptr() == end for weight, end in zip(weights, ends, strict=False)):
+        storages = {weight.untyped_storage().data_ptr() for weight in weights}
+        if len(storages) == 1:
+            return first.detach().as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
+    return torch.cat(list(weights))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -41,7 +41,7 @@ class EightBitEngine(CompiledEngine):
         """frame_functions: what other engines over frames take after the model. `model` is not needed afterwards: drop it, and the 16-bit weights of
         the rounded layers are free. Raises EngineError for a GPU that lacks the format, or a calibration of another network."""
         check_gpu(calibration.format, model.device)
-        self.name, self._fuse, self._calibration = calibration.format, fuse, calibration
+        self.name, self.compiles, self._calibration = calibration.format, fuse, calibration
         super().__init__(rewritten(model, calibration.scales, Rounding(calibration.format, calibration.per_token)), *frame_functions)
 
     def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class EightBitEngine(CompiledEngine):
 
     def _make_stages(self) -> Stages:
         stages = super()._make_stages()  # compiled when they are first called
-        return stages if self._fuse else self._uncompiled
+        return stages if self.compiles else self._uncompiled
 
 
 class EightBitTwin(EagerEngine):
