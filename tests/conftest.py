@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 if "torch" in sys.modules:  # a plugin was faster
     sys.modules["torch"].set_num_threads(1)
+
+
+_SCHEDULING = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None  # Linux has it
 
 
 @functools.cache
@@ -34,6 +38,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a trained checkpoint: set GR00T_CHECKPOINT=DIR")
     if item.get_closest_marker("hardware") and not os.environ.get("SO100_PORT"):
         pytest.skip("moves a real SO-100: clear its surroundings and set SO100_PORT=/dev/ttyACM0")
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority() -> Iterator[None]:
+    """A test that leaves the process with a real-time priority makes later ones fail: whatever they wait for gets no processor."""
+    yield
+    if _SCHEDULING is not None and (left := os.sched_getscheduler(0)) != _SCHEDULING[0]:
+        os.sched_setscheduler(0, *_SCHEDULING)
+        pytest.fail(f"the test, or a fixture of its, left this thread with another scheduling policy ({left})")
 
 
 @pytest.fixture(scope="session")

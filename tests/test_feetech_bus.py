@@ -15,7 +15,6 @@ import time
 import tty
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -408,20 +407,6 @@ def test_the_simulated_arm_behind_the_servos() -> None:
 # Other masters
 
 
-@pytest.fixture
-def patient_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver waits 50 ms for an answer and asks once; a busy machine may leave this process without a processor for longer. For tests about what
-    is said on the line, not about how soon."""
-    feetech = pytest.importorskip("lerobot.motors.feetech.feetech")
-    usual = feetech.patch_setPacketTimeout
-
-    def patient(port: Any, length: int) -> None:
-        usual(port, length)
-        port.packet_timeout += 450
-
-    monkeypatch.setattr(feetech, "patch_setPacketTimeout", patient)
-
-
 def test_feetechs_own_sdk(bus: VirtualBus) -> None:
     scs = pytest.importorskip("scservo_sdk")
     port, packets = scs.PortHandler(bus.port), scs.PacketHandler(0)
@@ -449,7 +434,6 @@ def driver(bus: VirtualBus, tmp_path: Path) -> Iterator[object]:
         robot.bus.port_handler.closePort()
 
 
-@pytest.mark.usefixtures("patient_driver")
 def test_lerobot_connects_moves_and_lets_go(driver: object, bus: VirtualBus) -> None:
     assert set(bus.torque().values()) == {1}
     driver.send_action({f"{joint}.pos": 30.0 for joint in SO100_JOINTS})
@@ -459,7 +443,6 @@ def test_lerobot_connects_moves_and_lets_go(driver: object, bus: VirtualBus) -> 
     assert set(bus.torque().values()) == {0}
 
 
-@pytest.mark.usefixtures("patient_driver")
 def test_lerobot_calibrates(driver: object, bus: VirtualBus) -> None:
     driver.bus.disable_torque()
     bus.push("elbow_flex", 20)
@@ -470,7 +453,6 @@ def test_lerobot_calibrates(driver: object, bus: VirtualBus) -> None:
     assert driver.bus.broadcast_ping() == dict.fromkeys(range(1, 7), 777)
 
 
-@pytest.mark.usefixtures("patient_driver")
 def test_lerobot_gives_a_servo_its_id(tmp_path: Path) -> None:
     motors = pytest.importorskip("lerobot.motors")
     feetech = pytest.importorskip("lerobot.motors.feetech")
@@ -533,7 +515,6 @@ def send(control: Path, command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments], capture_output=True, text=True, timeout=20)
 
 
-@pytest.mark.usefixtures("patient_driver")
 def test_lerobot_connects_to_the_program_without_a_prompt(program: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scservo_sdk")
     package = pytest.importorskip("lerobot.robots.so_follower")

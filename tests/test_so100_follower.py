@@ -396,8 +396,7 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
 
 @pytest.fixture(scope="module")
 def camera_results(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Every camera scenario, from a process of its own (OpenCV looks for plugins once). Not beside other tests: the driver polls the line without
-    a pause, and two of them leave two processors no time for the servos' answers."""
+    """Every camera scenario, from a process of its own: OpenCV looks for plugins once."""
     cv2 = pytest.importorskip("cv2")
     if virtual_camera.compiler() is None or not sys.platform.startswith("linux") or not cv2.__version__.startswith("4."):
         pytest.skip("the virtual camera needs Linux, a C compiler and OpenCV 4")

@@ -12,6 +12,7 @@ were recorded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -95,7 +96,8 @@ def record(arguments: argparse.Namespace) -> int:
         for row in rows(simulation, resolution, arguments.noise_deg, rng):
             dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
         if simulation.success:
-            dataset.save_episode()
+            with usual_priority():
+                dataset.save_episode()
             layouts.append(layout)
         else:
             dataset.clear_episode_buffer()
@@ -103,6 +105,20 @@ def record(arguments: argparse.Namespace) -> int:
     write_modality(arguments.out)
     write_recording(arguments.out, arguments, layouts)
     return len(layouts)
+
+
+@contextlib.contextmanager
+def usual_priority() -> Iterator[None]:
+    """Run by root, as in many containers, the AV1 encoder (SVT-AV1) gives the thread that calls it a real-time priority above everything else, for
+    good; threads and programs that are started later inherit it, and nothing they wait for gets a processor while they are busy."""
+    if not hasattr(os, "sched_getscheduler"):  # Linux has it
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def main(argv: list[str] | None = None) -> int:
