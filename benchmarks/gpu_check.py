@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one command, on a machine where nothing can be installed: GPU tests, then the benchmarks.
 
     python -m benchmarks.gpu_check [--out DIR] [--size full] [--budget_s 470] [--only NAME,NAME]
+    python -m benchmarks.gpu_check --only=second --out DIR           # what the first run has no time for: kernels one by one, 8 bits, TensorRT
     python -m benchmarks.gpu_check --device=cpu --size=tiny          # a rehearsal of the steps, which shows that they run and nothing else
 
 Needs a Python with torch (CUDA), numpy, safetensors and opencv; this file itself uses the standard library only. What is missing is said
@@ -63,7 +64,12 @@ def _engines(*flags: str, checkpoint: Checkpoint = "one camera", needs_s: float 
     return Benchmark("benchmarks/bench_engines.py", ["--rounds=50", *flags], short, checkpoint, needs_s)
 
 
-_EIGHT_BIT = ("--beside", "eager", "cuda_graph", "--frames=64", "--trial_frames=8", "--rounds=50")
+_EIGHT_BIT = ("--beside", "eager", "cuda_graph", "--rounds=50")
+
+
+def _eight_bit_full(format: str, *steps: str) -> Benchmark:
+    return Benchmark("benchmarks/bench_eight_bit.py", (*_EIGHT_BIT, "--formats", format, "--denoising_steps", *steps), None, needs_s=90.0)
+
 
 # What matters most first: the last ones may be cut by the budget. Engines apart: what breaks one says nothing of the other.
 BENCHMARKS: dict[str, Benchmark] = {
@@ -81,12 +87,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "engines_compiled": _engines("--engines=eager,compiled", needs_s=60.0),
     "bench_policy": Benchmark("benchmarks/bench_policy.py", [], ["--rounds=2", "--warm_up=1"]),
     "kernels": Benchmark("benchmarks/bench_kernels.py", ["--no-engines"], ["--no-engines"], needs_s=60.0),
-    "eight_bit_trained": Benchmark("benchmarks/bench_eight_bit.py", _EIGHT_BIT, None, "trained", needs_s=90.0),
-    "eight_bit_full": Benchmark("benchmarks/bench_eight_bit.py", (*_EIGHT_BIT[:3], "--rounds=50", "--denoising_steps", "4", "2"), None, needs_s=90.0),
+    "eight_bit_trained": Benchmark("benchmarks/bench_eight_bit.py", (*_EIGHT_BIT, "--frames=64", "--trial_frames=8"), None, "trained", needs_s=90.0),
+    "eight_bit_full_fp8": _eight_bit_full("fp8", "4", "2"),
+    "eight_bit_full_int8": _eight_bit_full("int8", "4"),
     "tensorrt_run": Benchmark("benchmarks/bench_tensorrt_run.py", ["--rounds=100"], None, needs_s=90.0, takes_precision=False),
 }
-# A run has hardly time for these: `--only=kernels,eight_bit_trained,eight_bit_full,tensorrt_run` gives them one of their own.
-SECOND_RUN = ("kernels", "eight_bit_trained", "eight_bit_full", "tensorrt_run")
+# A run has hardly time for these: `--only=second` gives them one of their own.
+SECOND_RUN = ("kernels", "eight_bit_trained", "eight_bit_full_fp8", "eight_bit_full_int8", "tensorrt_run")
 TAKES_REFERENCE = ("bench_policy",)
 REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engines are timed
 NO_TESTS_COLLECTED = 5  # pytest's exit code
@@ -111,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     names = (TESTS, *BENCHMARKS)
     wanted = [name.strip() for name in options.only.split(",")] if options.only else list(names)
+    if wanted == ["second"]:
+        wanted = list(SECOND_RUN)
     if unknown := [name for name in wanted if name not in names]:
         print(f"error: --only names {', '.join(unknown)}. Expected some of: {', '.join(names)}.")
         return 2
@@ -126,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="full", help="random checkpoint to time, as in gr00t_fast.random_checkpoint")
     parser.add_argument("--budget_s", type=float, default=DEFAULT_BUDGET_S, help="seconds for everything")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the steps with few calls of the eager engine")
-    parser.add_argument("--only", default="", help=f"comma-separated steps: {TESTS}, {', '.join(BENCHMARKS)}")
+    parser.add_argument("--only", default="", help=f"comma-separated steps: {TESTS}, {', '.join(BENCHMARKS)}; `second`: {', '.join(SECOND_RUN)}")
     return parser
 
 

@@ -83,6 +83,13 @@ def test_every_command_is_understood_by_its_program(name: str, plan: gpu_check.P
     assert all(engine in ENGINES for engine in named)
 
 
+def test_the_second_run_is_what_the_first_has_no_time_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--device=cpu", "--only=second", "--budget_s=600", "--size=tiny", f"--out={tmp_path}"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [step["name"] for step in result["steps"]][: len(gpu_check.SECOND_RUN)] == list(gpu_check.SECOND_RUN)
+    assert {step["outcome"] for step in result["steps"][1:]} == {"not run"}, "eight bits and TensorRT need a GPU"
+
+
 def test_the_plan_fits_the_budget_up_to_compilation() -> None:
     later = {"bench_policy", *gpu_check.SECOND_RUN}
     needed = [benchmark.needs_s for name, benchmark in gpu_check.BENCHMARKS.items() if "compiled" not in name and name not in later]
