@@ -1,6 +1,7 @@
 # Each target makes .venv and installs what it needs; a second run installs nothing. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 OUT ?= outputs/gpu_check
+GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml constraints.txt
@@ -45,10 +46,12 @@ bench: .venv/.dev
 
 gpu-check:
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-		$(PYTHON) -m benchmarks.gpu_check --out="$(OUT)"; \
+		$(PYTHON) -m benchmarks.gpu_check --out="$(OUT)" $(GPU_CHECK_FLAGS); \
+	elif ! nvidia-smi -L 2>/dev/null; then \
+		echo "error: nvidia-smi finds no GPU here: look at the driver. Without a GPU: python -m benchmarks.gpu_check --device=cpu --size=tiny"; exit 1; \
 	else \
 		echo "$(PYTHON) has no torch with a CUDA GPU; using .venv" && \
-		$(MAKE) .venv/.dev && $(BIN)/python -m benchmarks.gpu_check --out="$(OUT)"; \
+		$(MAKE) .venv/.dev && $(BIN)/python -m benchmarks.gpu_check --out="$(OUT)" $(GPU_CHECK_FLAGS); \
 	fi
 
 clean:

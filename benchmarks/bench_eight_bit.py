@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from export import calibrate
 from gr00t_fast.engine import select_device
 from gr00t_fast.engine.eight_bit import FORMATS, check_gpu
 from gr00t_fast.errors import ConfigError, EngineError
+from gr00t_fast.export.observations import MIN_FRAMES
 
+_RANDOM_FRAMES = 16
+_CALIBRATED_WITH = ("calibration", "frames", "trial_frames", "seed", "denoising_steps", "embodiment_tag", "data_config")
 _BESIDE = ("eager", "cuda_graph", "compiled")
 
 
@@ -38,6 +42,7 @@ def run(arguments: argparse.Namespace) -> Result:
             refused[format] = str(error)
     if not usable:
         raise ConfigError(" ".join(refused.values()))
+    arguments = with_defaults(arguments)
     path = checkpoint_of(arguments, arguments.size)
     directories = {format: calibrated(format, path, arguments) for format in usable}
     given = {"model_path": path, "engines": ",".join((*arguments.beside, *usable)), "calibration": directories, "skip": "", "processor_path": None}
@@ -45,16 +50,27 @@ def run(arguments: argparse.Namespace) -> Result:
     return {**result, "benchmark": "bench_eight_bit", "calibrated_with": arguments.calibration, "refused": result["refused"] | refused}
 
 
+def with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    """As export/calibrate.py where there is a data set to calibrate with. Random frames tell speed and little else, so few will do."""
+    random = arguments.calibration.startswith("random:")
+    usual = {"frames": _RANDOM_FRAMES if random else MIN_FRAMES, "trial_frames": 0 if random else 8}
+    chosen = {name: value if getattr(arguments, name) is None else getattr(arguments, name) for name, value in usual.items()}
+    return argparse.Namespace(**vars(arguments) | chosen | {"allow_few": arguments.allow_few or random})
+
+
 def calibrated(format: str, path: Path, arguments: argparse.Namespace) -> Path:
-    """Directory of the calibration, made when it is not there. Raises Gr00tFastError."""
-    out = arguments.out / f"calibration-{format}"
-    if (out / "manifest.json").is_file():
-        return out  # a stale one is refused when it is opened
+    """Directory of the calibration, made when there is none with these settings. Raises Gr00tFastError."""
+    out, settings = arguments.out / f"calibration-{format}", {name: getattr(arguments, name) for name in _CALIBRATED_WITH}
+    asked = out.with_suffix(".json")  # beside it: what it was made with
+    if (out / "manifest.json").is_file() and asked.is_file() and json.loads(asked.read_text()) == settings:
+        return out  # one of other weights is refused when it is opened
     steps = ["--denoising_steps", *map(str, arguments.denoising_steps)] if arguments.denoising_steps else []
     flags = [f"--{name}={getattr(arguments, name)}" for name in ("embodiment_tag", "data_config", "calibration", "frames", "device", "trial_frames")]
-    given = [f"--model_path={path}", f"--format={format}", f"--out={out}", "--allow_few", f"--seed={arguments.seed}", *flags, *steps]
+    few = ["--allow_few"] if arguments.allow_few else []
+    given = [f"--model_path={path}", f"--format={format}", f"--out={out}", "--overwrite", f"--seed={arguments.seed}", *few, *flags, *steps]
     with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout is ours
         calibrate.run(calibrate.parser().parse_args(given))
+    asked.write_text(json.dumps(settings))
     return out
 
 
@@ -71,10 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--beside", nargs="*", default=list(_BESIDE), help="engines to compare with")
     parser.add_argument("--calibration", default="random:0", help="as in export/calibrate.py")
-    parser.add_argument("--frames", type=int, default=16, help="to calibrate with")
-    parser.add_argument("--trial_frames", type=int, default=0, help="frames that decide which layers stay in 16 bits; 0: none does")
+    parser.add_argument("--frames", type=int, help=f"to calibrate with; default: {MIN_FRAMES} of a data set, {_RANDOM_FRAMES} random ones")
+    parser.add_argument("--trial_frames", type=int, help="frames that decide which layers stay in 16 bits; default: 8 of a data set, else none")
+    parser.add_argument("--allow_few", action="store_true", help="calibrate with fewer frames or episodes of a data set than it takes")
     parser.add_argument("--denoising_steps", type=int, nargs="+", help="step counts; default: the checkpoint's own")
-    parser.add_argument("--observations", type=int, default=100, help="for the error")
+    bench_engines.add_dataset_flags(parser)
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each engine")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", help="of the 16-bit engines")

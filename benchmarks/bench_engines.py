@@ -1,6 +1,7 @@
 """Every engine over the torch model against the plain one: how far its actions are off, in degrees, and how long it takes, side by side.
 
     python benchmarks/bench_engines.py --model_path=DIR --device=cuda
+    python benchmarks/bench_engines.py --model_path=DIR --device=cuda --dataset=./my-lerobot-dataset      # errors on what your arm saw
     python benchmarks/bench_engines.py --size=full --device=cpu --threads=2 --engines=eager,compiled --rounds=10 --observations=4
 
 First eager in fp32 answers all observations: the truth. Then the engines, which share one copy of the weights, answer the same observations with the
@@ -27,6 +28,7 @@ import torch
 from benchmarks.program import checkpoint_of, finish, provenance, show_progress
 from benchmarks.random_observations import random_noise, random_observations
 from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import CALIBRATED, ENGINES, Engine, check_engine, make_engine, select_device, select_precision
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError
@@ -69,7 +71,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": precision,
         "eight_bit": [name for name in policies if name in CALIBRATED],
         "cameras": len(next(iter(policies.values())).facts.resolutions),
-        "observations": arguments.observations,
+        "observations": len(truth),
+        "of": Path(arguments.dataset).name if arguments.dataset else "random pictures and joints",
         "rounds": arguments.rounds,
         "error_deg": errors,
         "within_limit": {name: within_limit(name, errors, precision) for name in errors},
@@ -144,8 +147,18 @@ def true_actions(path: Path, arguments: argparse.Namespace) -> list[Actions]:
     return _answers(policy, arguments)
 
 
+def observations_of(policy: Gr00tPolicy, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Of --dataset, spread over its episodes, or random pictures and joints. Raises ConfigError for a data set of another robot."""
+    if arguments.dataset is None:
+        return random_observations(policy, arguments.seed, arguments.observations)
+    from gr00t_fast.export.observations import draw, open_frames, read
+
+    frames = open_frames(arguments.dataset, load_data_config(arguments.data_config), policy.facts, arguments.camera_map)
+    return list(read(frames, draw(frames, arguments.observations, arguments.seed, allow_few=True), policy.facts))
+
+
 def _answers(policy: Gr00tPolicy, arguments: argparse.Namespace) -> list[Actions]:
-    observations = random_observations(policy, arguments.seed, arguments.observations)
+    observations = observations_of(policy, arguments)
     found = []
     for index, observation in enumerate(observations):
         found.append(policy.get_action(observation, noise=random_noise(policy, arguments.seed + index)))
@@ -211,7 +224,8 @@ def ratios(times: Mapping[str, list[float]], of: str) -> dict[str, dict[str, flo
 
 
 def as_table(result: dict[str, Any]) -> str:
-    rows = [f"{'engine':<12} {'error p50':>10} {'p99':>9} {'max':>9}  limit (joint units, {result['observations']} observations, against eager fp32)"]
+    compared = f"joint units, {result['observations']} observations of {result['of']}, against eager fp32"
+    rows = [f"{'engine':<12} {'error p50':>10} {'p99':>9} {'max':>9}  limit ({compared})"]
     for name, e in result["error_deg"].items():
         verdict = "kept" if result["within_limit"][name] else "EXCEEDED"
         rows.append(f"{name:<12} {e['p50']:>10.4f} {e['p99']:>9.4f} {e['max']:>9.4f}  {verdict}")
@@ -240,6 +254,23 @@ def _calibrations(text: str) -> dict[str, Path]:
     return found
 
 
+def add_dataset_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--observations", type=int, default=100, help="for the error")
+    parser.add_argument("--dataset", help="a LeRobotDataset or recordings directory to take them from, instead of random pictures and joints")
+    parser.add_argument(
+        "--camera_map", type=_camera_map, default={}, help='which camera of the data set is which of the checkpoint: "{front: webcam}"'
+    )
+
+
+def _camera_map(text: str) -> dict[str, str]:
+    import yaml  # a bare GPU machine has none, and needs none without this flag
+
+    found = yaml.safe_load(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'expected a mapping, e.g. "{{front: webcam}}", got {text}')
+    return found
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of --size is made in --out")
@@ -251,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip", default="", help="comma-separated engines to leave out of that default")
     parser.add_argument("--calibration", type=_calibrations, default={}, metavar="fp8=DIR,int8=DIR", help="engines with files of their own")
     parser.add_argument("--denoising_steps", type=int, nargs="*", help="step counts to time; default: the checkpoint's own")
-    parser.add_argument("--observations", type=int, default=100, help="for the error")
+    add_dataset_flags(parser)
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each engine")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch
 
-from benchmarks.bench_engines import action_error, ratios, take_turns, true_actions
+from benchmarks.bench_engines import action_error, add_dataset_flags, ratios, take_turns, true_actions
 from benchmarks.program import Result, checkpoint_of, finish, provenance
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Result:
     return {
         "benchmark": "bench_tensorrt_run",
         "regime": "whole calls, batch 1, camera frame in host memory to joint targets in host memory",
-        "protocol": f"{arguments.rounds} rounds, arms in random order; errors over {arguments.observations} observations against eager fp32",
+        "protocol": f"{arguments.rounds} rounds, arms in random order; errors over {len(truth)} observations against eager fp32",
         "network": path.name,
         "capability": capability,
         "libraries": library.installed(),
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--build", nargs="+", choices=tuple(PRECISIONS), default=["fp16"], help="what to build when no --engines are given")
     parser.add_argument("--builder", choices=("auto", *library.BUILDERS), default="auto")
-    parser.add_argument("--observations", type=int, default=100, help="for the error")
+    add_dataset_flags(parser)
     parser.add_argument("--rounds", type=int, default=200, help="timed calls of each arm")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,8 +125,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     plan = Plan(wanted, options.device, options.size, options.out.resolve(), time.monotonic() + options.budget_s)
     plan.out.mkdir(parents=True, exist_ok=True)
-    steps = run_all(plan)
-    return report(steps, {"gpu": gpu, "python": platform.python_version(), "packages": versions()}, plan.out)
+    steps: list[Step] = []
+    stopped = False
+    try:
+        for step in run_all(plan):
+            steps.append(step)
+    except KeyboardInterrupt:
+        stopped = True
+        print("\ninterrupted: what ran until now", flush=True)
+    code = report(steps, {"gpu": gpu, "python": platform.python_version(), "packages": versions()}, plan.out)
+    return 130 if stopped else code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,7 +185,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def run_all(plan: Plan) -> list[Step]:
+def run_all(plan: Plan) -> Iterator[Step]:
     """Tests while the checkpoint is being written, which needs no GPU; then one benchmark at a time. The checkpoint is kept out of `out`: at full
     size it has 4.7 GB, and what is in `out` may be copied."""
     with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as directory:
@@ -185,20 +193,27 @@ def run_all(plan: Plan) -> list[Step]:
         checkpoints = {"one camera": random, "two cameras": random.with_name(f"{random.name}-2"), "trained": TRAINED}
         needed = {BENCHMARKS[name].checkpoint for name in plan.wanted if name in BENCHMARKS}
         writer = Writer(plan, checkpoints) if needed - {"trained"} else None
-        steps = run_tests(plan.out, min(plan.deadline, time.monotonic() + _TESTS_LIMIT_S)) if TESTS in plan.wanted else []
-        failed = writer.wait() if writer else None
+        try:
+            if TESTS in plan.wanted:
+                yield from run_tests(plan.out, min(plan.deadline, time.monotonic() + _TESTS_LIMIT_S))
+            failed = writer.wait() if writer else None
+        finally:
+            if writer:
+                writer.stop()
         if failed is not None:
-            return [*steps, failed]
+            yield failed
+            return
         for name in (name for name in BENCHMARKS if name in plan.wanted):
             left_s = plan.deadline - time.monotonic()
             if plan.device == "cpu" and BENCHMARKS[name].rehearsal is None:
-                steps.append(Step(name, "not run", 0.0, "needs a GPU"))
+                yield Step(name, "not run", 0.0, "needs a GPU")
             elif left_s < BENCHMARKS[name].needs_s and plan.device == "cuda":
-                steps.append(Step(name, "not run", 0.0, f"{left_s:.0f} s of --budget_s are left; it needs {BENCHMARKS[name].needs_s:.0f}"))
+                yield Step(name, "not run", 0.0, f"{left_s:.0f} s of --budget_s are left; it needs {BENCHMARKS[name].needs_s:.0f}")
             else:
-                steps.append(run_benchmark(name, command_of(name, plan, checkpoints), plan.out, plan.deadline))
+                yield run_benchmark(name, command_of(name, plan, checkpoints), plan.out, plan.deadline)
     missing = [name for name, is_there in plan.packages.items() if not is_there]
-    return [*steps, Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")] if missing else steps
+    if missing:
+        yield Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")
 
 
 def command_of(name: str, plan: Plan, checkpoints: Mapping[str, Path]) -> list[str]:
@@ -240,6 +255,11 @@ class Writer:
         self._share_weights()
         return None
 
+    def stop(self) -> None:
+        """Nothing goes on writing."""
+        self._process.kill()
+        self._process.wait()
+
     def _share_weights(self) -> None:
         """Of the small checkpoint only what it says about cameras stays."""
         for file in self._two.glob("*.*"):
@@ -250,19 +270,18 @@ class Writer:
             (self._two / file.relative_to(self._one)).symlink_to(file)
 
 
-def run_tests(out: Path, deadline: float) -> list[Step]:
+def run_tests(out: Path, deadline: float) -> Iterator[Step]:
     """The tests marked `gpu`, each file in a process of its own: one that hangs or breaks the GPU's context hides no other. Only files that have
     some are collected: others import packages that a bare machine lacks."""
     if importlib.util.find_spec("pytest") is None:
-        return [Step(TESTS, "not run", 0.0, "pytest is not installed for this Python")]
+        yield Step(TESTS, "not run", 0.0, "pytest is not installed for this Python")
+        return
     files = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text("utf-8")]
     if not files:
-        return [Step(TESTS, "not run", 0.0, "no test is marked gpu")]
-    steps = []
-    for later, file in reversed(list(enumerate(sorted(files, key=_importance, reverse=True)))):
-        limit = max(deadline - later * _LEAST_FOR_A_FILE_S, time.monotonic() + 1.0)
-        steps.append(run_test_file(file, out / f"{file.stem}.log", limit))
-    return steps
+        yield Step(TESTS, "not run", 0.0, "no test is marked gpu")
+    for number, file in enumerate(sorted(files, key=_importance), start=1):
+        limit = max(deadline - (len(files) - number) * _LEAST_FOR_A_FILE_S, time.monotonic() + 1.0)
+        yield run_test_file(file, out / f"{file.stem}.log", limit)
 
 
 def _importance(file: Path) -> tuple[int, str]:
@@ -300,6 +319,7 @@ def run_benchmark(name: str, command: Sequence[str], out: Path, deadline: float)
 def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float, list[str]]:
     """(exit code, seconds, non-empty lines of output). Output goes to `log` and is shown at the end; code -1 when the time was up."""
     start = time.monotonic()
+    print(f"--- {log.stem}: up to {max(deadline - start, 0.0):.0f} s, output in {log}", flush=True)
     with log.open("w", encoding="utf-8") as file:
         try:
             limit_s = max(deadline - start, 1.0)
@@ -321,7 +341,7 @@ def report(steps: Sequence[Step], machine: dict[str, Any], out: Path) -> int:
     rows = [f"{step.name:<24} {step.outcome:<8} {step.seconds:7.1f} s  {step.detail[:100]}" for step in steps]
     promises = verdicts({step.name: step.result for step in steps})
     head = f"{machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
-    table = "\n".join([head, *rows, "", *(verdict.line() for verdict in promises)]) + "\n"
+    table = "\n".join([head, *rows, "", "what is promised of an H200:", *(verdict.line() for verdict in promises)]) + "\n"
     result = {"machine": machine, "promises": [asdict(verdict) for verdict in promises], "steps": [asdict(step) for step in steps]}
     (out / "result.txt").write_text(table, encoding="utf-8")
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

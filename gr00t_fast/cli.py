@@ -52,7 +52,7 @@ class RunConfig:
     action_horizon: int | None = None  # actions executed per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # way to run the network: eager, or an export with onnxruntime and its like
+    engine: str = "auto"  # auto is eager; cuda_graph, compiled, triton; fp8, int8, onnxruntime, openvino and tensorrt need files (README)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     keep_warm: bool = False  # CUDA graphs: keep the GPU's clocks up between inferences, for electricity
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable

@@ -35,6 +35,27 @@ def test_a_named_engine_that_cannot_run_is_an_error_and_an_unnamed_one_a_line(tm
     assert list(result["error_deg"]) == ["eager"]
 
 
+def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "seen").mkdir()
+    example = load_policy(TRAINED, device="cpu", precision="fp32", engine="eager").example_observation()
+    rng, rows = np.random.default_rng(0), {}
+    for key, value in example.items():
+        if key.startswith("video."):
+            rows[key] = rng.integers(0, 256, (5, *value.shape[1:]), dtype=np.uint8)
+        elif key.startswith("state."):
+            rows[key] = np.repeat(value, 5, axis=0)
+        else:
+            rows[key] = np.array(["reach the block"] * 5)
+    np.savez(tmp_path / "seen" / "000.npz", **rows)
+    flags = ["--engines=eager", "--device=cpu", "--precision=fp32", "--rounds=1", f"--dataset={tmp_path / 'seen'}"]
+    assert bench_engines.main([f"--model_path={TRAINED}", f"--out={tmp_path}", *flags]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["observations"], result["of"]) == (5, "seen")
+    flags[-1] = f"--dataset={tmp_path / 'nowhere'}"
+    assert bench_engines.main([f"--model_path={TRAINED}", f"--out={tmp_path}", *flags]) == 1
+    assert "neither a LeRobotDataset" in capsys.readouterr().err
+
+
 def test_limits() -> None:
     errors = {"eager": {"p99": 0.4}, "cuda_graph": {"p99": 0.49}, "fp8": {"p99": 1.4}, "bad": {"p99": float("nan")}}
     assert [bench_engines.within_limit(name, errors, "bf16") for name in errors] == [True, True, True, False]

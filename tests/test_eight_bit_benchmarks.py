@@ -98,11 +98,25 @@ def test_the_library_is_chosen_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_calibration_is_made_once(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = bench_eight_bit._parser().parse_args(["--frames=2", "--device=cpu", f"--out={tmp_path}"])
-    made = bench_eight_bit.calibrated("int8", checkpoint, arguments)
-    stamp = (made / "manifest.json").stat().st_mtime_ns
-    assert bench_eight_bit.calibrated("int8", checkpoint, arguments) == made
-    assert (made / "manifest.json").stat().st_mtime_ns == stamp
+    def calibrated(*flags: str) -> Path:
+        arguments = bench_eight_bit._parser().parse_args(["--frames=2", "--device=cpu", f"--out={tmp_path}", *flags])
+        return bench_eight_bit.calibrated("int8", checkpoint, bench_eight_bit.with_defaults(arguments)) / "manifest.json"
+
+    stamp = calibrated().stat().st_mtime_ns
+    assert calibrated().stat().st_mtime_ns == stamp
+    other = calibrated("--calibration=random:1")
+    assert other.stat().st_mtime_ns != stamp, "with other settings it is made again"
+    assert json.loads(other.read_text())["quantisation"]["calibration"]["source"] == "random:1"
+
+
+def test_with_a_data_set_calibration_is_as_careful_as_the_engines_own(tmp_path: Path) -> None:
+    def chosen(*flags: str) -> tuple:
+        found = bench_eight_bit.with_defaults(bench_eight_bit._parser().parse_args(flags))
+        return found.frames, found.trial_frames, found.allow_few
+
+    assert chosen() == (16, 0, True)
+    assert chosen(f"--calibration={tmp_path}") == (128, 8, False)
+    assert chosen(f"--calibration={tmp_path}", "--frames=3", "--trial_frames=0", "--allow_few") == (3, 0, True)
 
 
 def test_accuracy_is_told_for_every_part(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,10 +144,22 @@ def test_tests_run_file_by_file_and_one_that_hangs_hides_no_other(tmp_path: Path
     (tests / "test_plain.py").write_text("import no_such_package\n")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "_LEAST_FOR_A_FILE_S", 20.0)
-    steps = gpu_check.run_tests(tmp_path, time.monotonic() + 62.0)
+    steps = list(gpu_check.run_tests(tmp_path, time.monotonic() + 62.0))
     expected = {"gpu_graph": "failed", "gpu_a": "failed", "gpu_b": "passed", "gpu_c": "not run"}
     assert {step.name.removeprefix("gpu tests: "): step.outcome for step in steps} == expected
     assert "the time was up" in steps[0].detail
+
+
+def test_an_interrupt_leaves_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, *_: object) -> Step:
+        if name != "engines_trained":
+            raise KeyboardInterrupt
+        return Step(name, "passed", 1.0, "", {})
+
+    monkeypatch.setattr(gpu_check, "run_benchmark", run)
+    assert gpu_check.main(["--device=cpu", "--size=tiny", f"--out={tmp_path}", "--only=engines_trained,stages_graph"]) == 130
+    assert [step["name"] for step in json.loads((tmp_path / "result.json").read_text())["steps"]] == ["engines_trained"]
+    assert "interrupted" in capsys.readouterr().out
 
 
 def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class ServeConfig:
     action_horizon: int | None = None  # actions returned per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # way to run the network: eager, or an export with onnxruntime and its like
+    engine: str = "auto"  # auto is eager; cuda_graph, compiled, triton; fp8, int8, onnxruntime, openvino and tensorrt need files (README)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's server puts around the instruction
