@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -276,3 +279,32 @@ def test_the_command_in_small_goes_on_and_says_what_it_is(tmp_path: Path, monkey
     assert set(kept["expert"][0]) == set(asdict(Outcome(0, None, None)))
     assert place_state.main([*arguments, "--rate=0.5"]) == 1
     assert "another run" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_training_says_where_and_is_no_result(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(place_episodes, "SHARD", 3)
+    monkeypatch.setattr(place_state, "_HELD_OUT", 3)
+    step = PlaceRun.step
+
+    def step_and_ctrl_c(run: PlaceRun) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(run)
+
+    monkeypatch.setattr(PlaceRun, "step", step_and_ctrl_c)
+    arguments = [f"--out={tmp_path}", "--episodes=3", "--steps=4", "--batch=8", "--trials=2", "--processes=1"]
+    assert place_state.main(arguments) == 130
+    assert "stopped by SIGINT at step 1 of 4; the same command goes on from there" in capsys.readouterr().err
+    assert (tmp_path / "state.pt").exists()
+    assert not (tmp_path / "place_state.json").exists()
+
+
+def test_ctrl_c_while_processes_demonstrate_ends_them(tmp_path: Path) -> None:
+    """A shard takes seconds; the processes are not asked to finish theirs, and say nothing."""
+    shards = write_shards(tmp_path, 10 * place_episodes.SHARD, 1, 2)
+    assert next(shards) == 0
+    next(shards)
+    with pytest.raises(KeyboardInterrupt):
+        shards.throw(KeyboardInterrupt())
+    assert multiprocessing.active_children() == []
+    assert len(list(tmp_path.glob("*.npz"))) < 10
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

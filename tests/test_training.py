@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -19,13 +18,12 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots.so100_sim.kinematics import GraspKinematics
 from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
-from training import record, train
 from training.data import TrainingSet, metadata_of
 from training.flow import BlockFinder, draw_times, item_tables, repeat_items
 from training.labels import GRIPPER, HORIZON, expert_chunk, waypoints
 from training.network import INSTRUCTIONS, small_tokenizer
 from training.run import Options
-from training.samples import FIRST_LAYOUT_SEED, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees, load_samples, write_shards
+from training.samples import FIRST_LAYOUT_SEED, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees
 from training.session import StopRequest
 from training.trainer import Trainer
 
@@ -110,31 +108,6 @@ def test_the_block_is_where_the_sample_says(samples: Samples) -> None:
         offsets.append(np.abs((np.array([columns.mean(), rows.mean()]) + 0.5) - samples.block[index] * IMAGE_SIZE).max())
     assert np.median(offsets) < 1.5  # pixels
     assert max(offsets) < 7, "half a patch: a finger may hide a part of the block"
-
-
-def test_shards_are_continued_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.samples._SHARD", 2)
-
-    class Counter:
-        done = 0
-
-        def update(self, count: int) -> None:
-            self.done += count
-
-    write_shards(tmp_path, 5, 1, counter := Counter())
-    assert counter.done == 5
-    first = (tmp_path / "shard_0000.npz").stat().st_mtime_ns
-    (tmp_path / "shard_0001.npz").unlink()
-    whole = load_samples([tmp_path])
-    write_shards(tmp_path, 5, 1, Counter())
-    assert (tmp_path / "shard_0000.npz").stat().st_mtime_ns == first
-    assert len(whole) == 3
-    assert len(load_samples([tmp_path])) == 5
-
-
-def test_no_samples_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"samples\.py"):
-        load_samples([tmp_path])
 
 
 # --- the loss ----------------------------------------------------------------------------------------------------------------------------
@@ -248,23 +221,6 @@ def test_ctrl_c_is_noted_and_not_raised() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_command_stops_continues_and_leaves_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("training.samples._SHARD", 16)
-    write_shards(tmp_path / "samples", 16, 1, type("Silent", (), {"update": lambda self, count: None})())
-    common = [f"--samples={tmp_path / 'samples'}", f"--held_out={tmp_path / 'samples'}", f"--out={tmp_path / 'run'}"]
-    common += ["--steps=4", "--batch=8", "--check_every=2", "--device=cpu"]
-    assert train.main([*common, "--minutes=1e-6"]) == 0
-    first = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (first["steps"], first["stopped_by"]) == (1, "--minutes=1e-06")
-    assert train.main(common) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (last["steps"], last["stopped_by"]) == (4, "the last step")
-    assert [row.split(",")[0] for row in (tmp_path / "run" / "loss.csv").read_text().splitlines()] == ["step", "1", "2", "4"]
-    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
-    assert train.main([*common, "--seed=1"]) == 1
-    assert "another run" in capsys.readouterr().err
-
-
 # --- the checkpoint ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -366,29 +322,3 @@ def test_the_shipped_network_is_small_and_reaches_the_block(shipped) -> None:
 def test_the_shipped_network_needs_its_eyes(shipped) -> None:
     outcomes = reach_for_still_blocks(SeesGrey(shipped), (HORIZON, 32), range(4))
     assert sum(outcome.solved_s is not None for outcome in outcomes) <= 1, outcomes
-
-
-# --- data sets ---------------------------------------------------------------------------------------------------------------------------
-
-
-def test_disturbances_move_the_arm_and_not_the_labels() -> None:
-    calm, rough = (list(record.rows(Simulation("reach", 3), (32, 24), noise, np.random.default_rng(0))) for noise in (0.0, 3.0))
-    np.testing.assert_array_equal(calm[0]["action"], rough[0]["action"])
-    assert np.abs(calm[5]["observation.state"] - rough[5]["observation.state"]).max() > 0.5
-
-
-def test_a_recorded_data_set_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lerobot")
-    out = tmp_path / "demonstrations"
-    assert record.main([f"--out={out}", "--episodes=2", "--resolution", "64", "48"]) == 0
-    assert record.main([f"--out={out}", "--episodes=2"]) == 1
-    assert "there already" in capsys.readouterr().err
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    data = LeRobotDataset("local/demonstrations", root=out, video_backend="pyav")
-    assert (data.num_episodes, data.fps) == (2, 30)
-    row = data[0]
-    np.testing.assert_allclose(row["observation.state"].numpy(), HOME_DEG, atol=1e-4)
-    assert row["observation.images.front"].shape == (3, 48, 64)
-    assert row["task"] == "Reach the block"
-    assert json.loads((out / "meta" / "modality.json").read_text())["video"]["webcam"]["original_key"] == "observation.images.front"

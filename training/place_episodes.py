@@ -8,11 +8,13 @@ the block falls, the script begins again, and those ticks stay in: they show how
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,26 @@ def _in_processes(jobs: list[tuple[Path, int, int, int]], processes: int) -> Ite
         yield from map(_write_shard, jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_write_shard, jobs)
+        with (
+            _interrupts_ignored()
+        ):  # by the processes that are started here, for good: a terminal's Ctrl-C goes to all, and each would print its traceback
+            shards = [pool.submit(_write_shard, job) for job in jobs]
+        try:
+            for shard in shards:
+                yield shard.result()
+        except BaseException:
+            for process in active_children():  # otherwise the pool waits for the shards that have begun; cancelled ones would confuse it
+                process.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write_shard(job: tuple[Path, int, int, int]) -> None:

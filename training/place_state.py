@@ -1,10 +1,10 @@
 """Put the block into the bowl with GR00T N1.5's action head, told where things are: a study of denoising steps and horizons without a GPU.
 
     python training/place_state.py --out=outputs/place_state --trials=1000                          # full
-    python training/place_state.py --out=outputs/place_small --episodes=200 --steps=250 --trials=20 # small: 2 to 3 minutes on two idle cores
+    python training/place_state.py --out=outputs/place_small --episodes=200 --steps=250 --trials=20 # small
     python training/place_state.py --out=outputs/place_tiny --episodes=50 --steps=20 --trials=4 --max_ticks=40 --denoising_steps 2 --horizons 8
 
-The full one takes 13 CPU minutes to train, 4 for the demonstrations and 15 to evaluate.
+Training of the full one took 34 minutes of wall time on one thread of a CPU (`training` and `machine` in benchmarks/results/place_state.json).
 Three parts, each of which goes on where the same command was stopped: demonstrations of the scripted expert with the arm disturbed
 (place_episodes.py), training with the flow-matching loss (place_network.py), and episodes in closed loop on layouts that training never saw
 (place_trial.py), as many actions executed per inference as each of --horizons says. The network is the action head of gr00t_fast.model; instead of
@@ -34,7 +34,7 @@ from training.place_report import as_table, plot
 from training.place_trial import MAX_TICKS, Outcome, PlaceTrials, expert_outcomes, paired, summary
 from training.run import Options
 from training.samples import FIRST_LAYOUT_SEED
-from training.session import Log, pursue
+from training.session import Log, load_undisturbed, pursue, stopped_from_outside
 
 _COLUMNS = ("flow", "gradient_norm", "rate", "held_out_flow", "action_error_deg")
 PUBLISHED_STEPS = 4  # denoising steps of the published checkpoint
@@ -51,17 +51,18 @@ def episodes_of(folder: Path, count: int, seed: int, processes: int) -> Episodes
 
 
 def train(arguments: argparse.Namespace, run: PlaceRun) -> dict[str, Any]:
-    """To the last step, or as far as --minutes allow. Raises ConfigError when somebody stopped it: an evaluation would tell nothing."""
+    """To the last step, or as far as --minutes allow. Raises KeyboardInterrupt when somebody stopped it: an evaluation would tell nothing."""
     held_out = episodes_of(arguments.out / "held_out", _HELD_OUT, _HELD_OUT_SEED, 1)
     state = arguments.out / "state.pt"
     if state.exists():
         run.load(state)
     log = Log(arguments.out / "loss.csv", run.steps_done, _COLUMNS)
     reason = pursue(run, log, lambda: run.check(held_out), state, arguments.minutes, arguments.check_every, save_minutes=2)
-    if reason.startswith("SIG"):
-        raise ConfigError(f"stopped by {reason} at step {run.steps_done} of {run.options.steps}. The same command goes on from there.")
+    if stopped_from_outside(reason):
+        print(f"stopped by {reason} at step {run.steps_done} of {run.options.steps}; the same command goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
     log.plot(arguments.out / "loss.png")
-    return {"stopped_by": reason, **{name: float(value) for name, value in log.rows[-1].items() if value}, "steps": run.steps_done}
+    return {"stopped_by": reason, **log.last(), "steps": run.steps_done}
 
 
 def evaluate(arguments: argparse.Namespace, run: PlaceRun) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def settings_of(played: dict[tuple[int, int], list[Outcome]]) -> list[dict[str, 
 
 def study(arguments: argparse.Namespace) -> Result:
     check(arguments)
+    load_undisturbed("mujoco", "sim")
     episodes = episodes_of(arguments.out / "episodes", arguments.episodes, arguments.seed, arguments.processes)
     options = Options(arguments.steps, arguments.batch, 1, arguments.rate, arguments.decay, arguments.seed)
     run = PlaceRun(episodes, options)

@@ -6,7 +6,7 @@ For tools that read data sets (lerobot's training, a dry run of a policy on reco
 (`observation.state`), the frame of the front camera, and the target that the expert wanted at that tick (`action`). What was sent is that target plus
 a drift that changes at every tick (`--noise_deg`, 0.5 by default), so that states off the expert's way are recorded too; with `--noise_deg=0` the
 target itself was sent. `meta/modality.json` names the parts as NVIDIA's data configuration `so100` does; `meta/recording.json` says which layouts
-were recorded.
+were recorded. The directory appears when the data set is whole: an interrupt or a failure leaves nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -25,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import ConfigError, attempt
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.expert import expert
 from gr00t_fast.robots.so100_sim.scene import Task
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 from training.labels import FPS, GRIPPER
 from training.samples import FIRST_LAYOUT_SEED, RESOLUTION
+from training.session import StopRequest
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 RECORDING = "meta/recording.json"
@@ -53,9 +55,7 @@ def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, 
 
 
 def create(out: Path, resolution: tuple[int, int]) -> Any:
-    """An empty LeRobotDataset in `out`. Raises ConfigError when that is there already, MissingExtraError without lerobot."""
-    if out.exists():
-        raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
+    """An empty LeRobotDataset in `out`, which must not be there. Raises MissingExtraError without lerobot."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
     joints = {"dtype": "float32", "shape": (len(SO100_JOINTS),), "names": [f"{joint}.pos" for joint in SO100_JOINTS]}
     picture = {"dtype": "video", "shape": (resolution[1], resolution[0], 3), "names": ["height", "width", "channels"]}
@@ -86,25 +86,63 @@ def first_layout(arguments: argparse.Namespace) -> int:
 
 
 def record(arguments: argparse.Namespace) -> int:
-    """Returns how many episodes were written; those in which the expert fails are left out."""
-    resolution = tuple(arguments.resolution)
-    dataset, simulation = create(arguments.out, resolution), Simulation(arguments.task, 0)
-    rng, layouts = np.random.default_rng(arguments.seed), []
-    for number in require("tqdm", "sim").tqdm(range(arguments.episodes), unit=" episodes"):
-        layout = first_layout(arguments) + number
-        simulation.reset(layout)
-        for row in rows(simulation, resolution, arguments.noise_deg, rng):
-            dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
-        if simulation.success:
-            with usual_priority():
-                dataset.save_episode()
-            layouts.append(layout)
-        else:
-            dataset.clear_episode_buffer()
-    dataset.finalize()
-    write_modality(arguments.out)
-    write_recording(arguments.out, arguments, layouts)
+    """Returns how many episodes were written; those in which the expert fails are left out.
+
+    Raises ConfigError for flags that make no sense, when --out is there already, or when the expert failed in all layouts.
+    """
+    if arguments.episodes < 1 or min(arguments.seed, arguments.noise_deg, first_layout(arguments)) < 0:
+        raise ConfigError("--episodes must be at least 1; --seed, --noise_deg and --first_layout not negative.")
+    out: Path = arguments.out
+    _refuse_present(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with StopRequest() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
+        half_written = Path(beside) / out.name
+        layouts = fill(create(half_written, tuple(arguments.resolution)), arguments, stop)
+        if not layouts:
+            raise ConfigError(
+                f"the expert solved none of the {arguments.episodes} layouts; nothing was written. Choose others: --seed, --first_layout."
+            )
+        write_modality(half_written)
+        write_recording(half_written, arguments, layouts)
+        _refuse_present(out)  # somebody else's by now
+        half_written.rename(out)
     return len(layouts)
+
+
+def _refuse_present(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
+
+
+def fill(dataset: Any, arguments: argparse.Namespace, stop: StopRequest) -> list[int]:
+    """Play the episodes, and close the data set however that ends: Arrow aborts the process where a file is still open at its exit.
+
+    Returns the layouts that were solved. Raises KeyboardInterrupt at the tick after a Ctrl-C, never inside lerobot, which would be left half written.
+    """
+    simulation, rng, layouts = Simulation(arguments.task, 0), np.random.default_rng(arguments.seed), []
+    with require("tqdm", "sim").tqdm(total=arguments.episodes, unit=" episodes") as bar, _finalized(dataset):
+        for layout in range(first_layout(arguments), first_layout(arguments) + arguments.episodes):
+            simulation.reset(layout)
+            for row in rows(simulation, tuple(arguments.resolution), arguments.noise_deg, rng):
+                if stop.reason:
+                    raise KeyboardInterrupt
+                dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
+            if simulation.success:
+                with usual_priority():
+                    dataset.save_episode()
+                layouts.append(layout)
+            else:
+                dataset.clear_episode_buffer()
+            bar.update()
+    return layouts
+
+
+@contextlib.contextmanager
+def _finalized(dataset: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        dataset.finalize()
 
 
 @contextlib.contextmanager
@@ -133,15 +171,10 @@ def main(argv: list[str] | None = None) -> int:
         "--first_layout", type=int, help=f"seed of the first layout; training never sees those below {FIRST_LAYOUT_SEED} (default: above, by --seed)"
     )
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.episodes < 1 or min(arguments.seed, arguments.noise_deg, first_layout(arguments)) < 0:
-            raise ConfigError("--episodes must be at least 1; --seed, --noise_deg and --first_layout not negative.")
-        written = record(arguments)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.out}: {written} of {arguments.episodes} episodes, in which the expert solved the task")
-    return 0 if written else 1
+    written, code = attempt(lambda: record(arguments), "interrupted: nothing was written")
+    if written is not None:
+        print(f"{arguments.out}: {written} of {arguments.episodes} episodes, in which the expert solved the task")
+    return code
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 A state needs no roll-out: the arm is put there, the front camera looks, and inverse kinematics knows the expert's next actions (labels.py).
 States lie on the expert's way to the block (with joint noise), at its end, and on the way to where a block is not, so that the network learns
 to come back. Layouts are drawn from seeds at and above FIRST_LAYOUT_SEED; evaluation uses those below. The same command continues an
-interrupted run.
+interrupted run, and a higher --count adds to what is there; a directory holds samples of one seed only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
-from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.errors import ConfigError, RobotError, attempt
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.kinematics import GraspKinematics
 from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
 from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, degrees_to_radians
 from gr00t_fast.transforms import pixel_values
 from training.labels import GRIPPER, HORIZON, Waypoints, expert_chunk, waypoints
+from training.session import load_undisturbed
 
 FIRST_LAYOUT_SEED = 1_000_000
 RESOLUTION = (640, 480)  # width, height of the camera
@@ -147,18 +149,56 @@ def load_samples(directories: list[Path]) -> Samples:
 
 
 def write_shards(out: Path, count: int, seed: int, progress: Any) -> None:
-    """Shard i of seed s is always the same, so those that are there already are skipped."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "about.json").write_text(json.dumps({"seed": seed, "count": count, "resolution": RESOLUTION, "image_size": IMAGE_SIZE}) + "\n")
-    for index in range(-(-count // _SHARD)):
-        path, size = out / f"shard_{index:04d}.npz", min(_SHARD, count - index * _SHARD)
-        if not path.exists():
+    """Shard i of seed s always begins with the same samples, so whole ones are skipped, and the short one of a smaller count is made anew.
+
+    Raises ConfigError for numbers that make no sense, and for a directory that holds other samples, or more of them.
+    """
+    if count < 1 or seed < 0:
+        raise ConfigError(f"--count must be at least 1 and --seed not negative; got --count={count} --seed={seed}.")
+    sizes = [min(_SHARD, count - start) for start in range(0, count, _SHARD)]
+    _claim(out, sizes, seed)
+    for index, size in enumerate(sizes):
+        path = _shard(out, index)
+        if not path.exists() or _length(path) < size:
             samples = Sampler(seed * 100_003 + index).draw(size)
             half_written = path.with_suffix(".tmp")
             with half_written.open("wb") as file:
                 np.savez(file, **vars(samples))
             half_written.replace(path)
         progress.update(size)
+
+
+def _claim(out: Path, sizes: list[int], seed: int) -> None:
+    """Note in about.json what the directory holds. Raises ConfigError when samples of something else are there."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = {"seed": seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}
+    there = {file: _length(file) for file in sorted(out.glob("shard_*.npz"))}
+    if there and (told := _told(out / "about.json", about)) != about:
+        raise ConfigError(
+            f"{out} holds samples of {told}, asked for were {about}. Choose another --out, give the same --seed, or remove the directory."
+        )
+    most = {_shard(out, index): size for index, size in enumerate(sizes)}
+    if any(length > most.get(file, 0) for file, length in there.items()):
+        raise ConfigError(f"{out} holds {sum(there.values())} samples, more than --count={sum(sizes)} keeps. Ask for more, or choose another --out.")
+    (out / "about.json").write_text(json.dumps({**about, "count": sum(sizes)}) + "\n")
+
+
+def _told(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What about.json says under these names; None where it says nothing, as when somebody removed it."""
+    try:
+        told = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON as this program writes it ({error}). Remove its directory, or choose another --out.") from error
+    return {name: told.get(name) for name in names}
+
+
+def _shard(out: Path, index: int) -> Path:
+    return out / f"shard_{index:04d}.npz"
+
+
+def _length(shard: Path) -> int:
+    with np.load(shard) as columns:
+        return len(columns["joints"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -168,13 +208,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    try:
-        with require("tqdm", "sim").tqdm(total=arguments.count, unit=" samples", mininterval=1) as progress:
-            write_shards(arguments.out, arguments.count, arguments.seed, progress)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _, code = attempt(lambda: run(arguments), f"interrupted: the same command goes on from the files of {_SHARD} samples that are in {arguments.out}")
+    return code
+
+
+def run(arguments: argparse.Namespace) -> None:
+    load_undisturbed("mujoco", "sim")
+    with require("tqdm", "sim").tqdm(total=arguments.count, unit=" samples", mininterval=1) as progress:
+        write_shards(arguments.out, arguments.count, arguments.seed, progress)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import numpy as np
 from gr00t_fast.optional import require
 from training.run import Run
 
-_PANELS = (("flow", "held_out_flow", "finder", "held_out_finder"), ("action_error_deg",))
+_PANELS = {"losses": ("flow", "held_out_flow", "finder", "held_out_finder"), "denoised actions against the expert's, held out": ("action_error_deg",)}
+_SHOWN = ("flow", "action_error_deg")  # beside the progress bar
 LAST_STEP = "the last step"
 
 
@@ -44,25 +45,40 @@ class Log:
             writer.writeheader()
             writer.writerows(self.rows)
 
+    def last(self) -> dict[str, float]:
+        """The figures of the last row by name; what was not checked is left out."""
+        row = self.rows[-1] if self.rows else {}
+        return {name: float(value) for name, value in row.items() if value and name != "step"}
+
     def plot(self, path: Path) -> None:
+        """Losses, and the error of held-out actions where that was checked."""
         require("matplotlib", "plots").use("Agg")
         pyplot = require("matplotlib.pyplot", "plots")
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        for axes, names in zip((left, right), _PANELS, strict=True):
-            for name in names:
-                points = [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linestyle="--" if "held_out" in name else "-")
+        panels = {title: lines for title, names in _PANELS.items() if (lines := {name: p for name in names if (p := self._points(name))})}
+        if not panels:  # loss.csv was taken away from a run that is over
+            return
+        figure, grid = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+        for axes, (title, lines) in zip(grid[0], panels.items(), strict=True):
+            for name, points in lines.items():
+                axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), linestyle="--" if "held_out" in name else "-")
+            axes.set_title(title)
             axes.set_xlabel("step")
             axes.set_yscale("log")
             axes.legend()
-        right.set_title("denoised actions against the expert's, held out")
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
 
+    def _points(self, name: str) -> list[tuple[int, float]]:
+        return [(int(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
+
+
+def stopped_from_outside(reason: str) -> bool:
+    """Whether what `pursue` or a StopRequest says is the name of a signal."""
+    return reason.startswith("SIG")
+
 
 class StopRequest:
-    """Ctrl-C and SIGTERM end the run after the step that is under way, so that what is saved is whole."""
+    """Ctrl-C and SIGTERM are noted, not raised: the work ends after the step that is under way, so that what is saved is whole."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -77,6 +93,14 @@ class StopRequest:
 
     def _note(self, number: int, _: object) -> None:
         self.reason = signal.Signals(number).name
+
+
+def load_undisturbed(module: str, extra: str) -> None:
+    """Import before the work what it will want, with Ctrl-C raised afterwards: the initialisation of a C library turns it into an ImportError."""
+    with StopRequest() as stop:
+        require(module, extra)
+    if stop.reason:
+        raise KeyboardInterrupt
 
 
 def pursue(
@@ -97,7 +121,7 @@ def pursue(
             reason = stop.reason or (f"--minutes={minutes:g}" if minutes and taken >= minutes else None)
             if run.steps_done % check_every == 0 or run.done or reason:
                 log.write_row(run.steps_done, check(), taken)
-                bar.set_postfix({name: log.rows[-1][name] for name in ("flow", "action_error_deg")})
+                bar.set_postfix({name: log.rows[-1][name] for name in _SHOWN if log.rows[-1][name]})
             if time.monotonic() - saved_s > 60 * save_minutes:
                 run.save(state)
                 saved_s = time.monotonic()
