@@ -4,6 +4,7 @@
     python benchmarks/evaluate.py --full                                 # all studies on 200 layouts, an hour of two cores
     python benchmarks/evaluate.py --controllers sync threaded --latency_ms 100 --action_horizon 8 16 --scenes moving
 
+It plays one-camera networks (data_config so100) that were trained in this simulator, as the demo's was; networks of other cameras are refused.
 The policy drives the arm through the product's own loop and controllers. Time is simulated: it passes by the injected latency while the network
 computes, so the figures do not depend on the machine. A scene that lies still hides latency, so the block also moves, and success is also counted
 within deadlines. Every cell meets the same layouts and the same noise. Episodes are kept in OUT/episodes.jsonl: a run that was stopped goes on from
@@ -31,8 +32,8 @@ from benchmarks.closed_loop.pictures import plot_latency, plot_steps
 from benchmarks.closed_loop.statistics import difference, figures_of
 from benchmarks.closed_loop.table import as_table
 from benchmarks.closed_loop.videos import write_videos
-from benchmarks.closed_loop.workers import Settings, jobs_of, reports
-from benchmarks.program import provenance
+from benchmarks.closed_loop.workers import Settings, check_playable, jobs_of, reports
+from benchmarks.program import make_directory, provenance
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine.digests import sha256
 from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(
         str(arguments.model_path), arguments.lang_instruction, arguments.block_speed_m_s, arguments.episode_s, arguments.seed, arguments.device
     )
+    check_playable(settings.model_path)
+    make_directory(arguments.out)
     log = EpisodeLog(arguments.out, {**asdict(settings), "model_path": digests_of(arguments.model_path)}, git_commit())
     jobs = jobs_of(settings, log.missing(cells, seeds))
     bar = require("tqdm", "sim").tqdm(total=sum(len(job.seeds) for job in jobs), unit=" episodes")
@@ -165,7 +168,12 @@ def write(result: dict[str, Any], out: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", type=Path, default=ROOT / "checkpoints" / "so100-sim-reach", help="directory (default: the demo's)")
+    parser.add_argument(
+        "--model_path",
+        type=Path,
+        default=ROOT / "checkpoints" / "so100-sim-reach",
+        help="directory of a one-camera network trained in this simulator (default: the demo's)",
+    )
     parser.add_argument("--full", action="store_true", help=f"all studies, {_SEEDS_FULL} layouts unless said otherwise")
     parser.add_argument("--study", nargs="+", choices=STUDIES, help="(default: latency, where no setting is given)")
     parser.add_argument("--seeds", type=int, help=f"layouts per setting (default: {_SEEDS})")

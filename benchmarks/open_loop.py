@@ -39,12 +39,13 @@ from benchmarks.open_loop_study.metrics import Compared
 from benchmarks.open_loop_study.probes import Interview, places, questions
 from benchmarks.open_loop_study.recorded import Episode, Recorded, choose, describe, load
 from benchmarks.open_loop_study.rollout import Chunk, Rollout
-from benchmarks.open_loop_study.verdict import Verdict, is_good, judge, suspects
+from benchmarks.open_loop_study.verdict import Verdict, is_good, judge, rests_on, suspects
 from benchmarks.program import finish, provenance
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.observations import LeRobotFrames
+from gr00t_fast.facts import read_facts
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 from gr00t_fast.prompt import PROMPT_STYLES
@@ -60,11 +61,14 @@ class OpenLoop:
 
     def run(self, arguments: argparse.Namespace) -> dict[str, Any]:
         """Raises Gr00tFastError."""
-        policy = _load(arguments)
-        frames = open_dataset(arguments.dataset, policy, arguments)
-        recorded = load(frames, policy.facts)
+        _check_numbers(arguments)
+        check_directory(arguments.dataset)
+        facts = read_facts(arguments.model_path, arguments.embodiment_tag, arguments.data_config)
+        frames = LeRobotFrames(arguments.dataset, load_data_config(arguments.data_config), facts, arguments.camera_map)
+        recorded = load(frames, facts)
         episodes, instructions = choose(recorded, arguments.episodes), arguments.lang_instruction
         texts = _instructions(frames, episodes, instructions)
+        policy = _load(arguments)  # gigabytes of weights: once the recording is known to be fit
         rollout = Rollout(policy, frames, recorded, _noise_shape(arguments), arguments.seed, instructions)
         horizon, stride = arguments.action_horizon, arguments.stride or arguments.action_horizon
         steps = list(dict.fromkeys(arguments.denoising_steps or [policy.denoising_steps]))
@@ -95,7 +99,7 @@ class OpenLoop:
             "trained_horizon": policy.facts.trained_horizon,
             "stride": stride,
             "runs": runs,
-            "verdict": {**verdict.describe(), "denoising_steps": judged},
+            "verdict": {**verdict.describe(), "denoising_steps": judged, "rests_on": rests_on(compared[judged])},
             **provenance(arguments.seed),
         }
 
@@ -115,20 +119,22 @@ class OpenLoop:
         report.plot(result, self.drawing, path)
 
 
-def open_dataset(path: Path, policy: Gr00tPolicy, arguments: argparse.Namespace) -> LeRobotFrames:
-    """Raises ConfigError when there is no LeRobotDataset, or not one that the policy can read."""
+def check_directory(path: Path) -> None:
+    """Raises ConfigError when there is no LeRobotDataset."""
     if not (path / "meta" / "info.json").is_file():
         what = "is no LeRobotDataset: meta/info.json is missing" if path.is_dir() else "does not exist"
         raise ConfigError(f"--dataset: '{path}' {what}. Expected the directory of a LeRobotDataset v3, as lerobot-record leaves it.")
-    return LeRobotFrames(path, load_data_config(arguments.data_config), policy.facts, arguments.camera_map)
 
 
-def _load(arguments: argparse.Namespace) -> Gr00tPolicy:
+def _check_numbers(arguments: argparse.Namespace) -> None:
     for name in ("action_horizon", "stride"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
     if arguments.probe_frames < 0:
         raise ConfigError(f"--probe_frames must not be negative, got {arguments.probe_frames}.")
+
+
+def _load(arguments: argparse.Namespace) -> Gr00tPolicy:
     steps = arguments.denoising_steps or [None]
     policy = load_policy(
         arguments.model_path,
@@ -179,6 +185,7 @@ def _figures(recorded: Recorded, chunks: Sequence[Chunk], compared: Compared, ho
     rows = len(chunks[0].targets)
     return {
         "chunks": metrics.summary(compared, recorded.layout.names, spans),
+        "ratio_by_episode": metrics.ratio_by_episode(compared),
         "best_shift": metrics.best_shift(_every(chunks, horizon), horizon),
         "boundary_jumps": metrics.boundary_jumps(compared),
         "offsets": metrics.offsets(compared, recorded.layout.names),
@@ -228,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--probe_frames", type=int, default=12, help="frames for the questions asked about poor predictions; 0: none (default: 12)")
     parser.add_argument("--embodiment_tag", default="new_embodiment")
     parser.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own")
-    parser.add_argument("--engine", default="auto", help="eager, or an export: onnxruntime and its like")
+    parser.add_argument("--engine", default="auto", help="auto is eager; the others are in the README")
     parser.add_argument("--engine_path", type=Path, help="directory of the export; default: exports/<engine> in the checkpoint's directory")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")

@@ -173,13 +173,10 @@ def build_smolvla(setting: Setting) -> Arm:
 
 def build_gr00t(setting: Setting) -> Arm:
     from gr00t_fast.policy import load_policy
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
+    from gr00t_fast.random_checkpoint import checkpoint_in
 
     data_config = "so100" if len(setting.cameras) == 1 else "so100_dualcam"
-    size = "full" if setting.published else "tiny"
-    path = setting.scratch / f"gr00t-{size}-{data_config}"
-    if not (path / "config.json").exists():
-        write_random_checkpoint(path, size, seed=setting.seed, data_config=data_config)
+    path = checkpoint_in(setting.scratch, "gr00t", "full" if setting.published else "tiny", data_config, setting.seed)
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[setting.dtype]
     policy = load_policy(path, data_config=data_config, device=str(setting.device), precision=precision, seed=setting.seed)
     policy.warm_up()

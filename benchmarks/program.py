@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gr00t_fast.errors import MissingExtraError, attempt
+from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
 from gr00t_fast.measurement import git_commit, machine, versions
 
 # A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
@@ -35,15 +35,24 @@ def provenance(seed: int | None = None) -> Result:
 
 
 def checkpoint_of(arguments: argparse.Namespace, size: str = "demo") -> Path:
-    """--model_path, or a checkpoint with random weights in --out, written once."""
+    """--model_path, or a checkpoint with random weights in --out, written once per size, --data_config and --seed. Raises ConfigError."""
     if arguments.model_path is not None:
         return arguments.model_path
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
+    from gr00t_fast.data_config import DATA_CONFIGS
+    from gr00t_fast.random_checkpoint import checkpoint_in
 
-    path = arguments.out / f"checkpoint-{size}"
-    if not (path / "config.json").exists():
-        write_random_checkpoint(path, size, seed=arguments.seed)
-    return path
+    asked = getattr(arguments, "data_config", "so100")
+    data_config = asked if asked in DATA_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
+    return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed)
+
+
+def make_directory(out: Path) -> None:
+    """--out, with its parents. Raises ConfigError where it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if out.is_file() else f"{error.strerror}"
+        raise ConfigError(f"--out={out}: expected a directory to write to, but {why}. Name another.") from error
 
 
 def end_with_parent() -> None:
@@ -76,8 +85,12 @@ def finish(
         import torch
 
         torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result, code = attempt(lambda: run(arguments), "interrupted: no result")
+
+    def run_in_out() -> Result:
+        make_directory(arguments.out)
+        return run(arguments)
+
+    result, code = attempt(run_in_out, "interrupted: no result")
     if result is None:
         return code
     print(as_table(result))

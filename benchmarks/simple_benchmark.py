@@ -1,6 +1,6 @@
 """ACT, Diffusion, SmolVLA and GR00T N1.5 on the same observations: what one action costs, and what a chunk costs.
 
-    python benchmarks/simple_benchmark.py                      # small networks of the same architectures, a minute
+    python benchmarks/simple_benchmark.py                      # small networks of the same architectures, two minutes on two slow cores
     python benchmarks/simple_benchmark.py --published          # the published sizes (12 GB of free memory; half an hour on two CPU cores)
 
 Every call ends with one action. A **step** pops it from the policy's queue, a **refill** computes a chunk first: which of the two a call was is
@@ -10,7 +10,8 @@ uint8 frames and joints and end with an action on the host.
 Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own, and minutes after the
 one before. What the machine does meanwhile is in the ratios; on a busy one only large ratios mean something. lerobot's arms are select_action on
 converted frames: the pre- and postprocessor that lerobot's loop runs at every tick are left out, GR00T's own are in its refill (`NOTES`). A policy
-that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1. The last line is JSON.
+that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1. Files are written as each policy ends: a run
+that was interrupted leaves the finished ones, marked as unfinished. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import argparse
 import csv
 import json
 import multiprocessing
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ import numpy as np
 import torch
 
 from benchmarks.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
-from benchmarks.program import provenance, show_progress
+from benchmarks.program import end_with_parent, make_directory, provenance, show_progress
 from gr00t_fast.engine import select_device, select_precision
 from gr00t_fast.errors import Gr00tFastError, MissingExtraError, attempt
 from gr00t_fast.measurement import peak_rss_bytes
@@ -55,17 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    result, code = attempt(lambda: run(arguments), "interrupted: no result")
+    result, code = attempt(lambda: run(arguments), "interrupted before a policy was finished: nothing was written")
     if result is None:
         return code
     print(as_table(result))
     print(summary(result))
-    write(result, arguments.out)
     print(json.dumps(result))
+    if result["unfinished"]:
+        done = f"{len(result['policies'])} of {len(result['policies']) + len(result['unfinished'])} policies"
+        print(f"interrupted: {done} are in {arguments.out / 'simple_benchmark.json'}, marked as unfinished, and in .csv and .md", file=sys.stderr)
+        return 130
     return 0 if all(policy["success_rate"] == 1.0 for policy in result["policies"].values()) else 1
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes what there is as each policy ends. An interrupt ends it with those that are finished; it is raised where none is."""
     device = select_device(arguments.device)
     setting = Setting(
         published=arguments.published,
@@ -76,10 +83,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         scratch=arguments.out,
         seed=arguments.seed,
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    policies = {name: measure_alone(name, setting, arguments) for name in arguments.policies}
-    return {
+    make_directory(arguments.out)
+    policies: dict[str, dict[str, Any]] = {}
+    unfinished = list(dict.fromkeys(arguments.policies))
+    result = {
         "benchmark": "simple_benchmark",
+        "unfinished": unfinished,
         "published_sizes": setting.published,
         "device": str(device),
         "dtype_asked": str(setting.dtype).removeprefix("torch."),
@@ -90,18 +99,54 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "notes": NOTES,
         **provenance(setting.seed),
     }
+    while unfinished:
+        try:
+            policies[unfinished[0]] = measure_alone(unfinished[0], setting, arguments)
+        except KeyboardInterrupt:
+            if not policies:
+                raise
+            break
+        del unfinished[0]
+        write(result, arguments.out)
+    return result
 
 
 def measure_alone(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """`measure` in a process of its own; a row without figures, with the reason, where that failed or the process died."""
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, name, setting, arguments).result()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _child_begins) as pool:
+            try:
+                with _interrupts_blocked():
+                    future = pool.submit(measure, name, setting, arguments)
+                return future.result()
+            except KeyboardInterrupt:
+                for child in multiprocessing.active_children():
+                    child.terminate()  # or leaving the pool would wait until the policy has been measured
+                raise
     except _FAULTS as error:
         reason = f"not measured: {type(error).__name__}: {error}"
         print(f"{name}: {reason}", file=sys.stderr)
-        absent = ("dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s", "step_ms", "refill_ms", "all_ms", "amortised_ms_per_tick")
+        told = ("network", "dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s")
+        absent = (*told, "step_ms", "refill_ms", "all_ms", "amortised_ms_per_tick")
         return {"name": name, **dict.fromkeys(absent), "success_rate": 0.0, "failures": [reason], "stopped_early": False}
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that begins now never sees Ctrl-C, which a terminal sends to all: the parent ends it. One that comes meanwhile waits for us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _child_begins() -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that half a checkpoint and other scratch are removed on the way out
+    end_with_parent()
 
 
 def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -119,7 +164,8 @@ def measure(name: str, setting: Setting, arguments: argparse.Namespace) -> dict[
     arm.reset()
     times, failures, stopped_early = time_calls(arm, observations, arguments)
     return {
-        "name": arm.name,
+        "name": name,
+        "network": arm.name,
         "dtype": arm.dtype,
         "parameters": arm.parameters,
         "actions_per_chunk": arm.actions_per_chunk,
@@ -187,26 +233,31 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def as_table(result: dict[str, Any]) -> str:
+    policies = result["policies"].values()
+    labels = {p["name"]: p["name"] + "*" * p["stopped_early"] for p in policies}
     head = f"{'policy':<18} {'call':<7} {'count':>6} {'mean':>10} {'median':>10} {'min':>10} {'max':>10} {'p95':>10} {'p99':>10}  ms"
-    rows = [head]
-    for policy in result["policies"].values():
+    rows = [f"UNFINISHED: interrupted before {', '.join(result['unfinished'])}", ""] if result["unfinished"] else []
+    rows.append(head)
+    for policy in policies:
         for kind in ("step", "refill", "all"):
             s = policy[f"{kind}_ms"]
             if s is None:
-                rows.append(f"{policy['name']:<18} {kind:<7} {0:>6}")
+                rows.append(f"{labels[policy['name']]:<18} {kind:<7} {0:>6}")
                 continue
             figures = " ".join(f"{s[key]:>10.2f}" for key in ("mean", "median", "min", "max", "p95", "p99"))
-            rows.append(f"{policy['name']:<18} {kind:<7} {s['count']:>6} {figures}")
-    rows += ["", f"{'policy':<18} {'parameters':>12} {'memory MB':>10} {'chunk':>6} {'ms per tick':>12} {'success':>8}  dtype"]
-    for p in result["policies"].values():
+            rows.append(f"{labels[policy['name']]:<18} {kind:<7} {s['count']:>6} {figures}")
+    rows += ["", f"{'policy':<18} {'parameters':>12} {'memory MB':>10} {'chunk':>6} {'ms per tick':>12} {'success':>8}  network, dtype"]
+    for p in policies:
         if p["parameters"] is None:
             rows.append(f"{p['name']:<18} {'-':>12} {'-':>10} {'-':>6} {'-':>12} {0:>7.1f}%  not measured")
             continue
         amortised = "-" if p["amortised_ms_per_tick"] is None else f"{p['amortised_ms_per_tick']:.2f}"
         rows.append(
-            f"{p['name']:<18} {p['parameters']:>12,} {p['memory_bytes'] / 1e6:>10.0f} {p['actions_per_chunk']:>6} {amortised:>12} "
-            f"{100 * p['success_rate']:>7.1f}%  {p['dtype']}"
+            f"{labels[p['name']]:<18} {p['parameters']:>12,} {p['memory_bytes'] / 1e6:>10.0f} {p['actions_per_chunk']:>6} {amortised:>12} "
+            f"{100 * p['success_rate']:>7.1f}%  {p['network']}, {p['dtype']}"
         )
+    if any(p["stopped_early"] for p in policies):
+        rows += ["", "* stopped by --minutes before all --steps calls were made"]
     return "\n".join(rows)
 
 
@@ -241,6 +292,8 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
+    """JSON, table and CSV of what is finished; the plot once all is."""
+    (out / "simple_benchmark.md").write_text(f"```text\n{as_table(result)}\n{summary(result)}\n```\n")
     (out / "simple_benchmark.json").write_text(json.dumps(result | {"ratios": ratios(result)}, indent=2) + "\n")
     with (out / "simple_benchmark.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -249,6 +302,10 @@ def write(result: dict[str, Any], out: Path) -> None:
             for kind in ("step", "refill", "all"):
                 if s := policy[f"{kind}_ms"]:
                     table.writerow((policy["name"], kind, *(s[key] for key in ("count", "mean", "median", "min", "max", "p95", "p99"))))
+        table.writerows((name, "not measured yet", 0) for name in result["unfinished"])
+    (out / "simple_benchmark.png").unlink(missing_ok=True)  # of an earlier run
+    if result["unfinished"]:
+        return
     try:
         plot(result, out / "simple_benchmark.png")
     except MissingExtraError as error:  # the figures are what counts; a bare GPU machine has no matplotlib
@@ -305,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=_positive, help="CPU threads of torch; default: torch's own choice")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/simple_benchmark"), help="directory for JSON, CSV and the plot")
+    parser.add_argument("--out", type=Path, default=Path("outputs/simple_benchmark"), help="directory for JSON, CSV, table and plot")
     return parser
 
 

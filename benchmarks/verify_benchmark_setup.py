@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLISHED_MEMORY_GB, Setting, observation_of
 from gr00t_fast.engine import select_device
-from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.errors import Gr00tFastError, attempt
 from gr00t_fast.measurement import machine, versions
 
 _PACKAGES = {"lerobot": "robot", "num2words": "bench", "diffusers": "bench", "transformers": "bench", "matplotlib": "plots"}
@@ -35,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/simple_benchmark"), help="where simple_benchmark will write: its disk is looked at")
     arguments = parser.parse_args(argv)
-    try:
-        device = select_device(arguments.device)
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    failed, code = attempt(lambda: _check(arguments), "interrupted: not everything was checked")
+    return code if failed is None else int(bool(failed))
+
+
+def _check(arguments: argparse.Namespace) -> list[str]:
+    """Says what was found; returns what failed."""
+    device = select_device(arguments.device)
     outcomes = {f"package {name}": _package(name, extra) for name, extra in _PACKAGES.items()}
     outcomes |= {f"policy {name}": _policy(name, device, arguments.seed) for name in BUILDERS}
     for what, problem in outcomes.items():
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"note {note}")
     failed = [what for what, problem in outcomes.items() if problem is not None]
     print(json.dumps({"benchmark": "verify_benchmark_setup", "device": str(device), "failed": failed, "machine": machine(), "versions": versions()}))
-    return 1 if failed else 0
+    return failed
 
 
 def _package(name: str, extra: str) -> str | None:

@@ -11,6 +11,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +27,7 @@ from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import ConfigError, attempt
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.prompt import IMAGE_TOKEN
 
@@ -60,21 +62,49 @@ def write_random_checkpoint(
 ) -> Path:
     """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters); resolution is (width, height). Raises ConfigError.
 
+    It is written beside `out` and put in its place when it is complete: one that was interrupted is never taken for a checkpoint.
     `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
     """
     if size not in SIZES or data_config not in DATA_CONFIGS:
         raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(DATA_CONFIGS)}; got '{size}', '{data_config}'.")
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("model*.safetensors*"):
-        stale.unlink()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
     config, eagle = network_config(size, published_tokenizer or size == "full")
-    if not published_tokenizer:
-        _write_tokenizer(out / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
-    _write_json(out / "config.json", config)
-    _write_json(out / "eagle2_hg_model" / "config.json", eagle)
-    _write_json(out / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
-    _write_weights(out, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
+    unfinished = (out if out.is_dir() else out.parent) / f"{out.name}.unfinished-{os.getpid()}"  # on the same disk: it can be renamed
+    try:
+        if not published_tokenizer:
+            _write_tokenizer(unfinished / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
+        _write_json(unfinished / "config.json", config)
+        _write_json(unfinished / "eagle2_hg_model" / "config.json", eagle)
+        _write_json(unfinished / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
+        _write_weights(unfinished, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
+        _put_in_place(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out
+
+
+def checkpoint_in(directory: Path, name: str, size: str, data_config: str = "so100", seed: int = 0) -> Path:
+    """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
+    path = directory / "-".join([name, size, *([data_config] if data_config != "so100" else []), *([f"seed{seed}"] if seed else [])])
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    if not ((path / "config.json").exists() and any((path / file).exists() for file in weights)):
+        write_random_checkpoint(path, size, data_config, seed=seed)
+    return path
+
+
+def _put_in_place(finished: Path, out: Path) -> None:
+    """Files of `out` that are no part of a checkpoint stay, such as exports. config.json comes last: it is what a checkpoint is known by."""
+    if not out.exists():
+        finished.rename(out)
+        return
+    for stale in (out / "config.json", *out.glob("model*.safetensors*")):
+        stale.unlink(missing_ok=True)
+    for file in sorted(finished.rglob("*"), key=lambda file: file == finished / "config.json"):
+        if file.is_file():
+            place = out / file.relative_to(finished)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
 
 
 def network_config(size: str, published_vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -215,22 +245,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_shard_bytes", type=int, default=_MAX_SHARD_BYTES, help="start another weight file beyond this")
     parser.add_argument("--overwrite", action="store_true", help="replace the files of a checkpoint that is there")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.out.exists() and any(arguments.out.iterdir()) and not arguments.overwrite:
-            raise ConfigError(f"{arguments.out} exists and is not empty. Choose another --out, or say --overwrite.")
-        write_random_checkpoint(
-            arguments.out,
-            arguments.size,
-            arguments.data_config,
-            tuple(arguments.resolution),
-            arguments.seed,
-            max_shard_bytes=arguments.max_shard_bytes,
-        )
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.out}: a GR00T N1.5 checkpoint of size '{arguments.size}' with RANDOM weights. Its actions mean nothing.")
-    return 0
+    written, code = attempt(lambda: _write_as_asked(arguments), "interrupted: no checkpoint was written")
+    if written is not None:
+        print(f"{written}: a GR00T N1.5 checkpoint of size '{arguments.size}' with RANDOM weights. Its actions mean nothing.")
+    return code
+
+
+def _write_as_asked(arguments: argparse.Namespace) -> Path:
+    out: Path = arguments.out
+    if out.is_dir() and any(out.iterdir()) and not arguments.overwrite:
+        raise ConfigError(f"{out} exists and is not empty. Choose another --out, or say --overwrite.")
+    resolution = tuple(arguments.resolution)
+    return write_random_checkpoint(out, arguments.size, arguments.data_config, resolution, arguments.seed, max_shard_bytes=arguments.max_shard_bytes)
 
 
 if __name__ == "__main__":

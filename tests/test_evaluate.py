@@ -23,6 +23,7 @@ from benchmarks.closed_loop.statistics import difference, figures_of, newcombe_i
 from benchmarks.closed_loop.workers import Job, Report, Settings, play, reports, runner_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import wilson_interval
+from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "so100-sim-reach"
 SETTINGS = Settings(str(CHECKPOINT), "Reach the block", 0.06, 3.0, 0, "cpu")
@@ -208,6 +209,24 @@ def test_mistakes_are_told(words: list[str], said: str, tmp_path: Path, capsys: 
 
 
 # --- what stays on disk -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_other_cameras_is_refused_before_processes_begin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = write_random_checkpoint(tmp_path / "two", "tiny", "so100_dualcam")
+    monkeypatch.setattr(evaluate, "reports", lambda *_: pytest.fail("a process would begin"))
+    assert evaluate.main([f"--model_path={two}", "--jobs=1", f"--out={tmp_path / 'out'}"]) == 1
+    told = capsys.readouterr().err
+    assert "trained with cameras video.front, video.wrist. evaluate plays one-camera networks" in told
+    assert "--data_config" not in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert evaluate.main(["--jobs=1", f"--out={tmp_path / 'taken'}"]) == 1
+    assert "expected a directory to write to, but it is a file" in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:

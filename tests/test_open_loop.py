@@ -19,7 +19,7 @@ from benchmarks.open_loop_study.checks import CAMERAS, RATE, TIMING, UNITS, Find
 from benchmarks.open_loop_study.probes import Interview, Place, questions
 from benchmarks.open_loop_study.recorded import Episode, Layout, Recorded, choose
 from benchmarks.open_loop_study.rollout import Chunk
-from benchmarks.open_loop_study.verdict import FINE, MODEL, judge
+from benchmarks.open_loop_study.verdict import FINE, MODEL, judge, rests_on
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.observations import Camera, LeRobotFrames
@@ -88,6 +88,20 @@ def test_episodes_in_any_order() -> None:
     for wanted, told in ((["3"], "from 0 to 2"), (["-1"], "'-1'"), (["one"], "'one'"), (["1", "1"], "twice")):
         with pytest.raises(ConfigError, match=told):
             choose(three, wanted)
+
+
+def test_what_a_verdict_rests_on_is_said() -> None:
+    still, bad = episode(1, [[3, 0]] * 4), episode(2, [[t, 0] for t in range(4)])
+    chunks = [Chunk(RAMP, 0, RAMP.actions + [1, 0], 1.0), Chunk(still, 0, still.actions, 1.0), Chunk(bad, 0, bad.actions[:2] + [4, 0], 1.0)]
+    compared = metrics.compare(recorded(RAMP, still, bad), [*chunks, Chunk(bad, 2, bad.actions[2:] + [4, 0], 1.0)], horizon=6)
+    found = metrics.ratio_by_episode(compared)
+    assert found["episodes"] == {"0": pytest.approx(6 / 15, abs=1e-3), "1": None, "2": pytest.approx(16 / 4)}
+    assert found["spread"] == {"min": 0.4, "median": 2.2, "max": 4.0}
+    basis = rests_on(compared)
+    assert (basis["episodes"], basis["chunks"], basis["frames"]) == (3, 4, 14)
+    assert "Fewer than 5 episodes" in basis["warning"]
+    many = [Chunk(episode(number, [[t, 0] for t in range(4)]), 0, RAMP.actions, 1.0) for number in range(5)]
+    assert rests_on(metrics.compare(recorded(*(chunk.episode for chunk in many)), many, 4))["warning"] is None
 
 
 # Verdicts on figures
@@ -243,6 +257,10 @@ def test_the_trained_network_predicts_held_out_episodes(dataset: Path, tmp_path:
         assert run["chunks"]["frames"] == result["dataset"]["frames"]
         assert len(run["leads"]["mae"]) == 16
         assert run["leads"]["mae"][-1] < 0.5 * run["leads"]["hold_mae"][-1]
+    table, rests = (tmp_path / "open_loop.md").read_text(), result["verdict"]["rests_on"]
+    assert rests["frames"] == result["dataset"]["frames"]
+    assert f"This rests on 2 episodes, {rests['chunks']} chunks, {rests['frames']} frames; ratio to holding by episode: 0." in table
+    assert "Fewer than 5 episodes" in table
     recording = result["dataset"]["recording"]
     assert recording["layouts"] == [700, 701, 702]
     assert max(recording["layouts"]) < recording["training_layouts_from"]
@@ -364,6 +382,11 @@ def _overwrite(pattern: str) -> Callable[[Path], object]:
     return lambda path: next(path.rglob(pattern)).write_bytes(b"nothing")
 
 
+def _another_robot(path: Path) -> None:
+    """Its info.json, beside the files and the modality.json of ours."""
+    _edit("meta/info.json", lambda info: [info["features"][column].update(shape=[7]) for column in ("action", "observation.state")])(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -374,7 +397,9 @@ def _overwrite(pattern: str) -> Callable[[Path], object]:
         (_overwrite("data/**/*.parquet"), "lerobot cannot open it"),
         (_overwrite("videos/**/*.mp4"), "frame 0 cannot be decoded"),
         (lambda path: (path / "meta/info.json").write_text("{"), r"info\.json: cannot be read"),
-        (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.1")), r"v2\.1, expected v3"),
+        (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.1")), r"v2\.1, expected v3.* --repo-id=damaged --push"),
+        (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.0")), "bring it to v2.1 first"),
+        (_another_robot, r"info\.json does not fit.*observation\.state with 7 values, they hold 6.*of another data set or robot"),
         (_edit("meta/info.json", lambda info: info["features"].pop("observation.state")), r"no column 'observation\.state' for state\.single_arm"),
         (_edit("meta/modality.json", lambda told: told["state"].pop("gripper")), "names no state part 'gripper'"),
         (_edit("meta/modality.json", lambda told: told["state"]["gripper"].update(end=9)), r"state\.gripper at 5 to 9"),
@@ -428,6 +453,20 @@ def test_wrong_flags_are_refused_with_the_way_out(
 ) -> None:
     assert open_loop.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}", *flags]) == 1
     assert told in capsys.readouterr().err
+
+
+def test_the_data_set_is_looked_at_before_weights_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(open_loop, "load_policy", lambda *_, **__: pytest.fail("weights would be read"))
+    assert open_loop.main([f"--model_path={CHECKPOINT}", "--dataset=/nowhere/at/all", f"--out={tmp_path}"]) == 1
+    old = tmp_path / "my set"
+    (old / "meta").mkdir(parents=True)
+    (old / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1", "features": {}}))
+    assert open_loop.main([f"--model_path={CHECKPOINT}", f"--dataset={old}", f"--out={tmp_path / 'out'}"]) == 1
+    told = capsys.readouterr().err
+    assert f"convert_dataset_v21_to_v30 --root={tmp_path} --repo-id='my set' --push-to-hub=false" in told
+    (tmp_path / "taken").write_text("")
+    assert open_loop.main([f"--model_path={CHECKPOINT}", f"--dataset={old}", f"--out={tmp_path / 'taken'}"]) == 1
+    assert "expected a directory to write to, but it is a file" in capsys.readouterr().err
 
 
 def test_a_recording_without_task_text_needs_an_instruction(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from gr00t_fast import load_policy
+from gr00t_fast import load_policy, random_checkpoint
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.prompt import IMAGE_TOKEN
-from gr00t_fast.random_checkpoint import _write_tokenizer, main, network_config, write_random_checkpoint
+from gr00t_fast.random_checkpoint import _write_tokenizer, checkpoint_in, main, network_config, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,43 @@ def test_shards_hold_the_same_and_stale_ones_go(tiny: Path, tmp_path: Path) -> N
     write_random_checkpoint(many, size="tiny")
     assert sorted(file.name for file in many.glob("model*")) == ["model.safetensors"]
     open_checkpoint(many)
+
+
+def test_one_that_was_interrupted_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(random_checkpoint, "_random_tensor", interrupted)
+    for name in ("new", "there"):
+        with pytest.raises(KeyboardInterrupt):
+            write_random_checkpoint(tmp_path / name, size="tiny")
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    assert main([f"--out={tmp_path / 'new'}", "--size=tiny"]) == 130
+    monkeypatch.undo()
+    half = checkpoint_in(tmp_path, "checkpoint", "tiny")
+    (half / "model.safetensors").unlink()  # as older versions left it: config.json is there
+    assert (checkpoint_in(tmp_path, "checkpoint", "tiny") / "model.safetensors").exists()
+
+
+def test_one_per_size_data_config_and_seed(tmp_path: Path) -> None:
+    first = checkpoint_in(tmp_path, "checkpoint", "tiny")
+    written_ns = (first / "model.safetensors").stat().st_mtime_ns
+    other = checkpoint_in(tmp_path, "checkpoint", "tiny", "so100_dualcam", seed=1)
+    assert (first.name, other.name) == ("checkpoint-tiny", "checkpoint-tiny-so100_dualcam-seed1")
+    assert set(open_checkpoint(other).embodiment("new_embodiment").cameras) == {"video.front", "video.wrist"}
+    assert checkpoint_in(tmp_path, "checkpoint", "tiny") == first
+    assert (first / "model.safetensors").stat().st_mtime_ns == written_ns
+
+
+def test_what_is_no_part_of_a_checkpoint_stays(tmp_path: Path) -> None:
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "note").write_text("mine")
+    write_random_checkpoint(tmp_path, size="tiny")
+    assert (tmp_path / "exports" / "note").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "eagle2_hg_model", "experiment_cfg", "exports", "model.safetensors"]
+    with pytest.raises(ConfigError, match="is a file; expected a directory"):
+        write_random_checkpoint(tmp_path / "config.json", size="tiny")
 
 
 def test_the_published_sizes() -> None:

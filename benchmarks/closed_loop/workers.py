@@ -14,11 +14,13 @@ from benchmarks.closed_loop.episode import EpisodeRunner, Outcome
 from benchmarks.closed_loop.policies import Policies
 from benchmarks.program import end_with_parent
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.facts import read_facts
 from gr00t_fast.optional import require
 
 _EPISODES_PER_JOB = 10
+EMBODIMENT_TAG, DATA_CONFIG = "new_embodiment", "so100"  # what training/ writes, and the simulation shows
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class Settings:
     episode_s: float
     noise_seed: int
     device: str
+
+
+def check_playable(model_path: str) -> None:
+    """Before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator
+    cannot be told."""
+    checkpoint, wanted = open_checkpoint(model_path), DATA_CONFIGS[DATA_CONFIG].video_keys
+    known = EMBODIMENT_TAG in checkpoint.raw_metadata
+    cameras = tuple(checkpoint.embodiment(EMBODIMENT_TAG).cameras) if known else ()
+    if not set(wanted) <= set(cameras):
+        had = f"cameras {', '.join(cameras) or 'none'}" if known else f"embodiment {', '.join(checkpoint.raw_metadata) or 'none'}"
+        raise ConfigError(
+            f"--model_path={model_path}: trained with {had}. evaluate plays one-camera networks of the data config '{DATA_CONFIG}' (embodiment "
+            f"{EMBODIMENT_TAG}, camera {', '.join(wanted)}) that were trained in this simulator, as checkpoints/so100-sim-reach. Name such a one."
+        )
+    read_facts(model_path, EMBODIMENT_TAG, DATA_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ def runner_of(settings: Settings) -> tuple[Policies, EpisodeRunner]:
     """The policies and the arms of this process."""
     if settings not in _here:
         head = open_checkpoint(settings.model_path).config.head
-        facts = read_facts(settings.model_path, "new_embodiment", "so100")
+        facts = read_facts(settings.model_path, EMBODIMENT_TAG, DATA_CONFIG)
         shape = head.action_horizon, head.action_dim
         runner = EpisodeRunner(facts, shape, settings.instruction, settings.block_speed_m_s, settings.episode_s)
         _here[settings] = Policies(settings.model_path, settings.device), runner

@@ -91,6 +91,17 @@ def summary(compared: Compared, names: Sequence[str], trained_range: np.ndarray)
     return total
 
 
+def ratio_by_episode(compared: Compared) -> dict[str, Any]:
+    """`ratio_to_hold` of each episode, by its number, and their spread: one episode says little about the next. None where nothing moved."""
+    found = {}
+    for number in dict.fromkeys(compared.episode.tolist()):
+        rows = compared.episode == number
+        found[str(number)] = ratio(np.abs(compared.error[rows]).mean(), np.abs((compared.held - compared.recorded)[rows]).mean())
+    moved = [value for value in found.values() if value is not None]
+    spread = dict(zip(("min", "median", "max"), map(_figure, np.quantile(moved, (0, 0.5, 1))), strict=True)) if moved else None
+    return {"episodes": found, "spread": spread}
+
+
 def worst(compared: Compared, names: Sequence[str]) -> dict[str, Any]:
     """The largest error of any joint at any frame."""
     row, joint = np.unravel_index(int(np.abs(compared.error).argmax()), compared.error.shape)

@@ -108,6 +108,13 @@ def _verdict(result: Result) -> Iterator[str]:
     verdict = result["verdict"]
     yield f"**Verdict (denoising steps: {verdict['denoising_steps']}): {verdict['kind']}.** {verdict['advice'][0].upper()}{verdict['advice'][1:]}"
     yield ""
+    basis, by_episode = verdict["rests_on"], result["runs"][str(verdict["denoising_steps"])]["ratio_by_episode"]
+    counted = ", ".join(f"{basis[what]} {what[:-1] if basis[what] == 1 else what}" for what in ("episodes", "chunks", "frames"))
+    spread = by_episode["spread"]
+    told = f"; ratio to holding by episode: {_cell(spread['min'])} to {_cell(spread['max'])}, median {_cell(spread['median'])}" if spread else ""
+    yield f"- This rests on {counted}{told if basis['episodes'] > 1 else ''}."
+    if basis["warning"]:
+        yield f"- {basis['warning']}."
     yield from (f"- {text}" for text in verdict["evidence"])
 
 

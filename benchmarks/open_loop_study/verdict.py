@@ -20,8 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from benchmarks.open_loop_study.checks import CAMERAS, RATE, TIMING, UNITS, Finding
-from benchmarks.open_loop_study.metrics import MOST_SHIFT
+from benchmarks.open_loop_study.metrics import MOST_SHIFT, Compared
 from benchmarks.open_loop_study.probes import Interview
 
 MODEL, FINE = "model", "looks fine: suspect the loop"
@@ -32,6 +34,7 @@ SMALL_SHARE = 0.02  # an error that no task notices; holding still can be as goo
 _STILL_SHARE = 0.01  # hardly anything moves where holding still errs by no more; elsewhere it must not be the better policy
 _POOR_SHARE = 0.05  # one joint that is off by more, and worse than holding still, is not hidden by the others
 _BIAS_SHARE, _SAME_SIGN, _BIAS_SPREAD = 0.05, 0.9, 0.4  # a constant offset: so large, so often on one side, its spread so small beside it
+ENOUGH_EPISODES = 5  # chosen: with fewer the spread over episodes says nothing
 _UNDONE = 0.7  # a mistake counts as undone when the error falls to this part
 _NO_BETTER, _FOLLOWS = 1.1, 0.3  # foreign pictures: error at most this much larger, though predictions moved by this part of the error
 
@@ -92,6 +95,18 @@ def judge(
     kind = reasons[0] if reasons else MODEL
     how = f"error {'?' if ratio is None else f'{ratio:.2f}'} times that of holding still"
     return Verdict(kind, _ADVICE[kind], (how, *(finding.text for finding in evidence)))
+
+
+def rests_on(compared: Compared) -> dict[str, Any]:
+    """How much was looked at; `warning` says when that is little."""
+    episodes = len(np.unique(compared.episode))
+    few = f"Fewer than {ENOUGH_EPISODES} episodes: another one may well give another verdict. Look at more before you rely on it (--episodes all)"
+    return {
+        "episodes": episodes,
+        "chunks": int((compared.lead == 0).sum()),
+        "frames": len(compared.frame),
+        "warning": few if episodes < ENOUGH_EPISODES else None,
+    }
 
 
 def _how_good(summary: Mapping[str, Any]) -> str:

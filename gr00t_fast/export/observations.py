@@ -23,6 +23,7 @@ import numpy as np
 from gr00t_fast.contracts import PolicyFacts
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.export.dataset_faults import contradiction, conversion
 from gr00t_fast.optional import require
 
 MIN_FRAMES = 128  # fewer do not show an activation's range
@@ -214,10 +215,7 @@ class LeRobotFrames:
         self._info = _read_json(path / "meta" / "info.json")
         version, self._features = str(self._info.get("codebase_version", "")), dict(self._info.get("features") or {})
         if not version.startswith("v3"):
-            raise ConfigError(
-                f"{path}: LeRobotDataset {version or 'of unknown version'}, expected v3. lerobot converts older ones: "
-                "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30."
-            )
+            raise ConfigError(f"{path}: LeRobotDataset {version or 'of unknown version'}, expected v3. {conversion(path, version)}")
         self.fps = float(self._info["fps"]) if self._info.get("fps") else None
         modality = path / "meta" / "modality.json"
         self._modality = _read_json(modality) if modality.is_file() else {}
@@ -300,10 +298,11 @@ class LeRobotFrames:
         except Exception as error:  # lerobot, datasets, pyarrow and the hub's client raise kinds of their own for files missing or damaged
             asked = type(error).__module__.split(".")[0] in ("requests", "huggingface_hub")  # lerobot looks there for what it does not find here
             reason = "it looks for files on the hub that are missing here" if asked else f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            raise ConfigError(
-                f"{self.name}: lerobot cannot open it ({reason}). A file of data/, meta/ or videos/ is missing or damaged: copy the whole data "
-                "set, or record it again."
-            ) from error
+            mend = (
+                contradiction(self._path, self._info)
+                or "A file of data/, meta/ or videos/ is missing or damaged: copy the whole data set, or record it again."
+            )
+            raise ConfigError(f"{self.name}: lerobot cannot open it ({reason}). {mend}") from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
