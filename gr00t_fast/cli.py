@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -18,10 +19,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from gr00t_fast import console
+from gr00t_fast.console import CLOSED_TERMINAL, Console
 from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S
-from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_DEG
-from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.control.pacer import FPS_RANGE
+from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_SPEED_DEG_S
+from gr00t_fast.control.stop import SIGNAL_EXIT_BASE, StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
@@ -29,7 +34,7 @@ from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
-_FPS_RANGE = (1, 200)  # Hz; six servos take about 4 ms for one read and one write
+_FORMER_FPS = 30  # at which a limit per tick became one per second
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
@@ -62,14 +67,20 @@ class RunConfig:
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
-    max_hold_s: float | None = DEFAULT_MAX_HOLD_S  # threaded: how long the arm holds for want of actions before the run ends; null: no limit
+    max_hold_s: float | None = (
+        DEFAULT_MAX_HOLD_S  # how long the arm holds for want of actions (or 3 x the slowest inference) until it lands; null: ever
+    )
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
     episodes: int = 1  # how many times to play
     reset_time_s: float | None = None  # how long the arm holds its pose between episodes, for you to put things back; default: 10, simulated 0
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
-    max_step_deg: float | None = DEFAULT_MAX_STEP_DEG  # largest change of a target per tick; null: no limit
+    max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S  # how fast targets may change; null: no limit
+    max_following_error_deg: float | None = (
+        DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of its joint, which may be blocked; null: no limit
+    )
+    camera_fault: CameraFault = "warn"  # a camera that is black, shows noise, or always the same picture: warn says it, land ends the run
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
     dry_run: bool = False  # connect, check, infer once, send nothing
@@ -81,11 +92,33 @@ class RunConfig:
 
 def parse(argv: Sequence[str]) -> RunConfig:
     """Return the checked configuration. Raises UsageError; prints notes to stderr."""
+    argv, old = _former_flags(argv)
     config, notes = parse_flags(RunConfig, argv)
+    notes = [*old, *notes]
     _validate(config)
     for note in [*notes, *_notes_on_cameras(config.robot)]:
         print(f"note: {note}", file=sys.stderr)
     return config
+
+
+def _former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--max_step_deg`, which counted per tick, in today's words; and notes for the user."""
+    words, notes = list(argv), []
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name != "--max_step_deg":
+            continue
+        place = index if equals else index + 1
+        value = value if equals else words[place] if place < len(words) else ""
+        try:
+            speed = "null" if value.lower() in ("null", "none", "~") else f"{float(value) * _FORMER_FPS:g}"
+        except ValueError:
+            raise UsageError(f"--max_step_deg={value} is no number; it is --max_speed_deg_s now, degrees a second, e.g. 180.") from None
+        words[index] = f"--max_speed_deg_s={speed}" if equals else "--max_speed_deg_s"
+        if not equals:
+            words[place] = speed
+        notes.append(f"--max_step_deg={value} is read as --max_speed_deg_s={speed}: {value} degrees per tick at {_FORMER_FPS} Hz.")
+    return words, notes
 
 
 def _validate(config: RunConfig) -> None:
@@ -111,13 +144,13 @@ def _validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name}={value} must be at least 1.")
-    for name in ("fps", "timeout", "max_step_deg", "max_hold_s"):
+    for name in ("fps", "timeout", "max_speed_deg_s", "max_following_error_deg", "max_hold_s"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number.")
-    if config.fps is not None and not _FPS_RANGE[0] <= config.fps <= _FPS_RANGE[1]:
-        raise UsageError(f"--fps={config.fps:g} must be from {_FPS_RANGE[0]} to {_FPS_RANGE[1]} Hz: what cameras and the servo bus can do.")
-    if config.timeout is not None and config.timeout < 1 / (config.fps or _FPS_RANGE[1]):
+    if config.fps is not None and not FPS_RANGE[0] <= config.fps <= FPS_RANGE[1]:
+        raise UsageError(f"--fps={config.fps:g} must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what cameras and the servo bus can do.")
+    if config.timeout is not None and config.timeout < 1 / (config.fps or FPS_RANGE[1]):
         raise UsageError(f"--timeout={config.timeout:g} is shorter than one tick: the arm would not move. It counts in seconds.")
     for name in ("seed", "max_held_ticks", "reset_time_s"):
         value = getattr(config, name)
@@ -175,7 +208,6 @@ def _given(config: RunConfig, *names: str) -> list[str]:
 
 def _validate_controller(config: RunConfig) -> None:
     given = {"chunk_threshold": config.chunk_threshold is not None, "smoothing": config.smoothing != "none", "when_late": config.when_late != "hold"}
-    given["max_hold_s"] = config.max_hold_s != DEFAULT_MAX_HOLD_S
     if config.controller == "sync" and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
         raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there inference overlaps the motion.")
@@ -260,7 +292,8 @@ def _plain(value: object) -> object:
 
 
 def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn every expected failure into one message on stderr and an exit code. Bugs keep their traceback."""
+    """Parse, run, and turn every expected failure into one message on stderr and an exit code. Bugs keep their traceback. Output goes through a
+    queue: a terminal that takes none holds up nothing."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
         with contextlib.suppress(BrokenPipeError):  # `| head`
@@ -268,6 +301,36 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
             return EXIT_OK
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    console = Console()
+    try:
+        with console:
+            code = _main(run, argv)
+    except OSError as error:
+        if error is not console.failure:
+            raise
+        code = EXIT_ERROR
+    if console.failure is None:
+        return code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+    return _explain_output(console.failure, code)
+
+
+def _explain_output(error: OSError, code: int) -> int:
+    """Why nothing is written any more, on standard error, which may still be there; the exit code. The arm has landed by now."""
+    if error.errno in CLOSED_TERMINAL:
+        return SIGNAL_EXIT_BASE + getattr(signal, "SIGHUP", 1)
+    closed = isinstance(error, BrokenPipeError)
+    why = (
+        "nobody reads this program's output any more (a closed pipe, as with `| head`)"
+        if closed
+        else f"its output cannot be written: {error.strerror}"
+    )
+    with contextlib.suppress(OSError):
+        print(f"error: {why}; the run has ended.", file=sys.stderr, flush=True)
+    return code if code != EXIT_OK else EXIT_ERROR
+
+
+def _main(run: Callable[[RunConfig], int], argv: Sequence[str]) -> int:
     try:
         config = parse(argv)
     except UsageError as error:
@@ -281,11 +344,6 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
         return request.exit_code
     except KeyboardInterrupt:
         return EXIT_CTRL_C
-    except BrokenPipeError:  # the arm has landed by now
-        with contextlib.suppress(OSError):  # it may have read stderr too
-            print("error: nobody reads this program's output any more (a closed pipe, as with `| head`); the run has ended.", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
-        return EXIT_ERROR
 
 
 def _explain(error: Gr00tFastError, code: int, verbose: bool) -> int:
@@ -313,8 +371,11 @@ def exit_code(stop: StopSignals, landing: LandingReport) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the program. An inference that hangs must not hold it up: the interpreter cannot end while native code of another thread runs
+    """End the program. An inference that hangs, or a terminal that takes no output, must not hold it up: the
+    interpreter cannot end while native code of another thread runs
     (it may abort instead), so what is left to do at exit is then done here."""
+    if console.stuck():
+        os._exit(code)
     if not thread_left_running():
         sys.exit(code)
     sys.stdout.flush()

@@ -154,6 +154,13 @@ class Robot(Protocol):
     def joint_limits(self) -> np.ndarray:
         """(J, 2) lowest and highest safe target from the arm's calibration, in `joint_unit`. Valid after `connect`."""
 
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        """(J,) how much each joint's reading changes when its shaft turns by a degree. Valid after `connect`."""
+
+    def keep_alive(self) -> None:
+        """The control loop's sign of life, several times a second from `connect` to `land`. Raises RobotError when the arm must land at once."""
+
     def connect(self) -> None:
         """Open bus and cameras, switch torque on. Raises RobotError, never prompts; on error everything is closed again."""
 

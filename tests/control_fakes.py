@@ -40,6 +40,7 @@ class FakeRobot:
     name = "fake"
     joint_names = SO100_JOINTS
     joint_limits = LIMITS
+    units_per_deg = np.ones(6)
 
     def __init__(self, clock: FakeClock, cameras: dict[str, tuple[int, int]] | None = None, unit: str = "degrees") -> None:
         self.clock = clock
@@ -49,11 +50,15 @@ class FakeRobot:
         self.pose = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
         self.sent: list[tuple[float, np.ndarray]] = []
         self.calls: list[str] = []
+        self.beats = 0
         self.seeds: list[int | None] = []
         self.on_connect: Callable[[], Any] = lambda: None
         self.on_observe: Callable[[], Any] = lambda: None
         self.on_send: Callable[[], Any] = lambda: None
         self.landing = LandingReport(dict.fromkeys(SO100_JOINTS, "off"), True, True)
+
+    def keep_alive(self) -> None:
+        self.beats += 1
 
     def connect(self) -> None:
         self.calls.append("connect")
@@ -66,7 +71,8 @@ class FakeRobot:
     def observe(self) -> Observation:
         self.on_observe()
         self._move()
-        frames = {name: np.zeros((spec.height, spec.width, 3), np.uint8) for name, spec in self.cameras.items()}
+        shade = 100 + len(self.sent) % 100  # a picture that changes as the arm moves
+        frames = {name: np.full((spec.height, spec.width, 3), shade, np.uint8) for name, spec in self.cameras.items()}
         return Observation(self.pose.copy(), frames, self.clock.now_s())
 
     def send(self, targets: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The import arrow, what importing costs and touches, and file lengths. Each rule is also shown to fail on a sample that breaks it."""
+"""The import arrow, and what importing costs and touches. Each rule is also shown to fail on a sample that breaks it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,6 @@ def test_imports_follow_the_arrow(sources: dict[str, str]) -> None:
 
 def test_only_core_packages_are_imported_at_import_time(sources: dict[str, str]) -> None:
     assert rules.package_violations(sources) == []
-
-
-def test_files_are_short(sources: dict[str, str]) -> None:
-    assert rules.length_violations(sources) == []
 
 
 def test_every_required_package_is_brought_by_the_extra_that_the_message_names(sources: dict[str, str]) -> None:
@@ -119,9 +115,6 @@ def test_the_package_rule(module: str, line: str, allowed: bool) -> None:
 
 
 def test_the_other_rules_refuse() -> None:
-    assert rules.length_violations({"gr00t_fast.long": "x\n" * (rules.MAX_LINES + 1), "gr00t_fast.fits": "x\n" * rules.MAX_LINES}) == [
-        f"gr00t_fast.long: {rules.MAX_LINES + 1} lines, at most {rules.MAX_LINES}: split it by stages"
-    ]
     assert rules.required_extras({"m": "def f():\n    return require('a.b', 'extra').x"}) == {("a", "extra")}
     with pytest.raises(ValueError, match="relative import"):
         rules.imports("from . import x", "gr00t_fast.m")

@@ -50,11 +50,13 @@ def test_the_well_known_command_line_parses_as_printed() -> None:
 def test_every_other_flag() -> None:
     argv = ["--device=cuda:1", "--precision=bf16", "--engine=eager", "--seed=3", "--processor_path=p", "--prompt_style=nvidia"]
     argv += ["--camera_map={front: webcam}"]
-    config = cli.parse([*SIM, *argv, "--show_images", "--timeout=12.5", "--episodes", "2", "--fps=15", "--max_step_deg=null", "--out=o", "--dry_run"])
+    config = cli.parse(
+        [*SIM, *argv, "--show_images", "--timeout=12.5", "--episodes", "2", "--fps=15", "--max_speed_deg_s=null", "--out=o", "--dry_run"]
+    )
     assert (config.device, config.precision, config.engine, config.seed) == ("cuda:1", "bf16", "eager", 3)
     assert (config.processor_path, config.prompt_style, config.camera_map) == (Path("p"), "nvidia", {"front": "webcam"})
     assert (config.show_images, config.dry_run, config.timeout, config.episodes, config.fps) == (True, True, 12.5, 2, 15.0)
-    assert (config.max_step_deg, config.out) == (None, Path("o"))
+    assert (config.max_speed_deg_s, config.out) == (None, Path("o"))
 
 
 TEXTS = [
@@ -132,7 +134,7 @@ BAD = {
     "negative horizon": ([*SIM, "--action_horizon=-1"], "at least 1"),
     "negative timeout": ([*SIM, "--timeout=-3"], "positive"),
     "nan rate": ([*SIM, "--fps=.nan"], "positive"),
-    "infinite step": ([*SIM, "--max_step_deg=.inf"], "positive"),
+    "infinite speed": ([*SIM, "--max_speed_deg_s=.inf"], "positive"),
     "negative seed": ([*SIM, "--seed=-1"], "not be negative"),
     "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),
     "unknown device": ([*SIM, "--device=cdua"], "Did you mean 'cuda'"),
@@ -203,10 +205,18 @@ def test_bad_config_file(case: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_presets_parse_and_flags_win() -> None:
     real = cli.parse([f"--config_path={ROOT}/configs/so100.yaml", "--robot.port=/dev/ttyACM0", *SIM[1:]])
     assert real.robot.cameras["front"].width == 640
-    assert (real.robot.id, real.action_horizon, real.max_step_deg) == ("black", 8, cli.DEFAULT_MAX_STEP_DEG)
+    assert (real.robot.id, real.action_horizon, real.max_speed_deg_s) == ("black", 8, cli.DEFAULT_MAX_SPEED_DEG_S)
     sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=place"])
     assert isinstance(sim.robot, SO100SimConfig)
     assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "place", "Reach the block")
+
+
+@pytest.mark.parametrize(("words", "speed"), [(["--max_step_deg=5"], 150.0), (["--max_step_deg", "null"], None)])
+def test_the_former_limit_per_tick_is_understood(words: list[str], speed: float | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.parse([*SIM, *words]).max_speed_deg_s == speed
+    assert "--max_speed_deg_s" in capsys.readouterr().err
+    with pytest.raises(cli.UsageError, match="--max_speed_deg_s"):
+        cli.parse([*SIM, "--max_step_deg=fast"])
 
 
 def test_another_robot_type_than_the_files(capsys: pytest.CaptureFixture[str]) -> None:

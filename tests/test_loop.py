@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +378,62 @@ class TestStopSignals:
         with StopSignals() as stop, pytest.raises(StopRequested):
             library(stop)
         assert done == ["swallowed"]
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
+    @pytest.mark.parametrize("swallow", ["finaliser", "weak reference", "bare except"])
+    def test_a_request_that_is_lost_where_it_lands_is_raised_again(self, swallow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        ignored = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: ignored.append(unraisable.exc_type))
+
+        class Garbage:
+            def __del__(self) -> None:
+                if swallow == "finaliser":
+                    signal.raise_signal(signal.SIGTERM)
+
+        def library(stop: StopSignals) -> None:
+            with stop.armed():
+                garbage = Garbage()
+                references = [weakref.ref(garbage, lambda _: signal.raise_signal(signal.SIGTERM) if swallow == "weak reference" else None)]
+                del garbage
+                if swallow == "bare except":
+                    with contextlib.suppress(BaseException):
+                        signal.raise_signal(signal.SIGTERM)
+                assert (stop.requested, len(references)) == (True, 1)
+                time.sleep(10)
+
+        began_s = time.perf_counter()
+        with StopSignals() as stop:
+            with pytest.raises(StopRequested):
+                library(stop)
+            assert time.perf_counter() - began_s < 1.0
+            assert len(ignored) == (swallow != "bare except")
+            time.sleep(0.6)  # outside `armed` nothing is raised any more
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
+    def test_nothing_is_raised_after_armed_has_been_left(self) -> None:
+        """Signals at any instant of entering, leaving and of the blocks themselves; the code after `armed` is never interrupted."""
+        landed, give_up_s = 0, time.perf_counter() + 3.0
+        for number in range(400):
+            if time.perf_counter() > give_up_s:
+                break
+            with StopSignals() as stop:
+                timer = threading.Timer(0.0002 * (number % 7), signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+                timer.start()
+                try:
+                    with stop.armed():
+                        while True:
+                            with stop.atomic():
+                                sum(range(20))
+                            stop.check()
+                except StopRequested:
+                    pass
+                finally:
+                    for _ in range(50):
+                        sum(range(20))
+                    landed += 1
+                timer.join()
+        assert landed > 20
 
     @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
     def test_a_closed_terminal_stops_too_unless_ignored_on_purpose(self) -> None:

@@ -64,7 +64,7 @@ def test_safety_counts_are_per_joint() -> None:
     safety = report_of(bench)["safety"]
     assert safety["clamped"]["gripper"] == 30
     assert safety["clamped"]["elbow_flex"] == 0
-    assert safety["step_limited"]["gripper"] > 0
+    assert safety["speed_limited"]["gripper"] > 0
 
 
 def test_says_what_ran_where(bench: Bench) -> None:
@@ -93,7 +93,7 @@ def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
         assert word in text
     assert "warning: look out" in text
     assert "ended by the time limit" in text
-    for word in ("pause/chunk:", "wait:", "infer/refine:", "step-lim.:", "track:"):
+    for word in ("pause/chunk:", "wait:", "infer/refine:", "speed-lim.:", "follow-lim.:", "track:"):
         assert word in text, f"{word} is explained nowhere"
     assert "torque off; safe" in text
     assert max(map(len, text.splitlines())) < 120

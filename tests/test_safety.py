@@ -7,14 +7,22 @@ import pytest
 from control_fakes import LIMITS
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.safety import DEFAULT_MAX_STEP_DEG, SafetyFilter, SafetyOptions
+from gr00t_fast.control.safety import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
+FPS = 30.0
+STEP = DEFAULT_MAX_SPEED_DEG_S / FPS
+
+
+def gate(limits: np.ndarray = LIMITS, fps: float = FPS, units_per_deg: np.ndarray | None = None, **options: object) -> SafetyFilter:
+    scale = np.ones(6) if units_per_deg is None else units_per_deg
+    return SafetyFilter(limits, SO100_JOINTS, SafetyOptions(**options), fps=fps, units_per_deg=scale)
 
 
 def started(start: np.ndarray = START, **options: object) -> SafetyFilter:
-    safety = SafetyFilter(LIMITS, SO100_JOINTS, SafetyOptions(**options))
+    """Without a limit of the following error, unless it is given: most tests have no arm that follows."""
+    safety = gate(**{"max_following_error_deg": None, **options})
     safety.start(start)
     return safety
 
@@ -24,32 +32,32 @@ def test_a_harmless_target_passes_exactly() -> None:
     target = START + np.array([0.1, -5.999, 3.3, 0.7, 1e-9, 2.0])
     assert np.array_equal(safety(target), target)
     assert not safety.clamped.any()
-    assert not safety.step_limited.any()
+    assert not safety.speed_limited.any()
 
 
 def test_the_first_target_is_limited_against_the_measured_pose() -> None:
     safety = started()
-    assert safety(START + 40)[0] == DEFAULT_MAX_STEP_DEG
-    assert safety.step_limited.tolist() == [1] * 6
+    assert safety(START + 40)[0] == STEP
+    assert safety.speed_limited.tolist() == [1] * 6
 
 
 def test_a_leap_becomes_a_ramp_relative_to_the_last_command() -> None:
-    safety = started(max_step_deg=5.0)
+    safety = started(max_speed_deg_s=150.0)
     leap = START.copy()
     leap[2] = -12
     assert [safety(leap)[2] for _ in range(4)] == [-5, -10, -12, -12]
-    assert safety.step_limited.tolist() == [0, 0, 2, 0, 0, 0]
+    assert safety.speed_limited.tolist() == [0, 0, 2, 0, 0, 0]
 
 
 def test_clamps_to_limits_and_counts_per_joint() -> None:
-    safety = started(max_step_deg=None)
+    safety = started(max_speed_deg_s=None)
     target = np.array([500.0, -500.0, 0, 0, 0, 101.0])
     assert safety(target).tolist() == [110, -110, 0, 0, 0, 100]
     assert safety.clamped.tolist() == [1, 1, 0, 0, 0, 1]
 
 
 def test_clamping_can_be_switched_off() -> None:
-    safety = started(max_step_deg=None, clamp_to_limits=False)
+    safety = started(max_speed_deg_s=None, clamp_to_limits=False)
     assert safety(np.full(6, 150.0)).tolist() == [150] * 6
     assert not safety.clamped.any()
 
@@ -57,7 +65,7 @@ def test_clamping_can_be_switched_off() -> None:
 def test_an_arm_outside_its_range_is_led_back_not_thrown() -> None:
     outside = START.copy()
     outside[1] = -125
-    safety = started(outside, max_step_deg=5.0)
+    safety = started(outside, max_speed_deg_s=150.0)
     assert [safety(outside)[1] for _ in range(4)] == [-120, -115, -110, -110]
 
 
@@ -118,13 +126,15 @@ def test_a_pose_that_is_not_finite_is_refused() -> None:
 @pytest.mark.parametrize("limits", [LIMITS[:5], LIMITS[:, ::-1], LIMITS * np.nan])
 def test_limits_must_make_sense(limits: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="Calibrate"):
-        SafetyFilter(limits, SO100_JOINTS)
+        gate(limits)
 
 
-@pytest.mark.parametrize("options", [{"max_step_deg": 0}, {"max_step_deg": float("nan")}, {"max_held_ticks": -1}])
+@pytest.mark.parametrize(
+    "options", [{"max_speed_deg_s": 0}, {"max_speed_deg_s": float("nan")}, {"max_following_error_deg": 0}, {"max_held_ticks": -1}]
+)
 def test_options_must_make_sense(options: dict) -> None:
     with pytest.raises(ConfigError):
-        SafetyFilter(LIMITS, SO100_JOINTS, SafetyOptions(**options))
+        gate(**options)
 
 
 def test_random_targets_stay_inside_both_limits() -> None:
@@ -132,7 +142,86 @@ def test_random_targets_stay_inside_both_limits() -> None:
     safety, last = started(), START
     for target in rng.normal(0, 120, (500, 6)):
         sent = safety(target)
-        assert (np.abs(sent - last) <= DEFAULT_MAX_STEP_DEG + 1e-9).all()
+        assert (np.abs(sent - last) <= STEP + 1e-9).all()
         assert (sent >= LIMITS[:, 0]).all()
         assert (sent <= LIMITS[:, 1]).all()
         last = sent
+
+
+@pytest.mark.parametrize("fps", [1.0, 10.0, 30.0, 200.0])
+def test_the_speed_limit_is_per_second_whatever_the_rate(fps: float) -> None:
+    """In degrees of the shaft, gripper and normalised units too."""
+    units_per_deg = np.array([1.0, 0.5, 2.0, 1.0, 1.0, 100 / 118])
+    safety = started(START, fps=fps, units_per_deg=units_per_deg)
+    path = [START, *(safety(np.array([110.0, 110, 110, 110, 110, 100])) for _ in range(5))]
+    speed_deg_s = np.diff(path, axis=0).max(0) * fps / units_per_deg
+    assert (speed_deg_s <= DEFAULT_MAX_SPEED_DEG_S * (1 + 1e-9)).all()
+    if fps >= 10:
+        np.testing.assert_allclose(speed_deg_s, DEFAULT_MAX_SPEED_DEG_S)
+
+
+def test_a_blocked_joint_does_not_wind_its_goal_ahead() -> None:
+    safety = gate(max_following_error_deg=15.0)
+    safety.start(START)
+    target, sent = START + [90, 0, 0, 0, 0, 0], []
+    for _ in range(60):  # two seconds
+        safety.measured(START)
+        sent.append(safety(target))
+    assert max(np.abs(goal - START).max() for goal in sent) == 15.0
+    assert safety.following_limited[0] > 50
+    safety.measured(START + [5, 0, 0, 0, 0, 0])  # free again
+    assert safety(target)[0] == 20.0
+    assert np.array_equal(safety.following_limited[1:], np.zeros(5))
+
+
+def test_a_joint_that_only_lags_moves_on() -> None:
+    """Five ticks behind at 60 deg/s, as a real arm: ten degrees, and nothing is limited."""
+    safety = gate()
+    safety.start(START)
+    goals = [START]
+    for tick in range(60):
+        safety.measured(goals[max(0, len(goals) - 6)])
+        goals.append(safety(START + [min(2.0 * tick, 90.0), 0, 0, 0, 0, 0]))
+    assert not safety.following_limited.any()
+    assert goals[-1][0] == 90.0
+
+
+@pytest.mark.parametrize("drift_deg", [0.0, -0.5], ids=["blocked", "drifts away from its goal"])
+def test_a_joint_that_does_not_follow_is_said_and_ends_the_run(drift_deg: float) -> None:
+    said: list[str] = []
+    safety = SafetyFilter(LIMITS, SO100_JOINTS, fps=FPS, units_per_deg=np.ones(6), echo=said.append)
+    safety.start(START)
+    ended_at = None
+    for tick in range(400):
+        safety.measured(START + [0, drift_deg * tick, 0, 0, 0, 0])
+        try:
+            safety(START + [0, 90, 0, 0, 0, 0])
+        except UnsafeActionError as error:
+            ended_at, message = tick, str(error)
+            break
+    assert ended_at is not None
+    assert FPS * BLOCKED_END_S <= ended_at < FPS * BLOCKED_END_S + 10
+    assert "shoulder_lift" in message
+    assert "--max_following_error_deg" in message
+    assert len(said) == 1
+    assert "shoulder_lift" in said[0]
+
+
+def test_a_gripper_may_stand_still_against_what_it_holds() -> None:
+    said: list[str] = []
+    safety = SafetyFilter(LIMITS, SO100_JOINTS, fps=FPS, units_per_deg=np.ones(6), echo=said.append)
+    safety.start(START)
+    for _ in range(600):
+        safety.measured(START)
+        goal = safety(START - [0, 0, 0, 0, 0, 50])
+    assert goal[5] == 35.0
+    assert said == []
+
+
+def test_a_slow_joint_is_not_a_blocked_one() -> None:
+    safety = gate(max_speed_deg_s=None)
+    safety.start(START)
+    for tick in range(600):
+        safety.measured(START + [min(0.2 * tick, 100.0), 0, 0, 0, 0, 0])  # 6 deg/s
+        safety(START + [100, 0, 0, 0, 0, 0])
+    assert safety.following_limited[0] > 300

@@ -50,7 +50,7 @@ def test_our_flags_are_lerobots() -> None:
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.robots.so_follower import SO100FollowerConfig
 
-    own = {"connect_attempts", "reconnect_s"}
+    own = {"connect_attempts", "reconnect_s", "watchdog_s"}
     arm, theirs = _defaults(ours.SO100FollowerConfig), _defaults(SO100FollowerConfig)
     assert set(arm) - own == set(theirs)
     assert {name: arm[name] for name in theirs if name != "port"} == {name: theirs[name] for name in theirs if name != "port"}
@@ -91,6 +91,7 @@ def test_make_robot_makes_the_arm_without_touching_anything() -> None:
         *(("max_relative_target", bad) for bad in (0, -5, float("nan"), float("inf"), dict.fromkeys(SO100_JOINTS, 5.0) | {"gripper": -1.0})),
         *(("connect_attempts", bad) for bad in (0, -3)),
         *(("reconnect_s", bad) for bad in (-1.0, float("nan"), float("inf"))),
+        *(("watchdog_s", bad) for bad in (0.0, -1.0, 0.01, float("nan"), float("inf"))),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(flag: str, bad: object) -> None:

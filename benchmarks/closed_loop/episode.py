@@ -110,6 +110,13 @@ class ConnectedArm:
     def connect(self) -> None:
         """Connected already."""
 
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        return self.arm.units_per_deg
+
+    def keep_alive(self) -> None:
+        """Nothing is powered."""
+
     def reset(self, seed: int | None = None) -> None:
         self.arm.reset(seed)
         self.arm.simulation.watch = self.watch  # not before: what is left of the episode before is none of its business
@@ -177,7 +184,7 @@ class EpisodeRunner:
         late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, noise_seed)
         late.begin(seed)
         stop, trace = StopSignals(), EpisodeTrace(arm, self._episode_s, onlooker)
-        options = LoopOptions(self._facts.fps, timeout_s=self._episode_s, seed=seed)
+        options = LoopOptions(self._facts.fps, timeout_s=self._episode_s, seed=seed, camera_fault=None)  # pictures are drawn when they are looked at
         controller, goal = self._controller(cell, late, arm, clock), _Goal(trace, arm, stop)
         loop = ControlLoop(arm, controller, options, clock, stop, observers=[goal], echo=lambda line: None)
         arm.watch = trace
@@ -202,7 +209,7 @@ class EpisodeRunner:
         cameras = resolve_camera_map(arm.cameras, facts.resolutions, None)
         binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, arm.joint_names, cameras)
         if cell.controller == "sync":
-            return SyncController(policy, binding, self._instruction, clock, cell.action_horizon)
+            return SyncController(policy, binding, self._instruction, clock, cell.action_horizon, max_hold_s=None, worker=VirtualWorker(clock))
         overlap = OverlapOptions(
             smoothing="rtc" if cell.controller == "rtc" else "none",
             when_late="resume" if cell.controller == "resume" else "hold",

@@ -81,6 +81,13 @@ class FollowerArm:
         marker = 2 * self._recording.duration_s + 60.0
         return np.column_stack([np.append(low, -marker), np.append(high, marker)])
 
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        return np.ones(len(self.joint_names))
+
+    def keep_alive(self) -> None:
+        """Nothing is powered."""
+
     def connect(self) -> None:
         """Nothing to open."""
 

@@ -42,7 +42,7 @@ def measure(motion: Motion) -> dict[str, Any]:
         "duration_s": float(motion.sent_s[-1] + motion.period_s),
         "finished": float(motion.finished),
         "missed_ticks": float(motion.missed_ticks),
-        "step_limited": float(motion.step_limited),
+        "speed_limited": float(motion.speed_limited),
         "mae_raw": float(np.abs(raw).mean()),
         "mae_aligned": float(np.abs(aligned).mean()),
         "joints": {

@@ -60,7 +60,7 @@ class Setup:
     when_late: WhenLate
     chunk_noise_deg: float
     time_constant_s: float
-    max_step_deg: float | None
+    max_speed_deg_s: float | None
     seed: int
     virtual: bool
 
@@ -89,7 +89,7 @@ class Motion:
     arm: np.ndarray
     reference: np.ndarray
     missed_ticks: int
-    step_limited: int
+    speed_limited: int
     finished: bool
 
 
@@ -103,7 +103,9 @@ def run_trial(setup: Setup, cell: Cell, trial: int) -> Motion:
         worker: Worker = VirtualWorker(clock) if isinstance(clock, VirtualClock) else ThreadWorker()
         controller = make_controller(setup, cell, policy, arm, clock, worker)
         limit_s = (_PATIENCE if cell.scene == "still" else 1.0) * setup.recording.duration_s + cell.delay.values_s[-1] + _SPARE_S
-        options = LoopOptions(setup.fps, timeout_s=limit_s, safety=SafetyOptions(max_step_deg=setup.max_step_deg))
+        options = LoopOptions(
+            setup.fps, timeout_s=limit_s, safety=SafetyOptions(max_speed_deg_s=setup.max_speed_deg_s, max_following_error_deg=None), camera_fault=None
+        )
         goal = _Goal(setup.recording.duration_s - 0.5 / setup.fps, stop)
         loop = ControlLoop(arm, controller, options, clock, stop, observers=[goal], echo=lambda line: None)
         with stop:
@@ -136,7 +138,7 @@ def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, 
     widths = {"joints": len(setup.recording.joint_names), MARKER: 1}
     binding = RobotBinding(policy.get_modality_config(), widths, widths, arm.joint_names, {CAMERA: CAMERA})
     if cell.architecture == "sync":
-        return SyncController(policy, binding, _INSTRUCTION, clock)
+        return SyncController(policy, binding, _INSTRUCTION, clock, max_hold_s=None, worker=worker)
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
     when_late: WhenLate = "resume" if cell.architecture == "threaded_resume" else setup.when_late
@@ -166,7 +168,7 @@ def _motion(setup: Setup, cell: Cell, loop: ControlLoop, arm: FollowerArm) -> Mo
         arm.poses(instants[0] + grid_s),
         setup.recording.at(_scene_time(cell, grid_s, sent_s[:count], data["target"][:, -1], period_s)),
         loop.pacer.missed_ticks,
-        int(loop.safety.step_limited[:-1].sum()),
+        int(loop.safety.speed_limited[:-1].sum()),
         loop.trace.ended_by == FINISHED,
     )
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S, HoldWatch, timed_out
+from gr00t_fast.control.worker import ThreadWorker, Worker, value_of, wait_alive
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 
@@ -103,7 +105,10 @@ def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
 
 
 class SyncController:
-    """Executes the first `action_horizon` actions of a chunk, then infers again while the arm waits."""
+    """Executes the first `action_horizon` actions of a chunk, then infers again while the arm waits.
+
+    The policy runs in a worker's thread all the same: the loop's thread must hear signals, and show that it lives, whatever native code does.
+    """
 
     def __init__(
         self,
@@ -113,15 +118,23 @@ class SyncController:
         clock: Clock,
         action_horizon: int | None = None,
         recoverable: tuple[type[Exception], ...] = (),
+        max_hold_s: float | None = DEFAULT_MAX_HOLD_S,
+        worker: Worker | None = None,
+        keep_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`action_horizon=None` plays all the policy returns; `recoverable` as in OverlapOptions. Raises ConfigError when it is not positive."""
+        """`action_horizon=None` plays all the policy returns; `recoverable` and `max_hold_s` as in OverlapOptions; `keep_alive` is called several
+        times a second while the arm waits for an inference. Raises ConfigError when a number makes no sense."""
         check_horizon(action_horizon)
         self._thinker = Thinker(policy, binding, instruction, clock)
         self._horizon, self._recoverable = action_horizon, recoverable
+        self._worker, self._clock, self._keep_alive = worker or ThreadWorker(), clock, keep_alive
+        self._watch = HoldWatch(1.0, max_hold_s, None)
+        self._left_running = False
         self._targets = np.empty((0, 0), np.float32)
         self._next = 0
         self._last: np.ndarray | None = None
         self._starved = False
+        self._reset_policy = False
         self._lost_inferences = 0
         self.note = TickNote()
 
@@ -130,25 +143,43 @@ class SyncController:
         return self._next >= len(self._targets)
 
     def warm_up(self) -> None:
-        self._thinker.warm_up()
+        self._worker.submit(self._thinker.warm_up)
+        timing_ms = value_of(wait_alive(self._worker, self._clock, None, self._keep_alive))
+        self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
 
     def reset(self) -> None:
-        self._thinker.policy.reset()
+        self._reset_policy = True
         self._targets, self._next, self._last = self._targets[:0], 0, None
 
     def plan(self, observation: Observation) -> ActionChunk | None:
-        """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet."""
+        """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet. Raises InferenceTimeoutError when the arm
+        has waited for too long."""
         try:
-            chunk, _ = self._thinker.think(observation)
+            chunk = self._chunk(observation)
         except self._recoverable:
             if self._last is None:
                 raise
             self._lost_inferences += 1
             self._targets, self._next, self._starved = self._last[None], 0, True
             return None
+        self._watch.inferred(chunk.inference_ms / 1000)
         check_length(chunk, self._horizon)
         self._targets, self._next, self._starved = chunk.targets[: self._horizon], 0, False
         return chunk
+
+    def _chunk(self, observation: Observation) -> ActionChunk:
+        reset, self._reset_policy = self._reset_policy, False
+
+        def think() -> ActionChunk:
+            if reset:
+                self._thinker.policy.reset()
+            return self._thinker.think(observation)[0]
+
+        self._worker.submit(think)
+        outcome = wait_alive(self._worker, self._clock, self._watch.limit_s, self._keep_alive)
+        if outcome is None:
+            raise timed_out(self._watch.limit_s or 0.0, "the next chunk is not there")
+        return value_of(outcome)
 
     def see(self, observation: Observation, tick: int) -> None:
         """Nothing to do: the next plan brings its own observation."""
@@ -161,7 +192,10 @@ class SyncController:
         return self._last
 
     def summary(self) -> dict[str, Any]:
-        return {"kind": "sync", "lost_inferences": self._lost_inferences, **self._thinker.summary()}
+        figures = {"lost_inferences": self._lost_inferences, "inference_left_running": self._left_running}
+        return {"kind": "sync", **figures, **self._thinker.summary()}
 
     def close(self, timeout_s: float) -> bool:
-        return True
+        ended = self._worker.close(timeout_s)
+        self._left_running = not ended
+        return ended

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
+from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import Controller
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
@@ -24,6 +25,7 @@ from gr00t_fast.control.trace import RunTrace
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
+_LONGEST_SLEEP_S = 0.25
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
@@ -40,6 +42,7 @@ class LoopOptions:
     """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode.
 
     `reset_time_s`: how long the arm holds its pose between two episodes.
+    `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
     """
 
     fps: float
@@ -49,6 +52,7 @@ class LoopOptions:
     dry_run: bool = False
     safety: SafetyOptions = field(default_factory=SafetyOptions)
     reset_time_s: float = 0.0
+    camera_fault: CameraFault | None = "warn"
 
 
 class ControlLoop:
@@ -73,7 +77,9 @@ class ControlLoop:
         self.stop = stop or StopSignals()
         self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
-        self.pacer = Pacer(options.fps, clock)
+        self._sleeps = _ShortSleeps(clock, robot.keep_alive)
+        self.pacer = Pacer(options.fps, self._sleeps)
+        self.cameras = None if options.camera_fault is None else CameraWatch(options.camera_fault, echo)
         self.trace = RunTrace(robot.joint_names, clock)
         self._progress = Progress(self.trace, self.pacer, clock, echo)
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
@@ -96,13 +102,21 @@ class ControlLoop:
                 self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
                 self.trace.ended_s = self.clock.now_s()
                 self.controller.close(_JOIN_TIMEOUT_S)
-                self.trace.events = dict(self.robot.events)
+                self.trace.events = dict(self.robot.events) | (dict(self.cameras.events) if self.cameras else {})
                 self.trace.episodes_solved = getattr(self.robot, "episodes_solved", None)  # only a simulation can tell
         return self.trace
 
     def _connect(self) -> None:
         self.robot.connect()
-        self.safety = SafetyFilter(self.robot.joint_limits, self.robot.joint_names, self.options.safety)
+        self.robot.keep_alive()
+        self.safety = SafetyFilter(
+            self.robot.joint_limits,
+            self.robot.joint_names,
+            self.options.safety,
+            fps=self.options.fps,
+            units_per_deg=self.robot.units_per_deg,
+            echo=self.echo,
+        )
         self.on_connected(self.robot.observe())
         self.trace.began_s = self.clock.now_s()
 
@@ -123,11 +137,12 @@ class ControlLoop:
         self.echo(f"Episode {played} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
         end_s = self.clock.now_s() + hold_s
         while (now_s := self.clock.now_s()) < end_s:
+            self.robot.keep_alive()
             with self.stop.atomic():
                 observation = self.robot.observe()
             for observer in self.observers:
                 observer.see(observation)
-            self.clock.sleep_until_s(min(end_s, now_s + self.pacer.period_s))
+            self._sleeps.sleep_until_s(min(end_s, now_s + self.pacer.period_s))
             self.stop.check()
 
     def _episode(self, index: int) -> None:
@@ -146,6 +161,7 @@ class ControlLoop:
         self._close_loop()
 
     def _tick(self) -> None:
+        self.robot.keep_alive()
         if self.controller.needs_observation:  # the chunk is played out: look, think, then move
             self._close_loop()
             self._loop_began_s = self.clock.now_s()
@@ -185,6 +201,9 @@ class ControlLoop:
         if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages = outages
             self.safety.start(observation.joints)
+        self.safety.measured(observation.joints)
+        if self.cameras is not None:
+            self.cameras(observation)
         return observation
 
     def _infer(self, observation: Observation) -> ActionChunk | None:
@@ -230,6 +249,20 @@ class ControlLoop:
         limited = self.safety(target)
         self.trace.episodes += 1
         self.echo(dry_run_table(self.robot.joint_names, observation.joints, target, limited))
+
+
+class _ShortSleeps:
+    """A clock whose long sleeps (below 4 Hz) are interrupted by signs of life."""
+
+    def __init__(self, clock: Clock, keep_alive: Callable[[], None]) -> None:
+        self._clock, self._keep_alive = clock, keep_alive
+        self.now_s = clock.now_s
+
+    def sleep_until_s(self, deadline_s: float) -> None:
+        while deadline_s - self.now_s() > _LONGEST_SLEEP_S:
+            self._clock.sleep_until_s(self.now_s() + _LONGEST_SLEEP_S)
+            self._keep_alive()
+        self._clock.sleep_until_s(deadline_s)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from gr00t_fast.errors import ConfigError
 SPIN_S = 0.001
 # A tick that is late by less than this part of a period still runs (and shows in the tick error); beyond, it would crowd the next one.
 MISS_AFTER_PERIODS = 0.5
+FPS_RANGE = (1.0, 200.0)  # Hz; six servos take about 4 ms for one read and one write
 ROUNDING = 1e-6  # periods; a pause of exactly n periods counts as n
 
 

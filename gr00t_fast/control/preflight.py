@@ -13,6 +13,7 @@ import numpy as np
 
 from gr00t_fast.contracts import CameraSpec, JointUnit, Observation, PartStatistics, PolicyFacts, Robot
 from gr00t_fast.control.binding import joints_of_parts, resolve_camera_map
+from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.errors import PreflightError
 
 ASPECT_TOLERANCE = 0.02  # relative; 1280x720 against 1920x1080 is 0, 4:3 against 16:9 is 0.25
@@ -31,9 +32,10 @@ OTHER_ROBOTS = {"gr1": "the GR-1 humanoid", "oxe_droid": "a Franka arm (DROID)",
 
 @dataclass
 class Findings:
-    """`problems` forbid the run, `warnings` are for the user to judge, `notes` say what was decided on the way."""
+    """`problems` forbid the run, `impossible` ones whatever the user wishes, `warnings` are for the user to judge, `notes` say what was decided."""
 
     problems: list[str] = field(default_factory=list)
+    impossible: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -46,10 +48,11 @@ class Findings:
 
     def refuse(self) -> None:
         """Raise one PreflightError with all problems, if there are any."""
-        if self.problems:
-            plural = "s" if len(self.problems) > 1 else ""
-            listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-            raise PreflightError(f"robot and checkpoint do not fit together ({len(self.problems)} problem{plural}):\n{listing}")
+        problems = [*self.impossible, *self.problems]
+        if problems:
+            plural = "s" if len(problems) > 1 else ""
+            listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+            raise PreflightError(f"robot and checkpoint do not fit together ({len(problems)} problem{plural}):\n{listing}")
 
 
 class Preflight:
@@ -77,7 +80,7 @@ class Preflight:
         self._judge(check_connected(self._robot, self._facts, observation.joints))
 
     def _judge(self, findings: Findings) -> None:
-        if self._strict:
+        if self._strict or findings.impossible:
             findings.refuse()
         warnings = [*(f"ignored at your wish: {problem}" for problem in findings.problems), *findings.warnings]
         self.warnings += warnings
@@ -194,6 +197,12 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts:
 
 
 def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: float | None) -> None:
+    if loop_fps is None and facts.fps is not None and not FPS_RANGE[0] <= facts.fps <= FPS_RANGE[1]:
+        findings.impossible.append(
+            f"the checkpoint says that its data was recorded at {facts.fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
+            "cameras and the servo bus can do. Give the rate of the recordings: --fps=30 (lerobot's default)."
+        )
+        return
     if facts.fps is None and loop_fps is None:
         findings.problems.append("the policy does not say at which rate its training data was recorded. Give it: --fps=30 (lerobot's default).")
         return

@@ -28,7 +28,8 @@ SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 _LEGEND = (
     "pause/chunk: the arm stood still for a new chunk. wait: idle until the next tick; counted twice where a chunk begins.",
     "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
-    "clamped: target beyond the calibrated range. step-lim.: more than --max_step_deg away. Both count ticks.",
+    "clamped: target beyond the calibrated range. speed-lim.: faster than --max_speed_deg_s. All three count ticks.",
+    "follow-lim.: further ahead of the joint than --max_following_error_deg.",
     "track: distance from a target to the pose one tick later.",
 )
 _SECRET_FLAGS, _HIDDEN = ("--api_token",), "(hidden)"
@@ -119,7 +120,8 @@ def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
     return {
         "held_ticks": safety.held_ticks,
         "clamped": _per_joint(safety.joint_names, safety.clamped),
-        "step_limited": _per_joint(safety.joint_names, safety.step_limited),
+        "speed_limited": _per_joint(safety.joint_names, safety.speed_limited),
+        "following_limited": _per_joint(safety.joint_names, safety.following_limited),
         "options": asdict(safety.options),
     }
 
@@ -214,11 +216,11 @@ def _text_joints(report: Mapping[str, Any]) -> list[str]:
     safety, tracking = report["safety"], report["tracking_error"]
     if safety is None:
         return []
-    lines = [f"{'joint':<24}{'clamped':>8}{'step-lim.':>10}{'track p50':>10}{'p95':>10}{'max':>10}  ({tracking['unit']})"]
+    lines = [f"{'joint':<24}{'clamped':>8}{'speed-lim.':>11}{'follow-lim.':>12}{'track p50':>10}{'p95':>10}{'max':>10}  ({tracking['unit']})"]
     for name, clamped in safety["clamped"].items():
         row = tracking["joints"][name]
         errors = "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "max")) if row else f"{'-':>10}" * 3
-        lines.append(f"{name:<24}{clamped:>8}{safety['step_limited'][name]:>10}{errors}")
+        lines.append(f"{name:<24}{clamped:>8}{safety['speed_limited'][name]:>11}{safety['following_limited'][name]:>12}{errors}")
     return [*lines, f"targets held because NaN or infinite: {safety['held_ticks']}", "", *_LEGEND]
 
 

@@ -5,25 +5,33 @@ Axis alphabet of this file: J joints of the arm.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
-# 6 deg per tick is 180 deg/s at 30 Hz, two thirds of an STS3215's no-load speed (45 rpm, 0.22 s per 60 deg, by its data sheet): a choice,
-# meant to let ordinary motion pass and to turn a leap between two chunks into a ramp. The gripper counts in per cent of its travel.
-DEFAULT_MAX_STEP_DEG = 6.0
+# Two thirds of an STS3215's no-load speed (45 rpm, 0.22 s per 60 deg, by its data sheet), 6 degrees per tick at 30 Hz: a choice, meant to let
+# ordinary motion pass and to turn a leap between two chunks into a ramp.
+DEFAULT_MAX_SPEED_DEG_S = 180.0
+# How far a goal may be ahead of the measured joint. A joint that is held up would otherwise wind its goal ahead and leap when it is free.
+DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
+PROGRESS_DEG = 3.0  # a joint that comes so much nearer to its target is late, not blocked
+BLOCKED_WARN_S, BLOCKED_END_S = 1.0, 5.0
+GRIPPER = "gripper"  # stands still against what it holds: that is its work
 # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough that nobody wonders why the arm stands still.
 DEFAULT_MAX_HELD_TICKS = 10
 
 
 @dataclass(frozen=True)
 class SafetyOptions:
-    """What the gate does besides refusing NaN. `max_step_deg=None` switches the step limit off."""
+    """What the gate does besides refusing NaN. None switches a limit off."""
 
     clamp_to_limits: bool = True
-    max_step_deg: float | None = DEFAULT_MAX_STEP_DEG
+    max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S
+    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS
 
 
@@ -31,23 +39,39 @@ class SafetyFilter:
     """Passes targets on, changed as little as safety asks, and counts every change.
 
     held_ticks: targets with NaN or infinity, replaced by the last one sent.
-    clamped, step_limited: int64 (J,), how often each joint's target was changed.
+    clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed.
     """
 
-    def __init__(self, limits: np.ndarray, joint_names: tuple[str, ...], options: SafetyOptions | None = None) -> None:
-        """`limits` (J, 2), lowest and highest target in joint units. Raises ConfigError when limits or options make no sense."""
+    def __init__(
+        self,
+        limits: np.ndarray,
+        joint_names: tuple[str, ...],
+        options: SafetyOptions | None = None,
+        *,
+        fps: float,
+        units_per_deg: np.ndarray,
+        echo: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
+        second; `echo` is told of a joint that is blocked. Raises ConfigError when limits or options make no sense."""
         self.options = options or SafetyOptions()
         self._limits = _checked_limits(limits, joint_names)
-        step = self.options.max_step_deg
-        if step is not None and not (np.isfinite(step) and step > 0):
-            raise ConfigError(f"max_step_deg must be a positive number of degrees per tick (or null for no limit), got {step}.")
+        self._fps, self._units_per_deg, self._echo = fps, np.asarray(units_per_deg, np.float64), echo
+        for name in ("max_speed_deg_s", "max_following_error_deg"):
+            value = getattr(self.options, name)
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number (or null for no limit), got {value}.")
         if self.options.max_held_ticks < 0:
             raise ConfigError(f"max_held_ticks must not be negative, got {self.options.max_held_ticks}.")
         self.joint_names = joint_names
         self.held_ticks = 0
         self.clamped = np.zeros(len(joint_names), np.int64)
-        self.step_limited = np.zeros(len(joint_names), np.int64)
+        self.speed_limited = np.zeros(len(joint_names), np.int64)
+        self.following_limited = np.zeros(len(joint_names), np.int64)
         self._last: np.ndarray | None = None
+        self._measured = np.zeros(len(joint_names))
+        self._blocked_ticks = np.zeros(len(joint_names), np.int64)
+        self._blocked_at = np.zeros(len(joint_names))  # where each joint was when it last made progress
         self._held_in_a_row = 0
 
     def start(self, measured: np.ndarray) -> None:
@@ -55,13 +79,19 @@ class SafetyFilter:
         measured = self._checked_shape(measured, "the measured pose")
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
-        self._last = measured
+        self._last = self._measured = measured
         self._held_in_a_row = 0
+        self._blocked_ticks[:] = 0
+
+    def measured(self, joints: np.ndarray) -> None:
+        """Take note of a newer measured pose (J,): goals stay within the following error of it."""
+        self._measured = self._checked_shape(joints, "the measured pose")
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """Return the target (J,) float64 that may be sent.
 
-        Raises UnsafeActionError for a wrong shape, and when more than `max_held_ticks` targets in a row were not finite.
+        Raises UnsafeActionError for a wrong shape, when more than `max_held_ticks` targets in a row were not finite, and when a joint has been
+        blocked for BLOCKED_END_S.
         """
         if self._last is None:
             raise RuntimeError("SafetyFilter.start(measured) must come before the first target")
@@ -69,7 +99,8 @@ class SafetyFilter:
         if not np.isfinite(target).all():
             return self._hold(target)
         self._held_in_a_row = 0
-        self._last = self._step_limited(self._clamped(target))
+        clamped = self._clamped(target)
+        self._last = self._near_measured(self._speed_limited(clamped), clamped)
         return self._last.copy()
 
     def _hold(self, target: np.ndarray) -> np.ndarray:
@@ -91,16 +122,44 @@ class SafetyFilter:
         self.clamped += inside != target
         return inside
 
-    def _step_limited(self, target: np.ndarray) -> np.ndarray:
+    def _speed_limited(self, target: np.ndarray) -> np.ndarray:
         """Limit the change against the last target sent. Comes after clamping and is not clamped again: an arm that starts outside its
         calibrated range is led back into it step by step instead of being thrown to the border."""
-        step = self.options.max_step_deg
-        if step is None:
+        if self.options.max_speed_deg_s is None:
             return target
+        step = self.options.max_speed_deg_s / self._fps * self._units_per_deg  # (J,) joint units per tick
         limited = self._last + np.clip(target - self._last, -step, step)
         changed = np.abs(target - self._last) > step
-        self.step_limited += changed
+        self.speed_limited += changed
         return np.where(changed, limited, target)  # the unchanged ones exactly, without the rounding of the sum
+
+    def _near_measured(self, goal: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bound the following error; `target` (J,) is where the policy wants to get."""
+        if self.options.max_following_error_deg is None:
+            return goal
+        most = self.options.max_following_error_deg * self._units_per_deg
+        bounded = np.clip(goal, self._measured - most, self._measured + most)
+        changed = bounded != goal
+        self.following_limited += changed
+        self._watch_progress(changed, target)
+        return bounded
+
+    def _watch_progress(self, limited: np.ndarray, target: np.ndarray) -> None:
+        progress = (self._measured - self._blocked_at) * np.sign(target - self._measured)
+        begins = ~limited | (self._blocked_ticks == 0) | (progress >= PROGRESS_DEG * self._units_per_deg)
+        self._blocked_at = np.where(begins, self._measured, self._blocked_at)
+        self._blocked_ticks = np.where(begins, limited, self._blocked_ticks + 1)
+        for index in np.flatnonzero(self._blocked_ticks):
+            if (name := self.joint_names[index]) == GRIPPER:
+                continue
+            for_s, at = self._blocked_ticks[index] / self._fps, f"it is at {self._measured[index]:.1f} and shall go to {target[index]:.1f}"
+            if for_s >= BLOCKED_END_S:
+                raise UnsafeActionError(
+                    f"joint {name} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or without "
+                    "power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no limit)."
+                )
+            if self._blocked_ticks[index] == math.ceil(BLOCKED_WARN_S * self._fps):
+                self._echo(f"WARNING: joint {name} does not follow: {at}. Its goal is held within --max_following_error_deg of it; is it blocked?")
 
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:
         values = np.array(values, np.float64)

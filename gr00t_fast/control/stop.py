@@ -1,4 +1,4 @@
-"""Stopping on Ctrl-C, SIGTERM or a closed terminal without ever losing the landing.
+"""Stopping on Ctrl-C, SIGTERM or a closed terminal without ever losing the request or the landing.
 
 A signal may come anywhere: in the middle of a seconds-long inference (the arm must land now, not after it), in the middle of a bus transfer
 (let it finish: milliseconds), or in the middle of landing (must not be cut short). The handler raises only where the program allows it:
@@ -11,15 +11,15 @@ A signal may come anywhere: in the middle of a seconds-long inference (the arm m
     finally:
         robot.land()                        # outside `armed`: signals are remembered, never raised
 
-The handler raises at most once, so nothing can be raised between leaving `armed` and the landing.
+An exception raised by a signal handler can be lost: Python drops it in finalisers and weakref callbacks, and a library may have a bare
+`except`. So a timer raises it again, every RAISE_AGAIN_S until `armed` has been left. It never raises while code of this module runs: that is
+what makes leaving `armed` final.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from types import FrameType, TracebackType
 
@@ -29,6 +29,8 @@ SIGNAL_EXIT_BASE = 128
 # holding. All but the first two are absent on Windows.
 _STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
 GRACE_S = 0.5  # a transfer on a sound bus takes milliseconds; one that waits for a lost cable must not hold up the landing
+RAISE_AGAIN_S = 0.25  # unwinding to the landing takes less; a lost request is obeyed this much later
+_SOON_S = 0.005  # this module's own code was interrupted: it lasts microseconds
 
 
 class StopRequested(BaseException):  # not an Exception: like KeyboardInterrupt it must not be swallowed
@@ -43,7 +45,7 @@ class StopRequested(BaseException):  # not an Exception: like KeyboardInterrupt 
 class _Mode(Enum):
     QUIET = "remember only"
     ARMED = "raise at once"
-    ATOMIC = "raise on leaving, or on the second signal"
+    ATOMIC = "raise on leaving, after GRACE_S, or on the second signal"
 
 
 class StopSignals:
@@ -51,8 +53,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._mode = _Mode.QUIET
-        self._request: StopRequested | None = None
-        self._raised = False
+        self._request: tuple[str, int] | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -61,11 +62,11 @@ class StopSignals:
                 if not _ignored_on_purpose(number):
                     self._previous[number] = signal.signal(number, self._on_signal)
             if hasattr(signal, "SIGALRM"):
-                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_grace_over)
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_timer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _end_grace()
+        _set_timer(0.0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
@@ -77,62 +78,85 @@ class StopSignals:
     @property
     def exit_code(self) -> int | None:
         """What to exit with because of the request, or None when nothing was requested."""
-        return None if self._request is None else self._request.exit_code
+        return None if self._request is None else self._request[1]
 
     def request(self, reason: str, exit_code: int = 0) -> None:
         """Ask for the end from the program itself (a key press, another thread); takes effect at the next `check`."""
         if self._request is None:
-            self._request = StopRequested(reason, exit_code)
+            self._request = (reason, exit_code)
 
     def check(self) -> None:
         """Raise StopRequested if the end was asked for; the catch for whatever could not be raised at once."""
         if self._request is not None:
-            self._mode, self._raised = _Mode.QUIET, True
-            raise self._request
+            raise StopRequested(*self._request)
 
-    @contextmanager
-    def armed(self) -> Iterator[None]:
-        """Inside, a signal raises StopRequested at once (also one that came before)."""
-        try:
-            self._mode = _Mode.ARMED
-            self.check()
-            yield
-        finally:
-            self._mode = _Mode.QUIET
+    def armed(self) -> _Armed:
+        """Inside, a signal raises StopRequested at once (also one that came before), and again while it is not obeyed."""
+        return _Armed(self)
 
-    @contextmanager
-    def atomic(self) -> Iterator[None]:
+    def atomic(self) -> _Atomic:
         """Inside, the first signal waits until the block is left, or for GRACE_S. For bus transfers, which last milliseconds."""
-        if self._mode is not _Mode.ARMED:
-            yield
-            return
-        self._mode = _Mode.ATOMIC
-        try:
-            yield
-        finally:
-            if self._request is not None:
-                _end_grace()
-            if self._mode is _Mode.ATOMIC:  # the handler switches to QUIET when it raises, and QUIET must stay
-                self._mode = _Mode.ARMED
-        self.check()
-
-    def _on_grace_over(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self._mode is _Mode.ATOMIC and self._request is not None and not self._raised:
-            self._mode, self._raised = _Mode.QUIET, True
-            raise self._request
+        return _Atomic(self)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del frame
         first = self._request is None
         if first:
-            self._request = StopRequested(signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
-        if first and self._mode is _Mode.ATOMIC and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
-        may_raise = self._mode is _Mode.ARMED or (self._mode is _Mode.ATOMIC and not first)
-        if may_raise and not self._raised:
-            self._mode, self._raised = _Mode.QUIET, True
-            raise self._request
+            self._request = (signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
+        if self._mode is _Mode.ATOMIC and first:
+            _set_timer(GRACE_S)
+        else:
+            self._raise(frame)
+
+    def _on_timer(self, number: int, frame: FrameType | None) -> None:
+        del number
+        self._raise(frame)
+
+    def _raise(self, frame: FrameType | None) -> None:
+        if self._mode is _Mode.QUIET or self._request is None:
+            return
+        if frame is not None and frame.f_code.co_filename == __file__:  # entering or leaving a block: what it does must be whole
+            _set_timer(_SOON_S)
+            return
+        _set_timer(RAISE_AGAIN_S)
+        raise StopRequested(*self._request)
+
+
+class _Armed:
+    """`with stop.armed()`. A class and not a generator: Python runs no signal handler between the block's end and the first line of `__exit__`."""
+
+    def __init__(self, stop: StopSignals) -> None:
+        self._stop = stop
+
+    def __enter__(self) -> None:
+        self._stop._mode = _Mode.ARMED
+        if self._stop.requested:
+            self._stop._mode = _Mode.QUIET
+            self._stop.check()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop._mode = _Mode.QUIET
+        _set_timer(0.0)
+
+
+class _Atomic:
+    """`with stop.atomic()`."""
+
+    def __init__(self, stop: StopSignals) -> None:
+        self._stop = stop
+        self._entered = False
+
+    def __enter__(self) -> None:
+        self._entered = self._stop._mode is _Mode.ARMED
+        if self._entered:
+            self._stop._mode = _Mode.ATOMIC
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._entered:
+            return
+        self._stop._mode = _Mode.ARMED
+        if self._stop.requested and not isinstance(error, StopRequested):
+            _set_timer(RAISE_AGAIN_S)
+            self._stop.check()
 
 
 def _ignored_on_purpose(number: int) -> bool:
@@ -141,6 +165,7 @@ def _ignored_on_purpose(number: int) -> bool:
     return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _end_grace() -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+def _set_timer(delay_s: float) -> None:
+    """Once after `delay_s` and then every RAISE_AGAIN_S, for an expiry too can be lost (or fall into a landing that holds signals off); 0: never."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, delay_s, RAISE_AGAIN_S if delay_s else 0.0)

@@ -20,7 +20,7 @@ from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, ChunkBuffer, DelayEstimate, TimedChunk, Verdict
 from gr00t_fast.control.controller import Thinker, TickNote, check_horizon, check_length
 from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S, HoldWatch, timed_out
-from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker
+from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker, value_of, wait_alive
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
@@ -39,7 +39,8 @@ class OverlapOptions:
     when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
     see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
-    max_hold_s: how long the arm may hold its pose for want of actions before the run ends; None: no limit (the policy has one of its own).
+    max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or SLOWEST_TIMES the slowest inference so far where that
+    is longer (hold.py); None: no limit (the policy has one of its own).
     """
 
     chunk_threshold: float | None = None
@@ -75,9 +76,10 @@ class ThreadedController:
         action_horizon: int | None = None,
         worker: Worker | None = None,
         echo: Callable[[str], None] | None = None,
+        keep_alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`action_horizon`: rows of a chunk that may play; None: all the policy returns. `echo` is told when the arm holds for long, unless the
-        policy tells that itself (None). Raises ConfigError."""
+        policy tells that itself (None). `keep_alive` is called several times a second while the arm waits for a first chunk. Raises ConfigError."""
         check_horizon(action_horizon)
         self.options = options or OverlapOptions()
         if self.options.continues and "prefix" not in inspect.signature(policy.get_action).parameters:
@@ -87,7 +89,7 @@ class ThreadedController:
             )
         self.note = TickNote()
         self._thinker = Thinker(policy, binding, instruction, clock)
-        self._fps, self._horizon = fps, action_horizon
+        self._fps, self._horizon, self._clock, self._keep_alive = fps, action_horizon, clock, keep_alive
         self._worker = worker or ThreadWorker()
         self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", resume=self.options.when_late == "resume")
         # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
@@ -112,7 +114,8 @@ class ThreadedController:
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
         options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
         self._worker.submit(lambda: self._thinker.warm_up(**options))
-        timing_ms = _value_of(self._worker.wait())
+        timing_ms = value_of(wait_alive(self._worker, self._clock, None, self._keep_alive))
+        self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.continues and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
 
@@ -130,7 +133,8 @@ class ThreadedController:
         if self._worker.busy:
             self._take(self._waited_for(), tick=0)  # of the episode before: dropped as stale
         self._submit(observation, tick=0, prefix=None)
-        self._first = _value_of(self._waited_for())
+        self._first = value_of(self._waited_for())
+        self._watch.inferred(self._first.chunk.inference_ms / 1000)
         ticks = self._ticks_of(self._first.chunk.inference_ms)
         if not self._delays:  # later ones are no reason to end a run: a spike passes
             self._check_in_time(ticks, len(self._first))
@@ -178,9 +182,10 @@ class ThreadedController:
     # Thinking
 
     def _waited_for(self) -> Outcome:
-        outcome = self._worker.wait(self.options.max_hold_s)
+        limit_s = self._watch.limit_s
+        outcome = wait_alive(self._worker, self._clock, limit_s, self._keep_alive)
         if outcome is None:
-            raise timed_out(self.options.max_hold_s, "the first chunk of the episode is not there")
+            raise timed_out(limit_s or 0.0, "the first chunk of the episode is not there")
         return outcome
 
     def _ticks_of(self, duration_ms: float) -> int:
@@ -224,7 +229,8 @@ class ThreadedController:
         if isinstance(outcome.error, self.options.recoverable):
             self._lost_inferences += 1
             return
-        timed: TimedChunk = _value_of(outcome)
+        timed: TimedChunk = value_of(outcome)
+        self._watch.inferred(timed.chunk.inference_ms / 1000)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
         if self._buffer.offer(timed, tick) is Verdict.ENTERED:
@@ -241,9 +247,3 @@ class ThreadedController:
                 f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
                 "arrives. Use --controller=sync (the arm waits), --when_late=resume (it stops and goes on), a lower --fps or a faster device."
             )
-
-
-def _value_of(outcome: Outcome) -> Any:
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value

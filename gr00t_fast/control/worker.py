@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+from gr00t_fast.contracts import Clock
+
 THREAD_NAME = "gr00t_fast-inference"
+KEEP_ALIVE_EVERY_S = 0.1
+_in_a_call: set[threading.Thread] = set()
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,29 @@ class ThreadWorker:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            self._outcomes.put(_outcome_of(call))
-            del call  # it holds an observation
+            _in_a_call.add(threading.current_thread())
+            outcome = _outcome_of(call)
+            _in_a_call.discard(threading.current_thread())
+            self._outcomes.put(outcome)
+            del call, outcome  # they hold an observation
+
+
+def wait_alive(worker: Worker, clock: Clock, limit_s: float | None, keep_alive: Callable[[], None]) -> Outcome | None:
+    """Wait for the worker's outcome at most `limit_s` of `clock` (None: for ever), with `keep_alive` called several times a second. None when it is
+    not there by then."""
+    end_s = math.inf if limit_s is None else clock.now_s() + limit_s
+    while True:
+        keep_alive()
+        outcome = worker.wait(max(0.0, min(KEEP_ALIVE_EVERY_S, end_s - clock.now_s())))
+        if outcome is not None or clock.now_s() >= end_s:
+            return outcome
+
+
+def value_of(outcome: Outcome) -> Any:
+    """What the call returned. Raises what it raised."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
 
 
 def _outcome_of(call: Callable[[], Any]) -> Outcome:
@@ -106,4 +132,4 @@ def _outcome_of(call: Callable[[], Any]) -> Outcome:
 
 def thread_left_running() -> bool:
     """Whether some inference still runs in a thread that could not be joined."""
-    return any(thread.name == THREAD_NAME and thread.is_alive() for thread in threading.enumerate())
+    return bool(_in_a_call)

@@ -66,6 +66,7 @@ class SO100FollowerConfig(RobotConfig):
     use_degrees: bool = True
     connect_attempts: int = 3  # a slow bus may miss a reply now and then
     reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
+    watchdog_s: float | None = 1.0  # without a sign of life for so long, a process beside the program ends it and takes the torque off; null: never
 
 
 @RobotConfig.register_subclass("so100_sim")

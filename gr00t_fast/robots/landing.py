@@ -19,7 +19,8 @@ TRIES_PER_MOTOR = 4
 REOPEN_PAUSE_S = 0.01
 SILENT_S = 0.03  # a line silent for so long has delivered its late answers, which would pass for acknowledgements of later requests
 LONGEST_CHATTER_S = 0.4
-_HELD_OFF = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
+_HELD_OFF = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP", "SIGALRM") if hasattr(signal, name))
+_TIMER = getattr(signal, "SIGALRM", None)
 Torque = Literal["off", "held", "unknown"]
 
 
@@ -41,13 +42,15 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(problems: list[str]) -> Iterator[None]:
-    """Hold off Ctrl-C, SIGTERM and their like: an impatient second one must not leave motors holding. They are noted, then forgotten."""
+    """Hold off Ctrl-C, SIGTERM and their like: an impatient second one must not leave motors holding. They are noted, then forgotten; so is the
+    timer that repeats an earlier one (control/stop.py)."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
 
     def note(number: int, _frame: object) -> None:
-        problems.append(f"{signal.Signals(number).name} came while landing; the landing went on")
+        if number != _TIMER:
+            problems.append(f"{signal.Signals(number).name} came while landing; the landing went on")
 
     before = {number: signal.getsignal(number) for number in _HELD_OFF if signal.getsignal(number) is not signal.SIG_IGN}
     for number in before:
@@ -73,6 +76,12 @@ def release_torque(bus: Any, link: ServoLink, patience_s: float, problems: list[
             return torque
     problems.append(f"{bus.port} is gone: torque could NOT be switched off. Hold the arm and switch its power supply off.")
     return dict.fromkeys(bus.motors, "unknown")
+
+
+def broadcast_torque_off(bus: Any, link: ServoLink) -> None:
+    """Torque off on whoever listens, without asking who that is."""
+    for _ in range(BLIND_WRITES):
+        attempt("torque off to all servos", lambda: _write_all(bus, link), [])
 
 
 def _release_all(bus: Any, link: ServoLink, problems: list[str]) -> dict[str, Torque]:

@@ -19,10 +19,11 @@ from gr00t_fast.optional import require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig
 from gr00t_fast.robots.twin_cameras import rendered
 
-_OWN_FIELDS = ("connect_attempts", "reconnect_s")  # ours, unknown to lerobot
+_OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown to lerobot
 _LEROBOT_NAME = "so_follower"  # of the driver in lerobot 0.4.4, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
+SHORTEST_WATCHDOG_S = 0.5
 GRIPPER = SO100_JOINTS.index("gripper")
 
 
@@ -32,6 +33,11 @@ def check_numbers(config: SO100FollowerConfig) -> None:
         raise ConfigError(f"--robot.connect_attempts must be at least 1, got {config.connect_attempts}.")
     if not (math.isfinite(config.reconnect_s) and config.reconnect_s >= 0):
         raise ConfigError(f"--robot.reconnect_s must be a finite number of seconds, 0 or more, got {config.reconnect_s}.")
+    if config.watchdog_s is not None and not (math.isfinite(config.watchdog_s) and config.watchdog_s >= SHORTEST_WATCHDOG_S):
+        raise ConfigError(
+            f"--robot.watchdog_s must be at least {SHORTEST_WATCHDOG_S} s (or null for no watchdog), got {config.watchdog_s}: "
+            "a busy machine holds up a sound program for some tenths of a second."
+        )
     limit = _step_limit(config.max_relative_target)
     for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():
         if value is not None and not (math.isfinite(value) and value > 0):

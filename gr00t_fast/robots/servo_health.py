@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
@@ -16,7 +17,8 @@ from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, 
 log = logging.getLogger(__name__)
 
 POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
-GIVE_UP_POLLING = 3
+SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
+SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
 LONGEST_TROUBLE_S = 1.0
 _OVERLOAD = 0x20
 
@@ -33,8 +35,8 @@ class ServoHealth:
 
     def check(self, now_s: float, holding: bool) -> None:
         """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. Raises RobotError."""
-        if now_s >= self._next_poll_s and self._missed < GIVE_UP_POLLING:
-            self._next_poll_s = now_s + POLL_EVERY_S
+        if now_s >= self._next_poll_s:
+            self._next_poll_s = now_s + (POLL_EVERY_S if self._missed < SELDOM_AFTER else SELDOM_S)
             self._poll(holding)
         for servo_id, bits in self._link.error_bits.items():
             self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
@@ -42,22 +44,28 @@ class ServoHealth:
     def _poll(self, holding: bool) -> None:
         servo_id = self._next_joint + 1
         self._next_joint = servo_id % len(SO100_JOINTS)
-        try:
-            answered = self._link.poll_status(servo_id)
-        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
-            answered = False
+        answered = self._answered(lambda: self._link.poll_status(servo_id))
+        if answered and holding:
+            self._demand_torque(servo_id)
+        if self._missed >= SELDOM_AFTER and holding and self._answered(self._link.poll_torque):
+            for each in range(1, len(SO100_JOINTS) + 1):
+                self._demand_torque(each)
         self._missed = 0 if answered else self._missed + 1
         if not answered:
             self._events["status_poll_missed"] += 1
-        if self._missed == GIVE_UP_POLLING:  # each miss costs 70 ms; error bytes of the joint readings are still watched
-            log.warning("the servos do not answer for their status register; it is not asked any more")
+        if self._missed == SELDOM_AFTER:
+            log.warning("the servos answer late or not at all for their status register; it is asked less often, their torque all the same")
 
-        if answered and holding:
-            self._demand_torque(servo_id)
+    @staticmethod
+    def _answered(poll: Callable[[], bool]) -> bool:
+        try:
+            return poll()
+        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
+            return False
 
     def _demand_torque(self, servo_id: int) -> None:
         """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
-        overload = (self._link.error_bits[servo_id] | self._link.status_bits[servo_id]) & _OVERLOAD
+        overload = (self._link.error_bits.get(servo_id, 0) | self._link.status_bits.get(servo_id, 0)) & _OVERLOAD
         if not self._link.torque[servo_id] and not overload:
             raise RobotError(
                 f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "

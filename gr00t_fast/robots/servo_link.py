@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -24,7 +25,10 @@ except ImportError:  # Windows has no termios; pyserial reports everything as OS
 EXCHANGE_FAILED = (ConnectionError, RuntimeError, IndexError)
 
 TRIES = 3  # per request; with the SDK's 50 ms window a silent servo costs 0.2 s
-LATE_ANSWER_S = 0.02  # after a missed answer, wait so long for it to arrive late, and drop it
+# After a missed answer, wait so long for it to arrive late, and drop it: the protocol has no sequence numbers, so that a late answer of a servo
+# passes for its answer to the next request of the same length. While connecting nothing moves, and every single value matters.
+LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
+LATE_ANSWER_NOBODY_S = 0.02  # as long as nobody has answered at all: the servos' power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
 TORQUE_REGISTER, STATUS_REGISTER = 40, 65
 _ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
@@ -41,11 +45,14 @@ class ServoLink:
     """The guarded line to the servos of one bus object.
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
-    status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then.
+    status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then. late_answer_s: how long a missed answer may
+    still come. on_exchange: called before each request.
     """
 
-    def __init__(self, bus: Any, events: Counter[str]) -> None:
-        self._bus, self._events = bus, events
+    def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None) -> None:
+        self._bus, self._events, self._on_exchange = bus, events, on_exchange
+        self._heard = False
+        self.late_answer_s = LATE_ANSWER_CONNECTING_S
         self._port, self._packets, self._reader = bus.port_handler, bus.packet_handler, bus.sync_reader
         self._request, self._sync_read = self._packets.txRxPacket, self._reader.txRxPacket
         self.tries = TRIES
@@ -67,19 +74,28 @@ class ServoLink:
 
     def free(self) -> None:
         """Clear the SDK's busy mark, which an interrupted or failed exchange leaves set for ever."""
+        self._on_exchange()
         self._port.is_using = False
 
     def poll_status(self, servo_id: int) -> bool:
         """Ask one servo, once, for its torque and status registers. Returns whether it answered; see `error_bits`, `status_bits`, `torque`."""
         self.free()
-        tries, self.tries = self.tries, 1
+        before = self.tries, self.late_answer_s
+        self.tries, self.late_answer_s = 1, LATE_ANSWER_NOBODY_S  # nothing else is read in one piece of this length
         try:
             data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, STATUS_REGISTER - TORQUE_REGISTER + 1)
         finally:
-            self.tries = tries
+            self.tries, self.late_answer_s = before
         if result != self._ok:
             return False
         self.error_bits[servo_id], self.status_bits[servo_id], self.torque[servo_id] = error, data[-1], data[0]
+        return True
+
+    def poll_torque(self) -> bool:
+        """Ask all servos at once whether they hold. Returns whether all answered; see `torque`. Raises what the driver raises."""
+        self.free()
+        values = self._bus.sync_read("Torque_Enable")
+        self.torque.update({self._bus.motors[joint].id: value for joint, value in values.items()})
         return True
 
     def close_port(self) -> None:
@@ -107,6 +123,7 @@ class ServoLink:
             if result == self._ok and answer[_LENGTH] != self._expected_length(packet):
                 result = self._corrupt
             if result == self._ok:
+                self._heard = True
                 self.error_bits[packet[_ID]] = error
                 return answer, result, error
             self._after_failure(result, last=attempt + 1 == self.tries)
@@ -127,6 +144,7 @@ class ServoLink:
             packet, result = self._packets.rxPacket(port)
             if result != self._ok:
                 return [], result, 0
+            self._heard = True
             if packet[_ID] == servo_id:  # others are the tail of an earlier exchange
                 break
         if packet[_LENGTH] != length + 2:
@@ -143,11 +161,12 @@ class ServoLink:
         if not last:
             self._events["read_retry"] += 1
         serial = self._port.ser
-        limit_s = time.monotonic() + LATE_ANSWER_S
+        limit_s = time.monotonic() + (self.late_answer_s if self._heard else LATE_ANSWER_NOBODY_S)
         quiet_s = limit_s if result == self._timeout else time.monotonic() + QUIET_S
         while time.monotonic() < min(quiet_s, limit_s):
             if serial.in_waiting:
                 serial.reset_input_buffer()
+                self._heard = True
                 if result == self._timeout:
                     self._events["late_answer"] += 1
                 quiet_s = time.monotonic() + QUIET_S

@@ -22,12 +22,13 @@ from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.camera_threads import leave_explaining_to_the_arm
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.jump_guard import JumpGuard
-from gr00t_fast.robots.landing import attempt, close_camera, release_torque, undisturbed
+from gr00t_fast.robots.landing import attempt, broadcast_torque_off, close_camera, release_torque, undisturbed
 from gr00t_fast.robots.motor_power import MotorPower
 from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
 from gr00t_fast.robots.servo_health import ServoHealth
-from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
+from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LATE_ANSWER_S, LINK_LOST, ServoLink, error_names
 from gr00t_fast.robots.twin_cameras import TwinCameras, rendered
+from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,13 @@ class SO100FollowerArm:
         self._follower: Any = None  # lerobot's SO100Follower
         self._link: ServoLink | None = None
         self._limits: np.ndarray | None = None
+        self._scale: np.ndarray | None = None
         self._power: MotorPower | None = None
         self._twin: TwinCameras | None = None  # where cameras are of `type: sim`
+        self._watchdog: Watchdog | None = None  # while the motors may be on
+        self._looped = False  # whether a control loop has given a sign of life
+        self._owned = False  # whether the port is, or was, locked by us
+        self._found_on: bool | None = None  # whether the servos were powered before this run; None: not known
         self._port_given_up = False
         self._landing: LandingReport | None = None
 
@@ -70,11 +76,26 @@ class SO100FollowerArm:
             raise RobotError("the joint limits come from the arm's calibration, which is read by connect(). Call connect() first.")
         return self._limits
 
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        """(6,) how much each joint's reading changes when its shaft turns by a degree. Raises RobotError before `connect`."""
+        if self._scale is None:
+            raise RobotError("the joint units come from the arm's calibration, which is read by connect(). Call connect() first.")
+        return self._scale
+
+    def keep_alive(self) -> None:
+        """A control loop's sign of life. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
+        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when nobody watches any more."""
+        self._looped = True
+        if self._watchdog is not None and not self._watchdog.beat():
+            raise RobotError("the watchdog process, which takes the torque off when this program is stuck, has ended. Start the run again.")
+
     def connect(self) -> None:
         """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
         if self._follower is not None and self._landing is None:
             raise RobotError("the arm is already connected. Call land() before connecting again.")
         self._landing, self._follower, self._power, self._port_given_up = None, None, None, False
+        self._looped, self._owned, self._found_on = False, False, None
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -131,23 +152,43 @@ class SO100FollowerArm:
             self._twin = TwinCameras(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
-        self._link = ServoLink(follower.bus, self.events).install()
+        self._link = ServoLink(follower.bus, self.events, on_exchange=self._exchanging).install()
         self._health = ServoHealth(self._link, self.events)
         self._follower = follower
+        self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
+        self._guard = JumpGuard(self._scale)
+        self._power = MotorPower(follower, self._scale, self.events, glue.calibrate_command(self.config))
         self._repeat("finding the servos", self._open_bus)
+        self._repeat("asking the servos whether they are powered", self._see_power)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
         self._limits = glue.joint_limits(follower.calibration, self.config.use_degrees)
-        scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
-        self._guard = JumpGuard(scale)
         for name, camera in follower.cameras.items():
             self._open_camera(name, camera)
-        self._power = MotorPower(follower, scale, self.events)
         self._read_joints()
+        self._link.late_answer_s = LATE_ANSWER_S
+
+    def _see_power(self) -> None:
+        """An arm that is powered already was left so by a program that ended without landing it, or that was told to hold."""
+        self._link.poll_torque()
+        self._found_on = any(self._link.torque.values())
+        if self._found_on:
+            self.events["found_powered"] += 1
+            log.warning("the arm on %s was powered already: an earlier program has left it so", self.config.port)
 
     def _engage(self) -> None:
-        if not self._power.engaged:
-            self._repeat("configuring the servos", self._power.engage)
-            self._read_joints()
+        if self._power.engaged:
+            return
+        if self.config.watchdog_s is not None and self._watchdog is None:
+            servo_ids = [motor.id for motor in self._follower.bus.motors.values()]
+            watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
+            watchdog.start()
+            self._watchdog = watchdog
+        self._repeat("configuring the servos", self._power.engage)
+        self._read_joints()
+
+    def _exchanging(self) -> None:
+        if self._watchdog is not None and self._looped:  # that nobody watches any more is for keep_alive to say: landing goes through here, too
+            self._watchdog.beat()
 
     def _repeat(self, what: str, step: Any) -> None:
         """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
@@ -170,8 +211,10 @@ class SO100FollowerArm:
         if bus.is_connected:
             self._free_link().close_port()
         try:
-            bus.connect()
+            bus.connect(handshake=False)
             lock_port(bus.port_handler.ser.fileno(), self.config.port)
+            self._owned = True
+            bus._handshake()  # are all servos there, of the right model and one firmware
         except BaseException:
             self._free_link().close_port()
             raise
@@ -303,13 +346,21 @@ class SO100FollowerArm:
         if follower is None or link is None:
             report.port_closed = report.cameras_closed = True
             return
-        if self._power is not None and self.config.disable_torque_on_disconnect:
+        touched = self._power.engaged or self._found_on
+        if self._owned and self.config.disable_torque_on_disconnect and self._found_on is None:
+            broadcast_torque_off(follower.bus, link)  # they have not all answered, perhaps for want of power: nothing is claimed about them
+        elif self._owned and self.config.disable_torque_on_disconnect:
             patience_s = 0.0 if self._port_given_up else LAND_REOPEN_S
             report.torque = release_torque(follower.bus, link, patience_s, report.problems)
-        elif self._power is not None and self._power.engaged:
+        elif touched:
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
         attempt("closing the port", link.close_port, report.problems)
         report.port_closed = not follower.bus.is_connected
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None and "unknown" in report.torque.values():
+            watchdog.call()  # it goes on trying for a while: a cable may be put back
+        elif watchdog is not None:
+            watchdog.dismiss()
         closed = [close_camera(name, camera, report.problems) for name, camera in follower.cameras.items()]
         report.cameras_closed = all(closed)
 

@@ -131,6 +131,7 @@ class BusDrive:
                 port=self._bus.port,
                 use_degrees=self._config.use_degrees,
                 disable_torque_on_disconnect=self._config.disable_torque_on_disconnect,
+                watchdog_s=None,  # nothing of this bus outlives the program
             )
         )
         self._arm.events = self._events  # one count over all episodes

@@ -12,7 +12,7 @@ from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import CameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim.drives import BusDrive, DirectDrive, Drive
 from gr00t_fast.robots.so100_sim.simulation import CAMERA_VIEWS, Simulation
-from gr00t_fast.robots.so100_sim.units import check_joints
+from gr00t_fast.robots.so100_sim.units import check_joints, units_per_deg
 
 
 class SimArm:
@@ -52,6 +52,14 @@ class SimArm:
         if self._limits is None:
             raise RobotError("the simulated arm has no joint limits yet. Call connect() first.")
         return self._limits
+
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        """(6,) how much each joint's reading changes when its shaft turns by a degree."""
+        return units_per_deg(self.joint_unit)
+
+    def keep_alive(self) -> None:
+        """Nothing is powered that could outlive the program."""
 
     @property
     def simulation(self) -> Simulation:

@@ -24,6 +24,13 @@ LIMITS_DEG = np.array([[-110, 110], [-100, 100], [-90, 90], [-95, 95], [-160, 16
 LIMITS_DEG.setflags(write=False)
 
 
+def units_per_deg(unit: JointUnit) -> np.ndarray:
+    """(6,) how much each joint's reading changes when its shaft turns by a degree."""
+    scale = np.ones(6) if unit == "degrees" else 200 / (LIMITS_DEG[:, 1] - LIMITS_DEG[:, 0])
+    scale[GRIPPER] = 100 / np.rad2deg(JAW_OPEN_RAD - JAW_CLOSED_RAD)
+    return scale
+
+
 def degrees_to_radians(joints_deg: np.ndarray) -> np.ndarray:
     """lerobot degrees (..., 6), gripper in per cent -> model radians (..., 6)."""
     joints_deg = np.asarray(joints_deg, dtype=np.float64)

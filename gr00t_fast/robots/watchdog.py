@@ -1,0 +1,98 @@
+"""A process beside the program that takes the torque off when the program no longer can: killed, crashed, frozen, or stuck in native code.
+
+What it does and the line it listens to: watchdog_process.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import select
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.watchdog_process import DISMISS
+
+log = logging.getLogger(__name__)
+
+START_S = 10.0  # an interpreter on a machine that is busy
+_BEAT_EVERY_S = 0.05  # a write costs some 5 us here and wakes the other process; a limit of a second needs no more
+_END_S = 1.0
+
+
+class Watchdog:
+    """Watches from `start` to `dismiss`. From the first `beat` on it expects one every `limit_s`; without any it only watches for the end of
+    this process."""
+
+    def __init__(self, port: str, servo_ids: list[int], limit_s: float, holds: bool) -> None:
+        """`holds`: the arm shall keep its pose when the program is gone (disable_torque_on_disconnect=false). Starts nothing."""
+        self._port, self._ids, self._limit_s, self._holds = port, servo_ids, limit_s, holds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._last_s = -math.inf
+
+    def start(self) -> None:
+        """Returns once it watches. Raises RobotError when it does not within START_S."""
+        if os.name != "posix":
+            log.warning("there is no watchdog on this system: a program that is killed or crashes leaves the arm powered")
+            return
+        program = str(Path(__file__).with_name("watchdog_process.py"))
+        command = [sys.executable, "-I", program, self._port, "hold" if self._holds else "off", *map(str, self._ids)]
+        # a session of its own: what is typed in the terminal, and signals to the program's group, are not for it
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+        with self._process.stdout as said:
+            if not select.select([said], [], [], START_S)[0] or not said.read(64):
+                self._process.kill()
+                self.dismiss()
+                raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+    def beat(self) -> bool:
+        """A sign of life. Returns False when nobody watches any more."""
+        now_s = time.monotonic()
+        if self._process is None or now_s - self._last_s < _BEAT_EVERY_S:
+            return True
+        self._last_s = now_s
+        try:
+            os.write(self._process.stdin.fileno(), struct.pack("<f", self._limit_s))
+        except BlockingIOError:  # it is frozen, with thousands of beats unread: it cannot act either
+            return False
+        except OSError:
+            return False
+        return True
+
+    @property
+    def beating(self) -> bool:
+        """Whether a first beat was given."""
+        return self._last_s > -math.inf
+
+    def dismiss(self) -> None:
+        """The arm has landed. Never raises."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            os.write(process.stdin.fileno(), DISMISS)
+        self._leave(process)
+
+    def call(self) -> None:
+        """The arm could not be landed from here: let the other process go on trying for a while. Never raises."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+
+    @staticmethod
+    def _leave(process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

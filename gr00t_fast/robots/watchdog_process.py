@@ -1,0 +1,152 @@
+"""The watchdog's own process: it outlives whatever stops the interpreter that drives the arm. watchdog.py starts it.
+
+It imports nothing of this package.
+
+    python watchdog_process.py PORT off|hold ID [ID ...]
+
+Standard input carries the heartbeat, written by the program that drives the arm: little-endian float32, each the number of seconds within which
+the next one will come (infinity: no promise). NaN dismisses the watchdog: the arm has landed. The end of the input without that means that the
+program is gone. "ready" on standard output once everything that is needed is loaded.
+
+When the program is gone, or breaks its promise, the torque is taken off all servos: by a write to all of them, repeated, then read back from
+each. A program that is still there but silent is killed first, else it would go on sending goals when it wakes up, and each goal switches the
+torque on again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import select
+import signal
+import struct
+import sys
+import time
+
+BAUD_RATE = 1_000_000
+TORQUE_REGISTER = 40  # Torque_Enable in Feetech's STS3215 memory table
+_READ, _SYNC_WRITE, _BROADCAST = 0x02, 0x83, 0xFE
+DISMISS = struct.pack("<f", math.nan)
+SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the program gets so long to say so
+DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
+PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
+BLIND_WRITES = 5  # nobody acknowledges a write to all
+ANSWER_S = 0.03
+MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
+
+
+def main(port: str, mode: str, ids: list[int]) -> None:
+    """Wait, and act if need be."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):  # meant for the program, which ends this one
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = os.getppid()
+    import serial  # before it is needed: a program that is in trouble may be on a disk that is, too
+
+    os.write(1, b"ready\n")
+    silent_s = wait_for_trouble()
+    if silent_s is None:
+        return
+    if silent_s:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getppid() == parent:
+                os.kill(parent, signal.SIGKILL)
+        wait_for_end(DEATH_S)
+    left_on = release(serial, port, ids) if mode == "off" else []
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(MESSAGE_S)
+    with contextlib.suppress(OSError):
+        os.write(2, message(port, mode, silent_s, left_on).encode())
+
+
+def wait_for_trouble() -> float | None:
+    """None: dismissed. 0: the input ended. Else the number of seconds without a sign of life."""
+    buffer, promised_s, heard_s = b"", math.inf, time.monotonic()
+    while True:
+        wait_s = None if math.isinf(promised_s) else max(0.0, heard_s + promised_s - time.monotonic())
+        if not (readable(wait_s) or readable(SECOND_LOOK_S)):
+            return time.monotonic() - heard_s
+        data = os.read(0, 65536)
+        if not data:
+            return 0.0
+        buffer += data
+        whole = len(buffer) // 4 * 4
+        if whole:
+            promises = struct.unpack(f"<{whole // 4}f", buffer[:whole])
+            if any(map(math.isnan, promises)):
+                return None
+            promised_s, heard_s, buffer = promises[-1], time.monotonic(), buffer[whole:]
+
+
+def readable(wait_s: float | None) -> bool:
+    return bool(select.select([0], [], [], wait_s)[0])
+
+
+def wait_for_end(limit_s: float) -> None:
+    """Until nobody can write to the input any more: then the program's hold on the port is gone, too."""
+    end_s = time.monotonic() + limit_s
+    while (left_s := end_s - time.monotonic()) > 0 and readable(left_s):
+        if not os.read(0, 65536):
+            return
+
+
+def release(serial, port: str, ids: list[int]) -> list[int]:  # type: ignore[no-untyped-def]
+    """Torque off. Returns the ids of the servos that did not confirm it."""
+    give_up_s, left_on = time.monotonic() + PATIENCE_S, ids
+    while True:
+        with contextlib.suppress(OSError, ValueError, *_termios_error()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
+            for _ in range(BLIND_WRITES):
+                line.write(packet(_BROADCAST, _SYNC_WRITE, TORQUE_REGISTER, 1, *(value for servo in ids for value in (servo, 0))))
+                time.sleep(0.002)
+            left_on = [servo for servo in ids if torque_register(line, servo) != 0]
+        if not left_on or time.monotonic() > give_up_s:
+            return left_on
+        time.sleep(0.02)
+
+
+def torque_register(line, servo: int) -> int | None:  # type: ignore[no-untyped-def]
+    """What the servo answers when asked; None when it does not."""
+    while line.in_waiting:  # answers to the program's last requests
+        line.reset_input_buffer()
+        time.sleep(0.002)
+    line.write(packet(servo, _READ, TORQUE_REGISTER, 1))
+    heard, end_s = b"", time.monotonic() + ANSWER_S
+    while time.monotonic() < end_s:
+        heard += line.read(64)
+        start = heard.find(bytes((0xFF, 0xFF, servo, 3)))
+        if start >= 0 and len(heard) >= start + 7:
+            body = heard[start + 2 : start + 7]
+            return body[3] if sum(body[:4]) & 0xFF == 0xFF - body[4] else None
+        time.sleep(0.001)
+    return None
+
+
+def packet(servo: int, instruction: int, *parameters: int) -> bytes:
+    """Feetech's protocol: header, id, length, instruction, parameters, inverted sum."""
+    body = bytes((servo, len(parameters) + 2, instruction, *parameters))
+    return b"\xff\xff" + body + bytes((~sum(body) & 0xFF,))
+
+
+def message(port: str, mode: str, silent_s: float, left_on: list[int]) -> str:
+    if silent_s:
+        what = f"the program that drives the arm on {port} gave no sign of life for {silent_s:.1f} s and was ended"
+    else:
+        what = f"the program that drove the arm on {port} ended without landing it"
+    if left_on:
+        return (
+            f"watchdog: {what}. THE ARM MAY STILL BE POWERED: servo {', '.join(map(str, left_on))} did not confirm that its torque is off. "
+            "Hold the arm and switch its power supply off.\n"
+        )
+    if mode == "hold":
+        return f"watchdog: {what}. The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered.\n"
+    return f"watchdog: {what}. The torque is off on all servos.\n"
+
+
+def _termios_error() -> tuple[type[Exception], ...]:
+    import termios
+
+    return (termios.error,)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3:]])
