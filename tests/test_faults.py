@@ -65,6 +65,9 @@ TABLE = [
     Row("replies of 30 ms", "run", "delay:ms=30", Survives(None)),
     Row("one reply later than 50 ms", "run", "delay:ms=60,count=1", Survives("late_answer")),
     Row("one reply much later", "run", "delay:ms=130,count=1", Survives("read_retry")),
+    Row("every reply 80 ms late", "run", "delay:ms=80", Stops("answers came too late: the USB adapter")),
+    Row("every reply 80 ms late from the start", "connect", "delay:ms=80", Stops("answers came too late: the USB adapter")),
+    Row("every reply 200 ms late from the start", "connect", "delay:ms=200", Stops("answers came too late: the USB adapter")),
     Row("every reply later than 50 ms", "run", "delay:ms=60,on=sync_read", Stops("answers came too late: the USB adapter")),
     Row("late ack of a write", "connect", "delay:ms=60,servo=1,on=write,after=5,count=1", Survives("late_answer")),
     Row("very late ack of a write", "connect", "delay:ms=90,servo=1,on=write,after=5,count=1", Survives("read_retry")),
@@ -103,6 +106,30 @@ def test_fault(row: Row, tmp_path: Path) -> None:
             wait_for_replug(bus)
             assert report.safe, report.problems
         assert_landed(bus, arm, report)
+
+
+@pytest.mark.parametrize("fault", ["delay:ms=60,register=65,on=read", "silent:register=65,on=read"])
+def test_torque_is_watched_also_where_the_status_register_is_not_answered_in_time(fault: str, tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.reset()
+        bus.inject(fault)
+        give_up_s = time.monotonic() + 20
+        while arm.events["status_poll_missed"] < 4:
+            assert time.monotonic() < give_up_s
+            arm.observe()
+            time.sleep(0.01)
+        bus.servos[4].write(Register.TORQUE_ENABLE, b"\0")
+        with pytest.raises(RobotError, match=r"servo 5 \(wrist_roll\) lost its torque"):
+            _look_until(arm, give_up_s)
+        assert_landed(bus, arm, arm.land())
+
+
+def _look_until(arm: SO100FollowerArm, end_s: float) -> None:
+    while time.monotonic() < end_s:
+        arm.observe()
+        time.sleep(0.01)
 
 
 def wait_for_replug(bus: VirtualBus) -> None:

@@ -171,6 +171,68 @@ def test_connecting_never_moves_the_arm(bus: VirtualBus, tmp_path: Path) -> None
     assert_landed(bus, arm, arm.land())
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_an_arm_outside_its_range_is_not_switched_on(side: int, bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    limit = arm.joint_limits[3, (side + 1) // 2]
+    bus.push("wrist_flex", limit + side * 30 - true_joints(bus)[3])
+    before = true_joints(bus)
+    with pytest.raises(RobotError, match=r"outside its calibrated range: wrist_flex by 30 degrees.*by hand.*lerobot-calibrate"):
+        arm.reset()
+    assert_landed(bus, arm, arm.land())
+    time.sleep(0.2)
+    np.testing.assert_allclose(true_joints(bus), before, atol=0.1)
+
+
+def test_an_arm_just_beyond_its_range_begins_with_a_small_step(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    bus.push("wrist_flex", arm.joint_limits[3, 1] + 3 - true_joints(bus)[3])
+    before = true_joints(bus)
+    arm.reset()
+    time.sleep(0.3)
+    assert np.abs(true_joints(bus) - before).max() < 4
+    assert_landed(bus, arm, arm.land())
+
+
+def test_an_arm_that_was_left_powered_is_said_and_not_left_so_by_a_start_that_fails(
+    bus: VirtualBus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for servo in bus.servos:
+        servo.write(Register.TORQUE_ENABLE, b"\1")
+    missing = {"front": ours.OpenCVCameraConfig(index_or_path=Path("/dev/video99"))}
+    arm = make_arm(bus, tmp_path, cameras=missing)
+    with pytest.raises(RobotError, match="camera 'front'"):
+        arm.connect()
+    assert "was powered already" in caplog.text
+    assert_landed(bus, arm, arm.land())
+    assert set(arm.land().torque.values()) == {"off"}
+
+
+def test_an_arm_that_was_left_powered_and_shall_hold_stays_so(bus: VirtualBus, tmp_path: Path) -> None:
+    for servo in bus.servos:
+        servo.write(Register.TORQUE_ENABLE, b"\1")
+    arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False, cameras={"front": ours.OpenCVCameraConfig(index_or_path=Path("/dev/video99"))})
+    with pytest.raises(RobotError, match="camera 'front'"):
+        arm.connect()
+    assert set(arm.land().torque.values()) == {"held"}, "and so it is said to be powered"
+    assert set(bus.torque().values()) == {1}
+
+
+def test_servos_that_cannot_all_be_found_are_switched_off_all_the_same(bus: VirtualBus, tmp_path: Path) -> None:
+    for servo in bus.servos:
+        servo.write(Register.TORQUE_ENABLE, b"\1")
+    bus.inject("silent:servo=3")
+    arm = make_arm(bus, tmp_path, connect_attempts=1)
+    with pytest.raises(RobotError, match="Missing motor IDs: - 3"):
+        arm.connect()
+    give_up_s = time.monotonic() + 5  # nobody acknowledges a write to all
+    while set(bus.torque().values()) != {0}:
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+
+
 def test_torque_is_held_when_asked(bus: VirtualBus, tmp_path: Path) -> None:
     arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False)
     arm.connect()
@@ -326,6 +388,17 @@ def test_an_implausible_reading_never_comes_through(bus: VirtualBus, tmp_path: P
     arm._follower.bus.sync_read = lying  # stands for a damaged byte that passes the 8-bit checksum
     np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
     assert arm.events["implausible_reading"] == 1
+    assert_landed(bus, arm, arm.land())
+
+
+def test_a_reading_that_jumps_and_stays_is_believed_and_said(bus: VirtualBus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    before = arm.observe().joints
+    bus.push("elbow_flex", 80)
+    np.testing.assert_allclose(arm.observe().joints, before + [0, 0, 80, 0, 0, 0], atol=0.2)
+    assert arm.events["reading_jumped"] == 1
+    assert "elbow_flex" in caplog.text
     assert_landed(bus, arm, arm.land())
 
 

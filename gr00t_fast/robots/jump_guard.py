@@ -23,12 +23,15 @@ class JumpGuard:
 
     def forget(self) -> None:
         """Believe nothing: the next reading needs a second one that agrees with it."""
+        self.jumped = False  # whether the last reading is believed only because another one agreed with it
         self._believed: tuple[np.ndarray, float] | None = None
         self._candidate: tuple[np.ndarray, float] | None = None
 
     def believes(self, reading: np.ndarray, time_s: float) -> bool:
         """Whether to use the reading (J,) taken at `time_s`; when not, read again and ask again."""
-        near = any(known is not None and self._near(reading, time_s, *known) for known in (self._believed, self._candidate))
+        known_near = [known is not None and self._near(reading, time_s, *known) for known in (self._believed, self._candidate)]
+        near = any(known_near)
+        self.jumped = near and self._believed is not None and not known_near[0]
         if near:
             self._believed, self._candidate = (reading, time_s), None
         else:

@@ -80,8 +80,9 @@ def release_torque(bus: Any, link: ServoLink, patience_s: float, problems: list[
 
 def broadcast_torque_off(bus: Any, link: ServoLink) -> None:
     """Torque off on whoever listens, without asking who that is."""
-    for _ in range(BLIND_WRITES):
-        attempt("torque off to all servos", lambda: _write_all(bus, link), [])
+    if _line_is_open(bus.port_handler, link, give_up_s=0.0):
+        for _ in range(BLIND_WRITES):
+            attempt("torque off to all servos", lambda: _write_all(bus, link), [])
 
 
 def _release_all(bus: Any, link: ServoLink, problems: list[str]) -> dict[str, Torque]:

@@ -251,6 +251,8 @@ class SO100FollowerArm:
                 joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
                 first = self._guard.last is None
                 if self._guard.believes(joints, time_s):
+                    if self._guard.jumped:
+                        self._say_jump(before, joints)
                     if trouble == self._trouble() or not self._power.restore_if_lost(before):
                         self._read_s = time_s
                         return joints, time_s
@@ -269,6 +271,15 @@ class SO100FollowerArm:
                     f"no believable joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
                     f"{self._slowness()}Check cables and power of the servos."
                 )
+
+    def _say_jump(self, before: np.ndarray, joints: np.ndarray) -> None:
+        self.events["reading_jumped"] += 1
+        index = int(np.abs((joints - before) / self.units_per_deg).argmax())
+        log.warning(
+            "joint %s was at %.0f and is at %.0f, further than it can turn in that time, and stays there: its horn or encoder has slipped, or "
+            "somebody moved the arm",
+            *(SO100_JOINTS[index], before[index], joints[index]),
+        )
 
     def _trouble(self) -> int:
         """Grows with whatever may have been a dip in the servos' supply: missed answers, and a pose that jumped."""

@@ -1,0 +1,115 @@
+"""Output that nobody takes: it must not hold up the loop, nor the end of the program."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import pty
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from gr00t_fast.console import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+# The whole program with a fake arm and policy in real time, one line of output per tick and more than any pipe holds.
+PROGRAM = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import so100_inference_optimized as script
+from control_fakes import FakeClock, FakePolicy, FakeRobot
+from gr00t_fast import cli
+robot = FakeRobot(FakeClock())
+land = robot.land
+def talk():
+    print("x" * 5000)
+    print("y" * 5000, file=sys.stderr)
+robot.on_send = talk
+robot.land = lambda: open({log!r}, "w").write(str(time.time())) and land()
+script.load = lambda config: FakePolicy(FakeClock())
+script.build_robot = lambda config: robot
+open({log!r} + ".began", "w").write(str(time.time()))
+cli.leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *{flags!r}]))
+"""
+
+
+def start(log: Path, *flags: str, **streams: object) -> subprocess.Popen[bytes]:
+    code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), log=str(log), flags=list(flags))
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **streams)
+
+
+def test_what_is_printed_and_logged_arrives_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console():
+        for number in range(100):
+            print(number)
+        logging.getLogger("test").warning("look out")
+        print("error", file=sys.stderr)
+    captured = capsys.readouterr()
+    assert captured.out == "".join(f"{number}\n" for number in range(100))
+    assert captured.err.endswith("error\n")
+
+
+def test_a_pipe_that_nobody_reads_holds_up_neither_the_run_nor_its_end(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    program = start(tmp_path / "landed", "--timeout=1", f"--out={tmp_path / 'out'}", stdout=writer, stderr=writer)
+    try:
+        assert program.wait(60) == 0
+        ended_s = time.time()
+    finally:
+        program.kill()
+        os.close(writer)
+        os.close(reader)
+    landed_s, began_s = float((tmp_path / "landed").read_text()), float((tmp_path / "landed.began").read_text())
+    assert ended_s - landed_s < 10
+    assert landed_s - began_s < 30
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_stopped_terminal_holds_up_nothing(tmp_path: Path) -> None:
+    """Ctrl-S: the terminal takes nothing until Ctrl-Q."""
+    master, slave = pty.openpty()
+    termios.tcflow(slave, termios.TCOOFF)
+    program = start(tmp_path / "landed", "--timeout=1", stdout=slave, stderr=slave)
+    try:
+        assert program.wait(60) == 0
+    finally:
+        program.kill()
+        os.close(slave)
+        os.close(master)
+
+
+def test_a_closed_terminal_lands_with_its_own_exit_code(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    with (tmp_path / "errors").open("w") as errors:
+        program = start(tmp_path / "landed", stdout=slave, stderr=errors, preexec_fn=lambda: _own_terminal(slave))
+    os.close(slave)
+    while os.read(master, 65536).find(b"xxx") < 0:
+        continue
+    os.close(master)  # the window is closed: SIGHUP, and every write fails
+    try:
+        assert program.wait(60) == 129
+    finally:
+        program.kill()
+    assert (tmp_path / "landed").exists()
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+def _own_terminal(slave: int) -> None:
+    import fcntl
+
+    os.setsid()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
+
+def test_a_full_disk_behind_the_output_is_said(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        program = start(tmp_path / "landed", stdout=full, stderr=subprocess.PIPE)
+        _, said = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert b"Traceback" not in said
+    assert os.strerror(errno.ENOSPC).encode() in said

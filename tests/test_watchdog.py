@@ -1,0 +1,244 @@
+"""What stops the interpreter must not leave a powered arm: runs in another process on the virtual servo bus, killed, frozen, crashed and hung.
+
+GR00T_FAST_KILLS=200 python -m pytest tests/test_watchdog.py -k random -s
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+
+from arm_bench import make_arm
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
+
+KILLS = int(os.environ.get("GR00T_FAST_KILLS", "8"))
+PATIENCE_S = 30.0  # for what has no deadline: a start on a busy machine
+SILENT_LIMIT_S, OFF_LIMIT_S, OFF_WHEN_FROZEN_S = 1.0, 3.0, 4.0
+OFF = dict.fromkeys(SO100_JOINTS, 0)
+
+
+class Program:
+    """The program that runs scenarios, and what it and its watchdogs say."""
+
+    def __init__(self, directory: Path) -> None:
+        self.said = directory / "stderr"
+        with self.said.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("watchdog_arm.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                bufsize=1,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=lambda: [self._lines.put(line.strip()) for line in self._process.stdout], daemon=True).start()
+
+    def start(self, bus: VirtualBus, directory: Path, **scenario: Any) -> int:
+        """Begin a run and return its process id."""
+        save_calibration(bus.calibration, directory / "test.json")
+        plain = {"controller": "sync", "phase": "none", "trouble": "none", "options": {}}
+        self._process.stdin.write(json.dumps({"port": bus.port, "directory": str(directory), **plain, **scenario}) + "\n")
+        word, number = self.hear("pid").split()
+        assert word == "pid"
+        return int(number)
+
+    def hear(self, beginning: str, patience_s: float = PATIENCE_S) -> str:
+        """The next line that begins so."""
+        while True:
+            line = self._lines.get(timeout=patience_s)
+            if line.startswith(beginning):
+                return line
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    program = Program(tmp_path_factory.mktemp("program"))
+    yield program
+    program.close()
+
+
+@pytest.fixture
+def bus() -> Iterator[VirtualBus]:
+    with VirtualBus() as bus:
+        yield bus
+
+
+def wait_until_off(bus: VirtualBus, limit_s: float) -> float:
+    """Seconds until no servo is powered any more."""
+    began_s = time.monotonic()
+    while bus.torque() != OFF:
+        assert time.monotonic() - began_s < limit_s, f"still powered after {limit_s} s: {bus.torque()}"
+        time.sleep(0.005)
+    return time.monotonic() - began_s
+
+
+def stays_off(bus: VirtualBus, for_s: float = 0.3) -> None:
+    """No goal comes after the landing: on this servo each would switch the torque on."""
+    goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
+    end_s = time.monotonic() + for_s
+    while time.monotonic() < end_s:
+        assert bus.torque() == OFF
+        time.sleep(0.01)
+    assert [servo.word(Register.GOAL_POSITION) for servo in bus.servos] == goals
+
+
+@pytest.mark.parametrize("controller", ["sync", "threaded"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV], ids=lambda number: number.name)
+def test_a_run_that_is_killed_or_frozen(number: signal.Signals, controller: str, program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    pid = program.start(bus, tmp_path, controller=controller)
+    program.hear("ready")
+    assert set(bus.torque().values()) == {1}
+    os.kill(pid, number)
+    wait_until_off(bus, OFF_WHEN_FROZEN_S if number == signal.SIGSTOP else OFF_LIMIT_S)
+    program.hear("ended")  # a frozen program would wake up one day, and go on
+    stays_off(bus)
+    said = program.said.read_text().splitlines()[-1]
+    assert bus.port in said
+    assert "off" in said
+
+
+TROUBLES = [
+    *(("native", phase, controller) for phase in ("infer", "observe", "wait") for controller in ("sync", "threaded")),
+    *(("gil", phase, controller) for phase in ("infer", "send") for controller in ("sync", "threaded")),
+    *((trouble, phase, "sync") for trouble in ("native", "gil") for phase in ("engage", "land")),
+    *((trouble, "infer", "threaded") for trouble in ("segfault", "abort")),
+]
+
+
+@pytest.mark.parametrize(("trouble", "phase", "controller"), TROUBLES, ids="-".join)
+def test_a_run_that_hangs_or_crashes_in_native_code(
+    trouble: str, phase: str, controller: str, program: Program, bus: VirtualBus, tmp_path: Path
+) -> None:
+    """The hang begins with or after the line `ready`; `engage` hangs as soon as the torque is on."""
+    program.start(bus, tmp_path, controller=controller, phase=phase, trouble=trouble, timeout_s=1.0 if phase == "land" else None)
+    if phase == "engage":
+        began_s = time.monotonic()
+        while set(bus.torque().values()) != {1}:
+            assert time.monotonic() - began_s < PATIENCE_S
+            time.sleep(0.002)
+    else:
+        program.hear("ready")
+    chunk_s = 16 / 30 if phase == "infer" else 1.0 if phase == "land" else 0.0  # until the next inference, or the end of the episode
+    wait_until_off(bus, chunk_s + OFF_LIMIT_S)
+    program.hear("ended")
+    stays_off(bus)
+
+
+def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    pid = program.start(bus, tmp_path, options={"disable_torque_on_disconnect": False})
+    program.hear("ready")
+    os.kill(pid, signal.SIGKILL)
+    program.hear("ended")
+    began_s = time.monotonic()
+    while "still powered" not in program.said.read_text().splitlines()[-1]:
+        assert time.monotonic() - began_s < PATIENCE_S
+        time.sleep(0.02)
+    requests = bus.requests
+    time.sleep(0.3)
+    assert set(bus.torque().values()) == {1}
+    assert bus.requests == requests, "nobody writes any more"
+
+
+def test_a_watchdog_never_speaks_while_the_program_lives(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    before = program.said.read_text()
+    program.start(bus, tmp_path, timeout_s=3.0)
+    program.hear("ready")
+    assert program.hear("ended") == "ended 0"
+    assert program.said.read_text() == before
+    stays_off(bus)
+    assert not _watchdogs(bus), "it ends with the run"
+
+
+def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    """Any signal, any moment from the first write on, either controller."""
+    rng = random.Random(0)
+    numbers = [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    times_s: dict[str, list[float]] = {}
+    for _ in range(KILLS):
+        number = rng.choice(numbers)
+        requests = bus.requests
+        pid = program.start(bus, tmp_path, controller=rng.choice(["sync", "threaded"]))
+        began_s = time.monotonic()
+        while bus.requests == requests:
+            assert time.monotonic() - began_s < PATIENCE_S
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.8))
+        os.kill(pid, number)
+        limit_s = OFF_WHEN_FROZEN_S if number == signal.SIGSTOP else OFF_LIMIT_S
+        times_s.setdefault(number.name, []).append(wait_until_off(bus, limit_s))
+        if number == signal.SIGSTOP and not _watchdogs(bus):  # frozen before the torque was on
+            os.kill(pid, signal.SIGKILL)
+        program.hear("ended")
+        stays_off(bus, 0.2)
+    print({name: f"{len(values)} x, at most {max(values):.2f} s" for name, values in times_s.items()})
+
+
+def test_the_end_of_the_watchdog_ends_the_run(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    arm.keep_alive()
+    arm.reset()
+    arm.keep_alive()
+    (pid,) = _watchdogs(bus)
+    os.kill(pid, signal.SIGKILL)
+    while _watchdogs(bus):
+        time.sleep(0.01)
+    time.sleep(0.1)  # beats are not sent more often than twenty times a second
+    with pytest.raises(RobotError, match="watchdog"):
+        arm.keep_alive()
+    assert arm.land().safe
+    assert bus.torque() == OFF
+
+
+def test_it_can_be_switched_off_and_an_arm_without_a_loop_owes_no_beats(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path, watchdog_s=None)
+    arm.connect()
+    arm.reset()
+    assert not _watchdogs(bus)
+    arm.land()
+    arm = make_arm(bus, tmp_path, watchdog_s=0.5)
+    arm.connect()
+    arm.reset()
+    time.sleep(1.2)
+    arm.send(arm.observe().joints)
+    assert set(bus.torque().values()) == {1}
+    assert arm.land().safe
+
+
+def _watchdogs(bus: VirtualBus) -> list[int]:
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (directory / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if bus.port in words and any(word.endswith("watchdog_process.py") for word in words):
+            found.append(int(directory.name))
+    return found
