@@ -41,7 +41,7 @@ from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk
 from gr00t_fast.control.controller import Thinker
 from gr00t_fast.control.pacer import VirtualClock
-from gr00t_fast.control.safety import SafetyFilter
+from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.engine.continuation import denoise_towards
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
@@ -93,7 +93,13 @@ class Episode:
         binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, self.arm.joint_names, camera_map)
         self.thinker = Thinker(policy, binding, INSTRUCTION, self.clock)
         self.buffer = ChunkBuffer(ensemble=smoothing == "ensemble")
-        self.safety = SafetyFilter(self.arm.joint_limits, self.arm.joint_names)
+        self.safety = SafetyFilter(
+            self.arm.joint_limits,
+            self.arm.joint_names,
+            SafetyOptions(max_following_error_deg=None),  # the plan is studied, not the arm
+            fps=self.fps,
+            units_per_deg=self.arm.units_per_deg,
+        )
 
     def play(self, ticks: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Per tick the target (J,), and at a boundary the target that would have been sent without the new chunk."""

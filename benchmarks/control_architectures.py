@@ -41,7 +41,6 @@ from benchmarks.replay_study.plots import plot_all_joints, plot_errors, plot_one
 from benchmarks.replay_study.recording import Recording, load_recording
 from benchmarks.replay_study.table import as_table, notes_on
 from benchmarks.replay_study.trial import ARCHITECTURES, Cell, Motion, Setup, run_trial
-from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.errors import ConfigError, Gr00tFastError, MissingExtraError
 
 Motions = dict[tuple[Cell, int], Motion]
@@ -248,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         "--chunk_noise_deg", type=float, default=1.0, help="standard deviation of a chunk's error at its end (a choice, not measured)"
     )
     parser.add_argument("--arm_time_constant_s", type=float, default=DEFAULT_TIME_CONSTANT_S, help="of the arm's first-order lag")
-    parser.add_argument("--max_speed_deg_s", type=float, default=DEFAULT_MAX_SPEED_DEG_S, help="the loop's own limit")
+    parser.add_argument("--max_speed_deg_s", type=float, default=300.0, help="the loop's own limit; 6 degrees per tick at 50 Hz")
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=4, help="trials at the same time; more than the machine can bear shows as missed ticks")
     parser.add_argument("--virtual", action="store_true", help="virtual time: seconds instead of minutes, exact; without the server")

@@ -71,8 +71,7 @@ class FakeRobot:
     def observe(self) -> Observation:
         self.on_observe()
         self._move()
-        shade = 100 + len(self.sent) % 100  # a picture that changes as the arm moves
-        frames = {name: np.full((spec.height, spec.width, 3), shade, np.uint8) for name, spec in self.cameras.items()}
+        frames = {name: np.zeros((spec.height, spec.width, 3), np.uint8) for name, spec in self.cameras.items()}
         return Observation(self.pose.copy(), frames, self.clock.now_s())
 
     def send(self, targets: np.ndarray) -> None:

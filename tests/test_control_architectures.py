@@ -40,7 +40,7 @@ FPS = 50.0
 
 
 def setup_of(**changes: object) -> Setup:
-    base = Setup(made_up(0).cut(0.0, 5.0), FPS, 0.5, "none", "hold", 0.0, 0.06, 6.0, 0, True)
+    base = Setup(made_up(0).cut(0.0, 5.0), FPS, 0.5, "none", "hold", 0.0, 0.06, 6.0 * FPS, 0, True)
     return replace(base, **changes)
 
 

@@ -120,7 +120,10 @@ def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
     if "GR00T_FAST_SOAK_S" in os.environ:
         print(said[said.index("run  ") :])
     assert said.count("frames are resized") == 2, said  # 640x480 for a checkpoint trained on 1280x720: before the run, and in the report
-    assert report["run"]["ticks"] >= 0.9 * 30 * SOAK_S
+    pacing = report["pacing"]  # a busy machine misses deadlines; each is accounted for, and none is made up for in a burst
+    deadlines = report["run"]["ticks"] + pacing["missed_ticks"] + pacing["waiting_for_inference_ticks"]
+    assert deadlines == pytest.approx(30 * SOAK_S, abs=2)
+    assert report["run"]["ticks"] > 0.3 * 30 * SOAK_S
     assert report["landing"]["safe"]
 
 

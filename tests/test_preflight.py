@@ -142,3 +142,12 @@ def test_connected_round_raises_too() -> None:
     preflight = Preflight(FakeRobot(FakeClock()), facts(low=[-90, 120, -80, -70, -60, 0], high=[90, 190, 85, 80, 65, 99]))
     with pytest.raises(PreflightError, match="shoulder_lift"):
         preflight.connected(Observation(np.zeros(6), {}, 0.0))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("fps", [0.01, 250.0, 1000.0])
+def test_a_rate_that_no_bus_can_keep_is_refused_also_from_a_checkpoint(fps: float, strict: bool) -> None:
+    robot = FakeRobot(FakeClock(), {"webcam": (8, 6)})
+    with pytest.raises(PreflightError, match=f"{fps:g} Hz.*--fps"):
+        Preflight(robot, facts(fps=fps), strict=strict).before_connecting(None, None, None)
+    assert Preflight(robot, facts(fps=fps), strict=False).before_connecting(30.0, None, None) == 30.0

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.safety import SafetyFilter
+from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.robots.so100_sim.scene import BLOCK_HALF_M, BOWL_RADIUS_M
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 from gr00t_fast.robots.so100_sim.units import GRIPPER, LIMITS_DEG
@@ -46,7 +46,7 @@ class PlaceWorld:
         self.seed, self.tick, self.solved = seed, 0, None
         self.lifts, self.over_bowl, self._up = 0, False, False
         self._good_ticks = 0
-        self._safety = SafetyFilter(LIMITS_DEG, SO100_JOINTS)
+        self._safety = SafetyFilter(LIMITS_DEG, SO100_JOINTS, SafetyOptions(max_following_error_deg=None), fps=1 / TICK_S, units_per_deg=np.ones(6))
         self._safety.start(self.simulation.joints_deg)
 
     def begin_at(self, joints_deg: np.ndarray) -> None:

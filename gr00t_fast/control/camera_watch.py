@@ -23,6 +23,7 @@ MOVED = 5.0  # joint units; a sensor's noise, or at least the arm in the picture
 DARK = 16  # of 255: video black
 NOISE_DEVIATION, NOISE_CORRELATION = 20.0, 0.3  # neighbouring pixels of any focused or blurred picture agree above 0.8
 _STRIDE = 16
+SMALLEST = 64  # pixels a side; too little to judge a picture by
 
 _ADVICE = {
     "black": "Take the lens cap off, switch the light on, check the exposure",
@@ -57,7 +58,8 @@ class CameraWatch:
             return
         self._next_s = observation.time_s + CHECK_EVERY_S
         for name, frame in observation.frames.items():
-            self._look(name, frame, observation)
+            if min(frame.shape[:2]) >= SMALLEST:
+                self._look(name, frame, observation)
 
     def _look(self, name: str, frame: np.ndarray, observation: Observation) -> None:
         now_s, sample = observation.time_s, frame[::_STRIDE, ::_STRIDE].copy()
@@ -91,6 +93,6 @@ def _fault(frame: np.ndarray) -> str | None:
         return "black"
     beside = frame[::_STRIDE, 1 :: 2 * _STRIDE].astype(np.float32)[:, : pixels.shape[1]]
     pixels = pixels[:, : beside.shape[1]]
-    if min(pixels.shape[:2]) < 8 or min(pixels.std(), beside.std()) < NOISE_DEVIATION:  # too small a picture, or too plain
+    if min(pixels.std(), beside.std()) < NOISE_DEVIATION:  # too plain a picture
         return None
     return "noise" if np.corrcoef(pixels.ravel(), beside.ravel())[0, 1] < NOISE_CORRELATION else None

@@ -1,0 +1,84 @@
+"""Cameras that deliver pictures without information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from control_fakes import TICK_S, Bench
+
+from gr00t_fast.contracts import Observation
+from gr00t_fast.control.camera_watch import CameraWatch
+from gr00t_fast.errors import RobotError
+
+RNG = np.random.default_rng(0)
+Y, X = np.mgrid[:240, :320]
+SCENE = np.stack([X * 0.5 + 40, Y * 0.7 + 20, (X + Y) * 0.3], -1)  # (240, 320, 3)
+
+
+def sensor(noise: float = 4.0, level: float = 1.0) -> np.ndarray:
+    """A picture as a real camera makes it: never twice the same."""
+    return np.clip(SCENE * level + RNG.normal(0, noise, SCENE.shape), 0, 255).astype(np.uint8)
+
+
+def watch(frame: Callable[[int], np.ndarray], moving: bool = True, ticks: int = 150, action: str = "warn") -> tuple[list[str], dict[str, int]]:
+    said: list[str] = []
+    cameras = CameraWatch(action, said.append)
+    for tick in range(ticks):
+        joints = np.full(6, 0.5 * tick if moving else 0.0)
+        cameras(Observation(joints, {"front": frame(tick)}, 100 + tick * TICK_S))
+    return said, dict(cameras.events)
+
+
+STILL = sensor()
+FAULTS = {
+    "black": lambda tick: RNG.integers(0, 6, SCENE.shape, np.uint8),
+    "noise": lambda tick: RNG.integers(0, 256, SCENE.shape, np.uint8),
+    "frozen": lambda tick: STILL,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_blind_camera_is_said_once(fault: str) -> None:
+    said, events = watch(lambda tick: sensor() if tick < 30 else FAULTS[fault](tick))
+    assert events == {f"camera_{fault}": 1}
+    assert len(said) == 1
+    assert "front" in said[0]
+    with pytest.raises(RobotError, match="front"):
+        watch(FAULTS[fault], action="land")
+
+
+@pytest.mark.parametrize(
+    ("frame", "moving"),
+    [
+        (lambda tick: sensor(), True),
+        (lambda tick: sensor(noise=25.0), True),
+        (lambda tick: sensor(level=0.2), True),
+        (lambda tick: np.full(SCENE.shape, 200, np.uint8) + RNG.integers(0, 3, SCENE.shape, np.uint8), True),
+        (lambda tick: STILL, False),
+        (lambda tick: FAULTS["black"](tick) if tick % 30 < 20 else sensor(), True),
+        (lambda tick: np.roll(STILL, tick // 15, axis=1), True),
+    ],
+    ids=["ordinary", "grainy", "dim", "a white wall", "a drawn scene at rest", "a hand before the lens", "two pictures a second"],
+)
+def test_an_ordinary_camera_is_not_suspected(frame: Callable[[int], np.ndarray], moving: bool) -> None:
+    assert watch(frame, moving) == ([], {})
+
+
+def test_the_loop_says_it_and_counts_it() -> None:
+    bench = Bench(timeout_s=4.0)
+    seen = bench.robot.observe
+    bench.robot.observe = lambda: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
+    bench.loop.run()
+    assert bench.loop.trace.events["camera_black"] == 1
+    assert sum("front" in line for line in bench.said) == 1
+
+
+def test_the_loop_lands_by_choice() -> None:
+    bench = Bench(timeout_s=4.0, camera_fault="land")
+    seen = bench.robot.observe
+    bench.robot.observe = lambda: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
+    with pytest.raises(RobotError, match="camera 'front'"):
+        bench.loop.run()
+    assert bench.robot.calls[-1] == "land"
