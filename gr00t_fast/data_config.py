@@ -256,6 +256,7 @@ def _bare(source: Any) -> str:
     names = {"video_keys": example.video_keys, "state_keys": example.state_keys, "action_keys": example.action_keys}
     lists = {name: list(getattr(source, name, keys)) for name, keys in names.items()}
     lists["language_keys"] = list(getattr(source, "language_keys", [example.language_key]))
-    modes = dict.fromkeys([*lists["state_keys"], *lists["action_keys"]], DEFAULT_NORMALISATION)
+    modes = dict.fromkeys([*lists["state_keys"], *lists["action_keys"]], "MODE")
     lines = [f"    {name} = {value}" for name, value in {**lists, "normalisation": modes}.items()]
-    return "\n".join(["A class of key lists needs no import (normalisation: what its transform() does to each part):", "class MyRobot:", *lines])
+    what = f"A class of key lists needs no import; MODE is what its transform() does to the part, one of {', '.join(NORMALISATIONS)}:"
+    return "\n".join([what, "class MyRobot:", *lines])

@@ -154,15 +154,15 @@ def read_steps(source: Any) -> dict[str, Any]:
 
     Raises ConfigError that names the first setting or step which is not what this library computes.
     """
-    keys, action_indices = _modalities(source.modality_config())
     steps = list(source.transform().transforms)
+    keys, action_indices = _modalities(source.modality_config())
     names = [type(each).__name__ for each in steps]
     unknown = [name for name in names if name not in {*_PICTURE_STEPS, *_TRAINING_STEPS, *_JOINT_STEPS, _CONCAT, _MODEL}]
     if unknown:
         raise ConfigError(f"its transform() has the step {', '.join(unknown)}, and what that computes is not known here")
     _check_pictures([(name, each) for name, each in zip(names, steps, strict=True) if name in _PICTURE_STEPS], keys["video"])
     modes = _modes([(name, each) for name, each in zip(names, steps, strict=True) if name in _JOINT_STEPS], keys)
-    if names.count(_CONCAT) != 1 or names[-2:] != [_CONCAT, _MODEL]:
+    if [name for name in names if name in (_CONCAT, _MODEL)] != names[-2:] or names[-2:] != [_CONCAT, _MODEL]:
         raise ConfigError(f"its transform() is expected to end with one {_CONCAT} and one {_MODEL}")
     orders = _orders(steps[-2], keys)
     _check_model_step(steps[-1], len(action_indices))

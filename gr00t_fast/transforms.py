@@ -58,6 +58,27 @@ def _centre_crop(x: Tensor, scale: float) -> Tensor:
     return x[..., top : top + crop_height, left : left + crop_width]
 
 
+def reference_inputs(ids: np.ndarray, lengths: np.ndarray, pixels: Tensor, state: np.ndarray, state_width: int, row: int) -> dict[str, Tensor]:
+    """A network's inputs by the names that the reference has for them.
+
+    ids int64 (B, S) padded on the right, lengths (B,), pixels fp32 (B, C, 3, h, w), state fp32 (B, P) of which `state_width` values are no padding.
+    Returns state (B, 1, P) and state_mask, eagle_input_ids (B, S) padded on the left (with 0) and eagle_attention_mask, eagle_pixel_values
+    (B x C, 3, h, w) and eagle_image_sizes (B x C, 2), embodiment_id (B,).
+    """
+    batch, longest = ids.shape
+    pictures, states = pixels.flatten(0, 1), torch.from_numpy(state)[:, None]
+    left_padded = np.stack([np.roll(each, longest - length) for each, length in zip(ids, lengths, strict=True)])
+    return {
+        "state": states,
+        "state_mask": (torch.arange(states.shape[-1]) < state_width).expand_as(states),
+        "eagle_input_ids": torch.from_numpy(left_padded),
+        "eagle_attention_mask": torch.from_numpy((np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)),
+        "eagle_pixel_values": pictures,
+        "eagle_image_sizes": torch.tensor(pictures.shape[-2:]).expand(len(pictures), 2),
+        "embodiment_id": torch.full((batch,), row),
+    }
+
+
 class Normaliser:
     """One part's map between joint values and what the network reads, from the checkpoint's statistics.
 
@@ -141,6 +162,11 @@ class StateTransform:
     def widths(self) -> dict[str, int]:
         """Key -> number of values."""
         return {key: part.width for key, part in self._parts.items()}
+
+    @property
+    def network_width(self) -> int:
+        """How many values of the padded state are no padding."""
+        return sum(part.network_width for part in self._parts.values())
 
     def __call__(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
         """`state.<part>` (B, D) -> float32 (B, P). Raises ObservationError for values that overflow."""
