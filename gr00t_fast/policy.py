@@ -92,7 +92,7 @@ def load_policy(
     config = load_data_config(data_config)
     language = checkpoint.config.language
     tokens, cameras = checkpoint.config.vision.tokens, len(config.video_keys)
-    prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.path), cameras, tokens, language.image_token_id, prompt_style)
+    prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.base), cameras, tokens, language.image_token_id, prompt_style)
     pieces = _Pieces(checkpoint, metadata, config, prompts)
     steps = pieces.check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps)
     horizon = pieces.check_action_horizon(action_horizon)
