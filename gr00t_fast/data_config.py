@@ -174,16 +174,19 @@ def _from_user_class(spec: str) -> DataConfig:
         raise ConfigError(f"data_config '{spec}': expected 'module:ClassName', e.g. my_config:MyRobot.")
     with stand_ins(_published(), module_name.split(".")[0]):
         try:
-            found = getattr(importlib.import_module(module_name), class_name)
-            made = found() if isinstance(found, type) else found
+            module = importlib.import_module(module_name)
         except ImportError as error:
-            raise ConfigError(
-                f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it. {_bare(None)}"
-            ) from error
-        except AttributeError as error:
-            raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}', or it fails: {error}.") from error
+            where = "Run from the folder that holds it, or install it." if error.name in (None, module_name) else _bare(None)
+            raise ConfigError(f"data_config '{spec}': cannot import '{module_name}' ({error}). {where}") from error
         except Exception as error:
-            raise ConfigError(f"data_config '{spec}': the module or class raised {type(error).__name__}: {error}. {_bare(None)}") from error
+            raise ConfigError(f"data_config '{spec}': the module raised {type(error).__name__}: {error}. {_bare(None)}") from error
+        found = getattr(module, class_name, None)
+        if found is None:
+            raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}'.{closest(class_name, vars(module))}")
+        try:
+            made = found() if isinstance(found, type) else found
+        except Exception as error:
+            raise ConfigError(f"data_config '{spec}': the class raised {type(error).__name__}: {error}. {_bare(None)}") from error
         return _from_object(made, spec)
 
 

@@ -159,7 +159,7 @@ def test_key_lists(loaded: Callable) -> None:
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [
-        ("Absent", "has no class 'Absent'"),
+        ("Mutee", "has no class 'Mutee'. Did you mean 'Mute'"),
         ("Past", r"observation_indices \[-1, 0\]"),
         ("Mute", r"expected one language key, got \[\]"),
         ("Half", "does not say how state.hand is normalised"),
@@ -172,9 +172,11 @@ def test_key_lists_that_cannot_be_used(loaded: Callable, name: str, pattern: str
         loaded(_KEY_LISTS, name)
 
 
-def test_a_module_that_cannot_be_imported() -> None:
-    with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found'"):
+def test_a_module_that_cannot_be_imported(loaded: Callable) -> None:
+    with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found'.*Run from the folder"):
         load_data_config("nowhere_to_be_found:X")
+    with pytest.raises(ConfigError, match="(?s)No module named 'a_package_of_theirs'.*class MyRobot"):
+        loaded("import a_package_of_theirs", "X")
 
 
 # --- classes written for NVIDIA's package --------------------------------------------------------------------------------------------

@@ -79,13 +79,13 @@ def reference(config: DataConfig, seed: int) -> dict[str, np.ndarray]:
     steps.append(concat.ConcatTransform(**orders, action_concat_order=list(config.action_keys)))
     pipeline = base.ComposedModalityTransform(transforms=steps)
     pipeline.eval()
-    pipeline.set_metadata(DatasetMetadata.model_validate(_metadata(config, statistics)))
+    pipeline.setmetadata_of(DatasetMetadata.model_validate(metadata_of(config, statistics)))
     made = {"state": pipeline(dict(states))["state"].numpy()}
     made |= {key: value.numpy() for key, value in pipeline.unapply({"action": torch.from_numpy(output.copy())}).items()}
     return made
 
 
-def _metadata(config: DataConfig, statistics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+def metadata_of(config: DataConfig, statistics: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
     """In the form of experiment_cfg/metadata.json."""
     named: dict[str, Any] = {"state": {}, "action": {}}
     shapes: dict[str, Any] = {"state": {}, "action": {}, "video": {}}
