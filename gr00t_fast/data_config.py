@@ -113,13 +113,11 @@ DATA_CONFIGS = {
     "bridge": _config("image_0", (*_XYZ, "pad", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK),
     "fractal": _config("image", ("x", "y", "z", "rx", "ry", "rz", "rw", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK, motion_mode="mean_std"),
 }
-_ROTATED = "converts rotations (target_rotations): that is not supported"
-_REFUSED = {  # the rest of NVIDIA's names
-    "oxe_droid": _ROTATED,
-    "bimanual_panda_gripper": _ROTATED,
-    "bimanual_panda_hand": _ROTATED,
-    "single_panda_gripper": _ROTATED,
-}
+# The rest of NVIDIA's names, and why they are refused.
+_REFUSED = dict.fromkeys(
+    ("oxe_droid", "bimanual_panda_gripper", "bimanual_panda_hand", "single_panda_gripper"),
+    "converts rotations (target_rotations): that is not supported",
+)
 _REMEDY = "Such a checkpoint needs NVIDIA's own code."
 _NVIDIA_CLASSES = {  # in gr00t.experiment.data_config, by our names
     "so100": "So100DataConfig",
@@ -142,7 +140,8 @@ def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
     trained = list(cameras)
     absent = [key for key in config.video_keys if key not in trained]
     if absent:
-        fitting = [name for name, known in DATA_CONFIGS.items() if set(known.video_keys) <= set(trained)]
+        same_robot = {name: known for name, known in DATA_CONFIGS.items() if known.action_keys == config.action_keys}
+        fitting = [name for name, known in same_robot.items() if set(known.video_keys) <= set(trained)]
         best = max(fitting, key=lambda name: len(DATA_CONFIGS[name].video_keys), default=None)
         use = f"Use --data_config={best}" if best else "Choose the data_config it was trained with (--data_config=module:ClassName)"
         had = ", ".join(trained) or "no camera"
@@ -209,19 +208,21 @@ def _published() -> dict[str, Any]:
 def _from_object(source: Any, spec: str) -> DataConfig:
     if isinstance(source, DataConfig):
         return source
+    for_nvidia = hasattr(source, "transform")
     try:
-        if hasattr(source, "transform"):
-            fields = read_steps(source)
-            fields["normalisation"] = {key: mode for key, mode in fields["normalisation"].items() if mode != DEFAULT_NORMALISATION}
-            return DataConfig(**fields)
-        return _from_key_lists(source)
+        return _from_steps(source) if for_nvidia else _from_key_lists(source)
     except ConfigError as error:
-        raise ConfigError(f"data_config '{spec}': {str(error).removeprefix('data config: ').rstrip('.')}. {_REMEDY}") from error
+        what = str(error).removeprefix("data config: ").rstrip(".")
+        raise ConfigError(f"data_config '{spec}': {what}.{f' {_REMEDY}' if for_nvidia else ''}") from error
     except Exception as error:  # a transform() may do anything
-        raise ConfigError(
-            f"data_config '{spec}': what its modality_config() and transform() do cannot be read without NVIDIA's gr00t package "
-            f"({type(error).__name__}: {error}). {_bare(source)}"
-        ) from error
+        what = "what its modality_config() and transform() do cannot be read without NVIDIA's gr00t package" if for_nvidia else "cannot be read"
+        raise ConfigError(f"data_config '{spec}': {what} ({type(error).__name__}: {error}). {_bare(source)}") from error
+
+
+def _from_steps(source: Any) -> DataConfig:
+    fields = read_steps(source)
+    modes = {key: mode for key, mode in fields.pop("normalisation").items() if mode != DEFAULT_NORMALISATION}
+    return DataConfig(**fields, normalisation=modes)
 
 
 def _from_key_lists(source: Any) -> DataConfig:
@@ -257,8 +258,8 @@ def _bare(source: Any) -> str:
     """The class to write instead, with what is known of it."""
     example = DATA_CONFIGS["so100"]
     names = {"video_keys": example.video_keys, "state_keys": example.state_keys, "action_keys": example.action_keys}
-    lists = {name: list(getattr(source, name, keys)) for name, keys in names.items()}
-    lists["language_keys"] = list(getattr(source, "language_keys", [example.language_key]))
+    lists = {name: list(getattr(source, name, None) or keys) for name, keys in names.items()}
+    lists["language_keys"] = list(getattr(source, "language_keys", None) or [example.language_key])
     modes = dict.fromkeys([*lists["state_keys"], *lists["action_keys"]], "MODE")
     lines = [f"    {name} = {value}" for name, value in {**lists, "normalisation": modes}.items()]
     what = f"A class of key lists needs no import; MODE is what its transform() does to the part, one of {', '.join(NORMALISATIONS)}:"

@@ -174,6 +174,7 @@ def test_as_peft_merges(base: Path, tmp_path: Path) -> None:
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"something_new": 3}, "something_new"),
         ({"revision": "abc"}, "revision"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "alpha_pattern"),
     ],
 )
 def test_other_methods_are_refused_with_the_command_that_merges(base: Path, tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -189,6 +190,7 @@ def test_other_methods_are_refused_with_the_command_that_merges(base: Path, tmp_
         ({"base_model_name_or_path": "/nowhere/at/all"}, "/nowhere/at/all.*base_model_name_or_path"),
         ({"base_model_name_or_path": ...}, "base_model_name_or_path"),
         ({"lora_alpha": "much"}, "adapter_config.json"),
+        ({"lora_alpha": float("nan")}, "adapter_config.json"),
         ({"alpha_pattern": [1]}, "adapter_config.json"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.data_config import DATA_CONFIGS, DataConfig, load_data_config
+from gr00t_fast.data_config import DATA_CONFIGS, DataConfig, check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError
 
 
@@ -65,6 +65,13 @@ def test_nvidias_names_that_need_rotations(name: str) -> None:
         load_data_config(name)
 
 
+def test_the_suggestion_is_for_the_same_robot() -> None:
+    """Cameras alone would point at another robot's configuration."""
+    for trained, suggested in ((["video.front", "video.wrist"], "--data_config=so100_dualcam"), (["video.image", "video.wrist_image"], "module:")):
+        with pytest.raises(ConfigError, match=suggested):
+            check_trained_cameras(DATA_CONFIGS["so100"], trained)
+
+
 # --- a user's own classes ------------------------------------------------------------------------------------------------------------
 
 _KEY_LISTS = """
@@ -83,6 +90,7 @@ class Mute(Lists): language_keys = []
 class Half(Lists): state_normalization_modes = {"state.arm": "mean_std"}
 class Turned(Lists): state_target_rotations = {"state.arm": "rotation_6d"}
 class Other: video_keys = ["video.top"]
+class Nothing(Lists): state_keys = None
 """
 
 # As NVIDIA's guide has users write it; STEPS is what a test puts between the picture and the concatenation.
@@ -165,6 +173,7 @@ def test_key_lists(loaded: Callable) -> None:
         ("Half", "does not say how state.hand is normalised"),
         ("Turned", "state_target_rotations.*rotations are not supported"),
         ("Other", "the class has no state_keys, action_keys"),
+        ("Nothing", "(?s)cannot be read.*class MyRobot"),
     ],
 )
 def test_key_lists_that_cannot_be_used(loaded: Callable, name: str, pattern: str) -> None:
@@ -222,6 +231,11 @@ def test_a_class_that_derives_from_one_of_nvidias(loaded: Callable) -> None:
     assert loaded(source, "Mine") == replace(DATA_CONFIGS["so100"], video_keys=("video.mine",))
     with pytest.raises(ConfigError, match="OxeDroidDataConfig.*rotations"):
         loaded(source, "Droid")
+
+
+def test_nvidias_own_module_needs_no_package() -> None:
+    assert load_data_config("gr00t.experiment.data_config:UnitreeG1DataConfig") == DATA_CONFIGS["unitree_g1"]
+    assert "gr00t" not in sys.modules
 
 
 _ROTATED = (

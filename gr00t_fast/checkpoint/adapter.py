@@ -61,8 +61,8 @@ class Adapter:
         return self.directory / ADAPTER_CONFIG, self.weights
 
     def scale_of(self, module: str, rank: int) -> float:
-        pattern = next((key for key in self.alpha_pattern if re.match(rf"(.*\.)?({key})$", module)), None)  # as peft's get_pattern_key
-        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
+        """`alpha_pattern` goes by the end of a module's name, the first that fits, as in peft."""
+        alpha = next((alpha for end, alpha in self.alpha_pattern.items() if f".{module}".endswith(f".{end}")), self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -92,6 +92,8 @@ def read_adapter(directory: Path, with_weights: bool = True) -> Adapter | None:
         raw = json.loads(file.read_text(encoding="utf-8"))
         base, alpha, pattern = raw["base_model_name_or_path"], float(raw["lora_alpha"]), dict(raw.get("alpha_pattern") or {})
         adapter = Adapter(directory, str(base or ""), alpha, {key: float(value) for key, value in pattern.items()}, bool(raw.get("use_rslora")))
+        if not all(map(math.isfinite, (alpha, *adapter.alpha_pattern.values()))):
+            raise ValueError("a scale that is not finite")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as the configuration of a LoRA adapter ({error!r}). Copy or download it again.") from error
     _refuse_other_methods(raw, adapter)
@@ -110,6 +112,7 @@ def _refuse_other_methods(raw: Mapping[str, Any], adapter: Adapter) -> None:
     understood = {name: values for name, values in _UNDERSTOOD.items() if name in raw}
     wrong = [f"{name}={raw[name]!r}" for name, values in understood.items() if raw[name] not in values]
     wrong += [f"{name}={value!r}" for name, value in raw.items() if value and name not in _WITHOUT_EFFECT and name not in understood]
+    wrong += [f"alpha_pattern for {key!r}" for key in adapter.alpha_pattern if not re.fullmatch(r"[\w.]+", key)]  # peft takes regular expressions
     if wrong or "peft_type" not in raw:
         raise CheckpointError(
             f"{adapter.directory / ADAPTER_CONFIG}: {', '.join(wrong) or 'no peft_type'} is not what is merged here (LoRA of linear layers). "
