@@ -14,6 +14,7 @@ from random_networks import TINY, edit_json, observation, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
+from gr00t_fast.control.telling import summary
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError
 
@@ -280,6 +281,7 @@ def test_as_many_actions_as_the_data_config_has_indices(checkpoint: Path, policy
     eight = replace(DATA_CONFIGS["so100"], action_indices=tuple(range(8)))
     short, every = load_policy(checkpoint, **LOAD, data_config=eight), policy.get_action(observation(), noise=noise)
     assert _same(short.get_action(observation(), noise=noise), {key: rows[:8] for key, rows in every.items()})
+    assert "8 of 16 actions" in summary(short, "arm", 30.0, None, "go")
     short.action_horizon = 16  # what training predicts may be asked for
     assert _same(short.get_action(observation(), noise=noise), every)
     many = replace(eight, action_indices=tuple(range(24)))
