@@ -79,7 +79,7 @@ def reference(config: DataConfig, seed: int) -> dict[str, np.ndarray]:
     steps.append(concat.ConcatTransform(**orders, action_concat_order=list(config.action_keys)))
     pipeline = base.ComposedModalityTransform(transforms=steps)
     pipeline.eval()
-    pipeline.setmetadata_of(DatasetMetadata.model_validate(metadata_of(config, statistics)))
+    pipeline.set_metadata(DatasetMetadata.model_validate(metadata_of(config, statistics)))
     made = {"state": pipeline(dict(states))["state"].numpy()}
     made |= {key: value.numpy() for key, value in pipeline.unapply({"action": torch.from_numpy(output.copy())}).items()}
     return made
