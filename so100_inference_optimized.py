@@ -99,6 +99,7 @@ def _connect(config: RunConfig) -> Any:
         embodiment_tag=config.embodiment_tag,
         data_config=config.data_config,
         action_horizon=config.action_horizon,
+        prompt_style=config.prompt_style,
         echo=cli.say,
     )
 

@@ -248,6 +248,16 @@ def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     return {name: round(float(value), 3) for name, value in values.items()} | {"rounds": len(differences)}
 
 
+def paired_ratio(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """How many times longer, round by round: a disturbance of the machine hits both arms of a round alike. Median and quartiles."""
+    p25, median, p75 = np.percentile(np.asarray(before) / np.asarray(after), (25, 50, 75))
+    return {name: round(float(value), 3) for name, value in (("median", median), ("p25", p25), ("p75", p75))}
+
+
+def ratio_text(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} times (quartiles {ratio['p25']:.2f} to {ratio['p75']:.2f}, paired by round)"
+
+
 def _median_interval(count: int) -> tuple[int, int]:
     """Ranks between which the median lies with 99 % confidence (binomial, normal approximation); all of a few samples."""
     half = _CONFIDENCE_Z * math.sqrt(count) / 2

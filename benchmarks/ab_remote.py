@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ab_arms import Arm, DisagreementError, Protocol, measure, paired, targets_of
+from benchmarks.ab_arms import Arm, DisagreementError, Protocol, measure, paired, paired_ratio, ratio_text, targets_of
 from benchmarks.ab_host import example_inputs
 from benchmarks.ab_processes import Addresses, ServerProcess, running
 from benchmarks.ab_report import size_text, transport_sentence
@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "latency_ms": latency,
         "first_calls_ms": [round(value, 3) for value in first_ms],
         "theirs_minus_ours_ms": paired(measured.times_ms[_THEIRS], measured.times_ms[_OURS]) if ours else None,
+        "theirs_over_ours": paired_ratio(measured.times_ms[_THEIRS], measured.times_ms[_OURS]) if ours else None,
         "transport_alone": {"tcp on this machine": {"message_ms": latency[" ".join(_PROBE)], "ping_ms": latency["probe ping"]}},
     }
 
@@ -177,6 +178,7 @@ def as_markdown(r: dict[str, Any]) -> str:
         d = r["theirs_minus_ours_ms"]
         quartiles = f"(quartiles {d['p25']:.2f} to {d['p75']:.2f}, paired by round)"
         lines.append(f"* Theirs minus ours ({r['ours_is']}): {d['median']:.2f} ms {quartiles}.")
+        lines.append(f"* Theirs takes {ratio_text(r['theirs_over_ours'])} as long.")
     lines += [f"* {transport_sentence(name, probe, r)}" for name, probe in r["transport_alone"].items()]
     lines.append("* Its steps, precision, machine and noise are its own and not known here: this is a comparison of services, not of one factor.")
     if r["missing_endpoints"]:

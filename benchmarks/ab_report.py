@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ab_arms import Contrast, Measurement, Plan, Setup, paired, resolved
+from benchmarks.ab_arms import Contrast, Measurement, Plan, Setup, paired, paired_ratio, ratio_text, resolved
 from benchmarks.ab_processes import ColdStart
 from gr00t_fast.measurement import percentiles
 
@@ -26,6 +26,7 @@ def evaluate(plan: Plan, measured: Measurement, cold: Mapping[Setup, ColdStart],
         "baseline": str(plan.baseline),
         "ours": str(plan.ours),
         "all_factors": paired(measured.times_ms[plan.baseline], measured.times_ms[plan.ours]),
+        "ratio": paired_ratio(measured.times_ms[plan.baseline], measured.times_ms[plan.ours]),
         "speed_up_p50": round(latency[plan.baseline]["p50"] / latency[plan.ours]["p50"], 2),
         "waterfall": path,
         "alone": alone,
@@ -107,11 +108,14 @@ def size_text(result: dict[str, Any]) -> str:
 
 
 def sentences(result: dict[str, Any]) -> list[str]:
-    """What the figures say, and no more."""
+    """What the figures say, and no more; the ratio that was measured in any case."""
     lines = [transport_sentence(name, probe, result) for name, probe in result["transport_alone"].items()]
     for row in (row for row in result["alone"] if row["factor"] == "transport"):
         lines.append(f"Around our policy, {row['change'].replace('transport: ', '')} is worth {_words(row)}.")
-    return lines + _total(result) if result["waterfall"] else lines
+    if not result["waterfall"]:
+        return lines
+    measured = f"The baseline takes {ratio_text(result['ratio'])} as long as ours; {result['speed_up_p50']:.2f} times by the arms' p50."
+    return [*lines, measured, *_total(result)]
 
 
 def _total(result: dict[str, Any]) -> list[str]:
@@ -122,7 +126,7 @@ def _total(result: dict[str, Any]) -> list[str]:
     if total["median"] < 0:
         return [f"From the baseline to ours: **slower** by {-total['median']:.1f} ms per call {quartiles}."]
     largest = max(result["waterfall"], key=lambda row: row["worth_ms"]["median"])
-    gain = f"{total['median']:.1f} ms less per call {quartiles}, {result['speed_up_p50']} times by p50"
+    gain = f"{total['median']:.1f} ms less per call {quartiles}"
     return [f"From the baseline to ours: {gain}, at the same number of denoising steps. The largest part is {largest['change']}: {_words(largest)}."]
 
 

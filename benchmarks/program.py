@@ -38,11 +38,10 @@ def checkpoint_of(arguments: argparse.Namespace, size: str = "demo") -> Path:
     """--model_path, or a checkpoint with random weights in --out, written once per size, --data_config and --seed. Raises ConfigError."""
     if arguments.model_path is not None:
         return arguments.model_path
-    from gr00t_fast.data_config import DATA_CONFIGS
-    from gr00t_fast.random_checkpoint import checkpoint_in
+    from gr00t_fast.random_checkpoint import SO100_CONFIGS, checkpoint_in
 
     asked = getattr(arguments, "data_config", "so100")
-    data_config = asked if asked in DATA_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
+    data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
     return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed)
 
 

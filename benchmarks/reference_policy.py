@@ -90,7 +90,7 @@ class ReferencePreprocessing:
         half = [0.5] * 3
         self._images = transformers.SiglipImageProcessorFast(do_resize=False, image_mean=half, image_std=half)
         self._tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=find_tokenizer(processor_path, checkpoint.path), pad_token="<|endoftext|>", padding_side="left"
+            tokenizer_object=find_tokenizer(processor_path, checkpoint.base), pad_token="<|endoftext|>", padding_side="left"
         )
         self._image_text, self._image_token_id = IMAGE_TOKEN * vision.tokens, checkpoint.config.language.image_token_id
         self._state = StateTransform(config, metadata, checkpoint.config.head.state_dim)

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> Manifest:
     config = load_data_config(arguments.data_config)
     metadata = checkpoint.embodiment(arguments.embodiment_tag)
     check_cameras(metadata, config)
-    tokenizer = find_tokenizer(arguments.processor_path, checkpoint.path)
+    tokenizer = find_tokenizer(arguments.processor_path, checkpoint.base)
     prompts = PromptEncoder(
         tokenizer, len(config.video_keys), checkpoint.config.vision.tokens, checkpoint.config.language.image_token_id, arguments.prompt_style
     )

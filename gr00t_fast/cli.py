@@ -192,7 +192,7 @@ def _validate_server(config: RunConfig) -> None:
             raise UsageError(f"--{name}={value} must be a positive number of seconds.")
     if _given(config, "max_hold_s"):
         raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
-    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "prompt_style", "keep_warm"):
+    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "keep_warm"):
         raise UsageError(f"--{given[0]} is for a network in this process; with --server it belongs on the command line of the policy server.")
     if not config.model_path.strip() and (given := _given(config, "embodiment_tag", "data_config")):
         raise UsageError(

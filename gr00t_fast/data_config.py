@@ -1,37 +1,42 @@
 """Which cameras and joints a fine-tune was trained on, in NVIDIA's naming, and how their numbers are normalised.
 
-A DataConfig is NVIDIA's class of the same purpose without the transform objects: the key lists are the same, so a user's own class can usually
-be passed as it is (`module:ClassName`).
+A DataConfig is NVIDIA's class of the same purpose without the transform objects. A user's own class is passed as `module:ClassName`: one
+that was written for NVIDIA's package is read by what its `transform()` does (nvidia_config.py), one that holds key lists alone as it is.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, refused_class, stand_ins
 
-log = logging.getLogger(__name__)
-NORMALISATIONS = ("min_max", "q99", "mean_std", "binary")  # the modes of the reference's Normalizer that need no rotation maths
+# The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
+NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")
 DEFAULT_NORMALISATION = "min_max"  # what NVIDIA's SO-100 data configs use for every part
+DEFAULT_LANGUAGE_KEY = "annotation.human.task_description"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Key lists of one data configuration; every key carries its modality prefix (`video.`, `state.`, `action.`)."""
+    """Key lists of one data configuration; every key carries its modality prefix (`video.`, `state.`, `action.`).
+
+    action_indices: 0, 1, ... n - 1, one per control tick: n actions are returned unless more of what training predicts are asked for.
+    normalisation: key -> mode; DEFAULT_NORMALISATION where absent.
+    """
 
     video_keys: tuple[str, ...]
     state_keys: tuple[str, ...]
     action_keys: tuple[str, ...]
-    language_key: str = "annotation.human.task_description"
-    action_indices: tuple[int, ...] = tuple(range(16))
-    normalisation: Mapping[str, str] = field(default_factory=dict)  # key -> mode; DEFAULT_NORMALISATION where absent
+    language_key: str = DEFAULT_LANGUAGE_KEY
+    action_indices: tuple[int, ...] = DEFAULT_ACTION_INDICES
+    normalisation: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for prefix, keys in (("video.", self.video_keys), ("state.", self.state_keys), ("action.", self.action_keys)):
@@ -42,12 +47,17 @@ class DataConfig:
                     raise ConfigError(f"data config: key '{key}' must begin with '{prefix}'.")
             if len(set(keys)) != len(keys):
                 raise ConfigError(f"data config: a key is listed twice in {', '.join(keys)}.")
+        indices = list(self.action_indices)
+        if not indices or indices != list(range(len(indices))):
+            raise ConfigError(f"data config: action_indices {indices} are not supported; expected 0, 1, 2 and so on: one action for each tick.")
         parts = (*self.state_keys, *self.action_keys)
         for key, mode in self.normalisation.items():
             if key not in parts:
                 raise ConfigError(f"data config: normalisation is given for '{key}', which is no state or action key.{closest(key, parts)}")
             if mode not in NORMALISATIONS:
                 raise ConfigError(f"data config: normalisation '{mode}' of '{key}' is not supported; choose from {', '.join(NORMALISATIONS)}.")
+            if mode == "sin_cos" and key in self.action_keys:
+                raise ConfigError(f"data config: normalisation 'sin_cos' of '{key}' has no inverse that gives an action; it is for states only.")
 
     def normalisation_of(self, key: str) -> str:
         return self.normalisation.get(key, DEFAULT_NORMALISATION)
@@ -63,9 +73,65 @@ class DataConfig:
 
 
 _ARM = {"state_keys": ("state.single_arm", "state.gripper"), "action_keys": ("action.single_arm", "action.gripper")}
+_ACTION_TASK = "annotation.human.action.task_description"
+_TWO_ARMS = ("left_arm", "right_arm", "left_hand", "right_hand")
+_GENIE = (
+    "left_arm_joint_position",
+    "right_arm_joint_position",
+    "left_effector_position",
+    "right_effector_position",
+    "head_position",
+    "waist_position",
+)
+_XYZ = ("x", "y", "z", "roll", "pitch", "yaw")
+
+
+def _config(
+    cameras: str, state: Sequence[str], action: Sequence[str], language_key: str = DEFAULT_LANGUAGE_KEY, state_mode: str = "", motion_mode: str = ""
+) -> DataConfig:
+    """Names without prefix, cameras separated by spaces. state_mode: of all of the state; motion_mode: of the actions in _XYZ."""
+    modes = {f"state.{name}": state_mode for name in state if state_mode} | {f"action.{name}": motion_mode for name in _XYZ if motion_mode}
+    keys = (tuple(f"{prefix}.{name}" for name in names) for prefix, names in (("video", cameras.split()), ("state", state), ("action", action)))
+    return DataConfig(*keys, language_key=language_key, normalisation=modes)
+
+
+# NVIDIA's own configurations (Isaac-GR00T, branch n1.5-release) whose transforms are crop, resize and one formula for each part: those of
+# gr00t/experiment/data_config.py by their names there, those of examples/Libero and examples/SimplerEnv by their classes'.
 DATA_CONFIGS = {
     "so100": DataConfig(video_keys=("video.webcam",), **_ARM),
     "so100_dualcam": DataConfig(video_keys=("video.front", "video.wrist"), **_ARM),
+    "fourier_gr1_arms_only": _config("ego_view", _TWO_ARMS, _TWO_ARMS, _ACTION_TASK, state_mode="sin_cos"),
+    "fourier_gr1_arms_waist": _config(
+        "ego_view", (*_TWO_ARMS, "waist"), (*_TWO_ARMS, "waist"), "annotation.human.coarse_action", state_mode="sin_cos"
+    ),
+    "fourier_gr1_full_upper_body": _config("front_view", (*_TWO_ARMS, "waist", "neck"), (*_TWO_ARMS, "waist", "neck"), _ACTION_TASK),
+    "unitree_g1": _config("rs_view", _TWO_ARMS, _TWO_ARMS),
+    "unitree_g1_full_body": _config("rs_view", ("left_leg", "right_leg", "waist", *_TWO_ARMS), _TWO_ARMS),
+    "agibot_genie1": _config("top_head hand_left hand_right", _GENIE, (*_GENIE, "robot_velocity"), "annotation.language.action_text"),
+    "libero": _config("image wrist_image", (*_XYZ, "gripper"), (*_XYZ, "gripper"), _ACTION_TASK),
+    "libero_mean_std": _config("image wrist_image", (*_XYZ, "gripper"), (*_XYZ, "gripper"), _ACTION_TASK, motion_mode="mean_std"),
+    "bridge": _config("image_0", (*_XYZ, "pad", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK),
+    "fractal": _config("image", ("x", "y", "z", "rx", "ry", "rz", "rw", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK, motion_mode="mean_std"),
+}
+# The rest of NVIDIA's names, and why they are refused.
+_REFUSED = dict.fromkeys(
+    ("oxe_droid", "bimanual_panda_gripper", "bimanual_panda_hand", "single_panda_gripper"),
+    "converts rotations (target_rotations): that is not supported",
+)
+_REMEDY = "Such a checkpoint needs NVIDIA's own code."
+_NVIDIA_CLASSES = {  # in gr00t.experiment.data_config, by our names
+    "so100": "So100DataConfig",
+    "so100_dualcam": "So100DualCamDataConfig",
+    "fourier_gr1_arms_only": "FourierGr1ArmsOnlyDataConfig",
+    "fourier_gr1_arms_waist": "FourierGr1ArmsWaistDataConfig",
+    "fourier_gr1_full_upper_body": "FourierGr1FullUpperBodyDataConfig",
+    "unitree_g1": "UnitreeG1DataConfig",
+    "unitree_g1_full_body": "UnitreeG1FullBodyDataConfig",
+    "agibot_genie1": "AgibotGenie1DataConfig",
+    "oxe_droid": "OxeDroidDataConfig",
+    "bimanual_panda_gripper": "BimanualPandaGripperDataConfig",
+    "bimanual_panda_hand": "BimanualPandaHandDataConfig",
+    "single_panda_gripper": "SinglePandaGripperDataConfig",
 }
 
 
@@ -74,7 +140,8 @@ def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
     trained = list(cameras)
     absent = [key for key in config.video_keys if key not in trained]
     if absent:
-        fitting = [name for name, known in DATA_CONFIGS.items() if set(known.video_keys) <= set(trained)]
+        same_robot = {name: known for name, known in DATA_CONFIGS.items() if known.action_keys == config.action_keys}
+        fitting = [name for name, known in same_robot.items() if set(known.video_keys) <= set(trained)]
         best = max(fitting, key=lambda name: len(DATA_CONFIGS[name].video_keys), default=None)
         use = f"Use --data_config={best}" if best else "Choose the data_config it was trained with (--data_config=module:ClassName)"
         had = ", ".join(trained) or "no camera"
@@ -85,8 +152,12 @@ def load_data_config(name: str | DataConfig) -> DataConfig:
     """Return a built-in configuration by name, or the user's own from `module:ClassName`. Raises ConfigError."""
     if isinstance(name, DataConfig):
         return name
+    if not isinstance(name, str):
+        return _from_object(name, type(name).__name__)
     if name in DATA_CONFIGS:
         return DATA_CONFIGS[name]
+    if name in _REFUSED:
+        raise ConfigError(f"data_config '{name}' {_REFUSED[name]}. {_REMEDY}")
     if ":" in name:
         return _from_user_class(name)
     raise ConfigError(
@@ -100,48 +171,96 @@ def _from_user_class(spec: str) -> DataConfig:
         sys.path.insert(0, str(Path.cwd()))
     if not module_name or not class_name or module_name.startswith("."):
         raise ConfigError(f"data_config '{spec}': expected 'module:ClassName', e.g. my_config:MyRobot.")
+    with stand_ins(_published(), module_name.split(".")[0]):
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            where = "Run from the folder that holds it, or install it." if error.name in (None, module_name) else _bare(None)
+            raise ConfigError(f"data_config '{spec}': cannot import '{module_name}' ({error}). {where}") from error
+        except Exception as error:
+            raise ConfigError(f"data_config '{spec}': the module raised {type(error).__name__}: {error}. {_bare(None)}") from error
+        found = getattr(module, class_name, None)
+        if found is None:
+            raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}'.{closest(class_name, vars(module))}")
+        try:
+            made = found() if isinstance(found, type) else found
+        except Exception as error:
+            raise ConfigError(f"data_config '{spec}': the class raised {type(error).__name__}: {error}. {_bare(None)}") from error
+        return _from_object(made, spec)
+
+
+def _published() -> dict[str, Any]:
+    """What gr00t.experiment.data_config holds besides the base class: users' classes derive from its classes."""
+    classes: dict[str, Any] = {}
+    for name, class_name in _NVIDIA_CLASSES.items():
+        if name in _REFUSED:
+            classes[class_name] = refused_class(class_name, _REFUSED[name])
+            continue
+        config = DATA_CONFIGS[name]
+        lists = {"video_keys": config.video_keys, "state_keys": config.state_keys, "action_keys": config.action_keys}
+        attributes: dict[str, Any] = {attribute: list(keys) for attribute, keys in lists.items()}
+        attributes |= {"language_keys": [config.language_key], "observation_indices": [0], "action_indices": list(config.action_indices)}
+        classes[class_name] = published_class(class_name, attributes, "sin_cos" in config.normalisation.values())
+    instances = {name: classes[class_name]() for name, class_name in _NVIDIA_CLASSES.items()}
+    return {**classes, "DATA_CONFIG_MAP": instances, "load_data_config": instances.__getitem__}
+
+
+def _from_object(source: Any, spec: str) -> DataConfig:
+    if isinstance(source, DataConfig):
+        return source
+    for_nvidia = hasattr(source, "transform")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-        made = found() if isinstance(found, type) else found
-    except ImportError as error:
-        raise ConfigError(
-            f"data_config '{spec}': cannot import '{module_name}' ({error}). Run from the folder that holds it, or install it."
-        ) from error
-    except AttributeError as error:
-        raise ConfigError(f"data_config '{spec}': module '{module_name}' has no class '{class_name}', or it fails: {error}.") from error
-    except Exception as error:
-        raise ConfigError(f"data_config '{spec}': the module or class raised {type(error).__name__}: {error}.") from error
-    _refuse_rotations(made, spec)
-    return made if isinstance(made, DataConfig) else _from_nvidia_class(made, spec)
+        return _from_steps(source) if for_nvidia else _from_key_lists(source)
+    except ConfigError as error:
+        what = str(error).removeprefix("data config: ").rstrip(".")
+        raise ConfigError(f"data_config '{spec}': {what}.{f' {_REMEDY}' if for_nvidia else ''}") from error
+    except Exception as error:  # a transform() may do anything
+        what = "what its modality_config() and transform() do cannot be read without NVIDIA's gr00t package" if for_nvidia else "cannot be read"
+        raise ConfigError(f"data_config '{spec}': {what} ({type(error).__name__}: {error}). {_bare(source)}") from error
 
 
-def _refuse_rotations(source: Any, spec: str) -> None:
-    """Their maths is not here, and min_max in their place would be silently wrong."""
-    told = [name for name in dir(source) if name.endswith("target_rotations") or name.startswith("sin_cos")]
-    if used := [name for name in told if getattr(source, name)]:
-        raise ConfigError(f"data_config '{spec}': {', '.join(used)} set; rotations and sin/cos states are not supported.")
+def _from_steps(source: Any) -> DataConfig:
+    fields = read_steps(source)
+    modes = {key: mode for key, mode in fields.pop("normalisation").items() if mode != DEFAULT_NORMALISATION}
+    return DataConfig(**fields, normalisation=modes)
 
 
-def _from_nvidia_class(source: Any, spec: str) -> DataConfig:
-    """Read NVIDIA-style attributes (`video_keys`, `state_keys`, `action_keys`, `language_keys`, `action_indices`)."""
+def _from_key_lists(source: Any) -> DataConfig:
+    """A class of key lists (`video_keys`, `state_keys`, `action_keys`, `language_keys`, `action_indices`) and `normalisation`."""
     missing = [name for name in ("video_keys", "state_keys", "action_keys") if not hasattr(source, name)]
     if missing:
-        raise ConfigError(f"data_config '{spec}': the class has no {', '.join(missing)}. Expected a DataConfig or NVIDIA-style key lists.")
-    observation_indices = list(getattr(source, "observation_indices", [0]))
-    if observation_indices != [0]:
-        raise ConfigError(f"data_config '{spec}': observation_indices {observation_indices} are not supported; expected [0] (one frame).")
-    language_keys = list(getattr(source, "language_keys", ["annotation.human.task_description"]))
+        raise ConfigError(f"the class has no {', '.join(missing)}. Expected a DataConfig, key lists or NVIDIA's modality_config() and transform()")
+    if rotated := [name for name in dir(source) if name.endswith("target_rotations") and getattr(source, name)]:
+        raise ConfigError(f"{', '.join(rotated)} set; rotations are not supported")
+    if "observation_indices" in dir(source):
+        check_present_only(source.observation_indices)
+    language_keys = list(getattr(source, "language_keys", [DEFAULT_LANGUAGE_KEY]))
     if len(language_keys) != 1:
-        raise ConfigError(f"data_config '{spec}': expected one language key, got {language_keys}.")
-    modes = [getattr(source, f"{modality}_normalization_modes", None) or {} for modality in ("state", "action")]
-    normalisation = {key: mode for given in modes for key, mode in given.items()} or dict(getattr(source, "normalisation", {}))
-    if not normalisation and hasattr(source, "transform"):  # NVIDIA's classes say it inside the transform, which cannot be read without their package
-        log.warning("data_config '%s' does not say how parts are normalised: %s for all", spec, DEFAULT_NORMALISATION)
+        raise ConfigError(f"expected one language key, got {language_keys}")
+    normalisation = dict(getattr(source, "normalisation", {}))
+    for modality in ("state", "action"):
+        given = getattr(source, f"{modality}_normalization_modes", None) or {}
+        unsaid = [key for key in getattr(source, f"{modality}_keys") if given and key not in {**given, **normalisation}]
+        if unsaid:  # NVIDIA's transform would leave it as it is, and our default is another
+            raise ConfigError(f"{modality}_normalization_modes does not say how {', '.join(unsaid)} is normalised; 'none' leaves a part as it is")
+        normalisation |= given
     return DataConfig(
         video_keys=tuple(source.video_keys),
         state_keys=tuple(source.state_keys),
         action_keys=tuple(source.action_keys),
         language_key=language_keys[0],
-        action_indices=tuple(getattr(source, "action_indices", range(16))),
+        action_indices=tuple(getattr(source, "action_indices", DEFAULT_ACTION_INDICES)),
         normalisation=normalisation,
     )
+
+
+def _bare(source: Any) -> str:
+    """The class to write instead, with what is known of it."""
+    example = DATA_CONFIGS["so100"]
+    names = {"video_keys": example.video_keys, "state_keys": example.state_keys, "action_keys": example.action_keys}
+    lists = {name: list(getattr(source, name, None) or keys) for name, keys in names.items()}
+    lists["language_keys"] = list(getattr(source, "language_keys", None) or [example.language_key])
+    modes = dict.fromkeys([*lists["state_keys"], *lists["action_keys"]], "MODE")
+    lines = [f"    {name} = {value}" for name, value in {**lists, "normalisation": modes}.items()]
+    what = f"A class of key lists needs no import; MODE is what its transform() does to the part, one of {', '.join(NORMALISATIONS)}:"
+    return "\n".join([what, "class MyRobot:", *lines])

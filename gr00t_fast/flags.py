@@ -29,6 +29,23 @@ T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 CONFIG_FLAG = "config_path"
 
+_ADDRESS = "The policy server's address is --server=tcp://HOST:PORT of so100_inference_optimized.py."
+_IN_THE_EXPORT = "That is chosen when the engine is made: export/to_tensorrt.py --precision."
+# Flags of Isaac-GR00T's scripts (eval_lerobot.py, eval_gr00t_so100.py, inference_service.py), and what is in their place here.
+_NVIDIA_FLAGS = {
+    **dict.fromkeys(("policy_host", "policy_port", "host", "port", "client"), _ADDRESS),
+    "server": "This program is the server: leave the flag out.",
+    "http_server": "HTTP is spoken by python -m gr00t_fast.serving --http.",
+    "use_tensorrt": "Use --engine=tensorrt.",
+    "trt_engine_path": "Use --engine_path=DIR.",
+    **dict.fromkeys(("vit_dtype", "llm_dtype", "dit_dtype"), _IN_THE_EXPORT),
+    "play_sounds": "Nothing is spoken here: leave the flag out.",
+    "use_policy": "The policy always drives the arm: leave the flag out.",
+    "actions_to_execute": "A run's length is given in seconds: --timeout=SECONDS.",
+    "cam_idx": 'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".',
+    "record_imgs": "Use --video=FILE.mp4.",
+}
+
 
 class UsageError(ConfigError):
     """A flag or configuration file that cannot be understood; programs exit with code 2."""
@@ -147,6 +164,9 @@ def _known(name: str, table: Mapping[str, Flag], where: str = "") -> Flag:
     if name not in table:
         if where:
             raise UsageError(f"unknown setting '{name}' in {where}.{closest(name, table)} See --help.")
+        written = name.replace("-", "_")
+        if written in _NVIDIA_FLAGS and written not in table:
+            raise UsageError(f"unknown flag '--{name}', which is one of NVIDIA's scripts. {_NVIDIA_FLAGS[written]}")
         raise UsageError(f"unknown flag '--{name}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help.")
     return table[name]
 

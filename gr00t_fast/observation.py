@@ -40,7 +40,8 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     """Check and convert. Raises ObservationError that names the key, what was expected, and what came."""
     if not isinstance(observation, Mapping):
         raise ObservationError(f"observation: expected a dict of arrays by key, got {type(observation).__name__}.")
-    needed = [*config.video_keys, *config.state_keys, config.language_key]
+    language_key = _language_key(observation, config)
+    needed = [*config.video_keys, *config.state_keys, language_key]
     for key in needed:
         if key not in observation:
             given = [str(name) for name in observation]
@@ -50,8 +51,14 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
     batch = _agree({**{k: len(v[0]) for k, v in frames.items()}, **{k: len(v[0]) for k, v in state.items()}}, "of one batch size")
-    instructions = _instructions(config.language_key, observation[config.language_key], batch)
+    instructions = _instructions(language_key, observation[language_key], batch)
     return PolicyInput({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched)
+
+
+def _language_key(observation: Mapping[str, Any], config: DataConfig) -> str:
+    """The data config's, or the only `annotation` key that there is: the reference goes by that word alone."""
+    given = [key for key in observation if isinstance(key, str) and "annotation" in key]
+    return given[0] if len(given) == 1 else config.language_key
 
 
 def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: PolicyInput, horizon: int) -> dict[str, np.ndarray]:

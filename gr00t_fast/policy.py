@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import operator
-import sys
 from contextlib import AbstractContextManager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, load_model, open_checkpoint
+from gr00t_fast.checkpoint import EMBODIMENT_ROWS, Checkpoint, EmbodimentMetadata, load_model, open_checkpoint
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
 from gr00t_fast.data_config import DataConfig, load_data_config
 from gr00t_fast.engine import (
@@ -42,9 +42,10 @@ from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.facts import check_cameras, facts_of
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
+from gr00t_fast.progress import byte_bar
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.timing import StageTimer
-from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values, to_trained_size
+from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values, reference_inputs, to_trained_size
 
 log = logging.getLogger(__name__)
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
@@ -55,11 +56,11 @@ _MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repea
 
 def load_policy(
     model_path: str | Path,
-    embodiment_tag: str = "new_embodiment",
+    embodiment_tag: str | Enum = "new_embodiment",
     data_config: str | DataConfig = "so100",
     denoising_steps: int | None = None,
     action_horizon: int | None = None,
-    device: str = "auto",
+    device: str | int | torch.device = "auto",
     precision: str = "auto",
     engine: str | Engine = "auto",
     engine_path: str | Path | None = None,
@@ -69,11 +70,16 @@ def load_policy(
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
 
-    `denoising_steps` and `action_horizon` default to the checkpoint's own. `engine_path` is the directory of an export or of a calibration, for
-    engines that need one (default: `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own, with
-    `device` and `dtype`, can stand for a name. Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing,
-    damaged or of another network, and EngineError for an export that does not fit. Everything small is checked before weights are read.
+    `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
+    checkpoint predicts if that is less. `engine_path` is the directory of an export or of a calibration, for engines that need one (default:
+    `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own, with `device` and `dtype`, can stand for
+    a name. As in NVIDIA's Gr00tPolicy, `embodiment_tag` may be an EmbodimentTag and `device` the number of a GPU.
+
+    Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing, damaged or of another network, and
+    EngineError for an export that does not fit. Everything small is checked before weights are read.
     """
+    embodiment_tag = embodiment_tag.value if isinstance(embodiment_tag, Enum) else embodiment_tag
+    device = f"cuda:{device}" if type(device) is int else str(device) if isinstance(device, torch.device) else device
     own, name = (engine, "auto") if hasattr(engine, "run") else (None, engine)
     _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
     if engine_path is not None:
@@ -86,7 +92,7 @@ def load_policy(
     config = load_data_config(data_config)
     language = checkpoint.config.language
     tokens, cameras = checkpoint.config.vision.tokens, len(config.video_keys)
-    prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.path), cameras, tokens, language.image_token_id, prompt_style)
+    prompts = PromptEncoder(find_tokenizer(processor_path, checkpoint.base), cameras, tokens, language.image_token_id, prompt_style)
     pieces = _Pieces(checkpoint, metadata, config, prompts)
     steps = pieces.check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps)
     horizon = pieces.check_action_horizon(action_horizon)
@@ -99,7 +105,7 @@ def load_policy(
     where = select_device(device)
     dtype = select_precision(precision, where)
     over = prepare_engine(name, engine_path, target, where)
-    with _progress_bar() as progress:
+    with byte_bar("weights") as progress:
         model = load_model(checkpoint, embodiment_tag, where, dtype, progress)
     return Gr00tPolicy(pieces, over(model, pieces.to_pixels), where, dtype, steps, horizon, seed)
 
@@ -141,7 +147,7 @@ class _Pieces:
     def check_action_horizon(self, horizon: int | None) -> int:
         trained = self.network.head.action_horizon
         if horizon is None:
-            return trained
+            return min(trained, len(self.data_config.action_indices))
         number = _whole(horizon)
         if number is None or not 1 <= number <= trained:
             raise ConfigError(
@@ -204,6 +210,22 @@ class Gr00tPolicy:
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return self._pieces.data_config.modality_config()
+
+    @property
+    def modality_config(self) -> dict[str, ModalityConfig]:
+        """As `get_modality_config`; NVIDIA's Gr00tPolicy has both."""
+        return self.get_modality_config()
+
+    def apply_transforms(self, observation: dict[str, Any]) -> dict[str, Tensor]:
+        """What the network reads, by the names of NVIDIA's method (transforms.reference_inputs): for a look at it. Raises ObservationError."""
+        raw = self.raw_inputs(observation)
+        pixels = torch.stack([self._pixels(frames) for frames in raw.frames], dim=1)  # (B, C, 3, h, w)
+        row = EMBODIMENT_ROWS[self._pieces.metadata.tag]
+        return reference_inputs(raw.input_ids, raw.lengths, pixels, raw.state, self._pieces.state.network_width, row)
+
+    def unapply_transforms(self, action: dict[str, Any]) -> dict[str, np.ndarray]:
+        """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units."""
+        return self._pieces.action(np.asarray(torch.as_tensor(action["action"]).float().cpu()))
 
     def reset(self) -> None:
         """Begin an episode: a seeded policy repeats its noise from the start."""
@@ -329,7 +351,7 @@ class Gr00tPolicy:
         return self._raw_inputs(parse_observation(observation, self._pieces.data_config, self._pieces.state.widths))
 
     def _raw_inputs(self, parsed: PolicyInput) -> RawInputs:
-        ids, lengths, image_positions = self._prompt(parsed.instructions)
+        ids, lengths, image_positions = self._prompt(parsed.instructions, parsed.batched)
         frames = [self._trained_size(key, frames) for key, frames in parsed.frames.items()]
         return RawInputs(frames, ids, lengths, image_positions, self._pieces.state(parsed.state))
 
@@ -359,34 +381,13 @@ class Gr00tPolicy:
         # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
         return self._pieces.to_pixels(torch.from_numpy(np.require(frames, requirements=("C", "W"))).to(self.device))
 
-    def _prompt(self, instructions: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _prompt(self, instructions: list[str], batched: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,)."""
         prompts = self._pieces.prompts
-        encoded = [prompts(instruction) for instruction in instructions]
+        encoded = [prompts(instruction, batched) for instruction in instructions]
         lengths = np.array([len(ids) for ids in encoded])
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
         for row, ids in zip(padded, encoded, strict=True):
             row[: len(ids)] = ids
         # pictures precede the instruction: their places are the same for every item
         return padded, lengths, np.flatnonzero(encoded[0] == prompts.image_token_id)
-
-
-class _progress_bar:  # noqa: N801 - used like a function
-    """A byte progress bar on a terminal, nothing elsewhere."""
-
-    def __enter__(self) -> Any:
-        if not sys.stderr.isatty():
-            return None
-        from tqdm import tqdm
-
-        self._bar = tqdm(unit="B", unit_scale=True, desc="weights", leave=False)
-
-        def update(done: int, total: int) -> None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.close()

@@ -49,18 +49,22 @@ class PromptEncoder:
         render_prompt("", cameras, tokens_per_camera, style)  # refuses an unknown style now, not at the first inference
         self.image_token_id, self.style = image_token_id, style
         self._tokenizer, self._cameras, self._tokens_per_camera = tokenizer, cameras, tokens_per_camera
-        self._known: dict[str, np.ndarray] = {}
+        self._known: dict[tuple[str, str], np.ndarray] = {}
 
-    def __call__(self, instruction: str) -> np.ndarray:
-        """int64 (S,). Read-only. Raises ObservationError for an instruction that holds the image token."""
-        if instruction not in self._known:
+    def __call__(self, instruction: str, batched: bool = False) -> np.ndarray:
+        """int64 (S,). Read-only. Raises ObservationError for an instruction that holds the image token.
+
+        `batched`: it came in a batch, which in style `nvidia` is plain too: the reference prints a list only where it adds the batch axis itself.
+        """
+        key = (instruction, "plain" if batched else self.style)
+        if key not in self._known:
             if len(self._known) >= self._REMEMBERED:
                 self._known.clear()
-            self._known[instruction] = self._encode(instruction)
-        return self._known[instruction]
+            self._known[key] = self._encode(*key)
+        return self._known[key]
 
-    def _encode(self, instruction: str) -> np.ndarray:
-        text = render_prompt(instruction, self._cameras, self._tokens_per_camera, self.style)
+    def _encode(self, instruction: str, style: str) -> np.ndarray:
+        text = render_prompt(instruction, self._cameras, self._tokens_per_camera, style)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
         if (found := int((ids == self.image_token_id).sum())) != expected:

@@ -48,6 +48,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
 }
 SIZES = (*_SIZES, "full")
+SO100_CONFIGS = tuple(name for name, config in DATA_CONFIGS.items() if config.action_keys == DATA_CONFIGS["so100"].action_keys)
 
 
 def write_random_checkpoint(
@@ -65,8 +66,8 @@ def write_random_checkpoint(
     It is written beside `out` and put in its place when it is complete: one that was interrupted is never taken for a checkpoint.
     `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
     """
-    if size not in SIZES or data_config not in DATA_CONFIGS:
-        raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(DATA_CONFIGS)}; got '{size}', '{data_config}'.")
+    if size not in SIZES or data_config not in SO100_CONFIGS:
+        raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(SO100_CONFIGS)}; got '{size}', '{data_config}'.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
     config, eagle = network_config(size, published_tokenizer or size == "full")
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="directory to create")
     parser.add_argument("--size", choices=SIZES, default="demo", help="full: the published sizes, 4.7 GB")
-    parser.add_argument("--data_config", choices=tuple(DATA_CONFIGS), default="so100")
+    parser.add_argument("--data_config", choices=SO100_CONFIGS, default="so100")
     parser.add_argument("--resolution", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"), help="of the imagined training videos")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_shard_bytes", type=int, default=_MAX_SHARD_BYTES, help="start another weight file beyond this")

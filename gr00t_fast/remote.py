@@ -40,12 +40,14 @@ def connect(
     embodiment_tag: str = "new_embodiment",
     data_config: str = "so100",
     action_horizon: int | None = None,
+    prompt_style: str = "plain",
     echo: Callable[[str], None] = print,
 ) -> RemotePolicy:
     """Reach the server and learn what it serves. `model_path`: where to read the facts that a server like NVIDIA's does not tell.
-    `action_horizon`: how many actions an answer must have at least; None: any number.
+    `action_horizon`: how many actions an answer must have at least; None: any number. `prompt_style`: what NVIDIA's server is to make of the
+    instruction, as `load_policy` has it; ours was told when it was started.
 
-    Raises ServerUnreachableError when nobody answers, ServerError for a wrong token, ConfigError when address or metadata do not fit.
+    Raises ServerUnreachableError when nobody answers, ServerError for a wrong token, ConfigError when address, metadata or style do not fit.
     """
     client = PolicyClient(address=address, timeout_s=timeout_s, api_token=api_token, resend=False)
     try:
@@ -54,10 +56,12 @@ def connect(
         tells_facts = facts is not None
         if facts is None:
             facts = read_facts(model_path, embodiment_tag, data_config) if model_path else _facts_of_names(served)
+        elif prompt_style != "plain":
+            raise ConfigError(f"--prompt_style={prompt_style} belongs on the command line of the policy server at {address}, which is ours.")
         elif model_path:
             echo("note: --model_path is not used: the server itself says what its checkpoint was trained on.")
         _check_names(facts, served)
-        return RemotePolicy(client, facts, served, tells_facts, reconnect_s, action_horizon, echo)
+        return RemotePolicy(client, facts, served, tells_facts, reconnect_s, action_horizon, prompt_style, echo)
     except BaseException:
         client.close()
         raise
@@ -135,11 +139,13 @@ class RemotePolicy:
         tells_facts: bool,
         reconnect_s: float,
         action_horizon: int | None = None,
+        prompt_style: str = "plain",
         echo: Callable[[str], None] = print,
     ) -> None:
         """`served`: the server's modality configuration; `tells_facts`: `facts` are its own too. The rest is as in `connect`."""
         self.facts, self._served, self._tells_facts = facts, dict(served), tells_facts
         self._client, self._reconnect_s, self._horizon, self._echo = client, reconnect_s, action_horizon, echo
+        self._in_a_batch = not tells_facts and prompt_style == "plain"  # NVIDIA's server prints the instruction of a single one with brackets
         self._timeout_s, self._ever_answered = client.timeout_s, False
         self._moving = False  # an answer has come since the episode began: the loop must not wait, and asks again with a newer observation
         self._known_connection = client.connection  # the one on which the server proved to be the one of `facts`
@@ -204,14 +210,15 @@ class RemotePolicy:
 
     def _infer(self, observation: dict[str, Any], **options: Any) -> dict[str, np.ndarray]:
         """One call; the first answer of all may take longer."""
+        batched = any(np.ndim(value) == 3 for key, value in observation.items() if key.startswith("state."))
+        alone = self._in_a_batch and not batched
         self._client.timeout_s = self._timeout_s if self._ever_answered else max(self._timeout_s, _FIRST_ANSWER_S)
         try:
-            actions = self._client.get_action(observation, **options)
+            actions = self._client.get_action(_batch_of_one(observation) if alone else observation, **options)
         finally:
             self._client.timeout_s = self._timeout_s
         self._ever_answered = True
-        batched = any(np.ndim(value) == 3 for key, value in observation.items() if key.startswith("state."))
-        return _unsqueezed(actions, self.facts.action_widths, batched)
+        return {key: rows[0] for key, rows in actions.items()} if alone else _unsqueezed(actions, self.facts.action_widths)
 
     def _answer_of(self, call: Callable[[], _Answer]) -> _Answer:
         """Raises ServerUnreachableError, which the controller survives, where the arm moves; at rest the call is made again until it answers."""
@@ -234,8 +241,10 @@ class RemotePolicy:
         """NVIDIA's server refuses other sizes, ours would do the same to them; and small frames travel faster."""
         resized = dict(observation)
         for name, size in self.facts.resolutions.items():
-            if size is not None and f"video.{name}" in observation:
-                resized[f"video.{name}"] = to_trained_size(observation[f"video.{name}"], *size)
+            if size is not None and (key := f"video.{name}") in observation:
+                frames = np.asarray(observation[key])  # (T, H, W, 3) or (B, T, H, W, 3)
+                flat = to_trained_size(frames.reshape(-1, *frames.shape[-3:]), *size)
+                resized[key] = flat.reshape(*frames.shape[:-3], *flat.shape[1:])
         return resized
 
     def _knock(self) -> None:
@@ -311,10 +320,17 @@ class RemotePolicy:
             )
 
 
-def _unsqueezed(actions: Mapping[str, np.ndarray], widths: Mapping[str, int], batched: bool) -> dict[str, np.ndarray]:
-    """Older servers of NVIDIA leave the joint axis out where a part has one joint: (H,) or (B, H) becomes (H, 1) or (B, H, 1)."""
-    short = 2 if batched else 1
-    is_short = {key: values.ndim == short and widths.get(key.removeprefix("action.")) == 1 for key, values in actions.items()}
+def _batch_of_one(observation: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts as an array: older servers of NVIDIA take a list in a batch apart letter by letter."""
+    return {
+        key: np.array([value] if isinstance(value, str) else value) if "annotation" in key else np.asarray(value)[None]
+        for key, value in observation.items()
+    }
+
+
+def _unsqueezed(actions: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Older servers of NVIDIA leave the joint axis out of a single answer where a part has one joint: (H,) becomes (H, 1)."""
+    is_short = {key: values.ndim == 1 and widths.get(key.removeprefix("action.")) == 1 for key, values in actions.items()}
     return {key: values[..., None] if is_short[key] else values for key, values in actions.items()}
 
 

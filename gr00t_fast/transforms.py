@@ -20,6 +20,7 @@ from gr00t_fast.errors import ConfigError, ObservationError
 _CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
 _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
 _CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
+_STATISTICS_OF = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std")}  # low and high, or mean and deviation
 
 
 def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -57,13 +58,37 @@ def _centre_crop(x: Tensor, scale: float) -> Tensor:
     return x[..., top : top + crop_height, left : left + crop_width]
 
 
+def reference_inputs(ids: np.ndarray, lengths: np.ndarray, pixels: Tensor, state: np.ndarray, state_width: int, row: int) -> dict[str, Tensor]:
+    """A network's inputs by the names that the reference has for them.
+
+    ids int64 (B, S) padded on the right, lengths (B,), pixels fp32 (B, C, 3, h, w), state fp32 (B, P) of which `state_width` values are no padding.
+    Returns state (B, 1, P) and state_mask, eagle_input_ids (B, S) padded on the left (with 0) and eagle_attention_mask, eagle_pixel_values
+    (B x C, 3, h, w) and eagle_image_sizes (B x C, 2), embodiment_id (B,).
+    """
+    batch, longest = ids.shape
+    pictures, states = pixels.flatten(0, 1), torch.from_numpy(state)[:, None]
+    left_padded = np.stack([np.roll(each, longest - length) for each, length in zip(ids, lengths, strict=True)])
+    return {
+        "state": states,
+        "state_mask": (torch.arange(states.shape[-1]) < state_width).expand_as(states),
+        "eagle_input_ids": torch.from_numpy(left_padded),
+        "eagle_attention_mask": torch.from_numpy((np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)),
+        "eagle_pixel_values": pictures,
+        "eagle_image_sizes": torch.tensor(pictures.shape[-2:]).expand(len(pictures), 2),
+        "embodiment_id": torch.full((batch,), row),
+    }
+
+
 class Normaliser:
-    """One part's map between joint values and the network's [-1, 1], from the checkpoint's statistics."""
+    """One part's map between joint values and what the network reads, from the checkpoint's statistics.
+
+    min_max, q99: [-1, 1]; mean_std: around 0; binary: 0 or 1; sin_cos: all sines, then all cosines (radians); none: the values as they are.
+    """
 
     def __init__(self, mode: str, statistics: Mapping[str, np.ndarray], key: str) -> None:
         """Raises ConfigError when the checkpoint lacks the statistics the mode needs."""
         self.mode = mode
-        names = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std"), "binary": ("min", "max")}[mode]
+        names = _STATISTICS_OF.get(mode, ("min", "max"))  # the other modes compute without them, and take the width from them
         absent = [name for name in names if name not in statistics]
         if absent:
             raise ConfigError(f"{key}: normalisation '{mode}' needs the statistics {', '.join(absent)}, which metadata.json does not have.")
@@ -72,15 +97,25 @@ class Normaliser:
 
     @property
     def width(self) -> int:
+        """Number of joint values D."""
         return len(self._low)
 
+    @property
+    def network_width(self) -> int:
+        """Number of values that the network reads of them."""
+        return 2 * self.width if self.mode == "sin_cos" else self.width
+
     def forward(self, values: np.ndarray) -> np.ndarray:
-        """float64 (..., D) in joint units -> float64 (..., D), as training saw them."""
+        """float64 (..., D) in joint units -> float64 (..., network_width), as training saw them."""
         scaled = self.exact(values)
         return np.clip(scaled, -1.0, 1.0) if self.mode == "q99" else scaled
 
     def exact(self, values: np.ndarray) -> np.ndarray:
         """The same without q99's clipping, so that `inverse` gives the values back."""
+        if self.mode == "none":
+            return values
+        if self.mode == "sin_cos":
+            return np.concatenate([np.sin(values), np.cos(values)], axis=-1)
         if self.mode == "binary":
             return (values > 0.5).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,7 +126,9 @@ class Normaliser:
         return np.where(self._varies, scaled, _CONSTANT_STATE.get(self.mode, values))
 
     def inverse(self, values: np.ndarray) -> np.ndarray:
-        """(..., D) as the network gives them -> float32 (..., D) in joint units."""
+        """(..., D) as the network gives them -> float32 (..., D) in joint units. Not for sin_cos, which DataConfig allows states only."""
+        if self.mode == "none":
+            return values.astype(np.float32)
         if self.mode == "binary":
             return (values > 0.5).astype(np.float32)
         low, high, values = self._low.astype(np.float32), self._high.astype(np.float32), values.astype(np.float32)
@@ -107,6 +144,8 @@ class Normaliser:
         low, high, ones = self._low.astype(np.float32), self._high.astype(np.float32), np.ones(self.width, np.float32)
         if self.mode == "mean_std":
             rows = (0 * ones, ones, high, low, 0 * ones)
+        elif self.mode == "none":
+            rows = (0 * ones, ones, ones, 0 * ones, 0 * ones)
         else:
             rows = (ones, 0.5 * ones, high - low, low, (self.mode == "binary") * ones)
         return np.stack(rows).astype(np.float32)
@@ -123,6 +162,11 @@ class StateTransform:
     def widths(self) -> dict[str, int]:
         """Key -> number of values."""
         return {key: part.width for key, part in self._parts.items()}
+
+    @property
+    def network_width(self) -> int:
+        """How many values of the padded state are no padding."""
+        return sum(part.network_width for part in self._parts.values())
 
     def __call__(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
         """`state.<part>` (B, D) -> float32 (B, P). Raises ObservationError for values that overflow."""
@@ -191,6 +235,6 @@ def _normalisers(keys: Sequence[str], config: DataConfig, metadata: EmbodimentMe
             "Choose the data_config it was trained with."
         )
     parts = {key: Normaliser(config.normalisation_of(key), metadata.statistics[key], key) for key in keys}
-    if (total := sum(part.width for part in parts.values())) > padded_width:
+    if (total := sum(part.network_width for part in parts.values())) > padded_width:
         raise ConfigError(f"the data config's {', '.join(keys)} have {total} values together; the network takes {padded_width}.")
     return parts

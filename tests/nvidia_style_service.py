@@ -91,7 +91,7 @@ class Server:
     """REP server around any policy, in a thread while used as a context manager."""
 
     def __init__(self, policy: Any, api_token: str | None = None, damage: Callable[[bytes], bytes] = bytes, squeezes: bool = False) -> None:
-        """`squeezes`: answers without axes of length one, as older versions do."""
+        """`squeezes`: answers to a single observation without axes of length one, as older versions do."""
         self.socket = zmq.Context.instance().socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.port = self.socket.bind_to_random_port("tcp://127.0.0.1")
@@ -100,7 +100,7 @@ class Server:
         self.endpoints: dict[str, tuple[Callable[..., Any], bool]] = {
             "ping": (lambda: {"status": "ok", "message": "Server is running"}, False),
             "kill": (self._kill, False),
-            "get_action": ((lambda seen: _squeezed(policy.get_action(seen))) if squeezes else policy.get_action, True),
+            "get_action": ((lambda seen: _squeezed(policy.get_action(seen), seen)) if squeezes else policy.get_action, True),
             "get_modality_config": (policy.get_modality_config, False),
         }
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -139,8 +139,31 @@ class Server:
         self.thread.join(10)
 
 
-def _squeezed(actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {key: np.squeeze(values) for key, values in actions.items()}
+def _squeezed(actions: dict[str, np.ndarray], observation: dict[str, Any]) -> dict[str, np.ndarray]:
+    batched = any(value.ndim == 3 for key, value in observation.items() if key.startswith("state."))
+    return actions if batched else {key: np.squeeze(values) for key, values in actions.items()}
+
+
+class InputHandling:
+    """What the reference's policy does with an observation before its network sees it, around any policy.
+
+    `prompts` are the texts that reach the network. A state's type is that of the first one; a text must have an axis to index; what comes in a
+    batch is taken apart item by item, and a single observation gets its batch axis here, so that its list of texts is printed as one.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self._policy, self._types, self.prompts = policy, {}, []
+        self.get_modality_config = policy.get_modality_config
+
+    def get_action(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
+        batched = all(value.ndim >= 3 for key, value in observation.items() if "state" in key)
+        for key, value in observation.items():
+            if "state" in key and value.dtype != self._types.setdefault(key, value.dtype):
+                raise ValueError(f"All states corresponding to the same key must be of the same dtype, input dtype: {value.dtype}")
+            if "annotation" in key:
+                texts = np.array(value) if batched or isinstance(value, str) else np.array(value)[None]
+                self.prompts.append(str(texts[0]))
+        return self._policy.get_action(observation)
 
 
 def http_post(url: str, message: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:

@@ -202,6 +202,7 @@ def test_the_result_says_what_each_factor_is_worth_and_which_is_largest() -> Non
     result = result_of(falling(50.0))
     assert [round(row["worth_ms"]["median"]) for row in result["waterfall"]] == [3, 5, 22]
     assert result["speed_up_p50"] == pytest.approx(2.5, rel=0.02)
+    assert result["ratio"]["median"] == pytest.approx(2.5, rel=0.02)
     said = " ".join(ab_report.sentences(result))
     assert re.search(r"costs (1\.9|2\.0)\d ms p50, .* p95: milliseconds, not tenths of a second", said)
     assert "The largest part is engine: reference → eager" in said
@@ -209,9 +210,12 @@ def test_the_result_says_what_each_factor_is_worth_and_which_is_largest() -> Non
 
 def test_it_does_not_claim_what_it_cannot_tell() -> None:
     level = dict.fromkeys(plan_of().setups, 20.0)
-    assert "no difference that 200 rounds can tell from zero" in " ".join(ab_report.sentences(result_of(level, spread_ms=5.0)))
+    same = " ".join(ab_report.sentences(result_of(level, spread_ms=5.0)))
+    assert "no difference that 200 rounds can tell from zero" in same
+    assert re.search(r"(0\.9|1\.0)\d times \(quartiles", same), "the ratio is said whatever it is"
     slower = " ".join(ab_report.sentences(result_of({**level, OURS: 30.0})))
     assert "**slower** by 10.0 ms" in slower
+    assert "takes 0.67 times" in slower
 
 
 # --- the reference's pre-processing ------------------------------------------------------------------------------------------------------
@@ -352,6 +356,7 @@ def test_an_nvidia_style_service_is_timed_by_plain_requests(checkpoint: Path, tm
     result = last_line(capsys)
     assert {"theirs, served", "ours, in process", "ping"} <= result["latency_ms"].keys()
     assert result["theirs_minus_ours_ms"]["rounds"] == 3
+    assert f"Theirs takes {result['theirs_over_ours']['median']:.2f} times" in (tmp_path / "ab_server.md").read_text()
     assert result["resolution"] == [320, 240]
     assert "its own and not known here" in (tmp_path / "ab_server.md").read_text()
 
@@ -363,7 +368,7 @@ def test_a_service_without_some_endpoints_is_timed_all_the_same(tmp_path: Path, 
     result = last_line(capsys)
     assert result["missing_endpoints"] == ["ping", "get_modality_config"]
     assert "ping" not in result["latency_ms"]
-    assert result["theirs_minus_ours_ms"] is None
+    assert result["theirs_minus_ours_ms"] is result["theirs_over_ours"] is None
 
 
 def test_a_service_for_other_cameras_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

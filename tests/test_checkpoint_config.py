@@ -229,7 +229,7 @@ def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
         assert any(Path(file).match(pattern) for pattern in patterns), file
     assert not any(Path(file).match(pattern) for pattern in patterns for file in ("optimizer.pt", "training_args.bin", "global_step1/x.pt"))
     open_checkpoint("someone/so100-finetune", with_weights=False)
-    assert set(patterns) - set(asked[-1][1]) == {"model*.safetensors*"}
+    assert set(patterns) - set(asked[-1][1]) == {"model*.safetensors*", "adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("error", [OSError("no network"), ValueError("repository not found")])

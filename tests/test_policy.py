@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ from random_networks import TINY, edit_json, observation, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
+from gr00t_fast.control.telling import summary
+from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError
 
 TASK = "annotation.human.task_description"
@@ -215,6 +219,109 @@ def test_noise_may_be_given(policy: Gr00tPolicy, noise: np.ndarray) -> None:
 def test_wrong_noise(policy: Gr00tPolicy, wrong: object, pattern: str) -> None:
     with pytest.raises(ObservationError, match=f"noise: .*{pattern}"):
         policy.get_action(observation(), noise=wrong)
+
+
+# --- what NVIDIA's Gr00tPolicy has and takes -------------------------------------------------------------------------------------------
+
+
+class EmbodimentTag(Enum):
+    NEW_EMBODIMENT = "new_embodiment"
+
+
+@pytest.mark.parametrize("changes", [{"embodiment_tag": EmbodimentTag.NEW_EMBODIMENT}, {"device": torch.device("cpu")}])
+def test_values_of_nvidias_types_are_accepted(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray, changes: dict) -> None:
+    assert _same(load_policy(checkpoint, **{**LOAD, **changes}).get_action(observation(), noise=noise), policy.get_action(observation(), noise=noise))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 7, reason="there is a GPU of that number")
+def test_a_number_is_a_gpus(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="'cuda:7'"):
+        load_policy(checkpoint, device=7)
+
+
+def test_modality_config_is_there_under_both_names(policy: Gr00tPolicy) -> None:
+    assert policy.modality_config == policy.get_modality_config()
+
+
+def test_transforms_can_be_made_alone(policy: Gr00tPolicy) -> None:
+    seen = observation(batch=2, instruction=["pick", "put it down"])
+    inputs = policy.apply_transforms(seen)
+    shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+    longest = shapes["eagle_input_ids"][1]
+    size = policy.apply_transforms(observation())["eagle_pixel_values"].shape[-1]
+    assert shapes == {
+        "state": (2, 1, 64),
+        "state_mask": (2, 1, 64),
+        "eagle_input_ids": (2, longest),
+        "eagle_attention_mask": (2, longest),
+        "eagle_pixel_values": (2, 3, size, size),
+        "eagle_image_sizes": (2, 2),
+        "embodiment_id": (2,),
+    }
+    assert inputs["embodiment_id"].tolist() == [31, 31]
+    assert inputs["state_mask"].sum(-1).tolist() == [[6], [6]]
+    lengths = inputs["eagle_attention_mask"].sum(1).tolist()
+    assert lengths[0] < lengths[1] == longest
+    single = policy.apply_transforms(observation(instruction="pick"))["eagle_input_ids"][0]
+    assert torch.equal(inputs["eagle_input_ids"][0, -lengths[0] :], single)
+    assert not inputs["eagle_attention_mask"][0, : longest - lengths[0]].any()
+
+
+def test_unapplied_transforms_give_joint_units(policy: Gr00tPolicy) -> None:
+    middle = policy.unapply_transforms({"action": torch.zeros(2, 16, 32, dtype=torch.bfloat16)})
+    facts = policy.facts.action_statistics["single_arm"]
+    np.testing.assert_allclose(middle["action.single_arm"], np.broadcast_to((facts.min + facts.max) / 2, (2, 16, 5)), rtol=1e-5)
+    assert middle["action.gripper"].shape == (2, 16, 1)
+
+
+# --- data configurations ---------------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_actions_as_the_data_config_has_indices(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    eight = replace(DATA_CONFIGS["so100"], action_indices=tuple(range(8)))
+    short, every = load_policy(checkpoint, **LOAD, data_config=eight), policy.get_action(observation(), noise=noise)
+    assert _same(short.get_action(observation(), noise=noise), {key: rows[:8] for key, rows in every.items()})
+    assert "8 of 16 actions" in summary(short, "arm", 30.0, None, "go")
+    short.action_horizon = 16  # what training predicts may be asked for
+    assert _same(short.get_action(observation(), noise=noise), every)
+    many = replace(eight, action_indices=tuple(range(24)))
+    assert load_policy(checkpoint, **LOAD, data_config=many).action_horizon == 16
+
+
+def test_the_normalisation_is_that_of_the_data_config(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    """The network's own numbers, and the same network on a state in sines and cosines."""
+    plain = replace(DATA_CONFIGS["so100"], normalisation={"action.single_arm": "none"})
+    raw = load_policy(checkpoint, **LOAD, data_config=plain).get_action(observation(), noise=noise)["action.single_arm"]
+    padded = np.zeros((1, 16, 32), np.float32)
+    padded[0, :, :5] = raw
+    expected = policy.get_action(observation(), noise=noise)
+    np.testing.assert_array_equal(policy.unapply_transforms({"action": padded})["action.single_arm"][0], expected["action.single_arm"])
+    turned = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": "sin_cos"})
+    assert not _same(load_policy(checkpoint, **LOAD, data_config=turned).get_action(observation(), noise=noise), expected)
+
+
+def test_the_only_annotation_is_the_instruction(policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    """As in the reference, whatever the data config calls it; of several it has to be that one."""
+    seen = observation(instruction="put it down")
+    expected = policy.get_action(seen, noise=noise)
+    elsewhere = {"annotation.human.action.task_description" if key == TASK else key: value for key, value in seen.items()}
+    assert _same(policy.get_action(elsewhere, noise=noise), expected)
+    assert _same(policy.get_action({**seen, "annotation.other": ["pick"]}, noise=noise), expected)
+    with pytest.raises(ObservationError, match=TASK):
+        policy.get_action({**elsewhere, "annotation.other": ["pick"]}, noise=noise)
+
+
+def test_brackets_are_for_single_observations(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    """The reference prints a list where it adds the batch axis itself; in a batch each item has its own plain text."""
+    bracketed = load_policy(checkpoint, **LOAD, prompt_style="nvidia")
+    plain = policy.get_action(observation(), noise=noise)
+    in_batch = bracketed.get_action(observation(batch=1), noise=noise)
+    assert _same({key: rows[0] for key, rows in in_batch.items()}, plain)
+    single = bracketed.get_action(observation(), noise=noise)
+    assert not _same(single, plain)
+    listed = observation()
+    listed[TASK] = str(np.array([listed[TASK]]))
+    assert _same(single, policy.get_action(listed, noise=noise))
 
 
 # --- wrong observations --------------------------------------------------------------------------------------------------------------

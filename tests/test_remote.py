@@ -163,11 +163,13 @@ def test_a_server_that_tells_no_facts_is_refused_unless_waved_through(world: Wor
     assert len(world.robot.sent) >= 5
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-def test_an_older_server_that_leaves_out_the_axis_of_a_single_joint(batch: int | None) -> None:
-    with reference.Server(ArithmeticPolicy(), squeezes=True) as server, connected(server) as remote:
-        assert remote._client.get_action(observation(batch))["action.gripper"].ndim == (1 if batch is None else 2)
-        assert_same(remote.get_action(observation(batch)), ArithmeticPolicy().get_action(observation(batch)))
+@pytest.mark.parametrize("style", ["plain", "nvidia"])
+def test_an_older_server_that_leaves_out_the_axis_of_a_single_joint(style: str) -> None:
+    with reference.Server(ArithmeticPolicy(), squeezes=True) as server, connected(server, prompt_style=style) as remote:
+        with reference.Client(server.port) as nvidias:
+            assert nvidias.get_action(observation())["action.gripper"].ndim == 1
+        for batch in (None, 1, 3):
+            assert_same(remote.get_action(observation(batch)), ArithmeticPolicy().get_action(observation(batch)))
 
 
 def test_the_arm_moves_from_an_older_server(world: World) -> None:
@@ -190,7 +192,7 @@ def test_facts_come_from_the_metadata_beside_a_server_that_tells_none(world: Wor
     with reference.Server(ArithmeticPolicy()) as server:
         assert world.run(server, f"--model_path={metadata}", "--controller=server", "--preflight=warn") == 0
         shapes = {request["data"]["video.webcam"].shape for request in server.requests if request.get("endpoint") == "get_action"}
-    assert shapes == {(1, 48, 64, 3)}  # the arm's camera has 8x6, and a reference server refuses what training did not see
+    assert shapes == {(1, 1, 48, 64, 3)}  # a batch of one; the arm's camera has 8x6, and a reference server refuses what training did not see
     printed = capsys.readouterr().out
     assert "does not say" not in printed
     assert "delivers 8x6, the policy was trained with 64x48" in printed
@@ -259,6 +261,27 @@ def test_noise_and_prefix_reach_the_server() -> None:
     expected = ArithmeticPolicy().get_action(seen, np.ones((1, 16, 32)), prefix)
     assert given.keys() == expected.keys()
     assert all(np.array_equal(given[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(("style", "prompt"), [("plain", "pick: it"), ("nvidia", "['pick: it']")])
+def test_what_nvidias_server_makes_of_the_instruction(metadata: Path, style: str, prompt: str) -> None:
+    """The text that training saw, as in process, unless its clients' brackets are asked for; the actions are those of a single observation."""
+    seen = observation(size=(48, 64), **{"annotation.human.task_description": ["pick: it"]})
+    handling = reference.InputHandling(ArithmeticPolicy())
+    with reference.Server(handling) as server, connected(server, model_path=str(metadata), prompt_style=style) as remote:
+        remote.warm_up("pick: it")
+        assert_same(remote.get_action(seen), ArithmeticPolicy().get_action(seen))
+        assert_same(remote.get_action(observation(2, size=(48, 64))), ArithmeticPolicy().get_action(observation(2, size=(48, 64))))
+    assert set(handling.prompts[:-1]) == {prompt}
+
+
+def test_our_server_was_told_its_style_when_it_was_started() -> None:
+    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, pytest.raises(ConfigError, match=r"--prompt_style=nvidia .* policy server"):
+        connect(address_of(server), None, 5.0, 30.0, prompt_style="nvidia")
+
+
+def test_the_style_goes_with_a_server() -> None:
+    assert cli.parse([*SIM, "--server=tcp://a:1", "--prompt_style=nvidia"]).prompt_style == "nvidia"
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------------------

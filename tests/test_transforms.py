@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gr00t_fast.checkpoint.metadata import CameraMetadata, EmbodimentMetadata
-from gr00t_fast.data_config import DATA_CONFIGS, NORMALISATIONS, DataConfig, load_data_config
+from gr00t_fast.data_config import DATA_CONFIGS, NORMALISATIONS
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.transforms import ActionTransform, Normaliser, StateTransform, pixel_values, to_trained_size
 
@@ -154,6 +154,19 @@ def test_binary() -> None:
     assert normaliser.inverse(np.array([[0.4], [0.6]])).ravel().tolist() == [0, 1]
 
 
+def test_sin_cos_gives_all_sines_then_all_cosines() -> None:
+    normaliser = Normaliser("sin_cos", STATISTICS, "state.arm")
+    radians = np.array([[0.0, np.pi / 2, -np.pi / 6]])
+    assert (normaliser.width, normaliser.network_width) == (3, 6)
+    np.testing.assert_allclose(normaliser.forward(radians), [[0, 1, -0.5, 1, 0, 3**0.5 / 2]], atol=1e-15)
+
+
+def test_none_leaves_values_as_they_are() -> None:
+    normaliser = Normaliser("none", STATISTICS, "action.arm")
+    np.testing.assert_array_equal(normaliser.forward(VALUES), VALUES)
+    np.testing.assert_array_equal(normaliser.inverse(VALUES), VALUES.astype(np.float32))
+
+
 @pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std"])
 def test_the_inverse_undoes(mode: str) -> None:
     normaliser = Normaliser(mode, STATISTICS, "action.arm")
@@ -196,8 +209,8 @@ def test_actions_are_split_in_order(metadata: EmbodimentMetadata) -> None:
     np.testing.assert_allclose(actions["action.gripper"][0, 0], [50])
 
 
-@pytest.mark.parametrize("arm", ["min_max", "q99", "mean_std", "binary"])
-@pytest.mark.parametrize("gripper", ["min_max", "mean_std", "binary"])
+@pytest.mark.parametrize("arm", ["min_max", "q99", "mean_std", "binary", "none"])
+@pytest.mark.parametrize("gripper", ["min_max", "mean_std", "binary", "none"])
 def test_actions_are_the_same_bits_as_tensors(arm: str, gripper: str) -> None:
     """On ranges that are no round numbers, for small, large and odd values: not one rounding more or less than on the host."""
     generator = np.random.default_rng(0)
@@ -216,86 +229,19 @@ def test_actions_are_the_same_bits_as_tensors(arm: str, gripper: str) -> None:
     np.testing.assert_array_equal(as_tensor[..., 10:], actions[..., 10:])
 
 
+def test_a_state_of_sines_and_cosines_takes_twice_the_room(metadata: EmbodimentMetadata) -> None:
+    turned = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": "sin_cos"})
+    transform = StateTransform(turned, metadata, 8)
+    assert transform.widths == {"state.single_arm": 3, "state.gripper": 1}, "an observation has the joints themselves"
+    state = transform({"state.gripper": np.array([[50.0]]), "state.single_arm": np.array([[0.0, np.pi / 2, np.pi]])})
+    np.testing.assert_allclose(state, [[0, 1, 0, 1, 0, -1, 0.5, 0]], atol=1e-7)
+    with pytest.raises(ConfigError, match="7 values together; the network takes 6"):
+        StateTransform(turned, metadata, 6)
+
+
 def test_parts_that_do_not_fit_the_checkpoint(metadata: EmbodimentMetadata) -> None:
     with pytest.raises(ConfigError, match="4 values together; the network takes 3"):
         ActionTransform(DATA_CONFIGS["so100"], metadata, 3)
     other = replace(DATA_CONFIGS["so100"], state_keys=("state.left_arm", "state.gripper"))
     with pytest.raises(ConfigError, match=r"reads state.left_arm, but this checkpoint has statistics for .*state.single_arm"):
         StateTransform(other, metadata, 8)
-
-
-# --- data configurations -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "pattern"),
-    [
-        ({"video_keys": ()}, r"no 'video.\*' keys"),
-        ({"state_keys": ("single_arm",)}, "key 'single_arm' must begin with 'state.'"),
-        ({"video_keys": ("video.front", "video.front")}, "listed twice"),
-        ({"normalisation": {"state.gripper": "minmax"}}, "normalisation 'minmax' of 'state.gripper' is not supported; choose from min_max"),
-        ({"normalisation": {"state.griper": "q99"}}, "'state.griper', which is no state or action key. Did you mean 'state.gripper'"),
-    ],
-)
-def test_a_data_config_checks_itself(changes: dict, pattern: str) -> None:
-    with pytest.raises(ConfigError, match=pattern):
-        replace(DATA_CONFIGS["so100"], **changes)
-
-
-def test_built_in_names() -> None:
-    assert load_data_config("so100") is DATA_CONFIGS["so100"]
-    with pytest.raises(ConfigError, match="unknown data_config 'so100_dualcamera'. Did you mean 'so100_dualcam'"):
-        load_data_config("so100_dualcamera")
-
-
-_MODULE = """
-from gr00t_fast import DataConfig
-mine = DataConfig(video_keys=("video.top",), state_keys=("state.arm",), action_keys=("action.arm",), normalisation={"action.arm": "q99"})
-class Nvidia:
-    video_keys = ["video.top"]
-    state_keys = ["state.arm"]
-    action_keys = ["action.arm"]
-    language_keys = ["annotation.task"]
-    observation_indices = [0]
-    action_indices = list(range(8))
-    state_normalization_modes = {"state.arm": "mean_std"}
-class InTransform(Nvidia):
-    state_normalization_modes = {}
-    def transform(self): ...
-class Past(Nvidia): observation_indices = [-1, 0]
-class Mute(Nvidia): language_keys = []
-class Other: video_keys = ["video.top"]
-"""
-
-
-@pytest.fixture
-def user_module(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "my_robot_configs.py").write_text(_MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return "my_robot_configs"
-
-
-def test_a_users_own_classes(user_module: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_data_config(f"{user_module}:mine").normalisation_of("action.arm") == "q99"
-    nvidia = load_data_config(f"{user_module}:Nvidia")
-    assert nvidia == DataConfig(("video.top",), ("state.arm",), ("action.arm",), "annotation.task", tuple(range(8)), {"state.arm": "mean_std"})
-    assert nvidia.modality_config()["action"].delta_indices == list(range(8))
-    assert not caplog.records
-    assert load_data_config(f"{user_module}:InTransform").normalisation_of("state.arm") == "min_max"
-    assert "does not say how parts are normalised: min_max for all" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern"),
-    [
-        ("nowhere_to_be_found:X", "cannot import 'nowhere_to_be_found'"),
-        ("my_robot_configs:Absent", "has no class 'Absent'"),
-        ("my_robot_configs:Past", r"observation_indices \[-1, 0\] are not supported"),
-        ("my_robot_configs:Mute", r"expected one language key, got \[\]"),
-        ("my_robot_configs:Other", "the class has no state_keys, action_keys"),
-    ],
-)
-def test_users_classes_that_cannot_be_used(user_module: str, name: str, pattern: str) -> None:
-    with pytest.raises(ConfigError, match=pattern):
-        load_data_config(name)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gr00t_fast.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Difference, Located, merge, read_adapter
 from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
@@ -31,12 +32,17 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory whose small files were read and checked; no weights yet."""
+    """A checkpoint directory whose small files were read and checked; no weights yet.
+
+    weight_files: all that the weights depend on; of a LoRA adapter, whose `base` is another directory than `path`, its own two come last.
+    """
 
     path: Path
     config: ModelConfig
     raw_metadata: dict[str, Any]
     weight_files: tuple[Path, ...]
+    base: Path
+    adapter: Adapter | None = None
 
     def embodiment(self, tag: str) -> EmbodimentMetadata:
         """Raises ConfigError for an unknown tag."""
@@ -49,10 +55,13 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True) -> Checkp
     `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty.
     """
     path = _local_directory(model_path, with_weights)
-    eagle_file = path / "eagle2_hg_model" / "config.json"
+    adapter = read_adapter(path, with_weights)
+    base = path if adapter is None else _base_of(adapter, with_weights)
+    eagle_file = base / "eagle2_hg_model" / "config.json"
     eagle = _read_json(eagle_file) if eagle_file.exists() else PUBLISHED_EAGLE
-    config = ModelConfig.from_dicts(_read_json(path / "config.json"), eagle)
-    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), _weight_files(path) if with_weights else ())
+    config = ModelConfig.from_dicts(_read_json(base / "config.json"), eagle)
+    weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
+    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), weights, base, adapter)
 
 
 def load_model(
@@ -73,9 +82,13 @@ def load_model(
     with _WithoutInitialisation(), torch.device("meta"):
         model = Gr00tN1d5(checkpoint.config)
     with ExitStack() as stack:
-        files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files]
-        located = _check_names_and_shapes(model, checkpoint, files)
-        _fill(list(_plan(model, located, row, device, dtype, only)), progress)
+        own = checkpoint.adapter.files if checkpoint.adapter else ()
+        files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files if path not in own]
+        located, differences = _check_names_and_shapes(model, checkpoint, files), {}
+        if checkpoint.adapter is not None:
+            adapter_file = stack.enter_context(TensorFile(checkpoint.adapter.weights))
+            located, differences = merge(checkpoint.adapter, adapter_file, located)
+        _fill(list(_plan(model, located, differences, row, device, dtype, only)), progress)
     return model.eval().requires_grad_(False)
 
 
@@ -100,10 +113,24 @@ def _local_directory(model_path: str | Path, with_weights: bool) -> Path:
     return _download(text, with_weights)
 
 
+def _base_of(adapter: Adapter, with_weights: bool) -> Path:
+    try:
+        base = _local_directory(adapter.base, with_weights)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter.directory} is a LoRA adapter, and the checkpoint that it changes cannot be had: {error} "
+            f"Write where it is into base_model_name_or_path of {ADAPTER_CONFIG}."
+        ) from error
+    if (base / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{adapter.directory} adapts {base}, which is a LoRA adapter itself; expected a whole checkpoint.")
+    return base
+
+
 def _download(repo_id: str, with_weights: bool) -> Path:
     import huggingface_hub  # only when a hub id is given
 
-    patterns = ["config.json", *(["model*.safetensors*"] if with_weights else []), "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
+    weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
+    patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
@@ -147,9 +174,6 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-Located = dict[str, tuple[TensorFile, TensorEntry]]
-
-
 def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
     """Compare the files' headers with what the network needs, before a byte of weights is read."""
     located: Located = {name: (file, entry) for file in files for name, entry in file.entries.items()}
@@ -164,7 +188,7 @@ def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: lis
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("in two files", twice)]
         raise CheckpointError(
-            f"the weights in {checkpoint.path} do not fit config.json (and eagle2_hg_model/config.json):\n"
+            f"the weights in {checkpoint.base} do not fit config.json (and eagle2_hg_model/config.json):\n"
             + "\n".join(part for part in parts if part)
             + "\nCheck that all files come from the same GR00T N1.5 checkpoint."
         )
@@ -186,17 +210,18 @@ class _Read:
     file: TensorFile
     entry: TensorEntry
     first_row: int
+    difference: Difference | None = None
 
     @property
     def size_bytes(self) -> int:
         return self.target.numel() * self.entry.dtype.itemsize
 
     def run(self) -> int:
-        direct = self.target.dtype == self.entry.dtype and self.target.device.type == "cpu"
+        direct = self.target.dtype == self.entry.dtype and self.target.device.type == "cpu" and self.difference is None
         buffer = self.target if direct else torch.empty(self.target.shape, dtype=self.entry.dtype)
         self.file.read_into(buffer, self.entry, self.first_row)
         if not direct:
-            self.target.copy_(buffer)
+            self.target.copy_(buffer if self.difference is None else self.difference.add_to(buffer))
         return self.size_bytes
 
 
@@ -210,7 +235,15 @@ def _fill(reads: list[_Read], progress: Progress | None) -> None:
                 progress(done, total)
 
 
-def _plan(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dtype: torch.dtype, only: tuple[str, ...]) -> Iterator[_Read]:
+def _plan(
+    model: Gr00tN1d5,
+    located: Located,
+    differences: dict[str, Difference],
+    row: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    only: tuple[str, ...],
+) -> Iterator[_Read]:
     """Allocate each parameter and say where its parts come from."""
     for name, meta in [(name, meta) for name, meta in model.named_parameters() if name.startswith(only)]:
         parameter = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=False)
@@ -223,5 +256,5 @@ def _plan(model: Gr00tN1d5, located: Located, row: int, device: torch.device, dt
         start = 0
         for source in sources.names:
             file, entry = located[source]
-            yield _Read(parameter.data[start : start + entry.shape[0]], file, entry, first_row=0)
+            yield _Read(parameter.data[start : start + entry.shape[0]], file, entry, first_row=0, difference=differences.get(source))
             start += entry.shape[0]

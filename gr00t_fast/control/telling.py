@@ -54,5 +54,6 @@ def summary(policy: Any, robot_name: str, fps: float, action_horizon: int | None
     if hasattr(policy, "engine"):
         what = [f"{policy.engine.name} on {policy.device}", str(policy.dtype).removeprefix("torch."), f"{policy.denoising_steps} denoising steps"]
     trained = policy.facts.trained_horizon
-    what += [f"{action_horizon or trained} of {trained} actions per inference", f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
+    played = action_horizon or getattr(policy, "action_horizon", trained)  # the policy's own, when its data config has fewer indices
+    what += [f"{played} of {trained} actions per inference", f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
     return "ready: " + ", ".join(what)

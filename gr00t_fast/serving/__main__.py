@@ -38,7 +38,7 @@ class ServeConfig:
     api_token: str | None = None  # secret that clients must send; without it every client is served and kill is disabled
     http: bool = False  # speak HTTP (POST /act, GET /health) instead of ZeroMQ
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
-    data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
+    data_config: str = "so100"  # a name of NVIDIA's (so100, so100_dualcam, fourier_gr1_arms_only, ...), or module:ClassName of your own
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     action_horizon: int | None = None  # actions returned per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps

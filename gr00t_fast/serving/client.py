@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
-from gr00t_fast.errors import ConfigError, ServerError, ServerUnreachableError, WireError
+from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.optional import require
 from gr00t_fast.serving.facts_message import facts_from_message
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, decode
@@ -64,8 +64,12 @@ class PolicyClient:
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """As `ContinuingPolicy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so.
 
-        Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense.
+        States travel as float64 and an instruction as a list, whatever they are here: NVIDIA's server refuses every state of another type than
+        the first one it saw, and fails on a bare text.
+        Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense, and
+        ObservationError for a state of something else than numbers.
         """
+        observation = _as_nvidia_takes_it(observation)
         if noise is None and prefix is None:
             return _actions(self._call("get_action", observation, resend=self._resend))
         options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
@@ -235,6 +239,18 @@ class PolicyClient:
         self._socket.disable_monitor()  # first: ZeroMQ's own thread blocks for ever when it reports to a reader that is gone
         self._socket.close(0)
         self._monitor.close(0)
+
+
+def _as_nvidia_takes_it(observation: dict[str, Any]) -> dict[str, Any]:
+    sent = dict(observation)
+    for key, value in observation.items():
+        if key.startswith("state."):
+            try:
+                sent[key] = np.asarray(value, np.float64)
+            except (TypeError, ValueError) as error:
+                raise ObservationError(f"{key}: expected numbers, got {_kind(value)} ({error}).") from error
+    batch = next((len(value) for key, value in sent.items() if key.startswith("state.") and value.ndim == 3), 1)
+    return {key: [value] * batch if "annotation" in key and isinstance(value, str) else value for key, value in sent.items()}
 
 
 def _actions(reply: Any) -> dict[str, np.ndarray]:

@@ -251,6 +251,20 @@ def test_pixel_values_from_raw_frames(shared_dir: Path, case: str) -> None:
     assert (difference > 0).float().mean() <= 0.001
 
 
+@pytest.mark.parametrize(("case", "style"), EVERY)
+def test_applied_transforms_are_the_recorded_inputs(shared_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
+    golden = load_case(case, style, Path(), shared_dir)
+    keys = (*DATA_CONFIGS[case].video_keys, *DATA_CONFIGS[case].state_keys, "annotation.human.task_description")
+    ours = _policy(shared_dir, case, style).apply_transforms({key: golden.arrays[key] for key in keys})
+    with np.load(shared_dir / "golden" / case / PROMPTS[style]) as recorded:
+        theirs = {key.removeprefix("in."): recorded[key] for key in recorded if key.startswith("in.")}
+    assert ours.keys() == theirs.keys()
+    assert {name: tuple(value.shape) for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    for name, value in theirs.items():
+        close = 1.001 / 127.5 if name == "eagle_pixel_values" else 1e-7 if name == "state" else 0  # grey levels; fp32 for float64
+        np.testing.assert_allclose(ours[name].numpy().astype(np.float64), value.astype(np.float64), rtol=close, atol=close)
+
+
 @pytest.mark.parametrize(("case", "style", "steps"), EVERY_STEPS)
 def test_end_to_end_from_raw_frames(
     shared_dir: Path, eagle_dir: Path, reduced_checkpoints: dict[str, Path], case: str, style: str, steps: int

@@ -1,0 +1,293 @@
+"""Data configurations: the built-in names, a user's key lists, and classes written for NVIDIA's package, read without it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gr00t_fast.data_config import DATA_CONFIGS, DataConfig, check_trained_cameras, load_data_config
+from gr00t_fast.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"video_keys": ()}, r"no 'video.\*' keys"),
+        ({"state_keys": ("single_arm",)}, "key 'single_arm' must begin with 'state.'"),
+        ({"video_keys": ("video.front", "video.front")}, "listed twice"),
+        ({"normalisation": {"state.gripper": "minmax"}}, "normalisation 'minmax' of 'state.gripper' is not supported; choose from min_max"),
+        ({"normalisation": {"state.griper": "q99"}}, "'state.griper', which is no state or action key. Did you mean 'state.gripper'"),
+        ({"normalisation": {"action.gripper": "sin_cos"}}, "'sin_cos' of 'action.gripper'"),
+        ({"action_indices": (0, 2, 4)}, r"action_indices \[0, 2, 4\]"),
+        ({"action_indices": ()}, r"action_indices \[\]"),
+    ],
+)
+def test_a_data_config_checks_itself(changes: dict, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        replace(DATA_CONFIGS["so100"], **changes)
+
+
+def test_built_in_names() -> None:
+    assert load_data_config("so100") is DATA_CONFIGS["so100"]
+    with pytest.raises(ConfigError, match="unknown data_config 'so100_dualcamera'. Did you mean 'so100_dualcam'"):
+        load_data_config("so100_dualcamera")
+
+
+@pytest.mark.parametrize(
+    ("name", "cameras", "state", "action", "modes"),
+    [
+        ("fourier_gr1_arms_only", 1, 4, 4, {"state.left_arm": "sin_cos", "action.left_arm": "min_max"}),
+        ("fourier_gr1_arms_waist", 1, 5, 5, {"state.waist": "sin_cos", "action.waist": "min_max"}),
+        ("fourier_gr1_full_upper_body", 1, 6, 6, {"state.neck": "min_max"}),
+        ("unitree_g1", 1, 4, 4, {"state.left_hand": "min_max"}),
+        ("unitree_g1_full_body", 1, 7, 4, {"state.waist": "min_max"}),
+        ("agibot_genie1", 3, 6, 7, {"action.robot_velocity": "min_max"}),
+        ("libero", 2, 7, 7, {"action.x": "min_max"}),
+        ("libero_mean_std", 2, 7, 7, {"action.yaw": "mean_std", "action.gripper": "min_max", "state.x": "min_max"}),
+        ("bridge", 1, 8, 7, {"state.pad": "min_max", "action.x": "min_max"}),
+        ("fractal", 1, 8, 7, {"state.rw": "min_max", "action.x": "mean_std", "action.gripper": "min_max"}),
+    ],
+)
+def test_nvidias_names(name: str, cameras: int, state: int, action: int, modes: dict[str, str]) -> None:
+    config = load_data_config(name)
+    assert (len(config.video_keys), len(config.state_keys), len(config.action_keys)) == (cameras, state, action)
+    assert {key: config.normalisation_of(key) for key in modes} == modes
+    assert config.language_key.startswith("annotation.")
+
+
+@pytest.mark.parametrize("name", ["oxe_droid", "bimanual_panda_gripper", "bimanual_panda_hand", "single_panda_gripper"])
+def test_nvidias_names_that_need_rotations(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' .*rotations"):
+        load_data_config(name)
+
+
+def test_the_suggestion_is_for_the_same_robot() -> None:
+    """Cameras alone would point at another robot's configuration."""
+    for trained, suggested in ((["video.front", "video.wrist"], "--data_config=so100_dualcam"), (["video.image", "video.wrist_image"], "module:")):
+        with pytest.raises(ConfigError, match=suggested):
+            check_trained_cameras(DATA_CONFIGS["so100"], trained)
+
+
+# --- a user's own classes ------------------------------------------------------------------------------------------------------------
+
+_KEY_LISTS = """
+from gr00t_fast import DataConfig
+mine = DataConfig(video_keys=("video.top",), state_keys=("state.arm",), action_keys=("action.arm",), normalisation={"action.arm": "q99"})
+class Lists:
+    video_keys = ["video.top"]
+    state_keys = ["state.arm", "state.hand"]
+    action_keys = ["action.arm"]
+    language_keys = ["annotation.task"]
+    observation_indices = [0]
+    action_indices = list(range(8))
+    state_normalization_modes = {"state.arm": "mean_std", "state.hand": "none"}
+class Past(Lists): observation_indices = [-1, 0]
+class Mute(Lists): language_keys = []
+class Half(Lists): state_normalization_modes = {"state.arm": "mean_std"}
+class Turned(Lists): state_target_rotations = {"state.arm": "rotation_6d"}
+class Other: video_keys = ["video.top"]
+class Nothing(Lists): state_keys = None
+"""
+
+# As NVIDIA's guide has users write it; STEPS is what a test puts between the picture and the concatenation.
+_NVIDIA_STYLE = """
+from gr00t.data.dataset import ModalityConfig
+from gr00t.data.transform.base import ComposedModalityTransform, ModalityTransform
+from gr00t.data.transform.concat import ConcatTransform
+from gr00t.data.transform import state_action
+from gr00t.data.transform.state_action import *
+from gr00t.data.transform.state_action import StateActionSinCosTransform, StateActionToTensor, StateActionTransform
+from gr00t.data.transform.video import VideoColorJitter, VideoCrop, VideoResize, VideoToNumpy, VideoToTensor
+from gr00t.experiment.data_config import BaseDataConfig, OxeDroidDataConfig, So100DataConfig
+from gr00t.model.transforms import GR00TTransform
+
+class Robot(BaseDataConfig):
+    video_keys = ["video.top", "video.side"]
+    state_keys = ["state.arm", "state.hand"]
+    action_keys = ["action.arm", "action.hand"]
+    language_keys = ["annotation.task"]
+    observation_indices = [0]
+    action_indices = list(range(8))
+    scale, size, extra, orders, model = 0.95, 224, [], {}, {}
+
+    def joints(self):
+        return [
+            StateActionToTensor(apply_to=self.state_keys),
+            StateActionTransform(apply_to=self.state_keys, normalization_modes={key: "min_max" for key in self.state_keys}),
+            StateActionToTensor(apply_to=self.action_keys),
+            StateActionTransform(apply_to=self.action_keys, normalization_modes={"action.arm": "mean_std", "action.hand": "binary"}),
+        ]
+
+    def transform(self) -> ModalityTransform:
+        orders = {"video_concat_order": self.video_keys, "state_concat_order": self.state_keys, "action_concat_order": self.action_keys}
+        return ComposedModalityTransform(transforms=[
+            VideoToTensor(apply_to=self.video_keys),
+            VideoCrop(apply_to=self.video_keys, scale=self.scale),
+            VideoResize(apply_to=self.video_keys, height=self.size, width=self.size, interpolation="linear"),
+            VideoColorJitter(apply_to=self.video_keys, brightness=0.3, contrast=0.4, saturation=0.5, hue=0.08),
+            VideoToNumpy(apply_to=self.video_keys),
+            *self.joints(),
+            *self.extra,
+            ConcatTransform(**{**orders, **self.orders}),
+            GR00TTransform(**{
+                "state_horizon": len(self.observation_indices), "action_horizon": len(self.action_indices),
+                "max_state_dim": 64, "max_action_dim": 32, **self.model,
+            }),
+        ])
+"""
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], DataConfig]:
+    """Writes a module and loads a class of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    count = iter(range(100))
+
+    def load(source: str, name: str) -> DataConfig:
+        module = f"robot_{abs(hash(str(tmp_path)))}_{next(count)}"
+        (tmp_path / f"{module}.py").write_text(source)
+        return load_data_config(f"{module}:{name}")
+
+    return load
+
+
+def test_key_lists(loaded: Callable) -> None:
+    assert loaded(_KEY_LISTS, "mine").normalisation_of("action.arm") == "q99"
+    lists = loaded(_KEY_LISTS, "Lists")
+    modes = {"state.arm": "mean_std", "state.hand": "none"}
+    assert lists == DataConfig(("video.top",), ("state.arm", "state.hand"), ("action.arm",), "annotation.task", tuple(range(8)), modes)
+    assert lists.modality_config()["action"].delta_indices == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("Mutee", "has no class 'Mutee'. Did you mean 'Mute'"),
+        ("Past", r"observation_indices \[-1, 0\]"),
+        ("Mute", r"expected one language key, got \[\]"),
+        ("Half", "does not say how state.hand is normalised"),
+        ("Turned", "state_target_rotations.*rotations are not supported"),
+        ("Other", "the class has no state_keys, action_keys"),
+        ("Nothing", "(?s)cannot be read.*class MyRobot"),
+    ],
+)
+def test_key_lists_that_cannot_be_used(loaded: Callable, name: str, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        loaded(_KEY_LISTS, name)
+
+
+def test_a_module_that_cannot_be_imported(loaded: Callable) -> None:
+    with pytest.raises(ConfigError, match="cannot import 'nowhere_to_be_found'.*Run from the folder"):
+        load_data_config("nowhere_to_be_found:X")
+    with pytest.raises(ConfigError, match="(?s)No module named 'a_package_of_theirs'.*class MyRobot"):
+        loaded("import a_package_of_theirs", "X")
+
+
+# --- classes written for NVIDIA's package --------------------------------------------------------------------------------------------
+
+
+def test_what_transform_does_is_read_without_the_package(loaded: Callable) -> None:
+    config = loaded(_NVIDIA_STYLE, "Robot")
+    assert (config.video_keys, config.language_key, config.action_indices) == (("video.top", "video.side"), "annotation.task", tuple(range(8)))
+    assert [config.normalisation_of(key) for key in (*config.state_keys, *config.action_keys)] == ["min_max", "min_max", "mean_std", "binary"]
+    assert not [name for name in sys.modules if name.split(".")[0] == "gr00t"], "the stand-ins are gone"
+    assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("gr00t_fast")]
+
+
+def test_an_object_is_as_good_as_its_name(loaded: Callable) -> None:
+    class Lists:
+        video_keys, state_keys, action_keys = ["video.top"], ["state.arm"], ["action.arm"]
+
+    assert load_data_config(Lists()) == DataConfig(("video.top",), ("state.arm",), ("action.arm",))
+
+
+def test_a_part_that_no_step_normalises_stays_as_it_is(loaded: Callable) -> None:
+    """The reference's StateActionTransform leaves out what its modes do not name."""
+    body = '    def joints(self): return [StateActionTransform(apply_to=self.state_keys, normalization_modes={"state.arm": "q99"})]'
+    config = loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{body}\n", "Mine")
+    assert [config.normalisation_of(key) for key in (*config.state_keys, *config.action_keys)] == ["q99", "none", "none", "none"]
+
+
+def test_sines_and_cosines_of_the_state(loaded: Callable) -> None:
+    body = "    def joints(self): return [StateActionSinCosTransform(apply_to=['state.arm'])]"
+    assert loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{body}\n", "Mine").normalisation_of("state.arm") == "sin_cos"
+    with pytest.raises(ConfigError, match="'state.arm' twice"):
+        loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n    extra = [StateActionSinCosTransform(apply_to=['state.arm'])]\n", "Mine")
+
+
+def test_the_order_is_the_concatenations(loaded: Callable) -> None:
+    changed = '    orders = {"video_concat_order": ["video.side", "video.top"], "state_concat_order": ["state.hand", "state.arm"]}'
+    config = loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{changed}\n", "Mine")
+    assert (config.video_keys, config.state_keys) == (("video.side", "video.top"), ("state.hand", "state.arm"))
+
+
+def test_a_class_that_derives_from_one_of_nvidias(loaded: Callable) -> None:
+    source = f"{_NVIDIA_STYLE}\nclass Mine(So100DataConfig):\n    video_keys = ['video.mine']\nclass Droid(OxeDroidDataConfig): pass\n"
+    assert loaded(source, "Mine") == replace(DATA_CONFIGS["so100"], video_keys=("video.mine",))
+    with pytest.raises(ConfigError, match="OxeDroidDataConfig.*rotations"):
+        loaded(source, "Droid")
+
+
+def test_nvidias_own_module_needs_no_package() -> None:
+    assert load_data_config("gr00t.experiment.data_config:UnitreeG1DataConfig") == DATA_CONFIGS["unitree_g1"]
+    assert "gr00t" not in sys.modules
+
+
+_ROTATED = (
+    "extra = [StateActionTransform(apply_to=['state.arm'], normalization_modes={}, target_rotations={'state.arm': 'rotation_6d'})]",
+    "target_rotations .state.arm to rotation_6d",
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "pattern"),
+    [
+        _ROTATED,
+        ("extra = [state_action.DeltaActionTransform(apply_to=['action.arm'], state_keys={})]", "step DeltaActionTransform"),
+        ("extra = [StateActionTransform(apply_to=['action.arm'], clip=True)]", "StateActionTransform has clip"),
+        ("extra = [StateActionToTensor(apply_to=['action.arm'], output_dtypes={})]", "StateActionToTensor has output_dtypes"),
+        ("def joints(self): return [StateActionTransform(apply_to=['state.arm'], normalization_modes={'state.arm': 'scale'})]", "'scale'"),
+        ("def joints(self): return [StateActionSinCosTransform(apply_to=['action.arm'])]", "'sin_cos' of 'action.arm'"),
+        ("scale = 0.9", "VideoCrop has scale=0.9; supported is 0.95"),
+        ("size = 256", "VideoResize has height=256; supported is 224"),
+        ("extra = [VideoResize(apply_to=['video.top'], height=224, width=224)]", "treats pictures with"),
+        ("observation_indices = [-1, 0]", r"observation_indices \[-1, 0\]"),
+        ("action_indices = list(range(0, 32, 2))", "action_indices"),
+        ("language_keys = ['annotation.a', 'annotation.b']", "one language key"),
+        ("orders = {'action_concat_order': ['action.arm']}", "joins action from action.arm"),
+        ("model = {'action_horizon': 16}", "action_horizon=16.*has 8"),
+        ("model = {'embodiment_tag_mapping': {}}", "GR00TTransform has embodiment_tag_mapping"),
+        ("extra = [GR00TTransform()]", "expected to end with"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused_by_name(loaded: Callable, body: str, pattern: str) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n    {body}\n", "Mine")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def transform(self): raise RuntimeError('needs a GPU')",
+        "def transform(self): return GR00TTransform.build()",
+        "def transform(self): return None",
+        "def __init__(self): raise RuntimeError('no')",
+    ],
+)
+def test_a_class_that_cannot_be_read_gets_the_one_to_write(loaded: Callable, body: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n    {body}\n", "Mine")
+    example = str(caught.value).partition("class MyRobot:")
+    assert example[1]
+    with pytest.raises(ConfigError, match="MODE"):  # the modes are left to the user: a default would be a guess
+        loaded(f"class MyRobot:{example[2]}\n", "MyRobot")
+
+
+def test_a_class_for_nvidia_without_a_modality_config(loaded: Callable) -> None:
+    with pytest.raises(ConfigError, match="modality_config"):
+        loaded("class Mine:\n    video_keys = ['video.a']\n    def transform(self): pass\n", "Mine")
