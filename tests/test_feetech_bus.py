@@ -24,9 +24,8 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.feetech_bus import Fault, Register, Servo, VirtualBus, default_calibration, load_calibration, save_calibration
 from gr00t_fast.robots.feetech_bus import protocol as p
-from gr00t_fast.robots.feetech_bus.calibration import HALF_RANGE_DEG, from_units, to_units
 from gr00t_fast.robots.feetech_bus.faults import KINDS
-from gr00t_fast.robots.feetech_bus.servo import MAX_SPEED
+from gr00t_fast.robots.feetech_bus.servo import HALF_RANGE_DEG, MAX_SPEED, from_units, to_units
 
 READ_POSITION = p.sync_read(Register.PRESENT_POSITION, 2, range(1, 7))
 

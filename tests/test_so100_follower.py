@@ -27,8 +27,8 @@ from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots import check_ready, make_robot
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
-from gr00t_fast.robots.jump_guard import JumpGuard
 from gr00t_fast.robots.lerobot_glue import calibration_file, make_follower, to_lerobot_config
+from gr00t_fast.robots.servo_state import JumpGuard
 from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
 

@@ -7,6 +7,7 @@ compares the two.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -80,3 +81,8 @@ class SO100SimConfig(RobotConfig):
     block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
     through_bus: bool = False  # drive the simulated motors with lerobot's driver over the virtual servo bus
     disable_torque_on_disconnect: bool = True
+
+
+def rendered(cameras: Mapping[str, CameraConfig]) -> dict[str, SimCameraConfig]:
+    """Those that are drawn, not filmed."""
+    return {name: camera for name, camera in cameras.items() if isinstance(camera, SimCameraConfig)}

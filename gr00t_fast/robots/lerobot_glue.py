@@ -16,8 +16,7 @@ import numpy as np
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.optional import require
-from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig
-from gr00t_fast.robots.twin_cameras import rendered
+from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
 
 _OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown to lerobot
 _LEROBOT_NAME = "so_follower"  # of the driver in lerobot 0.4.4, and of the directory with its calibrations

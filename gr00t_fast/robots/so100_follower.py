@@ -13,21 +13,28 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
 from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import lerobot_glue as glue
-from gr00t_fast.robots.camera_threads import leave_explaining_to_the_arm
-from gr00t_fast.robots.config import SO100FollowerConfig
-from gr00t_fast.robots.jump_guard import JumpGuard
-from gr00t_fast.robots.landing import attempt, broadcast_torque_off, close_camera, release_torque, undisturbed
-from gr00t_fast.robots.motor_power import MotorPower
+from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
-from gr00t_fast.robots.servo_health import ServoHealth
-from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LATE_ANSWER_S, LINK_LOST, ServoLink, error_names
-from gr00t_fast.robots.twin_cameras import TwinCameras, rendered
+from gr00t_fast.robots.servo_link import (
+    EXCHANGE_FAILED,
+    LATE_ANSWER_S,
+    LINK_LOST,
+    ServoLink,
+    attempt,
+    broadcast_torque_off,
+    close_camera,
+    error_names,
+    release_torque,
+    undisturbed,
+)
+from gr00t_fast.robots.servo_state import JumpGuard, MotorPower, ServoHealth
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -410,3 +417,54 @@ def _spec(camera: Any) -> CameraSpec:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.!')}"
+
+
+# lerobot reads each camera in a thread that ends with an uncaught exception when the camera dies; Python would print its traceback.
+#
+# The arm notices the missing frame itself and explains it in the control thread, so the thread's own last words are left out.
+
+
+_cameras: WeakSet[threading.Thread] = WeakSet()
+_previous_hook = threading.excepthook
+
+
+def leave_explaining_to_the_arm(thread: threading.Thread | None) -> None:
+    """From now on no traceback is printed when this thread dies; other threads keep theirs."""
+    global _previous_hook
+    if thread is None:
+        return
+    _cameras.add(thread)
+    if threading.excepthook is not _hook:
+        _previous_hook, threading.excepthook = threading.excepthook, _hook
+
+
+def _hook(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.thread not in _cameras:
+        _previous_hook(arguments)
+
+
+# `type: sim` cameras of a real (or virtual) servo bus: pictures for an arm that has no camera, so that a whole run can be tried on a desk.
+
+
+class TwinCameras:
+    """Draws the simulated scene with its arm in the pose that the servos report. The objects on the table stay where they are: no physics runs
+    here, and nothing of the real surroundings is in the picture."""
+
+    def __init__(self, cameras: Mapping[str, SimCameraConfig], unit: JointUnit) -> None:
+        """Loads the scene, and draws once so that the first tick is as quick as the next. Raises MissingExtraError without MuJoCo, ConfigError for
+        a picture size or view that cannot be drawn."""
+        from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
+
+        self._cameras, self._unit = cameras, unit
+        self._simulation = Simulation("place", 0)
+        self._draw(HOME_DEG)
+
+    def frames(self, joints: np.ndarray) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit."""
+        from gr00t_fast.robots.so100_sim.units import to_degrees
+
+        return self._draw(to_degrees(joints, self._unit))
+
+    def _draw(self, joints_deg: np.ndarray) -> dict[str, np.ndarray]:
+        self._simulation.place_arm(joints_deg)
+        return {name: self._simulation.render(camera.view, camera.width, camera.height) for name, camera in self._cameras.items()}

@@ -4,10 +4,8 @@ In a process: `VirtualBus`. From the command line: `python -m gr00t_fast.robots.
 """
 
 from gr00t_fast.robots.feetech_bus.bus import VirtualBus
-from gr00t_fast.robots.feetech_bus.calibration import JointCalibration, default_calibration, load_calibration, save_calibration
 from gr00t_fast.robots.feetech_bus.faults import Fault
-from gr00t_fast.robots.feetech_bus.plant import Plant
-from gr00t_fast.robots.feetech_bus.servo import Register, Servo
+from gr00t_fast.robots.feetech_bus.servo import JointCalibration, Plant, Register, Servo, default_calibration, load_calibration, save_calibration
 
 __all__ = [
     "Fault",

@@ -15,10 +15,9 @@ from types import FrameType
 from gr00t_fast.errors import ConfigError, Gr00tFastError
 from gr00t_fast.robots.feetech_bus import faults as fault_kinds
 from gr00t_fast.robots.feetech_bus.bus import VirtualBus
-from gr00t_fast.robots.feetech_bus.calibration import Calibration, default_calibration, load_calibration, save_calibration
 from gr00t_fast.robots.feetech_bus.control import ControlSocket, send_command
 from gr00t_fast.robots.feetech_bus.faults import Fault
-from gr00t_fast.robots.feetech_bus.plant import Plant
+from gr00t_fast.robots.feetech_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
 
 _CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import heapq
 import os
 import select
@@ -22,13 +23,9 @@ from pathlib import Path
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.feetech_bus.calibration import Calibration, default_calibration
-from gr00t_fast.robots.feetech_bus.faults import Fault, FaultTable, Reply
-from gr00t_fast.robots.feetech_bus.instructions import answer
-from gr00t_fast.robots.feetech_bus.link import LinkClaim, place_link
-from gr00t_fast.robots.feetech_bus.plant import Gearbox, Plant
-from gr00t_fast.robots.feetech_bus.protocol import RequestParser
-from gr00t_fast.robots.feetech_bus.servo import Register, Servo
+from gr00t_fast.robots.feetech_bus.faults import Fault, FaultTable, Reply, addressed
+from gr00t_fast.robots.feetech_bus.protocol import BROADCAST_ID, Instruction, Request, RequestParser, Status, encode_status
+from gr00t_fast.robots.feetech_bus.servo import Calibration, Gearbox, Plant, Register, Servo, default_calibration
 
 STEP_S = 0.005  # how often the mechanics move on; a 30 Hz loop cannot see finer
 BYTE_S = 10e-6  # ten bits at 1 Mb/s
@@ -297,3 +294,171 @@ class _Terminal:
         """Both ends; the driver's next access fails with EIO."""
         os.close(self.master)
         os.close(self._slave)
+
+
+# What each instruction makes the servos on the line do and answer.
+
+
+def answer(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    """Let the servos obey one request. Returns their answers in the order they go over the line; an unknown instruction has none."""
+    handler = _HANDLERS.get(request.instruction)
+    return handler(request, servos) if handler else []
+
+
+def _ping(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    return [_reply(servo) for servo in _listening(request, servos)]  # a broadcast ping is answered by all, in order of id
+
+
+def _read(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    if len(request.params) != 2:
+        return []
+    return [_reply(servo, servo.read(*request.params)) for servo in _unicast(request, servos)]
+
+
+def _write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    return _obey(request, servos, lambda servo: servo.write(request.params[0], request.params[1:]), at_least=2)
+
+
+def _reg_write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    return _obey(request, servos, lambda servo: servo.write_later(request.params[0], request.params[1:]), at_least=2)
+
+
+def _action(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    return _obey(request, servos, lambda servo: servo.action(), at_least=0)
+
+
+def _sync_read(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    if request.servo_id != BROADCAST_ID or len(request.params) < 3:
+        return []
+    by_id = {servo.id: servo for servo in servos}
+    address, length = request.params[:2]
+    return [_reply(by_id[servo_id], by_id[servo_id].read(address, length)) for servo_id in addressed(request) if servo_id in by_id]
+
+
+def _sync_write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
+    if request.servo_id != BROADCAST_ID or len(request.params) < 2:
+        return []
+    address, length = request.params[:2]
+    by_id = {servo.id: servo for servo in servos}
+    body = request.params[2:]
+    for start in range(0, len(body) - length, length + 1):
+        servo = by_id.get(body[start])
+        if servo is not None:
+            servo.write(address, body[start + 1 : start + 1 + length])
+    return []
+
+
+def _obey(request: Request, servos: Sequence[Servo], act: Callable[[Servo], None], at_least: int) -> list[Reply]:
+    if len(request.params) < at_least:
+        return []
+    replies = []
+    for servo in _listening(request, servos):
+        reply = _reply(servo)  # before acting: a change of id is acknowledged under the old one
+        act(servo)
+        if request.servo_id != BROADCAST_ID and servo.answers_writes:
+            replies.append(reply)
+    return replies
+
+
+def _listening(request: Request, servos: Sequence[Servo]) -> list[Servo]:
+    listening = [servo for servo in servos if request.servo_id in (servo.id, BROADCAST_ID)]
+    return sorted(listening, key=lambda servo: servo.id)
+
+
+def _unicast(request: Request, servos: Sequence[Servo]) -> list[Servo]:
+    return [servo for servo in servos if servo.id == request.servo_id]
+
+
+def _reply(servo: Servo, params: bytes = b"") -> Reply:
+    return Reply(servo.id, encode_status(Status(servo.id, servo.registers[Register.STATUS], params)))
+
+
+_HANDLERS: dict[int, Callable[[Request, Sequence[Servo]], list[Reply]]] = {
+    Instruction.PING: _ping,
+    Instruction.READ: _read,
+    Instruction.WRITE: _write,
+    Instruction.REG_WRITE: _reg_write,
+    Instruction.ACTION: _action,
+    Instruction.SYNC_READ: _sync_read,
+    Instruction.SYNC_WRITE: _sync_write,
+}
+
+
+# The name under which a bus can be found: a symbolic link that one living bus owns, and that a dead one leaves to the next.
+
+
+_TERMINALS = ("/dev/pts/", "/dev/ttys")  # pseudo-terminals on Linux and macOS: all that a bus ever points its link at
+
+
+class LinkClaim:
+    """The right to a link, from `take` to `give_back`. It ends with the process, so a bus that was killed is in nobody's way.
+
+    A lock on a file beside the link and not a look at the link itself: the terminal of a dead bus may belong to somebody else by now.
+    """
+
+    def __init__(self, link: Path) -> None:
+        self._link = link
+        self._lock = link.with_name(f".{link.name}.lock")
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises RobotError when a living bus has the link, or something that no bus has made is in its place."""
+        _check_replaceable(self._link)
+        while self._descriptor is None:
+            try:
+                descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise RobotError(f"the link {self._link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
+            if not _locked(descriptor):
+                os.close(descriptor)
+                raise RobotError(
+                    f"another virtual bus is running at {self._link}. Use that one, end it (Ctrl-C, or --link={self._link} --send=quit), "
+                    "or choose another --link."
+                )
+            if _is_still_at(self._lock, descriptor):
+                self._descriptor = descriptor
+            else:
+                os.close(descriptor)
+
+    def give_back(self) -> None:
+        """Let the next bus have the link. Calling it again is harmless."""
+        if self._descriptor is not None:
+            self._lock.unlink(missing_ok=True)  # first: who waits for the lock of a removed file asks anew
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def place_link(link: Path, target: str) -> None:
+    """Point `link` at `target` in one step, replacing a link a dead bus left behind. Raises RobotError when something else is there."""
+    _check_replaceable(link)
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        temporary.symlink_to(target)
+        temporary.replace(link)
+    except OSError as error:
+        raise RobotError(f"the link {link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
+
+
+def _check_replaceable(link: Path) -> None:
+    if link.is_symlink():
+        target = os.readlink(link)
+        if not target.startswith(_TERMINALS):
+            raise RobotError(f"the link {link} cannot be placed: it points to {target}, which is no virtual bus. Choose another path.")
+    elif link.exists():
+        raise RobotError(f"the link {link} cannot be placed: a file that is not a link is already there. Choose another path.")
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_still_at(path: Path, descriptor: int) -> bool:
+    """Whether the locked file is the one that the next bus will find: its owner may have removed it in between."""
+    try:
+        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

@@ -19,7 +19,7 @@ from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, from_degrees, to_degre
 
 if TYPE_CHECKING:
     from gr00t_fast.robots.feetech_bus import VirtualBus
-    from gr00t_fast.robots.feetech_bus.calibration import Calibration
+    from gr00t_fast.robots.feetech_bus.servo import Calibration
     from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
 MAX_CATCH_UP_S = 10.0  # after a longer pause (a debugger, a suspended machine) the arm continues from here; it came to rest long before

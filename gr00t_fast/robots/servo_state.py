@@ -1,0 +1,207 @@
+"""What is believed of the servos' readings, watched of their state, and made sure of their torque, for one arm."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.lerobot_glue import TICKS
+from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
+
+# Refuses joint readings that no arm can have produced.
+#
+# The bus checksum has eight bits, so on a noisy line one damaged reading in some hundred passes it. A reading that moved further than the
+# motors can turn is read again, and believed once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
+
+MAX_SPEED_DEG_S = 450.0  # an STS3215 turns 290 deg/s without load at 12 V; a hand can push it somewhat faster
+SLACK_DEG = 8.0  # time stamps are taken after the reading, and the line may hold it up
+LONGEST_GAP_S = 0.1  # after a longer pause any large step asks for a second reading, which is cheap
+
+
+class JumpGuard:
+    """Holds the last believed reading. One per arm; `forget` after a reconnect."""
+
+    def __init__(self, units_per_deg: np.ndarray) -> None:
+        """units_per_deg: (J,) how much each joint's reading changes per degree."""
+        self._scale = np.asarray(units_per_deg, dtype=np.float64)
+        self.forget()
+
+    def forget(self) -> None:
+        """Believe nothing: the next reading needs a second one that agrees with it."""
+        self.jumped = False  # whether the last reading is believed only because another one agreed with it
+        self._believed: tuple[np.ndarray, float] | None = None
+        self._candidate: tuple[np.ndarray, float] | None = None
+
+    def believes(self, reading: np.ndarray, time_s: float) -> bool:
+        """Whether to use the reading (J,) taken at `time_s`; when not, read again and ask again."""
+        known_near = [known is not None and self._near(reading, time_s, *known) for known in (self._believed, self._candidate)]
+        near = any(known_near)
+        self.jumped = near and self._believed is not None and not known_near[0]
+        if near:
+            self._believed, self._candidate = (reading, time_s), None
+        else:
+            self._candidate = (reading, time_s)
+        return near
+
+    @property
+    def last(self) -> np.ndarray | None:
+        """The last believed reading (J,), None before the first."""
+        return None if self._believed is None else self._believed[0]
+
+    def _near(self, reading: np.ndarray, time_s: float, other: np.ndarray, other_time_s: float) -> bool:
+        limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(time_s - other_time_s, 0.0), LONGEST_GAP_S)
+        return bool(np.all(np.abs(reading - other) <= limit_deg * self._scale))
+
+
+# Watches the error bits of the servos, which the driver's sync read hides.
+#
+# Overload is survived: the servo limits its own force, and a gripper that holds a block may stay in it. Wrong voltage, heat, current or a
+# broken encoder that lasts ends the run.
+
+
+log = logging.getLogger(__name__)
+
+POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
+SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
+SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
+LONGEST_TROUBLE_S = 1.0
+_OVERLOAD = 0x20
+
+
+class ServoHealth:
+    """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts."""
+
+    def __init__(self, link: ServoLink, events: Counter[str]) -> None:
+        self._link, self._events = link, events
+        self._next_poll_s, self._next_joint = 0.0, 0
+        self._missed = 0  # polls in a row
+        self._known: dict[int, int] = {}
+        self._since_s: dict[int, float] = {}
+
+    def check(self, now_s: float, holding: bool) -> None:
+        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. Raises RobotError."""
+        if now_s >= self._next_poll_s:
+            self._next_poll_s = now_s + (POLL_EVERY_S if self._missed < SELDOM_AFTER else SELDOM_S)
+            self._poll(holding)
+        for servo_id, bits in self._link.error_bits.items():
+            self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
+
+    def _poll(self, holding: bool) -> None:
+        servo_id = self._next_joint + 1
+        self._next_joint = servo_id % len(SO100_JOINTS)
+        answered = self._answered(lambda: self._link.poll_status(servo_id))
+        if answered and holding:
+            self._demand_torque(servo_id)
+        if self._missed >= SELDOM_AFTER and holding and self._answered(self._link.poll_torque):
+            for each in range(1, len(SO100_JOINTS) + 1):
+                self._demand_torque(each)
+        self._missed = 0 if answered else self._missed + 1
+        if not answered:
+            self._events["status_poll_missed"] += 1
+        if self._missed == SELDOM_AFTER:
+            log.warning("the servos answer late or not at all for their status register; it is asked less often, their torque all the same")
+
+    @staticmethod
+    def _answered(poll: Callable[[], bool]) -> bool:
+        try:
+            return poll()
+        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
+            return False
+
+    def _demand_torque(self, servo_id: int) -> None:
+        """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
+        overload = (self._link.error_bits.get(servo_id, 0) | self._link.status_bits.get(servo_id, 0)) & _OVERLOAD
+        if not self._link.torque[servo_id] and not overload:
+            raise RobotError(
+                f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "
+                "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
+            )
+
+    def _judge(self, servo_id: int, bits: int, now_s: float) -> None:
+        joint = SO100_JOINTS[servo_id - 1]
+        for name in error_names(bits & ~self._known.get(servo_id, 0)):
+            self._events[f"servo_{name}"] += 1
+            log.warning("servo %d (%s) reports %s", servo_id, joint, name)
+        self._known[servo_id] = bits
+        if not bits & ~_OVERLOAD:
+            self._since_s.pop(servo_id, None)
+        elif now_s - self._since_s.setdefault(servo_id, now_s) > LONGEST_TROUBLE_S:
+            raise RobotError(
+                f"servo {servo_id} ({joint}) reports {', '.join(error_names(bits))} for more than {LONGEST_TROUBLE_S:g} s. "
+                "Check the supply voltage and that the joint moves freely, let it cool down, then switch its power off and on."
+            )
+
+
+# Switches the motors on without a leap, and finds out whether they lost their torque behind our back.
+#
+# A servo whose supply dips comes back without torque, and the next goal switches it on again: an arm that fell meanwhile would leap back.
+
+
+FELL_DEG = 20.0  # motors found without torque are switched on again only if the arm moved less
+# A servo clamps its goal to the calibrated range: one that stands outside is moved to the border at full speed as soon as it is switched on.
+# So much, less than a tick of ordinary motion, is tolerated: readings and stops are not exact.
+OUTSIDE_DEG = 4.0
+
+
+class MotorPower:
+    """The torque of one arm. `engaged` is whether this run has switched it on (or tried to)."""
+
+    def __init__(self, follower: Any, units_per_deg: np.ndarray, events: Counter[str], how_to_calibrate: str) -> None:
+        """Replaces the bus object's `enable_torque`; touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
+        self._follower, self._fell, self._events = follower, FELL_DEG * units_per_deg, events
+        self._how_to_calibrate = how_to_calibrate
+        self._enable_torque = follower.bus.enable_torque
+        follower.bus.enable_torque = self._hold_here  # lerobot's configure() ends with enable_torque()
+        self.engaged = False
+
+    def engage(self) -> None:
+        """Configure the servos and hold the arm where it is. Raises what the driver raises."""
+        self.engaged = True  # before the first write: whatever goes wrong in it, landing has motors to switch off
+        self._follower.configure()
+
+    def restore_if_lost(self, before: np.ndarray | None) -> bool:
+        """Ask every motor whether it holds; if one does not, switch on again where the arm is, and return True.
+
+        before: (6,) the joints while it still held. Raises RobotError when the arm moved further than FELL_DEG from there.
+        """
+        bus = self._follower.bus
+        if not self.engaged or all(bus.sync_read("Torque_Enable").values()):
+            return False
+        now = bus.sync_read("Present_Position")
+        if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > self._fell):
+            raise RobotError(
+                f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
+                "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
+            )
+        self._follower.configure()
+        self._events["torque_restored"] += 1
+        return True
+
+    def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
+        """First make the present position the goal, else the arm leaps to an old one. Raises RobotError for a joint outside its calibrated range."""
+        bus = self._follower.bus
+        positions = bus.sync_read("Present_Position", normalize=False)
+        self._check_inside(positions)
+        for motor, position in positions.items():
+            bus.write("Goal_Position", motor, position, normalize=False)
+        self._enable_torque(motors, num_retry)
+
+    def _check_inside(self, positions: dict[str, int]) -> None:
+        outside = []
+        for joint, position in positions.items():
+            calibration = self._follower.bus.calibration[joint]
+            beyond_deg = max(calibration.range_min - position, position - calibration.range_max) * 360 / TICKS
+            if beyond_deg > OUTSIDE_DEG:
+                outside.append(f"{joint} by {beyond_deg:.0f} degrees")
+        if outside:
+            raise RobotError(
+                f"the arm stands outside its calibrated range: {', '.join(outside)}. Switching it on would throw it to the border, so it stays "
+                "without power. Move the joint back into its range by hand and start again; if the range is wrong, calibrate again: "
+                f"{self._how_to_calibrate}"
+            )
