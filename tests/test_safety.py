@@ -169,19 +169,19 @@ def test_a_blocked_joint_does_not_wind_its_goal_ahead() -> None:
         sent.append(safety(target))
     assert max(np.abs(goal - START).max() for goal in sent) == 15.0
     assert safety.following_limited[0] > 50
-    safety.measured(START + [5, 0, 0, 0, 0, 0])  # free again
-    assert safety(target)[0] == 20.0
+    safety.measured(START + [1, 0, 0, 0, 0, 0])  # free again
+    assert 16.0 <= safety(target)[0] <= 15.0 + STEP
     assert np.array_equal(safety.following_limited[1:], np.zeros(5))
 
 
 def test_a_joint_that_only_lags_moves_on() -> None:
-    """Five ticks behind at 60 deg/s, as a real arm: ten degrees, and nothing is limited."""
+    """Five ticks behind at 150 deg/s, as a real arm: 25 degrees, and nothing is limited."""
     safety = gate()
     safety.start(START)
     goals = [START]
-    for tick in range(60):
+    for tick in range(60):  # half a degree per tick and tick up to five, then on at that speed
         safety.measured(goals[max(0, len(goals) - 6)])
-        goals.append(safety(START + [min(2.0 * tick, 90.0), 0, 0, 0, 0, 0]))
+        goals.append(safety(START + [min(0.25 * tick**2 if tick <= 10 else 5.0 * tick - 25.0, 90.0), 0, 0, 0, 0, 0]))
     assert not safety.following_limited.any()
     assert goals[-1][0] == 90.0
 

@@ -16,8 +16,10 @@ from gr00t_fast.errors import ConfigError, UnsafeActionError
 # Two thirds of an STS3215's no-load speed (45 rpm, 0.22 s per 60 deg, by its data sheet), 6 degrees per tick at 30 Hz: a choice, meant to let
 # ordinary motion pass and to turn a leap between two chunks into a ramp.
 DEFAULT_MAX_SPEED_DEG_S = 180.0
-# How far a goal may be ahead of the measured joint. A joint that is held up would otherwise wind its goal ahead and leap when it is free.
+# How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
+# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old.
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
+LAG_S = 0.3
 PROGRESS_DEG = 3.0  # a joint that comes so much nearer to its target is late, not blocked
 BLOCKED_WARN_S, BLOCKED_END_S = 1.0, 5.0
 GRIPPER = "gripper"  # stands still against what it holds: that is its work
@@ -70,6 +72,7 @@ class SafetyFilter:
         self.following_limited = np.zeros(len(joint_names), np.int64)
         self._last: np.ndarray | None = None
         self._measured = np.zeros(len(joint_names))
+        self._moved = np.zeros(len(joint_names))  # since the tick before
         self._blocked_ticks = np.zeros(len(joint_names), np.int64)
         self._blocked_at = np.zeros(len(joint_names))  # where each joint was when it last made progress
         self._held_in_a_row = 0
@@ -80,12 +83,14 @@ class SafetyFilter:
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
         self._last = self._measured = measured
+        self._moved = np.zeros_like(measured)
         self._held_in_a_row = 0
         self._blocked_ticks[:] = 0
 
     def measured(self, joints: np.ndarray) -> None:
-        """Take note of a newer measured pose (J,): goals stay within the following error of it."""
-        self._measured = self._checked_shape(joints, "the measured pose")
+        """Take note of the pose (J,) measured at this tick: goals stay within the following error of it."""
+        before, self._measured = self._measured, self._checked_shape(joints, "the measured pose")
+        self._moved = self._measured - before
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """Return the target (J,) float64 that may be sent.
@@ -137,7 +142,8 @@ class SafetyFilter:
         """Bound the following error; `target` (J,) is where the policy wants to get."""
         if self.options.max_following_error_deg is None:
             return goal
-        most = self.options.max_following_error_deg * self._units_per_deg
+        lag = np.maximum(0.0, self._moved * np.sign(goal - self._measured)) * self._fps * LAG_S  # while it moves towards its goal
+        most = self.options.max_following_error_deg * self._units_per_deg + lag
         bounded = np.clip(goal, self._measured - most, self._measured + most)
         changed = bounded != goal
         self.following_limited += changed
