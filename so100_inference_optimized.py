@@ -27,9 +27,9 @@ from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.safety import SafetyOptions
-from gr00t_fast.control.stop import StopSignals
-from gr00t_fast.control.telling import summary
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.control.trace import summary
 from gr00t_fast.errors import ServerUnreachableError
 
 

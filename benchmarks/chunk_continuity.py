@@ -39,7 +39,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChunk
-from gr00t_fast.control.controller import Thinker
+from gr00t_fast.control.controller import PolicyRunner
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.engine.continuation import denoise_towards
@@ -91,7 +91,7 @@ class Episode:
         facts = policy.facts
         camera_map = resolve_camera_map(self.arm.cameras, facts.resolutions, None)
         binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, self.arm.joint_names, camera_map)
-        self.thinker = Thinker(policy, binding, INSTRUCTION, self.clock)
+        self.runner = PolicyRunner(policy, binding, INSTRUCTION, self.clock)
         self.buffer = ChunkBuffer(ensemble=smoothing == "ensemble")
         self.safety = SafetyFilter(
             self.arm.joint_limits,
@@ -133,7 +133,7 @@ class Episode:
         if left and self.smoothing in ("rtc", "prefix"):
             rows = min(len(values) for values in left.values())
             options = {"prefix": ActionPrefix(left, min(self._expected.ticks, rows), self.smoothing)}
-        chunk, actions = self.thinker.think(self.arm.observe(), **options)
+        chunk, actions = self.runner.infer(self.arm.observe(), **options)
         return TimedChunk(chunk, tick, 0, actions)
 
 

@@ -23,10 +23,10 @@ from gr00t_fast import console
 from gr00t_fast.console import CLOSED_TERMINAL, Console
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.camera_watch import CameraFault
-from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S
+from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_SPEED_DEG_S
-from gr00t_fast.control.stop import SIGNAL_EXIT_BASE, StopRequested, StopSignals
+from gr00t_fast.control.signals import SIGNAL_EXIT_BASE, StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, Gr00tFastError, closest

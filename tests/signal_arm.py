@@ -16,7 +16,7 @@ from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.signals import StopSignals
 
 
 def main(path: str, mode: str) -> int:

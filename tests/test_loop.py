@@ -19,7 +19,7 @@ from control_fakes import TICK_S, Bench
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.loop import ControlLoop
 from gr00t_fast.control.safety import SafetyOptions
-from gr00t_fast.control.stop import StopRequested, StopSignals
+from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
 
 

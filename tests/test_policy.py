@@ -14,7 +14,7 @@ from random_networks import TINY, edit_json, observation, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
-from gr00t_fast.control.telling import summary
+from gr00t_fast.control.trace import summary
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError
 

@@ -35,7 +35,7 @@ from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.errors import ServerError, ServerUnreachableError
 from gr00t_fast.remote import connect
 from gr00t_fast.serving import PolicyServer

@@ -21,11 +21,11 @@ from virtual_worker import VirtualWorker
 from gr00t_fast import cli
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.hold import HoldWatch
+from gr00t_fast.control.controller import HoldLimit
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.worker import ThreadWorker, thread_left_running
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
@@ -397,7 +397,7 @@ def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: floa
 def test_every_time_the_arm_holds_counts_by_itself() -> None:
     """Missed ticks count as time; a target in between begins anew."""
     said: list[str] = []
-    watch = HoldWatch(FPS, 4.0, said.append)
+    watch = HoldLimit(FPS, 4.0, said.append)
     for begin in (0, 1000):
         for tick in range(begin, begin + 119, 7):
             watch(tick, starved=True)

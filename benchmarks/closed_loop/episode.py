@@ -19,7 +19,7 @@ from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import Controller, SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
-from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig

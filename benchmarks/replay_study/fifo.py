@@ -9,7 +9,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import Thinker, TickNote
+from gr00t_fast.control.controller import PolicyRunner, TickNote
 from gr00t_fast.control.worker import Outcome, Worker
 
 QUEUE_DEPTH = 5  # of the buffered loop that this baseline stands for
@@ -19,7 +19,7 @@ class FifoController:
     """A Controller. Thinks whenever the queue has room; what waited in the queue is played although the world has moved on."""
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
-        self._thinker, self._worker, self._depth = Thinker(policy, binding, "", clock), worker, depth
+        self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
         self.note = TickNote()
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
@@ -31,10 +31,10 @@ class FifoController:
         return self._playing is None and not self._queue
 
     def warm_up(self) -> None:
-        self._thinker.warm_up()
+        self._runner.warm_up()
 
     def reset(self) -> None:
-        self._thinker.policy.reset()
+        self._runner.policy.reset()
         self._queue.clear()
         self._playing, self._row = None, 0
 
@@ -70,7 +70,7 @@ class FifoController:
         return self._worker.close(timeout_s)
 
     def _submit(self, observation: Observation, tick: int) -> None:
-        self._worker.submit(lambda: (tick, self._thinker.think(observation)[0]))
+        self._worker.submit(lambda: (tick, self._runner.infer(observation)[0]))
 
     def _take(self, outcome: Outcome) -> None:
         if outcome.error is not None:

@@ -25,7 +25,7 @@ from gr00t_fast.control.controller import Controller, SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
 from gr00t_fast.control.safety import SafetyOptions
-from gr00t_fast.control.stop import StopSignals
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, Smoothing, ThreadedController, WhenLate
 from gr00t_fast.control.worker import ThreadWorker, Worker
 from gr00t_fast.errors import ConfigError

@@ -19,9 +19,8 @@ from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import Controller
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
-from gr00t_fast.control.stop import StopRequested, StopSignals
-from gr00t_fast.control.telling import Progress, dry_run_table
-from gr00t_fast.control.trace import RunTrace
+from gr00t_fast.control.signals import StopRequested, StopSignals
+from gr00t_fast.control.trace import Progress, RunTrace, dry_run_table
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001

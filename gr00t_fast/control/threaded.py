@@ -18,8 +18,7 @@ import numpy as np
 from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, ChunkBuffer, DelayEstimate, TimedChunk, Verdict
-from gr00t_fast.control.controller import Thinker, TickNote, check_horizon, check_length
-from gr00t_fast.control.hold import DEFAULT_MAX_HOLD_S, HoldWatch, timed_out
+from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, HoldLimit, PolicyRunner, TickNote, check_horizon, check_length, timed_out
 from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker, value_of, wait_alive
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
@@ -40,7 +39,7 @@ class OverlapOptions:
     see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
     max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or SLOWEST_TIMES the slowest inference so far where that
-    is longer (hold.py); None: no limit (the policy has one of its own).
+    is longer (HoldLimit); None: no limit (the policy has one of its own).
     """
 
     chunk_threshold: float | None = None
@@ -88,13 +87,13 @@ class ThreadedController:
                 "Use --smoothing=none or ensemble."
             )
         self.note = TickNote()
-        self._thinker = Thinker(policy, binding, instruction, clock)
+        self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._fps, self._horizon, self._clock, self._keep_alive = fps, action_horizon, clock, keep_alive
         self._worker = worker or ThreadWorker()
         self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", resume=self.options.when_late == "resume")
         # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
         self._delay = DelayEstimate(1.0 if self.options.continues else DELAY_QUANTILE)
-        self._watch = HoldWatch(fps, self.options.max_hold_s, echo)
+        self._watch = HoldLimit(fps, self.options.max_hold_s, echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
         self._entered: ActionChunk | None = None
         self._reset_policy = False
@@ -113,7 +112,7 @@ class ThreadedController:
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
         options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
-        self._worker.submit(lambda: self._thinker.warm_up(**options))
+        self._worker.submit(lambda: self._runner.warm_up(**options))
         timing_ms = value_of(wait_alive(self._worker, self._clock, None, self._keep_alive))
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.continues and "total" in timing_ms:
@@ -171,7 +170,7 @@ class ThreadedController:
             "delay_ticks": percentiles(self._delays),
             "delay_estimate_ticks": percentiles(self._estimates),
             "inference_left_running": self._left_running,
-            **self._thinker.summary(),
+            **self._runner.summary(),
         }
 
     def close(self, timeout_s: float) -> bool:
@@ -203,8 +202,8 @@ class ThreadedController:
 
         def think() -> TimedChunk:
             if reset:
-                self._thinker.policy.reset()
-            chunk, actions = self._thinker.think(observation, **options)
+                self._runner.policy.reset()
+            chunk, actions = self._runner.infer(observation, **options)
             check_length(chunk, self._horizon)
             chunk = dataclasses.replace(chunk, targets=chunk.targets[: self._horizon])
             return TimedChunk(chunk, tick, episode, {key: values[: self._horizon] for key, values in actions.items()})

@@ -212,7 +212,7 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
 @contextlib.contextmanager
 def undisturbed(problems: list[str]) -> Iterator[None]:
     """Hold off Ctrl-C, SIGTERM and their like: an impatient second one must not leave motors holding. They are noted, then forgotten; so is the
-    timer that repeats an earlier one (control/stop.py)."""
+    timer that repeats an earlier one (control/signals.py)."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
