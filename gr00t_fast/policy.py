@@ -41,7 +41,7 @@ from gr00t_fast.engine import (
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.facts import check_cameras, facts_of
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
+from gr00t_fast.observation import PolicyInput, check_pixels, parse_observation, parse_prefix
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.timing import StageTimer
 from gr00t_fast.transforms import ActionTransform, StateTransform, pixel_values, to_trained_size
@@ -329,6 +329,8 @@ class Gr00tPolicy:
         return self._raw_inputs(parse_observation(observation, self._pieces.data_config, self._pieces.state.widths))
 
     def _raw_inputs(self, parsed: PolicyInput) -> RawInputs:
+        trained = [self._pieces.metadata.cameras[key] for key in parsed.frames]
+        check_pixels(parsed.batch * sum(camera.width * camera.height for camera in trained), "at the size of the training videos")
         ids, lengths, image_positions = self._prompt(parsed.instructions)
         frames = [self._trained_size(key, frames) for key, frames in parsed.frames.items()]
         return RawInputs(frames, ids, lengths, image_positions, self._pieces.state(parsed.state))

@@ -16,6 +16,7 @@ from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, cl
 
 PROMPT_STYLES = ("plain", "nvidia")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
+MAX_TEXT_TOKENS = 512  # a chosen limit: twice what a picture has; SO-100 instructions take 30 to 50
 HUB_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # holds the same files; used when none are found locally
 
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -63,6 +64,8 @@ class PromptEncoder:
         text = render_prompt(instruction, self._cameras, self._tokens_per_camera, self.style)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
+        if (text_tokens := len(ids) - expected) > MAX_TEXT_TOKENS:
+            raise ObservationError(f"the prompt has {text_tokens} tokens besides its pictures, expected at most {MAX_TEXT_TOKENS}. Shorten the instruction.")
         if (found := int((ids == self.image_token_id).sum())) != expected:
             raise ObservationError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
         ids.setflags(write=False)

@@ -22,7 +22,7 @@ from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import WireError
 from gr00t_fast.optional import require
 
-MAX_MESSAGE_BYTES = 64 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
+MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.
 _MAX_CONTAINERS = 512
 _MAX_ELEMENTS = 2048
