@@ -6,7 +6,6 @@ Imports of torch, lerobot and mujoco happen in the functions that need them: `--
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -24,9 +23,10 @@ from gr00t_fast.control.safety import DEFAULT_MAX_HELD_TICKS, DEFAULT_MAX_STEP_D
 from gr00t_fast.control.stop import StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
-from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
+from gr00t_fast.errors import ConfigError, Gr00tFastError, closest, exit_code_of, is_output_lost, tell_lost_output
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
+from gr00t_fast.strict_json import read_json
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _FPS_RANGE = (1, 200)  # Hz; six servos take about 4 ms for one read and one write
@@ -41,6 +41,7 @@ class RunConfig:
 
     robot: RobotConfig | None = None
     model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required without --server
+    revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
     server: str = ""  # infer on this policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's; --model_path gives facts it does not tell
     api_token: str | None = None  # secret that the policy server asks for
     server_timeout_s: float = 5.0  # how long an answer of the policy server may take
@@ -218,8 +219,8 @@ def check_checkpoint(config: RunConfig) -> None:
     """
     directory = Path(config.model_path).expanduser()
     try:
-        horizon = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["action_head_cfg"]["action_horizon"])
-        metadata = json.loads((directory / "experiment_cfg" / "metadata.json").read_text(encoding="utf-8"))
+        horizon = int(read_json(directory / "config.json")["action_head_cfg"]["action_horizon"])
+        metadata = read_json(directory / "experiment_cfg" / "metadata.json")
         cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
@@ -263,11 +264,7 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
     """Parse, run, and turn every expected failure into one message on stderr and an exit code. Bugs keep their traceback."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
-        with contextlib.suppress(BrokenPipeError):  # `| head`
-            print(help_text(), flush=True)
-            return EXIT_OK
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return exit_code_of(print_help)
     try:
         config = parse(argv)
     except UsageError as error:
@@ -281,11 +278,19 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
         return request.exit_code
     except KeyboardInterrupt:
         return EXIT_CTRL_C
-    except BrokenPipeError:  # the arm has landed by now
-        with contextlib.suppress(OSError):  # it may have read stderr too
-            print("error: nobody reads this program's output any more (a closed pipe, as with `| head`); the run has ended.", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
-        return EXIT_ERROR
+    except OSError as error:  # the arm has landed by now
+        if not is_output_lost(error):
+            raise
+        return tell_lost_output(error)
+
+
+def print_help() -> int:
+    """A reader that has seen enough, as with `| head`, is no error."""
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
 
 
 def _explain(error: Gr00tFastError, code: int, verbose: bool) -> int:

@@ -6,7 +6,10 @@ One class per thing the user can act on. Each message has three parts: what was 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -86,3 +89,39 @@ def attempt(work: Callable[[], T], interrupted: str) -> tuple[T | None, int]:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return None, 130
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """For programs: what `program` returns, or what `tell_lost_output` does when its output cannot be written."""
+    try:
+        code = program()
+        sys.stdout.flush()
+    except OSError as error:
+        if not is_output_lost(error):
+            raise
+        return tell_lost_output(error)
+    return code
+
+
+def is_output_lost(error: OSError) -> bool:
+    """Whether it came from writing to standard output: a pipe whose reader left, a full disk, a terminal that is gone."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+        return False
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except OSError:
+        return True
+    return False
+
+
+def tell_lost_output(error: OSError) -> int:
+    """Says so on stderr and returns exit code 1."""
+    with contextlib.suppress(OSError):  # it may have been stderr too
+        reader_left = isinstance(error, BrokenPipeError)
+        reason = "nobody reads this program's output any more (a closed pipe, as with `| head`)"
+        print(f"error: {reason if reader_left else f'cannot write to the output ({error.strerror})'}; the run has ended.", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+    return 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
 
@@ -22,8 +22,6 @@ _SHOWN.maxstring = _SHOWN.maxother = 80
 _SHOWN_ITEMS = 12
 # What one call may cost, checked before anything is computed. NVIDIA's code has no such limits; these are chosen.
 MAX_BATCH = 64
-MAX_PIXELS = 2**25  # of all pictures together, as they come and at the trained size: 64 of 640x480 or 16 pairs of 1280x720
-MIN_FRAME_PX, MAX_FRAME_PX = 32, 8192  # each way: nothing is left to see of less after the crop; no camera delivers more
 MAX_INSTRUCTION_CHARACTERS = 2048
 
 
@@ -63,7 +61,9 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
 def check_pixels(pixels: int, how: str) -> None:
     """Raises ObservationError for more than a call may hold."""
     if pixels > MAX_PIXELS:
-        raise ObservationError(f"observation: the pictures have {pixels} pixels {how}, expected at most {MAX_PIXELS} in one call. Use smaller batches.")
+        raise ObservationError(
+            f"observation: the pictures have {pixels} pixels {how}, expected at most {MAX_PIXELS} in one call. Use smaller batches."
+        )
 
 
 def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: PolicyInput, horizon: int) -> dict[str, np.ndarray]:
@@ -102,7 +102,7 @@ def _frames(key: str, value: Any) -> tuple[np.ndarray, bool]:
     if array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
         raise ObservationError(f"{key}: expected shape (1, height, width, 3), or (batch, 1, height, width, 3); got {array.shape}.")
     height, width = array.shape[-3:-1]
-    if not (MIN_FRAME_PX <= min(height, width) and max(height, width) <= MAX_FRAME_PX):
+    if not (min(height, width) >= MIN_FRAME_PX and max(height, width) <= MAX_FRAME_PX):
         raise ObservationError(f"{key}: expected pictures of {MIN_FRAME_PX} to {MAX_FRAME_PX} pixels each way, got {width}x{height}.")
     return _drop_time(key, array if batched else array[None]), batched
 

@@ -66,9 +66,11 @@ def load_policy(
     processor_path: str | Path | None = None,
     prompt_style: str = "plain",
     seed: int | None = None,
+    revision: str | None = None,
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
 
+    `revision` is the commit, tag or branch of a hub id: without a commit the weights may be others tomorrow.
     `denoising_steps` and `action_horizon` default to the checkpoint's own. `engine_path` is the directory of an export or of a calibration, for
     engines that need one (default: `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own, with
     `device` and `dtype`, can stand for a name. Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing,
@@ -76,12 +78,11 @@ def load_policy(
     """
     own, name = (engine, "auto") if hasattr(engine, "run") else (None, engine)
     _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
-    if engine_path is not None:
-        _check_words(engine_path=engine_path)
+    _check_words(**{name: value for name, value in (("engine_path", engine_path), ("revision", revision)) if value is not None})
     check_engine(name, engine_path)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
-    checkpoint = open_checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path, revision=revision)
     metadata = checkpoint.embodiment(embodiment_tag)
     config = load_data_config(data_config)
     language = checkpoint.config.language

@@ -41,8 +41,9 @@ def connect(
     data_config: str = "so100",
     action_horizon: int | None = None,
     echo: Callable[[str], None] = print,
+    revision: str | None = None,
 ) -> RemotePolicy:
-    """Reach the server and learn what it serves. `model_path`: where to read the facts that a server like NVIDIA's does not tell.
+    """Reach the server and learn what it serves. `model_path`, `revision`: where to read the facts that a server like NVIDIA's does not tell.
     `action_horizon`: how many actions an answer must have at least; None: any number.
 
     Raises ServerUnreachableError when nobody answers, ServerError for a wrong token, ConfigError when address or metadata do not fit.
@@ -53,7 +54,7 @@ def connect(
         served, facts = client.get_modality_config(), client.get_facts()
         tells_facts = facts is not None
         if facts is None:
-            facts = read_facts(model_path, embodiment_tag, data_config) if model_path else _facts_of_names(served)
+            facts = read_facts(model_path, embodiment_tag, data_config, revision) if model_path else _facts_of_names(served)
         elif model_path:
             echo("note: --model_path is not used: the server itself says what its checkpoint was trained on.")
         _check_names(facts, served)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.errors import Gr00tFastError, exit_code_of
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.optional import require
 from gr00t_fast.serving.listening import check_port_free
@@ -23,7 +23,7 @@ EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
 _POLICY_OPTIONS = (
     *("embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "precision", "engine", "engine_path"),
-    *("processor_path", "prompt_style", "seed"),
+    *("processor_path", "prompt_style", "seed", "revision"),
 )
 
 
@@ -32,6 +32,7 @@ class ServeConfig:
     """Everything the command line says."""
 
     model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
+    revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 5555  # TCP port to listen on
     address: str = ""  # any ZeroMQ address instead of host and port, e.g. ipc:///tmp/gr00t.sock
@@ -165,4 +166,4 @@ def _help_lines(flag: Flag) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))
