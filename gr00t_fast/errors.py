@@ -17,8 +17,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+_HEAD_CHARACTERS, _TAIL_CHARACTERS = 4000, 1000
+
+
 class Gr00tFastError(Exception):
-    """Base of all errors with an explanation for the user."""
+    """Base of all errors with an explanation for the user. One that quotes a hostile file or message at length shows its beginning and its end."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        left_out = len(text) - _HEAD_CHARACTERS - _TAIL_CHARACTERS
+        return text if left_out <= 0 else f"{text[:_HEAD_CHARACTERS]} ... ({left_out} characters left out) ... {text[-_TAIL_CHARACTERS:]}"
 
 
 class ConfigError(Gr00tFastError, ValueError):
@@ -104,16 +112,8 @@ def exit_code_of(program: Callable[[], int]) -> int:
 
 
 def is_output_lost(error: OSError) -> bool:
-    """Whether it came from writing to standard output: a pipe whose reader left, a full disk, a terminal that is gone."""
-    if isinstance(error, BrokenPipeError):
-        return True
-    if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
-        return False
-    try:
-        sys.stdout.flush()  # what could not be written is still there
-    except OSError:
-        return True
-    return False
+    """Whether it came from writing: a pipe whose reader left, a full disk, a terminal that is gone."""
+    return isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
 
 
 def tell_lost_output(error: OSError) -> int:
