@@ -1,7 +1,7 @@
 """Who is connected to a policy server, and what each may hold of its memory and time before it has been served.
 
-Nothing is reserved for what a client announces, only for what has arrived. Where places or memory run out, newcomers are still heard: the connection
-that has never been answered, of the host that holds most, and the oldest of these, is closed. All of this is on the event loop's thread.
+Nothing is reserved for what a client announces, only for what has arrived. Where places or memory run out, newcomers are still heard: a connection
+that was never served, of the host that holds most, and the oldest of these, is closed. All of this is on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MAX_CONNECTIONS = 128
-_REFUSALS_SHARE = 0.25  # of the event loop's time, for messages that are answered without an inference; the rest is for those that are not
+UNFINISHED_BYTES = 2**25  # of all unfinished messages; one may go beyond
+# A newcomer keeps its place for so long, in which an honest one sends its request; for this there are so many times the places.
+_GRACE_S, _GRACE_PLACES = 0.1, 3
+_PATIENCE_S = 0.15  # for a message of a usual size from this network
+_REFUSALS_SHARE = 0.2  # of the event loop's time, for messages that are answered without an inference; the rest is for those that are not
 
 
 @dataclass(eq=False)
@@ -31,24 +35,34 @@ class Connection:
 class Connections:
     """All connections of one server, in bounded number and with a bounded number of bytes in unfinished messages."""
 
-    def __init__(self, unfinished_limit_bytes: int, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(self, unfinished_limit_bytes: int = UNFINISHED_BYTES, max_connections: int = MAX_CONNECTIONS) -> None:
         self._limit_bytes, self._max_connections = unfinished_limit_bytes, max_connections
         self._known: set[Connection] = set()
         self._unfinished_bytes = 0
+        self._waiting: dict[Connection, Callable[[], None]] = {}
         self._refusals_until_s = 0.0
 
     def enter(self, connection: Connection) -> None:
         """A newcomer takes the place of another one when all are taken; where every other one waits for its answer, it is closed itself."""
         self._known.add(connection)
-        if len(self._known) > self._max_connections:
-            idle = [each for each in self._known if not each.waiting and each is not connection]
-            self._close(self._least(idle, Counter(each.host for each in self._known)) if idle else connection)
+        if len(self._known) <= self._max_connections:
+            return
+        idle = [each for each in self._known if not each.waiting and each is not connection]
+        if len(self._known) <= _GRACE_PLACES * self._max_connections:
+            newest_s = time.monotonic() - _GRACE_S
+            idle = [each for each in idle if each.since_s < newest_s]
+            if not idle:
+                return
+        self._close(self._least(idle, Counter(each.host for each in self._known)) if idle else connection)
 
     def leave(self, connection: Connection) -> None:
         """Calling it again is harmless."""
-        if connection in self._known:
-            self.holds(connection, 0)
-            self._known.discard(connection)
+        self.holds(connection, 0)
+        self._known.discard(connection)
+
+    def __contains__(self, connection: Connection) -> bool:
+        """Whether it has not been closed."""
+        return connection in self._known
 
     def expect(self, connection: Connection, what: str, within_s: float | None) -> None:
         """Close the connection unless `what` is done in time; None: it is done."""
@@ -58,16 +72,44 @@ class Connections:
             connection.deadlines_s[what] = time.monotonic() + within_s
 
     def holds(self, connection: Connection, size_bytes: int) -> None:
-        """Its unfinished message takes so much memory now; 0: it is finished or given up. Too much in all closes connections."""
+        """Its unfinished message takes so much memory now; 0: it is finished or given up."""
+        if connection not in self._known:
+            return
         if not size_bytes or not connection.unfinished_bytes:
             connection.since_s = time.monotonic()
+        freed = size_bytes < connection.unfinished_bytes
         self._unfinished_bytes += size_bytes - connection.unfinished_bytes
         connection.unfinished_bytes = size_bytes
+        if freed:
+            self.wake()
+
+    def may_go_on(self, connection: Connection, go_on: Callable[[], None]) -> bool:
+        """Whether its message may take more memory. If not, `go_on` is called once it may, or the connection has been closed.
+
+        Others are closed for it, if they were never served and have not finished their message in the time that an honest one takes; for a connection
+        that was served, whatever their age. The oldest unfinished message may always go on, so that somebody finishes.
+        """
         while self._unfinished_bytes > self._limit_bytes:
-            holders: Counter[str] = Counter()
-            for each in self._known:
-                holders[each.host] += each.unfinished_bytes
-            self._close(self._least([each for each in self._known if each.unfinished_bytes], holders))
+            holders = [each for each in self._known if each.unfinished_bytes]
+            if connection not in self._known or all(each.since_s >= connection.since_s for each in holders):
+                return True
+            oldest_s = time.monotonic() - (0.0 if connection.served else _PATIENCE_S)
+            idle = [each for each in holders if each is not connection and not each.served and each.since_s < oldest_s]
+            if not idle:
+                self._waiting[connection] = go_on
+                return False
+            held = Counter[str]()
+            for each in holders:
+                held[each.host] += each.unfinished_bytes
+            self._close(self._least(idle, held))
+        return True
+
+    def wake(self) -> None:
+        """Let those go on that may by now. To be called every now and then."""
+        waiting, self._waiting = self._waiting, {}
+        for connection, go_on in waiting.items():
+            if self.may_go_on(connection, go_on):
+                go_on()
 
     def pause_s(self, cost_s: float) -> float:
         """How long a connection has to wait after a message that cost `cost_s` of the event loop and asked for no inference.
@@ -77,6 +119,11 @@ class Connections:
         now_s = time.monotonic()
         self._refusals_until_s = max(self._refusals_until_s, now_s) + cost_s / _REFUSALS_SHARE
         return self._refusals_until_s - now_s
+
+    @property
+    def crowded(self) -> bool:
+        """Whether unfinished messages take half of what they may: from then on those of clients that were never served share the time of refusals."""
+        return self._unfinished_bytes > self._limit_bytes // 2
 
     def close_overdue(self) -> None:
         """To be called every now and then."""

@@ -42,14 +42,16 @@ from gr00t_fast.serving.wire_json import from_json, to_json
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carries more
-_UNFINISHED_SPARE_BYTES = 2**24
 # A connection is closed when it has not said this much by then, however often it sends another byte.
 HEADER_S = 10.0  # its first request's header
 IDLE_S = 30.0  # another request's header; also for the client to take an answer
 BODY_S = 30.0
 _ANSWER_S = 120.0  # no inference takes so long; without it a bug in the queue would keep the connection for ever
 _REFUSAL_COST_S = 0.0005  # of the event loop, besides what reading the body took: uvicorn's reading of the header
+_BYTE_COST_S = 2e-9  # reading a body
 _STOP_S = 1
+_UNCOUNTED_BYTES = 2**18  # MAX_CONNECTIONS times this is little
+_BACKLOG = 256  # the event loop accepts so many connections before it reads again
 _LOCAL_NAMES = ("localhost",)
 _Event = dict[str, Any]
 
@@ -70,7 +72,7 @@ class HttpPolicyServer(PolicyHost):
         self._records: dict[tuple[str, int], Connection] = {}  # by the client's address and port
         listener, numeric = listen_on_tcp(host, port)
         traffic, self._budget = Traffic(), ByteBudget(BUDGET_MESSAGES * MAX_BODY_BYTES)
-        connections = Connections(MAX_BODY_BYTES + _UNFINISHED_SPARE_BYTES)
+        connections = Connections()
         super().__init__(listener, f"http://{numeric}", InferenceQueue(traffic, self._budget), traffic, connections)
         if api_token is None and not is_local(self.address):
             log.warning("%s can be reached from other machines and no api_token is asked for", self.address)
@@ -88,6 +90,7 @@ class HttpPolicyServer(PolicyHost):
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
             timeout_keep_alive=int(IDLE_S),
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=_STOP_S,
         )
         server = self._uvicorn.Server(config)
@@ -106,16 +109,13 @@ class HttpPolicyServer(PolicyHost):
         if record is None:  # closed meanwhile
             return
         self._connections.expect(record, "header", None)
-        status, message, keep = 200, None, True
-        began_s = time.perf_counter()
+        status, message, keep, pause_s = 200, None, True, 0.0
         try:
             message = await self._respond(scope, receive, record)
-        except _Refusal as refusal:
+        except _Refusal as refusal:  # it holds what was refused, so nothing is waited for in here
             self._traffic.refused(str(refusal))
             status, message, keep = refusal.status, {"detail": str(refusal)}, refusal.keep
-            if not refusal.waited:
-                cost_s = _REFUSAL_COST_S if refusal.read_s is None else _REFUSAL_COST_S + time.perf_counter() - refusal.read_s
-                await asyncio.sleep(self._connections.pause_s(min(cost_s, time.perf_counter() - began_s + _REFUSAL_COST_S)))
+            pause_s = self._connections.pause_s(_REFUSAL_COST_S + refusal.cost_s)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
@@ -123,6 +123,9 @@ class HttpPolicyServer(PolicyHost):
             status, message, keep = 500, {"detail": reason_of(f"{type(error).__name__}: {error}")}, False
         finally:
             self._connections.holds(record, 0)
+        if record not in self._connections:
+            return
+        await asyncio.sleep(pause_s)
         await _send(send, status, message, keep)
         self._connections.expect(record, "header", IDLE_S)
 
@@ -163,16 +166,25 @@ class HttpPolicyServer(PolicyHost):
     async def _body(self, receive: Callable[[], Awaitable[_Event]], record: Connection) -> bytearray:
         """Counted as it arrives. Raises _Refusal."""
         body = bytearray()
-        while True:
-            event = await receive()
-            if event["type"] == "http.disconnect":
-                raise _Refusal(400, "the client closed the connection in the middle of its request.")
-            body += event["body"]
-            if len(body) > MAX_BODY_BYTES:
-                raise _too_large()
-            self._connections.holds(record, len(body))
-            if not event.get("more_body"):
-                return body
+        try:
+            while True:
+                event = await receive()
+                if event["type"] == "http.disconnect" or record not in self._connections:
+                    raise _Refusal(400, "the client closed the connection in the middle of its request.")
+                body += event["body"]
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+                self._connections.holds(record, len(body) if len(body) > _UNCOUNTED_BYTES else 0)
+                go_on = asyncio.Event()
+                if not self._connections.may_go_on(record, go_on.set):
+                    await go_on.wait()
+                if self._connections.crowded and len(body) > _UNCOUNTED_BYTES:
+                    await asyncio.sleep(self._connections.pause_s(len(event["body"]) * _BYTE_COST_S))
+                if not event.get("more_body"):
+                    return body
+        except BaseException:
+            body.clear()  # asyncio.wait_for leaves the exception, and with it this frame, to the garbage collector
+            raise
 
     async def _act(self, body: bytearray, record: Connection) -> Any:
         began_s, answered = time.perf_counter(), asyncio.get_running_loop().create_future()
@@ -187,9 +199,10 @@ class HttpPolicyServer(PolicyHost):
             self._connections.holds(record, 0)
             self._queue.submit(lambda: self._policy.get_action(observation), answer, size_bytes)
         except ServerError as error:
-            raise _Refusal(503, str(error), keep=True, read_s=began_s) from error
+            raise _Refusal(503, str(error), keep=True, cost_s=time.perf_counter() - began_s) from error
         except Gr00tFastError as error:
-            raise _Refusal(400, str(error), keep=True, read_s=began_s) from error
+            raise _Refusal(400, str(error), keep=True, cost_s=time.perf_counter() - began_s) from error
+        cost_s = time.perf_counter() - began_s
         record.waiting += 1
         try:
             outcome: Outcome = await asyncio.wait_for(answered, _ANSWER_S)
@@ -198,17 +211,17 @@ class HttpPolicyServer(PolicyHost):
         finally:
             record.waiting -= 1
         if outcome.error is not None:
-            raise _Refusal(500 if outcome.fault else 400, outcome.error, keep=True, waited=True)
+            raise _Refusal(500 if outcome.fault else 400, outcome.error, keep=True, cost_s=cost_s)
         record.served = True
         return outcome.value
 
 
 class _Refusal(Exception):  # noqa: N818 - not an error of the program: an HTTP answer
-    """`keep`: the body was read, so that another request may follow on the connection. `waited`: in the queue. `read_s`: when reading it began."""
+    """`keep`: the body was read, so that another request may follow on the connection. `cost_s`: what reading it cost the event loop."""
 
-    def __init__(self, status: int, detail: str, keep: bool = False, waited: bool = False, read_s: float | None = None) -> None:
+    def __init__(self, status: int, detail: str, keep: bool = False, cost_s: float = 0.0) -> None:
         super().__init__(reason_of(detail))
-        self.status, self.keep, self.waited, self.read_s = status, keep, waited, read_s
+        self.status, self.keep, self.cost_s = status, keep, cost_s
 
 
 def _too_large() -> _Refusal:

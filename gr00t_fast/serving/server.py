@@ -38,7 +38,6 @@ from gr00t_fast.serving.zmtp import Request, ZmtpConnection
 log = logging.getLogger(__name__)
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 5555
 _LINGER_S = 1.0  # how long closing waits for the last replies to leave
-_UNFINISHED_SPARE_BYTES = 2**24  # besides one message of the largest size: what honest clients are sending meanwhile
 
 
 class PolicyServer(PolicyHost):
@@ -68,7 +67,7 @@ class PolicyServer(PolicyHost):
             bound = f"tcp://{numeric}"
         traffic = Traffic()
         queue = InferenceQueue(traffic, ByteBudget(BUDGET_MESSAGES * max_message_bytes))
-        super().__init__(listener, bound, queue, traffic, Connections(max_message_bytes + _UNFINISHED_SPARE_BYTES))
+        super().__init__(listener, bound, queue, traffic, Connections())
         if api_token is None and not is_local(self.address):
             log.warning("%s can be reached from other machines and no api_token is asked for", self.address)
 
@@ -110,7 +109,7 @@ class PolicyServer(PolicyHost):
         if reply is not None:
             connection.answer_at_once(request.route, reply)
 
-    def _answer(self, message: bytearray, route: list[bytes], connection: ZmtpConnection) -> bytes | None:
+    def _answer(self, message: memoryview, route: list[bytes], connection: ZmtpConnection) -> bytes | None:
         """The reply, or None when it comes later. Raises Gr00tFastError with the reason of a refusal."""
         request = decode(message, self._max_bytes)
         if not isinstance(request, dict):

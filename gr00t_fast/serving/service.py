@@ -30,7 +30,7 @@ BUDGET_MESSAGES = 2  # the unanswered requests together may be as large as this 
 MAX_REASON_CHARACTERS = 1000  # of an error text; a longer one quotes the request
 MAX_WAIT_S = 15.0  # NVIDIA's clients mean to wait this long; an older request is answered with an error instead of being computed
 PROGRESS_EVERY_S = 10.0
-_SWEEP_S = 0.25
+_SWEEP_S = 0.05
 UNAUTHORISED = "Unauthorized: Invalid API token"  # NVIDIA's wording, which clients may compare
 SHUTTING_DOWN, BUSY = "the server is shutting down.", "busy: "  # refusals that pass: a client that can wait may look for them
 
@@ -259,6 +259,7 @@ class PolicyHost:
         while True:
             await asyncio.sleep(_SWEEP_S)
             self._connections.close_overdue()
+            self._connections.wake()
 
     def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Of one connection: the event loop closes it and goes on with the others."""

@@ -26,7 +26,7 @@ MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras tak
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.
 _MAX_CONTAINERS = 512
 _MAX_ELEMENTS = 2048
-_MAX_TEXT_BYTES = 2**16
+_MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?)([biufUS])(\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\),? ?\} *\n?")
@@ -177,6 +177,8 @@ def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...], order: str =
         wire_type = None
     if wire_type is None:
         raise WireError(f"dtype {dtype[:80]!r} is not accepted; expected numbers, bool or text, such as '<f4'.")
+    if wire_type.kind in "US" and len(data) > _MAX_TEXT_ARRAY_BYTES:
+        raise WireError(f"an array of text has {len(data)} bytes; at most {_MAX_TEXT_ARRAY_BYTES} are accepted.")
     if not wire_type.itemsize or len(shape) > _MAX_DIMENSIONS or not all(0 <= size <= _MAX_SIZE for size in shape):
         raise WireError(
             f"an array of dtype {dtype} with {len(shape)} dimensions is not accepted: at most {_MAX_DIMENSIONS}, none negative or absurd."

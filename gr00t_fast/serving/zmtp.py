@@ -7,6 +7,7 @@ is bounded in bytes and frames while it arrives. Clients are REQ and DEALER sock
 from __future__ import annotations
 
 import asyncio
+import mmap
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ _MAX_COMMAND_BYTES = 1024
 _MAX_ROUTE_FRAMES, _MAX_ROUTE_BYTES = 16, 256  # each proxy on the way adds one name of at most 255 bytes
 _MAX_PARTS = 1000  # of a message that will be refused; more end the connection
 _DROP_FACTOR = 2  # a message over the limit is skipped and refused with a reason; one over this many times the limit ends the connection
-_FIRST_BYTES = 2**18  # memory for a message grows as it arrives, from this on
-_SCRATCH_BYTES = 2**18
+_SCRATCH_BYTES = _STEP_BYTES = 2**18  # read at once: what one connection keeps the others waiting for
+_PAGE_BYTES = 2**21  # of memory; a huge one, as Linux may give
 _HANDSHAKE_S = 10.0
 _MESSAGE_S = 30.0  # from the first byte of a message to its last, and for a client to take its answers
 _Reading = Generator[memoryview, None, Any]
@@ -35,7 +36,7 @@ class Request:
     """A whole message. `body` is None when there was none or it was too large; `route` lacks its empty frame when no REQ client sent it."""
 
     route: list[bytes] = field(default_factory=list)
-    body: bytearray | None = None
+    body: memoryview | None = None
     parts: int = 0  # frames behind the route
     size_bytes: int = 0
 
@@ -69,7 +70,6 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         self._pending = b""  # read, and not looked at yet because of a hold
         self._holds: set[str] = set()  # why nothing is read now
         self._cost_s = self._began_s = 0.0
-        self._expected_bytes = _FIRST_BYTES
         self.record: Connection
 
     # --- what the event loop calls -----------------------------------------------------------------------------------------------------
@@ -125,15 +125,27 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         self.record.waiting -= 1
         self.record.served = self.record.served or served
         self._send(route, reply)
+        if served:
+            self._cost_s = 0.0
+        else:
+            self._pause()
         self._release("waiting")
 
     def answer_at_once(self, route: list[bytes], reply: bytes) -> None:
         """Of the request just taken; the connection's next one is read after a pause in proportion to its cost. Without a route nothing is sent."""
         if route:
             self._send(route, reply)
-        cost_s, self._cost_s, self._began_s = self._cost_s + time.perf_counter() - self._began_s, 0.0, time.perf_counter()
+        self._cost_s, self._began_s = self._cost_s + time.perf_counter() - self._began_s, time.perf_counter()
+        self._pause()
+
+    def _pause(self) -> None:
+        """What its refused messages cost since the last time holds this connection up, not the others."""
+        cost_s, self._cost_s = self._cost_s, 0.0
         self._hold("pause")
         asyncio.get_running_loop().call_later(self._connections.pause_s(cost_s), self._release, "pause")
+
+    def _go_on(self) -> None:
+        self._release("memory")
 
     def close_after_writing(self) -> None:
         self._transport.close()
@@ -249,18 +261,27 @@ class ZmtpConnection(asyncio.BufferedProtocol):
             yield from self._skip(size)
 
     def _body(self, size: int) -> _Reading:
-        """Memory grows with what has arrived; a client that was served before gets as much at once as its last picture took."""
-        body, filled = bytearray(min(size, self._expected_bytes if self.record.served else _FIRST_BYTES)), 0
+        """A picture's memory comes from the system, which gives a page of it when the first byte arrives, not when its size is announced.
+
+        Where many send at once, what a connection sends before it was ever served shares the time of refusals.
+        """
+        begun = yield from self._exactly(min(size, _STEP_BYTES))
+        if size <= _STEP_BYTES:
+            return memoryview(begun)
+        try:
+            room = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        except OSError:  # a system that promises no more than it has
+            raise _Violation from None
+        room[: len(begun)], filled = begun, len(begun)
         while filled < size:
-            self._connections.holds(self.record, len(body))
-            yield memoryview(body)[filled:]
-            filled = len(body)
-            if filled < size:
-                grown = bytearray(min(2 * filled, size))
-                grown[:filled] = body  # resizing it in place is not allowed while the event loop has a view of it
-                body = grown
-        self._expected_bytes = max(size, _FIRST_BYTES)
-        return body
+            self._connections.holds(self.record, -(-filled // _PAGE_BYTES) * _PAGE_BYTES)
+            if not self._connections.may_go_on(self.record, self._go_on):
+                self._hold("memory")
+            if not self.record.served and self._connections.crowded:
+                self._pause()
+            yield room[filled : filled + _STEP_BYTES]
+            filled = min(filled + _STEP_BYTES, size)
+        return room
 
     def _exactly(self, size: int) -> _Reading:
         if not size:
@@ -272,6 +293,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def _skip(self, size: int) -> _Reading:
         while size:
             count = min(size, _SCRATCH_BYTES - 1)  # shorter than the scratch memory: read through it
+            self._pause()
             yield self.trash[:count]
             size -= count
 
