@@ -15,8 +15,8 @@ MAX_CONNECTIONS = 128
 UNFINISHED_BYTES = 2**25  # of all unfinished messages; one may go beyond
 # A newcomer keeps its place for so long, in which an honest one sends its request; for this there are so many times the places.
 _GRACE_S, _GRACE_PLACES = 0.1, 3
-_PATIENCE_S = 0.15  # for a message of a usual size from this network
-_REFUSALS_SHARE = 0.2  # of the event loop's time, for messages that are answered without an inference; the rest is for those that are not
+_PATIENCE_S = 1.0  # for a message of a usual size from this network
+_LANE_SHARE = 0.2  # of the event loop's time
 
 
 @dataclass(eq=False)
@@ -30,17 +30,48 @@ class Connection:
     unfinished_bytes: int = 0  # memory that its unfinished message takes
     since_s: float = field(default_factory=time.monotonic)  # when it came, or last began or finished a message
     deadlines_s: dict[str, float] = field(default_factory=dict)  # by what it has to finish until then
+    held_since_s: float | None = None  # it waits for memory
+
+    def hold(self) -> None:
+        """It waits for memory: no time passes for the client."""
+        if self.held_since_s is None:
+            self.held_since_s = time.monotonic()
+
+    def go_on(self) -> None:
+        if self.held_since_s is not None:
+            self.since_s += time.monotonic() - self.held_since_s
+            self.held_since_s = None
+
+    def age_s(self, now_s: float) -> float:
+        """How long the client has had for what it does."""
+        return (now_s if self.held_since_s is None else self.held_since_s) - self.since_s
+
+
+class Lane:
+    """A share of the event loop's time for work that deserves no more, so that a flood of it leaves the rest to inferences and honest clients."""
+
+    def __init__(self) -> None:
+        self._until_s = 0.0
+
+    def pause_s(self, cost_s: float) -> float:
+        """How long a connection has to wait after work of the lane that took `cost_s`."""
+        now_s = time.monotonic()
+        self._until_s = max(self._until_s, now_s) + cost_s / _LANE_SHARE
+        return self._until_s - now_s
 
 
 class Connections:
-    """All connections of one server, in bounded number and with a bounded number of bytes in unfinished messages."""
+    """All connections of one server, in bounded number and with a bounded number of bytes in unfinished messages.
+
+    `refusals`: lane of messages that are answered without an inference; `uploads`: of those of connections that were never served, when crowded.
+    """
 
     def __init__(self, unfinished_limit_bytes: int = UNFINISHED_BYTES, max_connections: int = MAX_CONNECTIONS) -> None:
         self._limit_bytes, self._max_connections = unfinished_limit_bytes, max_connections
         self._known: set[Connection] = set()
         self._unfinished_bytes = 0
         self._waiting: dict[Connection, Callable[[], None]] = {}
-        self._refusals_until_s = 0.0
+        self.refusals, self.uploads = Lane(), Lane()
 
     def enter(self, connection: Connection) -> None:
         """A newcomer takes the place of another one when all are taken; where every other one waits for its answer, it is closed itself."""
@@ -50,7 +81,7 @@ class Connections:
         idle = [each for each in self._known if not each.waiting and each is not connection]
         if len(self._known) <= _GRACE_PLACES * self._max_connections:
             newest_s = time.monotonic() - _GRACE_S
-            idle = [each for each in idle if each.since_s < newest_s]
+            idle = [each for each in idle if not each.served and each.since_s < newest_s]
             if not idle:
                 return
         self._close(self._least(idle, Counter(each.host for each in self._known)) if idle else connection)
@@ -87,14 +118,17 @@ class Connections:
         """Whether its message may take more memory. If not, `go_on` is called once it may, or the connection has been closed.
 
         Others are closed for it, if they were never served and have not finished their message in the time that an honest one takes; for a connection
-        that was served, whatever their age. The oldest unfinished message may always go on, so that somebody finishes.
+        that was served, whatever their age. The oldest unfinished message may always go on, so that somebody finishes, and so may one that takes less
+        than its equal share.
         """
         while self._unfinished_bytes > self._limit_bytes:
             holders = [each for each in self._known if each.unfinished_bytes]
+            if connection.unfinished_bytes <= self._limit_bytes // len(holders):
+                return True
             if connection not in self._known or all(each.since_s >= connection.since_s for each in holders):
                 return True
-            oldest_s = time.monotonic() - (0.0 if connection.served else _PATIENCE_S)
-            idle = [each for each in holders if each is not connection and not each.served and each.since_s < oldest_s]
+            now_s, patience_s = time.monotonic(), 0.0 if connection.served else _PATIENCE_S
+            idle = [each for each in holders if each is not connection and not each.served and each.age_s(now_s) > patience_s]
             if not idle:
                 self._waiting[connection] = go_on
                 return False
@@ -111,18 +145,9 @@ class Connections:
             if self.may_go_on(connection, go_on):
                 go_on()
 
-    def pause_s(self, cost_s: float) -> float:
-        """How long a connection has to wait after a message that cost `cost_s` of the event loop and asked for no inference.
-
-        All such messages together get a share of the time: a flood of them leaves the rest to the inferences, which are in the same process.
-        """
-        now_s = time.monotonic()
-        self._refusals_until_s = max(self._refusals_until_s, now_s) + cost_s / _REFUSALS_SHARE
-        return self._refusals_until_s - now_s
-
     @property
     def crowded(self) -> bool:
-        """Whether unfinished messages take half of what they may: from then on those of clients that were never served share the time of refusals."""
+        """Whether unfinished messages take half of what they may."""
         return self._unfinished_bytes > self._limit_bytes // 2
 
     def close_overdue(self) -> None:

@@ -51,7 +51,7 @@ _REFUSAL_COST_S = 0.0005  # of the event loop, besides what reading the body too
 _BYTE_COST_S = 2e-9  # reading a body
 _STOP_S = 1
 _UNCOUNTED_BYTES = 2**18  # MAX_CONNECTIONS times this is little
-_BACKLOG = 256  # the event loop accepts so many connections before it reads again
+_BACKLOG = 128  # the event loop accepts so many connections before it reads again
 _LOCAL_NAMES = ("localhost",)
 _Event = dict[str, Any]
 
@@ -115,7 +115,7 @@ class HttpPolicyServer(PolicyHost):
         except _Refusal as refusal:  # it holds what was refused, so nothing is waited for in here
             self._traffic.refused(str(refusal))
             status, message, keep = refusal.status, {"detail": str(refusal)}, refusal.keep
-            pause_s = self._connections.pause_s(_REFUSAL_COST_S + refusal.cost_s)
+            pause_s = self._connections.refusals.pause_s(_REFUSAL_COST_S + refusal.cost_s)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
@@ -177,9 +177,11 @@ class HttpPolicyServer(PolicyHost):
                 self._connections.holds(record, len(body) if len(body) > _UNCOUNTED_BYTES else 0)
                 go_on = asyncio.Event()
                 if not self._connections.may_go_on(record, go_on.set):
+                    record.hold()
                     await go_on.wait()
+                    record.go_on()
                 if self._connections.crowded and len(body) > _UNCOUNTED_BYTES:
-                    await asyncio.sleep(self._connections.pause_s(len(event["body"]) * _BYTE_COST_S))
+                    await asyncio.sleep(self._connections.uploads.pause_s(len(event["body"]) * _BYTE_COST_S))
                 if not event.get("more_body"):
                     return body
         except BaseException:

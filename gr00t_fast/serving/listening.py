@@ -11,8 +11,9 @@ import stat
 from gr00t_fast.errors import ServerError
 
 _BACKLOG = 128
-# Connections to machines that vanished without closing them are noticed after 25 s.
-_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+# Connections to machines that vanished without closing them are noticed after 25 s. One that says nothing is the kernel's until then: clients of
+# ZeroMQ and of HTTP speak first.
+_OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_DEFER_ACCEPT": 10}
 
 
 def numeric_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:
@@ -40,8 +41,8 @@ def listen_on_tcp(host: str, port: int) -> tuple[socket.socket, str]:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted connections inherit these
-        for name, value in _KEEPALIVE.items():
-            if hasattr(socket, name):
+        for name, value in _OPTIONS.items():
+            if hasattr(socket, name):  # Linux has all of them
                 listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         listener.bind((address, port))
         _listen(listener)

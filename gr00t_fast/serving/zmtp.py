@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gr00t_fast.serving.connections import Connection, Connections
+from gr00t_fast.serving.connections import Connection, Connections, Lane
 
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 _GREETING = _SIGNATURE + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)  # version 3.0, no security, not a server of security
@@ -128,23 +128,24 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         if served:
             self._cost_s = 0.0
         else:
-            self._pause()
+            self._began_s = time.perf_counter()
+            self._pause(self._connections.refusals)
         self._release("waiting")
 
     def answer_at_once(self, route: list[bytes], reply: bytes) -> None:
         """Of the request just taken; the connection's next one is read after a pause in proportion to its cost. Without a route nothing is sent."""
         if route:
             self._send(route, reply)
-        self._cost_s, self._began_s = self._cost_s + time.perf_counter() - self._began_s, time.perf_counter()
-        self._pause()
+        self._pause(self._connections.refusals)
 
-    def _pause(self) -> None:
-        """What its refused messages cost since the last time holds this connection up, not the others."""
-        cost_s, self._cost_s = self._cost_s, 0.0
+    def _pause(self, lane: Lane) -> None:
+        """What this connection cost since the last time holds itself up, not the others."""
+        cost_s, self._cost_s, self._began_s = self._cost_s + time.perf_counter() - self._began_s, 0.0, time.perf_counter()
         self._hold("pause")
-        asyncio.get_running_loop().call_later(self._connections.pause_s(cost_s), self._release, "pause")
+        asyncio.get_running_loop().call_later(lane.pause_s(cost_s), self._release, "pause")
 
     def _go_on(self) -> None:
+        self.record.go_on()
         self._release("memory")
 
     def close_after_writing(self) -> None:
@@ -263,7 +264,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def _body(self, size: int) -> _Reading:
         """A picture's memory comes from the system, which gives a page of it when the first byte arrives, not when its size is announced.
 
-        Where many send at once, what a connection sends before it was ever served shares the time of refusals.
+        Where many send at once, connections that were never served share a lane.
         """
         begun = yield from self._exactly(min(size, _STEP_BYTES))
         if size <= _STEP_BYTES:
@@ -276,9 +277,10 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         while filled < size:
             self._connections.holds(self.record, -(-filled // _PAGE_BYTES) * _PAGE_BYTES)
             if not self._connections.may_go_on(self.record, self._go_on):
+                self.record.hold()
                 self._hold("memory")
             if not self.record.served and self._connections.crowded:
-                self._pause()
+                self._pause(self._connections.uploads)
             yield room[filled : filled + _STEP_BYTES]
             filled = min(filled + _STEP_BYTES, size)
         return room
@@ -293,7 +295,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def _skip(self, size: int) -> _Reading:
         while size:
             count = min(size, _SCRATCH_BYTES - 1)  # shorter than the scratch memory: read through it
-            self._pause()
+            self._pause(self._connections.uploads)
             yield self.trash[:count]
             size -= count
 
