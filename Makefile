@@ -5,7 +5,9 @@ GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml constraints.txt
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
+INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
 .PHONY: help demo test soak lint bench gpu-check clean

@@ -1,8 +1,9 @@
-"""Optional packages, and what importing them must not do."""
+"""Packages of others: what importing them must not do, and that those which build them are pinned."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,16 @@ def test_openvino_posts_nothing_and_writes_no_client_id(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["done"], done.stdout + done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+def test_the_tools_that_build_packages_are_pinned() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    build = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r'"([^"]*)"', build[1]) == [f"setuptools=={pins['setuptools']}"]
+    assert "wheel" in pins  # what pip adds for packages that do not say how they are built
+    done = subprocess.run(["make", "-n", "-B", ".venv/.dev"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    installs = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "pip install" in line]
+    assert installs
+    for line in installs:
+        assert f'PIP_CONSTRAINT="{ROOT}/constraints.txt"' in line
+        assert f'PIP_BUILD_CONSTRAINT="{ROOT}/constraints.txt"' in line
