@@ -120,6 +120,7 @@ def attack(name: str, port: int) -> None:
         "connecting": lambda: several(4, lambda: flood(zmq, iter(()))),
         "mutated": lambda: several(8, lambda: flood(zmq, mutated([reference.pack({"endpoint": "get_action", "data": small_observation()})]))),
         "pings": lambda: several(8, lambda: flood(zmq, forever(request({"endpoint": "ping"})))),
+        "heartbeats": lambda: several(8, lambda: flood(zmq, forever(b"\x04\x07\x04PING\x00\x00" * 1000), reads=False)),
         "large_garbage": lambda: several(4, lambda: flood(zmq, forever(b"\x01\x00" + frame(b"\x93" * 45 * MB)))),
         "one_pixel_frames": lambda: several(8, lambda: flood(zmq, forever(request({"data": small_observation(400, 1)})))),
         "long_prompt": lambda: several(8, lambda: flood(zmq, forever(request({"data": small_observation(task="a b " * 15_000)})))),

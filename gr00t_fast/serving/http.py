@@ -25,7 +25,7 @@ from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.optional import require
 from gr00t_fast.serving.connections import Connection, Connections
-from gr00t_fast.serving.listening import is_local, listen_on_tcp
+from gr00t_fast.serving.listening import ACCEPTED_AT_ONCE, is_local, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     UNAUTHORISED,
@@ -51,7 +51,6 @@ _REFUSAL_COST_S = 0.0005  # of the event loop, besides what reading the body too
 _BYTE_COST_S = 2e-9  # reading a body
 _STOP_S = 1
 _UNCOUNTED_BYTES = 2**18  # MAX_CONNECTIONS times this is little
-_BACKLOG = 128  # the event loop accepts so many connections before it reads again
 _LOCAL_NAMES = ("localhost",)
 _Event = dict[str, Any]
 
@@ -90,11 +89,15 @@ class HttpPolicyServer(PolicyHost):
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
             timeout_keep_alive=int(IDLE_S),
-            backlog=_BACKLOG,
+            backlog=ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_STOP_S,
         )
         server = self._uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.01)
+        if server.started:
+            widen(self._listener)
         waiting = asyncio.create_task(stopping.wait())
         await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
         server.should_exit = True

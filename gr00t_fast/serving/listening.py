@@ -10,7 +10,8 @@ import stat
 
 from gr00t_fast.errors import ServerError
 
-_BACKLOG = 128
+ACCEPTED_AT_ONCE = 16  # by the event loop, before it turns to its clients again: asyncio takes this from the backlog that it is told of
+_BACKLOG = 512  # connections that have said nothing yet, or wait for the event loop; where there are more, an honest one tries again after a second
 # Connections to machines that vanished without closing them are noticed after 25 s. One that says nothing is the kernel's until then: clients of
 # ZeroMQ and of HTTP speak first.
 _OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_DEFER_ACCEPT": 10}
@@ -81,6 +82,11 @@ def is_local(address: str) -> bool:
     if not address.startswith("tcp://") and not address.startswith("http://"):
         return True
     return ipaddress.ip_address(address.partition("://")[2].rpartition(":")[0].strip("[]").split("%")[0]).is_loopback
+
+
+def widen(listener: socket.socket) -> None:
+    """The full backlog again, after asyncio has set its own."""
+    listener.listen(_BACKLOG)
 
 
 def _listen(listener: socket.socket) -> None:

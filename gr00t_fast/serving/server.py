@@ -18,7 +18,7 @@ from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.serving.connections import Connections
 from gr00t_fast.serving.facts_message import facts_to_message
-from gr00t_fast.serving.listening import is_local, listen_on, listen_on_tcp
+from gr00t_fast.serving.listening import ACCEPTED_AT_ONCE, is_local, listen_on, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     MAX_PER_CLIENT,
@@ -79,7 +79,8 @@ class PolicyServer(PolicyHost):
         def new_connection() -> ZmtpConnection:
             return ZmtpConnection(self._take, self._connections, alive, self._max_bytes, MAX_PER_CLIENT)
 
-        listening = await asyncio.get_running_loop().create_server(new_connection, sock=self._listener)
+        listening = await asyncio.get_running_loop().create_server(new_connection, sock=self._listener, backlog=ACCEPTED_AT_ONCE)
+        widen(self._listener)
         await stopping.wait()
         listening.close()
         for connection in list(alive):

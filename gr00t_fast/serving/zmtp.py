@@ -208,6 +208,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
             flags, size = yield from self._header()
             if flags & _COMMAND:
                 self._answer_command((yield from self._exactly(size)) if size <= _MAX_COMMAND_BYTES else b"")
+                self._pause(self._connections.refusals)
                 continue
             if not request.size_bytes and not request.route:
                 self._connections.expect(self.record, "message", _MESSAGE_S)
