@@ -5,7 +5,9 @@ GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml constraints.txt
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
+INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
 .PHONY: help demo test soak lint bench gpu-check clean
@@ -33,8 +35,9 @@ test: .venv/.dev
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
-		$(BIN)/python -m pytest -s tests/test_serving.py tests/test_threaded.py tests/test_end_to_end.py tests/test_graph_engines.py \
-		-k "mutated or million or clock or compiled_on"
+		GR00T_FAST_HOSTILE_CHECKPOINTS=1000 GR00T_FAST_ATTACK_S=10 \
+		$(BIN)/python -m pytest -s tests/test_serving.py tests/test_attacks.py tests/test_hostile_checkpoints.py tests/test_threaded.py \
+		tests/test_end_to_end.py tests/test_graph_engines.py -k "mutated or attack or hostile or million or clock or compiled_on"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

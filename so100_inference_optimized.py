@@ -84,6 +84,7 @@ def load(config: RunConfig) -> Any:
         processor_path=config.processor_path,
         prompt_style=config.prompt_style,
         seed=config.seed,
+        revision=config.revision,
     )
 
 
@@ -96,6 +97,7 @@ def _connect(config: RunConfig) -> Any:
         config.server_timeout_s,
         config.server_reconnect_s,
         model_path=config.model_path,
+        revision=config.revision,
         embodiment_tag=config.embodiment_tag,
         data_config=config.data_config,
         action_horizon=config.action_horizon,

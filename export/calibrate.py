@@ -28,7 +28,7 @@ from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target, select_device, select_precision
 from gr00t_fast.engine.digests import Digests
 from gr00t_fast.engine.eight_bit import FORMATS, PARTS, Calibration, Rounding, has_product, write_calibration
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.export.directory import check_free, whole_directory
 from gr00t_fast.export.eight_bit import TARGET, calibrate, digest_of
 from gr00t_fast.export.observations import MIN_FRAMES, draw, open_frames
@@ -67,6 +67,7 @@ def _camera_map(text: str) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
+    p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own")
     p.add_argument("--format", choices=FORMATS, required=True, help="fp8 or int8: the engine that it is for")
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
     _check(arguments)
-    checkpoint, config = open_checkpoint(arguments.model_path), load_data_config(arguments.data_config)
+    checkpoint, config = open_checkpoint(arguments.model_path, revision=arguments.revision), load_data_config(arguments.data_config)
     target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
     out = arguments.out or checkpoint.path / "exports" / arguments.format
     check_free(out, arguments.overwrite)
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def collect_cases(arguments: argparse.Namespace, target: Target, progress: Progress) -> tuple[list[Case], dict[str, Any]]:
     """Observations as the network gets them, with noise, and where they come from."""
     policy = transforms_only(
-        arguments.model_path,
+        target.checkpoint.path,
         embodiment_tag=arguments.embodiment_tag,
         data_config=target.data_config,
         processor_path=arguments.processor_path,
@@ -173,4 +174,4 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

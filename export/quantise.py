@@ -28,7 +28,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Target, check_manifest, remedy_for
 from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.export.directory import check_free, whole_directory
 from gr00t_fast.export.observations import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.export.progress import Progress
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
+    p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own")
     p.add_argument("--onnx", type=Path, required=True, help="export to begin with (export/to_onnx.py)")
@@ -85,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check everything small, calibrate, write. Raises Gr00tFastError."""
     _check(arguments)
-    checkpoint, config = open_checkpoint(arguments.model_path), load_data_config(arguments.data_config)
+    checkpoint, config = open_checkpoint(arguments.model_path, revision=arguments.revision), load_data_config(arguments.data_config)
     target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
     remedy = remedy_for(arguments.onnx, target, "to_onnx.py")
     manifest = check_manifest(arguments.onnx, "onnx", target, remedy)
@@ -129,7 +130,7 @@ def _calibrate(
     arguments: argparse.Namespace, target: Target, settings: Settings, shapes: dict[str, Any], remedy: str
 ) -> tuple[Outcome, dict[str, Any]]:
     policy = transforms_only(
-        arguments.model_path,
+        target.checkpoint.path,
         embodiment_tag=arguments.embodiment_tag,
         data_config=target.data_config,
         processor_path=arguments.processor_path,
@@ -176,4 +177,4 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -24,7 +24,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Manifest, Target
 from gr00t_fast.engine.select import PRECISIONS
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.export.directory import check_free
 from gr00t_fast.export.to_onnx import Options, export_onnx
 from gr00t_fast.facts import check_cameras
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
+    p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment", help="which category weights and statistics of the checkpoint")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own: says how many cameras")
     p.add_argument("--out", type=Path, required=True, help="directory to make")
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> Manifest:
     for package in ("onnx", "onnxscript"):
         require(package, "export")
     check_free(arguments.out, arguments.overwrite)
-    checkpoint = open_checkpoint(arguments.model_path)
+    checkpoint = open_checkpoint(arguments.model_path, revision=arguments.revision)
     config = load_data_config(arguments.data_config)
     metadata = checkpoint.embodiment(arguments.embodiment_tag)
     check_cameras(metadata, config)
@@ -103,4 +104,4 @@ def run(arguments: argparse.Namespace) -> Manifest:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

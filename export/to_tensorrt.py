@@ -21,8 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 from gr00t_fast import tensorrt_library as library
+from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine.select import PRECISIONS
-from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.errors import Gr00tFastError, exit_code_of
 from gr00t_fast.export.tensorrt_build import BuildOptions, as_table, build_engines, check_feasible
 from gr00t_fast.export.tensorrt_display import Display
 from gr00t_fast.export.tensorrt_source import SourceOptions, find_source
@@ -34,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     start_s = time.perf_counter()
     try:
         with Display() as display:
+            pinned = arguments.revision is not None
             source = SourceOptions(
-                model_path=arguments.model_path,
+                model_path=str(open_checkpoint(arguments.model_path, revision=arguments.revision).path) if pinned else arguments.model_path,
                 embodiment_tag=arguments.embodiment_tag,
                 data_config=arguments.data_config,
                 out=arguments.out,
@@ -92,6 +94,7 @@ def _handed_on(arguments: argparse.Namespace) -> tuple[str, ...]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
+    p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment", help="which category weights and statistics of the checkpoint")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own: says how many cameras")
     p.add_argument("--out", type=Path, required=True, help="directory of the engines; made, or brought up to date")
@@ -116,4 +119,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

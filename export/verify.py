@@ -29,7 +29,7 @@ from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.select import EXPORTED, open_engine
 from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.export.observations import draw, open_frames, read
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.samples import network_inputs, transforms_only
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model_path", required=True, help="directory of a GR00T N1.5 checkpoint, or its name on the Hugging Face hub")
+    p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own")
     p.add_argument("--engine", choices=tuple(EXPORTED), required=True)
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Check the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
     if arguments.frames < 1:
         raise ConfigError(f"--frames={arguments.frames} must be at least 1.")
-    checkpoint, config = open_checkpoint(arguments.model_path), load_data_config(arguments.data_config)
+    checkpoint, config = open_checkpoint(arguments.model_path, revision=arguments.revision), load_data_config(arguments.data_config)
     target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
     directory = arguments.engine_path or checkpoint.path / "exports" / arguments.engine
     open_engine(arguments.engine, directory, target, arguments.device, arguments.precision)  # refused now rather than in ten minutes; freed at once
@@ -116,7 +117,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _cases(arguments: argparse.Namespace, target: Target) -> tuple[list[Case], dict[str, Any]]:
     policy = transforms_only(
-        arguments.model_path,
+        target.checkpoint.path,
         embodiment_tag=arguments.embodiment_tag,
         data_config=target.data_config,
         processor_path=arguments.processor_path,
@@ -153,4 +154,4 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -6,7 +6,6 @@ Imports of torch, lerobot and mujoco happen in the functions that need them: `--
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -29,9 +28,10 @@ from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_M
 from gr00t_fast.control.signals import SIGNAL_EXIT_BASE, StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
-from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
+from gr00t_fast.errors import ConfigError, Gr00tFastError, closest, exit_code_of, tell_lost_output
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
+from gr00t_fast.strict_json import read_json
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _FORMER_FPS = 30  # at which a limit per tick became one per second
@@ -46,6 +46,7 @@ class RunConfig:
 
     robot: RobotConfig | None = None
     model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required without --server
+    revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
     server: str = ""  # infer on this policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's; --model_path gives facts it does not tell
     api_token: str | None = None  # secret that the policy server asks for
     server_timeout_s: float = 5.0  # how long an answer of the policy server may take
@@ -250,8 +251,8 @@ def check_checkpoint(config: RunConfig) -> None:
     """
     directory = Path(config.model_path).expanduser()
     try:
-        horizon = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["action_head_cfg"]["action_horizon"])
-        metadata = json.loads((directory / "experiment_cfg" / "metadata.json").read_text(encoding="utf-8"))
+        horizon = int(read_json(directory / "config.json")["action_head_cfg"]["action_horizon"])
+        metadata = read_json(directory / "experiment_cfg" / "metadata.json")
         cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
@@ -296,11 +297,7 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
     queue: a terminal that takes none holds up nothing."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--help" in argv or "-h" in argv:
-        with contextlib.suppress(BrokenPipeError):  # `| head`
-            print(help_text(), flush=True)
-            return EXIT_OK
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return exit_code_of(print_help)
     console = Console()
     try:
         with console:
@@ -311,23 +308,17 @@ def main(run: Callable[[RunConfig], int], argv: Sequence[str] | None = None) -> 
         code = EXIT_ERROR
     if console.failure is None:
         return code
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
-    return _explain_output(console.failure, code)
+    lost = tell_lost_output(console.failure)  # the arm has landed by now
+    return SIGNAL_EXIT_BASE + getattr(signal, "SIGHUP", 1) if console.failure.errno in CLOSED_TERMINAL else code or lost
 
 
-def _explain_output(error: OSError, code: int) -> int:
-    """Why nothing is written any more, on standard error, which may still be there; the exit code. The arm has landed by now."""
-    if error.errno in CLOSED_TERMINAL:
-        return SIGNAL_EXIT_BASE + getattr(signal, "SIGHUP", 1)
-    closed = isinstance(error, BrokenPipeError)
-    why = (
-        "nobody reads this program's output any more (a closed pipe, as with `| head`)"
-        if closed
-        else f"its output cannot be written: {error.strerror}"
-    )
-    with contextlib.suppress(OSError):
-        print(f"error: {why}; the run has ended.", file=sys.stderr, flush=True)
-    return code if code != EXIT_OK else EXIT_ERROR
+def print_help() -> int:
+    """A reader that has seen enough, as with `| head`, is no error."""
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
 
 
 def _main(run: Callable[[RunConfig], int], argv: Sequence[str]) -> int:

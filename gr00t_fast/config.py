@@ -171,7 +171,7 @@ def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any
         for path, allowed in assumed.items():
             value = _look_up(source, path, default=allowed[0])
             if value not in allowed:
-                raise CheckpointError(f"{file}: {path} is {value!r}; this implementation computes with {allowed[0]!r} only.")
+                raise CheckpointError(f"{file}: {path} is {_shown(value)}; this implementation computes with {allowed[0]!r} only.")
 
 
 def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -185,23 +185,42 @@ def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def _need(section: Mapping[str, Any], key: str, where: str) -> int:
     value = section.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"{where}: '{key}' must be a positive whole number, got {value!r}. The file is incomplete or damaged.")
+    most = _MOST.get(key, _MOST_OTHERWISE)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise CheckpointError(f"{where}: '{key}' must be a whole number from 1 to {most}, got {_shown(value)}. The file is incomplete or damaged.")
     return value
+
+
+# Ten times the published sizes or more. What is larger is damage, and building such a network would take hours or all memory before the weights
+# showed it.
+_MOST_OTHERWISE = 2**18  # widths, vocabulary
+_MOST = {"num_hidden_layers": 256, "num_layers": 256, "image_size": 2048, "patch_size": 2048, "action_horizon": 4096, "max_num_embodiments": 4096}
+_MOST |= {"num_target_vision_tokens": 4096, "num_timestep_buckets": 10_000, "action_dim": 4096, "max_state_dim": 4096, "max_seq_len": 2**16}
+_MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 4096, "attention_head_dim": 4096}
+_MOST_VISION_TOKENS = 4096
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, for an error."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
 
 
 def _positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
     """Files that leave the key out mean the libraries' default."""
     value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {value!r}. The file is incomplete or damaged.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {_shown(value)}. The file is incomplete or damaged.")
     return float(value)
 
 
 def _switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = section.get(key, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: '{key}' must be true or false, got {value!r}. The file is incomplete or damaged.")
+        raise CheckpointError(f"{where}: '{key}' must be true or false, got {_shown(value)}. The file is incomplete or damaged.")
     return value
 
 
@@ -287,6 +306,7 @@ def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
     conditions = {
         "vision_config.hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,
         "text_config.num_attention_heads is a multiple of num_key_value_heads": language.num_heads % language.num_kv_heads == 0,
+        f"vision_config.image_size is at least patch_size and gives at most {_MOST_VISION_TOKENS} patches": 0 < vision.tokens <= _MOST_VISION_TOKENS,
         "text_config.head_dim is even": language.head_dim % 2 == 0,
         "action_head_cfg.input_embedding_dim is even": config.head.dit.width % 2 == 0,
         "action_head_cfg.max_seq_len is at least action_horizon": config.head.max_positions >= config.head.action_horizon,

@@ -14,6 +14,10 @@ import numpy as np
 # Motor order of lerobot's SO-100 driver (ids 1..6); the same order as state.single_arm + state.gripper in NVIDIA's SO-100 data configs.
 SO100_JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 
+# What pictures may be, each way and of one call together. Below, nothing is left to see after the crop; no camera delivers more; 64 pictures of
+# 640x480 or 16 pairs of 1280x720 are less. Chosen figures: NVIDIA's code has no such limits.
+MIN_FRAME_PX, MAX_FRAME_PX, MAX_PIXELS = 32, 8192, 2**25
+
 # How body joints are expressed; the gripper is 0..100 (per cent open) in both.
 JointUnit = Literal["degrees", "range_m100_100"]
 

@@ -6,7 +6,10 @@ One class per thing the user can act on. Each message has three parts: what was 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -14,8 +17,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+_HEAD_CHARACTERS, _TAIL_CHARACTERS = 4000, 1000
+
+
 class Gr00tFastError(Exception):
-    """Base of all errors with an explanation for the user."""
+    """Base of all errors with an explanation for the user. One that quotes a hostile file or message at length shows its beginning and its end."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        left_out = len(text) - _HEAD_CHARACTERS - _TAIL_CHARACTERS
+        return text if left_out <= 0 else f"{text[:_HEAD_CHARACTERS]} ... ({left_out} characters left out) ... {text[-_TAIL_CHARACTERS:]}"
 
 
 class ConfigError(Gr00tFastError, ValueError):
@@ -86,3 +97,31 @@ def attempt(work: Callable[[], T], interrupted: str) -> tuple[T | None, int]:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return None, 130
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """For programs: what `program` returns, or what `tell_lost_output` does when its output cannot be written."""
+    try:
+        code = program()
+        sys.stdout.flush()
+    except OSError as error:
+        if not is_output_lost(error):
+            raise
+        return tell_lost_output(error)
+    return code
+
+
+def is_output_lost(error: OSError) -> bool:
+    """Whether it came from writing: a pipe whose reader left, a full disk, a terminal that is gone."""
+    return isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
+
+
+def tell_lost_output(error: OSError) -> int:
+    """Says so on stderr and returns exit code 1."""
+    with contextlib.suppress(OSError):  # it may have been stderr too
+        reader_left = isinstance(error, BrokenPipeError)
+        reason = "nobody reads this program's output any more (a closed pipe, as with `| head`)"
+        print(f"error: {reason if reader_left else f'cannot write to the output ({error.strerror})'}; the run has ended.", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
+    return 1

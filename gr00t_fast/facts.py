@@ -15,9 +15,9 @@ from gr00t_fast.transforms import ActionTransform, StateTransform
 _STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))  # name, and what stands for it in files that lack it
 
 
-def read_facts(model_path: str | Path, embodiment_tag: str, data_config: str | DataConfig) -> PolicyFacts:
+def read_facts(model_path: str | Path, embodiment_tag: str, data_config: str | DataConfig, revision: str | None = None) -> PolicyFacts:
     """Facts of a checkpoint whose network runs elsewhere. Raises ConfigError and CheckpointError as loading it would; weights may be absent."""
-    checkpoint, config = open_checkpoint(model_path, with_weights=False), load_data_config(data_config)
+    checkpoint, config = open_checkpoint(model_path, with_weights=False, revision=revision), load_data_config(data_config)
     metadata, head = checkpoint.embodiment(embodiment_tag), checkpoint.config.head
     check_cameras(metadata, config)
     state, action = StateTransform(config, metadata, head.state_dim), ActionTransform(config, metadata, head.action_dim)

@@ -24,6 +24,7 @@ from draccus.utils import ParsingError
 from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
 
 from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.strict_json import read_text
 
 T = TypeVar("T")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -66,6 +67,22 @@ class Flag:
     @property
     def choices(self) -> tuple[Any, ...]:
         return typing.get_args(_without_none(self.hint)) if self.kind == "choice" else ()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only. draccus' own loader imports Python objects (`!!python/name`) and reads other files (`!include`)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # ten of them, each for ten of the next, are more than any memory holds
+            event = self.get_event()
+            raise yaml.constructor.ConstructorError(None, None, f"references such as *{event.anchor} are not supported", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found = super().construct_mapping(node, deep)
+        if len(found) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a name is given twice, of which only the last would count", node.start_mark)
+        return found
 
 
 def _decode_literal(hint: Any, raw_value: Any, path: Sequence[str]) -> Any:
@@ -193,7 +210,7 @@ def _value(flag: Flag, text: str) -> Any:
     if flag.kind == "choice":
         return _choice(flag, text)
     try:
-        value = draccus.cfgparsing.parse_string(text)
+        value = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise UsageError(
             f"--{flag.name}: cannot read '{text}' as YAML ({_one_line(str(getattr(error, 'problem', error)))}). Check the braces."
@@ -255,9 +272,8 @@ def _check_choice_items(where: str, flag: Flag, value: Any) -> None:
 def _read_file(path: Path, table: Mapping[str, Flag]) -> dict[str, Any]:
     """Return a configuration file's settings by dotted name."""
     try:
-        with path.open(encoding="utf-8") as stream:
-            content = draccus.cfgparsing.load_config(stream, file=path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(read_text(path), _StrictLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(str(error))}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
 
@@ -20,6 +20,9 @@ from gr00t_fast.errors import ObservationError, closest
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 80
 _SHOWN_ITEMS = 12
+# What one call may cost, checked before anything is computed. NVIDIA's code has no such limits; these are chosen.
+MAX_BATCH = 64
+MAX_INSTRUCTION_CHARACTERS = 2048
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
             misspelt = closest(key, [name for name in given if name not in needed])
             raise ObservationError(f"observation: '{key}' is missing.{misspelt} Expected {', '.join(needed)}; got {_names(sorted(given))}.")
     frames = {key: _frames(key, observation[key]) for key in config.video_keys}
+    check_pixels(sum(array[..., 0].size for array, _ in frames.values()), "as they come")
     state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
     batch = _agree({**{k: len(v[0]) for k, v in frames.items()}, **{k: len(v[0]) for k, v in state.items()}}, "of one batch size")
@@ -59,6 +63,14 @@ def _language_key(observation: Mapping[str, Any], config: DataConfig) -> str:
     """The data config's, or the only `annotation` key that there is: the reference goes by that word alone."""
     given = [key for key in observation if isinstance(key, str) and "annotation" in key]
     return given[0] if len(given) == 1 else config.language_key
+
+
+def check_pixels(pixels: int, how: str) -> None:
+    """Raises ObservationError for more than a call may hold."""
+    if pixels > MAX_PIXELS:
+        raise ObservationError(
+            f"observation: the pictures have {pixels} pixels {how}, expected at most {MAX_PIXELS} in one call. Use smaller batches."
+        )
 
 
 def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: PolicyInput, horizon: int) -> dict[str, np.ndarray]:
@@ -96,6 +108,9 @@ def _frames(key: str, value: Any) -> tuple[np.ndarray, bool]:
     batched = array.ndim == 5
     if array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
         raise ObservationError(f"{key}: expected shape (1, height, width, 3), or (batch, 1, height, width, 3); got {array.shape}.")
+    height, width = array.shape[-3:-1]
+    if not (min(height, width) >= MIN_FRAME_PX and max(height, width) <= MAX_FRAME_PX):
+        raise ObservationError(f"{key}: expected pictures of {MIN_FRAME_PX} to {MAX_FRAME_PX} pixels each way, got {width}x{height}.")
     return _drop_time(key, array if batched else array[None]), batched
 
 
@@ -106,12 +121,12 @@ def _state(key: str, value: Any, width: int) -> tuple[np.ndarray, bool]:
         raise ObservationError(f"{key}: expected numbers of shape (1, {width}), got dtype {array.dtype}.")
     if array.ndim not in (2, 3) or array.shape[-1] != width:
         raise ObservationError(f"{key}: expected shape (1, {width}), or (batch, 1, {width}); got {array.shape}.")
-    array = array.astype(np.float64)
+    batched = array.ndim == 3
+    array = _drop_time(key, array if batched else array[None]).astype(np.float64)
     if not np.isfinite(array).all():
         shown = ", ".join(map(str, array.ravel()[:_SHOWN_ITEMS].tolist())) + (", ..." if array.size > _SHOWN_ITEMS else "")
         raise ObservationError(f"{key}: expected finite joint values, got [{shown}]. Check the robot's readings and calibration.")
-    batched = array.ndim == 3
-    return _drop_time(key, array if batched else array[None]), batched
+    return array, batched
 
 
 def _array(key: str, value: Any, expected: str) -> np.ndarray:
@@ -122,13 +137,22 @@ def _array(key: str, value: Any, expected: str) -> np.ndarray:
 
 
 def _drop_time(key: str, array: np.ndarray) -> np.ndarray:
+    """(B, T, ...) -> (B, ...)."""
+    if len(array) > MAX_BATCH:
+        raise ObservationError(f"{key}: a batch of {len(array)}, expected at most {MAX_BATCH} in one call. Use several calls.")
     if array.shape[1] != 1:
         raise ObservationError(f"{key}: expected one time step, got {array.shape[1]}. The published data configurations observe the present only.")
     return array[:, 0]
 
 
 def _instructions(key: str, value: Any, batch: int) -> list[str]:
-    items = [value] if isinstance(value, str) else np.asarray(value, dtype=object).ravel().tolist()
+    given = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=object)
+    if given.size > MAX_BATCH:
+        raise ObservationError(f"{key}: expected {batch} instructions for a batch of {batch}, got {given.size}.")
+    longest = given.dtype.itemsize // 4 if given.dtype.kind == "U" else max((len(item) for item in given.flat if isinstance(item, str)), default=0)
+    if longest > MAX_INSTRUCTION_CHARACTERS:
+        raise ObservationError(f"{key}: the instruction has {longest} characters, expected at most {MAX_INSTRUCTION_CHARACTERS}. Shorten it.")
+    items = given.ravel().tolist()
     if not items or not all(isinstance(item, str) for item in items):
         raise ObservationError(f"{key}: expected an instruction (str, or a list of {batch} str), got {_SHOWN.repr(value)}.")
     if len(items) == 1:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from gr00t_fast.errors import MissingExtraError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise MissingExtraError naming `pip install gr00t_fast[extra]`."""
+    """Import `module`, or raise MissingExtraError naming `pip install gr00t_fast[extra]`. OpenVINO is imported without its telemetry."""
+    if module.split(".")[0] == "openvino":
+        _leave_out_telemetry()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -18,6 +21,14 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f"this needs the package '{module.split('.')[0]}', which is not installed. Install it with: {install_command(extra)}"
         ) from error
+
+
+def _leave_out_telemetry() -> None:
+    """`import openvino` (2026.4) writes a client id into ~/intel and posts an event to an analytics address, unless that package cannot be imported.
+
+    Its own switches are no use here: `opt_in_out` writes into the user's home, and an environment variable for CI acts on child processes too.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes `import openvino_telemetry` an ImportError
 
 
 def install_command(extra: str) -> str:

@@ -41,7 +41,7 @@ from gr00t_fast.engine import (
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.facts import check_cameras, facts_of
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.observation import PolicyInput, parse_observation, parse_prefix
+from gr00t_fast.observation import PolicyInput, check_pixels, parse_observation, parse_prefix
 from gr00t_fast.progress import byte_bar
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.timing import StageTimer
@@ -67,9 +67,11 @@ def load_policy(
     processor_path: str | Path | None = None,
     prompt_style: str = "plain",
     seed: int | None = None,
+    revision: str | None = None,
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 checkpoint (directory or hub id) and return a policy ready to run.
 
+    `revision` is the commit, tag or branch of a hub id: without a commit the weights may be others tomorrow.
     `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
     checkpoint predicts if that is less. `engine_path` is the directory of an export or of a calibration, for engines that need one (default:
     `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own, with `device` and `dtype`, can stand for
@@ -82,12 +84,11 @@ def load_policy(
     device = f"cuda:{device}" if type(device) is int else str(device) if isinstance(device, torch.device) else device
     own, name = (engine, "auto") if hasattr(engine, "run") else (None, engine)
     _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
-    if engine_path is not None:
-        _check_words(engine_path=engine_path)
+    _check_words(**{name: value for name, value in (("engine_path", engine_path), ("revision", revision)) if value is not None})
     check_engine(name, engine_path)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
-    checkpoint = open_checkpoint(model_path)
+    checkpoint = open_checkpoint(model_path, revision=revision)
     metadata = checkpoint.embodiment(embodiment_tag)
     config = load_data_config(data_config)
     language = checkpoint.config.language
@@ -351,6 +352,8 @@ class Gr00tPolicy:
         return self._raw_inputs(parse_observation(observation, self._pieces.data_config, self._pieces.state.widths))
 
     def _raw_inputs(self, parsed: PolicyInput) -> RawInputs:
+        trained = [self._pieces.metadata.cameras[key] for key in parsed.frames]
+        check_pixels(parsed.batch * sum(camera.width * camera.height for camera in trained), "at the size of the training videos")
         ids, lengths, image_positions = self._prompt(parsed.instructions, parsed.batched)
         frames = [self._trained_size(key, frames) for key, frames in parsed.frames.items()]
         return RawInputs(frames, ids, lengths, image_positions, self._pieces.state(parsed.state))

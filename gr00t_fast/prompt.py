@@ -6,16 +6,17 @@ byte-level BPE; the `tokenizers` library runs it without the seconds that import
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
+from gr00t_fast.strict_json import check_tokenizer_file, read_json
 
 PROMPT_STYLES = ("plain", "nvidia")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
+MAX_TEXT_TOKENS = 512  # a chosen limit: twice what a picture has; SO-100 instructions take 30 to 50
 HUB_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # holds the same files; used when none are found locally
 
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -67,6 +68,10 @@ class PromptEncoder:
         text = render_prompt(instruction, self._cameras, self._tokens_per_camera, style)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
+        if (text_tokens := len(ids) - expected) > MAX_TEXT_TOKENS:
+            raise ObservationError(
+                f"the prompt has {text_tokens} tokens besides its pictures, expected at most {MAX_TEXT_TOKENS}. Shorten the instruction."
+            )
         if (found := int((ids == self.image_token_id).sum())) != expected:
             raise ObservationError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
         ids.setflags(write=False)
@@ -90,16 +95,22 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """Build the tokenizer from `tokenizer.json`, or from the slow format's vocab, merges and added tokens. Raises CheckpointError."""
     try:
         if (directory / "tokenizer.json").exists():
+            check_tokenizer_file(directory / "tokenizer.json")
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             tokenizer.no_truncation()  # saved files may carry a training run's truncation and padding; the reference's prompt has neither
             tokenizer.no_padding()
             return tokenizer
         return _from_slow_files(directory)
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        # the library raises bare Exception for files that it does not understand, and a panic of its Rust code is no Exception
         raise CheckpointError(f"the tokenizer files in {directory} cannot be read: {error}. Copy or download them again.") from error
 
 
 def _from_slow_files(directory: Path) -> Tokenizer:
+    for name in ("vocab.json", "merges.txt"):
+        check_tokenizer_file(directory / name)
     tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated")
@@ -115,7 +126,7 @@ def _from_slow_files(directory: Path) -> Tokenizer:
 
 def _added_tokens(directory: Path) -> dict[int, tuple[str, bool]]:
     """Id -> (token, special)."""
-    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "tokenizer_config.json")
     return {int(index): (entry["content"], bool(entry["special"])) for index, entry in config["added_tokens_decoder"].items()}
 
 

@@ -27,7 +27,7 @@ from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.prompt import IMAGE_TOKEN
 
@@ -261,4 +261,4 @@ def _write_as_asked(arguments: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -42,8 +42,9 @@ def connect(
     action_horizon: int | None = None,
     prompt_style: str = "plain",
     echo: Callable[[str], None] = print,
+    revision: str | None = None,
 ) -> RemotePolicy:
-    """Reach the server and learn what it serves. `model_path`: where to read the facts that a server like NVIDIA's does not tell.
+    """Reach the server and learn what it serves. `model_path`, `revision`: where to read the facts that a server like NVIDIA's does not tell.
     `action_horizon`: how many actions an answer must have at least; None: any number. `prompt_style`: what NVIDIA's server is to make of the
     instruction, as `load_policy` has it; ours was told when it was started.
 
@@ -55,7 +56,7 @@ def connect(
         served, facts = client.get_modality_config(), client.get_facts()
         tells_facts = facts is not None
         if facts is None:
-            facts = read_facts(model_path, embodiment_tag, data_config) if model_path else _facts_of_names(served)
+            facts = read_facts(model_path, embodiment_tag, data_config, revision) if model_path else _facts_of_names(served)
         elif prompt_style != "plain":
             raise ConfigError(f"--prompt_style={prompt_style} belongs on the command line of the policy server at {address}, which is ours.")
         elif model_path:

@@ -45,7 +45,7 @@ class FakeRobot:
     def __init__(self, clock: FakeClock, cameras: dict[str, tuple[int, int]] | None = None, unit: str = "degrees") -> None:
         self.clock = clock
         self.joint_unit = unit
-        self.cameras = {name: CameraSpec(w, h, 30.0) for name, (w, h) in (cameras or {"front": (8, 6)}).items()}
+        self.cameras = {name: CameraSpec(w, h, 30.0) for name, (w, h) in (cameras or {"front": (40, 32)}).items()}
         self.events = {"read_retry": 2}
         self.pose = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
         self.sent: list[tuple[float, np.ndarray]] = []
@@ -98,7 +98,7 @@ class FakePolicy:
         self.last_timing = {"preprocess": 1.0, "network": 4.0, "total": 5.0}
         self.on_action: Callable[[np.ndarray], np.ndarray] = lambda targets: targets
         self.warmed_up: str | None = None
-        self.facts = facts(cameras=dict.fromkeys(cameras, (8, 6)))
+        self.facts = facts(cameras=dict.fromkeys(cameras, (40, 32)))
 
     def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
         self.seen.append(observation)
@@ -143,7 +143,7 @@ def facts(
         part_low, part_high = lows[first : first + width], highs[first : first + width]
         statistics[part] = PartStatistics(part_low, part_high, part_low, part_high)
         first += width
-    return PolicyFacts(tag, cameras or {"webcam": (8, 6)}, fps, widths, widths, statistics, statistics, 16)
+    return PolicyFacts(tag, cameras or {"webcam": (40, 32)}, fps, widths, widths, statistics, statistics, 16)
 
 
 class Bench:

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "optional", "tensorrt_library", "timing", "flags", "measurement", "console")
+BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "optional", "tensorrt_library", "timing", "flags", "measurement")
+BASE += ("console", "strict_json")
 POLICY = ("prompt", "progress", "observation", "transforms", "facts", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
 PROGRAMS = ("cli", "random_checkpoint", "remote", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`

@@ -36,7 +36,7 @@ class ArithmeticPolicy:
 
     def __init__(self, data_config: str = "so100", fps: float = 30.0) -> None:
         self.config = load_data_config(data_config)
-        self.facts = facts({key.removeprefix("video."): (8, 6) for key in self.config.video_keys}, fps=fps)
+        self.facts = facts({key.removeprefix("video."): (40, 32) for key in self.config.video_keys}, fps=fps)
         self.calls, self.resets, self.threads = 0, 0, set()
         self._busy = threading.Lock()
 
@@ -72,7 +72,7 @@ class ArithmeticPolicy:
         self.resets += 1
 
 
-def observation(batch: int | None = None, cameras: tuple[str, ...] = ("webcam",), size: tuple[int, int] = (6, 8), **changes: Any) -> dict[str, Any]:
+def observation(batch: int | None = None, cameras: tuple[str, ...] = ("webcam",), size: tuple[int, int] = (32, 40), **changes: Any) -> dict[str, Any]:
     """Pictures and joints that differ in every item."""
     generator, items = np.random.default_rng(0), batch or 1
     result: dict[str, Any] = {f"video.{name}": generator.integers(0, 256, (items, 1, *size, 3), dtype=np.uint8) for name in cameras}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from random_networks import TINY, Sizes, edit_json, load_network, write_network
 
+from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.facts import read_facts
@@ -47,10 +50,10 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
         ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
         ("backbone_cfg.select_layer", 99, "select_layer must be between 1 and 1, got 99"),
         ("backbone_cfg.select_layer", -1, "select_layer must be between"),
-        ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a positive whole number, got 0"),
+        ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a whole number from 1 to 4096, got 0"),
         ("action_head_cfg.action_horizon", "16", "got '16'"),
-        ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a positive whole number, got None"),
-        ("action_head_cfg.max_num_embodiments", "32", "'max_num_embodiments' must be a positive whole number"),
+        ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a whole number from 1"),
+        ("action_head_cfg.max_num_embodiments", "32", "'max_num_embodiments' must be a whole number from 1"),
         ("action_head_cfg.max_seq_len", 8, "max_seq_len is at least action_horizon"),
         ("action_head_cfg.num_timestep_buckets", 3, "num_timestep_buckets is at least num_inference_timesteps"),
         ("action_head_cfg.use_vlln", 1, "'use_vlln' must be true or false, got 1"),
@@ -79,9 +82,9 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
         ("text_config.head_dim", 7, "head_dim is even"),
         ("vision_config.num_attention_heads", 5, "multiple of num_attention_heads"),
         ("text_config.rope_theta", "1e6", "'rope_theta' must be a positive number, got '1e6'"),
-        ("text_config.rms_norm_eps", float("nan"), "'rms_norm_eps' must be a positive number, got nan"),
-        ("image_token_index", 10**6, "image_token_index is below"),
-        ("image_token_index", ..., "'image_token_index' must be a positive whole number"),
+        ("text_config.rms_norm_eps", float("nan"), "NaN is no number"),
+        ("image_token_index", 200_000, "image_token_index is below"),
+        ("image_token_index", ..., "'image_token_index' must be a whole number from 1"),
     ],
 )
 def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: object, pattern: str) -> None:
@@ -147,7 +150,6 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
         ("statistics.action.gripper.max", [1.0, 2.0]),
         ("statistics.state.single_arm.q99", [1.0]),
         ("statistics.state.single_arm.mean", [[1.0] * 5]),
-        ("statistics.state.gripper.min", [float("nan")]),
         ("statistics.state.gripper.min", [1e9]),
         ("statistics.state.gripper.min", "low"),
         ("modalities.video", ...),
@@ -159,7 +161,11 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
         ("modalities.video.webcam.resolution", [640, 31]),
         ("modalities.video.webcam.resolution", [1, 1]),
         ("modalities.video.webcam.resolution", ["640", "480"]),
-        ("modalities.video.webcam.fps", float("nan")),
+        ("modalities.video.webcam.resolution", [20_000, 20_000]),
+        ("modalities.video.webcam.resolution", [8000, 8000]),
+        ("modalities.video.webcam.resolution", [10**400, 480]),
+        ("modalities.video.webcam.fps", 10**400),
+        ("statistics.state.gripper.min", [10**400]),
         ("modalities.video.webcam.fps", -30),
         ("modalities.video.webcam.fps", "fast"),
     ],
@@ -168,6 +174,62 @@ def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.{key}", value)
     with pytest.raises(CheckpointError, match=r"metadata.json: the entry 'new_embodiment' is incomplete or damaged"):
         open_checkpoint(checkpoint).embodiment("new_embodiment")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+def test_numbers_that_are_none(checkpoint: Path, number: str) -> None:
+    for file in ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json"):
+        text = (checkpoint / file).read_text()
+        (checkpoint / file).write_text(f'{{"extra": {number}, {text.lstrip()[1:]}')
+        with pytest.raises(CheckpointError, match=f"{file}.*{number}"):
+            open_checkpoint(checkpoint)
+        (checkpoint / file).write_text(text)
+
+
+def test_a_key_that_is_given_twice(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(f'{{"model_type": "other", {(checkpoint / "config.json").read_text().lstrip()[1:]}')
+    with pytest.raises(CheckpointError, match="'model_type' is given twice"):
+        open_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("file", ["config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "endless"])
+def test_files_that_are_none_are_refused_at_once(checkpoint: Path, file: str, kind: str) -> None:
+    """A pipe without a writer would wait for ever, a device never ends."""
+    path = checkpoint / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        with path.open("wb") as sparse:
+            sparse.truncate(2**40)
+    with pytest.raises(CheckpointError, match=str(path.parent)):
+        load_policy(checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("config.json", "action_head_cfg.diffusion_model_cfg.num_layers"),
+        ("config.json", "action_head_cfg.vl_self_attention_cfg.num_layers"),
+        ("config.json", "action_head_cfg.action_horizon"),
+        ("eagle2_hg_model/config.json", "vision_config.num_hidden_layers"),
+        ("eagle2_hg_model/config.json", "vision_config.image_size"),
+        ("eagle2_hg_model/config.json", "text_config.hidden_size"),
+    ],
+)
+@pytest.mark.parametrize("value", [10**5, 10**12, 10**4000])
+def test_sizes_beyond_reason_are_refused_before_anything_is_built(checkpoint: Path, file: str, key: str, value: int) -> None:
+    edit_json(checkpoint / file, key, value)
+    began_s = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        load_policy(checkpoint, device="cpu")
+    assert time.monotonic() - began_s < 5
+    assert len(str(caught.value)) < 5000
 
 
 def test_statistics_of_no_values(checkpoint: Path) -> None:
@@ -217,7 +279,7 @@ def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
 
     asked = []
 
-    def snapshot_download(repo_id: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((repo_id, allow_patterns))
         return str(checkpoint)
 
@@ -230,6 +292,32 @@ def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     assert not any(Path(file).match(pattern) for pattern in patterns for file in ("optimizer.pt", "training_args.bin", "global_step1/x.pt"))
     open_checkpoint("someone/so100-finetune", with_weights=False)
     assert set(patterns) - set(asked[-1][1]) == {"model*.safetensors*", "adapter_model.safetensors"}
+
+
+def test_a_hub_id_without_a_commit_is_warned_of_and_can_be_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import huggingface_hub
+
+    commit = "c0ffee" + 34 * "0"
+    snapshot = Path(shutil.copytree(checkpoint, tmp_path / "snapshots" / commit))
+    asked: list[str | None] = []
+
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(revision)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for revision in (None, "main"):
+        open_checkpoint("someone/so100-finetune", revision=revision)
+        assert f"--revision={commit}" in caplog.text
+        caplog.clear()
+    load_policy("someone/so100-finetune", device="cpu", revision=commit)
+    read_facts("someone/so100-finetune", "new_embodiment", "so100", revision=commit)
+    assert asked == [None, "main", commit, commit]
+    assert not caplog.records
+    with pytest.raises(ConfigError, match="local directory"):
+        open_checkpoint(checkpoint, revision=commit)
 
 
 @pytest.mark.parametrize("error", [OSError("no network"), ValueError("repository not found")])

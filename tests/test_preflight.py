@@ -26,7 +26,7 @@ def test_a_fitting_pair_has_nothing_to_report_but_the_implied_camera() -> None:
 
 
 def test_every_problem_is_in_one_error() -> None:
-    robot = FakeRobot(FakeClock(), {"left": (8, 6), "right": (8, 6)})
+    robot = FakeRobot(FakeClock(), {"left": (40, 32), "right": (40, 32)})
     found = before(robot, horizon=32, tag="gr1", widths={"left_arm": 7}, low=[0] * 7, high=[9] * 7)
     with pytest.raises(PreflightError, match=r"4 problems") as caught:
         found.refuse()
@@ -58,7 +58,7 @@ def test_loop_rate_other_than_the_data() -> None:
 
 
 def test_unused_cameras_are_named() -> None:
-    robot = FakeRobot(FakeClock(), {"webcam": (8, 6), "top": (8, 6)})
+    robot = FakeRobot(FakeClock(), {"webcam": (40, 32), "top": (40, 32)})
     assert before(robot).notes == ["camera 'top' is not used by the policy."]
 
 

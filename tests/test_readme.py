@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gr00t_fast import cli
+from gr00t_fast.serving import __main__ as serving
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,8 +85,8 @@ def test_targets_and_files_it_names_exist() -> None:
 
 
 def test_flags_it_names_exist() -> None:
-    text = cli.help_text()
-    for flag in set(re.findall(r"`(--[a-z_.]+)", README)) - {"--help", "--scene", "--fault", "--config_path", "--api_token", "--http"}:
+    text = cli.help_text() + serving.help_text()
+    for flag in set(re.findall(r"`(--[a-z_.]+)", README)) - {"--help", "--scene", "--fault", "--config_path"}:
         assert re.search(rf"{re.escape(flag)}\b", text), flag
 
 

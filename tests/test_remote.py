@@ -192,10 +192,10 @@ def test_facts_come_from_the_metadata_beside_a_server_that_tells_none(world: Wor
     with reference.Server(ArithmeticPolicy()) as server:
         assert world.run(server, f"--model_path={metadata}", "--controller=server", "--preflight=warn") == 0
         shapes = {request["data"]["video.webcam"].shape for request in server.requests if request.get("endpoint") == "get_action"}
-    assert shapes == {(1, 1, 48, 64, 3)}  # a batch of one; the arm's camera has 8x6, and a reference server refuses what training did not see
+    assert shapes == {(1, 1, 48, 64, 3)}  # a batch of one; the arm's camera has 40x32, and a reference server refuses what training did not see
     printed = capsys.readouterr().out
     assert "does not say" not in printed
-    assert "delivers 8x6, the policy was trained with 64x48" in printed
+    assert "delivers 40x32, the policy was trained with 64x48" in printed
 
 
 def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None:
@@ -210,7 +210,7 @@ def test_metadata_is_not_used_where_the_server_tells(metadata: Path) -> None:
     said: list[str] = []
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server, said, model_path=str(metadata)) as policy:
         assert isinstance(policy, ContinuingPolicy)
-        assert policy.facts.resolutions == {"webcam": (8, 6)}
+        assert policy.facts.resolutions == {"webcam": (40, 32)}
     assert len(said) == 1
     assert "--model_path is not used" in said[0]
 

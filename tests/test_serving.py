@@ -27,6 +27,7 @@ from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, Serve
 from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
+from gr00t_fast.serving.listening import check_port_free
 from gr00t_fast.serving.service import (
     MAX_PER_CLIENT,
     MAX_REASON_CHARACTERS,
@@ -34,7 +35,6 @@ from gr00t_fast.serving.service import (
     ByteBudget,
     InferenceQueue,
     Traffic,
-    check_port_free,
     same_token,
 )
 from gr00t_fast.serving.wire import encode
@@ -501,21 +501,22 @@ def test_whatever_a_policy_raises_travels_in_short(server: PolicyServer, policy:
         assert len(str(caught.value)) < MAX_REASON_CHARACTERS + 50
 
 
-def test_a_client_that_sends_ahead_is_told_to_wait_and_another_one_is_served(server: PolicyServer, policy: ArithmeticPolicy) -> None:
+def test_a_client_that_sends_ahead_waits_and_another_one_is_served(server: PolicyServer, policy: ArithmeticPolicy) -> None:
+    """Of one connection so many requests are read before their answers; each gets its answer in the end."""
+    ahead = 20
     eager = zmq.Context.instance().socket(zmq.DEALER)
     eager.setsockopt(zmq.RCVTIMEO, 20_000)
     eager.connect(server.address)
-    for _ in range(129):
-        eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": waiting(0.2)})])
-    refused = [reference.unpack(eager.recv_multipart()[1])["error"] for _ in range(129 - MAX_PER_CLIENT)]
-    assert all(reason.startswith("busy") for reason in refused)
-    with PolicyClient(port=server.port) as polite:
-        assert_same(polite.get_action(observation()), ArithmeticPolicy().get_action(observation()))
-    assert policy.calls == MAX_PER_CLIENT + 1
-    for _ in range(MAX_PER_CLIENT):
-        assert "action.gripper" in reference.unpack(eager.recv_multipart()[1])
-    eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": observation()})])  # they are answered: there is room again
+    for _ in range(ahead):
+        eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": waiting(0.1)})])
     assert "action.gripper" in reference.unpack(eager.recv_multipart()[1])
+    with PolicyClient(port=server.port) as polite:
+        before = policy.calls
+        assert_same(polite.get_action(observation()), ArithmeticPolicy().get_action(observation()))
+    assert policy.calls - before <= MAX_PER_CLIENT + 2
+    for _ in range(ahead - 1):
+        assert "action.gripper" in reference.unpack(eager.recv_multipart()[1])
+    assert policy.calls == ahead + 1
     eager.close(0)
 
 
@@ -533,7 +534,7 @@ def test_requests_that_wait_take_a_bounded_number_of_bytes() -> None:
         with reference.Client(server.port) as client:
             client.get_action(observation(**large))
     busy = sum("bytes are waiting" in str(reply.get("error")) for reply in replies)
-    assert 4 <= busy <= 12 - 4  # 20 MB hold four requests at once; a slow machine may send the last ones when the first is answered
+    assert 4 <= busy <= 12 - 2  # 10 MB hold two requests at once; a slow machine may send the last ones when the first is answered
     assert policy.calls == 12 - busy + 1
 
 
@@ -582,7 +583,7 @@ def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
 
     jobs = work._jobs
     work._jobs = SimpleNamespace(put=stop_first, qsize=jobs.qsize)
-    work.submit(lambda: 1, outcomes.append, client="a", size_bytes=10)
+    work.submit(lambda: 1, outcomes.append, size_bytes=10)
     work.stop()
     work.run()
     assert [outcome.error for outcome in outcomes] == [SHUTTING_DOWN]
@@ -611,15 +612,14 @@ def test_submitting_and_stopping_at_once_loses_no_call() -> None:
 def test_the_budget_is_given_back() -> None:
     work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
     for _ in range(3):
-        work.submit(lambda: 1 / 0, outcomes.append, client="a", size_bytes=5)
-        work.submit(lambda: 1, outcomes.append, client="b", size_bytes=5)
+        work.submit(lambda: 1 / 0, outcomes.append, size_bytes=5)
+        work.submit(lambda: 1, outcomes.append, size_bytes=5)
         with pytest.raises(ServerError, match="busy: requests of 10 bytes"):
-            work.submit(lambda: 1, outcomes.append, client="c", size_bytes=1)
+            work.submit(lambda: 1, outcomes.append, size_bytes=1)
         work.submit(work.stop, outcomes.append)
         work.run()
         work._stopping.clear()
     assert len(outcomes) == 9
-    assert not work._unanswered
 
 
 def test_the_log_has_one_line_per_interval(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ The model is built on the meta device (no memory), then each parameter is alloca
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,9 +22,11 @@ from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS, EmbodimentMetadata, 
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.config import PUBLISHED_EAGLE, ModelConfig
-from gr00t_fast.errors import CheckpointError
+from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.strict_json import read_json
 
+log = logging.getLogger(__name__)
 _READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores
 _LISTED = 12  # names shown per kind of fault before "and N more"
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -49,12 +51,13 @@ class Checkpoint:
         return parse_metadata(self.raw_metadata, tag)
 
 
-def open_checkpoint(model_path: str | Path, with_weights: bool = True) -> Checkpoint:
+def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision: str | None = None) -> Checkpoint:
     """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError.
 
-    `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty.
+    `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty. `revision`: commit, tag or branch of the hub
+    repository; without one it is whatever the repository holds today. Raises ConfigError for a revision of a local directory.
     """
-    path = _local_directory(model_path, with_weights)
+    path = _local_directory(model_path, with_weights, revision)
     adapter = read_adapter(path, with_weights)
     base = path if adapter is None else _base_of(adapter, with_weights)
     eagle_file = base / "eagle2_hg_model" / "config.json"
@@ -101,21 +104,23 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _local_directory(model_path: str | Path, with_weights: bool) -> Path:
+def _local_directory(model_path: str | Path, with_weights: bool, revision: str | None) -> Path:
     path = Path(model_path).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"revision '{revision}': model_path {path} is a local directory, which has none. Leave --revision out.")
         return path
     if path.is_file():
         raise CheckpointError(f"model_path {path} is a file; expected the checkpoint's directory (with config.json in it).")
     text = str(model_path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(f"model_path '{text}' does not exist. Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B.")
-    return _download(text, with_weights)
+    return _download(text, with_weights, revision)
 
 
 def _base_of(adapter: Adapter, with_weights: bool) -> Path:
     try:
-        base = _local_directory(adapter.base, with_weights)
+        base = _local_directory(adapter.base, with_weights, None)
     except CheckpointError as error:
         raise CheckpointError(
             f"{adapter.directory} is a LoRA adapter, and the checkpoint that it changes cannot be had: {error} "
@@ -126,25 +131,30 @@ def _base_of(adapter: Adapter, with_weights: bool) -> Path:
     return base
 
 
-def _download(repo_id: str, with_weights: bool) -> Path:
+def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
     import huggingface_hub  # only when a hub id is given
 
     weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
     patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns))
+        path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
+        what = "it" if revision is None else f"its revision '{revision}'"
         raise CheckpointError(
-            f"'{repo_id}' is no local directory, and fetching it from the hub failed: {error}. Check the spelling, or download it and give the path."
+            f"'{repo_id}' is no local directory, and fetching {what} from the hub failed: {error}. "
+            "Check the spelling, or download it and give the path."
         ) from error
+    if path.name != revision:  # the cache's directory is named for the commit
+        log.warning("%s is commit %s today; it may be another one tomorrow. Keep it with --revision=%s", repo_id, path.name, path.name)
+    return path
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing. Expected a fine-tuned GR00T N1.5 checkpoint: {_EXPECTED_FILES}.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(loaded).__name__}.")

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
 from gr00t_fast.errors import CheckpointError, ConfigError, closest
 
 # Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
 EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
 _STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
-# No camera delivers less, and nothing is left to see after the crop: a smaller entry is a damaged one (numbers shifted, a scale instead of pixels).
-_MIN_CAMERA_PX = 32
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def parse_metadata(raw: Mapping[str, Any], tag: str) -> EmbodimentMetadata:
             for part, values in entry["statistics"][modality].items()
         }
         cameras = {f"video.{name}": _camera(values) for name, values in entry["modalities"]["video"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"experiment_cfg/metadata.json: the entry '{tag}' is incomplete or damaged ({error!r}).") from error
     return EmbodimentMetadata(tag, statistics, cameras)
 
@@ -77,6 +76,8 @@ def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _camera(values: Mapping[str, Any]) -> CameraMetadata:
     width, height = values["resolution"]
     fps = float(values["fps"])
-    if not (min(width, height) >= _MIN_CAMERA_PX and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
-        raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, at least {_MIN_CAMERA_PX} each way")
+    fits = min(width, height) >= MIN_FRAME_PX and max(width, height) <= MAX_FRAME_PX and width * height <= MAX_PIXELS
+    if not (fits and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
+        limits = f"{MIN_FRAME_PX} to {MAX_FRAME_PX} each way and at most {MAX_PIXELS} in all"
+        raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, {limits}")
     return CameraMetadata(int(width), int(height), fps)

@@ -7,7 +7,6 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.errors import CheckpointError
+from gr00t_fast.strict_json import parse_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+_MAX_HEADER_BYTES = 2**23  # a published file's has 150 kB
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class TensorFile:
         if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
             raise self._damaged(f"its header announces {length} bytes, the file has {size}")
         try:
-            header = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES))
+            header = parse_json(os.pread(self._descriptor, length, _LENGTH_BYTES))
             header.pop("__metadata__", None)
             entries = {name: self._entry(name, raw, _LENGTH_BYTES + length) for name, raw in header.items()}
         except CheckpointError:  # a ValueError too, but it already says what is wrong
             raise
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise self._damaged(f"its header cannot be read ({error!r})") from error
         end = _LENGTH_BYTES + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size_bytes)):
@@ -103,7 +104,9 @@ class TensorFile:
         if raw["dtype"] not in _DTYPES:
             raise CheckpointError(f"{self.path}: tensor '{name}' has dtype {raw['dtype']}, expected one of {', '.join(_DTYPES)}.")
         entry = TensorEntry(_DTYPES[raw["dtype"]], tuple(raw["shape"]), data_start + raw["data_offsets"][0])
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in (*entry.shape, *raw["data_offsets"])):
+        if len(entry.shape) > _MAX_DIMENSIONS or any(
+            isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in (*entry.shape, *raw["data_offsets"])
+        ):
             raise ValueError(f"shape or place of '{name}' is no list of whole numbers")
         if entry.size_bytes != raw["data_offsets"][1] - raw["data_offsets"][0]:
             raise ValueError(f"size of '{name}' does not fit its shape")

@@ -17,6 +17,7 @@ from gr00t_fast.checkpoint import Checkpoint
 from gr00t_fast.data_config import DataConfig, check_trained_cameras
 from gr00t_fast.engine.digests import Digests, sha256_of_json
 from gr00t_fast.errors import EngineError, StaleEngineError
+from gr00t_fast.strict_json import read_json
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
@@ -99,7 +100,7 @@ def read_manifest(directory: Path, remedy: str) -> Manifest:
     """Raises EngineError when there is none or it is damaged; `remedy` is the command to run."""
     path = directory / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
         if raw["format"] != FORMAT:
             raise EngineError(f"{path} has format {raw['format']}; this version reads format {FORMAT}. {_run(remedy)}")
         manifest = Manifest(**{each.name: raw[each.name] for each in fields(Manifest) if each.name in raw})

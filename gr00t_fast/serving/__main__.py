@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.errors import Gr00tFastError, exit_code_of
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.optional import require
-from gr00t_fast.serving.service import check_port_free
+from gr00t_fast.serving.listening import check_port_free
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
 _POLICY_OPTIONS = (
     *("embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "precision", "engine", "engine_path"),
-    *("processor_path", "prompt_style", "seed"),
+    *("processor_path", "prompt_style", "seed", "revision"),
 )
 
 
@@ -32,11 +32,13 @@ class ServeConfig:
     """Everything the command line says."""
 
     model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
+    revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
     port: int = 5555  # TCP port to listen on
     address: str = ""  # any ZeroMQ address instead of host and port, e.g. ipc:///tmp/gr00t.sock
     api_token: str | None = None  # secret that clients must send; without it every client is served and kill is disabled
     http: bool = False  # speak HTTP (POST /act, GET /health) instead of ZeroMQ
+    host_names: str = ""  # --http: names by which clients call this machine besides its own and its addresses, separated by commas
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
     data_config: str = "so100"  # a name of NVIDIA's (so100, so100_dualcam, fourier_gr1_arms_only, ...), or module:ClassName of your own
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
@@ -64,6 +66,8 @@ def parse(argv: Sequence[str]) -> ServeConfig:
         raise UsageError("--api_token is empty; leave the flag out to serve every client.")
     if config.http and config.address:
         raise UsageError(f"--address={config.address} is for ZeroMQ; with --http use --host and --port.")
+    if config.host_names and not config.http:
+        raise UsageError(f"--host_names={config.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
     if config.address:
         _check_address(config.address)
     return config
@@ -83,9 +87,7 @@ def _check_address(address: str) -> None:
 
 def serve(config: ServeConfig) -> None:
     """Load, warm up, and answer until a signal or a client with the token ends it. Raises Gr00tFastError."""
-    if not config.http:
-        require("zmq", "serving")
-        require("msgpack", "serving")
+    require("uvicorn" if config.http else "msgpack", "serving")
     if not config.address:
         check_port_free(config.host, config.port)
     from gr00t_fast.policy import load_policy  # imports torch
@@ -103,7 +105,8 @@ def _server(config: ServeConfig, policy: Any) -> Any:
     if config.http:
         from gr00t_fast.serving.http import HttpPolicyServer
 
-        return HttpPolicyServer(policy, config.host, config.port, config.api_token)
+        names = [name.strip() for name in config.host_names.split(",") if name.strip()]
+        return HttpPolicyServer(policy, config.host, config.port, config.api_token, names)
     from gr00t_fast.serving.server import PolicyServer
 
     return PolicyServer(policy, config.host, config.port, config.api_token, config.address or None)
@@ -163,4 +166,4 @@ def _help_lines(flag: Flag) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

@@ -1,28 +1,36 @@
-"""What both servers share: a queue in front of the one thread that runs the policy, the token check, and the progress line."""
+"""What both servers share: a queue in front of the one thread that runs the policy, a thread that talks, the token check, and the progress line."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
+import os
 import queue
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
-from gr00t_fast.errors import Gr00tFastError, ServerError
+import numpy as np
+
+from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.measurement import percentiles
+from gr00t_fast.serving.connections import Connections
 
 log = logging.getLogger(__name__)
 MAX_WAITING = 128  # requests in the queue; further ones are refused at once, so that waiting time stays bounded
-MAX_PER_CLIENT = 2  # of these, the one in work included: nobody fills the queue by sending ahead
-BUDGET_MESSAGES = 4  # the unanswered requests together may be as large as this many of the largest ones
+MAX_PER_CLIENT = 2  # of one connection; what it sends ahead of these stays in the network until one of them is answered
+MAX_BATCH = 8  # observations in one request: what a request of a batch may cost everybody else
+BUDGET_MESSAGES = 2  # the unanswered requests together may be as large as this many of the largest ones
 MAX_REASON_CHARACTERS = 1000  # of an error text; a longer one quotes the request
 MAX_WAIT_S = 15.0  # NVIDIA's clients mean to wait this long; an older request is answered with an error instead of being computed
 PROGRESS_EVERY_S = 10.0
+_SWEEP_S = 0.05
 UNAUTHORISED = "Unauthorized: Invalid API token"  # NVIDIA's wording, which clients may compare
 SHUTTING_DOWN, BUSY = "the server is shutting down.", "busy: "  # refusals that pass: a client that can wait may look for them
 
@@ -55,7 +63,6 @@ class _Job:
     call: Callable[[], Any]
     answer: Callable[[Outcome], None]
     arrived_s: float
-    client: Hashable
     size_bytes: int
 
 
@@ -83,14 +90,12 @@ class InferenceQueue:
     def __init__(self, traffic: Traffic, budget: ByteBudget, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
         self._traffic, self._budget, self._max_waiting, self._max_wait_s = traffic, budget, max_waiting, max_wait_s
-        self._unanswered: Counter[Hashable] = Counter()  # by client
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # never taken by `stop`: a signal handler may interrupt whoever holds it
 
-    def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None], client: Hashable = None, size_bytes: int = 0) -> None:
-        """Queue `call`; `answer` gets its outcome in the running thread.
+    def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None], size_bytes: int = 0) -> None:
+        """Queue `call`; `answer` gets its outcome in the running thread. `size_bytes` comes out of the budget until the answer.
 
-        `client`: whose requests are counted together; None: this one is not counted. `size_bytes` comes out of the budget until the answer.
         Raises ServerError when too many or too large ones wait, or the server is ending.
         """
         with self._lock:
@@ -98,11 +103,8 @@ class InferenceQueue:
                 raise ServerError(SHUTTING_DOWN)
             if self._jobs.qsize() >= self._max_waiting:
                 raise ServerError(f"{BUSY}{self._max_waiting} requests are waiting already. Try again later.")
-            if client is not None and self._unanswered[client] >= MAX_PER_CLIENT:
-                raise ServerError(f"{BUSY}{MAX_PER_CLIENT} requests of this client are waiting already. Wait for their answers.")
             self._budget.take(size_bytes)
-            self._unanswered[client] += 1
-            self._jobs.put(_Job(call, answer, time.monotonic(), client, size_bytes))
+            self._jobs.put(_Job(call, answer, time.monotonic(), size_bytes))
 
     def run(self) -> None:
         """Work until `stop`; what still waits then is answered with an error."""
@@ -122,11 +124,7 @@ class InferenceQueue:
 
     def _work(self, job: _Job) -> None:
         outcome = Outcome(error=SHUTTING_DOWN, fault=True) if self._stopping.is_set() else self._outcome(job)
-        with self._lock:  # before the answer: whoever has it may send the next request
-            self._unanswered[job.client] -= 1
-            if not self._unanswered[job.client]:
-                del self._unanswered[job.client]
-        self._budget.give_back(job.size_bytes)
+        self._budget.give_back(job.size_bytes)  # before the answer: whoever has it may send the next request
         job.answer(outcome)
 
     def _outcome(self, job: _Job) -> Outcome:
@@ -180,26 +178,96 @@ class Traffic:
         self._said_s, self._durations_ms, self._refused = now_s, [], 0
 
 
-def numeric_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:
-    """Family and numeric address of a host to bind (`*` means all). Raises ServerError when the name is unknown."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo("0.0.0.0" if host == "*" else host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError, OverflowError) as error:
-        raise ServerError(
-            f"cannot serve on host '{host}', port {port}: {error}. Use an address of this machine: 127.0.0.1, or 0.0.0.0 for all."
-        ) from error
-    return family, str(address[0])
+class PolicyHost:
+    """Serves one policy: inference in the thread that calls `run`, everything else in the event loop of another one."""
 
+    def __init__(self, listener: socket.socket, address: str, queue: InferenceQueue, traffic: Traffic, connections: Connections) -> None:
+        self.address = address
+        self._listener, self._queue, self._traffic, self._connections = listener, queue, traffic, connections
+        self._path = address.removeprefix("ipc://") if address.startswith("ipc://") else ""
+        self._talking = threading.Event()
+        self._failure: BaseException | None = None
 
-def check_port_free(host: str, port: int) -> None:
-    """Raises ServerError when nothing can listen there; asked before minutes are spent on loading."""
-    family, address = numeric_host(host, port)
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: a port just left is free
+    @property
+    def port(self) -> int:
+        """TCP port, also when 0 was asked for."""
+        return int(self.address.rpartition(":")[2])
+
+    def run(self) -> None:
+        """Answer requests in this thread until `stop`. Then closes the socket."""
+        talker = threading.Thread(target=self._talk_in_thread, name="policy-server", daemon=True)
+        talker.start()
+        self._talking.wait()
+        log.info("answering on %s", self.address)
         try:
-            probe.bind((address, port))
-            probe.listen(1)
-        except OSError as error:
-            raise ServerError(
-                f"cannot listen on {host}:{port}: {error.strerror}. Another server may be running there; choose another --port."
-            ) from error
+            self._queue.run()
+        finally:
+            if talker.is_alive():
+                self._from_any_thread(self._stopping.set)
+            talker.join()
+            self.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def stop(self) -> None:
+        """End `run` after the inference in progress. From any thread and from signal handlers."""
+        self._queue.stop()
+
+    def close(self) -> None:
+        """Close the socket of a server that does not run (any more)."""
+        self._listener.close()
+        if self._path:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+            self._path = ""
+
+    def __enter__(self) -> PolicyHost:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def _talk(self, stopping: asyncio.Event) -> None:
+        """Speak with clients until `stopping`."""
+        raise NotImplementedError
+
+    def _from_any_thread(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Have the event loop call it. Does nothing when that has ended: `run` raises its failure."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _talk_in_thread(self) -> None:
+        try:
+            asyncio.run(self._talk_on_time())
+        except BaseException as error:  # noqa: BLE001 - kept for `run`, which raises it: a server that cannot talk must not go on silently
+            self._failure = error
+        finally:
+            self._talking.set()
+            self._queue.stop()
+
+    async def _talk_on_time(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.set_exception_handler(self._note_failure)
+        self._talking.set()
+        sweeper = asyncio.create_task(self._sweep())
+        try:
+            await self._talk(self._stopping)
+        finally:
+            sweeper.cancel()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self._connections.close_overdue()
+            self._connections.wake()
+
+    def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Of one connection: the event loop closes it and goes on with the others."""
+        self._traffic.failed(context.get("exception") or RuntimeError(context.get("message")))
+
+
+def check_batch(observation: dict[str, Any]) -> None:
+    """Raises ObservationError for more observations at once than a server computes for one client."""
+    for key, value in observation.items():
+        if isinstance(value, np.ndarray) and key.startswith("video.") and value.ndim == 5 and len(value) > MAX_BATCH:
+            raise ObservationError(f"{key}: a batch of {len(value)}; this server takes at most {MAX_BATCH} at once. Send several requests.")

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ import numpy as np
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import WireError
 from gr00t_fast.optional import require
+from gr00t_fast.strict_json import parse_json
 
-MAX_MESSAGE_BYTES = 64 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
+MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.
 _MAX_CONTAINERS = 512
-_MAX_ELEMENTS = 2048
-_MAX_TEXT_BYTES = 2**16
+_MAX_ELEMENTS, _MAX_ELEMENTS_IN_ALL = 2048, 8192  # of one list or map; a text of two letters takes three bytes here and sixty in memory
+_MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?)([biufUS])(\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\),? ?\} *\n?")
@@ -125,24 +127,27 @@ class _Reader:
     """Hooks for msgpack that count containers and turn marked maps into what they stand for."""
 
     def __init__(self) -> None:
-        self._containers = 0
+        self._containers = self._elements = 0
 
     def list(self, value: list[Any]) -> list[Any]:
-        self._count()
+        self._count(value)
         return value
 
     def map(self, value: dict[Any, Any]) -> Any:
-        self._count()
+        self._count(value)
         if _ARRAY in value:
             return npy_array(value.get("as_npy"))
         if _CONFIG in value:
             return _modality_config(value.get("as_json"))
         return value
 
-    def _count(self) -> None:
-        self._containers += 1
-        if self._containers > _MAX_CONTAINERS:
-            raise WireError(f"the message has more than {_MAX_CONTAINERS} lists and maps. Send numbers as numpy arrays, not as nested lists.")
+    def _count(self, value: Sized) -> None:
+        self._containers, self._elements = self._containers + 1, self._elements + len(value)
+        if self._containers > _MAX_CONTAINERS or self._elements > _MAX_ELEMENTS_IN_ALL:
+            raise WireError(
+                f"the message has more than {_MAX_CONTAINERS} lists and maps, or {_MAX_ELEMENTS_IN_ALL} values in them. "
+                "Send numbers as numpy arrays, not as nested lists."
+            )
 
 
 def npy_array(data: Any) -> np.ndarray:
@@ -177,6 +182,8 @@ def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...], order: str =
         wire_type = None
     if wire_type is None:
         raise WireError(f"dtype {dtype[:80]!r} is not accepted; expected numbers, bool or text, such as '<f4'.")
+    if wire_type.kind in "US" and len(data) > _MAX_TEXT_ARRAY_BYTES:
+        raise WireError(f"an array of text has {len(data)} bytes; at most {_MAX_TEXT_ARRAY_BYTES} are accepted.")
     if not wire_type.itemsize or len(shape) > _MAX_DIMENSIONS or not all(0 <= size <= _MAX_SIZE for size in shape):
         raise WireError(
             f"an array of dtype {dtype} with {len(shape)} dimensions is not accepted: at most {_MAX_DIMENSIONS}, none negative or absurd."
@@ -203,8 +210,8 @@ def _is_unicode(codes: np.ndarray) -> bool:
 
 def _modality_config(text: Any) -> ModalityConfig:
     try:
-        content = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text) if isinstance(text, str) else None
+    except ValueError as error:
         raise WireError(f"as_json: expected JSON, got {text[:80]!r}.") from error
     offsets, keys = (content.get(name) for name in ("delta_indices", "modality_keys")) if isinstance(content, dict) else (None, None)
     is_int = isinstance(offsets, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in offsets)

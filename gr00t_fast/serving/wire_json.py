@@ -14,10 +14,11 @@ import numpy as np
 
 from gr00t_fast.errors import WireError
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, array_from_bytes
+from gr00t_fast.strict_json import parse_json
 
 _ARRAY = "__numpy__"
 # A list costs some 20 times the bytes that describe it. Pictures must come as arrays, so a valid message has a few brackets and commas.
-_MAX_CONTAINERS, _MAX_COMMAS = 10_000, 500_000
+_MAX_CONTAINERS, _MAX_COMMAS = 10_000, 50_000
 
 
 def to_json(message: Any) -> bytes:
@@ -43,10 +44,10 @@ def from_json(data: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
     if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_COMMAS:
         raise WireError('the message has too many lists. Send pictures as arrays {"__numpy__": base64, "dtype": "|u1", "shape": [...]} (json_numpy).')
     try:
-        return json.loads(data, object_hook=_from_wire)
+        return parse_json(data, _from_wire)
     except WireError:
         raise
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an integer of thousands of digits; nested beyond reason
+    except ValueError as error:  # not JSON, not UTF-8, NaN, an integer of thousands of digits; nested beyond reason
         raise WireError(f"expected JSON: {error}.") from error
 
 

@@ -1,0 +1,50 @@
+"""Packages of others: what importing them must not do, and that those which build them are pinned."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Audit hooks see every thread of the process; a refused connection is tried again by nobody. The sender's thread gets a moment.
+WATCHED = """if True:
+    import sys, time
+    def note(event, arguments):
+        if event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.posix_spawn"):
+            print("AUDIT", event, arguments, flush=True)
+            raise OSError("not allowed here")
+    sys.addaudithook(note)
+    from gr00t_fast.optional import require
+    openvino = require("openvino", "openvino")
+    openvino.Core().available_devices
+    from openvino.tools import ovc
+    time.sleep(0.5)
+    print("done", flush=True)
+    """
+
+
+def test_openvino_posts_nothing_and_writes_no_client_id(tmp_path: Path) -> None:
+    pytest.importorskip("openvino_telemetry")
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    command = [sys.executable, "-c", WATCHED]
+    done = subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["done"], done.stdout + done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+def test_the_tools_that_build_packages_are_pinned() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    build = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r'"([^"]*)"', build[1]) == [f"setuptools=={pins['setuptools']}"]
+    assert "wheel" in pins  # what pip adds for packages that do not say how they are built
+    done = subprocess.run(["make", "-n", "-B", ".venv/.dev"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    installs = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "pip install" in line]
+    assert installs
+    for line in installs:
+        assert f'PIP_CONSTRAINT="{ROOT}/constraints.txt"' in line
+        assert f'PIP_BUILD_CONSTRAINT="{ROOT}/constraints.txt"' in line
