@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from gr00t_fast import cli
@@ -118,23 +117,21 @@ def control_loop(config: RunConfig, policy: Any, robot: Robot, fps: float, stop:
     clock, facts = MonotonicClock(), policy.facts
     camera_map = resolve_camera_map(robot.cameras, facts.resolutions, config.camera_map)
     binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, robot.joint_names, camera_map)
-    controller = build_controller(config, policy, binding, clock, fps, robot.keep_alive)
+    controller = build_controller(config, policy, binding, clock, fps)
     safety = SafetyOptions(config.clamp_to_limits, config.max_speed_deg_s, config.max_following_error_deg, config.max_held_ticks)
     options = LoopOptions(fps, config.episodes, config.timeout, config.seed, config.dry_run, safety, cli.reset_time_s(config), config.camera_fault)
     return ControlLoop(robot, controller, options, clock, stop, preflight.connected, outputs.observers, echo=cli.say)
 
 
-def build_controller(
-    config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float, keep_alive: Callable[[], None] = lambda: None
-) -> Controller:
+def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Controller:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
     max_hold_s, echo = (None, None) if config.server else (config.max_hold_s, cli.say)  # the client of a server has its own limit and tells its own
     if config.controller == "sync":
-        options = {"recoverable": recoverable, "max_hold_s": max_hold_s, "keep_alive": keep_alive}
+        options = {"recoverable": recoverable, "max_hold_s": max_hold_s}
         return SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, **options)
     overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, max_hold_s)
-    return ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, echo=echo, keep_alive=keep_alive)
+    return ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, echo=echo)
 
 
 def main(argv: list[str] | None = None) -> int:

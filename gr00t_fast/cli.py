@@ -28,9 +28,10 @@ from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_M
 from gr00t_fast.control.signals import SIGNAL_EXIT_BASE, StopRequested, StopSignals
 from gr00t_fast.control.worker import thread_left_running
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
-from gr00t_fast.errors import ConfigError, Gr00tFastError, closest, exit_code_of, tell_lost_output
+from gr00t_fast.errors import ConfigError, Gr00tFastError, closest, exit_code_of, is_output_lost, tell_lost_output
 from gr00t_fast.flags import Flag, UsageError, flags_of, parse_flags
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
+from gr00t_fast.robots.lerobot_glue import check_numbers
 from gr00t_fast.strict_json import read_json
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
@@ -68,9 +69,7 @@ class RunConfig:
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
-    max_hold_s: float | None = (
-        DEFAULT_MAX_HOLD_S  # how long the arm holds for want of actions (or 3 x the slowest inference) until it lands; null: ever
-    )
+    max_hold_s: float | None = DEFAULT_MAX_HOLD_S  # how long the arm holds for want of actions (or 3 x the slowest inference); null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
@@ -78,10 +77,8 @@ class RunConfig:
     reset_time_s: float | None = None  # how long the arm holds its pose between episodes, for you to put things back; default: 10, simulated 0
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S  # how fast targets may change; null: no limit
-    max_following_error_deg: float | None = (
-        DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of its joint, which may be blocked; null: no limit
-    )
-    camera_fault: CameraFault = "warn"  # a camera that is black, shows noise, or always the same picture: warn says it, land ends the run
+    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
+    camera_fault: CameraFault = "warn"  # a camera that is blank, shows noise, or always the same picture: warn says it, land ends the run
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
     dry_run: bool = False  # connect, check, infer once, send nothing
@@ -107,7 +104,7 @@ def _former_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words, notes = list(argv), []
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name != "--max_step_deg":
+        if name.replace("-", "_") != "__max_step_deg":
             continue
         place = index if equals else index + 1
         value = value if equals else words[place] if place < len(words) else ""
@@ -231,6 +228,10 @@ def _validate_follower(robot: SO100FollowerConfig) -> None:
             "--robot.port is missing: the arm's serial device, e.g. /dev/ttyACM0 (Linux) or "
             "/dev/tty.usbmodem... (macOS). `lerobot-find-port` finds it."
         )
+    try:
+        check_numbers(robot)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 def _notes_on_cameras(robot: RobotConfig) -> list[str]:
@@ -335,6 +336,11 @@ def _main(run: Callable[[RunConfig], int], argv: Sequence[str]) -> int:
         return request.exit_code
     except KeyboardInterrupt:
         return EXIT_CTRL_C
+    except Exception as error:
+        if isinstance(error, OSError) and is_output_lost(error):
+            raise
+        traceback.print_exception(error)
+        return EXIT_ERROR
 
 
 def _explain(error: Gr00tFastError, code: int, verbose: bool) -> int:

@@ -8,15 +8,14 @@ Whatever prints or logs in Python goes through it. What does not fit into the qu
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
-import queue
 import sys
 import threading
 import time
+from queue import SimpleQueue
 from types import TracebackType
-from typing import BinaryIO, TextIO
+from typing import Any, TextIO
 
 QUEUED_WRITES = 2000  # a report has 60 lines, a run says a line every few seconds
 LAST_WORDS_S = 1.0  # how long the end of the program waits for a terminal that takes nothing
@@ -25,69 +24,85 @@ _THREAD_NAME = "gr00t_fast-console"
 
 
 class Console:
-    """Replaces the two streams while used as a context manager; one at a time. The thread is a daemon and may outlive the `with` block, stuck."""
+    """Replaces the two streams while used as a context manager. The thread is a daemon and may outlive the `with` block, stuck."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[TextIO, str] | None] = queue.Queue(QUEUED_WRITES)
+        # SimpleQueue: its `put` is safe in finalisers and leaves no lock behind when a signal handler raises out of it.
+        self._queue: SimpleQueue[tuple[TextIO, str] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name=_THREAD_NAME, daemon=True)
         self._dropped = 0
-        self._raised = False
+        self._raised = self._closed = False
         self.failure: OSError | None = None  # of standard output: a closed pipe or terminal, a full disk. From then on what is written goes nowhere
 
     def __enter__(self) -> Console:
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_Queued(stream, self) for stream in self._streams)
+        sys.stdout, sys.stderr = (stream and _Queued(stream, self) for stream in self._streams)  # None where the descriptor is closed
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         sys.stdout, sys.stderr = self._streams
-        end_s = time.monotonic() + LAST_WORDS_S
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=LAST_WORDS_S)
-        self._thread.join(max(0.0, end_s - time.monotonic()))
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join(LAST_WORDS_S)
         if self.failure is not None and not self._raised and error is None:
             self._raised = True
             raise self.failure
 
     def put(self, stream: TextIO, text: str) -> None:
-        """Queue a text. Raises `failure`, once."""
+        """Queue a text. Raises `failure`, once. After the end of the `with` block it is written directly."""
         if self.failure is not None:
             if not self._raised and stream is self._streams[0]:
                 self._raised = True
                 raise self.failure
-            return
-        try:
-            if self._dropped and not self._queue.full():
-                dropped, self._dropped = self._dropped, 0
-                self._queue.put_nowait((stream, f"[{dropped} pieces of output were dropped: the terminal took none]\n"))
-            self._queue.put_nowait((stream, text))
-        except queue.Full:
+        elif self._closed:
+            _write(stream, text)
+        elif self._queue.qsize() >= QUEUED_WRITES:
             self._dropped += 1
+        else:
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                self._queue.put((stream, f"[{dropped} pieces of output were dropped: the terminal took none]\n"))
+            self._queue.put((stream, text))
 
     def _write_all(self) -> None:
         while (item := self._queue.get()) is not None:
             stream, text = item
             try:
-                stream.write(text)
-                stream.flush()
+                _write(stream, text)
             except OSError as error:
                 if stream is self._streams[0]:
                     self.failure = self.failure or error
-            except ValueError:  # somebody closed the stream object
-                self.failure = self.failure or OSError(errno.EBADF, "the output stream was closed")
+            except Exception as error:  # noqa: BLE001 - a stream that somebody closed or replaced by something odd; the other one must go on
+                if stream is self._streams[0]:
+                    self.failure = self.failure or OSError(errno.EBADF, f"the output stream failed: {error}")
 
 
 def stuck() -> bool:
     """Whether some output still waits for a terminal that takes none: the interpreter cannot end in good order then."""
-    return any(thread.name == _THREAD_NAME and thread.is_alive() for thread in threading.enumerate())
+    end_s = time.monotonic() + 0.05  # a thread that has just written its last needs a moment
+    while (stuck := any(thread.name == _THREAD_NAME and thread.is_alive() for thread in threading.enumerate())) and time.monotonic() < end_s:
+        time.sleep(0.005)
+    return stuck
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:  # a terminal of another alphabet: \\xe0 is better than the end of the run
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 class _Queued(io.TextIOBase):
-    """What `sys.stdout` is meanwhile."""
+    """What `sys.stdout` is meanwhile; whatever it does not have is the stream's own."""
 
     def __init__(self, stream: TextIO, console: Console) -> None:
         self._stream, self._console = stream, console
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -96,10 +111,6 @@ class _Queued(io.TextIOBase):
     @property
     def errors(self) -> str | None:  # type: ignore[override]
         return getattr(self._stream, "errors", None)
-
-    @property
-    def buffer(self) -> BinaryIO:
-        return self._stream.buffer
 
     def writable(self) -> bool:
         return True

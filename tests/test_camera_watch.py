@@ -32,8 +32,17 @@ def watch(frame: Callable[[int], np.ndarray], moving: bool = True, ticks: int = 
 
 
 STILL = sensor()
+
+
+def with_a_mover(tick: int) -> np.ndarray:
+    picture = STILL.copy()
+    picture[101:113, 37 + tick : 77 + tick] = 250
+    return picture
+
+
 FAULTS = {
-    "black": lambda tick: RNG.integers(0, 6, SCENE.shape, np.uint8),
+    "blank": lambda tick: RNG.integers(0, 20, SCENE.shape, np.uint8),
+    "dead green": lambda tick: np.array([0, 135, 0], np.uint8) + RNG.integers(0, 2, SCENE.shape, np.uint8),
     "noise": lambda tick: RNG.integers(0, 256, SCENE.shape, np.uint8),
     "frozen": lambda tick: STILL,
 }
@@ -42,7 +51,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_blind_camera_is_said_once(fault: str) -> None:
     said, events = watch(lambda tick: sensor() if tick < 30 else FAULTS[fault](tick))
-    assert events == {f"camera_{fault}": 1}
+    assert events == {f"camera_{fault if fault in ('noise', 'frozen') else 'blank'}": 1}
     assert len(said) == 1
     assert "front" in said[0]
     with pytest.raises(RobotError, match="front"):
@@ -55,12 +64,26 @@ def test_a_blind_camera_is_said_once(fault: str) -> None:
         (lambda tick: sensor(), True),
         (lambda tick: sensor(noise=25.0), True),
         (lambda tick: sensor(level=0.2), True),
-        (lambda tick: np.full(SCENE.shape, 200, np.uint8) + RNG.integers(0, 3, SCENE.shape, np.uint8), True),
+        (lambda tick: (240 - 0.03 * SCENE + RNG.integers(0, 3, SCENE.shape)).astype(np.uint8), True),
         (lambda tick: STILL, False),
-        (lambda tick: FAULTS["black"](tick) if tick % 30 < 20 else sensor(), True),
+        (lambda tick: FAULTS["blank"](tick) if tick % 30 < 20 else sensor(), True),
         (lambda tick: np.roll(STILL, tick // 15, axis=1), True),
+        (lambda tick: with_a_mover(tick), True),
+        (lambda tick: np.repeat((((X // 3) % 2) * 255)[..., None].astype(np.uint8), 3, 2) - np.uint8(tick % 3), True),
+        (lambda tick: np.repeat((((X + Y) % 2) * 255)[..., None].astype(np.uint8), 3, 2) - np.uint8(tick % 3), True),
     ],
-    ids=["ordinary", "grainy", "dim", "a white wall", "a drawn scene at rest", "a hand before the lens", "two pictures a second"],
+    ids=[
+        "ordinary",
+        "grainy",
+        "dim",
+        "a white wall",
+        "a drawn scene at rest",
+        "a hand before the lens",
+        "two pictures a second",
+        "a drawn mover",
+        "stripes",
+        "a fine checker",
+    ],
 )
 def test_an_ordinary_camera_is_not_suspected(frame: Callable[[int], np.ndarray], moving: bool) -> None:
     assert watch(frame, moving) == ([], {})
@@ -71,7 +94,7 @@ def test_the_loop_says_it_and_counts_it() -> None:
     seen = bench.robot.observe
     bench.robot.observe = lambda: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
     bench.loop.run()
-    assert bench.loop.trace.events["camera_black"] == 1
+    assert bench.loop.trace.events["camera_blank"] == 1
     assert sum("front" in line for line in bench.said) == 1
 
 

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from control_fakes import TICK_S, Bench
+from control_fakes import TICK_S, Bench, FakeClock, FakePolicy, FakeRobot
 
-from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.loop import ControlLoop
+from gr00t_fast.contracts import SO100_JOINTS, LandingReport
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.safety import SafetyOptions
 from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
@@ -237,11 +240,49 @@ def test_a_dry_run_shows_by_joint_what_would_have_been_sent() -> None:
     assert not bench.loop.trace.moved
 
 
+def test_the_time_limit_holds_in_the_middle_of_an_inference() -> None:
+    """Real time for once: the loop's thread waits for a call that hangs."""
+    robot, policy, hangs = FakeRobot(FakeClock()), FakePolicy(FakeClock()), threading.Event()
+    policy.on_action = lambda targets: hangs.wait(20) and targets if len(policy.seen) > 1 else targets
+    facts = policy.facts
+    binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, SO100_JOINTS, {"front": "webcam"})
+    clock = MonotonicClock()
+    controller = SyncController(policy, binding, "go", clock, 4, max_hold_s=None)
+    loop = ControlLoop(robot, controller, LoopOptions(30.0, timeout_s=1.0), clock, StopSignals(), echo=lambda line: None)
+    trace = loop.run()
+    assert trace.ended_by == "done"
+    assert trace.ended_s - trace.began_s < 5.0  # 1 on a quiet machine
+    assert robot.calls[-1] == "land"
+    hangs.set()
+
+
+def test_after_an_outage_between_two_looks_the_arm_goes_on_from_where_it_is() -> None:
+    bench = Bench(timeout_s=2.0)
+    robot, sagged = bench.robot, []
+
+    send = robot.send
+
+    def sag(targets: np.ndarray) -> None:
+        """The first target of a chunk, between which and the next nothing is looked at, is dropped: the arm has let go and come back."""
+        if len(robot.sent) == 8:
+            robot.events["torque_restored"] = 1
+            robot.sent.append((bench.clock.now_s(), robot.sent[-1][1] - 18.0))
+            sagged.append(len(robot.sent))
+        else:
+            send(targets)
+
+    robot.send = sag
+    bench.loop.run()
+    (index,) = sagged
+    assert np.abs(robot.sent[index][1] - robot.sent[index - 1][1]).max() <= 6.0 + 1e-9
+
+
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_a_long_run_says_every_few_seconds_that_it_lives(overlapped: bool) -> None:
     bench = Bench(timeout_s=12.0)
     if overlapped:
-        bench.loop.controller.plan = lambda observation, plan=bench.loop.controller.plan: (plan(observation), None)[1]  # says nothing itself
+        # says nothing itself
+        bench.loop.controller.plan = lambda observation, alive, plan=bench.loop.controller.plan: (plan(observation, alive), None)[1]
     bench.loop.run()
     progress = [line for line in bench.said if " ticks (" in line]
     assert [line.split(":")[0] for line in progress] == ["5 s", "10 s"]

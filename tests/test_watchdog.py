@@ -171,9 +171,9 @@ def test_a_watchdog_never_speaks_while_the_program_lives(program: Program, bus: 
     program.start(bus, tmp_path, timeout_s=3.0)
     program.hear("ready")
     assert program.hear("ended") == "ended 0"
-    assert program.said.read_text() == before
     stays_off(bus)
     assert not _watchdogs(bus), "it ends with the run"
+    assert program.said.read_text() == before
 
 
 def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
@@ -197,6 +197,8 @@ def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, 
             os.kill(pid, signal.SIGKILL)
         program.hear("ended")
         stays_off(bus, 0.2)
+    said = program.said.read_text().splitlines()
+    assert [line for line in said if not (line.startswith("watchdog: ") and "off on all servos" in line)] == []
     print({name: f"{len(values)} x, at most {max(values):.2f} s" for name, values in times_s.items()})
 
 

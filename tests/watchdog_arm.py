@@ -71,11 +71,10 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
     )
     clock.sleep_until_s = troubled("wait", clock.sleep_until_s)
     binding = RobotBinding(policy.get_modality_config(), policy.facts.state_widths, policy.facts.action_widths, SO100_JOINTS, {})
-    kind = {"keep_alive": arm.keep_alive}
     if controller == "sync":
-        source: Any = SyncController(policy, binding, "go", clock, 8, **kind)
+        source: Any = SyncController(policy, binding, "go", clock, 8)
     else:
-        source = ThreadedController(policy, binding, "go", clock, 30.0, **kind)
+        source = ThreadedController(policy, binding, "go", clock, 30.0)
     source.warm_up()
     loop = ControlLoop(arm, source, LoopOptions(30.0, timeout_s=timeout_s), clock, echo=lambda line: None)
     loop.run()

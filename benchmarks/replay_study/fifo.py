@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class FifoController:
         self._queue.clear()
         self._playing, self._row = None, 0
 
-    def plan(self, observation: Observation) -> ActionChunk:
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
         self._submit(observation, 0)
         self._take(self._worker.wait())
         return self._queue[0][1]

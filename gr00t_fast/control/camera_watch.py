@@ -1,4 +1,4 @@
-"""Notices a camera that delivers pictures without information: black, noise, or always the same one while the arm moves.
+"""Notices a camera that delivers pictures without information: blank, noise, or always the same one while the arm moves.
 
 A camera that delivers nothing at all is an error of the robot. These are not: the policy would go on, blind.
 """
@@ -17,36 +17,38 @@ from gr00t_fast.errors import RobotError
 
 CameraFault = Literal["warn", "land"]
 CHECK_EVERY_S = 0.25
-LASTS_S = 1.0  # black or noise: a hand before the lens and a burst of interference pass
+LASTS_S = 1.0  # blank or noise: a hand before the lens and a burst of interference pass
 FROZEN_S = 2.0
 MOVED = 5.0  # joint units; a sensor's noise, or at least the arm in the picture, changes some pixel meanwhile
-DARK = 16  # of 255: video black
-NOISE_DEVIATION, NOISE_CORRELATION = 20.0, 0.3  # neighbouring pixels of any focused or blurred picture agree above 0.8
-_STRIDE = 16
+DARK = 24  # of 255: a covered lens with the noise of an amplifier at its limit
+PLAIN_DEVIATION = 1.5  # of each colour over the picture: even a white wall has corners that are darker
+NOISE_DEVIATION = 20.0
+NOISE_CORRELATION = 0.3  # at some small distance pixels of any picture agree (or alternate) by more; those of noise at none
+LINES = 16  # whole rows and columns are looked at, so many of each: a grid of single pixels falls in step with patterns
 SMALLEST = 64  # pixels a side; too little to judge a picture by
 
-_ADVICE = {
-    "black": "Take the lens cap off, switch the light on, check the exposure",
-    "noise": "Check its cable and its pixel format (fourcc)",
-    "frozen": "Plug it in again",
+_WORDS = {
+    "blank": ("is black or of one colour", "Take the lens cap off, switch the light on, check exposure and cable"),
+    "noise": ("shows noise", "Check its cable and its pixel format (fourcc)"),
+    "frozen": ("shows the same picture while the arm moves", "Plug it in again"),
 }
 
 
 @dataclass
 class _Camera:
-    sample: np.ndarray
+    frame: np.ndarray
     changed_s: float
-    joints: np.ndarray  # when the sample last changed
+    joints: np.ndarray  # when the frame last changed
     fault: str | None = None
     since_s: float = 0.0
     told: bool = False
 
 
 class CameraWatch:
-    """Looks at each camera CHECK_EVERY_S; `events` counts `camera_<fault>` once per onset."""
+    """Looks at each camera every CHECK_EVERY_S; `events` counts `camera_<fault>` once per onset."""
 
     def __init__(self, action: CameraFault, echo: Callable[[str], None]) -> None:
-        """`action`: warn says it, land raises RobotError too."""
+        """`action`: warn says it, land raises RobotError."""
         self._action, self._echo = action, echo
         self._cameras: dict[str, _Camera] = {}
         self._next_s = -np.inf
@@ -62,13 +64,12 @@ class CameraWatch:
                 self._look(name, frame, observation)
 
     def _look(self, name: str, frame: np.ndarray, observation: Observation) -> None:
-        now_s, sample = observation.time_s, frame[::_STRIDE, ::_STRIDE].copy()
+        now_s = observation.time_s
         camera = self._cameras.get(name)
-        if camera is None or not np.array_equal(camera.sample, sample):
-            before, camera = camera, _Camera(sample, now_s, observation.joints)
-            if before is not None:
-                camera.fault, camera.since_s, camera.told = before.fault, before.since_s, before.told
-            self._cameras[name] = camera
+        if camera is None:
+            camera = self._cameras[name] = _Camera(frame.copy(), now_s, observation.joints)
+        elif not np.array_equal(camera.frame, frame):
+            camera.frame, camera.changed_s, camera.joints = frame.copy(), now_s, observation.joints
         fault = _fault(frame)
         if fault is None and now_s - camera.changed_s >= FROZEN_S and np.abs(observation.joints - camera.joints).max() > MOVED:
             fault = "frozen"
@@ -80,19 +81,26 @@ class CameraWatch:
 
     def _tell(self, name: str, fault: str, since_s: float) -> None:
         self.events[f"camera_{fault}"] += 1
-        what = {"black": "is black", "noise": "shows noise", "frozen": "shows the same picture while the arm moves"}[fault]
-        message = f"camera '{name}' {what}, for {since_s:.1f} s now: the policy is blind on it. {_ADVICE[fault]}."
+        what, advice = _WORDS[fault]
+        message = f"camera '{name}' {what}, for {since_s:.1f} s now: the policy is blind on it. {advice}."
         if self._action == "land":
             raise RobotError(message)
         self._echo(f"WARNING: {message} (--camera_fault=land ends the run in such a case.)")
 
 
 def _fault(frame: np.ndarray) -> str | None:
-    pixels = frame[::_STRIDE, :: 2 * _STRIDE].astype(np.float32)
-    if pixels.size and pixels.max() < DARK:
-        return "black"
-    beside = frame[::_STRIDE, 1 :: 2 * _STRIDE].astype(np.float32)[:, : pixels.shape[1]]
-    pixels = pixels[:, : beside.shape[1]]
-    if min(pixels.std(), beside.std()) < NOISE_DEVIATION:  # too plain a picture
+    height, width = frame.shape[:2]
+    rows = frame[height // (2 * LINES) :: height // LINES].astype(np.float32)  # (LINES, W, 3)
+    columns = frame[:, width // (2 * LINES) :: width // LINES].astype(np.float32).swapaxes(0, 1)  # (LINES, H, 3)
+    if np.percentile(rows, 98) < DARK or rows.reshape(-1, rows.shape[-1]).std(axis=0).max() < PLAIN_DEVIATION:
+        return "blank"
+    if rows.std() < NOISE_DEVIATION:
         return None
-    return "noise" if np.corrcoef(pixels.ravel(), beside.ravel())[0, 1] < NOISE_CORRELATION else None
+    return "noise" if max(_alikeness(rows), _alikeness(columns)) < NOISE_CORRELATION else None
+
+
+def _alikeness(lines: np.ndarray) -> float:
+    """The largest correlation, of either sign, of pixels 1 to 4 apart along the lines (N, L, 3)."""
+    centred = lines - lines.mean()
+    power = float((centred**2).mean())
+    return max(abs(float((centred[:, apart:] * centred[:, :-apart]).mean())) for apart in range(1, 5)) / power

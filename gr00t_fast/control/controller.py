@@ -107,8 +107,9 @@ class Controller(Protocol):
     def reset(self) -> None:
         """Forget the last episode."""
 
-    def plan(self, observation: Observation) -> ActionChunk | None:
-        """Make targets from an observation; may take as long as an inference. Returns the chunk that comes next; None when the policy failed in
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
+        """Make targets from an observation; may take as long as an inference. `keep_alive` is called several times a second meanwhile; what it raises
+        ends the wait. Returns the chunk that comes next; None when the policy failed in
         a way that may pass: the next target holds the last one."""
 
     def see(self, observation: Observation, tick: int) -> None:
@@ -183,14 +184,13 @@ class SyncController:
         recoverable: tuple[type[Exception], ...] = (),
         max_hold_s: float | None = DEFAULT_MAX_HOLD_S,
         worker: Worker | None = None,
-        keep_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """`action_horizon=None` plays all the policy returns; `recoverable` and `max_hold_s` as in OverlapOptions; `keep_alive` is called several
-        times a second while the arm waits for an inference. Raises ConfigError when a number makes no sense."""
+        """`action_horizon=None` plays all the policy returns; `recoverable` and `max_hold_s` as in OverlapOptions. Raises ConfigError when a number
+        makes no sense."""
         check_horizon(action_horizon)
         self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._horizon, self._recoverable = action_horizon, recoverable
-        self._worker, self._clock, self._keep_alive = worker or ThreadWorker(), clock, keep_alive
+        self._worker, self._clock = worker or ThreadWorker(), clock
         self._watch = HoldLimit(1.0, max_hold_s, None)
         self._left_running = False
         self._targets = np.empty((0, 0), np.float32)
@@ -207,18 +207,18 @@ class SyncController:
 
     def warm_up(self) -> None:
         self._worker.submit(self._runner.warm_up)
-        timing_ms = value_of(wait_alive(self._worker, self._clock, None, self._keep_alive))
+        timing_ms = value_of(wait_alive(self._worker, self._clock, None))
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
 
     def reset(self) -> None:
         self._reset_policy = True
         self._targets, self._next, self._last = self._targets[:0], 0, None
 
-    def plan(self, observation: Observation) -> ActionChunk | None:
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
         """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet. Raises InferenceTimeoutError when the arm
         has waited for too long."""
         try:
-            chunk = self._chunk(observation)
+            chunk = self._chunk(observation, keep_alive)
         except self._recoverable:
             if self._last is None:
                 raise
@@ -230,7 +230,9 @@ class SyncController:
         self._targets, self._next, self._starved = chunk.targets[: self._horizon], 0, False
         return chunk
 
-    def _chunk(self, observation: Observation) -> ActionChunk:
+    def _chunk(self, observation: Observation, keep_alive: Callable[[], None]) -> ActionChunk:
+        if self._worker.busy and wait_alive(self._worker, self._clock, self._watch.limit_s, keep_alive) is None:  # of an episode that is over
+            raise timed_out(self._watch.limit_s or 0.0, "an inference of the last episode still runs")
         reset, self._reset_policy = self._reset_policy, False
 
         def think() -> ActionChunk:
@@ -239,7 +241,7 @@ class SyncController:
             return self._runner.infer(observation)[0]
 
         self._worker.submit(think)
-        outcome = wait_alive(self._worker, self._clock, self._watch.limit_s, self._keep_alive)
+        outcome = wait_alive(self._worker, self._clock, self._watch.limit_s, keep_alive)
         if outcome is None:
             raise timed_out(self._watch.limit_s or 0.0, "the next chunk is not there")
         return value_of(outcome)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -54,6 +54,10 @@ class LoopOptions:
     camera_fault: CameraFault | None = "warn"
 
 
+class _EpisodeOver(Exception):  # noqa: N818 - no error: the time was up in the middle of an inference
+    pass
+
+
 class ControlLoop:
     """One run on one arm. `trace` and `pacer` hold the figures, also after an error."""
 
@@ -97,6 +101,10 @@ class ControlLoop:
                     self.trace.ended_by = "done"
             except StopRequested as request:
                 self.trace.ended_by = request.reason
+            except Exception as error:
+                if not _interrupted(error):
+                    raise
+                self.trace.ended_by = str(self.stop.reason)
             finally:
                 self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
                 self.trace.ended_s = self.clock.now_s()
@@ -155,8 +163,9 @@ class ControlLoop:
             self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
         self.pacer.start()
         self._progress.begin()
-        while self.clock.now_s() < self._end_s:
-            self._tick()
+        with suppress(_EpisodeOver):
+            while self.clock.now_s() < self._end_s:
+                self._tick()
         self._close_loop()
 
     def _tick(self) -> None:
@@ -173,6 +182,8 @@ class ControlLoop:
             self._resume(chunk)
             sent = self._send()
         else:  # the move is due now: send first, so that its instant does not depend on the cameras
+            if self._outage_count() != self._outages:  # the arm was out of our hands since the last look: first see where it is
+                self._observe()
             sent = self._send()
             observation = self._observe()
             self.controller.see(observation, self.pacer.tick)
@@ -196,7 +207,7 @@ class ControlLoop:
     def _observe(self) -> Observation:
         with self.trace.timed("observe"), self.stop.atomic():
             observation = self.robot.observe()
-        outages = sum(self.robot.events.get(name, 0) for name in _OUTAGES)
+        outages = self._outage_count()
         if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages = outages
             self.safety.start(observation.joints)
@@ -205,9 +216,18 @@ class ControlLoop:
             self.cameras(observation)
         return observation
 
+    def _outage_count(self) -> int:
+        return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
+
+    def _still_time(self) -> None:
+        """While an inference is waited for."""
+        self.robot.keep_alive()
+        if self.clock.now_s() >= self._end_s:
+            raise _EpisodeOver
+
     def _infer(self, observation: Observation) -> ActionChunk | None:
         with self.trace.timed("infer"):
-            chunk = self.controller.plan(observation)
+            chunk = self.controller.plan(observation, self._still_time)
         if chunk is not None:
             self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
         return chunk
@@ -248,6 +268,12 @@ class ControlLoop:
         limited = self.safety(target)
         self.trace.episodes += 1
         self.echo(dry_run_table(self.robot.joint_names, observation.joints, target, limited))
+
+
+def _interrupted(error: BaseException) -> bool:
+    """Whether it came from unwinding a StopRequested: a library's lock that the signal handler interrupted is released twice, for example."""
+    context = error.__context__
+    return context is not None and (isinstance(context, StopRequested) or _interrupted(context))
 
 
 class _ShortSleeps:

@@ -25,6 +25,7 @@ _GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"  #
 _H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]  # plays everywhere; 16: hardly to be told from the original
 # How long a finished run waits for the encoder's backlog; a GIF is only encoded once its palette, and so its last frame, is known.
 _FINISH_S, _GIF_FINISH_S_PER_FRAME = 5.0, 0.1
+_WINDOW = "gr00t_fast (q: stop)"
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 
 
@@ -131,12 +132,22 @@ class LiveView:
             import cv2
 
             self._cv2 = cv2
+            self._first_window()
+
+    def _first_window(self) -> None:
+        """Now and not with the first frame: over a network it takes seconds, and the arm is under power then."""
+        try:
+            self._cv2.namedWindow(_WINDOW)
+            self._cv2.waitKey(1)
+        except self._cv2.error as error:
+            self._echo(f"--show_images: no window can be opened ({str(error).strip()}); the run goes on without it.")
+            self._cv2 = None
 
     def see(self, observation: Observation) -> None:
         if self._cv2 is None or not observation.frames:
             return
         try:
-            self._cv2.imshow("gr00t_fast (q: stop)", side_by_side(observation.frames)[:, :, ::-1])  # RGB -> BGR
+            self._cv2.imshow(_WINDOW, side_by_side(observation.frames)[:, :, ::-1])  # RGB -> BGR
             if self._cv2.waitKey(1) & 0xFF in (ord("q"), 27):
                 self._on_quit()
         except self._cv2.error as error:  # the window system went away: the arm does not care

@@ -143,7 +143,8 @@ class SafetyFilter:
         if self.options.max_following_error_deg is None:
             return goal
         lag = np.maximum(0.0, self._moved * np.sign(goal - self._measured)) * self._fps * LAG_S  # while it moves towards its goal
-        most = self.options.max_following_error_deg * self._units_per_deg + lag
+        tick_deg = 0.0 if self.options.max_speed_deg_s is None else self.options.max_speed_deg_s / self._fps  # at low rates more than the limit
+        most = max(self.options.max_following_error_deg, tick_deg) * self._units_per_deg + lag
         bounded = np.clip(goal, self._measured - most, self._measured + most)
         changed = bounded != goal
         self.following_limited += changed
@@ -158,13 +159,13 @@ class SafetyFilter:
         for index in np.flatnonzero(self._blocked_ticks):
             if (name := self.joint_names[index]) == GRIPPER:
                 continue
-            for_s, at = self._blocked_ticks[index] / self._fps, f"it is at {self._measured[index]:.1f} and shall go to {target[index]:.1f}"
+            for_s, at = (self._blocked_ticks[index] - 1) / self._fps, f"it is at {self._measured[index]:.1f} and shall go to {target[index]:.1f}"
             if for_s >= BLOCKED_END_S:
                 raise UnsafeActionError(
                     f"joint {name} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or without "
                     "power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no limit)."
                 )
-            if self._blocked_ticks[index] == math.ceil(BLOCKED_WARN_S * self._fps):
+            if self._blocked_ticks[index] - 1 == math.ceil(BLOCKED_WARN_S * self._fps):
                 self._echo(f"WARNING: joint {name} does not follow: {at}. Its goal is held within --max_following_error_deg of it; is it blocked?")
 
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:

@@ -80,6 +80,11 @@ class StopSignals:
         """What to exit with because of the request, or None when nothing was requested."""
         return None if self._request is None else self._request[1]
 
+    @property
+    def reason(self) -> str | None:
+        """Why the end was requested, if it was."""
+        return None if self._request is None else self._request[0]
+
     def request(self, reason: str, exit_code: int = 0) -> None:
         """Ask for the end from the program itself (a key press, another thread); takes effect at the next `check`."""
         if self._request is None:

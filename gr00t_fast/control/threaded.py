@@ -75,10 +75,9 @@ class ThreadedController:
         action_horizon: int | None = None,
         worker: Worker | None = None,
         echo: Callable[[str], None] | None = None,
-        keep_alive: Callable[[], None] = lambda: None,
     ) -> None:
         """`action_horizon`: rows of a chunk that may play; None: all the policy returns. `echo` is told when the arm holds for long, unless the
-        policy tells that itself (None). `keep_alive` is called several times a second while the arm waits for a first chunk. Raises ConfigError."""
+        policy tells that itself (None). Raises ConfigError."""
         check_horizon(action_horizon)
         self.options = options or OverlapOptions()
         if self.options.continues and "prefix" not in inspect.signature(policy.get_action).parameters:
@@ -88,7 +87,7 @@ class ThreadedController:
             )
         self.note = TickNote()
         self._runner = PolicyRunner(policy, binding, instruction, clock)
-        self._fps, self._horizon, self._clock, self._keep_alive = fps, action_horizon, clock, keep_alive
+        self._fps, self._horizon, self._clock = fps, action_horizon, clock
         self._worker = worker or ThreadWorker()
         self._buffer = ChunkBuffer(ensemble=self.options.smoothing == "ensemble", resume=self.options.when_late == "resume")
         # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
@@ -113,7 +112,7 @@ class ThreadedController:
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
         options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
         self._worker.submit(lambda: self._runner.warm_up(**options))
-        timing_ms = value_of(wait_alive(self._worker, self._clock, None, self._keep_alive))
+        timing_ms = value_of(wait_alive(self._worker, self._clock, None))
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.continues and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
@@ -125,14 +124,14 @@ class ThreadedController:
         self._first = self._entered = None
         self._reset_policy = True
 
-    def plan(self, observation: Observation) -> ActionChunk:
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
         """The first chunk of an episode, waited for: the arm stands still. Raises what the policy raises, recoverable or not: there is nothing
         to hold yet. Raises ConfigError when the very first one takes so long that nothing of a later chunk would be left to play, and
         InferenceTimeoutError when none comes within `max_hold_s`."""
         if self._worker.busy:
-            self._take(self._waited_for(), tick=0)  # of the episode before: dropped as stale
+            self._take(self._waited_for(keep_alive), tick=0)  # of the episode before: dropped as stale
         self._submit(observation, tick=0, prefix=None)
-        self._first = value_of(self._waited_for())
+        self._first = value_of(self._waited_for(keep_alive))
         self._watch.inferred(self._first.chunk.inference_ms / 1000)
         ticks = self._ticks_of(self._first.chunk.inference_ms)
         if not self._delays:  # later ones are no reason to end a run: a spike passes
@@ -180,9 +179,9 @@ class ThreadedController:
 
     # Thinking
 
-    def _waited_for(self) -> Outcome:
+    def _waited_for(self, keep_alive: Callable[[], None]) -> Outcome:
         limit_s = self._watch.limit_s
-        outcome = wait_alive(self._worker, self._clock, limit_s, self._keep_alive)
+        outcome = wait_alive(self._worker, self._clock, limit_s, keep_alive)
         if outcome is None:
             raise timed_out(limit_s or 0.0, "the first chunk of the episode is not there")
         return outcome

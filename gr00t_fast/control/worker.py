@@ -105,7 +105,7 @@ class ThreadWorker:
             del call, outcome  # they hold an observation
 
 
-def wait_alive(worker: Worker, clock: Clock, limit_s: float | None, keep_alive: Callable[[], None]) -> Outcome | None:
+def wait_alive(worker: Worker, clock: Clock, limit_s: float | None, keep_alive: Callable[[], None] = lambda: None) -> Outcome | None:
     """Wait for the worker's outcome at most `limit_s` of `clock` (None: for ever), with `keep_alive` called several times a second. None when it is
     not there by then."""
     end_s = math.inf if limit_s is None else clock.now_s() + limit_s

@@ -51,7 +51,7 @@ class RobotConfig(draccus.ChoiceRegistry):
 
     RENAMED: ClassVar[dict[str, str]] = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's names before version 0.2
     id: str | None = None  # names the calibration file
-    calibration_dir: Path | None = None
+    calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it
 
 
 @RobotConfig.register_subclass("so100_follower")
@@ -61,10 +61,10 @@ class SO100FollowerConfig(RobotConfig):
     """The real arm, driven by lerobot's unmodified `SO100Follower`."""
 
     port: str = ""  # serial device, e.g. /dev/ttyACM0; required
-    cameras: dict[str, CameraConfig] = field(default_factory=dict)
+    cameras: dict[str, CameraConfig] = field(default_factory=dict)  # "{name: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}"
     disable_torque_on_disconnect: bool = True  # False: hold the last pose when the run ends
     max_relative_target: float | dict[str, float] | None = None  # lerobot's own step limit, on top of ours
-    use_degrees: bool = True
+    use_degrees: bool = True  # body joints in degrees; false: -100 to 100 over the calibrated range
     connect_attempts: int = 3  # a slow bus may miss a reply now and then
     reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
     watchdog_s: float | None = 1.0  # without a sign of life for so long, a process beside the program ends it and takes the torque off; null: never
@@ -75,7 +75,7 @@ class SO100FollowerConfig(RobotConfig):
 class SO100SimConfig(RobotConfig):
     """A MuJoCo SO-100 on a table with a block and a bowl; needs no hardware and no OpenGL."""
 
-    task: Literal["reach", "place"] = "place"
+    task: Literal["reach", "place"] = "place"  # what stands on the table, and what counts as solved
     cameras: dict[str, CameraConfig] = field(default_factory=lambda: {"front": SimCameraConfig()})
     use_degrees: bool = True
     block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it

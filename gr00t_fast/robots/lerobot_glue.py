@@ -22,7 +22,7 @@ _OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown
 _LEROBOT_NAME = "so_follower"  # of the driver in lerobot 0.4.4, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
-SHORTEST_WATCHDOG_S = 0.5
+WATCHDOG_RANGE_S = (0.5, 60.0)
 GRIPPER = SO100_JOINTS.index("gripper")
 
 
@@ -32,10 +32,10 @@ def check_numbers(config: SO100FollowerConfig) -> None:
         raise ConfigError(f"--robot.connect_attempts must be at least 1, got {config.connect_attempts}.")
     if not (math.isfinite(config.reconnect_s) and config.reconnect_s >= 0):
         raise ConfigError(f"--robot.reconnect_s must be a finite number of seconds, 0 or more, got {config.reconnect_s}.")
-    if config.watchdog_s is not None and not (math.isfinite(config.watchdog_s) and config.watchdog_s >= SHORTEST_WATCHDOG_S):
+    if config.watchdog_s is not None and not WATCHDOG_RANGE_S[0] <= config.watchdog_s <= WATCHDOG_RANGE_S[1]:
         raise ConfigError(
-            f"--robot.watchdog_s must be at least {SHORTEST_WATCHDOG_S} s (or null for no watchdog), got {config.watchdog_s}: "
-            "a busy machine holds up a sound program for some tenths of a second."
+            f"--robot.watchdog_s must be from {WATCHDOG_RANGE_S[0]:g} to {WATCHDOG_RANGE_S[1]:g} s (or null for no watchdog), "
+            f"got {config.watchdog_s}: a busy machine holds up a sound program for some tenths of a second."
         )
     limit = _step_limit(config.max_relative_target)
     for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 from weakref import WeakSet
 
@@ -123,7 +124,7 @@ class SO100FollowerArm:
             joints, time_s = self._read_joints()
             frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
             if self._twin is not None:
-                frames |= self._twin.frames(joints)
+                frames |= self._twin.frames(joints, while_drawing=self._exchanging)
             self._health.check(time_s, holding=self._power.engaged)
             return Observation(joints, frames, time_s)
 
@@ -187,9 +188,8 @@ class SO100FollowerArm:
             return
         if self.config.watchdog_s is not None and self._watchdog is None:
             servo_ids = [motor.id for motor in self._follower.bus.motors.values()]
-            watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
-            watchdog.start()
-            self._watchdog = watchdog
+            self._watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
+            self._watchdog.start()
         self._repeat("configuring the servos", self._power.engage)
         self._read_joints()
 
@@ -293,6 +293,7 @@ class SO100FollowerArm:
         return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading", "status_poll_missed"))
 
     def _read_frame(self, name: str, camera: Any) -> np.ndarray:
+        self._exchanging()
         try:
             return camera.read_latest(max_age_ms=OLDEST_FRAME_MS)
         except Exception as error:
@@ -457,13 +458,18 @@ class TwinCameras:
 
         self._cameras, self._unit = cameras, unit
         self._simulation = Simulation("place", 0)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gr00t_fast-drawing")
         self._draw(HOME_DEG)
 
-    def frames(self, joints: np.ndarray) -> dict[str, np.ndarray]:
-        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit."""
+    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None]) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
+        `while_drawing` is called several times meanwhile."""
         from gr00t_fast.robots.so100_sim.units import to_degrees
 
-        return self._draw(to_degrees(joints, self._unit))
+        drawing = self._pool.submit(self._draw, to_degrees(joints, self._unit))
+        while not wait([drawing], timeout=0.1).done:
+            while_drawing()
+        return drawing.result()
 
     def _draw(self, joints_deg: np.ndarray) -> dict[str, np.ndarray]:
         self._simulation.place_arm(joints_deg)

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.watchdog_process import DISMISS
+from gr00t_fast.optional import require
+from gr00t_fast.robots.watchdog_process import CALL, DISMISS
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,33 @@ class Watchdog:
         if os.name != "posix":
             log.warning("there is no watchdog on this system: a program that is killed or crashes leaves the arm powered")
             return
-        program = str(Path(__file__).with_name("watchdog_process.py"))
-        command = [sys.executable, "-I", program, self._port, "hold" if self._holds else "off", *map(str, self._ids)]
+        if os.getpid() == 1:
+            log.warning(
+                "this program is the first process of a container: when it crashes, the kernel ends the watchdog with it and the arm stays "
+                "powered, and when it hangs nobody can end it. Start the container with an init process (docker run --init)"
+            )
+        program, pyserial = str(Path(__file__).with_name("watchdog_process.py")), str(Path(require("serial", "robot").__file__).parent.parent)
+        command = [sys.executable, "-I", program, self._port, "hold" if self._holds else "off", pyserial, *map(str, self._ids)]
         # a session of its own: what is typed in the terminal, and signals to the program's group, are not for it
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
-        with self._process.stdout as said:
-            if not select.select([said], [], [], START_S)[0] or not said.read(64):
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
+            self._wait_until_ready(self._process)
+            os.set_blocking(self._process.stdin.fileno(), False)
+        except BaseException:  # a signal, too: it must not take the end of its input for the end of this program
+            if self._process is not None:
                 self._process.kill()
-                self.dismiss()
+            self.dismiss()
+            raise
+
+    @staticmethod
+    def _wait_until_ready(process: subprocess.Popen[bytes]) -> None:
+        with process.stdout as said:
+            poll = select.poll()
+            poll.register(said, select.POLLIN)
+            if not poll.poll(1000 * START_S):
                 raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
-        os.set_blocking(self._process.stdin.fileno(), False)
+            if not said.read(64):
+                raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
 
     def beat(self) -> bool:
         """A sign of life. Returns False when nobody watches any more."""
@@ -84,6 +102,8 @@ class Watchdog:
         """The arm could not be landed from here: let the other process go on trying for a while. Never raises."""
         process, self._process = self._process, None
         if process is not None:
+            with contextlib.suppress(OSError):
+                os.write(process.stdin.fileno(), CALL)
             with contextlib.suppress(OSError):
                 process.stdin.close()
 

@@ -2,11 +2,12 @@
 
 It imports nothing of this package.
 
-    python watchdog_process.py PORT off|hold ID [ID ...]
+    python watchdog_process.py PORT off|hold DIRECTORY ID [ID ...]      # DIRECTORY: where pyserial is
 
 Standard input carries the heartbeat, written by the program that drives the arm: little-endian float32, each the number of seconds within which
-the next one will come (infinity: no promise). NaN dismisses the watchdog: the arm has landed. The end of the input without that means that the
-program is gone. "ready" on standard output once everything that is needed is loaded.
+the next one will come (infinity: no promise). NaN dismisses the watchdog: the arm has landed. A negative number asks it to go on with what the
+program could not do itself. The end of the input without either means that the program is gone. "ready" on standard output once everything that
+is needed is loaded.
 
 When the program is gone, or breaks its promise, the torque is taken off all servos: by a write to all of them, repeated, then read back from
 each. A program that is still there but silent is killed first, else it would go on sending goals when it wakes up, and each goal switches the
@@ -27,7 +28,8 @@ import time
 BAUD_RATE = 1_000_000
 TORQUE_REGISTER = 40  # Torque_Enable in Feetech's STS3215 memory table
 _READ, _SYNC_WRITE, _BROADCAST = 0x02, 0x83, 0xFE
-DISMISS = struct.pack("<f", math.nan)
+DISMISS, CALL = struct.pack("<f", math.nan), struct.pack("<f", -1.0)
+DISMISSED, CALLED, GONE, SILENT, UNENDING = "dismissed", "called", "gone", "silent", "unending"
 SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the program gets so long to say so
 DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
@@ -36,45 +38,49 @@ ANSWER_S = 0.03
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
 
 
-def main(port: str, mode: str, ids: list[int]) -> None:
+def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
     """Wait, and act if need be."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):  # meant for the program, which ends this one
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = os.getppid()
+    sys.path.append(directory)
     import serial  # before it is needed: a program that is in trouble may be on a disk that is, too
 
-    os.write(1, b"ready\n")
-    silent_s = wait_for_trouble()
-    if silent_s is None:
+    with contextlib.suppress(BrokenPipeError):  # the program was stopped meanwhile: the end of its input says the rest
+        os.write(1, b"ready\n")
+    trouble, silent_s = wait_for_trouble()
+    if trouble == DISMISSED:
         return
-    if silent_s:
+    if trouble == SILENT:
         with contextlib.suppress(ProcessLookupError):
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
-        wait_for_end(DEATH_S)
+        trouble = SILENT if has_ended(DEATH_S) else UNENDING
     left_on = release(serial, port, ids) if mode == "off" else []
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
-        os.write(2, message(port, mode, silent_s, left_on).encode())
+        os.write(2, f"watchdog: {cause(trouble, port, silent_s)}. {outcome(mode, left_on)}\n".encode())
 
 
-def wait_for_trouble() -> float | None:
-    """None: dismissed. 0: the input ended. Else the number of seconds without a sign of life."""
+def wait_for_trouble() -> tuple[str, float]:
+    """What came, and the seconds without a sign of life."""
     buffer, promised_s, heard_s = b"", math.inf, time.monotonic()
     while True:
         wait_s = None if math.isinf(promised_s) else max(0.0, heard_s + promised_s - time.monotonic())
         if not (readable(wait_s) or readable(SECOND_LOOK_S)):
-            return time.monotonic() - heard_s
+            return SILENT, time.monotonic() - heard_s
         data = os.read(0, 65536)
         if not data:
-            return 0.0
+            return GONE, 0.0
         buffer += data
         whole = len(buffer) // 4 * 4
         if whole:
             promises = struct.unpack(f"<{whole // 4}f", buffer[:whole])
             if any(map(math.isnan, promises)):
-                return None
+                return DISMISSED, 0.0
+            if min(promises) < 0:
+                return CALLED, 0.0
             promised_s, heard_s, buffer = promises[-1], time.monotonic(), buffer[whole:]
 
 
@@ -82,12 +88,14 @@ def readable(wait_s: float | None) -> bool:
     return bool(select.select([0], [], [], wait_s)[0])
 
 
-def wait_for_end(limit_s: float) -> None:
-    """Until nobody can write to the input any more: then the program's hold on the port is gone, too."""
+def has_ended(limit_s: float) -> bool:
+    """Whether nobody can write to the input any more, and so the program's hold on the port is gone, too. The first process of a container cannot be
+    killed from within."""
     end_s = time.monotonic() + limit_s
     while (left_s := end_s - time.monotonic()) > 0 and readable(left_s):
         if not os.read(0, 65536):
-            return
+            return True
+    return False
 
 
 def release(serial, port: str, ids: list[int]) -> list[int]:  # type: ignore[no-untyped-def]
@@ -127,19 +135,23 @@ def packet(servo: int, instruction: int, *parameters: int) -> bytes:
     return b"\xff\xff" + body + bytes((~sum(body) & 0xFF,))
 
 
-def message(port: str, mode: str, silent_s: float, left_on: list[int]) -> str:
-    if silent_s:
-        what = f"the program that drives the arm on {port} gave no sign of life for {silent_s:.1f} s and was ended"
-    else:
-        what = f"the program that drove the arm on {port} ended without landing it"
+def cause(trouble: str, port: str, silent_s: float) -> str:
+    silent = f"the program that drives the arm on {port} gave no sign of life for {silent_s:.1f} s"
+    return {
+        SILENT: f"{silent} and was ended",
+        UNENDING: f"{silent} and could not be ended: end it by hand before it goes on",
+        GONE: f"the program that drove the arm on {port} ended without landing it",
+        CALLED: f"the program could not switch the torque off on {port} itself",
+    }[trouble]
+
+
+def outcome(mode: str, left_on: list[int]) -> str:
     if left_on:
-        return (
-            f"watchdog: {what}. THE ARM MAY STILL BE POWERED: servo {', '.join(map(str, left_on))} did not confirm that its torque is off. "
-            "Hold the arm and switch its power supply off.\n"
-        )
+        servos = ", ".join(map(str, left_on))
+        return f"THE ARM MAY STILL BE POWERED: servo {servos} did not confirm that its torque is off. Hold the arm and switch its power supply off."
     if mode == "hold":
-        return f"watchdog: {what}. The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered.\n"
-    return f"watchdog: {what}. The torque is off on all servos.\n"
+        return "The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered."
+    return "The torque is off on all servos."
 
 
 def _termios_error() -> tuple[type[Exception], ...]:
@@ -149,4 +161,4 @@ def _termios_error() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(word) for word in sys.argv[3:]])
+    main(*sys.argv[1:4], [int(word) for word in sys.argv[4:]])
