@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gr00t_fast.errors import CheckpointError, closest
+from gr00t_fast.errors import CheckpointError, closest, shown
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any
         for path, allowed in assumed.items():
             value = _look_up(source, path, default=allowed[0])
             if value not in allowed:
-                raise CheckpointError(f"{file}: {path} is {_shown(value)}; this implementation computes with {allowed[0]!r} only.")
+                raise CheckpointError(f"{file}: {path} is {shown(value)}; this implementation computes with {allowed[0]!r} only.")
 
 
 def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -187,7 +187,7 @@ def _need(section: Mapping[str, Any], key: str, where: str) -> int:
     value = section.get(key)
     most = _MOST.get(key, _MOST_OTHERWISE)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise CheckpointError(f"{where}: '{key}' must be a whole number from 1 to {most}, got {_shown(value)}. The file is incomplete or damaged.")
+        raise CheckpointError(f"{where}: '{key}' must be a whole number from 1 to {most}, got {shown(value)}. The file is incomplete or damaged.")
     return value
 
 
@@ -200,27 +200,18 @@ _MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 
 _MOST_VISION_TOKENS = 4096
 
 
-def _shown(value: object) -> str:
-    """The beginning of a value, for an error."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:80]} ..."
-
-
 def _positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
     """Files that leave the key out mean the libraries' default."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {_shown(value)}. The file is incomplete or damaged.")
+        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {shown(value)}. The file is incomplete or damaged.")
     return float(value)
 
 
 def _switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = section.get(key, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: '{key}' must be true or false, got {_shown(value)}. The file is incomplete or damaged.")
+        raise CheckpointError(f"{where}: '{key}' must be true or false, got {shown(value)}. The file is incomplete or damaged.")
     return value
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-_HEAD_CHARACTERS, _TAIL_CHARACTERS = 4000, 1000
+_HEAD_CHARACTERS, _TAIL_CHARACTERS, _SHOWN_CHARACTERS = 4000, 1000, 80
 
 
 class Gr00tFastError(Exception):
@@ -85,6 +85,15 @@ def closest(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string when nothing is near."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def shown(value: object) -> str:
+    """The beginning of a value, for an error: it may come from a hostile file."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
 
 
 def attempt(work: Callable[[], T], interrupted: str) -> tuple[T | None, int]:

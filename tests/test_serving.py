@@ -609,6 +609,16 @@ def test_submitting_and_stopping_at_once_loses_no_call() -> None:
         assert len(outcomes) == len(taken)
 
 
+def test_requests_of_clients_that_were_refused_wait_for_those_of_others() -> None:
+    work, done = InferenceQueue(Traffic(), ByteBudget(0)), []
+    for number in range(3):
+        work.submit(lambda number=number: done.append(f"suspect {number}"), lambda outcome: None, suspect=True)
+        work.submit(lambda number=number: done.append(f"honest {number}"), lambda outcome: None)
+    work.submit(work.stop, lambda outcome: None, suspect=True)
+    work.run()
+    assert done == [f"{kind} {number}" for kind in ("honest", "suspect") for number in range(3)]
+
+
 def test_the_budget_is_given_back() -> None:
     work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
     for _ in range(3):

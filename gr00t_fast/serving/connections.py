@@ -6,6 +6,7 @@ that was never served, of the host that holds most, and the oldest of these, is 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ UNFINISHED_BYTES = 2**25  # of all unfinished messages; one may go beyond
 # A newcomer keeps its place for so long, in which an honest one sends its request; for this there are so many times the places.
 _GRACE_S, _GRACE_PLACES = 0.1, 3
 _PATIENCE_S = 1.0  # for a message of a usual size from this network
+_SUSPECT_S = 10.0
 _LANE_SHARE = 0.2  # of the event loop's time
 
 
@@ -31,6 +33,12 @@ class Connection:
     since_s: float = field(default_factory=time.monotonic)  # when it came, or last began or finished a message
     deadlines_s: dict[str, float] = field(default_factory=dict)  # by what it has to finish until then
     held_since_s: float | None = None  # it waits for memory
+    refused_s: float = -math.inf  # when a request of it was refused for the last time
+
+    @property
+    def suspect(self) -> bool:
+        """Its requests wait until nobody else's do."""
+        return time.monotonic() - self.refused_s < _SUSPECT_S
 
     def hold(self) -> None:
         """It waits for memory: no time passes for the client."""

@@ -117,6 +117,7 @@ class HttpPolicyServer(PolicyHost):
             message = await self._respond(scope, receive, record)
         except _Refusal as refusal:  # it holds what was refused, so nothing is waited for in here
             self._traffic.refused(str(refusal))
+            record.refused_s = time.monotonic()
             status, message, keep = refusal.status, {"detail": str(refusal)}, refusal.keep
             pause_s = self._connections.refusals.pause_s(_REFUSAL_COST_S + refusal.cost_s)
         except asyncio.CancelledError:
@@ -202,7 +203,7 @@ class HttpPolicyServer(PolicyHost):
             observation = _observation(body)
             del body
             self._connections.holds(record, 0)
-            self._queue.submit(lambda: self._policy.get_action(observation), answer, size_bytes)
+            self._queue.submit(lambda: self._policy.get_action(observation), answer, size_bytes, record.suspect)
         except ServerError as error:
             raise _Refusal(503, str(error), keep=True, cost_s=time.thread_time() - began_s) from error
         except Gr00tFastError as error:

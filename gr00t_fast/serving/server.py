@@ -93,14 +93,16 @@ class PolicyServer(PolicyHost):
         """Frames are the route back, which ends in an empty frame (a REQ client, perhaps behind proxies), and the message."""
         if not request.has_route:  # there is nobody who could read a reply
             self._traffic.refused("frames that no REQ client sends")
-            connection.answer_at_once([], b"")
+            connection.answer_at_once([], b"", refused=True)
             return
+        refused = True
         try:
             if request.parts != 1:
                 raise WireError(f"expected a message of one part, got {request.parts}.")
             if request.body is None:
                 raise WireError(f"the message has {request.size_bytes} bytes; at most {self._max_bytes} are accepted. Send fewer pictures.")
             reply = self._answer(request.body, request.route, connection)
+            refused = False
         except Gr00tFastError as error:
             self._traffic.refused(str(error))
             reply = encode({"error": reason_of(error)})
@@ -108,7 +110,7 @@ class PolicyServer(PolicyHost):
             self._traffic.failed(error)
             reply = encode({"error": reason_of(f"{type(error).__name__}: {error}")})
         if reply is not None:
-            connection.answer_at_once(request.route, reply)
+            connection.answer_at_once(request.route, reply, refused)
 
     def _answer(self, message: memoryview, route: list[bytes], connection: ZmtpConnection) -> bytes | None:
         """The reply, or None when it comes later. Raises Gr00tFastError with the reason of a refusal."""
@@ -129,7 +131,7 @@ class PolicyServer(PolicyHost):
         if endpoint == "kill":
             return self._kill()
         call = self._policy_call(endpoint, request.get("data", {}))
-        self._queue.submit(call, lambda outcome: self._reply(connection, route, outcome), size_bytes=len(message))
+        self._queue.submit(call, lambda outcome: self._reply(connection, route, outcome), len(message), connection.record.suspect)
         connection.wait()
         return None
 

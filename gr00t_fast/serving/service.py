@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -64,6 +65,7 @@ class _Job:
     answer: Callable[[Outcome], None]
     arrived_s: float
     size_bytes: int
+    suspect: bool
 
 
 class ByteBudget:
@@ -89,33 +91,46 @@ class InferenceQueue:
 
     def __init__(self, traffic: Traffic, budget: ByteBudget, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
+        self._sorted: tuple[deque[_Job], deque[_Job]] = (deque(), deque())  # what was taken from there: of honest clients, and of suspect ones
         self._traffic, self._budget, self._max_waiting, self._max_wait_s = traffic, budget, max_waiting, max_wait_s
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # never taken by `stop`: a signal handler may interrupt whoever holds it
 
-    def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None], size_bytes: int = 0) -> None:
-        """Queue `call`; `answer` gets its outcome in the running thread. `size_bytes` comes out of the budget until the answer.
+    def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None], size_bytes: int = 0, suspect: bool = False) -> None:
+        """Queue `call`; `answer` gets its outcome in the running thread. `size_bytes` comes out of the budget until the answer. A `suspect` call, of
+        a client whose requests are refused now and then, waits until there are no others.
 
         Raises ServerError when too many or too large ones wait, or the server is ending.
         """
         with self._lock:
             if self._stopping.is_set():
                 raise ServerError(SHUTTING_DOWN)
-            if self._jobs.qsize() >= self._max_waiting:
+            if self._jobs.qsize() + sum(map(len, self._sorted)) >= self._max_waiting:
                 raise ServerError(f"{BUSY}{self._max_waiting} requests are waiting already. Try again later.")
             self._budget.take(size_bytes)
-            self._jobs.put(_Job(call, answer, time.monotonic(), size_bytes))
+            self._jobs.put(_Job(call, answer, time.monotonic(), size_bytes, suspect))
 
     def run(self) -> None:
         """Work until `stop`; what still waits then is answered with an error."""
-        while (job := self._jobs.get()) is not None:
+        while (job := self._next()) is not None:
             self._work(job)
             del job  # it holds an observation
         with self._lock:  # a `submit` that had seen no `stop` has put its job by now, and later ones are refused
-            left = [self._jobs.get() for _ in range(self._jobs.qsize())]
+            left = [*self._sorted[0], *self._sorted[1], *(self._jobs.get() for _ in range(self._jobs.qsize()))]
+        for jobs in self._sorted:
+            jobs.clear()
         for job in left:
             if job is not None:
                 self._work(job)
+
+    def _next(self) -> _Job | None:
+        """Honest clients' first. None: the end."""
+        while not any(self._sorted) or self._jobs.qsize():
+            job = self._jobs.get()
+            if job is None:
+                return None
+            self._sorted[job.suspect].append(job)
+        return self._sorted[not self._sorted[0]].popleft()
 
     def stop(self) -> None:
         """End `run` after the call in progress. From any thread and from signal handlers."""

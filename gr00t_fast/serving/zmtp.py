@@ -128,12 +128,15 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         if served:
             self._cost_s = 0.0
         else:
+            self.record.refused_s = time.monotonic()
             self._began_s = time.thread_time()
             self._pause(self._connections.refusals)
         self._release("waiting")
 
-    def answer_at_once(self, route: list[bytes], reply: bytes) -> None:
+    def answer_at_once(self, route: list[bytes], reply: bytes, refused: bool) -> None:
         """Of the request just taken; the connection's next one is read after a pause in proportion to its cost. Without a route nothing is sent."""
+        if refused:
+            self.record.refused_s = time.monotonic()
         if route:
             self._send(route, reply)
         self._pause(self._connections.refusals)
