@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,10 +30,32 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class FrameEngine(Engine, Protocol):
-    """An engine that also makes the pixels, and joint units of the actions: bytes go in, so that all that follows can be one submission."""
+class FrameEngine(Protocol):
+    """An engine that makes the pixels too, and joint units of the actions: bytes go in, so that all that follows can be one submission."""
 
+    name: str
+    continues: bool  # whether `run_raw` takes a goal
     to_joints: ToJoints | None  # given before the first call; without it actions come out normalised
+    warming_up: bool  # set while the policy warms up: what is prepared at any other time is told, because the arm waits for it
 
     def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> np.ndarray:
         """noise fp32 (B, H, A) and `goal` on the host -> actions float32 (B, H, A) on the host; those of the padding stay normalised."""
+
+    def synchronise(self) -> None:
+        """As `Engine.synchronise`."""
+
+
+AnyEngine = Engine | FrameEngine
+
+
+@contextmanager
+def warming_up(engine: AnyEngine) -> Iterator[None]:
+    """Inside, `engine` prepares what is new to it without a warning."""
+    if not isinstance(engine, FrameEngine):
+        yield
+        return
+    engine.warming_up = True
+    try:
+        yield
+    finally:
+        engine.warming_up = False
