@@ -112,8 +112,8 @@ def _eight_bit(linear: torch.nn.Linear) -> Fp8WeightLinear:
     layer = Fp8WeightLinear.__new__(Fp8WeightLinear)
     torch.nn.Module.__init__(layer)
     layer.out_features, layer.bias = linear.out_features, linear.bias
-    layer.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, device="meta"))
-    layer.register_buffer("weight_scale", torch.empty(linear.out_features, dtype=torch.float32, device="meta"))
+    layer.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, device=linear.weight.device))
+    layer.register_buffer("weight_scale", torch.empty(linear.out_features, dtype=torch.float32, device=linear.weight.device))
     return layer
 
 
