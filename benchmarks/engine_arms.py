@@ -116,7 +116,8 @@ class Bench:
         from gr00t_fast.export.verify import Case
 
         arguments, head = self.arguments, model.config.head
-        transforms = transforms_only(self.path, data_config=arguments.data_config, processor_path=arguments.processor_path)
+        common = {name: getattr(arguments, name) for name in ("embodiment_tag", "data_config", "processor_path")}
+        transforms = transforms_only(self.path, **common)
         seen = random_observations(transforms, arguments.seed + 1, arguments.calibration_frames)
         cases = [Case(network_inputs(transforms, one), torch.from_numpy(random_noise(transforms, index))) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against

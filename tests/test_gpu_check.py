@@ -177,3 +177,15 @@ def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_pa
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "no torch with a CUDA GPU" in done.stdout
+
+
+def test_what_it_runs_needs_little_to_be_installed() -> None:
+    """torch, triton, transformers (with its tokenizers and hub), safetensors, numpy, opencv and pytest; TensorRT's part asks for what it needs."""
+    absent = ("lerobot", "draccus", "yaml", "matplotlib", "pandas", "pyarrow", "datasets", "PIL", "onnx", "onnxruntime", "openvino", "mujoco", "zmq")
+    modules = [f"benchmarks.{name}" for name in ("bench_engines", "kernel_pairs")] + ["gr00t_fast.engine.fp8", "gr00t_fast.export.fp8"]
+    modules += [file.stem for file in gpu_check.test_files() if file.stem != "test_gpu_tensorrt"]
+    code = f"import importlib, sys\nsys.path[:0] = ['.', 'tests']\nsys.modules.update(dict.fromkeys({absent}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}for name in {modules}: importlib.import_module(name)"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
