@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.engine.base import tell_new
 from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.continuation import Goal
@@ -45,7 +46,7 @@ class GraphEngine:
             raise ConfigError(f"engine '{name}' runs from camera frames, not from tensors. Measure it with benchmarks/bench_engines.py.")
         self.name, self.model, self.to_pixels, self.stages = name, model, to_pixels, stages or model.stages()
         self.device, self.dtype = model.device, model.dtype
-        self.warming_up = False  # set by the policy: what is recorded meanwhile delays nobody
+        self.warming_up = False
         self._check_call = check_call
         self._to_joints: ToJoints | None = None
         self._prepared: OrderedDict[CallShape, tuple[StaticCall, CapturedGraph | None]] = OrderedDict()
@@ -101,10 +102,7 @@ class GraphEngine:
 
     def _prepare(self, shape: CallShape, raw: RawInputs, noise: Tensor, goal: Goal | None) -> None:
         """With real contents, so that kernels are chosen for them."""
-        what = f"{shape.prompt_tokens} prompt tokens, {shape.denoising_steps} denoising steps"
-        log.info("preparing %s for %s", self.name, what)
-        if not self.warming_up:
-            log.warning("%s meets %s for the first time: no actions until it is prepared. Warm up with the instructions to come.", self.name, what)
+        tell_new(log, self, f"{shape.prompt_tokens} prompt tokens, {shape.denoising_steps} denoising steps")
         call, graph = StaticCall(self.model, shape, self.to_pixels, self.stages, self._to_joints), None
         call.fill(raw, noise, goal)
         if self._stream is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint.tensor_file import TensorFile
+from gr00t_fast.engine.base import tell_new
 from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
@@ -59,6 +60,7 @@ class TensorRTEngine(ExportedEngine):
             stages = _load(trt, directory, manifest, remedy)
             runtime = TensorRTStages(stages, manifest, where)
         super().__init__(runtime, directory, manifest, remedy)
+        self.warming_up = False
         self._stages = runtime
         self._embedding = _read_embedding(directory, where)
         self._recordings: OrderedDict[tuple[int, int], tuple[StageProgram, CapturedGraph]] = OrderedDict()
@@ -99,7 +101,7 @@ class TensorRTEngine(ExportedEngine):
         """With the stages' stream current."""
         key = (prompt_tokens, steps)
         if key not in self._recordings:
-            log.info("recording a CUDA graph for %d prompt tokens, %d denoising steps", *key)
+            tell_new(log, self, f"{prompt_tokens} prompt tokens, {steps} denoising steps")
             self._recordings[key] = self._record(*key)
             self._stages.save_caches()
             if len(self._recordings) > _KEPT_RECORDINGS:
