@@ -78,7 +78,7 @@ def test_the_last_line_of_a_benchmark_is_its_result(tmp_path: Path) -> None:
         ("print('{}')\nraise SystemExit('no such GPU')", 60.0, "exit code 1: no such GPU"),
         ("print('fast enough')", 60.0, "not JSON"),
         ("pass", 60.0, "not JSON"),
-        ("print('begun', flush=True)\nimport time\ntime.sleep(600)", 5.0, "its limit is 5 s; begun"),
+        ("print('begun', flush=True)\nimport time\ntime.sleep(600)", 4.0, "its limit is 4 s; begun"),
     ],
 )
 def test_a_part_that_breaks_has_failed(tmp_path: Path, code: str, limit_s: float, expected: str) -> None:
@@ -90,10 +90,10 @@ def test_a_part_that_breaks_has_failed(tmp_path: Path, code: str, limit_s: float
 def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
     """A compiler's workers, for one, would hold the GPU's memory."""
     flag = tmp_path / "still alive"
-    child = f"import time\ntime.sleep(8)\nopen({str(flag)!r}, 'w')"
+    child = f"import time\ntime.sleep(5)\nopen({str(flag)!r}, 'w')"
     code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(600)"
-    assert run_part(part(tmp_path, code, 3.0), tmp_path / "log").outcome == "failed"
-    time.sleep(7)
+    assert run_part(part(tmp_path, code, 2.0), tmp_path / "log").outcome == "failed"
+    time.sleep(5)
     assert not flag.exists()
 
 
@@ -103,7 +103,7 @@ def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
 def test_tests_that_are_all_skipped_have_not_run(tmp_path: Path, test: str, expected: str) -> None:
     (tmp_path / "test_sample.py").write_text(f"import pytest, time\npytestmark = pytest.mark.gpu\ndef test_it():\n    {test}\n")
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tmp_path / "test_sample.py"))
-    limit_s = 15.0 if "sleep" in test else 120.0
+    limit_s = 6.0 if "sleep" in test else 120.0
     assert run_part(Part("sample", command, limit_s, False), tmp_path / "log").outcome == expected
 
 
