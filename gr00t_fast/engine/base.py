@@ -37,7 +37,6 @@ class FrameEngine(Protocol):
     name: str
     continues: bool  # whether `run_raw` takes a goal
     to_joints: ToJoints | None  # given before the first call; without it actions come out normalised
-    warming_up: bool  # set while the policy warms up
 
     def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> np.ndarray:
         """noise fp32 (B, H, A) and `goal` on the host -> actions float32 (B, H, A) on the host; those of the padding stay normalised."""
@@ -54,7 +53,7 @@ class Prepares(Protocol):
     """An engine that takes seconds or more to prepare what it has not met yet: a prompt of another length, another step count."""
 
     name: str
-    warming_up: bool
+    warming_up: bool  # set by the policy
 
 
 def tell_new(log: logging.Logger, engine: Prepares, what: str) -> None:

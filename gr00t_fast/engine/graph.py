@@ -102,7 +102,8 @@ class GraphEngine:
 
     def _prepare(self, shape: CallShape, raw: RawInputs, noise: Tensor, goal: Goal | None) -> None:
         """With real contents, so that kernels are chosen for them."""
-        tell_new(log, self, f"{shape.prompt_tokens} prompt tokens, {shape.denoising_steps} denoising steps")
+        continued = f", a chunk continued by {shape.goal}" if shape.goal else ""
+        tell_new(log, self, f"{shape.prompt_tokens} prompt tokens, {shape.denoising_steps} denoising steps, batch {shape.batch}{continued}")
         call, graph = StaticCall(self.model, shape, self.to_pixels, self.stages, self._to_joints), None
         call.fill(raw, noise, goal)
         if self._stream is not None:
