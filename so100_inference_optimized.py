@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Any
 
@@ -41,7 +40,6 @@ def run(config: RunConfig) -> int:
         robot = build_robot(config)
         cli.say(f"loading {config.model_path} ..." if not config.server else f"asking the policy server at {config.server} ...")
         policy = load(config)
-        kept_warm = policy.kept_warm() if config.keep_warm else contextlib.nullcontext()
         preflight = Preflight(robot, policy.facts, strict=config.preflight == "refuse", echo=cli.say)
         fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
         outputs = Outputs(config.out, config.video, config.show_images, fps, on_quit=lambda: stop.request("window closed"))
@@ -53,7 +51,7 @@ def run(config: RunConfig) -> int:
     try:
         with outputs:
             try:
-                with stop, kept_warm:  # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
+                with stop:  # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
                     loop.run()
             finally:
                 cli.announce_landing(loop.trace.landing)  # before anything that can fail or take time

@@ -68,8 +68,9 @@ class Policies:
         return policy
 
     def _product(self, engine: str) -> Any:
-        """Our policy around that engine. Engines over the torch model share one."""
+        """Our policy around that engine. Engines over the torch model share that of `eager`, where this is the one of the options."""
         from gr00t_fast.engine import ENGINES, make_engine
+        from gr00t_fast.engine.eager import EagerEngine
         from gr00t_fast.policy import load_policy
 
         first = self._options["engine"]
@@ -78,9 +79,9 @@ class Policies:
                 self._products[engine] = load_policy(self.model_path, **{**self._options, "engine": self._reference()})
             elif engine != first and first in self._products and engine == self._products[first].engine.name:
                 return self._products[first]  # what `auto` took
-            elif engine != first and engine in ENGINES and hasattr(self.ours.engine, "model"):
-                self._products[engine] = policy = copy.copy(self.ours)
-                policy.engine = make_engine(engine, self.ours.engine.model, self.ours.to_pixels)
+            elif engine != first and engine in ENGINES and isinstance(self.ours.engine, EagerEngine):
+                over = make_engine(engine, self.ours.engine.model, self.ours.to_pixels)
+                self._products[engine] = load_policy(self.model_path, **{**self._options, "engine": over})
             else:
                 self._products[engine] = load_policy(self.model_path, **{**self._options, "engine": engine})
         return self._products[engine]

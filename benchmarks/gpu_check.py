@@ -1,12 +1,16 @@
-"""Everything that needs a GPU, in one command, on a machine where nothing can be installed: GPU tests, then the benchmarks.
+"""Everything that needs a GPU, in four steps that stand alone and fit ten minutes each, on a machine where nothing can be installed.
 
-    python -m benchmarks.gpu_check [--out DIR] [--size full] [--budget_s 470] [--only NAME,NAME]
-    python -m benchmarks.gpu_check --only=second --out DIR           # what the first run has no time for: kernels one by one, 8 bits, TensorRT
-    python -m benchmarks.gpu_check --device=cpu --size=tiny          # a rehearsal of the steps, which shows that they run and nothing else
+    python -m benchmarks.gpu_check --step A    # correctness: the tests marked gpu; 5 minutes at most
+    python -m benchmarks.gpu_check --step B    # cuda_graph, kernels: error, 1000 calls, stages against the floor; 10 minutes at most
+    python -m benchmarks.gpu_check --step C    # the Triton kernels one by one, and fp8; 10 minutes at most
+    python -m benchmarks.gpu_check --step D    # compiled, and TensorRT where it is installed; 10 minutes at most
+    python -m benchmarks.gpu_check             # all of them; 35 minutes at most
+    python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
-Needs a Python with torch (CUDA), numpy, safetensors and opencv; this file itself uses the standard library only. What is missing is said
-and not counted as passed. Leaves `result.json`, `result.txt` and one log per step in DIR. The table ends with what the project promises
-(benchmarks/targets.py): a promise that is not kept is said, and does not change the exit code, which is about steps that broke.
+Needs a Python with torch (CUDA), triton, numpy, safetensors and opencv, and for step A pytest; this file itself uses the standard library only. What
+is missing is said and not counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay one JSON
+file and one log per step, and result.txt: a table, and whether what the project promises of an H200 (benchmarks/targets.py) was kept by the steps so
+far. A broken promise is said and does not change the exit code, which is about parts that broke.
 """
 
 from __future__ import annotations
@@ -16,98 +20,120 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.targets import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_BUDGET_S = 470.0  # eight minutes in all; ten seconds to write and to stop
-TESTS = "gpu tests"
-_TESTS_LIMIT_S = 150.0  # so that tests that hang leave time for the rest
-_LEAST_FOR_A_FILE_S = 20.0  # kept for each file of tests that is still to come
-_TESTS_FIRST = ("test_gpu_graph.py", "test_gpu_kernels.py", "test_gpu.py")
-TRAINED = ROOT / "checkpoints" / "so100-sim-reach"  # degrees mean something on trained weights only
+TRAINED = "checkpoints/so100-sim-reach"  # degrees mean something on trained weights only
+STEP_LIMITS_S = {"A": 300.0, "B": 600.0, "C": 600.0, "D": 600.0}
+# Seconds that a file of GPU tests may take: to import torch and start CUDA, on the CPU for what it compares with, and to compile kernels.
+TEST_LIMITS_S = {"test_gpu_graph.py": 80.0, "test_gpu_kernels.py": 90.0, "test_gpu.py": 40.0, "test_gpu_fp8.py": 60.0, "test_gpu_tensorrt.py": 30.0}
+_MARKED = re.compile(r"^pytestmark = pytest\.mark\.gpu", re.MULTILINE)
+_NO_TESTS_COLLECTED = 5  # pytest's exit code
+_MOST_ROWS, _ROW_WIDTH = 40, 170  # of the parts' own tables that a step repeats
 
-
-Checkpoint = Literal["one camera", "two cameras", "trained"]
+Name = Literal["A", "B", "C", "D"]
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """`checkpoint`: which one it measures. `rehearsal`: flags instead of `flags` where there is no GPU; None: it cannot run there. `needs_s`: not
-    begun with less time left."""
+class Part:
+    """One process of a step. `benchmark`: its last line of JSON is its result; else its exit code is. needs: packages without which it is not run."""
 
-    script: str
-    flags: Sequence[str]
-    rehearsal: Sequence[str] | None
-    checkpoint: Checkpoint = "one camera"
-    needs_s: float = 20.0
-    takes_precision: bool = True
-
-
-def _stages(engine: str, *flags: str, seconds: float = 0.0, checkpoint: Checkpoint = "one camera", needs_s: float = 20.0) -> Benchmark:
-    long = ["--rounds=100", "--calls=1000", f"--engine={engine}", f"--seconds={seconds}", *flags]
-    short = ["--rounds=2", "--calls=3", "--engine=eager", f"--seconds={min(seconds, 0.2)}", *flags]
-    return Benchmark("benchmarks/bench_stages.py", long, short, checkpoint, needs_s + seconds)
-
-
-def _engines(*flags: str, checkpoint: Checkpoint = "one camera", needs_s: float = 20.0) -> Benchmark:
-    steps = [flag for flag in flags if "engines" not in flag and "skip" not in flag]
-    short = ["--engines=eager", "--rounds=2", "--observations=2", *steps]
-    return Benchmark("benchmarks/bench_engines.py", ["--rounds=50", *flags], short, checkpoint, needs_s)
-
-
-_EIGHT_BIT = ("--beside", "eager", "cuda_graph", "--rounds=50")
-
-
-def _eight_bit_full(format: str, *steps: str) -> Benchmark:
-    return Benchmark("benchmarks/bench_eight_bit.py", (*_EIGHT_BIT, "--formats", format, "--denoising_steps", *steps), None, needs_s=90.0)
-
-
-# What matters most first: the last ones may be cut by the budget. Engines apart: what breaks one says nothing of the other.
-BENCHMARKS: dict[str, Benchmark] = {
-    "engines_trained": _engines("--engines=eager,cuda_graph", checkpoint="trained"),
-    "stages_graph": _stages("cuda_graph", "--warm_seconds=20", seconds=60.0, needs_s=40.0),
-    "stages_graph_2_steps": _stages("cuda_graph", "--denoising_steps=2"),
-    "stages_graph_2_cameras": _stages("cuda_graph", checkpoint="two cameras"),
-    "engines_full": _engines("--skip=compiled,triton", "--denoising_steps", "4", "2", needs_s=40.0),
-    "stages_triton": _stages("triton"),
-    "stages_triton_2_steps": _stages("triton", "--denoising_steps=2"),
-    "stages_triton_2_cameras": _stages("triton", checkpoint="two cameras"),
-    "engines_trained_triton": _engines("--engines=eager,triton", checkpoint="trained"),
-    "engines_full_triton": _engines("--engines=eager,triton"),
-    "stages_compiled": _stages("compiled", needs_s=90.0),
-    "engines_compiled": _engines("--engines=eager,compiled", needs_s=60.0),
-    "bench_policy": Benchmark("benchmarks/bench_policy.py", [], ["--rounds=2", "--warm_up=1"]),
-    "kernels": Benchmark("benchmarks/bench_kernels.py", ["--no-engines"], ["--no-engines"], needs_s=60.0),
-    "eight_bit_trained": Benchmark("benchmarks/bench_eight_bit.py", (*_EIGHT_BIT, "--frames=64", "--trial_frames=8"), None, "trained", needs_s=90.0),
-    "eight_bit_full_fp8": _eight_bit_full("fp8", "4", "2"),
-    "eight_bit_full_int8": _eight_bit_full("int8", "4"),
-    "tensorrt_run": Benchmark("benchmarks/bench_tensorrt_run.py", ["--rounds=100"], None, needs_s=90.0, takes_precision=False),
-}
-# A run has hardly time for these: `--only=second` gives them one of their own.
-SECOND_RUN = ("kernels", "eight_bit_trained", "eight_bit_full_fp8", "eight_bit_full_int8", "tensorrt_run")
-TAKES_REFERENCE = ("bench_policy",)
-REFERENCE_PACKAGES = ("lerobot", "diffusers", "transformers")  # without them only our own engines are timed
-NO_TESTS_COLLECTED = 5  # pytest's exit code
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    benchmark: bool = True
+    needs: tuple[str, ...] = ()
+    needs_gpu: bool = False
 
 
 @dataclass
-class Step:
+class Outcome:
     """One line of the table."""
 
     name: str
     outcome: Literal["passed", "failed", "not run"]
     seconds: float
     detail: str
-    result: Any = None  # the benchmark's own last line, parsed
+    result: Any = None
+
+
+def test_files() -> list[Path]:
+    """The files whose tests are all marked `gpu`, the ones with a limit of their own first. Others are never collected: they import packages that a
+    bare machine lacks, and some only write about the mark."""
+    files = [file for file in (ROOT / "tests").glob("test_*.py") if _MARKED.search(file.read_text("utf-8"))]
+    return sorted(files, key=lambda file: (list(TEST_LIMITS_S).index(file.name) if file.name in TEST_LIMITS_S else len(TEST_LIMITS_S), file.name))
+
+
+def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
+    """What a step runs. scratch: for what need not be kept."""
+    return {"A": _tests, "B": _graphs, "C": _kernels_and_fp8, "D": _compilers}[step](device, size, scratch)
+
+
+def _tests(device: str, size: str, scratch: Path) -> list[Part]:
+    """Each file in a process of its own: one that hangs or breaks the GPU's context hides no other."""
+    files = test_files()
+    others = [file.name for file in files if file.name not in TEST_LIMITS_S]
+    left_s = STEP_LIMITS_S["A"] - sum(TEST_LIMITS_S[file.name] for file in files if file.name in TEST_LIMITS_S)
+    limits = TEST_LIMITS_S | dict.fromkeys(others, left_s / max(len(others), 1))
+    return [
+        Part(file.stem, ("-m", "pytest", "-q", "-m", "gpu", str(file.relative_to(ROOT))), limits[file.name], False, ("pytest",)) for file in files
+    ]
+
+
+def _engines(name: str, device: str, scratch: Path, limit_s: float, *flags: str, **options: Any) -> Part:
+    """bench_engines; a rehearsal has few calls."""
+    short = () if device == "cuda" else ("--rounds=2", "--observations=2")
+    command = ("benchmarks/bench_engines.py", f"--device={device}", "--precision=bf16", *flags, *short, f"--out={scratch / name}")
+    return Part(name, command, limit_s, **options)
+
+
+def _graphs(device: str, size: str, scratch: Path) -> list[Part]:
+    engines = ("eager", "cuda_graph", "cuda_graph+triton") if device == "cuda" else ("eager",)
+    reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
+    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--observations=20", "--stages", "--at_hz=30")
+    trained = (f"--model_path={TRAINED}", "--rounds=100", "--observations=100")
+    return [
+        _engines("trained", device, scratch, 120.0, "--engines", *engines, *reference, *trained),
+        _engines("full", device, scratch, 330.0, "--engines", *engines, *full, "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2"),
+        _engines("two cameras", device, scratch, 150.0, "--engines", *engines, *full[:1], "--rounds=200", "--data_config=so100_dualcam"),
+    ]
+
+
+def _kernels_and_fp8(device: str, size: str, scratch: Path) -> list[Part]:
+    kernels = ("--kernels", "--engines", "none", f"--size={size}", "--rounds=50")
+    trained = (f"--model_path={TRAINED}", "--calibration_frames=64", "--rounds=100", "--observations=100")
+    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--observations=4")
+    return [
+        _engines("fp8 trained", device, scratch, 180.0, "--engines", "eager", "fp8", *trained, needs_gpu=True),
+        _engines("fp8 full", device, scratch, 240.0, "--engines", "eager", "cuda_graph", "fp8", *full, "--stages", needs_gpu=True),
+        _engines("kernels", device, scratch, 180.0, *kernels, needs=("triton",), needs_gpu=True),
+    ]
+
+
+def _compilers(device: str, size: str, scratch: Path) -> list[Part]:
+    trained = (f"--model_path={TRAINED}", "--rounds=100", "--observations=100")
+    engines = scratch / "engines"
+    library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
+    rtx = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
+    build = ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={engines}")
+    full = (f"--size={size}", "--rounds=1000", "--observations=4", "--stages")
+    return [
+        _engines("compiled trained", device, scratch, 150.0, "--engines", "eager", "compiled", *trained),
+        _engines("compiled full", device, scratch, 240.0, "--engines", "eager", "cuda_graph", "compiled", *full, needs_gpu=True),
+        Part("build TensorRT", build, 150.0, False, **rtx),
+        _engines("tensorrt trained", device, scratch, 60.0, "--engines", "eager", "cuda_graph", f"tensorrt={engines}", *trained, **rtx),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,52 +142,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if gpu is None:
         print("error: this Python has no torch with a CUDA GPU. Run where it has one, or name another interpreter: make gpu-check PYTHON=...")
         return 1
-    names = (TESTS, *BENCHMARKS)
-    wanted = [name.strip() for name in options.only.split(",")] if options.only else list(names)
-    if wanted == ["second"]:
-        wanted = list(SECOND_RUN)
-    if unknown := [name for name in wanted if name not in names]:
-        print(f"error: --only names {', '.join(unknown)}. Expected some of: {', '.join(names)}.")
-        return 2
-    plan = Plan(wanted, options.device, options.size, options.out.resolve(), time.monotonic() + options.budget_s)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    steps: list[Step] = []
-    stopped = False
-    try:
-        for step in run_all(plan):
-            steps.append(step)
-    except KeyboardInterrupt:
-        stopped = True
-        print("\ninterrupted: what ran until now", flush=True)
-    code = report(steps, {"gpu": gpu, "python": platform.python_version(), "packages": versions()}, plan.out)
-    return 130 if stopped else code
+    out: Path = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    machine = {"gpu": gpu, "python": platform.python_version(), "packages": versions()}
+    failed, passed = False, False
+    for step in options.step:
+        outcomes, interrupted = run_step(step, options.device, options.size, out)
+        report(step, outcomes, machine, out)
+        failed |= any(outcome.outcome == "failed" for outcome in outcomes)
+        passed |= any(outcome.outcome == "passed" for outcome in outcomes)
+        if interrupted:
+            return 130
+    return 1 if failed or not passed else 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="GPU tests and benchmarks on a bare machine.")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "gpu_check", help="directory for result.json, result.txt and logs")
-    parser.add_argument("--size", default="full", help="random checkpoint to time, as in gr00t_fast.random_checkpoint")
-    parser.add_argument("--budget_s", type=float, default=DEFAULT_BUDGET_S, help="seconds for everything")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try the steps with few calls of the eager engine")
-    parser.add_argument("--only", default="", help=f"comma-separated steps: {TESTS}, {', '.join(BENCHMARKS)}; `second`: {', '.join(SECOND_RUN)}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--step", nargs="+", choices=tuple(STEP_LIMITS_S), default=list(STEP_LIMITS_S), help="default: all, one after the other")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "outputs" / "gpu_check", help="directory for a JSON file and a log per step, and result.txt"
+    )
+    parser.add_argument("--size", default="full", choices=("tiny", "demo", "full"), help="of the network with random weights, made on the GPU")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try what can run there, with few calls")
     return parser
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to run, on what, where results go (steps run in the repository's root), and until when (monotonic)."""
-
-    wanted: Sequence[str]
-    device: str
-    size: str
-    out: Path
-    deadline: float
-    packages: Mapping[str, bool] = field(default_factory=lambda: {name: importlib.util.find_spec(name) is not None for name in REFERENCE_PACKAGES})
 
 
 def describe_gpu() -> dict[str, Any] | None:
     """Name, memory and versions, or None without a usable GPU."""
-    if importlib.util.find_spec("torch") is None:
+    if not _is_there("torch"):
         return None
     import torch
 
@@ -177,7 +185,7 @@ def versions() -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {}
-    for package in ("torch", "triton", "transformers", "safetensors", "numpy", "lerobot"):
+    for package in ("torch", "triton", "transformers", "safetensors", "numpy", "lerobot", "tensorrt_rtx"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -185,170 +193,117 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def run_all(plan: Plan) -> Iterator[Step]:
-    """Tests while the checkpoint is being written, which needs no GPU; then one benchmark at a time. The checkpoint is kept out of `out`: at full
-    size it has 4.7 GB, and what is in `out` may be copied."""
-    with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as directory:
-        random = Path(directory) / f"random-{plan.size}"
-        checkpoints = {"one camera": random, "two cameras": random.with_name(f"{random.name}-2"), "trained": TRAINED}
-        needed = {BENCHMARKS[name].checkpoint for name in plan.wanted if name in BENCHMARKS}
-        writer = Writer(plan, checkpoints) if needed - {"trained"} else None
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+# --- running ------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_step(step: Name, device: str, size: str, out: Path) -> tuple[list[Outcome], bool]:
+    """What its parts did, and whether it was interrupted: then of the parts that had ended."""
+    outcomes: list[Outcome] = []
+    log = out / f"{step}.log"
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as scratch:
         try:
-            if TESTS in plan.wanted:
-                yield from run_tests(plan.out, min(plan.deadline, time.monotonic() + _TESTS_LIMIT_S))
-            failed = writer.wait() if writer else None
-        finally:
-            if writer:
-                writer.stop()
-        if failed is not None:
-            yield failed
-            return
-        for name in (name for name in BENCHMARKS if name in plan.wanted):
-            left_s = plan.deadline - time.monotonic()
-            if plan.device == "cpu" and BENCHMARKS[name].rehearsal is None:
-                yield Step(name, "not run", 0.0, "needs a GPU")
-            elif left_s < BENCHMARKS[name].needs_s and plan.device == "cuda":
-                yield Step(name, "not run", 0.0, f"{left_s:.0f} s of --budget_s are left; it needs {BENCHMARKS[name].needs_s:.0f}")
-            else:
-                yield run_benchmark(name, command_of(name, plan, checkpoints), plan.out, plan.deadline)
-    missing = [name for name, is_there in plan.packages.items() if not is_there]
-    if missing:
-        yield Step("reference", "not run", 0.0, f"not installed: {', '.join(missing)}")
+            for outcome in run_parts(parts_of(step, device, size, Path(scratch)), device, log):
+                outcomes.append(outcome)
+                print(f"{step}: {_row(outcome)}", flush=True)
+        except KeyboardInterrupt:
+            print("\ninterrupted: what ran until now", flush=True)
+            return outcomes, True
+    return outcomes, False
 
 
-def command_of(name: str, plan: Plan, checkpoints: Mapping[str, Path]) -> list[str]:
-    """Script and flags of a benchmark."""
-    benchmark = BENCHMARKS[name]
-    flags = benchmark.flags if plan.device == "cuda" else benchmark.rehearsal
-    data_config = ["--data_config=so100_dualcam"] if benchmark.checkpoint == "two cameras" else []
-    no_reference = ["--no-reference"] if name in TAKES_REFERENCE and not all(plan.packages.values()) else []
-    precision = ["--precision=bf16"] if benchmark.takes_precision else []
-    common = [f"--device={plan.device}", *precision, "--seed=0", f"--model_path={checkpoints[benchmark.checkpoint]}"]
-    return [benchmark.script, *common, *flags, *data_config, *no_reference]
+def run_parts(parts: Sequence[Part], device: str, log: Path) -> Iterator[Outcome]:
+    """One after the other; output goes to `log`."""
+    for part in parts:
+        missing = [package for package in part.needs if not _is_there(package)]
+        if part.needs_gpu and device != "cuda":
+            yield Outcome(part.name, "not run", 0.0, "needs a GPU")
+        elif missing:
+            yield Outcome(part.name, "not run", 0.0, f"not installed: {', '.join(missing)}")
+        else:
+            print(f"--- {part.name}: at most {part.limit_s:.0f} s, output in {log}", flush=True)
+            yield run_part(part, log)
 
 
-class Writer:
-    """Writes the random checkpoints in a process of its own: one with weights, one that links to them and was trained with two cameras."""
-
-    def __init__(self, plan: Plan, checkpoints: Mapping[str, Path]) -> None:
-        self._plan, self._one, self._two = plan, checkpoints["one camera"], checkpoints["two cameras"]
-        self._began_s, self._log = time.monotonic(), plan.out / "checkpoint.log"
-        self._process = self._start(plan.size, self._one)
-
-    def _start(self, size: str, out: Path, *flags: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "gr00t_fast.random_checkpoint", f"--size={size}", f"--out={out}", *flags]
-        with self._log.open("a", encoding="utf-8") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
-
-    def wait(self) -> Step | None:
-        """None when all is written, else what went wrong."""
-        small = self._start("tiny", self._two, "--data_config=so100_dualcam")
-        for process in (self._process, small):
-            try:
-                code = process.wait(max(self._plan.deadline - time.monotonic(), 1.0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = -1
-            if code != 0:
-                text = self._log.read_text(encoding="utf-8", errors="replace").strip()
-                return Step("checkpoint", "failed", time.monotonic() - self._began_s, f"exit code {code}: {(text or 'no output').splitlines()[-1]}")
-        self._share_weights()
-        return None
-
-    def stop(self) -> None:
-        """Nothing goes on writing."""
-        self._process.kill()
-        self._process.wait()
-
-    def _share_weights(self) -> None:
-        """Of the small checkpoint only what it says about cameras stays."""
-        for file in self._two.glob("*.*"):
-            file.unlink()
-        for file in (self._two / "eagle2_hg_model").iterdir():
-            file.unlink()
-        for file in (*self._one.glob("*.*"), *(self._one / "eagle2_hg_model").iterdir()):
-            (self._two / file.relative_to(self._one)).symlink_to(file)
-
-
-def run_tests(out: Path, deadline: float) -> Iterator[Step]:
-    """The tests marked `gpu`, each file in a process of its own: one that hangs or breaks the GPU's context hides no other. Only files that have
-    some are collected: others import packages that a bare machine lacks."""
-    if importlib.util.find_spec("pytest") is None:
-        yield Step(TESTS, "not run", 0.0, "pytest is not installed for this Python")
-        return
-    files = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text("utf-8")]
-    if not files:
-        yield Step(TESTS, "not run", 0.0, "no test is marked gpu")
-    for number, file in enumerate(sorted(files, key=_importance), start=1):
-        limit = max(deadline - (len(files) - number) * _LEAST_FOR_A_FILE_S, time.monotonic() + 1.0)
-        yield run_test_file(file, out / f"{file.stem}.log", limit)
-
-
-def _importance(file: Path) -> tuple[int, str]:
-    """Smallest first: what the project promises most about."""
-    return (_TESTS_FIRST.index(file.name) if file.name in _TESTS_FIRST else len(_TESTS_FIRST), file.name)
-
-
-def run_test_file(file: Path, log: Path, deadline: float) -> Step:
-    """Tests that were all skipped have not run."""
-    name = f"{TESTS}: {file.stem.removeprefix('test_')}"
-    code, seconds, lines = run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(file.relative_to(ROOT))], log, deadline)
-    summary = lines[-1] if lines else "no output"
-    if code == NO_TESTS_COLLECTED or (code == 0 and "passed" not in summary):
-        return Step(name, "not run", seconds, summary)
-    return Step(name, "passed" if code == 0 else "failed", seconds, summary)
-
-
-def run_benchmark(name: str, command: Sequence[str], out: Path, deadline: float) -> Step:
-    """A benchmark ends in one line of JSON; anything else is a failure."""
-    script, *flags = command
-    if not (ROOT / script).exists():
-        return Step(name, "failed", 0.0, f"{script} does not exist")
-    code, seconds, lines = run([sys.executable, script, *flags, f"--out={out / name}"], out / f"{name}.log", deadline)
+def run_part(part: Part, log: Path) -> Outcome:
+    """Tests that were all skipped have not run; a benchmark ends in one line of JSON, and anything else is a failure."""
+    code, seconds, lines = run((sys.executable, *part.command), log, part.limit_s)
+    last = lines[-1] if lines else "no output"
+    if code is None:
+        return Outcome(part.name, "failed", seconds, f"stopped: its limit is {part.limit_s:.0f} s; {last}")
+    if not part.benchmark:
+        skipped = code == _NO_TESTS_COLLECTED or (code == 0 and "pytest" in part.command and "passed" not in last)
+        return Outcome(part.name, "not run" if skipped else "failed" if code else "passed", seconds, last)
     if code != 0:
-        return Step(name, "failed", seconds, f"exit code {code}: {lines[-1] if lines else 'no output'}")
-    # Errors share the log: libraries have something to say when a program ends
-    last = next((index for index in reversed(range(len(lines))) if lines[index].startswith("{")), None)
+        return Outcome(part.name, "failed", seconds, f"exit code {code}: {last}")
+    # errors share the log: libraries have something to say when a program ends
+    index = next((index for index in reversed(range(len(lines))) if lines[index].startswith("{")), None)
     try:
-        result = json.loads("" if last is None else lines[last])
+        result = json.loads("" if index is None else lines[index])
     except json.JSONDecodeError:
-        return Step(name, "failed", seconds, "its last line is not JSON")
-    return Step(name, "passed", seconds, lines[last - 1] if last else "", result)
+        return Outcome(part.name, "failed", seconds, "its last line is not JSON")
+    return Outcome(part.name, "passed", seconds, lines[index - 1] if index else "", result)
 
 
-def run(command: Sequence[str], log: Path, deadline: float) -> tuple[int, float, list[str]]:
-    """(exit code, seconds, non-empty lines of output). Output goes to `log` and is shown at the end; code -1 when the time was up."""
-    start = time.monotonic()
-    print(f"--- {log.stem}: up to {max(deadline - start, 0.0):.0f} s, output in {log}", flush=True)
-    with log.open("w", encoding="utf-8") as file:
+def run(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, float, list[str]]:
+    """(exit code, None when the time was up; seconds; non-empty lines of output). The process and all that it started are ended with it."""
+    began_s = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as file:
+        at = file.tell()
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            limit_s = max(deadline - start, 1.0)
-            code = subprocess.run(command, cwd=ROOT, env=_environment(), stdout=file, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+            code: int | None = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            code = -1
-            file.write(f"\nstopped after {time.monotonic() - start:.0f} s: the time was up (--budget_s)\n")
-    text = log.read_text(encoding="utf-8", errors="replace")
-    print(text, end="" if text.endswith("\n") else "\n", flush=True)
-    return code, time.monotonic() - start, [line for line in text.splitlines() if line.strip()]
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_bytes()[at:].decode(errors="replace")
+    return code, time.monotonic() - began_s, [line for line in text.splitlines() if line.strip()]
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+# --- reporting ----------------------------------------------------------------------------------------------------------------------------
 
 
-def report(steps: Sequence[Step], machine: dict[str, Any], out: Path) -> int:
-    """Write and print the table, then one JSON line. Exit code 1 when a step failed or nothing ran."""
-    rows = [f"{step.name:<24} {step.outcome:<8} {step.seconds:7.1f} s  {step.detail[:100]}" for step in steps]
-    promises = verdicts({step.name: step.result for step in steps})
-    head = f"{machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
-    table = "\n".join([head, *rows, "", "what is promised of an H200:", *(verdict.line() for verdict in promises)]) + "\n"
-    result = {"machine": machine, "promises": [asdict(verdict) for verdict in promises], "steps": [asdict(step) for step in steps]}
-    (out / "result.txt").write_text(table, encoding="utf-8")
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("\n" + table)
-    print(json.dumps(result), flush=True)
-    outcomes = {step.outcome for step in steps}
-    return 1 if "failed" in outcomes or "passed" not in outcomes else 0
+def report(step: Name, outcomes: Sequence[Outcome], machine: Mapping[str, Any], out: Path) -> None:
+    """Leave STEP.json, and print a table of at most 60 lines: this step's parts, what they measured, the promises as far as all steps so far tell."""
+    (out / f"{step}.json").write_text(json.dumps({"machine": machine, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
+    known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[ABCD].json"))]
+    promises = [verdict.line() for verdict in verdicts(part["result"] for each in known for part in each["parts"])]
+    head = f"step {step}: {machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
+    measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]
+    room = 58 - len(outcomes) - len(promises)
+    table = [head, *map(_row, outcomes), *(row[:_ROW_WIDTH] for row in measured[: max(min(room, _MOST_ROWS), 0)]), "promised of an H200:", *promises]
+    (out / "result.txt").write_text("\n".join(table) + "\n", "utf-8")
+    print("\n" + "\n".join(table), flush=True)
+
+
+def _row(outcome: Outcome) -> str:
+    return f"{outcome.name:<20} {outcome.outcome:<8} {outcome.seconds:6.1f} s  {outcome.detail[:110]}"
+
+
+def _measured(outcome: Outcome) -> Iterator[str]:
+    """The figures of a benchmark, a line each."""
+    for name, engine in outcome.result.get("engines", {}).items():
+        for steps, times in engine["times_ms"].items():
+            error = f"error p99 {engine['error_deg']['p99']:.3f}{'' if engine['within_limit'] else ' ABOVE ITS LIMIT'}"
+            yield f"  {outcome.name}: {name}, {steps} steps: p50 {times['p50']:.3f} p95 {times['p95']:.3f} p99 {times['p99']:.3f} ms, {error}"
+        stages = {stage: f for stage, f in engine.get("stages", {}).items() if "floor_ms" in f}
+        if stages:
+            cells = (f"{stage} {f['time_ms']['p50']:.3f} ({f['floor_ms']:.3f}, {f.get('kernels', '-')} kernels)" for stage, f in stages.items())
+            yield f"    ms (floor): {', '.join(cells)}"
+    for name, reason in outcome.result.get("refused", {}).items():
+        yield f"  {outcome.name}: {name} cannot be used: {reason}"
+    for name, f in outcome.result.get("kernels", {}).items():
+        if "us" in f:
+            cells = ", ".join(f"{each} {us:.2f}" for each, us in f["us"].items())
+            yield f"  {name}: {cells} us, floor {f['floor_us']:.2f}, error {f['error']:.0e}"
 
 
 if __name__ == "__main__":

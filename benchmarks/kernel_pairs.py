@@ -1,8 +1,6 @@
-"""What the Triton kernels replace, at the shapes of a network: the same inputs through the kernels and through their twins, as the model writes it.
+"""What the Triton kernels replace, at the shapes of a network: operations of engine/kernels/ops.py and their twins, on the same inputs.
 
-A pair is a stretch of the network, not a kernel: where a matrix product is split so that the next kernel adds its parts up, only both together do
-what the twin does. Importing this imports triton.
-Axis alphabet: B batch, T tokens, S prompt tokens, D width, N heads, K head dim.
+Importing this imports triton. Axis alphabet: B batch, T tokens, S prompt tokens, D width, N heads, K head dim.
 """
 
 from __future__ import annotations
@@ -12,47 +10,71 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from gr00t_fast.config import ModelConfig
-from gr00t_fast.engine.kernels.activations import bias_gelu, bias_gelu_twin, swiglu, swiglu_twin
-from gr00t_fast.engine.kernels.attention import attention, attention_twin
-from gr00t_fast.engine.kernels.gemm import linear, linear_parts, linear_twin
-from gr00t_fast.engine.kernels.norms import Norm, norm_twin, residual_norm, residual_norm_twin
-from gr00t_fast.engine.kernels.rotary import normed_rotated, normed_rotated_twin
+from gr00t_fast.engine.fused import as_linear
+from gr00t_fast.engine.kernels.ops import StepOps, TowerOps
+from gr00t_fast.engine.ops import Norm, TorchOps
+from gr00t_fast.engine.quantized import Fp8WeightLinear
 from gr00t_fast.model.layers import rotary_tables, split_heads
 
+_INPUTS_BYTES = 512 * 2**20  # of all input sets of one pair: several times the caches (60 MB on an H200, 72 on an RTX 4090)
+_MOST_SETS = 64
+_TORCH = TorchOps()
+
 Tensors = tuple[Tensor, ...]
+Layers = Callable[..., nn.Module]  # weight and bias -> the layer
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`kernel` and `twin` take what `inputs` makes. `flop`: of the matrix products. `product`: (M, N, K, split) of the one that can be swept."""
+    """`operation(ops, *inputs())` with the kernels and with torch. `flop`: of the matrix products."""
 
-    name: str
-    kernel: Callable[..., Any]
-    twin: Callable[..., Any]
-    inputs: Callable[[], Tensors]
+    operation: Callable[..., Any]
+    ops: TorchOps
+    inputs: Callable[[], tuple[Any, ...]]
     flop: float = 0.0
-    product: tuple[int, int, int, bool] | None = None
+
+    def kernel(self, *given: Any) -> Any:
+        return self.operation(self.ops, *given)
+
+    def twin(self, *given: Any) -> Any:
+        return self.operation(_TORCH, *given)
 
     def moved_bytes(self) -> int:
         """The fewest: each input read once, each output written once."""
         given = self.inputs()
-        return sum(tensor.nbytes for tensor in (*given, *outputs(self.twin(*given))))
+        return sum(tensor.nbytes for tensor in (*_tensors(given), *_tensors(self.twin(*given))))
+
+    def sets(self) -> list[tuple[Any, ...]]:
+        """Inputs that together are more than the caches hold."""
+        return [self.inputs() for _ in range(min(max(_INPUTS_BYTES // self.moved_bytes(), 2), _MOST_SETS))]
 
     def error(self) -> float:
         """||kernel - twin in fp64|| / ||twin in fp64||, the worst over outputs."""
         given = self.inputs()
-        wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in given)
-        pairs = zip(outputs(self.kernel(*given)), outputs(self.twin(*wide)), strict=True)
+        pairs = zip(_tensors(self.kernel(*given)), _tensors(self.twin(*map(_wide, given))), strict=True)
         errors = [((got.double() - truth).norm() / truth.norm()).item() for got, truth in pairs]
         return max(errors, key=lambda error: (error != error, error))
 
 
-def outputs(result: Any) -> Tensors:
-    return result if isinstance(result, tuple) else (result,)
+def _tensors(values: Any) -> list[Tensor]:
+    """Of an answer, or of inputs with the layers' own among them."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, nn.Module):
+        return [*values.parameters(), *values.buffers()]
+    return [tensor for value in values if isinstance(value, (Tensor, nn.Module)) for tensor in _tensors(value)]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Fp8WeightLinear):
+        weight = value.weight.double() * value.weight_scale.double()[:, None]
+        return as_linear(weight, None if value.bias is None else value.bias.double())
+    return as_linear(value.weight.double(), None if value.bias is None else value.bias.double()) if isinstance(value, nn.Linear) else value
 
 
 class Randoms:
@@ -64,121 +86,78 @@ class Randoms:
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(shape, **self._like) * scale
 
-    def weight(self, out: int, width: int) -> Tensor:
-        return self(out, width, scale=width**-0.5)
-
-    def mask(self, tokens: int) -> Tensor:
-        """A prompt that fills its bucket but for 9 tokens."""
-        return (torch.arange(tokens, device=self._like["device"]) < max(tokens - 9, 1)).view(1, 1, 1, tokens)
+    def layer(self, width: int, outputs: int, eight_bit: bool = False) -> nn.Module:
+        plain = as_linear(self(outputs, width, scale=width**-0.5), self(outputs))
+        return Fp8WeightLinear(plain) if eight_bit else plain
 
 
-def all_pairs(config: ModelConfig, prompt_tokens: int, randoms: Randoms) -> Iterator[Pair]:
-    """Of one observation with one camera."""
-    yield from step_pairs(config, prompt_tokens, randoms)
-    yield from tower_pairs(config, prompt_tokens, randoms)
+def all_pairs(config: ModelConfig, prompt_tokens: int, r: Randoms, eight_bit: bool) -> dict[str, Pair]:
+    """Of one observation with one camera; eight_bit: the steps' products with weights in FP8 too."""
+    found = dict(tower_pairs(config, prompt_tokens, r)) | dict(step_pairs(config, prompt_tokens, r, False))
+    return found | ({f"{name}, FP8 weights": pair for name, pair in step_pairs(config, prompt_tokens, r, True)} if eight_bit else {})
 
 
-def step_pairs(config: ModelConfig, prompt_tokens: int, r: Randoms) -> Iterator[Pair]:
+def step_pairs(config: ModelConfig, prompt_tokens: int, r: Randoms, eight_bit: bool) -> Iterator[tuple[str, Pair]]:
     """One block of the diffusion transformer, in stretches."""
-    d, heads, s = config.head.dit.width, config.head.dit.num_heads, prompt_tokens
+    ops, d, heads, s = StepOps(), config.head.dit.width, config.head.dit.num_heads, prompt_tokens
     t = 1 + config.head.future_tokens + config.head.action_horizon
 
-    def product_flop(rows: int, columns: int, inner: int) -> float:
-        return 2.0 * rows * columns * inner
+    def keys_values() -> tuple[Tensor, Tensor]:
+        return tuple(split_heads(part, heads) for part in r(1, s, 2 * d).chunk(2, dim=-1))
 
-    def cross(x: Tensor, w: Tensor, b: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-        parts = linear_parts(x, w).unflatten(1, x.shape[:2]).unflatten(-1, (heads, -1))  # (P, B, T, N, K)
-        return attention(parts.transpose(2, 3), *_heads_of(kv, heads, 2), mask, b)
-
-    def cross_twin(x: Tensor, w: Tensor, b: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-        return attention_twin(split_heads(F.linear(x, w, b), heads), *_heads_of(kv, heads, 2), mask)
-
-    yield Pair(
+    yield (
         "query projection, cross-attention",
-        *(cross, cross_twin, lambda: (r(1, t, d), r.weight(d, d), r(d), r(1, s, 2 * d), r.mask(s))),
-        product_flop(t, d, d) + 2 * product_flop(t, s, d),
-        (t, d, d, True),
+        Pair(
+            lambda o, q, x, k, v: o.cross_attention(q, x, k, v),
+            *(ops, lambda: (r.layer(d, d, eight_bit), r(1, t, d), *keys_values()), 2.0 * t * d * d + 4.0 * t * s * d),
+        ),
     )
-    yield Pair(
+    yield (
         "q/k/v projection, self-attention",
-        lambda x, w, b: attention(*_heads_of(linear(x, w, b), heads, 3)),
-        lambda x, w, b: attention_twin(*_heads_of(F.linear(x, w, b), heads, 3)),
-        lambda: (r(1, t, d), r.weight(3 * d, d), r(3 * d)),
-        product_flop(t, 3 * d, d) + 2 * product_flop(t, t, d),
-        (t, 3 * d, d, False),
+        Pair(
+            lambda o, qkv, x: o.self_attention(qkv, x, heads),
+            *(ops, lambda: (r.layer(d, 3 * d, eight_bit), r(1, t, d)), 6.0 * t * d * d + 4.0 * t * t * d),
+        ),
     )
     for name, width in (("output projection, residual, AdaLN", d), ("second layer of MLP, residual, AdaLN", 4 * d)):
-        yield Pair(
+        yield (
             name,
-            lambda x, h, w, b, scale, shift: residual_norm(x, linear_parts(h, w), Norm(1e-5, scale, shift), b),
-            lambda x, h, w, b, scale, shift: _added_and_normed(x, F.linear(h, w, b), Norm(1e-5, scale, shift)),
-            lambda width=width: (r(1, t, d), r(1, t, width), r.weight(d, width), r(d), r(d), r(d)),
-            product_flop(t, d, width),
-            (t, d, width, True),
+            Pair(
+                lambda o, layer, h, x, scale, shift: o.linear_add_norm(layer, h, x, Norm(1e-5, scale, shift)),
+                *(ops, lambda width=width: (r.layer(width, d, eight_bit), r(1, t, width), r(1, t, d), r(d), r(d)), 2.0 * t * d * width),
+            ),
         )
-    yield Pair(
+    yield (
         "first layer of MLP, GELU",
-        *(lambda x, w, b: linear(x, w, b, "gelu"), lambda x, w, b: linear_twin(x, w, b, "gelu")),
-        lambda: (r(1, t, d), r.weight(4 * d, d), r(4 * d)),
-        product_flop(t, 4 * d, d),
-        (t, 4 * d, d, False),
-    )
-    h, inner = config.head.action_horizon, config.head.hidden_size
-    yield Pair(
-        "first layer of decoder, ReLU",
-        *(lambda x, w, b: linear(x, w, b, "relu"), lambda x, w, b: linear_twin(x, w, b, "relu")),
-        lambda: (r(1, h, d), r.weight(inner, d), r(inner)),
-        product_flop(h, inner, d),
-        (h, inner, d, False),
+        Pair(lambda o, layer, x: o.linear(layer, x, "gelu"), ops, lambda: (r.layer(d, 4 * d, eight_bit), r(1, t, d)), 8.0 * t * d * d),
     )
 
 
-def tower_pairs(config: ModelConfig, prompt_tokens: int, r: Randoms) -> Iterator[Pair]:
-    """Between the matrix products of vision, language and refinement."""
-    v, la, s = config.vision, config.language, prompt_tokens
-    yield Pair(
-        "vision: residual, LayerNorm",
-        lambda x, y, w, b: residual_norm(x, y, Norm(1e-6, w, b, learnt=True)),
-        lambda x, y, w, b: residual_norm_twin(x, y, Norm(1e-6, w, b, learnt=True)),
-        lambda: (r(1, v.tokens, v.hidden_size), r(1, v.tokens, v.hidden_size), r(v.hidden_size), r(v.hidden_size)),
+def tower_pairs(config: ModelConfig, prompt_tokens: int, r: Randoms) -> Iterator[tuple[str, Pair]]:
+    """Between the matrix products of vision and language."""
+    ops, v, la, s = TowerOps(), config.vision, config.language, prompt_tokens
+    yield (
+        "vision: norm",
+        Pair(lambda o, x, w, b: o.norm(x, Norm(1e-6, w, b)), ops, lambda: (r(1, v.tokens, v.hidden_size), r(v.hidden_size), r(v.hidden_size))),
     )
-    yield Pair("vision: bias, GELU", bias_gelu, bias_gelu_twin, lambda: (r(1, v.tokens, v.intermediate_size), r(v.intermediate_size)))
-    yield Pair(
-        "language: residual, RMSNorm",
-        lambda x, y, w: residual_norm(x, y, Norm(1e-6, w, None, False, True)),
-        lambda x, y, w: residual_norm_twin(x, y, Norm(1e-6, w, None, False, True)),
-        lambda: (r(1, s, la.hidden_size), r(1, s, la.hidden_size), r(la.hidden_size)),
-    )
-    yield Pair("language: SwiGLU", swiglu, swiglu_twin, lambda: (r(1, s, 2 * la.intermediate_size),))
-    yield _rotary_pair(config, s, r)
-    heads, width = config.head.vl_attention.num_heads, config.head.vl_attention.width
-    yield Pair(
-        "refinement: masked attention",
-        lambda qkv, mask: attention(*_heads_of(qkv, heads, 3), mask),
-        lambda qkv, mask: attention_twin(*_heads_of(qkv, heads, 3), mask),
-        lambda: (r(1, s, 3 * width), r.mask(s)),
-        4.0 * s * s * width,
+    yield (
+        "language: projection, residual, RMSNorm",
+        Pair(
+            lambda o, layer, h, x, w: o.linear_add_norm(layer, h, x, Norm(1e-6, w, None, False)),
+            ops,
+            lambda: (r.layer(la.hidden_size, la.hidden_size), r(1, s, la.hidden_size), r(1, s, la.hidden_size), r(la.hidden_size)),
+            2.0 * s * la.hidden_size**2,
+        ),
     )
 
-
-def _rotary_pair(config: ModelConfig, s: int, r: Randoms) -> Pair:
-    la = config.language
-
-    def on(function: Callable[..., Tensors]) -> Callable[..., Tensors]:
-        # queries and keys only: values pass as they are
-        return lambda qkv, q, k, cos, sin: function(qkv, la.num_heads, la.num_kv_heads, q, k, cos, sin, 1e-6)[:2]
-
-    def inputs() -> Tensors:
+    def rotary_inputs() -> Tensors:
         qkv = r(1, s, (la.num_heads + 2 * la.num_kv_heads) * la.head_dim)
-        return qkv, r(la.head_dim), r(la.head_dim), *rotary_tables(s, la.head_dim, la.rope_theta, qkv)
+        weights = (r(la.head_dim).expand(la.num_heads, -1), r(la.head_dim).expand(la.num_kv_heads, -1))
+        cos, sin = rotary_tables(s, la.head_dim, la.rope_theta, qkv)
+        first, second = sin.chunk(2, dim=-1)
+        return qkv, torch.cat(weights), cos, torch.cat((-first, second), dim=-1)
 
-    return Pair("language: q/k norm, rotary", on(normed_rotated), on(normed_rotated_twin), inputs)
-
-
-def _heads_of(x: Tensor, heads: int, count: int) -> Tensors:
-    return tuple(split_heads(part, heads) for part in x.chunk(count, dim=-1))
-
-
-def _added_and_normed(x: Tensor, y: Tensor, spec: Norm) -> Tensors:
-    total = x + y
-    return total, norm_twin(total, spec)
+    yield (
+        "language: q/k norm, rotary",
+        Pair(lambda o, qkv, w, cos, sin: o.normed_rotated(qkv, la.num_heads, w, cos, sin, 1e-6)[:2], ops, rotary_inputs),
+    )

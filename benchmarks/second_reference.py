@@ -60,7 +60,9 @@ class SecondReference(nn.Module):
         language = _sub(state, _LANGUAGE)
         language.setdefault("lm_head.weight", language["model.embed_tokens.weight"])
         self.language.load_state_dict(language, strict=True, assign=True)
-        self.vision.load_state_dict(_sub(state, _VISION), strict=True, assign=True)
+        # the pooling head is never used, and checkpoints may leave it out
+        unused = {name: torch.zeros(meta.shape, dtype=dtype) for name, meta in self.vision.state_dict().items() if ".head." in name}
+        self.vision.load_state_dict(unused | _sub(state, _VISION), strict=True, assign=True)
         self.head.load_state_dict(_sub(state, _HEAD), strict=True, assign=True)
         connector = _sub(state, _CONNECTOR)
         self.connector = nn.Linear(*reversed(connector["weight"].shape), device="meta")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Calibrate the torch engines `fp8` and `int8` with observations of your robot.
+"""Calibrate the torch engine `fp8` with observations of your robot.
 
-    python export/calibrate.py --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --format=fp8 --calibration=./my-lerobot-dataset
+    python export/calibrate.py --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --calibration=./my-lerobot-dataset
 
-fp8 is for Ada, Hopper and Blackwell GPUs, int8 for all from Ampere on. The result is small (scales, no weights) and belongs to these weights, this
-robot and these cameras: with any other the engine refuses it. Calibration itself runs on any device; 8-bit products that the device lacks are
-written out. Observations come from a LeRobotDataset v3, from a directory of .npz recordings, or, for networks with random weights and tests, from
-random:SEED. Layers whose rounding the actions cannot spare stay in 16 bits (--limit).
+fp8 is for Ada, Hopper and Blackwell GPUs. The result is small (scales, no weights) and belongs to these weights, this robot and these cameras: with
+any other the engine refuses it. Calibration itself runs on any device; 8-bit products that the device lacks are written out. Observations come from a
+LeRobotDataset v3, from a directory of .npz recordings, or, for networks with random weights and tests, from random:SEED. Layers whose rounding the
+actions cannot spare stay in 16 bits (--limit).
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target, select_device, select_precision
+from gr00t_fast.engine.calibration import Calibration, write_calibration
 from gr00t_fast.engine.digests import Digests
-from gr00t_fast.engine.eight_bit import FORMATS, PARTS, Calibration, Rounding, has_product, write_calibration
+from gr00t_fast.engine.fp8 import has_product
+from gr00t_fast.engine.quantized import PARTS
 from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.export.directory import check_free, whole_directory
-from gr00t_fast.export.eight_bit import TARGET, calibrate, digest_of
+from gr00t_fast.export.fp8 import SCHEME, TARGET, calibrate, digest_of
 from gr00t_fast.export.observations import MIN_FRAMES, draw, open_frames
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.quantisation_report import as_markdown, build_report, write_report
@@ -40,8 +42,6 @@ from gr00t_fast.export.verify import Case
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
 from gr00t_fast.prompt import PROMPT_STYLES
 from gr00t_fast.transforms import ActionTransform
-
-ACTIVATIONS = ("static", "token")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", help="commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow")
     p.add_argument("--embodiment_tag", default="new_embodiment")
     p.add_argument("--data_config", default="so100", help="so100, so100_dualcam, or module:ClassName of your own")
-    p.add_argument("--format", choices=FORMATS, required=True, help="fp8 or int8: the engine that it is for")
-    p.add_argument("--out", type=Path, help="directory to make; default: exports/<format> in the checkpoint's, where the engine looks")
+    p.add_argument("--format", choices=(SCHEME,), default=SCHEME, help="the engine that it is for")
+    p.add_argument("--out", type=Path, help="directory to make; default: exports/fp8 in the checkpoint's, where the engine looks")
     p.add_argument("--overwrite", action="store_true", help="replace a calibration that is there, once the new one is whole")
     p.add_argument(
         "--calibration", required=True, help="a LeRobotDataset or recordings directory, or random:SEED (says nothing about trained weights)"
@@ -80,8 +80,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, default=MIN_FRAMES, help="how many, spread over all episodes")
     p.add_argument("--allow_few", action="store_true", help="calibrate with fewer frames or episodes than it takes; the manifest says so")
     p.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="of the network to round; the others stay in 16 bits")
-    p.add_argument("--activations", choices=ACTIVATIONS, default="static", help="token: INT8 scales found at run time, per token; closer, and slower")
-    p.add_argument("--denoising_steps", type=int, nargs="+", help="step counts that will run; default: the checkpoint's own, 2 and 1")
+    p.add_argument("--denoising_steps", type=int, help="of the trials; default: the checkpoint's own. The result is good for any count")
     p.add_argument("--limit", type=float, default=1.0, help="p99 of the action error, in joint units, that layers are kept in 16 bits for")
     p.add_argument("--trial_frames", type=int, default=8, help="frames that decide which layers are kept; 0: keep none, measure nothing")
     p.add_argument(
@@ -100,19 +99,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     _check(arguments)
     checkpoint, config = open_checkpoint(arguments.model_path, revision=arguments.revision), load_data_config(arguments.data_config)
     target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
-    out = arguments.out or checkpoint.path / "exports" / arguments.format
+    out = arguments.out or checkpoint.path / "exports" / SCHEME
     check_free(out, arguments.overwrite)
-    steps = arguments.denoising_steps or sorted({1, 2, checkpoint.config.head.denoising_steps})
-    usual = checkpoint.config.head.denoising_steps if checkpoint.config.head.denoising_steps in steps else max(steps)
+    steps = checkpoint.config.head.denoising_steps if arguments.denoising_steps is None else arguments.denoising_steps
     device = select_device(arguments.device)
     dtype = select_precision(arguments.precision, device)
     progress = Progress()
     cases, data = collect_cases(arguments, target, progress)
     model = load_model(checkpoint, arguments.embodiment_tag, device, dtype)
-    settings = Settings(arguments.format, TARGET, usual, arguments.limit, arguments.trial_frames, arguments.balance, arguments.seed)
-    rounding = Rounding(arguments.format, arguments.activations == "token", emulated=not has_product(arguments.format, device))
+    settings = Settings(SCHEME, TARGET, steps, arguments.limit, arguments.trial_frames, arguments.balance, arguments.seed)
     transform = ActionTransform(config, checkpoint.embodiment(arguments.embodiment_tag), checkpoint.config.head.action_dim)
-    outcome, calibration = calibrate(model, cases, settings, rounding, steps, arguments.parts, transform, progress)
+    outcome, calibration = calibrate(model, cases, settings, not has_product(device), arguments.parts, transform, progress)
     return _write(arguments, target, out, outcome, settings, calibration, data)
 
 
@@ -133,12 +130,10 @@ def collect_cases(arguments: argparse.Namespace, target: Target, progress: Progr
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.activations == "token" and arguments.format != "int8":
-        raise ConfigError("--activations=token is for --format=int8: FP8 keeps its relative precision without it, and its product takes one scale.")
     if arguments.frames < 1:
         raise ConfigError(f"--frames={arguments.frames} must be at least 1.")
-    if any(steps < 1 for steps in arguments.denoising_steps or ()):
-        raise ConfigError(f"--denoising_steps {arguments.denoising_steps}: each must be at least 1.")
+    if arguments.denoising_steps is not None and arguments.denoising_steps < 1:
+        raise ConfigError(f"--denoising_steps={arguments.denoising_steps} must be at least 1.")
     if not isinstance(arguments.camera_map, dict):
         raise ConfigError(f'--camera_map={arguments.camera_map}: expected a mapping, e.g. "{{front: webcam}}".')
 
@@ -153,7 +148,7 @@ def _write(
     data: dict[str, Any],
 ) -> dict[str, Any]:
     report = build_report(outcome, settings, data)
-    report |= {"parts": arguments.parts, "activations": arguments.activations, "calibrated_steps": calibration.denoising_steps, "out": str(out)}
+    report |= {"parts": arguments.parts, "out": str(out)}
     with whole_directory(out, arguments.overwrite) as directory:
         write_report(report, directory)
         identity = target.identity(Digests(directory))
@@ -163,14 +158,11 @@ def _write(
 
 def _flags(arguments: argparse.Namespace) -> list[str]:
     """What the manifest needs to name the command that makes the same again."""
-    names = ("format", "calibration", "frames", "activations", "limit", "trial_frames", "prompt_style", "processor_path", "precision", "seed")
+    names = ("calibration", "frames", "denoising_steps", "limit", "trial_frames", "prompt_style", "processor_path", "precision", "seed")
     flags = [f"--{name}={value}" for name in names if (value := getattr(arguments, name)) is not None]
     if arguments.camera_map:
         flags.append(f"--camera_map={json.dumps(arguments.camera_map)}")  # JSON is YAML
-    for name in ("parts", "denoising_steps"):
-        if value := getattr(arguments, name):
-            flags += [f"--{name}", *map(str, value)]
-    return [*flags, *(["--allow_few"] if arguments.allow_few else []), *([] if arguments.balance else ["--no-balance"])]
+    return [*flags, "--parts", *arguments.parts, *(["--allow_few"] if arguments.allow_few else []), *([] if arguments.balance else ["--no-balance"])]
 
 
 if __name__ == "__main__":

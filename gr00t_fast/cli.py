@@ -59,9 +59,8 @@ class RunConfig:
     action_horizon: int | None = None  # actions executed per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # auto is eager; cuda_graph, compiled, triton; fp8, int8, onnxruntime, openvino and tensorrt need files (README)
+    engine: str = "auto"  # auto is eager; cuda_graph, compiled; fp8, onnxruntime, openvino and tensorrt need files (README)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
-    keep_warm: bool = False  # CUDA graphs: keep the GPU's clocks up between inferences, for electricity
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients send
@@ -190,7 +189,7 @@ def _validate_server(config: RunConfig) -> None:
             raise UsageError(f"--{name}={value} must be a positive number of seconds.")
     if _given(config, "max_hold_s"):
         raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
-    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "keep_warm"):
+    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path"):
         raise UsageError(f"--{given[0]} is for a network in this process; with --server it belongs on the command line of the policy server.")
     if not config.model_path.strip() and (given := _given(config, "embodiment_tag", "data_config")):
         raise UsageError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from contextlib import AbstractContextManager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gr00t_fast.checkpoint import EMBODIMENT_ROWS, Checkpoint, EmbodimentMetadat
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
 from gr00t_fast.data_config import DataConfig, load_data_config
 from gr00t_fast.engine import (
-    Engine,
+    AnyEngine,
     FrameEngine,
     Goal,
     RawInputs,
@@ -37,6 +36,7 @@ from gr00t_fast.engine import (
     select_device,
     select_precision,
     soft_mask,
+    warming_up,
 )
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.facts import check_cameras, facts_of
@@ -62,7 +62,7 @@ def load_policy(
     action_horizon: int | None = None,
     device: str | int | torch.device = "auto",
     precision: str = "auto",
-    engine: str | Engine = "auto",
+    engine: str | AnyEngine = "auto",
     engine_path: str | Path | None = None,
     processor_path: str | Path | None = None,
     prompt_style: str = "plain",
@@ -82,13 +82,13 @@ def load_policy(
     """
     embodiment_tag = embodiment_tag.value if isinstance(embodiment_tag, Enum) else embodiment_tag
     device = f"cuda:{device}" if type(device) is int else str(device) if isinstance(device, torch.device) else device
-    own, name = (engine, "auto") if hasattr(engine, "run") else (None, engine)
+    own, name = (engine, "auto") if hasattr(engine, "run") or hasattr(engine, "run_raw") else (None, engine)
     _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
     _check_words(**{name: value for name, value in (("engine_path", engine_path), ("revision", revision)) if value is not None})
     check_engine(name, engine_path)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
-    checkpoint = open_checkpoint(model_path, revision=revision)
+    checkpoint = open_checkpoint(model_path, with_weights=own is None, revision=revision)
     metadata = checkpoint.embodiment(embodiment_tag)
     config = load_data_config(data_config)
     language = checkpoint.config.language
@@ -161,12 +161,12 @@ class Gr00tPolicy:
     """Implements the `Policy` protocol in this process. Not thread-safe: one thread calls it."""
 
     def __init__(
-        self, pieces: _Pieces, engine: Engine, device: torch.device, dtype: torch.dtype, denoising_steps: int, action_horizon: int, seed: int | None
+        self, pieces: _Pieces, engine: AnyEngine, device: torch.device, dtype: torch.dtype, steps: int, action_horizon: int, seed: int | None
     ) -> None:
         self._pieces, self.engine, self.device, self.dtype = pieces, engine, device, dtype
         if isinstance(engine, FrameEngine):
             engine.to_joints = pieces.action.on(device)
-        self._denoising_steps, self._action_horizon = denoising_steps, action_horizon
+        self._denoising_steps, self._action_horizon = steps, action_horizon
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
         if seed is None:
             self._generator.seed()
@@ -274,20 +274,15 @@ class Gr00tPolicy:
         """
         observation = self.example_observation(instruction or _WARM_UP_INSTRUCTION)
         state = self._generator.get_state()
-        for _ in range(_WARM_UP_CALLS):
-            actions = self.get_action(observation)
-            self._check_finite(actions)
-        if prefix_method is not None:
+        with warming_up(self.engine):
             for _ in range(_WARM_UP_CALLS):
-                self._check_finite(self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method)))
+                actions = self.get_action(observation)
+                self._check_finite(actions)
+            if prefix_method is not None:
+                for _ in range(_WARM_UP_CALLS):
+                    self._check_finite(self.get_action(observation, prefix=ActionPrefix(actions, 1, prefix_method)))
         self._generator.set_state(state)
         return self.last_timing
-
-    def kept_warm(self) -> AbstractContextManager[Any]:
-        """Inside, the GPU's clocks stay up between inferences (engine/keep_warm.py). Raises ConfigError for an engine without a CUDA graph."""
-        if self.device.type != "cuda" or not hasattr(self.engine, "kept_warm"):
-            raise ConfigError(f"keep_warm is for CUDA graphs; the engine is '{self.engine.name}' on {self.device}. Use --engine=cuda_graph.")
-        return self.engine.kept_warm()
 
     def _check_finite(self, actions: dict[str, np.ndarray]) -> None:
         unusable = [key for key, values in actions.items() if not np.isfinite(values).all()]

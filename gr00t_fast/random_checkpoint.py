@@ -60,10 +60,12 @@ def write_random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     published_tokenizer: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters); resolution is (width, height). Raises ConfigError.
 
     It is written beside `out` and put in its place when it is complete: one that was interrupted is never taken for a checkpoint.
+    `weights=False`: the small files alone, for a network of `random_network`.
     `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
     """
     if size not in SIZES or data_config not in SO100_CONFIGS:
@@ -78,7 +80,8 @@ def write_random_checkpoint(
         _write_json(unfinished / "config.json", config)
         _write_json(unfinished / "eagle2_hg_model" / "config.json", eagle)
         _write_json(unfinished / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
-        _write_weights(unfinished, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
+        if weights:
+            _write_weights(unfinished, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
         _put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -234,6 +237,23 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     fan_in = shape[1] if name.endswith(".W") else math.prod(shape[1:])
     scale = 0.02 if "embedding" in name or "embed_tokens" in name or "future_tokens" in name else fan_in**-0.5
     return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+
+
+def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Gr00tN1d5:
+    """A network of such weights, made where it runs: on a GPU in a second, without a file. On another device the numbers are others."""
+    with torch.device("meta"):
+        model = Gr00tN1d5(config).to(dtype)
+    model.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        is_norm = "norm" in name.rsplit(".", 2)[-2] or "vlln" in name
+        fan_in = parameter.shape[0] if "_encoder." in name or "_decoder." in name else math.prod(parameter.shape[1:])
+        scale = 0.02 if parameter.dim() == 1 or ("embedding" in name and "patch" not in name) or "future_tokens" in name else fan_in**-0.5
+        if parameter.dim() == 1 and name.endswith("weight") and is_norm:
+            parameter.normal_(1.0, 0.1, generator=generator)
+        else:
+            parameter.normal_(0.0, scale, generator=generator)
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:

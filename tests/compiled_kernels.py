@@ -23,9 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.kernels import attention, gemm
 from gr00t_fast.engine.kernels.launch import Processor
-from gr00t_fast.engine.kernels.stages import fused_stages
+from gr00t_fast.engine.quantized import Fp8WeightLinear, linear_layers, part_of, with_layers
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -42,6 +43,7 @@ GPUS = {
     "H200": Gpu(90, Processor(132, 227 * 1024)),
     "RTX 4090": Gpu(89, Processor(128, 99 * 1024)),
     "RTX 3090": Gpu(86, Processor(82, 99 * 1024)),
+    "RTX 5090": Gpu(120, Processor(170, 99 * 1024)),
     "A100": Gpu(80, Processor(108, 163 * 1024)),
 }
 
@@ -100,6 +102,21 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
 
 
+def with_8_bit_steps(model: Gr00tN1d5) -> Gr00tN1d5:
+    """As the engine `fp8` runs the denoising steps."""
+    return with_layers(model, {name: _eight_bit(layer) for name, layer in linear_layers(model).items() if part_of(name) == "dit"})
+
+
+def _eight_bit(linear: torch.nn.Linear) -> Fp8WeightLinear:
+    """Made without looking at weights, which have no memory here."""
+    layer = Fp8WeightLinear.__new__(Fp8WeightLinear)
+    torch.nn.Module.__init__(layer)
+    layer.out_features, layer.bias = linear.out_features, linear.bias
+    layer.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.float8_e4m3fn, device=linear.weight.device))
+    layer.register_buffer("weight_scale", torch.empty(linear.out_features, dtype=torch.float32, device=linear.weight.device))
+    return layer
+
+
 def launch_everything(model: Gr00tN1d5, prompt_tokens: int, cameras: int, batch: int = 1) -> None:
     """Every launch of one inference, of a model on the meta device."""
     head, vision = model.config.head, model.config.vision
@@ -110,11 +127,9 @@ def launch_everything(model: Gr00tN1d5, prompt_tokens: int, cameras: int, batch:
             torch.empty(batch, prompt_tokens, dtype=torch.int64),
             torch.empty(images, dtype=torch.int64),
             torch.empty(batch, head.state_dim, dtype=model.dtype),
-            torch.empty(batch, prompt_tokens, dtype=torch.bool),
         )
         noise = torch.empty(batch, head.action_horizon, head.action_dim, dtype=model.dtype)
-        tau = torch.empty(head.dit.width, dtype=model.dtype)
+        time = torch.empty(head.dit.width, dtype=model.dtype)
         modulation = torch.empty(head.dit.num_layers + 1, 2, head.dit.width, dtype=model.dtype)
-    stages = fused_stages(model)
-    condition = stages.prepare(stages.encode_language(inputs, stages.encode_vision(inputs.pixel_values)), inputs)
-    stages.velocity(noise, condition, tau, modulation)
+    stages = FusedModel(model, "triton", "triton").stages()
+    stages.velocity(noise, stages.prepare(inputs), time, modulation)

@@ -1,6 +1,6 @@
-"""A stand-in for what the TensorRT engine asks of CUDA, on the CPU: streams that run at once, and graphs that repeat what was recorded.
+"""A stand-in for what engines ask of CUDA, on the CPU: streams that run at once, and graphs that repeat what was recorded.
 
-It shows that the engine's own steps fit together. It shows nothing about CUDA, TensorRT or the order in which a GPU runs things.
+It shows that an engine's own steps fit together. It shows nothing about CUDA, TensorRT or the order in which a GPU runs things.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +18,48 @@ from gr00t_fast.engine import tensorrt_engine as module
 from gr00t_fast.engine.stage_program import RunStage, StageProgram
 
 
+class StandInCuda:
+    """`torch.cuda` with one stream's worth of meaning: work runs at once, and a graph repeats what was recorded. `log` says what was asked for,
+    `devices` of which GPUs. What is not here, asking for fails: to wait for a whole GPU, for one."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.devices: list[torch.device | None] = []
+        self.capture_modes: list[str] = []
+        self.recording: RepeatingGraph | None = None
+        self.Stream = lambda device: EagerStream(self, device)
+        self.CUDAGraph = lambda: RepeatingGraph(self)
+        self.Event = lambda: StandInEvent(self)
+
+    def note(self, what: str) -> None:
+        self.log.append(what)
+
+    @contextlib.contextmanager
+    def graph(self, graph: RepeatingGraph, pool: Any, stream: EagerStream, capture_error_mode: str) -> Iterator[None]:
+        self.capture_modes.append(capture_error_mode)
+        self.devices.append(stream.device)
+        self.recording = graph
+        yield
+        self.recording = None
+
+    def stream(self, stream: EagerStream) -> contextlib.AbstractContextManager:
+        self.devices.append(stream.device)
+        return contextlib.nullcontext()
+
+    def device(self, device: torch.device | None) -> contextlib.AbstractContextManager:
+        self.devices.append(device)
+        return contextlib.nullcontext()
+
+    def current_stream(self, device: torch.device | None = None) -> EagerStream:
+        self.devices.append(device)
+        return EagerStream(self, device)
+
+
 class EagerStream:
     """Everything on it has already run."""
 
-    def __init__(self, *_: Any) -> None:
-        """Whatever the device."""
+    def __init__(self, cuda: StandInCuda, device: torch.device | None) -> None:
+        self.device = device
 
     def wait_stream(self, other: Any) -> None:
         """It has run."""
@@ -32,15 +68,26 @@ class EagerStream:
         """It has run."""
 
 
+class StandInEvent:
+    def __init__(self, cuda: StandInCuda) -> None:
+        self._cuda = cuda
+
+    def record(self, stream: EagerStream) -> None:
+        self._cuda.note("event recorded")
+
+    def synchronize(self) -> None:
+        self._cuda.note("event waited for")
+
+
 class RepeatingGraph:
     """Repeats the sequence that was submitted while it was recorded, on the same tensors."""
 
-    recording: RepeatingGraph | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, cuda: StandInCuda) -> None:
+        self._cuda = cuda
         self.work: list[Callable[[], None]] = []
 
     def replay(self) -> None:
+        self._cuda.note("replay")
         for submit in self.work:
             submit()
 
@@ -61,11 +108,9 @@ class StandInStage:
 def install(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
     """Replace CUDA and the execution of stages in gr00t_fast.engine.tensorrt_engine."""
 
-    @contextlib.contextmanager
-    def record(graph: RepeatingGraph, **_: Any) -> Iterator[None]:
-        RepeatingGraph.recording = graph
-        yield
-        RepeatingGraph.recording = None
+    cuda = StandInCuda()
+    cuda.synchronize = lambda *_: None
+    cuda.get_device_capability = lambda _: (8, 6)
 
     class StandInExecution:
         capturable = True
@@ -79,21 +124,11 @@ def install(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
 
     class RecordedProgram(StageProgram):
         def enqueue(self, run_stage: RunStage) -> None:
-            if RepeatingGraph.recording is None:
+            if cuda.recording is None:
                 super().enqueue(run_stage)
             else:  # what is recorded does not run
-                RepeatingGraph.recording.work.append(functools.partial(StageProgram.enqueue, self, run_stage))
+                cuda.recording.work.append(functools.partial(StageProgram.enqueue, self, run_stage))
 
-    cuda = SimpleNamespace(
-        Stream=EagerStream,
-        CUDAGraph=RepeatingGraph,
-        graph=record,
-        stream=lambda _: contextlib.nullcontext(),
-        current_stream=lambda *_: EagerStream(),
-        device=lambda _: contextlib.nullcontext(),
-        synchronize=lambda *_: None,
-        get_device_capability=lambda _: (8, 6),
-    )
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(module, "StageExecution", StandInExecution)

@@ -12,19 +12,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gr00t_fast.engine.kernels.activations import bias_gelu, bias_gelu_twin, swiglu, swiglu_twin
-from gr00t_fast.engine.kernels.attention import AttentionConfig, attention, attention_twin
-from gr00t_fast.engine.kernels.gemm import GemmConfig, linear, linear_parts, linear_parts_twin, linear_twin
-from gr00t_fast.engine.kernels.norms import Norm, norm, norm_twin, residual_norm, residual_norm_twin
-from gr00t_fast.engine.kernels.rotary import normed_rotated, normed_rotated_twin
-from gr00t_fast.model.layers import rotary_tables, split_heads
+from gr00t_fast.engine.kernels.attention import AttentionConfig, attention
+from gr00t_fast.engine.kernels.gemm import GemmConfig, linear, linear_parts
+from gr00t_fast.engine.kernels.norms import norm, residual_norm
+from gr00t_fast.engine.kernels.rotary import normed_rotated
+from gr00t_fast.engine.ops import ACTIVATIONS, Norm, TorchOps
+from gr00t_fast.engine.quantized import LARGEST, to_fp8
+from gr00t_fast.model.layers import merge_heads, rotary_tables, split_heads
 
 # Relative to the norm of the result. fp32: sums in another order, and the hardware's exp. 16 bits: a rounding at the end (at most 2^-9 for bf16,
 # 2^-12 for fp16) and one before it, of the sum that a norm sees, of attention's probabilities or its added-up queries. Triton's interpreter cuts bf16
 # off instead of rounding it.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 INTERPRETED_BF16_TOLERANCE = 1.2e-2
+
+
+TORCH = TorchOps()
+
+
+def residual_norm_twin(x: Tensor, y: Tensor, spec: Norm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if y.shape != x.shape:
+        y = y.sum(0).view(x.shape).to(x.dtype)
+    total = x + (y if bias is None else y + bias)
+    return total, TORCH.norm(total, spec)
+
+
+def linear_twin(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, residual: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
+    product = F.linear(x, weight.to(x.dtype))
+    y = product if scale is None else product * scale
+    y = ACTIVATIONS[activation](y if bias is None else y + bias)
+    return y if residual is None else y + residual
+
+
+def linear_parts_twin(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Whole, as one part."""
+    return linear_twin(x, weight, scale=scale).reshape(1, -1, weight.shape[0])
+
+
+def attention_twin(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None = None) -> Tensor:
+    q = q.sum(0).to(k.dtype) if q.dim() == 5 else q
+    q = q if q_bias is None else q + q_bias.view(1, q.shape[1], 1, -1)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,7 @@ def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Norm):
-        return Norm(value.eps, _widened(value.scale), _widened(value.shift), value.centred, value.learnt)
+        return Norm(value.eps, _widened(value.scale), _widened(value.shift), value.centred)
     return tuple(map(_widened, value)) if isinstance(value, tuple) else value
 
 
@@ -68,16 +100,16 @@ class _Random:
     def __call__(self, *shape: int, mean: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=self._generator) + mean).to(self._device, self._dtype)
 
-    def mask(self, batch: int, keys: int) -> Tensor:
-        """Prompts of unequal length."""
-        lengths = torch.randint(1, keys + 1, (batch, 1), generator=self._generator)
-        return (torch.arange(keys) < lengths)[:, None, None, :].contiguous().to(self._device)
+    def rounded(self, outputs: int, width: int) -> tuple[Tensor, Tensor]:
+        """A weight in E4M3 and its scale per output."""
+        weight = torch.randn(outputs, width, generator=self._generator) * torch.logspace(-2, 0, outputs)[:, None] / width**0.5
+        step = weight.abs().amax(dim=1) / LARGEST
+        return to_fp8(weight / step[:, None]).to(self._device), step.to(self._device)
 
 
 def cases(dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Iterator[Case]:
     random = _Random(dtype, device, seed)
     yield from _norms(random)
-    yield from _activations(random)
     yield from _rotary(random)
     yield from _products(random)
     yield from _attentions(random)
@@ -89,60 +121,55 @@ def full_size_cases(dtype: torch.dtype, device: str, seed: int = 0) -> Iterator[
     x, y, scale, shift = random(1, 49, 1536), random(6, 49, 1536).float(), random(1536, mean=1.0), random(1536)
     yield Case("parts and AdaLN", _with_bias(residual_norm), _with_bias(residual_norm_twin), (x, y, shift, Norm(1e-5, scale, shift)), {})
     x, y, scale = random(1, 288, 2048), random(1, 288, 2048), random(2048, mean=1.0)
-    yield Case("residual rms", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, None, False, True)), {})
-    yield Case("bias gelu", bias_gelu, bias_gelu_twin, (random(1, 256, 4304), random(4304)), {})
-    yield Case("swiglu", swiglu, swiglu_twin, (random(1, 288, 12288),), {})
-    qkv, weights = random(1, 288, 32 * 128), (random(128, mean=1.0), random(128, mean=1.0))
-    inputs = (qkv, 16, 8, *weights, *rotary_tables(288, 128, 1e6, qkv), 1e-6)
-    yield Case("rotary", normed_rotated, normed_rotated_twin, inputs, {})
+    yield Case("residual rms", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, None, False)), {})
+    yield _rotary_case(random, 1, 288, 16, 8, 128)
     for m, n, k, activation in ((49, 4608, 1536, None), (49, 6144, 1536, "gelu"), (98, 6144, 1536, "gelu"), (16, 1024, 1536, "relu")):
         weight = random(n, k) / k**0.5
         yield Case(f"linear {m} x {k} x {n}", linear, linear_twin, (random(1, m, k), weight, random(n), activation), {})
         if n == 6144:
             down = (random(1, m, n), weight.T.contiguous())
             yield Case(f"parts {m} x {n} x {k}", _summed(linear_parts), _summed(linear_parts_twin), down, {})
+            rounded = (random(1, m, n), *random.rounded(k, n))
+            yield Case(f"parts of 8-bit weights {m} x {n} x {k}", _summed(linear_parts), _summed(linear_parts_twin), rounded, {})
     for keys in (288, 544):
         q, (k, v) = split_heads(random(1, 49, 1536), 32), (split_heads(part, 32) for part in random(1, keys, 3072).chunk(2, dim=-1))
-        yield Case(f"cross-attention to {keys}", attention, attention_twin, (q, k, v, random.mask(1, keys)), {})
-    q, k, v = (split_heads(part, 32) for part in random(1, 288, 3 * 2048).chunk(3, dim=-1))
-    yield Case("self-attention of 288", attention, attention_twin, (q, k, v, random.mask(1, 288)), {})
+        yield Case(f"cross-attention to {keys}", attention, attention_twin, (q, k, v), {})
 
 
 def _norms(random: _Random) -> Iterator[Case]:
     for rows, width in (((1, 1), 1), ((2, 5), 48), ((1, 3), 1152), ((7,), 40)):
         x, y, scale, shift = random(*rows, width, mean=2.0), random(*rows, width), random(width, mean=1.0), random(width)
         name = f"{rows} x {width}"
-        yield Case(f"adaln {name}", norm, norm_twin, (x, Norm(1e-5, scale, shift)), {}) if width > 1 else _one_column(x, scale, shift)
-        yield Case(f"rms {name}", norm, norm_twin, (x, Norm(1e-6, scale, None, False)), {})
-        yield Case(f"residual rms {name}", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, None, False, True)), {})
+        yield Case(f"adaln {name}", norm, TORCH.norm, (x, Norm(1e-5, scale, shift)), {}) if width > 1 else _one_column(x, scale, shift)
+        yield Case(f"rms {name}", norm, TORCH.norm, (x, Norm(1e-6, scale, None, False)), {})
+        yield Case(f"residual rms {name}", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, None, False)), {})
         if width > 1:  # a centred single column is all cancellation
-            yield Case(f"plain layer norm {name}", norm, norm_twin, (x, Norm(1e-5)), {})
-            yield Case(f"residual layer norm {name}", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, shift, True, True)), {})
+            yield Case(f"plain layer norm {name}", norm, TORCH.norm, (x, Norm(1e-5)), {})
+            yield Case(f"residual layer norm {name}", residual_norm, residual_norm_twin, (x, y, Norm(1e-6, scale, shift)), {})
             parts = torch.stack([random(x.numel() // width, width).float() for _ in range(3)])
             yield Case(f"parts and bias {name}", _with_bias(residual_norm), _with_bias(residual_norm_twin), (x, parts, shift, Norm(1e-5, scale)), {})
 
 
 def _one_column(x: Tensor, scale: Tensor, shift: Tensor) -> Case:
-    return Case("adaln of one column is its shift", norm, norm_twin, (x, Norm(1e-5, scale, shift)), {})
+    return Case("adaln of one column is its shift", norm, TORCH.norm, (x, Norm(1e-5, scale, shift)), {})
 
 
 def _with_bias(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, parts, bias, spec: function(x, parts, spec, bias)
 
 
-def _activations(random: _Random) -> Iterator[Case]:
-    for shape in ((1, 3), (2, 3, 40), (3, 1030)):
-        x = 4 * random(*shape)  # both tails
-        yield Case(f"bias gelu {shape}", bias_gelu, bias_gelu_twin, (x, random(shape[-1])), {})
-        yield Case(f"swiglu {shape}", swiglu, swiglu_twin, (torch.cat((x, random(*shape)), dim=-1),), {})
-
-
 def _rotary(random: _Random) -> Iterator[Case]:
     for batch, tokens, heads, kv_heads, dim in ((2, 5, 4, 2, 8), (1, 3, 16, 8, 128), (1, 2, 3, 1, 6)):
-        qkv = random(batch, tokens, (heads + 2 * kv_heads) * dim)
-        weights = (random(dim, mean=1.0), random(dim, mean=1.0))
-        inputs = (qkv, heads, kv_heads, *weights, *rotary_tables(tokens, dim, 1e6, qkv), 1e-6)
-        yield Case(f"rotary {batch} x {tokens}, {heads} + {kv_heads} heads of {dim}", normed_rotated, normed_rotated_twin, inputs, {})
+        yield _rotary_case(random, batch, tokens, heads, kv_heads, dim)
+
+
+def _rotary_case(random: _Random, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    qkv = random(batch, tokens, (heads + 2 * kv_heads) * dim)
+    head_norm = torch.cat((random(dim, mean=1.0).expand(heads, -1), random(dim, mean=1.0).expand(kv_heads, -1)))
+    cos, sin = rotary_tables(tokens, dim, 1e6, qkv)
+    signed = torch.cat((-sin[:, : dim // 2], sin[:, dim // 2 :]), dim=-1)
+    inputs = (qkv, heads, head_norm, cos, signed, 1e-6)
+    return Case(f"rotary {batch} x {tokens}, {heads} + {kv_heads} heads of {dim}", normed_rotated, TORCH.normed_rotated, inputs, {})
 
 
 def _products(random: _Random) -> Iterator[Case]:
@@ -153,6 +180,12 @@ def _products(random: _Random) -> Iterator[Case]:
         for parts in (1, 3):
             config = GemmConfig(64, 32, 32, parts, 4, 2)
             yield Case(f"{parts} parts of {m} x {k} x {n}", _summed(linear_parts), _summed(linear_parts_twin), (x, weight), {"config": config})
+            rounded = (x, *random.rounded(n, k))
+            yield Case(
+                f"{parts} parts of {m} x {k} x {n}, 8-bit weights", _summed(linear_parts), _summed(linear_parts_twin), rounded, {"config": config}
+            )
+        eight, scale = random.rounded(n, k)
+        yield Case(f"linear {m} x {k} x {n}, {activation}, 8-bit weights", linear, linear_twin, (x, eight, bias, activation, None, scale), {})
 
 
 def _summed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -165,7 +198,6 @@ def _attentions(random: _Random) -> Iterator[Case]:
         k, v = (split_heads(part, heads) for part in random(batch, keys, 2 * heads * dim).chunk(2, dim=-1))
         name = f"attention of {batch} x {heads} x {queries} to {keys}, heads of {dim}"
         yield Case(name, attention, attention_twin, (q, k, v), {})
-        yield Case(f"{name}, masked", attention, attention_twin, (q, k, v, random.mask(batch, keys)), {})
         parts = torch.stack([random(batch, queries, heads, dim).float() for _ in range(3)]).transpose(2, 3)
-        yield Case(f"{name}, parts of queries", attention, attention_twin, (parts, k, v, None, random(heads * dim)), {})
+        yield Case(f"{name}, parts of queries", attention, attention_twin, (parts, k, v, random(heads * dim)), {})
         yield Case(f"{name}, other tiles", attention, attention_twin, (q, k, v), {"config": AttentionConfig(32, 16, 4, 2)})

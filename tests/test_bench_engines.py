@@ -3,36 +3,147 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from cuda_stand_in import StandInCuda, StandInEvent
+from random_networks import random_inputs
 
-from benchmarks import bench_engines
+from benchmarks import bench_engines, engine_arms, stage_calls
+from benchmarks.bench_engines import ratio, within_limit
 from benchmarks.random_observations import random_noise, random_observations
+from benchmarks.stage_calls import busy_and_idle_ms
+from benchmarks.work import Ceilings
 from gr00t_fast import load_policy
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.fused import FusedModel
+from gr00t_fast.engine.graph import GraphEngine
+from gr00t_fast.random_checkpoint import network_config, random_network
+from gr00t_fast.timing import StageTimer
 
-TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
+
+
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, code: int = 0) -> dict:
+    common = [f"--model_path={TRAINED}", f"--out={tmp_path}", "--device=cpu", "--precision=fp32", "--observations=2", "--rounds=2"]
+    assert bench_engines.main([*common, *flags]) == code
+    return json.loads(capsys.readouterr().out.splitlines()[-1]) if code == 0 else {}
 
 
 def test_it_runs_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--engines=eager", "--device=cpu", "--precision=fp32", "--observations=2", "--rounds=2", "--denoising_steps", "1", "2"]
-    assert bench_engines.main([f"--model_path={TRAINED}", f"--out={tmp_path}", *flags]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["error_deg"]["eager"] == {"p50": 0.0, "p99": 0.0, "max": 0.0}, "the truth itself"
-    assert result["within_limit"] == {"eager": True}
-    assert {steps: times["eager"]["count"] for steps, times in result["times_ms"].items()} == {"1": 2, "2": 2}
-    assert (tmp_path / "bench_engines.md").read_text().startswith("engine ")
+    result = run(tmp_path, capsys, "--engines", "eager", "--denoising_steps", "1", "2")
+    eager = result["engines"]["eager"]
+    assert eager["error_deg"] == {"p50": 0.0, "p99": 0.0, "max": 0.0}, "the truth itself"
+    assert eager["within_limit"] is True
+    assert {steps: times["count"] for steps, times in eager["times_ms"].items()} == {"1": 2, "2": 2}
+    assert "fastest within its limit: eager" in (tmp_path / "bench_engines.md").read_text()
 
 
-def test_a_named_engine_that_cannot_run_is_an_error_and_an_unnamed_one_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = [f"--model_path={TRAINED}", f"--out={tmp_path}", "--device=cpu", "--observations=1", "--rounds=1", "--precision=fp32"]
-    assert bench_engines.main([*common, "--engines=eager,cuda_graph"]) == 1
+def test_the_reference_runs_on_the_shipped_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which leaves out the weights that no inference uses."""
+    pytest.importorskip("transformers", reason="needs `pip install 'gr00t_fast[bench]'`")
+    pytest.importorskip("lerobot", reason="needs `pip install 'gr00t_fast[robot]'`")
+    reference = run(tmp_path, capsys, "--engines", "eager", "reference")["engines"]["reference"]
+    assert reference["error_deg"]["p99"] < 0.01
+    assert reference["times_as_fast_as"]["4"]["eager"]["median"] > 0
+
+
+def test_an_export_is_an_engine_like_any_other(tiny_export: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="needs `pip install 'gr00t_fast[export]'`")
+    checkpoint, export = tiny_export
+    result = run(tmp_path, capsys, f"--model_path={checkpoint}", "--engines", "eager", f"onnxruntime={export}")
+    assert result["engines"]["onnxruntime"]["within_limit"]
+    assert result["engines"]["onnxruntime"]["arithmetic"] == "fp32"
+
+
+def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, capsys, "--engines", "eager", "cuda_graph", code=1)
     assert "engine 'cuda_graph' needs a CUDA GPU" in capsys.readouterr().err
-    assert bench_engines.main([*common, "--skip=compiled,reference"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result["refused"]) >= {"cuda_graph", "triton"}
-    assert list(result["error_deg"]) == ["eager"]
+    run(tmp_path, capsys, "--engines", "eager", "cuda_grahp", code=1)
+    assert "Did you mean 'cuda_graph'" in capsys.readouterr().err
+
+
+def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_arms, "ARMS", tuple(name for name in engine_arms.ARMS if name not in ("compiled", "reference")))  # a minute
+    result = run(tmp_path, capsys)
+    assert list(result["engines"]) == ["eager"]
+    assert set(result["refused"]) == {"cuda_graph", "cuda_graph+triton", "fp8", "onnxruntime", "openvino", "tensorrt"}
+    assert "needs a CUDA GPU" in result["refused"]["fp8"]
+    assert "export/to_tensorrt.py" in result["refused"]["tensorrt"]
+    assert "openvino cannot be used here" in (tmp_path / "bench_engines.md").read_text()
+
+
+def test_stages_are_measured_before_the_profiler_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each against its floor. On a CPU in place of the GPU, whose profiler is a stand-in."""
+    order: list[str] = []
+    policy = load_policy(TRAINED, device="cpu", precision="fp32", engine="eager")
+    engine = GraphEngine("fused", FusedModel(policy.engine.model), policy.to_pixels)
+    fused = load_policy(TRAINED, engine=engine)
+    timed = stage_calls.timed_ms
+    monkeypatch.setattr(stage_calls, "timed_ms", lambda call, device: (order.append("timed"), timed(call, device))[1])
+    monkeypatch.setattr(stage_calls, "kernels_of", lambda *_: (order.append("profiled"), {"kernels": 3, "busy_ms": 1.0, "idle_ms": 0.1})[1])
+    monkeypatch.setattr(stage_calls, "repeatable", lambda call, _: call)
+    monkeypatch.setattr(stage_calls, "measure_ceilings", lambda *_: Ceilings(1e12, 1e11))
+    engine.device = SimpleNamespace(type="cuda")
+    found = stage_calls.measure_stages(fused, fused.example_observation(), 2, 0)
+    assert order == ["timed"] * 15 + ["profiled"] * 5
+    assert set(found["stages"]) == {"pixels", "vision", "language", "refine", "denoise"}
+    assert found["floor_ms"] == pytest.approx(sum(stage["floor_ms"] for stage in found["stages"].values() if "floor_ms" in stage))
+
+
+def test_a_stage_is_timed_without_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU sleeps while begin, replay and end are submitted; everything on the GPU and the stream of the graph."""
+    cuda = StandInCuda()
+    cuda._sleep = lambda _: cuda.note("sleep")
+
+    class TimedEvent(StandInEvent):
+        def elapsed_time(self, other: TimedEvent) -> float:
+            return 1.5
+
+    cuda.Event = lambda **_: TimedEvent(cuda)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    second = torch.device("cuda", 1)
+    graph = stage_calls.repeatable(lambda: cuda.note("work"), second)
+    cuda.log.clear()
+    assert stage_calls.timed_ms(graph, second) == 1.5
+    assert cuda.log == ["sleep", "event recorded", "replay", "event recorded", "event recorded", "event waited for"]
+    assert set(cuda.devices) == {second}
+
+
+def test_gaps_between_kernels_are_what_no_kernel_covers() -> None:
+    assert busy_and_idle_ms([]) == (0.0, 0.0)
+    overlapping = [(0.0, 1000.0), (500.0, 1500.0), (600.0, 700.0), (2500.0, 3000.0)]  # a stream beside another, then a gap of a millisecond
+    assert busy_and_idle_ms(overlapping[::-1]) == pytest.approx((2.0, 1.0))
+
+
+def test_kernels_are_compared_in_the_interpreter(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux: pip install 'gr00t_fast[triton]'")
+    command = [sys.executable, "-W", "ignore", "benchmarks/bench_engines.py", "--kernels", "--engines", "none", "--device=cpu", "--precision=fp32"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])["kernels"]
+    assert len(kernels) == 13
+    assert all(set(figures) == {"error"} and figures["error"] < 1e-6 for figures in kernels.values())
+
+
+def test_a_random_network_is_made_where_it_runs() -> None:
+    """As the one that is written: of order one from end to end, with the same number of weights."""
+    config = ModelConfig.from_dicts(*network_config("tiny", published_vocabulary=False))
+    model = random_network(config, torch.device("cpu"), torch.float32)
+    inputs, noise = random_inputs(config)
+    actions = EagerEngine(model).run(inputs, noise, 2, StageTimer())
+    assert torch.isfinite(actions).all()
+    assert 0.05 < float((actions - noise).abs().mean()) < 20
+    assert all(float(parameter.float().std()) > 0 for parameter in model.parameters() if parameter.numel() > 1)
 
 
 def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,33 +158,33 @@ def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytes
         else:
             rows[key] = np.array(["reach the block"] * 5)
     np.savez(tmp_path / "seen" / "000.npz", **rows)
-    flags = ["--engines=eager", "--device=cpu", "--precision=fp32", "--rounds=1", f"--dataset={tmp_path / 'seen'}"]
-    assert bench_engines.main([f"--model_path={TRAINED}", f"--out={tmp_path}", *flags]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = run(tmp_path, capsys, "--engines", "eager", f"--dataset={tmp_path / 'seen'}", "--observations=100")
     assert (result["observations"], result["of"]) == (5, "seen")
-    flags[-1] = f"--dataset={tmp_path / 'nowhere'}"
-    assert bench_engines.main([f"--model_path={TRAINED}", f"--out={tmp_path}", *flags]) == 1
+    run(tmp_path, capsys, "--engines", "eager", f"--dataset={tmp_path / 'nowhere'}", code=1)
     assert "neither a LeRobotDataset" in capsys.readouterr().err
 
 
 def test_limits() -> None:
     errors = {"eager": {"p99": 0.4}, "cuda_graph": {"p99": 0.49}, "fp8": {"p99": 1.4}, "bad": {"p99": float("nan")}}
-    assert [bench_engines.within_limit(name, errors, "bf16") for name in errors] == [True, True, True, False]
+    formats = {"fp8": "fp8"}
+
+    def kept() -> list[bool]:
+        return [within_limit(errors, name, formats.get(name, "bf16"), torch.bfloat16) for name in errors]
+
+    assert kept() == [True, True, True, False]
     errors |= {"cuda_graph": {"p99": 0.51}, "fp8": {"p99": 1.6}}
-    assert not bench_engines.within_limit("cuda_graph", errors, "bf16")
-    assert not bench_engines.within_limit("fp8", errors, "bf16")
-
-
-def test_where_the_plain_model_amplifies_rounding_too_an_engine_is_held_against_it() -> None:
-    errors = {"eager": {"p99": 2.0}, "cuda_graph": {"p99": 2.9}, "triton": {"p99": 3.1}, "fp8": {"p99": 2.0}}
-    assert [bench_engines.within_limit(name, errors, "bf16") for name in errors] == [True, True, False, False]
+    assert kept() == [True, False, False, False]
+    # where the plain model amplifies rounding too an engine in the same format is held against it
+    errors |= {"eager": {"p99": 2.0}, "cuda_graph": {"p99": 2.9}, "fp8": {"p99": 2.0}}
+    assert kept() == [True, True, False, False]
 
 
 def test_ratios_are_paired_by_round() -> None:
     """A disturbed round hits both: the median of pairs does not move."""
     times = {"eager": [10.0, 20.0, 400.0], "graph": [5.0, 10.0, 200.0]}
-    assert bench_engines.ratios(times, "eager") == {"graph": {"median": 2.0, "p25": 2.0, "p75": 2.0}}
-    assert bench_engines.ratios(times, "reference") is None
+    assert ratio(times, "eager", "graph") == {"median": 2.0, "p25": 2.0, "p75": 2.0}
+    assert ratio(times, "reference", "graph") is None
+    assert ratio(times, "eager", "eager") is None
 
 
 def test_observations_are_random_and_repeatable() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_stages
+from benchmarks import bench_engines
 from benchmarks.program import checkpoint_of, finish, make_directory
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.errors import ConfigError
@@ -47,6 +47,6 @@ def test_a_random_checkpoint_is_that_of_the_flags(more: dict[str, object], name:
 
 
 def test_two_cameras_need_no_checkpoint_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data_config=so100_dualcam", "--size=tiny", "--device=cpu", "--rounds=1", "--threads=1", f"--out={tmp_path}"]
-    assert bench_stages.main(flags) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "bench_stages"
+    flags = ["--data_config=so100_dualcam", "--size=tiny", "--device=cpu", "--engines", "eager", "--rounds=1", "--threads=1", f"--out={tmp_path}"]
+    assert bench_engines.main(flags) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["benchmark"] == "bench_engines"

@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: it must say so, and must not take a failure for a result."""
+"""`make gpu-check` without a GPU: its plan, what it makes of parts that break or hang, and that it says so without a GPU."""
 
 from __future__ import annotations
 
@@ -7,159 +7,166 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.gpu_check import Step
-from gr00t_fast.engine import ENGINES
+from benchmarks.gpu_check import Outcome, Part, parts_of, run_part
+from export import to_tensorrt
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": {"name": "some GPU", "cuda": "12.8"}, "packages": {"torch": "2.10.0"}}
+STEPS = tuple(gpu_check.STEP_LIMITS_S)
 
 
-def _benchmark(tmp_path: Path, code: str, budget_s: float = 60.0) -> Step:
+# --- the plan
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_fits_its_limit(step: str, tmp_path: Path) -> None:
+    """All of its parts at their own limits: none has to share, so one that hangs costs only itself."""
+    parts = parts_of(step, "cuda", "full", tmp_path)
+    assert 0 < sum(part.limit_s for part in parts) <= gpu_check.STEP_LIMITS_S[step] <= 600
+    assert len({part.name for part in parts}) == len(parts)
+
+
+def test_every_file_of_gpu_tests_has_time_to_run(tmp_path: Path) -> None:
+    """20 s go into imports and the CPU's answers, 30 to 60 into compiling kernels. This file, which names the mark, is none of them."""
+    limits = {part.name: part.limit_s for part in parts_of("A", "cuda", "full", tmp_path)}
+    assert set(limits) >= {"test_gpu_graph", "test_gpu_kernels", "test_gpu", "test_gpu_fp8", "test_gpu_tensorrt"}
+    assert "test_gpu_check" not in limits
+    assert set(limits) == {file.stem for file in (ROOT / "tests").glob("test_gpu*.py")} - {"test_gpu_check"}
+    assert min(limits.values()) >= 30
+    assert limits["test_gpu_graph"] >= 60
+    assert limits["test_gpu_kernels"] >= 90
+
+
+@pytest.mark.parametrize("step", STEPS[1:])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_command_is_understood_by_its_program(step: str, device: str, tmp_path: Path) -> None:
+    """The flags for the GPU, which no other test without one runs."""
+    for part in parts_of(step, device, "full", tmp_path):
+        script, *flags = part.command
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        parser = to_tensorrt.parser() if module is to_tensorrt else module._parser()
+        parsed = parser.parse_args(flags)
+        assert parsed.device == ("auto" if module is to_tensorrt else device)
+        assert parsed.model_path is None or (ROOT / parsed.model_path / "config.json").is_file()
+        assert parsed.out.is_relative_to(tmp_path), "what need not be kept"
+
+
+# --- parts that break
+
+
+def part(tmp_path: Path, code: str, limit_s: float = 60.0, benchmark: bool = True) -> Part:
     script = tmp_path / "script.py"
     script.write_text(code)
-    return gpu_check.run_benchmark("sample", (str(script), "--seed=0"), tmp_path, time.monotonic() + budget_s)
+    return Part("sample", (str(script), "--seed=0"), limit_s, benchmark)
 
 
 def test_the_last_line_of_a_benchmark_is_its_result(tmp_path: Path) -> None:
-    step = _benchmark(
-        tmp_path, "import json, sys\nprint('warming up')\nprint(json.dumps({'argv': sys.argv[1:]}))\nsys.exit(print('bye', file=sys.stderr))"
-    )
-    assert (step.outcome, step.result) == ("passed", {"argv": ["--seed=0", f"--out={tmp_path / 'sample'}"]})
-    assert (tmp_path / "sample.log").read_text().startswith("warming up\n")
+    code = "import json, sys\nprint('warming up')\nprint(json.dumps({'argv': sys.argv[1:]}))\nsys.exit(print('bye', file=sys.stderr))"
+    outcome = run_part(part(tmp_path, code), tmp_path / "log")
+    assert (outcome.outcome, outcome.result) == ("passed", {"argv": ["--seed=0"]})
+    assert (tmp_path / "log").read_text().startswith("warming up\n")
 
 
 @pytest.mark.parametrize(
-    ("code", "budget_s", "expected"),
+    ("code", "limit_s", "expected"),
     [
         ("print('{}')\nraise SystemExit('no such GPU')", 60.0, "exit code 1: no such GPU"),
         ("print('fast enough')", 60.0, "not JSON"),
         ("pass", 60.0, "not JSON"),
-        ("import time\ntime.sleep(60)", 1.0, "the time was up"),
+        ("print('begun', flush=True)\nimport time\ntime.sleep(600)", 4.0, "its limit is 4 s; begun"),
     ],
 )
-def test_a_benchmark_that_breaks_has_failed(tmp_path: Path, code: str, budget_s: float, expected: str) -> None:
-    step = _benchmark(tmp_path, code, budget_s)
-    assert step.outcome == "failed"
-    assert expected in step.detail
+def test_a_part_that_breaks_has_failed(tmp_path: Path, code: str, limit_s: float, expected: str) -> None:
+    outcome = run_part(part(tmp_path, code, limit_s), tmp_path / "log")
+    assert outcome.outcome == "failed"
+    assert expected in outcome.detail
 
 
-def test_a_benchmark_that_is_missing_has_failed(tmp_path: Path) -> None:
-    assert gpu_check.run_benchmark("sample", ("benchmarks/none.py",), tmp_path, time.monotonic() + 1.0).outcome == "failed"
+def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
+    """A compiler's workers, for one, would hold the GPU's memory."""
+    flag = tmp_path / "still alive"
+    child = f"import time\ntime.sleep(5)\nopen({str(flag)!r}, 'w')"
+    code = f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(600)"
+    assert run_part(part(tmp_path, code, 2.0), tmp_path / "log").outcome == "failed"
+    time.sleep(5)
+    assert not flag.exists()
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "code"), [(["passed", "not run"], 0), (["passed", "failed"], 1), (["not run", "not run"], 1), (["passed", "passed"], 0)]
+    ("test", "expected"), [("assert False", "failed"), ("pass", "passed"), ("pytest.skip('no')", "not run"), ("time.sleep(600)", "failed")]
 )
-def test_the_exit_code_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], outcomes: list, code: int) -> None:
-    steps = [Step(f"step {index}", outcome, 1.0, "detail") for index, outcome in enumerate(outcomes)]
-    assert gpu_check.report(steps, MACHINE, tmp_path) == code
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads((tmp_path / "result.json").read_text())
-    assert "some GPU" in (tmp_path / "result.txt").read_text()
+def test_tests_that_are_all_skipped_have_not_run(tmp_path: Path, test: str, expected: str) -> None:
+    (tmp_path / "test_sample.py").write_text(f"import pytest, time\npytestmark = pytest.mark.gpu\ndef test_it():\n    {test}\n")
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", str(tmp_path / "test_sample.py"))
+    limit_s = 6.0 if "sleep" in test else 120.0
+    assert run_part(Part("sample", command, limit_s, False), tmp_path / "log").outcome == expected
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> gpu_check.Plan:
-    return gpu_check.Plan((), "cuda", "full", tmp_path, time.monotonic() + 60.0, {"lerobot": False})
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    parts = [Part("one", ("-c", "pass"), 1.0, needs=("no_such_package",)), Part("two", ("-c", "pass"), 1.0, needs_gpu=True)]
+    outcomes = list(gpu_check.run_parts(parts, "cpu", tmp_path / "log"))
+    assert [(outcome.outcome, outcome.detail) for outcome in outcomes] == [("not run", "not installed: no_such_package"), ("not run", "needs a GPU")]
 
 
-@pytest.mark.parametrize("name", gpu_check.BENCHMARKS)
-def test_every_command_is_understood_by_its_program(name: str, plan: gpu_check.Plan) -> None:
-    """The flags for the GPU, which no other test without one runs."""
-    checkpoints = {"one camera": Path("one"), "two cameras": Path("two"), "trained": gpu_check.TRAINED}
-    script, *flags = gpu_check.command_of(name, plan, checkpoints)
-    parsed = importlib.import_module(script.removesuffix(".py").replace("/", "."))._parser().parse_args(flags)
-    assert parsed.device == "cuda"
-    assert parsed.model_path == checkpoints[gpu_check.BENCHMARKS[name].checkpoint]
-    assert getattr(parsed, "data_config", "so100") == ("so100_dualcam" if name.endswith("2_cameras") else "so100")
-    assert getattr(parsed, "reference", False) is False
-    engines = getattr(parsed, "engines", "")
-    named = [*filter(None, engines.split(",") if isinstance(engines, str) else ()), *([parsed.engine] if "stages" in name else [])]
-    assert all(engine in ENGINES for engine in named)
+# --- what is left behind
 
 
-def test_the_second_run_is_what_the_first_has_no_time_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--device=cpu", "--only=second", "--budget_s=600", "--size=tiny", f"--out={tmp_path}"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [step["name"] for step in result["steps"]][: len(gpu_check.SECOND_RUN)] == list(gpu_check.SECOND_RUN)
-    assert {step["outcome"] for step in result["steps"][1:]} == {"not run"}, "eight bits and TensorRT need a GPU"
+def measured(p50: float) -> dict:
+    times = {"count": 1000, "p50": p50, "p95": p50, "p99": p50, "max": p50}
+    stage = {"time_ms": times, "floor_ms": 0.1, "kernels": 7}
+    engine = {"times_ms": {"4": times}, "times_as_fast_as": {"4": {}}, "error_deg": {"p99": 0.1}, "within_limit": True, "arithmetic": "bf16"}
+    engines = {name: {**engine, "stages": {"vision": stage}} for name in ("eager", "cuda_graph")}
+    return {"benchmark": "bench_engines", "network": "random", "parameters": 2e9, "device": "cuda", "cameras": 1, "engines": engines}
 
 
-def test_the_plan_fits_the_budget_up_to_compilation() -> None:
-    later = {"bench_policy", *gpu_check.SECOND_RUN}
-    needed = [benchmark.needs_s for name, benchmark in gpu_check.BENCHMARKS.items() if "compiled" not in name and name not in later]
-    assert sum(needed) + gpu_check._TESTS_LIMIT_S < gpu_check.DEFAULT_BUDGET_S + 60, "each figure is generous"
+def test_a_step_leaves_one_file_and_a_table_that_a_log_can_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    many = [Outcome(f"part {index}", "passed", 1.0, "words " * 99, measured(6.0)) for index in range(40)]
+    gpu_check.report("B", many, MACHINE, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 61
+    assert max(map(len, lines)) < 200
+    assert any(line.startswith("PASS") and "7 ms" in line for line in lines)
+    assert {file.name for file in tmp_path.iterdir()} == {"B.json", "result.txt"}
+    assert len(json.loads((tmp_path / "B.json").read_text())["parts"]) == 40
 
 
-def test_with_too_little_time_left_a_benchmark_is_not_begun(plan: gpu_check.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "run_benchmark", lambda *_: pytest.fail("begun"))
-    late = replace(plan, wanted=("engines_trained",), deadline=time.monotonic() + 1.0)
-    step, *_ = gpu_check.run_all(late)
-    assert (step.outcome, step.name) == ("not run", "engines_trained")
-    assert "1 s of --budget_s are left" in step.detail or "0 s of" in step.detail
+def test_promises_are_judged_over_all_steps_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_check.report("B", [Outcome("full", "passed", 1.0, "", measured(4.0))], MACHINE, tmp_path)
+    gpu_check.report("C", [Outcome("kernels", "passed", 1.0, "", {"kernels": {}})], MACHINE, tmp_path)
+    assert "PASS         p50 <= 5 ms" in capsys.readouterr().out.split("step C")[1]
 
 
-def test_a_checkpoint_that_cannot_be_written_has_failed(plan: gpu_check.Plan) -> None:
-    (step, *_) = gpu_check.run_all(replace(plan, wanted=("stages_graph",), size="no-such-size"))
-    assert (step.name, step.outcome) == ("checkpoint", "failed")
-
-
-def test_what_needs_a_gpu_is_not_rehearsed(plan: gpu_check.Plan) -> None:
-    step, *_ = gpu_check.run_all(replace(plan, wanted=("eight_bit_trained",), device="cpu"))
-    assert (step.outcome, step.detail) == ("not run", "needs a GPU")
-
-
-def test_steps_that_do_not_exist_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--device=cpu", "--only=stages_grahp", f"--out={tmp_path}"]) == 2
-    assert "--only names stages_grahp" in capsys.readouterr().out
-
-
-def test_a_rehearsal_runs_the_steps_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The two kinds of benchmark, on the trained network and on the one with two cameras, whose weights are another one's."""
-    arguments = ["--device=cpu", "--size=tiny", f"--out={tmp_path}", "--only=engines_trained,stages_graph_2_cameras", "--budget_s=600"]
-    assert gpu_check.main(arguments) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    engines, stages = (step["result"] for step in result["steps"][:2])
-    assert (engines["network"], engines["device"], list(engines["error_deg"])) == ("so100-sim-reach", "cpu", ["eager"])
-    assert (stages["cameras"], stages["engine"], stages["whole"]["back_to_back_ms"]["count"]) == (2, "eager", 3)
-    table = (tmp_path / "result.txt").read_text()
-    assert "not measured p50 <= 7 ms, bf16, 1 camera, 4 steps" in table
-    assert "actions of eager near eager fp32, so100-sim-reach" in table
-
-
-def test_tests_run_file_by_file_and_one_that_hangs_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    (tests / "conftest.py").write_text("def pytest_configure(config):\n    config.addinivalue_line('markers', 'gpu: x')\n")
-    head = "import pytest, time\npytestmark = pytest.mark.gpu\n"
-    (tests / "test_gpu_graph.py").write_text(head + "def test_hangs():\n    time.sleep(60)\n")
-    (tests / "test_gpu_a.py").write_text(head + "def test_breaks():\n    assert False\n")
-    (tests / "test_gpu_b.py").write_text(head + "def test_works():\n    pass\n")
-    (tests / "test_gpu_c.py").write_text(head + "def test_skips():\n    pytest.skip('no')\n")
-    (tests / "test_plain.py").write_text("import no_such_package\n")
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "_LEAST_FOR_A_FILE_S", 20.0)
-    steps = list(gpu_check.run_tests(tmp_path, time.monotonic() + 62.0))
-    expected = {"gpu_graph": "failed", "gpu_a": "failed", "gpu_b": "passed", "gpu_c": "not run"}
-    assert {step.name.removeprefix("gpu tests: "): step.outcome for step in steps} == expected
-    assert "the time was up" in steps[0].detail
+@pytest.mark.parametrize(("outcomes", "code"), [(["passed", "not run"], 0), (["passed", "failed"], 1), (["not run", "not run"], 1)])
+def test_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes: list, code: int) -> None:
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: (Outcome(str(index), each, 1.0, "") for index, each in enumerate(outcomes)))
+    assert gpu_check.main(["--device=cpu", "--step", "B", f"--out={tmp_path}"]) == code
 
 
 def test_an_interrupt_leaves_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str, *_: object) -> Step:
-        if name != "engines_trained":
-            raise KeyboardInterrupt
-        return Step(name, "passed", 1.0, "", {})
+    def run(*_: object):
+        yield Outcome("first", "passed", 1.0, "", {})
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu_check, "run_benchmark", run)
-    assert gpu_check.main(["--device=cpu", "--size=tiny", f"--out={tmp_path}", "--only=engines_trained,stages_graph"]) == 130
-    assert [step["name"] for step in json.loads((tmp_path / "result.json").read_text())["steps"]] == ["engines_trained"]
+    monkeypatch.setattr(gpu_check, "run_parts", run)
+    assert gpu_check.main(["--device=cpu", f"--out={tmp_path}"]) == 130
+    assert [each["name"] for each in json.loads((tmp_path / "A.json").read_text())["parts"]] == ["first"]
     assert "interrupted" in capsys.readouterr().out
+
+
+def test_a_rehearsal_runs_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the trained network, on a random one, and on one with two cameras."""
+    assert gpu_check.main(["--device=cpu", "--size=tiny", "--step", "B", f"--out={tmp_path}"]) == 0
+    results = {part["name"]: part["result"] for part in json.loads((tmp_path / "B.json").read_text())["parts"]}
+    assert {name: result["cameras"] for name, result in results.items()} == {"trained": 1, "full": 1, "two cameras": 2}
+    assert results["trained"]["network"] == "so100-sim-reach"
+    assert set(results["full"]["engines"]["eager"]["times_ms"]) == {"2", "4"}
+    assert "not measured p50 <= 7 ms, bf16, 4 steps" in capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"B.json", "B.log", "result.txt"}
 
 
 def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_path: Path) -> None:
@@ -170,3 +177,15 @@ def test_it_needs_the_standard_library_only_and_says_when_there_is_no_gpu(tmp_pa
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "no torch with a CUDA GPU" in done.stdout
+
+
+def test_what_it_runs_needs_little_to_be_installed() -> None:
+    """torch, triton, transformers (with its tokenizers and hub), safetensors, numpy, opencv and pytest; TensorRT's part asks for what it needs."""
+    absent = ("lerobot", "draccus", "yaml", "matplotlib", "pandas", "pyarrow", "datasets", "PIL", "onnx", "onnxruntime", "openvino", "mujoco", "zmq")
+    modules = [f"benchmarks.{name}" for name in ("bench_engines", "kernel_pairs")] + ["gr00t_fast.engine.fp8", "gr00t_fast.export.fp8"]
+    modules += [file.stem for file in gpu_check.test_files() if file.stem != "test_gpu_tensorrt"]
+    code = f"import importlib, sys\nsys.path[:0] = ['.', 'tests']\nsys.modules.update(dict.fromkeys({absent}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}for name in {modules}: importlib.import_module(name)"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

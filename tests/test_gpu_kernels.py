@@ -15,7 +15,8 @@ from kernel_cases import TOLERANCE, cases, full_size_cases
 from random_networks import Sizes, cast, load_network, random_inputs, write_network
 
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.kernels.stages import fused_stages
+from gr00t_fast.engine.fused import FusedModel
+from gr00t_fast.engine.graph import cuda_graph_engine
 from gr00t_fast.policy import load_policy
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.timing import StageTimer
@@ -59,7 +60,8 @@ def test_the_fused_stages_give_the_eager_actions(tmp_path: Path, dtype: torch.dt
     here = type(inputs)(*(value.cuda() for value in (here.pixel_values, here.input_ids, here.image_positions, here.state)))
     plain = EagerEngine(model).run(here, noise.to("cuda", dtype), 4, StageTimer()).float().cpu()
     with torch.no_grad():
-        fused = fused_stages(model)(here, noise.to("cuda", dtype), model.head.step_tables(4)).float().cpu()
+        fused = FusedModel(model, "triton", "triton")
+        fused = fused.stages()(here, noise.to("cuda", dtype), fused.step_tables(4)).float().cpu()
     limit = tolerance * (truth - noise).norm() if tolerance else 2 * (plain - truth).norm()
     assert (fused - truth).norm() < limit
 
@@ -68,7 +70,8 @@ def test_the_fused_stages_give_the_eager_actions(tmp_path: Path, dtype: torch.dt
 def test_the_engine_gives_the_actions_of_eager_fp32(tmp_path: Path, precision: str) -> None:
     checkpoint = write_random_checkpoint(tmp_path, "demo")
     truth = load_policy(checkpoint, device="cpu", precision="fp32", engine="eager")
-    plain, fast = (load_policy(checkpoint, device="cuda", precision=precision, engine=engine) for engine in ("eager", "triton"))
+    plain = load_policy(checkpoint, device="cuda", precision=precision, engine="eager")
+    fast = load_policy(checkpoint, engine=cuda_graph_engine(plain.engine.model, plain.to_pixels, "triton"))
     generator, example, errors = np.random.default_rng(0), truth.example_observation(), {plain: [], fast: []}
     for seed in range(OBSERVATIONS):
         frames = {k: generator.integers(0, 256, v.shape, dtype=np.uint8) for k, v in example.items() if k.startswith("video.")}

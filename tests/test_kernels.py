@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux: pip install 'gr00t_fast[triton]'")
 
-from compiled_kernels import BINARIES, GPUS, Compiled, Gpu, compiling_for, launch_everything
+from compiled_kernels import BINARIES, GPUS, Compiled, Gpu, compiling_for, launch_everything, with_8_bit_steps
 
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.kernels import attention, gemm
@@ -22,7 +22,7 @@ from gr00t_fast.random_checkpoint import network_config
 
 ROOT = Path(__file__).parent.parent
 INTERPRETER_LIMIT_S = 600  # it takes 20 s of an idle core
-KERNELS = {"_norm_kernel", "_bias_gelu_kernel", "_swiglu_kernel", "_rotary_kernel", "_linear_kernel", "_attention_kernel"}
+KERNELS = {"_norm_kernel", "_rotary_kernel", "_linear_kernel", "_attention_kernel"}
 
 
 def test_in_the_interpreter_every_kernel_computes_what_its_twin_does() -> None:
@@ -44,24 +44,37 @@ def full_size(dtype: torch.dtype) -> Gr00tN1d5:
         return Gr00tN1d5(ModelConfig.from_dicts(*network_config("full", published_vocabulary=True))).to(dtype)
 
 
-def compiled(gpu: Gpu, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, directory: Path) -> list[Compiled]:
-    """What one and two observations of the full size launch: one camera, a prompt of 288 tokens."""
+def compiled(gpu: Gpu, dtype: torch.dtype, eight_bit: bool, monkeypatch: pytest.MonkeyPatch, directory: Path) -> list[Compiled]:
+    """What an observation of the full size launches (on an H200 also two of them): one camera, a prompt of 288 tokens; eight_bit: with the step's
+    weights in FP8."""
     if INTERPRETED:
         pytest.skip("TRITON_INTERPRET is set: nothing is compiled")
     if not (BINARIES / "ptxas").exists() or not (BINARIES / "cuobjdump").exists():
         pytest.skip(f"this Triton has no ptxas and cuobjdump in {BINARIES}")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(directory))
-    model = full_size(dtype)
+    model = with_8_bit_steps(full_size(dtype)) if eight_bit else full_size(dtype)
     with torch.no_grad(), compiling_for(gpu, monkeypatch) as found:
-        for batch in (1, 2):
+        for batch in (1, 2) if gpu is GPUS["H200"] and dtype == BF16 else (1,):
             launch_everything(model, prompt_tokens=288, cameras=1, batch=batch)
     return found
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("H200", torch.bfloat16), ("RTX 3090", torch.bfloat16), ("H200", torch.float32)])
-def test_at_full_size_every_kernel_compiles_and_fits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "eight_bit"),
+    [
+        *((name, BF16, False) for name in ("RTX 3090", "RTX 4090", "H200", "RTX 5090")),
+        *((name, BF16, True) for name in ("RTX 4090", "H200", "RTX 5090")),
+        ("H200", FP32, False),
+    ],
+)
+def test_at_full_size_every_kernel_compiles_and_fits(
+    name: str, dtype: torch.dtype, eight_bit: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     gpu = GPUS[name]
-    found = compiled(gpu, dtype, monkeypatch, tmp_path)
+    found = compiled(gpu, dtype, eight_bit, monkeypatch, tmp_path)
     assert {kernel.name for kernel in found} == KERNELS
     for kernel in found:
         said = f"{kernel.name} ({kernel.options}): {kernel.registers} registers, {kernel.stack_bytes} B stack, {kernel.shared_bytes} B shared"

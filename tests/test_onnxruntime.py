@@ -223,7 +223,6 @@ def test_a_provider_that_is_not_installed(checkpoint: Path, exported: Path, monk
     monkeypatch.setattr("gr00t_fast.engine.onnxruntime_engine.select_device", torch.device)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "no CUDAExecutionProvider", "onnxruntime-gpu")
-    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda", engine="onnxruntime_tensorrt"), "no TensorrtExecutionProvider")
 
 
 def test_a_provider_that_does_not_start(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The fixed-shape inference that CUDA graphs record, run as it stands on a CPU: buckets, packed buffers and compiled stages change no action."""
+"""The fixed-shape inference that CUDA graphs record, run as it stands on a CPU: packed buffers and traced stages change no action."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import pytest
 import torch
 from random_networks import load_network, random_inputs, write_network
 
-from gr00t_fast.engine.cuda_graph import CudaGraphEngine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.stages import Stages
-from gr00t_fast.engine.static_call import PROMPT_BUCKET, CallShape, PackedBuffers, RawInputs, StaticCall
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.engine.fused import FusedModel
+from gr00t_fast.engine.static_call import CallShape, PackedBuffers, RawInputs, StaticCall
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
 from gr00t_fast.timing import StageTimer
 from gr00t_fast.transforms import pixel_values
@@ -24,7 +22,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00tN1d5:
     return load_network(write_network(tmp_path_factory.mktemp("network")))
 
 
-def to_pixels(model: Gr00tN1d5):
+@pytest.fixture(scope="module")
+def fused(model: Gr00tN1d5) -> FusedModel:
+    return FusedModel(model)
+
+
+def to_pixels(model: Gr00tN1d5 | FusedModel):
     return lambda frames: pixel_values(frames, model.config.vision.image_size)
 
 
@@ -52,32 +55,30 @@ def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: torch.T
 
 
 @pytest.mark.parametrize(("batch", "cameras", "steps"), [(1, 1, 4), (1, 2, 1), (3, 1, 2)])
-def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, batch: int, cameras: int, steps: int) -> None:
-    """Padding to the bucket is masked, so it adds nothing; attention over masked keys may round differently."""
+def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, fused: FusedModel, batch: int, cameras: int, steps: int) -> None:
     raw, inputs, noise = raw_inputs(model, batch, cameras)
-    call = StaticCall(model, CallShape.of(raw, steps), to_pixels(model))
+    call = StaticCall(fused, CallShape.of(raw, steps), to_pixels(model))
     expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
     assert displacement_error(computed(call, raw, noise), expected, noise) < 1e-4
 
 
-def test_the_same_memory_serves_other_contents(model: Gr00tN1d5) -> None:
-    """A second observation with a shorter prompt of the same bucket: nothing of the first is left in the buffers."""
-    first, _, noise = raw_inputs(model, seed=1)
-    second, _, _ = raw_inputs(model, seed=2)
-    second = RawInputs(second.frames, second.input_ids[:, :-3], second.lengths - 3, second.image_positions, second.state)
+def test_the_same_memory_serves_other_contents(fused: FusedModel) -> None:
+    """Nothing of the first observation is left in the buffers."""
+    first, _, noise = raw_inputs(fused, seed=1)
+    second, _, _ = raw_inputs(fused, seed=2)
     shape = CallShape.of(first, 2)
     assert CallShape.of(second, 2) == shape
-    call, fresh = (StaticCall(model, shape, to_pixels(model)) for _ in range(2))
+    call, fresh = (StaticCall(fused, shape, to_pixels(fused)) for _ in range(2))
     computed(call, first, noise)
     torch.testing.assert_close(computed(call, second, noise), computed(fresh, second, noise), rtol=0, atol=0)
     assert not torch.equal(computed(call, first, noise), computed(call, second, noise))
 
 
-def test_shapes_that_differ_are_recorded_apart(model: Gr00tN1d5) -> None:
-    one, _, _ = raw_inputs(model)
-    two, _, _ = raw_inputs(model, cameras=2)
+def test_shapes_that_differ_are_recorded_apart(fused: FusedModel) -> None:
+    one, _, _ = raw_inputs(fused)
+    two, _, _ = raw_inputs(fused, cameras=2)
     assert len({CallShape.of(one, 4), CallShape.of(one, 2), CallShape.of(two, 4)}) == 3
-    assert CallShape.of(one, 4).prompt_tokens % PROMPT_BUCKET == 0
+    assert CallShape.of(one, 4).prompt_tokens == one.input_ids.shape[1], "nothing is padded"
 
 
 def test_packed_parts_do_not_overlap() -> None:
@@ -90,18 +91,3 @@ def test_packed_parts_do_not_overlap() -> None:
     assert [int(packed.device[name].sum()) for name in parts] == [15, 7, 4, 1]
     packed.host["b"].fill_(9)
     assert [int(packed.host[name].sum()) for name in ("a", "c", "d")] == [15, 4, 1]
-
-
-def test_the_stages_compile_without_a_graph_break(model: Gr00tN1d5) -> None:
-    """`backend="eager"` traces as Inductor would and runs the trace as it is; fullgraph=True makes a break an error."""
-    raw, _, noise = raw_inputs(model)
-    shape = CallShape.of(raw, 2)
-    torch.compiler.reset()
-    compiled = StaticCall(model, shape, to_pixels(model), Stages.of(model).compiled(backend="eager"))
-    plain = StaticCall(model, shape, to_pixels(model))
-    torch.testing.assert_close(computed(compiled, raw, noise), computed(plain, raw, noise), rtol=1e-5, atol=1e-5)
-
-
-def test_without_a_gpu_the_engine_says_what_to_do(model: Gr00tN1d5) -> None:
-    with pytest.raises(ConfigError, match="--device=cuda, or --engine=eager"):
-        CudaGraphEngine(model, to_pixels(model))

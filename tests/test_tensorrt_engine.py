@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.engine import warming_up
 from gr00t_fast.engine.continuation import Goal, soft_mask
 from gr00t_fast.engine.digests import Digests
 from gr00t_fast.engine.eager import EagerEngine
@@ -145,6 +147,18 @@ def test_lengths_and_step_counts_by_turns_give_the_eager_actions(opened: TensorR
             assert distance(got, eager.run(inputs, noise, steps, StageTimer()), noise) < 1e-4
             assert set(timer.stages_ms) == {"graph"}
     assert len(opened._recordings) == 4, "recorded once each"
+
+
+def test_a_new_length_in_mid_run_is_said_aloud(opened: TensorRTEngine, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = open_checkpoint(checkpoint).config
+    with caplog.at_level(logging.WARNING):
+        with warming_up(opened):
+            opened.run(*random_inputs(config, text_tokens=10), 2, StageTimer())
+        opened.run(*random_inputs(config, text_tokens=10, seed=1), 2, StageTimer())
+        assert not caplog.records
+        opened.run(*random_inputs(config, text_tokens=11), 2, StageTimer())
+    (record,) = caplog.records
+    assert "27 prompt tokens, 2 denoising steps" in record.getMessage()
 
 
 def test_recordings_beyond_the_limit_are_dropped(opened: TensorRTEngine, checkpoint: Path) -> None:

@@ -1,6 +1,6 @@
 """Ways to run the network: over the plain torch model, or over files exported from it. Same noise, same actions."""
 
-from gr00t_fast.engine.base import Engine, FrameEngine
+from gr00t_fast.engine.base import AnyEngine, Engine, FrameEngine, warming_up
 from gr00t_fast.engine.continuation import Goal, soft_mask
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.select import (
@@ -21,6 +21,7 @@ __all__ = [
     "CALIBRATED",
     "ENGINES",
     "EXPORTED",
+    "AnyEngine",
     "Engine",
     "FrameEngine",
     "Goal",
@@ -34,4 +35,5 @@ __all__ = [
     "select_device",
     "select_precision",
     "soft_mask",
+    "warming_up",
 ]

@@ -17,7 +17,7 @@ from gr00t_fast.engine.select import PRECISIONS, select_device
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.optional import require
 
-_CPU = "CPUExecutionProvider"
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type
 _ELEMENTS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: _BFLOAT16}
 _ERRORS_ONLY = 3  # it warns of nodes that it places on the CPU on purpose
@@ -25,7 +25,6 @@ _ERRORS_ONLY = 3  # it warns of nodes that it places on the CPU on purpose
 
 class OnnxRuntimeEngine(ExportedEngine):
     name = "onnxruntime"
-    gpu_provider = "CUDAExecutionProvider"
 
     def __init__(self, directory: Path, target: Target, device: str, precision: str) -> None:
         """Check the export, then open it.
@@ -34,19 +33,12 @@ class OnnxRuntimeEngine(ExportedEngine):
         cannot run here, ConfigError for a device or precision that it does not have.
         """
         ort = require("onnxruntime", "export")
-        where, provider = choose_provider(ort, device, self.gpu_provider)
+        where, provider = choose_provider(ort, device)
         remedy = remedy_for(directory, target, "to_onnx.py", f"--precision={'fp32' if precision == 'auto' else precision}")
         manifest = check_manifest(directory, "onnx", target, remedy)
         check_precision(manifest, precision, target.command("to_onnx.py", f"--out={directory}", f"--precision={precision}", "--overwrite"))
         _check_quantisation(manifest, directory)
         super().__init__(OrtStages(ort, directory, manifest, where, provider, target), directory, manifest, remedy)
-
-
-class OnnxRuntimeTensorRtEngine(OnnxRuntimeEngine):
-    """Through ONNX Runtime's own TensorRT provider, which builds its engines when a session is opened and keeps them beside the export."""
-
-    name = "onnxruntime_tensorrt"
-    gpu_provider = "TensorrtExecutionProvider"
 
 
 class OrtStages:
@@ -56,7 +48,7 @@ class OrtStages:
         """Raises EngineError when ONNX Runtime refuses a file or the provider does not start."""
         self.device = device
         self._dtype, self._stages = PRECISIONS[manifest.precision], manifest.stages
-        self._options = _provider_options(provider, device, directory, manifest)
+        self._options = {} if provider == _CPU else {"device_id": str(device.index or 0)}
         self._sessions = {stage: self._open(ort, directory, stage, provider, manifest.precision, target) for stage in STAGES}
         self._kept: dict[tuple[str, int, tuple[str, ...]], tuple[Tensor, ...]] = {}
 
@@ -105,40 +97,28 @@ class OrtStages:
             ) from error
         if provider not in session.get_providers():  # it falls back silently when a library of the provider does not load
             raise EngineError(
-                f"ONNX Runtime {ort.__version__} has {provider}, but it did not start here (it runs on {', '.join(session.get_providers())}): CUDA, "
-                "cuDNN or TensorRT is missing or of another version. Install what that version of onnxruntime-gpu needs, or use --device=cpu."
+                f"ONNX Runtime {ort.__version__} has {provider}, but it did not start here (it runs on {', '.join(session.get_providers())}): CUDA "
+                "or cuDNN is missing or of another version. Install what that version of onnxruntime-gpu needs, or use --device=cpu."
             )
         return session
 
 
-def choose_provider(ort: ModuleType, device: str, gpu_provider: str) -> tuple[torch.device, str]:
+def choose_provider(ort: ModuleType, device: str) -> tuple[torch.device, str]:
     """`auto` takes the GPU where torch and ONNX Runtime both can. Raises ConfigError and EngineError for a device that they cannot use."""
     there = ort.get_available_providers()
     if device == "auto":
-        device = "cuda" if gpu_provider in there and torch.cuda.is_available() else "cpu"
+        device = "cuda" if _CUDA in there and torch.cuda.is_available() else "cpu"
     where = select_device(device)
-    if where.type == "cpu" and gpu_provider == OnnxRuntimeEngine.gpu_provider:
+    if where.type == "cpu":
         return where, _CPU
     if where.type != "cuda":
-        raise ConfigError(
-            f"device '{device}' is not supported by this engine. Expected {'auto, cpu, cuda' if 'CUDA' in gpu_provider else 'cuda'} or cuda:N."
-        )
-    if gpu_provider not in there:
+        raise ConfigError(f"device '{device}' is not supported by this engine. Expected auto, cpu, cuda or cuda:N.")
+    if _CUDA not in there:
         raise EngineError(
-            f"the installed onnxruntime {ort.__version__} has no {gpu_provider} (it has {', '.join(there)}). Install onnxruntime-gpu in its place, "
+            f"the installed onnxruntime {ort.__version__} has no {_CUDA} (it has {', '.join(there)}). Install onnxruntime-gpu in its place, "
             "or use --engine=onnxruntime --device=cpu."
         )
-    return where, gpu_provider
-
-
-def _provider_options(provider: str, device: torch.device, directory: Path, manifest: Manifest) -> dict[str, str]:
-    if provider == _CPU:
-        return {}
-    options = {"device_id": str(device.index or 0)}
-    if provider == OnnxRuntimeTensorRtEngine.gpu_provider:
-        cache = directory / ".onnxruntime_tensorrt"
-        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_fp16_enable": str(int(manifest.precision == "fp16"))}
-    return options
+    return where, _CUDA
 
 
 def _check_quantisation(manifest: Manifest, directory: Path) -> None:

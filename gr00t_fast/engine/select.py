@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gr00t_fast.engine.base import Engine
-from gr00t_fast.engine.cuda_graph import CompiledEngine, CudaGraphEngine
+from gr00t_fast.engine.base import AnyEngine
 from gr00t_fast.engine.eager import EagerEngine
+from gr00t_fast.engine.graph import compiled_engine, cuda_graph_engine
 from gr00t_fast.engine.static_call import ToPixels
-from gr00t_fast.engine.triton_engine import TritonEngine
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00tN1d5
 
@@ -22,24 +21,22 @@ if TYPE_CHECKING:
     from gr00t_fast.engine.exported import ExportedEngine
     from gr00t_fast.engine.manifest import Target
 
-MakeEngine = Callable[..., Engine]  # from what `make_engine` takes after the name
+MakeEngine = Callable[..., AnyEngine]  # from what `make_engine` takes after the name
 # Engines over the torch model ...
-ENGINES: dict[str, Callable[[Gr00tN1d5, ToPixels | None], Engine]] = {
+ENGINES: dict[str, Callable[[Gr00tN1d5, ToPixels | None], AnyEngine]] = {
     "eager": lambda model, _: EagerEngine(model),
-    "cuda_graph": CudaGraphEngine,
-    "compiled": CompiledEngine,
-    "triton": TritonEngine,
+    "cuda_graph": cuda_graph_engine,
+    "compiled": compiled_engine,
 }
 # ... and engines over exported files, which read no torch weights: their classes are imported when they are asked for. Each is made with
 # (directory, Target, device, precision), checks the export's manifest, and has `device` and `dtype` besides what an Engine has.
 EXPORTED = {
     "onnxruntime": "gr00t_fast.engine.onnxruntime_engine:OnnxRuntimeEngine",
-    "onnxruntime_tensorrt": "gr00t_fast.engine.onnxruntime_engine:OnnxRuntimeTensorRtEngine",
     "tensorrt": "gr00t_fast.engine.tensorrt_engine:TensorRTEngine",
     "openvino": "gr00t_fast.engine.openvino_engine:OpenVinoEngine",
 }
 # ... and engines over the torch model with a calibration in `engine_path`: these are `prepare(name, directory, Target, device)` of their engine.
-CALIBRATED = {"fp8": "gr00t_fast.engine.eight_bit.engines:prepare", "int8": "gr00t_fast.engine.eight_bit.engines:prepare"}
+CALIBRATED = {"fp8": "gr00t_fast.engine.fp8:prepare"}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +77,7 @@ def _computes_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def make_engine(name: str, model: Gr00tN1d5, to_pixels: ToPixels | None = None) -> Engine:
+def make_engine(name: str, model: Gr00tN1d5, to_pixels: ToPixels | None = None) -> AnyEngine:
     """An engine over the torch model; those that take frames need `to_pixels`. `auto` takes the fastest one that has been shown to give the same
     numbers on the model's device."""
     check_engine(name)

@@ -1,9 +1,9 @@
 """One inference with every shape fixed and every buffer made beforehand: what a CUDA graph can record, and a CPU can run as it stands.
 
-Everything a call needs is packed into one host buffer, so that there is one upload; the answer is one download. A prompt is padded on the
-right to its bucket, and masked as a batch of unequal prompts is: a new instruction of the same bucket changes contents only.
+Everything a call needs is packed into one host buffer, so that there is one upload; the answer is one download. A prompt has its exact length:
+nothing is padded or masked, and another instruction of the same length changes contents only.
 
-Axis alphabet: B batch, C cameras, S prompt tokens of the bucket, V image tokens, H horizon, A padded action width, P padded state width.
+Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A padded action width, P padded state width.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.engine.continuation import Goal, denoise_towards
-from gr00t_fast.engine.stages import Stages
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.engine.fused import FusedModel, Stages
+from gr00t_fast.model import ModelInputs
 
-PROMPT_BUCKET = 32  # tokens: an SO-100 instruction with one camera has 280 to 300, so most share one bucket
 _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
 
 ToPixels = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device
@@ -42,22 +41,36 @@ class RawInputs:
     image_positions: np.ndarray
     state: np.ndarray
 
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        return bool((self.lengths != self.input_ids.shape[1]).any())
+
+    def item(self, index: int) -> RawInputs:
+        """One of the batch alone, its prompt without padding."""
+        one, tokens = slice(index, index + 1), int(self.lengths[index])
+        return RawInputs(
+            [frames[one] for frames in self.frames], self.input_ids[one, :tokens], self.lengths[one], self.image_positions, self.state[one]
+        )
+
 
 @dataclass(frozen=True)
 class CallShape:
     """What one recording is good for."""
 
     frames: tuple[tuple[int, ...], ...]  # (B, H, W, 3) per camera
-    prompt_tokens: int  # of the bucket
+    prompt_tokens: int
     image_tokens: int
     denoising_steps: int
     goal: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
 
     @classmethod
     def of(cls, raw: RawInputs, denoising_steps: int, goal: Goal | None = None) -> CallShape:
-        bucket = PROMPT_BUCKET * math.ceil(raw.input_ids.shape[1] / PROMPT_BUCKET)
         frames = tuple(view.shape for view in raw.frames)
-        return cls(frames, bucket, len(raw.image_positions), denoising_steps, None if goal is None else goal.method)
+        return cls(frames, raw.input_ids.shape[1], len(raw.image_positions), denoising_steps, None if goal is None else goal.method)
 
     @property
     def batch(self) -> int:
@@ -95,19 +108,18 @@ class StaticCall:
     in inference mode, whose tensors autograd refuses when a chunk continues another one."""
 
     def __init__(
-        self, model: Gr00tN1d5, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None, to_joints: ToJoints | None = None
+        self, model: FusedModel, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None, to_joints: ToJoints | None = None
     ) -> None:
-        """`stages`: the model's own, or others. `to_joints`: what the computation ends with; without it actions stay normalised."""
+        """`stages`: the model's own, or those compiled. `to_joints`: what the computation ends with; without it actions stay normalised."""
         head, batch = model.config.head, shape.batch
         self._model, self._to_pixels, self._to_joints, self.shape = model, to_pixels, to_joints, shape
-        self.stages = stages or Stages.of(model)
+        self.stages = stages or model.stages()
         size = (batch, head.action_horizon, head.action_dim)
         goal = {} if shape.goal is None else {"goal_actions": (torch.float32, size), "goal_weights": (torch.float32, size[1:])}
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
                 "input_ids": (torch.int64, (batch, shape.prompt_tokens)),
-                "prompt_mask": (torch.bool, (batch, shape.prompt_tokens)),
                 "image_positions": (torch.int64, (shape.image_tokens,)),
                 "state": (torch.float32, (batch, head.state_dim)),
                 "noise": (torch.float32, size),
@@ -115,18 +127,16 @@ class StaticCall:
             },
             model.device,
         )
-        self.tables = model.head.step_tables(shape.denoising_steps)
+        self.tables = model.step_tables(shape.denoising_steps)
         self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), in joint units with `to_joints`, else normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
     def fill(self, raw: RawInputs, noise: Tensor, goal: Goal | None = None) -> None:
         """Write one observation, its noise, fp32 (B, H, A), and what it continues. Nothing uploaded before may still be under way."""
-        host, tokens = self._inputs.host, raw.input_ids.shape[1]
+        host = self._inputs.host
         for index, frames in enumerate(raw.frames):
             host[f"frames{index}"].numpy()[...] = frames
-        host["input_ids"].zero_()
-        host["input_ids"].numpy()[:, :tokens] = raw.input_ids
-        host["prompt_mask"].numpy()[...] = np.arange(self.shape.prompt_tokens) < raw.lengths[:, None]
+        host["input_ids"].numpy()[...] = raw.input_ids
         host["image_positions"].numpy()[...] = raw.image_positions
         host["state"].numpy()[...] = raw.state
         host["noise"].copy_(noise)
@@ -144,14 +154,12 @@ class StaticCall:
 
     def _continued(self, inputs: ModelInputs) -> Tensor:
         """As EagerEngine with a goal: normalised actions, fp32."""
-        given, stages = self._inputs.device, self.stages
-        refined = stages.refine(stages.encode_language(inputs, stages.encode_vision(inputs.pixel_values)), inputs.key_mask)
-        # guidance needs the gradient of the velocity, which is the plain model's: kernels of others need not have one
-        head = self._model.head if self.shape.goal == "rtc" else stages
-        condition = head.condition(refined, inputs.state, inputs.key_mask)
+        given, condition = self._inputs.device, self.stages.prepare(inputs)
+        # guidance needs the gradient of the velocity, which kernels and compiled stages need not have
+        velocity_of = self._model.velocity if self.shape.goal == "rtc" else self.stages.velocity
 
         def velocity(actions: Tensor, step: int) -> Tensor:
-            return head.velocity(actions.to(self._model.dtype), condition, self.tables.tau[step], self.tables.modulation[step])
+            return velocity_of(actions.to(self._model.dtype), condition, self.tables.tau[step], self.tables.modulation[step])
 
         goal = Goal(given["goal_actions"], given["goal_weights"], self.shape.goal)
         return denoise_towards(velocity, given["noise"], self.shape.denoising_steps, goal)
@@ -163,7 +171,6 @@ class StaticCall:
             input_ids=given["input_ids"],
             image_positions=given["image_positions"],
             state=given["state"].to(model.dtype),
-            prompt_mask=given["prompt_mask"],
         )
 
     def noise(self) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint.tensor_file import TensorFile
+from gr00t_fast.engine.base import tell_new
+from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.continuation import Goal
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, remedy_for
@@ -30,7 +32,6 @@ from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
 KIND = "tensorrt"
-_CALLS_BEFORE_RECORDING = 2  # kernels are compiled and chosen in the first; the second shows that nothing is left to do
 _KEPT_RECORDINGS = 8  # prompt lengths and step counts in use by turns; each holds keys, values and features, some 60 MB
 _OLDEST = "8.0"  # of engines built for any GPU
 
@@ -59,9 +60,10 @@ class TensorRTEngine(ExportedEngine):
             stages = _load(trt, directory, manifest, remedy)
             runtime = TensorRTStages(stages, manifest, where)
         super().__init__(runtime, directory, manifest, remedy)
+        self.warming_up = False
         self._stages = runtime
         self._embedding = _read_embedding(directory, where)
-        self._recordings: OrderedDict[tuple[int, int], Recording] = OrderedDict()
+        self._recordings: OrderedDict[tuple[int, int], tuple[StageProgram, CapturedGraph]] = OrderedDict()
 
     @torch.inference_mode()
     def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
@@ -80,10 +82,10 @@ class TensorRTEngine(ExportedEngine):
 
     def _run_one(self, inputs: ModelInputs, noise: Tensor, item: int, steps: int) -> Tensor:
         one, ids = slice(item, item + 1), self._prompt(inputs, item)
-        recording = self._recording(len(ids), steps)
-        recording.program.fill(inputs.pixel_values[one], ids, inputs.image_positions, inputs.state[one], noise[one])
-        recording.replay()
-        return recording.program.actions.clone()  # the next call writes the same memory
+        program, graph = self._recording(len(ids), steps)
+        program.fill(inputs.pixel_values[one], ids, inputs.image_positions, inputs.state[one], noise[one])
+        graph.launch()
+        return program.actions.clone()  # the next call writes the same memory
 
     def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
         """Stays where it is: without padding its length is known without asking the GPU."""
@@ -95,19 +97,33 @@ class TensorRTEngine(ExportedEngine):
         text = self._embedding[ids.to(self.device, non_blocking=True)].unsqueeze(0)  # (1, S, width)
         return text.index_copy_(1, image_positions, tokens)
 
-    def _recording(self, prompt_tokens: int, steps: int) -> Recording:
+    def _recording(self, prompt_tokens: int, steps: int) -> tuple[StageProgram, CapturedGraph]:
+        """With the stages' stream current."""
         key = (prompt_tokens, steps)
         if key not in self._recordings:
-            log.info("recording a CUDA graph for %d prompt tokens, %d denoising steps", *key)
-            shapes = stage_shapes(self.manifest.stages, prompt_tokens)
-            program = StageProgram(shapes, self.manifest.shapes["image_tokens"], self.tables(steps), self._embedding)
-            self._recordings[key] = Recording(program, self._stages.executions(shapes), self._stages.stream)
+            tell_new(log, self, f"{prompt_tokens} prompt tokens, {steps} denoising steps")
+            self._recordings[key] = self._record(*key)
             self._stages.save_caches()
             if len(self._recordings) > _KEPT_RECORDINGS:
                 self._stages.stream.synchronize()  # the oldest may still be running
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
         return self._recordings[key]
+
+    def _record(self, prompt_tokens: int, steps: int) -> tuple[StageProgram, CapturedGraph]:
+        """Contexts that the library declares unfit for a graph are started one by one, which is slower."""
+        shapes = stage_shapes(self.manifest.stages, prompt_tokens)
+        program = StageProgram(shapes, self.manifest.shapes["image_tokens"], self.tables(steps), self._embedding)
+        executions = self._stages.executions(shapes)
+
+        def work() -> None:
+            program.enqueue(lambda stage, tensors: executions[stage].enqueue(tensors))
+
+        graph = CapturedGraph(work, self._stages.stream, capturable=lambda: all(execution.capturable for execution in executions.values()))
+        if not graph.recorded:
+            unfit = ", ".join(name for name, execution in executions.items() if not execution.capturable)
+            log.warning("TensorRT cannot record %s in a CUDA graph: its kernels are started one by one, which is slower", unfit)
+        return program, graph
 
 
 class TensorRTStages:
@@ -164,37 +180,6 @@ def _prompt_length(inputs: Mapping[str, Tensor]) -> int | None:
     if "embeddings" in inputs:
         return inputs["embeddings"].shape[1]
     return inputs["keys"].shape[2] if "keys" in inputs else None
-
-
-class Recording:
-    """A program recorded as a CUDA graph; with contexts that the library declares unfit for that, submitted anew each time."""
-
-    def __init__(self, program: StageProgram, executions: Mapping[str, StageExecution], stream: torch.cuda.Stream) -> None:
-        """With `stream` current."""
-        self.program, self._executions = program, executions
-        for _ in range(_CALLS_BEFORE_RECORDING):
-            self._enqueue()
-        stream.synchronize()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        unfit = [name for name, execution in executions.items() if not execution.capturable]
-        if unfit:
-            log.warning("TensorRT cannot record %s in a CUDA graph: its kernels are started one by one, which is slower", ", ".join(unfit))
-            return
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: cameras and recorders may allocate pinned memory meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._enqueue()
-        self._graph = graph
-
-    def _enqueue(self) -> None:
-        self.program.enqueue(lambda stage, tensors: self._executions[stage].enqueue(tensors))
-
-    def replay(self) -> None:
-        """Start one inference; returns before it has run."""
-        if self._graph is None:
-            self._enqueue()
-        else:
-            self._graph.replay()
 
 
 def check_details(manifest: Manifest, directory: Path, remedy: str) -> None:

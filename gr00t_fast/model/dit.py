@@ -15,8 +15,8 @@ from gr00t_fast.config import TransformerConfig
 from gr00t_fast.model.layers import CrossAttention, GeluMLP, SelfAttention, sinusoid, timestep_frequencies
 
 _TIME_CHANNELS = 256  # sinusoids of the reference's timestep embedding
-_NORM_EPS = 1e-5
-_OUTPUT_NORM_EPS = 1e-6
+DIT_NORM_EPS = 1e-5
+OUTPUT_NORM_EPS = 1e-6
 
 KeysValues = list[tuple[Tensor, Tensor]]
 
@@ -45,9 +45,9 @@ class DiTBlock(nn.Module):
         self.mlp = GeluMLP(width, 4 * width)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor, keys_values: tuple[Tensor, Tensor] | None, key_mask: Tensor | None) -> Tensor:
-        h = F.layer_norm(x, (self.width,), eps=_NORM_EPS) * scale + shift  # scale already holds the 1
+        h = F.layer_norm(x, (self.width,), eps=DIT_NORM_EPS) * scale + shift  # scale already holds the 1
         x = x + (self.attention(h, keys_values, key_mask) if self.crosses else self.attention(h))
-        return x + self.mlp(F.layer_norm(x, (self.width,), eps=_NORM_EPS))
+        return x + self.mlp(F.layer_norm(x, (self.width,), eps=DIT_NORM_EPS))
 
 
 class DiT(nn.Module):
@@ -81,4 +81,4 @@ class DiT(nn.Module):
             scale, shift = modulation[index]
             x = block(x, scale, shift, next(keys_values) if block.crosses else None, key_mask if block.crosses else None)
         scale, shift = modulation[-1]
-        return self.out(F.layer_norm(x[:, -last:], (self.width,), eps=_OUTPUT_NORM_EPS) * scale + shift)
+        return self.out(F.layer_norm(x[:, -last:], (self.width,), eps=OUTPUT_NORM_EPS) * scale + shift)

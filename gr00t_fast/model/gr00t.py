@@ -59,7 +59,8 @@ class Gr00tN1d5(nn.Module):
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """All cameras of all observations in one call: (B, C, 3, h, w) -> (B, V, D)."""
-        return self.vision(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2]).flatten(1, 2)
+        tokens = self.vision(pixel_values.flatten(0, 1))  # (B C, T, D)
+        return tokens.reshape(pixel_values.shape[0], -1, tokens.shape[-1])
 
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """Put the image tokens in their places in the prompt and run the decoder: -> backbone features (B, S, D)."""

@@ -1,7 +1,7 @@
-"""Attention of few queries over some hundred keys, with an optional mask over keys, read from and written to the layouts that projections have.
+"""Attention of few queries over some hundred keys, read from and written to the layouts that projections have.
 
-torch's fused attention takes no mask in its fastest form, and pads a head dim of 48 in memory for some of its forms; here the padding to 64
-exists in registers only. Softmax is accumulated block by block (Milakov & Gimelshein 2018; Dao et al. 2022).
+The parts of a split query projection are added up as they are read. A head dim of 48 is padded to 64 in registers only. Softmax is accumulated block
+by block (Milakov & Gimelshein 2018; Dao et al. 2022).
 Axis alphabet: B batch, N heads, T queries, S keys, K head dim, P partial sums of a split matrix product.
 """
 
@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gr00t_fast.engine.kernels.launch import INTERPRETED, Processor, check, dot_extent, dot_precision, on, processor_of, tl, triton
-from gr00t_fast.model.layers import merge_heads
 
 _LOG2_E = 1.4426950408889634
 
@@ -45,7 +43,6 @@ def _attention_kernel(
     q_bias_ptr,  # (N, K)
     k_ptr,  # (B, N, S, K), by its strides; the last is 1
     v_ptr,  # as k
-    mask_ptr,  # uint8 (B, S)
     out_ptr,  # (B, T, N, K)
     heads,
     queries,
@@ -63,7 +60,6 @@ def _attention_kernel(
     scale_log2,  # 1 / sqrt(K), times log2(e): powers of two are what the hardware has
     PARTS: tl.constexpr,
     HAS_Q_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     WIDEN: tl.constexpr,  # to fp32 before multiplying
     PRECISION: tl.constexpr,
     DIM: tl.constexpr,
@@ -71,7 +67,7 @@ def _attention_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program per tile of queries of one head. No key attended to: zeros, as torch gives."""
+    """One program per tile of queries of one head."""
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -98,14 +94,10 @@ def _attention_kernel(
         if WIDEN:
             k = k.to(tl.float32)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-        attended = exists
-        if HAS_MASK:
-            attended = exists & (tl.load(mask_ptr + batch * keys + key, mask=exists, other=0) != 0)
-        scores = tl.where(attended[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf minus -inf would be NaN
-        probabilities = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, axis=1))  # finite: every block has a key
+        probabilities = tl.exp2(scores - new_peak[:, None])
+        decay = tl.exp2(peak - new_peak)
         weight = weight * decay + tl.sum(probabilities, axis=1)
         v_at = v_ptr + batch * v_stride_b + head * v_stride_n + key[:, None] * v_stride_s + column[None, :]
         v = tl.load(v_at, mask=exists[:, None] & within[None, :], other=0.0)
@@ -115,17 +107,14 @@ def _attention_kernel(
             v = v.to(tl.float32)
         total = tl.dot(probabilities, v, total * decay[:, None], input_precision=PRECISION)
         peak = new_peak
-    total = total / tl.where(weight > 0.0, weight, 1.0)[:, None]
+    total = total / weight[:, None]
     at = ((batch * queries + row[:, None]) * heads + head) * DIM + column[None, :]
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=row_inside)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, q_bias: Tensor | None = None, config: AttentionConfig | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor | None = None, config: AttentionConfig | None = None) -> Tensor:
     """q (B, N, T, K), or fp32 partial sums of it (P, B, N, T, K); k and v (B, N, S, K); each with contiguous last axis and any other strides;
-    key_mask bool (B, 1, 1, S), True = attend; q_bias (N K,), added to q -> (B, T, N K), heads merged. Raises ValueError for tensors that do not fit.
-    """
+    q_bias (N K,), added to q -> (B, T, N K), heads merged. Raises ValueError for tensors that do not fit."""
     parts = q.unsqueeze(0) if q.dim() == 4 else q
     check("k", k, (None, None, None, None), contiguous=False)
     batch, heads, keys, dim = k.shape
@@ -138,16 +127,15 @@ def attention(
             raise ValueError(f"{name}: expected a contiguous last axis, got strides {tensor.stride()}")
     if q_bias is not None:
         check("q_bias", q_bias, (heads * dim,), like=k)
-    mask, queries = None if key_mask is None else _bytes_of(key_mask, batch, keys), q.shape[-2]
+    queries = q.shape[-2]
     config = config or choose_config(batch, heads, queries, keys, dim, k.dtype, processor_of(k.device))
     out = k.new_empty((batch, queries, heads * dim))
     with on(k):
         _attention_kernel[(triton.cdiv(queries, config.block_t), batch * heads)](
-            *(parts, q_bias, k, v, mask, out, heads, queries, keys),
+            *(parts, q_bias, k, v, out, heads, queries, keys),
             *(*parts.stride()[:4], *k.stride()[:3], *v.stride()[:3], _LOG2_E / math.sqrt(dim)),
             PARTS=parts.shape[0],
             HAS_Q_BIAS=q_bias is not None,
-            HAS_MASK=mask is not None,
             WIDEN=INTERPRETED and k.dtype == torch.bfloat16,  # the interpreter would multiply the bit patterns as integers
             PRECISION=dot_precision(k.dtype),
             DIM=dim,
@@ -158,22 +146,3 @@ def attention(
             num_stages=config.num_stages,
         )
     return out
-
-
-def _bytes_of(key_mask: Tensor, batch: int, keys: int) -> Tensor:
-    """bool (B, 1, 1, S) -> the same memory as uint8 (B, S)."""
-    if tuple(key_mask.shape) != (batch, 1, 1, keys) or key_mask.dtype != torch.bool or not key_mask.is_contiguous():
-        raise ValueError(
-            f"key_mask: expected contiguous bool of shape ({batch}, 1, 1, {keys}), got {key_mask.dtype} of shape {tuple(key_mask.shape)}, "
-            f"strides {key_mask.stride()}"
-        )
-    return key_mask.view(torch.uint8).view(batch, keys)
-
-
-# --- twin ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def attention_twin(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, q_bias: Tensor | None = None) -> Tensor:
-    q = q.sum(0).to(k.dtype) if q.dim() == 5 else q
-    q = q if q_bias is None else q + q_bias.view(1, q.shape[1], 1, -1)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask))

@@ -7,35 +7,15 @@ Axis alphabet: M rows (batch x tokens), D width, P partial sums of a split matri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gr00t_fast.engine.kernels.launch import check, on, power_of_two, tl, triton
+from gr00t_fast.engine.ops import Norm
 
 _COLUMNS_PER_WARP = 256  # eight per thread: one 16-byte access in 16-bit formats
 _MAX_WARPS = 8
 _MAX_WIDTH = 16384  # a row is held in registers
-
-
-@dataclass(frozen=True)
-class Norm:
-    """y = normalised(x) * scale + shift. scale and shift (D,) or None; `centred`: LayerNorm, else RMSNorm; `learnt`: the model applies scale and
-    shift inside the norm, as weights, where AdaLN's come after it: the same but for rounding."""
-
-    eps: float
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    centred: bool = True
-    learnt: bool = False
-
-    @classmethod
-    def of(cls, module: torch.nn.LayerNorm | torch.nn.RMSNorm) -> Norm:
-        """The norm that a module of the model holds."""
-        layer = isinstance(module, torch.nn.LayerNorm)
-        return cls(module.eps, module.weight, module.bias if layer else None, layer, learnt=True)
 
 
 @triton.jit
@@ -132,24 +112,3 @@ def _check_parts(parts: Tensor, x: Tensor, rows: int) -> None:
         check("y", parts, (None, rows, x.shape[-1]))
     if parts.device != x.device:
         raise ValueError(f"y: expected {x.device} as x, got {parts.device}")
-
-
-# --- twins --------------------------------------------------------------------------------------------------------------------------------
-
-
-def norm_twin(x: Tensor, spec: Norm) -> Tensor:
-    width = (x.shape[-1],)
-    if not spec.centred:
-        return F.rms_norm(x, width, spec.scale, spec.eps)
-    if spec.learnt:
-        return F.layer_norm(x, width, spec.scale, spec.shift, spec.eps)
-    y = F.layer_norm(x, width, eps=spec.eps)
-    y = y if spec.scale is None else y * spec.scale
-    return y if spec.shift is None else y + spec.shift
-
-
-def residual_norm_twin(x: Tensor, y: Tensor, spec: Norm, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    if y.shape != x.shape:
-        y = y.sum(0).view(x.shape).to(x.dtype)
-    total = x + (y if bias is None else y + bias)
-    return total, norm_twin(total, spec)

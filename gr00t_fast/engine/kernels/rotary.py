@@ -7,10 +7,9 @@ Axis alphabet: B batch, S tokens, N query heads, M key/value heads, K head dim.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from gr00t_fast.engine.kernels.launch import check, on, power_of_two, tl, triton
-from gr00t_fast.model.layers import rotate, split_heads
+from gr00t_fast.model.layers import split_heads
 
 _WARPS = 4
 
@@ -21,7 +20,7 @@ def _rotary_kernel(
     q_weight_ptr,  # (K,)
     k_weight_ptr,  # (K,)
     cos_ptr,  # (S, K)
-    sin_ptr,  # (S, K)
+    sin_ptr,  # (S, K), with the sign of the rotation: its first half is negative
     q_ptr,  # (B, S, N, K)
     k_ptr,  # (B, S, M, K)
     tokens,
@@ -54,7 +53,7 @@ def _rotary_kernel(
     cos_second = tl.load(cos_ptr + angle + HALF, mask=within, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + angle, mask=within, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + angle + HALF, mask=within, other=0.0).to(tl.float32)
-    out_first = (first * cos_first - second * sin_first).to(q_ptr.dtype.element_ty)
+    out_first = (first * cos_first + second * sin_first).to(q_ptr.dtype.element_ty)
     out_second = (second * cos_second + first * sin_second).to(q_ptr.dtype.element_ty)
     q_at = row * heads * (2 * HALF) + head * (2 * HALF) + column
     tl.store(q_ptr + q_at, out_first, mask=is_query & within)
@@ -65,46 +64,24 @@ def _rotary_kernel(
     tl.store(k_ptr + k_at + HALF, out_second, mask=is_key)
 
 
-def normed_rotated(
-    qkv: Tensor, heads: int, kv_heads: int, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv (B, S, (N + 2 M) K), q_weight and k_weight (K,), cos and sin (S, K) -> q (B, N, S, K), k (B, M, S, K), and v (B, M, S, K) as it is in
-    qkv. Raises ValueError for tensors that do not fit."""
+def normed_rotated(qkv: Tensor, heads: int, head_norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As TorchOps.normed_rotated, v as it is in qkv; all query heads have the same norm weight, and all key heads. Raises ValueError for tensors that
+    do not fit."""
     check("qkv", qkv, (None, None, None))
+    kv_heads = head_norm.shape[0] - heads
     batch, tokens, width = qkv.shape
     dim = width // (heads + 2 * kv_heads)
     if dim % 2 or dim * (heads + 2 * kv_heads) != width:
         raise ValueError(f"qkv: expected {heads} + 2 x {kv_heads} heads of an even width, got {width} columns")
-    for name, tensor, shape in (
-        ("q_weight", q_weight, (dim,)),
-        ("k_weight", k_weight, (dim,)),
-        ("cos", cos, (tokens, dim)),
-        ("sin", sin, (tokens, dim)),
-    ):
+    for name, tensor, shape in (("head_norm", head_norm, (heads + kv_heads, dim)), ("cos", cos, (tokens, dim)), ("sin", sin, (tokens, dim))):
         check(name, tensor, shape, like=qkv)
     q, k = qkv.new_empty((batch, tokens, heads, dim)), qkv.new_empty((batch, tokens, kv_heads, dim))
     with on(qkv):
         _rotary_kernel[(batch * tokens,)](
-            *(qkv, q_weight, k_weight, cos, sin, q, k, tokens, heads, kv_heads, eps),
+            *(qkv, head_norm[0], head_norm[-1], cos, sin, q, k, tokens, heads, kv_heads, eps),
             HALF=dim // 2,
             HEADS_BLOCK=power_of_two(heads + kv_heads),
             HALF_BLOCK=power_of_two(dim // 2),
             num_warps=_WARPS,
         )
-    v = qkv[..., (heads + kv_heads) * dim :].unflatten(-1, (kv_heads, dim))  # (B, S, M, K)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-# --- twin ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def normed_rotated_twin(
-    qkv: Tensor, heads: int, kv_heads: int, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dim = q_weight.shape[0]
-    q, k, v = (
-        split_heads(part, count)
-        for part, count in zip(qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=-1), (heads, kv_heads, kv_heads), strict=True)
-    )
-    rotated = (rotate(F.rms_norm(part, (dim,), weight, eps), cos, sin) for part, weight in ((q, q_weight), (k, k_weight)))
-    return (*rotated, v)
+    return q.transpose(1, 2), k.transpose(1, 2), split_heads(qkv[..., (heads + kv_heads) * dim :], kv_heads)

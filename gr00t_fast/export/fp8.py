@@ -1,5 +1,6 @@
-"""Calibration of the torch engines `fp8` and `int8`: what goes into every linear layer over many frames and all denoising steps, how each is best
-rounded, and which layers the actions cannot spare. The same statistics and choices as for exported graphs, taken from the model itself.
+"""Calibration of the torch engine `fp8`: what goes into every linear layer over many frames, how each is best rounded, and which layers the actions
+cannot spare. The same statistics and choices as for exported graphs, taken from the model itself. Of the diffusion transformer only weights are
+rounded, which takes no statistics; the trials that decide what stays in 16 bits are the same.
 
 Axis alphabet: H horizon, A padded action width, R rows (tokens), K input width, N output width.
 """
@@ -14,18 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gr00t_fast.engine.eight_bit import PARTS, Calibration, InputScale, Rounding, linear_layers, part_of, rounded_layers, with_layers
+from gr00t_fast.engine.calibration import Calibration
+from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, part_of, rounded_layers, with_layers
 from gr00t_fast.export.action_error import ActionError, action_error
 from gr00t_fast.export.layer_statistics import InputRecorder, plan_inputs
 from gr00t_fast.export.linear_layers import LinearLayer
 from gr00t_fast.export.progress import Progress
+from gr00t_fast.export.qdq import LayerPlan
 from gr00t_fast.export.quantise import Outcome, Settings
 from gr00t_fast.export.sensitivity import NEGLIGIBLE, Group, Verdict, choose, spread
 from gr00t_fast.export.verify import Case
 from gr00t_fast.model import Condition, Gr00tN1d5, ModelInputs
 from gr00t_fast.transforms import ActionTransform
 
-TARGET = "torch"  # what reports call the runtime
+SCHEME, TARGET = "fp8", "torch"  # TARGET: what reports call the runtime
 _STAGES = ("vision", "language", "denoise")  # layers are recorded by the stage they run in; denoise runs once per step
 
 
@@ -80,10 +83,9 @@ class LayerInputs:
 
 
 @torch.inference_mode()
-def record(model: Gr00tN1d5, cases: Sequence[Case], step_counts: Sequence[int], seed: int, progress: Progress) -> dict[str, Recorded]:
-    """Run all cases, the head once per step count, and keep statistics of what goes into each layer at each step."""
-    runs = {stage: len(cases) * (sum(step_counts) if stage == "denoise" else 1) for stage in _STAGES}
-    tables = [model.head.step_tables(steps) for steps in step_counts]
+def record(model: Gr00tN1d5, cases: Sequence[Case], seed: int, progress: Progress) -> dict[str, Recorded]:
+    """Run all cases, one denoising step each, and keep statistics of what goes into each layer: what has to be calibrated comes before the steps."""
+    runs, tables = dict.fromkeys(_STAGES, len(cases)), model.head.step_tables(1)
     with LayerInputs(model, runs, seed) as watched, progress.bar("calibrating", len(cases)) as tick:
         for case in cases:
             inputs, noise = _on(model, case)
@@ -91,11 +93,8 @@ def record(model: Gr00tN1d5, cases: Sequence[Case], step_counts: Sequence[int], 
             watched.flush("vision")
             condition = _condition(model, inputs, tokens)
             watched.flush("language")
-            for table in tables:
-                actions = noise
-                for step in range(table.steps):
-                    actions = model.head.denoise_step(actions, condition, table, step)
-                    watched.flush("denoise")
+            model.head.denoise_step(noise, condition, tables, 0)
+            watched.flush("denoise")
             tick()
     return watched.stages
 
@@ -154,19 +153,19 @@ def calibrate(
     model: Gr00tN1d5,
     cases: Sequence[Case],
     settings: Settings,
-    rounding: Rounding,
-    step_counts: Sequence[int],
+    emulated: bool,
     parts: Sequence[str],
     transform: ActionTransform,
     progress: Progress,
 ) -> tuple[Outcome, Calibration]:
-    """Decide how to round each linear layer of `parts`, and which stay in 16 bits; `model` is the plain one, in fp32 for sound trials."""
-    stages = record(model, cases, step_counts, settings.seed, progress)
+    """Decide how to round each linear layer of `parts`, and which stay in 16 bits; `model` is the plain one, in fp32 for sound trials. emulated:
+    8-bit products are written out in the trials."""
+    stages = record(model, cases, settings.seed, progress)
     outcome, groups = plan(model, stages, settings, parts, progress)
     plans = {label: scale for part in parts for label, scale in input_scales(outcome.plans[part]).items()}
     if settings.trial_samples:
         few = spread(cases, settings.trial_samples)
-        trials = TorchTrials(model, few, settings.denoising_steps, rounded_layers(model, plans, rounding), transform)
+        trials = TorchTrials(model, few, settings.denoising_steps, rounded_layers(model, plans, emulated), transform)
         outcome.trial_samples = len(few)
         with progress.bar("sensitivity", sum(group.work >= NEGLIGIBLE for group in groups)) as tick:
             outcome.groups, outcome.error = choose(groups, trials, settings.limit, tick)
@@ -174,7 +173,7 @@ def calibrate(
         outcome.groups = [Verdict(group, None, None if group.work >= NEGLIGIBLE else "negligible work") for group in groups]
     chosen = {label for part in parts for label in outcome.chosen(part)}
     scales = {label: scale for label, scale in plans.items() if label in chosen}
-    return outcome, Calibration(rounding.format, rounding.per_token, scales, tuple(sorted(set(step_counts))))
+    return outcome, Calibration(scales)
 
 
 def plan(
@@ -190,7 +189,9 @@ def plan(
         with progress.bar(f"scales of {stage}", len(statistics)) as tick:
             for tensor, entry in statistics.items():
                 labels = [layer.label for layer in recorded.layers if layer.input == tensor and part_of(layer.label) in parts]
-                if labels:
+                if stage == "denoise":
+                    outcome.plans.setdefault(WEIGHTS_ONLY, {}).update({label: LayerPlan(0.0) for label in labels})
+                elif labels:
                     arrays = {label: weights[label].weight.detach().float().cpu().numpy().T for label in labels}
                     made, report = plan_inputs(entry, arrays, settings.scheme, settings.balance)
                     for label in labels:
@@ -204,13 +205,18 @@ def _groups(work: Mapping[LinearLayer, float], parts: Sequence[str]) -> list[Gro
     """work: multiplications of each layer in one inference."""
     alike: dict[tuple[str, str], list[LinearLayer]] = {}
     for layer in work:
-        alike.setdefault((part_of(layer.label), layer.kind), []).append(layer)
+        alike.setdefault((part_of(layer.label), _kind(layer)), []).append(layer)
     total = sum(work.values())
     return [
         Group(part, kind.removeprefix(PARTS[part]), tuple(layer.label for layer in layers), sum(work[layer] for layer in layers) / total)
         for (part, kind), layers in alike.items()
         if part in parts
     ]
+
+
+def _kind(layer: LinearLayer) -> str:
+    """Gate and up of the decoder are one product in the fused model: both or neither are rounded."""
+    return layer.kind.replace("mlp.gate", "mlp.gate_up").replace("mlp.up", "mlp.gate_up") if part_of(layer.label) == "language" else layer.kind
 
 
 def input_scales(plans: Mapping[str, object]) -> dict[str, InputScale]:

@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gr00t_fast.engine.eight_bit.linear import FORMATS, InputScale
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, describe_files, remedy_for
+from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import EngineError
 
-KIND = "eight_bit"
+KIND = "fp8"
 SCALES_NAME = "scales.safetensors"
 PROGRAM = "calibrate.py"
 _LARGEST, _SMOOTHING = "largest", "smoothing"
@@ -27,12 +27,9 @@ _LARGEST, _SMOOTHING = "largest", "smoothing"
 
 @dataclass(frozen=True)
 class Calibration:
-    """scales: layer -> how its input is rounded; layers that read one tensor have one InputScale. denoising_steps: the counts it was made with."""
+    """scales: layer -> how its input is rounded (of the DiT's nothing but the name counts); layers that read one tensor have one InputScale."""
 
-    format: str
-    per_token: bool
     scales: Mapping[str, InputScale]
-    denoising_steps: tuple[int, ...]
 
 
 def write_calibration(
@@ -58,12 +55,12 @@ def write_calibration(
         precision="auto",
         identity=identity,
         shapes={},
-        denoising_steps=calibration.denoising_steps,
+        denoising_steps=(),
         stages={},
         files=describe_files(directory),
         versions=versions,
         command=command,
-        quantisation={"format": calibration.format, "runtime": "torch", "per_token": calibration.per_token, "calibration": dict(data)},
+        quantisation={"format": "fp8", "runtime": "torch", "calibration": dict(data)},
         details={"inputs": {name: groups[id(scale)] for name, scale in calibration.scales.items()}},
         program=PROGRAM,
         flags=tuple(flags),
@@ -72,27 +69,20 @@ def write_calibration(
     return manifest
 
 
-def read_calibration(directory: Path, format: str, target: Target) -> Calibration:
-    """Raises EngineError when there is none for `format` in `directory` or it is damaged, and StaleEngineError when it was made for other weights,
-    statistics, cameras or data configuration. Every message names the command that makes it."""
-    remedy = remedy_for(directory, target, PROGRAM, f"--format={format}", "--calibration=DATASET")
+def read_calibration(directory: Path, target: Target) -> Calibration:
+    """Raises EngineError when there is none in `directory` or it is damaged, and StaleEngineError when it was made for other weights, statistics,
+    cameras or data configuration. Every message names the command that makes it."""
+    remedy = remedy_for(directory, target, PROGRAM, "--calibration=DATASET")
     manifest = check_manifest(directory, KIND, target, remedy)
-    found = manifest.quantisation or {}
-    if found.get("format") != format:
-        own = directory.parent / format
-        raise EngineError(
-            f"{directory} holds a calibration for {found.get('format')}, expected {format}. Run it with --engine={found.get('format')}, or: "
-            f"{target.command(PROGRAM, f'--out={own}', f'--format={format}', '--calibration=DATASET')}"
-        )
     try:
-        return _parsed(manifest, load_file(str(directory / SCALES_NAME)))
+        return Calibration(_parsed(manifest, load_file(str(directory / SCALES_NAME))))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{directory} cannot be read ({error!r}). Run: {remedy}") from error
 
 
-def _parsed(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Calibration:
+def _parsed(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> dict[str, InputScale]:
     """Raises KeyError, TypeError, ValueError or AttributeError for what is not a calibration."""
-    inputs, told = dict(manifest.details["inputs"]), manifest.quantisation
+    inputs = dict(manifest.details["inputs"])
     scales = {
         group: InputScale(float(tensors[f"{group}.{_LARGEST}"]), tensors.get(f"{group}.{_SMOOTHING}")) for group in dict.fromkeys(inputs.values())
     }
@@ -100,6 +90,4 @@ def _parsed(manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Calibrat
         positive = scale.smoothing is None or bool((torch.isfinite(scale.smoothing) & (scale.smoothing > 0)).all())
         if not (0 <= scale.largest < float("inf") and positive):
             raise ValueError(f"the scale of {group} is no positive number")
-    if told["format"] not in FORMATS or not isinstance(told["per_token"], bool):
-        raise ValueError("format or per_token")
-    return Calibration(told["format"], told["per_token"], {name: scales[group] for name, group in inputs.items()}, tuple(manifest.denoising_steps))
+    return {name: scales[group] for name, group in inputs.items()}

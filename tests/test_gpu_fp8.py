@@ -1,4 +1,4 @@
-"""What only a GPU can show of the 8-bit engines: the products are the twins', and actions stay within the limit. Run by `make gpu-check`."""
+"""What only a GPU can show of the engine `fp8`: the products are the twins', and actions stay within the limit. Run by `make gpu-check`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.engine.calibration import Calibration
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.eight_bit import PARTS, Calibration, EightBitEngine, InputScale, Rounding, has_product, rewritten, weight_bytes
-from gr00t_fast.engine.eight_bit.linear import Int8Linear, emulated_fp8_product, emulated_int_product, fp8_product, int_product, inverse_of, to_fp8
-from gr00t_fast.export.eight_bit import TARGET, calibrate
+from gr00t_fast.engine.fp8 import fp8_engine, has_product
+from gr00t_fast.engine.quantized import (
+    PARTS,
+    Fp8Linear,
+    InputScale,
+    emulated_fp8_product,
+    fp8_product,
+    inverse_of,
+    rewritten,
+    to_fp8,
+    weight_bytes,
+    weight_step_of,
+)
+from gr00t_fast.export.fp8 import SCHEME, TARGET, calibrate
 from gr00t_fast.export.observations import RandomFrames, draw
 from gr00t_fast.export.progress import Progress
 from gr00t_fast.export.quantise import Settings
@@ -31,25 +43,15 @@ SHAPES = [(256, 1152, 3456), (256, 4304, 1152), (290, 2048, 6144), (548, 6144, 2
 SHAPES += [(49, 1536, 6144), (49, 6144, 1536), (32, 1536, 1024)]
 
 
-def needs(format: str) -> None:
-    if not has_product(format, torch.device("cuda")):
-        pytest.skip(f"{torch.cuda.get_device_name()} has no {format} tensor cores")
-
-
-@pytest.mark.parametrize(("rows", "width", "outputs"), SHAPES)
-def test_int8_products_are_exact(rows: int, width: int, outputs: int) -> None:
-    needs("int8")
-    generator = torch.Generator("cuda").manual_seed(rows + width)
-    given, weight = (
-        torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda", generator=generator) for shape in ((rows, width), (outputs, width))
-    )
-    assert torch.equal(int_product(given, weight), emulated_int_product(given, weight))
+def needs() -> None:
+    if not has_product(torch.device("cuda")):
+        pytest.skip(f"{torch.cuda.get_device_name()} has no FP8 tensor cores")
 
 
 @pytest.mark.parametrize(("rows", "width", "outputs"), SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_fp8_products_are_the_twins_up_to_the_order_of_sums(rows: int, width: int, outputs: int, with_bias: bool) -> None:
-    needs("fp8")
+    needs()
     generator = torch.Generator("cuda").manual_seed(rows + width)
     given, weight = (to_fp8(20 * torch.randn(shape, device="cuda", generator=generator)) for shape in ((rows, width), (outputs, width)))
     scales = (torch.tensor(0.02, device="cuda"), torch.tensor(0.003, device="cuda"))
@@ -66,29 +68,21 @@ def plain() -> Gr00tPolicy:
     return load_policy(TRAINED, device="cuda", precision="fp32", engine="eager")
 
 
-@pytest.fixture(scope="module", params=["int8", "int8 per token", "fp8"])
-def calibration(request: pytest.FixtureRequest, plain: Gr00tPolicy) -> Calibration:
-    format, per_token = request.param.split()[0], "token" in request.param
-    needs(format)
+@pytest.fixture(scope="module")
+def calibration(plain: Gr00tPolicy) -> Calibration:
+    needs()
     checkpoint, config = open_checkpoint(TRAINED), DATA_CONFIGS["so100"]
     policy = transforms_only(TRAINED)
     frames = RandomFrames(0, config, policy.facts)
     cases = network_cases(policy, frames, draw(frames, 64, 0, allow_few=True), 0)
     transform = ActionTransform(config, checkpoint.embodiment(TAG), checkpoint.config.head.action_dim)
-    settings, rounding = Settings(format, TARGET, 4, limit=1.0, trial_samples=8), Rounding(format, per_token)
-    return calibrate(plain.engine.model, cases, settings, rounding, (2, 4), tuple(PARTS), transform, Progress())[1]
+    settings = Settings(SCHEME, TARGET, 4, limit=1.0, trial_samples=8)
+    return calibrate(plain.engine.model, cases, settings, False, tuple(PARTS), transform, Progress())[1]
 
 
-def engine_policy(calibration: Calibration, plain: Gr00tPolicy, fuse: bool) -> Gr00tPolicy:
+def test_the_engine_stays_within_the_limit(calibration: Calibration, plain: Gr00tPolicy) -> None:
     model = load_model(open_checkpoint(TRAINED), TAG, torch.device("cuda"), torch.bfloat16)
-    engine = EightBitEngine(model, plain.to_pixels, calibration=calibration, fuse=fuse)
-    engine.device, engine.dtype = model.device, model.dtype
-    return load_policy(TRAINED, engine=engine)
-
-
-@pytest.mark.parametrize("fuse", [False, True])
-def test_the_engines_stay_within_the_limit(calibration: Calibration, plain: Gr00tPolicy, fuse: bool) -> None:
-    policy, generator = engine_policy(calibration, plain, fuse), np.random.default_rng(0)
+    policy, generator = load_policy(TRAINED, engine=fp8_engine(model, plain.to_pixels, calibration)), np.random.default_rng(0)
     frames = RandomFrames(1, DATA_CONFIGS["so100"], plain.facts)
     for steps in (4, 2):
         policy.denoising_steps = plain.denoising_steps = steps
@@ -97,30 +91,32 @@ def test_the_engines_stay_within_the_limit(calibration: Calibration, plain: Gr00
             noise = generator.standard_normal((1, 16, 32)).astype(np.float32)
             expected, got = (each.get_action(frames[index], noise=noise) for each in (plain, policy))
             errors += [np.abs(got[key] - expected[key]).ravel() for key in expected]
-        assert np.percentile(np.concatenate(errors), 99) < ACTION_LIMITS[calibration.format], steps
+        assert np.percentile(np.concatenate(errors), 99) < ACTION_LIMITS["fp8"], steps
 
 
 def test_the_network_on_the_gpu_is_its_twin(calibration: Calibration, plain: Gr00tPolicy) -> None:
-    model, rounding = plain.engine.model, Rounding(calibration.format, calibration.per_token)
-    real, twin = (rewritten(model, calibration.scales, each) for each in (rounding, Rounding(rounding.format, rounding.per_token, emulated=True)))
+    """Each product on the tensor cores, against the same written out."""
+    model = plain.engine.model
     seen, noise = plain.example_observation(), np.random.default_rng(1).standard_normal((1, 16, 32)).astype(np.float32)
     answers = []
-    for each in (real, twin):
-        engine = EagerEngine(each)
-        engine.device, engine.dtype = each.device, each.dtype
+    for emulated in (False, True):
+        engine = EagerEngine(rewritten(model, calibration.scales, emulated))
+        engine.device, engine.dtype = model.device, model.dtype
         answers.append(load_policy(TRAINED, engine=engine).get_action(seen, noise=noise)["action.single_arm"])
     assert np.abs(answers[0] - answers[1]).max() < 0.5  # rounding falls to the other side now and then
 
 
 def test_memory_shrinks() -> None:
     """Of a network large enough that scales and biases do not count."""
-    needs("int8")
+    needs()
     torch.cuda.empty_cache()
     with torch.device("cuda"):
         stack = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(8)))
     before = torch.cuda.memory_allocated()
     scale, device = InputScale(3.0), torch.device("cuda")
     for index in range(len(stack)):
-        stack[index] = Int8Linear(stack[index], scale, inverse_of(scale, 2048, "int8", False, device), False, int_product)
+        layer = stack[index]
+        stack[index] = Fp8Linear(layer, scale, inverse_of(scale, 2048, device), weight_step_of([layer], scale), fp8_product)
+        del layer
     assert torch.cuda.memory_allocated() < before - 0.45 * 8 * 2 * 2048**2
     assert weight_bytes(stack) < 1.02 * 8 * 2048**2

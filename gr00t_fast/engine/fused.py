@@ -1,0 +1,317 @@
+"""The same network in fewer and larger operations, over weights packed once: what every torch engine on a GPU runs.
+
+The plain model repeats the reference's order of operations, bit by bit; a GPU pays for each operation with a launch. What is joined here changes
+actions by rounding alone, and tests compare every stage with the plain one:
+
+* Matrices that multiply the same input lie side by side and are one product: gate and up of the decoder's MLP, keys and values of all
+  cross-attending blocks. The model's own weights become views of the joined ones: nothing is held twice.
+* No nonlinearity lies between the action encoder's first two layers, nor between the transformer's last and the decoder's first: each pair is
+  one matrix, computed in fp32 (the only new weights, some 4 MB). What the time adds to the action encoder is tabulated per step.
+* AdaLN's scale and shift are the weight and bias of the norm itself; a residual, and the norm that follows it, are one operation of `ops`.
+* Queries and keys are normed and rotated in one go; the tables of the rotation are made once.
+* Patches without overlap are rows of a product, not a convolution. The last block's end runs on the action tokens alone.
+
+Nothing is masked: prompts have their exact length, and a batch has prompts of one length (engine/graph.py sees to it).
+Axis alphabet: I images, B batch, C cameras, V image tokens, S prompt tokens, H horizon, A padded action width, D width, N heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gr00t_fast.engine.ops import Norm, TorchOps
+from gr00t_fast.model import Condition, Gr00tN1d5, ModelInputs, StepTables
+from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
+from gr00t_fast.model.language import QwenBlock
+from gr00t_fast.model.layers import CategoryLinear, PreNormBlock, merge_heads, rotary_tables, split_heads
+
+_ROTARY_POSITIONS = 2048  # rows of the tables: eight pictures are 2048 tokens; longer prompts make their own
+
+Kernels = Literal["torch", "triton"]
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The forward pass as five callables, so that each can be compiled, recorded or timed for itself; signatures as of FusedModel."""
+
+    encode_vision: Callable[[Tensor], Tensor]
+    encode_language: Callable[[ModelInputs, Tensor], Tensor]
+    refine: Callable[[Tensor], Tensor]
+    condition: Callable[[Tensor, Tensor], Condition]
+    velocity: Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of_plain(cls, model: Gr00tN1d5) -> Stages:
+        """The plain model's own: the slow twin."""
+        return cls(model.encode_vision, model.encode_language, model.head.refine, model.head.condition, model.head.velocity)
+
+    def __call__(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
+        """As Gr00tN1d5.forward: noise (B, H, A) -> normalised actions (B, H, A)."""
+        return self.denoise(noise, self.prepare(inputs), tables)
+
+    def prepare(self, inputs: ModelInputs) -> Condition:
+        """All that the denoising steps have in common."""
+        features = self.encode_language(inputs, self.encode_vision(inputs.pixel_values))  # (B, S, D)
+        return self.condition(self.refine(features), inputs.state)
+
+    def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
+        """As ActionHead.denoise; the step's length is a factor of the addition, which saves a launch."""
+        actions = noise
+        for step in range(tables.steps):
+            velocity = self.velocity(actions, condition, tables.tau[step], tables.modulation[step])
+            actions = torch.add(actions, velocity, alpha=1.0 / tables.steps)
+        return actions
+
+
+class FusedModel(nn.Module):
+    """`towers` and `steps` say whose kernels the towers (vision, language, refinement: hundreds of rows) and the denoising steps (49 rows per
+    observation) run on. Linear layers may be those of engine/quantized.py."""
+
+    def __init__(self, model: Gr00tN1d5, towers: Kernels = "torch", steps: Kernels = "torch") -> None:
+        """The weights of `model` are moved into joined matrices: their values do not change. Raises MissingExtraError without triton."""
+        super().__init__()
+        self.config, self._towers, self._steps = model.config, _ops(towers, "TowerOps"), _ops(steps, "StepOps")
+        self._differentiable = TorchOps()
+        self.vision, self.language, self.head = model.vision, model.language, model.head
+        with torch.no_grad():
+            self._pack()
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision.connector.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision.connector.weight.device
+
+    def stages(self) -> Stages:
+        return Stages(self.encode_vision, self.encode_language, self.refine, self.condition, self.velocity)
+
+    def step_tables(self, steps: int) -> StepTables:
+        """As ActionHead.step_tables; `tau` (N, D) is what the time adds to the second layer of the action encoder, its bias included."""
+        tables = self.head.step_tables(steps)
+        return StepTables(torch.addmm(self.time_bias, tables.tau.float(), self.of_time.float()).to(self.dtype), tables.modulation)
+
+    # --- towers ---------------------------------------------------------------------------------------------------------------------------
+
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """As Gr00tN1d5.encode_vision: (B, C, 3, h, w) -> (B, V, D)."""
+        tower, p = self.vision, self.vision.patch_embedding.kernel_size[0]
+        b, c, channels, height, width = pixel_values.shape
+        patches = pixel_values.reshape(b * c, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (I, rows, columns, 3, p, p)
+        x = self._towers.linear(self.patches, patches.reshape(b * c, -1, channels * p * p)) + tower.position_embedding.weight  # (I, T, D)
+        _, normed = self._pre_norm_blocks(x, tower.blocks, tower.norm)
+        return self._towers.linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
+
+    def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
+        """As Gr00tN1d5.encode_language: -> (B, S, D)."""
+        ops, model = self._towers, self.language
+        x = model.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, vision_tokens)  # (B, S, D)
+        cos, sin = self._rotary(x)
+        normed = ops.norm(x, Norm.of(model.blocks[0].norm1))
+        followings = [*(block.norm1 for block in model.blocks[1:]), model.norm]
+        for block, head_norm, gate_up, following in zip(model.blocks, self.head_norms, self.gate_up, followings, strict=True):
+            attention = block.attention
+            qkv = ops.linear(attention.qkv, normed)
+            q, k, v = ops.normed_rotated(qkv, attention.heads, head_norm, cos, sin, attention.q_norm.eps)
+            attended = merge_heads(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+            x, normed = ops.linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
+            gate, up = ops.linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
+            x, normed = ops.linear_add_norm(block.mlp.down, nn.functional.silu(gate) * up, x, Norm.of(following))
+        return normed
+
+    def refine(self, features: Tensor) -> Tensor:
+        """As ActionHead.refine: (B, S, C) -> (B, S, C)."""
+        head = self.head
+        if isinstance(head.vlln, nn.Identity):
+            return features
+        return self._pre_norm_blocks(self._towers.norm(features, Norm.of(head.vlln)), head.vl_blocks, None)[0]
+
+    def _pre_norm_blocks(self, x: Tensor, blocks: Sequence[PreNormBlock], final: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) through `blocks` -> the result, and its norm by `final` (the result itself without one)."""
+        ops = self._towers
+        if not len(blocks):
+            return x, x if final is None else ops.norm(x, Norm.of(final))
+        normed = ops.norm(x, Norm.of(blocks[0].norm1))
+        for block, following in zip(blocks, [*(later.norm1 for later in blocks[1:]), final], strict=True):
+            attended = ops.self_attention(block.attention.qkv, normed, block.attention.heads)
+            x, normed = ops.linear_add_norm(block.attention.out, attended, x, Norm.of(block.norm2))
+            inner = ops.linear(block.mlp.up, normed, "gelu")
+            if following is None:
+                x = normed = x + ops.linear(block.mlp.down, inner)
+            else:
+                x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
+        return x, normed
+
+    def _rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, and sin with the sign of the rotation, (S, K)."""
+        tokens = x.shape[1]
+        return (self.cos[:tokens], self.sin[:tokens]) if tokens <= _ROTARY_POSITIONS else self._rotary_tables(tokens, x)
+
+    def _rotary_tables(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_tables(tokens, self.config.language.head_dim, self.config.language.rope_theta, like)
+        first, second = sin.chunk(2, dim=-1)
+        return cos, torch.cat((-first, second), dim=-1)
+
+    # --- action head ----------------------------------------------------------------------------------------------------------------------
+
+    def condition(self, vl_features: Tensor, state: Tensor) -> Condition:
+        """As ActionHead.condition: vl_features (B, S, C), state (B, state_dim); keys and values of all blocks from one product."""
+        head = self.head
+        future = head.future_tokens.weight.expand(state.shape[0], -1, -1)  # (B, F, D)
+        prefix = torch.cat((head.state_encoder(state).unsqueeze(1), future), dim=1)  # (B, 1 + F, D)
+        parts = self._towers.linear(self.cross, vl_features).split(head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
+        heads = [split_heads(part, head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
+        return Condition(prefix, list(zip(heads[::2], heads[1::2], strict=True)), None)
+
+    def velocity(self, actions: Tensor, condition: Condition, time: Tensor, modulation: Tensor) -> Tensor:
+        """actions (B, H, A), time (D,) and modulation (blocks + 1, 2, D) of `step_tables` -> (B, H, A)."""
+        ops = self._differentiable if torch.is_grad_enabled() else self._steps  # guidance needs a gradient, which only torch's kernels have
+        horizon, blocks, cross = actions.shape[1], self.head.dit.blocks, iter(condition.cross)
+        mixed = ops.linear(self.encode, actions.contiguous(), "silu", bias=time)  # (B, H, D)
+        tokens = ops.linear(self.w3, mixed, residual=self.places[:horizon])  # (B, H, D)
+        x = torch.cat((condition.prefix, tokens), dim=1)  # (B, 1 + F + H, D)
+        normed = ops.norm(x, _modulated(modulation, 0, len(blocks)))
+        for index, block in enumerate(blocks):
+            attention, mlp = block.attention, block.mlp
+            if block.crosses:
+                attended = ops.cross_attention(attention.q, normed, *next(cross))
+            else:
+                attended = ops.self_attention(attention.qkv, normed, attention.heads)
+            if index == len(blocks) - 1:  # the other tokens are not looked at again
+                attended, x = attended[:, -horizon:].contiguous(), x[:, -horizon:].contiguous()
+            x, normed = ops.linear_add_norm(attention.out, attended, x, Norm(DIT_NORM_EPS))
+            x, normed = ops.linear_add_norm(mlp.down, ops.linear(mlp.up, normed, "gelu"), x, _modulated(modulation, index + 1, len(blocks)))
+        return ops.linear(self.layer2, ops.linear(self.decode, normed, "relu"))
+
+    # --- packing --------------------------------------------------------------------------------------------------------------------------
+
+    def _pack(self) -> None:
+        head, patch_embedding = self.head, self.vision.patch_embedding
+        self.patches = as_linear(patch_embedding.weight.flatten(1), patch_embedding.bias)
+        blocks = self.language.blocks
+        self.gate_up = nn.ModuleList(joined([block.mlp.gate, block.mlp.up]) for block in blocks)
+        self.head_norms = nn.ParameterList(nn.Parameter(_per_head(block), requires_grad=False) for block in blocks)
+        cos, sin = self._rotary_tables(_ROTARY_POSITIONS, self.language.norm.weight)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        encoder, decoder, width = head.action_encoder, head.action_decoder, head.dit.width
+        self.cross = joined([block.attention.kv for block in head.dit.blocks if block.crosses])
+        of_actions, of_time = encoder.w2.weight.split((width, width))  # W2 acts on [W1(a), tau]
+        encode_weight, time_bias = _product(encoder.w1.weight, encoder.w1.bias, of_actions, encoder.w2.bias)
+        self.encode = as_linear(encode_weight.t().contiguous().to(self.dtype), None)
+        self.register_buffer("time_bias", time_bias)  # fp32 (D,)
+        self.register_buffer("of_time", of_time)
+        self.w3 = as_linear(encoder.w3.weight.t(), None)
+        self.register_buffer("places", encoder.w3.bias + head.position_embedding.weight[: head.config.action_horizon])  # (H, D)
+        decode_weight, decode_bias = _product(head.dit.out.weight.t(), head.dit.out.bias, decoder.layer1.weight, decoder.layer1.bias)
+        self.decode = as_linear(decode_weight.t().contiguous().to(self.dtype), decode_bias.to(self.dtype))
+        self.layer2 = _category(decoder.layer2)
+
+
+def compiled(stages: Stages, names: Iterable[str] | None = None, any_length: bool = True, **options: Any) -> Stages:
+    """The stages called `names` (all of them by default) through torch.compile, with `options`, when they are first called: one denoising step is
+    compiled once and called N times. Whole graphs only: a break would be a launch that nobody asked for.
+
+    any_length: compiled once for prompts of every length; otherwise once more for each length, which lets Inductor pack fp32 weights on a CPU.
+    """
+    chosen = vars(stages) if names is None else names
+    return Stages(**{name: _Compiled(stage, name, any_length, options) if name in chosen else stage for name, stage in vars(stages).items()})
+
+
+class _Compiled:
+    """One stage. What has to be set while it is traced goes with it, so that nobody can call it without."""
+
+    def __init__(self, stage: Callable[..., Any], name: str, any_length: bool, options: dict[str, Any]) -> None:
+        self._stage = torch.compile(stage, fullgraph=True, dynamic=None if any_length else False, **options)
+        self._lengths = _PROMPT_AXES.get(name) if any_length else None
+        self._freezing = not any_length
+
+    def __call__(self, *arguments: Any) -> Any:
+        import torch._dynamo.config as dynamo
+        import torch._inductor.config as inductor
+
+        for tensor, axis in self._lengths(*arguments) if self._lengths else ():
+            torch._dynamo.mark_dynamic(tensor, axis)
+        # Freezing makes constants of weights, which Inductor packs for a CPU: as an option of torch.compile it comes too late. And the usual limit
+        # of 8 versions is for programs that compile by accident: here each is a prompt length, a batch size or a way to continue.
+        with dynamo.patch(recompile_limit=_MOST_VERSIONS, accumulated_recompile_limit=_MOST_VERSIONS), inductor.patch(freezing=self._freezing):
+            return self._stage(*arguments)
+
+
+_MOST_VERSIONS = 10_000
+# Where the arguments of a stage have the prompt's length.
+_PROMPT_AXES: dict[str, Callable[..., list[tuple[Tensor, int]]]] = {
+    "encode_language": lambda inputs, _: [(inputs.input_ids, 1)],
+    "refine": lambda features: [(features, 1)],
+    "condition": lambda vl_features, _: [(vl_features, 1)],
+    "velocity": lambda _, condition, *__: [(tensor, 2) for pair in condition.cross for tensor in pair],
+}
+
+
+def joined(layers: Sequence[nn.Module]) -> nn.Module:
+    """One layer whose outputs are those of `layers` side by side. Weights of plain layers become views of its weights, if they are not yet; layers of
+    8 bits join by themselves."""
+    if rounded := [layer for layer in layers if type(layer) is not nn.Linear]:
+        return rounded[0].joined_with([layer for layer in layers if layer is not rounded[0]])
+    weight = _side_by_side([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
+    return as_linear(weight, bias)
+
+
+def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer over these very tensors: weight (out, in), with any strides, bias (out,)."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def _ops(kernels: Kernels, name: str) -> TorchOps:
+    if kernels == "torch":
+        return TorchOps()
+    from gr00t_fast.engine.kernels import ops  # imports triton
+
+    return getattr(ops, name)()
+
+
+def _modulated(modulation: Tensor, index: int, blocks: int) -> Norm:
+    """The norm that opens block `index`, or, behind the last block, the output's."""
+    scale, shift = modulation[index]  # scale already holds the 1
+    return Norm(DIT_NORM_EPS if index < blocks else OUTPUT_NORM_EPS, scale, shift)
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """(sum of rows, in): where they already lie like that, for another engine over the same model, that memory and no copy."""
+    first, row = weights[0], weights[0].stride(0) * weights[0].element_size()
+    ends = itertools.accumulate((weight.shape[0] * row for weight in weights), initial=first.data_ptr())
+    adjacent = all(weight.is_contiguous() and weight.data_ptr() == end for weight, end in zip(weights, ends, strict=False))
+    if adjacent and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
+        return first.detach().as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
+    return torch.cat(list(weights))
+
+
+def _category(layer: CategoryLinear) -> nn.Linear:
+    return as_linear(layer.weight.t(), layer.bias)
+
+
+def _product(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(x @ first + first_bias) @ second + second_bias as one matrix (in, out) and bias, fp32."""
+    wide = second.float()
+    return first.float() @ wide, first_bias.float() @ wide + second_bias.float()
+
+
+def _per_head(block: QwenBlock) -> Tensor:
+    """(N + M, K): the weight of the norm of each query head, then of each key head."""
+    attention = block.attention
+    return torch.cat((attention.q_norm.weight.expand(attention.heads, -1), attention.k_norm.weight.expand(attention.kv_heads, -1)))
