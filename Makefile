@@ -29,9 +29,10 @@ demo: .venv/.demo
 	@echo "video:   $(DEMO)/demo.mp4"
 	@echo "report:  $(DEMO)/report.txt (and report.json)"
 
-# One thread: on a busy machine OpenMP's spin barriers make two threads slower than one.
+# One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
+TEST_JOBS ?= 2
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
