@@ -124,7 +124,7 @@ def control_loop(config: RunConfig, policy: Any, robot: Robot, fps: float, stop:
 def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Controller:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
     recoverable = (ServerUnreachableError,) if config.server else ()
-    max_hold_s, echo = (None, None) if config.server else (config.max_hold_s, cli.say)  # the client of a server has its own limit and tells its own
+    max_hold_s, echo = cli.max_hold_s(config), None if config.server else cli.say  # the client of a server tells its own
     if config.controller == "sync":
         options = {"recoverable": recoverable, "max_hold_s": max_hold_s}
         return SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, **options)

@@ -36,6 +36,7 @@ from gr00t_fast.strict_json import read_json
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 _FORMER_FPS = 30  # at which a limit per tick became one per second
+_SIMULATED_MAX_HOLD_S = 30.0
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
@@ -68,7 +69,7 @@ class RunConfig:
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
-    max_hold_s: float | None = DEFAULT_MAX_HOLD_S  # how long the arm holds for want of actions (or 3 x the slowest inference); null: no limit
+    max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
@@ -143,7 +144,7 @@ def _validate(config: RunConfig) -> None:
             raise UsageError(f"--{name}={value} must be at least 1.")
     for name in ("fps", "timeout", "max_speed_deg_s", "max_following_error_deg", "max_hold_s"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value not in (None, "auto") and not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number.")
     if config.fps is not None and not FPS_RANGE[0] <= config.fps <= FPS_RANGE[1]:
         raise UsageError(f"--fps={config.fps:g} must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what cameras and the servo bus can do.")
@@ -271,6 +272,15 @@ def reset_time_s(config: RunConfig) -> float:
     if config.reset_time_s is not None:
         return config.reset_time_s
     return _RESET_TIME_S if isinstance(config.robot, SO100FollowerConfig) else 0.0
+
+
+def max_hold_s(config: RunConfig) -> float | None:
+    """The flag, or its default: a simulated arm harms nobody while a busy machine thinks, and a policy server has a limit of its own."""
+    if config.server:
+        return None
+    if config.max_hold_s == "auto":
+        return DEFAULT_MAX_HOLD_S if isinstance(config.robot, SO100FollowerConfig) else _SIMULATED_MAX_HOLD_S
+    return config.max_hold_s
 
 
 def say(text: str) -> None:

@@ -22,7 +22,7 @@ from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionEr
 
 # A sound inference is as quick as those before it. One that hangs shall not leave the arm under power: torque is off within three seconds, half a
 # second of actions still to play included.
-DEFAULT_MAX_HOLD_S = 1.5
+DEFAULT_MAX_HOLD_S = 2.0
 # Where inference takes seconds (a CPU), the arm waits so many times the slowest one so far: garbage, a busy machine, a cold cache.
 SLOWEST_TIMES = 3.0
 _TELL_AFTER_S = 2.0  # a person wonders by then; a late chunk or two are over

@@ -220,9 +220,9 @@ class ControlLoop:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
 
     def _still_time(self) -> None:
-        """While an inference is waited for."""
+        """While an inference is waited for. The first one of an episode has limits of its own (a server that is away): nothing has moved yet."""
         self.robot.keep_alive()
-        if self.clock.now_s() >= self._end_s:
+        if self.pacer.tick > 0 and self.clock.now_s() >= self._end_s:
             raise _EpisodeOver
 
     def _infer(self, observation: Observation) -> ActionChunk | None:

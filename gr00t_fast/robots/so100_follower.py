@@ -461,7 +461,7 @@ class TwinCameras:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="gr00t_fast-drawing")
         self._draw(HOME_DEG)
 
-    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None]) -> dict[str, np.ndarray]:
+    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
         `while_drawing` is called several times meanwhile."""
         from gr00t_fast.robots.so100_sim.units import to_degrees
