@@ -4,12 +4,12 @@
     python benchmarks/bench_engines.py --model_path=DIR --dataset=./my-lerobot-dataset                  # errors on what your arm saw
     python benchmarks/bench_engines.py --model_path=DIR --engines eager openvino=exports/openvino-int8  # these two; the export lies there
     python benchmarks/bench_engines.py --size=full --device=cuda --stages --rounds=1000                 # random weights, made on the GPU
-    python benchmarks/bench_engines.py --kernels --engines none                                         # the Triton kernels one by one
+    python benchmarks/bench_engines.py --kernels --engines none    # the Triton kernels one by one; without a GPU: TRITON_INTERPRET=1 in front
 
 First eager in fp32 answers all observations: the truth. Then the engines answer the same observations with the same noise; last they take turns at
 whole calls, camera frame to joint targets, in random order: ratios are paired by round. `cuda_graph+triton` is the CUDA graph over the Triton
 kernels; `fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action
-head behind our pre-processing). An engine that cannot be used here gets a line that says why; where it was named, the exit code is 1. The last line
+head behind our pre-processing). An engine that cannot be used here gets a line that says why; one that was named ends the run. The last line
 is JSON.
 """
 
@@ -170,7 +170,7 @@ def kernels(arguments: argparse.Namespace, device: torch.device, dtype: torch.dt
     from gr00t_fast.engine.kernels.launch import INTERPRETED
 
     if (device.type == "cuda") == INTERPRETED:
-        raise ConfigError(f"--kernels on {device}: TRITON_INTERPRET=1 is for --device=cpu, where it is needed, and only there.")
+        raise ConfigError(f"--kernels on {device}: put TRITON_INTERPRET=1 before the command on a CPU, and leave it out on a GPU.")
     from benchmarks.kernel_pairs import Randoms, all_pairs
 
     config = ModelConfig.from_dicts(*network_config("tiny" if INTERPRETED else arguments.size, published_vocabulary=False))

@@ -54,12 +54,12 @@ class RunConfig:
     server_timeout_s: float = 5.0  # how long an answer of the policy server may take
     server_reconnect_s: float = 30.0  # how long the arm holds its pose for a policy server that is away before the run ends
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
-    data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
+    data_config: str = "so100"  # a name of NVIDIA's (so100, so100_dualcam, fourier_gr1_arms_only, ...), or module:ClassName of your own
     lang_instruction: str = ""  # what the robot shall do, taken literally; required
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     action_horizon: int | None = None  # actions executed per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
-    precision: str = "auto"  # number format of the network
+    precision: str = "auto"  # number format of the network: auto, fp32, bf16, fp16
     engine: str = "auto"  # auto is eager; cuda_graph, compiled; fp8, onnxruntime, openvino and tensorrt need files (README)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
@@ -397,7 +397,9 @@ def help_text() -> str:
     lines += [line for flag in flags if flag not in robot_flags for line in _help_lines(flag)]
     lines += ["", "robot:"] + [line for flag in robot_flags for line in _help_lines(flag)]
     lines += ["", "Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal land the arm and end the run."]
-    lines += ["exit codes: 0 done, 1 error (the arm has landed), 2 bad flag; 128 + signal when stopped: 129 closed terminal (SIGHUP), 130 Ctrl-C,"]
+    lines += [
+        "exit codes: 0 done, 1 error (the arm has landed), 2 unknown flag or value; 128 + signal when stopped: 129 closed terminal (SIGHUP), 130 Ctrl-C,"
+    ]
     lines += ["131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."]
     return "\n".join(lines)
 

@@ -437,6 +437,8 @@ def test_signals_have_their_usual_effect_once_the_arm_has_landed(world: World, m
     assert seen == [before]
 
 
+# Where a signal falls into a finaliser or a weak reference, Python says that it ignores the exception; that it is raised again is what is tested.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("phase", ["load", "run"])
 def test_signals_end_with_the_shells_exit_code(world: World, number: int, code: int, phase: str, capsys: pytest.CaptureFixture[str]) -> None:

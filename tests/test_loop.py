@@ -332,6 +332,8 @@ def test_after_an_outage_steps_are_limited_from_where_the_arm_is(event: str) -> 
     assert np.abs(robot.sent[index][1] - pose).max() <= 6.0 + 1e-9
 
 
+# Where a signal falls into a finaliser or a weak reference, Python says that it ignores the exception; that it is raised again is what is tested.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestStopSignals:
     """The handler's rules, with signals raised in this process."""
 

@@ -364,6 +364,8 @@ def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
     assert remote.summary()["server"]["outages"] == 1
 
 
+# Where a signal falls into a finaliser or a weak reference, Python says that it ignores the exception; that it is raised again is what is tested.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_is_obeyed_while_an_episode_waits_for_its_server() -> None:
     for flags in (SYNC, SERVER):
         with ServerProcess() as server:

@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ def main() -> None:
             status = 1
             try:
                 status = run(**json.loads(line))
+            except BaseException:
+                traceback.print_exc()
+                raise
             finally:
                 os._exit(status)
         print(f"pid {pid}", flush=True)

@@ -44,8 +44,8 @@ class ServeConfig:
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     action_horizon: int | None = None  # actions returned per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
-    precision: str = "auto"  # number format of the network
-    engine: str = "auto"  # auto is eager; cuda_graph, compiled, triton; fp8, int8, onnxruntime, openvino and tensorrt need files (README)
+    precision: str = "auto"  # number format of the network: auto, fp32, bf16, fp16
+    engine: str = "auto"  # auto is eager; cuda_graph, compiled; fp8, onnxruntime, openvino and tensorrt need files (README)
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
     processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's server puts around the instruction
