@@ -397,10 +397,10 @@ def help_text() -> str:
     lines += [line for flag in flags if flag not in robot_flags for line in _help_lines(flag)]
     lines += ["", "robot:"] + [line for flag in robot_flags for line in _help_lines(flag)]
     lines += ["", "Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal land the arm and end the run."]
+    lines += ["exit codes: 0 done, 1 error (the arm has landed), 2 a flag that cannot be understood; 128 + signal when stopped:"]
     lines += [
-        "exit codes: 0 done, 1 error (the arm has landed), 2 unknown flag or value; 128 + signal when stopped: 129 closed terminal (SIGHUP), 130 Ctrl-C,"
+        "129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."
     ]
-    lines += ["131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."]
     return "\n".join(lines)
 
 
