@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,28 +103,38 @@ def test_printing_is_safe_in_a_finaliser_and_after_an_interruption(capsys: pytes
     assert "finalised" in capsys.readouterr().out
 
 
-def test_a_bug_on_a_terminal_that_takes_nothing_ends_the_program_too(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def full_pipe() -> Iterator[int]:
+    """The writing end of a pipe that takes nothing any more."""
     reader, writer = os.pipe()
-    program = start(tmp_path / "landed", "--timeout=2", bug=True, stdout=writer, stderr=writer)
-    try:
-        assert program.wait(60) == 1
-    finally:
-        program.kill()
-        os.close(writer)
-        os.close(reader)
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    yield writer
+    os.close(writer)
+    os.close(reader)
+
+
+def test_a_bug_on_a_terminal_that_takes_nothing_ends_the_program_too(tmp_path: Path) -> None:
+    with full_pipe() as writer:
+        program = start(tmp_path / "landed", "--timeout=2", bug=True, stdout=writer, stderr=writer)
+        try:
+            assert program.wait(60) == 1
+        finally:
+            program.kill()
     assert (tmp_path / "landed").exists()
 
 
 def test_a_pipe_that_nobody_reads_holds_up_neither_the_run_nor_its_end(tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    program = start(tmp_path / "landed", "--timeout=1", f"--out={tmp_path / 'out'}", stdout=writer, stderr=writer)
-    try:
-        assert program.wait(60) == 0
-        ended_s = time.time()
-    finally:
-        program.kill()
-        os.close(writer)
-        os.close(reader)
+    with full_pipe() as writer:
+        program = start(tmp_path / "landed", "--timeout=1", f"--out={tmp_path / 'out'}", stdout=writer, stderr=writer)
+        try:
+            assert program.wait(60) == 0
+            ended_s = time.time()
+        finally:
+            program.kill()
     landed_s, began_s = float((tmp_path / "landed").read_text()), float((tmp_path / "landed.began").read_text())
     assert landed_s - began_s < 1 + 2
     assert ended_s - landed_s < 10  # on a busy machine; the report has a plot

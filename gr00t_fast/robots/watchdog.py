@@ -78,16 +78,9 @@ class Watchdog:
         self._last_s = now_s
         try:
             os.write(self._process.stdin.fileno(), struct.pack("<f", self._limit_s))
-        except BlockingIOError:  # it is frozen, with thousands of beats unread: it cannot act either
-            return False
-        except OSError:
+        except OSError:  # it is gone, or frozen with thousands of beats unread and cannot act either
             return False
         return True
-
-    @property
-    def beating(self) -> bool:
-        """Whether a first beat was given."""
-        return self._last_s > -math.inf
 
     def dismiss(self) -> None:
         """The arm has landed. Never raises."""
