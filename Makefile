@@ -5,25 +5,33 @@ GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml constraints.txt
+# lerobot 0.6 needs Python 3.12: the first of these that runs. A name on PATH may be pyenv's shim of a version that is not chosen.
+PYTHON312 ?= $(shell for candidate in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
+	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, 12))" 2>/dev/null && echo "$$candidate" && break; done)
+ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_faults.py tests/test_watchdog.py tests/test_cli.py \
+	tests/test_hostile_command_lines.py tests/test_end_to_end.py tests/test_lerobot_plugin.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+INSTALL_312 := PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints-py312.txt" \
+	.venv312/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test soak lint bench gpu-check clean
+.PHONY: help demo test test-lerobot-0.6 python312 soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
+	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
-	@echo "make lint       ruff, and the import arrow"
+	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
-	@echo "make clean      remove .venv and everything made"
+	@echo "make clean      remove .venv, .venv312 and everything made"
 
 demo: .venv/.demo
 	$(BIN)/python so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach \
-		--timeout=3 --episodes=3 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4
+		--timeout=3 --episodes=3 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
 	@echo
 	@echo "picture: $(DEMO)/joints.png"
 	@echo "video:   $(DEMO)/demo.mp4"
@@ -34,6 +42,9 @@ TEST_JOBS ?= 2
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile
 
+test-lerobot-0.6: .venv312/.robottest
+	OMP_NUM_THREADS=1 .venv312/bin/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile $(ARM_TESTS)
+
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
 		GR00T_FAST_HOSTILE_CHECKPOINTS=1000 GR00T_FAST_ATTACK_S=10 \
@@ -43,6 +54,7 @@ soak: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: .venv/.dev
@@ -59,11 +71,11 @@ gpu-check:
 	fi
 
 clean:
-	rm -rf .venv build dist outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv312 build dist outputs *.egg-info .pytest_cache .ruff_cache
 
 .venv/.created:
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))" || { \
-		echo "gr00t_fast needs Python 3.10, 3.11 or 3.12; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" || { \
+		echo "gr00t_fast needs Python 3.10 to 3.13; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
@@ -76,4 +88,18 @@ clean:
 .venv/.dev: $(PINS) | .venv/.created
 	@echo "installing what tests and benchmarks need into .venv (some minutes and 9 GB, once)"
 	$(INSTALL) '.[dev]'
+	@touch $@
+
+python312:
+	@test -n "$(PYTHON312)" || { \
+		echo "lerobot 0.6 needs Python 3.12, and none was found on PATH or among pyenv's versions."; \
+		echo "Install one (pyenv install 3.12), or name it: make test-lerobot-0.6 PYTHON312=/path/to/python3.12"; exit 1; }
+
+.venv312/.created: | python312
+	$(PYTHON312) -m venv .venv312
+	@touch $@
+
+.venv312/.robottest: setup.cfg pyproject.toml constraints-py312.txt | .venv312/.created
+	@echo "installing lerobot 0.6 and what the tests of the arm need into .venv312 (some minutes and 7 GB, once)"
+	$(INSTALL_312) '.[robottest]'
 	@touch $@

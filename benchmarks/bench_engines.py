@@ -1,185 +1,191 @@
 """Every engine that can be used here against the plain one: how far its actions are off, how long it takes, what memory it wants, side by side.
 
     python benchmarks/bench_engines.py --model_path=checkpoints/so100-sim-reach
-    python benchmarks/bench_engines.py --model_path=DIR --dataset=./my-lerobot-dataset                  # errors on what your arm saw
+    python benchmarks/bench_engines.py --model_path=DIR --observations=./my-lerobot-dataset                  # errors on what your arm saw
     python benchmarks/bench_engines.py --model_path=DIR --engines eager openvino=exports/openvino-int8  # these two; the export lies there
     python benchmarks/bench_engines.py --size=full --device=cuda --stages --rounds=1000                 # random weights, made on the GPU
     python benchmarks/bench_engines.py --kernels --engines none    # the Triton kernels one by one; without a GPU: TRITON_INTERPRET=1 in front
 
-First eager in fp32 answers all observations: the truth. Then the engines answer the same observations with the same noise; last they take turns at
-whole calls, camera frame to joint targets, in random order: ratios are paired by round. `cuda_graph+triton` is the CUDA graph over the Triton
+`gr00t-fast bench` compares them; this adds networks with random weights, stages against their floor, kernels one by one, calls at a rate, and engines
+for comparison: `cuda_graph+triton` is the CUDA graph over the Triton
 kernels; `fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action
-head behind our pre-processing). An engine that cannot be used here gets a line that says why; one that was named ends the run. The last line
-is JSON.
+head behind our pre-processing).
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-import numpy as np
 import torch
 
-from benchmarks.engine_arms import ARMS, REFERENCE, Actions, Bench, open_arms, seconds_of, word_of
-from benchmarks.program import finish, provenance, show_progress
-from benchmarks.random_observations import random_observations
+from benchmarks.lib.program import checkpoint_of, finish, provenance
 from benchmarks.stage_calls import measure_kernels, measure_stages
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.config import ModelConfig
-from gr00t_fast.engine import select_device, select_precision
-from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.graph import GraphEngine
+from gr00t_fast.data_config import load_data_config
+from gr00t_fast.engine import CALIBRATED, select_device, select_precision
+from gr00t_fast.engine.calibration import Calibration
+from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.verify import ACTION_LIMITS
-from gr00t_fast.measurement import peak_rss_bytes, percentiles
+from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.measurement import percentiles
+from gr00t_fast.model import Network
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.random_checkpoint import network_config
+from gr00t_fast.random_checkpoint import network_config, random_network, write_random_checkpoint
+from gr00t_fast.transforms import ActionTransform
 
-NONE = "none"
-# Where the plain model in the same precision is itself further from fp32 than the limit (a network with random weights amplifies rounding), an
-# engine may be this much further than that.
-_OF_EAGER = 1.5
-
-Times = dict[str, list[float]]
+NONE, REFERENCE, TRITON = "none", "reference", "cuda_graph+triton"
+_USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=full] [--engines NAME ...] [--flag=value ...]"
 
 
-def main(argv: list[str] | None = None) -> int:
-    return finish("bench_engines", _parser().parse_args(argv), run, as_table)
+@dataclass(kw_only=True)
+class BenchEnginesConfig(BenchConfig):
+    """Every engine that can be used here against the plain one; without --model_path on random weights of --size (on a CPU written to --out)."""
+
+    size: Literal["tiny", "demo", "full"] = "demo"  # of the network with random weights
+    calibration_frames: int = 16  # random ones, for fp8 without a calibration; they tell speed and little else
+    stages: bool = False  # also each stage against its floor, and on a GPU its kernels
+    kernels: bool = False  # also the Triton kernels, one by one
+    at_hz: float = 0.0  # also calls at this rate, idle in between as in a control loop; 0: none
+    at_hz_seconds: float = 20.0  # how long
+    out: Path = Path("outputs/bench_engines")  # directory for JSON and table
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    device = select_device(arguments.device)
-    dtype = select_precision(arguments.precision, device)
+class LaboratoryBench(Bench):
+    """With networks of random weights, fp8 calibrated on the spot, and engines that are no user's choice."""
+
+    names = (*ARMS[:2], TRITON, *ARMS[2:], REFERENCE)
+    compared_with = (*Bench.compared_with, REFERENCE)
+    options: BenchEnginesConfig
+
+    @property
+    def _on_device(self) -> bool:
+        return not self.options.model_path and self.device.type == "cuda"
+
+    def _checkpoint(self) -> Path:
+        if not self._on_device:
+            return checkpoint_of(self.options, self.options.size)
+        path = self.options.out / f"random-{self.options.size}"
+        return write_random_checkpoint(path, self.options.size, self.options.data_config, weights=False)
+
+    def network(self, dtype: torch.dtype, meta: bool = False) -> Network:
+        if meta or not self._on_device:
+            return super().network(dtype, meta)
+        config = open_checkpoint(self.path, with_weights=False).config
+        return random_network(config, self.device, self.dtype, self.options.seed).to(dtype)
+
+    def open(self, name: str, directory: Path | None) -> tuple[Gr00tPolicy, str]:
+        if name == REFERENCE:
+            from benchmarks.lib.reference import ReferenceEngine
+
+            return self.policy(ReferenceEngine(self.path, self.options.embodiment_tag, self.device, self.dtype)), word_of(self.dtype)
+        if name in CALIBRATED:
+            return self._fp8(directory), name
+        if name == TRITON:
+            return self.policy(cuda_graph_engine(self.shared, "triton")), word_of(self.dtype)
+        return super().open(name, directory)
+
+    def _fp8(self, directory: Path | None) -> Gr00tPolicy:
+        """With the calibration in `directory` or where it lies by default, else with one that is made here, on other observations than errors are
+        measured on."""
+        from gr00t_fast.engine.fp8 import check_gpu, fp8_engine
+
+        check_gpu(self.device)
+        if directory is not None or (self.path / "exports" / "fp8").is_dir():
+            return self.policy("fp8", engine_path=directory, device=str(self.device), precision=word_of(self.dtype))
+        model = self.network(torch.float32)
+        calibration = self._calibration(model)
+        return self.policy(fp8_engine(self.network(self.dtype), calibration))
+
+    def _calibration(self, model: Network) -> Calibration:
+        from gr00t_fast.engine.fp8 import has_product
+        from gr00t_fast.export.calibrate import Settings, calibrate
+        from gr00t_fast.export.networks import TorchNetwork
+        from gr00t_fast.export.samples import Case, network_inputs, transforms_only
+        from gr00t_fast.progress import Progress
+
+        options, head = self.options, model.config.head
+        common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}
+        transforms = transforms_only(self.path, **common)
+        seen = random_observations(transforms, options.seed + 1, options.calibration_frames)
+        cases = [Case(network_inputs(transforms, one), torch.from_numpy(random_noise(transforms, index))) for index, one in enumerate(seen)]
+        trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
+        settings = Settings("fp8", "torch", head.denoising_steps, trial_samples=trials, seed=options.seed)
+        metadata = open_checkpoint(self.path, with_weights=False).embodiment(options.embodiment_tag)
+        transform = ActionTransform(load_data_config(options.data_config), metadata, head.action_dim)
+        network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
+        return Calibration(calibrate(network, cases, settings, transform, Progress()).scales)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 error, 2 bad flag, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--help" in words or "-h" in words:
+        print(help_text(BenchEnginesConfig, _USAGE))
+        return 0
+    try:
+        options, _ = parse_flags(BenchEnginesConfig, words)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return finish("bench_engines", options, run, as_table)
+
+
+def run(options: BenchEnginesConfig) -> dict[str, Any]:
+    """Raises Gr00tFastError."""
+    device = select_device(options.device)
+    dtype = select_precision(options.precision, device)
     result: dict[str, Any] = {"benchmark": "bench_engines", "device": str(device), "precision": word_of(dtype)}
-    if arguments.kernels:
-        result["kernels"] = kernels(arguments, device, dtype)
-    if arguments.engines != [NONE]:
-        result |= compare(arguments, device, dtype)
-    return result | provenance(arguments.seed)
+    if options.kernels:
+        result["kernels"] = kernels(options, device, dtype)
+    if options.engines != [NONE]:
+        result |= _compare(options, device, dtype)
+    return result | provenance(options.seed)
 
 
-def compare(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    bench = Bench(arguments, device, dtype)
-    truth = bench.answers(bench.policy(EagerEngine(bench.network(torch.float32))))  # freed before the engines come
-    arms, refused = open_arms(bench)
-    for name, arm in arms.items():
-        arm["error_deg"] = error_of(bench.answers(arm["policy"]), truth)
-        show_progress("error", list(arms).index(name) + 1, len(arms))
-    policies = {name: arm["policy"] for name, arm in arms.items()}
-    steps = arguments.denoising_steps or [next(iter(policies.values())).denoising_steps]
-    for count in steps:
-        times, busy = take_turns(policies, count, arguments)
-        for name, arm in arms.items():
-            arm.setdefault("times_ms", {})[str(count)] = percentiles(times[name])
-            ratios = {of: ratio(times, of, name) for of in ("eager", "cuda_graph", REFERENCE)}
-            # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
-            ratios |= {"eager_in_processor_time": ratio(busy, "eager", name)} if device.type == "cpu" else {}
-            arm.setdefault("times_as_fast_as", {})[str(count)] = ratios
-    if arguments.at_hz:  # before the profiler of --stages comes: it slows down what comes after it
-        for arm in arms.values():
-            arm["at_hz_ms"] = percentiles(paced(arm["policy"], arguments))
-    for arm in arms.values():
-        if arguments.stages and isinstance(arm["policy"].engine, GraphEngine):
-            arm |= measure_stages(arm["policy"], bench.observations[0], min(arguments.rounds, 100), arguments.seed)
-    errors = {name: arm["error_deg"] for name, arm in arms.items()}
-    return {
-        "network": bench.path.name,
-        "parameters": bench.parameters,
-        "cameras": len(next(iter(policies.values())).facts.resolutions),
-        "observations": len(truth),
-        "of": Path(arguments.dataset).name if arguments.dataset else "random pictures and joints",
-        "rounds": arguments.rounds,
-        "at_hz": arguments.at_hz,
-        "engines": {
-            name: {key: value for key, value in arm.items() if key != "policy"} | {"within_limit": within_limit(errors, name, arm["limit"], dtype)}
-            for name, arm in arms.items()
-        },
-        "refused": refused,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
+def _compare(options: BenchEnginesConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    bench = LaboratoryBench(options, device, dtype)
+    found = compare(bench) | {"at_hz": options.at_hz}
+    policies = {name: arm.pop("policy") for name, arm in found["engines"].items()}
+    if options.at_hz:  # before the profiler of --stages comes: it slows down what comes after it
+        for name, arm in found["engines"].items():
+            arm["at_hz_ms"] = percentiles(paced(policies[name], options))
+    for name, arm in found["engines"].items():
+        if options.stages and isinstance(policies[name].engine, GraphEngine):
+            arm |= measure_stages(policies[name], bench.observations[0], min(options.rounds, 100), options.seed)
+    return found
 
 
-# --- accuracy and time --------------------------------------------------------------------------------------------------------------------
-
-
-def error_of(got: Sequence[Actions], truth: Sequence[Actions]) -> dict[str, float]:
-    """|difference| over all observations, times and joints, in joint units: degrees, per cent for the gripper. NaN where an action is NaN."""
-    gaps = np.concatenate([np.abs(mine[key] - theirs[key]).ravel() for mine, theirs in zip(got, truth, strict=True) for key in theirs])
-    p50, p99 = np.percentile(gaps, (50, 99))
-    return {"p50": float(p50), "p99": float(p99), "max": float(gaps.max())}
-
-
-def within_limit(errors: Mapping[str, dict[str, float]], name: str, format: str, dtype: torch.dtype) -> bool:
-    """NaN is no pass."""
-    limit = ACTION_LIMITS[format]
-    if format == word_of(dtype) and "eager" in errors and errors["eager"]["p99"] > limit:
-        limit = _OF_EAGER * errors["eager"]["p99"]
-    return bool(errors[name]["p99"] <= limit)
-
-
-def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, arguments: argparse.Namespace) -> tuple[Times, Times]:
-    """ms of whole calls, by the clock and of processor time. Each round calls every engine once, in an order of its own: a disturbance hits all
-    alike."""
-    generator, names = np.random.default_rng(arguments.seed), list(policies)
-    for policy in policies.values():
-        policy.denoising_steps = steps
-        policy.warm_up()
-    observations = random_observations(policies[names[0]], arguments.seed, 8)
-    times, busy = ({name: [] for name in names} for _ in range(2))
-    for number in range(arguments.rounds):
-        observation = observations[number % len(observations)]
-        for name in generator.permutation(names):
-            busy_s = time.process_time()
-            times[name].append(1000 * seconds_of(partial(policies[name].get_action, observation)))
-            busy[name].append(1000 * (time.process_time() - busy_s))
-        show_progress("round", number + 1, arguments.rounds)
-    return times, busy
-
-
-def paced(policy: Gr00tPolicy, arguments: argparse.Namespace) -> list[float]:
+def paced(policy: Gr00tPolicy, options: BenchEnginesConfig) -> list[float]:
     """ms of each call when the machine idles until the next tick, as in a control loop: an idle GPU lowers its clocks."""
-    observations, times, began_s = random_observations(policy, arguments.seed, 8), [], time.perf_counter()
-    for tick in range(round(arguments.at_hz * arguments.at_hz_seconds)):
-        time.sleep(max(began_s + tick / arguments.at_hz - time.perf_counter(), 0))
+    observations, times, began_s = random_observations(policy, options.seed, 8), [], time.perf_counter()
+    for tick in range(round(options.at_hz * options.at_hz_seconds)):
+        time.sleep(max(began_s + tick / options.at_hz - time.perf_counter(), 0))
         times.append(1000 * seconds_of(partial(policy.get_action, observations[tick % len(observations)])))
     return times
 
 
-def ratio(times: Mapping[str, list[float]], of: str, name: str) -> dict[str, float] | None:
-    """How many times as fast as `of` it is, paired by round: median and quartiles. None where `of` did not run."""
-    if of not in times or of == name:
-        return None
-    paired = [theirs / max(mine, 1e-6) for mine, theirs in zip(times[name], times[of], strict=True)]
-    low, high = np.percentile(paired, (25, 75))
-    return {"median": round(statistics.median(paired), 3), "p25": round(float(low), 3), "p75": round(float(high), 3)}
-
-
-# --- kernels ------------------------------------------------------------------------------------------------------------------------------
-
-
-def kernels(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def kernels(options: BenchEnginesConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """On a GPU at the shapes of --size; elsewhere at tiny ones, in Triton's interpreter (TRITON_INTERPRET=1), for equality alone."""
     from gr00t_fast.engine.kernels.launch import INTERPRETED
 
     if (device.type == "cuda") == INTERPRETED:
         raise ConfigError(f"--kernels on {device}: put TRITON_INTERPRET=1 before the command on a CPU, and leave it out on a GPU.")
-    from benchmarks.kernel_pairs import Randoms, all_pairs
+    from benchmarks.lib.kernel_pairs import Randoms, all_pairs
 
-    config = ModelConfig.from_dicts(*network_config("tiny" if INTERPRETED else arguments.size, published_vocabulary=False))
-    pairs = all_pairs(config, 37 if INTERPRETED else 288, Randoms(dtype, device, arguments.seed), eight_bit=True)
+    config = ModelConfig.from_dicts(*network_config("tiny" if INTERPRETED else options.size, published_vocabulary=False))
+    pairs = all_pairs(config, 37 if INTERPRETED else 288, Randoms(dtype, device, options.seed), eight_bit=True)
     with torch.no_grad():
-        return measure_kernels(pairs, device, dtype, min(arguments.rounds, 50))
-
-
-# --- as a program -------------------------------------------------------------------------------------------------------------------------
+        return measure_kernels(pairs, device, dtype, min(options.rounds, 50))
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -189,72 +195,21 @@ def as_table(result: dict[str, Any]) -> str:
         rows.append(f"{name:<54} error {f['error']:.0e}  {cells}")
     if "engines" not in result:
         return "\n".join(rows)
-    rows += [f"{result['network']}, {result['precision']} on {result['device']}; errors in joint units over {result['observations']} observations of"]
-    rows += [f"{result['of']}, against eager fp32", ""]
-    rows += [f"{'engine':<18} {'steps':>5} {'p50 ms':>9} {'p95':>9} {'p99':>9} {'x eager':>8} {'error p99':>9} {'max':>9} {'MB':>7}  verdict"]
-    for name, arm in result["engines"].items():
-        for steps, t in arm["times_ms"].items():
-            faster = arm["times_as_fast_as"][steps]["eager"]
-            verdict = "within its limit" if arm["within_limit"] else "ERROR ABOVE ITS LIMIT: do not use it"
-            e, of = arm["error_deg"], "-" if faster is None else f"{faster['median']:.2f}"
-            cells = f"{t['p50']:>9.3f} {t['p95']:>9.3f} {t['p99']:>9.3f} {of:>8} {e['p99']:>9.4f} {e['max']:>9.4f} {arm['memory_bytes'] / 1e6:>7.0f}"
-            rows.append(f"{name:<18} {steps:>5} {cells}  {arm['arithmetic']}, {verdict}")
-        if arm.get("at_hz_ms"):
-            rows.append(f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {arm['at_hz_ms']['p50']:.3f}, p99 {arm['at_hz_ms']['p99']:.3f} ms")
-        rows += [_stage_row(stage, f) for stage, f in arm.get("stages", {}).items()]
-        rows += [f"{'':<18} floor of all stages {arm['floor_ms']:.3f} ms {arm['ceilings']}"] if "stages" in arm else []
-    rows += ["", *(f"{name} cannot be used here: {reason}" for name, reason in result["refused"].items()), _verdict(result)]
-    return "\n".join(rows)
+    return "\n".join([*rows, *table_rows(result, partial(_more_rows, result)), verdict(result, apart_from=REFERENCE)])
+
+
+def _more_rows(result: dict[str, Any], arm: Mapping[str, Any]) -> list[str]:
+    rows = []
+    if arm.get("at_hz_ms"):
+        rows.append(f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {arm['at_hz_ms']['p50']:.3f}, p99 {arm['at_hz_ms']['p99']:.3f} ms")
+    rows += [_stage_row(stage, f) for stage, f in arm.get("stages", {}).items()]
+    return rows + ([f"{'':<18} floor of all stages {arm['floor_ms']:.3f} ms {arm['ceilings']}"] if "stages" in arm else [])
 
 
 def _stage_row(stage: str, f: dict[str, Any]) -> str:
     kernels = f"{f['kernels']} kernels, idle {f['idle_ms']:.3f} ms" if "kernels" in f else ""
     floor = f"floor {f['floor_ms']:.3f} ms, {f['gflop']:.1f} GFLOP, {f['weight_mb']:.0f} MB" if "floor_ms" in f else ""
     return f"    {stage:<14} p50 {f['time_ms']['p50']:>9.3f} ms  {floor}  {kernels}".rstrip()
-
-
-def _verdict(result: dict[str, Any]) -> str:
-    able = {name: arm for name, arm in result["engines"].items() if arm["within_limit"] and name != REFERENCE}
-    if not able:
-        return "no engine keeps its limit on the error here"
-    steps = next(iter(next(iter(able.values()))["times_ms"]))
-    best = min(able, key=lambda name: able[name]["times_ms"][steps]["p50"])
-    return f"fastest within its limit: {best}, {able[best]['times_ms'][steps]['p50']:.3f} ms at {steps} steps"
-
-
-def _camera_map(text: str) -> dict[str, str]:
-    import yaml  # a bare GPU machine has none, and needs none without this flag
-
-    found = yaml.safe_load(text)
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'expected a mapping, e.g. "{{front: webcam}}", got {text}')
-    return found
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--model_path", type=Path, help="checkpoint directory; without it random weights of --size (on a CPU written to --out)")
-    p.add_argument("--size", default="demo", choices=("tiny", "demo", "full"))
-    p.add_argument("--embodiment_tag", default="new_embodiment")
-    p.add_argument("--data_config", default="so100")
-    p.add_argument("--processor_path", help="tokenizer files, when the checkpoint has none")
-    p.add_argument("--engines", nargs="+", default=[], metavar="NAME[=DIR]", help=f"default: all that work here, of {', '.join(ARMS)}; {NONE}: none")
-    p.add_argument("--denoising_steps", type=int, nargs="+", help="step counts to time; default: the checkpoint's own")
-    p.add_argument("--observations", type=int, default=100, help="for the error")
-    p.add_argument("--dataset", help="a LeRobotDataset or recordings directory to take them from, instead of random pictures and joints")
-    p.add_argument("--camera_map", type=_camera_map, default={}, help='which camera of the data set is which of the checkpoint: "{front: webcam}"')
-    p.add_argument("--calibration_frames", type=int, default=16, help="random ones, for fp8 without a calibration; they tell speed and little else")
-    p.add_argument("--rounds", type=int, default=100, help="timed calls of each engine; a GPU deserves 1000")
-    p.add_argument("--stages", action="store_true", help="also each stage against its floor, and on a GPU its kernels")
-    p.add_argument("--kernels", action="store_true", help="also the Triton kernels, one by one")
-    p.add_argument("--at_hz", type=float, default=0.0, help="also calls at this rate, idle in between as in a control loop; 0: none")
-    p.add_argument("--at_hz_seconds", type=float, default=20.0)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--precision", default="auto", help="of the engines over the torch model and of the reference")
-    p.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's own choice")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("outputs/bench_engines"), help="directory for JSON and table")
-    return p
 
 
 if __name__ == "__main__":

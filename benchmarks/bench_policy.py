@@ -3,26 +3,40 @@
     python benchmarks/bench_policy.py --model_path=DIR --rounds=20
     python benchmarks/bench_policy.py --size=full            # 2.4 billion random parameters, written to --out first
 
-Two arms take turns, order swapped every round: gr00t_fast's engine, and `transformers` + lerobot's action head with the language head that
-NVIDIA's inference also computes (benchmarks/second_reference.py). Both get the same pixels, prompt, state, noise and dtype. Reported:
-p50/p95/p99 of each arm and stage, the paired ratio, the difference of the actions, and the floor of the machine. The last line is JSON.
+Two arms take turns, in an order drawn anew every round: gr00t_fast's engine, and `transformers` + lerobot's action head with the language head that
+NVIDIA's inference also computes (benchmarks/lib/reference.py). Both get the same pixels, prompt, state, noise and dtype. Reported:
+p50/p95/p99 of each arm and stage, the paired ratio, the difference of the actions, and the floor: per stage the larger of arithmetic and memory
+traffic at the best rates that this machine showed in the same run. Nothing gets below it at that precision.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-import numpy as np
 import torch
 
-from benchmarks.program import checkpoint_of, finish, provenance, show_progress
-from benchmarks.work import measure_ceilings, stage_work
+from benchmarks.lib.program import (
+    PolicyFlags,
+    check_counts,
+    checkpoint_of,
+    conditions,
+    drawing,
+    figure,
+    finish,
+    markdown_table,
+    paired_ratio,
+    provenance,
+    read_flags,
+    shuffled_rounds,
+    weights_of,
+)
+from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
@@ -34,11 +48,22 @@ from gr00t_fast.timing import StageTimer
 _PROMPT_TOKENS_WITHOUT_IMAGES = 32  # "Place the block in the bowl" with one camera has 288 ids
 
 
-def main(argv: list[str] | None = None) -> int:
-    return finish("bench_policy", _parser().parse_args(argv), run, as_table, plot)
+@dataclass
+class Config(PolicyFlags):
+    size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published 2.4 billion parameters, 4.7 GB
+    cameras: int = 1  # pictures of one observation
+    rounds: int = 20  # turns of each arm
+    warm_up: int = 2  # rounds before them that are not counted
+    reference: bool = True  # time the reference modules too
+    out: Path = Path("outputs/bench_policy")  # directory for JSON, table and plot
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> int:
+    return finish("bench_policy", read_flags(Config, argv, __doc__), run, as_table, plot)
+
+
+def run(arguments: Config) -> dict[str, Any]:
+    check_counts(arguments, "rounds", "cameras", "denoising_steps")
     check_engine(arguments.engine, arguments.engine_path)
     path = checkpoint_of(arguments, arguments.size)
     ours, network, device, dtype = _load(path, arguments)
@@ -46,7 +71,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     reference = _load_reference(path, device, dtype) if arguments.reference else None
     steps = arguments.denoising_steps or network.config.head.denoising_steps
     before = measure_ceilings(device, dtype)
-    times, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up)
+    times, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up, arguments.seed)
     ceilings = before.best(measure_ceilings(device, dtype))  # twice: a machine that was busy once must not lower its own ceiling
     work = stage_work(network, inputs.input_ids.shape[1], inputs.pixel_values.shape[1], steps)
     if "refine" not in times["ours"]:  # an export runs both in one graph
@@ -54,6 +79,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     floors = {stage: round(w.floor_ms(ceilings), 3) for stage, w in work.items()}
     return {
         "benchmark": "bench_policy",
+        "weights": weights_of(arguments),
         "engine": ours.name,
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
@@ -72,21 +98,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def interleave(ours, reference, inputs: ModelInputs, noise: torch.Tensor, steps: int, rounds: int, warm_up: int):
+def interleave(ours, reference, inputs: ModelInputs, noise: torch.Tensor, steps: int, rounds: int, warm_up: int, seed: int):
     """Take turns; returns arm -> stage -> samples in ms, and how far the actions of the two are apart."""
-    times: dict[str, dict[str, list[float]]] = {"ours": {}}
-    arms = [("ours", lambda: _run_ours(ours, inputs, noise, steps))]
+    arms = {"ours": lambda: _run_ours(ours, inputs, noise, steps)}
     if reference is not None:
-        times["reference"] = {}
-        arms.append(("reference", lambda: _run_reference(reference, inputs, noise, steps, ours.synchronise)))
+        arms["reference"] = lambda: _run_reference(reference, inputs, noise, steps, ours.synchronise)
+    times: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     results = {}
-    for number in range(warm_up + rounds):
-        for arm, call in arms if number % 2 else reversed(arms):
-            results[arm], stages = call()
-            if number >= warm_up:
-                for stage, value in stages.items():
-                    times[arm].setdefault(stage, []).append(value)
-        show_progress("round", number + 1, warm_up + rounds)
+    for order, counted in shuffled_rounds(arms, rounds, warm_up, seed):
+        for arm in order:
+            results[arm], stages = arms[arm]()
+            for stage, value in stages.items() if counted else ():
+                times[arm].setdefault(stage, []).append(value)
     return times, _difference(results, noise)
 
 
@@ -122,7 +145,7 @@ def example_inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return inputs, noise.to(device)
 
 
-def _load(path: Path, arguments: argparse.Namespace):
+def _load(path: Path, arguments: Config):
     """The engine, the network that it runs (without memory when it runs from exported files), and its device and dtype."""
     from gr00t_fast.checkpoint import load_model, open_checkpoint
 
@@ -144,17 +167,15 @@ def _load(path: Path, arguments: argparse.Namespace):
 
 
 def _load_reference(path: Path, device: torch.device, dtype: torch.dtype):
-    from benchmarks.second_reference import SecondReference
+    from benchmarks.lib.reference import SecondReference
 
     return SecondReference(path, dtype).to(device)
 
 
 def _speed_up(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Reference over ours, paired by round: a disturbance of the machine hits both arms of a round alike."""
-    ratios = [theirs / mine for mine, theirs in zip(times["ours"]["total"], times["reference"]["total"], strict=True)]
-    low, high = np.percentile(ratios, [25, 75])
-    best = min(times["reference"]["total"]) / min(times["ours"]["total"])
-    return {"median": round(statistics.median(ratios), 3), "p25": round(float(low), 3), "p75": round(float(high), 3), "of_minima": round(best, 3)}
+    theirs, ours = times["reference"]["total"], times["ours"]["total"]
+    return paired_ratio(theirs, ours) | {"of_minima": round(min(theirs) / min(ours), 3)}
 
 
 def _difference(results: dict[str, torch.Tensor], noise: torch.Tensor) -> dict[str, float] | None:
@@ -167,58 +188,31 @@ def _difference(results: dict[str, torch.Tensor], noise: torch.Tensor) -> dict[s
 
 
 def as_table(result: dict[str, Any]) -> str:
-    rows = [f"{'arm':<10} {'stage':<16} {'p50':>10} {'p95':>10} {'p99':>10} {'floor':>10}  (ms)"]
+    rows = []
     for arm, stages in result["times_ms"].items():
         for stage, p in stages.items():
             floor = result["floor_ms"].get(stage) if arm == "ours" else None
-            rows.append(f"{arm:<10} {stage:<16} {p['p50']:>10.2f} {p['p95']:>10.2f} {p['p99']:>10.2f} {'' if floor is None else f'{floor:.2f}':>10}")
+            rows.append((arm, stage, *(figure(p[name]) for name in ("p50", "p95", "p99")), figure(floor)))
+    lines = [markdown_table(("arm", "stage", "p50 ms", "p95", "p99", "floor"), rows, 2), ""]
     if result["speed_up"]:
-        rows.append("speed-up over the reference modules, paired by round: {median}x (quartiles {p25} to {p75})".format(**result["speed_up"]))
-    rows.append(f"total is {result['total_over_floor']}x the floor of this machine {result['ceilings']}")
-    return "\n".join(rows)
+        lines.append("Speed-up over the reference modules, paired by round: {median}x (quartiles {p25} to {p75}).".format(**result["speed_up"]))
+    return "\n".join([*lines, f"The total is {result['total_over_floor']}x the floor of this machine {result['ceilings']}."])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    from gr00t_fast.optional import require
-
-    require("matplotlib", "plots").use("Agg")
-    import matplotlib.pyplot as plt
-
     stages = ["vision", "language", "refine", "denoise", "refine+denoise"]
-    figure, axis = plt.subplots(figsize=(8, 1 + 0.7 * (1 + len(result["times_ms"]))))
-    for arm, values in {**result["times_ms"], "floor": {s: {"p50": v} for s, v in result["floor_ms"].items()}}.items():
-        left = 0.0
-        for stage in (s for s in stages if s in values):
-            axis.barh(arm, values[stage]["p50"], left=left, color=f"C{stages.index(stage)}", label=stage)
-            left += values[stage]["p50"]
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(handles.values(), handles.keys(), loc="best", fontsize=8)
-    axis.set_xlabel("p50 (ms)")
-    axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of --size is made in --out")
-    parser.add_argument("--size", default="demo", choices=("tiny", "demo", "full"))
-    parser.add_argument("--embodiment_tag", default="new_embodiment")
-    parser.add_argument("--denoising_steps", type=int, help="default: the checkpoint's own")
-    parser.add_argument("--cameras", type=int, default=1)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--engine", default="auto", help="eager, or an export: onnxruntime and its like")
-    parser.add_argument("--engine_path", type=Path, help="directory of the export; default: exports/<engine> in the checkpoint's directory")
-    parser.add_argument("--data_config", default="so100", help="what the export was made for")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--warm_up", type=int, default=2, help="rounds not counted")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; default: torch's own choice")
-    parser.add_argument("--reference", action=argparse.BooleanOptionalAction, default=True, help="time the reference modules too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench_policy"), help="directory for the JSON and the plot")
-    return parser
+    bars = {**result["times_ms"], "floor": {stage: {"p50": value} for stage, value in result["floor_ms"].items()}}
+    with drawing(path, f"one inference: {conditions(result)}", size=(8, 1.4 + 0.7 * len(bars))) as axes:
+        axis = axes[0][0]
+        for arm, values in bars.items():
+            left = 0.0
+            for stage in (stage for stage in stages if stage in values):
+                axis.barh(arm, values[stage]["p50"], left=left, color=f"C{stages.index(stage)}", label=stage)
+                left += values[stage]["p50"]
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(handles.values(), handles.keys(), loc="best", fontsize=8)
+        axis.set_xlabel("p50 (ms)")
+        axis.invert_yaxis()
 
 
 if __name__ == "__main__":

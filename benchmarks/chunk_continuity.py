@@ -2,7 +2,7 @@
 
     python benchmarks/chunk_continuity.py --out=outputs/chunk_continuity          # random demo weights, made in --out
 
-The simulated arm of the demo runs in virtual time; an inference takes exactly `delay` ticks, and the next one begins when it is done. Two figures
+The simulated arm of the demo runs in virtual time; an inference takes `--latency_ms` in whole ticks; the next one begins when it is done. Two figures
 for each tick at which a chunk enters, both of the joint that jumps most, in degrees per second:
 
 * takeover jump: the target that is sent against the one that would have been sent without the new chunk (held, where the old one has run out),
@@ -10,31 +10,43 @@ for each tick at which a chunk enters, both of the joint that jumps most, in deg
 * velocity change: the commanded velocity into this tick against that into the tick before. It is what the arm feels, and has a floor: the changes
   that a chunk makes by itself, printed as `within chunks`.
 
-Two policies: `network`, the checkpoint, and `smooth`, an exactly known flow with smooth chunks (smooth_flow.py) in the network's place, because
+Two policies: `network`, the checkpoint, and `smooth`, an exactly known flow with smooth chunks (SmoothFlow) in the network's place, because
 RANDOM weights make chunks that are neither smooth nor related to one another: there, only what is carried over from the old chunk can join, and
 the velocity change cannot be cut by much, because from row to row within a chunk it is as large as between two chunks.
 
 The column `jitter`: an inference takes 3 ticks, now and then 6 (8 of 100). rtc and prefix commit to the longest of the last 20, as the controller
-does; `late` counts the chunks that took longer than that. No safety limit is applied to the figures. The last line is JSON.
+does; late counts the chunks that took longer than that. No safety limit is applied to the figures.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.program import checkpoint_of, finish, provenance
-from benchmarks.smooth_flow import SmoothFlow
+from benchmarks.lib.program import (
+    PolicyFlags,
+    Result,
+    check_counts,
+    checkpoint_of,
+    conditions,
+    drawing,
+    finish,
+    markdown_table,
+    provenance,
+    read_flags,
+    shuffled_rounds,
+)
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
@@ -42,10 +54,34 @@ from gr00t_fast.control.chunk_buffer import ChunkBuffer, DelayEstimate, TimedChu
 from gr00t_fast.control.controller import PolicyRunner
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
+from gr00t_fast.engine import Engine
 from gr00t_fast.engine.continuation import denoise_towards
 from gr00t_fast.measurement import percentiles
+from gr00t_fast.model.action_head import integrate
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.so100_sim.robot import SimArm
+
+LENGTH_ROWS = 6.0  # over which actions stay similar: a fifth of a second at 30 Hz
+ROUGHNESS = 0.01  # deviation of the white part; the smooth part has 0.5 (joints then use about half of their range)
+DEVIATION = 0.5
+
+
+class SmoothFlow:
+    """Callable as `velocity(actions (B, H, A), step)` for `steps` Euler steps."""
+
+    def __init__(self, horizon: int, steps: int) -> None:
+        rows = torch.arange(horizon, dtype=torch.float64)
+        self.covariance = DEVIATION**2 * torch.exp(-0.5 * ((rows[:, None] - rows) / LENGTH_ROWS) ** 2) + ROUGHNESS**2 * torch.eye(horizon)
+        self.steps = steps
+        self._matrices = [self._matrix(step / steps) for step in range(steps)]
+
+    def _matrix(self, t: float) -> Tensor:
+        s, one = self.covariance, torch.eye(len(self.covariance), dtype=torch.float64)
+        return ((t * s - (1 - t) * one) @ torch.linalg.inv(t**2 * s + (1 - t) ** 2 * one)).float()
+
+    def __call__(self, actions: Tensor, step: int) -> Tensor:
+        return self._matrices[step] @ actions
+
 
 SMOOTHINGS = ("none", "ensemble", "prefix", "rtc")
 METRICS = {"takeover_jump": "takeover jump", "velocity_change_at_boundaries": "velocity change"}
@@ -53,23 +89,18 @@ JITTER, JITTER_TICKS, JITTER_PARTS = "jitter", (3, 6), (0.92, 0.08)
 INSTRUCTION = "Place the block in the bowl"
 
 
-class SmoothEngine:
+class SmoothEngine(Engine):
     """Runs the known flow instead of a network."""
 
-    name, continues = "smooth-flow", True
+    name, continues = "smooth-flow", frozenset({"rtc", "prefix"})
+    device, dtype = torch.device("cpu"), torch.float32
 
-    def run(self, inputs, noise, denoising_steps, timer, goal=None):
+    def run(self, inputs, noise, denoising_steps, timer, continuation=None):
         velocity = SmoothFlow(noise.shape[1], denoising_steps)
         with timer.stage("denoise"), torch.no_grad():
-            if goal is not None:
-                return denoise_towards(velocity, noise, denoising_steps, goal)
-            actions = noise
-            for step in range(denoising_steps):
-                actions = actions + velocity(actions, step) / denoising_steps
-            return actions
-
-    def synchronise(self) -> None:
-        """Nothing runs apart."""
+            if continuation is not None:
+                return denoise_towards(velocity, noise, denoising_steps, continuation)
+            return integrate(velocity, noise, denoising_steps)
 
 
 class Episode:
@@ -88,15 +119,15 @@ class Episode:
         self.arm.connect()
         self.arm.reset(seed)
         policy.reset()
-        facts = policy.facts
-        camera_map = resolve_camera_map(self.arm.cameras, facts.resolutions, None)
-        binding = RobotBinding(policy.get_modality_config(), facts.state_widths, facts.action_widths, self.arm.joint_names, camera_map)
+        metadata = policy.metadata
+        camera_map = resolve_camera_map(self.arm.cameras, metadata.resolutions, None)
+        binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, self.arm.joint_names, camera_map)
         self.runner = PolicyRunner(policy, binding, INSTRUCTION, self.clock)
         self.buffer = ChunkBuffer(ensemble=smoothing == "ensemble")
         self.safety = SafetyFilter(
             self.arm.joint_limits,
             self.arm.joint_names,
-            SafetyOptions(max_following_error_deg=None),  # the plan is studied, not the arm
+            SafetyOptions(max_speed_deg_s=180.0, max_following_error_deg=None),  # the plan is studied, not the arm
             fps=self.fps,
             units_per_deg=self.arm.units_per_deg,
         )
@@ -167,25 +198,28 @@ def cost_of_a_step(policy: Any, rounds: int) -> dict[str, Any]:
     """Denoising time per step in ms, the ways taking turns."""
     observation = policy.example_observation(INSTRUCTION)
     old, times = policy.get_action(observation), {"none": [], "prefix": [], "rtc": []}
-    for number in range(rounds + 2):
-        for method, samples in times.items():
+    for order, counted in shuffled_rounds(times, rounds, 2):
+        for method in order:
             prefix = None if method == "none" else ActionPrefix({key: rows[2:] for key, rows in old.items()}, 4, method)
             policy.get_action(observation, prefix=prefix)
-            if number >= 2:
-                samples.append(policy.last_timing["denoise"] / policy.denoising_steps)
+            if counted:
+                times[method].append(policy.last_timing["denoise"] / policy.denoising_steps)
     result = {method: percentiles(samples) for method, samples in times.items()}
     return {"ms_per_step": result, "rtc_over_none": round(result["rtc"]["p50"] / result["none"]["p50"], 2)}
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: Config) -> dict[str, Any]:
+    check_counts(arguments, "ticks", "rounds")
+    check_counts(arguments, "latency_ms", least=0)
+    ticks = dict.fromkeys(str(round(arguments.fps * ms / 1000)) for ms in arguments.latency_ms)
     path = checkpoint_of(arguments)
-    policies = {name: _load(path, arguments) for name in arguments.policies}
+    policies = {name: load_policy(path, **arguments.options()) for name in arguments.policies}
     for name, policy in policies.items():
         if name == "smooth":
             policy.engine = SmoothEngine()
     table: dict[str, Any] = {}
     for name, policy in policies.items():
-        for delay in (*map(str, arguments.delays), JITTER):
+        for delay in (*ticks, JITTER):
             for smoothing in SMOOTHINGS:
                 episode = Episode(policy, smoothing, delay, arguments.fps, arguments.seed)
                 table.setdefault(name, {}).setdefault(smoothing, {})[delay] = jumps_of(episode, arguments.ticks)
@@ -200,6 +234,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "cost": cost_of_a_step(policies["network"], arguments.rounds) if "network" in policies else None,
         "denoising_steps": next(iter(policies.values())).denoising_steps,
         "weights": str(arguments.model_path) if arguments.model_path else "RANDOM (demo size): chunks are unrelated to each other and to the scene",
+        "device": str(next(iter(policies.values())).device),
+        "engine": next(iter(policies.values())).engine.name,
+        "rounds": arguments.rounds,
         "ticks": arguments.ticks,
         "fps": arguments.fps,
         **provenance(arguments.seed),
@@ -220,43 +257,23 @@ def _ratio(without: dict[str, Any], with_it: dict[str, Any], metric: str) -> flo
     return round(high["max"] / low["max"], 1) if high and low and low["max"] else None
 
 
-def _load(path: Path, arguments: argparse.Namespace) -> Any:
-    return load_policy(
-        path,
-        arguments.embodiment_tag,
-        arguments.data_config,
-        denoising_steps=arguments.denoising_steps,
-        device=arguments.device,
-        precision=arguments.precision,
-        engine="eager",
-        seed=arguments.seed,
-    )
-
-
-def as_table(result: dict[str, Any]) -> str:
-    lines = []
+def as_table(result: Result) -> str:
+    parts = []
     for name, arms in result["jumps"].items():
+        delays = list(arms["none"])
         for metric, cuts in zip(METRICS, (result["cut_of_the_largest_jump"], result["cut_of_the_largest_velocity_change"]), strict=True):
-            lines += ["", f"{name}: largest {METRICS[metric]} at a chunk boundary, {result['unit']}", *_block(arms, metric, cuts[name])]
-        lines.append(_line("late", [rows["late_chunks"] for rows in arms["rtc"].values()]))
+            rows = [(way, *(_largest(row[metric]) for row in by_delay.values())) for way, by_delay in arms.items()]
+            if metric == "velocity_change_at_boundaries":
+                rows.append(("within chunks", *(_largest(row["velocity_change_within_chunks"]) for row in arms["none"].values())))
+            rows += [(f"cut by {way}", *("-" if cut is None else f"{cut}x" for cut in by_delay.values())) for way, by_delay in cuts[name].items()]
+            parts.append(f"{name}: largest {METRICS[metric]} at a chunk boundary, {result['unit']}")
+            parts.append(markdown_table(("delay (ticks)", *delays), rows))
+        late = ", ".join(f"{rows['late_chunks']} at {delay}" for delay, rows in arms["rtc"].items() if rows["late_chunks"])
+        parts.append(f"Chunks that came later than was committed (late): {late or 'none'}.")
     if result["cost"]:
         steps = ", ".join(f"{way} {row['p50']:.2f}" for way, row in result["cost"]["ms_per_step"].items())
-        lines += ["", f"one denoising step (p50, ms): {steps}; rtc costs {result['cost']['rtc_over_none']}x"]
-    return "\n".join([*lines, f"weights: {result['weights']}"])
-
-
-def _block(arms: dict[str, Any], metric: str, cuts: dict[str, Any]) -> Iterator[str]:
-    yield _line("delay (ticks)", arms["none"])
-    for way, rows in arms.items():
-        yield _line(way, [_largest(row[metric]) for row in rows.values()])
-    if metric == "velocity_change_at_boundaries":
-        yield _line("within chunks", [_largest(row["velocity_change_within_chunks"]) for row in arms["none"].values()])
-    for way, by_delay in cuts.items():
-        yield _line(f"cut by {way}", ["-" if cut is None else f"{cut}x" for cut in by_delay.values()])
-
-
-def _line(name: str, cells: Iterable[object]) -> str:
-    return f"{name:<16}" + "".join(f"{cell:>9}" for cell in cells)
+        parts.append(f"One denoising step (p50, ms): {steps}; rtc costs {result['cost']['rtc_over_none']}x.")
+    return "\n\n".join([*parts, f"Weights: {result['weights']}."])
 
 
 def _largest(figures: dict[str, float] | None) -> str:
@@ -264,48 +281,36 @@ def _largest(figures: dict[str, float] | None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    from gr00t_fast.optional import require
-
-    require("matplotlib", "plots").use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(result["jumps"]), figsize=(5.5 * len(result["jumps"]), 7), squeeze=False, sharex=True, sharey=True)
     titles = {"network": "the checkpoint's network", "smooth": "a known flow with smooth chunks"}
-    for line, metric in zip(axes, METRICS, strict=True):
-        for axis, (name, arms) in zip(line, result["jumps"].items(), strict=True):
-            for way, rows in arms.items():
-                points = [(int(delay), row[metric]["max"]) for delay, row in rows.items() if delay != JITTER and row[metric]]
-                axis.semilogy(*zip(*points, strict=True), marker="o", markersize=4, label=way)
-            axis.set_title(titles[name], fontsize=10)
-            axis.set_xlabel("delay (ticks)")
-            axis.grid(alpha=0.3, which="both")
-        line[0].set_ylabel(f"largest {METRICS[metric]}\n({result['unit']})", fontsize=9)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    said = f"chunk boundaries, weights {result['weights'].split(' (')[0]}, {conditions(result)}, {result['ticks']} ticks at {result['fps']:g} Hz"
+    size = (5.5 * len(result["jumps"]), 7)
+    with drawing(path, said, 2, len(result["jumps"]), size, sharex=True, sharey=True) as axes:
+        for line, metric in zip(axes, METRICS, strict=True):
+            for axis, (name, arms) in zip(line, result["jumps"].items(), strict=True):
+                for way, rows in arms.items():
+                    points = [(int(delay), row[metric]["max"]) for delay, row in rows.items() if delay != JITTER and row[metric]]
+                    axis.semilogy(*zip(*points, strict=True), marker="o", markersize=4, label=way)
+                axis.set_title(titles[name], fontsize=10)
+                axis.set_xlabel("delay (ticks)")
+                axis.grid(alpha=0.3, which="both")
+            line[0].set_ylabel(f"largest {METRICS[metric]}\n({result['unit']})", fontsize=9)
+        axes[0][0].legend(fontsize=8)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return finish("chunk_continuity", _parser().parse_args(argv), run, as_table, plot)
+@dataclass
+class Config(PolicyFlags):
+    engine: str = "eager"  # how the network is run; one that can continue a chunk
+    latency_ms: list[float] = field(default_factory=lambda: [0.0, 33.0, 67.0, 100.0, 133.0, 167.0, 200.0, 233.0, 267.0])  # rounded to ticks of --fps
+    policies: list[Literal["network", "smooth"]] = field(default_factory=lambda: ["network", "smooth"])  # see above
+    ticks: int = 90  # of the control loop per run
+    fps: float = 30.0  # control rate
+    rounds: int = 20  # calls per way when timing a step
+    out: Path = Path("outputs/chunk_continuity")  # directory for JSON, table and plot
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of demo size is made in --out")
-    parser.add_argument("--embodiment_tag", default="new_embodiment")
-    parser.add_argument("--data_config", default="so100")
-    parser.add_argument("--denoising_steps", type=int, help="default: the checkpoint's own")
-    parser.add_argument("--delays", type=int, nargs="+", default=list(range(9)), help="ticks per inference")
-    parser.add_argument("--policies", nargs="+", choices=("network", "smooth"), default=["network", "smooth"])
-    parser.add_argument("--ticks", type=int, default=90, help="per run")
-    parser.add_argument("--fps", type=float, default=30.0)
-    parser.add_argument("--rounds", type=int, default=20, help="calls per way when timing a step")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/chunk_continuity"), help="directory for the JSON and the plot")
-    return parser
+def main(argv: Sequence[str] | None = None) -> int:
+    config = read_flags(Config, argv, __doc__)
+    return finish("chunk_continuity", config, run, as_table, plot)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 
 Needs a Python with torch (CUDA), triton, numpy, safetensors and opencv, and for step A pytest; this file itself uses the standard library only. What
 is missing is said and not counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay one JSON
-file and one log per step, and result.txt: a table, and whether what the project promises of an H200 (benchmarks/targets.py) was kept by the steps so
+file and one log per step, and result.txt: a table, and whether what the project promises of an H200 was kept by the steps so
 far. A broken promise is said and does not change the exit code, which is about parts that broke.
 """
 
@@ -26,12 +26,111 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.targets import verdicts
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
+
+
+_BF16, _FP8 = "bf16", "fp8"
+_P50_LIMITS_MS = ((_BF16, 4, 7.0), (_BF16, 4, 5.0), (_BF16, 2, 3.5), (_FP8, 4, 5.0), (_FP8, 4, 4.0))  # format, denoising steps
+_P99_OVER_P50 = 1.25
+_TIMES_AS_FAST = 6.0  # as the reference modules
+_LEAST_CALLS, _LEAST_OBSERVATIONS = 1000, 100
+_FULL_SIZE = 1e9  # parameters: everything else is a toy, whose speed says nothing
+_NO_PRODUCT = ("eager", "reference")  # what engines are compared with
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line: what was promised, what was measured, by which engine."""
+
+    promise: str
+    outcome: Literal["PASS", "FAIL", "not measured"]
+    detail: str
+
+    def line(self) -> str:
+        return f"{self.outcome:<12} {self.promise:<52} {self.detail}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine at one step count."""
+
+    engine: str
+    format: str
+    steps: int
+    times: Mapping[str, float]
+    faster: Mapping[str, Any]
+
+
+def verdicts(results: Iterable[Any]) -> list[Verdict]:
+    """results: what bench_engines left, in any order; anything else is passed over."""
+    found = [each for each in results if isinstance(each, dict) and each.get("benchmark") == "bench_engines" and "engines" in each]
+    trained = [each for each in found if not each["network"].startswith("random")]
+    wrong = {name for each in trained for name, engine in each["engines"].items() if not engine["within_limit"]}
+    rows = [row for each in found for row in _rows(each) if row.engine not in wrong]
+    return [*(_p50(rows, *promised) for promised in _P50_LIMITS_MS), _spread(rows), _speed_up(rows), *_accuracy(trained)]
+
+
+def _judged(promise: str, kept: bool | None, detail: str = "") -> Verdict:
+    return Verdict(promise, "not measured" if kept is None else "PASS" if kept else "FAIL", detail)
+
+
+def _fastest(rows: list[Row], format: str, steps: int) -> Row | None:
+    return min((row for row in rows if (row.format, row.steps) == (format, steps)), key=lambda row: row.times["p50"], default=None)
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
+    """What counts for speed: the published size, on a GPU, one camera, enough calls."""
+    if result["parameters"] < _FULL_SIZE or not result["device"].startswith("cuda") or result["cameras"] != 1:
+        return
+    for name, engine in result["engines"].items():
+        for steps, times in engine["times_ms"].items():
+            if name not in _NO_PRODUCT and times["count"] >= _LEAST_CALLS:
+                yield Row(name, engine["arithmetic"], int(steps), times, engine["times_as_fast_as"][steps])
+
+
+def _p50(rows: list[Row], format: str, steps: int, limit_ms: float) -> Verdict:
+    promise, best = f"p50 <= {limit_ms:g} ms, {format}, {steps} steps", _fastest(rows, format, steps)
+    if best is None:
+        return _judged(promise, None)
+    return _judged(promise, best.times["p50"] <= limit_ms, f"{best.times['p50']:.2f} ms ({best.engine}, {best.times['count']} calls)")
+
+
+def _spread(rows: list[Row]) -> Verdict:
+    """Of the fastest engine in 16 bits, which is the one to be used."""
+    promise, best = f"p99 <= {_P99_OVER_P50:g} x p50, {_BF16}, 4 steps", _fastest(rows, _BF16, 4)
+    if best is None:
+        return _judged(promise, None)
+    over = best.times["p99"] / best.times["p50"]
+    return _judged(promise, over <= _P99_OVER_P50, f"{over:.2f} (p99 {best.times['p99']:.2f} ms, {best.engine})")
+
+
+def _speed_up(rows: list[Row]) -> Verdict:
+    """Against the reference modules; where they are not installed against our eager engine, which does less than they do: the line then says so."""
+    promise = f">= {_TIMES_AS_FAST:g} x the reference modules, {_BF16}, 4 steps"
+    for of, words in (("reference", ""), ("eager", ", against our eager: the reference modules are not installed, and do more")):
+        known = [(row.faster[of]["median"], row.engine) for row in rows if (row.format, row.steps) == (_BF16, 4) and row.faster.get(of)]
+        if known:
+            times, engine = max(known)
+            return _judged(promise, times >= _TIMES_AS_FAST, f"{times:.2f} x ({engine}{words})")
+    return _judged(promise, None)
+
+
+def _accuracy(trained: list[Mapping[str, Any]]) -> list[Verdict]:
+    """One line for each engine of each network."""
+    lines = []
+    for result in trained:
+        for name, engine in result["engines"].items():
+            promise = f"actions of {name} near eager fp32, {result['network']}"
+            detail = f"p99 {engine['error_deg']['p99']:.3f} in joint units over {result['observations']} observations"
+            enough = result["observations"] >= _LEAST_OBSERVATIONS
+            lines.append(_judged(promise, engine["within_limit"] if enough else None, detail))
+    return lines or [_judged("actions near eager fp32, trained network", None)]
+
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = "checkpoints/so100-sim-reach"  # degrees mean something on trained weights only
@@ -93,16 +192,16 @@ def _tests(device: str, size: str, scratch: Path) -> list[Part]:
 
 def _engines(name: str, device: str, scratch: Path, limit_s: float, *flags: str, **options: Any) -> Part:
     """bench_engines; a rehearsal has few calls."""
-    short = () if device == "cuda" else ("--rounds=2", "--observations=2")
-    command = ("benchmarks/bench_engines.py", f"--device={device}", "--precision=bf16", *flags, *short, f"--out={scratch / name}")
+    short = () if device == "cuda" else ("--rounds=2", "--frames=2")
+    command = ("benchmarks/bench_engines.py", f"--device={device}", "--precision=bf16", *flags, *short, "--json", f"--out={scratch / name}")
     return Part(name, command, limit_s, **options)
 
 
 def _graphs(device: str, size: str, scratch: Path) -> list[Part]:
     engines = ("eager", "cuda_graph", "cuda_graph+triton") if device == "cuda" else ("eager",)
     reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
-    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--observations=20", "--stages", "--at_hz=30")
-    trained = (f"--model_path={TRAINED}", "--rounds=100", "--observations=100")
+    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=20", "--stages", "--at_hz=30")
+    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
     return [
         _engines("trained", device, scratch, 120.0, "--engines", *engines, *reference, *trained),
         _engines("full", device, scratch, 330.0, "--engines", *engines, *full, "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2"),
@@ -112,8 +211,8 @@ def _graphs(device: str, size: str, scratch: Path) -> list[Part]:
 
 def _kernels_and_fp8(device: str, size: str, scratch: Path) -> list[Part]:
     kernels = ("--kernels", "--engines", "none", f"--size={size}", "--rounds=50")
-    trained = (f"--model_path={TRAINED}", "--calibration_frames=64", "--rounds=100", "--observations=100")
-    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--observations=4")
+    trained = (f"--model_path={TRAINED}", "--calibration_frames=64", "--rounds=100", "--frames=100")
+    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=4")
     return [
         _engines("fp8 trained", device, scratch, 180.0, "--engines", "eager", "fp8", *trained, needs_gpu=True),
         _engines("fp8 full", device, scratch, 240.0, "--engines", "eager", "cuda_graph", "fp8", *full, "--stages", needs_gpu=True),
@@ -122,12 +221,12 @@ def _kernels_and_fp8(device: str, size: str, scratch: Path) -> list[Part]:
 
 
 def _compilers(device: str, size: str, scratch: Path) -> list[Part]:
-    trained = (f"--model_path={TRAINED}", "--rounds=100", "--observations=100")
+    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
     engines = scratch / "engines"
     library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
     rtx = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
     build = ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={engines}")
-    full = (f"--size={size}", "--rounds=1000", "--observations=4", "--stages")
+    full = (f"--size={size}", "--rounds=1000", "--frames=4", "--stages")
     return [
         _engines("compiled trained", device, scratch, 150.0, "--engines", "eager", "compiled", *trained),
         _engines("compiled full", device, scratch, 240.0, "--engines", "eager", "cuda_graph", "compiled", *full, needs_gpu=True),
@@ -137,7 +236,8 @@ def _compilers(device: str, size: str, scratch: Path) -> list[Part]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args([re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
     gpu = describe_gpu() if options.device == "cuda" else {"name": "no GPU: a rehearsal", "cuda": None}
     if gpu is None:
         print("error: this Python has no torch with a CUDA GPU. Run where it has one, or name another interpreter: make gpu-check PYTHON=...")
@@ -157,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """argparse, and not the flags of the other programs: those need draccus, which a bare machine lacks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--step", nargs="+", choices=tuple(STEP_LIMITS_S), default=list(STEP_LIMITS_S), help="default: all, one after the other")
     parser.add_argument(
@@ -182,15 +283,10 @@ def describe_gpu() -> dict[str, Any] | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that decide about speed; None for one that is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distribution
 
-    found: dict[str, str | None] = {}
-    for package in ("torch", "triton", "transformers", "safetensors", "numpy", "lerobot", "tensorrt_rtx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    packages = ("torch", "triton", "transformers", "safetensors", "numpy", "lerobot", "tensorrt_rtx")
+    return {package: distribution(package).version if _is_there(package) else None for package in packages}
 
 
 def _is_there(package: str) -> bool:

@@ -1,7 +1,7 @@
 """How many actions a chunk must have, and when to think again, from measured latency.
 
     python benchmarks/inference_profiler.py --model_path=DIR --fps=30
-    python benchmarks/inference_profiler.py --latency=measured:outputs/bench_policy/bench_policy.json --fps=50
+    python benchmarks/inference_profiler.py --latency_ms=measured:outputs/bench_policy/bench_policy.json --fps=50
 
 An observation is `delay` ticks old when its actions arrive: delay = ceil(p99 of the latency * fps). A controller that drops the elapsed actions and
 must never run out needs
@@ -13,17 +13,16 @@ must never run out needs
 frames there. The margin is 4 ticks: one for the tick an answer arrives in, the rest for threads that
 wake up late. p99, not the mean: one late chunk in a hundred still comes every minute or so, and it is the one that is seen. The latency is of
 `get_action`; a camera's own delay comes on top and is not measured here. One configuration, calls one after the other, after warm-up; for its
-floor see bench_policy.py. The last line is JSON.
+floor see bench_policy.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.program import checkpoint_of, finish, provenance, show_progress
-from benchmarks.replay_study.delay import parse_delay
-from benchmarks.replay_study.needs import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions
+from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
+from benchmarks.lib.program import (
+    PolicyFlags,
+    checkpoint_of,
+    conditions,
+    drawing,
+    finish,
+    markdown_table,
+    provenance,
+    read_flags,
+    show_progress,
+    weights_of,
+)
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
@@ -60,18 +69,18 @@ class Advice:
     reason: str
 
 
-def profile(policy: Policy, observation: dict[str, Any], calls: int = 100, warm_up: int = 3) -> list[float]:
+def profile(policy: Policy, observation: dict[str, Any], rounds: int = 100, warm_up: int = 3) -> list[float]:
     """Latency of each call in seconds. Raises ConfigError for fewer than 50 calls."""
-    if calls < _ENOUGH_CALLS:
-        raise ConfigError(f"--calls={calls}: at least {_ENOUGH_CALLS} are needed to say anything about the 99th percentile.")
+    if rounds < _ENOUGH_CALLS:
+        raise ConfigError(f"--rounds={rounds}: at least {_ENOUGH_CALLS} are needed to say anything about the 99th percentile.")
     for _ in range(warm_up):
         policy.get_action(observation)
     latencies_s = []
-    for number in range(calls):
+    for number in range(rounds):
         began_s = time.perf_counter()
         policy.get_action(observation)  # returns arrays: whatever computed them has finished
         latencies_s.append(time.perf_counter() - began_s)
-        show_progress("call", number + 1, calls)
+        show_progress("call", number + 1, rounds)
     return latencies_s
 
 
@@ -114,16 +123,18 @@ def highest_fps(p99_s: float, actions_per_chunk: int) -> float:
     return math.floor(10 * best + 1e-6) / 10 if math.isfinite(best) else best
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.latency:
-        delay = parse_delay(arguments.latency)
+def run(arguments: Config) -> dict[str, Any]:
+    if arguments.latency_ms:
+        delay = parse_latency(arguments.latency_ms)
         latency_ms = {"p50": 1000 * delay.at(0.5), "p95": 1000 * delay.at(0.95), "p99": 1000 * delay.at(0.99)}
         horizon, latencies_s = arguments.actions_per_chunk or _TRAINED_HORIZON, None
     else:
-        policy = _load(arguments)
+        from gr00t_fast import load_policy  # imports torch
+
+        policy = load_policy(checkpoint_of(arguments), **arguments.options())
         observation = policy.example_observation(_INSTRUCTION)
         horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
-        latencies_s = profile(policy, observation, arguments.calls, arguments.warm_up)
+        latencies_s = profile(policy, observation, arguments.rounds, arguments.warm_up)
         latency_ms = percentiles(1000 * np.array(latencies_s))
     advice = [advise(latency_ms["p99"] / 1000, fps, horizon) for fps in arguments.fps]
     return {
@@ -131,7 +142,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "latency_ms": latency_ms,
         "samples_ms": None if latencies_s is None else [round(1000 * value, 3) for value in latencies_s],
         "advice": [_finite(asdict(each)) for each in advice],
-        "weights": "RANDOM (demo size)" if not (arguments.model_path or arguments.latency) else Path(arguments.model_path or arguments.latency).name,
+        "weights": f"latency {Path(arguments.latency_ms).name}" if arguments.latency_ms else weights_of(arguments),
+        "engine": None if latencies_s is None else policy.engine.name,
+        "device": None if latencies_s is None else str(policy.device),
+        "rounds": None if latencies_s is None else len(latencies_s),
         **provenance(arguments.seed),
     }
 
@@ -141,68 +155,43 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()}
 
 
-def _load(arguments: argparse.Namespace) -> Any:
-    from gr00t_fast import load_policy  # imports torch
-
-    options = ("embodiment_tag", "data_config", "denoising_steps", "device", "precision", "engine", "seed")
-    return load_policy(checkpoint_of(arguments), **{name: getattr(arguments, name) for name in options})
-
-
 def as_table(result: dict[str, Any]) -> str:
     p = result["latency_ms"]
-    lines = [f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})", ""]
-    lines += ["| fps | delay, ticks | needed actions | has | controller | chunk_threshold | highest fps without pauses |", "|---" * 7 + "|"]
-    for row in result["advice"]:
-        cells = [row[key] for key in ("delay_ticks", "needed_actions_per_chunk", "actions_per_chunk", "controller", "chunk_threshold")]
-        lines.append(
-            f"| {row['fps']:g} | " + " | ".join("-" if cell is None else str(cell) for cell in [*cells, row["highest_fps_without_pauses"]]) + " |"
-        )
-    return "\n".join([*lines, "", *(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])])
+    names = {"delay, ticks": "delay_ticks", "needed actions": "needed_actions_per_chunk", "has": "actions_per_chunk", "controller": "controller"}
+    names |= {"chunk_threshold": "chunk_threshold", "highest fps without pauses": "highest_fps_without_pauses"}
+    rows = [(f"{row['fps']:g}", *("-" if row[key] is None else row[key] for key in names.values())) for row in result["advice"]]
+    measured = f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})"
+    reasons = "\n".join(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])
+    return "\n\n".join([measured, markdown_table(("fps", *names), rows), reasons])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Needed actions by control rate, against what the policy has."""
-    from gr00t_fast.optional import require
+    with drawing(path, f"actions a chunk must have: {result['weights']}, {conditions(result)}", size=(6, 3.7)) as axes:
+        axis, rates = axes[0][0], np.arange(1, 101)
+        for name in ("p50", "p99"):
+            delays = np.ceil(result["latency_ms"][name] / 1000 * rates - 1e-9).astype(int)
+            axis.plot(rates, [needed_actions(int(delay)) for delay in delays], label=f"needed at the {name} latency")
+        axis.axhline(result["advice"][0]["actions_per_chunk"], color="k", linewidth=1, linestyle="--", label="actions per chunk")
+        axis.set_xlabel("control rate (Hz)")
+        axis.set_ylabel("actions per chunk")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
 
-    require("matplotlib", "plots").use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    rates = np.arange(1, 101)
-    for name in ("p50", "p99"):
-        delays = np.ceil(result["latency_ms"][name] / 1000 * rates - 1e-9).astype(int)
-        axis.plot(rates, [needed_actions(int(delay)) for delay in delays], label=f"needed at the {name} latency")
-    axis.axhline(result["advice"][0]["actions_per_chunk"], color="k", linewidth=1, linestyle="--", label="actions per chunk")
-    axis.set_xlabel("control rate (Hz)")
-    axis.set_ylabel("actions per chunk")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+@dataclass
+class Config(PolicyFlags):
+    latency_ms: str | None = None  # instead of measuring: milliseconds, or measured:FILE[#PLACE] (percentiles in a benchmark's JSON)
+    fps: list[float] = field(default_factory=lambda: [30.0, 50.0])  # control rates to advise on
+    actions_per_chunk: int | None = None  # default: what the policy answers; with --latency_ms 16
+    rounds: int = 100  # timed calls, at least 50
+    warm_up: int = 3  # calls before them that are not counted
+    processor_path: Path | None = None  # directory with the tokenizer's files; default: looked up
+    out: Path = Path("outputs/inference_profiler")  # directory for JSON, table and plot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("inference_profiler", _parser().parse_args(argv), run, as_table, plot)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model_path", type=Path, help="checkpoint directory; without it a random one of demo size is made in --out")
-    parser.add_argument("--latency", help="instead of measuring: seconds, or measured:FILE[#PLACE] (percentiles in ms in a benchmark's JSON)")
-    parser.add_argument("--fps", type=float, nargs="+", default=[30.0, 50.0], help="control rates to advise on")
-    parser.add_argument("--actions_per_chunk", type=int, help="default: what the policy answers; with --latency 16")
-    parser.add_argument("--calls", type=int, default=100, help="at least 50")
-    parser.add_argument("--warm_up", type=int, default=3, help="calls not counted")
-    parser.add_argument("--embodiment_tag", default="new_embodiment")
-    parser.add_argument("--data_config", default="so100")
-    parser.add_argument("--denoising_steps", type=int, help="default: the checkpoint's own")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--engine", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/inference_profiler"), help="directory for the JSON, the table and the plot")
-    return parser
+    return finish("inference_profiler", read_flags(Config, argv, __doc__), run, as_table, plot)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.program import show_progress
-from benchmarks.work import Ceilings, measure_ceilings, stage_work
+from benchmarks.lib.program import show_progress
+from benchmarks.lib.work import Ceilings, measure_ceilings, stage_work
+from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.graph import GraphEngine
-from gr00t_fast.engine.static_call import CallShape, RawInputs, StaticCall
+from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.policy import Gr00tPolicy
@@ -24,22 +25,22 @@ Call = Callable[[], Any]
 Repeatable = CapturedGraph | Call  # of `repeatable`
 
 
-def stages_of(engine: GraphEngine, raw: RawInputs, denoising_steps: int, seed: int) -> dict[str, Call]:
+def stages_of(engine: GraphEngine, inputs: PolicyInputs, denoising_steps: int, seed: int) -> dict[str, Call]:
     """pixels, vision, language, refine, denoise for one observation, each from what the stage before left."""
-    call = StaticCall(engine.model, CallShape.of(raw, denoising_steps), engine.to_pixels, engine.stages)
-    call.fill(raw, torch.randn(call.actions.shape, generator=torch.Generator().manual_seed(seed)))
+    call = StaticCall(engine.model, CallShape.of(inputs, denoising_steps), engine.stages)
+    call.fill(inputs, torch.randn(call.actions.shape, generator=torch.Generator().manual_seed(seed)))
     call.upload()
     stages = engine.stages
     with torch.no_grad():  # as the engine does: another mode would compile everything once more
-        inputs, noise = call.model_inputs(call.pixels()), call.noise()
-        tokens = stages.encode_vision(inputs.pixel_values)
-        features = stages.encode_language(inputs, tokens)
-        condition = stages.condition(stages.refine(features), inputs.state)
+        tensors, noise = call.model_inputs(call.pixels()), call.noise()
+        tokens = stages.encode_vision(tensors.pixel_values)
+        features = stages.encode_language(tensors, tokens)
+        condition = stages.condition(stages.refine(features), tensors.state)
     return {
         "pixels": call.pixels,
-        "vision": lambda: stages.encode_vision(inputs.pixel_values),
-        "language": lambda: stages.encode_language(inputs, tokens),
-        "refine": lambda: stages.condition(stages.refine(features), inputs.state),
+        "vision": lambda: stages.encode_vision(tensors.pixel_values),
+        "language": lambda: stages.encode_language(tensors, tokens),
+        "refine": lambda: stages.condition(stages.refine(features), tensors.state),
         "denoise": lambda: stages.denoise(noise, condition, call.tables),
     }
 
@@ -47,7 +48,7 @@ def stages_of(engine: GraphEngine, raw: RawInputs, denoising_steps: int, seed: i
 def measure_stages(policy: Gr00tPolicy, observation: dict[str, Any], rounds: int, seed: int) -> dict[str, Any]:
     """Of a policy with a GraphEngine. Per stage: time, FLOP and bytes of weights, and the floor at ceilings measured here. On a GPU each stage is a
     graph of its own; kernels are counted last, because the profiler slows down what comes after it."""
-    engine, raw = policy.engine, policy.raw_inputs(observation)
+    engine, raw = policy.engine, policy.preprocess(observation)
     calls = {name: repeatable(call, engine.device) for name, call in stages_of(engine, raw, policy.denoising_steps, seed).items()}
     before = measure_ceilings(engine.device, engine.dtype)
     times = in_turns(calls, rounds, engine.device)
@@ -64,7 +65,7 @@ def measure_stages(policy: Gr00tPolicy, observation: dict[str, Any], rounds: int
 
 
 def measure_kernels(pairs: Mapping[str, Any], device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Each pair of benchmarks/kernel_pairs.py: error against fp64 and, on a GPU, microseconds of the kernel, of torch and of torch.compile in its
+    """Each pair of benchmarks/lib/kernel_pairs.py: error against fp64 and, on a GPU, microseconds of the kernel, of torch and of torch.compile in its
     place, each call with inputs of its own, more than the caches hold, because weights come from memory in an inference too."""
     found: dict[str, Any] = {name: {"error": pair.error()} for name, pair in pairs.items()}
     if device.type != "cuda":

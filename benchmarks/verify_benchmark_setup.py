@@ -7,13 +7,13 @@ Exit code 0 when every policy answered. Nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
@@ -21,35 +21,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
-from benchmarks.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLISHED_MEMORY_GB, Setting, observation_of
+from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLISHED_MEMORY_GB, Setting, observation_of
+from benchmarks.lib.program import count_of, provenance, read_flags
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import Gr00tFastError, attempt
-from gr00t_fast.measurement import machine, versions
 
 _PACKAGES = {"lerobot": "robot", "num2words": "bench", "diffusers": "bench", "transformers": "bench", "matplotlib": "plots"}
 
 
+@dataclass
+class Config:
+    device: str = "auto"  # cpu, cuda, ...; auto: a GPU where there is one
+    seed: int = 0  # of weights and observations
+    json: bool = False  # also print the result as one line of JSON, the last of the output
+    out: Path = Path("outputs/simple_benchmark")  # where simple_benchmark will write: its disk is looked at
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("outputs/simple_benchmark"), help="where simple_benchmark will write: its disk is looked at")
-    arguments = parser.parse_args(argv)
-    failed, code = attempt(lambda: _check(arguments), "interrupted: not everything was checked")
+    config = read_flags(Config, argv, __doc__)
+    failed, code = attempt(lambda: _check(config), "interrupted: not everything was checked")
     return code if failed is None else int(bool(failed))
 
 
-def _check(arguments: argparse.Namespace) -> list[str]:
+def _check(config: Config) -> list[str]:
     """Says what was found; returns what failed."""
-    device = select_device(arguments.device)
+    device = select_device(config.device)
     outcomes = {f"package {name}": _package(name, extra) for name, extra in _PACKAGES.items()}
-    outcomes |= {f"policy {name}": _policy(name, device, arguments.seed) for name in BUILDERS}
+    outcomes |= {f"policy {name}": _policy(name, device, config.seed) for name in BUILDERS}
     for what, problem in outcomes.items():
         print(f"{'ok  ' if problem is None else 'FAIL'} {what}{'' if problem is None else f': {problem}'}")
-    for note in _notes(arguments.out):
+    for note in _notes(config.out):
         print(f"note {note}")
     failed = [what for what, problem in outcomes.items() if problem is not None]
-    print(json.dumps({"benchmark": "verify_benchmark_setup", "device": str(device), "failed": failed, "machine": machine(), "versions": versions()}))
+    print("simple_benchmark can run here" if not failed else f"simple_benchmark cannot run all of it here: {count_of(len(failed), 'check')} failed")
+    if config.json:
+        print(json.dumps({"benchmark": "verify_benchmark_setup", "device": str(device), "failed": failed, **provenance(config.seed)}))
     return failed
 
 

@@ -7,7 +7,7 @@ computation in a way this implementation does not cover are refused here, by nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gr00t_fast.errors import CheckpointError, closest, shown
@@ -45,6 +45,24 @@ class LanguageConfig:
     rope_theta: float
     vocab_size: int
     image_token_id: int
+    final_norm: bool = True  # whether features are taken behind the final norm
+    mrope_sections: tuple[int, int, int] | None = None  # frequencies for time, row and column; None: tokens have one position
+
+
+@dataclass(frozen=True)
+class QwenVisionConfig:
+    """Qwen3-VL's tower, its merger and its deepstack mergers."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    frames_per_patch: int  # of a video; a picture is repeated as often
+    merge_size: int  # patches per side that become one token
+    grid: int  # learnt positions per side
+    deepstack: tuple[int, ...]  # blocks whose output is given to the language model too
+    layer_norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,13 +95,14 @@ class ActionHeadConfig:
     use_vlln: bool
     dit: TransformerConfig
     vl_attention: TransformerConfig
+    attend_text_every: int | None = None  # one in so many cross-attending blocks sees the text, the others the pictures; None: each sees all
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides a tensor's shape."""
+    """Everything that decides a tensor's shape. The kind of `vision` tells the network: VisionConfig is N1.5's, QwenVisionConfig N1.7's."""
 
-    vision: VisionConfig
+    vision: VisionConfig | QwenVisionConfig
     language: LanguageConfig
     head: ActionHeadConfig
 
@@ -92,8 +111,8 @@ class ModelConfig:
         """Build from the checkpoint's `config.json` and Eagle's `config.json`. Raises CheckpointError."""
         if config.get("model_type") != "gr00t_n1_5":
             raise CheckpointError(
-                f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5'. "
-                "This library runs GR00T N1.5 only; N1.6 and later have another network."
+                f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5' or 'Gr00tN1d7'. "
+                "This library runs GR00T N1.5 and N1.7; N1.6 and others have another network."
             )
         head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
         _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
@@ -169,12 +188,12 @@ def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str)
 def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> None:
     for source, assumed, file in ((config, _ASSUMED, "config.json"), (eagle, _ASSUMED_EAGLE, "eagle2_hg_model/config.json")):
         for path, allowed in assumed.items():
-            value = _look_up(source, path, default=allowed[0])
+            value = look_up(source, path, default=allowed[0])
             if value not in allowed:
                 raise CheckpointError(f"{file}: {path} is {shown(value)}; this implementation computes with {allowed[0]!r} only.")
 
 
-def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
+def look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
     node: Any = source
     for key in path.split("."):
         if not isinstance(node, Mapping) or key not in node:
@@ -183,7 +202,7 @@ def _look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
     return node
 
 
-def _need(section: Mapping[str, Any], key: str, where: str) -> int:
+def need(section: Mapping[str, Any], key: str, where: str) -> int:
     value = section.get(key)
     most = _MOST.get(key, _MOST_OTHERWISE)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
@@ -197,10 +216,11 @@ _MOST_OTHERWISE = 2**18  # widths, vocabulary
 _MOST = {"num_hidden_layers": 256, "num_layers": 256, "image_size": 2048, "patch_size": 2048, "action_horizon": 4096, "max_num_embodiments": 4096}
 _MOST |= {"num_target_vision_tokens": 4096, "num_timestep_buckets": 10_000, "action_dim": 4096, "max_state_dim": 4096, "max_seq_len": 2**16}
 _MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 4096, "attention_head_dim": 4096}
+_MOST |= {"num_heads": 1024, "depth": 256, "select_layer": 256, "temporal_patch_size": 16, "spatial_merge_size": 16, "state_history_length": 64}
 _MOST_VISION_TOKENS = 4096
 
 
-def _positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
+def positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
     """Files that leave the key out mean the libraries' default."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
@@ -208,7 +228,7 @@ def _positive(section: Mapping[str, Any], key: str, default: float, where: str) 
     return float(value)
 
 
-def _switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+def switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
     value = section.get(key, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: '{key}' must be true or false, got {shown(value)}. The file is incomplete or damaged.")
@@ -224,58 +244,59 @@ def _eagle_section(eagle: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _vision(eagle: Mapping[str, Any]) -> VisionConfig:
     section, where = _eagle_section(eagle, "vision_config"), "eagle2_hg_model/config.json vision_config"
     return VisionConfig(
-        hidden_size=_need(section, "hidden_size", where),
-        intermediate_size=_need(section, "intermediate_size", where),
-        num_layers=_need(section, "num_hidden_layers", where),
-        num_heads=_need(section, "num_attention_heads", where),
-        patch_size=_need(section, "patch_size", where),
-        image_size=_need(section, "image_size", where),
-        layer_norm_eps=_positive(section, "layer_norm_eps", 1e-6, where),
+        hidden_size=need(section, "hidden_size", where),
+        intermediate_size=need(section, "intermediate_size", where),
+        num_layers=need(section, "num_hidden_layers", where),
+        num_heads=need(section, "num_attention_heads", where),
+        patch_size=need(section, "patch_size", where),
+        image_size=need(section, "image_size", where),
+        layer_norm_eps=positive(section, "layer_norm_eps", 1e-6, where),
     )
 
 
 def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> LanguageConfig:
     section, where = _eagle_section(eagle, "text_config"), "eagle2_hg_model/config.json text_config"
     select_layer = backbone.get("select_layer")
-    available = _need(section, "num_hidden_layers", where)
+    available = need(section, "num_hidden_layers", where)
     if isinstance(select_layer, bool) or not isinstance(select_layer, int) or not 0 < select_layer <= available:
         raise CheckpointError(f"config.json: backbone_cfg.select_layer must be between 1 and {available}, got {select_layer!r}.")
     return LanguageConfig(
-        hidden_size=_need(section, "hidden_size", where),
-        intermediate_size=_need(section, "intermediate_size", where),
+        hidden_size=need(section, "hidden_size", where),
+        intermediate_size=need(section, "intermediate_size", where),
         num_layers=select_layer,
-        num_heads=_need(section, "num_attention_heads", where),
-        num_kv_heads=_need(section, "num_key_value_heads", where),
-        head_dim=_need(section, "head_dim", where),
-        rms_norm_eps=_positive(section, "rms_norm_eps", 1e-6, where),
-        rope_theta=_positive(section, "rope_theta", 1e6, where),
-        vocab_size=_need(section, "vocab_size", where),
-        image_token_id=_need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
+        num_heads=need(section, "num_attention_heads", where),
+        num_kv_heads=need(section, "num_key_value_heads", where),
+        head_dim=need(section, "head_dim", where),
+        rms_norm_eps=positive(section, "rms_norm_eps", 1e-6, where),
+        rope_theta=positive(section, "rope_theta", 1e6, where),
+        vocab_size=need(section, "vocab_size", where),
+        image_token_id=need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
     )
 
 
 def _head(config: Mapping[str, Any], head: Mapping[str, Any]) -> ActionHeadConfig:
     where = "config.json action_head_cfg"
+    use_vlln, vl_attention = switch(head, "use_vlln", True, where), _transformer(head, "vl_self_attention_cfg")
     return ActionHeadConfig(
-        action_dim=_need(head, "action_dim", where),
-        state_dim=_need(head, "max_state_dim", where),
-        action_horizon=_need(head, "action_horizon", where),
-        hidden_size=_need(head, "hidden_size", where),
-        future_tokens=_need(head, "num_target_vision_tokens", where),
-        max_positions=_need({"max_seq_len": 1024, **head}, "max_seq_len", where),  # the reference's default; published files leave it out
-        embodiments=_need({"max_num_embodiments": 32, **head}, "max_num_embodiments", where),  # likewise
-        denoising_steps=_need(head, "num_inference_timesteps", where),
-        timestep_buckets=_need(head, "num_timestep_buckets", where),
-        output_dim=_need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
-        use_vlln=_switch(head, "use_vlln", True, where),
+        action_dim=need(head, "action_dim", where),
+        state_dim=need(head, "max_state_dim", where),
+        action_horizon=need(head, "action_horizon", where),
+        hidden_size=need(head, "hidden_size", where),
+        future_tokens=need(head, "num_target_vision_tokens", where),
+        max_positions=need({"max_seq_len": 1024, **head}, "max_seq_len", where),  # the reference's default; published files leave it out
+        embodiments=need({"max_num_embodiments": 32, **head}, "max_num_embodiments", where),  # likewise
+        denoising_steps=need(head, "num_inference_timesteps", where),
+        timestep_buckets=need(head, "num_timestep_buckets", where),
+        output_dim=need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
+        use_vlln=use_vlln,
         dit=_transformer(head, "diffusion_model_cfg"),
-        vl_attention=_transformer(head, "vl_self_attention_cfg"),
+        vl_attention=vl_attention if use_vlln else replace(vl_attention, num_layers=0),  # the reference's switch turns off both
     )
 
 
 def _transformer(head: Mapping[str, Any], name: str) -> TransformerConfig:
     section, where = _section(head, name), f"config.json action_head_cfg.{name}"
-    return TransformerConfig(*(_need(section, key, where) for key in ("num_layers", "num_attention_heads", "attention_head_dim")))
+    return TransformerConfig(*(need(section, key, where) for key in ("num_layers", "num_attention_heads", "attention_head_dim")))
 
 
 def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,7 +42,7 @@ class PartStatistics:
 
 
 @dataclass(frozen=True)
-class PolicyFacts:
+class PolicyMetadata:
     """What a checkpoint says about the robot it was trained on; the pre-flight check compares it with the arm at hand.
 
     Names are without their modality prefix: camera `webcam`, part `single_arm`. Parts are in the order of the modality configuration.
@@ -63,24 +64,36 @@ class ActionPrefix:
     """What the chunk that plays now still holds from the new observation on: the next chunk is to continue it.
 
     actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
-    delay: the first `delay` rows are expected to have been executed when the new chunk arrives (0 <= delay <= L); the rest may still change,
-    the sooner due the less. A chunk that arrives later than expected joins at a row that could still change.
-    The first `delay` rows come back exactly as they were given.
+    inference_delay: so many rows are expected to have been executed when the new chunk arrives (0 <= inference_delay <= L), and come back exactly as
+    they were given; the rest may still change, the sooner due the less. A chunk that arrives later than expected joins at a row that could change.
     method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" overwrites
     them at every denoising step (cheaper).
     """
 
     actions: Mapping[str, np.ndarray]
-    delay: int
+    inference_delay: int
     method: Literal["rtc", "prefix"] = "rtc"
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Everything that yields actions: in-process network, exported engine, server client, or a test's fake."""
+    """Everything that yields actions: in-process network, exported engine, server client, or a test's fake.
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
-        """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was)."""
+    Programs call all members. A class of one's own derives from this one and writes the first three; the rest have defaults.
+    """
+
+    metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
+    network: str | None = None  # "n1.5", "n1.7": whose form of messages clients that ask what it reads understand; None: N1.5's
+    action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
+    continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
+    last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was).
+
+        noise: makes the call reproducible. prefix: actions to continue, by a method in `continues`; one of no rows is the same as none.
+        Raises ObservationError for what cannot be used, and UnsafeActionError instead of returning NaN or infinity.
+        """
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """Modality name (`video`, `state`, `action`, `language`) -> its keys and offsets."""
@@ -88,13 +101,21 @@ class Policy(Protocol):
     def reset(self) -> None:
         """Forget whatever one episode left behind."""
 
+    def warm_up(self, instruction: str, prefix_method: str | None = None) -> Mapping[str, float]:
+        """Pay first-call costs, with `prefix_method` those of continuing a chunk too; -> `last_timing` of a call such as those to come, or
+        nothing where that is not known."""
+        return {}
 
-@runtime_checkable
-class ContinuingPolicy(Policy, Protocol):
-    """A policy that can make a chunk which continues another one."""
+    def describe(self) -> list[str]:
+        """What runs, for a line before the start: engine and device, number format, denoising steps."""
+        return []
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
-        """As `Policy.get_action`; without `prefix` (or with one of no rows) exactly the same."""
+    def summary(self) -> dict[str, Any]:
+        """For a run's report, JSON-ready."""
+        return {}
+
+    def close(self) -> None:
+        """Release what it holds: connections, memory. Nothing else is called afterwards."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +174,8 @@ class Robot(Protocol):
     joint_unit: JointUnit
     cameras: Mapping[str, CameraSpec]
     events: Mapping[str, int]  # faults survived so far, by name: {"read_retry": 3, "reconnect": 1}
+    episodes_solved: int | None  # of those that are over; None: the arm cannot tell (a real one)
+    success: bool | None  # whether the task is solved now, or was when the arm landed; None: the arm cannot tell
 
     @property
     def joint_limits(self) -> np.ndarray:

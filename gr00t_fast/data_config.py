@@ -19,6 +19,7 @@ from gr00t_fast.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only,
 
 # The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")
+DEFAULT_DATA_CONFIG = "so100"  # of an N1.5 checkpoint
 DEFAULT_NORMALISATION = "min_max"  # what NVIDIA's SO-100 data configs use for every part
 DEFAULT_LANGUAGE_KEY = "annotation.human.task_description"
 
@@ -28,6 +29,7 @@ class DataConfig:
     """Key lists of one data configuration; every key carries its modality prefix (`video.`, `state.`, `action.`).
 
     action_indices: 0, 1, ... n - 1, one per control tick: n actions are returned unless more of what training predicts are asked for.
+    video_indices, state_indices: which times of pictures and states are read, steps back from now (N1.7; N1.5's read the present only).
     normalisation: key -> mode; DEFAULT_NORMALISATION where absent.
     """
 
@@ -37,6 +39,8 @@ class DataConfig:
     language_key: str = DEFAULT_LANGUAGE_KEY
     action_indices: tuple[int, ...] = DEFAULT_ACTION_INDICES
     normalisation: Mapping[str, str] = field(default_factory=dict)
+    video_indices: tuple[int, ...] = (0,)
+    state_indices: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         for prefix, keys in (("video.", self.video_keys), ("state.", self.state_keys), ("action.", self.action_keys)):
@@ -65,8 +69,8 @@ class DataConfig:
     def modality_config(self) -> dict[str, ModalityConfig]:
         """The same information in the form NVIDIA's clients ask a server for."""
         return {
-            "video": ModalityConfig([0], list(self.video_keys)),
-            "state": ModalityConfig([0], list(self.state_keys)),
+            "video": ModalityConfig(list(self.video_indices), list(self.video_keys)),
+            "state": ModalityConfig(list(self.state_indices), list(self.state_keys)),
             "action": ModalityConfig(list(self.action_indices), list(self.action_keys)),
             "language": ModalityConfig([0], [self.language_key]),
         }
@@ -148,8 +152,10 @@ def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
         raise ConfigError(f"the data config reads {', '.join(absent)}, but this checkpoint was trained with {had}. {use}.")
 
 
-def load_data_config(name: str | DataConfig) -> DataConfig:
-    """Return a built-in configuration by name, or the user's own from `module:ClassName`. Raises ConfigError."""
+def load_data_config(name: str | DataConfig | None) -> DataConfig:
+    """Return a built-in configuration by name, or the user's own from `module:ClassName`; None: N1.5's default. Raises ConfigError."""
+    if name is None:
+        return DATA_CONFIGS[DEFAULT_DATA_CONFIG]
     if isinstance(name, DataConfig):
         return name
     if not isinstance(name, str):

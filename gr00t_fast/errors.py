@@ -65,6 +65,14 @@ class InferenceTimeoutError(Gr00tFastError, RuntimeError):
     """Inference in this process has given the arm nothing to do for longer than it may hold its pose."""
 
 
+class InferenceTooLongError(ConfigError):
+    """An inference takes so many ticks that nothing of its chunk would be left to play."""
+
+    def __init__(self, message: str, ticks: int) -> None:
+        super().__init__(message)
+        self.ticks = ticks
+
+
 class WireError(Gr00tFastError, ValueError):
     """A message between policy client and server is damaged, too large, or holds what the protocol does not carry."""
 
@@ -75,6 +83,10 @@ class ServerError(Gr00tFastError, RuntimeError):
 
 class ServerUnreachableError(ServerError):
     """A policy server did not answer in time, or the connection to it was lost; the next call connects anew."""
+
+
+class RecordingError(Gr00tFastError, RuntimeError):
+    """A data set cannot be written any more: the disk is full, a camera changed, or the process that writes it has ended."""
 
 
 class MissingExtraError(Gr00tFastError, ImportError):

@@ -24,7 +24,7 @@ _CONFIG_MODULE = "gr00t.experiment.data_config"
 _PRESENT = [0]  # observation_indices of every published configuration
 DEFAULT_ACTION_INDICES = tuple(range(16))
 
-# What evaluation does to pictures, in order, with the settings that `transforms.pixel_values` has.
+# What evaluation does to pictures, in order, with the settings that `model.vision.pixel_values` has.
 _PICTURE_STEPS: dict[str, dict[str, Any]] = {
     "VideoToTensor": {},
     "VideoCrop": {"scale": 0.95},

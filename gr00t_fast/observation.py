@@ -15,6 +15,7 @@ import numpy as np
 from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
+from gr00t_fast.nested import flat_observation, is_nested
 
 # An error shows the beginning of a value: it may travel to a client and into a log.
 _SHOWN = reprlib.Repr()
@@ -26,8 +27,11 @@ MAX_INSTRUCTION_CHARACTERS = 2048
 
 
 @dataclass(frozen=True)
-class PolicyInput:
-    """A checked observation. frames: key -> uint8 (B, H, W, 3); state: key -> float64 (B, D); one instruction per item."""
+class CheckedObservation:
+    """A checked observation. frames: key -> uint8 (B, H, W, 3); state: key -> float64 (B, D); one instruction per item.
+
+    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads, or 1.
+    """
 
     frames: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray]
@@ -39,10 +43,11 @@ class PolicyInput:
         return len(self.instructions)
 
 
-def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> PolicyInput:
-    """Check and convert. Raises ObservationError that names the key, what was expected, and what came."""
+def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> CheckedObservation:
+    """Check and convert; NVIDIA's nested form of N1.7 too. Raises ObservationError that names the key, what was expected, and what came."""
     if not isinstance(observation, Mapping):
         raise ObservationError(f"observation: expected a dict of arrays by key, got {type(observation).__name__}.")
+    observation = flat_observation(observation) if is_nested(observation) else observation
     language_key = _language_key(observation, config)
     needed = [*config.video_keys, *config.state_keys, language_key]
     for key in needed:
@@ -50,13 +55,14 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
             given = [str(name) for name in observation]
             misspelt = closest(key, [name for name in given if name not in needed])
             raise ObservationError(f"observation: '{key}' is missing.{misspelt} Expected {', '.join(needed)}; got {_names(sorted(given))}.")
-    frames = {key: _frames(key, observation[key]) for key in config.video_keys}
+    times = {"video": len(config.video_indices), "state": len(config.state_indices)}
+    frames = {key: _frames(key, observation[key], times["video"]) for key in config.video_keys}
     check_pixels(sum(array[..., 0].size for array, _ in frames.values()), "as they come")
-    state = {key: _state(key, observation[key], state_widths[key]) for key in config.state_keys}
+    state = {key: _state(key, observation[key], state_widths[key], times["state"]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
     batch = _agree({**{k: len(v[0]) for k, v in frames.items()}, **{k: len(v[0]) for k, v in state.items()}}, "of one batch size")
     instructions = _instructions(language_key, observation[language_key], batch)
-    return PolicyInput({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched)
+    return CheckedObservation({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched)
 
 
 def _language_key(observation: Mapping[str, Any], config: DataConfig) -> str:
@@ -73,56 +79,58 @@ def check_pixels(pixels: int, how: str) -> None:
         )
 
 
-def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], parsed: PolicyInput, horizon: int) -> dict[str, np.ndarray]:
+def parse_prefix(prefix: ActionPrefix, widths: Mapping[str, int], batched: bool, batch: int, horizon: int) -> dict[str, np.ndarray]:
     """`action.<part>` -> float32 (B, L, D), at most `horizon` rows; empty when there are none. Raises ObservationError.
 
-    `parsed` is the observation that the chunk is for: batched or not as that is.
+    batched, batch: as the observation is that the chunk is for.
     """
     if prefix.method not in ("rtc", "prefix"):
         raise ObservationError(f"prefix: expected method 'rtc' or 'prefix', got {_SHOWN.repr(prefix.method)}.")
     absent = [key for key in widths if key not in prefix.actions]
     if absent:
         raise ObservationError(f"prefix: {', '.join(absent)} missing. Expected {', '.join(widths)}; got {_names(map(str, prefix.actions))}.")
-    known = {key: _prefix_rows(key, prefix.actions[key], width, parsed) for key, width in widths.items()}
+    known = {key: _prefix_rows(key, prefix.actions[key], width, batched, batch) for key, width in widths.items()}
     lengths = sorted({rows.shape[1] for rows in known.values()})
-    if len(lengths) != 1 or not 0 <= prefix.delay <= lengths[0]:
-        raise ObservationError(f"prefix: expected parts of equal length and a delay within it, got lengths {lengths}, delay {prefix.delay}.")
+    if len(lengths) != 1 or not 0 <= prefix.inference_delay <= lengths[0]:
+        raise ObservationError(
+            f"prefix: expected parts of equal length and a delay within it, got lengths {lengths}, delay {prefix.inference_delay}."
+        )
     return {key: rows[:, :horizon] for key, rows in known.items()} if lengths[0] else {}
 
 
-def _prefix_rows(key: str, value: Any, width: int, parsed: PolicyInput) -> np.ndarray:
-    rows = _array(f"prefix {key}", value, f"numbers of shape (rows, {width})")
-    batched = rows if parsed.batched else rows[None]
-    numeric = np.issubdtype(rows.dtype, np.floating)
-    if not numeric or batched.ndim != 3 or batched.shape[0] != parsed.batch or batched.shape[2] != width or not np.isfinite(batched).all():
-        expected = f"({parsed.batch}, rows, {width})" if parsed.batched else f"(rows, {width})"
-        raise ObservationError(f"prefix {key}: expected finite numbers of shape {expected}, got {rows.dtype} of shape {rows.shape}.")
-    return batched.astype(np.float32)
+def _prefix_rows(key: str, value: Any, width: int, batched: bool, batch: int) -> np.ndarray:
+    array = _array(f"prefix {key}", value, f"numbers of shape (rows, {width})")
+    rows = array if batched else array[None]
+    numeric = np.issubdtype(array.dtype, np.floating)
+    if not numeric or rows.ndim != 3 or rows.shape[0] != batch or rows.shape[2] != width or not np.isfinite(rows).all():
+        expected = f"({batch}, rows, {width})" if batched else f"(rows, {width})"
+        raise ObservationError(f"prefix {key}: expected finite numbers of shape {expected}, got {array.dtype} of shape {array.shape}.")
+    return rows.astype(np.float32)
 
 
-def _frames(key: str, value: Any) -> tuple[np.ndarray, bool]:
-    """-> (B, H, W, 3) and whether it came batched."""
+def _frames(key: str, value: Any, times: int = 1) -> tuple[np.ndarray, bool]:
+    """-> (B, H, W, 3), of several times (B, T, H, W, 3), and whether it came batched."""
     array = _array(key, value, "uint8 RGB pixels")
     if array.dtype != np.uint8:
         raise ObservationError(f"{key}: expected uint8 RGB pixels 0..255, got {array.dtype}. Convert the frame before passing it.")
     batched = array.ndim == 5
     if array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape:
-        raise ObservationError(f"{key}: expected shape (1, height, width, 3), or (batch, 1, height, width, 3); got {array.shape}.")
+        raise ObservationError(f"{key}: expected shape ({times}, height, width, 3), or (batch, {times}, height, width, 3); got {array.shape}.")
     height, width = array.shape[-3:-1]
     if not (min(height, width) >= MIN_FRAME_PX and max(height, width) <= MAX_FRAME_PX):
         raise ObservationError(f"{key}: expected pictures of {MIN_FRAME_PX} to {MAX_FRAME_PX} pixels each way, got {width}x{height}.")
-    return _drop_time(key, array if batched else array[None]), batched
+    return _in_time(key, array if batched else array[None], times), batched
 
 
-def _state(key: str, value: Any, width: int) -> tuple[np.ndarray, bool]:
-    """-> float64 (B, D) and whether it came batched."""
+def _state(key: str, value: Any, width: int, times: int = 1) -> tuple[np.ndarray, bool]:
+    """-> float64 (B, D), of several times (B, T, D), and whether it came batched."""
     array = _array(key, value, f"numbers of shape (1, {width})")
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise ObservationError(f"{key}: expected numbers of shape (1, {width}), got dtype {array.dtype}.")
     if array.ndim not in (2, 3) or array.shape[-1] != width:
         raise ObservationError(f"{key}: expected shape (1, {width}), or (batch, 1, {width}); got {array.shape}.")
     batched = array.ndim == 3
-    array = _drop_time(key, array if batched else array[None]).astype(np.float64)
+    array = _in_time(key, array if batched else array[None], times).astype(np.float64)
     if not np.isfinite(array).all():
         shown = ", ".join(map(str, array.ravel()[:_SHOWN_ITEMS].tolist())) + (", ..." if array.size > _SHOWN_ITEMS else "")
         raise ObservationError(f"{key}: expected finite joint values, got [{shown}]. Check the robot's readings and calibration.")
@@ -136,13 +144,15 @@ def _array(key: str, value: Any, expected: str) -> np.ndarray:
         raise ObservationError(f"{key}: expected {expected} as a NumPy array, got {type(value).__name__} ({error}).") from error
 
 
-def _drop_time(key: str, array: np.ndarray) -> np.ndarray:
-    """(B, T, ...) -> (B, ...)."""
+def _in_time(key: str, array: np.ndarray, times: int) -> np.ndarray:
+    """(B, T, ...) -> (B, ...) where the policy reads the present only, else as it is."""
     if len(array) > MAX_BATCH:
         raise ObservationError(f"{key}: a batch of {len(array)}, expected at most {MAX_BATCH} in one call. Use several calls.")
-    if array.shape[1] != 1:
-        raise ObservationError(f"{key}: expected one time step, got {array.shape[1]}. The published data configurations observe the present only.")
-    return array[:, 0]
+    if array.shape[1] not in (1, times):
+        expected = "one time step" if times == 1 else f"{times} time steps, or the present one"
+        reads = "The published data configurations observe the present only." if times == 1 else "delta_indices in processor_config.json say which."
+        raise ObservationError(f"{key}: expected {expected}, got {array.shape[1]}. {reads}")
+    return array[:, 0] if times == 1 else array
 
 
 def _instructions(key: str, value: Any, batch: int) -> list[str]:

@@ -1,11 +1,12 @@
 """From an instruction to token ids, exactly as the reference's processor renders and tokenises it.
 
-Eagle's chat template puts the pictures first, each as a numbered block of image tokens, then the instruction. The tokenizer is Qwen2's
-byte-level BPE; the `tokenizers` library runs it without the seconds that importing transformers costs.
+Eagle's chat template (N1.5) and Qwen3-VL's (N1.7) put the pictures first, each as a block of image tokens, then the instruction. The tokenizer is
+Qwen2's byte-level BPE in both; the `tokenizers` library runs it without the seconds that importing transformers costs.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ PROMPT_STYLES = ("plain", "nvidia")
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 MAX_TEXT_TOKENS = 512  # a chosen limit: twice what a picture has; SO-100 instructions take 30 to 50
 HUB_PROCESSOR = "lerobot/eagle2hg-processor-groot-n1p5"  # holds the same files; used when none are found locally
+IMAGE_TOKEN_N1D7 = "<|image_pad|>"
+HUB_PROCESSOR_N1D7 = "Qwen/Qwen3-VL-2B-Instruct"  # the reference takes them from nvidia/Cosmos-Reason2-2B, which is gated; the ids are the same
 
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -39,12 +42,13 @@ class PromptEncoder:
     """Instruction -> ids, remembered per instruction: a robot repeats the same one thirty times a second."""
 
     _REMEMBERED = 256  # instructions; enough for any session, bounded for a server that hears arbitrary ones
+    image_token = IMAGE_TOKEN
 
     def __init__(self, tokenizer: Tokenizer, cameras: int, tokens_per_camera: int, image_token_id: int, style: str) -> None:
         """Raises CheckpointError when the tokenizer and the network disagree on the image token."""
-        if tokenizer.token_to_id(IMAGE_TOKEN) != image_token_id:
+        if tokenizer.token_to_id(self.image_token) != image_token_id:
             raise CheckpointError(
-                f"the tokenizer's {IMAGE_TOKEN} has id {tokenizer.token_to_id(IMAGE_TOKEN)}, the network expects {image_token_id}. "
+                f"the tokenizer's {self.image_token} has id {tokenizer.token_to_id(self.image_token)}, the network expects {image_token_id}. "
                 "Pass the processor files that belong to this checkpoint (--processor_path)."
             )
         render_prompt("", cameras, tokens_per_camera, style)  # refuses an unknown style now, not at the first inference
@@ -65,7 +69,7 @@ class PromptEncoder:
         return self._known[key]
 
     def _encode(self, instruction: str, style: str) -> np.ndarray:
-        text = render_prompt(instruction, self._cameras, self._tokens_per_camera, style)
+        text = self.text(instruction, style)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
         if (text_tokens := len(ids) - expected) > MAX_TEXT_TOKENS:
@@ -73,22 +77,45 @@ class PromptEncoder:
                 f"the prompt has {text_tokens} tokens besides its pictures, expected at most {MAX_TEXT_TOKENS}. Shorten the instruction."
             )
         if (found := int((ids == self.image_token_id).sum())) != expected:
-            raise ObservationError(f"the instruction contains the image token {IMAGE_TOKEN} ({found - expected} times); remove it.")
+            raise ObservationError(f"the instruction contains the image token {self.image_token} ({found - expected} times); remove it.")
         ids.setflags(write=False)
         return ids
 
+    def text(self, instruction: str, style: str) -> str:
+        return render_prompt(instruction, self._cameras, self._tokens_per_camera, style)
 
-def find_tokenizer(processor_path: str | Path | None, checkpoint: Path) -> Tokenizer:
-    """Look where facts say the files can be: the path given, the checkpoint, an installed gr00t package, the hub. Raises CheckpointError."""
+
+class PromptEncoderN1d7(PromptEncoder):
+    """No system message, no generation prompt. `cameras` counts pictures: cameras times the times of each. Both styles are the same text: the
+    reference's clients send a list of text that its policy unpacks."""
+
+    image_token = IMAGE_TOKEN_N1D7
+
+    def __init__(self, tokenizer: Tokenizer, pictures: int, tokens_per_picture: int, image_token_id: int, style: str, formalize: bool) -> None:
+        """formalize: lower case, without punctuation (`formalize_language` of the checkpoint)."""
+        self._formalize = formalize
+        super().__init__(tokenizer, pictures, tokens_per_picture, image_token_id, style)
+
+    def text(self, instruction: str, style: str) -> str:
+        words = re.sub(r"[^\w\s]", "", instruction.lower()) if self._formalize else instruction
+        pictures = f"<|vision_start|>{self.image_token * self._tokens_per_camera}<|vision_end|>" * self._cameras
+        return f"<|im_start|>user\n{pictures}{words}<|im_end|>\n"
+
+
+def find_tokenizer(processor_path: str | Path | None, checkpoint: Path, n1d7: bool = False, offline: bool = False) -> Tokenizer:
+    """Look where the files can be: the path given, the checkpoint, an installed gr00t package (it has N1.5's), the hub; `offline`: of the hub only
+    what was fetched before. Raises CheckpointError."""
     if processor_path is not None:
         directory = Path(processor_path).expanduser()
         if not _holds_tokenizer(directory):
             raise CheckpointError(f"processor_path {directory} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt.")
         return load_tokenizer(directory)
-    for directory in (checkpoint / "eagle2_hg_model", checkpoint, *_installed_gr00t()):
+    for directory in (checkpoint, checkpoint / "processor") if n1d7 else (checkpoint / "eagle2_hg_model", checkpoint, *_installed_gr00t()):
         if _holds_tokenizer(directory):
             return load_tokenizer(directory)
-    return load_tokenizer(_from_hub(checkpoint))
+    if n1d7:
+        return load_tokenizer(_from_hub(checkpoint, HUB_PROCESSOR_N1D7, "Qwen3-VL", offline))
+    return load_tokenizer(_from_hub(checkpoint / "eagle2_hg_model", HUB_PROCESSOR, "Eagle", offline))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -142,13 +169,13 @@ def _installed_gr00t() -> list[Path]:
     return [Path(root) / "model" / "backbone" / "eagle2_hg_model" for root in roots]
 
 
-def _from_hub(checkpoint: Path) -> Path:
+def _from_hub(looked_in: Path, repo_id: str, whose: str, offline: bool) -> Path:
     import huggingface_hub  # only when nothing is found locally
 
     try:
-        return Path(huggingface_hub.snapshot_download(HUB_PROCESSOR, allow_patterns=["*.json", "*.txt"]))
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=["*.json", "*.txt"], local_files_only=offline))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"no tokenizer files: none in {checkpoint / 'eagle2_hg_model'}, and fetching '{HUB_PROCESSOR}' from the hub failed ({error}). "
-            "Give their directory with --processor_path (vocab.json, merges.txt, tokenizer_config.json of Eagle)."
+            f"no tokenizer files: none in {looked_in}, and fetching '{repo_id}' from the hub failed ({error}). "
+            f"Give their directory with --processor_path (vocab.json, merges.txt, tokenizer_config.json of {whose})."
         ) from error

@@ -1,13 +1,13 @@
-"""Write a checkpoint with random weights in NVIDIA's published N1.5 format: for demonstrations, tests and timing where no real one is at hand.
+"""Write a checkpoint with random weights in NVIDIA's published format: for demonstrations, tests and timing where no real one is at hand.
 
     python -m gr00t_fast.random_checkpoint --size=demo --out=outputs/demo/checkpoint
+    python -m gr00t_fast.random_checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
 
 It carries a small tokenizer of its own (every byte is a token), so nothing is downloaded. What it does with an arm means nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -15,8 +15,9 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -24,14 +25,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
-from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
+from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig, QwenVisionConfig
+from gr00t_fast.config_n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE, PUBLISHED_CONFIG_N1D7, config_n1d7
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, attempt, exit_code_of
-from gr00t_fast.model import Gr00tN1d5
-from gr00t_fast.prompt import IMAGE_TOKEN
+from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.model import Network, network
+from gr00t_fast.prompt import IMAGE_TOKEN, IMAGE_TOKEN_N1D7
 
+NETWORKS = ("n1.5", "n1.7")
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
+_SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN_N1D7)
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
 # Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent), around the simulated arm's first pose.
 _RANGES_DEG = {
@@ -48,6 +53,17 @@ _SIZES: dict[str, dict[str, Any]] = {
     "demo": {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
 }
 SIZES = (*_SIZES, "full")
+_SIZES_N1D7: dict[str, dict[str, Any]] = {
+    # vision: width, inner, layers, heads, deepstack, positions; language: as above, then the three sections of the rotary frequencies
+    "tiny": {
+        **{"vision": (32, 64, 3, 2, [0, 1], 36), "language": (32, 64, 3, 4, 2, 8), "sections": [2, 1, 1]},
+        **{"hidden": 32, "dit": (4, 4, 8), "vl": (1, 4, 8)},
+    },
+    "demo": {
+        **{"vision": (96, 256, 4, 4, [0, 1, 2], 144), "language": (128, 256, 4, 4, 2, 32), "sections": [6, 5, 5]},
+        **{"hidden": 96, "dit": (8, 4, 32), "vl": (1, 4, 32)},
+    },
+}
 SO100_CONFIGS = tuple(name for name, config in DATA_CONFIGS.items() if config.action_keys == DATA_CONFIGS["so100"].action_keys)
 
 
@@ -61,8 +77,12 @@ def write_random_checkpoint(
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     published_tokenizer: bool = False,
     weights: bool = True,
+    network: str = "n1.5",
+    frame_offsets: tuple[int, ...] = (0,),
 ) -> Path:
-    """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters); resolution is (width, height). Raises ConfigError.
+    """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters, N1.7 3.1). Raises ConfigError.
+
+    resolution: (width, height), of N1.5's training videos; N1.7's files do not say it. frame_offsets: times of N1.7's pictures, steps back from now.
 
     It is written beside `out` and put in its place when it is complete: one that was interrupted is never taken for a checkpoint.
     `weights=False`: the small files alone, for a network of `random_network`.
@@ -72,29 +92,58 @@ def write_random_checkpoint(
         raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(SO100_CONFIGS)}; got '{size}', '{data_config}'.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
-    config, eagle = network_config(size, published_tokenizer or size == "full")
+    if network not in NETWORKS:
+        raise ConfigError(f"network must be one of {', '.join(NETWORKS)}; got '{network}'.")
+    published_vocabulary = published_tokenizer or size == "full"
+    if network == "n1.7":
+        files, config, tokenizer = _files_n1d7(size, data_config, frame_offsets, published_vocabulary)
+    else:
+        files, config, tokenizer = _files_n1d5(size, data_config, resolution, published_vocabulary)
     unfinished = (out if out.is_dir() else out.parent) / f"{out.name}.unfinished-{os.getpid()}"  # on the same disk: it can be renamed
     try:
         if not published_tokenizer:
-            _write_tokenizer(unfinished / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
-        _write_json(unfinished / "config.json", config)
-        _write_json(unfinished / "eagle2_hg_model" / "config.json", eagle)
-        _write_json(unfinished / "experiment_cfg" / "metadata.json", _metadata(data_config, resolution))
+            special_tokens = _SPECIAL_TOKENS if network == "n1.5" else _SPECIAL_TOKENS_N1D7
+            _write_tokenizer(unfinished / tokenizer, config.language.image_token_id, special_tokens)
+        for name, content in files.items():
+            _write_json(unfinished / name, content)
         if weights:
-            _write_weights(unfinished, ModelConfig.from_dicts(config, eagle), seed, dtype, max_shard_bytes)
+            _write_weights(unfinished, config, seed, dtype, max_shard_bytes)
         _put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
-def checkpoint_in(directory: Path, name: str, size: str, data_config: str = "so100", seed: int = 0) -> Path:
+def _files_n1d5(size: str, data_config: str, resolution: tuple[int, int], published_vocabulary: bool) -> tuple[dict[str, Any], ModelConfig, str]:
+    """Files by name, the network, and where its tokenizer lies."""
+    config, eagle = network_config(size, published_vocabulary)
+    files = {"config.json": config, "eagle2_hg_model/config.json": eagle, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
+    return files, ModelConfig.from_dicts(config, eagle), "eagle2_hg_model/tokenizer.json"
+
+
+def _files_n1d7(size: str, data_config: str, frame_offsets: tuple[int, ...], published_vocabulary: bool) -> tuple[dict[str, Any], ModelConfig, str]:
+    """As `_files_n1d5`."""
+    config, backbone = network_config_n1d7(size, published_vocabulary)
+    processor, statistics = _processor_n1d7(data_config, frame_offsets)
+    files = {"config.json": config, "processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
+    if size != "full":
+        files[BACKBONE_FILE] = backbone
+    return files, config_n1d7(config, backbone), "tokenizer.json"
+
+
+def checkpoint_in(directory: Path, name: str, size: str, data_config: str = "so100", seed: int = 0, resolution: tuple[int, int] = (640, 480)) -> Path:
     """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
-    path = directory / "-".join([name, size, *([data_config] if data_config != "so100" else []), *([f"seed{seed}"] if seed else [])])
+    width, height = resolution
+    told = ((data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
+    path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
     weights = ("model.safetensors", "model.safetensors.index.json")
     if not ((path / "config.json").exists() and any((path / file).exists() for file in weights)):
-        write_random_checkpoint(path, size, data_config, seed=seed)
+        write_random_checkpoint(path, size, data_config, resolution, seed=seed)
     return path
+
+
+# Those that would make a checkpoint of the one network be taken for the other's.
+_TELLING_FILES = ("config.json", BACKBONE_FILE, "processor_config.json", "experiment_cfg/metadata.json")
 
 
 def _put_in_place(finished: Path, out: Path) -> None:
@@ -102,7 +151,7 @@ def _put_in_place(finished: Path, out: Path) -> None:
     if not out.exists():
         finished.rename(out)
         return
-    for stale in (out / "config.json", *out.glob("model*.safetensors*")):
+    for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
         stale.unlink(missing_ok=True)
     for file in sorted(finished.rglob("*"), key=lambda file: file == finished / "config.json"):
         if file.is_file():
@@ -136,21 +185,49 @@ def network_config(size: str, published_vocabulary: bool) -> tuple[dict[str, Any
     return config, eagle
 
 
-def byte_tokenizer() -> Tokenizer:
+def network_config_n1d7(size: str, published_vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and backbone_config.json of an N1.7 network of that size."""
+    if size == "full":
+        return copy.deepcopy(PUBLISHED_CONFIG_N1D7), copy.deepcopy(PUBLISHED_BACKBONE)
+    return sized_config_n1d7(_SIZES_N1D7[size], published_vocabulary)
+
+
+def sized_config_n1d7(sizes: Mapping[str, Any], published_vocabulary: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `network_config_n1d7`, of sizes with the keys that `_SIZES_N1D7` has."""
+    config, backbone = copy.deepcopy(PUBLISHED_CONFIG_N1D7), copy.deepcopy(PUBLISHED_BACKBONE)
+    vision, text = backbone["vision_config"], backbone["text_config"]
+    keys = ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes", "num_position_embeddings")
+    vision.update(zip(keys, sizes["vision"], strict=True))
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    text.update(zip(keys, sizes["language"], strict=True))
+    text["rope_scaling"]["mrope_section"] = sizes["sections"]
+    width = vision["out_hidden_size"] = text["hidden_size"]
+    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
+        config[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
+    config["diffusion_model_cfg"].update(output_dim=sizes["hidden"])
+    config.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
+    config.update(select_layer=text["num_hidden_layers"], max_num_embodiments=16, max_seq_len=64)
+    if not published_vocabulary:
+        tokenizer = byte_tokenizer(_SPECIAL_TOKENS_N1D7)
+        text["vocab_size"], backbone["image_token_id"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN_N1D7)
+    return config, backbone
+
+
+def byte_tokenizer(special_tokens: tuple[str, ...] = _SPECIAL_TOKENS) -> Tokenizer:
     """One token per byte, plus the special tokens of the prompt: the smallest tokenizer that can read any instruction."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     return tokenizer
 
 
-def _write_tokenizer(path: Path, image_token_id: int) -> None:
+def _write_tokenizer(path: Path, image_token_id: int, special_tokens: tuple[str, ...] = _SPECIAL_TOKENS) -> None:
     """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
-    content = json.loads(byte_tokenizer().to_str())
+    content = json.loads(byte_tokenizer(special_tokens).to_str())
     for token in content["added_tokens"]:
-        if token["content"] == IMAGE_TOKEN:
+        if token["content"] in (IMAGE_TOKEN, IMAGE_TOKEN_N1D7):
             token["id"] = image_token_id
         content["model"]["vocab"][token["content"]] = token["id"]
     _write_json(path, content)
@@ -170,6 +247,31 @@ def _metadata(data_config: str, resolution: tuple[int, int]) -> dict[str, Any]:
     modalities = {"video": videos, "state": shapes, "action": shapes}
     entry = {"statistics": {"state": statistics, "action": statistics}, "modalities": modalities, "embodiment_tag": "new_embodiment"}
     return {"new_embodiment": entry}
+
+
+def _processor_n1d7(data_config: str, frame_offsets: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """processor_config.json and statistics.json of the same imagined recordings: an arm relative to its pose, an absolute gripper."""
+    known = DATA_CONFIGS[data_config]
+    steps, unlisted = list(known.action_indices), dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
+    parts = ["single_arm", "gripper"]
+    plain = {"type": "NON_EEF", "format": "DEFAULT", "state_key": None}
+    modalities = {
+        "video": {**unlisted, "delta_indices": list(frame_offsets), "modality_keys": [key.removeprefix("video.") for key in known.video_keys]},
+        "state": {**unlisted, "delta_indices": [0], "modality_keys": parts},
+        "action": {**unlisted, "delta_indices": steps, "modality_keys": parts},
+        "language": {**unlisted, "delta_indices": [0], "modality_keys": [known.language_key]},
+    }
+    modalities["action"]["action_configs"] = [{"rep": "RELATIVE", **plain}, {"rep": "ABSOLUTE", **plain}]
+    settings = {"image_crop_size": [230, 230], "image_target_size": [256, 256], "use_albumentations": True, "shortest_image_edge": 256}
+    settings |= {"crop_fraction": 0.95, "letter_box_transform": False, "model_type": "qwen", "formalize_language": True, "max_state_dim": 132}
+    settings |= {"max_action_dim": 132, "max_action_horizon": 40, "use_percentiles": True, "use_mean_std": False, "clip_outliers": True}
+    settings |= {"apply_sincos_state_encoding": False, "use_relative_action": True, "exclude_state": False}
+    absolute = _metadata(data_config, (640, 480))["new_embodiment"]["statistics"]
+    arm_joints = len(_RANGES_DEG) - 1
+    rows = [_part_statistics([(-2.0 - step, 2.0 + step)] * arm_joints) for step in steps]  # degrees away from the pose, step by step
+    relative = {"single_arm": {name: [row[name] for row in rows] for name in rows[0]}}
+    processor = {"processor_class": "Gr00tN1d7Processor", "processor_kwargs": {"modality_configs": {"new_embodiment": modalities}, **settings}}
+    return processor, {"new_embodiment": {**absolute, "relative_action": relative}}
 
 
 def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]]:
@@ -197,10 +299,12 @@ def _write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype
 
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = Gr00tN1d5(config)
+        model = network(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes.update(published_shapes(name, tuple(parameter.shape), config))
+    if isinstance(config.vision, QwenVisionConfig):  # the final norm that published files hold and nothing reads
+        return {**shapes, f"{UNUSED_PREFIXES[-1]}weight": (config.language.hidden_size,)}
     return {**shapes, **_pooling_head_shapes(config)}
 
 
@@ -239,10 +343,10 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
 
 
-def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Gr00tN1d5:
+def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Network:
     """A network of such weights, made where it runs: on a GPU in a second, without a file. On another device the numbers are others."""
     with torch.device("meta"):
-        model = Gr00tN1d5(config).to(dtype)
+        model = network(config).to(dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -256,28 +360,44 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     return model
 
 
+@dataclass(kw_only=True)
+class RandomCheckpointConfig:
+    """Write a checkpoint with random weights in NVIDIA's published format, for demonstrations, tests and timing."""
+
+    out: Path  # directory to create
+    network: Literal["n1.5", "n1.7"] = "n1.5"  # which of the published networks
+    size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.7 6.3 GB
+    data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
+    resolution: tuple[int, int] = (640, 480)  # of the imagined training videos
+    seed: int = 0  # of the weights
+    max_shard_bytes: int = _MAX_SHARD_BYTES  # start another weight file beyond this
+    overwrite: bool = False  # replace the files of a checkpoint that is there
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--size", choices=SIZES, default="demo", help="full: the published sizes, 4.7 GB")
-    parser.add_argument("--data_config", choices=SO100_CONFIGS, default="so100")
-    parser.add_argument("--resolution", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"), help="of the imagined training videos")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_shard_bytes", type=int, default=_MAX_SHARD_BYTES, help="start another weight file beyond this")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files of a checkpoint that is there")
-    arguments = parser.parse_args(argv)
-    written, code = attempt(lambda: _write_as_asked(arguments), "interrupted: no checkpoint was written")
+    """Exit code: 0 written, 1 error, 2 bad flag, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        print(help_text(RandomCheckpointConfig, "usage: python -m gr00t_fast.random_checkpoint --out=DIR [--flag=value ...]"))
+        return 0
+    try:
+        config, _ = parse_flags(RandomCheckpointConfig, words)
+        if config.data_config not in SO100_CONFIGS:
+            raise UsageError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    written, code = attempt(lambda: _write_as_asked(config), "interrupted: no checkpoint was written")
     if written is not None:
-        print(f"{written}: a GR00T N1.5 checkpoint of size '{arguments.size}' with RANDOM weights. Its actions mean nothing.")
+        print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
     return code
 
 
-def _write_as_asked(arguments: argparse.Namespace) -> Path:
-    out: Path = arguments.out
-    if out.is_dir() and any(out.iterdir()) and not arguments.overwrite:
-        raise ConfigError(f"{out} exists and is not empty. Choose another --out, or say --overwrite.")
-    resolution = tuple(arguments.resolution)
-    return write_random_checkpoint(out, arguments.size, arguments.data_config, resolution, arguments.seed, max_shard_bytes=arguments.max_shard_bytes)
+def _write_as_asked(config: RandomCheckpointConfig) -> Path:
+    if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
+        raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
+    options: dict[str, Any] = {"max_shard_bytes": config.max_shard_bytes, "network": config.network}
+    return write_random_checkpoint(config.out, config.size, config.data_config, config.resolution, config.seed, **options)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from gr00t_fast.optional import require
 
 RTX, STANDARD = "tensorrt_rtx", "tensorrt"
 BUILDERS = (RTX, STANDARD)  # in the order of preference of `auto`: the first builds without a GPU
+ANY_GPU = "8.0"  # the oldest compute capability that "any GPU" means to both libraries: Ampere
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute, cuda.h
 
 
@@ -86,6 +87,16 @@ def make_log(trt: ModuleType) -> Any:
             return self.errors[0] if self.errors else "the library gave no reason"
 
     return Log()
+
+
+def scratch_bytes(engine: Any) -> int:
+    """Activations and workspace of one execution context of a deserialised engine."""
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
+
+
+def version_tuple(capability: str) -> tuple[int, ...]:
+    """A compute capability as numbers, to be compared: `10.0` -> (10, 0)."""
+    return tuple(int(part) for part in capability.split("."))
 
 
 def gpu_capability() -> str | None:

@@ -6,19 +6,16 @@ truncate to bytes, scale to [-1, 1]. Axis alphabet: B batch, C cameras, H and W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gr00t_fast.checkpoint import EmbodimentMetadata
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ConfigError, ObservationError
 
-_CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
-_PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
 _CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
 _STATISTICS_OF = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std")}  # low and high, or mean and deviation
 
@@ -35,27 +32,6 @@ def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
     shrinks = frames.shape[1] > height and frames.shape[2] > width
     kernel = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return np.stack([cv2.resize(frame, (width, height), interpolation=kernel) for frame in frames])
-
-
-def pixel_values(frames: Tensor, image_size: int) -> Tensor:
-    """uint8 (B, H, W, 3) RGB at the training videos' resolution -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
-
-    Cropping bytes before they become floats gives the same numbers as the reference's order, with less to convert.
-    """
-    x = _centre_crop(frames.permute(0, 3, 1, 2), _CROP_SCALE).contiguous().float().div_(255.0)  # (B, 3, h, w)
-    if x.shape[-2:] != (image_size, image_size):
-        # bilinear with antialias: what torchvision's resize does to a float tensor
-        x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=True)
-    x = (x * 255.0).to(torch.uint8).float()  # truncation, as the reference's conversion to bytes does
-    return (x - _PIXEL_MEAN) / _PIXEL_MEAN
-
-
-def _centre_crop(x: Tensor, scale: float) -> Tensor:
-    height, width = x.shape[-2:]
-    crop_height, crop_width = int(height * scale), int(width * scale)
-    top = round((height - crop_height) / 2.0)  # torchvision's CenterCrop rounds to even as Python does
-    left = round((width - crop_width) / 2.0)
-    return x[..., top : top + crop_height, left : left + crop_width]
 
 
 def reference_inputs(ids: np.ndarray, lengths: np.ndarray, pixels: Tensor, state: np.ndarray, state_width: int, row: int) -> dict[str, Tensor]:
@@ -136,20 +112,6 @@ class Normaliser:
             return values * high + low
         return (values + np.float32(1.0)) / np.float32(2.0) * (high - low) + low
 
-    def inverse_table(self) -> np.ndarray:
-        """float32 (5, D): offset, factor, span, low, binary. `inverse` is `(values + offset) * factor * span + low`, or a threshold where binary.
-
-        Halving is exact as a product too, and adding 0 or multiplying by 1 rounds nothing.
-        """
-        low, high, ones = self._low.astype(np.float32), self._high.astype(np.float32), np.ones(self.width, np.float32)
-        if self.mode == "mean_std":
-            rows = (0 * ones, ones, high, low, 0 * ones)
-        elif self.mode == "none":
-            rows = (0 * ones, ones, ones, 0 * ones, 0 * ones)
-        else:
-            rows = (ones, 0.5 * ones, high - low, low, (self.mode == "binary") * ones)
-        return np.stack(rows).astype(np.float32)
-
 
 class StateTransform:
     """State parts in, the network's padded state vector out."""
@@ -162,6 +124,11 @@ class StateTransform:
     def widths(self) -> dict[str, int]:
         """Key -> number of values."""
         return {key: part.width for key, part in self._parts.items()}
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """Key -> how it is normalised."""
+        return {key: part.mode for key, part in self._parts.items()}
 
     @property
     def network_width(self) -> int:
@@ -192,34 +159,11 @@ class ActionTransform:
 
     def __call__(self, actions: np.ndarray) -> dict[str, np.ndarray]:
         """(B, horizon, P) -> `action.<part>` float32 (B, horizon, D)."""
-        return {key: self._parts[key].inverse(values) for key, values in self.split(actions).items()}
-
-    def split(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        """(B, horizon, P) -> `action.<part>` (B, horizon, D), the values as they are: for actions that `on` made joint units of."""
         result, start = {}, 0
         for key, part in self._parts.items():
-            result[key] = actions[..., start : start + part.width].copy()
+            result[key] = part.inverse(actions[..., start : start + part.width])
             start += part.width
         return result
-
-    def on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """The same arithmetic for tensors on `device`: actions fp32 (B, H, P) -> (B, H, P) in joint units, the padding as it is.
-
-        Bit for bit what `__call__` gives (one rounded operation after the other, in the same order), without waiting for the device.
-        """
-        rows = torch.cat([torch.from_numpy(part.inverse_table()) for part in self._parts.values()], dim=1)
-        width = rows.shape[1]
-        offset, factor, span, low, binary = rows.to(device)
-        has_binary = bool(rows[-1].any())
-        binary = binary.bool()
-
-        def to_joints(actions: Tensor) -> Tensor:
-            values, padding = actions.split((width, actions.shape[-1] - width), dim=-1)
-            joints = (values + offset) * factor * span + low
-            joints = torch.where(binary, (values > 0.5).to(joints.dtype), joints) if has_binary else joints
-            return torch.cat((joints, padding), dim=-1)
-
-        return to_joints
 
     def normalised(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
         """The way back: `action.<part>` (B, L, D) -> float32 (B, L, widths together), not padded."""

@@ -73,6 +73,24 @@ def eagle_dir(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_n1d7_dir(shared_dir: Path) -> Path:
+    """Recorded outputs of the reference's N1.7 code."""
+    directory = shared_dir / "golden_n1d7"
+    if not directory.is_dir():
+        pytest.skip(f"no recordings of N1.7 in {directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def qwen_dir(shared_dir: Path) -> Path:
+    """Tokenizer files of Qwen3-VL."""
+    directory = shared_dir / "qwen3_vl_processor"
+    if not (directory / "vocab.json").is_file():
+        pytest.skip(f"no Qwen3-VL processor files in {directory}: expected vocab.json, merges.txt and tokenizer_config.json")
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny checkpoint and its fp32 ONNX export; read-only: several modules use the same, because exporting takes seconds."""
     from exports import make_export

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, ModalityConfig, Observation, PartStatistics, PolicyFacts
+from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
@@ -41,6 +41,7 @@ class FakeRobot:
     joint_names = SO100_JOINTS
     joint_limits = LIMITS
     units_per_deg = np.ones(6)
+    episodes_solved = success = None
 
     def __init__(self, clock: FakeClock, cameras: dict[str, tuple[int, int]] | None = None, unit: str = "degrees") -> None:
         self.clock = clock
@@ -88,7 +89,7 @@ class FakeRobot:
         return self.landing
 
 
-class FakePolicy:
+class FakePolicy(Policy):
     """Sixteen actions that move every joint by one degree per tick from where it stands; inference takes `inference_s` of virtual time."""
 
     def __init__(self, clock: FakeClock, inference_s: float = 0.0, horizon: int = 16, cameras: tuple[str, ...] = ("webcam",)) -> None:
@@ -98,7 +99,7 @@ class FakePolicy:
         self.last_timing = {"preprocess": 1.0, "network": 4.0, "total": 5.0}
         self.on_action: Callable[[np.ndarray], np.ndarray] = lambda targets: targets
         self.warmed_up: str | None = None
-        self.facts = facts(cameras=dict.fromkeys(cameras, (40, 32)))
+        self.metadata = policy_metadata(cameras=dict.fromkeys(cameras, (40, 32)))
 
     def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
         self.seen.append(observation)
@@ -113,8 +114,9 @@ class FakePolicy:
     def reset(self) -> None:
         self.resets += 1
 
-    def warm_up(self, instruction: str | None = None) -> None:
+    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
         self.warmed_up = instruction
+        return {}
 
 
 def modality_config(cameras: tuple[str, ...] = ("webcam",)) -> dict[str, ModalityConfig]:
@@ -126,15 +128,15 @@ def modality_config(cameras: tuple[str, ...] = ("webcam",)) -> dict[str, Modalit
     }
 
 
-def facts(
+def policy_metadata(
     cameras: dict[str, tuple[int, int]] | None = None,
     low: list[float] | None = None,
     high: list[float] | None = None,
     fps: float | None = 30.0,
     tag: str = "new_embodiment",
     widths: dict[str, int] | None = None,
-) -> PolicyFacts:
-    """Facts of an SO-100 checkpoint in degrees; every argument replaces one of them."""
+) -> PolicyMetadata:
+    """Metadata of an SO-100 checkpoint in degrees; every argument replaces one of them."""
     lows = np.array(low or [-90.0, -95.0, -80.0, -70.0, -60.0, 0.0])
     highs = np.array(high or [90.0, 60.0, 85.0, 80.0, 65.0, 99.0])
     widths = widths or {"single_arm": 5, "gripper": 1}
@@ -143,7 +145,7 @@ def facts(
         part_low, part_high = lows[first : first + width], highs[first : first + width]
         statistics[part] = PartStatistics(part_low, part_high, part_low, part_high)
         first += width
-    return PolicyFacts(tag, cameras or {"webcam": (40, 32)}, fps, widths, widths, statistics, statistics, 16)
+    return PolicyMetadata(tag, cameras or {"webcam": (40, 32)}, fps, widths, widths, statistics, statistics, 16)
 
 
 class Bench:
@@ -153,8 +155,8 @@ class Bench:
         self.clock = FakeClock()
         self.robot = FakeRobot(self.clock)
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
-        facts = self.policy.facts
-        binding = RobotBinding(self.policy.get_modality_config(), facts.state_widths, facts.action_widths, SO100_JOINTS, {"front": "webcam"})
+        known = self.policy.metadata
+        binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
         controller = SyncController(self.policy, binding, "pick: the cube", self.clock, horizon)
         self.said: list[str] = []
         self.stop = StopSignals()

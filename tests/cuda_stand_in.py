@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine import tensorrt_engine as module
-from gr00t_fast.engine.stage_program import RunStage, StageProgram
+from gr00t_fast.engine import tensorrt
+from gr00t_fast.engine.tensorrt import RunStage, StageProgram
 
 
 class StandInCuda:
@@ -106,7 +106,7 @@ class StandInStage:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
-    """Replace CUDA and the execution of stages in gr00t_fast.engine.tensorrt_engine."""
+    """Replace CUDA and the execution of stages in gr00t_fast.engine.tensorrt."""
 
     cuda = StandInCuda()
     cuda.synchronize = lambda *_: None
@@ -131,7 +131,7 @@ def install(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
 
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(module, "StageExecution", StandInExecution)
-    monkeypatch.setattr(module, "StageProgram", RecordedProgram)
-    monkeypatch.setattr(module, "cuda_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(module, "LoadedStage", lambda trt, file, cache, remedy: StandInStage(file.stem))
+    monkeypatch.setattr(tensorrt, "StageExecution", StandInExecution)
+    monkeypatch.setattr(tensorrt, "StageProgram", RecordedProgram)
+    monkeypatch.setattr(tensorrt, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "LoadedStage", lambda trt, file, cache, remedy: StandInStage(file.stem))

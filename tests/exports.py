@@ -11,8 +11,9 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import Target
 from gr00t_fast.export.graphs import graph_tables
-from gr00t_fast.export.to_onnx import Options, export_onnx
+from gr00t_fast.export.onnx import Options, export_onnx
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model.action_head import euler_step
 
 
 def target_for(checkpoint: Path, data_config: str = "so100", tag: str = "new_embodiment") -> Target:
@@ -36,9 +37,13 @@ def stages_of(model: Gr00tN1d5, inputs: ModelInputs, noise: Tensor, steps: int) 
     vl = model.head.refine(backbone)
     condition, tables = model.head.condition(vl, inputs.state), model.head.step_tables(steps)
     keys, values = (torch.cat(parts) for parts in zip(*condition.cross, strict=True))
+
+    def velocity(actions: Tensor, step: int) -> Tensor:
+        return model.head.velocity(actions, condition, tables.tau[step], tables.modulation[step])
+
     actions = noise
     for step in range(steps - 1):
-        actions = model.head.denoise_step(actions, condition, tables, step)
+        actions = euler_step(actions, velocity(actions, step), 1 / steps)
     graph_side = graph_tables(model, steps)
     of_step = {"tau": graph_side.tau[-1], "modulation": graph_side.modulation[-1], "step_size": torch.tensor([1 / steps], dtype=noise.dtype)}
     return {
@@ -46,6 +51,6 @@ def stages_of(model: Gr00tN1d5, inputs: ModelInputs, noise: Tensor, steps: int) 
         "language": ({"embeddings": embeddings}, {"backbone_features": backbone, "vl_features": vl, "keys": keys, "values": values}),
         "denoise_step": (
             {"actions": actions, "state": inputs.state, "keys": keys, "values": values, **of_step},
-            {"next_actions": model.head.denoise_step(actions, condition, tables, steps - 1)},
+            {"next_actions": euler_step(actions, velocity(actions, steps - 1), 1 / steps)},
         ),
     }

@@ -11,18 +11,19 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "optional", "tensorrt_library", "timing", "flags", "measurement")
-BASE += ("console", "strict_json")
-POLICY = ("prompt", "progress", "observation", "transforms", "facts", "policy")
+BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "optional", "tensorrt_library", "timing", "flags")
+BASE += ("measurement", "config_n1d7", "history", "nested", "console", "strict_json", "files", "recordings")
+POLICY = ("prompt", "progress", "dataset", "observation", "transforms", "pictures_n1d7", "joints_n1d7", "metadata", "processor")
+POLICY += ("processor_n1d7", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
-PROGRAMS = ("cli", "random_checkpoint", "remote", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
+PROGRAMS = ("cli", "random_checkpoint", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
 LAYERS = (BASE, ("model",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
-ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy")}
+ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "metadata", "transforms")}
 # Installed with the core. Everything else third-party goes through gr00t_fast.optional, inside a function.
 CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "draccus", "yaml"})
 FLAG_PACKAGES = frozenset({"draccus", "yaml"})  # at import time only where flags are declared: a policy must load without them
-FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config", "gr00t_fast.cli"})
+FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config"})
 OUTSIDE = ("benchmarks", "export", "scripts", "training")
 SCRIPT = "a script"
 
@@ -41,9 +42,9 @@ def _module_name(file: Path) -> str:
 
 
 def unit_of(module: str) -> str:
-    """`gr00t_fast.control.loop` -> `control`; the facade `gr00t_fast` itself stands for `policy`; programs outside are scripts."""
+    """`gr00t_fast.control.loop` -> `control`; the facade `gr00t_fast` itself stands for `policy`; programs outside and `__main__`s are scripts."""
     top, *rest = module.split(".")
-    if top != "gr00t_fast":
+    if top != "gr00t_fast" or rest[-1:] == ["__main__"]:
         return SCRIPT
     return rest[0] if rest else "policy"
 

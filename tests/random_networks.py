@@ -16,8 +16,9 @@ import torch
 from gr00t_fast import random_checkpoint as rc
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.config import ModelConfig
+from gr00t_fast.config_n1d7 import BACKBONE_FILE, config_n1d7
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model import ModelInputs, Network
 
 PICTURE = (64, 48)  # width and height of the imagined training videos
 
@@ -79,6 +80,52 @@ def write_network(
     return directory
 
 
+@dataclass(frozen=True)
+class SizesN1d7:
+    """vision: width, inner, layers, heads, deepstack, positions; language: width, inner, layers, heads, kv heads, head dim; dit and vl as `Sizes`."""
+
+    vision: tuple[int, int, int, int, tuple[int, ...], int] = (32, 64, 3, 2, (0, 1), 36)
+    language: tuple[int, int, int, int, int, int] = (32, 64, 3, 4, 2, 8)
+    sections: tuple[int, int, int] = (2, 1, 1)
+    hidden: int = 32
+    dit: tuple[int, int, int] = (4, 4, 8)
+    vl: tuple[int, int, int] = (1, 4, 8)
+    horizon: int = 40
+    state_dim: int = 132
+    action_dim: int = 132
+    use_vlln: bool = True
+    text_every: int | None = 2  # None: each cross-attending block sees all tokens
+    extra_language_layers: int = 0
+    row: int = 10  # of new_embodiment
+
+    def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json and backbone_config.json."""
+        config, backbone = rc.sized_config_n1d7(vars(self))
+        backbone["text_config"]["num_hidden_layers"] += self.extra_language_layers
+        config.update(use_vlln=self.use_vlln, use_alternate_vl_dit=self.text_every is not None, attend_text_every_n_blocks=self.text_every or 2)
+        config.update(action_horizon=self.horizon, max_state_dim=self.state_dim, max_action_dim=self.action_dim)
+        return config, backbone
+
+
+TINY_N1D7 = SizesN1d7()
+
+
+def write_network_n1d7(
+    directory: Path, sizes: SizesN1d7 = TINY_N1D7, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shard_bytes: int = 10**9
+) -> Path:
+    """Without a tokenizer: a network, and what tells its embodiment."""
+    config, backbone = sizes.configuration()
+    processor, statistics = rc._processor_n1d7("so100", (0,))
+    processor["processor_kwargs"].update(max_state_dim=sizes.state_dim, max_action_dim=sizes.action_dim, max_action_horizon=sizes.horizon)
+    files = {"config.json": config, BACKBONE_FILE: backbone, "processor_config.json": processor, "statistics.json": statistics}
+    for name, content in {**files, "embodiment_id.json": {"new_embodiment": sizes.row}}.items():
+        write_json(directory / name, content)
+    config, backbone = (json.loads((directory / name).read_text()) for name in ("config.json", BACKBONE_FILE))  # lists, as files hold them
+    with contextlib.redirect_stderr(io.StringIO()):
+        rc._write_weights(directory, config_n1d7(config, backbone), seed, dtype, shard_bytes)
+    return directory
+
+
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
@@ -98,7 +145,7 @@ def edit_json(file: Path, dotted: str, value: Any) -> None:
     file.write_text(json.dumps(raw))
 
 
-def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Gr00tN1d5:
+def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Network:
     return load_model(open_checkpoint(checkpoint), tag, torch.device("cpu"), dtype)
 
 
@@ -112,6 +159,24 @@ def random_inputs(config: ModelConfig, batch: int = 1, cameras: int = 1, text_to
     positions = torch.arange(images) + text_tokens // 2
     ids[:, positions] = language.image_token_id
     pixels = torch.rand((batch, cameras, 3, vision.image_size, vision.image_size), generator=generator) * 2 - 1
+    state = torch.randn((batch, head.state_dim), generator=generator)
+    noise = torch.randn((batch, head.action_horizon, head.action_dim), generator=generator)
+    return ModelInputs(pixels, ids, positions, state), noise
+
+
+def random_inputs_n1d7(
+    config: ModelConfig, batch: int = 1, pictures: int = 1, patches: tuple[int, int] = (4, 4), text_tokens: int = 9, seed: int = 0
+) -> tuple[ModelInputs, torch.Tensor]:
+    """Inputs of equal prompt lengths with a text token on either side of each picture of `patches` rows and columns, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    vision, language, head = config.vision, config.language, config.head
+    each = math.prod(patches) // vision.merge_size**2
+    positions = torch.cat([3 + picture * (each + 2) + torch.arange(each) for picture in range(pictures)])
+    ids = torch.randint(0, 256, (batch, int(positions[-1]) + 1 + text_tokens), generator=generator)  # letters of the byte tokenizer
+    assert language.image_token_id >= 256, "text must not hold the image token"
+    ids[:, positions] = language.image_token_id
+    height, width = (count * vision.patch_size for count in patches)
+    pixels = torch.rand((batch, pictures, 3, height, width), generator=generator) * 2 - 1
     state = torch.randn((batch, head.state_dim), generator=generator)
     noise = torch.randn((batch, head.action_horizon, head.action_dim), generator=generator)
     return ModelInputs(pixels, ids, positions, state), noise

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import zmq
-from control_fakes import facts
+from control_fakes import policy_metadata
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.observation import parse_observation
 
@@ -28,7 +28,7 @@ WIDTHS = {"state.single_arm": 5, "state.gripper": 1}
 ROOT = Path(__file__).parent.parent
 
 
-class ArithmeticPolicy:
+class ArithmeticPolicy(Policy):
     """Checks an observation as the real policy does, and answers joints + step + brightness of each picture: wrong routing shows.
 
     An instruction of the form `wait 0.5` makes it take that many seconds; `bug` makes it fail as only a bug can.
@@ -36,7 +36,7 @@ class ArithmeticPolicy:
 
     def __init__(self, data_config: str = "so100", fps: float = 30.0) -> None:
         self.config = load_data_config(data_config)
-        self.facts = facts({key.removeprefix("video."): (40, 32) for key in self.config.video_keys}, fps=fps)
+        self.metadata = policy_metadata({key.removeprefix("video."): (40, 32) for key in self.config.video_keys}, fps=fps)
         self.calls, self.resets, self.threads = 0, 0, set()
         self._busy = threading.Lock()
 
@@ -53,7 +53,7 @@ class ArithmeticPolicy:
                 raise ZeroDivisionError("a bug")
             actions = self._actions(parsed, noise)
             for key, rows in ({} if prefix is None else prefix.actions).items():
-                actions[key][..., : prefix.delay, :] = rows[..., : prefix.delay, :]
+                actions[key][..., : prefix.inference_delay, :] = rows[..., : prefix.inference_delay, :]
             return actions
         finally:
             self._busy.release()

@@ -49,7 +49,9 @@ def main(path: str, mode: str) -> int:
         return land()
 
     policy.on_action, robot.on_send, robot.land = infer, send, slow_land
-    binding = RobotBinding(policy.get_modality_config(), policy.facts.state_widths, policy.facts.action_widths, SO100_JOINTS, {"front": "webcam"})
+    binding = RobotBinding(
+        policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {"front": "webcam"}
+    )
     with StopSignals() as stop:
         loop = ControlLoop(robot, SyncController(policy, binding, "go", clock), LoopOptions(30.0), clock, stop)
         trace = loop.run()

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.engine.digests import Digests
-from gr00t_fast.engine.manifest import Target
+from gr00t_fast.engine.manifest import Digests, Target
 from gr00t_fast.errors import CheckpointError, ConfigError
 
 DIT = "action_head.model.transformer_blocks"
@@ -122,11 +121,11 @@ def test_a_policy_on_an_adapter(base: Path, tmp_path: Path) -> None:
     adapted, plain = (load_policy(path, **options).get_action(observation(), noise=noise) for path in (adapter, base))
     assert not np.array_equal(adapted["action.single_arm"], plain["action.single_arm"])
     changed = _adapter(tmp_path / "b", base, _sides(base, QUERY), lora_alpha=17)
-    policies = [load_policy(path, **options).facts for path in (adapter, changed)]
+    policies = [load_policy(path, **options).metadata for path in (adapter, changed)]
     assert policies[0].trained_horizon == policies[1].trained_horizon
     identities = []
     for path in (adapter, changed):
-        target = Target(open_checkpoint(path), "new_embodiment", load_policy(path, **options)._pieces.data_config, "so100")
+        target = Target(open_checkpoint(path), "new_embodiment", load_policy(path, **options).processor.data_config, "so100")
         identities.append(target.identity(Digests(tmp_path)))
     assert identities[0] != identities[1]
 

@@ -11,7 +11,6 @@ from random_networks import Sizes, observation, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.observation import parse_observation
 from gr00t_fast.prompt import PromptEncoder
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
@@ -61,13 +60,12 @@ def test_an_item_does_not_depend_on_its_neighbours(policy: Gr00tPolicy) -> None:
 def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
     """The check above is sensitive: run the same padded batch without its mask, as the reference does, and the short prompts' actions move."""
     batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
-    parsed = parse_observation(batched, policy._pieces.data_config, policy._pieces.state.widths)
-    inputs = policy._model_inputs(policy._raw_inputs(parsed))
+    inputs = policy.preprocess(batched).to(policy.device, policy.dtype)
     assert inputs.prompt_mask is not None
     model, tables = policy.engine.model, policy.engine.tables(policy.denoising_steps)
     with torch.inference_mode():
         normalised = [model(i, torch.from_numpy(noise), tables).numpy() for i in (inputs, replace(inputs, prompt_mask=None))]
-    masked, unmasked = (policy._pieces.action(actions) for actions in normalised)
+    masked, unmasked = (policy.processor.action(actions) for actions in normalised)
     moved = np.abs(masked["action.single_arm"] - unmasked["action.single_arm"]).max(axis=(1, 2))
     assert moved[1] == 0, "the longest prompt has no padding"
     assert (moved[[0, 2, 3]] > 100 * CLOSE_DEG).all()
@@ -75,13 +73,13 @@ def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
 
 def test_equal_lengths_need_no_mask(policy: Gr00tPolicy) -> None:
     batched = observation(policy.name, batch=4, instruction=EQUAL)
-    assert policy._model_inputs(policy.raw_inputs(batched)).prompt_mask is None
+    assert policy.preprocess(batched).to(policy.device, policy.dtype).prompt_mask is None
 
 
 def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another token in the padding changes nothing."""
     batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
-    inputs = policy._model_inputs(policy.raw_inputs(batched))
+    inputs = policy.preprocess(batched).to(policy.device, policy.dtype)
     other = replace(inputs, input_ids=inputs.input_ids.masked_fill(~inputs.prompt_mask, 97))
     assert not torch.equal(other.input_ids, inputs.input_ids)
     with torch.inference_mode():
@@ -111,6 +109,6 @@ def test_wrong_batches_are_refused(policy: Gr00tPolicy) -> None:
 
 def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -> None:
     """The batch shares one list of image positions: no instruction may move them."""
-    encode: PromptEncoder = policy._pieces.prompts
+    encode: PromptEncoder = policy.processor.prompts
     places = [np.flatnonzero(encode(text) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
     assert all(np.array_equal(places[0], other) for other in places)

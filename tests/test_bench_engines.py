@@ -15,12 +15,13 @@ import torch
 from cuda_stand_in import StandInCuda, StandInEvent
 from random_networks import random_inputs
 
-from benchmarks import bench_engines, engine_arms, stage_calls
-from benchmarks.bench_engines import ratio, within_limit
-from benchmarks.random_observations import random_noise, random_observations
+from benchmarks import bench_engines, stage_calls
+from benchmarks.bench_engines import LaboratoryBench
+from benchmarks.lib.reference import REFERENCE_HEAD
+from benchmarks.lib.work import Ceilings
 from benchmarks.stage_calls import busy_and_idle_ms
-from benchmarks.work import Ceilings
 from gr00t_fast import load_policy
+from gr00t_fast.cli.comparison import random_noise, random_observations, ratio, within_limit
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
@@ -33,7 +34,7 @@ TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
 
 
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, code: int = 0) -> dict:
-    common = [f"--model_path={TRAINED}", f"--out={tmp_path}", "--device=cpu", "--precision=fp32", "--observations=2", "--rounds=2"]
+    common = [f"--model_path={TRAINED}", f"--out={tmp_path}", "--device=cpu", "--precision=fp32", "--frames=2", "--rounds=2", "--json"]
     assert bench_engines.main([*common, *flags]) == code
     return json.loads(capsys.readouterr().out.splitlines()[-1]) if code == 0 else {}
 
@@ -50,7 +51,7 @@ def test_it_runs_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_reference_runs_on_the_shipped_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Which leaves out the weights that no inference uses."""
     pytest.importorskip("transformers", reason="needs `pip install 'gr00t_fast[bench]'`")
-    pytest.importorskip("lerobot", reason="needs `pip install 'gr00t_fast[robot]'`")
+    pytest.importorskip(REFERENCE_HEAD, reason="needs lerobot up to 0.5, which has GR00T N1.5's action head")
     reference = run(tmp_path, capsys, "--engines", "eager", "reference")["engines"]["reference"]
     assert reference["error_deg"]["p99"] < 0.01
     assert reference["times_as_fast_as"]["4"]["eager"]["median"] > 0
@@ -72,12 +73,12 @@ def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pyte
 
 
 def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_arms, "ARMS", tuple(name for name in engine_arms.ARMS if name not in ("compiled", "reference")))  # a minute
+    monkeypatch.setattr(LaboratoryBench, "names", tuple(name for name in LaboratoryBench.names if name not in ("compiled", "reference")))  # a minute
     result = run(tmp_path, capsys)
     assert list(result["engines"]) == ["eager"]
     assert set(result["refused"]) == {"cuda_graph", "cuda_graph+triton", "fp8", "onnxruntime", "openvino", "tensorrt"}
     assert "needs a CUDA GPU" in result["refused"]["fp8"]
-    assert "export/to_tensorrt.py" in result["refused"]["tensorrt"]
+    assert "gr00t-fast export tensorrt" in result["refused"]["tensorrt"]
     assert "openvino cannot be used here" in (tmp_path / "bench_engines.md").read_text()
 
 
@@ -85,7 +86,7 @@ def test_stages_are_measured_before_the_profiler_comes(monkeypatch: pytest.Monke
     """And each against its floor. On a CPU in place of the GPU, whose profiler is a stand-in."""
     order: list[str] = []
     policy = load_policy(TRAINED, device="cpu", precision="fp32", engine="eager")
-    engine = GraphEngine("fused", FusedModel(policy.engine.model), policy.to_pixels)
+    engine = GraphEngine("fused", FusedModel(policy.engine.model))
     fused = load_policy(TRAINED, engine=engine)
     timed = stage_calls.timed_ms
     monkeypatch.setattr(stage_calls, "timed_ms", lambda call, device: (order.append("timed"), timed(call, device))[1])
@@ -128,7 +129,7 @@ def test_kernels_are_compared_in_the_interpreter(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux: pip install 'gr00t_fast[triton]'")
     command = [sys.executable, "-W", "ignore", "benchmarks/bench_engines.py", "--kernels", "--engines", "none", "--device=cpu", "--precision=fp32"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--json", f"--out={tmp_path}"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout.splitlines()[-1])["kernels"]
     assert len(kernels) == 13
@@ -158,9 +159,9 @@ def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytes
         else:
             rows[key] = np.array(["reach the block"] * 5)
     np.savez(tmp_path / "seen" / "000.npz", **rows)
-    result = run(tmp_path, capsys, "--engines", "eager", f"--dataset={tmp_path / 'seen'}", "--observations=100")
+    result = run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'seen'}", "--frames=100")
     assert (result["observations"], result["of"]) == (5, "seen")
-    run(tmp_path, capsys, "--engines", "eager", f"--dataset={tmp_path / 'nowhere'}", code=1)
+    run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'nowhere'}", code=1)
     assert "neither a LeRobotDataset" in capsys.readouterr().err
 
 
@@ -194,6 +195,6 @@ def test_observations_are_random_and_repeatable() -> None:
         assert np.array_equal(first[0][key], again[0][key])
         if not key.startswith("annotation"):
             assert not np.array_equal(first[0][key], first[1][key])
-    ranges = policy.facts.state_statistics["single_arm"]
+    ranges = policy.metadata.state_statistics["single_arm"]
     assert all(((ranges.min <= seen["state.single_arm"]) & (seen["state.single_arm"] <= ranges.max)).all() for seen in first)
     assert random_noise(policy, 0).shape == (1, *policy.chunk_shape)

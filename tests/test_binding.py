@@ -63,9 +63,36 @@ def test_missing_frame_and_wrong_joint_count() -> None:
         binding().policy_observation(Observation(np.zeros(5), {}, 0.0), "go")
 
 
-def test_history_is_refused() -> None:
-    with pytest.raises(PreflightError, match="history"):
-        binding(video=ModalityConfig([-1, 0], ["video.webcam"]))
+def _seen_at(tick: int, fps: float, jitter_s: float = 0.0) -> Observation:
+    return Observation(np.full(6, float(tick)), {"front": np.full((6, 8, 3), tick, np.uint8)}, tick / fps + jitter_s)
+
+
+def test_earlier_frames_are_shown_to_a_policy_that_reads_them() -> None:
+    config, fps = {**modality_config(), "video": ModalityConfig([-15, 0], ["video.webcam"])}, 30.0
+    with pytest.raises(PreflightError, match="fps"):
+        RobotBinding(config, WIDTHS, WIDTHS, SO100_JOINTS, {"front": "webcam"})
+    bound = RobotBinding(config, WIDTHS, WIDTHS, SO100_JOINTS, {"front": "webcam"}, fps)
+
+    def shown(observation: Observation) -> list[int]:
+        built = bound.policy_observation(observation, "go")
+        assert built["state.single_arm"].shape == (1, 5)
+        return built["video.webcam"][:, 0, 0, 0].tolist()
+
+    assert shown(_seen_at(0, fps)) == [0, 0]
+    for tick in range(40):
+        bound.remember(_seen_at(tick, fps, 0.002 * (-1) ** tick))
+        if tick in (3, 14, 15, 16, 39):
+            assert shown(_seen_at(tick, fps)) == [max(0, tick - 15), tick]
+    bound.reset()
+    assert shown(_seen_at(41, fps)) == [41, 41]
+
+
+def test_earlier_joints_are_shown_to_a_policy_that_reads_them() -> None:
+    config = {**modality_config(), "state": ModalityConfig([-2, -1, 0], ["state.single_arm", "state.gripper"])}
+    bound = RobotBinding(config, WIDTHS, WIDTHS, SO100_JOINTS, {"front": "webcam"}, 10.0)
+    for tick in range(5):
+        bound.remember(_seen_at(tick, 10.0))
+    assert bound.policy_observation(_seen_at(4, 10.0), "go")["state.gripper"].tolist() == [[2.0], [3.0], [4.0]]
 
 
 @pytest.mark.parametrize("widths", [{"single_arm": 5}, {"left_arm": 7, "right_arm": 7}, {"single_arm": 6, "gripper": 1}])
@@ -106,3 +133,8 @@ def test_camera_map(robot: list[str], policy: list[str], requested: dict | None,
 def test_camera_map_errors_name_both_sides_and_the_flag(robot: list[str], policy: list[str], requested: dict | None, message: str) -> None:
     with pytest.raises(PreflightError, match=message):
         resolve_camera_map(robot, policy, requested)
+
+
+def test_parts_are_the_inverse_of_targets() -> None:
+    targets = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    assert (binding().action_targets(binding().action_parts(targets)) == targets).all()

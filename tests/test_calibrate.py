@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,10 @@ from exports import target_for
 from random_networks import TINY, edit_json, load_network, write_network
 from safetensors.torch import load_file, save_file
 
-from benchmarks.closed_loop.episode import reach_for_still_blocks
-from export import calibrate as program
+from benchmarks.closed_loop import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.cli import calibrate as program
+from gr00t_fast.cli.policy_flags import parse_with
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.calibration import SCALES_NAME, read_calibration
@@ -27,12 +27,13 @@ from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.export.fp8 import TARGET, TorchTrials, digest_of, input_scales, plan, record
-from gr00t_fast.export.progress import Progress
-from gr00t_fast.export.quantise import Settings
-from gr00t_fast.export.verify import ACTION_LIMITS, Case
+from gr00t_fast.export.calibrate import Settings, Trials, record, scales_of
+from gr00t_fast.export.networks import TorchNetwork
+from gr00t_fast.export.samples import Case, collect_cases, digest_of
+from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.policy import load_policy
+from gr00t_fast.progress import Progress
 from gr00t_fast.transforms import ActionTransform
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
@@ -57,37 +58,25 @@ def run(checkpoint: Path, out: Path, *flags: str) -> int:
     return program.main([f"--model_path={checkpoint}", f"--out={out}", "--denoising_steps=2", *flags])
 
 
-def tiny_cases(tiny: Path, count: int = 3, source: str = "random:0") -> list[Case]:
-    arguments = Namespace(
-        model_path=tiny,
-        embodiment_tag="new_embodiment",
-        processor_path=None,
-        prompt_style="plain",
-        calibration=source,
-        camera_map={},
-        frames=count,
-        seed=0,
-        allow_few=True,
-    )
-    return program.collect_cases(arguments, target_for(tiny), Progress())[0]
+def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
+    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, progress=Progress(), allow_few=True)[0]
 
 
 # --- what is recorded
 
 
 def test_statistics_cover_every_layer_and_frame(tiny: Path) -> None:
-    model, cases = load_network(tiny), tiny_cases(tiny)
-    stages = record(model, cases, 0, Progress())
-    recorded = {layer.label: (stage, layer) for stage, found in stages.items() for layer in found.layers}
+    model, cases = load_network(tiny), cases_of(tiny)
+    recorded = {name: entry for entry in record(TorchNetwork(model, 2, emulated=True), cases, 0, Progress()) for name in entry.readers}
     assert set(recorded) == set(linear_layers(model))
-    largest: dict[str, np.ndarray] = {}
-    calls: dict[str, int] = {}
+    largest: dict[str, torch.Tensor] = {}
+    rows: dict[str, int] = {}
 
     def hook(name: str):
         def see(_, inputs) -> None:
-            calls[name] = calls.get(name, 0) + 1
-            found = inputs[0].abs().flatten(0, -2).amax(dim=0).numpy()
-            largest[name] = np.maximum(largest.get(name, 0), found)
+            values = inputs[0].flatten(0, -2)
+            rows[name] = rows.get(name, 0) + len(values)
+            largest[name] = torch.maximum(largest.get(name, torch.zeros(values.shape[-1])), values.abs().amax(dim=0))
 
         return see
 
@@ -95,23 +84,21 @@ def test_statistics_cover_every_layer_and_frame(tiny: Path) -> None:
         layer.register_forward_pre_hook(hook(name))
     with torch.inference_mode():
         for case in cases:
-            model(case.inputs, case.noise, model.head.step_tables(1))
-    for name, (stage, layer) in recorded.items():
-        statistics = stages[stage].recorder.statistics[layer.input]
-        np.testing.assert_allclose(statistics.largest, largest[name], rtol=1e-5, atol=1e-6)
-        assert calls[name] == len(cases), name
+            model(case.inputs, case.noise, model.head.step_tables(2))
+    for name, entry in recorded.items():
+        torch.testing.assert_close(entry.largest, largest[name], rtol=1e-5, atol=1e-6)
+        assert rows[name] == entry.rows_per_case * len(cases), name
 
 
 def test_layers_that_read_one_tensor_are_recorded_as_one(tiny: Path) -> None:
-    stages = record(load_network(tiny), tiny_cases(tiny, 1), 0, Progress())
-    inputs = {layer.label: layer.input for found in stages.values() for layer in found.layers}
-    assert inputs["language.blocks.0.mlp.up"] == inputs["language.blocks.0.mlp.gate"] == "language.blocks.0.mlp.gate"
-    assert len(set(inputs.values())) == len(inputs) - 1
+    readers = [entry.readers for entry in record(TorchNetwork(load_network(tiny), 2, emulated=True), cases_of(tiny, 1), 0, Progress())]
+    assert ("language.blocks.0.mlp.gate", "language.blocks.0.mlp.up") in readers
+    assert sum(len(names) for names in readers) == len(readers) + 1
 
 
 def test_a_digest_tells_other_observations_from_the_same(tiny: Path) -> None:
-    assert digest_of(tiny_cases(tiny)) == digest_of(tiny_cases(tiny))
-    assert digest_of(tiny_cases(tiny)) != digest_of(tiny_cases(tiny, source="random:1"))
+    assert digest_of(cases_of(tiny)) == digest_of(cases_of(tiny))
+    assert digest_of(cases_of(tiny)) != digest_of(cases_of(tiny, source="random:1"))
 
 
 # --- the store
@@ -123,18 +110,18 @@ def test_what_was_written_is_what_is_read(tiny: Path, calibrated: Path) -> None:
     assert set(found.scales) == set(linear_layers(load_network(tiny)))
     assert found.scales["language.blocks.0.mlp.gate"] is found.scales["language.blocks.0.mlp.up"]
     assert len(manifest.quantisation["calibration"]["digest"]) == 64
-    again = program.parser().parse_args(["--model_path=x", *manifest.flags])  # the message that names the command can be typed
-    assert (again.denoising_steps, again.frames, again.calibration) == (2, 4, "random:0")
+    again = parse_with(program.CalibrateConfig, ["--model_path=x", *manifest.flags], program.check)  # the message that names the command can be typed
+    assert (again.denoising_steps, again.frames, again.observations) == (2, 4, "random:0")
 
 
 def test_a_missing_calibration_names_the_command(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"Run: python export/calibrate.py --model_path=.* --calibration=DATASET"):
+    with pytest.raises(EngineError, match=r"Run: gr00t-fast calibrate --model_path=.* --observations=DATASET"):
         read_calibration(tmp_path / "nothing", target_for(tiny))
 
 
 def test_other_weights_and_statistics_make_it_stale(tiny: Path, calibrated: Path, tmp_path: Path) -> None:
     other = write_network(tmp_path / "weights", TINY, seed=1)
-    with pytest.raises(StaleEngineError, match=r"(?s)other weights.*export/calibrate.py"):
+    with pytest.raises(StaleEngineError, match=r"(?s)other weights.*gr00t-fast calibrate"):
         read_calibration(calibrated, target_for(other))
     other = Path(shutil.copytree(tiny, tmp_path / "statistics"))
     edit_json(other / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.single_arm.max", [100.0, 101.0, 102.0, 103.0, 104.0])
@@ -163,21 +150,24 @@ def test_damaged_scales_are_refused(tiny: Path, calibrated: Path, tmp_path: Path
         save_file({**tensors, key: torch.tensor(-1.0)}, str(file))
         manifest = read_manifest(copy, "")
         Manifest(**{**vars(manifest), "files": describe_files(copy)}).write(copy)
-    with pytest.raises(EngineError, match=r"export/calibrate.py"):
+    with pytest.raises(EngineError, match=r"gr00t-fast calibrate"):
         read_calibration(copy, target_for(tiny))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (("--calibration=random:0", "--frames=4"), "4 frames, expected at least 128"),
-        (("--calibration=nowhere",), "neither a LeRobotDataset"),
-        ((*FEW, "--denoising_steps=0"), "must be at least 1"),
-        ((*FEW, "--camera_map=front"), "expected a mapping"),
+        (("--observations=random:0", "--frames=4"), 1, "4 frames, expected at least 128"),
+        (("--observations=nowhere",), 1, "neither a LeRobotDataset"),
+        ((*FEW, "--denoising_steps=0"), 2, "must be at least 1"),
+        ((*FEW, "--camera_map=front"), 2, "--camera_map: expected names"),
+        ((), 2, "--observations is missing"),
     ],
 )
-def test_what_cannot_be_done_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
-    assert program.main([f"--model_path={tiny}", f"--out={tmp_path / 'out'}", *flags]) == 1
+def test_what_cannot_be_done_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], code: int, message: str
+) -> None:
+    assert program.main([f"--model_path={tiny}", f"--out={tmp_path / 'out'}", *flags]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -194,8 +184,8 @@ def test_parts_that_are_not_named_stay_as_they_are(tiny: Path, tmp_path: Path) -
 
 
 def test_a_limit_that_nothing_meets_keeps_every_layer(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(tiny, tmp_path / "out", "--trial_frames=1", "--limit=1e-9", *FEW) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["work_in_8_bits"] == 0
+    assert run(tiny, tmp_path / "out", "--trial_frames=1", "--limit=1e-9", "--json", *FEW) == 0
+    assert json.loads(capsys.readouterr().out)["work_in_8_bits"] == 0
     assert read_calibration(tmp_path / "out", target_for(tiny)).scales == {}
 
 
@@ -206,7 +196,7 @@ def test_load_policy_says_what_is_missing_before_it_reads_weights(tiny: Path, ca
     with pytest.raises(EngineError, match="engine 'fp8' needs a CUDA GPU of compute capability 8.9"):
         load_policy(tiny, engine="fp8", device="cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    with pytest.raises(EngineError, match=r"exports/fp8 holds no exported engine.*export/calibrate.py"):
+    with pytest.raises(EngineError, match=r"exports/fp8 holds no exported engine.*gr00t-fast calibrate"):
         prepare("fp8", tiny / "exports" / "fp8", target_for(tiny), CUDA)
     assert set(prepare("fp8", calibrated, target_for(tiny), CUDA).keywords["calibration"].scales) == set(linear_layers(load_network(tiny)))
     with pytest.raises(ConfigError, match="needs files besides the torch model"):
@@ -219,7 +209,7 @@ def test_in_the_fused_model_the_rounded_layers_do_what_they_do_in_the_plain_one(
     twin = EagerEngine(rounded)
     twin.device, twin.dtype = rounded.device, rounded.dtype
     expecting = load_policy(tiny, engine=twin, denoising_steps=2)
-    policy = load_policy(tiny, engine=GraphEngine("fp8", FusedModel(rounded), expecting.to_pixels, check_call=check_call), denoising_steps=2)
+    policy = load_policy(tiny, engine=GraphEngine("fp8", FusedModel(rounded), check_call=check_call), denoising_steps=2)
     seen, noise = policy.example_observation("pick"), np.random.default_rng(0).standard_normal((1, 16, 32)).astype(np.float32)
     got, expected = policy.get_action(seen, noise=noise), expecting.get_action(seen, noise=noise)
     # rounding falls to the other side now and then
@@ -230,7 +220,7 @@ def test_in_the_fused_model_the_rounded_layers_do_what_they_do_in_the_plain_one(
 
 @pytest.mark.parametrize("half", ["gate", "up"])
 def test_a_calibration_that_rounds_gate_without_up_is_refused(tiny: Path, half: str) -> None:
-    with pytest.raises(EngineError, match=r"gate and up.*export/calibrate.py"):
+    with pytest.raises(EngineError, match=r"gate and up.*gr00t-fast calibrate"):
         FusedModel(rewritten(load_network(tiny), {f"language.blocks.0.mlp.{half}": InputScale(1.0)}))
 
 
@@ -241,7 +231,7 @@ def test_a_calibration_that_rounds_gate_without_up_is_refused(tiny: Path, half: 
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Episodes of the scripted expert, every third tick, in two directories: to calibrate with, and to compare on."""
     pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
-    from gr00t_fast.robots.so100_sim.expert import expert
+    from gr00t_fast.robots.so100_sim.scripted_expert import expert
     from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 
     simulation, directories = Simulation("reach", 0), []
@@ -270,17 +260,17 @@ class Trained:
         checkpoint = open_checkpoint(TRAINED)
         self.model = load_model(checkpoint, "new_embodiment", torch.device("cpu"), torch.float32)
         self.transform = ActionTransform(target_for(TRAINED).data_config, checkpoint.embodiment("new_embodiment"), checkpoint.config.head.action_dim)
-        self.calibration, self.held_out = (tiny_cases(TRAINED, 128, str(directory)) for directory in recordings)
-        self.stages = record(self.model, self.calibration, 0, Progress())
+        calibration, self.held_out = (cases_of(TRAINED, 128, str(directory)) for directory in recordings)
+        self.network = TorchNetwork(self.model, 4, emulated=True)
+        self.statistics = record(self.network, calibration, 0, Progress())
         self.plain = self.trials(self.held_out, 4)
 
-    def trials(self, cases: list[Case], steps: int) -> TorchTrials:
-        return TorchTrials(self.model, cases, steps, {}, self.transform)
+    def trials(self, cases: list[Case], steps: int) -> Trials:
+        return Trials(TorchNetwork(self.model, steps, emulated=True), cases, {}, self.transform)
 
     def rounded(self, parts: tuple[str, ...] = tuple(PARTS)) -> Gr00tN1d5:
         """Every layer of `parts`."""
-        outcome, _ = plan(self.model, self.stages, Settings("fp8", TARGET, 4), parts, Progress())
-        scales = {label: scale for part in parts for label, scale in input_scales(outcome.plans[part]).items()}
+        scales, _ = scales_of(self.network, self.statistics, Settings("fp8", "torch", 4), parts, Progress())
         return rewritten(self.model, scales, emulated=True)
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_networks import Sizes, load_network, write_network
+from random_networks import Sizes, SizesN1d7, load_network, write_network, write_network_n1d7
 from safetensors.torch import load_file, save_file
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS
+from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.errors import CheckpointError
 
@@ -309,10 +309,18 @@ print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in mod
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory high-water mark from /proc")
-def test_loading_needs_the_weights_once(tmp_path: Path, pristine: Path) -> None:
-    sizes = Sizes(language=(1280, 5120, 4, 16, 8, 64), vl=(1, 16, 80), vision=(512, 2048, 2, 8), dit=(2, 16, 32), hidden=64)
-    large = write_network(tmp_path, sizes, shard_bytes=100_000_000)
-    values = {"ROOT": str(ROOT), "TESTS": str(ROOT / "tests"), "SMALL": str(pristine), "LARGE": str(large)}
+@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
+def test_loading_needs_the_weights_once(tmp_path: Path, network: str) -> None:
+    if network == "n1.5":
+        sizes = Sizes(language=(1280, 5120, 4, 16, 8, 64), vl=(1, 16, 80), vision=(512, 2048, 2, 8), dit=(2, 16, 32), hidden=64)
+        small, large = write_network(tmp_path / "small"), write_network(tmp_path / "large", sizes, shard_bytes=100_000_000)
+    else:
+        sizes_n1d7 = SizesN1d7(
+            vision=(512, 2048, 2, 8, (0, 1), 36), language=(1280, 5120, 4, 16, 8, 64), sections=(12, 10, 10), vl=(1, 16, 80), dit=(2, 16, 32)
+        )
+        small = write_network_n1d7(tmp_path / "small")
+        large = write_network_n1d7(tmp_path / "large", sizes_n1d7, shard_bytes=100_000_000)
+    values = {"ROOT": str(ROOT), "TESTS": str(ROOT / "tests"), "SMALL": str(small), "LARGE": str(large)}
     code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + _MEMORY
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,8 @@ from random_networks import TINY, Sizes, edit_json, load_network, write_network
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.errors import CheckpointError, ConfigError
-from gr00t_fast.facts import read_facts
-from gr00t_fast.serving.facts_message import facts_to_message
+from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.serving.wire import metadata_to_message
 
 
 @pytest.fixture(scope="module")
@@ -248,17 +248,17 @@ def test_the_smallest_camera(checkpoint: Path) -> None:
 
 
 def test_facts_need_no_weights(checkpoint: Path) -> None:
-    expected = facts_to_message(read_facts(checkpoint, "new_embodiment", "so100"))
+    expected = metadata_to_message(read_policy_metadata(checkpoint, "new_embodiment", "so100"))
     for file in checkpoint.glob("model*"):
         file.unlink()
-    assert facts_to_message(read_facts(checkpoint, "new_embodiment", "so100")) == expected
+    assert metadata_to_message(read_policy_metadata(checkpoint, "new_embodiment", "so100")) == expected
     assert expected["state_widths"] == {"single_arm": 5, "gripper": 1}
     assert expected["resolutions"] == {"webcam": [64, 48]}
     with pytest.raises(ConfigError, match="reads video.front, video.wrist"):
-        read_facts(checkpoint, "new_embodiment", "so100_dualcam")
+        read_policy_metadata(checkpoint, "new_embodiment", "so100_dualcam")
     edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.gripper", ...)
     with pytest.raises(ConfigError, match=r"reads state.gripper, but this checkpoint has statistics for"):
-        read_facts(checkpoint, "new_embodiment", "so100")
+        read_policy_metadata(checkpoint, "new_embodiment", "so100")
     with pytest.raises(CheckpointError, match="neither model.safetensors"):
         open_checkpoint(checkpoint)
 
@@ -313,7 +313,7 @@ def test_a_hub_id_without_a_commit_is_warned_of_and_can_be_kept(
         assert f"--revision={commit}" in caplog.text
         caplog.clear()
     load_policy("someone/so100-finetune", device="cpu", revision=commit)
-    read_facts("someone/so100-finetune", "new_embodiment", "so100", revision=commit)
+    read_policy_metadata("someone/so100-finetune", "new_embodiment", "so100", revision=commit)
     assert asked == [None, "main", commit, commit]
     assert not caplog.records
     with pytest.raises(ConfigError, match="local directory"):

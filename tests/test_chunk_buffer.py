@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr00t_fast.contracts import ActionChunk
-from gr00t_fast.control.chunk_buffer import DELAY_WINDOW, ENSEMBLE_DECAY, ChunkBuffer, DelayEstimate, TimedChunk, Verdict
+from gr00t_fast.control.chunk_buffer import DELAY_WINDOW, ENSEMBLE_DECAY, Admission, ChunkBuffer, DelayEstimate, TimedChunk
 
 
 def chunk(observed: int, rows: int = 16, episode: int = 0) -> TimedChunk:
@@ -20,7 +20,7 @@ def chunk(observed: int, rows: int = 16, episode: int = 0) -> TimedChunk:
 
 def test_enters_at_the_action_that_is_due_now() -> None:
     buffer = ChunkBuffer()
-    assert buffer.offer(chunk(10), 14) is Verdict.ENTERED
+    assert buffer.offer(chunk(10), 14) is Admission.ENTERED
     due = buffer.due(14)
     assert (due.target[0], due.age_ticks, due.starved) == (14, 4, False)
 
@@ -45,14 +45,14 @@ def test_holds_and_counts_when_nothing_is_left_and_goes_on_with_the_next() -> No
 def test_stale_and_expired_chunks_never_play() -> None:
     buffer = ChunkBuffer()
     buffer.offer(chunk(10), 12)
-    assert buffer.offer(chunk(9), 13) is Verdict.STALE
-    assert buffer.offer(chunk(11, episode=3), 13) is Verdict.STALE
-    assert buffer.offer(chunk(11, rows=2), 13) is Verdict.EXPIRED
+    assert buffer.offer(chunk(9), 13) is Admission.STALE
+    assert buffer.offer(chunk(11, episode=3), 13) is Admission.STALE
+    assert buffer.offer(chunk(11, rows=2), 13) is Admission.EXPIRED
     assert buffer.due(13).target[1] == 10
     buffer.reset()
-    assert buffer.offer(chunk(14), 14) is Verdict.STALE  # of the episode that ended
+    assert buffer.offer(chunk(14), 14) is Admission.STALE  # of the episode that ended
     assert buffer.empty
-    assert buffer.verdicts == {Verdict.ENTERED: 1, Verdict.STALE: 3, Verdict.EXPIRED: 1}
+    assert buffer.admissions == {Admission.ENTERED: 1, Admission.STALE: 3, Admission.EXPIRED: 1}
 
 
 def test_targets_go_out_in_order() -> None:
@@ -120,7 +120,7 @@ def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: 
         offered = chunk(max(0, tick - delay), rows)
         offered.chunk.targets[:, 0] = come[offered.observed] + np.arange(rows)
         elapsed = come[tick] - come[offered.observed]
-        enters = buffer.offer(offered, tick) is Verdict.ENTERED
+        enters = buffer.offer(offered, tick) is Admission.ENTERED
         assert enters == (offered.observed >= newest and elapsed < rows)
         if enters:
             left, newest = rows - elapsed, offered.observed

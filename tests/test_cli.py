@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from control_fakes import FakeClock, FakePolicy, FakeRobot, facts
+from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 
-import so100_inference_optimized as script
-from gr00t_fast import cli
+from gr00t_fast.cli import run as script
+from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.flags import flags_of
@@ -91,6 +90,10 @@ def test_free_text_as_a_separate_word() -> None:
     assert cli.parse([*SIM[:2], "--lang_instruction", "pick: the cube"]).lang_instruction == "pick: the cube"
 
 
+def test_dashes_are_underscores() -> None:
+    assert cli.parse([*SIM[:1], "--lang-instruction=go", "--model-path", "some-where", "--no-clamp-to-limits"]).clamp_to_limits is False
+
+
 SWITCHES = [
     (["--show_images"], True),
     (["--show_images=true"], True),
@@ -109,12 +112,11 @@ FOLLOWER = ISSUE[:2]
 BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
     "abbreviated flag": ([*SIM, "--robot.ta=reach"], "unknown flag '--robot.ta'"),
-    "dashes for underscores": ([*SIM, "--model-path=x"], "Did you mean '--model_path'"),
     "NVIDIA's host": ([*SIM, "--policy_host=robot.local"], "--server=tcp://HOST:PORT"),
     "NVIDIA's port": ([*SIM, "--policy_port", "5555"], "--server=tcp://HOST:PORT"),
     "NVIDIA's other host": ([*SIM, "--host=robot.local"], "--server=tcp://HOST:PORT"),
     "NVIDIA's other port, with a dash": ([*SIM, "--policy-port=5555"], "--server=tcp://HOST:PORT"),
-    "NVIDIA's HTTP": ([*SIM, "--http-server"], "gr00t_fast.serving --http"),
+    "NVIDIA's HTTP": ([*SIM, "--http-server"], "gr00t-fast serve --http"),
     "NVIDIA's TensorRT": ([*SIM, "--use-tensorrt"], "--engine=tensorrt"),
     "NVIDIA's engines": ([*SIM, "--trt_engine_path=x"], "--engine_path"),
     "NVIDIA's length of a run": ([*SIM, "--actions_to_execute=350"], "--timeout"),
@@ -214,7 +216,7 @@ def test_bad_config_file(case: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_presets_parse_and_flags_win() -> None:
     real = cli.parse([f"--config_path={ROOT}/configs/so100.yaml", "--robot.port=/dev/ttyACM0", *SIM[1:]])
     assert real.robot.cameras["front"].width == 640
-    assert (real.robot.id, real.action_horizon, real.max_speed_deg_s) == ("black", 8, cli.DEFAULT_MAX_SPEED_DEG_S)
+    assert (real.robot.id, real.action_horizon, real.max_speed_deg_s) == ("black", 8, "auto")
     sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=place"])
     assert isinstance(sim.robot, SO100SimConfig)
     assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "place", "Reach the block")
@@ -273,7 +275,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_flags_that_contradict_the_checkpoint_are_told_before_it_is_loaded(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flag, message = CONTRADICTIONS[case]
-    assert script.main([*SIM, checkpoint_of(tmp_path), flag]) == 1
+    assert script.main([*SIM, checkpoint_of(tmp_path), flag]) == (2 if case == "no data config" else 1)
     captured = capsys.readouterr()
     assert message in captured.err
     assert "loading" not in captured.out
@@ -281,9 +283,9 @@ def test_flags_that_contradict_the_checkpoint_are_told_before_it_is_loaded(case:
 
 def test_a_checkpoint_that_is_odd_is_left_for_loading_to_explain(tmp_path: Path) -> None:
     config = cli.parse([*SIM, checkpoint_of(tmp_path, horizon="many"), "--action_horizon=20"])
-    cli.check_checkpoint(config)
+    script.check_checkpoint(config)
     (tmp_path / "config.json").unlink()
-    cli.check_checkpoint(config)
+    script.check_checkpoint(config)
 
 
 class World:
@@ -313,12 +315,12 @@ def raising(error: BaseException):
 
 def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert world.run(f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.json", "report.txt", "run.csv", "run.npz"]
+    assert world.run(f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images", "--controller=sync") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.html", "report.json", "report.txt", "run.csv", "run.npz"]
     assert (tmp_path / "run.mp4").stat().st_size > 0
     report = json.loads((out / "report.json").read_text())
     assert report["run"]["ended_by"] == "done"
-    assert report["settings"]["robot"]["type"] == "SO100SimConfig"
+    assert report["settings"]["robot"]["type"] == "so100_sim"
     assert report["settings"]["action_horizon"] == 4
     printed = capsys.readouterr().out
     assert "Direct inference time: 0." in printed
@@ -335,9 +337,9 @@ def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: P
     (tmp_path / "file").write_text("")
     assert world.run(f"--out={tmp_path / 'file' / 'x'}") == 1
     assert world.run(f"--video={tmp_path / 'file' / 'x.mp4'}") == 1
-    world.policy.facts = facts(tag="gr1")
+    world.policy.metadata = policy_metadata(tag="gr1")
     assert world.run() == 1
-    world.policy.facts = FakePolicy(FakeClock()).facts
+    world.policy.metadata = FakePolicy(FakeClock()).metadata
     world.policy.warm_up = raising(MissingExtraError("pip install 'gr00t_fast[x]'"))
     assert world.run() == 1
     world.load = raising(CheckpointError("no metadata in 'm'"))
@@ -457,7 +459,7 @@ def test_dry_run_sends_nothing(world: World, capsys: pytest.CaptureFixture[str])
 
 
 def test_preflight_warnings_are_printed_and_reported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world.policy.facts = facts(tag="gr1", cameras={"webcam": (16, 9)})
+    world.policy.metadata = policy_metadata(tag="gr1", cameras={"webcam": (16, 9)})
     assert world.run("--preflight=warn", f"--out={tmp_path}") == 0
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert any("gr1" in warning for warning in warnings)
@@ -478,12 +480,12 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     probe = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--help']\n"
         "import so100_inference_optimized as s; assert s.main() == 0\n"
-        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'cv2', 'matplotlib', 'transformers') if m in sys.modules])"
+        "print('HEAVY', [m for m in ('torch', 'lerobot', 'mujoco', 'cv2', 'matplotlib', 'transformers') if m in sys.modules])\n"
+        "import time; print('CPU', time.process_time())"  # what it costs, whatever else the machine does
     )
-    began_s = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=30, check=True)
-    assert time.monotonic() - began_s < 3
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
     assert "HEAVY []" in done.stdout
+    assert float(done.stdout.rpartition("CPU")[2]) < 1.5, "seconds; a third of it on a quiet machine"
     for flag in ("--robot.port", "--lang_instruction", "--camera_map", "--max_held_ticks", "--show_images", "--processor_path"):
         assert flag in done.stdout
 

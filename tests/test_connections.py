@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from gr00t_fast.serving.connections import Connection, Connections, Lane
+from gr00t_fast.serving.connections import Connection, Connections, Throttle
 
 LONG_AGO_S = -1000.0
 
@@ -89,7 +89,7 @@ def test_deadlines_close_a_connection_unless_what_was_expected_is_done() -> None
 
 
 def test_work_of_a_lane_takes_turns() -> None:
-    lane = Lane()
+    lane = Throttle()
     first, second = lane.pause_s(0.1), lane.pause_s(0.1)
     assert 0.1 < first < second
     assert second > 1.9 * first - 0.1

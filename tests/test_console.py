@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-import so100_inference_optimized as script
+from gr00t_fast.cli import run as script
 from control_fakes import FakeClock, FakePolicy, FakeRobot
-from gr00t_fast import cli
+from gr00t_fast.cli.program import leave
 robot = FakeRobot(FakeClock())
 land = robot.land
 def talk():
@@ -41,7 +41,7 @@ robot.on_send = talk
 robot.land = lambda: open({log!r}, "w").write(str(time.time())) and land()
 script.load = lambda config: FakePolicy(FakeClock())
 script.build_robot = lambda config: robot
-cli.leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *{flags!r}]))
+leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *{flags!r}]))
 """
 
 

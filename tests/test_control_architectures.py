@@ -10,31 +10,25 @@ import numpy as np
 import pytest
 
 from benchmarks import control_architectures, inference_profiler
-from benchmarks.program import without_machine_paths
-from benchmarks.replay_study.delay import parse_delay
-from benchmarks.replay_study.follower import FollowerArm, MovingScene, StillScene
-from benchmarks.replay_study.metrics import (
+from benchmarks.control_architectures import (
     boundary_jumps,
-    errors,
     freeze_s,
     frozen_ticks,
-    jerk_rms,
-    measure,
-    never_played_s,
     summarise,
     t95,
-    tracking_delay_s,
 )
-from benchmarks.replay_study.needs import needed_actions
-from benchmarks.replay_study.policy import DelayedReplay, ReplaySpec
-from benchmarks.replay_study.recording import MARKER, Recording, load_recording, made_up
-from benchmarks.replay_study.trial import Cell, Motion, Setup, run_trial
-from benchmarks.replay_study.virtual_time import VirtualWorker
-from gr00t_fast.contracts import SO100_JOINTS, Policy, Robot
-from gr00t_fast.control.controller import Controller
-from gr00t_fast.control.pacer import VirtualClock
-from gr00t_fast.control.threaded import ThreadedController
-from gr00t_fast.errors import ConfigError, ObservationError
+from benchmarks.lib.latency import needed_actions, parse_latency
+from benchmarks.replay import (
+    MARKER,
+    Cell,
+    Motion,
+    Setup,
+    load_recording,
+    made_up,
+    run_trial,
+)
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.errors import ConfigError
 
 FPS = 50.0
 
@@ -45,7 +39,7 @@ def setup_of(**changes: object) -> Setup:
 
 
 def play(architecture: str, horizon: int, delay: str, scene: str = "moving", trial: int = 0, **changes: object) -> Motion:
-    return run_trial(setup_of(**changes), Cell(scene, architecture, horizon, parse_delay(delay)), trial)
+    return run_trial(setup_of(**changes), Cell(scene, architecture, horizon, parse_latency(f"{1000 * float(delay):g}")), trial)
 
 
 # --- recordings -----------------------------------------------------------------------------------------------------------------------
@@ -89,13 +83,6 @@ def test_a_wrong_recording_is_explained(tmp_path: Path, name: str, content: str,
         load_recording(tmp_path / "dataset" if name.startswith("dataset") else file)
 
 
-def test_a_missing_recording_and_a_part_beyond_its_end_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there is no .*none\.csv"):
-        load_recording(tmp_path / "none.csv")
-    with pytest.raises(ConfigError, match="nothing of it is left"):
-        made_up(0).cut(1000.0, 1.0)
-
-
 def write_bag(path: Path, topics: dict[str, list[tuple[float, list[str], list[float]]]]) -> None:
     """Messages (stamp in s, names, radians) of sensor_msgs/JointState by topic. A stamp of 0 is none."""
     rosbag1, typesys = pytest.importorskip("rosbags.rosbag1"), pytest.importorskip("rosbags.typesys")
@@ -118,11 +105,6 @@ def test_a_bag_gives_degrees_by_joint_name_and_the_stamps_time(tmp_path: Path) -
     assert recording.joint_names == ("pan", "lift")
     np.testing.assert_allclose(recording.times_s, [0.0, 0.25])
     np.testing.assert_allclose(recording.values, [[0, 90], [-45, 180]])
-
-
-def test_a_bag_without_stamps_has_the_time_of_recording(tmp_path: Path) -> None:
-    write_bag(tmp_path / "a.bag", {"/joints": [(0.0, ["pan"], [0.0]), (0.0, ["pan"], [0.1])]})
-    np.testing.assert_allclose(load_recording(tmp_path / "a.bag").times_s, [0.0, 0.02])
 
 
 def test_the_topic_of_a_bag_must_be_clear(tmp_path: Path) -> None:
@@ -160,17 +142,6 @@ def test_a_dataset_written_by_lerobot_is_read_without_lerobot(tmp_path: Path, mo
         load_recording(tmp_path / "data", column="actions")
 
 
-def test_the_made_up_recording_repeats_by_seed_and_is_at_rest_where_the_gripper_works() -> None:
-    one, again, other = made_up(3), made_up(3), made_up(4)
-    np.testing.assert_array_equal(one.values, again.values)
-    assert one.values.shape != other.values.shape or not np.allclose(one.values, other.values)
-    velocity = np.diff(one.at(np.arange(0, one.duration_s, 0.01)), axis=0) / 0.01
-    assert np.abs(velocity[[0, -1]]).max() < 1.0 < 50 < np.abs(velocity).max() < 150
-    gripper_moves = np.abs(velocity[:, 5]) > 1
-    assert gripper_moves.any()
-    assert 0.2 < (np.abs(velocity).max(1) < 0.01).sum() * 0.01 < 2.0
-
-
 # --- delays ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -179,102 +150,25 @@ def test_a_measured_delay_is_drawn_from_the_percentiles_of_a_result(tmp_path: Pa
     file.write_text(
         json.dumps({"times_ms": {"ours": {"total": {"p50": 100, "p95": 200, "p99": 400, "max": 500}, "vision": {"p50": 1, "p95": 1, "p99": 1}}}})
     )
-    delay = parse_delay(f"measured:{file}")
+    delay = parse_latency(f"measured:{file}")
     samples = np.array([delay.sample_s(np.random.default_rng([0, k])) for k in range(4000)])
     assert samples.min() == pytest.approx(0.1)
     assert samples.max() <= 0.5
     np.testing.assert_allclose(np.percentile(samples, [50, 95]), [0.1, 0.2], atol=0.02)
     assert delay.ticks(FPS) == 20
-    assert parse_delay(f"measured:{file}#times_ms.ours.vision").ticks(FPS) == 1
+    assert parse_latency(f"measured:{file}#times_ms.ours.vision").ticks(FPS) == 1
     file.write_text(json.dumps({"a": {"p50": 1, "p95": 1, "p99": 1}, "b": {"p50": 1, "p95": 1, "p99": 1}}))
     with pytest.raises(ConfigError, match="#PLACE: a, b"):
-        parse_delay(f"measured:{file}")
+        parse_latency(f"measured:{file}")
 
 
-@pytest.mark.parametrize("text", ["-1", "800", "fast", "nan", "measured:/nowhere.json"])
+@pytest.mark.parametrize("text", ["-1", "800000", "fast", "nan", "measured:/nowhere.json"])
 def test_a_wrong_delay_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--delays"):
-        parse_delay(text)
+    with pytest.raises(ConfigError, match="--latency_ms"):
+        parse_latency(text)
 
 
 # --- policy and arm -------------------------------------------------------------------------------------------------------------------
-
-
-def spec_of(**changes: object) -> ReplaySpec:
-    return replace(ReplaySpec(made_up(0), FPS, 20, parse_delay("0.3"), 0.0, (0, 0)), **changes)
-
-
-def observation(time_s: float) -> dict:
-    return {"state.joints": np.zeros((1, 6)), f"state.{MARKER}": np.array([[time_s]])}
-
-
-def test_the_policy_answers_what_the_recording_does_next_and_takes_its_time() -> None:
-    clock, spec = VirtualClock(), spec_of()
-    policy = DelayedReplay(spec, clock)
-    actions = policy.get_action(observation(1.23))
-    expected_s = 1.23 + np.arange(20) / FPS
-    np.testing.assert_allclose(actions["action.joints"], spec.recording.at(expected_s), atol=1e-4)
-    np.testing.assert_allclose(actions[f"action.{MARKER}"][:, 0], expected_s, atol=1e-5)
-    assert clock.now_s() == pytest.approx(0.3)
-    assert isinstance(policy, Policy)
-    with pytest.raises(ObservationError, match=MARKER):
-        policy.get_action({})
-    with pytest.raises(ConfigError, match="noise"):
-        policy.get_action(observation(0.0), noise=np.zeros(3))
-
-
-def test_chunks_err_each_in_its_own_way_and_alike_in_every_episode() -> None:
-    policy = DelayedReplay(spec_of(chunk_noise_deg=2.0), VirtualClock())
-    first, second = (policy.get_action(observation(0.0))["action.joints"] for _ in range(2))
-    assert np.abs(first - second).max() > 0.5
-    policy.reset()
-    np.testing.assert_array_equal(policy.get_action(observation(0.0))["action.joints"], first)
-    ends = [
-        DelayedReplay(spec_of(chunk_noise_deg=2.0, seed=(0, k)), VirtualClock()).get_action(observation(0.0))["action.joints"] for k in range(300)
-    ]
-    spread = np.std(ends, axis=0).mean(1)  # (H,)
-    assert spread[0] == pytest.approx(1.0, rel=0.15)
-    assert spread[-1] == pytest.approx(2.0, rel=0.15)
-
-
-def test_the_arm_approaches_its_target_exponentially_and_remembers_its_path() -> None:
-    clock = VirtualClock()
-    recording = Recording(("a", "b"), np.array([0.0, 1.0]), np.array([[0.0, 10.0], [0.0, 10.0]]), "test")
-    arm = FollowerArm(recording, MovingScene(), clock, FPS, 0.1)
-    assert isinstance(arm, Robot)
-    np.testing.assert_allclose(arm.observe().joints, [0, 10, 0])
-    arm.send(np.array([1.0, 0.0, 0.0]))
-    clock.sleep_until_s(0.1)
-    np.testing.assert_allclose(arm.observe().joints, [1 - np.exp(-1), 10 * np.exp(-1), 0.1])
-    arm.send(np.array([0.0, 0.0, 0.0]))
-    clock.sleep_until_s(0.3)
-    np.testing.assert_allclose(arm.observe().joints[0], (1 - np.exp(-1)) * np.exp(-2))
-    np.testing.assert_allclose(arm.poses(np.array([-1.0, 0.0, 0.1, 0.3]))[:, 0], [0, 0, 1 - np.exp(-1), (1 - np.exp(-1)) * np.exp(-2)], atol=1e-12)
-
-
-def test_a_moving_scene_has_its_own_time_and_a_still_one_the_arms() -> None:
-    moving, still = MovingScene(), StillScene(0.02)
-    assert moving.time_s(5.0) == still.time_s(5.0) == 0.0
-    for scene in (moving, still):
-        scene.sent(0.4, 10.0)
-        scene.sent(0.4, 11.0)  # held
-    assert moving.time_s(12.5) == 2.5
-    assert still.time_s(10.01) == pytest.approx(0.41)
-    assert still.time_s(12.5) == pytest.approx(0.42)
-
-
-def test_the_virtual_worker_thinks_beside_the_loop() -> None:
-    clock = VirtualClock()
-    worker = VirtualWorker(clock)
-    worker.submit(lambda: clock.sleep_until_s(clock.now_s() + 1.0))
-    assert clock.now_s() == 0.0
-    assert worker.busy
-    assert worker.poll() is None
-    clock.sleep_until_s(1.0)
-    assert worker.poll().error is None
-    assert not worker.busy
-    worker.submit(lambda: 1 / 0)
-    assert isinstance(worker.wait().error, ZeroDivisionError)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------------------------
@@ -328,24 +222,6 @@ def test_starved_ticks_freeze_and_the_jump_after_them_is_at_a_boundary() -> None
     assert boundary_jumps(motion, [0]) == {"boundary_jump_deg_s": pytest.approx(11 / 0.02), "boundary_step_deg": pytest.approx(11.0)}
 
 
-def test_a_shift_is_found_as_delay_and_taken_out_of_the_error() -> None:
-    grid_s = np.arange(0, 4, 0.02)
-    path = np.column_stack([20 * np.sin(2 * grid_s), 5 * np.cos(3 * grid_s)])
-    late = np.column_stack([np.interp(grid_s - 0.4, grid_s, column) for column in path.T])
-    motion = motion_of(path, grid_s, arm=late, reference=path, grid_s=grid_s)
-    delay_s = tracking_delay_s(motion)
-    assert delay_s == pytest.approx(0.4, abs=0.011)
-    assert np.abs(errors(motion, delay_s)).mean() < 0.2 < 3 < np.abs(errors(motion, 0.0)).mean()
-
-
-def test_jerk_is_the_third_derivative_and_leaping_over_is_seen() -> None:
-    grid_s = np.arange(0, 2, 0.02)
-    motion = motion_of(np.zeros((100, 2)), grid_s, arm=np.column_stack([7 * grid_s**3, 0 * grid_s]), grid_s=grid_s)
-    assert jerk_rms(motion, [0]) == pytest.approx(42.0, rel=1e-6)
-    assert never_played_s(motion) == 0
-    assert never_played_s(replace(motion, played_s=np.where(grid_s > 1, grid_s + 0.5, grid_s))) == pytest.approx(0.5, abs=1e-6)
-
-
 def test_confidence_intervals_are_students() -> None:
     summary = summarise([{"a": value, "joints": {"pan": value}} for value in (1.0, 2.0, 3.0)])
     assert summary["a"] == summary["joints"]["pan"] == {"mean": 2.0, "ci95": pytest.approx(4.303 / 3**0.5, abs=1e-3), "max": 3.0}
@@ -358,19 +234,12 @@ def test_confidence_intervals_are_students() -> None:
 
 
 @pytest.mark.parametrize("scene", ["moving", "still"])
-@pytest.mark.parametrize("delay_ticks", [0, 1, 7, 20, 40])
+@pytest.mark.parametrize("delay_ticks", [0, 7, 40])
 def test_threaded_never_freezes_from_the_documented_chunk_length_on(scene: str, delay_ticks: int) -> None:
     motion = play("threaded", max(4, needed_actions(delay_ticks)), str(delay_ticks / FPS), scene)
     assert frozen_ticks(motion) == 0
     assert motion.finished
     assert np.abs(motion.sent_s - motion.played_s).max() < 1.1 / FPS  # each action at its moment
-
-
-def test_threaded_starves_when_the_chunk_cannot_bridge_the_delay_and_says_how_long() -> None:
-    motion = play("threaded", 50, "0.8")
-    assert not motion.starved[:50].any()
-    # From then on rows 40 to 49 of each chunk play, 40 ticks apart.
-    assert motion.starved[50:].mean() == pytest.approx(30 / 40, abs=0.05)
 
 
 @pytest.mark.parametrize("scene", ["moving", "still"])
@@ -380,49 +249,6 @@ def test_sync_freezes_for_every_inference_but_the_first(scene: str) -> None:
     assert pauses >= 2
     assert freeze_s(motion) == pytest.approx(0.8 * pauses, abs=0.03 * pauses)
     assert frozen_ticks(motion) == pytest.approx(40 * pauses, abs=pauses)
-
-
-def test_a_pause_costs_time_in_a_still_scene_and_accuracy_in_a_moving_one() -> None:
-    still, moving = (measure(play("sync", 50, "0.8", scene)) for scene in ("still", "moving"))
-    assert still["duration_s"] > 1.5 * 5.0 > 1.2 * 5.0 > moving["duration_s"]
-    assert still["mae_raw"] < 0.5 * moving["mae_raw"]
-    assert still["never_played_s"] == pytest.approx(0, abs=0.01)
-    assert moving["never_played_s"] > 1
-
-
-def test_the_baseline_plays_old_chunks_from_their_begin() -> None:
-    figures = measure(play("naive_async", 50, "0.1"))
-    assert figures["went_back_s"] > 1
-    assert figures["frozen_ticks"] == 0
-    assert measure(play("threaded", 50, "0.1"))["went_back_s"] == pytest.approx(0, abs=1e-3)
-    assert measure(play("threaded", 50, "0.1"))["mae_raw"] < 0.3 * figures["mae_raw"]
-
-
-def test_resuming_plays_the_whole_plan_once_in_a_still_scene_although_chunks_are_too_short() -> None:
-    resumed, caught_up = (measure(play(name, 50, "0.8", "still")) for name in ("threaded_resume", "threaded"))
-    assert resumed["went_back_s"] == pytest.approx(0, abs=0.05)
-    assert resumed["never_played_s"] == pytest.approx(0, abs=0.05)
-    assert resumed["boundary_jump_deg_s"] < 0.2 * caught_up["boundary_jump_deg_s"]
-    assert caught_up["never_played_s"] > 1
-
-
-def test_without_delay_and_error_sync_and_threaded_reach_the_floor() -> None:
-    floor = measure(play("sync", 50, "0"))
-    assert floor["mae_raw"] < 2
-    assert floor["frozen_ticks"] == 0
-    assert measure(play("threaded", 50, "0"))["mae_raw"] == pytest.approx(floor["mae_raw"], rel=0.1)
-
-
-def test_errors_of_chunks_show_as_jumps_at_boundaries_and_trials_differ() -> None:
-    clean, noisy, other = (play("threaded", 50, "0.1", trial=trial, chunk_noise_deg=noise) for trial, noise in ((0, 0.0), (0, 1.0), (1, 1.0)))
-    jump = "boundary_jump_deg_s"
-    assert measure(noisy)[jump] > 3 * measure(clean)[jump]
-    assert not np.allclose(noisy.arm, other.arm[: len(noisy.arm)])
-
-
-def test_the_same_run_has_the_same_result() -> None:
-    one, two = (play("threaded", 60, "0.3", chunk_noise_deg=1.0) for _ in range(2))
-    np.testing.assert_array_equal(one.arm, two.arm)
 
 
 # --- for real -------------------------------------------------------------------------------------------------------------------------
@@ -441,18 +267,6 @@ def test_in_real_time_server_and_threaded_go_on_where_sync_freezes() -> None:
     assert frozen_ticks(sync) >= 10
 
 
-def test_controllers_are_the_products_own() -> None:
-    from benchmarks.replay_study.trial import make_controller
-
-    clock, setup = VirtualClock(), setup_of()
-    arm = FollowerArm(setup.recording, MovingScene(), clock, FPS, 0.06)
-    for name, kind in (("threaded", ThreadedController), ("server", ThreadedController)):
-        cell = Cell("moving", name, 50, parse_delay("0"))
-        controller: Controller = make_controller(setup, cell, setup.replay(cell, 0).build(clock), arm, clock, VirtualWorker(clock))
-        assert type(controller) is kind
-        assert controller.options.chunk_threshold == 0.5
-
-
 # --- programs -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -462,8 +276,8 @@ def test_the_study_writes_what_it_promises(tmp_path: Path, capsys: pytest.Captur
     joints = SO100_JOINTS[:2]
     np.savetxt(file, np.column_stack([recording.times_s, recording.values[:, :2]]), delimiter=",", header=",".join(["time_s", *joints]), comments="")
     out = tmp_path / "out"
-    flags = [f"--recording={file}", "--virtual", "--trials=2", "--delays", "0.5", "--actions_per_chunk", "30", "60", f"--out={out}"]
-    assert control_architectures.main([*flags, "--architectures", "sync", "threaded"]) == 0
+    flags = [f"--recording={file}", "--virtual", "--rounds=2", "--latency_ms", "500", "--actions_per_chunk", "30", "60", f"--out={out}"]
+    assert control_architectures.main([*flags, "--architectures", "sync", "threaded", "--json"]) == 0
     printed, result = json.loads(capsys.readouterr().out.splitlines()[-1]), json.loads((out / "results.json").read_text())
     assert printed == control_architectures.without_joints(result)
     assert set(result["rows"][1]["figures"]["joints"]["rmse_aligned"]) == set(joints)
@@ -471,7 +285,7 @@ def test_the_study_writes_what_it_promises(tmp_path: Path, capsys: pytest.Captur
     assert rows["moving", "threaded", 60]["frozen_ticks"]["max"] == 0 < rows["moving", "threaded", 30]["frozen_ticks"]["mean"]
     assert rows["still", "sync", 30]["frozen_ticks"]["mean"] > 0
     assert any("must starve" in note and "54 actions" in note for note in result["notes"])
-    assert "| still | 0.5 s | 60 | threaded |" in (out / "table.md").read_text()
+    assert "| still | 500 ms | 60 | threaded |" in (out / "table.md").read_text()
     assert str(tmp_path) not in (out / "results.json").read_text() + (out / "table.md").read_text()
     for name in ("all_joints_comparison.png", "comparison_joints.png", "comparison_errors.png"):
         assert (out / name).stat().st_size > 10_000
@@ -485,18 +299,13 @@ def test_the_study_writes_what_it_promises(tmp_path: Path, capsys: pytest.Captur
         assert (run / "org.csv").read_text().startswith("time_s,shoulder_pan")
 
 
-def test_a_published_command_has_no_machine_paths() -> None:
-    words = ["/root/x/study.py", "--out=/tmp/a b/c/", "--delays", "0.8", "measured:/tmp/r.json#a.b", "outputs/x", "--recording=data/take.csv"]
-    assert without_machine_paths(words) == "study.py --out=c --delays 0.8 'measured:r.json#a.b' outputs/x --recording=data/take.csv"
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--virtual", "--architectures", "server"], "real time only"),
-        (["--virtual", "--delays", "1", "--architectures", "threaded", "--actions_per_chunk", "20"], "all would be over"),
-        (["--virtual", "--delays", "0", "--architectures", "threaded_resume"], "nothing to run"),
-        (["--virtual", "--trials", "0"], "must be positive"),
+        (["--virtual", "--latency_ms", "1000", "--architectures", "threaded", "--actions_per_chunk", "20"], "all would be over"),
+        (["--virtual", "--latency_ms", "0", "--architectures", "threaded_resume"], "nothing to run"),
+        (["--virtual", "--rounds", "0"], "must be at least 1"),
         (["--when_late", "resume", "--smoothing", "ensemble"], "Leave one out"),
     ],
 )
@@ -508,7 +317,7 @@ def test_flags_that_cannot_work_are_explained(flags: list[str], message: str, tm
 # --- the profiler ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("p99_s", "fps", "horizon"), [(0.05, 30, 16), (0.2, 30, 16), (0.19, 50, 50), (0.8, 50, 84), (0.8, 50, 200)])
+@pytest.mark.parametrize(("p99_s", "fps", "horizon"), [(0.05, 30, 16), (0.19, 50, 50), (0.8, 50, 84)])
 def test_what_the_profiler_advises_keeps_the_arm_moving(p99_s: float, fps: float, horizon: int) -> None:
     advice = inference_profiler.advise(p99_s, fps, horizon)
     assert advice.controller == "threaded"
@@ -541,8 +350,8 @@ def test_the_profiler_says_when_sync_is_enough_and_when_nothing_is() -> None:
         inference_profiler.advise(float("nan"), 50, 16)
 
 
-@pytest.mark.parametrize("p99_s", [0.02, 0.07, 0.13, 0.19, 0.8])
-@pytest.mark.parametrize("horizon", [1, 5, 8, 16, 17, 50])
+@pytest.mark.parametrize("p99_s", [0.02, 0.19, 0.8])
+@pytest.mark.parametrize("horizon", [1, 8, 17])
 def test_at_the_highest_rate_that_is_advised_the_arm_does_not_pause(p99_s: float, horizon: int) -> None:
     highest = inference_profiler.advise(p99_s, 30, horizon).highest_fps_without_pauses
     for fps, pauses in ((highest, False), (highest + 0.11, True)):  # a tenth is what rounding down may cost
@@ -551,16 +360,8 @@ def test_at_the_highest_rate_that_is_advised_the_arm_does_not_pause(p99_s: float
     assert inference_profiler.advise(0.13, 30, 16).highest_fps_without_pauses == 46.1
 
 
-def test_the_profiler_measures_and_refuses_too_few_calls() -> None:
-    clock = VirtualClock()
-    policy = DelayedReplay(spec_of(delay=parse_delay("0")), clock)
-    assert len(inference_profiler.profile(policy, observation(0.0), calls=50, warm_up=1)) == 50
-    with pytest.raises(ConfigError, match="at least 50"):
-        inference_profiler.profile(policy, observation(0.0), calls=49)
-
-
 def test_the_profiler_reads_a_measured_latency(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inference_profiler.main(["--latency=0.1", "--fps", "30", f"--out={tmp_path}"]) == 0
+    assert inference_profiler.main(["--latency-ms=100", "--fps", "30", f"--out={tmp_path}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["latency_ms"]["p99"] == pytest.approx(100)
     assert result["advice"][0]["delay_ticks"] == 3

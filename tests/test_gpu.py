@@ -21,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def displacement(policy: Gr00tPolicy, noise: np.ndarray) -> np.ndarray:
     """Normalised actions less the noise they began from: what the network contributed."""
     policy.get_action(policy.example_observation(), noise=noise)
-    low, high = (policy.facts.action_statistics["single_arm"].min, policy.facts.action_statistics["single_arm"].max)
+    low, high = (policy.metadata.action_statistics["single_arm"].min, policy.metadata.action_statistics["single_arm"].max)
     actions = policy.get_action(policy.example_observation(), noise=noise)["action.single_arm"]
     return (actions - low) / (high - low) * 2 - 1 - noise[0, :, :5]
 

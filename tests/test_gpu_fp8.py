@@ -10,11 +10,12 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.dataset import RandomFrames
+from gr00t_fast.engine import Target
 from gr00t_fast.engine.calibration import Calibration
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fp8 import fp8_engine, has_product
 from gr00t_fast.engine.quantized import (
-    PARTS,
     Fp8Linear,
     InputScale,
     emulated_fp8_product,
@@ -25,13 +26,12 @@ from gr00t_fast.engine.quantized import (
     weight_bytes,
     weight_step_of,
 )
-from gr00t_fast.export.fp8 import SCHEME, TARGET, calibrate
-from gr00t_fast.export.observations import RandomFrames, draw
-from gr00t_fast.export.progress import Progress
-from gr00t_fast.export.quantise import Settings
-from gr00t_fast.export.samples import network_cases, transforms_only
+from gr00t_fast.export.calibrate import Settings, calibrate
+from gr00t_fast.export.networks import TorchNetwork
+from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.progress import Progress
 from gr00t_fast.transforms import ActionTransform
 
 pytestmark = pytest.mark.gpu
@@ -71,19 +71,17 @@ def plain() -> Gr00tPolicy:
 @pytest.fixture(scope="module")
 def calibration(plain: Gr00tPolicy) -> Calibration:
     needs()
-    checkpoint, config = open_checkpoint(TRAINED), DATA_CONFIGS["so100"]
-    policy = transforms_only(TRAINED)
-    frames = RandomFrames(0, config, policy.facts)
-    cases = network_cases(policy, frames, draw(frames, 64, 0, allow_few=True), 0)
-    transform = ActionTransform(config, checkpoint.embodiment(TAG), checkpoint.config.head.action_dim)
-    settings = Settings(SCHEME, TARGET, 4, limit=1.0, trial_samples=8)
-    return calibrate(plain.engine.model, cases, settings, False, tuple(PARTS), transform, Progress())[1]
+    target, progress = Target(open_checkpoint(TRAINED), TAG, DATA_CONFIGS["so100"], "so100"), Progress()
+    cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, progress=progress, allow_few=True)
+    transform = ActionTransform(target.data_config, target.checkpoint.embodiment(TAG), target.checkpoint.config.head.action_dim)
+    network = TorchNetwork(plain.engine.model, 4, emulated=False)
+    return Calibration(calibrate(network, cases, Settings("fp8", "torch", 4, limit=1.0, trial_samples=8), transform, progress).scales)
 
 
 def test_the_engine_stays_within_the_limit(calibration: Calibration, plain: Gr00tPolicy) -> None:
     model = load_model(open_checkpoint(TRAINED), TAG, torch.device("cuda"), torch.bfloat16)
-    policy, generator = load_policy(TRAINED, engine=fp8_engine(model, plain.to_pixels, calibration)), np.random.default_rng(0)
-    frames = RandomFrames(1, DATA_CONFIGS["so100"], plain.facts)
+    policy, generator = load_policy(TRAINED, engine=fp8_engine(model, calibration)), np.random.default_rng(0)
+    frames = RandomFrames(1, DATA_CONFIGS["so100"], plain.metadata)
     for steps in (4, 2):
         policy.denoising_steps = plain.denoising_steps = steps
         errors = []

@@ -71,7 +71,7 @@ def test_the_engine_gives_the_actions_of_eager_fp32(tmp_path: Path, precision: s
     checkpoint = write_random_checkpoint(tmp_path, "demo")
     truth = load_policy(checkpoint, device="cpu", precision="fp32", engine="eager")
     plain = load_policy(checkpoint, device="cuda", precision=precision, engine="eager")
-    fast = load_policy(checkpoint, engine=cuda_graph_engine(plain.engine.model, plain.to_pixels, "triton"))
+    fast = load_policy(checkpoint, engine=cuda_graph_engine(plain.engine.model, "triton"))
     generator, example, errors = np.random.default_rng(0), truth.example_observation(), {plain: [], fast: []}
     for seed in range(OBSERVATIONS):
         frames = {k: generator.integers(0, 256, v.shape, dtype=np.uint8) for k, v in example.items() if k.startswith("video.")}

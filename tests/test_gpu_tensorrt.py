@@ -18,8 +18,8 @@ from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine.manifest import Target, read_manifest
 from gr00t_fast.errors import EngineError, ObservationError
-from gr00t_fast.export.tensorrt_build import BuildOptions, build_engines
-from gr00t_fast.export.tensorrt_targets import rtx_capabilities
+from gr00t_fast.export.tensorrt import BuildOptions, build_engines
+from gr00t_fast.export.tensorrt_capability import rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 
@@ -49,7 +49,7 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     """fp16 engines for this GPU."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
-    from gr00t_fast.export.to_onnx import Options, export_onnx
+    from gr00t_fast.export.onnx import Options, export_onnx
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
     target = Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100")
@@ -75,7 +75,7 @@ def noise_of(seed: int, batch: int = 1) -> np.ndarray:
 def displacement(policy: Gr00tPolicy, noise: np.ndarray, instruction: str = "pick") -> np.ndarray:
     """Normalised actions less the noise they began from: what the network contributed."""
     actions = policy.get_action(policy.example_observation(instruction), noise=noise)["action.single_arm"]
-    statistics = policy.facts.action_statistics["single_arm"]
+    statistics = policy.metadata.action_statistics["single_arm"]
     return (actions - statistics.min) / (statistics.max - statistics.min) * 2 - 1 - noise[0, :, :5]
 
 
@@ -96,7 +96,7 @@ def test_tensorrt_gives_the_actions_of_the_plain_model(policy: Gr00tPolicy, eage
 
 def test_every_inference_is_one_recorded_graph(policy: Gr00tPolicy) -> None:
     policy.get_action(policy.example_observation())
-    recordings = policy.engine._recordings
+    recordings = policy.engine.recordings
     assert recordings
     assert all(graph.recorded for _, graph in recordings.values()), "the library declared a stage unfit for a CUDA graph"
     before = len(recordings)
@@ -164,7 +164,7 @@ def test_an_altered_engine_is_refused_before_it_is_loaded(engines: Path, checkpo
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(content)
-    with pytest.raises(EngineError, match=r"denoise_step\.engine is altered.*to_tensorrt\.py"):
+    with pytest.raises(EngineError, match=r"denoise_step\.engine is altered.*gr00t-fast export tensorrt"):
         load_policy(checkpoint, engine="tensorrt", engine_path=copy)
 
 

@@ -41,7 +41,7 @@ def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """The plain model and the graph engine, each over a copy of the weights of its own."""
     checkpoint = write_network(tmp_path_factory.mktemp(request.param), SIZES, data_config=request.param)
     eager = load_policy(checkpoint, data_config=request.param, device="cpu", precision="fp32", engine="eager", seed=5)
-    engine = GraphEngine("uncompiled", FusedModel(load_network(checkpoint)), eager.to_pixels)
+    engine = GraphEngine("uncompiled", FusedModel(load_network(checkpoint)))
     return {"eager": eager, "graph": load_policy(checkpoint, data_config=request.param, engine=engine, seed=5), "name": request.param}
 
 
@@ -77,21 +77,6 @@ def test_without_given_noise_too(policies: dict) -> None:
             policy.action_horizon = None
 
 
-def test_joint_units_are_made_inside_bit_for_bit(policies: dict) -> None:
-    """What the computation ends with is what the policy's transform makes of the same actions on the host."""
-    policy, seen = policies["graph"], observation(policies["name"])
-    inside = policy.get_action(seen, noise=noise())
-    to_joints, policy.engine.to_joints = policy.engine.to_joints, None
-    try:
-        start = torch.from_numpy(noise())
-        normalised = policy.engine.run_raw(policy.raw_inputs(seen), start, policy.denoising_steps, StageTimer())
-    finally:
-        policy.engine.to_joints = to_joints
-    for key, rows in policy._pieces.action(normalised).items():
-        np.testing.assert_array_equal(inside[key], rows[0])
-        assert np.abs(rows).max() > 2, "joint units, not normalised ones"
-
-
 def test_a_batch_of_unequal_prompts_is_its_single_calls(policies: dict) -> None:
     batched, start = observation(policies["name"], batch=3, instruction=UNEQUAL), noise(3)
     together = policies["graph"].get_action(batched, noise=start)
@@ -117,16 +102,11 @@ def test_continued_chunks_are_those_of_eager(policies: dict, method: str, batch:
     assert_close(policies["graph"].get_action(seen, noise=start), plain)
 
 
-def forget(policy: Gr00tPolicy) -> None:
-    """What is prepared ends with `to_joints`: with another one it is prepared anew."""
-    policy.engine.to_joints = policy.engine.to_joints
-
-
 def test_one_preparation_per_shape(policies: dict) -> None:
     """Another instruction of the same length, other pictures and another prefix change contents; steps, batch and method change the shape."""
     policy = policies["graph"]
     policy.denoising_steps = 2
-    forget(policy)
+    policy.engine.forget()
     for seed, instruction in enumerate(("pick it", "drop it", "pick at")):
         seen = observation(policies["name"], instruction=instruction, seed=seed)
         actions = policy.get_action(seen, noise=noise())
@@ -142,7 +122,7 @@ def test_one_preparation_per_shape(policies: dict) -> None:
 
 def test_prompts_of_unequal_length_are_not_padded(policies: dict) -> None:
     policy = policies["graph"]
-    forget(policy)
+    policy.engine.forget()
     policy.get_action(observation(policies["name"], batch=3, instruction=UNEQUAL))
     lengths = [shape.prompt_tokens for shape in policy.engine.prepared]
     assert len(set(lengths)) == 3
@@ -151,14 +131,14 @@ def test_prompts_of_unequal_length_are_not_padded(policies: dict) -> None:
 
 def test_warm_up_prepares_continuing_too(policies: dict) -> None:
     policy = policies["graph"]
-    forget(policy)
+    policy.engine.forget()
     policy.warm_up("pick", prefix_method="rtc")
-    assert {shape.goal for shape in policy.engine.prepared} == {None, "rtc"}
+    assert {shape.continuation for shape in policy.engine.prepared} == {None, "rtc"}
 
 
 def test_a_new_length_in_mid_run_is_said_aloud(policies: dict, caplog: pytest.LogCaptureFixture) -> None:
     policy = policies["graph"]
-    forget(policy)
+    policy.engine.forget()
     with caplog.at_level(logging.WARNING):
         policy.warm_up("pick")
         policy.get_action(observation(policies["name"], instruction="drop"))
@@ -177,18 +157,18 @@ def test_a_failed_warm_up_ends_all_the_same(policies: dict) -> None:
 
 
 def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, to_pixels = policies["eager"].engine.model, policies["eager"].to_pixels
+    model = policies["eager"].engine.model
     with pytest.raises(ConfigError, match="'cuda_graph' needs a CUDA GPU.*--device=cuda, or --engine=eager"):
-        cuda_graph_engine(model, to_pixels)
+        cuda_graph_engine(model)
     with pytest.raises(ConfigError, match="from camera frames"):
-        make_engine("compiled", model)
+        policies["graph"].engine.run(random_inputs(model.config)[0], torch.zeros(1, 16, 32), 1, StageTimer())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"C\+\+ compiler.*CXX=no-such-compiler"):
-        make_engine("compiled", model, to_pixels)
+        make_engine("compiled", model)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"looked for g\+\+, clang\+\+, c\+\+.*--engine=eager"):
-        make_engine("compiled", model, to_pixels)
+        make_engine("compiled", model)
 
 
 def test_gpus_that_the_triton_kernels_are_not_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +314,9 @@ def test_a_second_engine_over_the_same_model_shares_the_packed_weights(tmp_path:
         assert mine.weight.data_ptr() == theirs.weight.data_ptr()
         assert torch.equal(mine.weight, theirs.weight)
     assert torch.equal(first.gate_up[0].weight, torch.cat([getattr(model.language.blocks[0].mlp, name).weight for name in ("gate", "up")]))
-    assert first.cross.weight.data_ptr() == second.cross.weight.data_ptr()
+    assert first.cross.keys() == second.cross.keys()
+    assert len(first.cross)
+    assert all(first.cross[source].weight.data_ptr() == second.cross[source].weight.data_ptr() for source in first.cross)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, Sizes(use_vlln=False), Sizes(dit=(1, 4, 8)), Sizes(horizon=8, future=4, state_dim=12, action_dim=7)])

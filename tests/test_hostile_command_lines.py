@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gr00t_fast.cli.serve import ServeConfig, parse
 from gr00t_fast.flags import UsageError
-from gr00t_fast.serving.__main__ import ServeConfig, parse
 
 ROOT = Path(__file__).parent.parent
 BOMB = "a: &a [x, x]\n" + "".join(f"{this}: &{this} [*{last}, *{last}]\n" for last, this in zip("abcdefgh", "bcdefghi", strict=True))
@@ -74,8 +74,8 @@ def test_the_gpl_package_that_draccus_requires_is_not_used(tmp_path: Path) -> No
     code = f"""if True:
         import sys
         sys.modules["yamlinclude"] = None
-        from gr00t_fast.serving.__main__ import parse
-        from gr00t_fast import cli
+        from gr00t_fast.cli.serve import parse
+        from gr00t_fast.cli import run_flags as cli
         parse(["--config_path={tmp_path / "config.yaml"}", "--model_path=x", "--seed=3"])
         cli.parse(["--robot.type=so100_sim", "--model_path=x", "--lang_instruction=y", "--camera_map={{a: b}}"])
         print("done")

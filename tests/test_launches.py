@@ -23,7 +23,6 @@ from lowering import DEPTHS
 from gr00t_fast.engine.fused import FusedModel, Kernels
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.model import Gr00tN1d5
-from gr00t_fast.transforms import pixel_values
 
 ROOT = Path(__file__).parent.parent
 COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "launches.json").read_text())
@@ -45,27 +44,27 @@ def model(patch: pytest.MonkeyPatch) -> Iterator[Gr00tN1d5]:
         yield published_network()
 
 
-def call_of(fused: FusedModel, goal: str | None, steps: int = 4) -> StaticCall:
-    shape = CallShape((FRAME,), PROMPT_TOKENS, IMAGE_TOKENS, steps, goal)
+def call_of(fused: FusedModel, continuation: str | None, steps: int = 4) -> StaticCall:
+    shape = CallShape((FRAME,), PROMPT_TOKENS, IMAGE_TOKENS, steps, continuation)
     with torch.no_grad():
-        return StaticCall(fused, shape, lambda frames: pixel_values(frames, 224))
+        return StaticCall(fused, shape)
 
 
-def launches_of_a_call(model: Gr00tN1d5, towers: Kernels, steps: Kernels, goal: str | None, patch: pytest.MonkeyPatch) -> int:
-    call = call_of(FusedModel(model, towers, steps), goal)
+def launches_of_a_call(model: Gr00tN1d5, towers: Kernels, steps: Kernels, continuation: str | None, patch: pytest.MonkeyPatch) -> int:
+    call = call_of(FusedModel(model, towers, steps), continuation)
     with counting_triton(patch) as triton:
         launches, mixed = counted(call.compute)
     assert mixed == []
     return launches + sum(triton.values())
 
 
-@pytest.mark.parametrize("goal", [None, "prefix"])
+@pytest.mark.parametrize("continuation", [None, "prefix"])
 @pytest.mark.parametrize(("name", "towers", "steps"), [("cuda_graph", "torch", "torch"), ("cuda_graph+triton", "triton", "triton")])
 def test_a_whole_call_launches_what_is_committed(
-    model: Gr00tN1d5, name: str, towers: Kernels, steps: Kernels, goal: str | None, patch: pytest.MonkeyPatch
+    model: Gr00tN1d5, name: str, towers: Kernels, steps: Kernels, continuation: str | None, patch: pytest.MonkeyPatch
 ) -> None:
-    found = launches_of_a_call(model, towers, steps, goal, patch)
-    assert found == COMMITTED["call_4_steps"][name]["prefix" if goal else "plain"], "correct benchmarks/results/launches.json if it is meant"
+    found = launches_of_a_call(model, towers, steps, continuation, patch)
+    assert found == COMMITTED["call_4_steps"][name]["prefix" if continuation else "plain"], "correct benchmarks/results/launches.json if it is meant"
 
 
 def test_guidance_mixes_no_devices(model: Gr00tN1d5, patch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,17 @@ from random_networks import edit_json, write_network
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target
-from gr00t_fast.engine.digests import Digests, sha256, sha256_of_json
-from gr00t_fast.engine.manifest import MANIFEST_NAME, Manifest, check_manifest, describe_files, read_manifest, remedy_for
+from gr00t_fast.engine.manifest import (
+    MANIFEST_NAME,
+    Digests,
+    Manifest,
+    check_manifest,
+    describe_files,
+    read_manifest,
+    remedy_for,
+    sha256,
+    sha256_of_json,
+)
 from gr00t_fast.errors import ConfigError, EngineError
 
 REMEDY = "python export/somehow.py"
@@ -195,8 +204,8 @@ def test_a_target_with_foreign_cameras_is_refused_with_the_flag(checkpoint: Path
 def test_the_remedy_repeats_what_made_the_export(export: Path, checkpoint: Path, tmp_path: Path) -> None:
     target = target_for(checkpoint)
     common = f"--model_path={checkpoint} --embodiment_tag=new_embodiment --data_config=so100 --out="
-    assert remedy_for(export, target, "other.py", "--x=1") == f"python export/to_onnx.py {common}{export} --precision=fp32 --overwrite"
-    assert remedy_for(tmp_path / "none", target, "other.py", "--x=1") == f"python export/other.py {common}{tmp_path / 'none'} --x=1"
+    assert remedy_for(export, target, "quantise.py", "--x=1") == f"gr00t-fast export onnx {common}{export} --precision=fp32 --overwrite"
+    assert remedy_for(tmp_path / "none", target, "quantise.py", "--x=1") == f"gr00t-fast quantise {common}{tmp_path / 'none'} --x=1"
 
 
 def test_fields_of_a_later_version_are_left_alone(export: Path) -> None:
@@ -210,7 +219,7 @@ def test_fields_of_a_later_version_are_left_alone(export: Path) -> None:
 def test_a_digest_is_computed_once_per_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, read = tmp_path / "a", []
     file.write_bytes(b"one")
-    monkeypatch.setattr("gr00t_fast.engine.digests.sha256", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr("gr00t_fast.engine.manifest.sha256", lambda path: read.append(path) or sha256(path))
     first = Digests(tmp_path).of([file])
     assert Digests(tmp_path).of([file]) == first
     assert len(read) == 1

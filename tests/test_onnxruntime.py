@@ -22,11 +22,10 @@ from random_networks import Sizes, load_network, observation, random_inputs, wri
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import describe_files
-from gr00t_fast.engine.onnxruntime_engine import OnnxRuntimeEngine
+from gr00t_fast.engine.onnxruntime import OnnxRuntimeEngine
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
-from gr00t_fast.export.directory import whole_directory
 from gr00t_fast.export.graphs import GRAPHS
-from gr00t_fast.export.onnx_files import write_onnx
+from gr00t_fast.export.onnx import write_onnx
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -192,13 +191,13 @@ def test_torch_weights_are_not_read(checkpoint: Path, exported: Path, monkeypatc
 
 def test_an_export_of_another_checkpoint(export: Path, tmp_path: Path) -> None:
     other = write_network(tmp_path / "other", NETWORK, seed=1, data_config=TWO)
-    command = f"python export/to_onnx.py --model_path={other} --embodiment_tag=new_embodiment --data_config={TWO} --out={export}"
+    command = f"gr00t-fast export onnx --model_path={other} --embodiment_tag=new_embodiment --data_config={TWO} --out={export}"
     _refused(StaleEngineError, lambda: _load(other, export), "other weights", command, "--precision=fp32", "--overwrite")
 
 
 def test_an_export_that_is_cut_short_or_not_there(checkpoint: Path, export: Path, tmp_path: Path) -> None:
     os.truncate(export / "vision.onnx.data", 100)
-    _refused(EngineError, lambda: _load(checkpoint, export), "cut short", "python export/to_onnx.py")
+    _refused(EngineError, lambda: _load(checkpoint, export), "cut short", "gr00t-fast export onnx")
     _refused(EngineError, lambda: _load(checkpoint, tmp_path / "none"), "holds no exported engine", f"--out={tmp_path / 'none'}")
     usual = checkpoint / "exports" / "onnxruntime"
     _refused(EngineError, lambda: _load(checkpoint, None), f"{usual} holds no exported engine", f"--out={usual}")
@@ -220,14 +219,14 @@ def test_words_that_do_not_fit(checkpoint: Path, exported: Path) -> None:
 
 
 def test_a_provider_that_is_not_installed(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr00t_fast.engine.onnxruntime_engine.select_device", torch.device)
+    monkeypatch.setattr("gr00t_fast.engine.onnxruntime.select_device", torch.device)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "no CUDAExecutionProvider", "onnxruntime-gpu")
 
 
 def test_a_provider_that_does_not_start(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime then goes on with the CPU and says so in its log alone."""
-    monkeypatch.setattr("gr00t_fast.engine.onnxruntime_engine.select_device", torch.device)
+    monkeypatch.setattr("gr00t_fast.engine.onnxruntime.select_device", torch.device)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     real = ort.InferenceSession
     monkeypatch.setattr(ort, "InferenceSession", lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]))
@@ -247,7 +246,7 @@ def test_eight_bit_files_of_another_runtime(checkpoint: Path, export: Path) -> N
     manifest = json.loads((export / "manifest.json").read_text())
     manifest["quantisation"] = {"format": "int8", "runtime": "tensorrt"}
     (export / "manifest.json").write_text(json.dumps(manifest))
-    _refused(EngineError, lambda: _load(checkpoint, export), "made for 'tensorrt'", "quantise.py")
+    _refused(EngineError, lambda: _load(checkpoint, export), "made for 'tensorrt'", "gr00t-fast quantise")
 
 
 def test_fp16_is_computed_through_casts(tmp_path: Path) -> None:
@@ -304,52 +303,22 @@ def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
-    out, ended = tmp_path / "out", subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / f".out.partial-{ended.pid}").mkdir()  # as a kill that cannot be caught leaves it
-    running = tmp_path / f".out.partial-{os.getppid()}"
-    running.mkdir()
-    with pytest.raises(FileExistsError), whole_directory(out, overwrite=False) as directory:
-        directory.mkdir()  # anything that raises
-    assert list(tmp_path.iterdir()) == [running]
-    for content, overwrite in (("first", False), ("second", True)):
-        with whole_directory(out, overwrite) as directory:
-            (directory / "manifest.json").write_text(content)
-            assert not out.exists() or (out / "manifest.json").read_text() != content
-        assert (out / "manifest.json").read_text() == content
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("years")
-    with pytest.raises(ConfigError, match="would delete them"), whole_directory(precious, overwrite=True):
-        pytest.fail("nothing is done before it is refused")
-    assert (precious / "thesis.txt").read_text() == "years"
-    with pytest.raises(ConfigError, match="is not empty"), whole_directory(out, overwrite=False):
-        pytest.fail("nothing is done before it is refused")
-    with pytest.raises(ConfigError, match="is a file"), whole_directory(out / "manifest.json", overwrite=True):
-        pytest.fail("nothing is done before it is refused")
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--precision=int8",), "invalid choice"),
+        (("--precision=int8",), "is not one of fp32"),
         (("--data_config=so100",), "the data config reads video.webcam"),
         (("--embodiment_tag=new_embodimnt",), "Did you mean 'new_embodiment'?"),
-        (("--denoising_steps", "0"), "expected whole numbers from 1 to"),
+        (("--denoising_steps", "0"), "--denoising_steps=0"),
         (("--max_text_tokens=3",), "Give at least"),
-        (("--device=cuda",), "Expected auto or cpu"),
+        (("--device=cuda",), "cpu, auto"),
     ],
 )
 def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str) -> None:
-    from export.to_onnx import main
+    from gr00t_fast.cli.export_onnx import main
 
     arguments = _program(checkpoint, tmp_path / "out")[2:]
-    try:
-        code = main([*arguments, *flags])
-    except SystemExit as error:  # argparse's own
-        code = error.code
-    assert code != 0
+    assert main([*arguments, *flags]) != 0
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import open_loop
-from benchmarks.open_loop_study import metrics
-from benchmarks.open_loop_study.checks import CAMERAS, RATE, TIMING, UNITS, Finding, picture_findings
-from benchmarks.open_loop_study.probes import Interview, Place, questions
-from benchmarks.open_loop_study.recorded import Episode, Layout, Recorded, choose
-from benchmarks.open_loop_study.rollout import Chunk
-from benchmarks.open_loop_study.verdict import FINE, MODEL, judge, rests_on
+from benchmarks import open_loop_verdict as metrics
+from benchmarks.open_loop_verdict import (
+    CAMERAS,
+    FINE,
+    MODEL,
+    RATE,
+    TIMING,
+    UNITS,
+    Chunk,
+    Episode,
+    Finding,
+    Layout,
+    Recorded,
+    judge,
+)
 from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.dataset import LeRobotFrames
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.observations import Camera, LeRobotFrames
-from gr00t_fast.facts import read_facts
+from gr00t_fast.metadata import read_policy_metadata
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
 NAMES = ("pan", "gripper")
@@ -67,43 +75,6 @@ def test_errors_and_baselines_by_hand() -> None:
     assert leads["mae"] == pytest.approx([1.0, 1.0, 0.5, 0.5])
 
 
-def test_a_lone_episode_has_nothing_to_replay() -> None:
-    found = metrics.summary(metrics.compare(recorded(RAMP), [Chunk(RAMP, 0, RAMP.actions, 1.0)], 6), NAMES, RANGE)
-    assert found["replay_mae"] is None
-    assert found["mae"] == 0
-
-
-@pytest.mark.parametrize("shift", [-2, 0, 3])
-def test_predictions_that_run_ahead_or_behind_are_recognised(shift: int) -> None:
-    path = episode(0, [[30 * np.sin(t / 5), 0] for t in range(60)])
-    rows = [np.clip(start + np.arange(8) + shift, 0, 59) for start in range(0, 60, 8)]
-    chunks = [Chunk(path, start, path.actions[row], 1.0) for start, row in zip(range(0, 60, 8), rows, strict=True)]
-    assert metrics.best_shift(chunks, 8)["frames"] == shift
-
-
-def test_episodes_in_any_order() -> None:
-    three = recorded(*(episode(number, [[0, 0]]) for number in range(3)))
-    assert [found.number for found in choose(three, ["2", "0"])] == [2, 0]
-    assert len(choose(three, ["all"])) == 3
-    for wanted, told in ((["3"], "from 0 to 2"), (["-1"], "'-1'"), (["one"], "'one'"), (["1", "1"], "twice")):
-        with pytest.raises(ConfigError, match=told):
-            choose(three, wanted)
-
-
-def test_what_a_verdict_rests_on_is_said() -> None:
-    still, bad = episode(1, [[3, 0]] * 4), episode(2, [[t, 0] for t in range(4)])
-    chunks = [Chunk(RAMP, 0, RAMP.actions + [1, 0], 1.0), Chunk(still, 0, still.actions, 1.0), Chunk(bad, 0, bad.actions[:2] + [4, 0], 1.0)]
-    compared = metrics.compare(recorded(RAMP, still, bad), [*chunks, Chunk(bad, 2, bad.actions[2:] + [4, 0], 1.0)], horizon=6)
-    found = metrics.ratio_by_episode(compared)
-    assert found["episodes"] == {"0": pytest.approx(6 / 15, abs=1e-3), "1": None, "2": pytest.approx(16 / 4)}
-    assert found["spread"] == {"min": 0.4, "median": 2.2, "max": 4.0}
-    basis = rests_on(compared)
-    assert (basis["episodes"], basis["chunks"], basis["frames"]) == (3, 4, 14)
-    assert "Fewer than 5 episodes" in basis["warning"]
-    many = [Chunk(episode(number, [[t, 0] for t in range(4)]), 0, RAMP.actions, 1.0) for number in range(5)]
-    assert rests_on(metrics.compare(recorded(*(chunk.episode for chunk in many)), many, 4))["warning"] is None
-
-
 # Verdicts on figures
 
 STEADY = {name: {"bias": 0.0, "same_sign": 0.5, "spread": 9.0, "mae_without_bias": 40.0} for name in NAMES}
@@ -113,14 +84,6 @@ def summary(mae: float, hold_mae: float, trained_range: float = 140.0) -> dict[s
     """Every joint alike."""
     joint = {"mae": mae, "hold_mae": hold_mae, "ratio_to_hold": mae / hold_mae}
     return joint | {"joints": dict.fromkeys(NAMES, joint | {"trained_range": trained_range})}
-
-
-@pytest.mark.parametrize(("frames", "words"), [(5, "recorded actions by 5 frames"), (8, "by 8 frames or more"), (-3, "run behind .* recorded early")])
-def test_actions_of_other_frames_are_told(frames: int, words: str) -> None:
-    verdict = judge(summary(mae=5.94, hold_mae=6.0), STEADY, [], None, {"frames": frames, "mae": 1.73})
-    assert verdict.kind == TIMING
-    assert re.search(words, " ".join(verdict.evidence))
-    assert "from 5.9 to 1.7" in verdict.evidence[1]
 
 
 def test_a_shift_is_only_a_hint_where_it_does_not_explain() -> None:
@@ -156,53 +119,6 @@ def test_small_is_a_share_of_the_trained_range(mae: float, hold_mae: float, trai
     assert judge(summary(mae, hold_mae, trained_range), STEADY, [], None, {"frames": 0, "mae": mae}).kind == kind
 
 
-def test_figures_in_other_units_are_never_small() -> None:
-    found = Finding(UNITS, "radians?")
-    assert judge(summary(0.8, 0.4), STEADY, [found], None, {"frames": 0, "mae": 0.8}).kind == UNITS
-
-
-class OneCamera:
-    cameras: ClassVar = {"video.webcam": Camera("observation.images.front", (4, 4), "test")}
-
-
-@pytest.mark.parametrize(("dark", "decides"), [({(1, 9)}, False), ({(0, 9), (1, 0), (1, 9)}, True)])
-def test_a_camera_that_dies_on_the_way_is_told(dark: set[tuple[int, int]], decides: bool) -> None:
-    lively = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
-    looked_at = [(*place, {"video.webcam": lively * (place not in dark)}) for place in ((0, 0), (0, 9), (1, 0), (1, 9))]
-    (found,) = picture_findings(looked_at, OneCamera())
-    assert (found.kind, found.decides) == (CAMERAS, decides)
-    assert f"{len(dark)} of 4 pictures, first in episode {min(dark)[0]} at frame {min(dark)[1]}" in found.text
-    assert picture_findings([(0, 0, {"video.webcam": lively})], OneCamera()) == []
-
-
-class LookingRollout:
-    """Stands in for a policy that is right when the front camera shows the brighter picture and joint 0 lies above joint 1, and else far off."""
-
-    def targets(self, observation: dict[str, Any], found: Episode, frame: int) -> np.ndarray:
-        right = observation["video.front"].mean() > observation["video.wrist"].mean() and observation["joints"][0] > observation["joints"][1]
-        actions = found.actions[frame:] if found.actions[0, 0] > found.actions[0, 1] else found.actions[frame:, ::-1]
-        return actions if right else actions + 40
-
-    def with_joints(self, observation: dict[str, Any], joints: np.ndarray) -> dict[str, Any]:
-        return observation | {"joints": joints}
-
-
-@pytest.mark.parametrize(
-    ("first", "front", "kind", "words"), [(5.0, 10, CAMERAS, "front and video.wrist exchanged"), (-5.0, 200, UNITS, "exchanged")]
-)
-def test_a_mistake_that_is_undone_is_found(first: float, front: int, kind: str, words: str) -> None:
-    path = episode(0, [[first + t / 10, -first] for t in range(20)])
-    pictures = {"video.front": np.full((1, 4, 4, 3), front, np.uint8), "video.wrist": np.full((1, 4, 4, 3), 100, np.uint8)}
-    where = [Place(path, start, pictures) for start in (0, 4, 8)]
-    interview = Interview(LookingRollout(), where, 8, questions(list(pictures), NAMES, [0, 1]))
-    assert interview.as_is == pytest.approx(40)
-    verdict = judge(summary(mae=40.0, hold_mae=1.0), STEADY, [], interview, {"frames": 0, "mae": 40.0})
-    best = min(interview.answers, key=lambda answer: answer.mae)
-    assert best.mae < 0.1 * interview.as_is
-    assert words in best.question.what
-    assert verdict.kind == kind
-
-
 # Real recordings
 
 
@@ -214,7 +130,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from training import record
 
     path = tmp_path_factory.mktemp("recorded") / "held_out"
-    assert record.main(["--episodes=3", "--first_layout=700", "--resolution", "320", "240", f"--out={path}"]) == 0
+    assert record.main(["--episodes=3", "--first_layout=700", "--resolution=320x240", f"--out={path}"]) == 0
     return path
 
 
@@ -234,16 +150,10 @@ def variant(dataset: Path, out: Path, joints: Callable[[np.ndarray, str], np.nda
     return out
 
 
-def edited(dataset: Path, out: Path, file: str, edit: Callable[[dict], object]) -> Path:
-    shutil.copytree(dataset, out)
-    content = json.loads((out / file).read_text())
-    edit(content)
-    (out / file).write_text(json.dumps(content))
-    return out
-
-
 def dry_run(dataset: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
-    assert open_loop.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={out}", "--episodes", "all", "--probe_frames=6", *more]) == 0
+    episodes = [] if "--episodes" in more else ["--episodes", "all"]
+    flags = [f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={out}", "--probe_frames=6", "--json", *episodes, *more]
+    assert open_loop.main(flags) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -348,21 +258,11 @@ def test_an_untrained_network_is_told(dataset: Path, tmp_path: Path, capsys: pyt
     assert result["verdict"]["kind"] == MODEL
 
 
-def test_another_rate_and_another_aspect_are_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def change(info: dict) -> None:
-        info["fps"], info["features"]["observation.images.front"]["shape"] = 15, [180, 320, 3]
-
-    result = dry_run(edited(dataset, tmp_path / "data", "meta/info.json", change), tmp_path / "out", capsys)
-    told = " ".join(result["verdict"]["evidence"])
-    assert "recorded at 15 frames/s" in told
-    assert "another aspect ratio" in told
-
-
 # Wrong inputs
 
 
 def open_frames(path: Path, camera_map: dict[str, str] | None = None) -> LeRobotFrames:
-    return LeRobotFrames(path, DATA_CONFIGS["so100"], read_facts(CHECKPOINT, "new_embodiment", "so100"), camera_map or {})
+    return LeRobotFrames(path, DATA_CONFIGS["so100"], read_policy_metadata(CHECKPOINT, "new_embodiment", "so100"), camera_map or {})
 
 
 def _remove(name: str) -> Callable[[Path], object]:
@@ -421,11 +321,6 @@ def _read_a_little(path: Path) -> None:
     frames[0]
 
 
-def test_a_camera_that_the_policy_lacks_is_refused(dataset: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the policy has no camera 'webcan'.*Did you mean 'webcam'"):
-        open_frames(dataset, {"front": "webcan"})
-
-
 def test_episodes_out_of_order_are_refused(dataset: Path) -> None:
     frames = open_frames(dataset)
     meta = frames._data.meta
@@ -441,9 +336,9 @@ def test_episodes_out_of_order_are_refused(dataset: Path) -> None:
         ([f"--dataset={CHECKPOINT}"], "is no LeRobotDataset: meta/info.json is missing"),
         (["--episodes", "7"], "there is no episode '7'. The data set has 3, from 0 to 2"),
         (["--action_horizon=17"], "action_horizon must be from 1 to 16"),
-        (["--action_horizon=0"], "--action_horizon must be at least 1"),
-        (["--stride=0"], "--stride must be at least 1"),
-        (["--denoising_steps", "4", "0"], "denoising_steps must be a whole number"),
+        (["--action_horizon=0"], "--action_horizon=0"),
+        (["--stride=0"], "--stride=0"),
+        (["--denoising_steps", "4", "0"], "--denoising_steps=0"),
         (["--data_config=so100_dualcam"], "Use --data_config=so100"),
         (["--embodiment_tag=gr1"], "no statistics for embodiment_tag 'gr1'"),
     ],
@@ -475,4 +370,4 @@ def test_a_recording_without_task_text_needs_an_instruction(dataset: Path, tmp_p
     assert open_loop.main(flags) == 1
     assert "--lang_instruction" in capsys.readouterr().err
     assert open_loop.main([*flags, "--lang_instruction=Reach the block"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["dataset"]["instructions"] == ["Reach the block"]
+    assert json.loads((tmp_path / "open_loop.json").read_text())["dataset"]["instructions"] == ["Reach the block"]

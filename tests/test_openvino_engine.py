@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from random_networks import TINY, observation, write_network
 
-from export import quantise as program
 from gr00t_fast import load_policy
+from gr00t_fast.cli import quantise as program
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.openvino_engine import choose_arithmetic
+from gr00t_fast.engine.openvino import choose_arithmetic
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 
 STEPS = 3
@@ -86,7 +86,7 @@ def test_the_step_count_can_change_and_an_unknown_one_is_refused(made: Made) -> 
     policy.denoising_steps = 1
     assert (_together(policy.get_action(seen, noise)) != three).any()
     policy.denoising_steps = 7
-    with pytest.raises(ConfigError, match=r"tables for 1, 2, 3, 4, 8 steps.*quantise\.py"):
+    with pytest.raises(ConfigError, match=r"tables for 1, 2, 3, 4, 8 steps.*gr00t-fast quantise"):
         policy.get_action(seen, noise)
 
 
@@ -101,7 +101,7 @@ def test_a_chunk_is_continued_by_prefix(made: Made) -> None:
 
 def test_another_checkpoint_is_refused_with_the_command(made: Made, tmp_path: Path) -> None:
     other = write_network(tmp_path, TINY, seed=1)
-    with pytest.raises(StaleEngineError, match=r"other weights(.|\n)*Run: python export/quantise\.py .*--target=openvino .*--overwrite"):
+    with pytest.raises(StaleEngineError, match=r"other weights(.|\n)*Run: gr00t-fast quantise .*--target=openvino .*--overwrite"):
         load_policy(other, engine="openvino", engine_path=made.int8)
 
 
@@ -120,7 +120,7 @@ def test_files_for_another_runtime_and_16_bit_exports_are_refused(made: Made, tm
     with pytest.raises(EngineError, match="made for 'tensorrt'.*--engine=tensorrt"):
         made.policy(tmp_path / "altered")
     manifest.write_text(json.dumps({**raw, "precision": "bf16"}))
-    with pytest.raises(EngineError, match=r"bf16 export; OpenVINO runs fp32 ones.*to_onnx\.py"):
+    with pytest.raises(EngineError, match=r"bf16 export; OpenVINO runs fp32 ones.*gr00t-fast export onnx"):
         made.policy(tmp_path / "altered")
 
 

@@ -48,3 +48,17 @@ def test_the_tools_that_build_packages_are_pinned() -> None:
     for line in installs:
         assert f'PIP_CONSTRAINT="{ROOT}/constraints.txt"' in line
         assert f'PIP_BUILD_CONSTRAINT="{ROOT}/constraints.txt"' in line
+
+
+def test_lerobot_06_is_installed_from_its_own_pins_and_a_missing_python_is_named() -> None:
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["make", "-n", "-B", ".venv312/.robottest", f"PYTHON312={sys.executable}"], check=True, **options)
+    (line,) = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "pip install" in line]
+    assert f'PIP_CONSTRAINT="{ROOT}/constraints-py312.txt"' in line
+    pins = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints-py312.txt").read_text(), re.MULTILINE))
+    usual = dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert pins["lerobot"].startswith("0.6")
+    assert {name: pins[name] for name in ("torch", "setuptools", "wheel")} == {name: usual[name] for name in ("torch", "setuptools", "wheel")}
+    missing = subprocess.run(["make", "python312", "PYTHON312="], check=False, **options)
+    assert missing.returncode != 0
+    assert "PYTHON312=" in missing.stdout

@@ -16,7 +16,8 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
 from gr00t_fast.control.trace import summary
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError
+from gr00t_fast.engine import Engine
+from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 
 TASK = "annotation.human.task_description"
 LOAD = {"device": "cpu", "precision": "fp32"}
@@ -269,8 +270,8 @@ def test_transforms_can_be_made_alone(policy: Gr00tPolicy) -> None:
 
 def test_unapplied_transforms_give_joint_units(policy: Gr00tPolicy) -> None:
     middle = policy.unapply_transforms({"action": torch.zeros(2, 16, 32, dtype=torch.bfloat16)})
-    facts = policy.facts.action_statistics["single_arm"]
-    np.testing.assert_allclose(middle["action.single_arm"], np.broadcast_to((facts.min + facts.max) / 2, (2, 16, 5)), rtol=1e-5)
+    known = policy.metadata.action_statistics["single_arm"]
+    np.testing.assert_allclose(middle["action.single_arm"], np.broadcast_to((known.min + known.max) / 2, (2, 16, 5)), rtol=1e-5)
     assert middle["action.gripper"].shape == (2, 16, 1)
 
 
@@ -410,6 +411,8 @@ def test_another_resolution_is_resized_and_told_once(checkpoint: Path, noise: np
         ("device", "meta", ConfigError, "device 'meta' is not supported"),
         ("precision", "fp8", ConfigError, "unknown precision 'fp8'"),
         ("engine", "eagr", ConfigError, "unknown engine 'eagr'. Did you mean 'eager'"),
+        ("engine", "int8", ConfigError, "'int8' is gone. Use openvino"),
+        ("engine", "triton", ConfigError, "Use cuda_graph"),
         ("prompt_style", "bracketed", ConfigError, "unknown prompt_style"),
         ("processor_path", "/nowhere", CheckpointError, "processor_path /nowhere holds no tokenizer"),
         ("seed", -1, ConfigError, "seed must be a whole number from 0"),
@@ -472,10 +475,10 @@ def test_it_implements_the_protocol_and_describes_itself(policy: Gr00tPolicy) ->
         "language": [TASK],
     }
     assert modality["action"].delta_indices == list(range(16))
-    facts = policy.facts
-    assert (facts.resolutions, facts.fps, facts.trained_horizon) == ({"webcam": (64, 48)}, 30.0, TINY.horizon)
-    assert (facts.state_widths, facts.action_widths) == ({"single_arm": 5, "gripper": 1}, {"single_arm": 5, "gripper": 1})
-    assert facts.action_statistics["gripper"].q99.tolist() == [60.0]
+    known = policy.metadata
+    assert (known.resolutions, known.fps, known.trained_horizon) == ({"webcam": (64, 48)}, 30.0, TINY.horizon)
+    assert (known.state_widths, known.action_widths) == ({"single_arm": 5, "gripper": 1}, {"single_arm": 5, "gripper": 1})
+    assert known.action_statistics["gripper"].q99.tolist() == [60.0]
 
 
 def test_timing_names_every_stage(policy: Gr00tPolicy) -> None:
@@ -530,3 +533,86 @@ def test_nothing_where_a_word_is_expected(name: str) -> None:
 
     with pytest.raises(ConfigError, match=name):
         load_policy(**{"model_path": "x", name: None})
+
+
+# --- the three calls, and engines and configurations of one's own -------------------------------------------------------------------------
+
+
+class OwnEngine(Engine):
+    """Answers with what it was made with."""
+
+    name, device, dtype = "own", torch.device("cpu"), torch.float32
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    def run(self, inputs, noise, denoising_steps, timer, continuation=None):
+        return self.answer
+
+
+def test_three_calls_are_get_action(policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    inputs = policy.preprocess(observation())
+    assert [frames.shape for frames in inputs.frames] == [(1, 48, 64, 3)]
+    chunk = policy.infer(inputs, noise=noise)
+    assert (chunk.shape, chunk.dtype) == ((1, *policy.chunk_shape), np.float32)
+    assert _same(policy.postprocess(chunk, inputs), policy.get_action(observation(), noise=noise))
+
+
+def test_the_transforms_are_a_list_to_be_read(policy: Gr00tPolicy) -> None:
+    resize, prompts, state = map(repr, policy.transforms)
+    assert "video.webcam: 64x48" in resize
+    assert "plain" in prompts
+    assert "'state.gripper': 'min_max'" in state
+
+
+def test_an_engine_of_ones_own(checkpoint: Path) -> None:
+    answer = torch.linspace(-1, 1, 16).repeat(32, 1).T[None]
+    actions = load_policy(checkpoint, engine=OwnEngine(answer)).get_action(observation())
+    assert np.all(np.diff(actions["action.single_arm"], axis=0) > 0)
+
+
+@pytest.mark.parametrize("lacks", ["synchronise", "device", "run"])
+def test_an_engine_that_lacks_something_is_refused_when_it_is_given(checkpoint: Path, lacks: str) -> None:
+    class Lacking:
+        name, device, dtype, continues = "own", torch.device("cpu"), torch.float32, frozenset()
+        run = OwnEngine.run
+
+        def synchronise(self) -> None: ...
+
+    delattr(Lacking, lacks)
+    with pytest.raises(ConfigError, match=lacks):
+        load_policy(checkpoint, engine=Lacking())
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(1, 8, 32), np.zeros((16, 32)), None], ids=["rows", "axes", "none"])
+def test_an_answer_of_another_shape_names_engine_and_shape(checkpoint: Path, answer: object) -> None:
+    with pytest.raises(EngineError, match=r"'own'.*\(1, 16, 32\)"):
+        load_policy(checkpoint, engine=OwnEngine(answer)).get_action(observation())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_reaches_nobody(checkpoint: Path, value: float) -> None:
+    answer = torch.zeros(1, 16, 32)
+    answer[0, 3, 5] = value
+    broken = load_policy(checkpoint, engine=OwnEngine(answer))
+    with pytest.raises(UnsafeActionError, match=r"action\.gripper"):
+        broken.get_action(observation())
+    with pytest.raises(CheckpointError, match="NaN"):
+        broken.warm_up()
+    broken.action_horizon = 3
+    assert np.isfinite(broken.get_action(observation())["action.gripper"]).all(), "what is not returned does not matter"
+
+
+def test_objects_in_place_of_words(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
+    class MyConfig:
+        video_keys, state_keys = ["video.webcam"], ["state.single_arm", "state.gripper"]
+        action_keys = ("action.single_arm", "action.gripper")
+
+    same = load_policy(checkpoint, device=torch.device("cpu"), precision="fp32", data_config=MyConfig())
+    assert _same(same.get_action(observation(), noise=noise), policy.get_action(observation(), noise=noise))
+
+
+def test_repr_says_what_runs(checkpoint: Path, policy: Gr00tPolicy) -> None:
+    text = repr(policy)
+    assert all(word in text for word in (str(checkpoint), "new_embodiment", "eager", "cpu", "float32", "denoising_steps=4", "action_horizon=16"))
+    assert "\n" not in text

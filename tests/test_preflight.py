@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from control_fakes import FakeClock, FakeRobot, facts
+from control_fakes import FakeClock, FakeRobot, policy_metadata
 
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control.preflight import Findings, Preflight, check_before_connecting, check_connected
@@ -16,7 +18,7 @@ NORMALISED = {"low": [-55, -100, -90, 12, -40, 0], "high": [48, 60, 100, 95, 33,
 
 def before(robot: FakeRobot | None = None, fps: float | None = None, camera_map: dict | None = None, horizon: int | None = None, **changes):
     robot = robot or FakeRobot(FakeClock())
-    return check_before_connecting(robot, facts(**changes), fps, camera_map, horizon)
+    return check_before_connecting(robot, policy_metadata(**changes), fps, camera_map, horizon)
 
 
 def test_a_fitting_pair_has_nothing_to_report_but_the_implied_camera() -> None:
@@ -30,13 +32,23 @@ def test_every_problem_is_in_one_error() -> None:
     found = before(robot, horizon=32, tag="gr1", widths={"left_arm": 7}, low=[0] * 7, high=[9] * 7)
     with pytest.raises(PreflightError, match=r"4 problems") as caught:
         found.refuse()
-    for part in ("1. embodiment 'gr1'", "--embodiment_tag=new_embodiment", "--camera_map", "--action_horizon=32", "another robot"):
+    for part in ("embodiment 'gr1'", "--embodiment_tag=new_embodiment", "--camera_map", "--action_horizon=32", "another robot"):
         assert part in str(caught.value)
 
 
 def test_no_rate_anywhere() -> None:
-    found = check_before_connecting(FakeRobot(FakeClock()), facts(fps=None), None, None)
-    assert "--fps=30" in found.problems[0]
+    found = check_before_connecting(FakeRobot(FakeClock()), policy_metadata(fps=None), None, None)
+    assert "--fps=30" in found.impossible[0]
+
+
+def test_a_checkpoint_that_never_tells_rate_and_resolution_runs_at_lerobot_s() -> None:
+    """N1.7's files have neither."""
+    metadata, robot = replace(policy_metadata(fps=None), resolutions={"webcam": None}), FakeRobot(FakeClock())
+    found = check_before_connecting(robot, metadata, None, None)
+    assert (found.problems, found.impossible) == ([], [])
+    assert "30 Hz" in found.warnings[0]
+    assert Preflight(robot, metadata, echo=lambda _: None).before_connecting(None, None, None) == 30
+    assert check_before_connecting(robot, metadata, 15.0, None).warnings == []
 
 
 def test_another_resolution_of_the_same_shape_is_only_noted() -> None:
@@ -89,7 +101,7 @@ def test_gripper_statistics_out_of_the_ordinary(low: float, high: float, word: s
 
 
 def connected(pose: list[float], **changes) -> Findings:
-    return check_connected(FakeRobot(FakeClock()), facts(**changes), np.array(pose, float))
+    return check_connected(FakeRobot(FakeClock()), policy_metadata(**changes), np.array(pose, float))
 
 
 def test_a_pose_within_the_data_is_fine() -> None:
@@ -123,23 +135,32 @@ def test_data_somewhat_beyond_the_arm_is_a_warning() -> None:
 def test_strict_refuses_and_warn_goes_on_saying_so() -> None:
     robot, said = FakeRobot(FakeClock(), unit="range_m100_100"), []
     with pytest.raises(PreflightError, match="use_degrees"):
-        Preflight(robot, facts(**DEGREES)).before_connecting(None, None, None)
-    lenient = Preflight(robot, facts(**DEGREES), strict=False, echo=said.append)
+        Preflight(robot, policy_metadata(**DEGREES)).before_connecting(None, None, None)
+    lenient = Preflight(robot, policy_metadata(**DEGREES), strict=False, echo=said.append)
     assert lenient.before_connecting(None, None, None) == 30
     assert "ignored at your wish" in lenient.warnings[0]
     assert any(line.startswith("WARNING: ignored") for line in said)
 
 
+@pytest.mark.parametrize(("camera_map", "widths", "named"), [({"frnt": "webcam"}, None, "front"), (None, {"left_arm": 7}, "another robot")])
+def test_what_makes_a_run_impossible_is_refused_in_both_ways_and_told_once(camera_map: dict | None, widths: dict | None, named: str) -> None:
+    said: list[str] = []
+    changes = {} if widths is None else {"widths": widths, "low": [0] * 7, "high": [9] * 7}
+    with pytest.raises(PreflightError, match=named):
+        Preflight(FakeRobot(FakeClock()), policy_metadata(**changes), strict=False, echo=said.append).before_connecting(None, camera_map, None)
+    assert said == []
+
+
 def test_the_loop_rate_comes_from_the_flag_then_from_the_data() -> None:
     robot = FakeRobot(FakeClock())
-    assert Preflight(robot, facts(fps=15)).before_connecting(None, None, None) == 15
-    assert Preflight(robot, facts(fps=15)).before_connecting(20, None, None) == 20
+    assert Preflight(robot, policy_metadata(fps=15)).before_connecting(None, None, None) == 15
+    assert Preflight(robot, policy_metadata(fps=15)).before_connecting(20, None, None) == 20
     with pytest.raises(PreflightError, match="--fps=30"):
-        Preflight(robot, facts(fps=None), strict=False).before_connecting(None, None, None)
+        Preflight(robot, policy_metadata(fps=None), strict=False).before_connecting(None, None, None)
 
 
 def test_connected_round_raises_too() -> None:
-    preflight = Preflight(FakeRobot(FakeClock()), facts(low=[-90, 120, -80, -70, -60, 0], high=[90, 190, 85, 80, 65, 99]))
+    preflight = Preflight(FakeRobot(FakeClock()), policy_metadata(low=[-90, 120, -80, -70, -60, 0], high=[90, 190, 85, 80, 65, 99]))
     with pytest.raises(PreflightError, match="shoulder_lift"):
         preflight.connected(Observation(np.zeros(6), {}, 0.0))
 
@@ -149,5 +170,5 @@ def test_connected_round_raises_too() -> None:
 def test_a_rate_that_no_bus_can_keep_is_refused_also_from_a_checkpoint(fps: float, strict: bool) -> None:
     robot = FakeRobot(FakeClock(), {"webcam": (8, 6)})
     with pytest.raises(PreflightError, match=f"{fps:g} Hz.*--fps"):
-        Preflight(robot, facts(fps=fps), strict=strict).before_connecting(None, None, None)
-    assert Preflight(robot, facts(fps=fps), strict=False).before_connecting(30.0, None, None) == 30.0
+        Preflight(robot, policy_metadata(fps=fps), strict=strict).before_connecting(None, None, None)
+    assert Preflight(robot, policy_metadata(fps=fps), strict=False).before_connecting(30.0, None, None) == 30.0

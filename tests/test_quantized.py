@@ -32,7 +32,7 @@ from gr00t_fast.engine.quantized import (
     weight_step_of,
 )
 from gr00t_fast.errors import CheckpointError, EngineError
-from gr00t_fast.export.layer_statistics import InputStatistics, plan_inputs
+from gr00t_fast.export.calibrate import InputStatistics, choose_scale
 from gr00t_fast.model import Gr00tN1d5
 
 CPU = torch.device("cpu")
@@ -134,10 +134,8 @@ def test_outliers_cost_little_once_balanced() -> None:
     with torch.no_grad():
         linear.weight.copy_(seeded(128, 256) * 0.05 / torch.where(seen.abs().amax(dim=0) > 50, 10.0, 1.0))  # weights of outliers are smaller
     fresh *= seen.abs().amax(dim=0) / fresh.abs().amax(dim=0)  # the same channels
-    statistics = InputStatistics(seen.abs().amax(dim=0).numpy(), 400, [seen.numpy()])
-    plans, _ = plan_inputs(statistics, {"a": linear.weight.detach().numpy().T}, "fp8")
-    plan = plans["a"]
-    made = fp8_layer(linear, InputScale(plan.range, None if plan.smoothing is None else torch.from_numpy(plan.smoothing)))
+    scale, _ = choose_scale(InputStatistics(("a",), seen.abs().amax(dim=0), 400, [seen]), [linear.weight.detach().t()], "fp8")
+    made = fp8_layer(linear, scale)
     truth = linear(fresh).detach()
     assert 1e-3 < float((made(fresh).detach() - truth).norm() / truth.norm()) < 0.06
 
@@ -225,7 +223,7 @@ def test_a_rewritten_network_gives_nearly_the_same_actions(model: Gr00tN1d5) -> 
 
 
 def test_scales_of_another_network_are_refused(model: Gr00tN1d5) -> None:
-    with pytest.raises(EngineError, match=r"layers that this network lacks \(head.dit.blocks.99.mlp.up\).*export/calibrate.py"):
+    with pytest.raises(EngineError, match=r"layers that this network lacks \(head.dit.blocks.99.mlp.up\).*gr00t-fast calibrate"):
         rewritten(model, {"head.dit.blocks.99.mlp.up": InputScale(1.0)})
     name = next(iter(linear_layers(model)))
     with pytest.raises(EngineError, match="calibration is for 5 inputs, the layer has 32"):
@@ -258,7 +256,7 @@ def test_shapes_strides_and_types_are_those_that_cuda_takes(dtype: torch.dtype, 
 
 def test_the_engine_refuses_what_it_cannot_run(model: Gr00tN1d5, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"engine 'fp8' needs a CUDA GPU of compute capability 8.9 .* but the device is cpu"):
-        fp8_engine(model, None, Calibration({}))
+        fp8_engine(model, Calibration({}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA RTX A4000")
     with pytest.raises(EngineError, match=r"NVIDIA RTX A4000 has 8.6. Use --engine=cuda_graph"):

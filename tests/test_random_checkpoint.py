@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_loads_and_acts(tiny: Path) -> None:
     policy = load_policy(tiny, data_config="so100_dualcam", device="cpu", precision="fp32", seed=0)
-    assert policy.facts.resolutions == {"front": (320, 240), "wrist": (320, 240)}
+    assert policy.metadata.resolutions == {"front": (320, 240), "wrist": (320, 240)}
     actions = policy.get_action(policy.example_observation("pick: the cube"))
     assert actions["action.single_arm"].shape == (16, 5)
     assert abs(actions["action.single_arm"]).max() < 1000  # activations stay of order one
@@ -128,7 +128,7 @@ def test_the_published_tokenizer(tmp_path: Path, eagle_dir: Path) -> None:
     assert not (checkpoint / "eagle2_hg_model" / "tokenizer.json").exists()
     assert open_checkpoint(checkpoint).config.language.image_token_id == 151669
     policy = load_policy(checkpoint, device="cpu", precision="bf16", processor_path=eagle_dir)
-    assert len(policy._pieces.prompts("Place the block in the bowl")) == 288
+    assert len(policy.processor.prompts("Place the block in the bowl")) == 288
 
 
 def test_the_full_size_reads_any_instruction_without_other_files(tmp_path: Path) -> None:

@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import nvidia_style_service as reference
 import pytest
-from control_fakes import FakeRobot, facts
+from control_fakes import FakeRobot, policy_metadata
 from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
-import so100_inference_optimized as script
-from gr00t_fast import cli
-from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
+from gr00t_fast.cli import run as script
+from gr00t_fast.cli import run_flags as cli
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import without_secrets
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
-from gr00t_fast.remote import RemotePolicy, connect
 from gr00t_fast.serving import PolicyServer
-from gr00t_fast.serving.facts_message import facts_from_message, facts_to_message
-from gr00t_fast.serving.wire import decode, encode
+from gr00t_fast.serving.remote import RemotePolicy, connect
+from gr00t_fast.serving.wire import decode, encode, metadata_from_message, metadata_to_message
 
 FPS = 30.0
 SIM = ["--robot.type=so100_sim", "--lang_instruction=go", "--fps=30"]
@@ -45,45 +44,47 @@ def connected(server: Any, said: list[str] | None = None, **options: Any) -> Ite
         policy.close()
 
 
-# --- facts over the wire -----------------------------------------------------------------------------------------------------------------
+# --- metadata over the wire ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [facts(), facts({"front": (1280, 720), "wrist": (640, 480)}, low=[-1 / 3] * 6, fps=None, tag="gr1")])
+@pytest.mark.parametrize(
+    "known", [policy_metadata(), policy_metadata({"front": (1280, 720), "wrist": (640, 480)}, low=[-1 / 3] * 6, fps=None, tag="gr1")]
+)
 def test_facts_arrive_as_they_were_sent(known: Any) -> None:
-    arrived = facts_from_message(decode(encode(facts_to_message(known))))
-    assert facts_to_message(arrived) == facts_to_message(known)
+    arrived = metadata_from_message(decode(encode(metadata_to_message(known))))
+    assert metadata_to_message(arrived) == metadata_to_message(known)
     assert list(arrived.state_widths) == list(known.state_widths)
     np.testing.assert_array_equal(arrived.state_statistics["single_arm"].min, known.state_statistics["single_arm"].min)
     assert (arrived.resolutions, arrived.fps) == (known.resolutions, known.fps)
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(facts())])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(policy_metadata())])
 @pytest.mark.parametrize(
     "junk", ["", -1, 0.5, [], {}, {"single_arm": "x"}, {"single_arm": [3]}, {"webcam": [1, -2]}, {1: 2}, float("nan"), True, ...]
 )
 def test_facts_that_make_no_sense_are_refused_by_name(field: str, junk: Any) -> None:
-    message = facts_to_message(facts())
+    message = metadata_to_message(policy_metadata())
     if junk is ...:
         del message[field]
     else:
         message[field] = junk
     allowed = (field, junk) in (("fps", 0.5), ("fps", ...))
     with contextlib.nullcontext() if allowed else pytest.raises(WireError, match=field):
-        facts_from_message(message)
+        metadata_from_message(message)
 
 
 @pytest.mark.parametrize("message", [None, [], "x", {}, 3])
 def test_no_facts_at_all(message: Any) -> None:
     with pytest.raises(WireError):
-        facts_from_message(message)
+        metadata_from_message(message)
 
 
 def test_statistics_must_fit_the_widths_and_be_finite() -> None:
     for change in ({"min": [0.0]}, {"max": [float("inf")] * 5}, {"q01": "low"}):
-        message = facts_to_message(facts())
+        message = metadata_to_message(policy_metadata())
         message["action_statistics"]["single_arm"].update(change)
         with pytest.raises(WireError, match="action_statistics"):
-            facts_from_message(message)
+            metadata_from_message(message)
 
 
 # --- before the arm moves ----------------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_a_server_that_is_not_there(world: World, capsys: pytest.CaptureFixture[
 
 def test_facts_of_our_server_go_through_the_preflight_check(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ArithmeticPolicy()
-    policy.facts = facts(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
+    policy.metadata = policy_metadata(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
     with running(PolicyServer(policy, port=0)) as server:
         assert world.run(server) == 1
     assert "--robot.use_degrees=false" in capsys.readouterr().err
@@ -154,7 +155,7 @@ def test_a_server_that_tells_no_facts_is_refused_unless_waved_through(world: Wor
     with reference.Server(ArithmeticPolicy()) as server:
         assert world.run(server, "--controller=server") == 1
         error = capsys.readouterr().err
-        assert "nobody can check: joint units and ranges, camera resolution, embodiment" in error
+        assert "cannot be checked: joint units and ranges, camera resolution, embodiment" in error
         assert "--model_path=" in error
         assert "--preflight=warn" in error
         assert world.robot.calls == []
@@ -209,8 +210,8 @@ def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None
 def test_metadata_is_not_used_where_the_server_tells(metadata: Path) -> None:
     said: list[str] = []
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server, said, model_path=str(metadata)) as policy:
-        assert isinstance(policy, ContinuingPolicy)
-        assert policy.facts.resolutions == {"webcam": (40, 32)}
+        assert policy.continues == {"rtc", "prefix"}
+        assert policy.metadata.resolutions == {"webcam": (40, 32)}
     assert len(said) == 1
     assert "--model_path is not used" in said[0]
 
@@ -255,7 +256,7 @@ def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: py
 
 
 def test_noise_and_prefix_reach_the_server() -> None:
-    seen, prefix = observation(), ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, delay=3)
+    seen, prefix = observation(), ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, inference_delay=3)
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server) as remote:
         given = remote.get_action(seen, noise=np.ones((1, 16, 32)), prefix=prefix)
     expected = ArithmeticPolicy().get_action(seen, np.ones((1, 16, 32)), prefix)
@@ -304,7 +305,7 @@ BAD = {
     "steps of a network elsewhere": (["--server=tcp://a:1", "--denoising_steps=2"], "--denoising_steps is for a network in this process"),
     "device of a network elsewhere": (["--server=tcp://a:1", "--device=cpu"], "--device is for a network in this process"),
     "data config without metadata": (["--server=tcp://a:1", "--data_config=so100_dualcam"], "belongs on the command line of the policy server"),
-    "smoothing without overlap": (["--server=tcp://a:1", "--smoothing=rtc"], "needs --controller=threaded (or server)"),
+    "smoothing without overlap": (["--server=tcp://a:1", "--controller=sync", "--smoothing=rtc"], "needs --controller=threaded (or server)"),
 }  # fmt: skip
 
 
@@ -327,7 +328,7 @@ def test_addresses(address: str) -> None:
 
 def test_metadata_flags_and_presets_go_with_a_server() -> None:
     cli.parse([*SIM, "--server=tcp://a:1", "--model_path=m", "--data_config=so100_dualcam", "--embodiment_tag=gr1"])
-    preset = Path(script.__file__).parent / "configs" / "so100_sim.yaml"
+    preset = Path(__file__).parent.parent / "configs" / "so100_sim.yaml"
     assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=server"]).data_config == "so100"
 
 

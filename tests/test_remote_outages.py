@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import nvidia_style_service as reference
 import pytest
-from control_fakes import Bench, FakeClock, FakeRobot, facts
+from control_fakes import Bench, FakeClock, FakeRobot, policy_metadata
 from serving_fakes import ROOT, ArithmeticPolicy, ServerProcess, observation, running
 
-import so100_inference_optimized as script
-from gr00t_fast import cli
+from gr00t_fast.cli import run as script
+from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
@@ -37,8 +37,8 @@ from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.errors import ServerError, ServerUnreachableError
-from gr00t_fast.remote import connect
 from gr00t_fast.serving import PolicyServer
+from gr00t_fast.serving.remote import connect
 from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN
 
 FPS = 30.0
@@ -58,7 +58,7 @@ class Run:
         with PARSING:
             config = cli.parse(["--robot.type=so100_sim", "--lang_instruction=go", f"--server={address_of(server)}", *flags])
         self.policy = connect(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=self.said.append)
-        clock, known = MonotonicClock(), self.policy.facts
+        clock, known = MonotonicClock(), self.policy.metadata
         self.robot, self.landed_s, self.error = FakeRobot(clock), 0.0, None
         land = self.robot.land
         self.robot.land = lambda: setattr(self, "landed_s", time.monotonic()) or land()
@@ -206,7 +206,7 @@ def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: di
 
 @pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
 def test_another_policy_behind_the_same_address_ends_the_run(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
-    """Its facts have not been through the pre-flight check."""
+    """Its metadata have not been through the pre-flight check."""
     run: Run = scenarios["replaced", flags].result()
     assert "came back with another policy" in str(run.error)
     assert run.loop.trace.landing.safe
@@ -443,7 +443,7 @@ def test_the_whole_program_outlives_a_server_with_a_network(tmp_path: Path) -> N
 
 def test_sync_holds_the_last_target_and_looks_again_at_every_tick() -> None:
     bench = Bench(timeout_s=2.0)
-    known = bench.policy.facts
+    known = bench.policy.metadata
     binding = RobotBinding(bench.policy.get_modality_config(), known.state_widths, known.action_widths, bench.robot.joint_names, {"front": "webcam"})
     bench.loop.controller = SyncController(bench.policy, binding, "go", bench.clock, 8, (ServerUnreachableError,))
     plain = bench.policy.on_action
@@ -476,7 +476,7 @@ def test_sync_raises_what_is_not_recoverable_and_has_nothing_to_hold_at_first() 
         def get_action(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
             raise ServerUnreachableError("away")
 
-    known = facts()
+    known = policy_metadata()
     binding = RobotBinding(
         ArithmeticPolicy().get_modality_config(), known.state_widths, known.action_widths, FakeRobot.joint_names, {"front": "webcam"}
     )

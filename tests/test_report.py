@@ -14,9 +14,8 @@ from control_fakes import TICK_S, Bench
 
 from gr00t_fast.contracts import LandingReport, Observation
 from gr00t_fast.control import recorder
-from gr00t_fast.control.outputs import Outputs, plot_joints, save_run
 from gr00t_fast.control.recorder import LiveView, VideoRecorder, display_obstacle, side_by_side
-from gr00t_fast.control.report import SCHEMA, as_text, build_report, write_report
+from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, plot_joints, save_run, write_report
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.measurement import percentiles
 

@@ -1,6 +1,6 @@
 """Chunks that continue another one: nothing changes without, committed actions come out the same with, and the joint is smooth.
 
-The algorithm is tried on a flow whose answer is known (benchmarks/smooth_flow.py), the wiring on a network with random weights.
+The algorithm is tried on a flow whose answer is known (benchmarks/chunk_continuity.py), the wiring on a network with random weights.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from benchmarks import chunk_continuity
-from benchmarks.smooth_flow import SmoothFlow
+from benchmarks.chunk_continuity import SmoothFlow
 from gr00t_fast import load_policy
-from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy
-from gr00t_fast.engine.continuation import Goal, denoise_towards, guidance_weight, soft_mask
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.engine.continuation import Continuation, denoise_towards, guidance_weight, prefix_weights
 from gr00t_fast.errors import ConfigError, ObservationError
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 
@@ -27,7 +27,7 @@ METHODS = ("rtc", "prefix")
 
 class TestMask:
     def test_committed_fading_free(self) -> None:
-        mask = soft_mask(16, 4, 12)
+        mask = prefix_weights(16, 4, 12)
         assert mask[:4].tolist() == [1.0] * 4
         assert (mask[4:12].diff() < 0).all()
         assert 0 < mask[11] < mask[4] < 1
@@ -35,11 +35,11 @@ class TestMask:
 
     def test_the_papers_formula(self) -> None:
         c = (12 - 6) / (12 - 4 + 1)
-        assert soft_mask(16, 4, 12)[6] == pytest.approx(c * (math.exp(c) - 1) / (math.e - 1))
+        assert prefix_weights(16, 4, 12)[6] == pytest.approx(c * (math.exp(c) - 1) / (math.e - 1))
 
     @pytest.mark.parametrize(("delay", "overlap"), [(0, 0), (0, 16), (16, 16), (8, 8)])
     def test_ends(self, delay: int, overlap: int) -> None:
-        mask = soft_mask(16, delay, overlap)
+        mask = prefix_weights(16, delay, overlap)
         assert ((mask >= 0) & (mask <= 1)).all()
         assert mask[:delay].sum() == delay
         assert not mask[overlap:].any()
@@ -56,11 +56,11 @@ def largest(values: torch.Tensor) -> float:
     return float(values.abs().max())
 
 
-def goal_of(method: str, rows: torch.Tensor, delay: int) -> Goal:
+def goal_of(method: str, rows: torch.Tensor, delay: int) -> Continuation:
     """rows (L, A) are known."""
     actions = torch.zeros(1, HORIZON, rows.shape[1])
     actions[0, : len(rows)] = rows
-    return Goal(actions, soft_mask(HORIZON, delay, len(rows))[:, None].expand(-1, rows.shape[1]), method)
+    return Continuation(actions, prefix_weights(HORIZON, delay, len(rows))[:, None].expand(-1, rows.shape[1]), method)
 
 
 class TestFlow:
@@ -93,8 +93,8 @@ class TestFlow:
         rest = torch.empty(0, 6)
         for _ in range(boundaries + 1):
             noise = torch.randn(1, HORIZON, 6, generator=generator)
-            goal = goal_of(method or "rtc", rest if method else rest[:0], min(delay, len(rest)) if method else 0)
-            chunk = denoise_towards(flow, noise, 4, goal)[0]
+            continuation = goal_of(method or "rtc", rest if method else rest[:0], min(delay, len(rest)) if method else 0)
+            chunk = denoise_towards(flow, noise, 4, continuation)[0]
             chunk[: min(delay, len(rest))] = rest[: min(delay, len(rest))]  # what plays while the network thinks
             played.append(chunk[:elapsed])
             rest = chunk[elapsed:]
@@ -118,8 +118,8 @@ class TestFlow:
         rows = self.sample(steps, seed=3)[0, :known]
         noise = torch.randn(400, HORIZON, 6, generator=torch.Generator().manual_seed(4))
         weights = (torch.arange(HORIZON) < known).float()[:, None].expand(-1, 6)
-        goal = Goal(goal_of("rtc", rows, known).actions, weights, "rtc")
-        mean = denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal).mean(0)
+        continuation = Continuation(goal_of("rtc", rows, known).actions, weights, "rtc")
+        mean = denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, continuation).mean(0)
         s = SmoothFlow(HORIZON, 1).covariance.float()
         expected = s[known:, :known] @ torch.linalg.solve(s[:known, :known], rows)  # (H - known, A)
         assert largest(mean[:known] - rows) < 0.15
@@ -183,7 +183,7 @@ def joined(actions: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_is_a_continuing_policy(policy) -> None:
-    assert isinstance(policy, ContinuingPolicy)
+    assert policy.continues == {"rtc", "prefix"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -224,15 +224,15 @@ def test_what_guidance_alone_leaves_of_the_gap(policy, monkeypatch: pytest.Monke
     seen = {}
     run = policy.engine.run
 
-    def watched(*args, goal=None):
-        seen["goal"], seen["actions"] = goal, run(*args, goal=goal)
+    def watched(*args, continuation=None):
+        seen["continuation"], seen["actions"] = continuation, run(*args, continuation=continuation)
         return seen["actions"]
 
     monkeypatch.setattr(policy.engine, "run", watched)
     policy.get_action(observation(2), noise=NOISE)
     plain = seen["actions"][0, :delay, :6]
     policy.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(later(policy.get_action(observation(1)), delay), delay, "rtc"))
-    wanted, guided = seen["goal"].actions[0, :delay, :6], seen["actions"][0, :delay, :6]
+    wanted, guided = seen["continuation"].actions[0, :delay, :6], seen["actions"][0, :delay, :6]
     assert largest(guided - wanted) < 0.05 * largest(plain - wanted)
 
 
@@ -297,7 +297,7 @@ def test_a_prefix_that_makes_no_sense(policy, prefix: ActionPrefix, says: str) -
 
 
 def test_an_engine_that_cannot(policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(policy.engine), "continues", False)
+    monkeypatch.setattr(type(policy.engine), "continues", frozenset())
     with pytest.raises(ConfigError, match="--engine=eager"):
         policy.get_action(observation(1), prefix=ActionPrefix(GOOD, 1))
 
@@ -310,15 +310,15 @@ def test_warm_up_covers_it_and_keeps_the_noise(checkpoint: Path) -> None:
 
 def test_benchmark(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
-    flags = ["--delays", "0", "3", "--ticks=20", "--rounds=2", "--device=cpu", f"--model_path={checkpoint}", f"--out={tmp_path}"]
+    flags = ["--latency_ms", "0", "100", "--ticks=20", "--rounds=2", "--device=cpu", "--json", f"--model_path={checkpoint}", f"--out={tmp_path}"]
     assert chunk_continuity.main(flags) == 0
     *table, line = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     for policy in ("network", "smooth"):
         for metric in ("takeover jump", "velocity change"):
             begin = next(number for number, row in enumerate(table) if row.startswith(f"{policy}: largest {metric}"))
-            for way, row in zip(("none", "ensemble", "prefix", "rtc"), table[begin + 2 :], strict=False):
-                assert row.split()[0] == way
+            for way, row in zip(("none", "ensemble", "prefix", "rtc"), table[begin + 4 :], strict=False):
+                assert row.startswith(f"| {way} |")
         assert result["cut_of_the_largest_jump"][policy]["rtc"]["3"] > 3
         assert result["jumps"][policy]["none"]["3"]["starved_ticks"] == 0
     assert result["cut_of_the_largest_velocity_change"]["smooth"]["rtc"]["3"] > 3

@@ -49,17 +49,13 @@ def test_a_leap_becomes_a_ramp_relative_to_the_last_command() -> None:
     assert safety.speed_limited.tolist() == [0, 0, 2, 0, 0, 0]
 
 
-def test_clamps_to_limits_and_counts_per_joint() -> None:
-    safety = started(max_speed_deg_s=None)
-    target = np.array([500.0, -500.0, 0, 0, 0, 101.0])
-    assert safety(target).tolist() == [110, -110, 0, 0, 0, 100]
-    assert safety.clamped.tolist() == [1, 1, 0, 0, 0, 1]
-
-
-def test_clamping_can_be_switched_off() -> None:
-    safety = started(max_speed_deg_s=None, clamp_to_limits=False)
-    assert safety(np.full(6, 150.0)).tolist() == [150] * 6
-    assert not safety.clamped.any()
+@pytest.mark.parametrize(
+    ("clamp", "sent", "counted"), [(True, [110, -110, 0, 0, 0, 100], [1, 1, 0, 0, 0, 1]), (False, [500, -500, 0, 0, 0, 101], [0] * 6)]
+)
+def test_clamps_to_limits_unless_told_not_to_and_counts_per_joint(clamp: bool, sent: list[float], counted: list[int]) -> None:
+    safety = started(max_speed_deg_s=None, clamp_to_limits=clamp)
+    assert safety(np.array([500.0, -500.0, 0, 0, 0, 101.0])).tolist() == sent
+    assert safety.clamped.tolist() == counted
 
 
 def test_an_arm_outside_its_range_is_led_back_not_thrown() -> None:
@@ -82,27 +78,17 @@ def test_not_finite_is_held_counted_and_never_sent(bad: float) -> None:
     assert safety.held_ticks == 3
 
 
-def test_held_ticks_count_in_a_row_only() -> None:
-    safety = started(max_held_ticks=1)
-    for _ in range(5):
-        safety(np.full(6, np.nan))
-        safety(START)
-    assert safety.held_ticks == 5
-
-
-def test_a_first_target_of_nan_holds_the_measured_pose() -> None:
-    assert np.array_equal(started()(np.full(6, np.nan)), START)
-
-
-def test_max_held_ticks_zero_refuses_at_once() -> None:
-    with pytest.raises(UnsafeActionError):
-        started(max_held_ticks=0)(np.full(6, np.nan))
-
-
-def test_the_caller_cannot_change_what_is_held() -> None:
-    safety = started()
+def test_what_is_held_and_how_often() -> None:
+    unusable, safety = np.full(6, np.nan), started(max_held_ticks=1)
+    assert np.array_equal(safety(unusable), START), "before anything was sent, the measured pose"
     safety(START)[:] = 1e9
-    assert np.array_equal(safety(np.full(6, np.nan)), START)
+    assert np.array_equal(safety(unusable), START), "the caller cannot change it"
+    for _ in range(3):
+        safety(START)
+        safety(unusable)
+    assert safety.held_ticks == 5, "only those in a row count towards the limit"
+    with pytest.raises(UnsafeActionError):
+        started(max_held_ticks=0)(unusable)
 
 
 def test_a_new_episode_is_limited_against_the_new_pose() -> None:

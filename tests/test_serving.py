@@ -24,17 +24,17 @@ import pytest
 import zmq
 from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, ServerProcess, assert_same, observation, running
 
-from gr00t_fast.contracts import ActionPrefix, ContinuingPolicy, ModalityConfig
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.listening import check_port_free
+from gr00t_fast.serving.connections import check_port_free
 from gr00t_fast.serving.service import (
     MAX_PER_CLIENT,
     MAX_REASON_CHARACTERS,
     SHUTTING_DOWN,
     ByteBudget,
     InferenceQueue,
-    Traffic,
+    RequestLog,
     same_token,
 )
 from gr00t_fast.serving.wire import encode
@@ -142,7 +142,7 @@ def test_tokens_of_any_type_are_compared() -> None:
 def test_our_client_gets_the_actions_of_the_reference_server(data_config: str, cameras: tuple[str, ...], batch: int | None) -> None:
     seen, policy = observation(batch, cameras), ArithmeticPolicy(data_config)
     with reference.Server(policy) as server, PolicyClient(port=server.port) as client:
-        assert isinstance(client, ContinuingPolicy)
+        assert client.continues == {"rtc", "prefix"}
         assert client.ping()
         assert client.get_modality_config()["video"] == ModalityConfig([0], [f"video.{name}" for name in cameras])
         assert_same(client.get_action(seen), ArithmeticPolicy(data_config).get_action(seen))
@@ -194,12 +194,12 @@ def test_client_and_server_are_a_policy(server: PolicyServer, policy: Arithmetic
         assert client.get_modality_config() == policy.get_modality_config()
         assert_same(client.get_action(seen), ArithmeticPolicy().get_action(seen))
         assert_same(client.get_action(seen, noise=noise), ArithmeticPolicy().get_action(seen, noise))
-        prefix = ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, delay=3, method="prefix")
+        prefix = ActionPrefix({"action.gripper": np.full((4, 1), -5, np.float32)}, inference_delay=3, method="prefix")
         continued = client.get_action(seen, prefix=prefix)
         assert_same(continued, ArithmeticPolicy().get_action(seen, prefix=prefix))
         assert (continued["action.gripper"][:, 0] == -5).sum() == 3
         with pytest.raises(ServerError, match="rtc or prefix as method"):
-            client.get_action(seen, prefix=ActionPrefix({}, delay=0, method="magic"))
+            client.get_action(seen, prefix=ActionPrefix({}, inference_delay=0, method="magic"))
         client.reset()
         assert policy.resets == 1
         with pytest.raises(ServerError, match="kill is disabled"):
@@ -551,7 +551,7 @@ def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(pol
 
 
 def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
-    work, outcomes = InferenceQueue(Traffic(), ByteBudget(0), max_waiting=2, max_wait_s=0.05), []
+    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(0), max_waiting=2, max_wait_s=0.05), []
     work.submit(lambda: 1, outcomes.append)
     work.submit(lambda: work.stop(), outcomes.append)
     with pytest.raises(ServerError, match="busy"):
@@ -562,7 +562,7 @@ def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
     assert [outcome.error is not None and outcome.fault for outcome in outcomes] == [True, True]
     with pytest.raises(ServerError, match="shutting down"):
         work.submit(lambda: 3, outcomes.append)
-    late = InferenceQueue(Traffic(), ByteBudget(0), max_wait_s=0.01)
+    late = InferenceQueue(RequestLog(), ByteBudget(0), max_wait_s=0.01)
     late.submit(lambda: 4, outcomes.append)
     late.submit(lambda: late.stop(), outcomes.append)
     time.sleep(0.05)
@@ -573,7 +573,7 @@ def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
 
 def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
     """Behind the sentinel: `submit` had found the queue open before `stop` came."""
-    work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
+    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(10)), []
     put = work._jobs.put
 
     def stop_first(job: Any) -> None:
@@ -591,7 +591,7 @@ def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
 
 def test_submitting_and_stopping_at_once_loses_no_call() -> None:
     for _ in range(50):
-        work, outcomes, taken = InferenceQueue(Traffic(), ByteBudget(0)), [], []
+        work, outcomes, taken = InferenceQueue(RequestLog(), ByteBudget(0)), [], []
         runner = threading.Thread(target=work.run)
 
         def submit_all(work: InferenceQueue = work, outcomes: list[Any] = outcomes, taken: list[int] = taken) -> None:
@@ -610,7 +610,7 @@ def test_submitting_and_stopping_at_once_loses_no_call() -> None:
 
 
 def test_requests_of_clients_that_were_refused_wait_for_those_of_others() -> None:
-    work, done = InferenceQueue(Traffic(), ByteBudget(0)), []
+    work, done = InferenceQueue(RequestLog(), ByteBudget(0)), []
     for number in range(3):
         work.submit(lambda number=number: done.append(f"suspect {number}"), lambda outcome: None, suspect=True)
         work.submit(lambda number=number: done.append(f"honest {number}"), lambda outcome: None)
@@ -620,7 +620,7 @@ def test_requests_of_clients_that_were_refused_wait_for_those_of_others() -> Non
 
 
 def test_the_budget_is_given_back() -> None:
-    work, outcomes = InferenceQueue(Traffic(), ByteBudget(10)), []
+    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(10)), []
     for _ in range(3):
         work.submit(lambda: 1 / 0, outcomes.append, size_bytes=5)
         work.submit(lambda: 1, outcomes.append, size_bytes=5)
@@ -634,7 +634,7 @@ def test_the_budget_is_given_back() -> None:
 
 def test_the_log_has_one_line_per_interval(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    traffic = Traffic(every_s=0.1)
+    traffic = RequestLog(every_s=0.1)
     for _ in range(1000):
         traffic.refused("garbage")
     assert len(caplog.records) <= 2

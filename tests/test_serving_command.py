@@ -16,8 +16,8 @@ import nvidia_style_service as reference
 import pytest
 from serving_fakes import ROOT, ArithmeticPolicy, assert_same, observation
 
+from gr00t_fast.cli.serve import main
 from gr00t_fast.serving import PolicyServer
-from gr00t_fast.serving.__main__ import main
 
 
 def test_help_is_quick_and_knows_all_policy_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,11 +36,11 @@ def test_help_is_quick_and_knows_all_policy_options(capsys: pytest.CaptureFixtur
         ([], "--model_path is missing"),
         (["--model_path", "x", "--port", "99999"], "--port=99999"),
         (["--model_path=x", "--prot=1"], "Did you mean '--port'"),
-        (["--model-path=x"], "Did you mean '--model_path'"),
+        (["--model-path=x", "--engine=egaer"], "Did you mean 'eager'"),
         (["--server", "--model_path=x"], "is the server"),
         (["--model_path=x", "--http-server"], "--http"),
         (["--model_path=x", "--use-tensorrt"], "--engine=tensorrt"),
-        (["--client", "--port=5555"], "so100_inference_optimized.py"),
+        (["--client", "--port=5555"], "gr00t-fast run"),
         (["--model_path=x", "--api_token="], "--api_token is empty"),
         (["--model_path=x", "--http", "--address=ipc:///tmp/x"], "--address"),
         (["--model_path=x", "--address=/tmp/x"], "expected ipc://PATH or tcp://HOST:PORT"),

@@ -17,7 +17,7 @@ from serving_fakes import Mutator, observation
 
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import WireError
-from gr00t_fast.serving import wire, wire_json
+from gr00t_fast.serving import wire
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 5000)
 ARRAYS = {
@@ -46,12 +46,12 @@ def test_arrays_are_the_bytes_of_np_save_and_come_back(name: str) -> None:
     array = ARRAYS[name]
     assert b"".join(wire.npy_parts(array)) == npy(array)
     assert wire.encode({"x": array}) == reference.pack({"x": array})
-    for back in (wire.decode(reference.pack({"x": [array]}))["x"][0], wire_json.from_json(reference.json_numpy_text({"x": array}).encode())["x"]):
+    for back in (wire.decode(reference.pack({"x": [array]}))["x"][0], wire.from_json(reference.json_numpy_text({"x": array}).encode())["x"]):
         np.testing.assert_array_equal(back, array)
         assert back.dtype == array.dtype.newbyteorder("=")
         assert back.shape == array.shape
         assert back.flags.aligned
-    np.testing.assert_array_equal(reference.json_numpy_read(wire_json.to_json({"x": array}))["x"], array)
+    np.testing.assert_array_equal(reference.json_numpy_read(wire.to_json({"x": array}))["x"], array)
 
 
 def test_a_header_of_odd_length_does_not_misalign_the_numbers() -> None:
@@ -161,7 +161,7 @@ def test_oversized_messages_are_refused_unread() -> None:
     with pytest.raises(WireError, match="at most 10"):
         wire.decode(msgpack.packb("x" * 20), max_bytes=10)
     with pytest.raises(WireError, match="at most 10"):
-        wire_json.from_json(b'"' + b"x" * 20 + b'"', max_bytes=10)
+        wire.from_json(b'"' + b"x" * 20 + b'"', max_bytes=10)
 
 
 @pytest.mark.parametrize("value", [object(), np.array([{}]), np.zeros(2, "i4,f4"), {1, 2}, 2**70, "\ud800", np.datetime64("2025-01-01")])
@@ -199,14 +199,14 @@ JSON_REFUSED = {
 @pytest.mark.parametrize("name", JSON_REFUSED)
 def test_json_is_refused(name: str) -> None:
     with pytest.raises(WireError):
-        wire_json.from_json(JSON_REFUSED[name])
+        wire.from_json(JSON_REFUSED[name])
 
 
 def test_json_carries_numpy_scalars_and_refuses_the_rest() -> None:
-    assert wire_json.from_json(wire_json.to_json(np.float32(1.5))) == np.float32(1.5)
+    assert wire.from_json(wire.to_json(np.float32(1.5))) == np.float32(1.5)
     for value in (object(), np.array([{}]), {(1, 2): 3}):
         with pytest.raises(WireError):
-            wire_json.to_json({"x": value})
+            wire.to_json({"x": value})
 
 
 def test_mutated_messages_raise_nothing_but_wire_errors() -> None:
@@ -216,7 +216,7 @@ def test_mutated_messages_raise_nothing_but_wire_errors() -> None:
     seeds.append(wire.encode({"video": ModalityConfig([0], ["video.webcam"])}))
     _fuzz(Mutator(seeds), wire.decode)
     json_seeds = [reference.json_numpy_text({"observation": observation()}).encode(), json.dumps({"encoded": "{}"}).encode()]
-    _fuzz(Mutator(json_seeds), wire_json.from_json)
+    _fuzz(Mutator(json_seeds), wire.from_json)
 
 
 def _fuzz(mutator: Mutator, read: Any) -> None:

@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 from control_fakes import FakeClock
 
+from gr00t_fast.cli import sim as program
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.so100_sim import __main__ as program
-from gr00t_fast.robots.so100_sim.rasteriser import Pinhole, fill_mask, render_faces, spans
+from gr00t_fast.robots.so100_sim.rendering import Pinhole, fill_mask, render_faces, spans
 from gr00t_fast.robots.so100_sim.scene import FRONT_CAMERA, PAN_AXIS_XY_M, sample_layout
 from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, degrees_to_radians, from_degrees, radians_to_degrees, to_degrees
 
 pytest.importorskip("mujoco")
-from gr00t_fast.robots.so100_sim.expert import expert, run_expert
-from gr00t_fast.robots.so100_sim.meshes import box, disc, lathe
-from gr00t_fast.robots.so100_sim.plant import ScenePlant
+from gr00t_fast.robots.so100_sim.appearance import box, disc, lathe
 from gr00t_fast.robots.so100_sim.robot import SimArm
-from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
+from gr00t_fast.robots.so100_sim.scripted_expert import expert, run_expert
+from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, ScenePlant, Simulation
 
 EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
 
@@ -246,6 +245,7 @@ import gr00t_fast.robots.so100_sim as package
 assert time.process_time() - began < 0.2
 assert "mujoco" not in sys.modules
 assert package.Simulation("place", 0).render("front", 64, 48).std() > 5
+assert all(callable(package.expert) for _ in range(2))  # no module of this name hides the function
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -305,6 +305,44 @@ def test_expert_solves_the_scene(task):
     for seed in range(8):
         simulation.reset(seed)
         assert run_expert(simulation) is not None, f"seed {seed}"
+
+
+@pytest.mark.parametrize("lag_ms", [133.3, 200.0])
+def test_joints_trail_their_targets_by_the_lag_that_was_asked_for(lag_ms: float):
+    """The delay at which measured and commanded joints agree best, as it is measured on recordings; but to a step of the physics."""
+    simulation, step_s = Simulation("reach", 0, servo_lag_ms=lag_ms), 0.004
+    middle, times_s = np.array([0, -30, 20, 50, -60, 50.0]), np.arange(0, 8, step_s)
+    targets, measured = middle + 25 * np.sin(2 * np.pi * 0.25 * times_s)[:, None], []
+    simulation.place_arm(middle)
+    for row in targets:
+        simulation.set_targets(row)
+        simulation.advance(step_s)
+        measured.append(simulation.joints_deg)
+    began = 500  # a period without the start from rest
+    centred = np.array(measured[began:]) - np.mean(measured[began:], 0)  # gravity pulls each joint a little off
+    correlation = []
+    for shift in range(100):
+        commanded = targets[began - shift : len(targets) - shift]
+        commanded = commanded - commanded.mean(0)
+        correlation.append((centred * commanded).sum(0) / np.linalg.norm(commanded, axis=0))
+    np.testing.assert_allclose(np.argmax(correlation, 0) * step_s * 1e3, lag_ms, atol=4.5)
+
+
+def test_a_lagging_servo_that_comes_on_holds_where_it_is():
+    simulation = Simulation("reach", 0, servo_lag_ms=200.0)
+    simulation.set_targets(HOME_DEG + [30, 0, 0, 0, 0, 0])
+    simulation.advance(0.1)
+    simulation.set_torque(False)
+    simulation.place_arm(HOME_DEG)
+    simulation.set_torque(True)
+    simulation.advance(0.5)
+    np.testing.assert_allclose(simulation.joints_deg, HOME_DEG, atol=1)
+    simulation.reset(0)
+    simulation.advance(0.5)
+    np.testing.assert_allclose(simulation.joints_deg, HOME_DEG, atol=1)
+    for wrong in (50.0, 5000.0):
+        with pytest.raises(ConfigError, match="lag"):
+            SimArm(SO100SimConfig(cameras={}, servo_lag_ms=wrong)).connect()
 
 
 def test_success_needs_the_task_done():
@@ -463,7 +501,7 @@ def test_program_writes_a_gif_and_a_picture(tmp_path, capsys):
 def test_program_explains_an_unwritable_directory(tmp_path, capsys):
     pytest.importorskip("imageio")
     (tmp_path / "file").write_text("")
-    assert program.main(["--out", str(tmp_path / "file" / "below"), "--task", "reach", "--height", "48", "--format", "gif"]) == 2
+    assert program.main(["--out", str(tmp_path / "file" / "below"), "--task", "reach", "--height", "48", "--format", "gif"]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from random_networks import load_network, random_inputs, write_network
 
+from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
-from gr00t_fast.engine.static_call import CallShape, PackedBuffers, RawInputs, StaticCall
+from gr00t_fast.engine.static_call import CallShape, PackedBuffers, StaticCall
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
 from gr00t_fast.timing import StageTimer
-from gr00t_fast.transforms import pixel_values
 
 FRAME = (60, 80)  # height, width
 
@@ -27,21 +27,17 @@ def fused(model: Gr00tN1d5) -> FusedModel:
     return FusedModel(model)
 
 
-def to_pixels(model: Gr00tN1d5 | FusedModel):
-    return lambda frames: pixel_values(frames, model.config.vision.image_size)
-
-
-def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[RawInputs, ModelInputs, torch.Tensor]:
+def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[PolicyInputs, ModelInputs, torch.Tensor]:
     """The same observations as bytes on the host and as the tensors that the eager engine takes."""
     inputs, noise = random_inputs(model.config, batch, cameras, seed=seed)
     frames = [np.random.default_rng((seed, index)).integers(0, 256, (batch, *FRAME, 3), dtype=np.uint8) for index in range(cameras)]
     mask = inputs.prompt_mask if inputs.prompt_mask is not None else torch.ones_like(inputs.input_ids, dtype=torch.bool)
-    pixels = torch.stack([to_pixels(model)(torch.from_numpy(view)) for view in frames], dim=1)
-    raw = RawInputs(frames, inputs.input_ids.numpy(), mask.sum(1).numpy(), inputs.image_positions.numpy(), inputs.state.float().numpy())
-    return raw, ModelInputs(pixels, inputs.input_ids, inputs.image_positions, inputs.state, inputs.prompt_mask), noise
+    state = inputs.state.float().numpy()
+    raw = PolicyInputs(frames, inputs.input_ids.numpy(), mask.sum(1).numpy(), inputs.image_positions.numpy(), state, model.to_pixels)
+    return raw, raw.to(torch.device("cpu"), torch.float32), noise
 
 
-def computed(call: StaticCall, raw: RawInputs, noise: torch.Tensor) -> torch.Tensor:
+def computed(call: StaticCall, raw: PolicyInputs, noise: torch.Tensor) -> torch.Tensor:
     call.fill(raw, noise)
     call.upload()
     with torch.inference_mode():
@@ -57,7 +53,7 @@ def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: torch.T
 @pytest.mark.parametrize(("batch", "cameras", "steps"), [(1, 1, 4), (1, 2, 1), (3, 1, 2)])
 def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, fused: FusedModel, batch: int, cameras: int, steps: int) -> None:
     raw, inputs, noise = raw_inputs(model, batch, cameras)
-    call = StaticCall(fused, CallShape.of(raw, steps), to_pixels(model))
+    call = StaticCall(fused, CallShape.of(raw, steps))
     expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
     assert displacement_error(computed(call, raw, noise), expected, noise) < 1e-4
 
@@ -68,7 +64,7 @@ def test_the_same_memory_serves_other_contents(fused: FusedModel) -> None:
     second, _, _ = raw_inputs(fused, seed=2)
     shape = CallShape.of(first, 2)
     assert CallShape.of(second, 2) == shape
-    call, fresh = (StaticCall(fused, shape, to_pixels(fused)) for _ in range(2))
+    call, fresh = (StaticCall(fused, shape) for _ in range(2))
     computed(call, first, noise)
     torch.testing.assert_close(computed(call, second, noise), computed(fresh, second, noise), rtol=0, atol=0)
     assert not torch.equal(computed(call, first, noise), computed(call, second, noise))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from benchmarks.targets import verdicts
+from benchmarks.gpu_check import verdicts
 
 
 def engine(format: str, times: dict[str, tuple[float, float]], as_fast: dict[str, float] | None = None, kept: bool = True, calls: int = 1000) -> dict:

@@ -17,10 +17,9 @@ from tiny_graphs import IMAGE_TOKENS, MAX_TOKENS, STAGES, WIDTH, write_export, w
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.export.tensorrt_build import UP_TO_DATE, BuildOptions, as_table, build_engines, check_feasible, prompt_profiles
-from gr00t_fast.export.tensorrt_process import run_stage
-from gr00t_fast.export.tensorrt_stage import Request, check_plan
-from gr00t_fast.export.tensorrt_targets import check_precisions, parse_targets, precisions_of
+from gr00t_fast.export.tensorrt import UP_TO_DATE, BuildOptions, as_table, build_engines, check_feasible, prompt_profiles
+from gr00t_fast.export.tensorrt_capability import check_precisions, parse_capabilities, precisions_of
+from gr00t_fast.export.tensorrt_stage import Request, check_plan, run_stage
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 RTX = library.RTX
@@ -72,7 +71,7 @@ def test_every_stage_becomes_an_engine_and_the_manifest_describes_it(built: tupl
         assert 1e7 < facts["peak_memory_bytes"] < 4e9
         assert facts["check"]["parsed"] is True
     assert manifest.stages["language"]["build"]["inputs"]["embeddings"]["shape"] == [1, -1, WIDTH]
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob(".*.partial-*"))
 
 
 @without_gpu
@@ -123,10 +122,19 @@ def test_the_table_has_a_line_per_stage(built: tuple[Path, Path]) -> None:
 # graphs that are refused
 
 
+def test_the_directory_of_another_export_is_refused(copy: tuple[Path, Path]) -> None:
+    """Its manifest would be replaced, and the graphs lost with it."""
+    graphs, _ = copy
+    before = (graphs / "manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="kind 'onnx'.*another --out"):
+        build_engines(BuildOptions(graphs, graphs, RTX, "any"), "")
+    assert (graphs / "manifest.json").read_bytes() == before
+
+
 def test_altered_graphs_are_refused(copy: tuple[Path, Path]) -> None:
     weights = copy[0] / "vision.onnx.data"
     weights.write_bytes(bytes(len(weights.read_bytes())))
-    with pytest.raises(EngineError, match=r"vision\.onnx\.data.*altered.*to_onnx\.py"):
+    with pytest.raises(EngineError, match=r"vision\.onnx\.data.*altered.*gr00t-fast export onnx"):
         build_engines(BuildOptions(*copy, RTX, "any"), "")
 
 
@@ -137,7 +145,7 @@ def test_graphs_quantised_for_another_runtime_are_refused(tmp_path: Path) -> Non
 
 
 def test_a_directory_without_graphs_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"to_onnx\.py"):
+    with pytest.raises(EngineError, match=r"gr00t-fast export onnx"):
         build_engines(BuildOptions(tmp_path, tmp_path / "out", RTX, "any"), "")
 
 
@@ -169,35 +177,35 @@ def test_a_damaged_plan_is_not_read_back(built: tuple[Path, Path], damage: Calla
         check_plan(trt, damage(plan))
 
 
-# targets and number formats
+# capabilities and number formats
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("8.6", ("8.6",)), ("sm_86", ("8.6",)), ("8.9, 12.0,8.9", ("8.9", "12.0")), ("any", ()), ("120", ("12.0",))]
 )
 def test_targets_are_read(text: str, expected: tuple[str, ...]) -> None:
-    assert parse_targets(text, RTX) == expected
+    assert parse_capabilities(text, RTX) == expected
 
 
 @pytest.mark.parametrize(("text", "match"), [("ada", "'ada' is none"), ("", "is empty"), ("8", "'8' is none")])
 def test_other_words_are_no_targets(text: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        parse_targets(text, RTX)
+        parse_capabilities(text, RTX)
 
 
 def test_tensorrt_builds_for_one_gpu_only() -> None:
     with pytest.raises(ConfigError, match="builds for the GPU it runs on"):
-        parse_targets("8.6,8.9", library.STANDARD)
+        parse_capabilities("8.6,8.9", library.STANDARD)
 
 
-@pytest.mark.parametrize("target", ["9.0", "8.7"])
-def test_gpus_that_rtx_does_not_know_are_sent_to_tensorrt(target: str) -> None:
-    with pytest.raises(ConfigError, match=f"got {target} .*--builder=tensorrt "):
-        check_feasible(RTX, target)
+@pytest.mark.parametrize("capability", ["9.0", "8.7"])
+def test_gpus_that_rtx_does_not_know_are_sent_to_tensorrt(capability: str) -> None:
+    with pytest.raises(ConfigError, match=f"got {capability} .*--builder=tensorrt "):
+        check_feasible(RTX, capability)
 
 
 @pytest.mark.parametrize(
-    ("precision", "target", "match"),
+    ("precision", "capability", "match"),
     [
         ("bf16", "7.5", r"bf16 needs 8\.0 or newer \(Ampere\).*--precision=fp16"),
         ("fp8", "8.6", r"fp8 needs 8\.9 or newer.*INT8"),
@@ -205,14 +213,14 @@ def test_gpus_that_rtx_does_not_know_are_sent_to_tensorrt(target: str) -> None:
         ("fp32", "7.5", "no fp32 matrix products for Turing"),
     ],
 )
-def test_a_format_the_gpu_lacks_is_refused_before_building(precision: str, target: str, match: str) -> None:
+def test_a_format_the_gpu_lacks_is_refused_before_building(precision: str, capability: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        check_feasible(RTX, target, precision)
+        check_feasible(RTX, capability, precision)
 
 
-@pytest.mark.parametrize(("precision", "target"), [("fp16", "7.5"), ("bf16", "8.0"), ("int8", "7.5"), ("fp8", "8.9,12.0"), ("fp32", "any")])
-def test_a_format_the_gpu_has_is_not_refused(precision: str, target: str) -> None:
-    check_feasible(RTX, target, precision)
+@pytest.mark.parametrize(("precision", "capability"), [("fp16", "7.5"), ("bf16", "8.0"), ("int8", "7.5"), ("fp8", "8.9,12.0"), ("fp32", "any")])
+def test_a_format_the_gpu_has_is_not_refused(precision: str, capability: str) -> None:
+    check_feasible(RTX, capability, precision)
 
 
 @pytest.mark.parametrize(("precision", "quantised"), [("fp16", None), ("bf16", None), ("fp32", None), ("fp16", "int8"), ("bf16", "fp8")])
@@ -221,10 +229,10 @@ def test_number_formats_are_read_from_the_graph(tmp_path: Path, precision: str, 
     assert precisions_of(tmp_path / "g.onnx") == {precision, *([quantised] if quantised else [])}
 
 
-@pytest.mark.parametrize(("quantised", "targets"), [("int8", ("8.6",)), ("fp8", ("8.9", "12.0"))])
-def test_eight_bit_graphs_build(tmp_path: Path, quantised: str, targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("quantised", "capabilities"), [("int8", ("8.6",)), ("fp8", ("8.9", "12.0"))])
+def test_eight_bit_graphs_build(tmp_path: Path, quantised: str, capabilities: tuple[str, ...]) -> None:
     write_graph(tmp_path / "g.onnx", *STAGES["language"], "bf16", 0, quantised)
-    facts = run_stage(Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, targets, ({"tokens": (5, 12, 40)},)), silent)
+    facts = run_stage(Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, capabilities, ({"tokens": (5, 12, 40)},)), silent)
     assert facts["bytes"] == (tmp_path / "g.engine").stat().st_size
 
 
@@ -265,8 +273,8 @@ def test_a_length_that_was_not_exported_is_refused(most: int) -> None:
 def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path: Path) -> None:
     graphs = write_export(tmp_path / "graphs")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom gr00t_fast.export.tensorrt_build import *\n"
-        "show = Progress(stage=lambda name, *_: print(name, flush=True))\n"
+        "import sys\nfrom pathlib import Path\nfrom gr00t_fast.export.tensorrt import *\n"
+        "show = BuildEvents(stage=lambda name, *_: print(name, flush=True))\n"
         f"build_engines(BuildOptions(Path({str(graphs)!r}), Path({str(tmp_path / 'out')!r}), 'tensorrt_rtx', 'any'), '', show)\n"
     )
     child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -280,7 +288,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path: Path) -> None:
         child.stdout.close()
     out = tmp_path / "out"
     assert (out / "vision.engine").is_file()
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob(".*.partial-*"))
     assert not (out / "manifest.json").exists()
     assert reasons(graphs, out)["vision"] == UP_TO_DATE
 
@@ -288,7 +296,7 @@ def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_builder_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr("gr00t_fast.export.tensorrt_process.BUILDER", dying)
+    monkeypatch.setattr("gr00t_fast.export.tensorrt_stage.BUILDER", dying)
     with pytest.raises(EngineError, match=r"building g\.onnx ended with code -9.*ran out of memory"):
         run_stage(Request("g.onnx", str(tmp_path / "g.engine"), RTX, (), ()), silent)
 

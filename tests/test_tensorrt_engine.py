@@ -23,13 +23,10 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import warming_up
-from gr00t_fast.engine.continuation import Goal, soft_mask
-from gr00t_fast.engine.digests import Digests
+from gr00t_fast.engine.continuation import Continuation, prefix_weights
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.manifest import Manifest, Target, describe_files
-from gr00t_fast.engine.stage_program import StageProgram, stage_shapes
-from gr00t_fast.engine.tensorrt_engine import TensorRTEngine, check_capability, check_version, cuda_device
-from gr00t_fast.engine.tensorrt_runtime import LoadedStage
+from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
+from gr00t_fast.engine.tensorrt import LoadedStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import GRAPHS, example_inputs, graph_tables
 from gr00t_fast.model import StepTables
@@ -96,14 +93,14 @@ def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: 
     with torch.no_grad():
         tables = graph_tables(model, steps)
     program = StageProgram(shapes, images, StepTables(tables.tau, tables.modulation), model.language.embedding.weight.detach())
-    before = [buffer.data_ptr() for buffer in program._buffers.values()]
+    before = [buffer.data_ptr() for buffer in program.buffers.values()]
     for _ in range(2):  # the second call must not see what the first left behind
         program.fill(inputs.pixel_values, inputs.input_ids[0], inputs.image_positions, inputs.state, noise)
         program.enqueue(graphs)
         error = (program.actions - expected).norm() / (expected - noise).norm()
         assert error < 1e-4
     assert graphs.calls == ["vision", "language", *["denoise_step"] * steps] * 2
-    assert [buffer.data_ptr() for buffer in program._buffers.values()] == before, "a recording keeps its addresses"
+    assert [buffer.data_ptr() for buffer in program.buffers.values()] == before, "a recording keeps its addresses"
 
 
 def test_the_varying_size_is_filled_in() -> None:
@@ -145,8 +142,8 @@ def test_lengths_and_step_counts_by_turns_give_the_eager_actions(opened: TensorR
             timer = StageTimer()
             got = opened.run(inputs, noise, steps, timer)
             assert distance(got, eager.run(inputs, noise, steps, StageTimer()), noise) < 1e-4
-            assert set(timer.stages_ms) == {"graph"}
-    assert len(opened._recordings) == 4, "recorded once each"
+            assert set(timer.stages_ms) == {"preprocess", "graph"}
+    assert len(opened.recordings) == 4, "recorded once each"
 
 
 def test_a_new_length_in_mid_run_is_said_aloud(opened: TensorRTEngine, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,8 +163,8 @@ def test_recordings_beyond_the_limit_are_dropped(opened: TensorRTEngine, checkpo
     for text in range(10, 20):
         inputs, noise = random_inputs(config, text_tokens=text)
         opened.run(inputs, noise, 1, StageTimer())
-    assert len(opened._recordings) == 8
-    assert min(length for length, _ in opened._recordings) == 16 + 12, "the oldest went first"
+    assert len(opened.recordings) == 8
+    assert min(length for length, _ in opened.recordings) == 16 + 12, "the oldest went first"
 
 
 def test_a_padded_batch_gives_each_item_its_own_actions(opened: TensorRTEngine, checkpoint: Path) -> None:
@@ -186,26 +183,28 @@ def test_a_batch_of_equal_prompts_shares_a_recording_and_nothing_else(opened: Te
     eager = EagerEngine(load_network(checkpoint))
     inputs, noise = random_inputs(eager.model.config, batch=3, text_tokens=TEXT)
     assert distance(opened.run(inputs, noise, 2, StageTimer()), eager.run(inputs, noise, 2, StageTimer()), noise) < 1e-4
-    assert len(opened._recordings) == 1
+    assert len(opened.recordings) == 1
 
 
 def test_a_chunk_is_continued_as_by_the_eager_engine(opened: TensorRTEngine, checkpoint: Path) -> None:
     eager = EagerEngine(load_network(checkpoint))
     inputs, noise = random_inputs(eager.model.config, text_tokens=TEXT)
-    goal = Goal(torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), soft_mask(16, 3, 10)[:, None].expand(16, 32), "prefix")
-    expected = eager.run(inputs, noise, 4, StageTimer(), goal)
-    assert distance(opened.run(inputs, noise, 4, StageTimer(), goal), expected, noise) < 1e-4
+    continuation = Continuation(
+        torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), prefix_weights(16, 3, 10)[:, None].expand(16, 32), "prefix"
+    )
+    expected = eager.run(inputs, noise, 4, StageTimer(), continuation)
+    assert distance(opened.run(inputs, noise, 4, StageTimer(), continuation), expected, noise) < 1e-4
 
 
 def test_a_step_count_without_tables_names_the_command(opened: TensorRTEngine, checkpoint: Path) -> None:
     inputs, noise = random_inputs(open_checkpoint(checkpoint).config, text_tokens=TEXT)
-    with pytest.raises(ConfigError, match=r"denoising_steps=3: .*1, 2, 4.*--denoising_steps=3.*to_tensorrt\.py"):
+    with pytest.raises(ConfigError, match=r"denoising_steps=3: .*1, 2, 4.*--denoising_steps=3.*gr00t-fast export tensorrt"):
         opened.run(inputs, noise, 3, StageTimer())
 
 
 def test_a_prompt_beyond_the_longest_is_refused(opened: TensorRTEngine, checkpoint: Path) -> None:
     inputs, noise = random_inputs(open_checkpoint(checkpoint).config, text_tokens=60)
-    with pytest.raises(ObservationError, match=r"prompt of 76 tokens; this export takes 64.*--max_text_tokens=60.*to_tensorrt\.py"):
+    with pytest.raises(ObservationError, match=r"prompt of 76 tokens; this export takes 64.*--max_text_tokens=60.*gr00t-fast export tensorrt"):
         opened.run(inputs, noise, 1, StageTimer())
 
 
@@ -247,26 +246,26 @@ def open_it(directory: Path, checkpoint: Path, device: str = "auto", precision: 
 
 
 def test_no_engines_at_all_names_the_command(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"no exported engine.*python export/to_tensorrt\.py --model_path=.*--data_config=so100 --out="):
+    with pytest.raises(EngineError, match=r"no exported engine.*gr00t-fast export tensorrt --model_path=.*--data_config=so100 --out="):
         open_it(tmp_path, checkpoint)
 
 
 def test_a_truncated_engine_is_refused(engines: Path, checkpoint: Path) -> None:
     file = engines / "language.engine"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(EngineError, match=r"language\.engine is cut short.*to_tensorrt\.py .*--compute_capability=8\.6"):
+    with pytest.raises(EngineError, match=r"language\.engine is cut short.*gr00t-fast export tensorrt .*--compute_capability=8\.6"):
         open_it(engines, checkpoint)
 
 
 def test_engines_of_other_weights_are_refused(engines: Path, tmp_path: Path) -> None:
     other = write_network(tmp_path / "other", seed=5)
-    with pytest.raises(StaleEngineError, match=r"(?s)other weights.*to_tensorrt\.py"):
+    with pytest.raises(StaleEngineError, match=r"(?s)other weights.*gr00t-fast export tensorrt"):
         open_it(engines, other)
 
 
 def test_engines_of_other_cameras_are_refused(engines: Path, checkpoint: Path, tmp_path: Path) -> None:
     dual = write_network(tmp_path / "dual", data_config="so100_dualcam")
-    with pytest.raises(StaleEngineError, match=r"(?s)cameras: made for.*to_tensorrt\.py"):
+    with pytest.raises(StaleEngineError, match=r"(?s)cameras: made for.*gr00t-fast export tensorrt"):
         open_it(engines, dual, data_config="so100_dualcam")
 
 
@@ -277,7 +276,7 @@ def test_an_onnx_export_is_no_engine(engines: Path, checkpoint: Path) -> None:
 
 
 def test_another_precision_is_refused(engines: Path, checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fp16, but --precision=bf16.*to_tensorrt\.py .*--precision=bf16"):
+    with pytest.raises(ConfigError, match=r"fp16, but --precision=bf16.*gr00t-fast export tensorrt .*--precision=bf16"):
         open_it(engines, checkpoint, precision="bf16")
 
 
@@ -317,7 +316,7 @@ def test_an_unknown_library_is_refused() -> None:
 
 def test_engines_of_another_version_are_refused(engines: Path, checkpoint: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*to_tensorrt\.py"):
+    with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*gr00t-fast export tensorrt"):
         open_it(engines, checkpoint)
 
 
@@ -367,7 +366,7 @@ def test_a_file_that_the_library_refuses_is_reported_in_its_words(tmp_path: Path
 
 def test_importing_the_engine_needs_torch_and_numpy_alone() -> None:
     blocked = "import sys\nfor name in ('tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime', 'cuda'): sys.modules[name] = None\n"
-    code = blocked + "import gr00t_fast.engine.tensorrt_engine, gr00t_fast.engine.tensorrt_runtime, gr00t_fast.tensorrt_library"
+    code = blocked + "import gr00t_fast.engine.tensorrt, gr00t_fast.engine.tensorrt, gr00t_fast.tensorrt_library"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -381,7 +380,7 @@ def test_the_manifest_survives_writing(engines: Path) -> None:
 def test_what_the_runtime_calls_exists_in_the_library() -> None:
     """Without a GPU there is no engine to call: at least no name is misspelt."""
     trt = pytest.importorskip("tensorrt_rtx")
-    source = (ROOT / "gr00t_fast" / "engine" / "tensorrt_runtime.py").read_text()
+    source = (ROOT / "gr00t_fast" / "engine" / "tensorrt.py").read_text()
     owners = {"self._runtime": trt.Runtime, "self._engine": trt.ICudaEngine, "self._context": trt.IExecutionContext, "config": trt.IRuntimeConfig}
     owners |= {"context": trt.IExecutionContext, "cache": trt.IRuntimeCache, "self._cache": trt.IRuntimeCache}
     used = {

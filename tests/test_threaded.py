@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -13,21 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from control_fakes import FakeClock, FakePolicy, FakeRobot, facts, modality_config
+from control_fakes import FakeClock, FakePolicy, FakeRobot, modality_config, policy_metadata
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtual_worker import VirtualWorker
 
-from gr00t_fast import cli
-from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
+from gr00t_fast.cli import run_flags as cli
+from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import HoldLimit
+from gr00t_fast.control.controller import HoldLimit, ThreadWorker, thread_left_running
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
-from gr00t_fast.control.worker import ThreadWorker, thread_left_running
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
@@ -40,12 +40,14 @@ class UnreachableError(ConnectionError):
     """What a policy on a server raises while the server restarts."""
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(Policy):
     """Answers chunks whose numbers say where they come from: joint 0 the observation, joint 1 the row, joint 2 the policy's own episode,
     joint 3 whether joint 4 is NaN.
 
     `script`: what each call does, repeated for ever: "ok", "lost" (UnreachableError), "crash" (a bug), "nan".
     """
+
+    continues = frozenset({"rtc", "prefix"})
 
     def __init__(self, script: list[str], horizon: int) -> None:
         self._script, self._horizon = itertools.cycle(script), horizon
@@ -81,7 +83,7 @@ class ScriptedPolicy:
 
 
 def binding() -> RobotBinding:
-    known = facts()
+    known = policy_metadata()
     return RobotBinding(modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
 
 
@@ -90,6 +92,19 @@ FRAMES = {"front": np.zeros((2, 2, 3), np.uint8)}
 
 def observation(tick: int) -> Observation:
     return Observation(np.array([tick, 0, 0, 0, 0, 0], float), FRAMES, 0.0)
+
+
+def overlapping(policy: Policy, options: OverlapOptions | None = None, worker: VirtualWorker | None = None) -> ThreadedController:
+    return ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
+
+
+def play_ticks(controller: ThreadedController, worker: VirtualWorker, ticks: int) -> None:
+    """A target at the beginning of each tick, an observation in its middle."""
+    for tick in range(ticks):
+        worker.now = 2 * tick
+        controller.next_target(tick)
+        worker.now += 1
+        controller.see(observation(tick), tick)
 
 
 @dataclass
@@ -232,18 +247,14 @@ def test_a_million_virtual_ticks() -> None:
 
 def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
     policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
-    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="rtc"), worker=worker)
+    controller = overlapping(policy, OverlapOptions(smoothing="rtc"), worker)
     controller.reset()
     controller.plan(observation(0))
-    for tick in range(60):
-        worker.now = 2 * tick
-        controller.next_target(tick)
-        worker.now += 1
-        controller.see(observation(tick), tick)
+    play_ticks(controller, worker, 60)
     observed, prefix = policy.prefixes[-1]
     rows = prefix.actions["action.single_arm"]
     assert (rows[:, 0] + rows[:, 1]).tolist() == [observed + i for i in range(len(rows))]
-    assert prefix.delay == 3  # what is seen in one tick arrives five half ticks later
+    assert prefix.inference_delay == 3  # what is seen in one tick arrives five half ticks later
     assert len(rows) == 13
     assert prefix.method == "rtc"
 
@@ -256,16 +267,12 @@ def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
             return {"total": 120.0}
 
     policy, worker = Warmed(["ok"], 16), VirtualWorker([0, 0, *[5] * 6, 13, *[5] * 50])
-    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="rtc"), worker=worker)
+    controller = overlapping(policy, OverlapOptions(smoothing="rtc"), worker)
     controller.warm_up()
     controller.reset()
     controller.plan(observation(0))
-    for tick in range(160):
-        worker.now = 2 * tick
-        controller.next_target(tick)
-        worker.now += 1
-        controller.see(observation(tick), tick)
-    committed = [prefix.delay for _, prefix in policy.prefixes]
+    play_ticks(controller, worker, 160)
+    committed = [prefix.inference_delay for _, prefix in policy.prefixes]
     assert committed[0] == 4  # 0.12 s
     assert 7 in committed[7:9]
     assert committed[9:25] == [7] * 16
@@ -274,13 +281,9 @@ def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
 
 def test_nothing_to_rely_on_gives_no_prefix() -> None:
     policy, worker = ScriptedPolicy(["nan"], 16), VirtualWorker([2])
-    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(smoothing="prefix"), worker=worker)
+    controller = overlapping(policy, OverlapOptions(smoothing="prefix"), worker)
     controller.plan(observation(0))
-    for tick in range(9):
-        worker.now = 2 * tick
-        controller.next_target(tick)
-        worker.now += 1
-        controller.see(observation(tick), tick)
+    play_ticks(controller, worker, 9)
     assert worker.calls > 3
     assert policy.prefixes == []
 
@@ -288,7 +291,7 @@ def test_nothing_to_rely_on_gives_no_prefix() -> None:
 @pytest.mark.parametrize(("threshold", "rows_left_at_submit"), [(0.5, 8), (0.0, 4), (1.0, 12)])
 def test_the_next_inference_starts_at_the_threshold_but_early_enough(threshold: float, rows_left_at_submit: int) -> None:
     policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
-    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, OverlapOptions(threshold), worker=worker)
+    controller = overlapping(policy, OverlapOptions(threshold), worker)
     controller.plan(observation(0))
     started = []
     for tick in range(80):
@@ -438,26 +441,16 @@ def test_a_lost_inference_is_survived_only_where_that_was_said() -> None:
     for recoverable, survives in (((), False), ((UnreachableError,), True)):
         policy, worker = ScriptedPolicy(["ok", "lost", "lost", "ok"], 4), VirtualWorker([2])
         options = OverlapOptions(recoverable=recoverable)
-        controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
+        controller = overlapping(policy, options, worker)
         controller.plan(observation(0))
 
-        def run(controller=controller, worker=worker) -> None:
-            for tick in range(12):
-                worker.now = 2 * tick
-                controller.next_target(tick)
-                worker.now += 1
-                controller.see(observation(tick), tick)
-
-        if survives:
-            run()
-            assert controller.summary()["lost_inferences"] > 1
-        else:
-            with pytest.raises(UnreachableError):
-                run()
+        with contextlib.nullcontext() if survives else pytest.raises(UnreachableError):
+            play_ticks(controller, worker, 12)
+        assert (controller.summary()["lost_inferences"] > 1) is survives
 
 
 class PlainPolicy(FakePolicy):
-    """Cannot continue a chunk: no `prefix`."""
+    """Cannot continue a chunk."""
 
 
 @pytest.mark.parametrize("smoothing", ["rtc", "prefix"])
@@ -500,7 +493,7 @@ class TestThread:
                 policy.reset()
 
         sleepy = Sleepy(["ok"], 40)
-        controller = ThreadedController(sleepy, binding(), "go", FakeClock(), FPS, OverlapOptions(recoverable=(UnreachableError,)))
+        controller = overlapping(sleepy, OverlapOptions(recoverable=(UnreachableError,)))
         account, last = Account(40), None
         for tick in range(3000):
             if tick % 700 == 0:
@@ -520,7 +513,7 @@ class TestThread:
 
     def test_an_error_surfaces_in_the_main_thread_at_the_next_tick_as_it_was(self) -> None:
         policy = ScriptedPolicy(["ok", "crash"], 16)
-        controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS)
+        controller = overlapping(policy)
         controller.reset()
         controller.plan(observation(0))
         controller.next_target(0)
@@ -538,8 +531,9 @@ class TestThread:
         seen = []
 
         class Watched(FakePolicy):
-            def warm_up(self, instruction=None):
+            def warm_up(self, instruction=None, prefix_method=None):
                 seen.append(threading.current_thread())
+                return {}
 
             def get_action(self, *args, **kwargs):
                 seen.append(threading.current_thread())
@@ -598,13 +592,13 @@ class TestThread:
     def test_a_hanging_inference_does_not_hold_up_the_end_of_the_program(self) -> None:
         program = """
 import sys, threading, time
-from gr00t_fast import cli
-from gr00t_fast.control.worker import ThreadWorker
+from gr00t_fast.cli.program import leave
+from gr00t_fast.control.controller import ThreadWorker
 worker = ThreadWorker()
 worker.submit(lambda: time.sleep(60))
 assert not worker.close(0.1)
 print("said")
-cli.leave(3)
+leave(3)
 """
         began_s = time.monotonic()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent.parent)
@@ -632,7 +626,7 @@ def usage_error(*flags: str) -> str:
 def test_flags() -> None:
     config = cli.parse([*_FLAGS, "--controller=threaded", "--chunk_threshold=0.5"])
     assert (config.controller, config.chunk_threshold, config.smoothing, config.when_late) == ("threaded", 0.5, "none", "hold")
-    assert "--controller=threaded" in usage_error("--smoothing=rtc")
+    assert "--controller=threaded" in usage_error("--controller=sync", "--smoothing=rtc")
     assert "0 to 1" in usage_error("--controller=threaded", "--chunk_threshold=2")
     assert "exclude" in usage_error("--controller=threaded", "--smoothing=rtc", "--when_late=resume")
     assert cli.parse([*_FLAGS, "--max_hold_s=5"]).max_hold_s == 5.0

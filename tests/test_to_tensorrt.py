@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from random_networks import write_network
@@ -13,22 +11,15 @@ from tiny_graphs import STAGES, write_export
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.cli import export_onnx, export_tensorrt
+from gr00t_fast.cli.policy_flags import parse_with
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.engine.digests import Digests
-from gr00t_fast.engine.manifest import Target, read_manifest
-from gr00t_fast.export import tensorrt_source
-from gr00t_fast.export.tensorrt_build import UP_TO_DATE
-from gr00t_fast.export.tensorrt_source import SourceOptions
+from gr00t_fast.engine.manifest import Digests, Target, read_manifest
+from gr00t_fast.export import tensorrt
+from gr00t_fast.export.tensorrt import UP_TO_DATE, SourceOptions
 
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 ROOT = Path(__file__).parent.parent
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "export" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +39,7 @@ def graphs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkpoint: Path, out: Path, *flags: str) -> int:
     target = [f"--model_path={checkpoint}", f"--out={out}", f"--builder={library.RTX}", "--compute_capability=any"]
-    return script("to_tensorrt").main([*target, *flags])
+    return export_tensorrt.main([*target, *flags])
 
 
 def test_graphs_that_are_named_become_engines_and_only_once(
@@ -56,11 +47,11 @@ def test_graphs_that_are_named_become_engines_and_only_once(
 ) -> None:
     out = tmp_path / "engines"
     for expected in ("not built yet", UP_TO_DATE):
-        assert run(checkpoint, out, f"--onnx={graphs}") == 0
-        lines = capsys.readouterr().out.splitlines()
-        result = json.loads(lines[-1])
+        assert run(checkpoint, out, f"--onnx={graphs}", "--json") == 0
+        captured = capsys.readouterr()
+        lines, result = [line for line in captured.err.splitlines() if line.split()[0] in ("stage", *STAGES)], json.loads(captured.out)
         assert {name: stage["reason"] for name, stage in result["stages"].items()} == dict.fromkeys(STAGES, expected)
-        assert [line.split()[0] for line in lines[:-1]] == ["stage", *STAGES]
+        assert [line.split()[0] for line in lines] == ["stage", *STAGES]
     manifest = read_manifest(out, "")
     assert manifest.identity == identity_of(checkpoint, out), "what an engine is checked against when it is loaded"
     assert (manifest.program, manifest.flags) == (
@@ -74,7 +65,7 @@ def test_graphs_of_another_checkpoint_are_refused(graphs: Path, tmp_path: Path, 
     assert run(other, tmp_path / "engines", f"--onnx={graphs}") == 1
     error = capsys.readouterr().err
     assert "other weights" in error
-    assert "export/to_onnx.py" in error
+    assert "gr00t-fast export onnx" in error
     assert not (tmp_path / "engines").exists()
 
 
@@ -109,7 +100,7 @@ def test_without_graphs_they_are_exported_once_and_again_when_stale(
         options.directory.mkdir(exist_ok=True)
         write_export(options.directory, identity=identity_of(Path(options.model_path), options.directory))
 
-    monkeypatch.setattr(tensorrt_source, "_export", export)
+    monkeypatch.setattr(tensorrt, "export_graphs", export)
     for _ in range(2):
         assert run(checkpoint, tmp_path / "engines") == 0
     assert exported == [("--precision=fp16",)]
@@ -122,11 +113,12 @@ def test_without_graphs_they_are_exported_once_and_again_when_stale(
 def test_the_exporter_understands_the_flags_that_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its own parser reads them: no flag is misspelt."""
     seen = []
-    monkeypatch.setattr(tensorrt_source.subprocess, "run", lambda command, **_: seen.append(command) or type("Done", (), {"returncode": 0}))
+    monkeypatch.setattr(tensorrt.subprocess, "run", lambda command, **_: seen.append(command) or type("Done", (), {"returncode": 0}))
     other = ("--lang_instruction=pick: the cube", "--prompt_style=nvidia", "--processor_path=somewhere")
     options = SourceOptions("model", "gr1", "so100_dualcam", tmp_path / "engines", denoising_steps=(3, 5), max_text_tokens=77, other_flags=other)
-    tensorrt_source._export(options)
-    arguments = script("to_onnx").parser().parse_args(seen[0][2:])
+    tensorrt.export_graphs(options)
+    words = seen[0][len(("python", "-m", "gr00t_fast", "export", "onnx")) :]
+    arguments = parse_with(export_onnx.ExportOnnxConfig, words, export_onnx.check)
     assert (arguments.model_path, arguments.embodiment_tag, arguments.data_config) == ("model", "gr1", "so100_dualcam")
     assert (arguments.precision, arguments.denoising_steps, arguments.max_text_tokens) == ("fp16", [3, 5], 77)
     assert (arguments.out, arguments.overwrite) == (tmp_path / "engines-onnx", True)
@@ -136,6 +128,6 @@ def test_the_exporter_understands_the_flags_that_are_handed_on(monkeypatch: pyte
 def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('error: out of paper')")
-    monkeypatch.setattr(tensorrt_source, "_EXPORTER", broken)
+    monkeypatch.setattr(tensorrt, "EXPORTER", (str(broken),))
     assert run(checkpoint, tmp_path / "engines") == 1
     assert "exporting the graphs ended with code 1" in capfd.readouterr().err

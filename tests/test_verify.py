@@ -12,10 +12,9 @@ import pytest
 from exports import target_for
 from random_networks import TINY
 
-from export import verify as program
+from gr00t_fast.cli import verify as program
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
-from gr00t_fast.export.action_error import action_error, joints
-from gr00t_fast.export.verify import Verification
+from gr00t_fast.export.verify import Verification, action_error, joints
 from gr00t_fast.transforms import ActionTransform
 
 

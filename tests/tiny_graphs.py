@@ -46,7 +46,7 @@ def write_export(
         stages=stages,
         files=describe_files(directory),
         versions={"onnx": onnx.__version__},
-        command="python export/to_onnx.py",
+        command="gr00t-fast export onnx",
         quantisation=None if quantised is None else {"format": quantised, "runtime": runtime},
     ).write(directory)
     return directory

@@ -69,7 +69,7 @@ static const struct {
     int (*grab)(Camera *);
     int (*retrieve)(Camera *, int, Deliver, void *);
     int (*open_with)(const char *, int, int *, unsigned, Camera **);
-} API = {sizeof API, 1, 1, 4, 12, 0, "", "virtual test camera", GSTREAMER, camera_open, camera_release, camera_get,
+} API = {sizeof API, 1, 1, OPENCV_MAJOR, OPENCV_MINOR, 0, "", "virtual test camera", GSTREAMER, camera_open, camera_release, camera_get,
          camera_set, camera_grab, camera_retrieve, camera_open_with};
 
 const void *opencv_videoio_capture_plugin_init_v1(int abi, int api, void *reserved) { return abi == 1 && api >= 1 ? &API : NULL; }

@@ -18,10 +18,14 @@ _STATE_OFFSET = 16
 
 
 def build_plugin(directory: Path) -> None:
-    """Compile the plugin into `directory` under the name OpenCV looks for."""
+    """Compile the plugin into `directory` under the name OpenCV looks for, for the OpenCV that is installed: it refuses those of other versions."""
+    import cv2
+
+    major, minor = cv2.__version__.split(".")[:2]
+    version = (f"-DOPENCV_MAJOR={major}", f"-DOPENCV_MINOR={minor}")
     source = Path(__file__).with_name("virtual_camera.c")
     target = directory / "libopencv_videoio_gstreamer.so"
-    subprocess.run([compiler() or "cc", "-shared", "-fPIC", "-O1", "-w", "-o", str(target), str(source)], check=True)
+    subprocess.run([compiler() or "cc", "-shared", "-fPIC", "-O1", "-w", *version, "-o", str(target), str(source)], check=True)
 
 
 def compiler() -> str | None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gr00t_fast.control.worker import Outcome
+from gr00t_fast.control.controller import CallResult
 
 
 class VirtualWorker:
@@ -30,15 +30,15 @@ class VirtualWorker:
         self.calls += 1
         self._call, self._due = call, self.now + next(self._delays)
 
-    def poll(self) -> Outcome | None:
+    def poll(self) -> CallResult | None:
         return self.wait() if self.busy and self.now >= self._due else None
 
-    def wait(self, timeout_s: float | None = None) -> Outcome:
+    def wait(self, timeout_s: float | None = None) -> CallResult:
         call, self._call = self._call, None
         try:
-            return Outcome(value=call())
+            return CallResult(value=call())
         except Exception as error:  # noqa: BLE001 - handed over, as the thread does
-            return Outcome(error=error)
+            return CallResult(error=error)
 
     def close(self, timeout_s: float) -> bool:
         self.closed = True

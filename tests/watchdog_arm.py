@@ -74,7 +74,7 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
         troubled(name, getattr(arm, method)) for name, method in (("observe", "observe"), ("send", "send"), ("engage", "reset"), ("land", "land"))
     )
     clock.sleep_until_s = troubled("wait", clock.sleep_until_s)
-    binding = RobotBinding(policy.get_modality_config(), policy.facts.state_widths, policy.facts.action_widths, SO100_JOINTS, {})
+    binding = RobotBinding(policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {})
     if controller == "sync":
         source: Any = SyncController(policy, binding, "go", clock, 8)
     else:

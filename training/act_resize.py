@@ -1,6 +1,6 @@
 """A resize for ACT that is saved with the policy, so that pictures at inference are resized as they were in training.
 
-    python training/act_resize.py --dataset=outputs/reach/dataset --size=320x240 --out=outputs/act_320x240
+    python training/act_resize.py --dataset=outputs/reach/dataset --resolution=320x240 --out=outputs/act_320x240
     PYTHONPATH=. lerobot-train --discover_packages_path=training --policy.path=outputs/act_320x240 --policy.push_to_hub=false \\
         --dataset.repo_id=local/dataset --dataset.root=outputs/reach/dataset --dataset.video_backend=pyav --batch_size=8 --steps=20000
 
@@ -16,10 +16,10 @@ Axis alphabet: B batch, T time steps, C channels, H height, W width.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr00t_fast.errors import ConfigError, ObservationError, attempt
+from benchmarks.lib.program import execute, size_of
+from gr00t_fast.errors import ConfigError, ObservationError
 from gr00t_fast.optional import require
-from training.picture_size import parse_size, size_text
 
 if TYPE_CHECKING:
     from lerobot.configs.types import PipelineFeatureType, PolicyFeature
@@ -179,28 +179,27 @@ def untrained_act(dataset: Path, seed: int, backbone_weights: str | None = None,
     return policy, *make_pre_post_processors(config, dataset_stats=meta.stats)
 
 
-def run(arguments: argparse.Namespace) -> str:
-    if arguments.out.exists():
-        raise ConfigError(f"{arguments.out} is there already. Choose another --out, or remove it.")
-    policy, preprocessor, postprocessor = untrained_act(arguments.dataset, arguments.seed, arguments.backbone_weights)
-    width, height = arguments.size
-    save_with_resize(arguments.out, policy, preprocessor, postprocessor, ActResize(height, width, arguments.antialias))
-    return f"{arguments.out}: an untrained ACT that sees {size_text(arguments.size)}. Next: lerobot-train --policy.path={arguments.out} (see --help)"
+@dataclass
+class ResizeConfig:
+    dataset: Path  # a LeRobotDataset v3, for its cameras and statistics
+    resolution: str  # what the network sees, WIDTHxHEIGHT
+    out: Path  # directory to create
+    antialias: bool = True
+    backbone_weights: str | None = None  # torchvision's name, such as ResNet18_Weights.IMAGENET1K_V1, downloaded; default: random
+    seed: int = 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--dataset", type=Path, required=True, help="a LeRobotDataset v3, for its cameras and statistics")
-    parser.add_argument("--size", type=parse_size, required=True, metavar="WIDTHxHEIGHT", help="what the network sees")
-    parser.add_argument("--antialias", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--backbone_weights", help="torchvision's name, such as ResNet18_Weights.IMAGENET1K_V1, downloaded; default: random")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    arguments = parser.parse_args(argv)
-    told, code = attempt(lambda: run(arguments), "interrupted")
-    if told is not None:
-        print(told)
-    return code
+def run(config: ResizeConfig) -> str:
+    width, height = size_of(config.resolution, least=1)
+    if config.out.exists():
+        raise ConfigError(f"{config.out} is there already. Choose another --out, or remove it.")
+    policy, preprocessor, postprocessor = untrained_act(config.dataset, config.seed, config.backbone_weights)
+    save_with_resize(config.out, policy, preprocessor, postprocessor, ActResize(height, width, config.antialias))
+    return f"{config.out}: an untrained ACT that sees {config.resolution}. Next: lerobot-train --policy.path={config.out} (see --help)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return execute(ResizeConfig, run, lambda _, found: print(found), argv, __doc__, "interrupted")
 
 
 if __name__ == "__main__":

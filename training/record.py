@@ -11,29 +11,30 @@ were recorded. The directory appears when the data set is whole: an interrupt or
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 import numpy as np
 
+from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, attempt
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.optional import require
-from gr00t_fast.robots.so100_sim.expert import expert
 from gr00t_fast.robots.so100_sim.scene import Task
+from gr00t_fast.robots.so100_sim.scripted_expert import expert
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
-from training.labels import FPS, GRIPPER
-from training.samples import FIRST_LAYOUT_SEED, RESOLUTION
-from training.session import StopRequest
+from gr00t_fast.robots.so100_sim.units import GRIPPER
+from training.run import StopRequest
+from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 RECORDING = "meta/recording.json"
@@ -72,38 +73,39 @@ def write_modality(out: Path) -> None:
     (out / "meta" / "modality.json").write_text(json.dumps(modality, indent=2) + "\n")
 
 
-def write_recording(out: Path, arguments: argparse.Namespace, layouts: Sequence[int]) -> None:
+def write_recording(out: Path, config: RecordConfig, layouts: Sequence[int]) -> None:
     """`layouts`: seed of each episode's layout. With `training_layouts_from` it shows whether a network that was trained here can know them."""
-    names = ("task", "episodes", "seed", "noise_deg", "resolution")
-    flags = {name: getattr(arguments, name) for name in names} | {"first_layout": first_layout(arguments)}
+    names = ("task", "episodes", "seed", "noise_deg")
+    flags = {name: getattr(config, name) for name in names} | {
+        "resolution": config.size,
+        "first_layout": first_layout(config),
+    }
     told = {"program": "training/record.py", "flags": flags, "layouts": list(layouts), "training_layouts_from": FIRST_LAYOUT_SEED}
     (out / RECORDING).write_text(json.dumps(told, indent=2) + "\n")
 
 
-def first_layout(arguments: argparse.Namespace) -> int:
+def first_layout(config: RecordConfig) -> int:
     """Seed of the first episode's layout: as asked, or among those that training draws from."""
-    return FIRST_LAYOUT_SEED + arguments.seed * 100_003 if arguments.first_layout is None else arguments.first_layout
+    return FIRST_LAYOUT_SEED + config.seed * 100_003 if config.first_layout is None else config.first_layout
 
 
-def record(arguments: argparse.Namespace) -> int:
+def record(config: RecordConfig) -> int:
     """Returns how many episodes were written; those in which the expert fails are left out.
 
-    Raises ConfigError for flags that make no sense, when --out is there already, or when the expert failed in all layouts.
+    Raises UsageError for flags that make no sense, ConfigError when --out is there already, or when the expert failed in all layouts.
     """
-    if arguments.episodes < 1 or min(arguments.seed, arguments.noise_deg, first_layout(arguments)) < 0:
-        raise ConfigError("--episodes must be at least 1; --seed, --noise_deg and --first_layout not negative.")
-    out: Path = arguments.out
+    check_counts(config, "episodes")
+    check_counts(config, "seed", "noise_deg", "first_layout", least=0)
+    out, resolution = config.out, config.size
     _refuse_present(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
         half_written = Path(beside) / out.name
-        layouts = fill(create(half_written, tuple(arguments.resolution)), arguments, stop)
+        layouts = fill(create(half_written, resolution), config, stop)
         if not layouts:
-            raise ConfigError(
-                f"the expert solved none of the {arguments.episodes} layouts; nothing was written. Choose others: --seed, --first_layout."
-            )
+            raise ConfigError(f"the expert solved none of the {config.episodes} layouts; nothing was written. Choose others: --seed, --first_layout.")
         write_modality(half_written)
-        write_recording(half_written, arguments, layouts)
+        write_recording(half_written, config, layouts)
         _refuse_present(out)  # somebody else's by now
         half_written.rename(out)
     return len(layouts)
@@ -114,19 +116,19 @@ def _refuse_present(out: Path) -> None:
         raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
 
 
-def fill(dataset: Any, arguments: argparse.Namespace, stop: StopRequest) -> list[int]:
+def fill(dataset: Any, config: RecordConfig, stop: StopRequest) -> list[int]:
     """Play the episodes, and close the data set however that ends: Arrow aborts the process where a file is still open at its exit.
 
     Returns the layouts that were solved. Raises KeyboardInterrupt at the tick after a Ctrl-C, never inside lerobot, which would be left half written.
     """
-    simulation, rng, layouts = Simulation(arguments.task, 0), np.random.default_rng(arguments.seed), []
-    with require("tqdm", "sim").tqdm(total=arguments.episodes, unit=" episodes") as bar, _finalized(dataset):
-        for layout in range(first_layout(arguments), first_layout(arguments) + arguments.episodes):
+    simulation, rng, layouts = Simulation(config.task, 0), np.random.default_rng(config.seed), []
+    with require("tqdm", "sim").tqdm(total=config.episodes, unit=" episodes") as bar, _finalized(dataset):
+        for layout in range(first_layout(config), first_layout(config) + config.episodes):
             simulation.reset(layout)
-            for row in rows(simulation, tuple(arguments.resolution), arguments.noise_deg, rng):
+            for row in rows(simulation, config.size, config.noise_deg, rng):
                 if stop.reason:
                     raise KeyboardInterrupt
-                dataset.add_frame({**row, "task": INSTRUCTION_OF[arguments.task]})
+                dataset.add_frame({**row, "task": INSTRUCTION_OF[config.task]})
             if simulation.success:
                 with usual_priority():
                     dataset.save_episode()
@@ -159,22 +161,26 @@ def usual_priority() -> Iterator[None]:
         os.sched_setscheduler(0, policy, parameters)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, help="directory to create")
-    parser.add_argument("--task", default="reach", choices=get_args(Task), help="(default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--resolution", type=int, nargs=2, default=RESOLUTION, metavar=("WIDTH", "HEIGHT"), help="(default: %(default)s)")
-    parser.add_argument("--noise_deg", type=float, default=0.5, help="disturbance of the arm, not of the labels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--first_layout", type=int, help=f"seed of the first layout; training never sees those below {FIRST_LAYOUT_SEED} (default: above, by --seed)"
-    )
-    arguments = parser.parse_args(argv)
-    written, code = attempt(lambda: record(arguments), "interrupted: nothing was written")
-    if written is not None:
-        print(f"{arguments.out}: {written} of {arguments.episodes} episodes, in which the expert solved the task")
-    return code
+@dataclass
+class RecordConfig:
+    out: Path  # directory to create
+    task: Task = "reach"
+    episodes: int = 20
+    resolution: str = size_text(RESOLUTION)  # of the pictures, WIDTHxHEIGHT
+    noise_deg: float = 0.5  # disturbance of the arm, not of the labels
+    seed: int = 0
+    first_layout: int | None = None  # seed of the first layout; training never sees those below 1000000; default: above, by --seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return size_of(self.resolution, least=1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    def tell(config: RecordConfig, written: int) -> None:
+        print(f"{config.out}: {written} of {config.episodes} episodes, in which the expert solved the task")
+
+    return execute(RecordConfig, record, tell, argv, __doc__, "interrupted: nothing was written")
 
 
 if __name__ == "__main__":

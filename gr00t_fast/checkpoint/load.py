@@ -18,12 +18,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gr00t_fast.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Difference, Located, merge, read_adapter
-from gr00t_fast.checkpoint.metadata import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
+from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
+from gr00t_fast.checkpoint.processor_n1d7 import (
+    EMBODIMENT_FILE,
+    PROCESSOR_FILE,
+    PROCESSOR_FILES,
+    STATISTICS_FILE,
+    SUBDIRECTORY,
+    EmbodimentN1d7,
+    ProcessorFiles,
+    processor_directory,
+)
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.config import PUBLISHED_EAGLE, ModelConfig
+from gr00t_fast.config_n1d7 import BACKBONE_FILE, MODEL_TYPE, PUBLISHED_BACKBONE, config_n1d7
 from gr00t_fast.errors import CheckpointError, ConfigError
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Network, network
 from gr00t_fast.strict_json import read_json
 
 log = logging.getLogger(__name__)
@@ -36,6 +47,7 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 class Checkpoint:
     """A checkpoint directory whose small files were read and checked; no weights yet.
 
+    raw_metadata: experiment_cfg/metadata.json of N1.5; processor: the files that N1.7 has instead.
     weight_files: all that the weights depend on; of a LoRA adapter, whose `base` is another directory than `path`, its own two come last.
     """
 
@@ -45,10 +57,27 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     base: Path
     adapter: Adapter | None = None
+    processor: ProcessorFiles | None = None
+    state_history: int = 1
 
     def embodiment(self, tag: str) -> EmbodimentMetadata:
-        """Raises ConfigError for an unknown tag."""
+        """Of N1.5. Raises ConfigError for an unknown tag, and for a checkpoint of N1.7."""
+        if self.processor is not None:
+            raise ConfigError(
+                f"{self.path} is a GR00T N1.7 checkpoint, and this works with N1.5 only so far. N1.7 runs on --engine=eager, cuda_graph or compiled."
+            )
         return parse_metadata(self.raw_metadata, tag)
+
+    def embodiment_n1d7(self, tag: str) -> EmbodimentN1d7:
+        """Of N1.7. Raises ConfigError for an unknown tag, CheckpointError for damaged files."""
+        head = self.config.head
+        sizes = {"state_dim": head.state_dim // self.state_history, "state_history": self.state_history}
+        sizes |= {"action_dim": head.action_dim, "action_horizon": head.action_horizon, "embodiments": head.embodiments}
+        return self.processor.embodiment(tag, sizes)
+
+    def row_of(self, tag: str) -> int:
+        """The row of the per-embodiment weights. Raises ConfigError and CheckpointError."""
+        return EMBODIMENT_ROWS[tag] if self.processor is None else self.embodiment_n1d7(tag).row
 
 
 def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision: str | None = None) -> Checkpoint:
@@ -60,10 +89,14 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     path = _local_directory(model_path, with_weights, revision)
     adapter = read_adapter(path, with_weights)
     base = path if adapter is None else _base_of(adapter, with_weights)
-    eagle_file = base / "eagle2_hg_model" / "config.json"
-    eagle = _read_json(eagle_file) if eagle_file.exists() else PUBLISHED_EAGLE
-    config = ModelConfig.from_dicts(_read_json(base / "config.json"), eagle)
+    raw = _read_json(base / "config.json")
+    is_n1d7 = raw.get("model_type") == MODEL_TYPE
+    backbone_file = base / (BACKBONE_FILE if is_n1d7 else "eagle2_hg_model/config.json")
+    backbone = _read_json(backbone_file) if backbone_file.exists() else PUBLISHED_BACKBONE if is_n1d7 else PUBLISHED_EAGLE
+    config = config_n1d7(raw, backbone) if is_n1d7 else ModelConfig.from_dicts(raw, backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
+    if is_n1d7:
+        return Checkpoint(path, config, {}, weights, base, adapter, _processor_files(path), raw.get("state_history_length", 1))
     return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), weights, base, adapter)
 
 
@@ -74,16 +107,16 @@ def load_model(
     dtype: torch.dtype,
     progress: Progress | None = None,
     only: tuple[str, ...] = ("",),
-) -> Gr00tN1d5:
+) -> Network:
     """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors.
 
     Parameters whose names do not begin with one of `only` stay on the meta device, without memory: for work on a part of the network.
     """
-    row, rows = EMBODIMENT_ROWS[embodiment_tag], checkpoint.config.head.embodiments
+    row, rows = checkpoint.row_of(embodiment_tag), checkpoint.config.head.embodiments
     if row >= rows:
         raise CheckpointError(f"embodiment_tag '{embodiment_tag}' selects row {row} of the per-embodiment weights; by config.json there are {rows}.")
     with _WithoutInitialisation(), torch.device("meta"):
-        model = Gr00tN1d5(checkpoint.config)
+        model = network(checkpoint.config)
     with ExitStack() as stack:
         own = checkpoint.adapter.files if checkpoint.adapter else ()
         files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files if path not in own]
@@ -136,12 +169,13 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
 
     weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
     patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
+    patterns += [BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES)]
     try:
         path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
         what = "it" if revision is None else f"its revision '{revision}'"
         raise CheckpointError(
-            f"'{repo_id}' is no local directory, and fetching {what} from the hub failed: {error}. "
+            f"'{repo_id}' is no local directory, and fetching {what} from the hub failed: {str(error).rstrip('.')}. "
             "Check the spelling, or download it and give the path."
         ) from error
     if path.name != revision:  # the cache's directory is named for the commit
@@ -153,7 +187,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = read_json(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing. Expected a fine-tuned GR00T N1.5 checkpoint: {_EXPECTED_FILES}.") from error
+        n1d7 = path.name in PROCESSOR_FILES
+        expected = f"GR00T N1.7 checkpoint: {_EXPECTED_FILES_N1D7}" if n1d7 else f"GR00T N1.5 checkpoint: {_EXPECTED_FILES}"
+        raise CheckpointError(f"{path} is missing. Expected a fine-tuned {expected}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
     if not isinstance(loaded, dict):
@@ -162,6 +198,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 _EXPECTED_FILES = "config.json, model*.safetensors and experiment_cfg/metadata.json"
+_EXPECTED_FILES_N1D7 = f"config.json, model*.safetensors, {', '.join(PROCESSOR_FILES)}"
+
+
+def _processor_files(path: Path) -> ProcessorFiles:
+    directory = processor_directory(path)
+    rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
+    return ProcessorFiles(_read_json(directory / PROCESSOR_FILE), _read_json(directory / STATISTICS_FILE), _read_json(rows) if rows.exists() else {})
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -184,7 +227,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
+def _check_names_and_shapes(model: Network, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
     """Compare the files' headers with what the network needs, before a byte of weights is read."""
     located: Located = {name: (file, entry) for file in files for name, entry in file.entries.items()}
     needed: dict[str, tuple[int, ...]] = {}
@@ -196,11 +239,12 @@ def _check_names_and_shapes(model: Gr00tN1d5, checkpoint: Checkpoint, files: lis
     twice = sorted(name for name in located if sum(name in file.entries for file in files) > 1)
     if missing or extra or wrong or twice:
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
+        version, backbone = ("N1.5", "eagle2_hg_model/config.json") if checkpoint.processor is None else ("N1.7", BACKBONE_FILE)
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("in two files", twice)]
         raise CheckpointError(
-            f"the weights in {checkpoint.base} do not fit config.json (and eagle2_hg_model/config.json):\n"
+            f"the weights in {checkpoint.base} do not fit config.json (and {backbone}):\n"
             + "\n".join(part for part in parts if part)
-            + "\nCheck that all files come from the same GR00T N1.5 checkpoint."
+            + f"\nCheck that all files come from the same GR00T {version} checkpoint."
         )
     return located
 
@@ -246,7 +290,7 @@ def _fill(reads: list[_Read], progress: Progress | None) -> None:
 
 
 def _plan(
-    model: Gr00tN1d5,
+    model: Network,
     located: Located,
     differences: dict[str, Difference],
     row: int,
@@ -259,7 +303,7 @@ def _plan(
         parameter = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device), requires_grad=False)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameter)
-        sources = sources_of(name)
+        sources = sources_of(name, model.config)
         if sources.layout is Layout.CATEGORY:
             yield _Read(parameter.data[None], *located[sources.names[0]], first_row=row)
             continue

@@ -1,6 +1,6 @@
-"""Between the robot's names and the policy's: one typed boundary each way.
+"""Conversion between the robot's names and the policy's, one function each way.
 
-A robot has cameras called as its owner likes and joints in motor order; a policy wants `video.<cam>`, `state.<part>` and answers
+A robot has cameras with names of its own and joints in motor order; a policy wants `video.<cam>`, `state.<part>` and answers
 `action.<part>`. Axis alphabet of this file: H horizon (actions in a chunk), J joints of the arm, D width of a part.
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ModalityConfig, Observation
 from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError, closest
+from gr00t_fast.history import History
 
 
 def without_prefix(key: str) -> str:
@@ -99,16 +100,19 @@ class RobotBinding:
         action_widths: Mapping[str, int],
         joint_names: tuple[str, ...],
         camera_map: Mapping[str, str],
+        fps: float | None = None,
     ) -> None:
-        """`camera_map` is complete (`resolve_camera_map`). Widths by part name. Raises PreflightError when parts and joints do not fit."""
+        """`camera_map` is complete (`resolve_camera_map`). Widths by part name. fps: control rate, for a policy that reads earlier observations too,
+        which `remember` then has to be given. Raises PreflightError when parts and joints do not fit."""
+        self._histories: dict[str, History[Observation]] = {}
         for modality in ("video", "state"):
-            offsets = modality_config[modality].delta_indices
-            if list(offsets) != [0]:
-                raise PreflightError(
-                    f"the policy wants {modality} frames at offsets {list(offsets)}; this control "
-                    "loop provides the present frame only ([0]). "
-                    "Use a data config without history."
-                )
+            offsets = list(modality_config[modality].delta_indices)
+            if offsets == [0]:
+                continue
+            if fps is None:
+                raise PreflightError(f"the policy reads {modality} at the steps {offsets}, and how long a step is was not given (fps).")
+            # half a step: a camera's frame is the tick's that it is nearest to
+            self._histories[modality] = History([offset / fps for offset in offsets], 0.5 / fps)
         state_parts = [without_prefix(key) for key in modality_config["state"].modality_keys]
         action_parts = [without_prefix(key) for key in modality_config["action"].modality_keys]
         self._state = joints_of_parts({part: state_widths[part] for part in state_parts}, joint_names, "state")
@@ -117,8 +121,19 @@ class RobotBinding:
         self._cameras = dict(camera_map)
         self._joint_count = len(joint_names)
 
+    def remember(self, observation: Observation) -> None:
+        """Every tick's, as it comes: what a policy that reads earlier observations will be shown. Costs nothing for others."""
+        for history in self._histories.values():
+            history.add(observation.time_s, observation)
+
+    def reset(self) -> None:
+        """An episode begins: what was seen before it is forgotten."""
+        for history in self._histories.values():
+            history.clear()
+
     def policy_observation(self, observation: Observation, instruction: str) -> dict[str, Any]:
-        """Return `video.<cam>` uint8 (1, H, W, 3), `state.<part>` float64 (1, D) and the instruction as a list of one str.
+        """Return `video.<cam>` uint8 (T, H, W, 3), `state.<part>` float64 (T, D) and the instruction as a list of one str. T is 1, or as many as the
+        policy reads; before the first remembered observation that one is repeated.
 
         Raises ObservationError when a mapped camera or a joint is missing from the observation.
         """
@@ -128,11 +143,24 @@ class RobotBinding:
         for robot_camera, policy_camera in self._cameras.items():
             if robot_camera not in observation.frames:
                 raise ObservationError(f"the robot delivered no frame of camera '{robot_camera}'; it delivered {_listed(observation.frames)}.")
-            built[f"video.{policy_camera}"] = np.asarray(observation.frames[robot_camera])[None]
+            frames = [seen.frames.get(robot_camera, observation.frames[robot_camera]) for seen in self._seen("video", observation)]
+            built[f"video.{policy_camera}"] = np.asarray(frames[0])[None] if len(frames) == 1 else np.stack(frames)
+        states = np.stack([seen.joints for seen in self._seen("state", observation)]).astype(np.float64)  # (T, J)
         for part, joints in self._state.items():
-            built[f"state.{part}"] = observation.joints[joints].astype(np.float64)[None]
+            built[f"state.{part}"] = states[:, joints]
         built[self._language_key] = [instruction]
         return built
+
+    def _seen(self, modality: str, observation: Observation) -> list[Observation]:
+        """Oldest first; the last is the observation itself."""
+        if modality not in self._histories:
+            return [observation]
+        history = self._histories[modality]
+        try:
+            earlier = history.at(observation.time_s)[:-1]
+        except IndexError:  # nothing was remembered
+            earlier = [observation] * (history.size - 1)
+        return [*earlier, observation]
 
     def action_targets(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float32 (H, J) in robot joint order. Raises UnsafeActionError when a part is missing or has a wrong shape."""
@@ -150,6 +178,10 @@ class RobotBinding:
                 )
             targets[:, joints] = values
         return targets
+
+    def action_parts(self, targets: np.ndarray) -> dict[str, np.ndarray]:
+        """The inverse of `action_targets`: (H, J) in robot joint order -> `action.<part>` (H, D)."""
+        return {f"action.{part}": targets[:, joints] for part, joints in self._action.items()}
 
     def action_chunk(self, actions: Mapping[str, np.ndarray], inference_ms: float, stages_ms: Mapping[str, float]) -> ActionChunk:
         """Return the policy's answer as an ActionChunk, with what it cost. Raises UnsafeActionError as `action_targets`."""

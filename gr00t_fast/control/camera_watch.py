@@ -1,6 +1,6 @@
-"""Notices a camera that delivers pictures without information: blank, noise, or always the same one while the arm moves.
+"""Detects a camera that delivers pictures without information: blank, noise, or always the same one while the arm moves.
 
-A camera that delivers nothing at all is an error of the robot. These are not: the policy would go on, blind.
+A camera that delivers nothing at all raises in the robot; these cases raise nothing by themselves.
 """
 
 from __future__ import annotations
@@ -86,6 +86,12 @@ class CameraWatch:
         if self._action == "land":
             raise RobotError(message)
         self._echo(f"WARNING: {message} (--camera_fault=land ends the run in such a case.)")
+
+
+def fault_of(frame: np.ndarray) -> tuple[str, str] | None:
+    """What is wrong with a single picture, and what to do; None: nothing. uint8 (height, width, 3), SMALLEST pixels a side at least."""
+    fault = _fault(frame)
+    return None if fault is None else _WORDS[fault]
 
 
 def _fault(frame: np.ndarray) -> str | None:

@@ -1,7 +1,7 @@
-"""Which action is due now: the decisions of overlapped inference, without threads and without a clock.
+"""Which action of which chunk is due at a tick: the decisions of overlapped inference, without threads and clocks.
 
 Time is counted in control ticks. A chunk knows the tick of its observation, `observed`; its row i was meant for tick `observed + i`. While the
-network was thinking the arm moved on, so a chunk that arrives d ticks later is entered at row d: the action that is due now, not the first one.
+network was running the arm moved on, so a chunk that arrives d ticks later is entered at row d: the action that is due now, not the first one.
 A tick for which no row is left is *starved*: the last target is held, and the tick is counted.
 
 Axis alphabet of this file: H horizon (rows of a chunk), J joints of the arm.
@@ -39,15 +39,16 @@ class TimedChunk:
 
 
 @dataclass(frozen=True)
-class Due:
-    """The target (J,) of a tick, ticks since the observation behind it, and whether it is only the last one held."""
+class DueTarget:
+    """The target (J,) of a tick, ticks since the observation behind it, whether it is only the last one held, and its row in the newest chunk."""
 
     target: np.ndarray
     age_ticks: int
     starved: bool
+    row: int = 0
 
 
-class Verdict(Enum):
+class Admission(Enum):
     ENTERED = "plays from the tick it was offered for"
     STALE = "from an older observation than the chunk that plays, or from another episode"
     EXPIRED = "every row was due earlier"
@@ -56,7 +57,7 @@ class Verdict(Enum):
 class ChunkBuffer:
     """Plays the chunk of the newest observation, each row at its tick. Pure bookkeeping: the same calls give the same answers.
 
-    starved_ticks: ticks at which the last target was held. verdicts: how many chunks got which verdict.
+    starved_ticks: ticks at which the last target was held. admissions: how many chunks got which admission.
     """
 
     def __init__(self, ensemble: bool = False, resume: bool = False) -> None:
@@ -68,7 +69,7 @@ class ChunkBuffer:
         """
         self.episode = 0
         self.starved_ticks = 0
-        self.verdicts = dict.fromkeys(Verdict, 0)
+        self.admissions = dict.fromkeys(Admission, 0)
         self._ensemble, self._resume = ensemble, resume
         self._forget()
 
@@ -89,21 +90,21 @@ class ChunkBuffer:
         """True until the first chunk of the episode."""
         return not self._chunks
 
-    def offer(self, chunk: TimedChunk, tick: int) -> Verdict:
+    def offer(self, chunk: TimedChunk, tick: int) -> Admission:
         """A chunk is there and may play from `tick` on."""
-        verdict = self._judge(chunk, tick)
-        self.verdicts[verdict] += 1
-        if verdict is Verdict.ENTERED:
+        admission = self._admission(chunk, tick)
+        self.admissions[admission] += 1
+        if admission is Admission.ENTERED:
             elapsed = self._elapsed(chunk, tick)
             self._held = [held for held in self._held_before(tick) if held.stop > chunk.observed]  # later chunks saw later ticks
             self._origin = tick - elapsed
             self._chunks = [*self._chunks, chunk] if self._ensemble else [chunk]
-        return verdict
+        return admission
 
-    def _judge(self, chunk: TimedChunk, tick: int) -> Verdict:
+    def _admission(self, chunk: TimedChunk, tick: int) -> Admission:
         if chunk.episode != self.episode or (self._chunks and chunk.observed < self._chunks[-1].observed):
-            return Verdict.STALE
-        return Verdict.EXPIRED if self._elapsed(chunk, tick) >= len(chunk) else Verdict.ENTERED
+            return Admission.STALE
+        return Admission.EXPIRED if self._elapsed(chunk, tick) >= len(chunk) else Admission.ENTERED
 
     def _elapsed(self, chunk: TimedChunk, tick: int) -> int:
         """Rows of the chunk that are over at `tick`."""
@@ -117,7 +118,7 @@ class ChunkBuffer:
         out_since = self._origin + len(self._chunks[-1]) if self._chunks else tick
         return [*self._held, range(out_since, tick)] if out_since < tick else self._held
 
-    def due(self, tick: int) -> Due:
+    def due(self, tick: int) -> DueTarget:
         """The target of `tick`. Ticks must increase. Raises RuntimeError before the first chunk of an episode, or for a tick that is over."""
         if not self._chunks:
             raise RuntimeError("no chunk yet: the first one of an episode must be planned before the first target")
@@ -133,7 +134,7 @@ class ChunkBuffer:
                 self._last_target = newest.chunk.targets[-1]
         else:
             self._last_target = self._average(tick) if self._ensemble else newest.chunk.targets[row]
-        return Due(self._last_target, tick - newest.observed, starved)
+        return DueTarget(self._last_target, tick - newest.observed, starved, row)
 
     def _average(self, tick: int) -> np.ndarray:
         """Of the finite predictions: one chunk with NaN must not spoil its neighbours. Without any the newest, for the safety filter to judge."""

@@ -1,35 +1,37 @@
-"""Where targets come from. The loop asks for one target per tick and does not know whether inference overlaps the motion.
+"""Sources of targets for the control loop, which asks for one target per tick, whether or not inference overlaps the motion.
 
-`SyncController` looks, thinks and then plays the chunk. A controller that thinks while the arm moves fits the same protocol: it starts with
-`needs_observation` true once, and receives every later observation through `see` (threaded.py).
+`SyncController` observes, infers and then plays the chunk. `ThreadedController` (threaded.py), which infers while the arm moves, has the same
+protocol: `needs_observation` is true once, and every later observation comes through `see`. Both run the policy in a `ThreadWorker`; `AutoController`
+(auto.py) chooses between them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.worker import ThreadWorker, Worker, value_of, wait_alive
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 
-# How long the arm holds its pose because no action is left: said when it lasts, ended when it lasts too long.
-
-# A sound inference is as quick as those before it. One that hangs shall not leave the arm under power: torque is off within three seconds, half a
-# second of actions still to play included.
+# How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
+# torque off within three seconds.
 DEFAULT_MAX_HOLD_S = 2.0
+_WARM_UP_LIMIT_S = 600.0  # for another instruction: engines that compile take minutes
 # Where inference takes seconds (a CPU), the arm waits so many times the slowest one so far: garbage, a busy machine, a cold cache.
 SLOWEST_TIMES = 3.0
-_TELL_AFTER_S = 2.0  # a person wonders by then; a late chunk or two are over
+_TELL_AFTER_S = 2.0  # longer than one or two late chunks last
 
 
 class HoldLimit:
-    """Follows the ticks of a run. Without an end, an inference that hangs would leave the arm under power for as long as the program runs."""
+    """Ends a run whose arm has held its pose for too long because no action is left (an inference hangs or is too slow)."""
 
     def __init__(self, fps: float, max_hold_s: float | None, echo: Callable[[str], None] | None) -> None:
         """`max_hold_s` None: no end. `echo` None: says nothing. Raises ConfigError unless the time is positive and finite."""
@@ -84,12 +86,13 @@ def timed_out(limit_s: float, why: str) -> InferenceTimeoutError:
 
 @dataclass(frozen=True)
 class TickNote:
-    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, and the
-    chunk that it is the first of, if that came in while the arm moved."""
+    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, the chunk
+    that it is the first of, if that came in while the arm moved, and its row in the playing chunk."""
 
     age_ticks: int = 0
     starved: bool = False
     entered: ActionChunk | None = None
+    row: int = 0
 
 
 class Controller(Protocol):
@@ -101,8 +104,15 @@ class Controller(Protocol):
     def needs_observation(self) -> bool:
         """True when the next target can only come from a new observation: the loop observes and calls `plan` before the next target."""
 
-    def warm_up(self) -> None:
-        """Pay first-call costs, in the thread that will run the policy."""
+    def warm_up(self) -> Mapping[str, float]:
+        """Pay first-call costs, in the thread that will run the policy; returns what `Policy.warm_up` does."""
+
+    @property
+    def instruction(self) -> str:
+        """What the robot shall do."""
+
+    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
+        """Another instruction for the episodes to come; between episodes only. Pays the first-call costs of it, `keep_alive` as in `plan`."""
 
     def reset(self) -> None:
         """Forget the last episode."""
@@ -122,7 +132,7 @@ class Controller(Protocol):
         """Figures for the report, JSON-ready; `kind` names the controller."""
 
     def close(self, timeout_s: float) -> bool:
-        """Stop thinking; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
+        """Take no more observations; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
 
 
 @dataclass(frozen=True)
@@ -134,23 +144,30 @@ class PolicyRunner:
     instruction: str
     clock: Clock
 
-    def warm_up(self, **options: Any) -> Mapping[str, float]:
-        """Policies that have nothing to warm up lack the method: it is no part of the protocol. `options` go to it. Returns what the last call
-        cost by stage, in ms, where the policy tells."""
-        warm_up: Callable[..., Any] | None = getattr(self.policy, "warm_up", None)
-        return {} if warm_up is None else warm_up(self.instruction, **options) or {}
+    def warm_up(self, prefix_method: str | None = None) -> Mapping[str, float]:
+        """As `Policy.warm_up`, with the run's instruction."""
+        return self.policy.warm_up(self.instruction, prefix_method)
 
-    def summary(self) -> dict[str, Any]:
-        """What the policy has to say in the report, if anything (a client: how its server was reached)."""
-        summary: Callable[[], dict[str, Any]] | None = getattr(self.policy, "summary", None)
-        return {} if summary is None else summary()
+    def instructed(
+        self, instruction: str, worker: Worker, limit_s: float | None, keep_alive: Callable[[], None], prefix_method: str | None = None
+    ) -> PolicyRunner:
+        """The same with another instruction, warmed up in `worker`, where an inference may be under way that ends within `limit_s`. Raises
+        InferenceTimeoutError when it does not, or when the warm-up takes longer than ten minutes."""
+        if worker.busy and wait_with_keep_alive(worker, self.clock, limit_s, keep_alive) is None:
+            raise timed_out(limit_s or 0.0, "an inference of the last episode still runs")
+        runner = dataclasses.replace(self, instruction=instruction)
+        worker.submit(lambda: runner.warm_up(prefix_method))
+        if (result := wait_with_keep_alive(worker, self.clock, _WARM_UP_LIMIT_S, keep_alive)) is None:
+            raise timed_out(_WARM_UP_LIMIT_S, "the policy still makes itself ready for the new instruction")
+        value_of(result)
+        return runner
 
     def infer(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
         """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
         began_s = self.clock.now_s()
         actions = self.policy.get_action(self.binding.policy_observation(observation, self.instruction), **options)
         inference_ms = 1000 * (self.clock.now_s() - began_s)
-        return self.binding.action_chunk(actions, inference_ms, getattr(self.policy, "last_timing", {})), actions
+        return self.binding.action_chunk(actions, inference_ms, self.policy.last_timing), actions
 
 
 def check_horizon(action_horizon: int | None) -> None:
@@ -171,7 +188,7 @@ def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
 class SyncController:
     """Executes the first `action_horizon` actions of a chunk, then infers again while the arm waits.
 
-    The policy runs in a worker's thread all the same: the loop's thread must hear signals, and show that it lives, whatever native code does.
+    The policy runs in a worker's thread: the loop's thread handles signals and feeds the watchdog while native code runs.
     """
 
     def __init__(
@@ -205,18 +222,36 @@ class SyncController:
     def needs_observation(self) -> bool:
         return self._next >= len(self._targets)
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Mapping[str, float]:
         self._worker.submit(self._runner.warm_up)
-        timing_ms = value_of(wait_alive(self._worker, self._clock, None))
-        self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
+        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))
+        self.expect(timing_ms.get("total", 0.0) / 1000)
+        return timing_ms
+
+    def expect(self, inference_s: float) -> None:
+        """An inference has been seen to take so long: the arm will wait accordingly."""
+        self._watch.inferred(inference_s)
+
+    def take_over(self, target: np.ndarray) -> None:
+        """In the middle of an episode, from a controller of the same worker: the next target needs an observation; `target` (J,) was the last one."""
+        self._targets, self._next, self._last = self._targets[:0], 0, target
+
+    @property
+    def instruction(self) -> str:
+        return self._runner.instruction
+
+    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
+        self._runner = self._runner.instructed(instruction, self._worker, self._watch.limit_s, keep_alive)
 
     def reset(self) -> None:
         self._reset_policy = True
+        self._runner.binding.reset()
         self._targets, self._next, self._last = self._targets[:0], 0, None
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
         """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet. Raises InferenceTimeoutError when the arm
         has waited for too long."""
+        self._runner.binding.remember(observation)
         try:
             chunk = self._chunk(observation, keep_alive)
         except self._recoverable:
@@ -231,36 +266,166 @@ class SyncController:
         return chunk
 
     def _chunk(self, observation: Observation, keep_alive: Callable[[], None]) -> ActionChunk:
-        if self._worker.busy and wait_alive(self._worker, self._clock, self._watch.limit_s, keep_alive) is None:  # of an episode that is over
+        if (
+            self._worker.busy and wait_with_keep_alive(self._worker, self._clock, self._watch.limit_s, keep_alive) is None
+        ):  # of an episode that is over
             raise timed_out(self._watch.limit_s or 0.0, "an inference of the last episode still runs")
         reset, self._reset_policy = self._reset_policy, False
 
-        def think() -> ActionChunk:
+        def infer() -> ActionChunk:
             if reset:
                 self._runner.policy.reset()
             return self._runner.infer(observation)[0]
 
-        self._worker.submit(think)
-        outcome = wait_alive(self._worker, self._clock, self._watch.limit_s, keep_alive)
+        self._worker.submit(infer)
+        outcome = wait_with_keep_alive(self._worker, self._clock, self._watch.limit_s, keep_alive)
         if outcome is None:
             raise timed_out(self._watch.limit_s or 0.0, "the next chunk is not there")
         return value_of(outcome)
 
     def see(self, observation: Observation, tick: int) -> None:
-        """Nothing to do: the next plan brings its own observation."""
+        """Only remembered: the next plan brings its own observation."""
+        self._runner.binding.remember(observation)
 
     def next_target(self, tick: int) -> np.ndarray:
         """Rows in order, whatever the tick: the arm waits for each chunk, so none is late."""
-        self.note = TickNote(age_ticks=self._next, starved=self._starved)
+        self.note = TickNote(age_ticks=self._next, starved=self._starved, row=self._next)
         self._next += 1
         self._last = self._targets[self._next - 1]
         return self._last
 
     def summary(self) -> dict[str, Any]:
         figures = {"lost_inferences": self._lost_inferences, "inference_left_running": self._left_running}
-        return {"kind": "sync", **figures, **self._runner.summary()}
+        return {"kind": "sync", **figures, **self._runner.policy.summary()}
 
     def close(self, timeout_s: float) -> bool:
         ended = self._worker.close(timeout_s)
         self._left_running = not ended
         return ended
+
+
+# One thread that runs one call at a time, and hands back what came of it.
+
+
+THREAD_NAME = "gr00t_fast-inference"
+KEEP_ALIVE_EVERY_S = 0.1
+_in_a_call: set[threading.Thread] = set()
+
+
+@dataclass(frozen=True)
+class CallResult:
+    """What a call returned, or what it raised."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+
+class Worker(Protocol):
+    """Where inference runs. Tests and simulations of slow networks use one without a thread."""
+
+    @property
+    def busy(self) -> bool:
+        """True from `submit` until the outcome has been taken by `poll` or `wait`."""
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        """Start a call. Raises RuntimeError while busy."""
+
+    def poll(self) -> CallResult | None:
+        """The outcome if it is there; never waits."""
+
+    def wait(self, timeout_s: float | None = None) -> CallResult | None:
+        """Wait for the outcome; None when it is not there after `timeout_s` (the call goes on, and the worker stays busy)."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
+
+
+class ThreadWorker:
+    """A daemon thread, started with the first call. All methods belong to one other thread.
+
+    Daemon, because a call may hang for ever (a driver, a network connection) and must not keep the program from ending.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._results: SimpleQueue[CallResult] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.busy = False
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        if self.busy or self._closed:
+            raise RuntimeError("the inference thread is " + ("closed" if self._closed else "busy; take its outcome first"))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+            self._thread.start()
+        self.busy = True
+        self._calls.put(call)
+
+    def poll(self) -> CallResult | None:
+        if not self.busy:
+            return None
+        try:
+            outcome = self._results.get_nowait()
+        except Empty:
+            return None
+        self.busy = False
+        return outcome
+
+    def wait(self, timeout_s: float | None = None) -> CallResult | None:
+        """A signal handler may raise out of this; the call then goes on and `close` waits for it."""
+        if not self.busy:
+            raise RuntimeError("nothing was submitted to the inference thread")
+        try:
+            outcome = self._results.get(timeout=timeout_s)
+        except Empty:
+            return None
+        self.busy = False
+        return outcome
+
+    def close(self, timeout_s: float) -> bool:
+        if not self._closed:
+            self._closed = True
+            self._calls.put(None)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            _in_a_call.add(threading.current_thread())
+            outcome = _result_of(call)
+            _in_a_call.discard(threading.current_thread())
+            self._results.put(outcome)
+            del call, outcome  # they hold an observation
+
+
+def wait_with_keep_alive(worker: Worker, clock: Clock, limit_s: float | None, keep_alive: Callable[[], None] = lambda: None) -> CallResult | None:
+    """Wait for the worker's outcome at most `limit_s` of `clock` (None: for ever), with `keep_alive` called several times a second. None when it is
+    not there by then."""
+    end_s = math.inf if limit_s is None else clock.now_s() + limit_s
+    while True:
+        keep_alive()
+        outcome = worker.wait(max(0.0, min(KEEP_ALIVE_EVERY_S, end_s - clock.now_s())))
+        if outcome is not None or clock.now_s() >= end_s:
+            return outcome
+
+
+def value_of(outcome: CallResult) -> Any:
+    """What the call returned. Raises what it raised."""
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
+def _result_of(call: Callable[[], Any]) -> CallResult:
+    try:
+        return CallResult(value=call())
+    except BaseException as error:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
+        return CallResult(error=error)
+
+
+def thread_left_running() -> bool:
+    """Whether some inference still runs in a thread that could not be joined."""
+    return bool(_in_a_call)

@@ -6,6 +6,7 @@ It knows neither the network nor the servo bus: targets come from a Controller, 
 from __future__ import annotations
 
 import gc
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,23 +18,29 @@ import numpy as np
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import Controller
+from gr00t_fast.control.homing import Move, Poses
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
+from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopRequested, StopSignals
-from gr00t_fast.control.trace import Progress, RunTrace, dry_run_table
+from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
+from gr00t_fast.errors import ConfigError, ObservationError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
 _LONGEST_SLEEP_S = 0.25
+_ORDERLY = (None, 0, 130)  # how a run was stopped: not at all, by the program itself (a key, a closed window), by Ctrl-C
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
+_DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
 
 class Observer(Protocol):
     """Looks on at every tick (video recorder, live view). Must be quick and must not raise for reasons of its own."""
 
-    def see(self, observation: Observation) -> None: ...
+    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
+        """`tick` is None where no policy drives the arm: it holds its pose between episodes, or moves to a pose that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class LoopOptions:
     """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode.
 
     `reset_time_s`: how long the arm holds its pose between two episodes.
+    `poses`: where the arm goes before and between episodes, and before its torque goes off (nowhere unless given).
     `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
     """
 
@@ -52,6 +60,7 @@ class LoopOptions:
     safety: SafetyOptions = field(default_factory=SafetyOptions)
     reset_time_s: float = 0.0
     camera_fault: CameraFault | None = "warn"
+    poses: Poses = field(default_factory=Poses)
 
 
 class _EpisodeOver(Exception):  # noqa: N818 - no error: the time was up in the middle of an inference
@@ -71,8 +80,10 @@ class ControlLoop:
         on_connected: Callable[[Observation], None] = lambda observation: None,
         observers: Sequence[Observer] = (),
         echo: Callable[[str], None] = print,
+        session: Session | None = None,
     ) -> None:
-        """`on_connected` gets the first observation and raises to refuse the run (the arm has not moved then).
+        """`on_connected` gets the first observation and raises to refuse the run (the arm has not moved then). `session` ends episodes early and
+        records them.
 
         Without `stop` the loop handles Ctrl-C and SIGTERM itself while it runs.
         """
@@ -80,38 +91,87 @@ class ControlLoop:
         self.stop = stop or StopSignals()
         self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
+        self.session = session or Session(self.stop)
         self._sleeps = _ShortSleeps(clock, robot.keep_alive)
         self.pacer = Pacer(options.fps, self._sleeps)
         self.cameras = None if options.camera_fault is None else CameraWatch(options.camera_fault, echo)
         self.trace = RunTrace(robot.joint_names, clock)
-        self._progress = Progress(self.trace, self.pacer, clock, echo)
+        self._progress = ProgressLine(self.trace, self.pacer, clock, echo)
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
+        self._moving = False  # to a pose
         self._outages = 0
+        self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
         self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
     def run(self) -> RunTrace:
         """Connect, play all episodes, land. Returns normally when done or stopped; raises, after landing, what arm or policy raised."""
         with self._signals:
             try:
-                with self.stop.armed(), _few_garbage_collections():
-                    self._connect()
-                    self._play()
-                    self.trace.ended_by = "done"
-            except StopRequested as request:
-                self.trace.ended_by = request.reason
-            except Exception as error:
-                if not _interrupted(error):
-                    raise
-                self.trace.ended_by = str(self.stop.reason)
+                self._until_stopped()
+                self._rest()
             finally:
                 self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
                 self.trace.ended_s = self.clock.now_s()
+                self.session.end(self.trace.ended_by, self.robot.success)
+                self.session.settle()
                 self.controller.close(_JOIN_TIMEOUT_S)
                 self.trace.events = dict(self.robot.events) | (dict(self.cameras.events) if self.cameras else {})
-                self.trace.episodes_solved = getattr(self.robot, "episodes_solved", None)  # only a simulation can tell
+                self.trace.episodes_solved = self.robot.episodes_solved
         return self.trace
+
+    def _until_stopped(self) -> None:
+        try:
+            with self.stop.armed(), _few_garbage_collections():
+                self._connect()
+                self._play()
+                self.trace.ended_by = "done"
+        except StopRequested as request:
+            self.trace.ended_by = request.reason
+        except Exception as error:
+            if not _interrupted(error):
+                raise
+            self.trace.ended_by = str(self.stop.reason)
+
+    def _rest(self) -> None:
+        """After an orderly end: the time was up, or somebody at the arm stopped the run. A further stop lands at once."""
+        rest = self.options.poses.rest
+        if rest is None or not self.trace.moved or self._moving or self.stop.exit_code not in _ORDERLY:
+            return
+        self.stop.obeyed()
+        try:
+            with self.stop.armed():
+                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once")
+        except StopRequested:
+            pass  # to the landing
+        except Exception as error:
+            if not _interrupted(error):
+                raise
+
+    def _go_to(self, pose: tuple[float, ...] | None, what: str) -> None:
+        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, and what the arm and the safety limits raise."""
+        if pose is None:
+            return
+        poses, robot = self.options.poses, self.robot
+        move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, poses.speed_deg_s, self.options.fps, robot.units_per_deg)
+        pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
+        observation, self._moving = self._observe(), True
+        if move.ticks:
+            self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
+        while not move.over(self.safety.last, observation.joints):
+            robot.keep_alive()
+            self._command(move.next_target(self.safety.last))
+            observation = self._observe()
+            for observer in self.observers:
+                observer.see(observation)
+            self.session.poll()
+            pacer.wait()
+            self.stop.check()
+        self._moving = False
+        if (away := move.away(observation.joints)).any():
+            names = ", ".join(np.array(robot.joint_names)[away])
+            self.echo(f"WARNING: the arm has not quite reached {what.partition(';')[0]}: {names}. Is something in its way?")
 
     def _connect(self) -> None:
         self.robot.connect()
@@ -124,6 +184,7 @@ class ControlLoop:
             units_per_deg=self.robot.units_per_deg,
             echo=self.echo,
         )
+        self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
         self.on_connected(self.robot.observe())
         self.trace.began_s = self.clock.now_s()
 
@@ -131,46 +192,73 @@ class ControlLoop:
         if self.options.dry_run:
             self._dry_run()
             return
-        for episode in range(self.options.episodes):
-            if episode and self.options.reset_time_s:
-                self._hold_between(episode)
+        episode = 0
+        while episode < self.options.episodes:
             if self.options.episodes > 1:
                 self.echo(f"Episode {episode + 1} of {self.options.episodes}")
             self._episode(episode)
+            more = episode + 1 < self.options.episodes or self.session.again
+            if more and self.options.reset_time_s:
+                self._hold_between(episode + 1)
+            episode += not self.session.settle()
+            if episode < self.options.episodes:
+                self._hold_while(lambda: self.session.waits)
+                self._take_instruction()
 
     def _hold_between(self, played: int) -> None:
-        """Time for somebody to put things back: the arm keeps its last target, onlookers and the watch over the arm go on."""
+        """The pause in which the scene is put back."""
         hold_s = self.options.reset_time_s
+        self._go_to(self.options.poses.home, "the home pose")
         self.echo(f"Episode {played} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
         end_s = self.clock.now_s() + hold_s
-        while (now_s := self.clock.now_s()) < end_s:
+        self._hold_while(lambda: self.session.typing or (self.clock.now_s() < end_s and not self.session.over), end_s)
+
+    def _hold_while(self, waits: Callable[[], bool], end_s: float = math.inf) -> None:
+        """The arm keeps its last target; observers, keys, signals and the watchdog go on. Looks again at `end_s` at the latest."""
+        while waits():
+            now_s = self.clock.now_s()
             self.robot.keep_alive()
             with self.stop.atomic():
                 observation = self.robot.observe()
             for observer in self.observers:
                 observer.see(observation)
-            self._sleeps.sleep_until_s(min(end_s, now_s + self.pacer.period_s))
+            self.session.poll()
+            next_s = now_s + self.pacer.period_s
+            self._sleeps.sleep_until_s(end_s if now_s < end_s < next_s else next_s)
             self.stop.check()
+
+    def _take_instruction(self) -> None:
+        """The one that was typed in the pause: the network makes itself ready for it while the arm keeps its last target."""
+        instruction, self.session.instruction = self.session.instruction, None
+        if instruction is None:
+            return
+        try:
+            self.controller.instruct(instruction, self.robot.keep_alive)
+        except (ObservationError, ConfigError) as error:  # too long, or with words that the network reserves
+            self.echo(f"the instruction stays {self.controller.instruction!r}: {error}")
 
     def _episode(self, index: int) -> None:
         """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
         self.robot.reset(None if self.options.seed is None else self.options.seed + index)
         self.controller.reset()
         self.safety.start(self.robot.observe().joints)
+        self._go_to(self.options.poses.home, "the home pose")
         self.trace.episodes += 1
         self._loop_began_s = None
         if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs
             self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
+        self.session.begin(self.controller.instruction)
         self.pacer.start()
         self._progress.begin()
         with suppress(_EpisodeOver):
-            while self.clock.now_s() < self._end_s:
+            while self.clock.now_s() < self._end_s and not self.session.over:
                 self._tick()
+        self.session.end("a key" if self.session.over else "the time limit", self.robot.success)
         self._close_loop()
 
     def _tick(self) -> None:
         self.robot.keep_alive()
-        if self.controller.needs_observation:  # the chunk is played out: look, think, then move
+        if self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
             self._close_loop()
             self._loop_began_s = self.clock.now_s()
             observation = self._observe()
@@ -189,17 +277,37 @@ class ControlLoop:
             self.controller.see(observation, self.pacer.tick)
         note = self.controller.note
         self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.starved)
-        for observer in self.observers:
-            observer.see(observation)
+        if self.observers:
+            record = self._record(*sent)
+            for observer in self.observers:
+                observer.see(observation, record)
+        self.session.see(observation, sent[1])
         self._progress()
         with self.trace.timed("wait"):
             self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
         self.stop.check()
 
+    def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float) -> TickRecord:
+        """The tick that has just been traced, for the observers."""
+        note, errors_s = self.controller.note, self.pacer.tick_errors_s
+        return TickRecord(
+            number=len(self.trace) - 1,
+            episode=self.trace.episodes - 1,
+            time_s=sent_s - self.trace.began_s,
+            target=target,
+            commanded=commanded,
+            ahead=self._chunk.targets[len(self._chunk.targets) if note.starved else note.row :],
+            inference_ms=self._chunk.inference_ms,
+            age_ticks=note.age_ticks,
+            starved=note.starved,
+            tick_error_ms=1000 * errors_s[-1] if errors_s else 0.0,
+            missed_ticks=self.pacer.missed_ticks,
+        )
+
     def _plan_lead_s(self) -> float:
         """How long before its deadline the next plan must begin to be ready: as long as the slowest of the last few took.
 
-        Looking and thinking then fit into the pause between two ticks where they are short enough, and the observation is no older
+        Observation and inference then fit into the pause between two ticks where they are short enough, and the observation is no older
         than it has to be.
         """
         return max(self._plans_s, default=0.0) + _LEAD_MARGIN_S
@@ -222,7 +330,9 @@ class ControlLoop:
     def _still_time(self) -> None:
         """While an inference is waited for. The first one of an episode has limits of its own (a server that is away): nothing has moved yet."""
         self.robot.keep_alive()
-        if self.pacer.tick > 0 and self.clock.now_s() >= self._end_s:
+        self.session.poll()
+        self.stop.check()
+        if self.session.over or (self.pacer.tick > 0 and self.clock.now_s() >= self._end_s):
             raise _EpisodeOver
 
     def _infer(self, observation: Observation) -> ActionChunk | None:
@@ -236,18 +346,24 @@ class ControlLoop:
         with self.trace.timed("wait"):
             pause_s = self.pacer.resume()
         if chunk is not None:
+            self._chunk = chunk
             self.trace.add_chunk(chunk, pause_s)
 
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
         target = self.controller.next_target(self.pacer.tick)
-        commanded = self.safety(target)
         if self.controller.note.entered is not None:
+            self._chunk = self.controller.note.entered
             self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)
+        return target, self._command(target), self.clock.now_s()
+
+    def _command(self, target: np.ndarray) -> np.ndarray:
+        """Limit a target (J,) and send it; returns what was sent."""
+        commanded = self.safety(target)
         self.trace.moved = True
         with self.trace.timed("send"), self.stop.atomic():
             self.robot.send(commanded)
-        return target, commanded, self.clock.now_s()
+        return commanded
 
     def _close_loop(self) -> None:
         """Report the loop that just ended: one inference and its chunk, played to the end."""
@@ -267,7 +383,12 @@ class ControlLoop:
         target = self.controller.next_target(self.pacer.tick)
         limited = self.safety(target)
         self.trace.episodes += 1
-        self.echo(dry_run_table(self.robot.joint_names, observation.joints, target, limited))
+        table = dry_run_table(self.robot.joint_names, observation.joints, target, limited)
+        self.trace.dry_run = table, dict(observation.frames)
+        self.echo(table)
+        if self.observers:
+            end_s = self.clock.now_s() + _DRY_RUN_LOOK_S
+            self._hold_while(lambda: self.clock.now_s() < end_s, end_s)
 
 
 def _interrupted(error: BaseException) -> bool:

@@ -1,8 +1,7 @@
-"""Absolute-deadline pacing: the clock of the control loop.
+"""Absolute-deadline pacing of the control loop.
 
 Deadlines are `origin + k * period`, so an early or late tick never shifts the ones after it (a sleep of one period per tick drifts by the
-work done in it). A deadline that has gone by is skipped, never caught up: two targets in quick succession would be the jump that pacing
-is there to prevent.
+work done in it). A deadline that has gone by is skipped, not caught up: two targets in quick succession would be a jump.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does this arm fit this checkpoint? Asked before the arm may move; every finding at once.
+"""Checks that arm and checkpoint fit together, made before the arm may move; all findings are reported at once.
 
 An arm that does nothing, or shudders, often shows a mismatch for which nothing raises: swapped cameras, degrees against the normalised
 range, another calibration. What contradicts itself is refused; what is only unusual is a warning.
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gr00t_fast.contracts import CameraSpec, JointUnit, Observation, PartStatistics, PolicyFacts, Robot
+from gr00t_fast.contracts import CameraSpec, JointUnit, Observation, PartStatistics, PolicyMetadata, Robot
 from gr00t_fast.control.binding import joints_of_parts, resolve_camera_map
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.errors import PreflightError
 
 ASPECT_TOLERANCE = 0.02  # relative; 1280x720 against 1920x1080 is 0, 4:3 against 16:9 is 0.25
 FPS_TOLERANCE = 0.1  # relative
+LEROBOT_FPS = 30.0  # of recordings, unless another rate was asked for
 # lerobot's normalised range is clamped to +-100 by its driver, so anything beyond cannot be it; half a unit for rounding.
 NORMALISED_LIMIT = 100.5
 # Clamping leaves extremes at exactly +-100; degrees meet that by accident once, hardly twice.
@@ -40,11 +41,11 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def collect(self, check: Callable[[], None]) -> None:
-        """Run a check that raises PreflightError, and keep its message as a problem."""
+        """Run a check without whose success nothing can run: the message of its PreflightError is kept in `impossible`."""
         try:
             check()
         except PreflightError as error:
-            self.problems.append(str(error))
+            self.impossible.append(str(error))
 
     def refuse(self) -> None:
         """Raise one PreflightError with all problems, if there are any."""
@@ -61,23 +62,20 @@ class Preflight:
     `strict=False` turns contradictions into warnings, for those who know better.
     """
 
-    def __init__(self, robot: Robot, facts: PolicyFacts, strict: bool = True, echo: Callable[[str], None] = print) -> None:
+    def __init__(self, robot: Robot, metadata: PolicyMetadata, strict: bool = True, echo: Callable[[str], None] = print) -> None:
         self.warnings: list[str] = []
         self.notes: list[str] = []
-        self._robot, self._facts, self._strict, self._echo = robot, facts, strict, echo
+        self._robot, self._metadata, self._strict, self._echo = robot, metadata, strict, echo
 
     def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None) -> float:
         """Check what is known while the arm is untouched; returns the control rate in Hz. Raises PreflightError."""
-        findings = check_before_connecting(self._robot, self._facts, loop_fps, camera_map, action_horizon)
+        findings = check_before_connecting(self._robot, self._metadata, loop_fps, camera_map, action_horizon)
         self._judge(findings)
-        fps = loop_fps or self._facts.fps
-        if fps is None:  # cannot be waved through with strict=False: there is no rate to run at
-            findings.refuse()
-        return float(fps)
+        return float(_rate(self._metadata, loop_fps))
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's limits and its pose. Raises PreflightError."""
-        self._judge(check_connected(self._robot, self._facts, observation.joints))
+        self._judge(check_connected(self._robot, self._metadata, observation.joints))
 
     def _judge(self, findings: Findings) -> None:
         if self._strict or findings.impossible:
@@ -92,27 +90,27 @@ class Preflight:
 
 
 def check_before_connecting(
-    robot: Robot, facts: PolicyFacts, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None
+    robot: Robot, metadata: PolicyMetadata, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None
 ) -> Findings:
     """Everything that can be known while the arm is still untouched. Raises nothing; see `Findings.refuse`."""
     findings = Findings()
-    _check_known(findings, facts)
-    _check_embodiment(findings, facts)
-    findings.collect(lambda: _check_cameras(findings, robot.cameras, facts, camera_map))
-    _check_fps(findings, robot, facts, loop_fps)
-    _check_horizon(findings, facts, action_horizon)
-    findings.collect(lambda: _check_joints(facts, robot.joint_names))
-    if facts.state_statistics and not findings.problems:  # statistics can only be laid out along the joints when these fit
-        _check_units(findings, robot.joint_unit, _training_range(facts, robot.joint_names), robot.joint_names)
+    _check_known(findings, metadata)
+    _check_embodiment(findings, metadata)
+    findings.collect(lambda: _check_cameras(findings, robot.cameras, metadata, camera_map))
+    _check_fps(findings, robot, metadata, loop_fps)
+    _check_horizon(findings, metadata, action_horizon)
+    findings.collect(lambda: _check_joints(metadata, robot.joint_names))
+    if metadata.state_statistics and not (findings.problems or findings.impossible):  # needs joints that fit
+        _check_units(findings, robot.joint_unit, _training_range(metadata, robot.joint_names), robot.joint_names)
     return findings
 
 
-def check_connected(robot: Robot, facts: PolicyFacts, joints: np.ndarray) -> Findings:
+def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray) -> Findings:
     """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing."""
     findings = Findings()
-    if not facts.state_statistics:  # said before connecting, and waved through
+    if not metadata.state_statistics:  # said before connecting, and waved through
         return findings
-    training = _training_range(facts, robot.joint_names)
+    training = _training_range(metadata, robot.joint_names)
     unit = "deg" if robot.joint_unit == "degrees" else "units"
     for name, (low, high), (arm_low, arm_high), pose in zip(robot.joint_names, training, robot.joint_limits, joints, strict=True):
         if high < arm_low or low > arm_high:
@@ -151,33 +149,33 @@ def _check_pose(findings: Findings, name: str, pose: float, low: float, high: fl
         )
 
 
-def _check_known(findings: Findings, facts: PolicyFacts) -> None:
-    """What nobody tells nobody can check, and each of these makes an arm misbehave without an error."""
+def _check_known(findings: Findings, metadata: PolicyMetadata) -> None:
+    """What a policy server does not say cannot be checked, and each of these makes an arm misbehave without an error."""
     known = {
-        "joint units and ranges": bool(facts.state_statistics),
-        "camera resolution": None not in facts.resolutions.values(),
-        "embodiment": facts.embodiment_tag is not None,
+        "joint units and ranges": bool(metadata.state_statistics),
+        "camera resolution": None not in metadata.resolutions.values() or _tells_no_recordings(metadata),
+        "embodiment": metadata.embodiment_tag is not None,
     }
     unknown = [what for what, is_known in known.items() if not is_known]
     if unknown:
         findings.problems.append(
-            f"the policy server does not say what its checkpoint was trained on, so nobody can check: {', '.join(unknown)}. Give the checkpoint's "
-            "directory or hub name too, --model_path=... (only its small files are read), or go on unchecked with --preflight=warn."
+            f"the policy server does not say what its checkpoint was trained on, so these cannot be checked: {', '.join(unknown)}. Give the "
+            "checkpoint's directory or hub name too, --model_path=... (only its small files are read), or go on unchecked with --preflight=warn."
         )
 
 
-def _check_embodiment(findings: Findings, facts: PolicyFacts) -> None:
-    if facts.embodiment_tag in OTHER_ROBOTS:
+def _check_embodiment(findings: Findings, metadata: PolicyMetadata) -> None:
+    if metadata.embodiment_tag in OTHER_ROBOTS:
         findings.problems.append(
-            f"embodiment '{facts.embodiment_tag}' is {OTHER_ROBOTS[facts.embodiment_tag]}, not an SO-100. "
+            f"embodiment '{metadata.embodiment_tag}' is {OTHER_ROBOTS[metadata.embodiment_tag]}, not an SO-100. "
             "Use the tag that the fine-tuning used, normally --embodiment_tag=new_embodiment."
         )
 
 
-def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts: PolicyFacts, requested: Mapping[str, str] | None) -> None:
-    mapping = resolve_camera_map(cameras, facts.resolutions, requested)
+def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], metadata: PolicyMetadata, requested: Mapping[str, str] | None) -> None:
+    mapping = resolve_camera_map(cameras, metadata.resolutions, requested)
     for robot_name, policy_name in mapping.items():
-        camera, trained = cameras[robot_name], facts.resolutions[policy_name]
+        camera, trained = cameras[robot_name], metadata.resolutions[policy_name]
         if robot_name != policy_name:
             implied = "" if requested and robot_name in requested else " (the only camera on both sides)"
             findings.notes.append(f"camera '{robot_name}' is the policy's '{policy_name}'{implied}.")
@@ -196,20 +194,25 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], facts:
         findings.notes.append(f"camera '{unused}' is not used by the policy.")
 
 
-def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: float | None) -> None:
-    if loop_fps is None and facts.fps is not None and not FPS_RANGE[0] <= facts.fps <= FPS_RANGE[1]:
+def _check_fps(findings: Findings, robot: Robot, metadata: PolicyMetadata, loop_fps: float | None) -> None:
+    if loop_fps is None and metadata.fps is not None and not FPS_RANGE[0] <= metadata.fps <= FPS_RANGE[1]:
         findings.impossible.append(
-            f"the checkpoint says that its data was recorded at {facts.fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
+            f"the checkpoint says that its data was recorded at {metadata.fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
             "cameras and the servo bus can do. Give the rate of the recordings: --fps=30 (lerobot's default)."
         )
         return
-    if facts.fps is None and loop_fps is None:
-        findings.problems.append("the policy does not say at which rate its training data was recorded. Give it: --fps=30 (lerobot's default).")
+    fps = _rate(metadata, loop_fps)
+    if fps is None:
+        findings.impossible.append("the policy does not say at which rate its training data was recorded. Give it: --fps=30 (lerobot's default).")
         return
-    fps = loop_fps or facts.fps
-    if facts.fps and abs(fps / facts.fps - 1) > FPS_TOLERANCE:
+    if metadata.fps is None and loop_fps is None:
         findings.warnings.append(
-            f"the loop runs at {fps:g} Hz but the data was recorded at {facts.fps:g} Hz: motion will be {fps / facts.fps:.2f} times as fast."
+            f"the checkpoint does not say at which rate its training data was recorded (those of N1.7 never do): {fps:g} Hz is taken, lerobot's "
+            "default. If it was another one, motion is too fast or too slow: give it with --fps."
+        )
+    if metadata.fps and abs(fps / metadata.fps - 1) > FPS_TOLERANCE:
+        findings.warnings.append(
+            f"the loop runs at {fps:g} Hz but the data was recorded at {metadata.fps:g} Hz: motion will be {fps / metadata.fps:.2f} times as fast."
         )
     for name, camera in robot.cameras.items():
         if camera.fps < fps * (1 - FPS_TOLERANCE):
@@ -218,23 +221,33 @@ def _check_fps(findings: Findings, robot: Robot, facts: PolicyFacts, loop_fps: f
             )
 
 
-def _check_horizon(findings: Findings, facts: PolicyFacts, action_horizon: int | None) -> None:
-    if action_horizon is not None and action_horizon > facts.trained_horizon:
+def _rate(metadata: PolicyMetadata, loop_fps: float | None) -> float | None:
+    """Hz; None where it is not known and must not be guessed."""
+    return loop_fps or metadata.fps or (LEROBOT_FPS if _tells_no_recordings(metadata) else None)
+
+
+def _tells_no_recordings(metadata: PolicyMetadata) -> bool:
+    """Whether it is of a checkpoint whose files tell joint ranges and neither rate nor resolution of the recordings: N1.7's never do."""
+    return bool(metadata.state_statistics) and metadata.fps is None and set(metadata.resolutions.values()) == {None}
+
+
+def _check_horizon(findings: Findings, metadata: PolicyMetadata, action_horizon: int | None) -> None:
+    if action_horizon is not None and action_horizon > metadata.trained_horizon:
         findings.problems.append(
-            f"--action_horizon={action_horizon} is more than the {facts.trained_horizon} actions this checkpoint was trained to predict. "
-            f"Use 1 to {facts.trained_horizon}."
+            f"--action_horizon={action_horizon} is more than the {metadata.trained_horizon} actions this checkpoint was trained to predict. "
+            f"Use 1 to {metadata.trained_horizon}."
         )
 
 
-def _check_joints(facts: PolicyFacts, joint_names: tuple[str, ...]) -> None:
-    joints_of_parts(facts.state_widths, joint_names, "state")
-    joints_of_parts(facts.action_widths, joint_names, "action")
+def _check_joints(metadata: PolicyMetadata, joint_names: tuple[str, ...]) -> None:
+    joints_of_parts(metadata.state_widths, joint_names, "state")
+    joints_of_parts(metadata.action_widths, joint_names, "action")
 
 
-def _training_range(facts: PolicyFacts, joint_names: tuple[str, ...]) -> np.ndarray:
+def _training_range(metadata: PolicyMetadata, joint_names: tuple[str, ...]) -> np.ndarray:
     """(J, 2): lowest and highest value of states and actions together, in robot joint order."""
-    state = _along_joints(facts.state_statistics, joints_of_parts(facts.state_widths, joint_names, "state"), len(joint_names))
-    action = _along_joints(facts.action_statistics, joints_of_parts(facts.action_widths, joint_names, "action"), len(joint_names))
+    state = _along_joints(metadata.state_statistics, joints_of_parts(metadata.state_widths, joint_names, "state"), len(joint_names))
+    action = _along_joints(metadata.action_statistics, joints_of_parts(metadata.action_widths, joint_names, "action"), len(joint_names))
     return np.stack([np.minimum(state[:, 0], action[:, 0]), np.maximum(state[:, 1], action[:, 1])], axis=1)
 
 

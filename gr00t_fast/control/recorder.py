@@ -1,4 +1,4 @@
-"""Onlookers of the control loop: a video file and a live window. Neither may ever disturb the arm."""
+"""Observers of the control loop: a video file and a live window. Neither delays a tick or raises into the loop."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 
 from gr00t_fast.contracts import Observation
+from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.optional import require
 
@@ -74,7 +75,7 @@ class VideoRecorder:
         self._thread.join(max(0.0, end_s - time.monotonic()))
         return not self._thread.is_alive()
 
-    def see(self, observation: Observation) -> None:
+    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
         self._seen += 1
         if self.error or not observation.frames or (self._seen - 1) % self._every:
             return
@@ -118,6 +119,18 @@ class VideoRecorder:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints, bufsize=0, start_new_session=True)
 
 
+class FirstAndLast:
+    """Keeps the first and the last frames of a run, for its report."""
+
+    def __init__(self) -> None:
+        self.first: Mapping[str, np.ndarray] = {}
+        self.last: Mapping[str, np.ndarray] = {}
+
+    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
+        self.first = self.first or observation.frames
+        self.last = observation.frames or self.last
+
+
 class LiveView:
     """Shows the frames in a window (`--show_images`). Where that is impossible it says why and what to do, once, and does nothing."""
 
@@ -143,14 +156,14 @@ class LiveView:
             self._echo(f"--show_images: no window can be opened ({str(error).strip()}); the run goes on without it.")
             self._cv2 = None
 
-    def see(self, observation: Observation) -> None:
+    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
         if self._cv2 is None or not observation.frames:
             return
         try:
             self._cv2.imshow(_WINDOW, side_by_side(observation.frames)[:, :, ::-1])  # RGB -> BGR
             if self._cv2.waitKey(1) & 0xFF in (ord("q"), 27):
                 self._on_quit()
-        except self._cv2.error as error:  # the window system went away: the arm does not care
+        except self._cv2.error as error:  # the window system went away: the run goes on
             self._echo(f"--show_images: the window failed ({str(error).strip()}); the run goes on without it.")
             self._cv2 = None
 
@@ -159,10 +172,17 @@ class LiveView:
             self._cv2.destroyAllWindows()
 
 
-def display_obstacle() -> str | None:
-    """Return why no window can be opened here and what to do about it, or None."""
+def desktop_obstacle() -> str | None:
+    """Return why no program can open a window here, or None."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return "there is no display (DISPLAY is not set). Run it on a desktop or with 'ssh -X', or record with --video=run.mp4."
+        return "there is no display (DISPLAY is not set)."
+    return None
+
+
+def display_obstacle() -> str | None:
+    """Return why no window of OpenCV can be opened here and what to do about it, or None."""
+    if obstacle := desktop_obstacle():
+        return f"{obstacle} Run it on a desktop or with 'ssh -X', or record with --video=run.mp4."
     try:
         import cv2
     except ImportError:

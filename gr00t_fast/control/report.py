@@ -5,24 +5,30 @@ Percentiles are over all samples of the run (numpy's linear interpolation). Time
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.loop import ControlLoop
+from gr00t_fast.control.display import Display
+from gr00t_fast.control.html_report import html_report, timing_plot
+from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
+from gr00t_fast.control.recorder import FirstAndLast, LiveView, VideoRecorder
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.control.trace import RunTrace
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.optional import install_command, require
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 _LEGEND = (
@@ -139,6 +145,15 @@ def _landing(landing: LandingReport | None) -> dict[str, Any] | None:
     return None if landing is None else {**asdict(landing), "safe": landing.safe}
 
 
+def verdict(report: Mapping[str, Any]) -> str:
+    """One line: what was played, how it ended, and in what state the arm is."""
+    run, landing = report["run"], report["landing"]
+    solved = "" if run["episodes_solved"] is None else f", solved in {run['episodes_solved']}"
+    safe = "not reported" if landing is None else "safe" if landing["safe"] else "NOT SAFE"
+    ticks = f"{run['ticks']} ticks, {report['pacing']['missed_ticks']} missed"
+    return f"{run['episodes']} episode(s){solved}, {ticks}, ended by {_ending(run)}; landing {safe}"
+
+
 def as_text(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [*_text_run(report), "", *_text_stages(report), "", *_text_joints(report), *_text_tail(report)]
@@ -170,7 +185,9 @@ def _ending(run: Mapping[str, Any]) -> str:
 
 
 def _text_controller(controller: Mapping[str, Any]) -> list[str]:
-    return [*_text_server(controller), *_text_overlap(controller)]
+    chosen = controller.get("chosen_because")
+    lines = [f"controller     {controller['kind']}, chosen because {chosen}"] if chosen else []
+    return [*lines, *_text_server(controller), *_text_overlap(controller)]
 
 
 def _text_server(controller: Mapping[str, Any]) -> list[str]:
@@ -258,3 +275,190 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
     return [as_json, text]
+
+
+# The report on the terminal and the files of a run (--out, --video). Missing packages and directories raise before the arm is touched.
+
+
+class Outputs:
+    """Observers during the run and files after it. Use as a context manager around the run."""
+
+    def __init__(
+        self,
+        out: Path | None,
+        video: Path | None,
+        show_images: bool,
+        fps: float,
+        on_quit: Callable[[], None],
+        quiet: bool = False,
+        as_json: bool = False,
+        display: Display | None = None,
+    ) -> None:
+        """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error.
+
+        Raises ConfigError when `out` or `video` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
+        self._out, self._quiet, self._as_json = out, quiet, as_json
+        if out is not None:
+            _check_writable(out, "--out")
+            if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
+                raise MissingExtraError(f"--out draws joints.png with matplotlib, which is not installed: {install_command('plots')}")
+        self._video = VideoRecorder(video, fps) if video is not None else None
+        if video is not None:
+            _check_writable(video.parent, "--video")
+            if video.is_dir():
+                raise ConfigError(f"--video: '{video}' is a directory. Name a file in a directory that can be written.")
+        self._view = LiveView(on_quit=on_quit) if show_images else None
+        self._display = display
+        self._pictures = FirstAndLast() if out is not None else None
+        self._stack = ExitStack()
+
+    @property
+    def observers(self) -> list[Observer]:
+        return [observer for observer in (self._video, self._view, self._display, self._pictures) if observer is not None]
+
+    def __enter__(self) -> Outputs:
+        if self._video is not None:
+            self._stack.enter_context(self._video)
+        if self._view is not None:
+            self._stack.callback(self._view.close)
+        if self._display is not None:
+            self._stack.enter_context(self._display)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def write(
+        self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
+    ) -> None:
+        """Print the report, `warnings` and `notes` once more in it, and write the files. Raises ConfigError when the disk refuses; with `failing`,
+        when the run's own error is on its way to the user, that is only a warning."""
+        try:
+            self._write(loop, settings, warnings, notes)
+        except Exception as error:
+            if not failing:
+                raise
+            if isinstance(error, BrokenPipeError):
+                return  # it is what ended the run, and said as that
+            with suppress(OSError):  # whatever it was, it must not take the place of the error that ended the run
+                print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
+
+    def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], notes: Sequence[str]) -> None:
+        report = build_report(loop, settings, [*warnings, *self._video_warnings(), *(self._display.warnings if self._display else [])], notes=notes)
+        with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
+            try:
+                self._say(verdict(report) + "\n" if self._quiet else _for_terminal(loop, report))
+                if self._as_json:
+                    print(json.dumps(_strict(report), allow_nan=False), flush=True)
+            except OSError as error:
+                told.callback(_raise, error)
+            paths = self._write_files(loop, report)
+        if self._video is not None and self._video.error is None and self._video.path.exists():
+            paths.append(self._video.path)
+        if self._display is not None and self._display.path is not None and self._display.path.exists():
+            paths.append(self._display.path)
+        if paths:
+            self._say("wrote " + ", ".join(str(path) for path in paths) + "\n")
+
+    def _say(self, text: str) -> None:
+        print(text, end="", flush=True, file=sys.stderr if self._as_json else sys.stdout)
+
+    def _write_files(self, loop: ControlLoop, report: Mapping[str, Any]) -> list[Path]:
+        if self._out is None:
+            return []
+        paths = write_report(report, self._out)
+        if len(loop.trace):
+            try:
+                paths += save_run(loop.trace, self._out)
+                paths.append(plot_joints(loop.trace, self._out / "joints.png", loop.robot.joint_unit))
+                paths.append(self._write_html(loop, report))
+            except OSError as error:
+                raise ConfigError(f"--out: cannot write to '{self._out}': {error}. The report itself is there.") from error
+        return paths
+
+    def _write_html(self, loop: ControlLoop, report: Mapping[str, Any]) -> Path:
+        plots = [("joints", (self._out / "joints.png").read_bytes()), ("pace", timing_plot(loop.trace, loop.pacer.fps))]
+        frames = [("first", self._pictures.first), ("last", self._pictures.last)] if self._pictures is not None else []
+        page = html_report(report, verdict(report), as_text(report), plots, frames)
+        path = self._out / "report.html"
+        path.write_text(page, encoding="utf-8")
+        return path
+
+    def _video_warnings(self) -> list[str]:
+        if self._video is None:
+            return []
+        warnings = [f"the video ended early: {self._video.error}"] if self._video.error else []
+        if self._video.dropped_frames:
+            warnings.append(f"the video lacks {self._video.dropped_frames} frames: the encoder was slower than the loop.")
+        return warnings
+
+
+def _for_terminal(loop: ControlLoop, report: Mapping[str, Any]) -> str:
+    """The report; where nothing was played there is nothing to report but that."""
+    if loop.trace.moved or loop.trace.ended_by == "done":
+        return "\n" + as_text(report)
+    return "The arm was not moved: the run ended before the first target was sent.\n"
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _check_writable(directory: Path, flag: str) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".write_probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
+
+
+# The recorded run as a picture (commanded against measured, joint by joint) and as files for other programs.
+
+
+def save_run(trace: RunTrace, directory: Path) -> list[Path]:
+    """Write run.npz (arrays of `RunTrace.arrays` and joint_names) and run.csv (one line per tick) into `directory`; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    data = trace.arrays()
+    npz, csv = directory / "run.npz", directory / "run.csv"
+    np.savez_compressed(npz, joint_names=np.array(trace.joint_names), **data)
+    columns = [f"{kind}.{name}" for kind in ("measured", "target", "commanded") for name in trace.joint_names]
+    table = np.column_stack([data["time_s"], data["episode"], data["measured"], data["target"], data["commanded"]])
+    np.savetxt(csv, table, fmt="%.5f", delimiter=",", header=",".join(["time_s", "episode", *columns]), comments="")
+    return [npz, csv]
+
+
+def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
+    """Draw one panel per joint over time, begins of chunks and episodes as vertical lines; returns `path`. Raises MissingExtraError without
+    matplotlib."""
+    require("matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object interface: no global state, no display
+    from matplotlib.figure import Figure
+
+    data = trace.arrays()
+    joints = len(trace.joint_names)
+    figure = Figure(figsize=(11, 1.7 * joints), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(joints, 1, sharex=True, squeeze=False)[:, 0]
+    for index, (axis, name) in enumerate(zip(axes, trace.joint_names, strict=True)):
+        for start_s in data["time_s"][data["chunk_starts"]]:
+            axis.axvline(start_s, color="0.85", linewidth=0.8, zorder=0)
+        for start_s in data["time_s"][_later_episodes(data["episode"])]:
+            axis.axvline(start_s, color="tab:red", linestyle="--", linewidth=1.0, zorder=0)
+        axis.step(data["time_s"], data["commanded"][:, index], where="post", label="commanded", linewidth=1.2)
+        axis.plot(data["time_s"], data["measured"][:, index], label="measured", linewidth=1.2)
+        axis.set_ylabel(name.replace("_", "\n"), fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(loc="upper right", ncols=2, fontsize=8)
+    episodes = ", red lines: a new episode" if trace.episodes > 1 else ""
+    axes[0].set_title(f"joints ({unit}; gripper in per cent), grey lines: a new chunk{episodes}", fontsize=9)
+    axes[-1].set_xlabel("time (s)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _later_episodes(episode: np.ndarray) -> np.ndarray:
+    """Ticks at which an episode begins, but for the first; `episode` int64 (T,)."""
+    return np.flatnonzero(np.diff(episode)) + 1

@@ -1,4 +1,4 @@
-"""The last gate before the motors. Pure: no clock, no robot, only numbers in and numbers out.
+"""Limits on every target before it is sent: range, speed, following error, NaN. Pure functions of numbers: no clock, no robot.
 
 Axis alphabet of this file: J joints of the arm.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
-# Two thirds of an STS3215's no-load speed (45 rpm, 0.22 s per 60 deg, by its data sheet), 6 degrees per tick at 30 Hz: a choice, meant to let
-# ordinary motion pass and to turn a leap between two chunks into a ramp.
-DEFAULT_MAX_SPEED_DEG_S = 180.0
+# One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
+# ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).
+DEFAULT_MAX_SPEED_DEG_S = 350.0
+RECORDED_SPEED_TIMES = 1.5
 # How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
 # moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old.
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
@@ -23,18 +24,23 @@ LAG_S = 0.3
 PROGRESS_DEG = 3.0  # a joint that comes so much nearer to its target is late, not blocked
 BLOCKED_WARN_S, BLOCKED_END_S = 1.0, 5.0
 GRIPPER = "gripper"  # stands still against what it holds: that is its work
-# A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough that nobody wonders why the arm stands still.
+# A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
 DEFAULT_MAX_HELD_TICKS = 10
 
 
 @dataclass(frozen=True)
 class SafetyOptions:
-    """What the gate does besides refusing NaN. None switches a limit off."""
+    """What is limited besides NaN. None switches a limit off.
+
+    recorded_units_s: the fastest that each joint's target changed in the recordings (J,), joint units a second: RECORDED_SPEED_TIMES the fastest of
+    them limits the speed too, where that is less.
+    """
 
     clamp_to_limits: bool = True
     max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS
+    recorded_units_s: tuple[float, ...] | None = None
 
 
 class SafetyFilter:
@@ -59,6 +65,7 @@ class SafetyFilter:
         self.options = options or SafetyOptions()
         self._limits = _checked_limits(limits, joint_names)
         self._fps, self._units_per_deg, self._echo = fps, np.asarray(units_per_deg, np.float64), echo
+        self.options = self._with_recorded_speed()
         for name in ("max_speed_deg_s", "max_following_error_deg"):
             value = getattr(self.options, name)
             if value is not None and not (np.isfinite(value) and value > 0):
@@ -76,6 +83,19 @@ class SafetyFilter:
         self._blocked_ticks = np.zeros(len(joint_names), np.int64)
         self._blocked_at = np.zeros(len(joint_names))  # where each joint was when it last made progress
         self._held_in_a_row = 0
+
+    def _with_recorded_speed(self) -> SafetyOptions:
+        recorded, limit = self.options.recorded_units_s, self.options.max_speed_deg_s
+        if recorded is None or limit is None or not np.any(recorded):
+            return self.options
+        return replace(self.options, max_speed_deg_s=min(limit, RECORDED_SPEED_TIMES * float(np.max(recorded / self._units_per_deg))))
+
+    @property
+    def last(self) -> np.ndarray:
+        """The last target that was let through (J,), or the measured pose at `start`. Raises RuntimeError before `start`."""
+        if self._last is None:
+            raise RuntimeError("SafetyFilter.start(measured) must come before the last target")
+        return self._last.copy()
 
     def start(self, measured: np.ndarray) -> None:
         """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it. Raises UnsafeActionError."""

@@ -34,7 +34,7 @@ _SOON_S = 0.005  # this module's own code was interrupted: it lasts microseconds
 
 
 class StopRequested(BaseException):  # not an Exception: like KeyboardInterrupt it must not be swallowed
-    """The run shall end now. `reason` for the report, `exit_code` for the shell."""
+    """The run is to end now. `reason` for the report, `exit_code` for the shell."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)
@@ -54,6 +54,8 @@ class StopSignals:
     def __init__(self) -> None:
         self._mode = _Mode.QUIET
         self._request: tuple[str, int] | None = None
+        self._obeyed: tuple[str, int] | None = None
+        self._signals = 0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -73,22 +75,32 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        return self._request is not None
+        return (self._request or self._obeyed) is not None
 
     @property
     def exit_code(self) -> int | None:
         """What to exit with because of the request, or None when nothing was requested."""
-        return None if self._request is None else self._request[1]
+        request = self._obeyed or self._request
+        return None if request is None else request[1]
 
     @property
     def reason(self) -> str | None:
         """Why the end was requested, if it was."""
-        return None if self._request is None else self._request[0]
+        request = self._obeyed or self._request
+        return None if request is None else request[0]
 
     def request(self, reason: str, exit_code: int = 0) -> None:
         """Ask for the end from the program itself (a key press, another thread); takes effect at the next `check`."""
         if self._request is None:
             self._request = (reason, exit_code)
+
+    def obeyed(self) -> None:
+        """The request has led to an orderly end, which may take a while: from now on a further one raises. `reason` and `exit_code` stay the first
+        one's. A second signal that has come already counts as the further one."""
+        first = self._obeyed or self._request
+        self._obeyed, self._request = first, None
+        if self._signals > 1:
+            self._request = first
 
     def check(self) -> None:
         """Raise StopRequested if the end was asked for; the catch for whatever could not be raised at once."""
@@ -105,6 +117,7 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first = self._request is None
+        self._signals += 1
         if first:
             self._request = (signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
         if self._mode is _Mode.ATOMIC and first:
@@ -134,7 +147,7 @@ class _Armed:
 
     def __enter__(self) -> None:
         self._stop._mode = _Mode.ARMED
-        if self._stop.requested:
+        if self._stop._request is not None:
             self._stop._mode = _Mode.QUIET
             self._stop.check()
 
@@ -159,7 +172,7 @@ class _Atomic:
         if not self._entered:
             return
         self._stop._mode = _Mode.ARMED
-        if self._stop.requested and not isinstance(error, StopRequested):
+        if self._stop._request is not None and not isinstance(error, StopRequested):
             _set_timer(RAISE_AGAIN_S)
             self._stop.check()
 

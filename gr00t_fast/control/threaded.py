@@ -1,15 +1,14 @@
 """Inference overlaps the motion: while the arm plays a chunk, a worker makes the next one.
 
-This file decides when to think and hands results over; which action is due is decided in chunk_buffer.py, the thread is in worker.py.
+This file decides when to infer and passes results on; which action is due is decided in chunk_buffer.py, the thread is in controller.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,10 +16,22 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, ChunkBuffer, DelayEstimate, TimedChunk, Verdict
-from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, HoldLimit, PolicyRunner, TickNote, check_horizon, check_length, timed_out
-from gr00t_fast.control.worker import Outcome, ThreadWorker, Worker, value_of, wait_alive
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, TimedChunk
+from gr00t_fast.control.controller import (
+    DEFAULT_MAX_HOLD_S,
+    CallResult,
+    HoldLimit,
+    PolicyRunner,
+    ThreadWorker,
+    TickNote,
+    Worker,
+    check_horizon,
+    check_length,
+    timed_out,
+    value_of,
+    wait_with_keep_alive,
+)
+from gr00t_fast.errors import ConfigError, InferenceTooLongError
 from gr00t_fast.measurement import percentiles
 
 Smoothing = Literal["none", "rtc", "prefix", "ensemble"]
@@ -30,11 +41,11 @@ _ARRIVAL_MARGIN_TICKS = 1  # the quantile of the delay is exceeded now and then
 
 @dataclass(frozen=True)
 class OverlapOptions:
-    """How thinking and moving overlap. The defaults think all the time and play each action at its tick.
+    """How inference and motion overlap. The defaults infer all the time and play each action at its tick.
 
-    chunk_threshold: think again when this part of the chunk is left, 0..1 (but always early enough to be in time, as far as the estimated
+    chunk_threshold: infer again when this part of the chunk is left, 0..1 (but always early enough to be in time, as far as the estimated
     delay tells); None: as soon as the last inference is done.
-    smoothing: how a chunk joins the one before. rtc and prefix: the policy continues it (needs a ContinuingPolicy); ensemble: average.
+    smoothing: how a chunk joins the one before. rtc and prefix: the policy continues it (see Policy.continues); ensemble: average.
     when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
     see ChunkBuffer.
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
@@ -80,10 +91,10 @@ class ThreadedController:
         policy tells that itself (None). Raises ConfigError."""
         check_horizon(action_horizon)
         self.options = options or OverlapOptions()
-        if self.options.continues and "prefix" not in inspect.signature(policy.get_action).parameters:
+        if self.options.continues and self.options.smoothing not in policy.continues:
             raise ConfigError(
                 f"smoothing '{self.options.smoothing}' needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
-                "Use --smoothing=none or ensemble."
+                "Use --engine=eager, or --smoothing=none or ensemble."
             )
         self.note = TickNote()
         self._runner = PolicyRunner(policy, binding, instruction, clock)
@@ -106,28 +117,42 @@ class ThreadedController:
     def needs_observation(self) -> bool:
         return self._buffer.empty and self._first is None
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Mapping[str, float]:
         """In the worker's thread: thread pools and library handles belong to a thread. Raises what the policy raises.
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
-        options = {"prefix_method": self.options.smoothing} if self.options.continues else {}
-        self._worker.submit(lambda: self._runner.warm_up(**options))
-        timing_ms = value_of(wait_alive(self._worker, self._clock, None))
+        self._worker.submit(lambda: self._runner.warm_up(self.options.smoothing if self.options.continues else None))
+        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.continues and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
+        return timing_ms
+
+    def usual_delay_ticks(self, count: int) -> int:
+        """The smallest of the last `count` delays; 0 before there were so many."""
+        return min(self._delays[-count:]) if len(self._delays) >= count else 0
+
+    @property
+    def instruction(self) -> str:
+        return self._runner.instruction
+
+    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
+        method = self.options.smoothing if self.options.continues else None
+        self._runner = self._runner.instructed(instruction, self._worker, self._watch.limit_s, keep_alive, method)
 
     def reset(self) -> None:
         """What the last episode left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
         self._buffer.reset()
+        self._runner.binding.reset()
         self._watch.reset()
         self._first = self._entered = None
         self._reset_policy = True
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
         """The first chunk of an episode, waited for: the arm stands still. Raises what the policy raises, recoverable or not: there is nothing
-        to hold yet. Raises ConfigError when the very first one takes so long that nothing of a later chunk would be left to play, and
+        to hold yet. Raises InferenceTooLongError when the very first one takes so long that nothing of a later chunk would be left to play, and
         InferenceTimeoutError when none comes within `max_hold_s`."""
+        self._runner.binding.remember(observation)
         if self._worker.busy:
             self._take(self._waited_for(keep_alive), tick=0)  # of the episode before: dropped as stale
         self._submit(observation, tick=0, prefix=None)
@@ -140,6 +165,7 @@ class ThreadedController:
         return self._first.chunk
 
     def see(self, observation: Observation, tick: int) -> None:
+        self._runner.binding.remember(observation)
         self._collect(tick + 1)  # this tick's target is out
         if not self._worker.busy and self._is_time(tick):
             self._submit(observation, tick, self._prefix(tick))
@@ -151,25 +177,25 @@ class ThreadedController:
         self._collect(tick)
         due = self._buffer.due(tick)
         self._watch(tick, due.starved)
-        self.note = TickNote(due.age_ticks, due.starved, self._entered)
+        self.note = TickNote(due.age_ticks, due.starved, self._entered, due.row)
         self._entered = None
         return due.target
 
     def summary(self) -> dict[str, Any]:
-        verdicts = self._buffer.verdicts
+        admissions = self._buffer.admissions
         return {
             "kind": "threaded",
             "smoothing": self.options.smoothing,
             "when_late": self.options.when_late,
             "starved_ticks": self._buffer.starved_ticks,
-            "chunks_entered": verdicts[Verdict.ENTERED],
-            "chunks_stale": verdicts[Verdict.STALE],
-            "chunks_expired": verdicts[Verdict.EXPIRED],
+            "chunks_entered": admissions[Admission.ENTERED],
+            "chunks_stale": admissions[Admission.STALE],
+            "chunks_expired": admissions[Admission.EXPIRED],
             "lost_inferences": self._lost_inferences,
             "delay_ticks": percentiles(self._delays),
             "delay_estimate_ticks": percentiles(self._estimates),
             "inference_left_running": self._left_running,
-            **self._runner.summary(),
+            **self._runner.policy.summary(),
         }
 
     def close(self, timeout_s: float) -> bool:
@@ -177,11 +203,11 @@ class ThreadedController:
         self._left_running = not ended
         return ended
 
-    # Thinking
+    # Inference
 
-    def _waited_for(self, keep_alive: Callable[[], None]) -> Outcome:
+    def _waited_for(self, keep_alive: Callable[[], None]) -> CallResult:
         limit_s = self._watch.limit_s
-        outcome = wait_alive(self._worker, self._clock, limit_s, keep_alive)
+        outcome = wait_with_keep_alive(self._worker, self._clock, limit_s, keep_alive)
         if outcome is None:
             raise timed_out(limit_s or 0.0, "the first chunk of the episode is not there")
         return outcome
@@ -199,7 +225,7 @@ class ThreadedController:
         episode, reset, self._reset_policy = self._buffer.episode, self._reset_policy, False
         options = {} if prefix is None else {"prefix": prefix}
 
-        def think() -> TimedChunk:
+        def infer() -> TimedChunk:
             if reset:
                 self._runner.policy.reset()
             chunk, actions = self._runner.infer(observation, **options)
@@ -207,7 +233,7 @@ class ThreadedController:
             chunk = dataclasses.replace(chunk, targets=chunk.targets[: self._horizon])
             return TimedChunk(chunk, tick, episode, {key: values[: self._horizon] for key, values in actions.items()})
 
-        self._worker.submit(think)
+        self._worker.submit(infer)
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
@@ -223,7 +249,7 @@ class ThreadedController:
         if outcome is not None:
             self._take(outcome, tick)
 
-    def _take(self, outcome: Outcome, tick: int) -> None:
+    def _take(self, outcome: CallResult, tick: int) -> None:
         if isinstance(outcome.error, self.options.recoverable):
             self._lost_inferences += 1
             return
@@ -231,7 +257,7 @@ class ThreadedController:
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
-        if self._buffer.offer(timed, tick) is Verdict.ENTERED:
+        if self._buffer.offer(timed, tick) is Admission.ENTERED:
             self._entered = timed.chunk
 
     def _note_delay(self, ticks: int) -> None:
@@ -241,7 +267,8 @@ class ThreadedController:
 
     def _check_in_time(self, ticks: int, horizon: int) -> None:
         if self.options.when_late == "hold" and ticks >= horizon:
-            raise ConfigError(
+            raise InferenceTooLongError(
                 f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
-                "arrives. Use --controller=sync (the arm waits), --when_late=resume (it stops and goes on), a lower --fps or a faster device."
+                "arrives. Use --controller=sync (the arm waits), --when_late=resume (it stops and goes on), a lower --fps or a faster device.",
+                ticks,
             )

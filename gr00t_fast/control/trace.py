@@ -10,11 +10,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, Clock, LandingReport
+from gr00t_fast.contracts import ActionChunk, Clock, LandingReport, Policy
 from gr00t_fast.control.pacer import Pacer
 
 
@@ -28,6 +27,28 @@ class ChunkRecord:
     overlapped: bool = False
 
 
+@dataclass(frozen=True)
+class TickRecord:
+    """A tick as those see it who look on.
+
+    time_s: when its target was sent, since the run began. target, commanded (J,): what the policy wanted, what was sent. ahead (L, J): the rows of
+    the playing chunk from this tick's on, L 0 when it has run out. inference_ms: of that chunk. tick_error_ms: how late the last tick was that had a
+    deadline. missed_ticks: so far.
+    """
+
+    number: int
+    episode: int
+    time_s: float
+    target: np.ndarray
+    commanded: np.ndarray
+    ahead: np.ndarray
+    inference_ms: float
+    age_ticks: int
+    starved: bool
+    tick_error_ms: float
+    missed_ticks: int
+
+
 class RunTrace:
     """Columns of a run, filled by the control loop and read by report, plots and tests."""
 
@@ -38,6 +59,7 @@ class RunTrace:
         self.episodes = 0
         self.episodes_solved: int | None = None  # None: the arm cannot tell (a real one)
         self.ended_by = "error"
+        self.dry_run: tuple[str, dict[str, np.ndarray]] | None = None  # of a dry run: its table, and the pictures that it saw by camera
         self.moved = False  # whether a target was on its way to the arm, however little of it arrived
         self.events: dict[str, int] = {}
         self.landing: LandingReport | None = None
@@ -58,7 +80,7 @@ class RunTrace:
     def add_chunk(self, chunk: ActionChunk, pause_s: float, overlapped: bool = False) -> None:
         """Note an inference whose first action is sent at the coming tick; its inner stages become `infer/<stage>`."""
         self.chunks.append(ChunkRecord(len(self), chunk.inference_ms, 1000 * pause_s, overlapped))
-        if overlapped:  # nobody timed it from outside
+        if overlapped:  # the loop did not time it
             self.stages_ms["infer"].append(chunk.inference_ms)
         for stage, value_ms in chunk.stages_ms.items():
             self.stages_ms[f"infer/{stage}"].append(value_ms)
@@ -127,7 +149,7 @@ PROGRESS_EVERY_S = 5.0  # often enough to see that it lives, seldom enough to le
 _WIDTH = 16
 
 
-class Progress:
+class ProgressLine:
     """A line every few seconds, whatever the controller: one that infers while the arm moves has no other sign of life."""
 
     def __init__(self, trace: RunTrace, pacer: Pacer, clock: Clock, echo: Callable[[str], None]) -> None:
@@ -160,12 +182,9 @@ def dry_run_table(names: Sequence[str], present: np.ndarray, wanted: np.ndarray,
     return "\n".join(lines + [f"{name:<{_WIDTH}}{now:>12.1f}{target:>12.1f}{limited:>12.1f}" for name, now, target, limited in rows])
 
 
-def summary(policy: Any, robot_name: str, fps: float, action_horizon: int | None, instruction: str) -> str:
-    """One line about what is going to run. A policy in this process tells more of itself than a server's."""
-    what = []
-    if hasattr(policy, "engine"):
-        what = [f"{policy.engine.name} on {policy.device}", str(policy.dtype).removeprefix("torch."), f"{policy.denoising_steps} denoising steps"]
-    trained = policy.facts.trained_horizon
-    played = action_horizon or getattr(policy, "action_horizon", trained)  # the policy's own, when its data config has fewer indices
-    what += [f"{played} of {trained} actions per inference", f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
+def summary(policy: Policy, robot_name: str, fps: float, action_horizon: int | None, instruction: str) -> str:
+    """One line about what is going to run."""
+    trained = policy.metadata.trained_horizon
+    played = action_horizon or policy.action_horizon or trained
+    what = [*policy.describe(), f"{played} of {trained} actions per inference", f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
     return "ready: " + ", ".join(what)

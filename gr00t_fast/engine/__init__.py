@@ -1,39 +1,38 @@
 """Ways to run the network: over the plain torch model, or over files exported from it. Same noise, same actions."""
 
-from gr00t_fast.engine.base import AnyEngine, Engine, FrameEngine, warming_up
-from gr00t_fast.engine.continuation import Goal, soft_mask
+from gr00t_fast.engine.base import Engine, PolicyInputs, check_own_engine, warming_up
+from gr00t_fast.engine.continuation import Continuation, prefix_weights
+from gr00t_fast.engine.device import select_device, select_precision
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.select import (
     CALIBRATED,
     ENGINES,
     EXPORTED,
     check_engine,
+    check_network,
     make_engine,
     open_engine,
     prepare_engine,
     runs_from_files,
-    select_device,
-    select_precision,
 )
-from gr00t_fast.engine.static_call import RawInputs
 
 __all__ = [
     "CALIBRATED",
     "ENGINES",
     "EXPORTED",
-    "AnyEngine",
+    "Continuation",
     "Engine",
-    "FrameEngine",
-    "Goal",
-    "RawInputs",
+    "PolicyInputs",
     "Target",
     "check_engine",
+    "check_network",
+    "check_own_engine",
     "make_engine",
     "open_engine",
+    "prefix_weights",
     "prepare_engine",
     "runs_from_files",
     "select_device",
     "select_precision",
-    "soft_mask",
     "warming_up",
 ]

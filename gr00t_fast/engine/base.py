@@ -1,51 +1,109 @@
-"""What an engine is."""
+"""What an engine is, and what goes into one.
+
+Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A padded action width, P padded state width.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from gr00t_fast.engine.continuation import Goal
-from gr00t_fast.engine.static_call import RawInputs, ToJoints
+from gr00t_fast.engine.continuation import Continuation
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.timing import StageTimer
 
 
-class Engine(Protocol):
-    """Runs the network for one batch. Stages are timed under the names vision, language, refine, denoise."""
+@dataclass(frozen=True)
+class PolicyInputs:
+    """One batch on the host, checked and transformed; no tensor is made yet.
 
-    name: str
-    continues: bool  # whether `run` takes a goal
+    frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, S), padded on the right; lengths int64 (B,);
+    image_positions int64 (V,), the same in every prompt because pictures come first; state float32 (B, P), normalised. to_pixels: what makes the
+    network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state: `state.<part>`
+    (B, T, D) as observed, where actions are relative to it.
+    """
 
-    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
-        """noise (B, H, A), fp32 or the model's dtype -> normalised actions (B, H, A) on the model's device; with `goal` a chunk that continues
-        another one, in fp32."""
+    frames: Sequence[np.ndarray]
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    image_positions: np.ndarray
+    state: np.ndarray
+    to_pixels: Callable[[Tensor], Tensor]
+    batched: bool = True
+    raw_state: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def synchronise(self) -> None:
-        """Wait until everything submitted has finished; nothing to do on a CPU."""
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        return bool((self.lengths != self.input_ids.shape[1]).any())
+
+    def item(self, index: int) -> PolicyInputs:
+        """One of the batch alone, its prompt without padding."""
+        one, tokens = slice(index, index + 1), int(self.lengths[index])
+        frames = [frames[one] for frames in self.frames]
+        raw_state = {key: values[one] for key, values in self.raw_state.items()}
+        given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
+        return replace(self, frames=frames, **given)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs:
+        """The network's tensors. Bytes are uploaded; pixels are made of them on the device."""
+        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
+        frames = (torch.from_numpy(np.require(each, requirements=("C", "W"))).to(device) for each in self.frames)
+        pixels = torch.stack([self.to_pixels(each) for each in frames], dim=1)  # (B, C, 3, h, w)
+        mask = torch.from_numpy(np.arange(self.input_ids.shape[1]) < self.lengths[:, None]).to(device) if self.padded else None
+        ids, positions, state = (torch.from_numpy(each).to(device) for each in (self.input_ids, self.image_positions, self.state))
+        return ModelInputs(pixels.to(dtype), ids, positions, state.to(dtype), mask)
+
+
+class Inputs(Protocol):
+    """What an engine over tensors takes: PolicyInputs, or ModelInputs that are there already."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs: ...
 
 
 @runtime_checkable
-class FrameEngine(Protocol):
-    """An engine that makes the pixels too, and joint units of the actions: bytes go in, so that all that follows can be one submission."""
+class Engine(Protocol):
+    """Runs the network for one batch. Stages are timed: `preprocess` (tensors of PolicyInputs), vision, language, refine, denoise, or all as one.
+
+    To derive from it: only `run` has to be written, and the attributes given.
+    """
 
     name: str
-    continues: bool  # whether `run_raw` takes a goal
-    to_joints: ToJoints | None  # given before the first call; without it actions come out normalised
+    precision: str = ""  # what it computes in, where that is not `dtype`: int8, fp8
+    device: torch.device
+    dtype: torch.dtype
+    continues: frozenset[str] = frozenset()  # methods of Continuation that `run` can do
 
-    def run_raw(self, raw: RawInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> np.ndarray:
-        """noise fp32 (B, H, A) and `goal` on the host -> actions float32 (B, H, A) on the host; those of the padding stay normalised."""
+    def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
+        """noise (B, H, A) -> normalised actions (B, H, A), of any float type and on any device. With `continuation` a chunk that continues another
+        one. `noise` and `continuation` are fp32 on the host. Raises ConfigError for what the engine cannot do."""
 
     def synchronise(self) -> None:
-        """As `Engine.synchronise`."""
+        """Wait until everything submitted has finished; nothing to do on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
 
-AnyEngine = Engine | FrameEngine
+def check_own_engine(engine: Any) -> None:
+    """Raises ConfigError when an engine of the user's own lacks a part of the protocol."""
+    absent = [name for name in ("name", "device", "dtype", "continues", "run", "synchronise") if not hasattr(engine, name)]
+    if absent:
+        raise ConfigError(
+            f"engine: the {type(engine).__name__} given has no {', '.join(absent)}. Derive it from gr00t_fast.engine.Engine, and set what is missing."
+        )
 
 
 @runtime_checkable
@@ -65,7 +123,7 @@ def tell_new(log: logging.Logger, engine: Prepares, what: str) -> None:
 
 
 @contextmanager
-def warming_up(engine: AnyEngine) -> Iterator[None]:
+def warming_up(engine: Engine) -> Iterator[None]:
     """Inside, `engine` prepares what is new to it without a warning."""
     if not isinstance(engine, Prepares):
         yield

@@ -72,7 +72,7 @@ def write_calibration(
 def read_calibration(directory: Path, target: Target) -> Calibration:
     """Raises EngineError when there is none in `directory` or it is damaged, and StaleEngineError when it was made for other weights, statistics,
     cameras or data configuration. Every message names the command that makes it."""
-    remedy = remedy_for(directory, target, PROGRAM, "--calibration=DATASET")
+    remedy = remedy_for(directory, target, PROGRAM, "--observations=DATASET")
     manifest = check_manifest(directory, KIND, target, remedy)
     try:
         return Calibration(_parsed(manifest, load_file(str(directory / SCALES_NAME))))

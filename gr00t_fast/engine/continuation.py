@@ -23,69 +23,69 @@ Axis alphabet: B batch, H horizon, A padded action width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-MAX_GUIDANCE = 5.0  # beta in Black et al. 2025
+from gr00t_fast.model.action_head import Velocity, integrate
 
-Velocity = Callable[[Tensor, int], Tensor]  # (actions (B, H, A), Euler step) -> (B, H, A)
+MAX_GUIDANCE_WEIGHT = 5.0  # beta in Black et al. 2025
 
 
 @dataclass(frozen=True)
-class Goal:
+class Continuation:
     """What a chunk shall continue: actions fp32 (B, H, A), normalised, and how much each counts: weights fp32 (H, A), 0..1."""
 
     actions: Tensor
     weights: Tensor
     method: Literal["rtc", "prefix"]
 
+    def to(self, device: torch.device) -> Continuation:
+        return Continuation(self.actions.to(device), self.weights.to(device), self.method)
 
-def soft_mask(horizon: int, delay: int, overlap: int) -> Tensor:
-    """Weights (H,): 1 for the `delay` rows that will have been executed, 0 from row `overlap` on, falling in between.
+    def item(self, index: int) -> Continuation:
+        """Of one item of the batch."""
+        return Continuation(self.actions[index : index + 1], self.weights, self.method)
 
-    `c (e^c - 1) / (e - 1)` with `c` falling linearly from 1 to 0 (Black et al. 2025).
+
+def prefix_weights(horizon: int, inference_delay: int, execution_horizon: int) -> Tensor:
+    """Weights (H,): 1 for the first `inference_delay` rows, 0 from row `execution_horizon` on, falling in between.
+
+    `c (e^c - 1) / (e - 1)` with `c` falling linearly from 1 to 0 (Black et al. 2025; lerobot's prefix_attention_schedule EXP).
     """
-    fall = (overlap - torch.arange(horizon, dtype=torch.float32)) / (overlap - delay + 1)
+    fall = (execution_horizon - torch.arange(horizon, dtype=torch.float32)) / (execution_horizon - inference_delay + 1)
     fall = fall.clamp(0.0, 1.0)
     weights = fall * torch.expm1(fall) / math.expm1(1.0)
-    weights[:delay] = 1.0
+    weights[:inference_delay] = 1.0
     return weights
 
 
 def guidance_weight(t: float, steps: int) -> float:
-    limit = min(MAX_GUIDANCE, float(steps))
+    """w(t) of the module's text, at most lerobot's max_guidance_weight."""
+    limit = min(MAX_GUIDANCE_WEIGHT, float(steps))
     return limit if t == 0 else min(limit, (t**2 + (1 - t) ** 2) / (t * (1 - t)))
 
 
-def denoise_towards(velocity: Velocity, noise: Tensor, steps: int, goal: Goal) -> Tensor:
+def denoise_towards(velocity: Velocity, noise: Tensor, steps: int, continuation: Continuation) -> Tensor:
     """Integrate in fp32: noise (B, H, A) -> normalised actions (B, H, A). `velocity` must be differentiable for method "rtc"."""
-    integrate = _guided if goal.method == "rtc" else _overwritten
-    return integrate(velocity, noise.float(), steps, goal)
+    noise, known, weights = noise.float(), continuation.actions, continuation.weights
 
-
-def _guided(velocity: Velocity, noise: Tensor, steps: int, goal: Goal) -> Tensor:
-    actions = noise
-    for step in range(steps):
+    def guided(actions: Tensor, step: int) -> Tensor:
         t = step / steps
         with torch.enable_grad():
             start = actions.detach().requires_grad_()
             flow = velocity(start, step).float()
             end = start + (1 - t) * flow  # (B, H, A)
-        gap = goal.weights * (goal.actions - end.detach())
-        (pull,) = torch.autograd.grad(end, start, gap)
-        actions = actions + (flow.detach() + guidance_weight(t, steps) * pull) / steps
-    return actions
+        (pull,) = torch.autograd.grad(end, start, weights * (known - end.detach()))
+        return flow.detach() + guidance_weight(t, steps) * pull
 
-
-def _overwritten(velocity: Velocity, noise: Tensor, steps: int, goal: Goal) -> Tensor:
-    actions = noise
-    for step in range(steps):
+    def on_path(actions: Tensor, step: int) -> Tensor:
         t = step / steps
-        path = (1 - t) * noise + t * goal.actions
-        actions = torch.lerp(actions, path, goal.weights)  # exactly the path where the weight is 1
-        actions = actions + velocity(actions, step).float() / steps
-    return torch.lerp(actions, goal.actions, goal.weights)
+        return torch.lerp(actions, (1 - t) * noise + t * known, weights)  # exactly the path where the weight is 1
+
+    if continuation.method == "rtc":
+        return integrate(guided, noise, steps)
+    actions = integrate(lambda actions, step: velocity(actions, step).float(), noise, steps, before=on_path)
+    return torch.lerp(actions, known, weights)

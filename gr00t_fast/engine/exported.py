@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.continuation import Goal, denoise_towards
+from gr00t_fast.engine.base import Engine, Inputs
+from gr00t_fast.engine.continuation import Continuation, denoise_towards
+from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.manifest import Manifest
-from gr00t_fast.engine.select import PRECISIONS
 from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError
 from gr00t_fast.model import ModelInputs, StepTables
@@ -33,10 +34,10 @@ class Runtime(Protocol):
         next call of the same stage writes again; those of denoise_step may not."""
 
 
-class ExportedEngine:
-    """An Engine over a `Runtime`. The torch weights are never read."""
+class ExportedEngine(Engine):
+    """Over a `Runtime`. The torch weights are never read."""
 
-    continues = True  # by method "prefix": "rtc" needs the network's gradient, which no exported graph gives
+    continues = frozenset({"prefix"})  # "rtc" needs the network's gradient, which no exported graph gives
 
     name: str
 
@@ -46,22 +47,26 @@ class ExportedEngine:
             raise EngineError(f"the export in {directory} has no stage {', '.join(missing)}. Run: {remedy}")
         self.manifest, self.device = manifest, runtime.device
         self.dtype = PRECISIONS[manifest.precision]
+        self.precision = (manifest.quantisation or {}).get("format") or ""
         self.runtime, self._remedy = runtime, remedy
         self._tables = ExportTables(directory, remedy)
         self._steps: dict[int, StepTables] = {}
 
     @torch.inference_mode()
-    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
+    def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`. Items of a batch run one after the other, each exactly as it would alone.
 
         Raises ConfigError for a step count or a continuation that the export cannot do, ObservationError for a prompt beyond its longest.
         """
-        if goal is not None and goal.method != "prefix":
+        if continuation is not None and continuation.method != "prefix":
             raise ConfigError(
-                f"the engine '{self.name}' cannot continue a chunk by '{goal.method}': that needs the network's gradient. "
+                f"the engine '{self.name}' cannot continue a chunk by '{continuation.method}': that needs the network's gradient. "
                 "Use --smoothing=prefix (or none, ensemble), or --engine=eager."
             )
         tables = self.tables(denoising_steps)
+        with timer.stage("preprocess"):
+            inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
+            continuation = continuation and continuation.to(self.device)
         prompts = [self._prompt(inputs, item) for item in range(noise.shape[0])]
         chunks = []
         for item, ids in enumerate(prompts):
@@ -72,8 +77,7 @@ class ExportedEngine:
                 keys, values = self._call("language", {"embeddings": self._embed(ids, inputs.image_positions, tokens)}, "keys", "values")
             with timer.stage("denoise"):
                 fixed = {"state": inputs.state[one], "keys": keys, "values": values}
-                own = None if goal is None else Goal(goal.actions[one], goal.weights, goal.method)
-                chunks.append(self._denoise(noise[one], fixed, tables, own))
+                chunks.append(self._denoise(noise[one], fixed, tables, continuation and continuation.item(item)))
         return torch.cat(chunks)
 
     def tables(self, steps: int) -> StepTables:
@@ -83,10 +87,6 @@ class ExportedEngine:
             self._steps[steps] = StepTables(tables.tau.to(self.device), tables.modulation.to(self.device))
         return self._steps[steps]
 
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
     def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
         """Ids (S,) of one item on the CPU, without padding."""
         ids = inputs.input_ids[item] if inputs.prompt_mask is None else inputs.input_ids[item][inputs.prompt_mask[item]]
@@ -95,7 +95,7 @@ class ExportedEngine:
             text = len(ids) - self.manifest.shapes["image_tokens"]
             raise ObservationError(
                 f"the instruction makes a prompt of {len(ids)} tokens; this export takes {most}. Shorten it, or make the graphs again "
-                f"with export/to_onnx.py and --max_text_tokens={text}, and what was made from them: {self._remedy}"
+                f"with gr00t-fast export onnx and --max_text_tokens={text}, and what was made from them: {self._remedy}"
             )
         return ids.cpu()
 
@@ -103,15 +103,17 @@ class ExportedEngine:
         """Embeddings (1, S, width) with the image tokens in their places."""
         return self._tables.embed(ids).to(self.device).index_copy(1, image_positions, tokens)
 
-    def _denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, goal: Goal | None) -> Tensor:
+    def _denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, continuation: Continuation | None) -> Tensor:
         def step(actions: Tensor, index: int, size: float) -> Tensor:
             of_step = {"tau": tables.tau[index], "modulation": tables.modulation[index]}
             length = torch.full((1,), size, dtype=self.dtype, device=self.device)
             return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")[0]
 
-        if goal is not None:
+        if continuation is not None:
             # a step of length 1 moves by the velocity itself
-            return denoise_towards(lambda actions, index: step(actions.to(self.dtype), index, 1.0).float() - actions, noise, tables.steps, goal)
+            return denoise_towards(
+                lambda actions, index: step(actions.to(self.dtype), index, 1.0).float() - actions, noise, tables.steps, continuation
+            )
         actions = noise.to(self.dtype)
         for index in range(tables.steps):
             actions = step(actions, index, 1.0 / tables.steps)

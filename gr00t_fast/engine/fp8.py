@@ -15,12 +15,11 @@ import torch
 
 from gr00t_fast.engine.calibration import Calibration, read_calibration
 from gr00t_fast.engine.compilers import check_compiler
-from gr00t_fast.engine.continuation import Goal
+from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.engine.fused import FusedModel, compiled
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import rewritten
-from gr00t_fast.engine.static_call import ToPixels
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.model import Gr00tN1d5
 
@@ -38,7 +37,7 @@ def prepare(name: str, directory: Path, target: Target, device: torch.device) ->
     return functools.partial(fp8_engine, calibration=read_calibration(directory, target))
 
 
-def fp8_engine(model: Gr00tN1d5, to_pixels: ToPixels | None, calibration: Calibration) -> GraphEngine:
+def fp8_engine(model: Gr00tN1d5, calibration: Calibration) -> GraphEngine:
     """`model` is not needed afterwards: drop it, and the 16-bit weights of the rounded layers are free.
 
     Raises EngineError for a GPU that lacks the format, or a calibration of another network; MissingExtraError without triton, ConfigError without a
@@ -47,7 +46,9 @@ def fp8_engine(model: Gr00tN1d5, to_pixels: ToPixels | None, calibration: Calibr
     check_gpu(model.device)
     check_compiler(NAME, model.device.type)
     fused = FusedModel(rewritten(model, calibration.scales), steps="triton")
-    return GraphEngine(NAME, fused, to_pixels, compiled(fused.stages(), COMPILED), check_call)
+    engine = GraphEngine(NAME, fused, compiled(fused.stages(), COMPILED), check_call)
+    engine.precision = NAME
+    return engine
 
 
 def check_gpu(device: torch.device) -> None:
@@ -66,10 +67,10 @@ def has_product(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
-def check_call(steps: int, goal: Goal | None) -> None:
+def check_call(steps: int, continuation: Continuation | None) -> None:
     """Raises ConfigError for a continuation by gradient: rounding has none. Any step count will do: no scale depends on it."""
-    if goal is not None and goal.method != "prefix":
+    if continuation is not None and continuation.method != "prefix":
         raise ConfigError(
-            f"the engine 'fp8' cannot continue a chunk by '{goal.method}': that needs the network's gradient. "
+            f"the engine 'fp8' cannot continue a chunk by '{continuation.method}': that needs the network's gradient. "
             "Use --smoothing=prefix (or none, ensemble), or --engine=cuda_graph."
         )

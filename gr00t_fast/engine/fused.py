@@ -6,7 +6,7 @@ actions by rounding alone, and tests compare every stage with the plain one:
 * Matrices that multiply the same input lie side by side and are one product: gate and up of the decoder's MLP, keys and values of all
   cross-attending blocks. The model's own weights become views of the joined ones: nothing is held twice.
 * No nonlinearity lies between the action encoder's first two layers, nor between the transformer's last and the decoder's first: each pair is
-  one matrix, computed in fp32 (the only new weights, some 4 MB). What the time adds to the action encoder is tabulated per step.
+  one matrix (the only new weights, some 4 MB). What the time adds to the action encoder is tabulated per step.
 * AdaLN's scale and shift are the weight and bias of the norm itself; a residual, and the norm that follows it, are one operation of `ops`.
 * Queries and keys are normed and rotated in one go; the tables of the rotation are made once.
 * Patches without overlap are rows of a product, not a convolution. The last block's end runs on the action tokens alone.
@@ -17,6 +17,7 @@ Axis alphabet: I images, B batch, C cameras, V image tokens, S prompt tokens, H 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from gr00t_fast.engine.ops import Norm, TorchOps
-from gr00t_fast.model import Condition, Gr00tN1d5, ModelInputs, StepTables
+from gr00t_fast.model import Condition, Gr00tN1d7, ModelInputs, Network, StepTables
+from gr00t_fast.model.action_head import ActionHead, euler_step_in_one, integrate
 from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
+from gr00t_fast.model.gr00t_n1d7 import prompt_rotary
 from gr00t_fast.model.language import QwenBlock
-from gr00t_fast.model.layers import CategoryLinear, PreNormBlock, merge_heads, rotary_tables, split_heads
+from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
+from gr00t_fast.model.vision_qwen import PatchMerger, patches_of
 
 _ROTARY_POSITIONS = 2048  # rows of the tables: eight pictures are 2048 tokens; longer prompts make their own
 
@@ -43,13 +47,17 @@ class Stages:
     encode_vision: Callable[[Tensor], Tensor]
     encode_language: Callable[[ModelInputs, Tensor], Tensor]
     refine: Callable[[Tensor], Tensor]
-    condition: Callable[[Tensor, Tensor], Condition]
+    condition: Callable[[Tensor, Tensor, Tensor | None], Condition]
     velocity: Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 
     @classmethod
-    def of_plain(cls, model: Gr00tN1d5) -> Stages:
+    def of_plain(cls, model: Network) -> Stages:
         """The plain model's own: the slow twin."""
-        return cls(model.encode_vision, model.encode_language, model.head.refine, model.head.condition, model.head.velocity)
+
+        def condition(vl_features: Tensor, state: Tensor, image_positions: Tensor | None = None) -> Condition:
+            return model.head.condition(vl_features, state, None, image_positions)
+
+        return cls(model.encode_vision, model.encode_language, model.head.refine, condition, model.head.velocity)
 
     def __call__(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
         """As Gr00tN1d5.forward: noise (B, H, A) -> normalised actions (B, H, A)."""
@@ -58,46 +66,80 @@ class Stages:
     def prepare(self, inputs: ModelInputs) -> Condition:
         """All that the denoising steps have in common."""
         features = self.encode_language(inputs, self.encode_vision(inputs.pixel_values))  # (B, S, D)
-        return self.condition(self.refine(features), inputs.state)
+        return self.condition(self.refine(features), inputs.state, inputs.image_positions)
 
     def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
-        """As ActionHead.denoise; the step's length is a factor of the addition, which saves a launch."""
-        actions = noise
-        for step in range(tables.steps):
-            velocity = self.velocity(actions, condition, tables.tau[step], tables.modulation[step])
-            actions = torch.add(actions, velocity, alpha=1.0 / tables.steps)
-        return actions
+        """As ActionHead.denoise."""
+
+        def velocity(actions: Tensor, step: int) -> Tensor:
+            return self.velocity(actions, condition, tables.tau[step], tables.modulation[step])
+
+        return integrate(velocity, noise, tables.steps, euler_step_in_one)
+
+
+@dataclass(frozen=True)
+class FoldedEncoder:
+    """The action encoder with its first two layers, which have no nonlinearity between them, as one matrix. Computed in fp64.
+
+    weight (A, D): W1, then what W2 does to it; its bias is in the step tables. of_time (D, D) and constant (D,), fp64: what W2 does to the time, and
+    the biases of both. places (H, D): W3's bias and the position embedding.
+    """
+
+    weight: Tensor
+    of_time: Tensor
+    constant: Tensor
+    places: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, head: ActionHead) -> FoldedEncoder:
+        encoder, dtype = head.action_encoder, head.action_encoder.w1.weight.dtype
+        of_actions, of_time = encoder.w2.weight.double().split(encoder.width)  # W2 acts on [W1(a), tau]
+        places = encoder.w3.bias.double() + head.position_embedding.weight[: head.config.action_horizon].double()
+        constant = encoder.w1.bias.double() @ of_actions + encoder.w2.bias.double()
+        return cls((encoder.w1.weight.double() @ of_actions).to(dtype), of_time, constant, places.to(dtype))
+
+    def step_tables(self, tables: StepTables) -> StepTables:
+        """Of ActionHead.step_tables: `tau` (N, D) becomes what the time adds to the action encoder's second layer, biases included."""
+        return StepTables((tables.tau.double() @ self.of_time + self.constant).to(tables.tau.dtype), tables.modulation)
+
+
+@torch.no_grad()
+def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
+    """The transformer's last layer and the decoder's first, with no nonlinearity between them, as one: weight (D, inner) and bias, from fp64."""
+    out, first = head.dit.out, head.action_decoder.layer1
+    wide = first.weight.double()
+    return (out.weight.double().t() @ wide).to(first.weight.dtype), (out.bias.double() @ wide + first.bias.double()).to(first.weight.dtype)
 
 
 class FusedModel(nn.Module):
     """`towers` and `steps` say whose kernels the towers (vision, language, refinement: hundreds of rows) and the denoising steps (49 rows per
     observation) run on. Linear layers may be those of engine/quantized.py."""
 
-    def __init__(self, model: Gr00tN1d5, towers: Kernels = "torch", steps: Kernels = "torch") -> None:
+    def __init__(self, model: Network, towers: Kernels = "torch", steps: Kernels = "torch") -> None:
         """The weights of `model` are moved into joined matrices: their values do not change. Raises MissingExtraError without triton."""
         super().__init__()
         self.config, self._towers, self._steps = model.config, _ops(towers, "TowerOps"), _ops(steps, "StepOps")
         self._differentiable = TorchOps()
-        self.vision, self.language, self.head = model.vision, model.language, model.head
+        self.vision, self.language, self.head, self.to_pixels = model.vision, model.language, model.head, model.to_pixels
         with torch.no_grad():
             self._pack()
         self.requires_grad_(False)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision.connector.weight.dtype
+        return self.language.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.vision.connector.weight.device
+        return self.language.embedding.weight.device
 
     def stages(self) -> Stages:
         return Stages(self.encode_vision, self.encode_language, self.refine, self.condition, self.velocity)
 
     def step_tables(self, steps: int) -> StepTables:
         """As ActionHead.step_tables; `tau` (N, D) is what the time adds to the second layer of the action encoder, its bias included."""
-        tables = self.head.step_tables(steps)
-        return StepTables(torch.addmm(self.time_bias, tables.tau.float(), self.of_time.float()).to(self.dtype), tables.modulation)
+        return self.folded_encoder.step_tables(self.head.step_tables(steps))
 
     # --- towers ---------------------------------------------------------------------------------------------------------------------------
 
@@ -112,27 +154,35 @@ class FusedModel(nn.Module):
 
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """As Gr00tN1d5.encode_language: -> (B, S, D)."""
+        x = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, vision_tokens)  # (B, S, D)
+        return self._decoded(x, *self._rotary(x))
+
+    def _decoded(self, x: Tensor, cos: Tensor, sin: Tensor, deepstack: Sequence[Tensor] = (), image_positions: Tensor | None = None) -> Tensor:
+        """As LanguageModel.forward; sin with the sign of the rotation."""
         ops, model = self._towers, self.language
-        x = model.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, vision_tokens)  # (B, S, D)
-        cos, sin = self._rotary(x)
         normed = ops.norm(x, Norm.of(model.blocks[0].norm1))
         followings = [*(block.norm1 for block in model.blocks[1:]), model.norm]
-        for block, head_norm, gate_up, following in zip(model.blocks, self.head_norms, self.gate_up, followings, strict=True):
+        for index, (block, head_norm, gate_up, following) in enumerate(zip(model.blocks, self.head_norms, self.gate_up, followings, strict=True)):
             attention = block.attention
             qkv = ops.linear(attention.qkv, normed)
             q, k, v = ops.normed_rotated(qkv, attention.heads, head_norm, cos, sin, attention.q_norm.eps)
             attended = merge_heads(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
             x, normed = ops.linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
             gate, up = ops.linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
-            x, normed = ops.linear_add_norm(block.mlp.down, nn.functional.silu(gate) * up, x, Norm.of(following))
+            inner = nn.functional.silu(gate) * up
+            if index < len(deepstack) or isinstance(following, nn.Identity):
+                x = x + ops.linear(block.mlp.down, inner)
+                x = x.index_add(1, image_positions, deepstack[index]) if index < len(deepstack) else x
+                normed = x if isinstance(following, nn.Identity) else ops.norm(x, Norm.of(following))
+            else:
+                x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
         return normed
 
     def refine(self, features: Tensor) -> Tensor:
         """As ActionHead.refine: (B, S, C) -> (B, S, C)."""
         head = self.head
-        if isinstance(head.vlln, nn.Identity):
-            return features
-        return self._pre_norm_blocks(self._towers.norm(features, Norm.of(head.vlln)), head.vl_blocks, None)[0]
+        x = features if isinstance(head.vlln, nn.Identity) else self._towers.norm(features, Norm.of(head.vlln))
+        return self._pre_norm_blocks(x, head.vl_blocks, None)[0]
 
     def _pre_norm_blocks(self, x: Tensor, blocks: Sequence[PreNormBlock], final: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) through `blocks` -> the result, and its norm by `final` (the result itself without one)."""
@@ -156,20 +206,21 @@ class FusedModel(nn.Module):
         return (self.cos[:tokens], self.sin[:tokens]) if tokens <= _ROTARY_POSITIONS else self._rotary_tables(tokens, x)
 
     def _rotary_tables(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_tables(tokens, self.config.language.head_dim, self.config.language.rope_theta, like)
-        first, second = sin.chunk(2, dim=-1)
-        return cos, torch.cat((-first, second), dim=-1)
+        return signed(*rotary_tables(tokens, self.config.language.head_dim, self.config.language.rope_theta, like))
 
     # --- action head ----------------------------------------------------------------------------------------------------------------------
 
-    def condition(self, vl_features: Tensor, state: Tensor) -> Condition:
-        """As ActionHead.condition: vl_features (B, S, C), state (B, state_dim); keys and values of all blocks from one product."""
-        head = self.head
-        future = head.future_tokens.weight.expand(state.shape[0], -1, -1)  # (B, F, D)
-        prefix = torch.cat((head.state_encoder(state).unsqueeze(1), future), dim=1)  # (B, 1 + F, D)
-        parts = self._towers.linear(self.cross, vl_features).split(head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
-        heads = [split_heads(part, head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
-        return Condition(prefix, list(zip(heads[::2], heads[1::2], strict=True)), None)
+    def condition(self, vl_features: Tensor, state: Tensor, image_positions: Tensor | None = None) -> Condition:
+        """As ActionHead.condition: vl_features (B, S, C), state (B, state_dim); keys and values of all blocks from one product for each context."""
+        contexts, crossing = self.head.contexts(vl_features, image_positions), [block for block in self.head.dit.blocks if block.crosses]
+        pairs = {name: iter(self._keys_values(layer, contexts[name])) for name, layer in self.cross.items()}
+        return Condition(self.head.prefix(state), [next(pairs[block.context]) for block in crossing], None)
+
+    def _keys_values(self, layer: nn.Module, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of the blocks whose keys and values `layer` holds side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
+        parts = self._towers.linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
+        heads = [split_heads(part, self.head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
+        return list(zip(heads[::2], heads[1::2], strict=True))
 
     def velocity(self, actions: Tensor, condition: Condition, time: Tensor, modulation: Tensor) -> Tensor:
         """actions (B, H, A), time (D,) and modulation (blocks + 1, 2, D) of `step_tables` -> (B, H, A)."""
@@ -193,27 +244,84 @@ class FusedModel(nn.Module):
 
     # --- packing --------------------------------------------------------------------------------------------------------------------------
 
-    def _pack(self) -> None:
-        head, patch_embedding = self.head, self.vision.patch_embedding
+    def _pack_vision(self) -> None:
+        patch_embedding = self.vision.patch_embedding
         self.patches = as_linear(patch_embedding.weight.flatten(1), patch_embedding.bias)
-        blocks = self.language.blocks
-        self.gate_up = nn.ModuleList(joined([block.mlp.gate, block.mlp.up]) for block in blocks)
-        self.head_norms = nn.ParameterList(nn.Parameter(_per_head(block), requires_grad=False) for block in blocks)
-        cos, sin = self._rotary_tables(_ROTARY_POSITIONS, self.language.norm.weight)
+        cos, sin = self._rotary_tables(_ROTARY_POSITIONS, self.language.embedding.weight)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
-        encoder, decoder, width = head.action_encoder, head.action_decoder, head.dit.width
-        self.cross = joined([block.attention.kv for block in head.dit.blocks if block.crosses])
-        of_actions, of_time = encoder.w2.weight.split((width, width))  # W2 acts on [W1(a), tau]
-        encode_weight, time_bias = _product(encoder.w1.weight, encoder.w1.bias, of_actions, encoder.w2.bias)
-        self.encode = as_linear(encode_weight.t().contiguous().to(self.dtype), None)
-        self.register_buffer("time_bias", time_bias)  # fp32 (D,)
-        self.register_buffer("of_time", of_time)
-        self.w3 = as_linear(encoder.w3.weight.t(), None)
-        self.register_buffer("places", encoder.w3.bias + head.position_embedding.weight[: head.config.action_horizon])  # (H, D)
-        decode_weight, decode_bias = _product(head.dit.out.weight.t(), head.dit.out.bias, decoder.layer1.weight, decoder.layer1.bias)
-        self.decode = as_linear(decode_weight.t().contiguous().to(self.dtype), decode_bias.to(self.dtype))
-        self.layer2 = _category(decoder.layer2)
+
+    def _pack(self) -> None:
+        self._pack_vision()
+        head, blocks = self.head, self.language.blocks
+        self.gate_up = nn.ModuleList(joined([block.mlp.gate, block.mlp.up]) for block in blocks)
+        self.head_norms = nn.ParameterList(nn.Parameter(_per_head(block), requires_grad=False) for block in blocks)
+        crossing: dict[str, list[nn.Module]] = {}
+        for block in (block for block in head.dit.blocks if block.crosses):
+            crossing.setdefault(block.context, []).append(block.attention.kv)
+        self.cross = nn.ModuleDict({name: joined(layers) for name, layers in crossing.items()})
+        self.folded_encoder = folded = FoldedEncoder.of(head)
+        self.encode = as_linear(folded.weight.t().contiguous(), None)
+        self.w3 = as_linear(head.action_encoder.w3.weight.t(), None)
+        self.register_buffer("places", folded.places)
+        decode, decode_bias = folded_decoder(head)
+        self.decode = as_linear(decode.t().contiguous(), decode_bias)
+        self.layer2 = as_linear(head.action_decoder.layer2.weight.t(), head.action_decoder.layer2.bias)
+
+
+class FusedModelN1d7(FusedModel):
+    """N1.7's: another vision tower, positions on three axes, deepstack. The two frames of a patch are the same picture, so the two halves of the
+    patch embedding's weight are added: half the product."""
+
+    def _pack_vision(self) -> None:
+        embedding, config = self.vision.patch_embedding, self.config.vision
+        halves = embedding.weight.unflatten(1, (3, config.frames_per_patch, -1))  # (D, 3, frames, p p)
+        self.patches = as_linear(halves.float().sum(2).flatten(1).to(embedding.weight.dtype), embedding.bias)
+        self._one_frame = dataclasses.replace(config, frames_per_patch=1)
+
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """As Gr00tN1d7.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
+        ops, tower, pictures = self._towers, self.vision, pixel_values.flatten(0, 1)
+        rows, columns = tower.grid_of(pictures)
+        x = ops.linear(self.patches, patches_of(pictures, self._one_frame)) + tower.positions(rows, columns)  # (I, T, D)
+        cos, sin = signed(*tower.rotary(rows, columns, x))
+        normed, tokens = ops.norm(x, Norm.of(tower.blocks[0].norm1)), []
+        for index, (block, following) in enumerate(zip(tower.blocks, [*(b.norm1 for b in tower.blocks[1:]), tower.merger.norm], strict=True)):
+            q, k, v = (split_heads(part, block.attention.heads) for part in ops.linear(block.attention.qkv, normed).chunk(3, dim=-1))
+            attended = nn.functional.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)  # (I, N, T, K)
+            x, normed = ops.linear_add_norm(block.attention.out, merge_heads(attended), x, Norm.of(block.norm2))
+            x, normed = ops.linear_add_norm(block.mlp.down, ops.linear(block.mlp.up, normed, "gelu"), x, Norm.of(following))
+            if index in tower.config.deepstack:
+                merger = tower.deepstack_mergers[len(tokens)]
+                tokens.append(self._merged(merger, ops.norm(x.reshape(len(x), -1, merger.joined), Norm.of(merger.norm))))
+        stacked = torch.stack([self._merged(tower.merger, normed.reshape(len(x), -1, tower.merger.joined)), *tokens])  # (1 + deepstack, I, V, D)
+        return stacked.reshape(len(stacked), pixel_values.shape[0], -1, stacked.shape[-1])
+
+    def _merged(self, merger: PatchMerger, normed: Tensor) -> Tensor:
+        return self._towers.linear(merger.down, nn.functional.gelu(self._towers.linear(merger.up, normed)))
+
+    def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
+        """As Gr00tN1d7.encode_language: -> (B, S, D)."""
+        tokens, *deepstack = vision_tokens
+        x = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, tokens)  # (B, S, D)
+        cos, sin = signed(*prompt_rotary(self.config, inputs, self.dtype))
+        return self._decoded(x, cos, sin, deepstack, inputs.image_positions)
+
+
+def fused_model(model: Network, towers: Kernels = "torch", steps: Kernels = "torch") -> FusedModel:
+    """Of either network. Raises MissingExtraError without triton."""
+    return (FusedModelN1d7 if isinstance(model, Gr00tN1d7) else FusedModel)(model, towers, steps)
+
+
+def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary tables (T, K), sin with the sign of the rotation."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, N, T, K) by tables of `signed`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def compiled(stages: Stages, names: Iterable[str] | None = None, any_length: bool = True, **options: Any) -> Stages:
@@ -251,7 +359,7 @@ _MOST_VERSIONS = 10_000
 _PROMPT_AXES: dict[str, Callable[..., list[tuple[Tensor, int]]]] = {
     "encode_language": lambda inputs, _: [(inputs.input_ids, 1)],
     "refine": lambda features: [(features, 1)],
-    "condition": lambda vl_features, _: [(vl_features, 1)],
+    "condition": lambda vl_features, *_: [(vl_features, 1)],
     "velocity": lambda _, condition, *__: [(tensor, 2) for pair in condition.cross for tensor in pair],
 }
 
@@ -299,16 +407,6 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
     if adjacent and len({weight.untyped_storage().data_ptr() for weight in weights}) == 1:
         return first.detach().as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
     return torch.cat(list(weights))
-
-
-def _category(layer: CategoryLinear) -> nn.Linear:
-    return as_linear(layer.weight.t(), layer.bias)
-
-
-def _product(first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(x @ first + first_bias) @ second + second_bias as one matrix (in, out) and bias, fp32."""
-    wide = second.float()
-    return first.float() @ wide, first_bias.float() @ wide + second_bias.float()
 
 
 def _per_head(block: QwenBlock) -> Tensor:

@@ -6,21 +6,32 @@ engine of other weights or another arm can never move this one.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from gr00t_fast.checkpoint import Checkpoint
 from gr00t_fast.data_config import DataConfig, check_trained_cameras
-from gr00t_fast.engine.digests import Digests, sha256_of_json
 from gr00t_fast.errors import EngineError, StaleEngineError
+from gr00t_fast.files import MANIFEST_NAME, atomic_write
 from gr00t_fast.strict_json import read_json
 
 FORMAT = 1
-MANIFEST_NAME = "manifest.json"
+
+# What makes exports, by the names that manifests record: those of the scripts in export/.
+PROGRAMS = {
+    "to_onnx.py": ("gr00t-fast", "export", "onnx"),
+    "quantise.py": ("gr00t-fast", "quantise"),
+    "calibrate.py": ("gr00t-fast", "calibrate"),
+    "to_tensorrt.py": ("gr00t-fast", "export", "tensorrt"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,11 @@ class Target:
     data_config: DataConfig
     data_config_name: str  # as on the command line
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a checkpoint of N1.7, which nothing exports yet."""
+        if self.checkpoint.processor is not None:
+            self.checkpoint.embodiment(self.embodiment_tag)
+
     def identity(self, digests: Digests) -> dict[str, Any]:
         """Content, not names or dates: the same checkpoint elsewhere has the same identity. Raises OSError when a weight file cannot be read."""
         metadata = self.checkpoint.embodiment(self.embodiment_tag)
@@ -39,7 +55,7 @@ class Target:
         files = self.checkpoint.weight_files
         return {
             "weights": dict(zip((file.name for file in files), digests.of(files), strict=True)),
-            "config": sha256_of_json(asdict(self.checkpoint.config)),
+            "config": sha256_of_json(_without_later_fields(asdict(self.checkpoint.config))),
             "metadata": sha256_of_json(self.checkpoint.raw_metadata[self.embodiment_tag]),
             "embodiment_tag": self.embodiment_tag,
             "cameras": [[key, metadata.cameras[key].width, metadata.cameras[key].height] for key in self.data_config.video_keys],
@@ -47,9 +63,9 @@ class Target:
         }
 
     def command(self, program: str, *flags: str) -> str:
-        """The command line that makes an export for this target: `program` is a script of `export/`."""
+        """The command line that makes an export for this target: `program` is the name that manifests record."""
         common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
-        return shlex.join(["python", f"export/{program}", *(f"--{name}={value}" for name, value in common.items()), *flags])
+        return shlex.join([*PROGRAMS.get(program, (program,)), *(f"--{name}={value}" for name, value in common.items()), *flags])
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Manifest:
     stages: stage -> {"file": name, "inputs": {name: shape}, "outputs": {name: shape}}; a dynamic size is the text "tokens".
     files: name -> {"bytes": int, "sha256": text}, every file of the export but this one.
     versions: package -> version. command: how it was made. details: what else a kind needs (opset, target GPU, calibration).
-    program, flags: the script of `export/` that made it, and its flags besides checkpoint, embodiment, data configuration and --out: with
+    program, flags: the key of `PROGRAMS` that made it, and its flags besides checkpoint, embodiment, data configuration and --out: with
         these a message can say how to make it again.
     """
 
@@ -86,7 +102,8 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, directory: Path) -> None:
-        (directory / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with atomic_write(directory / MANIFEST_NAME) as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def describe_files(directory: Path, digests: Digests | None = None) -> dict[str, dict[str, Any]]:
@@ -185,4 +202,80 @@ def _run(command: str) -> str:
 
 def _plain(config: DataConfig) -> dict[str, Any]:
     """As JSON gives it back: lists instead of tuples."""
-    return json.loads(json.dumps(asdict(config)))
+    return json.loads(json.dumps(_without_later_fields(asdict(config))))
+
+
+# Fields that configurations have got since exports were first made, and what stands in them for what was exported then.
+_LATER_FIELDS = {"final_norm": True, "mrope_sections": None, "attend_text_every": None, "video_indices": (0,), "state_indices": (0,)}
+
+
+def _without_later_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """So that exports of then still fit."""
+    kept = {name: value for name, value in fields.items() if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]}
+    return {name: _without_later_fields(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+_CACHE_NAME = ".digests.json"
+_CHUNK_BYTES = 8 * 2**20
+_THREADS = 4  # hashlib releases the interpreter lock
+
+
+class Digests:
+    """SHA-256 of files, remembered in a hidden file of `directory` (the export's)."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory.resolve()
+        self._known = self._read()
+
+    def of(self, files: Iterable[Path]) -> list[str]:
+        """Hexadecimal SHA-256 of each file, in order. Raises OSError for one that cannot be read."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = list(pool.map(self._digest, files))
+        self._known.update({key: [*stamp, digest] for key, stamp, digest in found})
+        self._write()
+        return [digest for _, _, digest in found]
+
+    def unknown(self, files: Iterable[Path]) -> list[Path]:
+        """Those that `of` would have to read. Raises OSError."""
+        return [file for file in files if self._known.get(self._key(file), [])[:3] != self._stamp(file)]
+
+    @staticmethod
+    def _stamp(file: Path) -> list[int]:
+        """Size and times; ctime too: tools that copy the modification time cannot copy that."""
+        status = os.stat(file)
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+    def _digest(self, file: Path) -> tuple[str, list[int], str]:
+        key, stamp = self._key(file), self._stamp(file)
+        known = self._known.get(key, [])
+        return key, stamp, known[3] if known[:3] == stamp else sha256(file)
+
+    def _key(self, file: Path) -> str:
+        """Files of the export by name, so that renaming its directory loses nothing; others by their whole path."""
+        resolved = file.resolve()
+        return resolved.name if resolved.parent == self._directory else str(resolved)
+
+    def _read(self) -> dict[str, list]:
+        try:
+            known = json.loads((self._directory / _CACHE_NAME).read_text(encoding="utf-8"))
+            return {str(key): [int(size), int(mtime), int(ctime), str(digest)] for key, (size, mtime, ctime, digest) in known.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}  # absent or damaged: only time is lost
+
+    def _write(self) -> None:
+        # a read-only export is hashed at every start instead
+        with contextlib.suppress(OSError), atomic_write(self._directory / _CACHE_NAME) as file:
+            file.write_text(json.dumps(self._known), encoding="utf-8")
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_of_json(value: object) -> str:
+    """Of the value, not of its spelling: keys sorted, no white space."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -94,7 +94,7 @@ class Fp8Linear(nn.Module):
         """One layer whose outputs are those of this one and `others` side by side. Raises EngineError where they read different tensors."""
         layers = [self, *others]
         if not all(isinstance(layer, Fp8Linear) and layer.inverse is self.inverse and layer.bias is None for layer in layers):
-            raise EngineError("the calibration rounds one of two layers that are joined, gate and up. Calibrate again with export/calibrate.py.")
+            raise EngineError("the calibration rounds one of two layers that are joined, gate and up. Calibrate again with gr00t-fast calibrate.")
         whole = copy.copy(self)
         whole._buffers, whole.out_features = dict(self._buffers), sum(layer.out_features for layer in layers)
         rows = torch.cat([layer.weight.view(torch.uint8)[: layer.out_features] for layer in layers])
@@ -187,7 +187,7 @@ def rounded_layers(model: Gr00tN1d5, scales: Mapping[str, InputScale], emulated:
     layers, made = linear_layers(model), {}
     if unknown := sorted(set(scales) - set(layers)):
         raise EngineError(
-            f"the calibration names layers that this network lacks ({', '.join(unknown[:3])}). Calibrate again with export/calibrate.py."
+            f"the calibration names layers that this network lacks ({', '.join(unknown[:3])}). Calibrate again with gr00t-fast calibrate."
         )
     shared: dict[int, tuple[Tensor, Tensor]] = {}
     for name, scale in scales.items():
@@ -198,7 +198,7 @@ def rounded_layers(model: Gr00tN1d5, scales: Mapping[str, InputScale], emulated:
         if scale.smoothing is not None and scale.smoothing.shape != (linear.in_features,):
             raise EngineError(
                 f"{name}: the calibration is for {len(scale.smoothing)} inputs, the layer has {linear.in_features}. Calibrate again with "
-                "export/calibrate.py."
+                "gr00t-fast calibrate."
             )
         if id(scale) not in shared:
             readers = [layers[other] for other, theirs in scales.items() if theirs is scale]

@@ -10,83 +10,57 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gr00t_fast.engine.base import AnyEngine
+from gr00t_fast.engine.base import Engine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.graph import compiled_engine, cuda_graph_engine
-from gr00t_fast.engine.static_call import ToPixels
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Network
 
 if TYPE_CHECKING:
+    from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.exported import ExportedEngine
     from gr00t_fast.engine.manifest import Target
 
-MakeEngine = Callable[..., AnyEngine]  # from what `make_engine` takes after the name
+MakeEngine = Callable[..., Engine]  # from what `make_engine` takes after the name
 # Engines over the torch model ...
-ENGINES: dict[str, Callable[[Gr00tN1d5, ToPixels | None], AnyEngine]] = {
-    "eager": lambda model, _: EagerEngine(model),
+ENGINES: dict[str, Callable[[Network], Engine]] = {
+    "eager": EagerEngine,
     "cuda_graph": cuda_graph_engine,
     "compiled": compiled_engine,
 }
 # ... and engines over exported files, which read no torch weights: their classes are imported when they are asked for. Each is made with
 # (directory, Target, device, precision), checks the export's manifest, and has `device` and `dtype` besides what an Engine has.
 EXPORTED = {
-    "onnxruntime": "gr00t_fast.engine.onnxruntime_engine:OnnxRuntimeEngine",
-    "tensorrt": "gr00t_fast.engine.tensorrt_engine:TensorRTEngine",
-    "openvino": "gr00t_fast.engine.openvino_engine:OpenVinoEngine",
+    "onnxruntime": "gr00t_fast.engine.onnxruntime:OnnxRuntimeEngine",
+    "tensorrt": "gr00t_fast.engine.tensorrt:TensorRTEngine",
+    "openvino": "gr00t_fast.engine.openvino:OpenVinoEngine",
 }
 # ... and engines over the torch model with a calibration in `engine_path`: these are `prepare(name, directory, Target, device)` of their engine.
 CALIBRATED = {"fp8": "gr00t_fast.engine.fp8:prepare"}
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Names of earlier versions, and what to use in their place.
+_FORMER = {
+    "int8": "openvino (INT8 on a CPU), tensorrt (INT8 on a GPU) or fp8",
+    "triton": "cuda_graph",
+    "onnxruntime_tensorrt": "tensorrt",
+}
 
 
-def select_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"unknown device '{name}'.{closest(name, ('auto', 'cuda', 'cpu', 'mps'))} Expected auto, cuda, cuda:N, cpu or mps."
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device '{name}' was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs. Use --device=cpu."
-        )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"device 'mps' was asked for, but torch {torch.__version__} has no MPS here. Use --device=cpu.")
-    if device.type not in ("cuda", "cpu", "mps"):
-        raise ConfigError(f"device '{name}' is not supported. Expected auto, cuda, cuda:N, cpu or mps.")
-    return device
+def check_network(name: str, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for an engine that cannot run the checkpoint's network yet."""
+    if checkpoint.processor is not None and name not in ("auto", *ENGINES):
+        raise ConfigError(f"engine '{name}' runs GR00T N1.5 only so far; {checkpoint.path} is N1.7. Use one of: --engine={', '.join(ENGINES)}.")
 
 
-def select_precision(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16, the format NVIDIA trains and runs in, where the device computes in it; else fp32."""
-    if name == "auto":
-        return torch.bfloat16 if _computes_bf16(device) else torch.float32
-    if name not in PRECISIONS:
-        raise ConfigError(f"unknown precision '{name}'.{closest(name, PRECISIONS)} Expected auto or one of: {', '.join(PRECISIONS)}.")
-    return PRECISIONS[name]
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # on a CPU without bf16 dot products the conversion costs more than the saved bandwidth
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def make_engine(name: str, model: Gr00tN1d5, to_pixels: ToPixels | None = None) -> AnyEngine:
-    """An engine over the torch model; those that take frames need `to_pixels`. `auto` takes the fastest one that has been shown to give the same
+def make_engine(name: str, model: Network) -> Engine:
+    """An engine over the torch model. `auto` takes the fastest one that has been shown to give the same
     numbers on the model's device."""
     check_engine(name)
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
-    return ENGINES["eager" if name == "auto" else name](model, to_pixels)
+    return ENGINES["eager" if name == "auto" else name](model)
 
 
-def prepare_engine(name: str, engine_path: str | Path | None, target: Target, device: torch.device) -> MakeEngine:
+def prepare_engine(name: str, engine_path: str | Path | None, target: Target | None, device: torch.device) -> MakeEngine:
     """`make_engine` for every engine over the torch model, in two parts: its files and the GPU are checked now, before weights are read, and what
     is returned makes it. Files lie in `engine_path`, by default in `<checkpoint>/exports/<engine>`.
 
@@ -119,6 +93,8 @@ def runs_from_files(name: str) -> bool:
 def check_engine(name: str, engine_path: str | Path | None = None) -> None:
     """Raises ConfigError for an unknown name, or a path for an engine that takes none: to be asked before gigabytes are read."""
     known = (*ENGINES, *CALIBRATED, *EXPORTED)
+    if name in _FORMER:
+        raise ConfigError(f"the engine '{name}' is gone. Use {_FORMER[name]} in its place.")
     if name not in ("auto", *known):
         raise ConfigError(f"unknown engine '{name}'.{closest(name, known)} Expected auto or one of: {', '.join(known)}.")
     if engine_path is not None and name not in (*CALIBRATED, *EXPORTED):

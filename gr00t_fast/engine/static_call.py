@@ -9,52 +9,19 @@ Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.continuation import Goal, denoise_towards
+from gr00t_fast.engine.base import PolicyInputs
+from gr00t_fast.engine.continuation import Continuation, denoise_towards
 from gr00t_fast.engine.fused import FusedModel, Stages
 from gr00t_fast.model import ModelInputs
 
 _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
-
-ToPixels = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device
-ToJoints = Callable[[Tensor], Tensor]  # normalised actions fp32 (B, H, A) -> the same in joint units, on the actions' device
-
-
-@dataclass(frozen=True)
-class RawInputs:
-    """One batch on the host, as it comes before any tensor is made.
-
-    frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, L), padded on the right; lengths int64 (B,);
-    image_positions int64 (V,); state float32 (B, P).
-    """
-
-    frames: Sequence[np.ndarray]
-    input_ids: np.ndarray
-    lengths: np.ndarray
-    image_positions: np.ndarray
-    state: np.ndarray
-
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def padded(self) -> bool:
-        return bool((self.lengths != self.input_ids.shape[1]).any())
-
-    def item(self, index: int) -> RawInputs:
-        """One of the batch alone, its prompt without padding."""
-        one, tokens = slice(index, index + 1), int(self.lengths[index])
-        return RawInputs(
-            [frames[one] for frames in self.frames], self.input_ids[one, :tokens], self.lengths[one], self.image_positions, self.state[one]
-        )
 
 
 @dataclass(frozen=True)
@@ -65,12 +32,13 @@ class CallShape:
     prompt_tokens: int
     image_tokens: int
     denoising_steps: int
-    goal: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
+    continuation: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
 
     @classmethod
-    def of(cls, raw: RawInputs, denoising_steps: int, goal: Goal | None = None) -> CallShape:
-        frames = tuple(view.shape for view in raw.frames)
-        return cls(frames, raw.input_ids.shape[1], len(raw.image_positions), denoising_steps, None if goal is None else goal.method)
+    def of(cls, inputs: PolicyInputs, denoising_steps: int, continuation: Continuation | None = None) -> CallShape:
+        frames = tuple(view.shape for view in inputs.frames)
+        method = None if continuation is None else continuation.method
+        return cls(frames, inputs.input_ids.shape[1], len(inputs.image_positions), denoising_steps, method)
 
     @property
     def batch(self) -> int:
@@ -107,15 +75,13 @@ class StaticCall:
     `compute` always touches the same memory and never waits for the device, so it can be recorded. To be made and used without autograd, but not
     in inference mode, whose tensors autograd refuses when a chunk continues another one."""
 
-    def __init__(
-        self, model: FusedModel, shape: CallShape, to_pixels: ToPixels, stages: Stages | None = None, to_joints: ToJoints | None = None
-    ) -> None:
-        """`stages`: the model's own, or those compiled. `to_joints`: what the computation ends with; without it actions stay normalised."""
+    def __init__(self, model: FusedModel, shape: CallShape, stages: Stages | None = None) -> None:
+        """`stages`: the model's own, or those compiled."""
         head, batch = model.config.head, shape.batch
-        self._model, self._to_pixels, self._to_joints, self.shape = model, to_pixels, to_joints, shape
+        self._model, self.shape = model, shape
         self.stages = stages or model.stages()
         size = (batch, head.action_horizon, head.action_dim)
-        goal = {} if shape.goal is None else {"goal_actions": (torch.float32, size), "goal_weights": (torch.float32, size[1:])}
+        continuation = {} if shape.continuation is None else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size[1:])}
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
@@ -123,46 +89,45 @@ class StaticCall:
                 "image_positions": (torch.int64, (shape.image_tokens,)),
                 "state": (torch.float32, (batch, head.state_dim)),
                 "noise": (torch.float32, size),
-                **goal,
+                **continuation,
             },
             model.device,
         )
         self.tables = model.step_tables(shape.denoising_steps)
-        self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), in joint units with `to_joints`, else normalised
+        self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
-    def fill(self, raw: RawInputs, noise: Tensor, goal: Goal | None = None) -> None:
+    def fill(self, inputs: PolicyInputs, noise: Tensor, continuation: Continuation | None = None) -> None:
         """Write one observation, its noise, fp32 (B, H, A), and what it continues. Nothing uploaded before may still be under way."""
         host = self._inputs.host
-        for index, frames in enumerate(raw.frames):
+        for index, frames in enumerate(inputs.frames):
             host[f"frames{index}"].numpy()[...] = frames
-        host["input_ids"].numpy()[...] = raw.input_ids
-        host["image_positions"].numpy()[...] = raw.image_positions
-        host["state"].numpy()[...] = raw.state
+        host["input_ids"].numpy()[...] = inputs.input_ids
+        host["image_positions"].numpy()[...] = inputs.image_positions
+        host["state"].numpy()[...] = inputs.state
         host["noise"].copy_(noise)
-        if goal is not None:
-            host["goal_actions"].copy_(goal.actions)
-            host["goal_weights"].copy_(goal.weights)
+        if continuation is not None:
+            host["known_actions"].copy_(continuation.actions)
+            host["known_weights"].copy_(continuation.weights)
 
     def upload(self) -> None:
         self._inputs.upload()
 
     def compute(self) -> None:
         inputs = self.model_inputs(self.pixels())
-        actions = self.stages(inputs, self.noise(), self.tables) if self.shape.goal is None else self._continued(inputs)  # (B, H, A)
-        self.actions.copy_(actions if self._to_joints is None else self._to_joints(actions.float()))
+        self.actions.copy_(self.stages(inputs, self.noise(), self.tables) if self.shape.continuation is None else self._continued(inputs))
 
     def _continued(self, inputs: ModelInputs) -> Tensor:
-        """As EagerEngine with a goal: normalised actions, fp32."""
+        """As EagerEngine with a continuation: normalised actions, fp32."""
         given, condition = self._inputs.device, self.stages.prepare(inputs)
         # guidance needs the gradient of the velocity, which kernels and compiled stages need not have
-        velocity_of = self._model.velocity if self.shape.goal == "rtc" else self.stages.velocity
+        velocity_of = self._model.velocity if self.shape.continuation == "rtc" else self.stages.velocity
 
         def velocity(actions: Tensor, step: int) -> Tensor:
             return velocity_of(actions.to(self._model.dtype), condition, self.tables.tau[step], self.tables.modulation[step])
 
-        goal = Goal(given["goal_actions"], given["goal_weights"], self.shape.goal)
-        return denoise_towards(velocity, given["noise"], self.shape.denoising_steps, goal)
+        continuation = Continuation(given["known_actions"], given["known_weights"], self.shape.continuation)
+        return denoise_towards(velocity, given["noise"], self.shape.denoising_steps, continuation)
 
     def model_inputs(self, pixels: Tensor) -> ModelInputs:
         model, given = self._model, self._inputs.device
@@ -179,7 +144,7 @@ class StaticCall:
     def pixels(self) -> Tensor:
         """fp32 (B, C, 3, h, w) from the frames on the device."""
         cameras = range(len(self.shape.frames))
-        return torch.stack([self._to_pixels(self._inputs.device[f"frames{index}"]) for index in cameras], dim=1)
+        return torch.stack([self._model.to_pixels(self._inputs.device[f"frames{index}"]) for index in cameras], dim=1)
 
     def download(self) -> None:
         """Start copying the actions to the host; `answer` is complete once the stream has got there."""

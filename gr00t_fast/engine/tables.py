@@ -42,7 +42,7 @@ class ExportTables:
                 there = sorted(int(name.rpartition(".")[2]) for name in self._entries if name.startswith(f"{TAU}."))
                 raise ConfigError(
                     f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
-                    f"the graphs again with export/to_onnx.py and --denoising_steps={count}, and what was made from them: {self._remedy}"
+                    f"the graphs again with gr00t-fast export onnx and --denoising_steps={count}, and what was made from them: {self._remedy}"
                 )
             with TensorFile(self._path) as file:
                 self._steps[count] = StepTables(*(self._read(file, name) for name in names))

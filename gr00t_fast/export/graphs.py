@@ -12,7 +12,7 @@ One observation per call: batches are the caller's loop. The same numbers as `gr
 * Key and value projections of all cross-attending blocks are one product, once per observation.
 * No nonlinearity lies between the action encoder's first two layers, nor between the transformer's output layer and the decoder's first:
   each pair is folded into one. The time's part of the former is in the `tau` table.
-* The last transformer block computes its attention output and MLP for the action tokens only; nobody reads the others.
+* The last transformer block computes its attention output and MLP for the action tokens only: the others are not used.
 
 Axis alphabet: C cameras, V image tokens, S prompt tokens (image tokens included), H horizon, A padded action width, D width of the
 transformer, L its blocks, X those that cross-attend, N heads, K head dim. The batch of one is written 1.
@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.config import ModelConfig
+from gr00t_fast.engine.fused import FoldedEncoder, folded_decoder
 from gr00t_fast.model import Gr00tN1d5, StepTables
+from gr00t_fast.model.action_head import euler_step
+from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
 from gr00t_fast.model.layers import SelfAttention, merge_heads, rotary_tables, rotate, split_heads
 
 _MASKED = -30000.0  # added to a score, its exponential is 0 in every format; finite in fp16, and for tools that measure ranges
-_DIT_NORM_EPS, _OUTPUT_NORM_EPS = 1e-5, 1e-6  # as in gr00t_fast/model/dit.py
 
 
 @dataclass(frozen=True)
@@ -199,17 +201,12 @@ class DenoiseStepGraph(nn.Module):
         super().__init__()
         del cameras, max_tokens
         head = model.head
-        encoder, decoder, self.horizon = head.action_encoder, head.action_decoder, head.config.action_horizon
-        dtype, width = encoder.w1.weight.dtype, encoder.width
-        self.encode = MatMulLinear((encoder.w1.weight.double() @ encoder.w2.weight[:width].double()).to(dtype), None)  # its bias is in tau
-        self.mix = MatMulLinear(encoder.w3.weight, None)
-        # nn.Parameter, not a sum in the graph: one bias per action token
-        self.positions = nn.Parameter((encoder.w3.bias.double() + head.position_embedding.weight[: self.horizon].double()).to(dtype), False)
-        out, first = head.dit.out, decoder.layer1
-        self.decode1 = MatMulLinear(
-            (out.weight.double().t() @ first.weight.double()).to(dtype), (out.bias.double() @ first.weight.double() + first.bias.double()).to(dtype)
-        )
-        self.decode2 = MatMulLinear(decoder.layer2.weight, decoder.layer2.bias)
+        folded, self.horizon = FoldedEncoder.of(head), head.config.action_horizon
+        self.encode = MatMulLinear(folded.weight, None)  # its bias is in tau
+        self.mix = MatMulLinear(head.action_encoder.w3.weight, None)
+        self.positions = nn.Parameter(folded.places, False)  # no sum in the graph: one bias per action token
+        self.decode1 = MatMulLinear(*folded_decoder(head))
+        self.decode2 = MatMulLinear(head.action_decoder.layer2.weight, head.action_decoder.layer2.bias)
         self.state_encoder, self.future_tokens = head.state_encoder, head.future_tokens.weight
         for block in head.dit.blocks:
             block.ada_norm = None  # tabulated
@@ -225,16 +222,16 @@ class DenoiseStepGraph(nn.Module):
         crossed = 0
         for index, block in enumerate(self.blocks):
             queries = self.horizon if index == len(self.blocks) - 1 else None
-            h = F.layer_norm(x, (self.width,), weight=modulation[index, 0], bias=modulation[index, 1], eps=_DIT_NORM_EPS)
+            h = F.layer_norm(x, (self.width,), weight=modulation[index, 0], bias=modulation[index, 1], eps=DIT_NORM_EPS)
             x = x if queries is None else x[:, -queries:]
             if block.crosses:
                 x = x + self._cross(block.attention, h[:, -x.shape[1] :], keys[crossed : crossed + 1], values[crossed : crossed + 1])
                 crossed += 1
             else:
                 x = x + block.attention(h, queries=queries)
-            x = x + block.mlp(F.layer_norm(x, (self.width,), eps=_DIT_NORM_EPS))
-        x = F.layer_norm(x, (self.width,), weight=modulation[-1, 0], bias=modulation[-1, 1], eps=_OUTPUT_NORM_EPS)  # (1, H, D)
-        return actions + self.decode2(F.relu(self.decode1(x))) * step_size
+            x = x + block.mlp(F.layer_norm(x, (self.width,), eps=DIT_NORM_EPS))
+        x = F.layer_norm(x, (self.width,), weight=modulation[-1, 0], bias=modulation[-1, 1], eps=OUTPUT_NORM_EPS)  # (1, H, D)
+        return euler_step(actions, self.decode2(F.relu(self.decode1(x))), step_size)
 
     @staticmethod
     def _cross(attention: nn.Module, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -244,10 +241,7 @@ class DenoiseStepGraph(nn.Module):
 def graph_tables(model: Gr00tN1d5, steps: int) -> StepTables:
     """The tables that `denoise_step` takes, for `steps` Euler steps: tau (steps, D) already through the action encoder's second layer, its biases
     included; modulation (steps, L + 1, 2, D) as the plain model's. To be made before `DenoiseStepGraph` is, which takes the model apart."""
-    encoder, tables = model.head.action_encoder, model.head.step_tables(steps)
-    of_actions, of_time = encoder.w2.weight.double().split(encoder.width)
-    constant = encoder.w1.bias.double() @ of_actions + encoder.w2.bias.double()
-    return StepTables((tables.tau.double() @ of_time + constant).to(tables.tau.dtype), tables.modulation)
+    return FoldedEncoder.of(model.head).step_tables(model.head.step_tables(steps))
 
 
 # what `graph_tables` needs of the network

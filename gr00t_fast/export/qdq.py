@@ -1,14 +1,18 @@
-"""Writes an 8-bit version of a graph: QuantizeLinear and DequantizeLinear (Q/DQ) around the inputs of chosen matrix products.
+"""Reads an exported graph's linear layers and writes an 8-bit version of it, in the form that a runtime executes fast.
 
-Explicit Q/DQ is what TensorRT since version 11 and OpenVINO read 8 bits from: weights are stored in 8 bits with one scale per output channel,
-activations are rounded at run time with one scale per tensor, and both scales have the graph's own float type. INT8 is symmetric (zero point 0);
-FP8 is E4M3 (`float8e4m3fn`, largest number 448).
+TensorRT since version 11 and OpenVINO read 8 bits from explicit QuantizeLinear and DequantizeLinear (Q/DQ) around the inputs of matrix products:
+weights are stored in 8 bits with one scale per output channel, activations are rounded at run time with one scale per tensor, and both scales have
+the graph's own float type. INT8 is symmetric (zero point 0); FP8 is E4M3 (`float8e4m3fn`, largest number 448). ONNX Runtime does not execute such
+graphs in 8 bits; for it, activations are rounded with scales found at run time.
 
+Linear layers are matrix products with a constant weight [in, out]. Attention's own products (queries x keys, weights x values) stay as they are:
+runtimes fuse them, and they are a few per cent of the work.
 Axis alphabet: K input width, N output width.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,66 +21,105 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.linear_layers import Graph, LinearLayer
 from gr00t_fast.optional import require
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One matrix product: its path in the graph's module, its node, the tensor that goes in, and its weight of shape (in, out)."""
+
+    label: str
+    node: str
+    input: str
+    weight: str
+    shape: tuple[int, int]
+
+
+class Graph:
+    """An ONNX file whose large tensors stay on the disk until they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.onnx = require("onnx", "export")
+        self.path = path
+        self.proto = self.onnx.load(str(path), load_external_data=False)
+        self.initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
+
+    def array(self, name: str) -> np.ndarray:
+        """An initializer's values as they are stored; bf16 comes as ml_dtypes.bfloat16."""
+        tensor = self.onnx.TensorProto()
+        tensor.CopyFrom(self.initializers[name])
+        helper = self.onnx.external_data_helper
+        if helper.uses_external_data(tensor):
+            helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+            tensor.data_location = self.onnx.TensorProto.DEFAULT
+        return self.onnx.numpy_helper.to_array(tensor)
+
+    def linear_layers(self) -> list[LinearLayer]:
+        """In the order of execution."""
+        return [
+            LinearLayer(node.input[1].removesuffix(".weight"), node.name, node.input[0], node.input[1], tuple(self.initializers[node.input[1]].dims))
+            for node in self.proto.graph.node
+            if node.op_type == "MatMul" and self._is_weight(node.input[1])
+        ]
+
+    def _is_weight(self, name: str) -> bool:
+        return name in self.initializers and len(self.initializers[name].dims) == 2
+
+    def type_of(self, layer: LinearLayer) -> Any:
+        """The weight's ONNX element type."""
+        return self.initializers[layer.weight].data_type
+
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 _MIN_OPSET = 19  # first with FP8 in QuantizeLinear
 _SMALLEST_RANGE = 1e-6  # of a channel that is always zero: any scale will do, but not zero
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """How one matrix product is quantised. `range`: largest |input| that is represented, after division by `smoothing` (K,), if any."""
-
-    range: float
-    smoothing: np.ndarray | None = None
-
-
-def write_quantised(source: Path, target: Path, plans: Mapping[str, LayerPlan], scheme: str) -> None:
-    """Copy the graph `source` to `target` with the layers of `plans` (label -> plan) in 8 bits; weights go to `<target>.data`.
+def write_quantised(source: Path, target: Path, scales: Mapping[str, InputScale], scheme: str) -> None:
+    """Copy the graph `source` to `target` with the layers of `scales` (label -> scale of its input) in 8 bits; weights go to `<target>.data`.
 
     Raises ConfigError for an unknown label or a graph of an opset without FP8.
     """
     graph = Graph(source)
-    proto = quantised_graph(graph, plans, scheme)
+    proto = quantised_graph(graph, scales, scheme)
     graph.onnx.external_data_helper.load_external_data_for_model(proto, str(source.parent))
     save_with_data(graph.onnx, proto, target)
 
 
-def quantised_graph(graph: Graph, plans: Mapping[str, LayerPlan], scheme: str) -> Any:
+def quantised_graph(graph: Graph, scales: Mapping[str, InputScale], scheme: str) -> Any:
     """The same as a ModelProto, made of `graph`'s: 8-bit weights are in it, all others still refer to the source's file."""
     layers = {layer.label: layer for layer in graph.linear_layers()}
-    if unknown := sorted(set(plans) - set(layers)):
-        raise ConfigError(f"{graph.path}: no linear layer is called {', '.join(unknown[:3])}. This plan was made for another graph.")
+    if unknown := sorted(set(scales) - set(layers)):
+        raise ConfigError(f"{graph.path}: no linear layer is called {', '.join(unknown[:3])}. The calibration was made for another graph.")
     opset = next(entry.version for entry in graph.proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset < _MIN_OPSET:
-        raise ConfigError(f"{graph.path}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with export/to_onnx.py.")
+        raise ConfigError(f"{graph.path}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with gr00t-fast export onnx.")
     writer = _Writer(graph, scheme)
     by_input: dict[str, list[LinearLayer]] = defaultdict(list)
-    for label in plans:
+    for label in scales:
         by_input[layers[label].input].append(layers[label])
     for tensor, sharing in by_input.items():
-        writer.quantise_input(tensor, sharing, plans[sharing[0].label])
+        writer.quantise_input(tensor, sharing, scales[sharing[0].label])
         for layer in sharing:
-            writer.quantise_weight(layer, plans[layer.label])
+            writer.quantise_weight(layer, scales[layer.label])
     return writer.finish()
 
 
-def quantised_weight(weight: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+def quantised_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     """fp32 (K, N) -> 8-bit values as fp32 (K, N) and scales (N,); the product of the two approximates the weight."""
-    scales = np.maximum(np.abs(weight).max(axis=0), _SMALLEST_RANGE) / LARGEST[scheme]  # (N,)
+    scales = weight.abs().amax(dim=0).clamp_min(_SMALLEST_RANGE) / LARGEST[scheme]  # (N,)
     return rounded(weight / scales, scheme), scales
 
 
-def rounded(values: np.ndarray, scheme: str) -> np.ndarray:
+def rounded(values: Tensor, scheme: str) -> Tensor:
     """To the nearest representable number, saturating as QuantizeLinear does; still fp32."""
     if scheme == "int8":
-        return np.clip(np.rint(values), -128, 127)
-    limited = np.clip(values, -LARGEST[scheme], LARGEST[scheme]).astype(np.float32)
-    return torch.from_numpy(np.atleast_1d(limited)).to(torch.float8_e4m3fn).float().numpy().reshape(limited.shape)
+        return values.round().clamp(-128, 127)
+    return values.clamp(-LARGEST[scheme], LARGEST[scheme]).to(torch.float8_e4m3fn).float()
 
 
 def _fp8() -> Any:
@@ -93,24 +136,25 @@ class _Writer:
         self.nodes = {node.name: node for node in graph.proto.graph.node}
         self.outputs = {output.name for output in graph.proto.graph.output}
 
-    def quantise_input(self, tensor: str, layers: list[LinearLayer], plan: LayerPlan) -> None:
+    def quantise_input(self, tensor: str, layers: list[LinearLayer], input_scale: InputScale) -> None:
         """One Q/DQ pair for all products that read `tensor`."""
         first, source = layers[0].node, tensor
-        if plan.smoothing is not None and not self._fold(tensor, layers, plan.smoothing):
+        smoothing = None if input_scale.smoothing is None else input_scale.smoothing.numpy()
+        if smoothing is not None and not self._fold(tensor, layers, smoothing):
             source = f"{tensor}_smoothed"
-            self._constant(f"{tensor}_smoothing", 1.0 / plan.smoothing, layers[0])
+            self._constant(f"{tensor}_smoothing", 1.0 / smoothing, layers[0])
             self._add_node(first, "Mul", [tensor, f"{tensor}_smoothing"], source)
-        scale, zero = self._scale(f"{tensor}_scale", np.float32(plan.range / LARGEST[self.scheme]), layers[0])
+        scale, zero = self._scale(f"{tensor}_scale", np.float32(input_scale.largest / LARGEST[self.scheme]), layers[0])
         self._add_node(first, "QuantizeLinear", [source, scale, zero], f"{tensor}_q")
         self._add_node(first, "DequantizeLinear", [f"{tensor}_q", scale, zero], f"{tensor}_dq")
         for layer in layers:
             self.nodes[layer.node].input[0] = f"{tensor}_dq"
 
-    def quantise_weight(self, layer: LinearLayer, plan: LayerPlan) -> None:
-        weight = self.graph.array(layer.weight).astype(np.float32)  # (K, N)
-        if plan.smoothing is not None:
-            weight = weight * plan.smoothing[:, None]
-        values, scales = quantised_weight(weight, self.scheme)
+    def quantise_weight(self, layer: LinearLayer, input_scale: InputScale) -> None:
+        weight = torch.from_numpy(self.graph.array(layer.weight).astype(np.float32))  # (K, N)
+        if input_scale.smoothing is not None:
+            weight = weight * input_scale.smoothing[:, None]
+        values, scales = (each.numpy() for each in quantised_weight(weight, self.scheme))
         name = layer.weight
         if self.scheme == "int8":
             self.new[name] = self.onnx.numpy_helper.from_array(values.astype(np.int8), name)
@@ -122,7 +166,8 @@ class _Writer:
         self.nodes[layer.node].input[1] = f"{name}_dq"
 
     def _fold(self, tensor: str, layers: list[LinearLayer], smoothing: np.ndarray) -> bool:
-        """Let the norm before the products divide, where it has constant gains and nobody else reads it."""
+        """Divide the gains of the norm before the products by `smoothing`, where they are constant and nothing else reads the norm's output. Returns
+        whether that was possible."""
         node = next((n for n in self.graph.proto.graph.node if tensor in n.output), None)
         readers = [n.name for n in self.graph.proto.graph.node if tensor in n.input]
         if node is None or tensor in self.outputs or set(readers) != {layer.node for layer in layers}:
@@ -174,3 +219,43 @@ def save_with_data(onnx: Any, proto: Any, target: Path) -> None:
     data = target.with_name(target.name + ".data")
     data.unlink(missing_ok=True)  # the library appends to a file that is there
     onnx.save_model(proto, str(target), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
+
+
+def write_stage(source: Path, out: Path, scales: Mapping[str, InputScale] | None, scheme: str, target: str) -> str:
+    """Write `source` (an ONNX file) to the directory `out` with the layers of `scales` in 8 bits; returns the file's name."""
+    if target == "openvino":
+        return _write_openvino(source, out, scales or {}, scheme)
+    if target == "onnxruntime":
+        return _write_dynamic(source, out, scales)
+    write_quantised(source, out / source.name, scales or {}, scheme)
+    return source.name
+
+
+def _write_openvino(source: Path, out: Path, scales: Mapping[str, InputScale], scheme: str) -> str:
+    """OpenVINO's own format: it maps its weights from the file, and opens in a fraction of the time that ONNX takes."""
+    openvino = require("openvino", "openvino")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".qdq-") as work:
+        path = Path(work) / source.name
+        write_quantised(source, path, scales, scheme)
+        model = openvino.Core().read_model(str(path))
+        openvino.save_model(model, str(out / f"{source.stem}.xml"), compress_to_fp16=False)
+        del model  # it maps the file that is about to go
+    return f"{source.stem}.xml"
+
+
+def _write_dynamic(source: Path, out: Path, scales: Mapping[str, InputScale] | None) -> str:
+    """ONNX Runtime: INT8 weights with one scale per output channel, activations rounded with scales found at run time."""
+    quantisation = require("onnxruntime.quantization", "export")
+    layers = Graph(source).linear_layers()
+    chosen = [layer.node for layer in layers if scales is None or layer.label in scales]
+    quantisation.quantize_dynamic(
+        str(source),
+        str(out / source.name),
+        op_types_to_quantize=["MatMul"],
+        nodes_to_quantize=chosen,
+        per_channel=True,
+        weight_type=quantisation.QuantType.QInt8,
+        use_external_data_format=True,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    return source.name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,71 +12,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.continuation import Goal
-from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.export.observations import Frames, Sample, read
-from gr00t_fast.export.stage_chain import StageSample
-from gr00t_fast.export.verify import Case
+from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
+from gr00t_fast.engine import Continuation, Engine, PolicyInputs
+from gr00t_fast.engine.manifest import Target
+from gr00t_fast.errors import EngineError
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
+from gr00t_fast.progress import Progress
 from gr00t_fast.timing import StageTimer
 
 
-class RecordingEngine:
-    """Keeps what it is given and answers with the noise."""
+@dataclass(frozen=True)
+class Case:
+    """One observation as the network gets it (fp32, batch of one) and its noise (1, H, A)."""
 
-    name, continues = "recording", False
-    device, dtype = torch.device("cpu"), torch.float32
     inputs: ModelInputs
+    noise: Tensor
 
-    def run(self, inputs: ModelInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, goal: Goal | None = None) -> Tensor:
-        self.inputs = inputs
-        return noise
 
-    def synchronise(self) -> None:
-        """Nothing runs apart."""
+class NoNetwork(Engine):
+    """Stands where an engine does in a policy that only transforms."""
+
+    name, device, dtype = "none", torch.device("cpu"), torch.float32
+
+    def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
+        raise EngineError("this policy was made by transforms_only: it has no network. Load one with load_policy.")
 
 
 def transforms_only(model_path: str | Path, **options: Any) -> Gr00tPolicy:
-    """A policy with a `RecordingEngine`: checks and transforms observations, reads no weights. Options as of `load_policy`."""
-    return load_policy(model_path, engine=RecordingEngine(), **options)
+    """A policy without a network: checks and transforms observations, reads no weights. Options as of `load_policy`."""
+    return load_policy(model_path, engine=NoNetwork(), **options)
 
 
 def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInputs:
-    """One unbatched observation through the transforms of a `transforms_only` policy; fp32."""
-    policy.get_action(observation)
-    return policy.engine.inputs
+    """One unbatched observation as the network gets it, in fp32 on the CPU."""
+    return policy.preprocess(observation).to(torch.device("cpu"), torch.float32)
 
 
-def draw_noise(shapes: Mapping[str, Any], count: int, seed: int) -> np.ndarray:
-    """(count, 1, H, A) fp32; `shapes` as in the manifest."""
-    return np.random.default_rng(seed).standard_normal((count, 1, shapes["horizon"], shapes["action_dim"])).astype(np.float32)
+def collect_cases(
+    target: Target,
+    observations: str,
+    *,
+    frames: int,
+    seed: int,
+    noise_seed: int | tuple[int, ...],
+    progress: Progress,
+    camera_map: Mapping[str, str] | None = None,
+    allow_few: bool = False,
+    least: int = MIN_FRAMES,
+    processor_path: str | Path | None = None,
+    prompt_style: str = "plain",
+) -> tuple[list[Case], dict[str, Any]]:
+    """`frames` observations of the source `observations` (as `gr00t_fast.dataset.open_frames` takes it), each with noise of its own, and a
+    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.dataset.draw`. Raises ConfigError for a source that does not
+    fit."""
+    options = {"data_config": target.data_config, "processor_path": processor_path, "prompt_style": prompt_style}
+    policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, **options)
+    opened = open_frames(observations, target.data_config, policy.metadata, camera_map)
+    sample, generator, cases = draw(opened, frames, seed, allow_few, least), np.random.default_rng(noise_seed), []
+    with progress.bar("observations", len(sample.indices)) as tick:
+        for observation in read(opened, sample, policy.metadata):
+            noise = generator.standard_normal((1, *policy.chunk_shape)).astype(np.float32)
+            cases.append(Case(network_inputs(policy, observation), torch.from_numpy(noise)))
+            tick()
+    return cases, {**sample.describe(), "digest": digest_of(cases)}
 
 
-def network_cases(policy: Gr00tPolicy, frames: Frames, sample: Sample, seed: int, tick: Callable[[], None] = lambda: None) -> list[Case]:
-    """The chosen observations through the transforms of a `transforms_only` policy, each with noise of its own; `tick` is called after each."""
-    horizon, action_dim = policy.chunk_shape
-    noise, cases = draw_noise({"horizon": horizon, "action_dim": action_dim}, len(sample.indices), seed), []
-    for observation, start in zip(read(frames, sample, policy.facts), noise, strict=True):
-        cases.append(Case(network_inputs(policy, observation), torch.from_numpy(start)))
-        tick()
-    return cases
-
-
-def stage_samples(policy: Gr00tPolicy, tables: ExportTables, observations: Iterable[dict[str, Any]], noise: np.ndarray) -> list[StageSample]:
-    """Samples for the exported stages, one per observation and row of `noise` (n, 1, H, A)."""
-    samples = []
-    for number, (observation, start) in enumerate(zip(observations, noise, strict=True)):
-        inputs = network_inputs(policy, observation)
-        ids = inputs.input_ids[0]
-        samples.append(
-            StageSample(
-                number=number,
-                pixel_values=inputs.pixel_values.numpy(),
-                text=tables.embed(ids).float().numpy(),
-                image_positions=inputs.image_positions.numpy(),
-                state=inputs.state.numpy(),
-                noise=start,
-            )
-        )
-    return samples
+def digest_of(cases: Iterable[Case]) -> str:
+    """SHA-256 of what the network was given: two calibrations with one digest saw the same observations and noise."""
+    digest = hashlib.sha256()
+    for case in cases:
+        for tensor in (case.inputs.pixel_values, case.inputs.input_ids, case.inputs.state, case.noise):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

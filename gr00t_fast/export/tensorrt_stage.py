@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.errors import EngineError, Gr00tFastError
-from gr00t_fast.export.tensorrt_targets import rtx_capabilities
+from gr00t_fast.export.tensorrt_capability import rtx_capabilities
+from gr00t_fast.files import atomic_write
 
 Range = tuple[int, int, int]  # least, usual and most of a dimension
 _REPORT_EVERY_S = 0.25
@@ -35,7 +39,7 @@ class Request:
     onnx: str
     engine: str  # file to write
     builder: str
-    targets: tuple[str, ...]
+    capabilities: tuple[str, ...]
     profiles: tuple[Mapping[str, Range], ...]
     workspace_mb: int | None = None
     optimization_level: int | None = None
@@ -48,7 +52,7 @@ class Request:
     def from_json(cls, text: str) -> Request:
         raw = json.loads(text)
         profiles = tuple({name: tuple(limits) for name, limits in profile.items()} for profile in raw.pop("profiles"))
-        return cls(**{**raw, "targets": tuple(raw["targets"]), "profiles": profiles})
+        return cls(**{**raw, "capabilities": tuple(raw["capabilities"]), "profiles": profiles})
 
 
 class Reporter:
@@ -71,7 +75,7 @@ def _write(message: Mapping[str, Any]) -> None:
 
 
 def build(request: Request, reporter: Reporter) -> dict[str, Any]:
-    """Parse, build, write, check. Raises EngineError with the library's own words when a step fails."""
+    """Parse, build, write, check. Raises EngineError with the library's message when a step fails."""
     trt = library.load(request.builder)
     log = library.make_log(trt)
     start_s = time.perf_counter()
@@ -121,7 +125,7 @@ def _configure(trt: ModuleType, builder: Any, network: Any, request: Request, re
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:  # TensorRT-RTX: no allocation at run time, without which a CUDA graph cannot be captured
         config.set_flag(flag)
-    _set_targets(trt, config, request)
+    _set_capabilities(trt, config, request)
     _set_profiles(builder, config, network, request)
     _load_timing_cache(config, request)
     if hasattr(config, "progress_monitor"):
@@ -129,12 +133,12 @@ def _configure(trt: ModuleType, builder: Any, network: Any, request: Request, re
     return config
 
 
-def _set_targets(trt: ModuleType, config: Any, request: Request) -> None:
+def _set_capabilities(trt: ModuleType, config: Any, request: Request) -> None:
     if request.builder == library.RTX:
-        config.num_compute_capabilities = len(request.targets)  # none: any GPU from Ampere on
-        for index, target in enumerate(request.targets):
-            config.set_compute_capability(rtx_capabilities(trt)[target], index)
-    elif not request.targets:
+        config.num_compute_capabilities = len(request.capabilities)  # none: any GPU from Ampere on
+        for index, capability in enumerate(request.capabilities):
+            config.set_compute_capability(rtx_capabilities(trt)[capability], index)
+    elif not request.capabilities:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
@@ -159,7 +163,7 @@ def _extent(tensor: Any, axis: int, ranges: Mapping[str, Range]) -> Range:
     if name not in ranges:
         raise EngineError(
             f"input '{tensor.name}' varies along axis {axis} ('{name}'), for which no range is known ({', '.join(ranges) or 'none'}). "
-            "Export the graphs again with export/to_onnx.py."
+            "Export the graphs again with gr00t-fast export onnx."
         )
     return ranges[name]
 
@@ -176,9 +180,8 @@ def _save_timing_cache(config: Any, request: Request) -> None:
     if request.timing_cache is None or request.builder == library.RTX:
         return
     file = Path(request.timing_cache)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    os.replace(part, file)
+    with atomic_write(file) as partial:
+        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def _write_plan(plan: Any, file: Path) -> str:
@@ -207,7 +210,7 @@ def check_plan(trt: ModuleType, plan: Any) -> dict[str, Any]:
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is not None:
-        facts = {"device_memory_bytes": _device_memory(engine), "engine_layers": engine.num_layers}
+        facts = {"device_memory_bytes": library.scratch_bytes(engine), "engine_layers": engine.num_layers}
         return {"parsed": True, "deserialised": True, "reason": None, **facts}
     here, reason = library.gpu_capability(), log.first_error()
     if "Serialization assertion" in reason or (here is None and "Cuda Runtime" not in reason):
@@ -215,11 +218,6 @@ def check_plan(trt: ModuleType, plan: Any) -> dict[str, Any]:
     if here is None:
         return {"parsed": True, "deserialised": None, "reason": "no CUDA driver here"}
     return {"parsed": True, "deserialised": False, "reason": f"on this GPU ({here}): {reason}"}
-
-
-def _device_memory(engine: Any) -> int:
-    """Activations and workspace of one execution context."""
-    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
 
 
 def _monitor(trt: ModuleType, reporter: Reporter) -> Any:
@@ -277,3 +275,83 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+OnPhase = Callable[[str | None, float | None], None]  # name of the phase and the share of it that is done; (None, None) once a second
+_ROOT = Path(__file__).resolve().parents[2]
+BUILDER = (sys.executable, "-m", "gr00t_fast.export.tensorrt_stage")
+_TAIL_CHARACTERS = 600
+_KILL_AFTER_S = 5.0
+
+
+def run_stage(request: Request, on_phase: OnPhase) -> dict[str, Any]:
+    """Return the facts of the built engine. Raises EngineError with the library's message, or what is known when the process died.
+
+    The child is in a session of its own: Ctrl-C reaches this process only, which then ends the child and leaves no half-written engine in place.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
+    with tempfile.TemporaryFile() as errors:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        child = subprocess.Popen(BUILDER, env=environment, text=True, start_new_session=True, **pipes)
+        try:
+            child.stdin.write(request.to_json() + "\n")
+            child.stdin.flush()  # left open: the child ends when it is closed
+            answer = _follow(child, on_phase)
+        finally:
+            _end(child)
+        if answer is None:
+            raise EngineError(_failure_of(Path(request.onnx).name, child.returncode, errors))
+    if "error" in answer:
+        raise EngineError(answer["error"])
+    return answer["result"]
+
+
+def _follow(child: subprocess.Popen, on_phase: OnPhase) -> dict[str, Any] | None:
+    """Hand on phases until the answer comes; None when the child ends without one."""
+    for line in _lines(child.stdout):
+        try:
+            message = json.loads(line) if line else {"phase": None, "done": None}
+        except ValueError:
+            continue  # something else printed by the library
+        if "phase" not in message:
+            return message
+        on_phase(message["phase"], message["done"])
+    return None
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    """Lines as they come, and an empty one for each second without any, so that the caller's clock goes on."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=1.0)
+        except queue.Empty:
+            yield ""
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def _end(child: subprocess.Popen) -> None:
+    child.stdin.close()
+    try:
+        child.wait(timeout=_KILL_AFTER_S if child.poll() is None else None)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    child.stdout.close()
+
+
+def _failure_of(graph: str, code: int, errors: IO[bytes]) -> str:
+    errors.seek(0)
+    tail = errors.read().decode(errors="replace").strip()[-_TAIL_CHARACTERS:]
+    memory = " Probably the system ran out of memory: close other programs, or build on a machine with more." if code in (-9, 137) else ""
+    return f"building {graph} ended with code {code} and no result.{memory}{' It printed last: ' + tail if tail else ''}"

@@ -20,9 +20,9 @@ from torch import Tensor
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.engine.exported import ExportedEngine
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.export.action_error import ActionError, action_error
-from gr00t_fast.export.progress import Progress
+from gr00t_fast.export.samples import Case
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.progress import Progress
 from gr00t_fast.timing import StageTimer
 from gr00t_fast.transforms import ActionTransform
 
@@ -32,15 +32,7 @@ _FP32_STAGE_LIMIT = 1e-4  # relative L2: rounding of another order of operations
 ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One observation as the network gets it (fp32, batch of one) and its noise (1, H, A)."""
-
-    inputs: ModelInputs
-    noise: Tensor
-
-
-class TruthFiles:
+class ReferenceOutputs:
     """The plain model's outputs on the disk: some 35 MB per full-size observation."""
 
     def __init__(self, directory: Path) -> None:
@@ -89,7 +81,7 @@ class Verification:
         }
 
 
-def record_truth(target: Target, cases: Sequence[Case], steps: int, files: TruthFiles, progress: Progress) -> None:
+def record_reference(target: Target, cases: Sequence[Case], steps: int, files: ReferenceOutputs, progress: Progress) -> None:
     """Run the plain model in fp32 on the CPU over all cases. Needs the fp32 weights in memory, 8 GB at full size."""
     model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), torch.float32)
     tables = model.head.step_tables(steps)
@@ -115,7 +107,7 @@ def compare(
     embed: Callable[[Tensor], Tensor],
     cases: Sequence[Case],
     steps: int,
-    files: TruthFiles,
+    files: ReferenceOutputs,
     transform: ActionTransform,
     limit: float | None,
     progress: Progress,
@@ -125,7 +117,7 @@ def compare(
     chained, alone = [], []
     with progress.bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
-            inputs = _cast(case.inputs, engine)
+            inputs = case.inputs.to(engine.device, engine.dtype)
             chained.append(engine.run(inputs, case.noise.to(engine.device), steps, StageTimer(engine.synchronise)).float().cpu())
             for name, got in _stage_outputs(engine, embed, inputs, files, index).items():
                 stages[name].append(relative_l2(got, files.load(index, name)))
@@ -139,7 +131,7 @@ def compare(
 
 
 def _stage_outputs(
-    engine: ExportedEngine, embed: Callable[[Tensor], Tensor], inputs: ModelInputs, files: TruthFiles, index: int
+    engine: ExportedEngine, embed: Callable[[Tensor], Tensor], inputs: ModelInputs, files: ReferenceOutputs, index: int
 ) -> dict[str, Tensor]:
     """Vision's and language's outputs, each stage fed with the plain model's."""
     (tokens,) = engine.runtime.run_stage("vision", {"pixel_values": inputs.pixel_values.contiguous()}, ("tokens",))
@@ -149,7 +141,7 @@ def _stage_outputs(
     return {"tokens": tokens, **dict(zip(wanted, engine.runtime.run_stage("language", {"embeddings": embeddings}, wanted), strict=True))}
 
 
-def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, files: TruthFiles, index: int) -> Tensor:
+def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, files: ReferenceOutputs, index: int) -> Tensor:
     """All steps with the plain model's keys and values: (1, H, A) fp32."""
     tables, place = engine.tables(steps), {"device": engine.device, "dtype": engine.dtype}
     fixed = {"state": inputs.state, **{name: files.load(index, name).to(**place) for name in ("keys", "values")}}
@@ -171,14 +163,43 @@ def relative_l2(got: Tensor, truth: Tensor) -> float:
     return float((got.cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
-def _cast(inputs: ModelInputs, engine: ExportedEngine) -> ModelInputs:
-    return ModelInputs(
-        inputs.pixel_values.to(engine.device, engine.dtype),
-        inputs.input_ids.to(engine.device),
-        inputs.image_positions.to(engine.device),
-        inputs.state.to(engine.device, engine.dtype),
-    )
-
-
 def _percentile(values: Sequence[float], q: float) -> float:
     return float(f"{np.percentile(values, q):.3e}")
+
+
+@dataclass(frozen=True)
+class ActionError:
+    """|difference| over all observations, times and joints, in joint units; and relative to the displacement (L2, normalised)."""
+
+    p50: float
+    p99: float
+    largest: float
+    rms: float
+    displacement: float
+    per_joint_p99: tuple[float, ...]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "p50": round(self.p50, 5),
+            "p99": round(self.p99, 5),
+            "max": round(self.largest, 5),
+            "rms": round(self.rms, 5),
+            "relative_to_displacement": round(self.displacement, 6),
+            "p99_per_joint": [round(value, 5) for value in self.per_joint_p99],
+        }
+
+
+def action_error(got: np.ndarray, truth: np.ndarray, noise: np.ndarray, transform: ActionTransform) -> ActionError:
+    """All (n, H, A), normalised. NaN and infinity in `got` give NaN figures, which no limit lets pass."""
+    gap = np.abs(joints(got, transform) - joints(truth, transform))  # (n, H, J)
+    width = gap.shape[-1]  # of the padded actions, only these move a joint
+    moved = np.linalg.norm((truth - noise)[..., :width].astype(np.float64))
+    relative = np.linalg.norm((got - truth)[..., :width].astype(np.float64)) / max(moved, 1e-12)
+    p50, p99 = np.percentile(gap, (50, 99))
+    per_joint = tuple(float(value) for value in np.percentile(gap.reshape(-1, width), 99, axis=0))
+    return ActionError(float(p50), float(p99), float(gap.max()), float(np.sqrt((gap**2).mean())), float(relative), per_joint)
+
+
+def joints(actions: np.ndarray, transform: ActionTransform) -> np.ndarray:
+    """(n, H, A) normalised -> float64 (n, H, J) in joint units."""
+    return np.concatenate(list(transform(actions).values()), axis=-1).astype(np.float64)

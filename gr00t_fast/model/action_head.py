@@ -7,16 +7,19 @@ Axis alphabet: B batch, S vision-language tokens, H horizon, A padded action wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from gr00t_fast.config import ActionHeadConfig
-from gr00t_fast.model.dit import DiT, KeysValues
+from gr00t_fast.model.dit import Context, DiT, KeysValues
 from gr00t_fast.model.layers import CategoryLinear, CategoryMLP, PreNormBlock, position_frequencies, sinusoid
 
 _NORM_EPS = 1e-5
+
+Velocity = Callable[[Tensor, int], Tensor]  # (actions (B, H, A), Euler step) -> (B, H, A)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,33 @@ class Condition:
 
     prefix: Tensor
     cross: KeysValues
-    key_mask: Tensor | None  # bool (B, 1, 1, S)
+    key_mask: Tensor | None  # bool (B, 1, 1, S); with image_positions of the text tokens alone
+
+
+def euler_step(actions: Tensor, velocity: Tensor, step_size: float | Tensor) -> Tensor:
+    """One update of the flow: actions and velocity (B, H, A) -> (B, H, A)."""
+    return actions + velocity * step_size
+
+
+def euler_step_in_one(actions: Tensor, velocity: Tensor, step_size: float) -> Tensor:
+    """`euler_step` as one kernel, rounded once instead of twice."""
+    return torch.add(actions, velocity, alpha=step_size)
+
+
+def integrate(
+    velocity: Velocity,
+    noise: Tensor,
+    steps: int,
+    update: Callable[[Tensor, Tensor, float], Tensor] = euler_step,
+    before: Callable[[Tensor, int], Tensor] | None = None,
+) -> Tensor:
+    """noise (B, H, A) at t = 0 -> actions (B, H, A) at t = 1. before: changes the actions ahead of each step."""
+    actions = noise
+    for step in range(steps):
+        if before is not None:
+            actions = before(actions, step)
+        actions = update(actions, velocity(actions, step), 1.0 / steps)
+    return actions
 
 
 class ActionEncoder(nn.Module):
@@ -67,13 +96,12 @@ class ActionHead(nn.Module):
         self.config = config
         width, vl = config.dit.width, config.vl_attention
         self.vlln = nn.LayerNorm(context_width, eps=_NORM_EPS) if config.use_vlln else nn.Identity()
-        vl_layers = vl.num_layers if config.use_vlln else 0  # the reference's switch turns off both
-        self.vl_blocks = nn.ModuleList(PreNormBlock(vl.width, vl.num_heads, 4 * vl.width, _NORM_EPS) for _ in range(vl_layers))
+        self.vl_blocks = nn.ModuleList(PreNormBlock(vl.width, vl.num_heads, 4 * vl.width, _NORM_EPS) for _ in range(vl.num_layers))
         self.state_encoder = CategoryMLP(config.state_dim, config.hidden_size, width)
         self.action_encoder = ActionEncoder(config.action_dim, width)
         self.position_embedding = nn.Embedding(config.max_positions, width)
-        self.future_tokens = nn.Embedding(config.future_tokens, width)
-        self.dit = DiT(config.dit, context_width, config.output_dim)
+        self.future_tokens = nn.Embedding(config.future_tokens, width) if config.future_tokens else None
+        self.dit = DiT(config.dit, context_width, config.output_dim, config.attend_text_every)
         self.action_decoder = CategoryMLP(config.output_dim, config.hidden_size, config.action_dim)
 
     def refine(self, features: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -83,11 +111,26 @@ class ActionHead(nn.Module):
             x = block(x, key_mask)
         return x
 
-    def condition(self, vl_features: Tensor, state: Tensor, key_mask: Tensor | None = None) -> Condition:
-        """Once per observation: vl_features (B, S, C), state (B, state_dim)."""
+    def condition(self, vl_features: Tensor, state: Tensor, key_mask: Tensor | None = None, image_positions: Tensor | None = None) -> Condition:
+        """Once per observation: vl_features (B, S, C), state (B, state_dim). image_positions (V,): needed where blocks see text or pictures alone."""
+        cross = self.dit.cross_keys_values(self.contexts(vl_features, image_positions))
+        if key_mask is not None and self.config.attend_text_every is not None:
+            key_mask = key_mask.index_select(-1, other_positions(vl_features.shape[1], image_positions))
+        return Condition(self.prefix(state), cross, key_mask)
+
+    def contexts(self, vl_features: Tensor, image_positions: Tensor | None) -> dict[Context, Tensor]:
+        """What cross-attending blocks see: vl_features (B, S, C) -> all of it, or the text's and the pictures' part."""
+        if self.config.attend_text_every is None:
+            return {"all": vl_features}
+        text_positions = other_positions(vl_features.shape[1], image_positions)
+        return {"text": vl_features.index_select(1, text_positions), "image": vl_features.index_select(1, image_positions)}
+
+    def prefix(self, state: Tensor) -> Tensor:
+        """state (B, state_dim) -> the tokens before the actions (B, 1 + F, D)."""
         state_token = self.state_encoder(state).unsqueeze(1)  # (B, 1, D)
-        future = self.future_tokens.weight.expand(state.shape[0], -1, -1)  # (B, F, D)
-        return Condition(torch.cat((state_token, future), dim=1), self.dit.cross_keys_values(vl_features), key_mask)
+        if self.future_tokens is None:
+            return state_token
+        return torch.cat((state_token, self.future_tokens.weight.expand(state.shape[0], -1, -1)), dim=1)  # (B, 1 + F, D)
 
     def step_tables(self, steps: int) -> StepTables:
         """Once per step count: the Euler times 0, 1/N, ... (N-1)/N as the integer buckets that training used."""
@@ -103,13 +146,12 @@ class ActionHead(nn.Module):
         x = torch.cat((condition.prefix, tokens), dim=1)  # (B, 1 + F + H, D)
         return self.action_decoder(self.dit(x, modulation, condition.cross, condition.key_mask, last=horizon))
 
-    def denoise_step(self, actions: Tensor, condition: Condition, tables: StepTables, step: int) -> Tensor:
-        """One Euler update."""
-        return actions + self.velocity(actions, condition, tables.tau[step], tables.modulation[step]) * (1.0 / tables.steps)
-
     def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
         """noise (B, H, A) -> normalised actions (B, H, A)."""
-        actions = noise
-        for step in range(tables.steps):
-            actions = self.denoise_step(actions, condition, tables, step)
-        return actions
+        return integrate(lambda actions, step: self.velocity(actions, condition, tables.tau[step], tables.modulation[step]), noise, tables.steps)
+
+
+def other_positions(tokens: int, positions: Tensor) -> Tensor:
+    """int64 (tokens - V,): those of 0, 1, ... tokens - 1 that are not among positions (V,), in order; without waiting for a GPU."""
+    taken = torch.zeros(tokens, dtype=torch.int32, device=positions.device).index_fill(0, positions, 1)
+    return torch.argsort(taken, stable=True)[: tokens - positions.shape[0]]

@@ -1,11 +1,15 @@
 """The diffusion transformer: velocity of the action tokens, given the robot's state and the vision-language tokens.
 
-Even blocks attend to the vision-language tokens, odd blocks to the sequence itself. The time enters through AdaLN
-(Peebles & Xie 2023) and is known before any observation comes: `modulation` is tabulated for all steps ahead of the loop.
+Even blocks attend to vision-language tokens, odd blocks to the sequence itself. In N1.5 an even block attends to all of them, in N1.7 to the text or
+to the pictures. The time enters through AdaLN (Peebles & Xie 2023) and is known before any observation comes: `modulation` is tabulated for all steps
+ahead of the loop.
 Axis alphabet: B batch, T tokens (1 state + future + H actions), S vision-language tokens, D width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,17 @@ DIT_NORM_EPS = 1e-5
 OUTPUT_NORM_EPS = 1e-6
 
 KeysValues = list[tuple[Tensor, Tensor]]
+Context = Literal["all", "text", "image"]  # which vision-language tokens a cross-attending block sees
+
+
+def context_of(index: int, attend_text_every: int | None) -> Context | None:
+    """What block `index` attends to; None: to the sequence itself. attend_text_every: one in so many cross-attending blocks sees the text, the others
+    the pictures; None: each sees all."""
+    if index % 2 == 1:
+        return None
+    if attend_text_every is None:
+        return "all"
+    return "text" if index % (2 * attend_text_every) == 0 else "image"
 
 
 class TimestepEmbedding(nn.Module):
@@ -36,10 +51,10 @@ class TimestepEmbedding(nn.Module):
 class DiTBlock(nn.Module):
     """AdaLN, attention, LayerNorm, GELU MLP. The first norm's scale and shift arrive ready-made."""
 
-    def __init__(self, width: int, heads: int, context_width: int | None) -> None:
+    def __init__(self, width: int, heads: int, context_width: int, context: Context | None = "all") -> None:
         super().__init__()
-        self.width = width
-        self.crosses = context_width is not None
+        self.width, self.context = width, context
+        self.crosses = context is not None
         self.ada_norm = nn.Linear(width, 2 * width)
         self.attention = CrossAttention(width, heads, context_width) if self.crosses else SelfAttention(width, heads)
         self.mlp = GeluMLP(width, 4 * width)
@@ -51,19 +66,19 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    def __init__(self, config: TransformerConfig, context_width: int, out_width: int) -> None:
+    def __init__(self, config: TransformerConfig, context_width: int, out_width: int, attend_text_every: int | None = None) -> None:
         super().__init__()
         self.width = config.width
         self.time = TimestepEmbedding(config.width)
         self.blocks = nn.ModuleList(
-            DiTBlock(config.width, config.num_heads, context_width if index % 2 == 0 else None) for index in range(config.num_layers)
+            DiTBlock(config.width, config.num_heads, context_width, context_of(index, attend_text_every)) for index in range(config.num_layers)
         )
         self.out_modulation = nn.Linear(config.width, 2 * config.width)
         self.out = nn.Linear(config.width, out_width)
 
-    def cross_keys_values(self, context: Tensor) -> KeysValues:
-        """Keys and values of every cross-attending block, once per observation: context (B, S, C) -> [(B, heads, S, K) x 2]."""
-        return [block.attention.keys_values(context) for block in self.blocks if block.crosses]
+    def cross_keys_values(self, contexts: Mapping[Context, Tensor]) -> KeysValues:
+        """Keys and values of every cross-attending block, once per observation: contexts, each (B, its S, C) -> [(B, heads, its S, K) x 2]."""
+        return [block.attention.keys_values(contexts[block.context]) for block in self.blocks if block.crosses]
 
     def modulation(self, bucket: Tensor) -> Tensor:
         """AdaLN (1 + scale, shift) of every block, then of the output norm, at one time: bucket (1,) -> (blocks + 1, 2, D)."""
@@ -75,10 +90,13 @@ class DiT(nn.Module):
         return table
 
     def forward(self, x: Tensor, modulation: Tensor, cross: KeysValues, key_mask: Tensor | None, last: int) -> Tensor:
-        """x (B, T, D), modulation (blocks + 1, 2, D) of this step -> output tokens (B, last, out_width): the `last` ones only."""
+        """x (B, T, D), modulation (blocks + 1, 2, D) of this step -> output tokens (B, last, out_width): the `last` ones only.
+
+        key_mask: of the blocks that see text; pictures are never padded.
+        """
         keys_values = iter(cross)
         for index, block in enumerate(self.blocks):
             scale, shift = modulation[index]
-            x = block(x, scale, shift, next(keys_values) if block.crosses else None, key_mask if block.crosses else None)
+            x = block(x, scale, shift, next(keys_values) if block.crosses else None, key_mask if block.context in ("all", "text") else None)
         scale, shift = modulation[-1]
         return self.out(F.layer_norm(x[:, -last:], (self.width,), eps=OUTPUT_NORM_EPS) * scale + shift)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.model.action_head import ActionHead, StepTables
 from gr00t_fast.model.language import LanguageModel
-from gr00t_fast.model.vision import VisionTower
+from gr00t_fast.model.vision import VisionTower, pixel_values
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class ModelInputs:
     image_positions: Tensor
     state: Tensor
     prompt_mask: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs:
+        """On `device`, floats in `dtype`."""
+        mask = None if self.prompt_mask is None else self.prompt_mask.to(device)
+        pixels, state = self.pixel_values.to(device, dtype), self.state.to(device, dtype)
+        return ModelInputs(pixels, self.input_ids.to(device), self.image_positions.to(device), state, mask)
 
     @property
     def key_mask(self) -> Tensor | None:
@@ -56,6 +62,10 @@ class Gr00tN1d5(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.vision.connector.weight.device
+
+    def to_pixels(self, frames: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) at the training videos' resolution -> fp32 (B, 3, h, w), on the frames' device."""
+        return pixel_values(frames, self.config.vision.image_size)
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """All cameras of all observations in one call: (B, C, 3, h, w) -> (B, V, D)."""

@@ -1,4 +1,7 @@
-"""Language: prompt tokens with image tokens in their places, through the first layers of Qwen3 and its final norm.
+"""Language: prompt tokens with image tokens in their places, through the first layers of Qwen3.
+
+N1.5 takes the features behind the final norm; N1.7 those before it, adds deeper image features behind the first layers (deepstack), and gives a
+token three positions (time, row, column of a picture; interleaved mRoPE of Qwen3-VL).
 
 The language head is not built: the reference computes 151 680 logits per token and throws them away.
 Axis alphabet: B batch, S tokens, D width, N heads, M key/value heads, K head dim.
@@ -6,11 +9,14 @@ Axis alphabet: B batch, S tokens, D width, N heads, M key/value heads, K head di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.config import LanguageConfig
-from gr00t_fast.model.layers import merge_heads, rotary_tables, rotate, split_heads
+from gr00t_fast.model.layers import Rotary, merge_heads, rotary_frequencies, rotary_tables, rotate, split_heads, tables_of
 
 
 class GroupedQueryAttention(nn.Module):
@@ -66,16 +72,45 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.final_norm else nn.Identity()
 
-    def forward(self, token_embeddings: Tensor) -> Tensor:
-        """token_embeddings (B, S, D) -> features (B, S, D) after the final norm (`hidden_states[select_layer]` of the reference).
+    def forward(
+        self, token_embeddings: Tensor, rotary: Rotary | None = None, deepstack: Sequence[Tensor] = (), image_positions: Tensor | None = None
+    ) -> Tensor:
+        """token_embeddings (B, S, D) -> features (B, S, D): `hidden_states[select_layer]` of the reference.
 
-        Prompts of unequal length are padded on the right: attention is causal, so no real token ever sees padding, and
-        positions need no shift.
+        rotary: tables of other positions than 0, 1, ... S - 1. deepstack: (B, V, D) each, the first added to the tokens at image_positions (V,)
+        behind the first layer, and so on. Prompts of unequal length are padded on the right: attention is causal, so no real token ever sees
+        padding, and positions need no shift.
         """
-        cos, sin = rotary_tables(token_embeddings.shape[1], self.config.head_dim, self.config.rope_theta, token_embeddings)
-        x = token_embeddings
-        for block in self.blocks:
+        config, x = self.config, token_embeddings
+        cos, sin = rotary_tables(x.shape[1], config.head_dim, config.rope_theta, x) if rotary is None else rotary
+        for index, block in enumerate(self.blocks):
             x = block(x, cos, sin)
+            if index < len(deepstack):
+                x = x.index_add(1, image_positions, deepstack[index])
         return self.norm(x)
+
+
+def prompt_positions(tokens: int, image_positions: Tensor, rows: int, columns: int) -> Tensor:
+    """int64 (3, S): time, row and column of each of S prompt tokens, of which those at image_positions (V,) belong to pictures of rows x columns.
+
+    Text counts on one by one, on all three axes alike. A picture at position p has time p, rows p, p + 1, ... and columns likewise, and the text
+    behind it goes on max(rows, columns) after p. Nothing here waits for a GPU.
+    """
+    device, per_picture = image_positions.device, rows * columns
+    is_image = torch.zeros(tokens, dtype=torch.int64, device=device).index_fill(0, image_positions, 1)  # (S,)
+    before = is_image.cumsum(0) - is_image  # image tokens before each token
+    text_before = torch.arange(tokens, device=device) - before
+    place, start = before % per_picture, text_before + before // per_picture * max(rows, columns)
+    return torch.stack((start, start + is_image * (place // columns), start + is_image * (place % columns)))  # (3, S)
+
+
+def mrope_tables(positions: Tensor, head_dim: int, theta: float, sections: Sequence[int], dtype: torch.dtype) -> Rotary:
+    """positions (3, S) -> cos and sin (S, K). Frequency i turns with the row where i % 3 = 1 and i < 3 sections[1], with the column where i % 3 = 2
+    and i < 3 sections[2], else with time."""
+    angles = positions.float().unsqueeze(-1) * rotary_frequencies(head_dim, theta, positions.device)  # (3, S, K/2)
+    mixed = angles[0].clone()
+    for axis in (1, 2):
+        mixed[:, axis : 3 * sections[axis] : 3] = angles[axis, :, axis : 3 * sections[axis] : 3]
+    return tables_of(mixed, dtype)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each (T, K)
+
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     b, t, d = x.shape
@@ -23,7 +25,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases and one fused projection (SigLIP, vision-language blocks, odd DiT blocks)."""
+    """Multi-head self-attention with biases and one fused projection (vision towers, vision-language blocks, odd DiT blocks)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,9 +33,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D); key_mask bool (B, 1, 1, T), True = attend, None = attend to all."""
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
+        """x (B, T, D); key_mask bool (B, 1, 1, T), True = attend, None = attend to all; rotary: tables (T, K) for queries and keys."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))  # (B, N, T, K)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)))
 
 
@@ -94,7 +98,7 @@ class CategoryMLP(nn.Module):
 
 
 class PreNormBlock(nn.Module):
-    """Pre-norm transformer block: LayerNorm, self-attention, LayerNorm, GELU MLP (SigLIP and vision-language self-attention)."""
+    """Pre-norm transformer block: LayerNorm, self-attention, LayerNorm, GELU MLP (vision towers and vision-language self-attention)."""
 
     def __init__(self, width: int, heads: int, inner: int, eps: float) -> None:
         super().__init__()
@@ -103,20 +107,29 @@ class PreNormBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = GeluMLP(width, inner)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), key_mask)
+    def forward(self, x: Tensor, key_mask: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), key_mask, rotary)
         return x + self.mlp(self.norm2(x))
 
 
-def rotary_tables(tokens: int, head_dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(tokens: int, head_dim: int, theta: float, like: Tensor) -> Rotary:
     """cos and sin (T, K) of rotary position embedding (Su et al. 2021), in `like`'s dtype and device.
 
     Frequencies and angles are fp32 whatever the model's dtype: bf16 positions would be wrong by whole tokens.
     """
-    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=like.device, dtype=torch.float32) / head_dim)  # (K/2,)
-    angles = torch.outer(torch.arange(tokens, device=like.device, dtype=torch.float32), inv_freq)  # (T, K/2)
+    inv_freq = rotary_frequencies(head_dim, theta, like.device)
+    return tables_of(torch.outer(torch.arange(tokens, device=like.device, dtype=torch.float32), inv_freq), like.dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """fp32 (K/2,): radians per position."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
+def tables_of(angles: Tensor, dtype: torch.dtype) -> Rotary:
+    """cos and sin (T, K) of fp32 angles (T, K/2), which both halves of a head share."""
     angles = torch.cat((angles, angles), dim=-1)  # (T, K)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from gr00t_fast.optional import require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
 
 _OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown to lerobot
-_LEROBOT_NAME = "so_follower"  # of the driver in lerobot 0.4.4, and of the directory with its calibrations
+GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
+_LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
 WATCHDOG_RANGE_S = (0.5, 60.0)
 GRIPPER = SO100_JOINTS.index("gripper")
+MOST_READ_RETRIES = 10  # a silent servo costs 0.15 s each time
+LARGEST_GAIN = 254
 
 
 def check_numbers(config: SO100FollowerConfig) -> None:
@@ -37,6 +42,11 @@ def check_numbers(config: SO100FollowerConfig) -> None:
             f"--robot.watchdog_s must be from {WATCHDOG_RANGE_S[0]:g} to {WATCHDOG_RANGE_S[1]:g} s (or null for no watchdog), "
             f"got {config.watchdog_s}: a busy machine holds up a sound program for some tenths of a second."
         )
+    if not 0 <= config.num_read_retries <= MOST_READ_RETRIES:
+        raise ConfigError(f"--robot.num_read_retries must be from 0 to {MOST_READ_RETRIES}, got {config.num_read_retries}.")
+    for name in GAINS:
+        if not 0 <= getattr(config, name) <= LARGEST_GAIN:
+            raise ConfigError(f"--robot.{name} must be from 0 to {LARGEST_GAIN}, what the servo's register holds; got {getattr(config, name)}.")
     limit = _step_limit(config.max_relative_target)
     for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -59,9 +69,15 @@ def make_follower(config: SO100FollowerConfig) -> Any:
 
 
 def to_lerobot_config(config: SO100FollowerConfig) -> Any:
-    """The same values in lerobot's own configuration classes. Raises ConfigError for a camera lerobot does not have."""
+    """The same values in lerobot's own configuration classes. Raises ConfigError for a camera lerobot does not have, and for a setting that the
+    installed version does not have."""
     package = require("lerobot.robots.so_follower", "robot")
     values = {name: value for name, value in vars(config).items() if name not in _OWN_FIELDS}
+    values["num_read_retries"] = 0  # ServoLink repeats below the driver, with what a damaged line needs in between; not both
+    known = {field.name for field in fields(package.SO100FollowerConfig)}
+    if unknown := [name for name, usual in GAINS.items() if name not in known and values[name] != usual]:
+        raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
+    values = {name: value for name, value in values.items() if name in known}
     values["max_relative_target"] = _step_limit(config.max_relative_target)
     drawn = rendered(config.cameras)  # not lerobot's business
     values["cameras"] = {name: _camera(name, camera) for name, camera in config.cameras.items() if name not in drawn}
@@ -167,7 +183,7 @@ def _camera(name: str, camera: Any) -> Any:
     return require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**vars(camera))
 
 
-def camera_trouble(name: str, camera: OpenCVCameraConfig, error: Exception) -> str:
+def camera_error_message(name: str, camera: OpenCVCameraConfig, error: Exception) -> str:
     """Why a camera could not be opened, and what to change in --robot.cameras. lerobot's message says what the camera gives instead."""
     text = " ".join(str(error).split())
     where = f"camera '{name}' of --robot.cameras (index_or_path: {camera.index_or_path})"

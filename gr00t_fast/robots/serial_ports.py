@@ -1,4 +1,4 @@
-"""Is the serial port there, may we open it, and is somebody else using it? Answers in words a user can act on."""
+"""Whether a serial port exists, may be opened and is free; errors say what to do."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def serial_ports_seen() -> list[str]:
     return sorted(ports)
 
 
-def ports_in_words() -> str:
+def ports_message() -> str:
     """For an error message."""
     seen = serial_ports_seen()
     return f"Serial ports seen: {', '.join(seen)}" if seen else "No USB serial port is seen: check cable and power"
@@ -38,9 +38,9 @@ def check_port(port: str) -> None:
         return  # COM3 is not a path; opening it tells
     path = Path(port)
     if not path.exists():
-        raise RobotError(f"the serial port {port} does not exist. {ports_in_words()}. Find the right one with `lerobot-find-port`.")
+        raise RobotError(f"the serial port {port} does not exist. {ports_message()}. Find the right one with `lerobot-find-port`.")
     if not stat.S_ISCHR(path.stat().st_mode):
-        raise RobotError(f"{port} is not a serial device. {ports_in_words()}. Find the right one with `lerobot-find-port`.")
+        raise RobotError(f"{port} is not a serial device. {ports_message()}. Find the right one with `lerobot-find-port`.")
     if not os.access(path, os.R_OK | os.W_OK):
         raise RobotError(
             f"no permission to read and write {port}. On Linux join its group: `sudo usermod -aG dialout $USER`, then log in again "
@@ -83,7 +83,7 @@ def programs_using(port: str) -> list[str]:
 def _open_files(process: Path) -> set[str]:
     try:
         return {os.readlink(entry) for entry in (process / "fd").iterdir()}
-    except OSError:  # ended meanwhile, or somebody else's: not visible is not an error
+    except OSError:  # ended meanwhile, or of another user: not visible is not an error
         return set()
 
 

@@ -1,10 +1,12 @@
-"""The line to the servos made safe, and the landing over it.
+"""Requests to the servos with retries and flushing, and switching the torque off over a damaged line.
 
 Makes one lerobot `FeetechMotorsBus` object survive a bad line, by replacing four methods on that object; no class is touched.
 
 What the SDK under the driver does by itself, and what is done about it here:
 * it never discards old input, so one answer later than its 50 ms window shifts every later reading by one: flush input before each request;
 * a missed or damaged answer is an error at once: repeat the request;
+* an answer with a damaged header is waited for until its 50 ms are over, as if nothing had come: it is known to be damaged once all its bytes are
+  here, and at 1 % of flipped bits, where every third answer of six servos is damaged, that decides whether a reading comes in time;
 * a status packet without data reads as zero: a wrong length counts as damaged;
 * the error byte of a sync read is dropped: keep it here, so that overload is seen without an extra request.
 """
@@ -12,6 +14,7 @@ What the SDK under the driver does by itself, and what is done about it here:
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -33,7 +36,7 @@ TRIES = 3  # per request; with the SDK's 50 ms window a silent servo costs 0.2 s
 # After a missed answer, wait so long for it to arrive late, and drop it: the protocol has no sequence numbers, so that a late answer of a servo
 # passes for its answer to the next request of the same length. While connecting nothing moves, and every single value matters.
 LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
-LATE_ANSWER_NOBODY_S = 0.02  # as long as nobody has answered at all: the servos' power is off
+LATE_ANSWER_UNPOWERED_S = 0.02  # as long as no servo has ever answered: their power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
 TORQUE_REGISTER, STATUS_REGISTER = 40, 65
 _ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
@@ -54,13 +57,15 @@ class ServoLink:
     still come. on_exchange: called before each request.
     """
 
-    def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None, tries: int = TRIES) -> None:
         self._bus, self._events, self._on_exchange = bus, events, on_exchange
         self._heard = False
         self.late_answer_s = LATE_ANSWER_CONNECTING_S
         self._port, self._packets, self._reader = bus.port_handler, bus.packet_handler, bus.sync_reader
         self._request, self._sync_read = self._packets.txRxPacket, self._reader.txRxPacket
-        self.tries = TRIES
+        self._read_port, self._is_timeout = self._port.readPort, self._port.isPacketTimeout
+        self._awaited_bytes, self._received_bytes = math.inf, 0  # of the answer to the request under way, where its length is known
+        self.tries = tries
         self.error_bits: dict[int, int] = {}
         self.status_bits: dict[int, int] = {}
         self.torque: dict[int, int] = {}
@@ -70,8 +75,10 @@ class ServoLink:
         self._broadcast = scservo_sdk.BROADCAST_ID
 
     def install(self) -> ServoLink:
-        """Replace the methods. The SDK looks all four up on its objects, so every path of the driver goes through them."""
+        """Replace the methods. The SDK looks all of them up on its objects, so every path of the driver goes through them."""
         self._port.clearPort = self._flush_input
+        self._port.readPort = self._counted_read
+        self._port.isPacketTimeout = self._nothing_more_comes
         self._packets.txRxPacket = self._guarded_request
         self._packets.readRx = self._guarded_answer
         self._reader.txRxPacket = self._guarded_sync_read
@@ -86,7 +93,7 @@ class ServoLink:
         """Ask one servo, once, for its torque and status registers. Returns whether it answered; see `error_bits`, `status_bits`, `torque`."""
         self.free()
         before = self.tries, self.late_answer_s
-        self.tries, self.late_answer_s = 1, LATE_ANSWER_NOBODY_S  # nothing else is read in one piece of this length
+        self.tries, self.late_answer_s = 1, LATE_ANSWER_UNPOWERED_S  # nothing else is read in one piece of this length
         try:
             data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, STATUS_REGISTER - TORQUE_REGISTER + 1)
         finally:
@@ -114,15 +121,39 @@ class ServoLink:
         self._port.is_open = False
 
     def _flush_input(self) -> None:
+        self._received_bytes = 0
         waiting = self._port.ser.in_waiting
         if waiting:
             self._events["stale_bytes"] += 1
             self._port.ser.reset_input_buffer()
 
+    def _counted_read(self, length: int) -> Any:
+        data = self._read_port(length)
+        self._received_bytes += len(data)
+        return data
+
+    def _nothing_more_comes(self) -> bool:
+        return self._all_received or self._is_timeout()
+
+    @property
+    def _all_received(self) -> bool:
+        return self._received_bytes >= self._awaited_bytes
+
+    @contextlib.contextmanager
+    def _awaiting(self, length: int) -> Iterator[None]:
+        """During the request of an answer (or the answers of several servos) of `length` bytes together."""
+        self._awaited_bytes = length
+        try:
+            yield
+        finally:
+            self._awaited_bytes = math.inf
+
     def _guarded_request(self, port: Any, packet: list[int]) -> tuple[Any, int, int]:
         for attempt in range(self.tries):
             self.free()
-            answer, result, error = self._request(port, packet)
+            with self._awaiting(4 + self._expected_length(packet)):
+                answer, result, error = self._request(port, packet)
+                result = self._corrupt if result == self._timeout and self._all_received else result
             if packet[_ID] == self._broadcast or answer is None:
                 return answer, result, error
             if result == self._ok and answer[_LENGTH] != self._expected_length(packet):
@@ -138,7 +169,9 @@ class ServoLink:
         result = self._corrupt
         for attempt in range(self.tries):
             self.free()
-            result = self._sync_read()
+            with self._awaiting(len(self._reader.data_dict) * (6 + self._reader.data_length)):
+                result = self._sync_read()
+                result = self._corrupt if result == self._timeout and self._all_received else result
             if result == self._ok:
                 break
             self._after_failure(result, last=attempt + 1 == self.tries)
@@ -166,7 +199,7 @@ class ServoLink:
         if not last:
             self._events["read_retry"] += 1
         serial = self._port.ser
-        limit_s = time.monotonic() + (self.late_answer_s if self._heard else LATE_ANSWER_NOBODY_S)
+        limit_s = time.monotonic() + (self.late_answer_s if self._heard else LATE_ANSWER_UNPOWERED_S)
         quiet_s = limit_s if result == self._timeout else time.monotonic() + QUIET_S
         while time.monotonic() < min(quiet_s, limit_s):
             if serial.in_waiting:
@@ -211,7 +244,7 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(problems: list[str]) -> Iterator[None]:
-    """Hold off Ctrl-C, SIGTERM and their like: an impatient second one must not leave motors holding. They are noted, then forgotten; so is the
+    """Hold off Ctrl-C, SIGTERM and their like: a second one must not leave motors holding. They are noted in `problems`, then dropped; so is the
     timer that repeats an earlier one (control/signals.py)."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
@@ -243,7 +276,7 @@ def release_torque(bus: Any, link: ServoLink, patience_s: float, problems: list[
         if "unknown" not in torque.values() or _answers(bus.port_handler):
             problems.extend(trouble)
             return torque
-    problems.append(f"{bus.port} is gone: torque could NOT be switched off. Hold the arm and switch its power supply off.")
+    problems.append(f"{bus.port} is gone: torque could NOT be switched off")
     return dict.fromkeys(bus.motors, "unknown")
 
 

@@ -1,4 +1,4 @@
-"""What is believed of the servos' readings, watched of their state, and made sure of their torque, for one arm."""
+"""Plausibility of the servos' readings, their error bits, and their torque, for one arm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, 
 # Refuses joint readings that no arm can have produced.
 #
 # The bus checksum has eight bits, so on a noisy line one damaged reading in some hundred passes it. A reading that moved further than the
-# motors can turn is read again, and believed once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
+# motors can turn is read again, and accepted once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
 
 MAX_SPEED_DEG_S = 450.0  # an STS3215 turns 290 deg/s without load at 12 V; a hand can push it somewhat faster
 SLACK_DEG = 8.0  # time stamps are taken after the reading, and the line may hold it up
@@ -25,7 +25,7 @@ LONGEST_GAP_S = 0.1  # after a longer pause any large step asks for a second rea
 
 
 class JumpGuard:
-    """Holds the last believed reading. One per arm; `forget` after a reconnect."""
+    """Holds the last accepted reading. One per arm; `forget` after a reconnect."""
 
     def __init__(self, units_per_deg: np.ndarray) -> None:
         """units_per_deg: (J,) how much each joint's reading changes per degree."""
@@ -33,26 +33,26 @@ class JumpGuard:
         self.forget()
 
     def forget(self) -> None:
-        """Believe nothing: the next reading needs a second one that agrees with it."""
-        self.jumped = False  # whether the last reading is believed only because another one agreed with it
-        self._believed: tuple[np.ndarray, float] | None = None
+        """Accept nothing: the next reading needs a second one that agrees with it."""
+        self.jumped = False  # whether the last reading is accepted only because another one agreed with it
+        self._accepted: tuple[np.ndarray, float] | None = None
         self._candidate: tuple[np.ndarray, float] | None = None
 
-    def believes(self, reading: np.ndarray, time_s: float) -> bool:
+    def accepts(self, reading: np.ndarray, time_s: float) -> bool:
         """Whether to use the reading (J,) taken at `time_s`; when not, read again and ask again."""
-        known_near = [known is not None and self._near(reading, time_s, *known) for known in (self._believed, self._candidate)]
+        known_near = [known is not None and self._near(reading, time_s, *known) for known in (self._accepted, self._candidate)]
         near = any(known_near)
-        self.jumped = near and self._believed is not None and not known_near[0]
+        self.jumped = near and self._accepted is not None and not known_near[0]
         if near:
-            self._believed, self._candidate = (reading, time_s), None
+            self._accepted, self._candidate = (reading, time_s), None
         else:
             self._candidate = (reading, time_s)
         return near
 
     @property
     def last(self) -> np.ndarray | None:
-        """The last believed reading (J,), None before the first."""
-        return None if self._believed is None else self._believed[0]
+        """The last accepted reading (J,), None before the first."""
+        return None if self._accepted is None else self._accepted[0]
 
     def _near(self, reading: np.ndarray, time_s: float, other: np.ndarray, other_time_s: float) -> bool:
         limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(time_s - other_time_s, 0.0), LONGEST_GAP_S)
@@ -138,7 +138,7 @@ class ServoHealth:
             )
 
 
-# Switches the motors on without a leap, and finds out whether they lost their torque behind our back.
+# Switches the motors on without a leap, and finds out whether they have lost their torque since.
 #
 # A servo whose supply dips comes back without torque, and the next goal switches it on again: an arm that fell meanwhile would leap back.
 

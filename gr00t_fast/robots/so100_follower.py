@@ -1,4 +1,4 @@
-"""The real SO-100 (and SO-101) arm: lerobot's unmodified driver, made fit for a loop that must not stop and must always land.
+"""The real SO-100 (and SO-101) arm: lerobot's unmodified driver with retries, reconnection, health checks and a landing that always completes.
 
 `SO100FollowerArm` owns one lerobot `SO100Follower`. It calls the parts of its `connect`, `get_observation` and `disconnect` one by one,
 because a failure in the middle of those leaves ports open, motors holding, or a person asked to press ENTER. `servo_link` guards the line.
@@ -22,7 +22,7 @@ from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingRep
 from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
-from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_in_words
+from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_message
 from gr00t_fast.robots.servo_link import (
     EXCHANGE_FAILED,
     LATE_ANSWER_S,
@@ -53,11 +53,12 @@ class SO100FollowerArm:
 
     name = "so100_follower"
     joint_names = SO100_JOINTS
+    episodes_solved = success = None
 
     def __init__(self, config: SO100FollowerConfig) -> None:
         """Touches no hardware. Raises ConfigError when the port is missing or a number makes no sense."""
         if not config.port:
-            raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_in_words()}.")
+            raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
         glue.check_numbers(config)
         self.config = config
         self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
@@ -69,7 +70,7 @@ class SO100FollowerArm:
         self._limits: np.ndarray | None = None
         self._scale: np.ndarray | None = None
         self._power: MotorPower | None = None
-        self._twin: TwinCameras | None = None  # where cameras are of `type: sim`
+        self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
         self._watchdog: Watchdog | None = None  # while the motors may be on
         self._looped = False  # whether a control loop has given a sign of life
         self._owned = False  # whether the port is, or was, locked by us
@@ -93,7 +94,7 @@ class SO100FollowerArm:
 
     def keep_alive(self) -> None:
         """A control loop's sign of life. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
-        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when nobody watches any more."""
+        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog process has ended."""
         self._looped = True
         if self._watchdog is not None and not self._watchdog.beat():
             raise RobotError("the watchdog process, which takes the torque off when this program is stuck, has ended. Start the run again.")
@@ -123,8 +124,8 @@ class SO100FollowerArm:
         with self._alone("observe"), self._explained("observing"):
             joints, time_s = self._read_joints()
             frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
-            if self._twin is not None:
-                frames |= self._twin.frames(joints, while_drawing=self._exchanging)
+            if self._rendered is not None:
+                frames |= self._rendered.frames(joints, while_drawing=self._exchanging)
             self._health.check(time_s, holding=self._power.engaged)
             return Observation(joints, frames, time_s)
 
@@ -156,11 +157,11 @@ class SO100FollowerArm:
 
     def _connect(self) -> None:
         check_port(self.config.port)
-        if self._twin is None and (drawn := rendered(self.config.cameras)):
-            self._twin = TwinCameras(drawn, self.joint_unit)
+        if self._rendered is None and (drawn := rendered(self.config.cameras)):
+            self._rendered = RenderedCameras(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
-        self._link = ServoLink(follower.bus, self.events, on_exchange=self._exchanging).install()
+        self._link = ServoLink(follower.bus, self.events, self._exchanging, tries=1 + self.config.num_read_retries).install()
         self._health = ServoHealth(self._link, self.events)
         self._follower = follower
         self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
@@ -194,7 +195,7 @@ class SO100FollowerArm:
         self._read_joints()
 
     def _exchanging(self) -> None:
-        if self._watchdog is not None and self._looped:  # that nobody watches any more is for keep_alive to say: landing goes through here, too
+        if self._watchdog is not None and self._looped:  # a dead watchdog is reported by keep_alive, not here: landing uses this too
             self._watchdog.beat()
 
     def _repeat(self, what: str, step: Any) -> None:
@@ -241,32 +242,36 @@ class SO100FollowerArm:
     def _open_camera(self, name: str, camera: Any) -> None:
         try:
             camera.connect()
-            leave_explaining_to_the_arm(getattr(camera, "thread", None))
+            suppress_traceback_of(getattr(camera, "thread", None))
             camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
         except Exception as error:
-            raise RobotError(glue.camera_trouble(name, self.config.cameras[name], error)) from error
+            raise RobotError(glue.camera_error_message(name, self.config.cameras[name], error)) from error
 
     # Observing
 
     def _read_joints(self) -> tuple[np.ndarray, float]:
         give_up_s = time.perf_counter() + READ_PATIENCE_S
-        before, trouble = self._guard.last, self._trouble()
+        before, trouble, restored = self._guard.last, self._trouble(), False
         while True:
             try:
                 self._free_link().free()
                 reading = self._follower.bus.sync_read("Present_Position")
                 joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
                 first = self._guard.last is None
-                if self._guard.believes(joints, time_s):
+                if self._guard.accepts(joints, time_s):
                     if self._guard.jumped:
                         self._say_jump(before, joints)
                     if trouble == self._trouble() or not self._power.restore_if_lost(before):
                         self._read_s = time_s
                         return joints, time_s
                     trouble = self._trouble()
-                elif not first:
-                    self.events["implausible_reading"] += 1
-                problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
+                    if not restored:  # switching on takes a while, which is no part of the patience; a supply that dips again and again is
+                        give_up_s, restored = time.perf_counter() + READ_PATIENCE_S, True
+                    problem = "the servos lost their power again and again"
+                else:
+                    if not first:
+                        self.events["implausible_reading"] += 1
+                    problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
             except EXCHANGE_FAILED as error:
                 problem = _one_line(error)
                 self.events["read_failed"] += 1
@@ -275,7 +280,7 @@ class SO100FollowerArm:
                 give_up_s, problem = time.perf_counter() + READ_PATIENCE_S, ""
             if time.perf_counter() > give_up_s:
                 raise RobotError(
-                    f"no believable joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
+                    f"no plausible joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
                     f"{self._slowness()}Check cables and power of the servos."
                 )
 
@@ -351,7 +356,7 @@ class SO100FollowerArm:
                     self._port_given_up = True
                     raise RobotError(
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
-                        f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_in_words()}."
+                        f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
                     ) from cause
                 time.sleep(RETRY_PAUSE_S)
         self._guard.forget()
@@ -422,14 +427,14 @@ def _one_line(error: BaseException) -> str:
 
 # lerobot reads each camera in a thread that ends with an uncaught exception when the camera dies; Python would print its traceback.
 #
-# The arm notices the missing frame itself and explains it in the control thread, so the thread's own last words are left out.
+# The missing frame raises RobotError in the control thread, so the thread's own traceback is suppressed.
 
 
 _cameras: WeakSet[threading.Thread] = WeakSet()
 _previous_hook = threading.excepthook
 
 
-def leave_explaining_to_the_arm(thread: threading.Thread | None) -> None:
+def suppress_traceback_of(thread: threading.Thread | None) -> None:
     """From now on no traceback is printed when this thread dies; other threads keep theirs."""
     global _previous_hook
     if thread is None:
@@ -447,7 +452,7 @@ def _hook(arguments: threading.ExceptHookArgs) -> None:
 # `type: sim` cameras of a real (or virtual) servo bus: pictures for an arm that has no camera, so that a whole run can be tried on a desk.
 
 
-class TwinCameras:
+class RenderedCameras:
     """Draws the simulated scene with its arm in the pose that the servos report. The objects on the table stay where they are: no physics runs
     here, and nothing of the real surroundings is in the picture."""
 

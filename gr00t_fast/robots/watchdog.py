@@ -1,6 +1,6 @@
-"""A process beside the program that takes the torque off when the program no longer can: killed, crashed, frozen, or stuck in native code.
+"""Starts and feeds the watchdog process, which takes the torque off when this program is killed, crashes, freezes or is stuck in native code.
 
-What it does and the line it listens to: watchdog_process.py.
+The process itself and its protocol are in watchdog_process.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Watchdog:
     this process."""
 
     def __init__(self, port: str, servo_ids: list[int], limit_s: float, holds: bool) -> None:
-        """`holds`: the arm shall keep its pose when the program is gone (disable_torque_on_disconnect=false). Starts nothing."""
+        """`holds`: the arm is to keep its pose when the program is gone (disable_torque_on_disconnect=false). Starts nothing."""
         self._port, self._ids, self._limit_s, self._holds = port, servo_ids, limit_s, holds
         self._process: subprocess.Popen[bytes] | None = None
         self._last_s = -math.inf
@@ -71,7 +71,7 @@ class Watchdog:
                 raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
 
     def beat(self) -> bool:
-        """A sign of life. Returns False when nobody watches any more."""
+        """Heartbeat. Returns False when the watchdog process has ended."""
         now_s = time.monotonic()
         if self._process is None or now_s - self._last_s < _BEAT_EVERY_S:
             return True

@@ -33,7 +33,7 @@ DISMISSED, CALLED, GONE, SILENT, UNENDING = "dismissed", "called", "gone", "sile
 SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the program gets so long to say so
 DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
-BLIND_WRITES = 5  # nobody acknowledges a write to all
+BLIND_WRITES = 5  # a broadcast write is not acknowledged
 ANSWER_S = 0.03
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
 
@@ -89,8 +89,8 @@ def readable(wait_s: float | None) -> bool:
 
 
 def has_ended(limit_s: float) -> bool:
-    """Whether nobody can write to the input any more, and so the program's hold on the port is gone, too. The first process of a container cannot be
-    killed from within."""
+    """Whether no process can write to the input any more: then the program no longer holds the port either. The first process of a container
+    cannot be killed from within."""
     end_s = time.monotonic() + limit_s
     while (left_s := end_s - time.monotonic()) > 0 and readable(left_s):
         if not os.read(0, 65536):

@@ -1,4 +1,4 @@
-"""The other end of the wire: a `ContinuingPolicy` whose network runs behind a ZeroMQ socket, ours or NVIDIA's GR00T N1.5 inference service.
+"""A `Policy` whose network runs behind a ZeroMQ socket, ours or NVIDIA's GR00T N1.5 inference service.
 
 Every call ends within `timeout_s`. A REQ socket that lost its answer is useless, so it is thrown away and made anew ("lazy pirate"), both
 after a time-out and as soon as the connection is seen to break; in the second case the request is sent again while there is time.
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyFacts
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
+from gr00t_fast.nested import flat_actions, nested_observation
 from gr00t_fast.optional import require
-from gr00t_fast.serving.facts_message import facts_from_message
-from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, decode
+from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, ModalityConfigN1d7, decode, metadata_from_message
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
 PING_TIMEOUT_S = 2.0
@@ -26,8 +26,10 @@ _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _RECONNECT_MS = 50
 
 
-class PolicyClient:
-    """Implements `ContinuingPolicy` over a socket. One thread at a time; close it, or use it as a context manager."""
+class PolicyClient(Policy):
+    """A policy over a socket. One thread at a time; close it, or use it as a context manager."""
+
+    continues = frozenset({"rtc", "prefix"})  # as far as the server does: another one refuses
 
     def __init__(
         self,
@@ -50,10 +52,11 @@ class PolicyClient:
         self._zmq = require("zmq", "serving")
         self.address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
-        self.last_timing: dict[str, float] = {}
+        self.last_timing = {}
         self.reconnects = 0  # sockets thrown away so far
         self._disconnects = 0  # connections that broke between two calls; ZeroMQ made them anew
         self._encoder = Encoder()
+        self._n1d7 = False
         self._context = self._zmq.Context()
         try:
             self._connect()
@@ -62,7 +65,7 @@ class PolicyClient:
             raise ConfigError(f"cannot connect to '{self.address}': {error}. Expected an address like tcp://192.168.0.7:5555.") from error
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
-        """As `ContinuingPolicy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so.
+        """As `Policy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so.
 
         States travel as float64 and an instruction as a list, whatever they are here: NVIDIA's server refuses every state of another type than
         the first one it saw, and fails on a bare text.
@@ -70,24 +73,28 @@ class PolicyClient:
         ObservationError for a state of something else than numbers.
         """
         observation = _as_nvidia_takes_it(observation)
+        if noise is None and prefix is None and self._n1d7:
+            nested, batched = nested_observation(observation)
+            return _actions_n1d7(self._call("get_action", {"observation": nested, "options": None}, resend=self._resend), batched)
         if noise is None and prefix is None:
             return _actions(self._call("get_action", observation, resend=self._resend))
         options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
         if prefix is not None:
-            options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.delay), "method": prefix.method}
+            options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
         return _actions(self._call("get_action_with_options", {"observation": observation, **options}, resend=self._resend))
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
-        """As `Policy.get_modality_config`; raises like `get_action`."""
+        """As `Policy.get_modality_config`; raises like `get_action`. Its form tells in which protocol `get_action` is to speak."""
         reply = self._call("get_modality_config")
         if not isinstance(reply, dict) or not all(isinstance(value, ModalityConfig) for value in reply.values()):
             raise WireError("get_modality_config: the server answered something else than modality configurations.")
-        return reply
+        self._n1d7 = any(isinstance(config, ModalityConfigN1d7) for config in reply.values())
+        return {name: config.of(name) if isinstance(config, ModalityConfigN1d7) else config for name, config in reply.items()}
 
-    def get_facts(self) -> PolicyFacts | None:
+    def get_metadata(self) -> PolicyMetadata | None:
         """What the server's checkpoint was trained on, or None from a server that does not tell (NVIDIA's). Raises like `get_action`."""
         reply = self._call_extension("get_facts")
-        return None if reply is None else facts_from_message(reply)
+        return None if reply is None else metadata_from_message(reply)
 
     def reset(self) -> None:
         """As `Policy.reset`, for all clients of that server. NVIDIA's server has nothing to reset, and no such endpoint: that is no error."""
@@ -141,7 +148,8 @@ class PolicyClient:
             raise ServerError("this client is closed; make a new one.")
         began_s = time.monotonic()
         request = self._encoder.encode(
-            {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token})
+            {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token}),
+            n1d7=self._n1d7,
         )
         sent_s = time.monotonic()
         answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s), resend)
@@ -261,6 +269,13 @@ def _actions(reply: Any) -> dict[str, np.ndarray]:
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2, 3):
             raise WireError(f"get_action: expected an array of (horizon, values) or (batch, horizon, values) for '{key}', got {_kind(value)}.")
     return {key: value.astype(np.float32) for key, value in reply.items()}
+
+
+def _actions_n1d7(reply: Any, batched: bool) -> dict[str, np.ndarray]:
+    """N1.7's server answers actions and info."""
+    if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], dict):
+        raise WireError(f"get_action: expected actions and info from the server, got {type(reply).__name__}.")
+    return _actions(flat_actions(reply[0], batched))
 
 
 def _kind(value: Any) -> str:

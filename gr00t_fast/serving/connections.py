@@ -1,16 +1,23 @@
-"""Who is connected to a policy server, and what each may hold of its memory and time before it has been served.
+"""Listening sockets of a policy server, and its connections with limits on memory and time before a client has been served.
 
-Nothing is reserved for what a client announces, only for what has arrived. Where places or memory run out, newcomers are still heard: a connection
+Nothing is reserved for what a client announces, only for what has arrived. Where places or memory run out, newcomers are still accepted: a connection
 that was never served, of the host that holds most, and the oldest of these, is closed. All of this is on the event loop's thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import math
+import os
+import socket
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from gr00t_fast.errors import ServerError
 
 MAX_CONNECTIONS = 128
 UNFINISHED_BYTES = 2**25  # of all unfinished messages; one may go beyond
@@ -18,7 +25,7 @@ UNFINISHED_BYTES = 2**25  # of all unfinished messages; one may go beyond
 _GRACE_S, _GRACE_PLACES = 0.1, 3
 _PATIENCE_S = 1.0  # for a message of a usual size from this network
 _SUSPECT_S = 10.0
-_LANE_SHARE = 0.2  # of the event loop's time
+_THROTTLE_SHARE = 0.2  # of the event loop's time
 
 
 @dataclass(eq=False)
@@ -37,7 +44,7 @@ class Connection:
 
     @property
     def suspect(self) -> bool:
-        """Its requests wait until nobody else's do."""
+        """Its requests wait until no others do."""
         return time.monotonic() - self.refused_s < _SUSPECT_S
 
     def hold(self) -> None:
@@ -55,23 +62,23 @@ class Connection:
         return (now_s if self.held_since_s is None else self.held_since_s) - self.since_s
 
 
-class Lane:
-    """A share of the event loop's time for work that deserves no more, so that a flood of it leaves the rest to inferences and honest clients."""
+class Throttle:
+    """A share of the event loop's time for work that deserves no more, so that a flood of it leaves the rest to inferences and other clients."""
 
     def __init__(self) -> None:
         self._until_s = 0.0
 
     def pause_s(self, cost_s: float) -> float:
-        """How long a connection has to wait after work of the lane that took `cost_s`."""
+        """How long a connection has to wait after work that took `cost_s`."""
         now_s = time.monotonic()
-        self._until_s = max(self._until_s, now_s) + cost_s / _LANE_SHARE
+        self._until_s = max(self._until_s, now_s) + cost_s / _THROTTLE_SHARE
         return self._until_s - now_s
 
 
 class Connections:
     """All connections of one server, in bounded number and with a bounded number of bytes in unfinished messages.
 
-    `refusals`: lane of messages that are answered without an inference; `uploads`: of those of connections that were never served, when crowded.
+    `refusals`: throttle of messages that are answered without an inference; `uploads`: of those of connections that were never served, when crowded.
     """
 
     def __init__(self, unfinished_limit_bytes: int = UNFINISHED_BYTES, max_connections: int = MAX_CONNECTIONS) -> None:
@@ -79,7 +86,7 @@ class Connections:
         self._known: set[Connection] = set()
         self._unfinished_bytes = 0
         self._waiting: dict[Connection, Callable[[], None]] = {}
-        self.refusals, self.uploads = Lane(), Lane()
+        self.refusals, self.uploads = Throttle(), Throttle()
 
     def enter(self, connection: Connection) -> None:
         """A newcomer takes the place of another one when all are taken; where every other one waits for its answer, it is closed itself."""
@@ -176,3 +183,100 @@ class Connections:
     def _close(self, connection: Connection) -> None:
         self.leave(connection)
         connection.abort()
+
+
+# Sockets to listen on, for addresses as ZeroMQ writes them.
+
+
+ACCEPTED_AT_ONCE = 16  # by the event loop, before it turns to its clients again: asyncio takes this from the backlog that it is told of
+_BACKLOG = 512  # connections that have said nothing yet, or wait for the event loop; where there are more, an honest one tries again after a second
+# Connections to machines that vanished without closing them are noticed after 25 s. One that says nothing is the kernel's until then: clients of
+# ZeroMQ and of HTTP speak first.
+_OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_DEFER_ACCEPT": 10}
+
+
+def numeric_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:
+    """Family and numeric address of a host to bind (`*` means all). Raises ServerError when the name is unknown."""
+    if not 0 <= port <= 65535:
+        raise ServerError(f"port must be from 0 to 65535, got {port}.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo("0.0.0.0" if host == "*" else host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise ServerError(
+            f"cannot serve on host '{host}', port {port}: {error}. Use an address of this machine: 127.0.0.1, or 0.0.0.0 for all."
+        ) from error
+    return family, str(address[0])
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises ServerError when nothing can listen there; asked before minutes are spent on loading."""
+    listen_on_tcp(host, port)[0].close()
+
+
+def listen_on_tcp(host: str, port: int) -> tuple[socket.socket, str]:
+    """A listening socket and its `address:port`, numeric and with brackets around IPv6. Port 0 picks a free one. Raises ServerError."""
+    family, address = numeric_host(host, port)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted connections inherit these
+        for name, value in _OPTIONS.items():
+            if hasattr(socket, name):  # Linux has all of them
+                listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        listener.bind((address, port))
+        _listen(listener)
+    except OSError as error:
+        listener.close()
+        raise ServerError(f"cannot listen on {host}:{port}: {error.strerror}. Another server may be running there; choose another --port.") from error
+    return listener, f"[{address}]:{listener.getsockname()[1]}" if ":" in address else f"{address}:{listener.getsockname()[1]}"
+
+
+def listen_on(address: str) -> tuple[socket.socket, str]:
+    """A listening socket and its address, for `tcp://HOST:PORT` (`*` for all hosts, or a free port) or `ipc://PATH` (`@name`: Linux's abstract
+    names). Raises ServerError."""
+    transport, _, place = address.partition("://")
+    if transport == "tcp" and ":" in place:
+        host, _, port = place.rpartition(":")
+        if port == "*" or (port.isascii() and port.isdigit()):
+            listener, numeric = listen_on_tcp(host.strip("[]"), 0 if port == "*" else int(port[:6]))
+            return listener, f"tcp://{numeric}"
+    if transport != "ipc" or not place:
+        raise ServerError(f"cannot listen on '{address}'. Expected tcp://HOST:PORT or ipc://PATH.")
+    path = f"\0{place[1:]}" if place.startswith("@") else place
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if not place.startswith("@"):
+            _remove_stale(path)
+        listener.bind(path)
+        _listen(listener)
+    except OSError as error:
+        listener.close()
+        raise ServerError(f"cannot listen on {address}: {error.strerror or error}. Another server may be running there.") from error
+    return listener, address
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    if not address.startswith("tcp://") and not address.startswith("http://"):
+        return True
+    return ipaddress.ip_address(address.partition("://")[2].rpartition(":")[0].strip("[]").split("%")[0]).is_loopback
+
+
+def widen(listener: socket.socket) -> None:
+    """The full backlog again, after asyncio has set its own."""
+    listener.listen(_BACKLOG)
+
+
+def _listen(listener: socket.socket) -> None:
+    listener.listen(_BACKLOG)
+    listener.setblocking(False)
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the file of a socket without a listener. Raises OSError when there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError("another server listens there already")
+            os.unlink(path)

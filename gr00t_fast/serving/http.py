@@ -24,21 +24,20 @@ from typing import Any
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
 from gr00t_fast.optional import require
-from gr00t_fast.serving.connections import Connection, Connections
-from gr00t_fast.serving.listening import ACCEPTED_AT_ONCE, is_local, listen_on_tcp, widen
+from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connection, Connections, is_local, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     UNAUTHORISED,
     ByteBudget,
     InferenceQueue,
-    Outcome,
-    PolicyHost,
-    Traffic,
+    InferenceResult,
+    PolicyServerBase,
+    RequestLog,
     check_batch,
     reason_of,
     same_token,
 )
-from gr00t_fast.serving.wire_json import from_json, to_json
+from gr00t_fast.serving.wire import from_json, to_json
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carries more
@@ -55,7 +54,7 @@ _LOCAL_NAMES = ("localhost",)
 _Event = dict[str, Any]
 
 
-class HttpPolicyServer(PolicyHost):
+class HttpPolicyServer(PolicyServerBase):
     """Serves one policy. Listens from construction on, answers while `run` runs."""
 
     def __init__(
@@ -70,7 +69,7 @@ class HttpPolicyServer(PolicyHost):
         self._names = {name.lower() for name in (*_LOCAL_NAMES, host, socket.gethostname(), f"{socket.gethostname()}.local", *host_names)}
         self._records: dict[tuple[str, int], Connection] = {}  # by the client's address and port
         listener, numeric = listen_on_tcp(host, port)
-        traffic, self._budget = Traffic(), ByteBudget(BUDGET_MESSAGES * MAX_BODY_BYTES)
+        traffic, self._budget = RequestLog(), ByteBudget(BUDGET_MESSAGES * MAX_BODY_BYTES)
         connections = Connections()
         super().__init__(listener, f"http://{numeric}", InferenceQueue(traffic, self._budget), traffic, connections)
         if api_token is None and not is_local(self.address):
@@ -84,7 +83,7 @@ class HttpPolicyServer(PolicyHost):
             lifespan="off",
             interface="asgi3",
             log_config=None,
-            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted by Traffic; a line for each would fill the disk
+            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted by RequestLog; a line for each would fill the disk
             access_log=False,
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
@@ -116,14 +115,14 @@ class HttpPolicyServer(PolicyHost):
         try:
             message = await self._respond(scope, receive, record)
         except _Refusal as refusal:  # it holds what was refused, so nothing is waited for in here
-            self._traffic.refused(str(refusal))
+            self._request_log.refused(str(refusal))
             record.refused_s = time.monotonic()
             status, message, keep = refusal.status, {"detail": str(refusal)}, refusal.keep
             pause_s = self._connections.refusals.pause_s(_REFUSAL_COST_S + refusal.cost_s)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-            self._traffic.failed(error)
+            self._request_log.failed(error)
             status, message, keep = 500, {"detail": reason_of(f"{type(error).__name__}: {error}")}, False
         finally:
             self._connections.holds(record, 0)
@@ -196,7 +195,7 @@ class HttpPolicyServer(PolicyHost):
         began_s, answered = time.thread_time(), asyncio.get_running_loop().create_future()
         size_bytes = len(body)
 
-        def answer(outcome: Outcome) -> None:
+        def answer(outcome: InferenceResult) -> None:
             self._from_any_thread(_settle, answered, outcome)
 
         try:
@@ -211,9 +210,9 @@ class HttpPolicyServer(PolicyHost):
         cost_s = time.thread_time() - began_s
         record.waiting += 1
         try:
-            outcome: Outcome = await asyncio.wait_for(answered, _ANSWER_S)
+            outcome: InferenceResult = await asyncio.wait_for(answered, _ANSWER_S)
         except asyncio.TimeoutError:
-            outcome = Outcome(error=f"no result within {_ANSWER_S:g} s", fault=True)
+            outcome = InferenceResult(error=f"no result within {_ANSWER_S:g} s", fault=True)
         finally:
             record.waiting -= 1
         if outcome.error is not None:
@@ -234,7 +233,7 @@ def _too_large() -> _Refusal:
     return _Refusal(413, f"at most {MAX_BODY_BYTES} bytes are accepted. Send fewer or smaller pictures at once, or use the ZeroMQ server.")
 
 
-def _settle(future: asyncio.Future[Outcome], outcome: Outcome) -> None:
+def _settle(future: asyncio.Future[InferenceResult], outcome: InferenceResult) -> None:
     if not future.done():
         future.set_result(outcome)
 

@@ -1,4 +1,7 @@
-"""A policy behind a ZeroMQ socket, in the protocol of NVIDIA's GR00T N1.5 inference service: NVIDIA's clients talk to it unchanged.
+"""A policy behind a ZeroMQ socket, in the protocols of NVIDIA's GR00T N1.5 and N1.7 inference services: NVIDIA's clients talk to it unchanged.
+
+A request for actions tells its protocol by its form. What cannot be told from the message, the modality configuration, is answered in the form of the
+network that is served.
 
 One thread talks (a silent or broken client never holds up the others, and pings are answered while the network computes), and the one that called
 `run` infers.
@@ -10,29 +13,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
-from gr00t_fast.serving.connections import Connections
-from gr00t_fast.serving.facts_message import facts_to_message
-from gr00t_fast.serving.listening import ACCEPTED_AT_ONCE, is_local, listen_on, listen_on_tcp, widen
+from gr00t_fast.nested import flat_observation, is_nested, nested_actions
+from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connections, is_local, listen_on, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     MAX_PER_CLIENT,
     UNAUTHORISED,
     ByteBudget,
     InferenceQueue,
-    Outcome,
-    PolicyHost,
-    Traffic,
+    InferenceResult,
+    PolicyServerBase,
+    RequestLog,
     check_batch,
     reason_of,
     same_token,
 )
-from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode
+from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, decode, encode, metadata_to_message, modality_config_message
 from gr00t_fast.serving.zmtp import Request, ZmtpConnection
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 5555
 _LINGER_S = 1.0  # how long closing waits for the last replies to leave
 
 
-class PolicyServer(PolicyHost):
+class PolicyServer(PolicyServerBase):
     """Serves one policy. Listens from construction on (clients' requests wait), answers while `run` runs, until a client with the token kills it."""
 
     def __init__(
@@ -58,14 +61,14 @@ class PolicyServer(PolicyHost):
         """
         self._policy, self._token, self._max_bytes = policy, api_token, max_message_bytes
         # answered by the talking thread, which must not touch the policy
-        self._modality_config = encode(policy.get_modality_config())
-        self._facts = encode(facts_to_message(policy.facts)) if hasattr(policy, "facts") else None
+        self._modality_config = encode(modality_config_message(policy.get_modality_config(), n1d7=policy.network == "n1.7"))
+        self._metadata = None if policy.metadata is None else encode(metadata_to_message(policy.metadata))
         if address:
             listener, bound = listen_on(address)
         else:
             listener, numeric = listen_on_tcp(host, port)
             bound = f"tcp://{numeric}"
-        traffic = Traffic()
+        traffic = RequestLog()
         queue = InferenceQueue(traffic, ByteBudget(BUDGET_MESSAGES * max_message_bytes))
         super().__init__(listener, bound, queue, traffic, Connections())
         if api_token is None and not is_local(self.address):
@@ -91,8 +94,8 @@ class PolicyServer(PolicyHost):
 
     def _take(self, connection: ZmtpConnection, request: Request) -> None:
         """Frames are the route back, which ends in an empty frame (a REQ client, perhaps behind proxies), and the message."""
-        if not request.has_route:  # there is nobody who could read a reply
-            self._traffic.refused("frames that no REQ client sends")
+        if not request.has_route:  # a reply would have no address
+            self._request_log.refused("frames that no REQ client sends")
             connection.answer_at_once([], b"", refused=True)
             return
         refused = True
@@ -104,10 +107,10 @@ class PolicyServer(PolicyHost):
             reply = self._answer(request.body, request.route, connection)
             refused = False
         except Gr00tFastError as error:
-            self._traffic.refused(str(error))
+            self._request_log.refused(str(error))
             reply = encode({"error": reason_of(error)})
         except Exception as error:  # noqa: BLE001 - no message, whatever it holds, may end the service for the others
-            self._traffic.failed(error)
+            self._request_log.failed(error)
             reply = encode({"error": reason_of(f"{type(error).__name__}: {error}")})
         if reply is not None:
             connection.answer_at_once(request.route, reply, refused)
@@ -126,8 +129,8 @@ class PolicyServer(PolicyHost):
             return encode({"status": "ok", "message": "Server is running"})
         if endpoint == "get_modality_config":
             return self._modality_config
-        if endpoint == "get_facts" and self._facts is not None:  # an extension, like those below
-            return self._facts
+        if endpoint == "get_facts" and self._metadata is not None:  # an extension, like those below
+            return self._metadata
         if endpoint == "kill":
             return self._kill()
         call = self._policy_call(endpoint, request.get("data", {}))
@@ -138,6 +141,9 @@ class PolicyServer(PolicyHost):
     def _policy_call(self, endpoint: str, data: Any) -> Callable[[], Any]:
         if endpoint == "reset":
             return self._reset
+        if endpoint == "get_action" and isinstance(data, dict) and is_nested(data.get("observation")):
+            nested = _observation(flat_observation(data["observation"]), "data.observation")
+            return lambda: _InFormOfN1d7([nested_actions(self._policy.get_action(nested)), {}])
         if endpoint == "get_action":
             observation = _observation(data, "data")
             return lambda: self._policy.get_action(observation)
@@ -160,12 +166,20 @@ class PolicyServer(PolicyHost):
         self._policy.reset()
         return {"status": "ok"}
 
-    def _reply(self, connection: ZmtpConnection, route: list[bytes], outcome: Outcome) -> None:
+    def _reply(self, connection: ZmtpConnection, route: list[bytes], outcome: InferenceResult) -> None:
         try:
-            reply = encode(outcome.value if outcome.error is None else {"error": outcome.error})
+            value, n1d7 = outcome.value, isinstance(outcome.value, _InFormOfN1d7)
+            reply = encode({"error": outcome.error} if outcome.error is not None else value.message if n1d7 else value, n1d7)
         except WireError as error:  # the policy returned what cannot travel
             reply = encode({"error": reason_of(error)})
         self._from_any_thread(connection.answer, route, reply, outcome.error is None)
+
+
+@dataclass(frozen=True)
+class _InFormOfN1d7:
+    """An answer whose arrays are written as N1.7's clients read them."""
+
+    message: Any
 
 
 async def _none_left(alive: set[ZmtpConnection]) -> None:
@@ -180,7 +194,7 @@ def _observation(value: Any, name: str) -> dict[str, Any]:
 
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
-    """`noise` and `prefix` of `ContinuingPolicy.get_action`, as far as they were sent."""
+    """`noise` and `prefix` of `Policy.get_action`, as far as they were sent."""
     noise = request.get("noise")
     options = {} if noise is None else {"noise": noise.copy() if isinstance(noise, np.ndarray) else noise}  # torch complains of read-only arrays
     if request.get("prefix") is not None:

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def reason_of(error: object) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class InferenceResult:
     """A result, or why there is none. `fault` is true when the server is to blame and not the request."""
 
     value: Any = None
@@ -62,7 +63,7 @@ class Outcome:
 @dataclass(frozen=True)
 class _Job:
     call: Callable[[], Any]
-    answer: Callable[[Outcome], None]
+    answer: Callable[[InferenceResult], None]
     arrived_s: float
     size_bytes: int
     suspect: bool
@@ -89,14 +90,14 @@ class ByteBudget:
 class InferenceQueue:
     """Calls are submitted from any thread and run one after the other in the thread that calls `run`."""
 
-    def __init__(self, traffic: Traffic, budget: ByteBudget, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
+    def __init__(self, traffic: RequestLog, budget: ByteBudget, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
         self._sorted: tuple[deque[_Job], deque[_Job]] = (deque(), deque())  # what was taken from there: of honest clients, and of suspect ones
-        self._traffic, self._budget, self._max_waiting, self._max_wait_s = traffic, budget, max_waiting, max_wait_s
+        self._request_log, self._budget, self._max_waiting, self._max_wait_s = traffic, budget, max_waiting, max_wait_s
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # never taken by `stop`: a signal handler may interrupt whoever holds it
 
-    def submit(self, call: Callable[[], Any], answer: Callable[[Outcome], None], size_bytes: int = 0, suspect: bool = False) -> None:
+    def submit(self, call: Callable[[], Any], answer: Callable[[InferenceResult], None], size_bytes: int = 0, suspect: bool = False) -> None:
         """Queue `call`; `answer` gets its outcome in the running thread. `size_bytes` comes out of the budget until the answer. A `suspect` call, of
         a client whose requests are refused now and then, waits until there are no others.
 
@@ -138,27 +139,27 @@ class InferenceQueue:
         self._jobs.put(None)
 
     def _work(self, job: _Job) -> None:
-        outcome = Outcome(error=SHUTTING_DOWN, fault=True) if self._stopping.is_set() else self._outcome(job)
+        outcome = InferenceResult(error=SHUTTING_DOWN, fault=True) if self._stopping.is_set() else self._outcome(job)
         self._budget.give_back(job.size_bytes)  # before the answer: whoever has it may send the next request
         job.answer(outcome)
 
-    def _outcome(self, job: _Job) -> Outcome:
+    def _outcome(self, job: _Job) -> InferenceResult:
         began_s = time.monotonic()
         if began_s - job.arrived_s > self._max_wait_s:
-            return Outcome(error=f"{BUSY}the request waited longer than {self._max_wait_s:g} s. Try again later.", fault=True)
+            return InferenceResult(error=f"{BUSY}the request waited longer than {self._max_wait_s:g} s. Try again later.", fault=True)
         try:
             value = job.call()
         except Gr00tFastError as error:
-            self._traffic.refused(str(error))
-            return Outcome(error=reason_of(error))
+            self._request_log.refused(str(error))
+            return InferenceResult(error=reason_of(error))
         except Exception as error:  # noqa: BLE001 - a bug or a device failure in one request must reach its client and not end the service
-            self._traffic.failed(error)
-            return Outcome(error=reason_of(f"{type(error).__name__}: {error}"), fault=True)
-        self._traffic.served(1000 * (time.monotonic() - began_s))
-        return Outcome(value)
+            self._request_log.failed(error)
+            return InferenceResult(error=reason_of(f"{type(error).__name__}: {error}"), fault=True)
+        self._request_log.served(1000 * (time.monotonic() - began_s))
+        return InferenceResult(value)
 
 
-class Traffic:
+class RequestLog:
     """Counts requests and says so in the log every few seconds, however many come; a flood of garbage must not fill the disk."""
 
     def __init__(self, every_s: float = PROGRESS_EVERY_S) -> None:
@@ -193,12 +194,12 @@ class Traffic:
         self._said_s, self._durations_ms, self._refused = now_s, [], 0
 
 
-class PolicyHost:
+class PolicyServerBase(ABC):
     """Serves one policy: inference in the thread that calls `run`, everything else in the event loop of another one."""
 
-    def __init__(self, listener: socket.socket, address: str, queue: InferenceQueue, traffic: Traffic, connections: Connections) -> None:
+    def __init__(self, listener: socket.socket, address: str, queue: InferenceQueue, traffic: RequestLog, connections: Connections) -> None:
         self.address = address
-        self._listener, self._queue, self._traffic, self._connections = listener, queue, traffic, connections
+        self._listener, self._queue, self._request_log, self._connections = listener, queue, traffic, connections
         self._path = address.removeprefix("ipc://") if address.startswith("ipc://") else ""
         self._talking = threading.Event()
         self._failure: BaseException | None = None
@@ -236,15 +237,15 @@ class PolicyHost:
                 os.unlink(self._path)
             self._path = ""
 
-    def __enter__(self) -> PolicyHost:
+    def __enter__(self) -> PolicyServerBase:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @abstractmethod
     async def _talk(self, stopping: asyncio.Event) -> None:
         """Speak with clients until `stopping`."""
-        raise NotImplementedError
 
     def _from_any_thread(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Have the event loop call it. Does nothing when that has ended: `run` raises its failure."""
@@ -278,7 +279,7 @@ class PolicyHost:
 
     def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Of one connection: the event loop closes it and goes on with the others."""
-        self._traffic.failed(context.get("exception") or RuntimeError(context.get("message")))
+        self._request_log.failed(context.get("exception") or RuntimeError(context.get("message")))
 
 
 def check_batch(observation: dict[str, Any]) -> None:

@@ -1,8 +1,14 @@
-"""Messages as bytes, and bytes as messages: msgpack in the dialect of NVIDIA's GR00T N1.5 service. No sockets here.
+"""Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5 and N1.7 services. No sockets here.
 
     request    {"endpoint": str, "data": {...}, "api_token": str}      reply    {...}, or {"error": str}
     array      {"__ndarray_class__": true, "as_npy": bytes of a .npy file}
     config     {"__ModalityConfig_class__": true, "as_json": '{"delta_indices": [0], "modality_keys": ["video.webcam"]}'}
+
+    N1.7       data of get_action: {"observation": nested (nested.py), "options"}      reply    [actions, info]
+    array      {b"nd": true, b"type": "<f4", b"kind": b"", b"shape": [...], b"data": bytes}, as msgpack_numpy writes it
+    config     {"__ModalityConfig__": true, "as_json": {"delta_indices": [0], "modality_keys": ["webcam"], ...}}
+
+Both are read wherever they come; which one is written, the writer says.
 
 Whoever reaches the port can send anything, so reading trusts nothing: no pickle, no sizes taken on faith, and memory in proportion to
 the message. The header of a .npy file is matched against the one form that numpy writes instead of being evaluated.
@@ -10,16 +16,19 @@ the message. The header of a .npy file is matched against the one form that nump
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import json
 import math
 import re
-from collections.abc import Sized
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ModalityConfig
+from gr00t_fast.contracts import ModalityConfig, PartStatistics, PolicyMetadata
 from gr00t_fast.errors import WireError
 from gr00t_fast.optional import require
 from gr00t_fast.strict_json import parse_json
@@ -30,6 +39,8 @@ _MAX_CONTAINERS = 512
 _MAX_ELEMENTS, _MAX_ELEMENTS_IN_ALL = 2048, 8192  # of one list or map; a text of two letters takes three bytes here and sixty in memory
 _MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
+_ARRAY_N1D7, _CONFIG_N1D7 = b"nd", "__ModalityConfig__"
+_PREFIXED = ("video", "state", "action")  # modalities whose keys have the modality's name in front in N1.5 and not in N1.7
 _NPY_MAGIC = b"\x93NUMPY"
 _NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?)([biufUS])(\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\),? ?\} *\n?")
 _DTYPE = re.compile(r"[<>|=]?[biufUS]\d{1,9}")
@@ -37,9 +48,29 @@ _MAX_DIMENSIONS, _MAX_SIZE = 8, 2**32
 _LAST_CHARACTER, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)  # of Unicode
 
 
-def encode(message: Any) -> bytes:
+def encode(message: Any, n1d7: bool = False) -> bytes:
     """msgpack of a message that may hold numpy arrays and ModalityConfigs anywhere. Raises WireError for what the protocol cannot carry."""
-    return bytes(Encoder().encode(message))
+    return bytes(Encoder().encode(message, n1d7))
+
+
+def modality_config_message(configs: Mapping[str, ModalityConfig], n1d7: bool) -> dict[str, Any]:
+    """For `encode`."""
+    if not n1d7:
+        return dict(configs)
+    message = {}
+    for modality, config in configs.items():
+        keys = [key.removeprefix(f"{modality}.") if modality in _PREFIXED else key for key in config.modality_keys]
+        message[modality] = {_CONFIG_N1D7: True, "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys}}
+    return message
+
+
+class ModalityConfigN1d7(ModalityConfig):
+    """As N1.7's services write it: keys without their modality in front."""
+
+    def of(self, modality: str) -> ModalityConfig:
+        """With it."""
+        keys = [f"{modality}.{key}" for key in self.modality_keys] if modality in _PREFIXED else self.modality_keys
+        return ModalityConfig(self.delta_indices, keys)
 
 
 class Encoder:
@@ -50,9 +81,12 @@ class Encoder:
         self._msgpack = require("msgpack", "serving")
         self._packer = self._new_packer()
         self._scratch = bytearray()  # one .npy file: msgpack has copied it before it asks for the next
+        self._n1d7 = False
 
-    def encode(self, message: Any) -> memoryview:
-        """The message, in memory that belongs to whoever holds the view: only without one is it used again. Raises WireError."""
+    def encode(self, message: Any, n1d7: bool = False) -> memoryview:
+        """The message, in memory that belongs to whoever holds the view: only without one is it used again. n1d7: arrays in N1.7's form.
+        Raises WireError."""
+        self._n1d7 = n1d7
         try:
             self._packer.reset()
         except BufferError:  # a view of the last message is still held, by ZeroMQ until it has sent it
@@ -70,7 +104,7 @@ class Encoder:
 
     def _to_wire(self, value: Any) -> dict[str, Any]:
         if isinstance(value, np.ndarray):
-            return {_ARRAY: True, "as_npy": self._npy(value)}
+            return _array_n1d7(value) if self._n1d7 else {_ARRAY: True, "as_npy": self._npy(value)}
         if isinstance(value, ModalityConfig):
             content = {"delta_indices": list(value.delta_indices), "modality_keys": list(value.modality_keys)}
             return {_CONFIG: True, "as_json": json.dumps(content, separators=(",", ":"))}
@@ -86,6 +120,14 @@ class Encoder:
             view[end : end + len(part)] = part
             end += len(part)
         return view[:end]
+
+
+def _array_n1d7(array: np.ndarray) -> dict[Any, Any]:
+    if array.dtype.kind not in "biufUS":
+        raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
+    array = np.ascontiguousarray(array) if array.ndim else array
+    numbers = array.data.cast("B") if array.ndim and array.size and array.dtype.kind != "U" else array.tobytes()
+    return {_ARRAY_N1D7: True, b"type": array.dtype.str, b"kind": b"", b"shape": list(array.shape), b"data": numbers}
 
 
 def npy_parts(array: np.ndarray) -> tuple[bytes, Any]:
@@ -139,6 +181,10 @@ class _Reader:
             return npy_array(value.get("as_npy"))
         if _CONFIG in value:
             return _modality_config(value.get("as_json"))
+        if _CONFIG_N1D7 in value:
+            return _modality_config(value.get("as_json"), ModalityConfigN1d7)
+        if _ARRAY_N1D7 in value:
+            return _numpy_value(value)
         return value
 
     def _count(self, value: Sized) -> None:
@@ -148,6 +194,17 @@ class _Reader:
                 f"the message has more than {_MAX_CONTAINERS} lists and maps, or {_MAX_ELEMENTS_IN_ALL} values in them. "
                 "Send numbers as numpy arrays, not as nested lists."
             )
+
+
+def _numpy_value(value: Mapping[Any, Any]) -> Any:
+    """The array, or the scalar, that msgpack_numpy wrote. Raises WireError, for object and structured arrays too."""
+    dtype, shape, data = value.get(b"type"), value.get(b"shape", []), value.get(b"data")
+    dtype = dtype.decode("latin-1") if isinstance(dtype, bytes) else dtype
+    is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
+    if not isinstance(dtype, str) or value.get(b"kind", b"") not in (b"", "") or not is_shape or not isinstance(data, bytes):
+        raise WireError('an array needs {b"nd": true, b"type": text such as "<f4", b"kind": b"", b"shape": whole numbers, b"data": bytes}.')
+    array = array_from_bytes(data, dtype, tuple(shape))
+    return array if value[_ARRAY_N1D7] is True else array[()]
 
 
 def npy_array(data: Any) -> np.ndarray:
@@ -208,13 +265,161 @@ def _is_unicode(codes: np.ndarray) -> bool:
     return not ((codes > _LAST_CHARACTER) | ((codes >= _SURROGATES[0]) & (codes <= _SURROGATES[1]))).any()
 
 
-def _modality_config(text: Any) -> ModalityConfig:
+def _modality_config(text: Any, form: type[ModalityConfig] = ModalityConfig) -> ModalityConfig:
     try:
-        content = parse_json(text) if isinstance(text, str) else None
+        content = parse_json(text) if isinstance(text, str) else text
     except ValueError as error:
         raise WireError(f"as_json: expected JSON, got {text[:80]!r}.") from error
     offsets, keys = (content.get(name) for name in ("delta_indices", "modality_keys")) if isinstance(content, dict) else (None, None)
     is_int = isinstance(offsets, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in offsets)
     if not is_int or not isinstance(keys, list) or not all(isinstance(item, str) for item in keys):
         raise WireError(f'as_json: expected {{"delta_indices": [int], "modality_keys": [str]}}, got {str(text)[:80]!r}.')
-    return ModalityConfig(offsets, keys)
+    return form(offsets, keys)
+
+
+# JSON with numpy arrays, as the package json_numpy writes it: {"__numpy__": base64 of the raw bytes, "dtype": "<f4", "shape": [16, 5]}.
+#
+# NVIDIA's HTTP server and its clients patch their json module with that package; this is the format without the patch.
+
+
+_JSON_ARRAY = "__numpy__"
+# A list costs some 20 times the bytes that describe it. Pictures must come as arrays, so a valid message has a few brackets and commas.
+_MAX_JSON_CONTAINERS, _MAX_JSON_COMMAS = 10_000, 50_000
+
+
+def to_json(message: Any) -> bytes:
+    """JSON of a message that may hold numpy arrays and scalars. Raises WireError for anything else."""
+    try:
+        return json.dumps(message, default=_as_json_array, separators=(",", ":")).encode()
+    except WireError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WireError(f"a message must consist of dicts with str keys, lists, str, numbers and numpy arrays: {error}.") from error
+
+
+def _as_json_array(value: Any) -> dict[str, Any]:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufUS":
+        return {_JSON_ARRAY: base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str, "shape": value.shape}
+    raise WireError(f"the protocol carries numbers, text and numpy arrays, not {type(value).__name__}.")
+
+
+def from_json(data: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
+    """The message in `data`, arrays as writable copies. Raises WireError, and nothing else, whatever `data` is."""
+    if len(data) > max_bytes:
+        raise WireError(f"the message has {len(data)} bytes; at most {max_bytes} are accepted. Send fewer or smaller pictures at once.")
+    if data.count(b"[") + data.count(b"{") > _MAX_JSON_CONTAINERS or data.count(b",") > _MAX_JSON_COMMAS:
+        raise WireError('the message has too many lists. Send pictures as arrays {"__numpy__": base64, "dtype": "|u1", "shape": [...]} (json_numpy).')
+    try:
+        return parse_json(data, _from_json_array)
+    except WireError:
+        raise
+    except ValueError as error:  # not JSON, not UTF-8, NaN, an integer of thousands of digits; nested beyond reason
+        raise WireError(f"expected JSON: {error}.") from error
+
+
+def _from_json_array(value: dict[str, Any]) -> Any:
+    if _JSON_ARRAY not in value:
+        return value
+    text, dtype, shape = value[_JSON_ARRAY], value.get("dtype"), value.get("shape")
+    if not isinstance(text, str) or not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise WireError('an array needs {"__numpy__": base64 text, "dtype": text such as "<f4", "shape": list of whole numbers}.')
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise WireError(f"__numpy__: not base64: {error}.") from error
+    array = array_from_bytes(raw, dtype, tuple(shape))
+    return array if shape else array[()]
+
+
+# `PolicyMetadata` as a message of plain maps, lists, text and numbers, and back; for the endpoint `get_facts`, which NVIDIA's server lacks.
+#
+# Reading trusts nothing: what is checked against these metadata is an arm.
+
+
+def metadata_to_message(metadata: PolicyMetadata) -> dict[str, Any]:
+    """Numbers travel as float64, so they arrive as they were."""
+    return {name: _plain(value) for name, value in asdict(metadata).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def metadata_from_message(message: Any) -> PolicyMetadata:
+    """Raises WireError that names the field unless every fact is of the right form."""
+    read = _FieldReader(message)
+    state_widths, action_widths = (read.map(f"{modality}_widths", _count) for modality in ("state", "action"))
+    return PolicyMetadata(
+        embodiment_tag=read.one("embodiment_tag", _text),
+        resolutions=read.map("resolutions", _resolution),
+        fps=read.one("fps", _rate),
+        state_widths=state_widths,
+        action_widths=action_widths,
+        state_statistics=read.statistics("state_statistics", state_widths),
+        action_statistics=read.statistics("action_statistics", action_widths),
+        trained_horizon=read.one("trained_horizon", _count),
+    )
+
+
+class _FieldReader:
+    """Fields of a message, each through a function that raises ValueError or TypeError for what it cannot take."""
+
+    def __init__(self, message: Any) -> None:
+        self._message = message if isinstance(message, dict) else {}
+
+    def one(self, name: str, take: Callable[[Any], Any]) -> Any:
+        value = self._message.get(name)
+        try:
+            return take(value)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise WireError(f"get_facts: the server's '{name}' makes no sense: {str(value)[:80]}. Do both ends have the same version?") from error
+
+    def map(self, name: str, take: Callable[[Any], Any]) -> dict[str, Any]:
+        return self.one(name, lambda value: {_text(key): take(item) for key, item in _filled(value).items()})
+
+    def statistics(self, name: str, widths: Mapping[str, int]) -> dict[str, PartStatistics]:
+        return self.one(name, lambda value: {part: _statistics(value[part], width) for part, width in widths.items()})
+
+
+def _filled(value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError("no map, or nothing in it")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("no text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("no positive whole number")
+    return value
+
+
+def _resolution(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, height = value
+    return _count(width), _count(height)
+
+
+def _rate(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise ValueError("no positive number")
+    return float(value)
+
+
+def _statistics(value: Any, width: int) -> PartStatistics:
+    arrays = {name: np.asarray(value[name], np.float64) for name in ("min", "max", "q01", "q99")}
+    if any(array.shape != (width,) or not np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(f"expected {width} finite numbers")
+    return PartStatistics(**arrays)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gr00t_fast.serving.connections import Connection, Connections, Lane
+from gr00t_fast.serving.connections import Connection, Connections, Throttle
 
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 _GREETING = _SIGNATURE + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)  # version 3.0, no security, not a server of security
@@ -69,7 +69,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
         self._wanted, self._have = next(self._reading), 0  # what to fill next, and how much of it is there
         self._pending = b""  # read, and not looked at yet because of a hold
         self._holds: set[str] = set()  # why nothing is read now
-        self._cost_s = self._began_s = 0.0  # of this thread's time: a busy machine is nobody's fault
+        self._cost_s = self._began_s = 0.0  # of this thread's time: time that a busy machine takes is not counted
         self.record: Connection
 
     # --- what the event loop calls -----------------------------------------------------------------------------------------------------
@@ -141,11 +141,11 @@ class ZmtpConnection(asyncio.BufferedProtocol):
             self._send(route, reply)
         self._pause(self._connections.refusals)
 
-    def _pause(self, lane: Lane) -> None:
+    def _pause(self, throttle: Throttle) -> None:
         """What this connection cost since the last time holds itself up, not the others."""
         cost_s, self._cost_s, self._began_s = self._cost_s + time.thread_time() - self._began_s, 0.0, time.thread_time()
         self._hold("pause")
-        asyncio.get_running_loop().call_later(lane.pause_s(cost_s), self._release, "pause")
+        asyncio.get_running_loop().call_later(throttle.pause_s(cost_s), self._release, "pause")
 
     def _go_on(self) -> None:
         self.record.go_on()
@@ -268,7 +268,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def _body(self, size: int) -> _Reading:
         """A picture's memory comes from the system, which gives a page of it when the first byte arrives, not when its size is announced.
 
-        Where many send at once, connections that were never served share a lane.
+        Where many send at once, connections that were never served share a throttle.
         """
         begun = yield from self._exactly(min(size, _STEP_BYTES))
         if size <= _STEP_BYTES:

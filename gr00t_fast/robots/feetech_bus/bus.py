@@ -391,7 +391,7 @@ _TERMINALS = ("/dev/pts/", "/dev/ttys")  # pseudo-terminals on Linux and macOS: 
 
 
 class LinkClaim:
-    """The right to a link, from `take` to `give_back`. It ends with the process, so a bus that was killed is in nobody's way.
+    """The right to a link, from `take` to `give_back`. It ends with the process, so a killed bus does not block the next one.
 
     A lock on a file beside the link and not a look at the link itself: the terminal of a dead bus may belong to somebody else by now.
     """

@@ -45,6 +45,7 @@ class Register(IntEnum):
     MAX_VOLTAGE = 14
     MIN_VOLTAGE = 15
     MAX_TORQUE = 16
+    PHASE = 18  # bits: 4 speed in ticks/s, 8 a speed of 0 is the largest, 16 positions count turns
     P_GAIN = 21
     D_GAIN = 22
     I_GAIN = 23
@@ -79,6 +80,7 @@ _FACTORY_BYTES = {
     Register.MAX_TEMPERATURE: 70,
     Register.MAX_VOLTAGE: 140,
     Register.MIN_VOLTAGE: 40,
+    Register.PHASE: 12,
     Register.P_GAIN: 32,
     Register.D_GAIN: 32,
     Register.OVERLOAD_TORQUE: 80,

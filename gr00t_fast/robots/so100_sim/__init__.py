@@ -10,13 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gr00t_fast.robots.so100_sim.expert import expert, run_expert
-    from gr00t_fast.robots.so100_sim.plant import ScenePlant
     from gr00t_fast.robots.so100_sim.robot import SimArm
     from gr00t_fast.robots.so100_sim.scene import build_scene
-    from gr00t_fast.robots.so100_sim.simulation import Simulation
+    from gr00t_fast.robots.so100_sim.scripted_expert import expert, run_expert
+    from gr00t_fast.robots.so100_sim.simulation import ScenePlant, Simulation
 
-_HOME = {"Simulation": "simulation", "SimArm": "robot", "ScenePlant": "plant", "build_scene": "scene", "expert": "expert", "run_expert": "expert"}
+_HOME = {
+    "Simulation": "simulation",
+    "SimArm": "robot",
+    "ScenePlant": "simulation",
+    "build_scene": "scene",
+    "expert": "scripted_expert",
+    "run_expert": "scripted_expert",
+}
 __all__ = ["ScenePlant", "SimArm", "Simulation", "build_scene", "expert", "run_expert"]
 
 

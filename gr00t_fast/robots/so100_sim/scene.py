@@ -26,6 +26,9 @@ PAN_AXIS_XY_M = np.array([0.0, -0.0452])  # objects are placed in polar coordina
 # Where an object's centre may lie: the gripper can point straight down there, also when lifted above the bowl.
 _BLOCK_RADIUS_M, _BOWL_RADIUS_RANGE_M, _HALF_ANGLE_RAD = (0.15, 0.24), (0.15, 0.235), np.deg2rad(55)
 _PATH_STREAM = 97  # of random numbers: apart from those that place the objects
+# By how much each motor trails a ramp: damping / stiffness of its position actuator, as MuJoCo computes the damping from `dampratio`.
+_MOTOR_LAG_MS = (102.6, 99.2, 92.6, 89.9, 89.5, 89.5)
+MAX_SERVO_LAG_MS = 1000.0
 _SEPARATION_M = 0.115  # bowl radius + half block + an open finger
 
 FRONT_CAMERA = (np.array([0.14, -0.62, 0.40]), np.array([0.0, -0.15, 0.06]), 48.0)  # position, look-at point, vertical field of view (deg)
@@ -65,10 +68,13 @@ class Scene:
     task: Task
 
 
-def build_scene(task: Task = "place", seed: int = 0) -> Scene:
-    """Compile the world for `task`. The same seed gives the same layout on every platform. Raises ConfigError, MissingExtraError."""
+def build_scene(task: Task = "place", seed: int = 0, servo_lag_ms: float | None = None) -> Scene:
+    """Compile the world for `task`. The same seed gives the same layout on every platform. `servo_lag_ms`: see Simulation.
+
+    Raises ConfigError, MissingExtraError.
+    """
     mujoco = require("mujoco", "sim")
-    xml = scene_xml(task)
+    xml = scene_xml(task, servo_lag_ms)
     return Scene(mujoco.MjModel.from_xml_string(xml), xml, sample_layout(task, seed), task)
 
 
@@ -118,10 +124,12 @@ def block_path(layout: Layout, seed: int, speed_m_s: float, time_s: float) -> tu
 # --- XML ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def scene_xml(task: Task) -> str:
+def scene_xml(task: Task, servo_lag_ms: float | None = None) -> str:
     """The whole world as MJCF; it also opens in MuJoCo's own viewer."""
     check_task(task)
-    actuators = "\n    ".join(f'<position name="{name}" joint="{name}" class="servo"/>' for name in SO100_JOINTS)
+    lags_ms = [0.0] * len(SO100_JOINTS) if servo_lag_ms is None else _filter_ms(servo_lag_ms)
+    filters = [f' timeconst="{lag_ms / 1e3:.6g}"' if lag_ms else "" for lag_ms in lags_ms]
+    actuators = "\n    ".join(f'<position name="{n}" joint="{n}" class="servo"{f}/>' for n, f in zip(SO100_JOINTS, filters, strict=True))
     return f"""<mujoco model="so100_{task}">
   <compiler angle="radian" autolimits="true"/>
   <option timestep="{TIMESTEP_S}" cone="elliptic" impratio="10" integrator="implicitfast"/>
@@ -145,6 +153,17 @@ def scene_xml(task: Task) -> str:
     {actuators}
   </actuator>
 </mujoco>"""
+
+
+def _filter_ms(servo_lag_ms: float) -> list[float]:
+    """Time constant per joint of the low-pass that, with the motor's own lag behind it, makes a joint trail a ramp by `servo_lag_ms`."""
+    least_ms = max(_MOTOR_LAG_MS)
+    if not least_ms < servo_lag_ms <= MAX_SERVO_LAG_MS:
+        raise ConfigError(
+            f"the servos' lag must be above {least_ms:g} ms, which the motors of the model have of themselves, and at most {MAX_SERVO_LAG_MS:g} ms; "
+            f"it is {servo_lag_ms}. Leave it out for the motors alone."
+        )
+    return [servo_lag_ms - own_ms for own_ms in _MOTOR_LAG_MS]
 
 
 def _touch(arm: bool) -> str:

@@ -1,4 +1,4 @@
-"""The simulated arm and its scene: targets in, physics, joints and pictures out."""
+"""The simulated arm and its scene: targets in, physics, joints and pictures out; and the same as the mechanics behind a servo bus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.optional import require
-from gr00t_fast.robots.so100_sim.rasteriser import Pinhole
+from gr00t_fast.robots.so100_sim.rendering import Pinhole, Pose, SceneRenderer
 from gr00t_fast.robots.so100_sim.scene import (
     BLOCK_HALF_M,
     BOWL_HEIGHT_M,
@@ -22,7 +22,6 @@ from gr00t_fast.robots.so100_sim.scene import (
     sample_layout,
 )
 from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, check_joints, degrees_to_radians, radians_to_degrees
-from gr00t_fast.robots.so100_sim.view import Pose, SceneRenderer
 
 # Where an episode starts, lerobot degrees: gripper over the table, camera on the far side of the fingers, jaw a little open.
 HOME_DEG = np.array([0.0, -20.0, 20.0, 75.0, -90.0, 10.0])
@@ -40,11 +39,14 @@ class Simulation:
 
     Deterministic per seed and sequence of calls. Safe to use from several threads: pictures are drawn from a snapshot outside the lock.
     With a block speed the block of `reach` is carried to and fro, as on a belt that nothing stops, see `scene.block_path`.
+    `servo_lag_ms`: by how much a joint in motion trails its target. None: as the model's motors do, 90 to 103 ms. More: targets pass a first-order
+    low-pass before the motors. Of a real SO-101 133 to 200 ms were measured (public recording, 4 episodes at 30 Hz: 4 to 6 ticks between commanded
+    and measured joints); first order because lerobot halves the servos' proportional gain (P_Coefficient 16), which rounds motions off.
     `watch` is called at each tick of TICK_S, after `success` has been judged.
     Raises ConfigError (task, view, values), MissingExtraError (MuJoCo is not installed).
     """
 
-    def __init__(self, task: Task = "place", seed: int = 0, block_speed_m_s: float = 0.0) -> None:
+    def __init__(self, task: Task = "place", seed: int = 0, block_speed_m_s: float = 0.0, servo_lag_ms: float | None = None) -> None:
         if not 0 <= block_speed_m_s <= MAX_BLOCK_SPEED_M_S or (block_speed_m_s and task != "reach"):
             raise ConfigError(
                 f"the block's speed must be 0 to {MAX_BLOCK_SPEED_M_S} m/s, and 0 unless the task is 'reach'; it is {block_speed_m_s} in '{task}'."
@@ -52,7 +54,7 @@ class Simulation:
         self._block_speed_m_s = block_speed_m_s
         self.watch: Callable[[], None] | None = None
         self._mujoco = require("mujoco", "sim")
-        self.scene = build_scene(task, seed)
+        self.scene = build_scene(task, seed, servo_lag_ms)
         self.task, self.model = task, self.scene.model
         self.data = self._mujoco.MjData(self.model)
         self.lock = threading.RLock()
@@ -73,6 +75,7 @@ class Simulation:
             self.data.qpos[:6] = degrees_to_radians(HOME_DEG)
             self._place_objects(layout)
             self.data.ctrl[:] = self.data.qpos[:6]
+            self.data.act[:] = self.data.qpos[: len(self.data.act)]  # the low-pass of servo_lag_ms, where there is one
             self.set_torque(True)
             self._owed_s, self._tick_due_s, self._near_ticks, self.success = 0.0, TICK_S, 0, False
             self._mujoco.mj_forward(self.model, self.data)
@@ -115,6 +118,8 @@ class Simulation:
         with self.lock:
             comes_on = switched & ~self.torque_on
             self.data.ctrl[comes_on] = self.data.qpos[:6][comes_on]
+            if self.data.act.size:
+                self.data.act[comes_on] = self.data.qpos[:6][comes_on]
             self.model.actuator_gainprm[:] = np.where(switched[:, None], self._gain, 0)
             relaxed = self._bias * [0, 0, _RELAXED_DAMPING, *[0] * (self._bias.shape[1] - 3)]
             self.model.actuator_biasprm[:] = np.where(switched[:, None], self._bias, relaxed)
@@ -231,3 +236,29 @@ class Simulation:
             bodies = [self.model.body(i).name for i in range(self.model.nbody)]
             self._renderer = SceneRenderer(bodies, with_bowl=self.task == "place")
         return self._renderer
+
+
+# --- the mechanics behind a servo bus -----------------------------------------------------------------------------------------------------------
+
+
+class ScenePlant:
+    """What `feetech_bus.VirtualBus(plant=...)` drives: servos' set-points in, the positions physics makes of them out.
+
+    `simulation` may be drawn from another thread meanwhile. Positions and targets are lerobot degrees, the gripper 0..100.
+    """
+
+    def __init__(self, task: Task = "place", seed: int = 0, servo_lag_ms: float | None = None) -> None:
+        self.simulation = Simulation(task, seed, servo_lag_ms=servo_lag_ms)
+        self.simulation.set_torque(False)  # a servo comes up without torque
+
+    def step(self, targets_deg: list[float | None], dt_s: float) -> list[float]:
+        """Let `dt_s` pass while each motor pulls towards its target (None: torque off). Returns the six positions."""
+        simulation = self.simulation
+        pulls = [target is not None for target in targets_deg]
+        with simulation.lock:
+            if pulls != simulation.torque_on.tolist():
+                simulation.set_torque(pulls)
+            held = simulation.targets_deg
+            simulation.set_targets(np.array([held[i] if target is None else target for i, target in enumerate(targets_deg)]))
+            simulation.advance(dt_s)
+            return simulation.joints_deg.tolist()

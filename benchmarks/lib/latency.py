@@ -1,0 +1,161 @@
+"""How long an inference takes, as drawn for each one: a fixed time, or the distribution that another benchmark measured; how long a chunk must be to
+bridge it; a run of the product's loop to a goal; and virtual time, in which inferences pass without waiting."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import Clock, Observation, Robot
+from gr00t_fast.control.controller import CallResult, Controller
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import VirtualClock
+from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.errors import ConfigError
+
+# One tick because an answer plays from the tick after it came, the others for threads that wake up late.
+BRIDGE_MARGIN_TICKS = 4
+
+# What a tick of the plain loop does besides inferring. One read and one write of six servos take about 4 ms; the other half is for fetching the
+# frames and for waking up late.
+SYNC_MARGIN_S = 0.008
+
+
+def needed_actions(delay_ticks: int) -> int:
+    """For a controller that drops the elapsed actions: as many as are over on arrival, as many again until the next chunk is there, and a margin."""
+    return 2 * delay_ticks + BRIDGE_MARGIN_TICKS
+
+
+_MEASURED = "measured:"
+_USUAL_PLACE = "times_ms.ours.total"  # in a result of bench_policy.py
+_MAX_S = 60.0
+_TAIL = 0.99
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Quantiles of the latency (0..1) and their values in seconds; linear in between."""
+
+    label: str
+    quantiles: tuple[float, ...]
+    values_s: tuple[float, ...]
+
+    def at(self, quantile: float) -> float:
+        """Seconds."""
+        return float(np.interp(quantile, self.quantiles, self.values_s))
+
+    def sample_s(self, generator: np.random.Generator) -> float:
+        return self.at(generator.uniform())
+
+    def ticks(self, fps: float) -> int:
+        """What all but one in a hundred need, in whole ticks."""
+        return math.ceil(self.at(_TAIL) * fps - 1e-9)
+
+
+def parse_latency(text: str) -> Latency:
+    """`800`: always 800 ms. `measured:FILE` or `measured:FILE#place.in.it`: percentiles in ms from a benchmark's JSON. Raises ConfigError."""
+    if text.startswith(_MEASURED):
+        return _measured(text.removeprefix(_MEASURED))
+    try:
+        ms = float(text)
+    except ValueError as error:
+        raise ConfigError(f"--latency_ms: '{text}' is neither a number of milliseconds (800) nor measured:FILE.") from error
+    if not 0 <= ms <= 1000 * _MAX_S:
+        raise ConfigError(f"--latency_ms: {text} must be from 0 to {1000 * _MAX_S:g} milliseconds.")
+    return Latency(f"{ms:g} ms", (0.0, 1.0), (ms / 1000, ms / 1000))
+
+
+def _measured(text: str) -> Latency:
+    name, _, place = text.partition("#")
+    try:
+        content = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--latency_ms: cannot read '{name}': {error}. Expected the JSON of a benchmark, with percentiles in ms.") from error
+    found = dict(_percentiles_in(content))
+    if not place:
+        place = _USUAL_PLACE if _USUAL_PLACE in found else next(iter(found), "") if len(found) == 1 else ""
+    if place not in found:
+        raise ConfigError(
+            f"--latency_ms: say which of {name}'s latencies, as measured:{name}#PLACE: {', '.join(found) or 'it has none (p50, p95, p99)'}."
+        )
+    p = {key: value / 1000 for key, value in found[place].items()}
+    # The faster half is taken as the median: the files do not say how fast it was.
+    values_s = (p["p50"], p["p50"], p["p95"], p["p99"], p.get("max", p["p99"]))
+    return Latency(f"measured, p50 {1000 * p['p50']:.0f} ms", (0.0, 0.5, 0.95, 0.99, 1.0), values_s)
+
+
+def _percentiles_in(content: Any, place: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """Everything in a JSON document that looks like percentiles, by its dotted place."""
+    if isinstance(content, dict):
+        if all(isinstance(content.get(key), int | float) for key in ("p50", "p95", "p99")):
+            yield place, {key: float(content[key]) for key in ("p50", "p95", "p99", "max") if isinstance(content.get(key), int | float)}
+        for key, value in content.items():
+            yield from _percentiles_in(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            yield from _percentiles_in(value, f"{place}.{index}" if place else str(index))
+
+
+_ROUNDING_S = 1e-9  # a call that ends at a tick is in time for it, whatever the sums of floats say
+
+
+def play_until(
+    over: Callable[[Observation], bool], reason: str, arm: Robot, controller: Controller, options: LoopOptions, clock: Clock
+) -> ControlLoop:
+    """The product's loop, ended for `reason` where `over` says so of what was observed. Raises KeyboardInterrupt after Ctrl-C, which ends it in good
+    order and is to end the study too."""
+    stop = StopSignals()
+
+    class Goal:
+        def see(self, observation: Observation, tick: object = None) -> None:
+            if over(observation):
+                stop.request(reason)
+
+    loop = ControlLoop(arm, controller, options, clock, stop, observers=[Goal()], echo=lambda line: None)
+    with stop:
+        loop.run()
+    if stop.exit_code:
+        raise KeyboardInterrupt
+    return loop
+
+
+class VirtualWorker:
+    """A `Worker` beside a loop on the same VirtualClock: a call runs at once on time of its own, and its outcome is there when that has passed."""
+
+    def __init__(self, clock: VirtualClock) -> None:
+        self._clock = clock
+        self._outcome: CallResult | None = None
+        self._ready_s = 0.0
+
+    @property
+    def busy(self) -> bool:
+        return self._outcome is not None
+
+    def submit(self, call: Callable[[], Any]) -> None:
+        if self.busy:
+            raise RuntimeError("the inference is busy; take its outcome first")
+        began_s = self._clock.now_s()
+        try:
+            self._outcome = CallResult(value=call())
+        except Exception as error:  # noqa: BLE001 - handed over, as a thread does
+            self._outcome = CallResult(error=error)
+        self._ready_s, self._clock.time_s = self._clock.now_s(), began_s
+
+    def poll(self) -> CallResult | None:
+        return self.wait() if self.busy and self._clock.now_s() >= self._ready_s - _ROUNDING_S else None
+
+    def wait(self, timeout_s: float | None = None) -> CallResult:
+        if self._outcome is None:
+            raise RuntimeError("nothing was submitted")
+        self._clock.sleep_until_s(self._ready_s)
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def close(self, timeout_s: float) -> bool:
+        return True

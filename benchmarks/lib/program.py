@@ -1,0 +1,322 @@
+"""What the benchmarks and the training programs have in common: flags from a dataclass, a checkpoint to measure, turns, tables, files, plots and one
+way to end.
+
+Importing this needs the standard library and numpy alone: a bare GPU machine has no matplotlib.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing.connection
+import os
+import random
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
+from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.measurement import git_commit, machine, versions
+
+EXIT_DIFFERS, EXIT_USAGE = 1, 2
+# A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
+_DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
+
+Result = dict[str, Any]
+Config, T = TypeVar("Config"), TypeVar("T")
+Size = tuple[int, int]  # width, height in pixels
+
+
+@dataclass
+class Flags:
+    """What every benchmark takes. `out` is declared by each."""
+
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: a GPU where there is one
+    threads: int | None = None  # CPU threads of torch; default: torch's own choice
+    seed: int = 0  # of everything that is drawn
+    json: bool = False  # also print the result as one line of JSON, the last of the output
+
+
+@dataclass
+class PolicyFlags(Flags):
+    """Those of `load_policy`, by its names."""
+
+    model_path: Path | None = None  # checkpoint directory; default: one with random weights is made in --out
+    embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
+    data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
+    denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
+    precision: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU
+    engine: str = "auto"  # how the network is run; auto: the fastest that is exact on the device
+    engine_path: Path | None = None  # directory of an export; default: exports/<engine> in the checkpoint's directory
+
+    def options(self, *without: str) -> dict[str, Any]:
+        """Keyword arguments for `load_policy`."""
+        names = ("embodiment_tag", "data_config", "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "seed")
+        return {name: getattr(self, name, None) for name in names if name not in without}
+
+
+def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str, required: Sequence[str] = ()) -> Config:
+    """The command line as `config_class`. `--help` prints `doc` and every flag with its default, and ends the program; a mistake ends it with 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & set(words):
+        print(help_text(config_class, doc.strip()))
+        raise SystemExit(0)
+    try:
+        config, notes = parse_flags(config_class, words)
+        if missing := [name for name in required if getattr(config, name) is None]:
+            raise UsageError(f"--{missing[0]} is missing. See --help.")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    for note in notes:
+        print(note, file=sys.stderr)
+    return config
+
+
+def size_of(text: str, flag: str = "resolution", least: int = 32) -> Size:
+    """`640x480` -> (640, 480): width and height. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
+    if found is None or min(int(found[1]), int(found[2])) < least:
+        raise UsageError(f"--{flag}={text}: expected WIDTHxHEIGHT such as 640x480, each at least {least}.")
+    return int(found[1]), int(found[2])
+
+
+def size_text(size: Sequence[int]) -> str:
+    """(320, 240) -> `320x240`."""
+    return "x".join(map(str, size))
+
+
+def check_counts(config: Any, *names: str, least: int = 1) -> None:
+    """Raises UsageError for a count below `least`; None passes, and every value of a list is checked."""
+    for name in names:
+        value = getattr(config, name)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and not each >= least:
+                raise UsageError(f"--{name}={each}: must be at least {least}.")
+
+
+def execute(
+    config_class: type[Config],
+    work: Callable[[Config], T],
+    tell: Callable[[Config, T], int | None],
+    argv: Sequence[str] | None,
+    doc: str,
+    interrupted: str,
+) -> int:
+    """For a program that writes no report: read the flags, work, and `tell` the result. Returns the exit code, 0 unless `tell` says otherwise; 2 for
+    a UsageError, 1 for any other expected error, 130 after Ctrl-C, with `interrupted` said."""
+    from gr00t_fast.cli import program
+
+    def run(config: Config) -> int:
+        return tell(config, work(config)) or 0
+
+    words = sys.argv[1:] if argv is None else list(argv)
+    return program.execute(lambda given: parse_flags(config_class, given)[0], run, lambda: help_text(config_class, doc.strip()), words, interrupted)
+
+
+# --- where a result comes from, and what it is measured on ---------------------------------------------------------------------------------
+
+
+def without_machine_paths(words: Sequence[str]) -> str:
+    """The words as a shell would need them, absolute paths shortened to their last name: fit to be published."""
+    return shlex.join(_DIRECTORIES.sub(r"\1", word.rstrip("/")) for word in words)
+
+
+def provenance(seed: int | None = None) -> Result:
+    """Where a result comes from: machine, versions, commit, command, and the seed where there is one."""
+    found = {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": without_machine_paths(sys.argv)}
+    return found if seed is None else found | {"seed": seed}
+
+
+def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 480)) -> Path:
+    """--model_path, or a checkpoint with random weights in --out, written once per size, --data_config, --seed and resolution of the cameras. Raises
+    ConfigError."""
+    if arguments.model_path:
+        return Path(arguments.model_path)
+    from gr00t_fast.random_checkpoint import SO100_CONFIGS, checkpoint_in
+
+    asked = getattr(arguments, "data_config", "so100")
+    data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
+    return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed, resolution)
+
+
+def weights_of(arguments: Any) -> str:
+    """The checkpoint's name, or that its weights are random."""
+    return Path(arguments.model_path).name if arguments.model_path else "RANDOM"
+
+
+def make_directory(out: Path) -> None:
+    """--out, with its parents. Raises ConfigError where it cannot be one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if out.is_file() else f"{error.strerror}"
+        raise ConfigError(f"--out={out}: expected a directory to write to, but {why}. Name another.") from error
+
+
+# --- while it runs -------------------------------------------------------------------------------------------------------------------------
+
+
+def end_with_parent() -> None:
+    """In a process that another one started with multiprocessing: end when that one does, also when it was killed and could tell nobody."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def in_processes(
+    call: Callable[..., T], jobs: Iterable[tuple[Any, ...]], processes: int, begin: Callable[[], None] = end_with_parent
+) -> Iterator[tuple[tuple[Any, ...], T]]:
+    """(job, what `call(*job)` returned) as they come in; `begin` is what each process does first. Raises what a job raises. Then, on Ctrl-C (which a
+    terminal sends to all, and they never see) and when the caller stops, they are ended."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin) as pool:
+        mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+        before = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})  # one that comes while they begin waits for this process
+        try:
+            running = {pool.submit(call, *job): job for job in jobs}
+        finally:
+            if mask:
+                mask(signal.SIG_SETMASK, before)
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # or leaving the pool would wait for what has begun
+            raise
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """One line on a terminal, nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def shuffled_rounds(arms: Iterable[T], rounds: int, warm_up: int = 0, seed: int = 0, what: str = "round") -> Iterator[tuple[list[T], bool]]:
+    """Each round's arms in an order drawn anew, so that a disturbance of the machine hits all alike and none always follows the same one; and whether
+    the round counts. Shows progress."""
+    order, arms = random.Random(seed), list(arms)
+    for number in range(warm_up + rounds):
+        yield order.sample(arms, len(arms)), number >= warm_up
+        show_progress(what, number + 1, warm_up + rounds)
+
+
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times longer, paired by round: median and quartiles."""
+    p25, median, p75 = np.percentile(np.asarray(slow) / np.asarray(fast), (25, 50, 75))
+    return {name: round(float(value), 3) for name, value in (("median", median), ("p25", p25), ("p75", p75))}
+
+
+def count_of(number: int, what: str) -> str:
+    """`1 round`, `2 rounds`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+# --- what it leaves ------------------------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], texts: int = 1) -> str:
+    """The first `texts` columns to the left, figures to the right."""
+    ruler = ["---"] * texts + ["--:"] * (len(columns) - texts)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (columns, ruler, *rows))
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """A number in a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def conditions(result: Result) -> str:
+    """Engine, device and number of samples of a result, as far as it has them: for the title of a plot."""
+    told = [str(result[name]) for name in ("engine", "precision") if result.get(name)]
+    told += [f"on {result['device']}"] if result.get("device") else []
+    told += [f"n = {result[name]}" for name in ("rounds", "trials", "seeds") if result.get(name)][:1]
+    return ", ".join(told)
+
+
+@contextmanager
+def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Iterator[Any]:
+    """Axes (rows, columns) to draw on; a titled picture at `path` afterwards. Raises MissingExtraError without matplotlib."""
+    from gr00t_fast.optional import require
+
+    require("matplotlib", "plots").use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    figure.suptitle(title, fontsize=10)
+    try:
+        yield axes
+        figure.savefig(path, dpi=110)
+    finally:
+        plt.close(figure)
+
+
+def write_json(path: Path, result: Result) -> None:
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def finish(
+    name: str,
+    arguments: Any,
+    run: Callable[[Any], Result],
+    as_table: Callable[[Result], str],
+    plot: Callable[[Result, Path], None] | None = None,
+    exit_code: Callable[[Result], int] = lambda result: 0,
+    interrupted: str = "interrupted: no result",
+    table_file: str | None = None,
+    told: Callable[[Result], Result] = lambda result: result,
+) -> int:
+    """Run, print the table, and leave NAME.json, NAME.md (or `table_file`) and NAME.png in --out; with --json the result, as `told` shortens it, is
+    the last line. Returns the exit code. Without matplotlib, as on a bare GPU machine, there is no picture."""
+    if getattr(arguments, "threads", None):
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+    def run_in_out() -> Result:
+        make_directory(arguments.out)
+        return run(arguments)
+
+    existed = arguments.out.exists()
+    result, code = attempt(run_in_out, interrupted)
+    if result is None:
+        if not existed:
+            with suppress(OSError):  # something is in it
+                arguments.out.rmdir()
+        return code
+    table = as_table(result)
+    print(table)
+    write_json(arguments.out / f"{name}.json", result)
+    (arguments.out / (table_file or f"{name}.md")).write_text(table + "\n", encoding="utf-8")
+    if plot is not None:
+        try:
+            plot(result, arguments.out / f"{name}.png")
+        except MissingExtraError as error:
+            print(f"no plot: {error}", file=sys.stderr)
+    print(f"written to {arguments.out}", file=sys.stderr)
+    if getattr(arguments, "json", True):
+        print(json.dumps(told(result)))
+    return exit_code(result)

@@ -1,0 +1,162 @@
+"""`gr00t-fast bus`: a servo bus on a pseudo-terminal that any lerobot program can open."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from gr00t_fast.cli.policy_flags import run_command
+from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.flags import UsageError, setting
+from gr00t_fast.robots.feetech_bus import faults as fault_kinds
+from gr00t_fast.robots.feetech_bus.bus import VirtualBus
+from gr00t_fast.robots.feetech_bus.control import ControlSocket, send_command
+from gr00t_fast.robots.feetech_bus.faults import Fault
+from gr00t_fast.robots.feetech_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
+
+_CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
+
+
+@dataclass(kw_only=True)
+class BusConfig:
+    """Six virtual STS3215 servos of an SO-100 on a pseudo-terminal that any lerobot program can open. Runs until Ctrl-C or SIGTERM."""
+
+    link: Path | None = None  # where to put the port (a symbolic link, removed at exit); required without --send
+    calibration: Path | None = None  # lerobot calibration file (.json) the servos are preloaded from
+    write_calibration: Path | None = None  # write DIR/ID.json with the servos' calibration into this directory
+    id: str = "virtual"  # name of the written calibration file
+    scene: Literal["place", "reach"] | None = setting(None, bare="place")  # let the servos move the simulated arm; without a value: place
+    fault: list[str] = setting(default_factory=list, whole_words=True)  # a fault from the start; may be repeated (see below)
+    noise: list[str] = field(default_factory=list)  # loss=RATE or flip=RATE: share of answered bytes lost or flipped
+    usb_latency_ms: float = 0.0  # delay of every answer (an FTDI adapter: 1 to 16)
+    wire_time: bool = False  # answers also take their time at 1 Mb/s and the servos' return delay
+    servos: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])  # which servos are attached
+    seed: int = 0  # of the noise and of the scene
+    control: Path | None = None  # control socket; default: LINK.ctl
+    send: str | None = None  # send a command to the bus at --control and exit (try 'state' or 'inject silent:servo=3')
+    verbose: bool = False  # full tracebacks
+
+
+_USAGE = "usage: gr00t-fast bus --link=PATH [--write_calibration=DIR] [--scene] [--fault=SPEC ...] [--flag=value ...]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 ended as asked, 1 error, 2 bad flag."""
+    return run_command(BusConfig, check, work, (_USAGE, fault_kinds.__doc__ or ""), argv)
+
+
+def check(config: BusConfig) -> None:
+    """Raises UsageError; fills in where the control socket is."""
+    if config.link is None and (config.send is None or config.control is None):
+        raise UsageError("--link=PATH is missing (with --send: --link or --control of the running bus).")
+    if config.usb_latency_ms < 0:
+        raise UsageError(f"--usb_latency_ms={config.usb_latency_ms:g} must not be negative.")
+    if config.control is None and config.link is not None:
+        config.control = config.link.with_name(config.link.name + ".ctl")
+
+
+def work(config: BusConfig) -> int:
+    """Serve, or send one command. Raises Gr00tFastError."""
+    if config.send is None:
+        return serve(config)
+    answer = send_command(config.control, config.send)
+    print(json.dumps(answer.get("ok", answer), indent=2))
+    return EXIT_ERROR if "error" in answer else EXIT_OK
+
+
+def noise_faults(specs: list[str]) -> list[Fault]:
+    """`loss=0.002` -> a fault on every answered byte. Raises ConfigError."""
+    faults = []
+    for spec in specs:
+        kind, _, rate = spec.partition("=")
+        if kind not in ("loss", "flip"):
+            raise ConfigError(f"--noise takes loss=RATE or flip=RATE, got '{spec}'.")
+        faults.append(Fault.parse(f"{kind}:rate={rate}"))
+    return faults
+
+
+def make_plant(task: str | None, seed: int) -> Plant | None:
+    """The MuJoCo scene behind the servos, or None. MuJoCo is imported only here."""
+    if task is None:
+        return None
+    from gr00t_fast.robots.so100_sim.simulation import ScenePlant
+
+    return ScenePlant(task=task, seed=seed)
+
+
+def prepare_calibration(config: BusConfig) -> tuple[Calibration, Path | None]:
+    """The servos' calibration and, when there is one, the file that holds it."""
+    calibration = load_calibration(config.calibration) if config.calibration else default_calibration()
+    if config.write_calibration is None:
+        return calibration, config.calibration
+    path = config.write_calibration / f"{config.id}.json"
+    try:
+        save_calibration(calibration, path)
+    except OSError as error:
+        raise ConfigError(f"the calibration file {path} cannot be written: {error.strerror}.") from error
+    return calibration, path
+
+
+def describe(config: BusConfig, bus: VirtualBus, calibration_file: Path | None) -> str:
+    """What to type next: commands that work as they are printed."""
+    lines = [f"Virtual servo bus: STS3215 {', '.join(map(str, config.servos))} on {bus.port} -> {bus.device}"]
+    flags = f"--robot.type=so100_follower --robot.port={shlex.quote(bus.port)}"
+    if calibration_file is None:
+        lines += [f"  {flags}", "  (no program can use it without a calibration file: start it with --write_calibration=DIR to get a matching one)"]
+    else:
+        directory = shlex.quote(str(calibration_file.resolve().parent))
+        flags += f" --robot.calibration_dir={directory} --robot.id={shlex.quote(calibration_file.stem)}"
+        lines.append("a run on it, with random weights and a rendered camera (the first command once):")
+        lines += [f"  {line}" for line in _a_run(flags, config.scene is not None)]
+    lines += ["what the servos do:", f"  gr00t-fast bus --control {shlex.quote(str(config.control))} --send state"]
+    return "\n".join(lines)
+
+
+def _a_run(flags: str, scene: bool) -> list[str]:
+    """Without a scene the servos come up in the middle of their ranges, not where the imagined recordings began: hence --preflight=warn."""
+    flags += "" if scene else " --preflight=warn"
+    return [
+        f"python -m gr00t_fast.random_checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
+        f'gr00t-fast run {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
+        '--lang_instruction="Place the block in the bowl" --timeout=10',
+    ]
+
+
+def serve(config: BusConfig) -> int:
+    """Run the bus until a signal or `quit`. Returns the exit code."""
+    stop = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    calibration, calibration_file = prepare_calibration(config)
+    bus = VirtualBus(
+        calibration,
+        make_plant(config.scene, config.seed),
+        [*map(Fault.parse, config.fault), *noise_faults(config.noise)],
+        link=Path(os.path.abspath(config.link)),
+        usb_latency_ms=config.usb_latency_ms,
+        wire_time=config.wire_time,
+        servo_ids=config.servos,
+        seed=config.seed,
+    )
+    with bus:
+        control = ControlSocket(bus, config.control, stop.set)
+        try:
+            print(describe(config, bus, calibration_file), flush=True)
+            while not stop.wait(0.2) and bus.failure is None:
+                pass
+        finally:
+            control.close()
+    return 0

@@ -1,0 +1,105 @@
+"""`gr00t-fast export onnx`: vision, language and one denoising step as ONNX graphs, for your cameras and your embodiment."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.cli.policy_flags import (
+    CheckpointFlags,
+    OutputFlags,
+    PrecisionName,
+    check_at_least_one,
+    check_checkpoint_flags,
+    run_command,
+)
+from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
+from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, check_trained_cameras, load_data_config
+from gr00t_fast.engine.manifest import Manifest, Target
+from gr00t_fast.export.onnx import Options, export_onnx
+from gr00t_fast.files import check_free
+from gr00t_fast.flags import setting
+from gr00t_fast.measurement import peak_rss_bytes
+from gr00t_fast.optional import require
+from gr00t_fast.prompt import PromptEncoder, find_tokenizer
+
+
+@dataclass(kw_only=True)
+class ExportOnnxConfig(OutputFlags, CheckpointFlags):
+    """Export a checkpoint to ONNX: vision, language and one denoising step, for your cameras and your embodiment.
+
+        gr00t-fast export onnx --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/onnx --precision=fp32
+
+    What comes out is run with --engine=onnxruntime --engine_path=exports/onnx, and is what `gr00t-fast quantise` and
+    `gr00t-fast export tensorrt` begin with. fp32 is for CPUs; fp16 and bf16 are for GPUs (ONNX Runtime computes fp16 on a CPU as fp32, and bf16
+    not at all). The full size needs up to twice the largest stage in memory: one stage is held at a time.
+    """
+
+    out: Path  # directory to make
+    overwrite: bool = False  # replace an export that is there, once the new one is whole
+    precision: PrecisionName = setting("fp32", former=("dtype",))  # of weights, inputs and outputs
+    denoising_steps: list[int] = field(default_factory=list)  # step counts to cover besides 1, 2, 4, 8 and the checkpoint's own
+    max_text_tokens: int = 256  # longest prompt, without the tokens of the pictures
+    lang_instruction: str = "Place the block in the bowl"  # an instruction of the usual length; others can be given later
+    device: Literal["cpu", "auto"] = "cpu"  # the export computes nothing
+    seed: int = 0  # of the random inputs that the graphs are traced with
+
+
+_USAGE = "usage: gr00t-fast export onnx --model_path=DIR --out=DIR [--flag=value ...]"
+_EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; nothing is left behind then."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 error, 2 bad flag, 130 interrupted."""
+    return run_command(ExportOnnxConfig, check, work, (_USAGE, _EXITS), argv, "interrupted; nothing was left behind")
+
+
+def work(config: ExportOnnxConfig) -> int:
+    """Export and print what was written. Raises Gr00tFastError."""
+    end_on_sigterm()
+    start_s = time.perf_counter()
+    manifest = run(config)
+    table = "\n".join(f"{name:<26} {entry['bytes'] / 1e6:>9.1f} MB" for name, entry in manifest.files.items())
+    result = {"out": str(config.out), "precision": manifest.precision, "seconds": round(time.perf_counter() - start_s, 1)}
+    size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
+    result |= {"bytes": size_bytes, "peak_rss_bytes": peak_rss_bytes(), "versions": dict(manifest.versions)}
+    show(result, table, f"wrote {config.out}: {size_bytes / 1e6:.1f} MB in {manifest.precision}", config)
+    return EXIT_OK
+
+
+def check(config: ExportOnnxConfig) -> None:
+    """Raises UsageError."""
+    check_checkpoint_flags(config)
+    check_at_least_one(config, "denoising_steps", "max_text_tokens")
+
+
+def run(config: ExportOnnxConfig) -> Manifest:
+    """Check everything small, then export. Raises Gr00tFastError."""
+    for package in ("onnx", "onnxscript"):
+        require(package, "export")
+    check_free(config.out, config.overwrite)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    data_config = load_data_config(config.data_config)
+    metadata = checkpoint.embodiment(config.embodiment_tag)
+    check_trained_cameras(data_config, metadata.cameras)
+    tokenizer = find_tokenizer(config.processor_path, checkpoint.base)
+    prompts = PromptEncoder(
+        tokenizer, len(data_config.video_keys), checkpoint.config.vision.tokens, checkpoint.config.language.image_token_id, config.prompt_style
+    )
+    options = Options(
+        out=config.out,
+        precision=config.precision,
+        denoising_steps=tuple(config.denoising_steps),
+        usual_tokens=len(prompts(config.lang_instruction)),
+        max_text_tokens=config.max_text_tokens,
+        overwrite=config.overwrite,
+        seed=config.seed,
+    )
+    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    return export_onnx(target, options, shlex.join(sys.argv))

@@ -1,0 +1,310 @@
+"""`gr00t-fast run`: drive an SO-100 arm with GR00T N1.5 or N1.7, in one process or with a policy server.
+
+    gr00t-fast run \\
+        --robot.type=so100_follower --robot.port=/dev/ttyACM0 --robot.id=black \\
+        --robot.cameras="{ front: {type: opencv, index_or_path: 1, width: 1280, height: 720, fps: 30}}" \\
+        --model_path=./gr00t-n1.5-so100-finetuned --embodiment_tag=new_embodiment --data_config=so100 \\
+        --denoising_steps=2 --lang_instruction="Place the block in the bowl" --action_horizon=8
+
+Order matters: whatever can fail - flags, checkpoint, warm-up, pre-flight - comes before the arm gets torque. torch, lerobot and mujoco are imported
+in the functions that need them: `--help` and every mistake on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gr00t_fast.cli.contact_sheet import write_dry_run
+from gr00t_fast.cli.doctor_arm import check_camera_devices
+from gr00t_fast.cli.policy_flags import policy_options
+from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute_queued
+from gr00t_fast.cli.run_flags import RunConfig, help_text, max_hold_s, overlap_asked, parse, reset_time_s, settings_of
+from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
+from gr00t_fast.control.auto import AutoController
+from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
+from gr00t_fast.control.controller import Controller, SyncController, ThreadWorker
+from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.control.display import Display, display_target
+from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.keys import Keys, keys_obstacle
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.preflight import Preflight
+from gr00t_fast.control.report import Outputs
+from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
+from gr00t_fast.control.session import HELP as KEYS_HELP
+from gr00t_fast.control.session import Session
+from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.control.trace import summary
+from gr00t_fast.data_config import check_trained_cameras, load_data_config
+from gr00t_fast.errors import ConfigError, ServerUnreachableError
+from gr00t_fast.recordings import read_recordings
+from gr00t_fast.strict_json import read_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 error with the arm landed, 2 bad flag, 128 + signal when stopped."""
+    return execute_queued(parse, run, help_text, sys.argv[1:] if argv is None else list(argv))
+
+
+def run(config: RunConfig) -> int:
+    """One run; returns the exit code. Raises Gr00tFastError with the arm untouched or landed."""
+    if not config.server:
+        check_checkpoint(config)
+
+    def load_policy(robot: Robot, stop: Callable[[str], None]) -> Any:
+        voice(config)(f"loading {config.model_path} ..." if not config.server else f"asking the policy server at {config.server} ...")
+        return load(config)
+
+    return drive(config, load_policy)
+
+
+def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any]) -> int:
+    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
+    with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
+        return _drive(config, load_policy, recording)
+
+
+def _drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], recording: contextlib.ExitStack) -> int:
+    stop, say = StopSignals(), voice(config)
+    with stop, stop.armed():
+        check_free(config)
+        robot = build_robot(config)
+        recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
+        policy = load_policy(robot, stop.request)
+        preflight = Preflight(robot, policy.metadata, strict=config.preflight == "refuse", echo=say)
+        fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
+        outputs = Outputs(
+            config.out,
+            config.video,
+            config.show_images,
+            fps,
+            lambda: stop.request("window closed"),
+            config.quiet,
+            config.json,
+            display(config, robot, fps, say),
+        )
+        keys = keys_of_session(config)
+        session = Session(stop, keys, recorder, echo=say)
+        connected = preflight.connected
+        if recorder is not None:
+            recorder.set_rate(fps)
+            connected = _and_open_recording(connected, recorder, config, policy, robot)
+        loop = control_loop(config, policy, robot, fps, stop, connected, outputs, session)
+        say("warming up ...")
+        loop.controller.warm_up()
+        if recorder is not None:
+            recorder.wait_until_ready()
+        say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
+        say("connecting to the arm ...")
+    try:
+        with outputs:
+            try:
+                # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
+                with stop, keys or contextlib.nullcontext():
+                    loop.run()
+            finally:
+                announce_landing(loop.trace.landing, say)  # before anything that can fail or take time
+                if recorder is not None:
+                    recorder.close()
+    finally:
+        if loop.trace.landing is not None:
+            failing = sys.exc_info()[0] is not None
+            warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
+            outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
+            if config.out is not None and loop.trace.dry_run is not None:
+                say(write_dry_run(config.out, *loop.trace.dry_run))
+    return EXIT_ERROR if recorder is not None and recorder.failure else exit_code(stop, loop.trace.landing)
+
+
+def load(config: RunConfig) -> Any:
+    """The network in this process, or with --server a client of one elsewhere. Both import torch."""
+    if config.server:
+        return _connect(config)
+    from gr00t_fast.policy import load_policy
+
+    return load_policy(config.model_path, **policy_options(config))
+
+
+def _connect(config: RunConfig) -> Any:
+    from gr00t_fast.serving.remote import connect
+
+    return connect(
+        config.server,
+        config.api_token,
+        config.server_timeout_s,
+        config.server_reconnect_s,
+        model_path=config.model_path,
+        revision=config.revision,
+        embodiment_tag=config.embodiment_tag,
+        data_config=config.data_config,
+        action_horizon=config.action_horizon,
+        prompt_style=config.prompt_style,
+        echo=voice(config),
+    )
+
+
+def display(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None]) -> Display | None:
+    """Raises MissingExtraError without rerun, ConfigError for a file that cannot be written."""
+    target = display_target(config.display, config.out)
+    if target is None:
+        return None
+    return Display(target, config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, fps, say)
+
+
+def build_robot(config: RunConfig) -> Robot:
+    """The arm, not yet connected: a wrong port, a missing calibration or camera is found out here, before weights are read."""
+    from gr00t_fast.robots import check_ready, make_robot
+
+    check_ready(config.robot)
+    check_camera_devices(config.robot)
+    return make_robot(config.robot)
+
+
+def build_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder:
+    """Raises ConfigError for a place where no data set can be written."""
+    out = dataset_directory(config.record)
+    here = "" if out == Path(config.record).expanduser() else f" (lerobot's place for data sets; for a directory here: --record=./{config.record})"
+    voice(config)(f"recording into {out.absolute()}{here}")
+    return DatasetRecorder(out, config.record_append, robot.joint_names, echo=voice(config))
+
+
+def keys_of_session(config: RunConfig) -> Keys | None:
+    """Keys where there are episodes to end or to record, and a terminal to press them in."""
+    if not config.record and config.episodes == 1:
+        return None
+    if (why := keys_obstacle()) is None:
+        voice(config)(KEYS_HELP)
+        return Keys()
+    voice(config)(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
+    return None
+
+
+def _and_open_recording(
+    check: Callable[[Observation], None], recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot
+) -> Callable[[Observation], None]:
+    """`check` of the first observation, and then the data set with the columns that it shows."""
+    metadata = policy.metadata
+    camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
+    modality = modality_of(metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map)
+    facts = {name: getattr(config, name) for name in ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")}
+
+    def connected(observation: Observation) -> None:
+        check(observation)
+        recorder.open(observation, robot.name, robot.joint_unit, modality, facts)
+
+    return connected
+
+
+def control_loop(
+    config: RunConfig,
+    policy: Any,
+    robot: Robot,
+    fps: float,
+    stop: StopSignals,
+    connected: Callable[[Observation], None],
+    outputs: Outputs,
+    session: Session | None = None,
+) -> ControlLoop:
+    clock, metadata = MonotonicClock(), policy.metadata
+    camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
+    binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
+    controller = build_controller(config, policy, binding, clock, fps)
+    recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
+    automatic = config.max_speed_deg_s == "auto"
+    recorded = tuple(recordings.fastest_units_s.tolist()) if automatic and recordings else None
+    limit_deg_s = DEFAULT_MAX_SPEED_DEG_S if automatic else config.max_speed_deg_s
+    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded)
+    begin = tuple(recordings.begin.tolist()) if recordings else None
+    home = begin if config.home == "recordings" else config.home and tuple(config.home)
+    rest = {"recordings": begin, "home": home}.get(config.rest) if isinstance(config.rest, str) else config.rest and tuple(config.rest)
+    poses = Poses(home, rest, config.home_speed_deg_s)
+    options = LoopOptions(fps, config.episodes, config.timeout, config.seed, config.dry_run, safety, reset_time_s(config), config.camera_fault, poses)
+    return ControlLoop(robot, controller, options, clock, stop, connected, outputs.observers, echo=voice(config), session=session)
+
+
+def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Controller:
+    """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
+    recoverable = (ServerUnreachableError,) if config.server else ()
+    hold_s, echo = max_hold_s(config), None if config.server else voice(config)  # the client of a server tells its own
+    worker = ThreadWorker()
+    waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
+    if config.controller == "sync":
+        return waiting
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s)
+    moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
+    if config.controller != "auto":
+        return moving
+    trained = policy.metadata.trained_horizon
+    return AutoController(
+        waiting, moving, fps, config.action_horizon or policy.action_horizon or trained, trained, voice(config), overlap_asked(config)
+    )
+
+
+def check_checkpoint(config: RunConfig) -> None:
+    """Raises ConfigError where the small files of a local checkpoint contradict the flags: before torch is imported and weights are read.
+
+    Whatever else is wrong with those files is left for loading to explain.
+    """
+    directory = Path(config.model_path).expanduser()
+    try:
+        horizon = int(read_json(directory / "config.json")["action_head_cfg"]["action_horizon"])
+        metadata = read_json(directory / "experiment_cfg" / "metadata.json")
+        cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if config.embodiment_tag not in cameras:
+        has = ", ".join(f"--embodiment_tag={tag}" for tag in cameras) or "none"
+        raise ConfigError(f"--embodiment_tag={config.embodiment_tag}: the checkpoint has no statistics for it. It has: {has}.")
+    check_trained_cameras(load_data_config(config.data_config), cameras[config.embodiment_tag])
+    if config.action_horizon is not None and config.action_horizon > horizon:
+        raise ConfigError(
+            f"--action_horizon={config.action_horizon} is more than the {horizon} actions this checkpoint was trained to predict. Use 1 to {horizon}."
+        )
+
+
+def say(text: str) -> None:
+    """A line for the user that is seen at once, also through a pipe or in a log."""
+    print(text, flush=True)
+
+
+def voice(config: RunConfig) -> Callable[[str], None]:
+    """How this run talks: `--json` leaves standard output to the result, `--quiet` leaves warnings."""
+
+    def to_stderr(text: str) -> None:
+        if not config.quiet or text.startswith("WARNING"):
+            print(text, file=sys.stderr, flush=True)
+
+    return to_stderr if config.json or config.quiet else say
+
+
+def check_free(config: RunConfig) -> None:
+    """Raises ConfigError where this run would replace the files of an earlier one."""
+    if config.overwrite:
+        return
+    earlier = [path for path in (config.out and config.out / "report.json", config.video) if path is not None and path.is_file()]
+    if earlier:
+        flag = "--video" if earlier[0] == config.video else "--out"
+        raise ConfigError(f"{earlier[0]} is of an earlier run. Choose another {flag}, or say --overwrite.")
+
+
+def announce_landing(landing: LandingReport | None, say: Callable[[str], None] = say) -> None:
+    """Say whether the arm is still powered, also when another error is on its way. Raises nothing: the terminal may be gone."""
+    if landing is None:
+        return
+    with contextlib.suppress(OSError):
+        if not landing.safe:
+            problems = "; ".join(landing.problems) or "not every joint, port and camera could be released"
+            print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr, flush=True)
+        elif "held" in landing.torque.values():
+            say("WARNING: the arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.")
+
+
+def exit_code(stop: StopSignals, landing: LandingReport) -> int:
+    """0 when the run ended by itself, 128 + signal when it was stopped; 1 when the arm may still be powered, whatever else happened."""
+    return stop.exit_code or EXIT_OK if landing.safe else EXIT_ERROR

@@ -1,0 +1,125 @@
+"""`gr00t-fast serve`: a checkpoint behind a socket, for NVIDIA's clients and ours.
+
+torch and the policy are imported after the flags are read: `--help` and every mistake on the command line answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gr00t_fast.cli.policy_flags import PolicyFlags, check_at_least_one, check_checkpoint_flags, check_device, parse_with, policy_options
+from gr00t_fast.cli.program import EXIT_OK, execute
+from gr00t_fast.flags import UsageError, help_text
+from gr00t_fast.optional import require
+from gr00t_fast.serving.connections import check_port_free
+
+_USAGE = "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]"
+_EXITS = "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading"
+_MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
+
+
+@dataclass(kw_only=True)
+class ServeConfig(PolicyFlags):
+    """Put a checkpoint behind a socket, for NVIDIA's clients and ours."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: reachable from other machines
+    port: int = 5555  # TCP port to listen on
+    address: str = ""  # any ZeroMQ address instead of host and port, e.g. ipc:///tmp/gr00t.sock
+    api_token: str | None = None  # secret that clients must send; without it every client is served and kill is disabled
+    http: bool = False  # speak HTTP (POST /act, GET /health) instead of ZeroMQ
+    host_names: str = ""  # --http: names by which clients call this machine besides its own and its addresses, separated by commas
+    verbose: bool = False  # full tracebacks and debug messages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 stopped as asked, 1 error, 2 bad flag, 130 interrupted while loading."""
+    return execute(parse, serve, partial(help_text, ServeConfig, _USAGE, _EXITS), sys.argv[1:] if argv is None else list(argv))
+
+
+def parse(argv: Sequence[str]) -> ServeConfig:
+    """Return the checked configuration. Raises UsageError."""
+    return parse_with(ServeConfig, argv, check)
+
+
+def check(config: ServeConfig) -> None:
+    """Raises UsageError."""
+    check_checkpoint_flags(config)
+    check_device(config.device)
+    check_at_least_one(config, "denoising_steps", "action_horizon")
+    if not 1 <= config.port <= 65535:
+        raise UsageError(f"--port={config.port} must be from 1 to 65535.")
+    if config.api_token is not None and not config.api_token:
+        raise UsageError("--api_token is empty; leave the flag out to serve every client.")
+    if config.http and config.address:
+        raise UsageError(f"--address={config.address} is for ZeroMQ; with --http use --host and --port.")
+    if config.host_names and not config.http:
+        raise UsageError(f"--host_names={config.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
+    if config.address:
+        _check_address(config.address)
+
+
+def _check_address(address: str) -> None:
+    """Before gigabytes are read. Raises UsageError."""
+    transport, _, place = address.partition("://")
+    if transport not in ("tcp", "ipc") or not place:
+        raise UsageError(f"--address={address}: expected ipc://PATH or tcp://HOST:PORT.")
+    path = Path(place)
+    if transport == "ipc" and not place.startswith("@") and not path.parent.is_dir():  # @: Linux's abstract names, no files
+        raise UsageError(f"--address={address}: there is no directory {path.parent} for the socket.")
+    if transport == "ipc" and len(place.encode()) > _MAX_IPC_PATH_BYTES:
+        raise UsageError(f"--address={address}: a socket's path has at most {_MAX_IPC_PATH_BYTES} bytes, this one {len(place.encode())}.")
+
+
+def serve(config: ServeConfig) -> int:
+    """Load, warm up, and answer until a signal or a client with the token ends it. Raises Gr00tFastError."""
+    logging.basicConfig(level=logging.DEBUG if config.verbose else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    signal.signal(signal.SIGTERM, _interrupt)
+    require("uvicorn" if config.http else "msgpack", "serving")
+    if not config.address:
+        check_port_free(config.host, config.port)
+    from gr00t_fast.policy import load_policy  # imports torch
+
+    policy = load_policy(config.model_path, **policy_options(config))
+    logging.info("warming up")
+    policy.warm_up()
+    server = _server(config, policy)
+    _stop_on_signals(server)
+    print(f"Server is ready and listening on {server.address}", flush=True)
+    server.run()
+    return EXIT_OK
+
+
+def _server(config: ServeConfig, policy: Any) -> Any:
+    if config.http:
+        from gr00t_fast.serving.http import HttpPolicyServer
+
+        names = [name.strip() for name in config.host_names.split(",") if name.strip()]
+        return HttpPolicyServer(policy, config.host, config.port, config.api_token, names)
+    from gr00t_fast.serving.server import PolicyServer
+
+    return PolicyServer(policy, config.host, config.port, config.api_token, config.address or None)
+
+
+def _stop_on_signals(server: Any) -> None:
+    """The first SIGINT or SIGTERM ends the server after the inference in progress, a second one at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        del frame
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, _interrupt)
+        logging.info("stopping on %s", signal.Signals(number).name)
+        server.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,125 @@
+"""`--controller=auto`: infer while the arm moves where that helps and a chunk bridges it, else wait for each inference.
+
+Chosen once, after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting.
+Time is counted in control ticks; H is the number of actions of a chunk that may play.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import ActionChunk, Observation
+from gr00t_fast.control.controller import Controller, SyncController, TickNote
+from gr00t_fast.control.threaded import ThreadedController
+from gr00t_fast.errors import InferenceTooLongError
+
+_MEASURED_DELAYS = 3  # so many late ones in a row are no spike
+
+
+def bridged_ticks(horizon: int) -> int:
+    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does."""
+    return horizon // 2
+
+
+class AutoController:
+    """A Controller that passes every call on to one of two. Both use the same worker, so that the policy stays in one thread."""
+
+    def __init__(
+        self,
+        waiting: SyncController,
+        moving: ThreadedController,
+        fps: float,
+        horizon: int,
+        trained_horizon: int,
+        echo: Callable[[str], None],
+        overlap_asked: str | None = None,
+    ) -> None:
+        """`horizon`: actions of a chunk that may play; `trained_horizon`: that could. `overlap_asked`: the flag, if any, that only means something
+        while inference and motion overlap: the choice is made then. `echo` is told the choice and its reason, one line."""
+        self._waiting, self._moving, self._fps, self._echo = waiting, moving, fps, echo
+        self._horizon, self._trained_horizon, self._overlap_asked = horizon, trained_horizon, overlap_asked
+        self._chosen: Controller = waiting
+        self._reason = ""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether inference goes on while the arm moves."""
+        return self._chosen is self._moving
+
+    def _choose(self, controller: Controller, reason: str) -> None:
+        self._chosen, self._reason = controller, reason
+        does = "the arm moves while the next chunk is computed" if self.overlaps else "the arm waits for each inference"
+        self._echo(f"controller: {does}, because {reason} (--controller=auto)")
+
+    def warm_up(self) -> Mapping[str, float]:
+        timing_ms = self._moving.warm_up()
+        self._waiting.expect(timing_ms.get("total", 0.0) / 1000)
+        self._choose(*self._choice(timing_ms.get("total")))
+        return timing_ms
+
+    def _choice(self, inference_ms: float | None) -> tuple[Controller, str]:
+        if self._overlap_asked is not None:
+            return self._moving, f"--{self._overlap_asked} asks for it"
+        if inference_ms is None:
+            return self._moving, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them"
+        tick_ms, ticks = 1000 / self._fps, math.ceil(inference_ms / 1000 * self._fps)
+        takes = f"an inference takes {inference_ms:.0f} ms"
+        if inference_ms <= tick_ms:
+            return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: there is no pause"
+        if ticks <= bridged_ticks(self._horizon):
+            return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
+        return self._waiting, f"{takes}, which {self._too_short(ticks)}"
+
+    def _too_short(self, ticks: int) -> str:
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
+        return f"{short}; leave out --action_horizon" if ticks <= bridged_ticks(self._trained_horizon) else short
+
+    # The Controller protocol
+
+    @property
+    def note(self) -> TickNote:
+        return self._chosen.note
+
+    @property
+    def needs_observation(self) -> bool:
+        return self._chosen.needs_observation
+
+    @property
+    def instruction(self) -> str:
+        return self._chosen.instruction
+
+    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
+        for controller in (self._moving, self._waiting):  # the choice may still change
+            controller.instruct(instruction, keep_alive)
+
+    def reset(self) -> None:
+        self._chosen.reset()
+
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
+        try:
+            return self._chosen.plan(observation, keep_alive)
+        except InferenceTooLongError as error:
+            self._choose(self._waiting, f"an inference took {error.ticks} ticks, which {self._too_short(error.ticks)}")
+            return self._waiting.plan(observation, keep_alive)
+
+    def see(self, observation: Observation, tick: int) -> None:
+        self._chosen.see(observation, tick)
+
+    def next_target(self, tick: int) -> np.ndarray:
+        target = self._chosen.next_target(tick)
+        if self.overlaps and self._overlap_asked is None and self._moving.note.starved:
+            ticks = self._moving.usual_delay_ticks(_MEASURED_DELAYS)
+            if ticks > bridged_ticks(self._horizon):
+                self._waiting.take_over(target)
+                self._choose(self._waiting, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
+        return target
+
+    def summary(self) -> dict[str, Any]:
+        return {**self._chosen.summary(), "chosen_because": self._reason}
+
+    def close(self, timeout_s: float) -> bool:
+        return self._chosen.close(timeout_s)

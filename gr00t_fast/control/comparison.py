@@ -1,0 +1,209 @@
+"""Two runs side by side, from what each left in its `--out`: settings that differ, timing, motion, safety, outcome.
+
+Axis alphabet of this file: T ticks, J joints of the arm without the gripper.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.control.html_report import flat
+from gr00t_fast.control.report import SCHEMA, SCHEMA_VERSION
+from gr00t_fast.control.safety import GRIPPER
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.strict_json import read_json
+
+COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
+_PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
+_STILL_UNITS = 0.05  # a tick at which no target changes by more is one at which the arm is told to stand still
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run left: report.json, and the arrays of run.npz (empty where nothing was played)."""
+
+    directory: Path
+    report: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+
+def read_run(directory: Path) -> RecordedRun:
+    """Raises ConfigError for a directory without the report of a run, or with one that cannot be read."""
+    file = directory / "report.json"
+    try:
+        report = read_json(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"'{directory}' holds no report.json. Name a directory that was --out of gr00t-fast run.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"'{file}' cannot be read: {error}. Name another run.") from error
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        raise ConfigError(f"'{file}' is not the report of a run (schema {SCHEMA}). Name a directory that was --out of gr00t-fast run.")
+    if report.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigError(
+            f"'{file}' has schema_version {report.get('schema_version')}, expected {SCHEMA_VERSION}: it is of another version. Run again."
+        )
+    arrays: dict[str, np.ndarray] = {}
+    if (recorded := directory / "run.npz").is_file():
+        try:
+            with np.load(recorded, allow_pickle=False) as data:
+                arrays = {name: data[name] for name in data.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"'{recorded}' cannot be read: {error}. Name another run.") from error
+    return RecordedRun(directory, report, arrays)
+
+
+def compare_runs(first: RecordedRun, second: RecordedRun) -> dict[str, Any]:
+    """JSON-ready. settings, versions, machine: name -> [of the first, of the second], those that differ. figures: group -> name -> both."""
+    runs = (first, second)
+    tables = [_figures(run) for run in runs]
+    figures = {group: {name: [table[group].get(name) for table in tables] for name in tables[0][group]} for group in tables[0]}
+    without_places = [{k: v for k, v in flat(run.report["settings"]).items() if k.partition(".")[0] not in _PLACES} for run in runs]
+    return {
+        "schema": COMPARISON_SCHEMA,
+        "schema_version": COMPARISON_VERSION,
+        "runs": [str(run.directory) for run in runs],
+        "settings": _differences(*without_places),
+        "figures": figures,
+        "machine": _differences(*(run.report["machine"] for run in runs)),
+        "versions": _differences(*({**run.report["versions"], "commit": run.report["git_commit"]} for run in runs)),
+    }
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+    names = [*first, *(name for name in second if name not in first)]
+    return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
+
+
+def _figures(run: RecordedRun) -> dict[str, Figures]:
+    report = run.report
+    played, pacing, stages, controller = report["run"], report["pacing"], report["stages_ms"], report["controller"]
+    safety, landing = report["safety"] or {}, report["landing"]
+    return {
+        "outcome": {
+            "episodes": played["episodes"],
+            "episodes solved": played["episodes_solved"],
+            "duration (s)": played["duration_s"],
+            "ended by": played["ended_by"],
+            "landing": None if landing is None else "safe" if landing["safe"] else "NOT SAFE",
+            "faults survived": sum(report["events"].values()),
+            "warnings": len(report["warnings"]),
+        },
+        "timing": {
+            "ticks": played["ticks"],
+            "rate (Hz)": played["achieved_hz"],
+            "missed ticks": pacing["missed_ticks"],
+            "ticks waiting for inference": pacing["waiting_for_inference_ticks"],
+            "starved ticks": controller["starved_ticks"],
+            "tick error p50 (ms)": _of(pacing["tick_error_ms"], "p50"),
+            "tick error p99 (ms)": _of(pacing["tick_error_ms"], "p99"),
+            "inference p50 (ms)": _of(stages.get("infer/total") or stages.get("infer"), "p50"),
+            "inference p99 (ms)": _of(stages.get("infer/total") or stages.get("infer"), "p99"),
+            "pause per chunk p50 (ms)": _of(pacing["pause_per_chunk_ms"], "p50"),
+            "pause per chunk p99 (ms)": _of(pacing["pause_per_chunk_ms"], "p99"),
+            "age of actions p50 (ticks)": _of(controller["target_age_ticks"], "p50"),
+        },
+        "motion": _motion(run),
+        "safety": {
+            "clamped steps": _sum(safety.get("clamped")),
+            "speed-limited steps": _sum(safety.get("speed_limited")),
+            "following-limited steps": _sum(safety.get("following_limited")),
+            "held ticks (NaN)": safety.get("held_ticks"),
+        },
+    }
+
+
+def _of(row: Mapping[str, float] | None, name: str) -> float | None:
+    return None if row is None else row[name]
+
+
+def _sum(by_joint: Mapping[str, int] | None) -> int | None:
+    return None if by_joint is None else sum(by_joint.values())
+
+
+def _motion(run: RecordedRun) -> Figures:
+    """Of the joints but the gripper, in joint units; of what was commanded where not said otherwise. None where too little was played."""
+    fps, data = run.report["run"]["target_hz"], run.arrays
+    if not len(data.get("time_s", ())):
+        data = {"commanded": np.empty((0, 1)), "measured": np.empty((0, 1)), "episode": np.empty(0), "chunk_starts": np.empty(0)}
+        data["joint_names"] = np.array(["none"])
+    body = data["joint_names"] != GRIPPER
+    commanded, measured = data["commanded"][:, body], data["measured"][:, body]  # (T, J)
+    steps = _within(commanded, data["episode"], 1)
+    to_chunk = np.isin(np.arange(1, len(commanded)), data["chunk_starts"])[np.diff(data["episode"]) == 0]
+    largest = np.abs(steps).max(axis=1, initial=0.0)  # (T - 1,)
+    tracking = [row["p95"] for row in run.report["tracking_error"]["joints"].values() if row]
+    return {
+        "jerk of commands, rms (units/s^3)": _rms(_within(commanded, data["episode"], 3) * fps**3),
+        "jerk of the arm, rms (units/s^3)": _rms(_within(measured, data["episode"], 3) * fps**3),
+        "largest step (units/tick)": _largest(largest),
+        "largest step into a chunk (units/tick)": _largest(largest[to_chunk]),
+        "ticks standing still (%)": round(100 * float((largest <= _STILL_UNITS).mean()), 1) if len(largest) else None,
+        "tracking error p95, worst joint (units)": max(tracking, default=None),
+    }
+
+
+def _within(values: np.ndarray, episode: np.ndarray, order: int) -> np.ndarray:
+    """Differences of `order` between successive ticks (T - order, J), without those across episodes."""
+    same = np.all([episode[order:] == episode[i : len(episode) - order + i] for i in range(order)], axis=0) if len(episode) > order else slice(0)
+    return np.diff(values, n=order, axis=0)[same]
+
+
+def _rms(values: np.ndarray) -> float | None:
+    return round(float(np.sqrt(np.mean(np.square(values)))), 1) if values.size else None
+
+
+def _largest(values: np.ndarray) -> float | None:
+    return round(float(values.max()), 3) if values.size else None
+
+
+def as_table(comparison: Mapping[str, Any]) -> str:
+    """For people: figures in three columns (first, second, change), then whatever else differs."""
+    first, second = comparison["runs"]
+    lines = [f"first   {first}", f"second  {second}"]
+    for group, rows in comparison["figures"].items():
+        lines += ["", f"{group:<42}{'first':>16}{'second':>16}{'change':>12}"]
+        lines += [f"  {name:<40}{_cell(a):>16}{_cell(b):>16}{_change(a, b):>12}" for name, (a, b) in rows.items()]
+    for group in ("settings", "machine", "versions"):
+        lines += ["", f"{group} that differ" if comparison[group] else f"{group}: the same"]
+        lines += [f"  {name}: {_shown(a)} -> {_shown(b)}" for name, (a, b) in comparison[group].items()]
+    return "\n".join(lines)
+
+
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """One line."""
+    figures = comparison["figures"]
+    told = [_pair("solved", figures["outcome"]["episodes solved"]), _pair("missed ticks", figures["timing"]["missed ticks"])]
+    told += [_pair("tick error p99", figures["timing"]["tick error p99 (ms)"], " ms"), f"{len(comparison['settings'])} settings differ"]
+    return "; ".join(told)
+
+
+def _pair(name: str, values: Sequence[Any], unit: str = "") -> str:
+    return f"{name} {_cell(values[0])} -> {_cell(values[1])}{unit}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 15 else text[:12] + "..."
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _change(first: Any, second: Any) -> str:
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in (first, second))
+    if not numbers:
+        return "" if first == second else "differs"
+    if first == second:
+        return "="
+    return f"{second - first:+g}" if not first else f"{100 * (second - first) / abs(first):+.0f} %"

@@ -1,0 +1,88 @@
+"""Slow moves to a pose, before and between episodes and before the torque goes off: what may be asked for, and the next target on the way.
+
+No network has a part in it. The targets pass through the same limits as a policy's. J joints of the arm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr00t_fast.control.safety import GRIPPER
+from gr00t_fast.errors import ConfigError, PreflightError
+
+DEFAULT_HOME_SPEED_DEG_S = 30.0  # a third of a turn in four seconds: slow enough to see where it goes
+SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
+ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
+_SLOWEST = 0.2  # of the speed asked for
+_SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Joints (J,) in the arm's units, None: do not move there. `home`: before and between episodes. `rest`: before the torque goes off."""
+
+    home: tuple[float, ...] | None = None
+    rest: tuple[float, ...] | None = None
+    speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.speed_deg_s) and self.speed_deg_s > 0):
+            raise ConfigError(f"--home_speed_deg_s must be a positive number, got {self.speed_deg_s}.")
+
+    def check(self, limits: np.ndarray, joint_names: tuple[str, ...], units_per_deg: np.ndarray) -> None:
+        """Raises PreflightError for a pose with a wrong number of joints, or one that the calibrated arm cannot take; `limits` (J, 2)."""
+        for flag, pose in (("home", self.home), ("rest", self.rest)):
+            if pose is None:
+                continue
+            if len(pose) != len(joint_names) or not np.isfinite(pose).all():
+                raise PreflightError(f"--{flag} needs {len(joint_names)} finite numbers ({', '.join(joint_names)}), got {list(pose)}.")
+            slack = _SLACK_DEG * units_per_deg
+            outside = [
+                f"{name} {value:g}, calibrated {low:.0f} to {high:.0f}"
+                for name, value, (low, high), more in zip(joint_names, pose, limits, slack, strict=True)
+                if not low - more <= value <= high + more
+            ]
+            if outside:
+                raise PreflightError(f"--{flag} lies outside what the arm can reach: {'; '.join(outside)}. Give another pose, in the arm's units.")
+
+
+class Move:
+    """From wherever the last target is to a pose; all joints arrive together."""
+
+    def __init__(
+        self,
+        pose: tuple[float, ...],
+        start: np.ndarray,
+        limits: np.ndarray,
+        joint_names: tuple[str, ...],
+        speed_deg_s: float,
+        fps: float,
+        units_per_deg: np.ndarray,
+    ) -> None:
+        """`start` (J,): the last target. `limits` (J, 2)."""
+        self.pose = np.clip(np.array(pose, np.float64), limits[:, 0], limits[:, 1])
+        step = speed_deg_s / fps * units_per_deg  # (J,)
+        self._near = ARRIVED_DEG * units_per_deg
+        way = np.abs(self.pose - start)
+        self.ticks = int(np.ceil((way / step).max() - 1e-9))
+        # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
+        self._steps = np.maximum(way / max(1, self.ticks), _SLOWEST * step)
+        self._ticks_left = self.ticks + int(np.ceil(SETTLE_S * fps))
+        self._body = np.array([name != GRIPPER for name in joint_names])
+
+    def next_target(self, last: np.ndarray) -> np.ndarray:
+        """The target (J,) after `last`, which the limits may have held back."""
+        self._ticks_left -= 1
+        return last + np.clip(self.pose - last, -self._steps, self._steps)
+
+    def away(self, measured: np.ndarray) -> np.ndarray:
+        """Which joints (J,) are not there."""
+        return np.abs(measured - self.pose) > self._near
+
+    def over(self, last: np.ndarray, measured: np.ndarray) -> bool:
+        """Whether the arm has arrived, or has had its time. One whose goal is still held back waits for the limits to end the run; a gripper that
+        holds something may go on holding it."""
+        reached = np.isclose(last, self.pose)
+        return (reached.all() and not self.away(measured).any()) or (self._ticks_left <= 0 and bool(reached[self._body].all()))

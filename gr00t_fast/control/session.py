@@ -1,0 +1,143 @@
+"""A run as a row of episodes with a person at the keyboard: which end early, which are played again, what they showed, what is recorded of them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gr00t_fast.contracts import Observation
+from gr00t_fast.control.dataset_recorder import DatasetRecorder
+from gr00t_fast.control.keys import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
+from gr00t_fast.control.signals import StopSignals
+
+HELP = "keys: right arrow ends the episode, left arrow plays it again, s success, f failure, Esc stops; between episodes t: another instruction"
+_REPEAT_S = 0.7  # a key that is held down repeats sooner, first after up to 0.5 s
+_EXIT_CODE = 1
+
+
+class Session:
+    """What the control loop asks at each tick; nothing here waits. Without keys and recorder it changes nothing."""
+
+    def __init__(
+        self,
+        stop: StopSignals,
+        keys: Keys | None = None,
+        recorder: DatasetRecorder | None = None,
+        echo: Callable[[str], None] = print,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stop, self._keys, self._recorder, self._echo, self._now_s = stop, keys, recorder, echo, now_s
+        self._last_key, self._last_key_s = "", float("-inf")
+        self._typed: str | None = None  # of an instruction that is being typed
+        self._playing, self._settled = False, True
+        self._outcome: dict[str, Any] = {}
+        self.over = False  # the episode, or the pause after it, is to end now
+        self.again = False  # the episode does not count and is to be played again
+        self.instruction: str | None = None  # typed for the episodes to come; the loop takes it
+
+    def _show(self, text: str) -> None:
+        """On the terminal, without a new line."""
+        sys.stderr.write(text)  # --json has standard output for its result
+        sys.stderr.flush()
+
+    # An episode
+
+    def begin(self, instruction: str) -> None:
+        """An episode begins."""
+        self.over = self.again = False
+        self._playing, self._settled, self._outcome = True, False, {"success": None}
+        if self._recorder is not None:
+            self._recorder.begin(instruction)
+
+    def see(self, observation: Observation, commanded: np.ndarray) -> None:
+        """A tick: what was seen, and the target (J,) that was sent."""
+        if self._recorder is not None:
+            self._recorder.add(observation, commanded)
+            self._end_with_the_recording()
+        self.poll()
+
+    def poll(self) -> None:
+        """Take note of what was pressed."""
+        if self._keys is None:
+            return
+        for key in self._keys.poll():
+            now_s = self._now_s()
+            repeated = self._typed is None and key == self._last_key and now_s - self._last_key_s < _REPEAT_S
+            self._last_key, self._last_key_s = key, now_s
+            if not repeated:
+                self._type(key) if self._typed is not None else self._pressed(key)
+
+    def end(self, ended_by: str, solved: bool | None) -> None:
+        """The episode's last tick has been. `solved` as far as the arm can tell; what the person said counts more."""
+        if not self._playing:
+            return
+        self._playing = self.over = False
+        self._outcome["ended_by"] = ended_by
+        if self._outcome["success"] is None:
+            self._outcome["success"] = solved
+        if self._recorder is not None:
+            self._recorder.end(**self._outcome)
+
+    # Between episodes
+
+    @property
+    def typing(self) -> bool:
+        """Whether an instruction is being typed."""
+        return self._typed is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
+        if self._recorder is not None:
+            self._end_with_the_recording()
+        return self.typing or (self._recorder is not None and self._recorder.busy)
+
+    def settle(self) -> bool:
+        """The pause is over, or the run: the last episode is saved, or forgotten. Returns whether it is to be played again. May be called again."""
+        if self._recorder is not None and not self._settled:
+            self._recorder.discard() if self.again else self._recorder.save(**self._outcome)
+        self._settled = True
+        return self.again
+
+    def _end_with_the_recording(self) -> None:
+        if self._recorder.failure is not None:
+            self._stop.request(self._recorder.failure, _EXIT_CODE)
+
+    # Keys
+
+    def _pressed(self, key: str) -> None:
+        if key == RIGHT:
+            self.over = True
+        elif key in (LEFT, "s", "f") and self._settled:
+            self._echo("no episode is open: the last one is decided, the next one has not begun")
+        elif key == LEFT:
+            self.over = self.again = True
+            self._echo("this episode is played again and not recorded")
+        elif key in ("s", "f"):
+            self._outcome["success"] = key == "s"
+            self._echo(f"marked: {'success' if key == 's' else 'failure'}")
+        elif key == ESCAPE:
+            self._stop.request("Esc")
+        elif key in ("t", ENTER) and not self._playing:
+            self._typed = ""
+            self._echo("new instruction (Enter: take it, Esc: keep the old one; the arm holds its pose):")
+            self._show("> ")
+
+    def _type(self, key: str) -> None:
+        if key == ENTER:
+            self.instruction = self._typed.strip() or None
+            self._echo(f"\ninstruction: {self.instruction!r}" if self.instruction else "\nthe instruction stays")
+            self._typed = None
+        elif key == ESCAPE:
+            self._typed = None
+            self._echo("\nthe instruction stays")
+        elif key == BACKSPACE:
+            self._typed = self._typed[:-1]
+        elif len(key) == 1:
+            self._typed += key
+        if self._typed is not None:
+            self._show(f"\r> {self._typed}\x1b[K")  # to the end of the line: nothing

@@ -1,0 +1,409 @@
+"""Where calibration and verification take their observations from, one at a time and spread over whole recordings.
+
+* a LeRobotDataset directory (v3): `meta/info.json` and its parquet and video files, read offline;
+* a directory of recordings: each `<name>.npz` is an episode and holds, by the policy's own keys, `video.<cam>` uint8 (T, H, W, 3),
+  `state.<part>` float (T, D) and the instruction under the language key (one text, or T of them);
+* `random:SEED`: synthetic textured pictures and joints within the statistics. It finds wrong graphs; it says nothing about real activations.
+
+A run's video (`--video`) cannot be used: its frames are compressed again, cut to one picture and without joint values.
+Axis alphabet: T frames of an episode, H and W height and width, D joint values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gr00t_fast.contracts import PolicyMetadata
+from gr00t_fast.data_config import DataConfig
+from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.optional import require
+
+MIN_FRAMES = 128  # fewer do not show an activation's range
+MIN_EPISODES = 8  # neighbouring frames are nearly the same picture: frames of few episodes count for few
+_FOREIGN_SHARE = 0.1  # of the joint values may lie further outside the statistics than their own width before a source is refused
+_EXAMPLE_INSTRUCTION = "Place the block in the bowl"
+
+
+class Frames(Protocol):
+    """Random access to observations in the policy's own dictionary form (unbatched)."""
+
+    name: str
+    synthetic: bool
+    episode_lengths: list[int]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Frame number `index`, counted over all episodes."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which frames were taken; goes into the manifest."""
+
+    source: str
+    synthetic: bool
+    seed: int
+    indices: list[int]
+    episodes: int  # how many different ones the frames come from
+    warnings: list[str]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "synthetic": self.synthetic,
+            "seed": self.seed,
+            "frames": len(self.indices),
+            "episodes": self.episodes,
+            "warnings": self.warnings,
+        }
+
+
+def open_frames(source: str, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str] | None = None) -> Frames:
+    """`source` is a directory or `random:SEED`. Raises ConfigError for anything else, with what was looked for."""
+    if source.startswith("random:"):
+        seed = source.removeprefix("random:")
+        if not seed.isdecimal():
+            raise ConfigError(f"--calibration '{source}': expected random:SEED with a whole number, e.g. random:0.")
+        return RandomFrames(int(seed), config, metadata)
+    path = Path(source)
+    if (path / "meta" / "info.json").is_file():
+        return LeRobotFrames(path, config, metadata, camera_map or {})
+    if path.is_dir() and any(path.glob("*.npz")):
+        return RecordedFrames(path, config)
+    raise ConfigError(
+        f"'{source}' is neither a LeRobotDataset (no meta/info.json), nor a directory of recordings (no *.npz), nor random:SEED. "
+        "Name one of these as the source of observations."
+    )
+
+
+def draw(frames: Frames, count: int, seed: int, allow_few: bool, least: int = MIN_FRAMES) -> Sample:
+    """Choose `count` frames uniformly over all frames of all episodes, without repetition. Raises ConfigError when there are too few."""
+    total = sum(frames.episode_lengths)
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    starts = np.cumsum([0, *frames.episode_lengths])
+    episodes = len(np.unique(np.searchsorted(starts, chosen, side="right")))
+    lacks = []
+    if len(chosen) < least:
+        lacks.append(f"{len(chosen)} frames, expected at least {least}")
+    if episodes < MIN_EPISODES and not frames.synthetic:
+        lacks.append(f"frames of {episodes} episodes, expected at least {MIN_EPISODES}")
+    if lacks and not allow_few:
+        raise ConfigError(f"{frames.name}: {'; '.join(lacks)}. Record more, or say --allow_few: fewer tell less of what the network meets.")
+    if frames.synthetic:
+        lacks.append("synthetic observations: ranges of real pictures may differ")
+    return Sample(frames.name, frames.synthetic, seed, [int(i) for i in chosen], episodes, lacks)
+
+
+def read(frames: Frames, sample: Sample, metadata: PolicyMetadata) -> Iterator[dict[str, Any]]:
+    """The chosen observations, in order. Raises ConfigError when most joints are far outside what the checkpoint was trained on."""
+    far = values = 0
+    for index in sample.indices:
+        observation = frames[index]
+        for part, statistics in metadata.state_statistics.items():
+            joints = np.asarray(observation[f"state.{part}"], np.float64)
+            width = np.maximum(statistics.max - statistics.min, 1e-6)
+            far += int(((joints < statistics.min - width) | (joints > statistics.max + width)).sum())
+            values += joints.size
+        yield observation
+    if far > _FOREIGN_SHARE * values:
+        raise ConfigError(
+            f"{sample.source}: {far} of {values} joint values lie far outside the checkpoint's training range. "
+            "Expected data of the same robot in the same units (degrees or -100..100)."
+        )
+
+
+class RandomFrames:
+    """Textured pictures, joints uniform within the statistics. Each frame is an episode of its own."""
+
+    synthetic = True
+
+    def __init__(self, seed: int, config: DataConfig, metadata: PolicyMetadata, count: int = 100_000) -> None:
+        self.name, self._seed, self._config, self._metadata = f"random:{seed}", seed, config, metadata
+        self.episode_lengths = [1] * count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        generator = np.random.default_rng((self._seed, index))
+        observation: dict[str, Any] = {self._config.language_key: [_EXAMPLE_INSTRUCTION]}
+        for key in self._config.video_keys:
+            width, height = self._metadata.resolutions[key.split(".", 1)[1]]
+            observation[key] = textured_picture(generator, width, height)[None]
+        for part, statistics in self._metadata.state_statistics.items():
+            observation[f"state.{part}"] = generator.uniform(statistics.min, statistics.max)[None]
+        return observation
+
+
+def textured_picture(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """uint8 (height, width, 3): waves of several scales, patches with edges, and noise: neither flat nor white."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = y / height, x / width
+    picture = np.full((height, width, 3), generator.uniform(40, 200, 3), np.float32)
+    for cycles in (1, 3, 9, 27):
+        angle, phase = generator.uniform(0, 2 * np.pi, 2)
+        wave = np.sin(2 * np.pi * cycles * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+        picture += wave[..., None] * generator.uniform(-60, 60, 3).astype(np.float32) / cycles**0.5
+    for _ in range(8):
+        top, left = int(generator.integers(0, height)), int(generator.integers(0, width))
+        deep, wide = int(generator.integers(1, height // 2 + 2)), int(generator.integers(1, width // 2 + 2))
+        picture[top : top + deep, left : left + wide] = generator.uniform(0, 255, 3)
+    picture += generator.normal(0, 6, (height, width, 1))
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+class RecordedFrames:
+    """A directory of `.npz` episodes; one episode is held in memory at a time."""
+
+    synthetic = False
+
+    def __init__(self, path: Path, config: DataConfig) -> None:
+        self.name, self._config = str(path), config
+        self._files = sorted(path.glob("*.npz"))
+        self.episode_lengths = [self._length(file) for file in self._files]
+        self._starts = np.cumsum([0, *self.episode_lengths])
+        self._held: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def _length(self, file: Path) -> int:
+        with self._open(file) as arrays:
+            needed = [*self._config.video_keys, *self._config.state_keys, self._config.language_key]
+            if absent := [key for key in needed if key not in arrays.files]:
+                raise ConfigError(f"{file}: {', '.join(absent)} missing. Expected {', '.join(needed)}; got {', '.join(arrays.files) or 'nothing'}.")
+            return len(arrays[self._config.state_keys[0]])
+
+    def _open(self, file: Path) -> np.lib.npyio.NpzFile:
+        try:
+            return np.load(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: not a readable .npz recording ({error}).") from error
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if self._held is None or self._held[0] != number:
+            with self._open(self._files[number]) as arrays:
+                self._held = (number, {key: arrays[key] for key in arrays.files})
+        episode, row = self._held[1], index - int(self._starts[number])
+        observation: dict[str, Any] = {key: episode[key][row][None] for key in (*self._config.video_keys, *self._config.state_keys)}
+        texts = np.atleast_1d(episode[self._config.language_key])
+        observation[self._config.language_key] = [str(texts[row] if len(texts) > 1 else texts[0])]
+        return observation
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Which camera of a data set stands for one of the policy's, and how that was decided."""
+
+    feature: str  # observation.images.front
+    chosen_by: str
+    size: tuple[int, int] | None  # width, height as recorded; None when the data set does not say
+
+
+class LeRobotFrames:
+    """A LeRobotDataset v3 on the disk. `meta/modality.json` (NVIDIA's convention), where present, says which columns a part has.
+
+    `fps` is the rate of the recording, or None when it does not say. `cameras`: policy's key (`video.webcam`) -> Camera.
+    """
+
+    synthetic = False
+
+    def __init__(self, path: Path, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str]) -> None:
+        self.name, self._path, self._config, self._metadata = str(path), path, config, metadata
+        self._info = _read_json(path / "meta" / "info.json")
+        version, self._features = str(self._info.get("codebase_version", "")), dict(self._info.get("features") or {})
+        if not version.startswith("v3"):
+            raise ConfigError(f"{path}: LeRobotDataset {version or 'of unknown version'}, expected v3. {conversion(path, version)}")
+        self.fps = float(self._info["fps"]) if self._info.get("fps") else None
+        modality = path / "meta" / "modality.json"
+        self._modality = _read_json(modality) if modality.is_file() else {}
+        self.cameras = self._choose_cameras(camera_map)
+        self._check_files()
+        self._spans("state")
+        self._data = self._open()
+        self.episode_lengths = [int(length) for length in self._data.meta.episodes["length"]]
+
+    @property
+    def episodes(self) -> list[range]:
+        """Rows of each episode, by its number. Raises ConfigError when they are not stored in order: lerobot would show another one's pictures."""
+        meta = self._data.meta.episodes
+        numbers = [int(number) for number in meta["episode_index"]]
+        if numbers != list(range(len(numbers))):
+            raise ConfigError(f"{self.name}: meta/episodes lists the episodes as {numbers[:8]}, expected 0, 1, 2, ... Write the data set again.")
+        spans = zip(meta["dataset_from_index"], meta["dataset_to_index"], strict=True)
+        return [range(int(begin), int(end)) for begin, end in spans]
+
+    def tasks_of(self, episode: int) -> list[str]:
+        """What the recording says was done; empty when it says nothing."""
+        return [text for text in self._data.meta.episodes[episode]["tasks"] if text.strip()]
+
+    def columns(self, kind: str, rows: range) -> dict[str, np.ndarray]:
+        """`state` or `action` of consecutive rows: part -> float64 (T, D). No picture is decoded."""
+        spans = self._spans(kind)
+        wanted = sorted({column for column, _ in spans.values()})
+        table = self._data.hf_dataset.with_format("numpy", columns=wanted)[rows.start : rows.stop]
+        return {part: np.asarray(table[column], np.float64)[:, span] for part, (column, span) in spans.items()}
+
+    def names(self, kind: str) -> dict[str, tuple[str, ...]]:
+        """Part -> names of its columns, without lerobot's `.pos`; numbered where the data set does not name them."""
+        found = {}
+        for part, (column, span) in self._spans(kind).items():
+            names, count = self._features.get(column, {}).get("names"), span.stop - span.start
+            named = names[span] if isinstance(names, list) else [f"{part}.{number}" for number in range(count)] if count > 1 else [part]
+            found[part] = tuple(str(name).removesuffix(".pos") for name in named)
+        return found
+
+    def _choose_cameras(self, camera_map: Mapping[str, str]) -> dict[str, Camera]:
+        """Policy's key -> the data set's camera."""
+        found = [key.rpartition(".")[2] for key in self._features if key.startswith("observation.images.")]
+        names = [key.split(".", 1)[1] for key in self._config.video_keys]
+        given = {policy: data for data, policy in camera_map.items()}
+        told = {name: entry.get("original_key", "").rpartition(".")[2] for name, entry in self._modality.get("video", {}).items()}
+        chosen = {}
+        if strangers := [policy for policy in given if policy not in names]:
+            raise ConfigError(f"--camera_map: the policy has no camera '{strangers[0]}', only {', '.join(names)}.{closest(strangers[0], names)}")
+        for name in names:
+            ways = (("--camera_map", given.get(name)), ("meta/modality.json", told.get(name)), ("its name", name if name in found else None))
+            only = found[0] if len(names) == len(found) == 1 else None
+            chosen_by, data = next(((way, data) for way, data in (*ways, ("being the only one on both sides", only)) if data), ("", None))
+            if data not in found:
+                says = f" {chosen_by} says '{data}'." if data else ""
+                raise ConfigError(
+                    f"{self.name}: no camera for '{name}'.{says} The data set has {', '.join(found) or 'none'}. "
+                    f'Say which is which with --camera_map="{{<data set camera>: {name}}}".'
+                )
+            feature = f"observation.images.{data}"
+            chosen[f"video.{name}"] = Camera(feature, chosen_by, _picture_size(self._features[feature]))
+        return chosen
+
+    def _check_files(self) -> None:
+        """Before lerobot looks: what it does not find it asks the hub for, and the message is about the network."""
+        patterns = {"the joints": self._info.get("data_path")}
+        if patterns["the joints"]:
+            patterns |= {"the tasks": "meta/tasks.parquet", "the lengths of episodes": "meta/episodes/*/*.parquet"}
+        for camera in self.cameras.values():
+            if self._features[camera.feature].get("dtype") == "video":
+                patterns[f"the videos of {camera.feature}"] = str(self._info.get("video_path")).replace("{video_key}", camera.feature)
+        for what, pattern in patterns.items():
+            pattern = re.sub(r"\{[^}]*\}", "*", pattern or "")
+            if pattern and not any(self._path.glob(pattern)):
+                raise ConfigError(f"{self.name}: {what} are missing, expected {pattern}. Copy the whole data set, or record it again.")
+
+    def _open(self) -> Any:
+        dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
+        try:  # pyav: torchcodec is there without the FFmpeg libraries it needs on many machines, and fails on the first frame
+            return dataset(f"local/{self._path.name}", root=self._path, video_backend="pyav")
+        except Exception as error:  # lerobot, datasets, pyarrow and the hub's client raise kinds of their own for files missing or damaged
+            asked = type(error).__module__.split(".")[0] in ("requests", "huggingface_hub")  # lerobot looks there for what it does not find here
+            reason = "it looks for files on the hub that are missing here" if asked else f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            mend = (
+                contradiction(self._path, self._info)
+                or "A file of data/, meta/ or videos/ is missing or damaged: copy the whole data set, or record it again."
+            )
+            raise ConfigError(f"{self.name}: lerobot cannot open it ({reason}). {mend}") from error
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            row = self._data[index]
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). Is a video damaged or cut short?") from error
+        observation: dict[str, Any] = {self._config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}
+        for key, camera in self.cameras.items():
+            pixels = (row[camera.feature] * 255.0).round().clamp(0, 255).byte()  # lerobot gives float (3, H, W) in 0..1
+            observation[key] = pixels.permute(1, 2, 0).contiguous().numpy()[None]
+        for part, (column, span) in self._spans("state").items():
+            observation[f"state.{part}"] = np.asarray(row[column], np.float64)[span][None]
+        return observation
+
+    def _spans(self, kind: str) -> dict[str, tuple[str, slice]]:
+        """Part of `state` or `action` -> column of the data set, and the part's place in it. Raises ConfigError where they do not fit."""
+        widths = self._metadata.state_widths if kind == "state" else self._metadata.action_widths
+        told, column = self._modality.get(kind, {}), "observation.state" if kind == "state" else "action"
+        spans, start = {}, 0
+        for part, width in widths.items():
+            if told and part not in told:
+                raise ConfigError(
+                    f"{self.name}: meta/modality.json names no {kind} part '{part}', only {', '.join(told)}; the policy reads {', '.join(widths)}. "
+                    "Add it with its start and end."
+                )
+            entry = told.get(part) or {"start": start, "end": start + width}
+            spans[part] = (entry.get("original_key") or column, slice(entry["start"], entry["end"]))
+            start += width
+        self._check_spans(kind, widths, spans, whole=not told)
+        return spans
+
+    def _check_spans(self, kind: str, widths: Mapping[str, int], spans: Mapping[str, tuple[str, slice]], whole: bool) -> None:
+        for part, (column, span) in spans.items():
+            if column not in self._features:
+                raise ConfigError(f"{self.name}: no column '{column}' for {kind}.{part}; it has {', '.join(self._features)}.")
+            count = (self._features[column].get("shape") or [sum(widths.values())])[0]
+            if whole and sum(widths.values()) != count:
+                raise ConfigError(f"{self.name}: {column} has {count} values, the policy {dict(widths)}. Expected as many, or a modality.json.")
+            if not (span.start >= 0 and span.stop - span.start == widths[part] and span.stop <= count):
+                raise ConfigError(
+                    f"{self.name}: meta/modality.json places {kind}.{part} at {span.start} to {span.stop} of {column}, which has {count} values; "
+                    f"the checkpoint's {part} has {widths[part]}."
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}). Copy the data set again.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(found).__name__}.")
+    return found
+
+
+def _picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) of a picture feature."""
+    shape, names = feature.get("shape"), feature.get("names")
+    if not shape or len(shape) != 3:
+        return None
+    named = dict(zip(names, shape, strict=True)) if isinstance(names, list) and len(names) == 3 else {}
+    height, width = (named.get("height", shape[0]), named.get("width", shape[1])) if shape[2] == 3 else (shape[1], shape[2])
+    return int(width), int(height)
+
+
+def conversion(path: Path, version: str) -> str:
+    """How to bring a data set of an older version to v3. lerobot's converter joins --root and --repo-id, and pushes to the hub unless told not to."""
+    if not version.startswith("v2.1"):
+        return "lerobot's converter reads v2.1 alone: bring it to v2.1 first, with the lerobot that knows its version, or record it again."
+    place = path.absolute()
+    flags = f"--root={shlex.quote(str(place.parent))} --repo-id={shlex.quote(place.name)} --push-to-hub=false"
+    return f"Convert it in its place (the old one stays as {place.name}_old): python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 {flags}"
+
+
+def contradiction(path: Path, info: Mapping[str, Any]) -> str | None:
+    """Where meta/info.json describes other columns than the files of data/ have: it is another data set's, or was edited. None when it does not."""
+    file = next(iter(sorted(path.glob(re.sub(r"\{[^}]*\}", "*", info.get("data_path") or "no data_path")))), None)
+    row = _first_row(file) if file else None
+    if row is None:
+        return None
+    told = []
+    for column, feature in info["features"].items():
+        shape, value = feature.get("shape") or [], row.get(column)
+        if feature.get("dtype") == "video":
+            continue
+        if column not in row:
+            told.append(f"{column}, which they have not")
+        elif len(shape) == 1 and isinstance(value, list) and len(value) != shape[0]:
+            told.append(f"{column} with {shape[0]} values, they hold {len(value)}")
+    if not told:
+        return None
+    return (
+        f"meta/info.json does not fit the files of data/: it describes {'; '.join(told)}. Is it of another data set or robot, or was it edited? "
+        "Put back the one that was recorded with them."
+    )
+
+
+def _first_row(file: Path) -> dict[str, Any] | None:
+    """None when the file is damaged or empty; that is another fault."""
+    try:
+        batches = require("pyarrow.parquet", "bench").ParquetFile(file).iter_batches(batch_size=1)
+        return next((batch.to_pylist()[0] for batch in batches if len(batch)), None)
+    except (OSError, ValueError):
+        return None

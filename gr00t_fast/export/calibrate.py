@@ -1,0 +1,411 @@
+"""How each linear layer of a network is best rounded to 8 bits, and which layers its actions cannot spare.
+
+`record` runs observations through the network in torch, with hooks on the linear layers. `choose_scale` then rounds the inputs of each layer in a
+few ways and takes the one that changes the layer's outputs least. `keep_sensitive` decides on the actions, in joint units: layers at the same place
+of every block are one group (`vision blocks.*.mlp.down`); each group alone is rounded, everything else stays as it is, and the actions are compared.
+Then all groups are rounded together; as long as that is above the limit, the group with the most squared error per multiplication stays in 16 bits.
+Groups with a negligible share of the multiplications stay in 16 bits without a trial.
+
+A network is anything with the interface `Network`: gr00t_fast/export/networks.py has the plain model and the exported graphs.
+Axis alphabet: n observations, H horizon, A padded action width, R kept rows, K input width, N output width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gr00t_fast.engine.quantized import InputScale, with_layers
+from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
+from gr00t_fast.export.samples import Case
+from gr00t_fast.export.verify import ActionError, action_error
+from gr00t_fast.progress import Progress
+from gr00t_fast.transforms import ActionTransform
+
+T = TypeVar("T")
+NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
+_ROWS = 192  # per tensor: enough to rank a handful of choices, little enough to hold those of a whole network
+_ROWS_PER_RUN = 4  # a run: one observation, or one denoising step of one
+_COLUMNS = 384  # of the weights take part in the search: one scale per column makes them alike
+# Exponents of SmoothQuant (Xiao et al. 2023, section 4): how much of the activations' spread moves into the weights. None: no balancing.
+_BALANCES = (None, 0.35, 0.5, 0.65)
+_CLIPS = {"int8": (1.0, 0.9, 0.8, 0.65, 0.5), "fp8": (1.0,)}  # of the largest value seen; FP8's relative precision gains nothing from clipping
+_WORTH = 0.75  # another choice must lower the error at least to this, or the plainer one stays: a range fitted closely clips what was not seen
+_SMALLEST = 1e-5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """scheme: "int8" or "fp8". target: the runtime, for the report. limit: p99 of the action error, in joint units, that layers are kept in 16 bits
+    for; trial_samples: how many observations decide that, 0 for none."""
+
+    scheme: str
+    target: str
+    denoising_steps: int
+    limit: float = 1.0
+    trial_samples: int = 8
+    balance: bool = True
+    seed: int = 0
+
+
+class Network(Protocol):
+    """A network in parts that run one after the other."""
+
+    module: nn.Module
+    parts: tuple[str, ...]  # in the order of execution
+    weights_only: Collection[str]  # parts whose inputs are not rounded
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Name within `module` -> linear layer, of all that can be rounded."""
+
+    def place(self, name: str) -> tuple[str, str]:
+        """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks."""
+
+    def weight(self, name: str) -> Tensor:
+        """fp32 (K, N) on the CPU."""
+
+    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
+        """The 8-bit form of each layer in `scales`."""
+
+    def run(self, module: nn.Module, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of one part of `module`, which is the network's own or has some layers replaced. `outputs`: of the parts before it. Those of the
+        last part are `actions` (1, H, A)."""
+
+
+# --- what goes into every layer -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InputStatistics:
+    """Of one tensor that `readers` (layers) read: largest |value| per channel (K,), rows per observation, and kept rows (R, K): the largest of a run
+    and some at random."""
+
+    readers: tuple[str, ...]
+    largest: Tensor
+    rows_per_case: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def record(network: Network, cases: Sequence[Case], seed: int, progress: Progress) -> list[InputStatistics]:
+    """Statistics of every tensor that linear layers read, over all observations and denoising steps, in the order of execution."""
+    found: dict[tuple[str, ...], InputStatistics] = {}
+    generator = torch.Generator().manual_seed(seed)
+    with _watched(network.layers()) as calls, progress.bar("calibrating", len(cases)) as tick:
+        for number, case in enumerate(cases):
+            outputs: dict[str, Tensor] = {}
+            for part in network.parts:
+                outputs |= network.run(network.module, part, case, outputs)
+                for readers, tensors in _by_tensor(calls).items():
+                    entry = found.setdefault(readers, InputStatistics(readers, torch.zeros(tensors[0].shape[-1])))
+                    _see(entry, tensors, number, len(cases), generator)
+                calls.clear()
+            tick()
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _watched(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Inside, the list grows by (layer, its input) with every call."""
+    calls: list[tuple[str, Tensor]] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0]))) for name, layer in layers.items()]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], list[Tensor]]:
+    """Layers that read one tensor -> what they read in each denoising step: fp32 (rows, K) on the CPU."""
+    readers: dict[int, dict[str, None]] = {}  # names in order; the state is read once per step
+    for name, tensor in calls:
+        readers.setdefault(id(tensor), {})[name] = None
+    tensors = {id(tensor): tensor.reshape(-1, tensor.shape[-1]).float().cpu() for _, tensor in calls}
+    together: dict[tuple[str, ...], list[Tensor]] = {}
+    for key, names in readers.items():
+        together.setdefault(tuple(names), []).append(tensors[key])
+    return together
+
+
+def _see(entry: InputStatistics, tensors: Sequence[Tensor], case: int, cases: int, generator: torch.Generator) -> None:
+    """tensors: of each step of observation number `case` of `cases`."""
+    runs = cases * len(tensors)
+    keep = max(_ROWS_PER_RUN, -(-_ROWS // runs))  # few runs: more of each, so that the search has something to go by
+    every = max(1, runs * keep // _ROWS)
+    entry.rows_per_case = sum(len(values) for values in tensors)
+    for run, values in enumerate(tensors, case * len(tensors)):
+        sizes = values.abs()
+        entry.largest = torch.maximum(entry.largest, sizes.amax(dim=0))
+        if run % every == 0:
+            picked = torch.randint(0, len(values), (keep - 1,), generator=generator)
+            entry.rows.append(values[torch.cat((sizes.amax(dim=1).argmax()[None], picked))])
+
+
+# --- how a layer is rounded ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """How the layers that read one tensor are rounded, and what that does to their outputs (relative L2, kept rows)."""
+
+    balance: float | None
+    clip: float
+    error: float
+    error_plain: float  # without balancing and clipping
+
+    def describe(self) -> dict[str, float | None]:
+        return {"balance": self.balance, "clip": self.clip, "relative_error": round(self.error, 5), "plain": round(self.error_plain, 5)}
+
+
+def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str, balance: bool = True) -> tuple[InputScale, ScaleReport]:
+    """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error."""
+    rows, joined = torch.cat(statistics.rows), torch.cat(list(weights), dim=1).float()  # (R, K), (K, N)
+    spread = joined.abs().amax(dim=1)  # (K,), of all columns
+    joined = joined[:, :: max(1, joined.shape[1] // _COLUMNS)].contiguous()
+    truth = rows @ joined  # (R, N)
+    size = max(float(truth.norm()), _SMALLEST)
+    best: tuple[float, float | None, float, InputScale] | None = None
+    plain = 0.0
+    for exponent in _BALANCES if balance else (None,):
+        smoothing = None if exponent is None else _smoothing(statistics.largest, spread, exponent)
+        values, scales = quantised_weight(joined if smoothing is None else joined * smoothing[:, None], scheme)
+        inputs = rows if smoothing is None else rows / smoothing
+        largest = float((statistics.largest if smoothing is None else statistics.largest / smoothing).max())
+        for clip in _CLIPS[scheme]:
+            limit = max(largest * clip, _SMALLEST)
+            step = limit / LARGEST[scheme]
+            error = float((rounded(inputs / step, scheme) * step @ (values * scales) - truth).norm()) / size
+            plain = plain or error
+            if best is None or error < best[0] * _WORTH:
+                best = (error, exponent, clip, InputScale(limit, smoothing))
+    error, exponent, clip, scale = best
+    return scale, ScaleReport(exponent, clip, error, plain)
+
+
+def _smoothing(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
+    """Largest |input| and |weight| per channel (K,) -> what the channel is divided by, and its weights multiplied with; geometric mean 1."""
+    ratio = inputs.clamp_min(_SMALLEST) ** exponent / weights.clamp_min(_SMALLEST) ** (1 - exponent)
+    return ratio / ratio.log().mean().exp()
+
+
+# --- which layers -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one part at the same place of every block, and their share of an inference's multiplications."""
+
+    part: str
+    kind: str
+    layers: tuple[str, ...]
+    work: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.part} {self.kind}"
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What rounding a group alone does to the actions (None: not measured), and why it stays in 16 bits, if it does."""
+
+    group: Group
+    alone: ActionError | None
+    kept: str | None
+
+
+def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[Group]:
+    """All layers that were recorded, in groups."""
+    alike: dict[tuple[str, str], dict[str, int]] = {}
+    for entry in statistics:
+        for name in entry.readers:
+            alike.setdefault(network.place(name), {})[name] = entry.rows_per_case * network.weight(name).numel()
+    total = sum(sum(work.values()) for work in alike.values())
+    return [Group(part, kind, tuple(work), sum(work.values()) / total) for (part, kind), work in alike.items()]
+
+
+class Trials:
+    """Runs the network with some layers rounded. It runs once as it is; a trial begins at the first part that differs, with the outputs before it."""
+
+    def __init__(self, network: Network, cases: Sequence[Case], layers: Mapping[str, nn.Module], transform: ActionTransform) -> None:
+        """layers: name -> its 8-bit form."""
+        self._network, self._cases, self._layers, self._transform = network, cases, layers, transform
+        self._known: list[dict[str, Tensor]] = [{} for _ in cases]
+        self._truth = self._actions(network.module, network.parts, self._known)
+
+    def error(self, groups: Iterable[Group]) -> ActionError:
+        """Of the actions with the layers of `groups` in 8 bits, in joint units."""
+        groups = list(groups)
+        layers = {name: self._layers[name] for group in groups for name in group.layers}
+        return self.error_of(with_layers(self._network.module, layers), {group.part for group in groups})
+
+    def error_of(self, module: nn.Module, parts: Collection[str]) -> ActionError:
+        """Of the actions of `module`, which differs from the network's own in `parts` only."""
+        order = self._network.parts
+        begin = next((index for index, part in enumerate(order) if part in parts), len(order) - 1)
+        noise = np.concatenate([case.noise.numpy() for case in self._cases])
+        actions = self._actions(module, order[begin:], [dict(known) for known in self._known])
+        return action_error(actions, self._truth, noise, self._transform)
+
+    @torch.inference_mode()
+    def _actions(self, module: nn.Module, parts: Iterable[str], known: Sequence[dict[str, Tensor]]) -> np.ndarray:
+        """(n, H, A). Adds to `known` what `parts` give."""
+        for part in parts:
+            for case, outputs in zip(self._cases, known, strict=True):
+                outputs |= self._network.run(module, part, case, outputs)
+        return np.concatenate([outputs["actions"].float().cpu().numpy() for outputs in known])
+
+
+def keep_sensitive(
+    groups: Sequence[Group], error_of: Callable[[list[Group]], ActionError], limit: float, tick: Callable[[], None] = lambda: None
+) -> tuple[list[GroupResult], ActionError | None]:
+    """What becomes of each group, and the error with all rounded that are not kept in 16 bits. error_of: of the actions with some groups rounded;
+    limit: p99 in joint units; `tick` is called per measured group."""
+    alone: dict[str, ActionError] = {}
+    for group in groups:
+        if group.work >= NEGLIGIBLE:
+            alone[group.name] = error_of([group])
+            tick()
+    left = [group for group in groups if group.name in alone]
+    kept = {group.name: f"less than {NEGLIGIBLE:.1%} of the multiplications" for group in groups if group.name not in alone}
+    total = error_of(left) if left else None
+    while left and not total.p99 <= limit:  # not: NaN is above every limit
+        worst = max(left, key=lambda group: alone[group.name].rms ** 2 / group.work)
+        left.remove(worst)
+        kept[worst.name] = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
+        total = error_of(left) if left else None
+    return [GroupResult(group, alone.get(group.name), kept.get(group.name)) for group in groups], total
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CalibrationResult:
+    """scales: layer -> how it is rounded, without those that stay in 16 bits; layers that read one tensor share one. reports: layer -> how that was
+    chosen. error: of the actions with all of `scales` rounded (None: not measured)."""
+
+    groups: list[GroupResult]
+    scales: dict[str, InputScale]
+    reports: dict[str, ScaleReport]
+    error: ActionError | None = None
+    trial_samples: int = 0
+
+
+def calibrate(
+    network: Network,
+    cases: Sequence[Case],
+    settings: Settings,
+    transform: ActionTransform,
+    progress: Progress,
+    parts: Collection[str] | None = None,
+) -> CalibrationResult:
+    """Decide how to round each linear layer of `parts` (None: all), and which stay in 16 bits. The network in fp32 makes sound trials."""
+    parts = network.parts if parts is None else parts
+    statistics = record(network, cases, settings.seed, progress)
+    groups = [group for group in groups_of(network, statistics) if group.part in parts]
+    scales, reports = scales_of(network, statistics, settings, parts, progress)
+    if settings.trial_samples:
+        few = _spread(cases, settings.trial_samples)
+        trials = Trials(network, few, network.rounded(scales), transform)
+        with progress.bar("sensitivity", sum(group.work >= NEGLIGIBLE for group in groups)) as tick:
+            results, error = keep_sensitive(groups, trials.error, settings.limit, tick)
+    else:
+        few, error = [], None
+        results = [GroupResult(group, None, None if group.work >= NEGLIGIBLE else "negligible work") for group in groups]
+    chosen = {name for result in results if not result.kept for name in result.group.layers}
+    return CalibrationResult(results, {name: scale for name, scale in scales.items() if name in chosen}, reports, error, len(few))
+
+
+def scales_of(
+    network: Network, statistics: Sequence[InputStatistics], settings: Settings, parts: Collection[str], progress: Progress
+) -> tuple[dict[str, InputScale], dict[str, ScaleReport]]:
+    """Of the layers of `parts`, by name."""
+    scales: dict[str, InputScale] = {}
+    reports: dict[str, ScaleReport] = {}
+    with progress.bar("scales", len(statistics)) as tick:
+        for entry in statistics:
+            names = [name for name in entry.readers if network.place(name)[0] in parts]
+            if names and network.place(names[0])[0] in network.weights_only:
+                scales |= dict.fromkeys(names, InputScale(0.0))
+            elif names:
+                scale, report = choose_scale(entry, [network.weight(name) for name in names], settings.scheme, settings.balance)
+                scales |= dict.fromkeys(names, scale)
+                reports |= dict.fromkeys(names, report)
+            tick()
+    return scales, reports
+
+
+def _spread(samples: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the samples, evenly from first to last."""
+    picked = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
+    return [samples[index] for index in picked]
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------------------------
+
+
+def build_report(result: CalibrationResult | None, settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
+    """For quantisation.json. result None: nothing was calibrated. data: where the observations come from."""
+    report: dict[str, Any] = {"format": settings.scheme, "runtime": settings.target, "calibration": dict(data)}
+    if result is None:
+        return {**report, "layers": "all linear layers, activations rounded with scales found at run time"}
+    return {
+        **report,
+        "denoising_steps": settings.denoising_steps,
+        "limit_p99": settings.limit,
+        "trial_samples": result.trial_samples,
+        "action_error_on_trial_samples": None if result.error is None else result.error.describe(),
+        "work_in_8_bits": round(1.0 - sum(each.group.work for each in result.groups if each.kept), 4),
+        "groups": [
+            {
+                "group": each.group.name,
+                "layers": len(each.group.layers),
+                "share_of_multiplications": round(each.group.work, 5),
+                "alone": None if each.alone is None else each.alone.describe(),
+                "kept_in_16_bits": each.kept,
+            }
+            for each in result.groups
+        ],
+        "layers": {name: report.describe() for name, report in result.reports.items()},
+    }
+
+
+def write_report(report: Mapping[str, Any], directory: Path) -> None:
+    (directory / "quantisation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (directory / "quantisation.md").write_text(as_markdown(report), encoding="utf-8")
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """For quantisation.md."""
+    calibration = report["calibration"]
+    lines = [f"# {report['format'].upper()} for {report['runtime']}", ""]
+    if calibration:
+        lines += [f"Calibrated with {calibration['frames']} frames of {calibration['episodes']} episodes from `{calibration['source']}`.", ""]
+        lines += [f"**Warning: {warning}.**" for warning in calibration["warnings"]] + [""] * bool(calibration["warnings"])
+    if "groups" not in report:
+        return "\n".join([*lines, report["layers"] + ".", ""])
+    error = report["action_error_on_trial_samples"]
+    if error is not None:
+        lines += [
+            f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "
+            f"p50 {error['p50']:.3g}, p99 {error['p99']:.3g}, largest {error['max']:.3g}; "
+            f"{error['relative_to_displacement']:.2%} of the displacement.",
+            "",
+        ]
+    lines += [f"{report['work_in_8_bits']:.1%} of the multiplications are in 8 bits. Each group rounded alone:", ""]
+    lines += ["| layers | of the work | p99 | largest | of the displacement | kept in 16 bits because |", "|---|---|---|---|---|---|"]
+    for group in report["groups"]:
+        alone = group["alone"]
+        figures = "| | | |" if alone is None else f"| {alone['p99']:.3g} | {alone['max']:.3g} | {alone['relative_to_displacement']:.2%} |"
+        lines.append(f"| {group['group']} ({group['layers']}) | {group['share_of_multiplications']:.2%} {figures} {group['kept_in_16_bits'] or ''} |")
+    return "\n".join([*lines, ""])

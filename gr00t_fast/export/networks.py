@@ -1,0 +1,121 @@
+"""The two forms of the network that are calibrated (gr00t_fast/export/calibrate.py): the plain model, and the graphs that are exported.
+
+Axis alphabet: H horizon, A padded action width, K input width, N output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gr00t_fast.engine.manifest import Target
+from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, part_of, rounded_layers
+from gr00t_fast.engine.tables import ExportTables
+from gr00t_fast.export.graphs import GRAPHS, MatMulLinear
+from gr00t_fast.export.onnx import build_graph
+from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
+from gr00t_fast.export.samples import Case
+from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model.layers import CategoryLinear
+
+
+class TorchNetwork:
+    """The plain model, for the torch engine `fp8`. Of the diffusion transformer only weights are rounded."""
+
+    parts = tuple(PARTS)
+    weights_only = (WEIGHTS_ONLY,)
+
+    def __init__(self, model: Gr00tN1d5, denoising_steps: int, emulated: bool) -> None:
+        """emulated: 8-bit products are written out, for devices that lack them."""
+        self.module, self._emulated = model, emulated
+        self._tables = model.head.step_tables(denoising_steps)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return linear_layers(self.module)
+
+    def place(self, name: str) -> tuple[str, str]:
+        """Gate and up of the decoder are one product in the fused model: both or neither are rounded."""
+        part = part_of(name)
+        kind = _kind(name.removeprefix(PARTS[part]))
+        return part, kind.replace("mlp.gate", "mlp.gate_up").replace("mlp.up", "mlp.gate_up") if part == "language" else kind
+
+    def weight(self, name: str) -> Tensor:
+        return self.module.get_submodule(name).weight.detach().float().cpu().t()
+
+    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
+        return rounded_layers(self.module, scales, self._emulated)
+
+    def run(self, module: Gr00tN1d5, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs, place = case.inputs, {"device": self.module.device, "dtype": self.module.dtype}
+        if part == "vision":
+            return {"tokens": module.encode_vision(inputs.pixel_values.to(**place))}
+        if part == "language":
+            ids, positions = (each.to(self.module.device) for each in (inputs.input_ids, inputs.image_positions))
+            return {"features": module.encode_language(ModelInputs(inputs.pixel_values, ids, positions, inputs.state), outputs["tokens"])}
+        if part == "refine":
+            return {"refined": module.head.refine(outputs["features"])}
+        condition = module.head.condition(outputs["refined"], inputs.state.to(**place))
+        return {"actions": module.head.denoise(case.noise.to(**place), condition, self._tables)}
+
+
+class GraphNetwork:
+    """The graphs of an ONNX export as torch modules, in fp32 on the CPU: layer `a` of the file `vision.onnx` is `vision.a` here."""
+
+    weights_only = ()
+
+    def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
+        """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export."""
+        self.parts, self._scheme, self._tables = tuple(GRAPHS), scheme, tables
+        self.module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in GRAPHS})
+        self._steps = tables.steps(denoising_steps)
+
+    def layers(self) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.module.named_modules() if isinstance(module, MatMulLinear | CategoryLinear)}
+
+    def place(self, name: str) -> tuple[str, str]:
+        part, _, label = name.partition(".")
+        return part, _kind(label)
+
+    def weight(self, name: str) -> Tensor:
+        return self.module.get_submodule(name).weight.detach()
+
+    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
+        return {name: RoundedMatMul(self.module.get_submodule(name), scale, self._scheme) for name, scale in scales.items()}
+
+    def run(self, module: nn.ModuleDict, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = case.inputs
+        if part == "vision":
+            return {"tokens": module["vision"](inputs.pixel_values)}
+        if part == "language":
+            embeddings = self._tables.embed(inputs.input_ids[0]).float().index_copy(1, inputs.image_positions, outputs["tokens"])
+            _, _, keys, values = module["language"](embeddings)
+            return {"keys": keys, "values": values}
+        actions, step_size = case.noise, torch.full((1,), 1.0 / self._steps.steps)
+        for tau, modulation in zip(self._steps.tau.float(), self._steps.modulation.float(), strict=True):
+            actions = module["denoise_step"](actions, inputs.state, outputs["keys"], outputs["values"], tau, modulation, step_size)
+        return {"actions": actions}
+
+
+class RoundedMatMul(nn.Module):
+    """What QuantizeLinear and DequantizeLinear around a matrix product compute (gr00t_fast/export/qdq.py); weights are held in 8 bits."""
+
+    def __init__(self, layer: nn.Module, scale: InputScale, scheme: str) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()  # (K, N)
+        values, self.steps = quantised_weight(weight if scale.smoothing is None else weight * scale.smoothing[:, None], scheme)
+        self.values = values.to(torch.int8 if scheme == "int8" else torch.float8_e4m3fn)
+        self.step, self.smoothing, self.scheme = scale.largest / LARGEST[scheme], scale.smoothing, scheme
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.smoothing is None else x / self.smoothing
+        product = (rounded(x / self.step, self.scheme) * self.step) @ (self.values.float() * self.steps)
+        return product if self.bias is None else product + self.bias
+
+
+def _kind(name: str) -> str:
+    """Layers at the same place of every block: `blocks.*.mlp.up`."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

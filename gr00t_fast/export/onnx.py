@@ -1,0 +1,250 @@
+"""A checkpoint to ONNX: three graphs, their tables and a manifest, one stage in memory at a time.
+
+`gr00t-fast export onnx` is the program; the contract of the files is in `gr00t_fast/export/graphs.py` and `gr00t_fast/engine/manifest.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gr00t_fast.checkpoint import load_model
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
+from gr00t_fast.engine.tables import EMBEDDING, MODULATION, TABLES_NAME, TAU
+from gr00t_fast.errors import CheckpointError, ConfigError, closest
+from gr00t_fast.export.graphs import DYNAMIC, GRAPHS, TABLE_PARAMETERS, example_inputs, graph_tables
+from gr00t_fast.files import whole_directory
+from gr00t_fast.measurement import versions
+from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.optional import require
+
+KIND = "onnx"
+USUAL_STEPS = (1, 2, 4, 8)
+_TEXT_BUCKETS = (64, 128, 256, 512, 1024)  # prompt lengths beyond the image tokens that are worth a profile of their own
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the export is to hold besides the network. `usual_tokens`: length of the prompt that is run most."""
+
+    out: Path
+    precision: str
+    denoising_steps: tuple[int, ...]
+    usual_tokens: int
+    max_text_tokens: int
+    overwrite: bool = False
+    seed: int = 0
+
+    def flags(self) -> tuple[str, ...]:
+        """As on the command line: enough to make the same export again."""
+        steps = ("--denoising_steps", *map(str, self.denoising_steps)) if self.denoising_steps else ()
+        return (f"--precision={self.precision}", f"--max_text_tokens={self.max_text_tokens}", *steps)
+
+
+def export_onnx(target: Target, options: Options, command: str) -> Manifest:
+    """Write the export and return its manifest; `options.out` appears when all is written, or not at all.
+
+    Raises ConfigError for options that cannot be met and CheckpointError for a damaged checkpoint.
+    """
+    config = target.checkpoint.config
+    check_options(options, config)
+    shapes = shapes_of(config, len(target.data_config.video_keys), options.usual_tokens, options.max_text_tokens)
+    dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
+    with whole_directory(options.out, options.overwrite) as directory:
+        torch.manual_seed(options.seed)
+        digests, stages = Digests(directory), {}
+        with _phase("digest of the checkpoint"):
+            identity = target.identity(digests)
+        with _phase("tables"):
+            _write_tables(target, dtype, steps, directory)
+        for name in GRAPHS:
+            with _phase(name):
+                stages[name] = _export_stage(name, target, dtype, shapes, directory)
+            gc.collect()
+        with _phase("digests of the files"):
+            files = describe_files(directory, digests)
+        manifest = Manifest(
+            kind=KIND,
+            precision=options.precision,
+            identity=identity,
+            shapes=shapes,
+            denoising_steps=steps,
+            stages=stages,
+            files=files,
+            versions=versions(),
+            command=command,
+            details={"opset": OPSET},
+            program="to_onnx.py",
+            flags=options.flags(),
+        )
+        manifest.write(directory)
+    return manifest
+
+
+def shapes_of(config: ModelConfig, cameras: int, usual_tokens: int, max_text_tokens: int) -> dict[str, Any]:
+    """`Manifest.shapes`. Raises ConfigError when the usual prompt is longer than the longest."""
+    images = cameras * config.vision.tokens
+    most = images + max_text_tokens
+    if usual_tokens > most:
+        raise ConfigError(
+            f"--max_text_tokens={max_text_tokens}: the instruction makes {usual_tokens - images} tokens besides the {images} of the pictures. "
+            f"Give at least {usual_tokens - images}."
+        )
+    buckets = {usual_tokens, most, *(images + text for text in _TEXT_BUCKETS)}
+    return {
+        "cameras": cameras,
+        "image_tokens": images,
+        "max_tokens": most,
+        "prompt_buckets": sorted(bucket for bucket in buckets if usual_tokens <= bucket <= most),
+        "horizon": config.head.action_horizon,
+        "action_dim": config.head.action_dim,
+        "state_dim": config.head.state_dim,
+    }
+
+
+def check_options(options: Options, config: ModelConfig) -> None:
+    """What can be refused before a byte of weights is read. Raises ConfigError."""
+    if options.precision not in PRECISIONS:
+        raise ConfigError(
+            f"unknown precision '{options.precision}'.{closest(options.precision, PRECISIONS)} Expected one of: {', '.join(PRECISIONS)}."
+        )
+    if options.max_text_tokens < 1:
+        raise ConfigError(f"--max_text_tokens={options.max_text_tokens} must be at least 1.")
+    most = config.head.timestep_buckets
+    for steps in options.denoising_steps:
+        if not 1 <= steps <= most:
+            raise ConfigError(f"--denoising_steps={steps}: expected whole numbers from 1 to {most}.")
+
+
+def step_counts(asked: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """The step counts to cover: what was asked, the checkpoint's own, and the usual ones, which cost kilobytes each."""
+    return tuple(sorted({*asked, *USUAL_STEPS, config.head.denoising_steps}))
+
+
+def build_graph(name: str, target: Target, dtype: torch.dtype, shapes: Mapping[str, Any]) -> nn.Module:
+    """The torch module of one graph, with the checkpoint's weights in `dtype` on the CPU; shapes: as in the manifest.
+
+    Raises CheckpointError for weights that are not finite in `dtype`.
+    """
+    spec = GRAPHS[name]
+    model = _load(target, dtype, spec.parameters(target.checkpoint.config))
+    return spec.build(model, shapes["cameras"], shapes["max_tokens"]).eval()
+
+
+def _export_stage(name: str, target: Target, dtype: torch.dtype, shapes: dict[str, Any], directory: Path) -> dict[str, Any]:
+    graph = build_graph(name, target, dtype, shapes)
+    return write_onnx(name, graph, target.checkpoint.config, shapes["cameras"], shapes["max_tokens"], dtype, directory)
+
+
+def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], directory: Path) -> None:
+    model = _load(target, dtype, ("language.embedding.", *TABLE_PARAMETERS))
+    tensors = {EMBEDDING: model.language.embedding.weight.data}
+    for count in steps:
+        tables = graph_tables(model, count)
+        tensors |= {f"{TAU}.{count}": tables.tau, f"{MODULATION}.{count}": tables.modulation}
+    save_file(tensors, directory / TABLES_NAME, metadata={"format": "pt"})
+    (directory / TABLES_NAME).chmod(0o644)  # the library makes it private; whoever runs the robot shall read it
+
+
+def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Gr00tN1d5:
+    model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), dtype, only=only)
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+            narrow = "it overflows in fp16: use --precision=bf16 or fp32." if dtype == torch.float16 else "copy or download the checkpoint again."
+            raise CheckpointError(f"the weight '{name}' holds NaN or infinity in {dtype}; expected finite numbers: {narrow}")
+    return model
+
+
+@contextlib.contextmanager
+def _phase(name: str) -> Iterator[None]:
+    """Says what runs and how long it took: a full-size export takes minutes."""
+    start_s = time.perf_counter()
+    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+    yield
+    print(f"{time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)
+
+
+OPSET = 20  # the first with Gelu; nothing in these graphs is shorter in a later one, and older runtimes read it
+TOKENS = "tokens"  # name of the prompt length, the one size that varies
+
+
+def write_onnx(
+    name: str, graph: nn.Module, config: ModelConfig, cameras: int, max_tokens: int, dtype: torch.dtype, directory: Path
+) -> dict[str, Any]:
+    """Write `name`.onnx and `name`.onnx.data; returns the stage's entry of the manifest. Raises MissingExtraError without the onnx packages."""
+    onnx = require("onnx", "export")
+    require("onnxscript", "export")
+    spec, path = GRAPHS[name], directory / f"{name}.onnx"
+    tokens = torch.export.Dim(TOKENS, min=2, max=max_tokens)
+    example = example_inputs(name, config, cameras, cameras * config.vision.tokens + 2, dtype)
+    sizes = {key: {DYNAMIC[key]: tokens} if key in DYNAMIC else None for key in spec.inputs}
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(spec.inputs),
+            output_names=list(spec.outputs),
+            dynamic_shapes=sizes,
+            verbose=False,
+        )
+    _forget_sources(program.model)
+    program.save(str(path), external_data=True)
+    del program
+    gc.collect()
+    onnx.checker.check_model(str(path))  # by path: a model over 2 GB cannot be checked in memory
+    return stage_entry(path)
+
+
+def _forget_sources(model: Any) -> None:
+    """The exporter writes stack traces into every node: half of the file, and the directories of whoever exported."""
+    for node in model.graph:
+        for key in [key for key in node.metadata_props if key != "namespace"]:
+            del node.metadata_props[key]
+
+
+def stage_entry(path: Path) -> dict[str, Any]:
+    """{"file", "inputs", "outputs"} of an ONNX file, as the manifest holds it; weights are not read."""
+    graph = require("onnx", "export").load(str(path), load_external_data=False).graph
+    weights = {weight.name for weight in graph.initializer}
+    return {
+        "file": path.name,
+        "inputs": {value.name: _shape(value) for value in graph.input if value.name not in weights},
+        "outputs": {value.name: _shape(value) for value in graph.output},
+    }
+
+
+def _shape(value: Any) -> list[int | str]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress, and warns of its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,92 @@
+"""From a camera's frame to the picture that N1.7's network reads, as the reference's processor makes it: bytes throughout, on the CPU.
+
+Every frame is padded to a square with black; then resized, cropped to its centre and resized again; then brought to a size that Qwen3-VL's image
+processor accepts, which the published 256 x 256 is already. Axis alphabet: H and W height and width, h and w those of the result.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from gr00t_fast.checkpoint import PictureSettings
+
+# Qwen3-VL's image processor (preprocessor_config.json of the published one): how many pixels a picture may have.
+_MIN_PIXELS, _MAX_PIXELS = 65_536, 16_777_216
+
+
+def picture(frame: np.ndarray, settings: PictureSettings, multiple: int) -> np.ndarray:
+    """uint8 (H, W, 3) RGB -> uint8 (h, w, 3), both sides multiples of `multiple`."""
+    square = _letterboxed(frame)
+    made = _by_area(square, settings) if settings.albumentations else _by_torchvision(square, settings)
+    size = accepted_size(*made.shape[:2], multiple)
+    return made if size == made.shape[:2] else _interpolated(made, size, "bicubic")
+
+
+def picture_size(settings: PictureSettings, multiple: int) -> tuple[int, int]:
+    """(h, w) of every picture."""
+    return accepted_size(*((settings.edge, settings.edge) if settings.albumentations else settings.target_size), multiple)
+
+
+def accepted_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """Qwen's `smart_resize`: the nearest multiples, enlarged or shrunk to the allowed number of pixels."""
+    rounded = tuple(round(side / multiple) * multiple for side in (height, width))
+    if math.prod(rounded) > _MAX_PIXELS:
+        scale = math.sqrt(height * width / _MAX_PIXELS)
+        return tuple(max(multiple, math.floor(side / scale / multiple) * multiple) for side in (height, width))
+    if math.prod(rounded) < _MIN_PIXELS:
+        scale = math.sqrt(_MIN_PIXELS / (height * width))
+        return tuple(math.ceil(side * scale / multiple) * multiple for side in (height, width))
+    return rounded
+
+
+def _letterboxed(frame: np.ndarray) -> np.ndarray:
+    """The reference does so whatever `letter_box_transform` says."""
+    height, width = frame.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return frame
+    padded = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    padded[top : top + height, left : left + width] = frame
+    return padded
+
+
+def _by_area(square: np.ndarray, settings: PictureSettings) -> np.ndarray:
+    import cv2  # here, because importing it changes the environment of the process
+
+    def resized(image: np.ndarray) -> np.ndarray:
+        """INTER_AREA also where it enlarges."""
+        side = settings.edge
+        return image if image.shape[0] == side else cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+
+    whole = resized(square)
+    side = max(1, int(whole.shape[0] * settings.crop_fraction))
+    start = (whole.shape[0] - side) // 2
+    return resized(np.ascontiguousarray(whole[start : start + side, start : start + side]))
+
+
+def _by_torchvision(square: np.ndarray, settings: PictureSettings) -> np.ndarray:
+    """Resize, CenterCrop, Resize of torchvision on bytes."""
+    whole = _interpolated(square, settings.target_size, "bilinear")
+    cropped = np.zeros((*settings.crop_size, 3), np.uint8)  # a crop larger than the picture is padded with black
+    source, target = [], []
+    for have, want in zip(whole.shape[:2], settings.crop_size, strict=True):
+        # torchvision pads first, the smaller half before, and rounds a crop's offset to even as Python does
+        padding = max(0, want - have) // 2
+        start = 0 if want >= have else round((have - want) / 2.0)
+        source.append(slice(start, start + min(have, want)))
+        target.append(slice(padding, padding + min(have, want)))
+    cropped[tuple(target)] = whole[tuple(source)]
+    return _interpolated(cropped, settings.target_size, "bilinear")
+
+
+def _interpolated(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """With antialias, in torch's arithmetic on bytes, which torchvision uses where the processor has AVX2."""
+    if image.shape[:2] == tuple(size):
+        return image
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)

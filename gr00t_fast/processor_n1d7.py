@@ -1,0 +1,178 @@
+"""All that GR00T N1.7 needs around its network, as its checkpoint's processor_config.json, statistics.json and embodiment_id.json say it.
+
+Axis alphabet: B batch, T times, C pictures (times x cameras, time-major), H horizon, D joint values of a part, A padded action width, L rows of a
+prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7
+from gr00t_fast.contracts import PolicyMetadata
+from gr00t_fast.data_config import DataConfig
+from gr00t_fast.engine import PolicyInputs
+from gr00t_fast.errors import ObservationError
+from gr00t_fast.history import History
+from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
+from gr00t_fast.metadata import check_data_config, data_config_of, policy_metadata_of_n1d7
+from gr00t_fast.model.vision_qwen import patches_of, picture_values
+from gr00t_fast.observation import CheckedObservation, parse_observation
+from gr00t_fast.pictures_n1d7 import picture, picture_size
+from gr00t_fast.processor import EncodePrompts, NormaliseState, Processor
+from gr00t_fast.prompt import PromptEncoderN1d7, find_tokenizer
+
+_EXAMPLE_FRAME = (480, 640)  # height and width; a checkpoint does not say what its cameras delivered
+_PADDING_ID = 151643  # Qwen's <|endoftext|>
+
+
+class MakePictures:
+    """Frames of any size, one (B, T, H, W, 3) for each camera -> C pictures (B, h, w, 3) of the network's size."""
+
+    def __init__(self, embodiment: EmbodimentN1d7, multiple: int) -> None:
+        self._embodiment, self._multiple = embodiment, multiple
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
+        cameras = [observation.frames[f"video.{camera}"] for camera in self._embodiment.cameras]
+        times = range(len(self._embodiment.frame_offsets))
+        return {"frames": [np.stack([self._picture(item[time]) for item in frames]) for time in times for frames in cameras]}
+
+    def _picture(self, frame: np.ndarray) -> np.ndarray:
+        return picture(frame, self._embodiment.pictures, self._multiple)
+
+    def __repr__(self) -> str:
+        return f"MakePictures({self._embodiment.pictures})"
+
+
+class ProcessorN1d7(Processor):
+    """As Processor. Frames of earlier times that a call does not bring are those of earlier calls, one call counting as one step."""
+
+    name = "n1.7"
+
+    def __init__(self, checkpoint: Checkpoint, embodiment: EmbodimentN1d7, prompts: PromptEncoderN1d7) -> None:
+        self.network, self.embodiment, self.prompts = checkpoint.config, embodiment, prompts
+        self.data_config = data_config_of(embodiment)
+        self.state, self.action = StateTransformN1d7(embodiment), ActionTransformN1d7(embodiment)
+        self.transforms = [MakePictures(embodiment, token_side(checkpoint)), EncodePrompts(prompts), NormaliseState(self.state)]
+        offsets = sorted({*embodiment.frame_offsets, *embodiment.state_offsets})
+        self._history: History[CheckedObservation] = History(offsets, tolerance=0.5)
+        self._offsets, self._calls = offsets, 0
+
+    @property
+    def max_horizon(self) -> int:
+        return self.embodiment.action_steps
+
+    @property
+    def metadata(self) -> PolicyMetadata:
+        return policy_metadata_of_n1d7(self.embodiment)
+
+    def reset(self) -> None:
+        self._history.clear()
+
+    def observe(self, observation: Mapping[str, Any]) -> None:
+        self._remembered(self._checked(observation))
+
+    def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
+        checked = self._checked(observation)
+        times = {"frames": len(self.embodiment.frame_offsets), "state": len(self.embodiment.state_offsets)}
+        if any(values.shape[1] < times[name] for name in times for values in getattr(checked, name).values()):
+            checked = self._with_history(checked)
+        fields: dict[str, Any] = {}
+        for transform in self.transforms:
+            fields |= transform(checked)
+        return PolicyInputs(**fields, to_pixels=picture_values, batched=checked.batched, raw_state=checked.state)
+
+    def _checked(self, observation: Mapping[str, Any]) -> CheckedObservation:
+        """With an axis for time in all frames (B, T, H, W, 3) and states (B, T, D)."""
+        checked = parse_observation(observation, self.data_config, self.state.widths)
+        frames = {key: values if values.ndim == 5 else values[:, None] for key, values in checked.frames.items()}
+        state = {key: values if values.ndim == 3 else values[:, None] for key, values in checked.state.items()}
+        return replace(checked, frames=frames, state=state)
+
+    def _remembered(self, present: CheckedObservation) -> list[CheckedObservation]:
+        """One for each offset. Observations of another form than the last one begin anew."""
+        self._calls += 1
+        try:
+            last = self._history.at(self._calls - 1)[-1]
+        except IndexError:
+            last = present
+        if any(last.frames[key].shape[-3:] != values.shape[-3:] or len(last.frames[key]) != len(values) for key, values in present.frames.items()):
+            self._history.clear()
+        self._history.add(self._calls, present)
+        return self._history.at(self._calls)
+
+    def _with_history(self, present: CheckedObservation) -> CheckedObservation:
+        seen = dict(zip(self._offsets, self._remembered(present), strict=True))
+
+        def gathered(name: str, offsets: tuple[int, ...]) -> dict[str, np.ndarray]:
+            """Of what came with one time only, as many as the network reads."""
+            found = {}
+            for key, values in getattr(present, name).items():
+                earlier = [getattr(seen[offset], name)[key][:, -1:] for offset in offsets]
+                found[key] = values if values.shape[1] == len(offsets) else np.concatenate(earlier, axis=1)
+            return found
+
+        return replace(present, frames=gathered("frames", self.embodiment.frame_offsets), state=gathered("state", self.embodiment.state_offsets))
+
+    def normalised(self, known: Mapping[str, np.ndarray], inputs: PolicyInputs) -> np.ndarray:
+        return self.action.normalised(known, inputs.raw_state)
+
+    def joint_targets(self, chunk: np.ndarray, inputs: PolicyInputs) -> dict[str, np.ndarray]:
+        return self.action(chunk, inputs.raw_state)
+
+    def unapplied(self, chunk: np.ndarray, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises ObservationError where actions are relative to a part that `state` lacks."""
+        absent = sorted({f"state.{part.reference}" for part in self.embodiment.action if part.reference is not None} - state.keys())
+        if absent:
+            raise ObservationError(f"actions are relative to {', '.join(absent)}, which was not given; expected it under 'state'.")
+        return self.action(chunk[:, : self.max_horizon], state)
+
+    def example_observation(self, instruction: str) -> dict[str, Any]:
+        embodiment = self.embodiment
+        observation: dict[str, Any] = {embodiment.language_key: [instruction]}
+        for camera in embodiment.cameras:
+            observation[f"video.{camera}"] = np.full((len(embodiment.frame_offsets), *_EXAMPLE_FRAME, 3), 127, dtype=np.uint8)
+        for part in embodiment.state:
+            statistics = embodiment.statistics[f"state.{part.name}"]
+            observation[f"state.{part.name}"] = np.stack([(statistics["min"] + statistics["max"]) / 2] * len(embodiment.state_offsets))
+        return observation
+
+    def reference_inputs(self, inputs: PolicyInputs, device: torch.device) -> dict[str, torch.Tensor]:
+        """input_ids (B, S) padded on the left and attention_mask, pixel_values (patches of all pictures, 1536), image_grid_thw (B x C, 3),
+        state (B, T, P), embodiment_id (B,)."""
+        ids, lengths, longest = inputs.input_ids, inputs.lengths, inputs.input_ids.shape[1]
+        padded = np.where(np.arange(longest) < lengths[:, None], ids, _PADDING_ID)
+        left = np.stack([np.roll(row, longest - length) for row, length in zip(padded, lengths, strict=True)])
+        pixels = inputs.to(device, torch.float32).pixel_values.flatten(0, 1)  # (B C, 3, h, w)
+        patch = self.network.vision.patch_size
+        grid = [1, pixels.shape[-2] // patch, pixels.shape[-1] // patch]
+        return {
+            "input_ids": torch.from_numpy(left),
+            "attention_mask": torch.from_numpy((np.arange(longest) >= longest - lengths[:, None]).astype(np.int64)),
+            "pixel_values": patches_of(pixels, self.network.vision).flatten(0, 1),
+            "image_grid_thw": torch.tensor([grid] * len(pixels)),
+            "state": torch.from_numpy(inputs.state).reshape(inputs.batch, len(self.embodiment.state_offsets), -1),
+            "embodiment_id": torch.full((inputs.batch,), self.embodiment.row),
+        }
+
+
+def token_side(checkpoint: Checkpoint) -> int:
+    """Pixels per side of what becomes one token."""
+    return checkpoint.config.vision.patch_size * checkpoint.config.vision.merge_size
+
+
+def processor_n1d7(checkpoint: Checkpoint, embodiment_tag: str, given: DataConfig | None, processor_path: Any, prompt_style: str) -> ProcessorN1d7:
+    """Read what is around the network. Raises ConfigError, also for a data configuration that contradicts the checkpoint, and CheckpointError."""
+    embodiment, side = checkpoint.embodiment_n1d7(embodiment_tag), token_side(checkpoint)
+    if given is not None:
+        check_data_config(given, data_config_of(embodiment))
+    height, width = picture_size(embodiment.pictures, side)
+    tokenizer, tokens = find_tokenizer(processor_path, checkpoint.base, n1d7=True), (height // side) * (width // side)
+    image_token, formalize = checkpoint.config.language.image_token_id, embodiment.formalize_language
+    prompts = PromptEncoderN1d7(tokenizer, embodiment.pictures_per_observation, tokens, image_token, prompt_style, formalize)
+    return ProcessorN1d7(checkpoint, embodiment, prompts)

@@ -1,0 +1,140 @@
+"""`--controller=auto`: what it chooses, that the choice keeps the arm moving, and that it gives way when inferences turn out longer. Virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_fakes import FakeClock, FakePolicy, FakeRobot
+
+from benchmarks.closed_loop import Cell, EpisodeRunner
+from benchmarks.lib.latency import VirtualWorker
+from gr00t_fast import load_policy
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.control.auto import AutoController
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.report import as_text, build_report
+from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
+from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+
+FPS = 30.0
+DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
+
+
+class TimedPolicy(FakePolicy):
+    """Says at warm-up what an inference will take (or nothing: None)."""
+
+    told_ms: float | None = None
+
+    def warm_up(self, instruction=None, prefix_method=None):
+        return {} if self.told_ms is None else {"total": self.told_ms}
+
+
+class Run:
+    """A loop with an AutoController whose policy takes `inference_ms` of virtual time and says at warm-up that it takes `told_ms`."""
+
+    def __init__(self, inference_ms: float, told_ms: float | None, horizon: int = 16, asked: str | None = None, **options: object) -> None:
+        self.clock = FakeClock()
+        self.robot, self.policy = FakeRobot(self.clock), TimedPolicy(self.clock, inference_ms / 1000)
+        self.policy.told_ms = told_ms
+        known = self.policy.metadata
+        binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
+        self.said: list[str] = []
+        worker = VirtualWorker(self.clock)
+        waiting = SyncController(self.policy, binding, "go", self.clock, horizon, worker=worker)
+        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, OverlapOptions(), horizon, worker)
+        self.auto = AutoController(waiting, moving, FPS, horizon, 16, self.said.append, asked)
+        options.setdefault("timeout_s", 3.0)
+        self.loop = ControlLoop(
+            self.robot, self.auto, LoopOptions(FPS, camera_fault=None, **options), self.clock, StopSignals(), echo=lambda line: None
+        )
+
+    def play(self) -> Run:
+        self.auto.warm_up()
+        self.loop.run()
+        return self
+
+    @property
+    def starved(self) -> int:
+        return int(self.loop.trace.arrays()["starved"].sum())
+
+
+CHOICES = [
+    (20, 16, False, "less than a tick"),
+    (40, 16, True, "16 actions per chunk bridge it"),
+    (200, 16, True, "longer than a tick"),
+    (200, 8, False, "leave out --action_horizon"),
+    (400, 16, False, "24 actions would"),
+    (None, 16, True, "not known"),
+]
+
+
+@pytest.mark.parametrize(("told_ms", "horizon", "overlaps", "reason"), CHOICES)
+def test_the_choice_and_its_reason_are_said_in_one_line(told_ms: float | None, horizon: int, overlaps: bool, reason: str) -> None:
+    run = Run(0 if told_ms is None else told_ms, told_ms, horizon)
+    run.auto.warm_up()
+    assert run.auto.overlaps is overlaps
+    (line,) = run.said
+    assert reason in line
+    assert "--controller=auto" in line
+    assert "\n" not in line
+
+
+def test_a_bridged_inference_pauses_the_arm_before_the_first_action_only() -> None:
+    run = Run(200, 200).play()
+    assert (run.starved, run.loop.pacer.waiting_ticks, run.loop.pacer.missed_ticks) == (0, 0, 0)
+    assert len(run.robot.sent) > 80
+    assert np.diff([time_s for time_s, _ in run.robot.sent]).max() == pytest.approx(1 / FPS)
+
+
+def test_a_short_inference_costs_no_pause_either() -> None:
+    run = Run(20, 20, horizon=8).play()
+    assert run.loop.pacer.waiting_ticks == 0
+    assert run.auto.summary()["kind"] == "sync"
+
+
+def test_one_that_no_chunk_bridges_is_waited_for() -> None:
+    run = Run(400, 400, timeout_s=5.0).play()
+    assert run.auto.summary()["kind"] == "sync"
+    assert run.starved == 0
+
+
+@pytest.mark.parametrize(("inference_ms", "when"), [(700, "first chunk"), (400, "later chunks")])
+def test_inferences_that_turn_out_longer_are_waited_for_instead_of_ending_the_run(inference_ms: int, when: str) -> None:
+    run = Run(inference_ms, 40, timeout_s=20.0).play()
+    assert run.loop.trace.ended_by == "done"
+    assert run.auto.summary()["kind"] == "sync", when
+    assert [line for line in run.said if "waits" in line and "does not bridge" in line]
+    data = run.loop.trace.arrays()
+    assert not data["starved"][len(data["starved"]) // 2 :].any()
+    steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
+    assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going over to waiting is no leap"
+
+
+def test_a_flag_about_overlap_decides() -> None:
+    run = Run(20, 20, asked="smoothing").play()
+    assert run.auto.summary()["kind"] == "threaded"
+    assert "--smoothing" in run.said[0]
+
+
+def test_episodes_after_the_first_keep_the_choice() -> None:
+    run = Run(200, 200, episodes=3, timeout_s=1.0).play()
+    assert run.loop.trace.episodes == 3
+    assert (run.starved, run.loop.pacer.waiting_ticks) == (0, 0)
+    report = build_report(run.loop, {})
+    assert "because" in as_text(report)
+    assert report["controller"]["chosen_because"].startswith("an inference takes 200 ms")
+
+
+def test_the_demo_network_at_200_ms_never_freezes_after_its_first_chunk() -> None:
+    """Played by the product's loop in the simulated world, the network's own answers 200 ms late."""
+    policy = load_policy(str(DEMO), precision="fp32", device="cpu", seed=0)
+    runner = EpisodeRunner(policy.metadata, (16, 32), "Reach the block", 0.0, episode_s=2.0)
+    outcomes = {name: runner.play(policy, Cell(controller=name, latency_ms=200, action_horizon=16), seed=9_000_001) for name in ("auto", "threaded")}
+    assert outcomes["auto"] == outcomes["threaded"]
+    assert outcomes["auto"].starved_ticks == 0
+    assert outcomes["auto"].inferences > 3

@@ -1,0 +1,136 @@
+"""What the benchmarks have in common: one dialect of flags, where they write, the random checkpoint they measure, and results that stay readable."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from benchmarks import (
+    ab_server,
+    act_resolution,
+    bench_engines,
+    bench_load,
+    bench_policy,
+    chunk_continuity,
+    control_architectures,
+    evaluate,
+    inference_profiler,
+    open_loop,
+    simple_benchmark,
+)
+from benchmarks.lib.program import PolicyFlags, checkpoint_of, conditions, count_of, finish, read_flags, without_machine_paths
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.errors import ConfigError
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+PROGRAMS = (
+    bench_load,
+    bench_policy,
+    chunk_continuity,
+    control_architectures,
+    evaluate,
+    inference_profiler,
+    open_loop,
+    simple_benchmark,
+)
+TABLES = {program.__name__.rpartition(".")[2]: program.as_table for program in (*PROGRAMS, act_resolution)} | {"ab_server": ab_server.as_markdown}
+
+
+@dataclass
+class Config(PolicyFlags):
+    """Flags of a program."""
+
+    latency_ms: list[float] = field(default_factory=lambda: [0.0, 50.0])  # injected
+    engines: list[str] | None = None  # which
+    out: Path = Path("outputs")  # where
+
+
+def flags(*words: str) -> Config:
+    return read_flags(Config, words, "What it does.", required=("model_path",))
+
+
+def test_one_dialect() -> None:
+    for words in (
+        ["--latency-ms=1,2.5", "--model-path", "a b"],
+        ["--latency_ms", "1", "2.5", "--model_path=a b"],
+    ):
+        config = flags(*words, "--engines", "eager:bf16", "openvino=DIR", "--json")
+        assert (config.latency_ms, config.model_path, config.engines, config.json) == ([1.0, 2.5], Path("a b"), ["eager:bf16", "openvino=DIR"], True)
+    assert flags("--model_path=x").options()["precision"] == "auto"
+
+
+@pytest.mark.parametrize(("words", "told"), [(["--presision=fp32"], "--precision"), ([], "--model_path"), (["--latency_ms", "soon"], "--latency_ms")])
+def test_a_mistake_names_the_flag_and_ends_with_2(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        flags(*words)
+    assert told in capsys.readouterr().err
+
+
+def test_help_names_defaults_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        flags("--help")
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "injected [0.0,50.0]" in shown
+
+
+def test_an_out_that_cannot_be_a_directory_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        assert finish("x", Config(out=out), lambda _: pytest.fail("it ran"), str) == 1
+        assert f"--out={out}" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "cameras"),
+    [({}, "checkpoint-tiny", 1), ({"data_config": "so100_dualcam"}, "checkpoint-tiny-so100_dualcam", 2), ({"seed": 1}, "checkpoint-tiny-seed1", 1)],
+)
+def test_a_random_checkpoint_is_that_of_the_flags(more: dict, name: str, cameras: int, tmp_path: Path) -> None:
+    path = checkpoint_of(Config(out=tmp_path, **more), "tiny")
+    assert path == tmp_path / name
+    assert len(open_checkpoint(path).embodiment("new_embodiment").cameras) == cameras
+    assert checkpoint_of(Config(out=tmp_path, model_path=Path("given")), "tiny") == Path("given")
+
+
+def test_what_is_published_has_no_machine_paths_and_counts_in_english() -> None:
+    words = ["/root/x/study.py", "--out=/tmp/a b/c/", "--latency_ms", "800", "measured:/tmp/r.json#a.b", "outputs/x"]
+    assert without_machine_paths(words) == "study.py --out=c --latency_ms 800 'measured:r.json#a.b' outputs/x"
+    assert (count_of(1, "round"), count_of(2, "round")) == ("1 round", "2 rounds")
+    assert conditions({"engine": "eager", "precision": "bfloat16", "device": "cuda", "rounds": 9}) == "eager, bfloat16, on cuda, n = 9"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.rglob("*.json")), ids=lambda file: file.name)
+def test_every_committed_result_is_still_read(file: Path) -> None:
+    result = json.loads(file.read_text("utf-8"))
+    if result.get("benchmark") in TABLES:
+        assert len(TABLES[result["benchmark"]](result).splitlines()) >= 1
+
+
+def test_the_policy_benchmark_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lerobot")
+    assert bench_policy.main(["--size=tiny", "--rounds=2", "--warm-up=1", "--device=cpu", "--precision=fp32", "--json", f"--out={tmp_path}"]) == 0
+    result = json.loads((tmp_path / "bench_policy.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
+    assert {arm: stages["total"]["count"] for arm, stages in result["times_ms"].items()} == {"ours": 2, "reference": 2}
+    assert result["difference"]["relative_to_displacement"] < 1e-4
+    assert (tmp_path / "bench_policy.png").stat().st_size > 5000
+    assert bench_load.main([f"--model_path={tmp_path / 'checkpoint-tiny'}", "--precision=fp32", "--rounds=1", f"--out={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "bench_load.json").read_text())["first_action_s"]["count"] == 1
+
+
+def test_two_cameras_need_no_checkpoint_of_ones_own(tmp_path: Path) -> None:
+    words = ["--data_config=so100_dualcam", "--size=tiny", "--device=cpu", "--engines", "eager", "--rounds=1", "--threads=1", f"--out={tmp_path}"]
+    assert bench_engines.main(words) == 0
+    assert json.loads((tmp_path / "bench_engines.json").read_text())["cameras"] == 2
+
+
+def test_a_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simple_benchmark.main(["--resolution=640", f"--out={tmp_path}"]) == 1
+    assert "--resolution" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="WIDTHxHEIGHT"):
+        simple_benchmark.size_of("640x")

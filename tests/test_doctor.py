@@ -1,0 +1,260 @@
+"""`gr00t-fast doctor` names deliberate mistakes of a set-up, and passes one without any: a virtual servo bus, virtual cameras, small checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import virtual_camera
+
+from gr00t_fast.cli.main import main
+from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.feetech_bus.servo import JointCalibration, Register
+
+ROOT = Path(__file__).parent.parent
+TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
+
+pytest.importorskip("serial", reason="needs `pip install 'gr00t_fast[robot]'`")
+
+
+@pytest.fixture
+def bus() -> Iterator[VirtualBus]:
+    with VirtualBus() as bus:
+        yield bus
+
+
+@pytest.fixture
+def flags(bus: VirtualBus, tmp_path: Path) -> list[str]:
+    """Of a set-up without mistakes, but for its camera, which is drawn."""
+    save_calibration(bus.calibration, tmp_path / "black.json")
+    arm = [f"--robot.port={bus.port}", "--robot.id=black", f"--robot.calibration_dir={tmp_path}", "--robot.cameras={webcam: {type: sim}}"]
+    return ["--robot.type=so100_follower", *arm, f"--model_path={TRAINED}"]
+
+
+def asked(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    """Exit code, result, and all that failed or warned as one text."""
+    code = main(["doctor", "--json", *words])
+    result = json.loads(capsys.readouterr().out)
+    return code, result, "\n".join(f"{row['what']} {row['what_to_do']}" for row in result["rows"] if row["state"] != "ok")
+
+
+def test_a_set_up_without_mistakes(bus: VirtualBus, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    registers = [bytes(servo.registers) for servo in bus.servos]
+    code, result, _ = asked(flags, capsys)
+    assert code == 0, result
+    shown = "\n".join(row["what"] for row in result["rows"])
+    assert all(f"servo {number} (" in shown for number in range(1, 7))
+    assert "12.1 V, 31 C, firmware 3.10" in shown
+    assert registers == [bytes(servo.registers) for servo in bus.servos], "the servos are only read"
+
+
+def _poke(register: Register, value: int) -> Callable[[VirtualBus], None]:
+    def poke(bus: VirtualBus) -> None:
+        bus.servos[2].registers[register] = value
+
+    return poke
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda bus: bus.inject("absent:servo=3"), ["servo 3 (elbow_flex) does not answer"]),
+        (lambda bus: bus.inject("absent"), ["no servo answers", "power supply"]),
+        (_poke(Register.PRESENT_TEMPERATURE, 74), ["servo 3 (elbow_flex) is too hot: 74 C"]),
+        (_poke(Register.PRESENT_VOLTAGE, 38), ["servo 3 (elbow_flex) has 3.8 V", "power supply"]),
+        (_poke(Register.FIRMWARE_MINOR, 9), ["firmware differs", "servo 3 3.9"]),
+        (lambda bus: bus.inject("wrong_model:servo=2"), ["servo 2 (shoulder_lift) is of model 1284"]),
+        (lambda bus: bus.inject("error:servo=6,bits=32"), ["servo 6 (gripper) reports overload"]),
+        (_poke(Register.TORQUE_ENABLE, 1), ["servo 3 (elbow_flex) is powered"]),
+    ],
+)
+def test_a_fault_of_the_arm_is_named(
+    spoil: Callable[[VirtualBus], None], named: list[str], bus: VirtualBus, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(bus)
+    code, _, told = asked(flags, capsys)
+    assert all(word in told for word in named), told
+    assert code == ("is powered" not in told)
+
+
+def _other_arm(directory: Path, bus: VirtualBus) -> None:
+    values = bus.calibration["wrist_flex"]
+    other = JointCalibration(values.id, 0, values.homing_offset + 33, values.range_min, values.range_max)
+    save_calibration({**bus.calibration, "wrist_flex": other}, directory / "black.json")
+
+
+def test_a_calibration_of_another_arm_a_damaged_and_a_missing_one(
+    bus: VirtualBus, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _other_arm(tmp_path, bus)
+    code, _, told = asked(flags, capsys)
+    assert code == 1
+    assert "of another arm: wrist_flex.homing_offset" in told
+    (tmp_path / "black.json").write_text('{"gripper": {}}')
+    assert "no calibration of an SO-100" in asked(flags, capsys)[2]
+    (tmp_path / "black.json").unlink()
+    assert "lerobot-calibrate" in asked(flags, capsys)[2]
+
+
+def test_a_wrong_port_and_one_that_another_program_holds(bus: VirtualBus, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/nowhere does not exist" in asked([*flags, "--robot.port=/nowhere"], capsys)[2]
+    holder = subprocess.Popen([sys.executable, "-c", f"f = open({bus.port!r}, 'rb'); print(flush=True); input()"], stdin=-1, stdout=-1)
+    try:
+        holder.stdout.readline()
+        code, _, told = asked(flags, capsys)
+    finally:
+        holder.communicate(b"\n")
+    assert code == 1
+    assert f"pid {holder.pid} (" in told
+
+
+def _changed(directory: Path, change: Callable[[Path], None]) -> Path:
+    copy = directory / "checkpoint"
+    shutil.copytree(TRAINED, copy)
+    change(copy)
+    return copy
+
+
+def _lose_a_shard(copy: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _cut(copy: Path) -> None:
+    os.truncate(copy / "model.safetensors", 6_000_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "named", "code"),
+    [
+        (_lose_a_shard, [], ["incomplete", "model-00002-of-00002.safetensors"], 1),
+        (_cut, [], ["incomplete", "cut short"], 1),
+        (lambda copy: (copy / "eagle2_hg_model" / "tokenizer.json").unlink(), [], ["no tokenizer files"], 0),
+        (lambda copy: None, ["--embodiment_tag=gr1"], ["gr1", "--embodiment_tag=new_embodiment"], 1),
+        (lambda copy: None, ["--data_config=so100_dualcam"], ["so100_dualcam"], 1),
+        (lambda copy: None, ["--robot.use_degrees=false"], ["use_degrees=true"], 1),
+        (lambda copy: None, ["--robot.cameras={front: {type: sim}, side: {type: sim}}"], ["webcam", "--camera_map"], 1),
+        (lambda copy: None, ["--engine=openvino"], ["exports/openvino", "no exported engine"], 1),
+    ],
+)
+def test_a_checkpoint_that_cannot_run_is_named(
+    change: Callable[[Path], None], more: list[str], named: list[str], code: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, _, told = asked([*flags, f"--model_path={_changed(tmp_path, change)}", *more], capsys)
+    assert all(word in told for word in named), told
+    assert got == code, told
+
+
+def test_a_stale_export_is_named(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="needs `pip install 'gr00t_fast[export]'`")
+    from exports import make_export
+
+    copy = _changed(tmp_path, lambda copy: None)
+    make_export(copy, copy / "exports" / "onnxruntime")
+    with (copy / "model.safetensors").open("r+b") as file:  # trained on: another weight
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x11")
+    code, _, told = asked([*flags, f"--model_path={copy}", "--engine=onnxruntime"], capsys)
+    assert code == 1
+    assert "was not made for this checkpoint" in told
+    assert "other weights" in told
+    assert asked([*flags, f"--model_path={copy}"], capsys)[0] == 0, "an engine that is not asked for only warns"
+
+
+def test_a_missing_extra_is_named(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "lerobot" else find_spec(name, *rest))
+    code, _, told = asked(flags, capsys)
+    assert code == 1
+    assert "gr00t_fast[robot]" in told
+
+
+def test_the_file_of_a_run_is_understood(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(f"lang_instruction: go\nmax_speed_deg_s: 100\nout: {tmp_path}/of_the_run\nmodel_path: {TRAINED}\nembodiment_tag: gr1\n")
+    assert "gr1" in asked([*flags, f"--config_path={file}"], capsys)[2]
+    assert not (tmp_path / "of_the_run").exists()
+    file.write_text("lang_instructoin: go\n")
+    assert main(["doctor", f"--config_path={file}"]) == 2
+    assert "lang_instruction" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cameras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if virtual_camera.compiler() is None:
+        pytest.skip("needs a C compiler for the virtual camera (apt install gcc)")
+    directory = tmp_path_factory.mktemp("cameras")
+    virtual_camera.build_plugin(directory)
+    red, blue = np.zeros((480, 640, 3), np.uint8), np.zeros((480, 640, 3), np.uint8)
+    red[..., 2] = blue[..., 0] = np.linspace(0, 255, 640)  # BGR
+    virtual_camera.write_camera(directory, 0, red)
+    virtual_camera.write_camera(directory, 1, blue)
+    return directory
+
+
+def doctor(cameras: Path, *words: str) -> tuple[int, str, float]:
+    """In a process of its own: OpenCV looks for its plugins once. Exit code, output, seconds that it says it took."""
+    environment = {**virtual_camera.plugin_environment(cameras), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gr00t_fast", "doctor", "--json", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, done.stderr, json.loads(done.stdout)["seconds"]
+
+
+def test_pictures_of_the_cameras_lie_beside_the_names_of_the_checkpoint(bus: VirtualBus, flags: list[str], cameras: Path, tmp_path: Path) -> None:
+    import cv2
+
+    camera = "{type: opencv, index_or_path: %d, width: 640, height: 480, fps: 30}"
+    out = tmp_path / "seen"
+    two = f"--robot.cameras={{wrist: {camera % 0}, webcam: {camera % 1}}}"
+    code, told, _ = doctor(cameras, *flags, two, f"--out={out}")
+    assert code == 0, told
+    assert {file.name for file in out.iterdir()} == {"camera_wrist.png", "camera_webcam.png", "cameras.png", "doctor.json", "doctor.txt"}
+    assert cv2.imread(str(out / "camera_wrist.png"))[..., 2].mean() > 100, "index 0 is the red one"
+    assert cv2.imread(str(out / "camera_webcam.png"))[..., 0].mean() > 100
+    sheet = cv2.imread(str(out / "cameras.png"))
+    assert sheet.shape[1] > 2 * 400
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("{webcam: {type: opencv, index_or_path: 7}}", ["camera webcam (7) cannot be opened"]),
+        ("{webcam: {type: opencv, index_or_path: 0, width: 1280, height: 720}}", ["does not deliver width: 1280; it gives 640"]),
+        ("{webcam: {type: opencv, index_or_path: 0}, wrist: {type: opencv, index_or_path: 0}}", ["webcam and wrist are the same device"]),
+    ],
+)
+def test_a_mistake_with_a_camera_is_named(setting: str, named: list[str], bus: VirtualBus, flags: list[str], cameras: Path) -> None:
+    code, told, _ = doctor(cameras, *flags, f"--robot.cameras={setting}")
+    assert code == 1
+    assert all(word in told for word in named), told
+
+
+def test_a_camera_without_a_device_is_refused_before_weights(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    camera = "--robot.cameras={webcam: {type: opencv, index_or_path: 97}}"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("cameras are files on Linux only")
+    assert main(["run", *flags, camera, "--lang_instruction=go", "--dry_run"]) == 1
+    told = capsys.readouterr()
+    assert "/dev/video97" in told.err
+    assert "loading" not in told.out
+
+
+def test_a_dry_run_leaves_pictures_table_and_video(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
+    out = tmp_path / "dry"
+    robot = ["--robot.type=so100_sim", "--robot.task=reach", "--robot.cameras={webcam: {type: sim, width: 160, height: 120}}"]
+    words = [*robot, f"--model_path={TRAINED}", "--lang_instruction=Reach the block", "--dry_run", "--device=cpu"]
+    assert main(["run", *words, f"--out={out}", f"--video={out / 'cameras.mp4'}"]) == 0, capsys.readouterr().err
+    assert {"camera_webcam.png", "cameras.png", "dry_run.txt", "report.json", "cameras.mp4"} <= {file.name for file in out.iterdir()}
+    assert "gripper" in (out / "dry_run.txt").read_text()

@@ -1,0 +1,50 @@
+"""What is written is whole or not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.files import atomic_write, whole_directory
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "state.json"
+    for text in ("first", "second"):
+        with atomic_write(path) as partial:
+            partial.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+    with pytest.raises(OSError), atomic_write(path) as partial:  # the block fails half way
+        partial.write_bytes(b"half") and (partial / "not" / "there").write_text("half")
+    assert [path.read_text() for path in path.parent.iterdir()] == ["second"]
+
+
+def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
+    out, ended = tmp_path / "out", subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".out.partial-{ended.pid}").mkdir()  # as a kill that cannot be caught leaves it
+    running = tmp_path / f".out.partial-{os.getppid()}"
+    running.mkdir()
+    with pytest.raises(FileExistsError), whole_directory(out, overwrite=False) as directory:
+        directory.mkdir()  # anything that raises
+    assert list(tmp_path.iterdir()) == [running]
+    for content, overwrite in (("first", False), ("second", True)):
+        with whole_directory(out, overwrite) as directory:
+            (directory / "manifest.json").write_text(content)
+            assert not out.exists() or (out / "manifest.json").read_text() != content
+        assert (out / "manifest.json").read_text() == content
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="would delete them"), whole_directory(precious, overwrite=True):
+        pytest.fail("nothing is done before it is refused")
+    assert (precious / "thesis.txt").read_text() == "years"
+    for path, overwrite, told in ((out, False, "--overwrite"), (out / "manifest.json", True, "is a file")):
+        with pytest.raises(ConfigError, match=told), whole_directory(path, overwrite):
+            pytest.fail("nothing is done before it is refused")

@@ -1,0 +1,215 @@
+"""Slow moves to a pose: where they go, how fast, and what stops them; and what recordings say. Virtual time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from control_fakes import LIMITS, Bench
+
+from gr00t_fast.cli import run_flags
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
+from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
+from gr00t_fast.recordings import read_recordings
+
+HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)
+SPEED = 60.0  # 2 degrees a tick
+
+
+def bench(home=None, rest=None, **options) -> Bench:
+    return Bench(poses=Poses(home, rest, SPEED), camera_fault=None, **options)
+
+
+def steps(sent: np.ndarray) -> np.ndarray:
+    return np.abs(np.diff(np.vstack([[0, 0, 0, 0, 0, 50], sent]), axis=0)).max(axis=1)
+
+
+def test_the_arm_is_at_home_before_the_first_look_of_the_network() -> None:
+    run = bench(HOME)
+    run.loop.run()
+    seen = np.concatenate([run.policy.seen[0]["state.single_arm"][0], run.policy.seen[0]["state.gripper"][0]])
+    np.testing.assert_allclose(seen, HOME)
+    moving = steps(run.sent())[:30]
+    np.testing.assert_allclose(moving, SPEED / 30)
+    assert len(run.loop.trace) == 30, "the episode has its whole time, and the report its ticks alone"
+    assert run.robot.calls == ["connect", "reset", "land"]
+    assert run.robot.beats > 60
+
+
+def test_between_episodes_it_goes_home_before_things_are_put_back() -> None:
+    run = bench(HOME, episodes=2, reset_time_s=2.0)
+    run.loop.run()
+    back = [index for index, line in enumerate(run.said) if "home pose" in line]
+    holds = next(index for index, line in enumerate(run.said) if "put things back" in line)
+    assert len(back) == 2, "before each episode; the second move comes before the pause"
+    assert back[1] < holds
+    assert len(run.loop.trace) == 60
+
+
+def test_the_arm_rests_before_it_is_let_go() -> None:
+    run = bench(rest=REST)
+    run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1], REST)
+    assert steps(run.sent())[31:].max() <= SPEED / 30 + 1e-9
+    assert run.loop.trace.ended_by == "done"
+
+
+def test_nothing_moves_without_being_asked() -> None:
+    run = Bench()
+    run.loop.run()
+    assert not [line for line in run.said if "pose" in line]
+    assert len(run.sent()) == 30
+
+
+def ctrl_c(run: Bench, after: int, number: int = signal.SIGINT) -> None:
+    """Send the process a signal when so many targets are out, and again at the counts that follow."""
+    run.robot.on_send = lambda: os.kill(os.getpid(), number) if len(run.robot.sent) == after else None
+
+
+def test_ctrl_c_on_the_way_home_lands_at_once() -> None:
+    run = bench(HOME, REST)
+    ctrl_c(run, 5)
+    with run.stop:
+        run.loop.run()
+    assert len(run.robot.sent) <= 6
+    assert run.robot.calls[-1] == "land"
+    assert run.stop.exit_code == 130
+    assert not run.policy.seen
+
+
+def test_ctrl_c_in_an_episode_rests_first_and_a_second_one_lands_at_once() -> None:
+    run = bench(rest=REST)
+    ctrl_c(run, 10)
+    with run.stop:
+        run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1], REST)
+    assert (run.loop.trace.ended_by, run.stop.exit_code) == ("SIGINT", 130)
+
+    run = bench(rest=REST)
+    run.robot.on_send = lambda: os.kill(os.getpid(), signal.SIGINT) if len(run.robot.sent) in (10, 15) else None
+    with run.stop:
+        run.loop.run()
+    assert len(run.robot.sent) <= 16
+    assert run.robot.calls[-1] == "land"
+    assert (run.loop.trace.ended_by, run.stop.exit_code) == ("SIGINT", 130)
+
+
+def test_sigterm_and_faults_land_without_resting() -> None:
+    run = bench(rest=REST)
+    ctrl_c(run, 10, signal.SIGTERM)
+    with run.stop:
+        run.loop.run()
+    assert len(run.robot.sent) <= 11
+
+    run = bench(rest=REST)
+
+    def lost() -> None:
+        if len(run.robot.sent) == 10:
+            raise RobotError("the bus is gone")
+
+    run.robot.on_send = lost
+    with pytest.raises(RobotError):
+        run.loop.run()
+    assert len(run.robot.sent) == 10
+    assert run.robot.calls[-1] == "land"
+
+
+def test_a_joint_that_is_blocked_on_the_way_ends_the_run_as_in_an_episode() -> None:
+    run = bench((90.0, *HOME[1:]))
+    move = run.robot._move
+
+    def blocked() -> None:
+        move()
+        run.robot.pose[0] = 0.0
+
+    run.robot._move = blocked
+    with pytest.raises(UnsafeActionError, match="shoulder_pan"):
+        run.loop.run()
+    assert run.robot.calls[-1] == "land"
+
+
+def test_a_gripper_that_holds_something_does_not_keep_the_arm_from_home() -> None:
+    run = bench((*HOME[:5], 0.0))
+    move = run.robot._move
+
+    def holds() -> None:
+        move()
+        run.robot.pose[5] = max(run.robot.pose[5], 40.0)
+
+    run.robot._move = holds
+    run.loop.run()
+    assert [line for line in run.said if "not quite" in line and "gripper" in line]
+    assert run.policy.seen
+
+
+@pytest.mark.parametrize("pose", [(200.0, *HOME[1:]), HOME[:5], (float("nan"), *HOME[1:])])
+@pytest.mark.parametrize("flag", ["home", "rest"])
+def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(pose: tuple[float, ...], flag: str) -> None:
+    run = Bench(poses=Poses(**{flag: pose}))
+    with pytest.raises(PreflightError, match=f"--{flag}"):
+        run.loop.run()
+    assert run.robot.calls == ["connect", "land"]
+    assert not run.robot.sent
+
+
+FLAGS = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
+
+
+@pytest.mark.parametrize("words", [["--home=nowhere"], ["--home=[1, 2]"], ["--home=recordings"], ["--rest=home"], ["--home_speed_deg_s=0"]])
+def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
+    with pytest.raises(run_flags.UsageError, match=words[0].split("=")[0]):
+        run_flags.parse([*FLAGS, *words])
+
+
+def test_flags() -> None:
+    config = run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
+    assert (config.home, config.rest, config.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
+
+
+def write_recordings(directory: Path, names=SO100_JOINTS) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    feature = {"dtype": "float32", "shape": [6], "names": [f"{name}.pos" for name in names]}
+    (directory / "meta").mkdir(parents=True)
+    (directory / "meta" / "info.json").write_text(json.dumps({"fps": 30, "features": {"observation.state": feature, "action": feature}}))
+    for episode, begin in enumerate((10.0, 12.0, 50.0)):
+        path = [[begin + 2.0 * row] * 5 + [min(99.0, 4.0 * row)] for row in range(20)]
+        columns = {"observation.state": path, "action": path, "episode_index": [episode] * 20, "frame_index": list(range(20))}
+        file = directory / "data" / f"chunk-{episode:03d}" / "file-000.parquet"
+        file.parent.mkdir(parents=True)
+        parquet.write_table(arrow.table(columns), file)
+
+
+def test_recordings_say_where_they_begin_and_how_fast_they_are(tmp_path: Path) -> None:
+    write_recordings(tmp_path)
+    found = read_recordings(tmp_path, SO100_JOINTS)
+    np.testing.assert_allclose(found.begin, [12.0] * 5 + [0.0])
+    np.testing.assert_allclose(found.fastest_units_s, [60.0] * 5 + [120.0])
+    assert found.episodes == 3
+    options = SafetyOptions(recorded_units_s=tuple(found.fastest_units_s.tolist()))
+    safety = SafetyFilter(LIMITS, SO100_JOINTS, options, fps=30.0, units_per_deg=np.ones(6))
+    assert safety.options.max_speed_deg_s == pytest.approx(180.0)
+    leap = SafetyOptions(recorded_units_s=(9000.0,) * 6)
+    assert SafetyFilter(LIMITS, SO100_JOINTS, leap, fps=30.0, units_per_deg=np.ones(6)).options.max_speed_deg_s == DEFAULT_MAX_SPEED_DEG_S
+
+
+def test_recordings_of_another_robot_and_no_recordings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no LeRobotDataset"):
+        read_recordings(tmp_path, SO100_JOINTS)
+    write_recordings(tmp_path / "other", ("a", "b", "c", "d", "e", "f"))
+    with pytest.raises(ConfigError, match="this kind of arm"):
+        read_recordings(tmp_path / "other", SO100_JOINTS)
+
+
+def test_ordinary_motion_of_a_real_arm_is_not_limited() -> None:
+    safety = SafetyFilter(LIMITS, SO100_JOINTS, SafetyOptions(), fps=30.0, units_per_deg=np.ones(6))
+    safety.start(np.zeros(6))
+    for tick in range(1, 8):
+        safety.measured(np.full(6, 7.7 * (tick - 1)))
+        np.testing.assert_allclose(safety(np.full(6, 7.7 * tick)), 7.7 * tick)
+    assert not safety.speed_limited.any()

@@ -1,0 +1,369 @@
+"""GR00T N1.7 beyond the recordings: other settings of its processor, files that are damaged, a random checkpoint through policy and loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_networks import edit_json, write_network
+
+from gr00t_fast import load_policy
+from gr00t_fast.checkpoint import ActionPart, PictureSettings, load_model, open_checkpoint
+from gr00t_fast.cli.run import main
+from gr00t_fast.config import QwenVisionConfig
+from gr00t_fast.config_n1d7 import DEFAULTS, PUBLISHED_BACKBONE, PUBLISHED_CONFIG_N1D7, config_n1d7
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.engine.manifest import Digests, Target
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
+from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
+from gr00t_fast.model.vision_qwen import patches_of, picture_values
+from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, picture_size
+from gr00t_fast.policy import Gr00tPolicy
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+
+TAG, LANGUAGE = "new_embodiment", "annotation.human.task_description"
+MODALITIES = f"processor_kwargs.modality_configs.{TAG}"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", data_config="so100_dualcam", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Gr00tPolicy:
+    return load_policy(
+        write_random_checkpoint(tmp_path_factory.mktemp("n1d7") / "checkpoint", "tiny", network="n1.7"), device="cpu", precision="fp32"
+    )
+
+
+def observation(cameras: tuple[str, ...] = ("webcam",), times: int = 1, seed: int = 0) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    frames = {f"video.{camera}": generator.integers(0, 256, (times, 48, 64, 3), dtype=np.uint8) for camera in cameras}
+    return {**frames, "state.single_arm": generator.uniform(-30, 30, (1, 5)), "state.gripper": generator.uniform(0, 60, (1, 1)), LANGUAGE: "pick it"}
+
+
+def noise(policy: Gr00tPolicy) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((1, *policy.chunk_shape)).astype(np.float32)
+
+
+# --- the policy ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_relative_chunk_counts_from_the_state_that_it_was_inferred_from(policy: Gr00tPolicy) -> None:
+    seen, start = observation(), noise(policy)
+    inputs = policy.preprocess(seen)
+    chunk = policy.infer(inputs, start)
+    here = policy.postprocess(chunk, inputs)
+    assert {key: value.shape for key, value in here.items()} == {"action.single_arm": (16, 5), "action.gripper": (16, 1)}
+    there = policy.postprocess(chunk, policy.preprocess({**seen, "state.single_arm": seen["state.single_arm"] + 10}))
+    np.testing.assert_allclose(there["action.single_arm"], here["action.single_arm"] + 10, atol=1e-4)
+    assert np.array_equal(there["action.gripper"], here["action.gripper"])
+
+
+@pytest.mark.parametrize("method", ["rtc", "prefix"])
+def test_a_chunk_continues_another_one_in_joint_units(policy: Gr00tPolicy, method: str) -> None:
+    """Re-anchored: the rows that are known are absolute, and count from where the arm is at the new observation."""
+    seen, start = observation(), noise(policy)
+    before = policy.get_action(seen, noise=start)
+    moved = {**seen, "state.single_arm": before["action.single_arm"][3:4].astype(float)}
+    known = ActionPrefix({key: value[4:] for key, value in before.items()}, 2, method)
+    continued, afresh = policy.get_action(moved, noise=start, prefix=known), policy.get_action(moved, noise=start)
+    for key, value in continued.items():
+        assert np.array_equal(value[:2], before[key][4:6])
+    gap, free = (np.abs(each["action.single_arm"][2:4] - before["action.single_arm"][6:8]).max() for each in (continued, afresh))
+    assert gap < free
+
+
+def test_the_nested_form_gives_the_same(policy: Gr00tPolicy) -> None:
+    seen, start = observation(), noise(policy)
+    nested = {
+        "video": {"webcam": seen["video.webcam"][None]},
+        "state": {name: seen[f"state.{name}"][None].astype(np.float32) for name in ("single_arm", "gripper")},
+        "language": {LANGUAGE: [["pick it"]]},
+    }
+    flat = policy.get_action({key: value.astype(np.float32) if key.startswith("state.") else value for key, value in seen.items()}, noise=start)
+    made = policy.get_action(nested, noise=start)
+    assert all(np.array_equal(made[key][0], flat[key]) for key in flat)
+    del nested["state"]["gripper"]
+    with pytest.raises(ObservationError, match="state.gripper"):
+        policy.get_action(nested)
+
+
+def test_history_of_earlier_calls(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-3, 0))
+    policy = load_policy(checkpoint, device="cpu", precision="fp32")
+    assert policy.get_modality_config()["video"].delta_indices == [-3, 0]
+    seen = [observation(seed=seed) for seed in range(6)]
+
+    def both(earlier: int, now: int) -> np.ndarray:
+        frames = np.concatenate([seen[earlier]["video.webcam"], seen[now]["video.webcam"]])
+        return policy.get_action({**seen[now], "video.webcam": frames}, noise=start)["action.single_arm"]
+
+    policy.warm_up()  # brings its own, and leaves nothing behind
+    start, expected = noise(policy), [(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (2, 5)]
+    for now, pair in enumerate(expected):
+        if now == 1:
+            policy.observe(seen[now])  # a step without actions
+        else:
+            assert np.array_equal(policy.get_action(seen[now], noise=start)["action.single_arm"], both(*pair)), now
+    policy.reset()
+    assert np.array_equal(policy.get_action(seen[4], noise=start)["action.single_arm"], both(4, 4))
+    with pytest.raises(ObservationError, match="2 time steps, or the present one, got 3"):
+        policy.get_action(observation(times=3))
+
+
+def test_seed_steps_and_horizon(policy: Gr00tPolicy, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="from 1 to 16"):
+        policy.action_horizon = 17
+    seeded = load_policy(tiny, device="cpu", precision="fp32", seed=3, action_horizon=5, denoising_steps=2)
+    seen = observation(("front", "wrist"))
+    first, second = (seeded.get_action(seen)["action.single_arm"] for _ in range(2))
+    seeded.reset()
+    assert np.array_equal(seeded.get_action(seen)["action.single_arm"], first)
+    assert first.shape == (5, 5)
+    assert not np.array_equal(first, second)
+
+
+def test_engines_and_data_configs_that_do_not_fit_are_refused(tiny: Path) -> None:
+    for engine in ("onnxruntime", "tensorrt", "openvino", "fp8"):
+        with pytest.raises(ConfigError, match=f"{engine}.*N1.7.*eager, cuda_graph, compiled"):
+            load_policy(tiny, engine=engine)
+    with pytest.raises(ConfigError, match=r"contradicts processor_config.json: video video.webcam \(the checkpoint: video.front, video.wrist\)"):
+        load_policy(tiny, data_config="so100", device="cpu")
+    load_policy(tiny, data_config="so100_dualcam", device="cpu")
+    with pytest.raises(ConfigError, match="unknown embodiment_tag 'gr1'.*--embodiment_tag=new_embodiment"):
+        load_policy(tiny, embodiment_tag="gr1", device="cpu")
+
+
+def test_exports_of_n1d5_from_before_still_fit(tmp_path: Path) -> None:
+    """What configurations have got for N1.7 is no part of an export's identity; of an N1.7 checkpoint there is none."""
+    target = Target(open_checkpoint(write_network(tmp_path / "n1d5")), TAG, DATA_CONFIGS["so100"], "so100")
+    assert set(target.identity(Digests(tmp_path))["data_config"]) == {
+        "video_keys",
+        "state_keys",
+        "action_keys",
+        "language_key",
+        "action_indices",
+        "normalisation",
+    }
+    with pytest.raises(ConfigError, match="N1.7"):
+        Target(open_checkpoint(write_random_checkpoint(tmp_path / "n1d7", "tiny", network="n1.7")), TAG, DATA_CONFIGS["so100"], "so100")
+
+
+# --- the program -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "change", "code", "says"),
+    [
+        (("--controller=threaded", "--smoothing=rtc"), None, 0, "landing: torque off"),
+        ((), ("statistics.json", f"{TAG}.state.single_arm", 0.01), 1, "radians"),
+        (("--robot.cameras={top: {type: sim, width: 64, height: 48}}",), None, 1, "no camera of the robot provides 'front', 'wrist'"),
+    ],
+)
+def test_the_program_with_another_model_path(tiny: Path, capsys: pytest.CaptureFixture[str], flags: tuple, change: Any, code: int, says: str) -> None:
+    pytest.importorskip("mujoco")
+    if change is not None:
+        file, key, scale = change
+        for part in ("state", "action"):
+            values = json.loads((tiny / file).read_text())[TAG][part]["single_arm"]
+            scaled = {name: (np.asarray(numbers) * scale).tolist() for name, numbers in values.items()}
+            edit_json(tiny / file, key.replace("state", part), scaled)
+    cameras = "{front: {type: sim, width: 64, height: 48}, wrist: {type: sim, width: 64, height: 48}}"
+    given = flags if any("cameras" in flag for flag in flags) else (f"--robot.cameras={cameras}", *flags)
+    argv = ["--robot.type=so100_sim", f"--model_path={tiny}", "--lang_instruction=pick", "--timeout=0.5", "--device=cpu", *given]
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert says in out + err
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
+    """12 language layers and no self-attention over tokens, where the published network has 16 and 4."""
+    raw = json.loads((tiny / "config.json").read_text())
+    raw["vl_self_attention_cfg"] = None
+    for key in ("select_layer", "num_timestep_buckets", "attend_text_every_n_blocks"):
+        raw.pop(key, None)
+    (tiny / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="select_layer must be between 1 and 3, got 12"):
+        open_checkpoint(tiny)
+    edit_json(tiny / "config.json", "select_layer", 3)
+    head = open_checkpoint(tiny).config.head
+    assert (head.timestep_buckets, head.attend_text_every, head.vl_attention.num_layers) == (1000, DEFAULTS["attend_text_every_n_blocks"], 0)
+    with pytest.raises(CheckpointError, match="unexpected"):
+        load_model(open_checkpoint(tiny), TAG, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("config.json", "select_layers", 3, "unknown key 'select_layers'.*Did you mean 'select_layer'"),
+        ("config.json", "use_tactile", True, "use_tactile is True"),
+        ("config.json", "diffusion_model_cfg.positional_embeddings", ..., "positional_embeddings is 'sinusoidal'"),
+        ("config.json", "diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
+        ("config.json", "input_embedding_dim", 33, "input_embedding_dim is 33, expected 32"),
+        ("config.json", "max_num_embodiments", 10, "selects row 10 .* there are 10"),
+        ("config.json", "max_state_dim", 131, "max_state_dim is 132, but the network's is 131"),
+        ("backbone_config.json", "text_config.rope_scaling.mrope_interleaved", False, "mrope_interleaved"),
+        ("backbone_config.json", "text_config.rope_scaling.mrope_section", [2, 2, 1], "half of head_dim"),
+        ("backbone_config.json", "vision_config.deepstack_visual_indexes", [1, 0], "deepstack_visual_indexes"),
+        ("backbone_config.json", "vision_config.num_position_embeddings", 35, "square"),
+        ("processor_config.json", "processor_kwargs.use_percentile", True, "unknown key 'use_percentile'"),
+        ("processor_config.json", "processor_kwargs.formalize_language", 1, "formalize_language must be true or false"),
+        ("processor_config.json", f"{MODALITIES}.action.delta_indices", [1, 2], "action delta_indices"),
+        ("processor_config.json", f"{MODALITIES}.video.delta_indices", [0, -15], "video delta_indices"),
+        ("processor_config.json", f"{MODALITIES}.state.delta_indices", [-1, 0], "state_history_length"),
+        ("processor_config.json", f"{MODALITIES}.action.modality_keys", ["single_arm"], "damaged"),
+        ("statistics.json", f"{TAG}.relative_action", ..., "relative_action has no statistics"),
+        ("statistics.json", f"{TAG}.relative_action.single_arm.min", [[0.0] * 5], "no list of finite numbers"),
+        ("statistics.json", f"{TAG}.state.gripper.q99", [float("1e400")], "JSON|finite|damaged"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_by_name(tiny: Path, file: str, key: str, value: Any, message: str) -> None:
+    edit_json(tiny / file, key, value)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tiny).embodiment_n1d7(TAG)
+
+
+def test_wrong_weights_are_listed_at_once(tiny: Path) -> None:
+    edit_json(tiny / "backbone_config.json", "vision_config.deepstack_visual_indexes", [0, 1, 2])
+    edit_json(tiny / "config.json", "use_vlln", False)
+    with pytest.raises(CheckpointError, match="backbone_config.json") as error:
+        load_model(open_checkpoint(tiny), TAG, torch.device("cpu"), torch.float32)
+    assert "deepstack_merger_list.2.norm.weight" in str(error.value)
+    assert "action_head.vlln.weight" in str(error.value)
+
+
+def test_the_processor_s_files_may_lie_in_a_directory_of_their_own(tiny: Path) -> None:
+    (tiny / "processor").mkdir()
+    for name in ("processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"):
+        (tiny / name).rename(tiny / "processor" / name)
+    assert load_policy(tiny, device="cpu").metadata.trained_horizon == 16
+    (tiny / "processor" / "embodiment_id.json").unlink()
+    assert open_checkpoint(tiny).row_of(TAG) == 10, "the reference's own table"
+    (tiny / "processor" / "statistics.json").unlink()
+    with pytest.raises(CheckpointError, match="statistics.json is missing.*N1.7"):
+        open_checkpoint(tiny)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------------
+
+AREA = PictureSettings(True, 256, 0.95, None, None)
+BILINEAR = PictureSettings(False, 256, 1.0, (230, 230), (256, 256))
+
+
+@pytest.mark.parametrize("size", [(256, 256), (224, 224), (320, 300), (256, 320), (100, 400)])
+def test_sizes_and_patches_are_those_of_the_reference_s_image_processor(size: tuple[int, int]) -> None:
+    processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl_fast")
+    sizes = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}}
+    reference = processing.Qwen2VLImageProcessorFast(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    frame = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    expected = reference(images=[frame], return_tensors="pt")
+    accepted = accepted_size(*size, 32)
+    assert expected["image_grid_thw"].tolist() == [[1, accepted[0] // 16, accepted[1] // 16]]
+    pixels = frame.permute(1, 2, 0).numpy() if accepted == size else _interpolated(frame.permute(1, 2, 0).numpy(), accepted, "bicubic")
+    made = patches_of(picture_values(torch.from_numpy(np.array(pixels))[None]), open_vision())[0]
+    assert torch.equal(made, expected["pixel_values"])
+
+
+def open_vision() -> QwenVisionConfig:
+    return config_n1d7(PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE).vision
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (480, 640), (300, 200), (256, 256), (1080, 1920)])
+def test_pictures_as_torchvision_makes_them(shape: tuple[int, int]) -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    top, left = ((max(shape) - side) // 2 for side in shape)
+    pad = v2.Pad([left, top, max(shape) - shape[1] - left, max(shape) - shape[0] - top])
+    for crop, target in (((230, 230), (256, 256)), ((230, 200), (256, 320)), ((300, 300), (256, 256))):
+        reference = v2.Compose([v2.ToImage(), pad, v2.Resize(target), v2.CenterCrop(crop), v2.Resize(target)])
+        made = picture(frame, PictureSettings(False, 256, 1.0, crop, target), 32)
+        assert np.array_equal(made, reference(torch.from_numpy(frame).permute(2, 0, 1)).permute(1, 2, 0).numpy())
+
+
+def test_pictures_by_area_keep_the_middle(policy: Gr00tPolicy) -> None:
+    frame = np.zeros((240, 424, 3), np.uint8)
+    frame[:, 212 - 10 : 212 + 10] = 200
+    made = picture(frame, AREA, 32)
+    assert made.shape == (256, 256, 3)
+    assert made[:40].max() == 0, "padded above"
+    assert made[128, 128].tolist() == [200] * 3
+    assert picture_size(PictureSettings(True, 320, 0.9, None, None), 32) == (320, 320)
+    assert picture(frame, PictureSettings(True, 200, 0.9, None, None), 32).shape == (256, 256, 3), "enlarged to what Qwen's processor takes"
+
+
+def test_another_picture_size_gives_another_number_of_tokens(tiny: Path) -> None:
+    edit_json(tiny / "processor_config.json", "processor_kwargs.shortest_image_edge", 320)
+    policy = load_policy(tiny, device="cpu", precision="fp32")
+    assert (policy.preprocess(observation(("front", "wrist"))).input_ids == policy.processor.prompts.image_token_id).sum() == 2 * 100
+    assert np.isfinite(policy.get_action(observation(("front", "wrist")))["action.single_arm"]).all()
+
+
+# --- joints --------------------------------------------------------------------------------------------------------------------------
+
+
+def _embodiment(checkpoint: Path, **settings: Any):
+    for key, value in settings.items():
+        edit_json(checkpoint / "processor_config.json", f"processor_kwargs.{key}", value)
+    return open_checkpoint(checkpoint).embodiment_n1d7(TAG)
+
+
+def test_state_kinds(tiny: Path) -> None:
+    edit_json(tiny / "processor_config.json", f"{MODALITIES}.state.mean_std_embedding_keys", ["gripper"])
+    edit_json(tiny / "processor_config.json", f"{MODALITIES}.state.sin_cos_embedding_keys", ["single_arm"])
+    state = {"state.single_arm": np.full((1, 1, 5), 1000.0), "state.gripper": np.full((1, 1, 1), 45.0)}
+    plain = StateTransformN1d7(_embodiment(tiny))(state)
+    assert plain[0, :6].tolist() == [1.0] * 5 + [1.0], "clipped, and (45 - 30) / 15"
+    assert StateTransformN1d7(_embodiment(tiny, clip_outliers=False))(state)[0, 0] > 1
+    angles = StateTransformN1d7(_embodiment(tiny, apply_sincos_state_encoding=True))(state)
+    np.testing.assert_allclose(angles[0, :11], [math.sin(1000)] * 5 + [math.cos(1000)] * 5 + [1.0], rtol=1e-5)
+    assert not StateTransformN1d7(_embodiment(tiny, exclude_state=True))(state).any()
+    edit_json(tiny / "statistics.json", f"{TAG}.state.gripper.std", [0.0])
+    assert StateTransformN1d7(_embodiment(tiny, exclude_state=False))(state)[0, 10] == 45, "as it is where nothing varied"
+
+
+def test_actions_are_absolute_without_relative_action_or_as_deltas(tiny: Path) -> None:
+    state = {"state.single_arm": np.full((1, 1, 5), 10.0), "state.gripper": np.zeros((1, 1, 1))}
+    chunk = np.zeros((1, 16, 132), np.float32)
+    relative = ActionTransformN1d7(_embodiment(tiny))(chunk, state)["action.single_arm"]
+    assert np.array_equal(relative, np.full((1, 16, 5), 10.0)), "no motion"
+    absolute = ActionTransformN1d7(_embodiment(tiny, use_relative_action=False))(chunk, state)["action.single_arm"]
+    np.testing.assert_allclose(absolute[0, 0], [0, -20, 20, 67.5, -90], atol=1e-4)
+    configs = [{"rep": "DELTA", "type": "NON_EEF", "format": "DEFAULT", "state_key": None}] * 2
+    edit_json(tiny / "processor_config.json", f"{MODALITIES}.action.action_configs", configs)
+    delta = ActionTransformN1d7(_embodiment(tiny, use_relative_action=True))(chunk, state)["action.single_arm"]
+    assert np.array_equal(delta, absolute), "left as it is"
+
+
+@pytest.mark.parametrize("pose", ["XYZ_ROT6D", "XYZ_ROTVEC"])
+def test_poses_are_composed_and_taken_apart(pose: str) -> None:
+    generator = np.random.default_rng(0)
+    width = 9 if pose == "XYZ_ROT6D" else 6
+    part = ActionPart("eef", width, "min_max", np.zeros(width), np.ones(width), "eef", pose)
+
+    def random_pose(*lead: int) -> np.ndarray:
+        values = generator.uniform(-1.5, 1.5, (*lead, width))
+        matrix = _matrix(values, pose)
+        np.testing.assert_allclose(matrix[..., :3] @ np.swapaxes(matrix[..., :3], -1, -2), np.broadcast_to(np.eye(3), (*lead, 3, 3)), atol=1e-12)
+        return values
+
+    moves, reference = random_pose(2, 4), random_pose(2)
+    absolute = _absolute(moves, reference, part)
+    found, base, expected = (_matrix(values, pose) for values in (absolute, reference[:, None], moves))
+    np.testing.assert_allclose(found[..., :3], base[..., :3] @ expected[..., :3], atol=1e-9)
+    np.testing.assert_allclose(found[..., 3], (base[..., :3] @ expected[..., 3:])[..., 0] + base[..., 3], atol=1e-9)
+    np.testing.assert_allclose(_matrix(_relative(absolute, reference, part), pose), expected, atol=1e-9)
+    half_turn = np.zeros((1, 1, 6))
+    half_turn[..., 3] = math.pi
+    if pose == "XYZ_ROTVEC":
+        np.testing.assert_allclose(np.abs(_absolute(half_turn, np.zeros((1, 6)), part)), half_turn, atol=1e-9)

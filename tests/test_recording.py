@@ -1,0 +1,335 @@
+"""Runs as data sets: what a recording leaves when all is well, when the disk is full, when a camera changes and when the program is killed.
+
+The last test goes the whole circle with the real program on the simulated arm: recorded, killed, continued, replayed, and read by lerobot's loader,
+the dry run on recorded data, calibration and verification.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gr00t_fast.cli import calibrate, replay, verify
+from gr00t_fast.contracts import SO100_JOINTS, Observation
+from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.flags import UsageError
+
+pytest.importorskip("lerobot")
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "checkpoints" / "so100-sim-reach"
+SIZE = (48, 64, 3)
+PATIENCE_S = 60.0
+
+
+def seen(tick: int, size: tuple[int, ...] = SIZE) -> Observation:
+    """Joints and a picture that tell the tick."""
+    return Observation(np.arange(6.0) + tick, {"front": np.full(size, 10 + 4 * tick, np.uint8)}, 0.0)
+
+
+def recorder_in(out: Path, said: list[str], append: bool = False) -> DatasetRecorder:
+    return DatasetRecorder(out, append, SO100_JOINTS, said.append)
+
+
+def opened(recorder: DatasetRecorder, fps: float = 30.0) -> DatasetRecorder:
+    recorder.set_rate(fps)
+    recorder.wait_until_ready()
+    parts = {"single_arm": 5, "gripper": 1}
+    recorder.open(seen(0), "so100_follower", "degrees", modality_of(parts, parts, SO100_JOINTS, {"front": "webcam"}), {"model_path": "here"})
+    return recorder
+
+
+def play(recorder: DatasetRecorder, ticks: int, task: str = "lift", **outcome: object) -> None:
+    recorder.begin(task)
+    for tick in range(ticks):
+        recorder.add(seen(tick), np.arange(6.0) - tick)
+        time.sleep(0.005)
+    recorder.end(success=None, ended_by="the time limit")
+    recorder.save(**{"success": None, "ended_by": "the time limit", **outcome})
+
+
+def until(done: Callable[[], object]) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end_s, "it did not happen"
+        time.sleep(0.02)
+
+
+def settled(recorder: DatasetRecorder) -> None:
+    until(lambda: not recorder.busy)
+
+
+def read_back(out: Path) -> list[dict]:
+    """Every frame, by lerobot's own loader."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("local/read", root=out, video_backend="pyav")
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def info(out: Path) -> dict:
+    return json.loads((out / "meta" / "info.json").read_text())
+
+
+def entries(out: Path) -> list[dict]:
+    return json.loads((out / ROLLOUTS).read_text())["episodes"]
+
+
+def left_beside(out: Path) -> list[Path]:
+    return list(out.parent.glob(f".{out.name}.recording-*"))
+
+
+def test_rows_and_outcomes_come_back_by_lerobots_loader(tmp_path: Path) -> None:
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        opened(recorder)
+        play(recorder, 12, "lift", success=True)
+        settled(recorder)
+        play(recorder, 20, "forgotten")
+        recorder.begin("forgotten too")
+        recorder.add(seen(3), np.zeros(6))
+        recorder.discard()
+        settled(recorder)
+        play(recorder, 7, "put down", success=False)
+    assert (recorder.failure, recorder.episodes, recorder.lost_ticks) == (None, [0, 1, 2], 0)
+    rows = read_back(out)
+    assert [int(row["episode_index"]) for row in rows] == [0] * 12 + [1] * 20 + [2] * 7
+    assert [row["task"] for row in rows[::12]] == ["lift", "forgotten", "forgotten", "put down"]
+    assert [bool(row[SUCCESS]) for row in rows] == [index == 11 for index in range(39)]
+    for index, row in enumerate([*rows[:12], *rows[32:]]):
+        tick = index if index < 12 else index - 12
+        assert np.allclose(row["observation.state"], np.arange(6.0) + tick)
+        assert np.allclose(row["action"], np.arange(6.0) - tick)
+        assert abs(float(row["observation.images.front"].mean()) * 255 - (10 + 4 * tick)) < 3  # compressed
+    assert [entry["success"] for entry in entries(out)] == [True, None, False]
+    assert info(out)["robot_type"] == "so100_follower"
+    assert left_beside(out) == []
+
+
+def test_a_data_set_that_exists_is_kept_or_continued(tmp_path: Path) -> None:
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        play(opened(recorder), 5)
+    with pytest.raises(ConfigError, match="--record_append"):
+        recorder_in(out, said)
+    with pytest.raises(ConfigError, match="frames a second"):
+        recorder_in(out, said, append=True).set_rate(50.0)
+    other_arm = DatasetRecorder(out, True, ("left", "right"), said.append)
+    with pytest.raises(ConfigError, match=r"observation\.state is 6"):
+        other_arm.set_rate(30.0)
+    with recorder_in(out, said, append=True) as recorder:
+        recorder.set_rate(30.0)
+        recorder.wait_until_ready()
+        with pytest.raises(ConfigError, match=r"images\.front is 48 x 64 x 3"):
+            recorder.open(seen(0, (24, 32, 3)), "so100_follower", "degrees", None, {})
+        play(opened(recorder), 6)
+    assert len(read_back(out)) == 11
+
+
+@pytest.mark.parametrize("what", ["a file", "other files"])
+def test_a_place_that_is_taken_is_refused(tmp_path: Path, what: str) -> None:
+    out = tmp_path / "data"
+    if what == "a file":
+        out.touch()
+    else:
+        (out / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--record"):
+        recorder_in(out, [], append=True)
+
+
+def test_names_of_data_sets_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_LEROBOT_HOME", "/cache")
+    assert dataset_directory("me/pick") == Path("/cache/me/pick")
+    assert dataset_directory("./me/pick") == Path("me/pick")
+    (tmp_path / "me").mkdir()
+    assert dataset_directory("me/pick") == Path("me/pick")
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux to limit the files of another process")
+def test_a_full_disk_costs_one_episode(tmp_path: Path) -> None:
+    """Files of the writing process cannot grow any more: as on a disk that is full, in the middle of an episode."""
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        play(opened(recorder), 10)
+        settled(recorder)
+        recorder.begin("lift")
+        for tick in range(10):
+            recorder.add(seen(tick), np.zeros(6))
+        until(lambda: any(list(place.rglob("*.mp4")) for place in left_beside(out)))
+        resource.prlimit(recorder.process, resource.RLIMIT_FSIZE, (200, 200))
+        recorder.end(success=None, ended_by="the time limit")
+        recorder.save(success=None, ended_by="the time limit")
+        until(lambda: recorder.failure or not recorder.busy)
+    assert "full" in recorder.failure
+    assert any(recorder.failure in line for line in said)
+    assert len(read_back(out)) == 10
+    assert left_beside(out) == []
+
+
+def test_a_camera_that_changes_size_ends_the_recording(tmp_path: Path) -> None:
+    """What was recorded until then is kept."""
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        opened(recorder).begin("lift")
+        recorder.add(seen(0), np.zeros(6))
+        recorder.add(seen(1), np.zeros(6))
+        recorder.add(seen(2, (24, 32, 3)), np.zeros(6))
+        recorder.add(seen(3), np.zeros(6))
+    assert "'front' delivers 32x24" in recorder.failure
+    assert len(read_back(out)) == 2
+    assert "front" in entries(out)[0]["ended_by"]
+
+
+def test_a_writing_process_that_dies_is_told_and_costs_one_episode(tmp_path: Path) -> None:
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        play(opened(recorder), 5)
+        settled(recorder)
+        recorder.begin("lift")
+        recorder.add(seen(0), np.zeros(6))
+        until(lambda: left_beside(out))
+        os.kill(recorder.process, signal.SIGKILL)
+        until(lambda: recorder.busy or recorder.failure)
+        recorder.add(seen(1), np.zeros(6))  # does nothing
+    assert "has ended" in recorder.failure
+    assert len(read_back(out)) == 5
+    assert left_beside(out) != []
+    with recorder_in(out, said, append=True) as recorder:
+        play(opened(recorder), 4)
+    assert len(read_back(out)) == 9
+    assert left_beside(out) == []
+
+
+# The whole circle
+
+
+def command(program: str, *flags: str) -> list[str]:
+    robot = ("--robot.type=so100_sim", "--robot.task=reach", "--robot.cameras={front: {type: sim, width: 64, height: 48}}", "--seed=0")
+    return [sys.executable, "-m", "gr00t_fast", program, *robot, *flags]
+
+
+def run_command(*flags: str) -> list[str]:
+    return command("run", f"--model_path={CHECKPOINT}", "--lang_instruction=Reach the block", "--action_horizon=8", *flags)
+
+
+def finished(words: list[str], code: int = 0) -> str:
+    done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+class Person:
+    """Somebody at the terminal of a run."""
+
+    def __init__(self, words: list[str]) -> None:
+        self._end, program = pty.openpty()
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, stdin=program, stdout=program, stderr=program, start_new_session=True, preexec_fn=_foreground
+        )
+        os.close(program)
+        self.said = ""
+
+    def wait_for(self, text: str) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while text not in self.said:
+            assert time.monotonic() < end_s, self.said
+            if select.select([self._end], [], [], 0.2)[0]:
+                try:
+                    self.said += os.read(self._end, 4096).decode(errors="replace")
+                except OSError:
+                    assert text in self.said, self.said
+                    return
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def kill(self) -> None:
+        """The program and, a moment later, the process beside it: as when the machine goes down."""
+        beside = children(self.process.pid)
+        for process in (*beside, self.process.pid):
+            os.kill(process, signal.SIGSTOP)
+        for process in (*beside, self.process.pid):
+            os.kill(process, signal.SIGKILL)
+        self.process.wait()
+
+
+def _foreground() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux to find the processes of a run")
+def test_the_whole_circle(tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    out = tmp_path / "recorded"
+    person = Person(run_command("--timeout=20", "--episodes=5", "--reset_time_s=0.2", f"--record={out}"))
+    person.wait_for("Loop 3:")
+    person.press(b"s")
+    person.press(b"\x1b[C")  # ends the first episode
+    person.wait_for("episode 0 recorded")
+    person.wait_for("Episode 2 of 5")
+    person.wait_for("Loop 6:")
+    person.press(b"\x1b[D")  # not this one
+    person.wait_for("is played again")
+    person.wait_for("Loop 8:")
+    person.press(b"\x1b[C")
+    person.wait_for("episode 1 recorded")
+    person.wait_for("Loop 10:")
+    person.kill()
+    assert entries(out)[0]["success"] is True
+    assert info(out)["total_episodes"] == 2
+    assert {int(row["episode_index"]) for row in read_back(out)} == {0, 1}
+    assert left_beside(out) != []
+
+    flags = ("--timeout=1", "--episodes=2", f"--record={out}", "--record_append=true", f"--out={tmp_path / 'run'}")
+    said = finished(run_command(*flags))
+    assert "2 episode(s) recorded" in said
+    assert "no keys: stdin is no terminal" in said
+    assert left_beside(out) == []
+    rows = read_back(out)
+    assert info(out)["total_episodes"] == 4
+    assert info(out)["total_frames"] == len(rows)
+    run = np.load(tmp_path / "run" / "run.npz")
+    late = [row for row in rows if int(row["episode_index"]) >= 2]
+    assert np.array_equal(np.stack([row["action"].numpy() for row in late]), run["commanded"].astype(np.float32))
+    assert np.array_equal(np.stack([row["observation.state"].numpy() for row in late]), run["measured"].astype(np.float32))
+    finished(run_command(*flags[:3]), code=1)  # it exists
+
+    assert "ended by the end of the recording" in finished(command("replay", f"--dataset={out}", "--episode=2"))
+    assert "0 to 3" in finished(command("replay", f"--dataset={out}", "--episode=4"), code=1)
+    open_loop = [sys.executable, "benchmarks/open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", f"--out={tmp_path / 'open_loop'}"]
+    subprocess.run(open_loop, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    few = ("--frames=4", "--allow_few")
+    assert calibrate.main([f"--model_path={CHECKPOINT}", f"--calibration={out}", "--trial_frames=0", f"--out={tmp_path / 'fp8'}", *few]) == 0
+    finished([sys.executable, "-m", "gr00t_fast", "export", "onnx", f"--model_path={CHECKPOINT}", f"--out={tmp_path / 'onnx'}", "--precision=fp32"])
+    engine = ("--engine=onnxruntime", f"--engine_path={tmp_path / 'onnx'}", f"--out={tmp_path / 'verified'}")
+    assert verify.main([f"--model_path={CHECKPOINT}", f"--observations={out}", *engine, *few]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--episode=0"], ["--dataset=d", "--episode=-1"], ["--dataset=d", "--approach_deg_s=0"], ["--dataset=d", "--record_append=true"]],
+)
+def test_flags_of_replay_that_make_no_sense(flags: list[str]) -> None:
+    with pytest.raises(UsageError):
+        replay.parse(["--robot.type=so100_sim", *flags])

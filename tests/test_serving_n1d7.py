@@ -1,0 +1,206 @@
+"""N1.7's wire, both ways: partners written from the description of NVIDIA's N1.7 service, beside N1.5's on one socket."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import nvidia_style_service as n1d5
+import pytest
+import zmq
+from serving_fakes import HORIZON, ArithmeticPolicy, assert_same, observation, running
+
+from gr00t_fast import load_policy
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.errors import WireError
+from gr00t_fast.nested import flat_observation, nested_observation
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+from gr00t_fast.serving import PolicyClient, PolicyServer
+from gr00t_fast.serving.remote import connect
+from gr00t_fast.serving.wire import decode, encode
+
+
+def pack(message: Any) -> bytes:
+    def special(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return {b"nd": True, b"type": value.dtype.str, b"kind": b"", b"shape": value.shape, b"data": value.tobytes()}
+        raise TypeError(type(value))
+
+    return msgpack.packb(message, default=special)
+
+
+def unpack(data: bytes) -> Any:
+    def special(value: dict[Any, Any]) -> Any:
+        if b"nd" not in value:
+            return value
+        assert value[b"kind"] == b"", "an object array"
+        return np.frombuffer(value[b"data"], np.dtype(value[b"type"])).reshape(value[b"shape"])
+
+    return msgpack.unpackb(data, object_hook=special)
+
+
+@contextmanager
+def client_of(port: int) -> Iterator[Callable[..., Any]]:
+    """NVIDIA's N1.7 client: a function of endpoint and data."""
+    with zmq.Context.instance().socket(zmq.REQ) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        socket.connect(f"tcp://localhost:{port}")
+
+        def call(endpoint: str, data: Any = None) -> Any:
+            socket.send(pack({"endpoint": endpoint} | ({} if data is None else {"data": data})))
+            return unpack(socket.recv())
+
+        yield call
+
+
+@contextmanager
+def server_of(policy: ArithmeticPolicy, requests: list[Any]) -> Iterator[int]:
+    """NVIDIA's N1.7 server around a flat policy, strict about what it gets; its port."""
+    socket, going = zmq.Context.instance().socket(zmq.REP), True
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def answer(request: dict[str, Any]) -> Any:
+        endpoint, data = request["endpoint"], request.get("data")
+        if endpoint == "ping":
+            return {"status": "ok", "message": "Server is running"}
+        if endpoint == "reset":
+            return {}
+        if endpoint == "get_modality_config":
+            configs = policy.get_modality_config()
+            bare = {name: [key.removeprefix(f"{name}.") for key in config.modality_keys] for name, config in configs.items()}
+            unset = dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
+            as_json = {name: {"delta_indices": config.delta_indices, "modality_keys": bare[name], **unset} for name, config in configs.items()}
+            return {name: {"__ModalityConfig__": True, "as_json": value} for name, value in as_json.items()}
+        if endpoint != "get_action":
+            return {"error": f"Unknown endpoint: {endpoint}"}
+        seen = data["observation"]
+        assert set(data) == {"observation", "options"}
+        assert all(value.dtype == np.uint8 and value.ndim == 5 for value in seen["video"].values())
+        assert all(value.dtype == np.float32 and value.ndim == 3 for value in seen["state"].values())
+        assert all(isinstance(text, str) for texts in seen["language"].values() for (text,) in texts)
+        actions = policy.get_action(flat_observation(seen))
+        return [{key.removeprefix("action."): value for key, value in actions.items()}, {}]
+
+    def run() -> None:
+        while going:
+            if socket.poll(20):
+                requests.append(unpack(socket.recv()))
+                socket.send(pack(answer(requests[-1])))
+        socket.close(0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield port
+    finally:
+        going = False
+        thread.join()
+
+
+def served(data_config: str = "so100") -> ArithmeticPolicy:
+    policy = ArithmeticPolicy(data_config)
+    policy.network = "n1.7"
+    return policy
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_nvidia_s_client_gets_the_actions_of_our_policy(batch: int | None) -> None:
+    seen = observation(batch, ("front", "wrist"))
+    nested, _ = nested_observation(seen)
+    with running(PolicyServer(served("so100_dualcam"), port=0)) as server, client_of(server.port) as call:
+        assert call("ping")["status"] == "ok"
+        config = call("get_modality_config")
+        assert config["video"] == {"__ModalityConfig__": True, "as_json": {"delta_indices": [0], "modality_keys": ["front", "wrist"]}}
+        actions, info = call("get_action", {"observation": nested, "options": None})
+        assert call("reset", {"options": None}) == {"status": "ok"}
+        assert "state.gripper" in call("get_action", {"observation": {**nested, "state": {}}, "options": None})["error"]
+    assert info == {}
+    expected = ArithmeticPolicy("so100_dualcam").get_action(flat_observation(nested))
+    assert {f"action.{key}" for key in actions} == set(expected)
+    for key, value in actions.items():
+        assert value.dtype == np.float32
+        np.testing.assert_array_equal(value, expected[f"action.{key}"])
+
+
+def test_both_dialects_on_one_socket() -> None:
+    seen = observation(None, ("webcam",))
+    with running(PolicyServer(served(), port=0)) as server, client_of(server.port) as call, n1d5.Client(server.port) as older:
+        actions, _ = call("get_action", {"observation": nested_observation(seen)[0], "options": {}})
+        flat = older.get_action(seen)
+    np.testing.assert_allclose(actions["gripper"][0], flat["action.gripper"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_our_client_gets_the_actions_of_nvidia_s_server(batch: int | None) -> None:
+    seen, requests = observation(batch, ("webcam",)), []
+    with server_of(served(), requests) as port, PolicyClient(port=port) as client:
+        assert client.get_modality_config() == ArithmeticPolicy().get_modality_config()
+        assert client.get_metadata() is None
+        client.reset()
+        actions = client.get_action(seen)
+    expected = ArithmeticPolicy().get_action({key: np.float32(value) if key.startswith("state.") else value for key, value in seen.items()})
+    assert_same(actions, expected)
+    assert actions["action.single_arm"].shape == ((HORIZON, 5) if batch is None else (batch, HORIZON, 5))
+
+
+def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path) -> None:
+    """Metadata, history, noise and a prefix travel as ever."""
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-2, 0))
+    policy = load_policy(checkpoint, device="cpu", precision="fp32")
+    generator = np.random.default_rng(0)
+    seen = {
+        "video.webcam": generator.integers(0, 256, (2, 48, 64, 3), dtype=np.uint8),
+        "state.single_arm": generator.uniform(-30, 30, (1, 5)).astype(np.float32),
+        "state.gripper": np.full((1, 1), 20, np.float32),
+        "annotation.human.task_description": ["pick"],
+    }
+    noise = generator.standard_normal((1, *policy.chunk_shape)).astype(np.float32)
+    expected = policy.get_action(seen, noise=noise)
+    known = ActionPrefix({key: value[4:] for key, value in expected.items()}, 2, "prefix")
+    continued = policy.get_action(seen, noise=noise, prefix=known)
+    with running(PolicyServer(policy, port=0)) as server:
+        remote = connect(f"tcp://127.0.0.1:{server.port}", None, 20.0, 1.0, echo=lambda _: None)
+        assert remote.metadata.state_widths == policy.metadata.state_widths
+        assert (remote.metadata.fps, remote.metadata.resolutions) == (None, {"webcam": None})
+        assert remote.get_modality_config()["video"].delta_indices == [-2, 0]
+        remote.close()
+        with PolicyClient(port=server.port) as client:
+            client.get_modality_config()
+            assert client.get_action(seen)["action.single_arm"].shape == (16, 5)
+            assert_same(client.get_action(seen, noise=noise), expected)
+            assert_same(client.get_action(seen, noise=noise, prefix=known), continued)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        {b"nd": True, b"type": "|O", b"kind": b"O", b"shape": [1], b"data": b"pickle"},
+        {b"nd": True, b"type": "|O", b"kind": b"", b"shape": [1], b"data": b"\0" * 8},
+        {b"nd": True, b"type": [["a", "<f4"]], b"kind": b"V", b"shape": [1], b"data": b"\0" * 4},
+        {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [2], b"data": b"\0" * 4},
+        {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [-1], b"data": b""},
+        {b"nd": True, b"type": "<f4", b"kind": b"", b"shape": "2", b"data": b"\0" * 8},
+        {b"nd": True},
+        {"__ModalityConfig__": True, "as_json": {"delta_indices": ["0"], "modality_keys": []}},
+        {"__ModalityConfig__": True},
+    ],
+)
+def test_what_no_client_sends_is_refused(array: Any) -> None:
+    with pytest.raises(WireError):
+        decode(msgpack.packb({"data": array}))
+
+
+def test_arrays_survive_in_the_form_of_n1d7() -> None:
+    for array in (np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((0, 3)), np.array(["a", "bc"]), np.arange(6).reshape(2, 3).T, np.float64(3)):
+        for made in (decode(encode({"a": np.asarray(array)}, n1d7=True))["a"], decode(pack({"a": np.asarray(array)}))["a"]):
+            assert np.array_equal(made, array)
+            assert made.dtype == np.asarray(array).dtype
+    assert unpack(encode([{"a": np.arange(3)}, {}], n1d7=True))[0]["a"].tolist() == [0, 1, 2]
+    with pytest.raises(WireError, match="not dtype object"):
+        encode({"a": np.array([object()])}, n1d7=True)
