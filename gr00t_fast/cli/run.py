@@ -236,7 +236,7 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
     waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
     if config.controller == "sync":
         return waiting
-    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s)
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s, config.roll_forward)
     moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
     if config.controller != "auto":
         return moving

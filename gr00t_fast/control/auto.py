@@ -20,9 +20,10 @@ from gr00t_fast.errors import InferenceTooLongError
 _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
 
 
-def bridged_ticks(horizon: int) -> int:
-    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does."""
-    return horizon // 2
+def needed_actions(ticks: int, roll_forward: bool) -> int:
+    """How long a chunk must be to bridge inferences of `ticks`: as many actions are over when it arrives as play until the next does; where the
+    policy is told of the pose to come, one is over."""
+    return ticks + (1 if roll_forward else ticks)
 
 
 class AutoController:
@@ -70,13 +71,19 @@ class AutoController:
         takes = f"an inference takes {inference_ms:.0f} ms"
         if inference_ms <= tick_ms:
             return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: there is no pause"
-        if ticks <= bridged_ticks(self._horizon):
+        if self._bridges(self._horizon, ticks):
             return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
         return self._waiting, f"{takes}, which {self._too_short(ticks)}"
 
+    def _needed(self, ticks: int) -> int:
+        return needed_actions(ticks, self._moving.options.roll_forward)
+
+    def _bridges(self, horizon: int, ticks: int) -> bool:
+        return self._needed(ticks) <= horizon
+
     def _too_short(self, ticks: int) -> str:
-        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
-        return f"{short}; leave out --action_horizon" if ticks <= bridged_ticks(self._trained_horizon) else short
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {self._needed(ticks)} actions would)"
+        return f"{short}; leave out --action_horizon" if self._bridges(self._trained_horizon, ticks) else short
 
     # The Controller protocol
 
@@ -113,7 +120,7 @@ class AutoController:
         target = self._chosen.next_target(tick)
         if self.overlaps and self._overlap_asked is None and self._moving.note.starved:
             ticks = self._moving.usual_delay_ticks(_MEASURED_DELAYS)
-            if ticks > bridged_ticks(self._horizon):
+            if not self._bridges(self._horizon, ticks):
                 self._waiting.take_over(target)
                 self._choose(self._waiting, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
         return target
