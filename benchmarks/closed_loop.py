@@ -32,7 +32,7 @@ from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.optional import require
-from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig, servo_lag_ms
 from gr00t_fast.robots.so100_sim.robot import SimArm
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 
@@ -352,6 +352,7 @@ class EpisodeRunner:
             when_late="resume" if cell.controller == "resume" else "hold",
             max_hold_s=None,
             roll_forward=cell.controller == "roll_forward",
+            servo_lag_s=servo_lag_ms(arm.arm.config) / 1000,
         )
         moving = ThreadedController(policy, binding, self._instruction, clock, metadata.fps, overlap, cell.action_horizon, worker)
         if cell.controller != "auto":

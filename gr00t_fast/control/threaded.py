@@ -37,8 +37,6 @@ from gr00t_fast.measurement import percentiles
 
 Smoothing = Literal["none", "rtc", "prefix", "ensemble"]
 WhenLate = Literal["hold", "resume"]
-# How far joints in motion trail their targets: 133 to 200 ms were measured on a real SO-101, 90 to 103 are what the simulation's motors have.
-SERVO_LAG_S = 0.14
 _ARRIVAL_MARGIN_TICKS = 1  # the quantile of the delay is exceeded now and then
 
 
@@ -54,7 +52,8 @@ class OverlapOptions:
     recoverable: errors of the policy after which the arm holds and the next observation is tried (a server that restarts); others end the run.
     max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or SLOWEST_TIMES the slowest inference so far where that
     is longer (HoldLimit); None: no limit (the policy has one of its own).
-    roll_forward: the policy is given the joints where the arm will be when its chunk begins (VLASH, arXiv 2512.01031), see ThreadedController.
+    roll_forward: the policy is given the joints where the arm will be when its chunk begins (VLASH, arXiv 2512.01031), see ThreadedController;
+    servo_lag_s: how far its joints trail their targets.
     """
 
     chunk_threshold: float | None = None
@@ -63,6 +62,7 @@ class OverlapOptions:
     recoverable: tuple[type[Exception], ...] = ()
     max_hold_s: float | None = DEFAULT_MAX_HOLD_S
     roll_forward: bool = False
+    servo_lag_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.chunk_threshold is not None and not 0 <= self.chunk_threshold <= 1:
@@ -87,7 +87,7 @@ class ThreadedController:
     """A Controller. The policy, its reset included, runs in the worker only.
 
     With `roll_forward` a chunk that is expected d ticks after its observation begins d - 1 ticks after it, and the policy is given the joints as they
-    will be then: those measured, plus what the targets under way move them until then. A joint trails its targets by SERVO_LAG_S, so these are the
+    will be then: those measured, plus what the targets under way move them until then. Joints trail their targets by `servo_lag_s`, so these are the
     targets from that long ago on. The chunk then is what a network that needs no time would answer, but for the pictures. One that comes sooner
     waits for its first row; one that comes later is entered at the row that is due.
     """
@@ -129,7 +129,7 @@ class ThreadedController:
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
         self._entered: ActionChunk | None = None
         self._early: TimedChunk | None = None  # its first row is not due yet
-        self._lag_ticks = round(SERVO_LAG_S * fps)
+        self._lag_ticks = round(self.options.servo_lag_s * fps)
         self._sent: History[np.ndarray] = History((-self._lag_ticks,), 0.0)  # targets by tick, as far back as the joints have yet to follow
         self._reset_policy = False
         self._lost_inferences = 0
