@@ -206,8 +206,8 @@ def test_an_instruction_typed_in_the_pause_is_for_the_next_episode() -> None:
     assert bench.policy.seen[-1]["annotation.human.task_description"] == ["lift it"]
 
 
-def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> None:
-    """The network makes itself ready until `until` says so of a look at the arm."""
+def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> threading.Event:
+    """The network makes itself ready until `until` says so of a look at the arm, or the event is set."""
     ready, answer = threading.Event(), bench.policy.warm_up
 
     def look() -> None:
@@ -220,6 +220,7 @@ def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> None:
         return {}
 
     bench.policy.warm_up, bench.robot.on_observe = warm_up, look
+    return ready
 
 
 def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
@@ -229,9 +230,10 @@ def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
     def camera_lost() -> bool:
         raise RobotError("camera front is gone")
 
-    slow_warm_up(bench, camera_lost)
+    ready = slow_warm_up(bench, camera_lost)
     with pytest.raises(RobotError, match="front"):
         bench.loop.run()
+    ready.set()  # no thread is left for the tests to come
     assert bench.policy.warmed_up == "lift it"
     assert bench.robot.calls[-1] == "land"
 
