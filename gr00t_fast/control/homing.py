@@ -84,5 +84,5 @@ class Move:
     def over(self, last: np.ndarray, measured: np.ndarray) -> bool:
         """Whether the arm has arrived, or has had its time. One whose goal is still held back waits for the limits to end the run; a gripper that
         holds something may go on holding it."""
-        reached = np.isclose(last, self.pose)
+        reached = np.asarray(np.isclose(last, self.pose))
         return (reached.all() and not self.away(measured).any()) or (self._ticks_left <= 0 and bool(reached[self._body].all()))
