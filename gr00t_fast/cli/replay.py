@@ -26,7 +26,7 @@ from gr00t_fast.cli.run import RecordedFacts, drive
 from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_robot
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_recorder import dataset_directory
-from gr00t_fast.control.dataset_writer import ROLLOUTS
+from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
 from gr00t_fast.data_config import load_data_config
@@ -203,7 +203,7 @@ def _any_camera(directory: Path) -> dict[str, str]:
 def _camera_names(directory: Path) -> dict[str, str]:
     """Camera of the recording -> its name in meta/modality.json, as far as that says one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = read_json(directory / "meta" / "modality.json")["video"]
+        told = read_json(directory / MODALITY)["video"]
         return {entry["original_key"].removeprefix(_PICTURES): name for name, entry in told.items()}
     return {}
 

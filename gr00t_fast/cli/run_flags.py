@@ -51,6 +51,7 @@ class RunConfig(OutputFlags, PolicyFlags):
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
+    roll_forward: bool = False  # threaded: give the network the joints where the arm will be when the chunk begins, not where it was
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
@@ -249,6 +250,10 @@ def _validate_controller(config: RunConfig) -> None:
         raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there inference overlaps the motion.")
     if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
         raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
+    if config.roll_forward and config.controller == "sync":
+        raise UsageError("--roll_forward needs --controller=auto, threaded or server: an arm that waits for the network is where it was seen.")
+    if config.roll_forward and (given := _given(config, "smoothing", "when_late")):
+        raise UsageError(f"--roll_forward and --{given[0]}={getattr(config, given[0])} exclude each other: each joins chunks in a way of its own.")
     if config.when_late == "resume" and config.smoothing != "none":
         raise UsageError(f"--when_late=resume and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
 

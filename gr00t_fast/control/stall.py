@@ -61,7 +61,9 @@ class StallWatch:
         self._current_ma = np.inf if options.current_ma is None else options.current_ma
         self._judged = np.array([name != EXEMPT for name in joint_names])
         joints = len(joint_names)
-        self.held, self.count, self.total_s = np.zeros(joints, bool), np.zeros(joints, np.int64), np.zeros(joints)
+        self.held: np.ndarray = np.zeros(joints, bool)
+        self.count: np.ndarray = np.zeros(joints, np.int64)
+        self.total_s = np.zeros(joints)
         self._at, self._way = np.zeros(joints), np.zeros(joints)  # where each stands still, and on which side its goal is
         self._hard_since_s = np.full(joints, np.nan)  # when it was first found pushing hard there
         self._began_s = np.zeros(joints)

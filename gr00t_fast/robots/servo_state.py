@@ -135,7 +135,7 @@ class ServoHealth:
     def _answered(poll: Callable[[], bool]) -> bool:
         try:
             return poll()
-        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
+        except (*EXCHANGE_FAILED, *LINK_LOST):  # type: ignore[misc]  # the next joint reading meets the same line, and handles it
             return False
 
     def _demand_torque(self, servo_id: int) -> None:
