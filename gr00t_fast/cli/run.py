@@ -40,6 +40,7 @@ from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
@@ -240,7 +241,8 @@ def control_loop(
     automatic = config.max_speed_deg_s == "auto"
     recorded = tuple(recordings.fastest_units_s.tolist()) if automatic and recordings else None
     limit_deg_s = DEFAULT_MAX_SPEED_DEG_S if automatic else config.max_speed_deg_s
-    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded)
+    stall = StallOptions(config.stall_load_percent, config.stall_current_ma, config.stall_after_s)
+    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded, stall)
     begin = tuple(recordings.begin.tolist()) if recordings else None
     home = begin if config.home == "recordings" else config.home and tuple(config.home)
     rest = {"recordings": begin, "home": home}.get(config.rest) if isinstance(config.rest, str) else config.rest and tuple(config.rest)

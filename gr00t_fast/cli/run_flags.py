@@ -20,6 +20,7 @@ from gr00t_fast.control.homing import DEFAULT_HOME_SPEED_DEG_S
 from gr00t_fast.control.keys import keys_obstacle
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS
+from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
 from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags, setting
@@ -64,6 +65,9 @@ class RunConfig(OutputFlags, PolicyFlags):
     rest: list[float] | str | None = None  # so before the torque goes off: six joint values, `recordings`, or `home`
     home_speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S  # how fast the arm moves to these poses
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
+    stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
     camera_fault: CameraFault = "warn"  # a camera that is blank, shows noise, or always the same picture: warn says it, land ends the run
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
@@ -159,7 +163,11 @@ def validate_robot(robot: RobotConfig | None) -> None:
 
 def validate_limits(config: Any) -> None:
     """Limits and outputs, which programs that move the arm have in common. Raises UsageError."""
-    _validate_positive(config, "max_speed_deg_s", "max_following_error_deg")
+    _validate_positive(config, "max_speed_deg_s", "max_following_error_deg", "stall_load_percent", "stall_current_ma", "stall_after_s")
+    if config.stall_load_percent is not None and config.stall_load_percent > 100:
+        raise UsageError(
+            f"--stall_load_percent={config.stall_load_percent:g} is never reached: 100 is the full drive. Stall protection off: --stall_after_s=null."
+        )
     if config.record_append and not config.record:
         raise UsageError("--record_append needs --record=DIR: the data set to continue.")
     if config.video is not None and config.video.suffix.lower() not in (".mp4", ".gif"):

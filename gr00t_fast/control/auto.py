@@ -124,7 +124,7 @@ class AutoController:
         takes_ticks = 0.0 if chunk is None else chunk.inference_ms / 1000 * self._fps
         bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
         self._bridged = self._bridged + 1 if bridged else 0
-        if self._bridged == self._bridged_needed:
+        if chunk is not None and self._bridged == self._bridged_needed:
             reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
             self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
             self._moving.take_over(chunk)
