@@ -86,6 +86,7 @@ class Policy(Protocol):
     network: str | None = None  # "n1.5", "n1.7": whose form of messages clients that ask what it reads understand; None: N1.5's
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
+    computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
     last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,52 @@ def test_inferences_that_turn_out_longer_are_waited_for_instead_of_ending_the_ru
     assert not data["starved"][len(data["starved"]) // 2 :].any()
     steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
     assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going over to waiting is no leap"
+
+
+def slow_at(run: Run, slow_s: float, is_slow: Callable[[int], bool]) -> Run:
+    """Inferences take `slow_s` where `is_slow` says so of their number, else as long as the run was made with."""
+    usual_s, answer = run.policy.inference_s, run.policy.get_action
+
+    def get_action(*args: object, **options: object) -> dict[str, np.ndarray]:
+        run.policy.inference_s = slow_s if is_slow(len(run.policy.seen)) else usual_s
+        return answer(*args, **options)
+
+    run.policy.get_action = get_action
+    return run
+
+
+def test_one_slow_inference_is_waited_for_and_then_the_arm_moves_again() -> None:
+    run = slow_at(Run(180, 180, timeout_s=20.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "threaded"
+    assert [("moves" in line, "waits" in line) for line in run.said] == [(True, False), (False, True), (True, False)]
+    assert "bridge" in run.said[-1]
+    assert "\n" not in run.said[-1]
+    times_s = np.array([time_s for time_s, _ in run.robot.sent])
+    assert np.diff(times_s[times_s > times_s[0] + 5.0]).max() == pytest.approx(1 / FPS), "no pause after it has gone back"
+    steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
+    assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going back to moving is no leap"
+    assert run.starved == 0
+    assert run.policy.resets == 1, "an episode goes on: the policy keeps what it remembers of it"
+
+
+def test_inferences_that_are_slow_now_and_then_do_not_change_the_way_again_and_again() -> None:
+    run = slow_at(Run(180, 180, timeout_s=300.0), 0.5, lambda number: number % 12 >= 8).play()
+    assert run.loop.trace.ended_by == "done"
+    assert len(run.loop.trace.chunks) > 200
+    assert 3 <= len(run.said) <= 6
+
+
+def test_inferences_within_a_tick_are_waited_for_without_a_pause() -> None:
+    run = slow_at(Run(20, 200, timeout_s=20.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "sync"
+    assert len(run.said) == 2
+
+
+def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> None:
+    run = slow_at(Run(180, 180, episodes=3, timeout_s=10.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "threaded"
+    assert run.loop.trace.episodes == run.policy.resets == 3
+    assert run.starved == 0
 
 
 def test_a_flag_about_overlap_decides() -> None:

@@ -129,7 +129,8 @@ def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
     assert said.count("frames are resized") == 2, said  # 640x480 for a checkpoint trained on 1280x720: before the run, and in the report
     pacing = report["pacing"]  # a busy machine misses deadlines; each is accounted for, and none is made up for in a burst
     deadlines = report["run"]["ticks"] + pacing["missed_ticks"] + pacing["waiting_for_inference_ticks"]
-    assert deadlines == pytest.approx(30 * SOAK_S, abs=3, rel=0.05)  # each long pause begins a new grid and loses a part of a period
+    pauses = report["run"]["inferences"]  # at most; each begins a new grid and loses a part of a period
+    assert 30 * SOAK_S - pauses - 3 <= deadlines <= 30 * SOAK_S + 3
     assert report["run"]["ticks"] > 0.3 * 30 * SOAK_S
     assert report["landing"]["safe"]
 

@@ -455,11 +455,12 @@ class TestStopSignals:
 
     @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
     def test_a_closed_terminal_stops_too_unless_ignored_on_purpose(self) -> None:
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGHUP)
-            assert stop.exit_code == 129
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         try:
+            with StopSignals() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.exit_code == 129
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with StopSignals() as stop:
                 signal.raise_signal(signal.SIGHUP)
                 assert not stop.requested

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     config, notes = parse_flags(RunConfig, argv)
     notes = [*old, *notes]
     _validate(config)
-    for note in [*notes, *_notes_on_cameras(config.robot)]:
+    for note in [*notes, *_notes_on_cameras(config.robot), *_notes_on_poses(config)]:
         print(f"note: {note}", file=sys.stderr)
     return config
 
@@ -135,6 +135,8 @@ def _validate(config: RunConfig) -> None:
     _validate_controller(config)
     _validate_pose(config, "home", ("recordings",))
     _validate_pose(config, "rest", ("recordings", "home"))
+    if _given(config, "home_speed_deg_s") and config.home is None and config.rest is None:
+        raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
     validate_limits(config)
     if config.episodes > 1 and config.timeout is None and (why := keys_obstacle()):
         raise UsageError(f"--episodes={config.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
@@ -276,6 +278,11 @@ def _notes_on_cameras(robot: RobotConfig) -> list[str]:
         f"camera {', '.join(drawn)} has type sim: it draws the simulated scene with the arm where its servos say it is, and shows nothing real. "
         "Meant for the virtual servo bus; a real camera is {type: opencv, ...}."
     ]
+
+
+def _notes_on_poses(config: RunConfig) -> list[str]:
+    given = [f"--{name}" for name in ("home", "rest") if getattr(config, name) is not None]
+    return [f"{' and '.join(given)}: a dry run sends nothing, the arm does not move there."] if config.dry_run and given else []
 
 
 def reset_time_s(config: RunConfig) -> float:

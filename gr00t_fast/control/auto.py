@@ -1,6 +1,7 @@
 """`--controller=auto`: infer while the arm moves where that helps and a chunk bridges it, else wait for each inference.
 
-Chosen once, after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting.
+Chosen after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting, and back when
+they are bridged again.
 Time is counted in control ticks; H is the number of actions of a chunk that may play.
 """
 
@@ -18,6 +19,9 @@ from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.errors import InferenceTooLongError
 
 _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
+# To go back takes so many inferences in a row that are well within what a chunk bridges; each time twice as many, so that a machine that is busy now
+# and then does not change the way the arm moves again and again.
+_BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
 
 
 def bridged_ticks(horizon: int) -> int:
@@ -44,6 +48,7 @@ class AutoController:
         self._horizon, self._trained_horizon, self._overlap_asked = horizon, trained_horizon, overlap_asked
         self._chosen: Controller = waiting
         self._reason = ""
+        self._bridged, self._bridged_needed = 0, _BRIDGED_INFERENCES  # inferences in a row, while waiting for them
 
     @property
     def overlaps(self) -> bool:
@@ -101,10 +106,24 @@ class AutoController:
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
         try:
-            return self._chosen.plan(observation, keep_alive)
+            chunk = self._chosen.plan(observation, keep_alive)
         except InferenceTooLongError as error:
             self._choose(self._waiting, f"an inference took {error.ticks} ticks, which {self._too_short(error.ticks)}")
-            return self._waiting.plan(observation, keep_alive)
+            chunk = self._waiting.plan(observation, keep_alive)
+        if not self.overlaps:
+            self._move_again(chunk)
+        return chunk
+
+    def _move_again(self, chunk: ActionChunk | None) -> None:
+        """After a chunk that the arm waited for (None: it failed)."""
+        takes_ticks = 0.0 if chunk is None else chunk.inference_ms / 1000 * self._fps
+        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
+        self._bridged = self._bridged + 1 if bridged else 0
+        if self._bridged == self._bridged_needed:
+            reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
+            self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
+            self._moving.take_over(chunk)
+            self._choose(self._moving, reason)
 
     def see(self, observation: Observation, tick: int) -> None:
         self._chosen.see(observation, tick)

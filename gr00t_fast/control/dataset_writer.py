@@ -173,7 +173,7 @@ class Episode:
 
     def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
         file = self._root / ROLLOUTS
-        told = json.loads(file.read_text()) if file.is_file() else {"program": "gr00t-fast run", "episodes": []}
+        told = json.loads(file.read_text()) if file.is_file() else {"program": "gr00t-fast", "episodes": []}
         entry = {"episode": number, "frames": self.rows, "task": self._task, **outcome, **self._header["facts"]}
         told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
         file.write_text(json.dumps({**told, "joint_unit": self._header["joint_unit"]}, indent=1) + "\n")

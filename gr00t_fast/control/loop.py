@@ -50,6 +50,7 @@ class LoopOptions:
     `reset_time_s`: how long the arm holds its pose between two episodes.
     `poses`: where the arm goes before and between episodes, and before its torque goes off (nowhere unless given).
     `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
+    `tell_inferences`: say how long each inference and its chunk took.
     """
 
     fps: float
@@ -61,6 +62,7 @@ class LoopOptions:
     reset_time_s: float = 0.0
     camera_fault: CameraFault | None = "warn"
     poses: Poses = field(default_factory=Poses)
+    tell_inferences: bool = True
 
 
 class _EpisodeOver(Exception):  # noqa: N818 - no error: the time was up in the middle of an inference
@@ -203,7 +205,9 @@ class ControlLoop:
             episode += not self.session.settle()
             if episode < self.options.episodes:
                 self._hold_while(lambda: self.session.waits)
-                self._take_instruction()
+                while self.session.instruction is not None:  # another one may be typed while the network makes itself ready for this one
+                    self._take_instruction(self.session.instruction)
+                    self._hold_while(lambda: self.session.waits)
 
     def _hold_between(self, played: int) -> None:
         """The pause in which the scene is put back."""
@@ -217,23 +221,27 @@ class ControlLoop:
         """The arm keeps its last target; observers, keys, signals and the watchdog go on. Looks again at `end_s` at the latest."""
         while waits():
             now_s = self.clock.now_s()
-            self.robot.keep_alive()
-            with self.stop.atomic():
-                observation = self.robot.observe()
-            for observer in self.observers:
-                observer.see(observation)
-            self.session.poll()
+            self._look_on()
             next_s = now_s + self.pacer.period_s
             self._sleeps.sleep_until_s(end_s if now_s < end_s < next_s else next_s)
             self.stop.check()
 
-    def _take_instruction(self) -> None:
-        """The one that was typed in the pause: the network makes itself ready for it while the arm keeps its last target."""
-        instruction, self.session.instruction = self.session.instruction, None
-        if instruction is None:
-            return
+    def _look_on(self) -> None:
+        """While the arm keeps its last target: whatever is wrong with a servo or a camera raises here."""
+        self.robot.keep_alive()
+        with self.stop.atomic():
+            observation = self.robot.observe()
+        for observer in self.observers:
+            observer.see(observation)
+        self.session.poll()
+        self.stop.check()
+
+    def _take_instruction(self, instruction: str) -> None:
+        """The one that was typed in the pause: the network makes itself ready for it, for minutes where it compiles, while the arm keeps its last
+        target."""
+        self.session.instruction = None
         try:
-            self.controller.instruct(instruction, self.robot.keep_alive)
+            self.controller.instruct(instruction, self._look_on)
         except (ObservationError, ConfigError) as error:  # too long, or with words that the network reserves
             self.echo(f"the instruction stays {self.controller.instruction!r}: {error}")
 
@@ -338,7 +346,7 @@ class ControlLoop:
     def _infer(self, observation: Observation) -> ActionChunk | None:
         with self.trace.timed("infer"):
             chunk = self.controller.plan(observation, self._still_time)
-        if chunk is not None:
+        if chunk is not None and self.options.tell_inferences:
             self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
         return chunk
 
@@ -372,7 +380,8 @@ class ControlLoop:
         total_s = self.clock.now_s() - self._loop_began_s
         self._loop_began_s = None
         self.trace.stages_ms["loop"].append(1000 * total_s)
-        self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
+        if self.options.tell_inferences:
+            self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
 
     def _dry_run(self) -> None:
         """One observation and one inference, checked but not sent."""

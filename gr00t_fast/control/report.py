@@ -20,7 +20,7 @@ import numpy as np
 
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.display import Display
-from gr00t_fast.control.html_report import html_report, timing_plot
+from gr00t_fast.control.html_report import html_report, rates, timing_plot
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.recorder import FirstAndLast, LiveView, VideoRecorder
@@ -83,6 +83,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
+    """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
     intervals_s = _intervals_s(trace)
     during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["starved"][1:])]
     return {
@@ -166,7 +167,7 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
         f"{run['duration_s']:.1f} s, ended by {_ending(run)}",
-        f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} Hz within chunks (target {run['target_hz']:g} Hz)",
+        f"rate           {rates(run)}",
         f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
     ]
     if run["episodes_solved"] is not None:
@@ -215,10 +216,6 @@ def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["inference_left_running"]:
         lines.append("warning: an inference was still running when the program ended; the arm had landed before.")
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _text_stages(report: Mapping[str, Any]) -> list[str]:

@@ -164,6 +164,14 @@ class ThreadedController:
         self._note_delay(ticks)
         return self._first.chunk
 
+    def take_over(self, chunk: ActionChunk) -> None:
+        """In the middle of an episode, from a controller of the same worker, which is idle: `chunk` plays from the next target on."""
+        self._buffer.reset()
+        self._watch.reset()
+        self._entered = None
+        self._first = TimedChunk(dataclasses.replace(chunk, targets=chunk.targets[: self._horizon]), 0, self._buffer.episode)
+        self._note_delay(self._ticks_of(chunk.inference_ms))
+
     def see(self, observation: Observation, tick: int) -> None:
         self._runner.binding.remember(observation)
         self._collect(tick + 1)  # this tick's target is out
