@@ -129,17 +129,32 @@ class CameraSpec:
 
 
 @dataclass(frozen=True)
+class MotorLoads:
+    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: never so far.
+
+    percent: float64 (J,), the share of the supply voltage that drives the motor, 0 to 100. current_ma: float64 (J,). Neither has a sign.
+    time_s: float64 (J,), when that was, on the clock of `Observation.time_s`.
+    """
+
+    percent: np.ndarray
+    current_ma: np.ndarray
+    time_s: np.ndarray
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the robot saw at one instant.
 
     joints: float64 (J,), in the robot's `joint_unit`, order of `joint_names`.
     frames: camera name -> uint8 RGB (height, width, 3). Read-only to the receiver.
     time_s: monotonic time of the joint reading.
+    loads: None where the robot does not measure them.
     """
 
     joints: np.ndarray
     frames: Mapping[str, np.ndarray]
     time_s: float
+    loads: MotorLoads | None = None
 
 
 @dataclass(frozen=True)

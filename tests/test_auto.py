@@ -38,7 +38,15 @@ class TimedPolicy(FakePolicy):
 class Run:
     """A loop with an AutoController whose policy takes `inference_ms` of virtual time and says at warm-up that it takes `told_ms`."""
 
-    def __init__(self, inference_ms: float, told_ms: float | None, horizon: int = 16, asked: str | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        inference_ms: float,
+        told_ms: float | None,
+        horizon: int = 16,
+        asked: str | None = None,
+        overlap: OverlapOptions | None = None,
+        **options: object,
+    ) -> None:
         self.clock = FakeClock()
         self.robot, self.policy = FakeRobot(self.clock), TimedPolicy(self.clock, inference_ms / 1000)
         self.policy.told_ms = told_ms
@@ -47,7 +55,7 @@ class Run:
         self.said: list[str] = []
         worker = VirtualWorker(self.clock)
         waiting = SyncController(self.policy, binding, "go", self.clock, horizon, worker=worker)
-        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, OverlapOptions(), horizon, worker)
+        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, overlap or OverlapOptions(), horizon, worker)
         self.auto = AutoController(waiting, moving, FPS, horizon, 16, self.said.append, asked)
         options.setdefault("timeout_s", 3.0)
         self.loop = ControlLoop(
@@ -160,6 +168,17 @@ def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> 
     assert run.auto.summary()["kind"] == "threaded"
     assert run.loop.trace.episodes == run.policy.resets == 3
     assert run.starved == 0
+
+
+@pytest.mark.parametrize(("inference_ms", "overlaps"), [(20, False), (200, True), (400, True), (600, False)])
+def test_roll_forward_bridges_longer_inferences_and_is_used_where_the_arm_moves(inference_ms: int, overlaps: bool) -> None:
+    """One action is over when such a chunk arrives: 16 of them bridge 15 ticks."""
+    run = Run(inference_ms, inference_ms, overlap=OverlapOptions(roll_forward=True, servo_lag_s=1 / FPS), timeout_s=5.0).play()
+    assert run.auto.overlaps is overlaps
+    assert run.starved == 0
+    assert run.auto.summary().get("roll_forward", False) is overlaps
+    if not overlaps and inference_ms > 100:
+        assert "19 actions would" in run.said[0]
 
 
 def test_a_flag_about_overlap_decides() -> None:

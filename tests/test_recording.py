@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -332,7 +333,10 @@ def test_the_whole_circle(tmp_path: Path) -> None:
     assert calibrate.main([f"--model_path={CHECKPOINT}", f"--calibration={out}", "--trial_frames=0", f"--out={tmp_path / 'fp8'}", *few]) == 0
     finished([sys.executable, "-m", "gr00t_fast", "export", "onnx", f"--model_path={CHECKPOINT}", f"--out={tmp_path / 'onnx'}", "--precision=fp32"])
     engine = ("--engine=onnxruntime", f"--engine_path={tmp_path / 'onnx'}", f"--out={tmp_path / 'verified'}")
-    assert verify.main([f"--model_path={CHECKPOINT}", f"--observations={out}", *engine, *few]) == 0
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert verify.main([f"--model_path={CHECKPOINT}", f"--observations={out}", *engine, *few]) == 0
+    assert not [warning for warning in told if "torchvision" in str(warning.message)], "about which reader lerobot uses"
 
 
 @pytest.mark.parametrize(

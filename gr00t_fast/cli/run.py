@@ -40,12 +40,14 @@ from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
 from gr00t_fast.files import check_kept
 from gr00t_fast.recordings import read_recordings
+from gr00t_fast.robots.config import servo_lag_ms
 from gr00t_fast.strict_json import read_json
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
@@ -239,7 +241,8 @@ def control_loop(
     automatic = config.max_speed_deg_s == "auto"
     recorded = tuple(recordings.fastest_units_s.tolist()) if automatic and recordings else None
     limit_deg_s = DEFAULT_MAX_SPEED_DEG_S if automatic else config.max_speed_deg_s
-    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded)
+    stall = StallOptions(config.stall_load_percent, config.stall_current_ma, config.stall_after_s)
+    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded, stall)
     begin = tuple(recordings.begin.tolist()) if recordings else None
     home = begin if config.home == "recordings" else config.home and tuple(config.home)
     rest = {"recordings": begin, "home": home}.get(config.rest) if isinstance(config.rest, str) else config.rest and tuple(config.rest)
@@ -267,7 +270,8 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
     waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
     if config.controller == "sync":
         return waiting
-    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s)
+    lag_s = servo_lag_ms(config.robot) / 1000
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s, config.roll_forward, lag_s)
     moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
     if config.controller != "auto":
         return moving

@@ -24,9 +24,10 @@ _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
 _BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
 
 
-def bridged_ticks(horizon: int) -> int:
-    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does."""
-    return horizon // 2
+def bridged_ticks(horizon: int, roll_forward: bool) -> int:
+    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does; where
+    the policy is told of the pose to come, only one is over."""
+    return horizon - 1 if roll_forward else horizon // 2
 
 
 class AutoController:
@@ -75,13 +76,17 @@ class AutoController:
         takes = f"an inference takes {inference_ms:.0f} ms"
         if inference_ms <= tick_ms:
             return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: there is no pause"
-        if ticks <= bridged_ticks(self._horizon):
+        if ticks <= self._bridged_ticks(self._horizon):
             return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
         return self._waiting, f"{takes}, which {self._too_short(ticks)}"
 
+    def _bridged_ticks(self, horizon: int) -> int:
+        return bridged_ticks(horizon, self._moving.options.roll_forward)
+
     def _too_short(self, ticks: int) -> str:
-        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
-        return f"{short}; leave out --action_horizon" if ticks <= bridged_ticks(self._trained_horizon) else short
+        needed = ticks + 1 if self._moving.options.roll_forward else 2 * ticks
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {needed} actions would)"
+        return f"{short}; leave out --action_horizon" if ticks <= self._bridged_ticks(self._trained_horizon) else short
 
     # The Controller protocol
 
@@ -117,9 +122,9 @@ class AutoController:
     def _move_again(self, chunk: ActionChunk | None) -> None:
         """After a chunk that the arm waited for (None: it failed)."""
         takes_ticks = 0.0 if chunk is None else chunk.inference_ms / 1000 * self._fps
-        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
+        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
         self._bridged = self._bridged + 1 if bridged else 0
-        if self._bridged == self._bridged_needed:
+        if chunk is not None and self._bridged == self._bridged_needed:
             reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
             self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
             self._moving.take_over(chunk)
@@ -132,7 +137,7 @@ class AutoController:
         target = self._chosen.next_target(tick)
         if self.overlaps and self._overlap_asked is None and self._moving.note.starved:
             ticks = self._moving.usual_delay_ticks(_MEASURED_DELAYS)
-            if ticks > bridged_ticks(self._horizon):
+            if ticks > self._bridged_ticks(self._horizon):
                 self._waiting.take_over(target)
                 self._choose(self._waiting, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
         return target

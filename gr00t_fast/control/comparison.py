@@ -117,6 +117,7 @@ def _figures(run: RecordedRun) -> dict[str, Figures]:
             "clamped steps": _sum(safety.get("clamped")),
             "speed-limited steps": _sum(safety.get("speed_limited")),
             "following-limited steps": _sum(safety.get("following_limited")),
+            "stalls": sum(row["times"] for row in safety.get("stalled", {}).values()),
             "held ticks (NaN)": safety.get("held_ticks"),
         },
     }

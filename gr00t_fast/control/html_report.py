@@ -62,6 +62,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
         ("rate", rates(run)),
         ("missed ticks", f"{pacing['missed_ticks']}; {pacing['waiting_for_inference_ticks']} more while waiting for inference"),
         ("faults survived", ", ".join(f"{name} {count}" for name, count in report["events"].items()) or "none"),
+        ("joints found blocked and held", stalled_text(report) or "none"),
         ("landing", "not reported" if report["landing"] is None else "safe" if report["landing"]["safe"] else "NOT SAFE"),
     ]
     yield _table([], rows)
@@ -81,6 +82,12 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
     controller = [(name, _compact(value)) for name, value in report["controller"].items()]
     yield "<h2>controller</h2>" + _table([], controller)
     yield "".join(f"<p>note: {_text(note)}</p>" for note in report["notes"])
+
+
+def stalled_text(report: Mapping[str, Any]) -> str:
+    """Which joints stall protection held, how often and how long; empty for none."""
+    stalled = (report["safety"] or {}).get("stalled", {})
+    return ", ".join(f"{name} {row['times']} time(s), {row['total_s']:.1f} s" for name, row in stalled.items())
 
 
 def _pictures(frames: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.errors import ConfigError, ObservationError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
@@ -144,29 +144,33 @@ class ControlLoop:
         self.stop.obeyed()
         try:
             with self.stop.armed():
-                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once")
+                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once", as_far_as_it_goes=True)
         except StopRequested:
             pass  # to the landing
         except Exception as error:
             if not _interrupted(error):
                 raise
 
-    def _go_to(self, pose: tuple[float, ...] | None, what: str) -> None:
-        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, and what the arm and the safety limits raise."""
+    def _go_to(self, pose: tuple[float, ...] | None, what: str, as_far_as_it_goes: bool = False) -> None:
+        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
+        UnsafeActionError when a joint is blocked on the way, unless the others shall go on."""
         if pose is None:
             return
         poses, robot = self.options.poses, self.robot
         move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, poses.speed_deg_s, self.options.fps, robot.units_per_deg)
         pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
-        observation, self._moving = self._observe(), True
+        observation, self._moving, stalls = self._observe(), True, self.safety.stall.count.copy()
         if move.ticks:
             self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
-        while not move.over(self.safety.last, observation.joints):
+        while not move.over(self.safety.last, observation.joints, self.safety.stall.held):
             robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
             for observer in self.observers:
                 observer.see(observation)
+            if (blocked := self.safety.stall.count > stalls).any() and not as_far_as_it_goes:
+                names = ", ".join(np.array(robot.joint_names)[blocked])
+                raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
             self.session.poll()
             pacer.wait()
             self.stop.check()
@@ -187,7 +191,10 @@ class ControlLoop:
             echo=self.echo,
         )
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
-        self.on_connected(self.robot.observe())
+        observation = self.robot.observe()
+        self.on_connected(observation)
+        if observation.loads is None and self.options.safety.stall.enabled:
+            self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
         self.trace.began_s = self.clock.now_s()
 
     def _play(self) -> None:
@@ -231,6 +238,8 @@ class ControlLoop:
         self.robot.keep_alive()
         with self.stop.atomic():
             observation = self.robot.observe()
+        if self._measured(observation) and self.trace.moved:  # a blocked joint's target is now where it stands
+            self._command(self.safety.last)
         for observer in self.observers:
             observer.see(observation)
         self.session.poll()
@@ -327,10 +336,13 @@ class ControlLoop:
         if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages = outages
             self.safety.start(observation.joints)
-        self.safety.measured(observation.joints)
+        self._measured(observation)
         if self.cameras is not None:
             self.cameras(observation)
         return observation
+
+    def _measured(self, observation: Observation) -> bool:
+        return self.safety.measured(observation.joints, observation.time_s, observation.loads)
 
     def _outage_count(self) -> int:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)

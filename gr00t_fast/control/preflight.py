@@ -75,7 +75,7 @@ class Preflight:
         """Check what is known while the arm is untouched; returns the control rate in Hz. Raises PreflightError."""
         findings = check_before_connecting(self._robot, self._metadata, loop_fps, camera_map, action_horizon)
         self._judge(findings)
-        return float(_rate(self._metadata, loop_fps))
+        return float(_rate(self._metadata, loop_fps))  # type: ignore[arg-type]  # None was refused
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's limits and its pose. Raises PreflightError."""

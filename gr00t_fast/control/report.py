@@ -20,7 +20,7 @@ import numpy as np
 
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.display import Display
-from gr00t_fast.control.html_report import html_report, rates, timing_plot
+from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.recorder import FirstAndLast, LiveView, VideoRecorder
@@ -129,6 +129,11 @@ def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
         "clamped": _per_joint(safety.joint_names, safety.clamped),
         "speed_limited": _per_joint(safety.joint_names, safety.speed_limited),
         "following_limited": _per_joint(safety.joint_names, safety.following_limited),
+        "stalled": {
+            name: {"times": int(times), "total_s": round(float(total_s), 3)}
+            for name, times, total_s in zip(safety.joint_names, safety.stall.count, safety.stall.total_s, strict=True)
+            if times
+        },
         "options": asdict(safety.options),
     }
 
@@ -205,10 +210,11 @@ def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["kind"] != "threaded":
         return []
     rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
+    rows["rolled forward"] = "rolled_forward_ticks"
     lines = [
         f"overlapped     starved ticks {controller['starved_ticks']}; chunks: {controller['chunks_entered']} entered, "
         f"{controller['chunks_expired']} expired, {controller['chunks_stale']} stale, {controller['lost_inferences']} lost; "
-        f"smoothing {controller['smoothing']}"
+        f"smoothing {controller['smoothing']}" + (", roll_forward" if controller["roll_forward"] else "")
     ]
     for name, key in rows.items():
         if row := controller[key]:
@@ -240,6 +246,8 @@ def _text_joints(report: Mapping[str, Any]) -> list[str]:
 
 def _text_tail(report: Mapping[str, Any]) -> list[str]:
     lines = []
+    if stalled := stalled_text(report):
+        lines.append(f"joints found blocked and held where they stood: {stalled}")
     if report["events"]:
         lines.append("faults survived: " + ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items())))
     lines += [f"warning: {warning}" for warning in report["warnings"]] + [f"note: {note}" for note in report["notes"]]
