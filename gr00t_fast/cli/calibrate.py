@@ -23,7 +23,6 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
 from gr00t_fast.dataset import MIN_FRAMES
 from gr00t_fast.engine import Target, select_device, select_precision
 from gr00t_fast.engine.calibration import Calibration, write_calibration
@@ -36,8 +35,8 @@ from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
+from gr00t_fast.metadata import target_of
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 SCHEME = "fp8"
 
@@ -99,8 +98,8 @@ def check(config: CalibrateConfig) -> None:
 
 def run(config: CalibrateConfig) -> dict[str, Any]:
     """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
-    checkpoint, data_config = open_checkpoint(config.model_path, revision=config.revision), load_data_config(config.data_config)
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     out = config.out or checkpoint.path / "exports" / SCHEME
     check_free(out, config.overwrite)
     steps = checkpoint.config.head.denoising_steps if config.denoising_steps is None else config.denoising_steps
@@ -110,9 +109,8 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     cases, data = collect_cases(target, config.observations or "", noise_seed=config.seed, progress=progress, **observation_options(config))
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     settings = Settings(SCHEME, "torch", steps, config.limit, config.trial_frames, config.balance, config.seed)
-    transform = ActionTransform(data_config, checkpoint.embodiment(config.embodiment_tag), checkpoint.config.head.action_dim)
     network = TorchNetwork(model, steps, emulated=not has_product(device))
-    result = calibrate(network, cases, settings, transform, progress, config.parts)
+    result = calibrate(network, cases, settings, progress, config.parts)
     return _write(config, target, out, result, settings, data)
 
 

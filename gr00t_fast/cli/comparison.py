@@ -16,7 +16,6 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.policy_flags import CheckpointFlags, ObservationFlags, OutputFlags
-from gr00t_fast.data_config import load_data_config
 from gr00t_fast.dataset import draw, open_frames, read
 from gr00t_fast.engine import CALIBRATED, EXPORTED, make_engine
 from gr00t_fast.engine.device import PRECISIONS
@@ -116,7 +115,7 @@ class Bench:
         options = self.options
         if options.observations is None:
             return random_observations(policy, options.seed, options.frames)
-        frames = open_frames(options.observations, load_data_config(options.data_config), policy.metadata, options.camera_map)
+        frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
         return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
 
     def answer(self, policy: Gr00tPolicy, index: int) -> Actions:

@@ -20,7 +20,6 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.engine.manifest import Manifest
 from gr00t_fast.export.tensorrt import BuildOptions, Display, SourceOptions, as_table, build_engines, check_feasible, find_source
 from gr00t_fast.flags import setting
@@ -95,7 +94,7 @@ def run(config: ExportTensorRTConfig) -> tuple[Manifest, list[Any]]:
         source = SourceOptions(
             model_path=str(open_checkpoint(config.model_path, revision=config.revision).path) if pinned else config.model_path,
             embodiment_tag=config.embodiment_tag,
-            data_config=config.data_config or DEFAULT_DATA_CONFIG,
+            data_config=config.data_config,
             out=config.out,
             onnx=config.onnx,
             precision=config.precision,

@@ -22,7 +22,6 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
 from gr00t_fast.dataset import MIN_FRAMES
 from gr00t_fast.engine.manifest import Target, check_manifest, remedy_for
 from gr00t_fast.engine.tables import ExportTables
@@ -34,9 +33,9 @@ from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
+from gr00t_fast.metadata import target_of
 from gr00t_fast.optional import require
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 
 @dataclass(kw_only=True)
@@ -100,8 +99,8 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
     for package in ("onnx", "onnxruntime", *(["openvino"] if config.target == "openvino" else [])):
         require(package, "openvino" if package == "openvino" else "export")
     check_free(config.out, config.overwrite)
-    checkpoint, data_config = open_checkpoint(config.model_path, revision=config.revision), load_data_config(config.data_config)
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     remedy = remedy_for(config.onnx, target, "to_onnx.py")
     manifest = check_manifest(config.onnx, "onnx", target, remedy)
     if manifest.quantisation is not None:
@@ -129,8 +128,7 @@ def _calibrate(
     tables.steps(settings.denoising_steps)  # a count that was not exported is refused before minutes pass
     cases, data = collect_cases(target, config.observations or "", noise_seed=config.seed, progress=progress, **observation_options(config))
     network = GraphNetwork(target, shapes, tables, settings.denoising_steps, settings.scheme)
-    transform = ActionTransform(target.data_config, target.checkpoint.embodiment(config.embodiment_tag), shapes["action_dim"])
-    return calibrate(network, cases, settings, transform, progress), data
+    return calibrate(network, cases, settings, progress), data
 
 
 def _flags(config: QuantiseConfig) -> list[str]:
