@@ -119,7 +119,8 @@ def rounded(model: Network) -> Network:
 def main(version: str) -> None:
     generated, patch, case = pretend(), pytest.MonkeyPatch(), CASES[version]
     patch.setattr(quantized, "_finite", lambda sizes: sizes)  # tensors without memory cannot be asked
-    found: dict[str, dict[str, list[int]]] = {"bf16": {}, "fp8": {}}
+    # Of N1.7 in bf16 alone: how Inductor joins its rounded vision layers changes with the depth (71 launches of 4 layers, 124 of 8).
+    found: dict[str, dict[str, list[int]]] = {"bf16": {}, **({"fp8": {}} if version == "n1.5" else {})}
     with on_a_gpu_that_is_not_there(patch), torch.no_grad():
         for format in found:
             for depth in case.depths:

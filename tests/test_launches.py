@@ -106,7 +106,7 @@ def test_stages_launch_what_is_committed(published: Published, name: str, patch:
     assert found == {stage: published.committed["stages"][name][stage] for stage in found}, "correct benchmarks/results/launches.json if it is meant"
 
 
-@pytest.mark.parametrize("version", ["n1.5"])
+@pytest.mark.parametrize("version", ["n1.5", "n1.7"])
 def test_compiled_stages_launch_what_is_committed(version: str) -> None:
     """Inductor lowers them for sm_90 at two depths; each further layer launches as many as the ones before."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
@@ -121,9 +121,9 @@ def test_compiled_stages_launch_what_is_committed(version: str) -> None:
         for format, stages in found.items()
     }
     assert all((high - low) % (more - few) == 0 for stages in found.values() for low, high in stages.values())
-    compiled = {stage: committed["compiled"][stage] for stage in whole["bf16"]}
-    fp8 = {stage: committed["fp8"][stage] for stage in whole["fp8"]}
-    assert (whole["bf16"], whole["fp8"]) == (compiled, fp8), "correct benchmarks/results/launches.json if it is meant"
+    names = {"bf16": "compiled", "fp8": "fp8"}
+    expected = {format: {stage: committed[names[format]][stage] for stage in stages} for format, stages in whole.items()}
+    assert whole == expected, "correct benchmarks/results/launches.json if it is meant"
 
 
 @pytest.mark.parametrize("version", ["n1.5", "n1.7"])
