@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     OutputFlags,
@@ -20,14 +19,13 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.engine.manifest import Manifest
-from gr00t_fast.export.onnx import Options, export_onnx
-from gr00t_fast.export.samples import network_inputs, transforms_only
 from gr00t_fast.files import check_free
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import peak_rss_bytes
-from gr00t_fast.metadata import target_of
 from gr00t_fast.optional import require
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine.manifest import Manifest
 
 
 @dataclass(kw_only=True)
@@ -81,6 +79,11 @@ def check(config: ExportOnnxConfig) -> None:
 
 def run(config: ExportOnnxConfig) -> Manifest:
     """Check everything small, then export. Raises Gr00tFastError."""
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.export.onnx import Options, export_onnx
+    from gr00t_fast.export.samples import network_inputs, transforms_only
+    from gr00t_fast.metadata import target_of
+
     for package in ("onnx", "onnxscript"):
         require(package, "export")
     check_free(config.out, config.overwrite)

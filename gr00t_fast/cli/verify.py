@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     ExportedName,
@@ -24,13 +23,8 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, show
-from gr00t_fast.engine.select import open_engine
-from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.export.samples import collect_cases
-from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, machine, versions
-from gr00t_fast.metadata import target_of
 from gr00t_fast.progress import Progress
 
 LEAST = 100  # observations
@@ -90,6 +84,13 @@ def check(config: VerifyConfig) -> None:
 
 def run(config: VerifyConfig) -> dict[str, Any]:
     """Check the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.engine.select import open_engine
+    from gr00t_fast.engine.tables import ExportTables
+    from gr00t_fast.export.samples import collect_cases
+    from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
+    from gr00t_fast.metadata import target_of
+
     checkpoint = open_checkpoint(config.model_path, revision=config.revision)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
