@@ -6,7 +6,9 @@ image processor; the chat template is rendered and tokenised at every call. Left
 Eagle's search for tilings (a 224x224 picture is always one tile), masks that inference does not use. State and actions are normalised by
 gr00t_fast's code (some ten numbers). So what the reference really spends is, if anything, more.
 
-`reference_engine` runs a second reference, N1.5's or N1.7's, as an engine. Axis alphabet: B batch (1), C cameras, S prompt tokens, H horizon, A padded action width.
+`reference_engine` runs a second reference, N1.5's or N1.7's, as an engine.
+
+Axis alphabet: B batch (1), C cameras, S prompt tokens, H horizon, A padded action width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""lerobot's port of GR00T N1.7 over transformers' Qwen3-VL, stage by stage and as an engine: what our N1.7 is compared with besides NVIDIA's recordings.
+"""lerobot's port of GR00T N1.7 over transformers' Qwen3-VL, stage by stage and as an engine: what ours is compared with besides NVIDIA's recordings.
 
 Axis alphabet: B batch, C pictures, P patches of all pictures, V tokens of one picture, S prompt tokens, D width, H horizon, A padded action width.
 """
@@ -114,7 +114,7 @@ class ReferenceEngineN1d7(ReferenceEngine):
         """Raises MissingExtraError without the packages of SecondReferenceN1d7."""
         try:
             import diffusers  # noqa: F401
-            import lerobot.policies.groot.groot_n1_7
+            import lerobot.policies.groot.groot_n1_7  # noqa: F401
             import transformers  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(
