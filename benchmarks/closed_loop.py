@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -32,15 +32,15 @@ from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.optional import require
-from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig, servo_lag_ms
 from gr00t_fast.robots.so100_sim.robot import SimArm
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
 
 Scene = Literal["still", "moving"]
-ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "server"]
+ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "server", "roll_forward"]
 SCENES: tuple[Scene, ...] = get_args(Scene)
 CONTROLLERS: tuple[ControllerName, ...] = get_args(ControllerName)
-LATENCIES_MS = (0, 50, 200, 800)
+LATENCIES_MS, ROLL_LATENCIES_MS = (0, 50, 200, 800), (0, 100, 200, 400, 800)
 STEPS = (1, 2, 4, 8)
 HORIZONS = (4, 8, 16)
 DEFAULT_ENGINE = "eager:fp32"
@@ -99,12 +99,29 @@ def precision_study(scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cel
     return [Cell(scene, "sync", 0, 4, 8, engine) for scene in scenes for engine in dict.fromkeys((DEFAULT_ENGINE, "eager:bf16", *engines))]
 
 
-STUDIES = ("latency", "steps", "precision")
+def roll_forward_study(scenes: Sequence[Scene]) -> list[Cell]:
+    """Does it help to give the network the joints where the arm will be? resume is threaded where chunks last, and can play where threaded cannot."""
+    arms = [("sync", 8, ROLL_LATENCIES_MS), ("threaded", 16, ROLL_LATENCIES_MS[:4]), ("resume", 16, ROLL_LATENCIES_MS[3:])]
+    arms += [("roll_forward", 16, ROLL_LATENCIES_MS)]
+    return [
+        Cell(scene, controller, latency_ms, action_horizon=horizon)
+        for scene in scenes
+        for controller, horizon, latencies_ms in arms
+        for latency_ms in latencies_ms
+    ]
+
+
+STUDIES = ("latency", "steps", "precision", "roll_forward")
 
 
 def cells_of_studies(studies: Iterable[str], scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
     """The cells of all studies, each once."""
-    made = {"latency": lambda: latency_study(scenes), "steps": lambda: steps_study(scenes), "precision": lambda: precision_study(scenes, engines)}
+    made = {
+        "latency": lambda: latency_study(scenes),
+        "steps": lambda: steps_study(scenes),
+        "precision": lambda: precision_study(scenes, engines),
+        "roll_forward": lambda: roll_forward_study(scenes),
+    }
     return list(dict.fromkeys(cell for study in studies for cell in made[study]()))
 
 
@@ -132,11 +149,12 @@ def check(cells: Sequence[Cell], trained_horizon: int) -> None:
         split_engine(cell.engine)
 
 
-def reference_of(cell: Cell) -> Cell:
-    """The cell that `cell` is compared with, layout by layout: a loop that thinks ahead with one that waits as long, others with the defaults."""
-    if cell.controller != "sync":
-        return Cell(cell.scene, "sync", cell.latency_ms)
-    return Cell(cell.scene)
+def references_of(cell: Cell) -> list[Cell]:
+    """The cells that `cell` may be compared with, layout by layout, the first choice first: with what it adds one thing to, a loop that thinks ahead
+    with one that waits as long, others with the defaults."""
+    if cell.controller == "roll_forward":
+        return [replace(cell, controller="threaded"), replace(cell, controller="resume")]
+    return [Cell(cell.scene, "sync", cell.latency_ms) if cell.controller != "sync" else Cell(cell.scene)]
 
 
 _SOLVED, _TAIL_S = "solved", 0.5  # an episode goes on for a moment after success
@@ -216,12 +234,13 @@ class ConnectedArm:
     name = "so100_sim"
     episodes_solved = success = None
 
-    def __init__(self, clock: Clock, resolutions: Mapping[str, tuple[int, int]], block_speed_m_s: float) -> None:
-        """resolutions: (width, height) of the checkpoint's one camera. Raises ConfigError when it has more."""
+    def __init__(self, clock: Clock, resolutions: Mapping[str, tuple[int, int]], block_speed_m_s: float, servo_lag_ms: float | None = None) -> None:
+        """resolutions: (width, height) of the checkpoint's one camera. Raises ConfigError when it has more, and for a lag that cannot be."""
         if len(resolutions) != 1:
             raise ConfigError(f"the evaluation shows one camera, from the front; this checkpoint wants {len(resolutions)}: {', '.join(resolutions)}.")
         cameras = {"front": SimCameraConfig(*next(iter(resolutions.values())))}
-        self.arm = SimArm(SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=block_speed_m_s), clock)
+        world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=block_speed_m_s, servo_lag_ms=servo_lag_ms)
+        self.arm = SimArm(world, clock)
         self.arm.connect()
         self.joint_names, self.joint_unit = self.arm.joint_names, self.arm.joint_unit
         self.joint_limits, self.cameras, self.events = self.arm.joint_limits, self.arm.cameras, self.arm.events
@@ -275,10 +294,18 @@ class EpisodeTrace:
 class EpisodeRunner:
     """The simulated arm before a block that lies still or moves, for policies to drive. `metadata` are those of the checkpoint."""
 
-    def __init__(self, metadata: Any, noise_shape: tuple[int, int], instruction: str, block_speed_m_s: float, episode_s: float) -> None:
-        """noise_shape: trained horizon and padded action width. block_speed_m_s: in the moving scene."""
+    def __init__(
+        self,
+        metadata: Any,
+        noise_shape: tuple[int, int],
+        instruction: str,
+        block_speed_m_s: float,
+        episode_s: float,
+        servo_lag_ms: float | None = None,
+    ) -> None:
+        """noise_shape: trained horizon and padded action width. block_speed_m_s: in the moving scene. servo_lag_ms: as SO100SimConfig."""
         self._metadata, self._noise_shape, self._instruction = metadata, noise_shape, instruction
-        self._speed_m_s, self._episode_s = block_speed_m_s, episode_s
+        self._speed_m_s, self._episode_s, self._servo_lag_ms = block_speed_m_s, episode_s, servo_lag_ms
         self._arms: dict[str, tuple[VirtualClock, ConnectedArm]] = {}
 
     def prepare(self, cell: Cell) -> None:
@@ -308,8 +335,8 @@ class EpisodeRunner:
 
     def _arm(self, cell: Cell) -> tuple[VirtualClock, ConnectedArm]:
         if cell.scene not in self._arms:
-            clock = VirtualClock()
-            self._arms[cell.scene] = clock, ConnectedArm(clock, self._metadata.resolutions, self._speed_m_s if cell.scene == "moving" else 0.0)
+            clock, speed_m_s = VirtualClock(), self._speed_m_s if cell.scene == "moving" else 0.0
+            self._arms[cell.scene] = clock, ConnectedArm(clock, self._metadata.resolutions, speed_m_s, self._servo_lag_ms)
         return self._arms[cell.scene]
 
     def _controller(self, cell: Cell, policy: LatePolicy, arm: ConnectedArm, clock: VirtualClock) -> Controller:
@@ -324,6 +351,8 @@ class EpisodeRunner:
             smoothing="rtc" if cell.controller == "rtc" else "none",
             when_late="resume" if cell.controller == "resume" else "hold",
             max_hold_s=None,
+            roll_forward=cell.controller == "roll_forward",
+            servo_lag_s=servo_lag_ms(arm.arm.config) / 1000,
         )
         moving = ThreadedController(policy, binding, self._instruction, clock, metadata.fps, overlap, cell.action_horizon, worker)
         if cell.controller != "auto":
@@ -432,6 +461,7 @@ class Settings:
     episode_s: float
     noise_seed: int
     device: str
+    servo_lag_ms: float | None = None
 
 
 def check_playable(model_path: str) -> None:
@@ -525,6 +555,6 @@ def runner_of(settings: Settings) -> tuple[Policies, EpisodeRunner]:
         head = open_checkpoint(settings.model_path).config.head
         metadata = read_policy_metadata(settings.model_path, EMBODIMENT_TAG, DATA_CONFIG)
         shape = head.action_horizon, head.action_dim
-        runner = EpisodeRunner(metadata, shape, settings.instruction, settings.block_speed_m_s, settings.episode_s)
+        runner = EpisodeRunner(metadata, shape, settings.instruction, settings.block_speed_m_s, settings.episode_s, settings.servo_lag_ms)
         _here[settings] = Policies(settings.model_path, settings.device), runner
     return _here[settings]

@@ -188,7 +188,7 @@ def _section(source: Mapping[str, Any], name: str, file: str) -> Mapping[str, An
 def _vision(backbone: Mapping[str, Any]) -> QwenVisionConfig:
     section, where = _section(backbone, "vision_config", BACKBONE_FILE), f"{BACKBONE_FILE} vision_config"
     depth, positions = need(section, "depth", where), need(section, "num_position_embeddings", where)
-    deepstack = section.get("deepstack_visual_indexes")
+    deepstack: Any = section.get("deepstack_visual_indexes")
     is_list = isinstance(deepstack, list) and all(type(index) is int and 0 <= index < depth for index in deepstack)
     if not is_list or sorted(set(deepstack)) != deepstack:
         raise CheckpointError(f"{where}: 'deepstack_visual_indexes' must be blocks from 0 to {depth - 1} in order, got {shown(deepstack)}.")
@@ -213,7 +213,7 @@ def _language(backbone: Mapping[str, Any], values: Mapping[str, Any]) -> Languag
     if select_layer > available:
         raise CheckpointError(f"{CONFIG_FILE}: select_layer must be between 1 and {available}, got {select_layer}.")
     head_dim, rope = need(section, "head_dim", where), section.get("rope_scaling", section.get("rope_parameters"))
-    sections = rope.get("mrope_section") if isinstance(rope, Mapping) else None
+    sections: Any = rope.get("mrope_section") if isinstance(rope, Mapping) else None
     is_sections = isinstance(sections, list) and len(sections) == 3 and all(type(count) is int and count > 0 for count in sections)
     if not is_sections or 2 * sum(sections) != head_dim or rope.get("mrope_interleaved") is not True:
         raise CheckpointError(

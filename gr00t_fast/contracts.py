@@ -87,6 +87,7 @@ class Policy(Protocol):
     network: NetworkName | None = None  # whose form of messages clients that ask what it reads understand; None: N1.5's
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
+    computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
     last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
@@ -129,17 +130,32 @@ class CameraSpec:
 
 
 @dataclass(frozen=True)
+class MotorLoads:
+    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: never so far.
+
+    percent: float64 (J,), the share of the supply voltage that drives the motor, 0 to 100. current_ma: float64 (J,). Neither has a sign.
+    time_s: float64 (J,), when that was, on the clock of `Observation.time_s`.
+    """
+
+    percent: np.ndarray
+    current_ma: np.ndarray
+    time_s: np.ndarray
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the robot saw at one instant.
 
     joints: float64 (J,), in the robot's `joint_unit`, order of `joint_names`.
     frames: camera name -> uint8 RGB (height, width, 3). Read-only to the receiver.
     time_s: monotonic time of the joint reading.
+    loads: None where the robot does not measure them.
     """
 
     joints: np.ndarray
     frames: Mapping[str, np.ndarray]
     time_s: float
+    loads: MotorLoads | None = None
 
 
 @dataclass(frozen=True)

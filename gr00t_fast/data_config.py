@@ -76,7 +76,7 @@ class DataConfig:
         }
 
 
-_ARM = {"state_keys": ("state.single_arm", "state.gripper"), "action_keys": ("action.single_arm", "action.gripper")}
+_ARM: dict[str, Any] = {"state_keys": ("state.single_arm", "state.gripper"), "action_keys": ("action.single_arm", "action.gripper")}
 _ACTION_TASK = "annotation.human.action.task_description"
 _TWO_ARMS = ("left_arm", "right_arm", "left_hand", "right_hand")
 _GENIE = (
@@ -95,8 +95,9 @@ def _config(
 ) -> DataConfig:
     """Names without prefix, cameras separated by spaces. state_mode: of all of the state; motion_mode: of the actions in _XYZ."""
     modes = {f"state.{name}": state_mode for name in state if state_mode} | {f"action.{name}": motion_mode for name in _XYZ if motion_mode}
-    keys = (tuple(f"{prefix}.{name}" for name in names) for prefix, names in (("video", cameras.split()), ("state", state), ("action", action)))
-    return DataConfig(*keys, language_key=language_key, normalisation=modes)
+    groups = (("video", cameras.split()), ("state", state), ("action", action))
+    keys = {f"{group}_keys": tuple(f"{group}.{name}" for name in names) for group, names in groups}
+    return DataConfig(**keys, language_key=language_key, normalisation=modes)  # type: ignore[arg-type]
 
 
 # NVIDIA's own configurations (Isaac-GR00T, branch n1.5-release) whose transforms are crop, resize and one formula for each part: those of

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +307,10 @@ class LeRobotFrames:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            row = self._data[index]
+            with warnings.catch_warnings():
+                # torchvision announces with each frame that its reader of videos will go; lerobot has no other without FFmpeg's libraries
+                warnings.filterwarnings("ignore", "The video decoding and encoding capabilities of torchvision", UserWarning)
+                row = self._data[index]
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). Is a video damaged or cut short?") from error
         observation: dict[str, Any] = {self._config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gr00t_fast.errors import ConfigError
@@ -59,6 +59,13 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise ConfigError(f"--out={out} exists and is not empty. Choose another --out, or say --overwrite.")
     if not (out / MANIFEST_NAME).is_file():
         raise ConfigError(f"--out={out} holds files but no export (no {MANIFEST_NAME}): --overwrite would delete them. Choose another --out.")
+
+
+def check_kept(files: Iterable[Path], flag: str, overwrite: bool) -> None:
+    """Raises ConfigError where one of the `files` that `flag` leads to is there already; with `overwrite` they may be replaced."""
+    earlier = next((file for file in files if file.is_file()), None)
+    if earlier is not None and not overwrite:
+        raise ConfigError(f"{earlier} is of an earlier run. Choose another {flag}, or say --overwrite.")
 
 
 def _remove_abandoned(path: Path) -> None:

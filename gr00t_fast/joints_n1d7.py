@@ -61,7 +61,8 @@ class ActionTransformN1d7:
 
         Relative parts count from the state at the last time.
         """
-        result, start = {}, 0
+        result: dict[str, np.ndarray] = {}
+        start = 0
         for part in self._embodiment.action:
             values = _restored(actions[..., start : start + part.width].astype(np.float32), part)  # float64 (B, H, D)
             if part.reference is not None:
@@ -78,7 +79,7 @@ class ActionTransformN1d7:
         """
         joined = []
         for part in self._embodiment.action:
-            values = actions[f"action.{part.name}"].astype(np.float64)
+            values: np.ndarray = actions[f"action.{part.name}"].astype(np.float64)
             if part.reference is not None:
                 values = _relative(values, state[f"state.{part.reference}"][:, -1].astype(np.float64), part)
             low, high = _rows(part, values.shape[1])

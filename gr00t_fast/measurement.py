@@ -28,10 +28,10 @@ def percentiles(samples: Iterable[float]) -> dict[str, float] | None:
     values = values[np.isfinite(values)]
     if not values.size:
         return None
-    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    quantiles: np.ndarray = np.asarray(np.percentile(values, (50, 95, 99)))
     return {
         "count": int(values.size),
-        **{k: round(float(v), 3) for k, v in zip(("p50", "p95", "p99", "max"), (p50, p95, p99, values.max()), strict=True)},
+        **{k: round(float(v), 3) for k, v in zip(("p50", "p95", "p99", "max"), (*quantiles, values.max()), strict=True)},
     }
 
 

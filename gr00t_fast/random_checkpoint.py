@@ -327,7 +327,8 @@ def _pooling_head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit_bytes: int) -> Iterator[list[str]]:
-    names, filled = [], 0
+    names: list[str] = []
+    filled = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
         if names and filled + size > limit_bytes:

@@ -68,6 +68,8 @@ class Normaliser:
         absent = [name for name in names if name not in statistics]
         if absent:
             raise ConfigError(f"{key}: normalisation '{mode}' needs the statistics {', '.join(absent)}, which metadata.json does not have.")
+        self._low: np.ndarray
+        self._high: np.ndarray
         self._low, self._high = (statistics[name].astype(np.float64) for name in names)  # for mean_std: mean and std
         self._varies = self._high != (0.0 if mode == "mean_std" else self._low)
 
@@ -107,7 +109,9 @@ class Normaliser:
             return values.astype(np.float32)
         if self.mode == "binary":
             return (values > 0.5).astype(np.float32)
-        low, high, values = self._low.astype(np.float32), self._high.astype(np.float32), values.astype(np.float32)
+        values = values.astype(np.float32)
+        low: np.ndarray = self._low.astype(np.float32)
+        high: np.ndarray = self._high.astype(np.float32)
         if self.mode == "mean_std":
             return values * high + low
         return (values + np.float32(1.0)) / np.float32(2.0) * (high - low) + low

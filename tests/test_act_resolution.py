@@ -24,7 +24,6 @@ from gr00t_fast.errors import ConfigError
 from training import record
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore:The video decoding and encoding capabilities of torchvision")  # lerobot's reader
 FULL, HALF = (128, 96), (64, 48)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,15 @@ class TimedPolicy(FakePolicy):
 class Run:
     """A loop with an AutoController whose policy takes `inference_ms` of virtual time and says at warm-up that it takes `told_ms`."""
 
-    def __init__(self, inference_ms: float, told_ms: float | None, horizon: int = 16, asked: str | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        inference_ms: float,
+        told_ms: float | None,
+        horizon: int = 16,
+        asked: str | None = None,
+        overlap: OverlapOptions | None = None,
+        **options: object,
+    ) -> None:
         self.clock = FakeClock()
         self.robot, self.policy = FakeRobot(self.clock), TimedPolicy(self.clock, inference_ms / 1000)
         self.policy.told_ms = told_ms
@@ -46,7 +55,7 @@ class Run:
         self.said: list[str] = []
         worker = VirtualWorker(self.clock)
         waiting = SyncController(self.policy, binding, "go", self.clock, horizon, worker=worker)
-        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, OverlapOptions(), horizon, worker)
+        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, overlap or OverlapOptions(), horizon, worker)
         self.auto = AutoController(waiting, moving, FPS, horizon, 16, self.said.append, asked)
         options.setdefault("timeout_s", 3.0)
         self.loop = ControlLoop(
@@ -113,6 +122,63 @@ def test_inferences_that_turn_out_longer_are_waited_for_instead_of_ending_the_ru
     assert not data["starved"][len(data["starved"]) // 2 :].any()
     steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
     assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going over to waiting is no leap"
+
+
+def slow_at(run: Run, slow_s: float, is_slow: Callable[[int], bool]) -> Run:
+    """Inferences take `slow_s` where `is_slow` says so of their number, else as long as the run was made with."""
+    usual_s, answer = run.policy.inference_s, run.policy.get_action
+
+    def get_action(*args: object, **options: object) -> dict[str, np.ndarray]:
+        run.policy.inference_s = slow_s if is_slow(len(run.policy.seen)) else usual_s
+        return answer(*args, **options)
+
+    run.policy.get_action = get_action
+    return run
+
+
+def test_one_slow_inference_is_waited_for_and_then_the_arm_moves_again() -> None:
+    run = slow_at(Run(180, 180, timeout_s=20.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "threaded"
+    assert [("moves" in line, "waits" in line) for line in run.said] == [(True, False), (False, True), (True, False)]
+    assert "bridge" in run.said[-1]
+    assert "\n" not in run.said[-1]
+    times_s = np.array([time_s for time_s, _ in run.robot.sent])
+    assert np.diff(times_s[times_s > times_s[0] + 5.0]).max() == pytest.approx(1 / FPS), "no pause after it has gone back"
+    steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
+    assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going back to moving is no leap"
+    assert run.starved == 0
+    assert run.policy.resets == 1, "an episode goes on: the policy keeps what it remembers of it"
+
+
+def test_inferences_that_are_slow_now_and_then_do_not_change_the_way_again_and_again() -> None:
+    run = slow_at(Run(180, 180, timeout_s=300.0), 0.5, lambda number: number % 12 >= 8).play()
+    assert run.loop.trace.ended_by == "done"
+    assert len(run.loop.trace.chunks) > 200
+    assert 3 <= len(run.said) <= 6
+
+
+def test_inferences_within_a_tick_are_waited_for_without_a_pause() -> None:
+    run = slow_at(Run(20, 200, timeout_s=20.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "sync"
+    assert len(run.said) == 2
+
+
+def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> None:
+    run = slow_at(Run(180, 180, episodes=3, timeout_s=10.0), 0.7, lambda number: number == 0).play()
+    assert run.auto.summary()["kind"] == "threaded"
+    assert run.loop.trace.episodes == run.policy.resets == 3
+    assert run.starved == 0
+
+
+@pytest.mark.parametrize(("inference_ms", "overlaps"), [(20, False), (200, True), (400, True), (600, False)])
+def test_roll_forward_bridges_longer_inferences_and_is_used_where_the_arm_moves(inference_ms: int, overlaps: bool) -> None:
+    """One action is over when such a chunk arrives: 16 of them bridge 15 ticks."""
+    run = Run(inference_ms, inference_ms, overlap=OverlapOptions(roll_forward=True, servo_lag_s=1 / FPS), timeout_s=5.0).play()
+    assert run.auto.overlaps is overlaps
+    assert run.starved == 0
+    assert run.auto.summary().get("roll_forward", False) is overlaps
+    if not overlaps and inference_ms > 100:
+        assert "19 actions would" in run.said[0]
 
 
 def test_a_flag_about_overlap_decides() -> None:

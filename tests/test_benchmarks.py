@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from benchmarks import (
     open_loop,
     simple_benchmark,
 )
-from benchmarks.lib.program import PolicyFlags, checkpoint_of, conditions, count_of, finish, read_flags, without_machine_paths
+from benchmarks.lib.program import PolicyFlags, checkpoint_of, conditions, count_of, finish, in_processes, read_flags, without_machine_paths
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.checkpoint import open_checkpoint
@@ -180,3 +183,27 @@ def test_a_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--resolution" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="WIDTHxHEIGHT"):
         simple_benchmark.size_of("640x")
+
+
+def test_an_interrupt_while_processes_begin_ends_them() -> None:
+    def jobs() -> Iterator[tuple[float]]:
+        yield (600.0,)
+        signal.raise_signal(signal.SIGINT)  # held back until all have begun, and raised then
+
+    began_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(in_processes(time.sleep, jobs(), 1))
+    assert time.monotonic() - began_s < 300
+
+
+def ignore_interrupts() -> None:
+    """A process in which the first request to end is lost, as one raised inside code that ignores exceptions."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def test_a_process_that_loses_the_first_request_is_asked_again() -> None:
+    running = in_processes(time.sleep, [(0.0,), (600.0,)], 2, ignore_interrupts)
+    next(running)
+    began_s = time.monotonic()
+    running.close()
+    assert time.monotonic() - began_s < 300

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -23,6 +25,16 @@ def test_enters_at_the_action_that_is_due_now() -> None:
     assert buffer.offer(chunk(10), 14) is Admission.ENTERED
     due = buffer.due(14)
     assert (due.target[0], due.age_ticks, due.starved) == (14, 4, False)
+
+
+def test_a_rolled_chunk_counts_from_the_tick_whose_pose_the_policy_was_told() -> None:
+    buffer, rolled = ChunkBuffer(), replace(chunk(13), observed=10, rolled=3)  # its rows are meant for ticks 13, 14 ...
+    with pytest.raises(RuntimeError, match="due at 13"):
+        buffer.offer(rolled, 12)
+    assert buffer.offer(rolled, 15) is Admission.ENTERED
+    due = buffer.due(15)
+    assert (due.target[0], due.row, due.age_ticks) == (15, 2, 5)
+    assert [buffer.planned(tick)[0] for tick in (16, 28, 40)] == [16, 28, 28]
 
 
 def test_skipped_ticks_skip_their_actions() -> None:

@@ -44,6 +44,11 @@ def compare(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return code, said.out, said.err
 
 
+def test_the_report_itself_may_be_named(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(runs[0]), str(runs[1] / "report.json")]
+    assert compare(*words, capsys=capsys) == compare(*map(str, runs), capsys=capsys)
+
+
 def test_figures_and_settings_that_differ(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = compare(*map(str, runs), "--json", capsys=capsys)
     assert code == 0

@@ -279,7 +279,7 @@ def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: subprocess.Popen[bytes
     root = Path(__file__).parent.parent
     command = [
         *(sys.executable, "-m", "gr00t_fast", "run", "--config_path=configs/so100_sim.yaml", "--model_path=checkpoints/so100-sim-reach"),
-        *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=4"),
+        *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=100"),
         *(f"--out={tmp_path}", f"--display=127.0.0.1:{port}"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
@@ -289,7 +289,9 @@ def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: subprocess.Popen[bytes
             said.append(line)
             if line.startswith("Loop 2"):
                 viewer.kill()
-    assert process.returncode == 0, "".join(said)
+            if line.startswith("--display:"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, "".join(said)
     told = [line for line in said if line.startswith("--display:")]
     assert len(told) == 1, told
     assert "went away" in told[0]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import virtual_camera
 
+from gr00t_fast.cli import doctor as program
 from gr00t_fast.cli.main import main
 from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
 from gr00t_fast.robots.feetech_bus.servo import JointCalibration, Register
@@ -89,6 +90,15 @@ def _other_arm(directory: Path, bus: VirtualBus) -> None:
     values = bus.calibration["wrist_flex"]
     other = JointCalibration(values.id, 0, values.homing_offset + 33, values.range_min, values.range_max)
     save_calibration({**bus.calibration, "wrist_flex": other}, directory / "black.json")
+
+
+def test_what_is_waited_for_is_said(bus: VirtualBus, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_TELL_EVERY_S", 0.05)
+    bus.inject("absent")
+    assert main(["doctor", *flags]) == 1
+    assert "looking at the arm's servos" in capsys.readouterr().err
+    assert main(["doctor", "--quiet", *flags]) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_a_calibration_of_another_arm_a_damaged_and_a_missing_one(

@@ -73,7 +73,8 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     virtual_camera.build_plugin(directory)
     write_random_checkpoint(directory / "checkpoint", "tiny", resolution=(1280, 720))
     write_random_checkpoint(directory / "n1d7", "tiny", network="n1.7", frame_offsets=(-15, 0))
-    _poison(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA))
+    _answers(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA), float("nan"))
+    _answers(write_random_checkpoint(directory / "pushing", "tiny", resolution=CAMERA), 100.0)
     command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
     bus = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Virtual servo bus" in bus.stdout.readline()
@@ -91,11 +92,12 @@ def _fresh(stand: Stand) -> None:
     virtual_camera.write_camera(stand.directory, 0, picture)
 
 
-def _poison(checkpoint: Path) -> None:
-    """A network whose actions are NaN: one bad number in its last layer is enough."""
+def _answers(checkpoint: Path, number: float) -> None:
+    """A network whose last layer says the same number, whatever it sees: NaN, or always the highest action of each joint."""
     file = checkpoint / "model.safetensors"
     weights = load_file(file)
-    weights["action_head.action_decoder.layer2.b"][:] = float("nan")
+    weights["action_head.action_decoder.layer2.W"][:] = 0
+    weights["action_head.action_decoder.layer2.b"][:] = number
     save_file(weights, file)
 
 
@@ -132,7 +134,8 @@ def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
     assert said.count("frames are resized") == 2, said  # 640x480 for a checkpoint trained on 1280x720: before the run, and in the report
     pacing = report["pacing"]  # a busy machine misses deadlines; each is accounted for, and none is made up for in a burst
     deadlines = report["run"]["ticks"] + pacing["missed_ticks"] + pacing["waiting_for_inference_ticks"]
-    assert deadlines == pytest.approx(30 * SOAK_S, abs=3, rel=0.05)  # each long pause begins a new grid and loses a part of a period
+    pauses = report["run"]["inferences"]  # at most; each begins a new grid and loses a part of a period
+    assert 30 * SOAK_S - pauses - 3 <= deadlines <= 30 * SOAK_S + 3
     assert report["run"]["ticks"] > 0.3 * 30 * SOAK_S
     assert report["landing"]["safe"]
 
@@ -240,3 +243,22 @@ def test_every_fault_has_its_outcome(stand: Stand, fault: str, controller: str) 
     assert {joint: torque[joint] for joint in expected.torque_off} == dict.fromkeys(expected.torque_off, 0), said
     if expected.event:
         assert stand.report()["events"].get(expected.event, 0) > 0, stand.report()["events"]
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_a_blocked_joint_is_held_before_its_servo_trips(stand: Stand, protected: bool) -> None:
+    """All goals are far ahead of where the arm starts; the elbow cannot turn."""
+    stand.command("inject blocked:servo=3")
+    flags = () if protected else ("--stall_after_s=null",)
+    program = stand.start("pushing", "--timeout=8", "--max_following_error_deg=null", *flags)
+    said = _finish(program, 90)
+    assert program.returncode == 0, said
+    report = stand.report()
+    assert report["landing"]["safe"], said
+    assert (report["events"].get("servo_overload", 0) == 0) == protected, said
+    assert list(report["safety"]["stalled"]) == (["elbow_flex"] if protected else [])
+    assert ("joint elbow_flex is blocked" in said) == protected
+    run = np.load(stand.directory / "out" / "run.npz")
+    elbow, others = run["commanded"][-1][2], run["measured"][-1][[0, 1, 3, 4]]
+    assert np.all(others > 60), "the others went on"
+    assert abs(elbow - run["measured"][-1][2]) < 0.5 if protected else elbow > 40

@@ -23,6 +23,7 @@ from arm_bench import assert_landed, make_arm, true_joints
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus
+from gr00t_fast.robots.servo_state import POLL_EVERY_S
 from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
@@ -123,6 +124,35 @@ def test_torque_is_watched_also_where_the_status_register_is_not_answered_in_tim
         bus.servos[4].write(Register.TORQUE_ENABLE, b"\0")
         with pytest.raises(RobotError, match=r"servo 5 \(wrist_roll\) lost its torque"):
             _look_until(arm, give_up_s)
+        assert_landed(bus, arm, arm.land())
+
+
+@pytest.mark.parametrize("fault", [None, "blocked:servo=3"])
+def test_the_load_is_read_without_a_further_request_and_most_often_of_who_stands_still(fault: str | None, tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.reset()
+        target = arm.observe().joints + 12
+        if fault:
+            bus.inject(fault)
+        requests, ticks, began_s, read = bus.requests, 0, time.monotonic(), []
+        while time.monotonic() < began_s + 4:
+            arm.send(target)
+            read.append(arm.observe().loads)
+            ticks += 1
+            time.sleep(0.02)
+        polls = bus.requests - requests - 2 * ticks
+        assert polls <= (time.monotonic() - began_s) / POLL_EVERY_S + 3, "as many as before there was a load to read"
+        each = [len({loads.time_s[joint] for loads in read if loads.time_s[joint] > 0}) for joint in range(6)]  # NaN: not yet
+        others = max(count for joint, count in enumerate(each) if joint != 2)
+        if fault:
+            assert each[2] > 2 * others
+            assert read[-1].percent[2] == pytest.approx(16 * 0.166 * np.radians(12) * 100, abs=2)
+            assert read[-1].current_ma[2] > 1000
+        else:
+            assert each[2] <= others + 1
+        assert np.nanmax(read[-1].percent[[0, 1, 3, 4, 5]]) < 5
         assert_landed(bus, arm, arm.land())
 
 

@@ -156,6 +156,25 @@ def test_the_servo_moves_along_a_trapezoid_within_its_limits() -> None:
     assert servo.plan(0.01) is None
 
 
+def test_a_servo_that_pushes_too_long_protects_itself() -> None:
+    servo = Servo(1, default_calibration()["shoulder_pan"])
+    servo.write(Register.P_GAIN, bytes((16,)))
+    servo.write(Register.GOAL_POSITION, p.to_word(servo.position + 228))  # 20 degrees
+    wall, loads = servo.encoder, []
+    for _ in range(300):  # of 10 ms
+        servo.plan(0.01)
+        servo.settle(wall, 0.01)
+        loads.append(p.decode_signed(servo.word(Register.PRESENT_LOAD), 10) / 10)
+    assert loads[0] < 10, "its set-point has only begun to move"
+    assert loads[100] == pytest.approx(16 * 0.166 * np.radians(20) * 100, rel=0.02)
+    assert loads[180] == loads[100], "its protection waits for 2 s"
+    assert loads[-1] == 20
+    assert servo.registers[Register.STATUS] == p.ErrorBit.OVERLOAD
+    servo.write(Register.TORQUE_ENABLE, b"\0")
+    servo.settle(wall, 0.01)
+    assert (servo.registers[Register.STATUS], servo.word(Register.PRESENT_LOAD), servo.word(Register.PRESENT_CURRENT)) == (0, 0, 0)
+
+
 def test_units_are_lerobots() -> None:
     values = default_calibration()["gripper"]
     assert to_units("gripper", values, values.range_min) == 0
@@ -290,6 +309,25 @@ def test_error_bits_missing_data_wrong_model_and_delay(master: RawMaster, bus: V
     master.read(1, Register.MODEL, 2)
     assert 0.04 <= time.monotonic() - start_s < 0.2
     assert master.read(1, Register.MODEL, 2) == p.to_word(777)
+
+
+def test_a_blocked_shaft_turns_back_but_not_on(master: RawMaster, bus: VirtualBus) -> None:
+    def turned(goal: int, until_s: float = 2.0) -> int:
+        """Ticks from the middle, as soon as it is at the goal or the time is up."""
+        master.ask(p.sync_write(Register.GOAL_POSITION, {3: p.to_word(middle + goal)}), 0)
+        end_s = time.monotonic() + until_s
+        while bus.servos[2].position - middle != goal and time.monotonic() < end_s:
+            time.sleep(0.01)
+        return bus.servos[2].position - middle
+
+    middle = bus.servos[2].position
+    bus.inject("blocked:servo=3,side=1")
+    assert turned(200, 0.5) == 0
+    assert master.read(3, Register.PRESENT_LOAD, 2) != p.to_word(0)
+    assert turned(-200) == -200
+    assert turned(200, 0.5) == 0
+    bus.clear()
+    assert turned(200) == 200
 
 
 def test_count_after_and_register_select_requests(master: RawMaster, bus: VirtualBus) -> None:

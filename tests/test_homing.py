@@ -161,7 +161,10 @@ def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(pose: tuple[flo
 FLAGS = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
 
 
-@pytest.mark.parametrize("words", [["--home=nowhere"], ["--home=[1, 2]"], ["--home=recordings"], ["--rest=home"], ["--home_speed_deg_s=0"]])
+MEANINGLESS = ["--home=nowhere", "--home=[1, 2]", "--home=recordings", "--rest=home", "--home_speed_deg_s=0", "--home_speed_deg_s=20"]
+
+
+@pytest.mark.parametrize("words", [[word] for word in MEANINGLESS])
 def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
     with pytest.raises(run_flags.UsageError, match=words[0].split("=")[0]):
         run_flags.parse([*FLAGS, *words])
@@ -170,6 +173,15 @@ def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
 def test_flags() -> None:
     config = run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
     assert (config.home, config.rest, config.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
+
+
+def test_a_dry_run_says_that_it_goes_to_no_pose(capsys: pytest.CaptureFixture[str]) -> None:
+    run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--home_speed_deg_s=20"])
+    assert "dry run" not in capsys.readouterr().err
+    run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home", "--dry_run"])
+    said = capsys.readouterr().err
+    assert "--home and --rest" in said
+    assert "dry run" in said
 
 
 def write_recordings(directory: Path, names=SO100_JOINTS) -> None:

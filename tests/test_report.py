@@ -41,6 +41,9 @@ def test_figures_of_a_known_run(bench: Bench) -> None:
     assert report["schema"] == SCHEMA
     assert report["run"]["ticks"] == len(bench.robot.sent)
     assert report["run"]["playback_hz"] == pytest.approx(30, abs=0.01)
+    times_s = bench.times()
+    assert report["run"]["achieved_hz"] == pytest.approx((len(times_s) - 1) / (times_s[-1] - times_s[0]), abs=0.01)
+    assert "Hz from first to last target" in as_text(report), "what the figure leaves out"
     assert report["run"]["achieved_hz"] < 30
     assert report["stages_ms"]["infer"]["p50"] == pytest.approx(200)
     assert report["stages_ms"]["infer/network"]["p99"] == 4.0

@@ -663,11 +663,12 @@ def overhead_ms(calls: int = 100, size: tuple[int, int] = (480, 640)) -> np.ndar
 
 
 def test_the_detour_over_the_server_costs_little() -> None:
-    """At most 2 ms, or what a busy or slow machine makes of that: the bare echo takes a third of a millisecond on a quiet one."""
+    """At most 2 ms, or what a slow machine makes of that: the bare echo takes a third of a millisecond on a quiet one. Of the undisturbed calls: each
+    needs two processes to be woken in turn, and beside a busy neighbour most of them wait for a core."""
     seen = []
-    for _ in range(4):  # other programs may disturb one of the attempts
-        overhead, echo = np.median(overhead_ms(), axis=0)
+    for _ in range(4):
+        overhead, echo = np.percentile(overhead_ms(), 10, axis=0)
         seen.append((round(float(overhead), 2), round(float(echo), 2)))
         if overhead <= max(MAX_OVERHEAD_MS, MAX_OVERHEAD_ECHOES * echo):
             return
-    pytest.fail(f"median (overhead, echo) {seen} ms; expected at most {MAX_OVERHEAD_MS} ms or {MAX_OVERHEAD_ECHOES} echoes")
+    pytest.fail(f"10th percentile of (overhead, echo) {seen} ms; expected at most {MAX_OVERHEAD_MS} ms or {MAX_OVERHEAD_ECHOES} echoes")

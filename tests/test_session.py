@@ -6,15 +6,17 @@ import contextlib
 import os
 import pty
 import termios
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 from control_fakes import Bench
 
 from gr00t_fast.control.keys import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
 from gr00t_fast.control.session import Session
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.errors import ObservationError, RobotError
 
+PATIENCE_S = 60.0
 TASK = "pick: the cube"  # of the bench
 
 
@@ -96,10 +98,12 @@ class Fingers:
 
     def __init__(self, pressed: dict[int, list[str]]) -> None:
         self._pressed, self._polls = pressed, 0
+        self.now: list[str] = []  # pressed before the next look, whichever it is
 
     def poll(self) -> list[str]:
         self._polls += 1
-        return self._pressed.get(self._polls, [])
+        now, self.now = self.now, []
+        return now or self._pressed.get(self._polls, [])
 
 
 class Recorder:
@@ -200,6 +204,54 @@ def test_an_instruction_typed_in_the_pause_is_for_the_next_episode() -> None:
     assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK), ("begin", "lift it")]
     assert bench.policy.warmed_up == "lift it"
     assert bench.policy.seen[-1]["annotation.human.task_description"] == ["lift it"]
+
+
+def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> threading.Event:
+    """The network makes itself ready until `until` says so of a look at the arm, or the event is set."""
+    ready, answer = threading.Event(), bench.policy.warm_up
+
+    def look() -> None:
+        if bench.policy.warmed_up is not None and until():
+            ready.set()
+
+    def warm_up(instruction: str, prefix_method: str | None = None) -> dict[str, float]:
+        answer(instruction, prefix_method)
+        assert ready.wait(PATIENCE_S), "nobody looked at the arm"
+        return {}
+
+    bench.policy.warm_up, bench.robot.on_observe = warm_up, look
+    return ready
+
+
+def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
+    bench = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0)
+    bench.loop.session = Session(bench.stop, Fingers({40: ["t"], 42: [*"lift it", ENTER]}), None, bench.said.append, bench.clock.now_s)
+
+    def camera_lost() -> bool:
+        raise RobotError("camera front is gone")
+
+    ready = slow_warm_up(bench, camera_lost)
+    with pytest.raises(RobotError, match="front"):
+        bench.loop.run()
+    ready.set()  # no thread is left for the tests to come
+    assert bench.policy.warmed_up == "lift it"
+    assert bench.robot.calls[-1] == "land"
+
+
+def test_keys_are_heard_while_the_network_makes_itself_ready() -> None:
+    """Another instruction is typed, and the one before it is not played."""
+    bench, recorder = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0), Recorder()
+    keys = Fingers({40: ["t"], 42: [*"lift it", ENTER]})
+    bench.loop.session = Session(bench.stop, keys, recorder, bench.said.append, bench.clock.now_s)
+    typed = iter([["t"], [*"put it down", ENTER], []])
+
+    def type_another() -> bool:
+        keys.now = next(typed, [])
+        return not keys.now
+
+    slow_warm_up(bench, type_another)
+    bench.loop.run()
+    assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK), ("begin", "put it down")]
 
 
 def test_a_recording_that_fails_lands_the_arm() -> None:

@@ -498,6 +498,17 @@ def test_program_writes_a_gif_and_a_picture(tmp_path, capsys):
     assert "solved after" in capsys.readouterr().out
 
 
+def test_program_keeps_the_files_of_an_earlier_run(tmp_path, capsys):
+    pytest.importorskip("imageio")
+    (tmp_path / "reach_0.png").write_text("mine")
+    words = ["--out", str(tmp_path), "--task", "reach", "--height", "48", "--format", "gif"]
+    assert program.main(words) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    assert program.main([*words, "--overwrite"]) == 0
+    assert (tmp_path / "reach_0.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_program_explains_an_unwritable_directory(tmp_path, capsys):
     pytest.importorskip("imageio")
     (tmp_path / "file").write_text("")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,7 @@ READY_AFTER = 10  # targets
 
 
 def main() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the runs inherit it, and under nohup it is ignored
     for line in sys.stdin:
         if (pid := os.fork()) == 0:
             status = 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,8 @@ import numpy as np
 
 from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.control.dataset_recorder import modality_of
+from gr00t_fast.control.dataset_writer import MODALITY, create, features, let_encoders_catch_up
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.scene import Task
@@ -39,6 +40,7 @@ from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 RECORDING = "meta/recording.json"
 _CAMERA = "front"
+_PARTS = {"single_arm": GRIPPER, "gripper": 1}
 
 
 def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, rng: np.random.Generator) -> Iterator[dict[str, np.ndarray]]:
@@ -53,24 +55,6 @@ def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, 
         drift = 0.8 * drift + rng.normal(0, noise_deg, len(drift)) * (np.arange(len(drift)) != GRIPPER)
         simulation.set_targets(targets + drift)
         simulation.advance(TICK_S)
-
-
-def create(out: Path, resolution: tuple[int, int]) -> Any:
-    """An empty LeRobotDataset in `out`, which must not be there. Raises MissingExtraError without lerobot."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
-    joints = {"dtype": "float32", "shape": (len(SO100_JOINTS),), "names": [f"{joint}.pos" for joint in SO100_JOINTS]}
-    picture = {"dtype": "video", "shape": (resolution[1], resolution[0], 3), "names": ["height", "width", "channels"]}
-    features = {"observation.state": joints, "action": joints, f"observation.images.{_CAMERA}": picture}
-    dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
-    return dataset.create(f"local/{out.name}", FPS, features, root=out, robot_type="so100_follower")
-
-
-def write_modality(out: Path) -> None:
-    parts = {"single_arm": {"start": 0, "end": GRIPPER}, "gripper": {"start": GRIPPER, "end": GRIPPER + 1}}
-    video = {"webcam": {"original_key": f"observation.images.{_CAMERA}"}}
-    annotation = {"human.task_description": {"original_key": "task_index"}}
-    modality = {"state": parts, "action": parts, "video": video, "annotation": annotation}
-    (out / "meta" / "modality.json").write_text(json.dumps(modality, indent=2) + "\n")
 
 
 def write_recording(out: Path, config: RecordConfig, layouts: Sequence[int]) -> None:
@@ -101,10 +85,12 @@ def record(config: RecordConfig) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
         half_written = Path(beside) / out.name
-        layouts = fill(create(half_written, resolution), config, stop)
+        columns = features(SO100_JOINTS, {_CAMERA: (resolution[1], resolution[0])})
+        layouts = fill(create(half_written, FPS, columns, "so100_follower"), config, stop)
         if not layouts:
             raise ConfigError(f"the expert solved none of the {config.episodes} layouts; nothing was written. Choose others: --seed, --first_layout.")
-        write_modality(half_written)
+        modality = modality_of(_PARTS, _PARTS, SO100_JOINTS, {_CAMERA: "webcam"})
+        (half_written / MODALITY).write_text(json.dumps(modality, indent=2) + "\n")
         write_recording(half_written, config, layouts)
         _refuse_present(out)  # somebody else's by now
         half_written.rename(out)
@@ -128,10 +114,10 @@ def fill(dataset: Any, config: RecordConfig, stop: StopRequest) -> list[int]:
             for row in rows(simulation, config.size, config.noise_deg, rng):
                 if stop.reason:
                     raise KeyboardInterrupt
+                let_encoders_catch_up(dataset)
                 dataset.add_frame({**row, "task": INSTRUCTION_OF[config.task]})
             if simulation.success:
-                with usual_priority():
-                    dataset.save_episode()
+                dataset.save_episode()
                 layouts.append(layout)
             else:
                 dataset.clear_episode_buffer()
@@ -145,20 +131,6 @@ def _finalized(dataset: Any) -> Iterator[None]:
         yield
     finally:
         dataset.finalize()
-
-
-@contextlib.contextmanager
-def usual_priority() -> Iterator[None]:
-    """Run by root, as in many containers, the AV1 encoder (SVT-AV1) gives the thread that calls it a real-time priority above everything else, for
-    good; threads and programs that are started later inherit it, and nothing they wait for gets a processor while they are busy."""
-    if not hasattr(os, "sched_getscheduler"):  # Linux has it
-        yield
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, parameters)
 
 
 @dataclass

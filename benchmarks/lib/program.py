@@ -16,10 +16,12 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +33,7 @@ from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
+END_WITHIN_S = 10.0  # scratch files are removed in less
 # A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
 _DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
 
@@ -194,20 +197,41 @@ def in_processes(
     """(job, what `call(*job)` returned) as they come in; `begin` is what each process does first. Raises what a job raises. Then, on Ctrl-C (which a
     terminal sends to all, and they never see) and when the caller stops, they are ended."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin) as pool:
-        mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
-        before = mask and mask(signal.SIG_BLOCK, {signal.SIGINT})  # one that comes while they begin waits for this process
         try:
-            running = {pool.submit(call, *job): job for job in jobs}
-        finally:
-            if mask:
-                mask(signal.SIG_SETMASK, before)
-        try:
+            with _interrupts_later():
+                running = {pool.submit(call, *job): job for job in jobs}
             for future in as_completed(running):
                 yield running[future], future.result()
         except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()  # or leaving the pool would wait for what has begun
+            _end_children(pool)  # or leaving the pool would wait for what has begun
             raise
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Processes begun in here never see Ctrl-C; one that comes meanwhile is raised here, at the latest at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_children(pool: ProcessPoolExecutor) -> None:
+    """Ask the processes to end, twice, because the exception that a handler raises can be lost in code that ignores exceptions; then kill them."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    for end in (BaseProcess.terminate, BaseProcess.terminate, BaseProcess.kill):
+        children = multiprocessing.active_children()
+        for child in children:
+            end(child)
+        give_up_s = time.monotonic() + END_WITHIN_S
+        while (alive := [child.sentinel for child in children if child.is_alive()]) and time.monotonic() < give_up_s:
+            multiprocessing.connection.wait(alive, give_up_s - time.monotonic())
+        if not alive:
+            return
 
 
 def show_progress(what: str, done: int, total: int) -> None:

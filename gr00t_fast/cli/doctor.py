@@ -15,8 +15,8 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,7 @@ class DoctorConfig(OutputFlags, PolicyFlags):
 _USAGE = "usage: gr00t-fast doctor [--model_path=DIR] [--robot.type=... --robot.port=...] [--flag=value ...]"
 _EXITS = "exit codes: 0 nothing that the given flags need is missing or wrong, 1 something is, 2 bad flag"
 _NOT_OF_A_RUN = ("out", "json", "quiet", "verbose")  # settings of a run's file that are about what the run leaves
+_TELL_EVERY_S = 2.0
 _GIB = 2**30
 _WORKING_BYTES = _GIB  # activations, scratch and the CUDA context: a round figure above what has been measured
 _READ_AT_MOST_BYTES = 512 * 2**20  # of weights, to compare an export with them: more takes seconds
@@ -94,6 +95,8 @@ def work(config: DoctorConfig) -> int:
     with ThreadPoolExecutor(3) as pool:
         of_arm, of_cameras = pool.submit(lambda: list(arm(config.robot))), pool.submit(take_pictures, config.robot)
         inside = pool.submit(lambda: [*network(config), *fit(config)])
+        if not config.quiet:
+            _tell_progress({of_arm: "the arm's servos", of_cameras: "the cameras", inside: "torch (its import), engines and checkpoint"})
         rows = [*python_and_packages(), *extras(config), *inside.result(), *of_arm.result()]
         pictures = of_cameras.result()
     rows += pictures.rows
@@ -109,6 +112,12 @@ def work(config: DoctorConfig) -> int:
         table += "\n" + _write(config, config.out, pictures, result, f"{table}\n\n{judged}\n")
     show(result, table + "\n", judged, config)
     return EXIT_ERROR if counts["fail"] else EXIT_OK
+
+
+def _tell_progress(checks: Mapping[Future[Any], str]) -> None:
+    """Until they are done, says from time to time which are not."""
+    while left := wait(checks, _TELL_EVERY_S).not_done:
+        print(f"looking at {', '.join(name for check, name in checks.items() if check in left)} ...", file=sys.stderr, flush=True)
 
 
 def as_table(rows: Sequence[Row]) -> str:

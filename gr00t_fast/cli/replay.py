@@ -22,18 +22,21 @@ import numpy as np
 from gr00t_fast import flags
 from gr00t_fast.cli.policy_flags import OutputFlags
 from gr00t_fast.cli.program import execute_queued
-from gr00t_fast.cli.run import drive
+from gr00t_fast.cli.run import RecordedFacts, drive
 from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_robot
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_recorder import dataset_directory
-from gr00t_fast.control.dataset_writer import ROLLOUTS
+from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_SPEED_DEG_S
+from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags
 from gr00t_fast.robots.config import RobotConfig
+from gr00t_fast.strict_json import read_json
 
 _PARTS = {"single_arm": 5, "gripper": 1}
+_PICTURES = "observation.images."  # begins the name of a camera's column
 
 
 @dataclass(kw_only=True)
@@ -47,6 +50,9 @@ class ReplayConfig(OutputFlags):
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S  # how fast targets may change; null: no limit
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
+    stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the recording contradict each other
     record: str = ""  # write the replay as a LeRobotDataset v3 of its own, as in `gr00t-fast run`
     record_append: bool = False  # add it to the data set of --record that is there
@@ -93,11 +99,13 @@ def run(config: ReplayConfig) -> int:
         as_run.lang_instruction = episode.task
         return episode
 
-    return drive(as_run, load)
+    return drive(as_run, load, RecordedFacts({"replay_of": str(directory), "replayed_episode": config.episode}, _camera_names(directory)))
 
 
 class RecordedEpisode(Policy):
     """The actions of an episode as a policy: its first answer leads from where the arm is to the first action and then through all of them."""
+
+    computes = False
 
     def __init__(
         self,
@@ -188,8 +196,16 @@ def _statistics(parts: Mapping[str, np.ndarray]) -> dict[str, PartStatistics]:
 def _any_camera(directory: Path) -> dict[str, str]:
     """The reader of data sets wants a picture; none is decoded here."""
     features = json.loads((directory / "meta" / "info.json").read_text(encoding="utf-8")).get("features", {})
-    first = next((name.removeprefix("observation.images.") for name in features if name.startswith("observation.images.")), None)
+    first = next((name.removeprefix(_PICTURES) for name in features if name.startswith(_PICTURES)), None)
     return {} if first is None else {first: "webcam"}
+
+
+def _camera_names(directory: Path) -> dict[str, str]:
+    """Camera of the recording -> its name in meta/modality.json, as far as that says one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = read_json(directory / MODALITY)["video"]
+        return {entry["original_key"].removeprefix(_PICTURES): name for name, entry in told.items()}
+    return {}
 
 
 def _check_unit(directory: Path, robot: Robot) -> None:

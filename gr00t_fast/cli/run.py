@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,26 @@ from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
 from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
+from gr00t_fast.files import check_kept
 from gr00t_fast.recordings import read_recordings
+from gr00t_fast.robots.config import servo_lag_ms
 from gr00t_fast.strict_json import read_json
+
+_RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
+
+
+@dataclass(frozen=True)
+class RecordedFacts:
+    """What --record notes besides the rows. of_episode: JSON-ready, where the actions come from. cameras: robot camera -> its name in
+    meta/modality.json; None: as the policy calls it."""
+
+    of_episode: Mapping[str, Any]
+    cameras: Mapping[str, str] | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,20 +79,24 @@ def run(config: RunConfig) -> int:
     return drive(config, load_policy)
 
 
-def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any]) -> int:
-    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
+def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts | None = None) -> int:
+    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`. `facts`: for
+    --record, instead of the checkpoint's."""
     with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
-        return _drive(config, load_policy, recording)
+        return _drive(config, load_policy, recording, facts or RecordedFacts({name: getattr(config, name) for name in _RECORDED_FACTS}))
 
 
-def _drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], recording: contextlib.ExitStack) -> int:
+def _drive(
+    config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], recording: contextlib.ExitStack, facts: RecordedFacts
+) -> int:
     stop, say = StopSignals(), voice(config)
     with stop, stop.armed():
         check_free(config)
         robot = build_robot(config)
         recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
         policy = load_policy(robot, stop.request)
-        preflight = Preflight(robot, policy.metadata, strict=config.preflight == "refuse", echo=say)
+        source = "checkpoint" if policy.computes else "recording"
+        preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source)
         fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
         outputs = Outputs(
             config.out,
@@ -94,9 +113,10 @@ def _drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None
         connected = preflight.connected
         if recorder is not None:
             recorder.set_rate(fps)
-            connected = _and_open_recording(connected, recorder, config, policy, robot)
+            connected = _and_open_recording(connected, recorder, config, policy, robot, facts)
         loop = control_loop(config, policy, robot, fps, stop, connected, outputs, session)
-        say("warming up ...")
+        if policy.computes:
+            say("warming up ...")
         loop.controller.warm_up()
         if recorder is not None:
             recorder.wait_until_ready()
@@ -170,8 +190,9 @@ def build_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder:
     """Raises ConfigError for a place where no data set can be written."""
     out = dataset_directory(config.record)
     here = "" if out == Path(config.record).expanduser() else f" (lerobot's place for data sets; for a directory here: --record=./{config.record})"
+    recorder = DatasetRecorder(out, config.record_append, robot.joint_names, echo=voice(config))
     voice(config)(f"recording into {out.absolute()}{here}")
-    return DatasetRecorder(out, config.record_append, robot.joint_names, echo=voice(config))
+    return recorder
 
 
 def keys_of_session(config: RunConfig) -> Keys | None:
@@ -186,17 +207,18 @@ def keys_of_session(config: RunConfig) -> Keys | None:
 
 
 def _and_open_recording(
-    check: Callable[[Observation], None], recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot
+    check: Callable[[Observation], None], recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot, facts: RecordedFacts
 ) -> Callable[[Observation], None]:
     """`check` of the first observation, and then the data set with the columns that it shows."""
     metadata = policy.metadata
-    camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
-    modality = modality_of(metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map)
-    facts = {name: getattr(config, name) for name in ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")}
+    names = facts.cameras if facts.cameras is not None else resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
+    names = {camera: names[camera] for camera in robot.cameras if camera in names}
+    names |= {camera: camera for camera in robot.cameras if camera not in names and camera not in names.values()}
+    modality = modality_of(metadata.state_widths, metadata.action_widths, robot.joint_names, names)
 
     def connected(observation: Observation) -> None:
         check(observation)
-        recorder.open(observation, robot.name, robot.joint_unit, modality, facts)
+        recorder.open(observation, robot.name, robot.joint_unit, modality, facts.of_episode)
 
     return connected
 
@@ -219,12 +241,24 @@ def control_loop(
     automatic = config.max_speed_deg_s == "auto"
     recorded = tuple(recordings.fastest_units_s.tolist()) if automatic and recordings else None
     limit_deg_s = DEFAULT_MAX_SPEED_DEG_S if automatic else config.max_speed_deg_s
-    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded)
+    stall = StallOptions(config.stall_load_percent, config.stall_current_ma, config.stall_after_s)
+    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded, stall)
     begin = tuple(recordings.begin.tolist()) if recordings else None
     home = begin if config.home == "recordings" else config.home and tuple(config.home)
     rest = {"recordings": begin, "home": home}.get(config.rest) if isinstance(config.rest, str) else config.rest and tuple(config.rest)
     poses = Poses(home, rest, config.home_speed_deg_s)
-    options = LoopOptions(fps, config.episodes, config.timeout, config.seed, config.dry_run, safety, reset_time_s(config), config.camera_fault, poses)
+    options = LoopOptions(
+        fps,
+        config.episodes,
+        config.timeout,
+        config.seed,
+        config.dry_run,
+        safety,
+        reset_time_s(config),
+        config.camera_fault,
+        poses,
+        tell_inferences=policy.computes,
+    )
     return ControlLoop(robot, controller, options, clock, stop, connected, outputs.observers, echo=voice(config), session=session)
 
 
@@ -236,7 +270,8 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
     waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
     if config.controller == "sync":
         return waiting
-    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s)
+    lag_s = servo_lag_ms(config.robot) / 1000
+    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s, config.roll_forward, lag_s)
     moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
     if config.controller != "auto":
         return moving
@@ -285,12 +320,8 @@ def voice(config: RunConfig) -> Callable[[str], None]:
 
 def check_free(config: RunConfig) -> None:
     """Raises ConfigError where this run would replace the files of an earlier one."""
-    if config.overwrite:
-        return
-    earlier = [path for path in (config.out and config.out / "report.json", config.video) if path is not None and path.is_file()]
-    if earlier:
-        flag = "--video" if earlier[0] == config.video else "--out"
-        raise ConfigError(f"{earlier[0]} is of an earlier run. Choose another {flag}, or say --overwrite.")
+    check_kept([config.out / "report.json"] if config.out is not None else [], "--out", config.overwrite)
+    check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
 
 
 def announce_landing(landing: LandingReport | None, say: Callable[[str], None] = say) -> None:

@@ -20,6 +20,7 @@ from gr00t_fast.control.homing import DEFAULT_HOME_SPEED_DEG_S
 from gr00t_fast.control.keys import keys_obstacle
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS
+from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
 from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags, setting
@@ -50,6 +51,7 @@ class RunConfig(OutputFlags, PolicyFlags):
     chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
     smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
+    roll_forward: bool = False  # threaded: give the network the joints where the arm will be when the chunk begins, not where it was
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
@@ -63,6 +65,9 @@ class RunConfig(OutputFlags, PolicyFlags):
     rest: list[float] | str | None = None  # so before the torque goes off: six joint values, `recordings`, or `home`
     home_speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S  # how fast the arm moves to these poses
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
+    stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
     camera_fault: CameraFault = "warn"  # a camera that is blank, shows noise, or always the same picture: warn says it, land ends the run
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
@@ -83,7 +88,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     config, notes = parse_flags(RunConfig, argv)
     notes = [*old, *notes]
     _validate(config)
-    for note in [*notes, *_notes_on_cameras(config.robot)]:
+    for note in [*notes, *_notes_on_cameras(config.robot), *_notes_on_poses(config)]:
         print(f"note: {note}", file=sys.stderr)
     return config
 
@@ -135,6 +140,8 @@ def _validate(config: RunConfig) -> None:
     _validate_controller(config)
     _validate_pose(config, "home", ("recordings",))
     _validate_pose(config, "rest", ("recordings", "home"))
+    if _given(config, "home_speed_deg_s") and config.home is None and config.rest is None:
+        raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
     validate_limits(config)
     if config.episodes > 1 and config.timeout is None and (why := keys_obstacle()):
         raise UsageError(f"--episodes={config.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
@@ -156,7 +163,11 @@ def validate_robot(robot: RobotConfig | None) -> None:
 
 def validate_limits(config: Any) -> None:
     """Limits and outputs, which programs that move the arm have in common. Raises UsageError."""
-    _validate_positive(config, "max_speed_deg_s", "max_following_error_deg")
+    _validate_positive(config, "max_speed_deg_s", "max_following_error_deg", "stall_load_percent", "stall_current_ma", "stall_after_s")
+    if config.stall_load_percent is not None and config.stall_load_percent > 100:
+        raise UsageError(
+            f"--stall_load_percent={config.stall_load_percent:g} is never reached: 100 is the full drive. Stall protection off: --stall_after_s=null."
+        )
     if config.record_append and not config.record:
         raise UsageError("--record_append needs --record=DIR: the data set to continue.")
     if config.video is not None and config.video.suffix.lower() not in (".mp4", ".gif"):
@@ -239,6 +250,10 @@ def _validate_controller(config: RunConfig) -> None:
         raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there inference overlaps the motion.")
     if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
         raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
+    if config.roll_forward and config.controller == "sync":
+        raise UsageError("--roll_forward needs --controller=auto, threaded or server: an arm that waits for the network is where it was seen.")
+    if config.roll_forward and (given := _given(config, "smoothing", "when_late")):
+        raise UsageError(f"--roll_forward and --{given[0]}={getattr(config, given[0])} exclude each other: each joins chunks in a way of its own.")
     if config.when_late == "resume" and config.smoothing != "none":
         raise UsageError(f"--when_late=resume and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
 
@@ -276,6 +291,11 @@ def _notes_on_cameras(robot: RobotConfig) -> list[str]:
         f"camera {', '.join(drawn)} has type sim: it draws the simulated scene with the arm where its servos say it is, and shows nothing real. "
         "Meant for the virtual servo bus; a real camera is {type: opencv, ...}."
     ]
+
+
+def _notes_on_poses(config: RunConfig) -> list[str]:
+    given = [f"--{name}" for name in ("home", "rest") if getattr(config, name) is not None]
+    return [f"{' and '.join(given)}: a dry run sends nothing, the arm does not move there."] if config.dry_run and given else []
 
 
 def reset_time_s(config: RunConfig) -> float:

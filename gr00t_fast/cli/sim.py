@@ -11,6 +11,7 @@ import numpy as np
 
 from gr00t_fast.cli.policy_flags import run_command
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.files import check_kept
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.rendering import write_video
@@ -24,6 +25,7 @@ class SimConfig:
     """Watch the scripted expert solve a scene: TASK_SEED.mp4 or .gif, and .png."""
 
     out: Path  # directory for the files
+    overwrite: bool = False  # replace the files of an earlier run
     task: Task = "place"  # what stands on the table
     seed: int = 0  # where the objects lie
     video_format: Literal["mp4", "gif", "both"] = setting("mp4", former=("format",))  # of the video
@@ -59,7 +61,11 @@ def play(simulation: Simulation, height: int) -> Iterator[np.ndarray]:
 
 
 def run(config: SimConfig) -> int:
-    """Play, draw and write. Returns the exit code: 0 when the expert solved the scene."""
+    """Play, draw and write. Returns the exit code: 0 when the expert solved the scene. Raises ConfigError."""
+    name = f"{config.task}_{config.seed}"
+    written = [config.out / f"{name}.{ending}" for ending in (("mp4", "gif") if config.video_format == "both" else (config.video_format,))]
+    picture, scene = config.out / f"{name}.png", config.out / f"{name}.xml"
+    check_kept([*written, picture, *([scene] if config.xml else [])], "--out", config.overwrite)
     progress, imageio = require("tqdm", "sim").tqdm, require("imageio.v3", "sim")
     simulation = Simulation(config.task, config.seed)
     frames, still, solved_s = [], None, None
@@ -67,17 +73,15 @@ def run(config: SimConfig) -> int:
         frames.append(frame)
         if simulation.success and solved_s is None:
             solved_s, still = simulation.time_s, frame
-    name = f"{config.task}_{config.seed}"
-    written = [config.out / f"{name}.{ending}" for ending in (("mp4", "gif") if config.video_format == "both" else (config.video_format,))]
     try:
         config.out.mkdir(parents=True, exist_ok=True)
         for path in written:
             write_video(path, frames)
-        imageio.imwrite(config.out / f"{name}.png", frames[-1] if still is None else still)
+        imageio.imwrite(picture, frames[-1] if still is None else still)
         if config.xml:
-            (config.out / f"{name}.xml").write_text(simulation.scene.xml)
+            scene.write_text(simulation.scene.xml)
     except OSError as error:
         raise ConfigError(f"--out {config.out} cannot be written: {error}. Choose another directory.") from error
     verdict = f"solved after {solved_s:.1f} s" if solved_s else "NOT solved"
-    print(f"{verdict}: {', '.join(map(str, written))}, {config.out / name}.png")
+    print(f"{verdict}: {', '.join(map(str, [*written, picture]))}")
     return 0 if solved_s else 1

@@ -1,6 +1,7 @@
 """`--controller=auto`: infer while the arm moves where that helps and a chunk bridges it, else wait for each inference.
 
-Chosen once, after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting.
+Chosen after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting, and back when
+they are bridged again.
 Time is counted in control ticks; H is the number of actions of a chunk that may play.
 """
 
@@ -18,11 +19,15 @@ from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.errors import InferenceTooLongError
 
 _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
+# To go back takes so many inferences in a row that are well within what a chunk bridges; each time twice as many, so that a machine that is busy now
+# and then does not change the way the arm moves again and again.
+_BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
 
 
-def bridged_ticks(horizon: int) -> int:
-    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does."""
-    return horizon // 2
+def bridged_ticks(horizon: int, roll_forward: bool) -> int:
+    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does; where
+    the policy is told of the pose to come, only one is over."""
+    return horizon - 1 if roll_forward else horizon // 2
 
 
 class AutoController:
@@ -44,6 +49,7 @@ class AutoController:
         self._horizon, self._trained_horizon, self._overlap_asked = horizon, trained_horizon, overlap_asked
         self._chosen: Controller = waiting
         self._reason = ""
+        self._bridged, self._bridged_needed = 0, _BRIDGED_INFERENCES  # inferences in a row, while waiting for them
 
     @property
     def overlaps(self) -> bool:
@@ -70,13 +76,17 @@ class AutoController:
         takes = f"an inference takes {inference_ms:.0f} ms"
         if inference_ms <= tick_ms:
             return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: there is no pause"
-        if ticks <= bridged_ticks(self._horizon):
+        if ticks <= self._bridged_ticks(self._horizon):
             return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
         return self._waiting, f"{takes}, which {self._too_short(ticks)}"
 
+    def _bridged_ticks(self, horizon: int) -> int:
+        return bridged_ticks(horizon, self._moving.options.roll_forward)
+
     def _too_short(self, ticks: int) -> str:
-        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
-        return f"{short}; leave out --action_horizon" if ticks <= bridged_ticks(self._trained_horizon) else short
+        needed = ticks + 1 if self._moving.options.roll_forward else 2 * ticks
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {needed} actions would)"
+        return f"{short}; leave out --action_horizon" if ticks <= self._bridged_ticks(self._trained_horizon) else short
 
     # The Controller protocol
 
@@ -101,10 +111,24 @@ class AutoController:
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
         try:
-            return self._chosen.plan(observation, keep_alive)
+            chunk = self._chosen.plan(observation, keep_alive)
         except InferenceTooLongError as error:
             self._choose(self._waiting, f"an inference took {error.ticks} ticks, which {self._too_short(error.ticks)}")
-            return self._waiting.plan(observation, keep_alive)
+            chunk = self._waiting.plan(observation, keep_alive)
+        if not self.overlaps:
+            self._move_again(chunk)
+        return chunk
+
+    def _move_again(self, chunk: ActionChunk | None) -> None:
+        """After a chunk that the arm waited for (None: it failed)."""
+        takes_ticks = 0.0 if chunk is None else chunk.inference_ms / 1000 * self._fps
+        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
+        self._bridged = self._bridged + 1 if bridged else 0
+        if chunk is not None and self._bridged == self._bridged_needed:
+            reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
+            self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
+            self._moving.take_over(chunk)
+            self._choose(self._moving, reason)
 
     def see(self, observation: Observation, tick: int) -> None:
         self._chosen.see(observation, tick)
@@ -113,7 +137,7 @@ class AutoController:
         target = self._chosen.next_target(tick)
         if self.overlaps and self._overlap_asked is None and self._moving.note.starved:
             ticks = self._moving.usual_delay_ticks(_MEASURED_DELAYS)
-            if ticks > bridged_ticks(self._horizon):
+            if ticks > self._bridged_ticks(self._horizon):
                 self._waiting.take_over(target)
                 self._choose(self._waiting, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
         return target

@@ -96,8 +96,8 @@ def fault_of(frame: np.ndarray) -> tuple[str, str] | None:
 
 def _fault(frame: np.ndarray) -> str | None:
     height, width = frame.shape[:2]
-    rows = frame[height // (2 * LINES) :: height // LINES].astype(np.float32)  # (LINES, W, 3)
-    columns = frame[:, width // (2 * LINES) :: width // LINES].astype(np.float32).swapaxes(0, 1)  # (LINES, H, 3)
+    rows: np.ndarray = frame[height // (2 * LINES) :: height // LINES].astype(np.float32)  # (LINES, W, 3)
+    columns: np.ndarray = frame[:, width // (2 * LINES) :: width // LINES].astype(np.float32).swapaxes(0, 1)  # (LINES, H, 3)
     if np.percentile(rows, 98) < DARK or rows.reshape(-1, rows.shape[-1]).std(axis=0).max() < PLAIN_DEVIATION:
         return "blank"
     if rows.std() < NOISE_DEVIATION:

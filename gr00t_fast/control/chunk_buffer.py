@@ -1,7 +1,8 @@
 """Which action of which chunk is due at a tick: the decisions of overlapped inference, without threads and clocks.
 
-Time is counted in control ticks. A chunk knows the tick of its observation, `observed`; its row i was meant for tick `observed + i`. While the
-network was running the arm moved on, so a chunk that arrives d ticks later is entered at row d: the action that is due now, not the first one.
+Time is counted in control ticks. A chunk knows the tick of its observation, `observed`; its row i was meant for tick `observed + i` (or later, where
+the policy was told of a later pose: `begins + i`). While the network was running the arm moved on, so a chunk that arrives d ticks later is entered
+at row d: the action that is due now, not the first one.
 A tick for which no row is left is *starved*: the last target is held, and the tick is counted.
 
 Axis alphabet of this file: H horizon (rows of a chunk), J joints of the arm.
@@ -27,15 +28,22 @@ DELAY_WINDOW, DELAY_QUANTILE = 20, 0.9
 
 @dataclass(frozen=True)
 class TimedChunk:
-    """A chunk and where it belongs. `actions` is the policy's own answer, rows aligned with `chunk.targets`: the next inference may continue it."""
+    """A chunk and where it belongs. `actions` is the policy's own answer, rows aligned with `chunk.targets`: the next inference may continue it.
+    `rolled`: so many ticks after the observation its row 0 is due, because the policy was given the joints of that tick."""
 
     chunk: ActionChunk
     observed: int
     episode: int
     actions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    rolled: int = 0
 
     def __len__(self) -> int:
         return len(self.chunk.targets)
+
+    @property
+    def begins(self) -> int:
+        """The tick that row 0 was meant for."""
+        return self.observed + self.rolled
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class ChunkBuffer:
         return not self._chunks
 
     def offer(self, chunk: TimedChunk, tick: int) -> Admission:
-        """A chunk is there and may play from `tick` on."""
+        """A chunk is there and may play from `tick` on. Raises RuntimeError where its first row is not due yet."""
+        if tick < chunk.begins and chunk.episode == self.episode:
+            raise RuntimeError(f"offered for tick {tick}, and the first row is due at {chunk.begins}: offer it then")
         admission = self._admission(chunk, tick)
         self.admissions[admission] += 1
         if admission is Admission.ENTERED:
@@ -108,7 +118,7 @@ class ChunkBuffer:
 
     def _elapsed(self, chunk: TimedChunk, tick: int) -> int:
         """Rows of the chunk that are over at `tick`."""
-        elapsed = tick - chunk.observed
+        elapsed = tick - chunk.begins
         if self._resume:
             elapsed -= sum(len(range(max(held.start, chunk.observed), held.stop)) for held in self._held_before(tick))
         return elapsed
@@ -145,6 +155,13 @@ class ChunkBuffer:
             return rows[-1]
         weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(finite)))
         return (weights @ finite / weights.sum()).astype(np.float32)
+
+    def planned(self, tick: int) -> np.ndarray:
+        """The target (J,) of a tick to come, as far as is known: the last row where the playing chunk ends before. Raises RuntimeError when empty."""
+        if not self._chunks:
+            raise RuntimeError("no chunk yet: nothing is planned")
+        targets = self._chunks[-1].chunk.targets
+        return targets[min(tick - self._origin, len(targets) - 1)]
 
     def rows_left(self, tick: int) -> int:
         """How many ticks after `tick` have a row."""

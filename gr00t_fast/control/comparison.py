@@ -22,6 +22,7 @@ from gr00t_fast.strict_json import read_json
 
 COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
+_REPORT = "report.json"
 _STILL_UNITS = 0.05  # a tick at which no target changes by more is one at which the arm is told to stand still
 Figures = dict[str, Any]
 
@@ -36,8 +37,9 @@ class RecordedRun:
 
 
 def read_run(directory: Path) -> RecordedRun:
-    """Raises ConfigError for a directory without the report of a run, or with one that cannot be read."""
-    file = directory / "report.json"
+    """`directory`, or the report.json in it. Raises ConfigError for a directory without the report of a run, or with one that cannot be read."""
+    directory = directory.parent if directory.name == _REPORT else directory
+    file = directory / _REPORT
     try:
         report = read_json(file)
     except FileNotFoundError as error:
@@ -98,7 +100,7 @@ def _figures(run: RecordedRun) -> dict[str, Figures]:
         },
         "timing": {
             "ticks": played["ticks"],
-            "rate (Hz)": played["achieved_hz"],
+            "rate, first to last target (Hz)": played["achieved_hz"],
             "missed ticks": pacing["missed_ticks"],
             "ticks waiting for inference": pacing["waiting_for_inference_ticks"],
             "starved ticks": controller["starved_ticks"],
@@ -115,6 +117,7 @@ def _figures(run: RecordedRun) -> dict[str, Figures]:
             "clamped steps": _sum(safety.get("clamped")),
             "speed-limited steps": _sum(safety.get("speed_limited")),
             "following-limited steps": _sum(safety.get("following_limited")),
+            "stalls": sum(row["times"] for row in safety.get("stalled", {}).values()),
             "held ticks (NaN)": safety.get("held_ticks"),
         },
     }

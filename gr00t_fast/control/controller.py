@@ -210,7 +210,7 @@ class SyncController:
         self._worker, self._clock = worker or ThreadWorker(), clock
         self._watch = HoldLimit(1.0, max_hold_s, None)
         self._left_running = False
-        self._targets = np.empty((0, 0), np.float32)
+        self._targets: np.ndarray = np.empty((0, 0), np.float32)
         self._next = 0
         self._last: np.ndarray | None = None
         self._starved = False
@@ -224,7 +224,7 @@ class SyncController:
 
     def warm_up(self) -> Mapping[str, float]:
         self._worker.submit(self._runner.warm_up)
-        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))
+        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))  # type: ignore[arg-type]  # without a limit there is an outcome
         self.expect(timing_ms.get("total", 0.0) / 1000)
         return timing_ms
 

@@ -32,7 +32,8 @@ from gr00t_fast.files import is_running
 from gr00t_fast.optional import require
 
 ROLLOUTS = "meta/rollouts.json"  # of each episode what lerobot has no place for
-_FACTS = ("meta/tasks.parquet", "meta/stats.json", ROLLOUTS, "meta/modality.json", "meta/info.json")  # replaced, the one that counts last
+MODALITY = "meta/modality.json"  # NVIDIA's name for which columns are which part
+_FACTS = ("meta/tasks.parquet", "meta/stats.json", ROLLOUTS, MODALITY, "meta/info.json")  # replaced, the one that counts last
 _MOVING = ".moving"  # lies in a whole episode's directory while its files are moved
 _NICENESS = 10
 _ENCODER_QUEUE = 60  # frames of a camera; 55 MB at 640x480
@@ -132,7 +133,7 @@ class Episode:
         self.rows += 1
 
     def _write(self, row: dict[str, Any], solved: bool) -> None:
-        _let_encoders_catch_up(self._dataset)
+        let_encoders_catch_up(self._dataset)
         outcome = {SUCCESS: np.array([solved])} if SUCCESS in self._columns else {}
         self._dataset.add_frame({**row, **outcome, "task": self._task})
 
@@ -173,17 +174,17 @@ class Episode:
 
     def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
         file = self._root / ROLLOUTS
-        told = json.loads(file.read_text()) if file.is_file() else {"program": "gr00t-fast run", "episodes": []}
+        told = json.loads(file.read_text()) if file.is_file() else {"program": "gr00t-fast", "episodes": []}
         entry = {"episode": number, "frames": self.rows, "task": self._task, **outcome, **self._header["facts"]}
         told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
         file.write_text(json.dumps({**told, "joint_unit": self._header["joint_unit"]}, indent=1) + "\n")
-        modality = self._root / "meta" / "modality.json"  # NVIDIA's name for which columns are which part
+        modality = self._root / MODALITY
         if self._header["modality"] and not modality.is_file():
             modality.write_text(json.dumps(self._header["modality"], indent=2) + "\n")
 
 
-def _let_encoders_catch_up(dataset: Any) -> None:
-    """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
+def let_encoders_catch_up(dataset: Any) -> None:
+    """Before each row: lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
     encoder = getattr(getattr(dataset, "writer", None), "_streaming_encoder", None) or getattr(dataset, "_streaming_encoder", None)
     end_s = time.monotonic() + _ENCODER_PATIENCE_S
     while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in getattr(encoder, "_frame_queues", {}).values()):

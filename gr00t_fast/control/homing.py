@@ -81,8 +81,8 @@ class Move:
         """Which joints (J,) are not there."""
         return np.abs(measured - self.pose) > self._near
 
-    def over(self, last: np.ndarray, measured: np.ndarray) -> bool:
-        """Whether the arm has arrived, or has had its time. One whose goal is still held back waits for the limits to end the run; a gripper that
-        holds something may go on holding it."""
-        reached = np.isclose(last, self.pose)
+    def over(self, last: np.ndarray, measured: np.ndarray, stalled: np.ndarray) -> bool:
+        """Whether the arm has arrived, or has had its time. One whose goal is still held back waits for the limits to end the run, but for `stalled`
+        (J,) joints, which get no further; a gripper that holds something may go on holding it."""
+        reached = np.isclose(last, self.pose) | stalled
         return (reached.all() and not self.away(measured).any()) or (self._ticks_left <= 0 and bool(reached[self._body].all()))

@@ -59,16 +59,17 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
         ("instruction", report["settings"].get("lang_instruction", "")),
         ("episodes solved", "not known to the arm" if run["episodes_solved"] is None else f"{run['episodes_solved']} of {run['episodes']}"),
         ("duration", f"{run['duration_s']:.1f} s, {run['ticks']} ticks, {run['inferences']} inferences"),
-        ("rate", f"{_number(run['achieved_hz'])} Hz of {run['target_hz']:g} Hz; {_number(run['playback_hz'])} Hz within chunks"),
+        ("rate", rates(run)),
         ("missed ticks", f"{pacing['missed_ticks']}; {pacing['waiting_for_inference_ticks']} more while waiting for inference"),
         ("faults survived", ", ".join(f"{name} {count}" for name, count in report["events"].items()) or "none"),
+        ("joints found blocked and held", stalled_text(report) or "none"),
         ("landing", "not reported" if report["landing"] is None else "safe" if report["landing"]["safe"] else "NOT SAFE"),
     ]
     yield _table([], rows)
     yield "<h2>times (ms)</h2>"
     stages = {**report["stages_ms"], "tick error": pacing["tick_error_ms"], "pause per chunk": pacing["pause_per_chunk_ms"]}
     keys = ("p50", "p95", "p99", "max")
-    yield _table(["stage", "count", *keys], [(stage, row["count"], *(_number(row[key]) for key in keys)) for stage, row in stages.items() if row])
+    yield _table(["stage", "count", *keys], [(stage, row["count"], *(number(row[key]) for key in keys)) for stage, row in stages.items() if row])
     if report["safety"] is not None:
         safety, tracking = report["safety"], report["tracking_error"]
         yield f"<h2>joints ({_text(tracking['unit'])}; ticks at which a target was changed)</h2>"
@@ -76,11 +77,17 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
         for name, clamped in safety["clamped"].items():
             track = tracking["joints"][name] or {}
             limited = (safety["speed_limited"][name], safety["following_limited"][name])
-            rows.append((name, clamped, *limited, *(_number(track.get(key)) for key in ("p50", "p95", "max"))))
+            rows.append((name, clamped, *limited, *(number(track.get(key)) for key in ("p50", "p95", "max"))))
         yield _table(["joint", "clamped", "speed-limited", "following-limited", "tracking p50", "p95", "max"], rows)
     controller = [(name, _compact(value)) for name, value in report["controller"].items()]
     yield "<h2>controller</h2>" + _table([], controller)
     yield "".join(f"<p>note: {_text(note)}</p>" for note in report["notes"])
+
+
+def stalled_text(report: Mapping[str, Any]) -> str:
+    """Which joints stall protection held, how often and how long; empty for none."""
+    stalled = (report["safety"] or {}).get("stalled", {})
+    return ", ".join(f"{name} {row['times']} time(s), {row['total_s']:.1f} s" for name, row in stalled.items())
 
 
 def _pictures(frames: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> Iterator[str]:
@@ -115,8 +122,13 @@ def _text(value: Any) -> str:
     return html.escape("-" if value is None else str(value)).encode("utf-8", "backslashreplace").decode()
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def rates(run: Mapping[str, Any]) -> str:
+    """What the arm was sent, in Hz; `run` as in a report."""
+    return f"{number(run['achieved_hz'])} Hz from first to last target, {number(run['playback_hz'])} within chunks (asked: {run['target_hz']:g})"
 
 
 def _compact(value: Any) -> Any:

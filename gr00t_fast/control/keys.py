@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 try:
     import termios
@@ -51,7 +52,7 @@ class Keys:
     def __init__(self, descriptor: int | None = None, now_s: Callable[[], float] = time.monotonic) -> None:
         """Of stdin, if not said otherwise. Changes nothing yet."""
         self._descriptor, self._now_s = sys.stdin.fileno() if descriptor is None else descriptor, now_s
-        self._saved: list[object] | None = None
+        self._saved: list[Any] | None = None
         self._handlers: dict[int, object] = {}
         self._decoder = codecs.getincrementaldecoder("utf-8")("ignore")
         self._text, self._since_s = "", 0.0
@@ -66,7 +67,8 @@ class Keys:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._saved is not None:
             with contextlib.suppress(termios.error):  # the terminal is gone
-                termios.tcsetattr(self._descriptor, termios.TCSANOW, self._saved)  # TCSADRAIN would wait for a terminal that is stopped (Ctrl-S)
+                # TCSADRAIN would wait for a terminal that is stopped (Ctrl-S)
+                termios.tcsetattr(self._descriptor, termios.TCSANOW, self._saved)
             self._saved = None
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.errors import ConfigError, ObservationError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
@@ -50,6 +50,7 @@ class LoopOptions:
     `reset_time_s`: how long the arm holds its pose between two episodes.
     `poses`: where the arm goes before and between episodes, and before its torque goes off (nowhere unless given).
     `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
+    `tell_inferences`: say how long each inference and its chunk took.
     """
 
     fps: float
@@ -61,6 +62,7 @@ class LoopOptions:
     reset_time_s: float = 0.0
     camera_fault: CameraFault | None = "warn"
     poses: Poses = field(default_factory=Poses)
+    tell_inferences: bool = True
 
 
 class _EpisodeOver(Exception):  # noqa: N818 - no error: the time was up in the middle of an inference
@@ -142,29 +144,33 @@ class ControlLoop:
         self.stop.obeyed()
         try:
             with self.stop.armed():
-                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once")
+                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once", as_far_as_it_goes=True)
         except StopRequested:
             pass  # to the landing
         except Exception as error:
             if not _interrupted(error):
                 raise
 
-    def _go_to(self, pose: tuple[float, ...] | None, what: str) -> None:
-        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, and what the arm and the safety limits raise."""
+    def _go_to(self, pose: tuple[float, ...] | None, what: str, as_far_as_it_goes: bool = False) -> None:
+        """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
+        UnsafeActionError when a joint is blocked on the way, unless the others shall go on."""
         if pose is None:
             return
         poses, robot = self.options.poses, self.robot
         move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, poses.speed_deg_s, self.options.fps, robot.units_per_deg)
         pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
-        observation, self._moving = self._observe(), True
+        observation, self._moving, stalls = self._observe(), True, self.safety.stall.count.copy()
         if move.ticks:
             self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
-        while not move.over(self.safety.last, observation.joints):
+        while not move.over(self.safety.last, observation.joints, self.safety.stall.held):
             robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
             for observer in self.observers:
                 observer.see(observation)
+            if (blocked := self.safety.stall.count > stalls).any() and not as_far_as_it_goes:
+                names = ", ".join(np.array(robot.joint_names)[blocked])
+                raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
             self.session.poll()
             pacer.wait()
             self.stop.check()
@@ -185,7 +191,10 @@ class ControlLoop:
             echo=self.echo,
         )
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
-        self.on_connected(self.robot.observe())
+        observation = self.robot.observe()
+        self.on_connected(observation)
+        if observation.loads is None and self.options.safety.stall.enabled:
+            self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
         self.trace.began_s = self.clock.now_s()
 
     def _play(self) -> None:
@@ -203,7 +212,9 @@ class ControlLoop:
             episode += not self.session.settle()
             if episode < self.options.episodes:
                 self._hold_while(lambda: self.session.waits)
-                self._take_instruction()
+                while self.session.instruction is not None:  # another one may be typed while the network makes itself ready for this one
+                    self._take_instruction(self.session.instruction)
+                    self._hold_while(lambda: self.session.waits)
 
     def _hold_between(self, played: int) -> None:
         """The pause in which the scene is put back."""
@@ -217,23 +228,29 @@ class ControlLoop:
         """The arm keeps its last target; observers, keys, signals and the watchdog go on. Looks again at `end_s` at the latest."""
         while waits():
             now_s = self.clock.now_s()
-            self.robot.keep_alive()
-            with self.stop.atomic():
-                observation = self.robot.observe()
-            for observer in self.observers:
-                observer.see(observation)
-            self.session.poll()
+            self._look_on()
             next_s = now_s + self.pacer.period_s
             self._sleeps.sleep_until_s(end_s if now_s < end_s < next_s else next_s)
             self.stop.check()
 
-    def _take_instruction(self) -> None:
-        """The one that was typed in the pause: the network makes itself ready for it while the arm keeps its last target."""
-        instruction, self.session.instruction = self.session.instruction, None
-        if instruction is None:
-            return
+    def _look_on(self) -> None:
+        """While the arm keeps its last target: whatever is wrong with a servo or a camera raises here."""
+        self.robot.keep_alive()
+        with self.stop.atomic():
+            observation = self.robot.observe()
+        if self._measured(observation) and self.trace.moved:  # a blocked joint's target is now where it stands
+            self._command(self.safety.last)
+        for observer in self.observers:
+            observer.see(observation)
+        self.session.poll()
+        self.stop.check()
+
+    def _take_instruction(self, instruction: str) -> None:
+        """The one that was typed in the pause: the network makes itself ready for it, for minutes where it compiles, while the arm keeps its last
+        target."""
+        self.session.instruction = None
         try:
-            self.controller.instruct(instruction, self.robot.keep_alive)
+            self.controller.instruct(instruction, self._look_on)
         except (ObservationError, ConfigError) as error:  # too long, or with words that the network reserves
             self.echo(f"the instruction stays {self.controller.instruction!r}: {error}")
 
@@ -319,10 +336,13 @@ class ControlLoop:
         if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages = outages
             self.safety.start(observation.joints)
-        self.safety.measured(observation.joints)
+        self._measured(observation)
         if self.cameras is not None:
             self.cameras(observation)
         return observation
+
+    def _measured(self, observation: Observation) -> bool:
+        return self.safety.measured(observation.joints, observation.time_s, observation.loads)
 
     def _outage_count(self) -> int:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
@@ -338,7 +358,7 @@ class ControlLoop:
     def _infer(self, observation: Observation) -> ActionChunk | None:
         with self.trace.timed("infer"):
             chunk = self.controller.plan(observation, self._still_time)
-        if chunk is not None:
+        if chunk is not None and self.options.tell_inferences:
             self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
         return chunk
 
@@ -372,7 +392,8 @@ class ControlLoop:
         total_s = self.clock.now_s() - self._loop_began_s
         self._loop_began_s = None
         self.trace.stages_ms["loop"].append(1000 * total_s)
-        self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
+        if self.options.tell_inferences:
+            self.echo(f"Loop {len(self.trace.stages_ms['loop'])}: {total_s:.3f}s total")
 
     def _dry_run(self) -> None:
         """One observation and one inference, checked but not sent."""

@@ -47,13 +47,13 @@ class Findings:
         except PreflightError as error:
             self.impossible.append(str(error))
 
-    def refuse(self) -> None:
-        """Raise one PreflightError with all problems, if there are any."""
+    def refuse(self, source: str = "checkpoint") -> None:
+        """Raise one PreflightError with all problems, if there are any. `source`: what does not fit the robot, in a word."""
         problems = [*self.impossible, *self.problems]
         if problems:
             plural = "s" if len(problems) > 1 else ""
             listing = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-            raise PreflightError(f"robot and checkpoint do not fit together ({len(problems)} problem{plural}):\n{listing}")
+            raise PreflightError(f"robot and {source} do not fit together ({len(problems)} problem{plural}):\n{listing}")
 
 
 class Preflight:
@@ -62,16 +62,20 @@ class Preflight:
     `strict=False` turns contradictions into warnings, for those who know better.
     """
 
-    def __init__(self, robot: Robot, metadata: PolicyMetadata, strict: bool = True, echo: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, robot: Robot, metadata: PolicyMetadata, strict: bool = True, echo: Callable[[str], None] = print, source: str = "checkpoint"
+    ) -> None:
+        """`source`: whose metadata it is, in a word."""
         self.warnings: list[str] = []
         self.notes: list[str] = []
+        self._source = source
         self._robot, self._metadata, self._strict, self._echo = robot, metadata, strict, echo
 
     def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None) -> float:
         """Check what is known while the arm is untouched; returns the control rate in Hz. Raises PreflightError."""
         findings = check_before_connecting(self._robot, self._metadata, loop_fps, camera_map, action_horizon)
         self._judge(findings)
-        return float(_rate(self._metadata, loop_fps))
+        return float(_rate(self._metadata, loop_fps))  # type: ignore[arg-type]  # None was refused
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's limits and its pose. Raises PreflightError."""
@@ -79,7 +83,7 @@ class Preflight:
 
     def _judge(self, findings: Findings) -> None:
         if self._strict or findings.impossible:
-            findings.refuse()
+            findings.refuse(self._source)
         warnings = [*(f"ignored at your wish: {problem}" for problem in findings.problems), *findings.warnings]
         self.warnings += warnings
         self.notes += findings.notes
@@ -115,14 +119,14 @@ def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray) 
     for name, (low, high), (arm_low, arm_high), pose in zip(robot.joint_names, training, robot.joint_limits, joints, strict=True):
         if high < arm_low or low > arm_high:
             findings.problems.append(
-                f"{name}: the training data lies in [{low:.0f}, {high:.0f}] {unit}, the calibrated arm "
+                f"{name}: the data lies in [{low:.0f}, {high:.0f}] {unit}, the calibrated arm "
                 f"can only reach [{arm_low:.0f}, {arm_high:.0f}]. "
                 f"{_UNIT_ADVICE}"
             )
             continue
         if low < arm_low - RANGE_SLACK_DEG or high > arm_high + RANGE_SLACK_DEG:
             findings.warnings.append(
-                f"{name}: the training data lies in [{low:.0f}, {high:.0f}] {unit}, more than the arm's [{arm_low:.0f}, {arm_high:.0f}]; "
+                f"{name}: the data lies in [{low:.0f}, {high:.0f}] {unit}, more than the arm's [{arm_low:.0f}, {arm_high:.0f}]; "
                 "targets beyond are clamped. Was the data recorded with another calibration?"
             )
         _check_pose(findings, name, pose, low, high, unit)
@@ -139,13 +143,12 @@ def _check_pose(findings: Findings, name: str, pose: float, low: float, high: fl
     outside = max(low - pose, pose - high)
     if outside > max(POSE_CONTRADICTION_DEG, high - low):
         findings.problems.append(
-            f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the training data's [{low:.0f}, {high:.0f}]. "
+            f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the data's [{low:.0f}, {high:.0f}]. "
             f"Move the arm to where the recordings began. If it is there already: {_UNIT_ADVICE}"
         )
     elif outside > RANGE_SLACK_DEG:
         findings.warnings.append(
-            f"{name}: the arm stands at {pose:.0f} {unit}, outside the training data's [{low:.0f}, "
-            f"{high:.0f}]. Better begin where the recordings began."
+            f"{name}: the arm stands at {pose:.0f} {unit}, outside the data's [{low:.0f}, {high:.0f}]. Better begin where the recordings began."
         )
 
 
@@ -190,14 +193,14 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], metada
             )
         else:
             findings.notes.append(f"{sizes}; frames are resized.")
-    for unused in [name for name in cameras if name not in mapping]:
+    for unused in [name for name in cameras if name not in mapping and metadata.resolutions]:  # a replay looks at none
         findings.notes.append(f"camera '{unused}' is not used by the policy.")
 
 
 def _check_fps(findings: Findings, robot: Robot, metadata: PolicyMetadata, loop_fps: float | None) -> None:
     if loop_fps is None and metadata.fps is not None and not FPS_RANGE[0] <= metadata.fps <= FPS_RANGE[1]:
         findings.impossible.append(
-            f"the checkpoint says that its data was recorded at {metadata.fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
+            f"the data is said to be recorded at {metadata.fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
             "cameras and the servo bus can do. Give the rate of the recordings: --fps=30 (lerobot's default)."
         )
         return
@@ -264,20 +267,19 @@ def _check_units(findings: Findings, unit: JointUnit, training: np.ndarray, join
     saturated = int((np.abs(extremes - 100) <= SATURATION_TOLERANCE).sum())
     if extremes.max() <= RADIANS_LIMIT:
         findings.problems.append(
-            f"the checkpoint's statistics never exceed {extremes.max():.2f} on any body joint: "
-            f"they look like radians, the arm uses {unit}. "
-            "Use a checkpoint trained on data recorded with lerobot's SO-100 driver."
+            f"the data never exceeds {extremes.max():.2f} on any body joint: it looks like radians, the arm uses {unit}. "
+            "Use data recorded with lerobot's SO-100 driver, or a checkpoint trained on such data."
         )
     elif unit == "range_m100_100" and extremes.max() > NORMALISED_LIMIT:
         name = [name for name, is_body in zip(joint_names, body, strict=True) if is_body][int(extremes.max(axis=1).argmax())]
         findings.problems.append(
-            f"the arm is set to the normalised range -100..100, but the checkpoint's statistics reach {extremes.max():.0f} on {name}: "
-            "it was trained on degrees. Use --robot.use_degrees=true."
+            f"the arm is set to the normalised range -100..100, but the data reaches {extremes.max():.0f} on {name}: "
+            "it is in degrees. Use --robot.use_degrees=true."
         )
     elif unit == "degrees" and saturated >= SATURATED_EXTREMES and extremes.max() <= NORMALISED_LIMIT:
         findings.problems.append(
-            f"the arm is set to degrees, but {saturated} of the checkpoint's joint ranges end at exactly 100 and none goes beyond: "
-            "it was trained on the normalised range -100..100. Use --robot.use_degrees=false."
+            f"the arm is set to degrees, but {saturated} of the data's joint ranges end at exactly 100 and none goes beyond: "
+            "it is in the normalised range -100..100. Use --robot.use_degrees=false."
         )
     low, high = training[~body].min(initial=0.0), training[~body].max(initial=0.0)
     if low < -RANGE_SLACK_DEG or high > 100 + RANGE_SLACK_DEG:

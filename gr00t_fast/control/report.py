@@ -20,7 +20,7 @@ import numpy as np
 
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.display import Display
-from gr00t_fast.control.html_report import html_report, timing_plot
+from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.recorder import FirstAndLast, LiveView, VideoRecorder
@@ -83,6 +83,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 
 def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
+    """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
     intervals_s = _intervals_s(trace)
     during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["starved"][1:])]
     return {
@@ -128,6 +129,11 @@ def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
         "clamped": _per_joint(safety.joint_names, safety.clamped),
         "speed_limited": _per_joint(safety.joint_names, safety.speed_limited),
         "following_limited": _per_joint(safety.joint_names, safety.following_limited),
+        "stalled": {
+            name: {"times": int(times), "total_s": round(float(total_s), 3)}
+            for name, times, total_s in zip(safety.joint_names, safety.stall.count, safety.stall.total_s, strict=True)
+            if times
+        },
         "options": asdict(safety.options),
     }
 
@@ -166,7 +172,7 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
     lines = [
         f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
         f"{run['duration_s']:.1f} s, ended by {_ending(run)}",
-        f"rate           {_number(run['achieved_hz'])} Hz overall, {_number(run['playback_hz'])} Hz within chunks (target {run['target_hz']:g} Hz)",
+        f"rate           {rates(run)}",
         f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
     ]
     if run["episodes_solved"] is not None:
@@ -204,10 +210,11 @@ def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["kind"] != "threaded":
         return []
     rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
+    rows["rolled forward"] = "rolled_forward_ticks"
     lines = [
         f"overlapped     starved ticks {controller['starved_ticks']}; chunks: {controller['chunks_entered']} entered, "
         f"{controller['chunks_expired']} expired, {controller['chunks_stale']} stale, {controller['lost_inferences']} lost; "
-        f"smoothing {controller['smoothing']}"
+        f"smoothing {controller['smoothing']}" + (", roll_forward" if controller["roll_forward"] else "")
     ]
     for name, key in rows.items():
         if row := controller[key]:
@@ -215,10 +222,6 @@ def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["inference_left_running"]:
         lines.append("warning: an inference was still running when the program ended; the arm had landed before.")
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _text_stages(report: Mapping[str, Any]) -> list[str]:
@@ -243,6 +246,8 @@ def _text_joints(report: Mapping[str, Any]) -> list[str]:
 
 def _text_tail(report: Mapping[str, Any]) -> list[str]:
     lines = []
+    if stalled := stalled_text(report):
+        lines.append(f"joints found blocked and held where they stood: {stalled}")
     if report["events"]:
         lines.append("faults survived: " + ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items())))
     lines += [f"warning: {warning}" for warning in report["warnings"]] + [f"note: {note}" for note in report["notes"]]

@@ -1,4 +1,4 @@
-"""Limits on every target before it is sent: range, speed, following error, NaN. Pure functions of numbers: no clock, no robot.
+"""Limits on every target before it is sent: range, speed, following error, stall, NaN. Pure functions of numbers: no clock, no robot.
 
 Axis alphabet of this file: J joints of the arm.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gr00t_fast.contracts import MotorLoads
+from gr00t_fast.control.stall import StallOptions, StallWatch
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 # One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
@@ -22,7 +24,7 @@ RECORDED_SPEED_TIMES = 1.5
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
 LAG_S = 0.3
 PROGRESS_DEG = 3.0  # a joint that comes so much nearer to its target is late, not blocked
-BLOCKED_WARN_S, BLOCKED_END_S = 1.0, 5.0
+BLOCKED_WARN_S, BLOCKED_END_S = 2.0, 5.0  # stall protection, where there is one, comes first
 GRIPPER = "gripper"  # stands still against what it holds: that is its work
 # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
 DEFAULT_MAX_HELD_TICKS = 10
@@ -33,7 +35,7 @@ class SafetyOptions:
     """What is limited besides NaN. None switches a limit off.
 
     recorded_units_s: the fastest that each joint's target changed in the recordings (J,), joint units a second: RECORDED_SPEED_TIMES the fastest of
-    them limits the speed too, where that is less.
+    them limits the speed too, where that is less. stall: works where the robot measures how hard its motors push.
     """
 
     clamp_to_limits: bool = True
@@ -41,13 +43,14 @@ class SafetyOptions:
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS
     recorded_units_s: tuple[float, ...] | None = None
+    stall: StallOptions = field(default_factory=StallOptions)
 
 
 class SafetyFilter:
     """Passes targets on, changed as little as safety asks, and counts every change.
 
     held_ticks: targets with NaN or infinity, replaced by the last one sent.
-    clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed.
+    clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed. stall: which joints are blocked, and were.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class SafetyFilter:
         if self.options.max_held_ticks < 0:
             raise ConfigError(f"max_held_ticks must not be negative, got {self.options.max_held_ticks}.")
         self.joint_names = joint_names
+        self.stall = StallWatch(joint_names, self.options.stall, self._units_per_deg, echo)
         self.held_ticks = 0
         self.clamped = np.zeros(len(joint_names), np.int64)
         self.speed_limited = np.zeros(len(joint_names), np.int64)
@@ -106,11 +110,18 @@ class SafetyFilter:
         self._moved = np.zeros_like(measured)
         self._held_in_a_row = 0
         self._blocked_ticks[:] = 0
+        self.stall.reset()
 
-    def measured(self, joints: np.ndarray) -> None:
-        """Take note of the pose (J,) measured at this tick: goals stay within the following error of it."""
+    def measured(self, joints: np.ndarray, time_s: float = 0.0, loads: MotorLoads | None = None) -> bool:
+        """Take note of the pose (J,) measured at this tick: goals stay within the following error of it. With `loads` a blocked joint is found: True
+        when one has just been, and `last`, where it is held, is to be sent."""
         before, self._measured = self._measured, self._checked_shape(joints, "the measured pose")
         self._moved = self._measured - before
+        if loads is None or self._last is None:
+            return False
+        stalled = self.stall.judge(self._measured, self._last, loads, time_s)
+        self._last = np.where(stalled, self._measured, self._last)
+        return bool(stalled.any())
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """Return the target (J,) float64 that may be sent.
@@ -124,7 +135,7 @@ class SafetyFilter:
         if not np.isfinite(target).all():
             return self._hold(target)
         self._held_in_a_row = 0
-        clamped = self._clamped(target)
+        clamped = self.stall(self._clamped(target))
         self._last = self._near_measured(self._speed_limited(clamped), clamped)
         return self._last.copy()
 

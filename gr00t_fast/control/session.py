@@ -57,7 +57,7 @@ class Session:
         """A tick: what was seen, and the target (J,) that was sent."""
         if self._recorder is not None:
             self._recorder.add(observation, commanded)
-            self._end_with_the_recording()
+        self._end_with_the_recording()
         self.poll()
 
     def poll(self) -> None:
@@ -69,7 +69,7 @@ class Session:
             repeated = self._typed is None and key == self._last_key and now_s - self._last_key_s < _REPEAT_S
             self._last_key, self._last_key_s = key, now_s
             if not repeated:
-                self._type(key) if self._typed is not None else self._pressed(key)
+                self._pressed(key) if self._typed is None else self._type(key, self._typed)
 
     def end(self, ended_by: str, solved: bool | None) -> None:
         """The episode's last tick has been. `solved` as far as the arm can tell; what the person said counts more."""
@@ -92,8 +92,7 @@ class Session:
     @property
     def waits(self) -> bool:
         """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
-        if self._recorder is not None:
-            self._end_with_the_recording()
+        self._end_with_the_recording()
         return self.typing or (self._recorder is not None and self._recorder.busy)
 
     def settle(self) -> bool:
@@ -104,7 +103,7 @@ class Session:
         return self.again
 
     def _end_with_the_recording(self) -> None:
-        if self._recorder.failure is not None:
+        if self._recorder is not None and self._recorder.failure is not None:
             self._stop.request(self._recorder.failure, _EXIT_CODE)
 
     # Keys
@@ -127,17 +126,17 @@ class Session:
             self._echo("new instruction (Enter: take it, Esc: keep the old one; the arm holds its pose):")
             self._show("> ")
 
-    def _type(self, key: str) -> None:
+    def _type(self, key: str, typed: str) -> None:
         if key == ENTER:
-            self.instruction = self._typed.strip() or None
+            self.instruction = typed.strip() or None
             self._echo(f"\ninstruction: {self.instruction!r}" if self.instruction else "\nthe instruction stays")
             self._typed = None
         elif key == ESCAPE:
             self._typed = None
             self._echo("\nthe instruction stays")
         elif key == BACKSPACE:
-            self._typed = self._typed[:-1]
+            self._typed = typed[:-1]
         elif len(key) == 1:
-            self._typed += key
+            self._typed = typed + key
         if self._typed is not None:
             self._show(f"\r> {self._typed}\x1b[K")  # to the end of the line: nothing

@@ -184,7 +184,8 @@ def dry_run_table(names: Sequence[str], present: np.ndarray, wanted: np.ndarray,
 
 def summary(policy: Policy, robot_name: str, fps: float, action_horizon: int | None, instruction: str) -> str:
     """One line about what is going to run."""
-    trained = policy.metadata.trained_horizon
+    trained = policy.metadata.trained_horizon  # type: ignore[union-attr]  # known once a run has its policy
     played = action_horizon or policy.action_horizon or trained
-    what = [*policy.describe(), f"{played} of {trained} actions per inference", f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
+    inference = [f"{played} of {trained} actions per inference"] if policy.computes else []
+    what = [*policy.describe(), *inference, f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
     return "ready: " + ", ".join(what)

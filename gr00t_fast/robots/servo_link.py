@@ -38,7 +38,11 @@ TRIES = 3  # per request; with the SDK's 50 ms window a silent servo costs 0.2 s
 LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
 LATE_ANSWER_UNPOWERED_S = 0.02  # as long as no servo has ever answered: their power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
-TORQUE_REGISTER, STATUS_REGISTER = 40, 65
+# One contiguous read tells all of these, each as one or two bytes, low byte first.
+TORQUE_REGISTER, LOAD_REGISTER, STATUS_REGISTER, CURRENT_REGISTER = 40, 60, 65, 69
+# Feetech's memory table of the STS series: load is the duty cycle of the motor's drive in 0.1 %, bit 10 its direction; current counts 6.5 mA, bit 15
+# its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
+LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
 _ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
 _READ = 2
 ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
@@ -53,8 +57,8 @@ class ServoLink:
     """The guarded line to the servos of one bus object.
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
-    status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then. late_answer_s: how long a missed answer may
-    still come. on_exchange: called before each request.
+    status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then. loads: id -> (load in per cent, current in mA)
+    then. late_answer_s: how long a missed answer may still come. on_exchange: called before each request.
     """
 
     def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None, tries: int = TRIES) -> None:
@@ -69,6 +73,7 @@ class ServoLink:
         self.error_bits: dict[int, int] = {}
         self.status_bits: dict[int, int] = {}
         self.torque: dict[int, int] = {}
+        self.loads: dict[int, tuple[float, float]] = {}
         import scservo_sdk
 
         self._ok, self._timeout, self._corrupt = scservo_sdk.COMM_SUCCESS, scservo_sdk.COMM_RX_TIMEOUT, scservo_sdk.COMM_RX_CORRUPT
@@ -90,17 +95,21 @@ class ServoLink:
         self._port.is_using = False
 
     def poll_status(self, servo_id: int) -> bool:
-        """Ask one servo, once, for its torque and status registers. Returns whether it answered; see `error_bits`, `status_bits`, `torque`."""
+        """Ask one servo, once, for its registers from torque to current. Returns whether it answered; see `error_bits`, `status_bits`, `torque`,
+        `loads`."""
         self.free()
         before = self.tries, self.late_answer_s
         self.tries, self.late_answer_s = 1, LATE_ANSWER_UNPOWERED_S  # nothing else is read in one piece of this length
         try:
-            data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, STATUS_REGISTER - TORQUE_REGISTER + 1)
+            data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER + 2)
         finally:
             self.tries, self.late_answer_s = before
         if result != self._ok:
             return False
-        self.error_bits[servo_id], self.status_bits[servo_id], self.torque[servo_id] = error, data[-1], data[0]
+        load, current = (data[at] | data[at + 1] << 8 for at in (LOAD_REGISTER - TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER))
+        self.error_bits[servo_id], self.status_bits[servo_id] = error, data[STATUS_REGISTER - TORQUE_REGISTER]
+        self.torque[servo_id] = data[0]
+        self.loads[servo_id] = (load & LOAD_BITS) * LOAD_PERCENT, (current & CURRENT_BITS) * CURRENT_MA
         return True
 
     def poll_torque(self) -> bool:

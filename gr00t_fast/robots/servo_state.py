@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.contracts import SO100_JOINTS, MotorLoads
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.lerobot_glue import TICKS
+from gr00t_fast.robots.lerobot_glue import GRIPPER, TICKS
 from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
 
 # Refuses joint readings that no arm can have produced.
@@ -68,6 +68,9 @@ class JumpGuard:
 log = logging.getLogger(__name__)
 
 POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
+# A joint that stands still so far from its goal is asked every second time, so that a stall is found before the servo trips (after 2 s at 80 %).
+# The others then wait up to 2.4 s. Not the gripper: it stands still against what it holds, and would keep the others waiting.
+SUSPECT_DEG, STILL_DEG = 3.0, 1.0
 SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
 SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
 LONGEST_TROUBLE_S = 1.0
@@ -75,27 +78,45 @@ _OVERLOAD = 0x20
 
 
 class ServoHealth:
-    """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts."""
+    """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts. loads: as last answered."""
 
     def __init__(self, link: ServoLink, events: Counter[str]) -> None:
         self._link, self._events = link, events
+        never = np.full(len(SO100_JOINTS), np.nan)
+        self.loads = MotorLoads(never, never, never)
         self._next_poll_s, self._next_joint = 0.0, 0
+        self._polled_at_deg: np.ndarray | None = None  # the joints at the last poll
+        self._suspected = False  # whether the last poll was out of turn
         self._missed = 0  # polls in a row
         self._known: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
 
-    def check(self, now_s: float, holding: bool) -> None:
-        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. Raises RobotError."""
+    def check(self, now_s: float, holding: bool, joints_deg: np.ndarray, goal_deg: np.ndarray | None = None) -> None:
+        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. `joints_deg`, `goal_deg`
+        (J,): where the joints are and were sent to, which decides who is asked. Raises RobotError."""
         if now_s >= self._next_poll_s:
             self._next_poll_s = now_s + (POLL_EVERY_S if self._missed < SELDOM_AFTER else SELDOM_S)
-            self._poll(holding)
+            self._poll(holding, now_s, self._whom(joints_deg, goal_deg))
         for servo_id, bits in self._link.error_bits.items():
             self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
 
-    def _poll(self, holding: bool) -> None:
-        servo_id = self._next_joint + 1
-        self._next_joint = servo_id % len(SO100_JOINTS)
+    def _whom(self, joints_deg: np.ndarray, goal_deg: np.ndarray | None) -> int:
+        """The joint to be asked: in turn, and in between the one that stands still furthest from its goal."""
+        before, self._polled_at_deg = self._polled_at_deg, joints_deg
+        if goal_deg is not None and before is not None and not self._suspected:
+            away_deg = np.where(np.abs(joints_deg - before) < STILL_DEG, np.abs(goal_deg - joints_deg), 0.0)[:GRIPPER]
+            if away_deg.max() >= SUSPECT_DEG:
+                self._suspected = True
+                return int(away_deg.argmax())
+        self._suspected = False
+        joint, self._next_joint = self._next_joint, (self._next_joint + 1) % len(SO100_JOINTS)
+        return joint
+
+    def _poll(self, holding: bool, now_s: float, joint: int) -> None:
+        servo_id = joint + 1
         answered = self._answered(lambda: self._link.poll_status(servo_id))
+        if answered:
+            self.loads = _with_load(self.loads, joint, *self._link.loads[servo_id], now_s)
         if answered and holding:
             self._demand_torque(servo_id)
         if self._missed >= SELDOM_AFTER and holding and self._answered(self._link.poll_torque):
@@ -105,13 +126,16 @@ class ServoHealth:
         if not answered:
             self._events["status_poll_missed"] += 1
         if self._missed == SELDOM_AFTER:
-            log.warning("the servos answer late or not at all for their status register; it is asked less often, their torque all the same")
+            log.warning(
+                "the servos answer late or not at all for their status register; it is asked less often, their torque all the same. "
+                "Blocked joints are found late or not at all (no stall protection)"
+            )
 
     @staticmethod
     def _answered(poll: Callable[[], bool]) -> bool:
         try:
             return poll()
-        except (*EXCHANGE_FAILED, *LINK_LOST):  # the next joint reading meets the same line, and handles it
+        except (*EXCHANGE_FAILED, *LINK_LOST):  # type: ignore[misc]  # the next joint reading meets the same line, and handles it
             return False
 
     def _demand_torque(self, servo_id: int) -> None:
@@ -136,6 +160,13 @@ class ServoHealth:
                 f"servo {servo_id} ({joint}) reports {', '.join(error_names(bits))} for more than {LONGEST_TROUBLE_S:g} s. "
                 "Check the supply voltage and that the joint moves freely, let it cool down, then switch its power off and on."
             )
+
+
+def _with_load(loads: MotorLoads, joint: int, percent: float, current_ma: float, time_s: float) -> MotorLoads:
+    """A new object: the old one belongs to an observation."""
+    percents, currents_ma, times_s = loads.percent.copy(), loads.current_ma.copy(), loads.time_s.copy()
+    percents[joint], currents_ma[joint], times_s[joint] = percent, current_ma, time_s
+    return MotorLoads(percents, currents_ma, times_s)
 
 
 # Switches the motors on without a leap, and finds out whether they have lost their torque since.

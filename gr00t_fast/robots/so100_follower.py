@@ -71,6 +71,7 @@ class SO100FollowerArm:
         self._scale: np.ndarray | None = None
         self._power: MotorPower | None = None
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
+        self._goal: np.ndarray | None = None  # the last one that was sent
         self._watchdog: Watchdog | None = None  # while the motors may be on
         self._looped = False  # whether a control loop has given a sign of life
         self._owned = False  # whether the port is, or was, locked by us
@@ -104,7 +105,7 @@ class SO100FollowerArm:
         if self._follower is not None and self._landing is None:
             raise RobotError("the arm is already connected. Call land() before connecting again.")
         self._landing, self._follower, self._power, self._port_given_up = None, None, None, False
-        self._looped, self._owned, self._found_on = False, False, None
+        self._looped, self._owned, self._found_on, self._goal = False, False, None, None
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -126,8 +127,9 @@ class SO100FollowerArm:
             frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
             if self._rendered is not None:
                 frames |= self._rendered.frames(joints, while_drawing=self._exchanging)
-            self._health.check(time_s, holding=self._power.engaged)
-            return Observation(joints, frames, time_s)
+            goal_deg = None if self._goal is None else self._goal / self.units_per_deg
+            self._health.check(time_s, self._power.engaged, joints / self.units_per_deg, goal_deg)
+            return Observation(joints, frames, time_s, self._health.loads)
 
     def send(self, targets: np.ndarray) -> None:
         """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. The first one switches the motors on.
@@ -138,6 +140,7 @@ class SO100FollowerArm:
             action = self._checked(targets)
             self._engage()
             self._send(action)
+            self._goal = np.array(list(action.values()))
 
     def land(self) -> LandingReport:
         """Torque off (or held, as configured), port closed, cameras closed. Never raises; a second call returns the first report."""

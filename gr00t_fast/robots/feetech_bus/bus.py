@@ -175,6 +175,7 @@ class VirtualBus:
                 now_s = time.monotonic()
                 with self._lock:
                     if now_s - last_s >= STEP_S:
+                        self._gearbox.block(self._faults.blocked(now_s, range(1, 1 + len(self.servos))))
                         self._gearbox.advance(now_s - last_s)
                         last_s = now_s
                     self._cable(now_s)

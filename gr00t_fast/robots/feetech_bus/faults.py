@@ -14,6 +14,7 @@ A fault is written `kind:key=value,key=value`, on the command line, over the con
     no_data:servo=4,count=1             a status packet without the data that was asked for
     error:servo=3,bits=32               error bits in every status packet (32 = overload)
     unplug:for_s=1                      the port disappears instead of answering, and comes back after a second
+    blocked:servo=3,side=1              the shaft cannot turn on to larger positions than where it stands (-1: to smaller ones, 0: neither way)
 
 Every fault also takes `on=` (read, write, ping, sync_read, ..), `register=` (address touched), `after=` (skip that many requests first),
 `at_s=` (begin so long after the injection), `for_s=` (end so long after the beginning), `count=` (so many requests).
@@ -30,7 +31,7 @@ from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.robots.feetech_bus.protocol import ErrorBit, Instruction, Request, Status, encode_status, to_word
 from gr00t_fast.robots.feetech_bus.servo import Register
 
-Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug"]
+Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug", "blocked"]
 KINDS: tuple[str, ...] = get_args(Kind)
 OTHER_MODEL = 1284  # an SCS0009, the wrong servo people really have
 
@@ -52,6 +53,7 @@ class Fault:
     at: int = 0
     bits: int = int(ErrorBit.OVERLOAD)
     model: int = OTHER_MODEL
+    side: int = 0
 
     @classmethod
     def parse(cls, spec: str) -> Fault:
@@ -108,7 +110,12 @@ class FaultTable:
 
     def strike(self, request: Request, now_s: float) -> list[Fault]:
         """The faults that apply to this request; their counts go down."""
-        return [active.fault for active in self._active if active.strike(request, now_s)]
+        return [active.fault for active in self._active if active.fault.kind != "blocked" and active.strike(request, now_s)]
+
+    def blocked(self, now_s: float, servo_ids: Iterable[int]) -> dict[int, int]:
+        """Id -> side of the servos whose shafts are blocked now."""
+        faults = [active.fault for active in self._active if active.fault.kind == "blocked" and active.due(now_s)]
+        return {servo_id: fault.side for servo_id in servo_ids for fault in faults if fault.hits(servo_id)}
 
     def due_unplug(self, now_s: float) -> Fault | None:
         """A fault `unplug` with `at_s` whose moment has come."""
@@ -162,11 +169,14 @@ class _Active:
     seen: int = 0
     struck: int = 0
 
+    def due(self, now_s: float) -> bool:
+        fault = self.fault
+        return now_s >= self.begin_s and (fault.kind == "unplug" or fault.for_s is None or now_s < self.begin_s + fault.for_s)
+
     def strike(self, request: Request, now_s: float) -> bool:
         fault = self.fault
-        ended = fault.kind != "unplug" and fault.for_s is not None and now_s >= self.begin_s + fault.for_s
         spent = self.struck >= (1 if fault.kind == "unplug" and fault.count is None else fault.count or float("inf"))
-        if now_s < self.begin_s or ended or spent or not fault.matches(request):
+        if not self.due(now_s) or spent or not fault.matches(request):
             return False
         self.seen += 1
         if self.seen <= fault.after:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.feetech_bus.protocol import decode_signed, encode_signed, from_word, to_word
+from gr00t_fast.robots.feetech_bus.protocol import ErrorBit, decode_signed, encode_signed, from_word, to_word
 
 MODEL_STS3215 = 777
 FIRMWARE = (3, 10)
@@ -27,6 +27,12 @@ MAKE_HERE_THE_MIDDLE = 128
 MAX_SPEED = 3300.0  # ticks/s = 290 deg/s, no load at 12 V
 DEFAULT_ACCELERATION = 254  # register units; what an acceleration of 0 ("no limit") amounts to
 PROFILE_STEP_S = 0.001
+# Share of the full drive voltage for each unit of the P gain and each tick of error: 0.166 per radian, measured with an oscilloscope on 7.4 V servos
+# by Rhoban's project bam. With lerobot's gain of 16 a tick is 0.4 %, 15 degrees are 70 %.
+DUTY_PER_GAIN_AND_TICK = 0.166 * 2 * math.pi / 4096
+STALL_CURRENT_MA = 2700.0  # of the 12 V servo, data sheet; 7.4 V: 2400 to 2500
+CURRENT_UNIT_MA = 6.5
+PROTECTION_TIME_UNIT_S = 0.01
 
 
 class Register(IntEnum):
@@ -52,7 +58,9 @@ class Register(IntEnum):
     PROTECTION_CURRENT = 28
     HOMING_OFFSET = 31  # sign in bit 11
     MODE = 33
-    OVERLOAD_TORQUE = 36
+    PROTECTIVE_TORQUE = 34  # what an overloaded servo still pushes with, per cent
+    PROTECTION_TIME = 35  # how long it pushes with OVERLOAD_TORQUE or more before it is overloaded, 10 ms
+    OVERLOAD_TORQUE = 36  # per cent
     TORQUE_ENABLE = 40
     ACCELERATION = 41
     GOAL_POSITION = 42  # sign in bit 15
@@ -61,12 +69,12 @@ class Register(IntEnum):
     LOCK = 55
     PRESENT_POSITION = 56  # sign in bit 15
     PRESENT_SPEED = 58  # sign in bit 15
-    PRESENT_LOAD = 60
+    PRESENT_LOAD = 60  # duty cycle of the drive, 0.1 %, direction in bit 10
     PRESENT_VOLTAGE = 62  # units of 0.1 V
     PRESENT_TEMPERATURE = 63
     STATUS = 65
     MOVING = 66
-    PRESENT_CURRENT = 69
+    PRESENT_CURRENT = 69  # units of 6.5 mA, sign in bit 15
     SPEED_LIMIT = 84
     MAX_ACCELERATION = 85
 
@@ -83,6 +91,8 @@ _FACTORY_BYTES = {
     Register.PHASE: 12,
     Register.P_GAIN: 32,
     Register.D_GAIN: 32,
+    Register.PROTECTIVE_TORQUE: 20,
+    Register.PROTECTION_TIME: 200,
     Register.OVERLOAD_TORQUE: 80,
     Register.LOCK: 1,
     Register.PRESENT_VOLTAGE: 121,
@@ -121,6 +131,7 @@ class Servo:
         self.encoder = float(round(calibration.middle) + calibration.homing_offset) if calibration else float(CENTRE)
         self.set_point = self.encoder
         self._speed = 0.0
+        self._overload_s = 0.0  # how long it has been pushing too hard
         self._power_on()
 
     @property
@@ -218,7 +229,27 @@ class Servo:
             self.set_point = encoder
         self.set_word(Register.PRESENT_SPEED, encode_signed(round(speed), 15))
         self.registers[Register.MOVING] = int(abs(speed) > 1.0)
+        self._push(speed, dt_s)
         self._show_position()
+
+    def freed(self) -> None:
+        """What blocked the shaft is gone: the set-point, which has run ahead, starts again from where the shaft is."""
+        self.set_point, self._speed = self.encoder, 0.0
+
+    def _push(self, speed: float, dt_s: float) -> None:
+        """Show load and current, and protect against overload: a P controller on the set-point, plus the drive that the motor's own voltage asks
+        for at this speed. The latter makes no torque, so that it neither counts as overload nor draws current. Friction is left out."""
+        share = self.registers[Register.PROTECTIVE_TORQUE] / 100 if self.registers[Register.STATUS] & ErrorBit.OVERLOAD else 1.0
+        limit = min(share, self.word(Register.MAX_TORQUE) / 1000, self.word(Register.TORQUE_LIMIT) / 1000)
+        push = self.registers[Register.P_GAIN] * DUTY_PER_GAIN_AND_TICK * (self.set_point - self.encoder) if self.torque else 0.0
+        push = max(-limit, min(limit, push))
+        duty = max(-limit, min(limit, push + speed / MAX_SPEED)) if self.torque else 0.0
+        self.set_word(Register.PRESENT_LOAD, encode_signed(round(1000 * duty), 10))
+        self.set_word(Register.PRESENT_CURRENT, encode_signed(round(STALL_CURRENT_MA / CURRENT_UNIT_MA * push), 15))
+        too_hard = 100 * abs(push) >= self.registers[Register.OVERLOAD_TORQUE]
+        self._overload_s = self._overload_s + dt_s if too_hard else 0.0
+        if self._overload_s >= self.registers[Register.PROTECTION_TIME] * PROTECTION_TIME_UNIT_S > 0:
+            self.registers[Register.STATUS] |= ErrorBit.OVERLOAD
 
     def _react(self, touched: set[int]) -> None:
         if touched & {Register.HOMING_OFFSET, Register.HOMING_OFFSET + 1}:
@@ -237,6 +268,8 @@ class Servo:
             self._eeprom = bytes(self.registers[:EEPROM_END])  # the servo stores this one by itself
             self.registers[Register.TORQUE_ENABLE] = 0
             self._show_position()
+        if not self.torque:  # ends an overload, as far as is known
+            self.registers[Register.STATUS] &= ~ErrorBit.OVERLOAD
         self.set_point, self._speed = self.encoder, 0.0
 
     def _trapezoid(self, goal: float, acceleration: float, limit: float, dt_s: float) -> None:
@@ -269,6 +302,7 @@ class Servo:
 
     def _power_on(self) -> None:
         self.registers[Register.TORQUE_ENABLE] = 0
+        self.registers[Register.STATUS] = 0
         self.set_point, self._speed = self.encoder, 0.0
         self.set_word(Register.GOAL_POSITION, encode_signed(self.position, 15))
         self._show_position()
@@ -400,6 +434,7 @@ class Gearbox:
     def __init__(self, servos: Sequence[Servo], calibration: Calibration, plant: Plant | None) -> None:
         self._servos = servos
         self._joints = [(joint, calibration[joint]) for joint in SO100_JOINTS]
+        self._walls: dict[int, tuple[float, int]] = {}  # index -> (encoder, side)
         self.plant: Plant = plant or FreePlant([self._to_deg(i, servo.encoder) for i, servo in enumerate(servos)])
         self.advance(0.0)  # a plant has its own rest pose
 
@@ -407,12 +442,25 @@ class Gearbox:
         """Move set-points, plant and feedback registers on by `dt_s`."""
         dt_s = min(dt_s, MAX_STEP_S)
         planned = [servo.plan(dt_s) for servo in self._servos]
-        targets = [None if tick is None else self._to_deg(i, tick) for i, tick in enumerate(planned)]
+        targets = [None if tick is None else self._to_deg(i, self._stopped(i, tick)) for i, tick in enumerate(planned)]
         positions = self.plant.step(targets, dt_s)
         if len(positions) != len(self._servos):
             raise RobotError(f"the plant must return {len(self._servos)} positions, got {len(positions)}. Check its step().")
         for i, servo in enumerate(self._servos):
             servo.settle(self._to_encoder(i, positions[i]), dt_s)
+
+    def block(self, sides: Mapping[int, int]) -> None:
+        """Shafts that cannot turn on, by servo id: with side 1 to larger positions than where they stood when it began, with -1 to smaller ones,
+        with 0 neither way."""
+        for index, servo in enumerate(self._servos):
+            if servo.id in sides:
+                self._walls.setdefault(index, (servo.encoder, sides[servo.id]))
+            elif self._walls.pop(index, None):
+                servo.freed()
+
+    def _stopped(self, index: int, encoder: float) -> float:
+        wall, side = self._walls.get(index, (encoder, 0))
+        return wall if side == 0 else min(encoder, wall) if side > 0 else max(encoder, wall)
 
     def push(self, index: int, degrees: float) -> None:
         """Turn a joint by hand, as far as its torque and the plant allow it (only a `FreePlant` can be moved so)."""

@@ -1,0 +1,347 @@
+"""Stall protection: what counts as blocked and what does not, what happens to the joint then, and to everything else. Virtual time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from control_fakes import LIMITS, TICK_S, Bench
+
+from gr00t_fast.cli import replay, run_flags
+from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
+from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.report import as_text, build_report
+from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
+from gr00t_fast.control.stall import StallOptions
+from gr00t_fast.errors import ConfigError, UnsafeActionError
+
+START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
+ELBOW, GRIPPER = 2, 5
+POLL_TICKS = 12  # each joint is asked every 0.4 s
+
+
+class Arm:
+    """A gate, and joints whose motors push as a servo does: in proportion to how far the goal is ahead. Joints reach their goal at once, but for
+    `blocked` ones, which stand still. `push` (J,) replaces that load where it is not NaN; `current_ma` is the same for all."""
+
+    def __init__(self, **options: object) -> None:
+        self.said: list[str] = []
+        safety = SafetyOptions(stall=StallOptions(**options), max_speed_deg_s=None)
+        self.safety = SafetyFilter(LIMITS, SO100_JOINTS, safety, fps=30.0, units_per_deg=np.ones(6), echo=self.said.append)
+        self.safety.start(START)
+        self.joints, self.goal = START.copy(), START.copy()
+        self.blocked, self.push, self.current_ma = np.zeros(6, bool), np.full(6, np.nan), 0.0
+        never = np.full(6, np.nan)
+        self.loads = MotorLoads(never, never, never)
+        self.asked = np.ones(6, bool)  # who answers the polls
+        self.ticks = 0
+
+    @property
+    def held(self) -> list[str]:
+        return [name for name, held in zip(SO100_JOINTS, self.safety.stall.held, strict=True) if held]
+
+    def play(self, target: np.ndarray, ticks: int = 1) -> np.ndarray:
+        """Returns the last goal (J,)."""
+        for _ in range(ticks):
+            self.goal = self.safety(target)
+            self.joints = np.where(self.blocked, self.joints, self.goal)
+            self.look()
+        return self.goal
+
+    def look(self) -> None:
+        self.ticks += 1
+        now_s = self.ticks * TICK_S
+        if self.ticks % POLL_TICKS == 0:
+            percent = np.where(np.isnan(self.push), np.minimum(100, 4.65 * np.abs(self.goal - self.joints)), self.push)
+            read = [np.where(self.asked, new, old) for new, old in ((percent, self.loads.percent), (self.current_ma, self.loads.current_ma))]
+            self.loads = MotorLoads(*read, np.where(self.asked, now_s, self.loads.time_s))
+        self.safety.measured(self.joints, now_s, self.loads)
+
+
+def ahead(joint: int, degrees: float) -> np.ndarray:
+    target = START.copy()
+    target[joint] += degrees
+    return target
+
+
+def test_a_blocked_joint_is_held_where_it_stands_and_the_others_go_on() -> None:
+    arm = Arm()
+    arm.blocked[ELBOW] = True
+    arm.play(START + [20, 0, 60, 0, 0, 0], ticks=int(1.3 * 30))
+    assert arm.held == ["elbow_flex"]
+    assert arm.goal[ELBOW] == 0.0, "the servo has nothing left to push for"
+    assert arm.goal[0] == 20.0
+    arm.play(START + [50, 0, 60, 0, 0, 0], ticks=300)
+    assert arm.goal[ELBOW] == 0.0, "nor does the run end, as it does where a joint pushes on"
+    assert arm.joints[0] == 50.0
+    assert len(arm.said) == 1
+    for word in ("WARNING", "elbow_flex", "--stall_after_s"):
+        assert word in arm.said[0]
+
+
+def stalled(joint: int = ELBOW, degrees: float = 60.0) -> Arm:
+    arm = Arm()
+    arm.blocked[joint] = True
+    arm.play(ahead(joint, degrees), ticks=45)
+    assert arm.safety.stall.held[joint]
+    return arm
+
+
+@pytest.mark.parametrize("degrees", [60.0, -60.0])
+def test_it_follows_a_target_that_turns_back(degrees: float) -> None:
+    arm = stalled(degrees=degrees)
+    arm.play(ahead(ELBOW, degrees / 10), ticks=30)
+    assert arm.held, "still on the same side of where it stands"
+    arm.blocked[ELBOW] = False
+    arm.play(ahead(ELBOW, -degrees / 4), ticks=3)
+    assert not arm.held
+    assert arm.joints[ELBOW] == -degrees / 4
+    assert len(arm.said) == 2
+    assert "elbow_flex" in arm.said[1]
+
+
+def test_it_goes_on_when_it_moves_towards_its_target_and_not_when_it_sinks_back() -> None:
+    arm = stalled()
+    arm.joints[ELBOW] = -8.0  # its weight, without the push
+    arm.play(ahead(ELBOW, 60), ticks=60)
+    assert arm.held
+    assert arm.goal[ELBOW] == 0.0
+    arm.joints[ELBOW] = 4.0  # somebody has freed it and turned it on
+    arm.look()
+    assert not arm.held
+    arm.blocked[ELBOW] = False
+    arm.play(ahead(ELBOW, 60), ticks=30)
+    assert arm.joints[ELBOW] == 60.0
+
+
+def test_every_stall_is_counted_and_timed() -> None:
+    arm = stalled()
+    began = arm.ticks
+    for _ in range(2):
+        arm.play(ahead(ELBOW, -1))
+        arm.play(ahead(ELBOW, 60), ticks=45)
+    arm.play(ahead(ELBOW, -1))
+    stall = arm.safety.stall
+    assert stall.count.tolist() == [0, 0, 3, 0, 0, 0]
+    assert 0.3 < stall.total_s[ELBOW] < (arm.ticks - began + 45) * TICK_S
+    assert len(arm.said) == 6
+
+
+def test_current_counts_as_load_does() -> None:
+    arm = Arm(load_percent=None)
+    arm.blocked[ELBOW] = True
+    arm.play(ahead(ELBOW, 60), ticks=60)
+    assert not arm.held
+    arm.current_ma = 1800.0
+    arm.play(ahead(ELBOW, 60), ticks=45)
+    assert arm.held == ["elbow_flex"]
+
+
+# What is no stall
+
+
+def test_a_fast_start_is_none() -> None:
+    """Full drive from rest and all the way, at 30 degrees a second."""
+    arm = Arm()
+    arm.push[:] = 100.0
+    for tick in range(90):
+        arm.play(START + np.minimum(tick, 90.0) * np.array([1, 1, 1, 1, 1, 0.5]))
+    assert not arm.said
+
+
+def test_holding_a_weight_at_the_goal_is_none() -> None:
+    arm = Arm()
+    arm.push[:] = 90.0
+    arm.blocked[1] = True
+    arm.play(ahead(1, 2.5), ticks=300)  # sagged by as much as gravity and friction leave
+    assert not arm.said
+
+
+def test_sagging_under_a_weight_that_needs_half_the_drive_is_none() -> None:
+    arm = Arm()
+    arm.blocked[1] = True
+    arm.push[1] = 50.0
+    arm.play(ahead(1, 11.0), ticks=300)
+    assert not arm.said
+
+
+def test_lying_on_a_stop_short_of_the_goal_is_none() -> None:
+    arm = Arm()
+    arm.blocked[:] = True
+    arm.play(START + [0, -8, 8, 8, 0, 0], ticks=300)  # 37 %
+    assert not arm.said
+
+
+def test_a_slow_joint_is_none() -> None:
+    arm = Arm()
+    arm.push[:] = 95.0
+    arm.blocked[:] = True
+    for tick in range(600):
+        arm.joints[ELBOW] = 0.1 * tick  # 3 degrees a second
+        arm.play(ahead(ELBOW, 100.0))
+    assert not arm.said
+
+
+def test_a_gripper_that_holds_something_is_none() -> None:
+    arm = Arm()
+    arm.blocked[GRIPPER] = True
+    arm.play(ahead(GRIPPER, -40), ticks=600)
+    assert not arm.said
+
+
+def test_one_reading_is_none_however_old_it_gets() -> None:
+    arm = Arm()
+    arm.blocked[ELBOW] = True
+    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
+    arm.asked[ELBOW] = False  # its servo does not answer any more
+    try:
+        arm.play(ahead(ELBOW, 60), ticks=300)
+    except UnsafeActionError as error:
+        assert "elbow_flex" in str(error), "the limit for arms without such readings"  # noqa: PT017
+    assert arm.safety.stall.count[ELBOW] == 0
+
+
+def test_readings_from_before_an_episode_are_none() -> None:
+    arm = Arm()
+    arm.blocked[ELBOW] = True
+    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
+    arm.safety.start(arm.joints)
+    arm.ticks += 60 - arm.ticks % POLL_TICKS
+    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
+    assert not arm.said
+
+
+def test_a_target_to_and_fro_about_the_joint_is_none() -> None:
+    arm = Arm()
+    arm.blocked[ELBOW], arm.push[ELBOW] = True, 95.0
+    for tick in range(300):
+        arm.play(ahead(ELBOW, 14.0 if tick // 15 % 2 else -14.0))  # each chunk in another direction
+    assert not arm.said
+
+
+def test_a_servo_that_always_reports_full_load_does_not_stop_an_arm_that_follows() -> None:
+    arm = Arm()
+    arm.push[:], arm.current_ma = 102.3, 1e9
+    for tick in range(300):
+        arm.play(START + 40 * np.sin(tick / 20) * np.array([1, 1, 1, 1, 1, 0]))
+    arm.play(START, ticks=120)
+    assert not arm.said
+
+
+@pytest.mark.parametrize("options", [{"after_s": None}, {"load_percent": None, "current_ma": None}])
+def test_without_limits_the_joint_pushes_on_until_the_run_ends(options: dict) -> None:
+    arm = Arm(**options)
+    arm.blocked[ELBOW] = True
+    with pytest.raises(UnsafeActionError, match="elbow_flex"):
+        arm.play(ahead(ELBOW, 60), ticks=300)
+    assert arm.goal[ELBOW] == 15.0
+
+
+@pytest.mark.parametrize("options", [{"after_s": 0}, {"load_percent": -1}, {"current_ma": float("nan")}])
+def test_options_must_make_sense(options: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        StallOptions(**options)
+
+
+# In the loop
+
+
+def arm_bench(**options: object) -> Bench:
+    """A loop whose robot has blockable joints and load readings as `Arm` has: see `blocked`."""
+    run = Bench(camera_fault=None, **options)
+    robot = run.robot
+    run.blocked = np.zeros(6, bool)
+    move, observe, looks = robot._move, robot.observe, [0]
+    never = np.full(6, np.nan)
+    robot.loads = MotorLoads(never, never, never)
+
+    def stays() -> None:
+        before = robot.pose.copy()
+        move()
+        robot.pose = np.where(run.blocked, before, robot.pose)
+
+    def with_loads() -> Observation:
+        seen = observe()
+        looks[0] += 1
+        if looks[0] % POLL_TICKS == 0 and robot.sent:
+            percent = np.minimum(100, 4.65 * np.abs(robot.sent[-1][1] - robot.pose))
+            robot.loads = MotorLoads(percent, np.zeros(6), np.full(6, seen.time_s))
+        return dataclasses.replace(seen, loads=robot.loads)
+
+    robot._move, robot.observe = stays, with_loads
+    return run
+
+
+def towards(degrees: float):
+    """What the policy wants: `degrees` for all joints, whatever it sees."""
+    return lambda targets: np.full_like(targets, degrees)
+
+
+@pytest.mark.parametrize("inference_s", [0.01, 2.5], ids=["quick", "waits for inferences"])
+def test_a_run_goes_on_with_what_is_not_blocked_and_reports_it(inference_s: float) -> None:
+    run = arm_bench(inference_s=inference_s, timeout_s=20.0)
+    run.policy.on_action = towards(40.0)
+    run.blocked[ELBOW] = True
+    run.loop.run()
+    np.testing.assert_array_equal(run.sent()[-1], [40, 40, 0, 40, 40, 40])
+    np.testing.assert_array_equal(run.loop.trace.arrays()["commanded"], run.sent())
+    report = build_report(run.loop, {}, [])
+    assert report["safety"]["stalled"]["elbow_flex"]["times"] == 1
+    assert list(report["safety"]["stalled"]) == ["elbow_flex"]
+    assert report["safety"]["stalled"]["elbow_flex"]["total_s"] > 10
+    assert "elbow_flex 1 time(s)" in as_text(report)
+    assert not [line for line in run.said if "no stall protection" in line]
+    assert run.robot.calls[-1] == "land"
+
+
+def test_a_joint_found_blocked_in_the_pause_is_held_too() -> None:
+    run = arm_bench(episodes=2, timeout_s=0.5, reset_time_s=5.0)
+    run.policy.on_action = towards(30.0)
+    run.blocked[ELBOW] = True
+    pause = []
+    run.robot.on_send = lambda: pause.append(len(run.loop.trace) == 15)
+    run.loop.run()
+    in_pause = [goal for goal, paused in zip(run.sent(), pause, strict=True) if paused]
+    assert in_pause[0][ELBOW] == 0.0
+    assert "elbow_flex" in "".join(line for line in run.said if "blocked" in line)
+
+
+def test_a_blocked_way_home_ends_the_run_at_once() -> None:
+    run = arm_bench(poses=Poses((60.0, 60.0, 60.0, 0.0, 0.0, 50.0), None, 60.0))
+    run.blocked[ELBOW] = True
+    with pytest.raises(UnsafeActionError, match="elbow_flex is blocked on the way to the home pose"):
+        run.loop.run()
+    assert run.clock.now_s() - 100 < 3.0
+    assert run.robot.calls[-1] == "land"
+    assert not run.policy.seen
+
+
+def test_a_blocked_way_to_rest_lands_after_the_others_have_arrived() -> None:
+    run = arm_bench(poses=Poses(None, (-60.0, -60.0, -60.0, 0.0, 0.0, 50.0), 60.0), timeout_s=0.5)
+    run.policy.on_action = towards(0.0)
+    run.robot.on_send = lambda: run.blocked.__setitem__(ELBOW, run.loop.trace.episodes == 1 and len(run.loop.trace) == 15)
+    run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1][[0, 1, 3, 4]], [-60, -60, 0, 0])
+    assert abs(run.sent()[-1][ELBOW]) < 3, "it does not push on"
+    assert run.loop.trace.ended_by == "done"
+    assert [line for line in run.said if "not quite" in line and "elbow_flex" in line]
+    assert run.robot.calls[-1] == "land"
+
+
+# Flags
+
+RUN = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
+REPLAY = ["--robot.type=so100_sim", "--dataset=d"]
+
+
+@pytest.mark.parametrize("flag", ["--stall_load_percent=0", "--stall_load_percent=150", "--stall_current_ma=-5", "--stall_after_s=0"])
+def test_flags_that_mean_nothing_are_usage_errors(flag: str) -> None:
+    for parse, flags in ((run_flags.parse, RUN), (replay.parse, REPLAY)):
+        with pytest.raises(run_flags.UsageError, match=flag.split("=")[0]):
+            parse([*flags, flag])
+
+
+def test_flags() -> None:
+    config = run_flags.parse([*RUN, "--stall_load_percent=80", "--stall_current_ma=null", "--stall_after_s=null"])
+    assert (config.stall_load_percent, config.stall_current_ma, config.stall_after_s) == (80.0, None, None)
