@@ -33,7 +33,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.contracts import NetworkName
-from gr00t_fast.data_config import load_data_config
+from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.calibration import Calibration
 from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
@@ -43,7 +43,6 @@ from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Network
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.random_checkpoint import network_config, random_network, write_random_checkpoint
-from gr00t_fast.transforms import ActionTransform
 
 NONE, REFERENCE, TRITON = "none", "reference", "cuda_graph+triton"
 _USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=full] [--engines NAME ...] [--flag=value ...]"
@@ -79,7 +78,7 @@ class LaboratoryBench(Bench):
             return checkpoint_of(self.options, self.options.size)
         options = self.options
         path = options.out / f"random-{options.size}-{options.network}"
-        return write_random_checkpoint(path, options.size, options.data_config or "so100", weights=False, network=options.network)
+        return write_random_checkpoint(path, options.size, options.data_config or DEFAULT_DATA_CONFIG, weights=False, network=options.network)
 
     def network(self, dtype: torch.dtype, meta: bool = False) -> Network:
         if meta or not self._on_device:
@@ -114,20 +113,18 @@ class LaboratoryBench(Bench):
         from gr00t_fast.engine.fp8 import has_product
         from gr00t_fast.export.calibrate import Settings, calibrate
         from gr00t_fast.export.networks import TorchNetwork
-        from gr00t_fast.export.samples import Case, network_inputs, transforms_only
+        from gr00t_fast.export.samples import case_of, transforms_only
         from gr00t_fast.progress import Progress
 
         options, head = self.options, model.config.head
         common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}
         transforms = transforms_only(self.path, **common)
         seen = random_observations(transforms, options.seed + 1, options.calibration_frames)
-        cases = [Case(network_inputs(transforms, one), torch.from_numpy(random_noise(transforms, index))) for index, one in enumerate(seen)]
+        cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
         settings = Settings("fp8", "torch", head.denoising_steps, trial_samples=trials, seed=options.seed)
-        metadata = open_checkpoint(self.path, with_weights=False).embodiment(options.embodiment_tag)
-        transform = ActionTransform(load_data_config(options.data_config), metadata, head.action_dim)
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return Calibration(calibrate(network, cases, settings, transform, Progress()).scales)
+        return Calibration(calibrate(network, cases, settings, Progress()).scales)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

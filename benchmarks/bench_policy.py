@@ -42,10 +42,10 @@ from benchmarks.lib.program import (
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.config import ModelConfig, QwenVisionConfig
-from gr00t_fast.data_config import load_data_config
-from gr00t_fast.engine import Target, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.engine import check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
+from gr00t_fast.metadata import target_of
 from gr00t_fast.model import ModelInputs, network
 from gr00t_fast.timing import StageTimer
 
@@ -152,12 +152,10 @@ def _load(path: Path, arguments: Config):
 
     checkpoint = open_checkpoint(path)
     if runs_from_files(arguments.engine):
-        config = load_data_config(arguments.data_config)
-        if len(config.video_keys) != arguments.cameras:
-            raise ConfigError(
-                f"--cameras={arguments.cameras}: the data config '{arguments.data_config}' reads {len(config.video_keys)}. Give both alike."
-            )
-        target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
+        target = target_of(checkpoint, arguments.embodiment_tag, arguments.data_config)
+        trained = len(target.data_config.video_keys)
+        if trained != arguments.cameras:
+            raise ConfigError(f"--cameras={arguments.cameras}: the export is made for {trained}. Give both alike.")
         engine = open_engine(arguments.engine, arguments.engine_path, target, arguments.device, arguments.precision)
         with torch.device("meta"):
             return engine, network(checkpoint.config).to(engine.dtype), engine.device, engine.dtype

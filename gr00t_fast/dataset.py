@@ -31,12 +31,14 @@ MIN_FRAMES = 128  # fewer do not show an activation's range
 MIN_EPISODES = 8  # neighbouring frames are nearly the same picture: frames of few episodes count for few
 _FOREIGN_SHARE = 0.1  # of the joint values may lie further outside the statistics than their own width before a source is refused
 _EXAMPLE_INSTRUCTION = "Place the block in the bowl"
+_EXAMPLE_SIZE = (640, 480)  # width and height, where the checkpoint does not say what its cameras delivered
 
 
 class Frames(Protocol):
-    """Random access to observations in the policy's own dictionary form (unbatched)."""
+    """Random access to observations in the policy's own dictionary form (unbatched), each of one time."""
 
     name: str
+    config: DataConfig
     synthetic: bool
     episode_lengths: list[int]
 
@@ -106,7 +108,7 @@ def read(frames: Frames, sample: Sample, metadata: PolicyMetadata) -> Iterator[d
     """The chosen observations, in order. Raises ConfigError when most joints are far outside what the checkpoint was trained on."""
     far = values = 0
     for index in sample.indices:
-        observation = frames[index]
+        observation = _with_history(frames, index)
         for part, statistics in metadata.state_statistics.items():
             joints = np.asarray(observation[f"state.{part}"], np.float64)
             width = np.maximum(statistics.max - statistics.min, 1e-6)
@@ -120,20 +122,32 @@ def read(frames: Frames, sample: Sample, metadata: PolicyMetadata) -> Iterator[d
         )
 
 
+def _with_history(frames: Frames, index: int) -> dict[str, Any]:
+    """Frame number `index` with the earlier times that the policy reads; the episode's first frame stands for what was before it."""
+    config, seen = frames.config, frames[index]
+    starts = np.cumsum([0, *frames.episode_lengths])
+    first = int(starts[np.searchsorted(starts, index, side="right") - 1])
+    earlier = {offset: frames[max(first, index + offset)] for offset in {*config.video_indices, *config.state_indices} - {0}}
+    found = dict(seen)
+    for keys, offsets in ((config.video_keys, config.video_indices), (config.state_keys, config.state_indices)):
+        found |= {key: np.concatenate([earlier.get(offset, seen)[key] for offset in offsets]) for key in keys}
+    return found
+
+
 class RandomFrames:
     """Textured pictures, joints uniform within the statistics. Each frame is an episode of its own."""
 
     synthetic = True
 
     def __init__(self, seed: int, config: DataConfig, metadata: PolicyMetadata, count: int = 100_000) -> None:
-        self.name, self._seed, self._config, self._metadata = f"random:{seed}", seed, config, metadata
+        self.name, self._seed, self.config, self._metadata = f"random:{seed}", seed, config, metadata
         self.episode_lengths = [1] * count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = np.random.default_rng((self._seed, index))
-        observation: dict[str, Any] = {self._config.language_key: [_EXAMPLE_INSTRUCTION]}
-        for key in self._config.video_keys:
-            width, height = self._metadata.resolutions[key.split(".", 1)[1]]
+        observation: dict[str, Any] = {self.config.language_key: [_EXAMPLE_INSTRUCTION]}
+        for key in self.config.video_keys:
+            width, height = self._metadata.resolutions[key.split(".", 1)[1]] or _EXAMPLE_SIZE
             observation[key] = textured_picture(generator, width, height)[None]
         for part, statistics in self._metadata.state_statistics.items():
             observation[f"state.{part}"] = generator.uniform(statistics.min, statistics.max)[None]
@@ -163,7 +177,7 @@ class RecordedFrames:
     synthetic = False
 
     def __init__(self, path: Path, config: DataConfig) -> None:
-        self.name, self._config = str(path), config
+        self.name, self.config = str(path), config
         self._files = sorted(path.glob("*.npz"))
         self.episode_lengths = [self._length(file) for file in self._files]
         self._starts = np.cumsum([0, *self.episode_lengths])
@@ -171,10 +185,10 @@ class RecordedFrames:
 
     def _length(self, file: Path) -> int:
         with self._open(file) as arrays:
-            needed = [*self._config.video_keys, *self._config.state_keys, self._config.language_key]
+            needed = [*self.config.video_keys, *self.config.state_keys, self.config.language_key]
             if absent := [key for key in needed if key not in arrays.files]:
                 raise ConfigError(f"{file}: {', '.join(absent)} missing. Expected {', '.join(needed)}; got {', '.join(arrays.files) or 'nothing'}.")
-            return len(arrays[self._config.state_keys[0]])
+            return len(arrays[self.config.state_keys[0]])
 
     def _open(self, file: Path) -> np.lib.npyio.NpzFile:
         try:
@@ -188,9 +202,9 @@ class RecordedFrames:
             with self._open(self._files[number]) as arrays:
                 self._held = (number, {key: arrays[key] for key in arrays.files})
         episode, row = self._held[1], index - int(self._starts[number])
-        observation: dict[str, Any] = {key: episode[key][row][None] for key in (*self._config.video_keys, *self._config.state_keys)}
-        texts = np.atleast_1d(episode[self._config.language_key])
-        observation[self._config.language_key] = [str(texts[row] if len(texts) > 1 else texts[0])]
+        observation: dict[str, Any] = {key: episode[key][row][None] for key in (*self.config.video_keys, *self.config.state_keys)}
+        texts = np.atleast_1d(episode[self.config.language_key])
+        observation[self.config.language_key] = [str(texts[row] if len(texts) > 1 else texts[0])]
         return observation
 
 
@@ -212,7 +226,7 @@ class LeRobotFrames:
     synthetic = False
 
     def __init__(self, path: Path, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str]) -> None:
-        self.name, self._path, self._config, self._metadata = str(path), path, config, metadata
+        self.name, self._path, self.config, self._metadata = str(path), path, config, metadata
         self._info = _read_json(path / "meta" / "info.json")
         version, self._features = str(self._info.get("codebase_version", "")), dict(self._info.get("features") or {})
         if not version.startswith("v3"):
@@ -259,7 +273,7 @@ class LeRobotFrames:
     def _choose_cameras(self, camera_map: Mapping[str, str]) -> dict[str, Camera]:
         """Policy's key -> the data set's camera."""
         found = [key.rpartition(".")[2] for key in self._features if key.startswith("observation.images.")]
-        names = [key.split(".", 1)[1] for key in self._config.video_keys]
+        names = [key.split(".", 1)[1] for key in self.config.video_keys]
         given = {policy: data for data, policy in camera_map.items()}
         told = {name: entry.get("original_key", "").rpartition(".")[2] for name, entry in self._modality.get("video", {}).items()}
         chosen = {}
@@ -313,7 +327,7 @@ class LeRobotFrames:
                 row = self._data[index]
         except (OSError, ValueError, RuntimeError, IndexError) as error:
             raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). Is a video damaged or cut short?") from error
-        observation: dict[str, Any] = {self._config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}
+        observation: dict[str, Any] = {self.config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}
         for key, camera in self.cameras.items():
             pixels = (row[camera.feature] * 255.0).round().clamp(0, 255).byte()  # lerobot gives float (3, H, W) in 0..1
             observation[key] = pixels.permute(1, 2, 0).contiguous().numpy()[None]

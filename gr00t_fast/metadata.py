@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gr00t_fast.checkpoint import EmbodimentMetadata, EmbodimentN1d7, open_checkpoint
+from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, EmbodimentN1d7, open_checkpoint
 from gr00t_fast.contracts import PartStatistics, PolicyMetadata
 from gr00t_fast.data_config import DataConfig, check_trained_cameras, load_data_config
+from gr00t_fast.engine.manifest import Target
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.transforms import ActionTransform, StateTransform
 
@@ -21,16 +22,30 @@ def read_policy_metadata(
 ) -> PolicyMetadata:
     """Metadata of a checkpoint whose network runs elsewhere. Raises ConfigError and CheckpointError as loading it would; weights may be absent."""
     checkpoint = open_checkpoint(model_path, with_weights=False, revision=revision)
+    config = checked_data_config(checkpoint, embodiment_tag, data_config)
     if checkpoint.processor is not None:
-        embodiment = checkpoint.embodiment_n1d7(embodiment_tag)
-        if data_config is not None:
-            check_data_config(load_data_config(data_config), data_config_of(embodiment))
-        return policy_metadata_of_n1d7(embodiment)
-    config = load_data_config(data_config)
+        return policy_metadata_of_n1d7(checkpoint.embodiment_n1d7(embodiment_tag))
     metadata, head = checkpoint.embodiment(embodiment_tag), checkpoint.config.head
     check_trained_cameras(config, metadata.cameras)
     state, action = StateTransform(config, metadata, head.state_dim), ActionTransform(config, metadata, head.action_dim)
     return policy_metadata_of(metadata, config, state.widths, action.widths, head.action_horizon)
+
+
+def checked_data_config(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> DataConfig:
+    """What the checkpoint reads: an N1.5 one what is given, by default so100; an N1.7 one says it itself. Raises ConfigError, also for what
+    contradicts that, and CheckpointError."""
+    if checkpoint.processor is None:
+        return load_data_config(given)
+    own = data_config_of(checkpoint.embodiment_n1d7(embodiment_tag))
+    if given is not None:
+        check_data_config(load_data_config(given), own)
+    return own
+
+
+def target_of(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> Target:
+    """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises as `checked_data_config`."""
+    name = given if given is None or isinstance(given, str) else "module:ClassName"
+    return Target(checkpoint, embodiment_tag, checked_data_config(checkpoint, embodiment_tag, given), name)
 
 
 def policy_metadata_of(

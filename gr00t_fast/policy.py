@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
+from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, DataConfig, load_data_config
+from gr00t_fast.data_config import DataConfig
 from gr00t_fast.engine import (
     Engine,
     PolicyInputs,
     Target,
     check_engine,
-    check_network,
     check_own_engine,
     open_engine,
     prepare_engine,
@@ -38,6 +37,7 @@ from gr00t_fast.engine import (
 )
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
+from gr00t_fast.metadata import target_of
 from gr00t_fast.processor import Processor, Transform
 from gr00t_fast.processor_n1d7 import processor_n1d7
 from gr00t_fast.progress import byte_bar
@@ -86,7 +86,8 @@ def load_policy(
     if own is not None:
         check_own_engine(own)
     checkpoint = open_checkpoint(model_path, with_weights=own is None, revision=revision)
-    processor = _processor(checkpoint, embodiment_tag, data_config, processor_path, prompt_style)
+    target = target_of(checkpoint, embodiment_tag, data_config)
+    processor = _processor(target, processor_path, prompt_style)
     steps = check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps, processor)
     horizon = check_action_horizon(action_horizon, processor)
 
@@ -95,9 +96,6 @@ def load_policy(
 
     if own is not None:
         return policy(own)
-    check_network(name, checkpoint)
-    spec = DEFAULT_DATA_CONFIG if data_config is None else data_config if isinstance(data_config, str) else "module:ClassName"
-    target = None if checkpoint.processor else Target(checkpoint, embodiment_tag, processor.data_config, spec)
     if runs_from_files(name):  # an export has a precision, and its runtime says which devices it can use
         return policy(open_engine(name, engine_path, target, device, precision))
     where = select_device(device)
@@ -108,13 +106,12 @@ def load_policy(
     return policy(over(model))
 
 
-def _processor(checkpoint: Checkpoint, embodiment_tag: str, data_config: Any, processor_path: Any, prompt_style: str) -> Processor:
+def _processor(target: Target, processor_path: Any, prompt_style: str) -> Processor:
     """Of the checkpoint's network. Raises ConfigError and CheckpointError."""
+    checkpoint, config = target.checkpoint, target.data_config
     if checkpoint.processor is not None:
-        given = None if data_config is None else load_data_config(data_config)
-        return processor_n1d7(checkpoint, embodiment_tag, given, processor_path, prompt_style)
-    metadata = checkpoint.embodiment(embodiment_tag)
-    config = load_data_config(data_config)
+        return processor_n1d7(checkpoint, target.embodiment_tag, processor_path, prompt_style)
+    metadata = checkpoint.embodiment(target.embodiment_tag)
     tokens, image_token_id = checkpoint.config.vision.tokens, checkpoint.config.language.image_token_id
     tokenizer = find_tokenizer(processor_path, checkpoint.base)
     return Processor(checkpoint, metadata, config, PromptEncoder(tokenizer, len(config.video_keys), tokens, image_token_id, prompt_style))

@@ -15,12 +15,11 @@ import torch
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.data_config import DataConfig
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import ObservationError
 from gr00t_fast.history import History
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
-from gr00t_fast.metadata import check_data_config, data_config_of, policy_metadata_of_n1d7
+from gr00t_fast.metadata import data_config_of, policy_metadata_of_n1d7
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
 from gr00t_fast.observation import CheckedObservation, parse_observation
 from gr00t_fast.pictures_n1d7 import picture, picture_size
@@ -166,11 +165,9 @@ def token_side(checkpoint: Checkpoint) -> int:
     return checkpoint.config.vision.patch_size * checkpoint.config.vision.merge_size
 
 
-def processor_n1d7(checkpoint: Checkpoint, embodiment_tag: str, given: DataConfig | None, processor_path: Any, prompt_style: str) -> ProcessorN1d7:
-    """Read what is around the network. Raises ConfigError, also for a data configuration that contradicts the checkpoint, and CheckpointError."""
+def processor_n1d7(checkpoint: Checkpoint, embodiment_tag: str, processor_path: Any, prompt_style: str) -> ProcessorN1d7:
+    """Read what is around the network. Raises ConfigError and CheckpointError."""
     embodiment, side = checkpoint.embodiment_n1d7(embodiment_tag), token_side(checkpoint)
-    if given is not None:
-        check_data_config(given, data_config_of(embodiment))
     height, width = picture_size(embodiment.pictures, side)
     tokenizer, tokens = find_tokenizer(processor_path, checkpoint.base, n1d7=True), (height // side) * (width // side)
     image_token, formalize = checkpoint.config.language.image_token_id, embodiment.formalize_language

@@ -34,7 +34,6 @@ from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.policy import load_policy
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
 FEW = ("--calibration=random:0", "--frames=4", "--allow_few", "--device=cpu")
@@ -259,14 +258,13 @@ class Trained:
     def __init__(self, recordings: tuple[Path, Path]) -> None:
         checkpoint = open_checkpoint(TRAINED)
         self.model = load_model(checkpoint, "new_embodiment", torch.device("cpu"), torch.float32)
-        self.transform = ActionTransform(target_for(TRAINED).data_config, checkpoint.embodiment("new_embodiment"), checkpoint.config.head.action_dim)
         calibration, self.held_out = (cases_of(TRAINED, 128, str(directory)) for directory in recordings)
         self.network = TorchNetwork(self.model, 4, emulated=True)
         self.statistics = record(self.network, calibration, 0, Progress())
         self.plain = self.trials(self.held_out, 4)
 
     def trials(self, cases: list[Case], steps: int) -> Trials:
-        return Trials(TorchNetwork(self.model, steps, emulated=True), cases, {}, self.transform)
+        return Trials(TorchNetwork(self.model, steps, emulated=True), cases, {})
 
     def rounded(self, parts: tuple[str, ...] = tuple(PARTS)) -> Gr00tN1d5:
         """Every layer of `parts`."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.cli import doctor, policy_flags
+from gr00t_fast.cli import calibrate, doctor, policy_flags
 from gr00t_fast.cli.main import COMMANDS, main
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.flags import parse_flags
@@ -39,6 +39,13 @@ def test_help_names_every_subcommand_at_once_and_without_torch() -> None:
     assert time.monotonic() - began_s < 3
     assert "HEAVY []" in done.stdout
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_help_of_a_subcommand_loads_no_torch() -> None:
+    """It takes seconds to import; `tune` builds on what needs it."""
+    helps = "; ".join(f"main({[*name.split(), '--help']!r})" for name in COMMANDS if name != "tune")
+    done = program("-c", f"import sys; from gr00t_fast.cli.main import main; {helps}; print('HEAVY', 'torch' in sys.modules)")
+    assert done.stdout.endswith("HEAVY False\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -68,11 +75,13 @@ def test_the_former_names_still_work(words: list[str]) -> None:
 
 def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
     from gr00t_fast.engine.device import PRECISIONS
+    from gr00t_fast.engine.quantized import PARTS
     from gr00t_fast.engine.select import CALIBRATED, ENGINES, EXPORTED
 
     assert set(typing.get_args(policy_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
     assert set(typing.get_args(policy_flags.ExportedName)) == set(EXPORTED)
     assert typing.get_args(policy_flags.PrecisionName) == tuple(PRECISIONS)
+    assert typing.get_args(calibrate.PartName) == tuple(PARTS)
 
 
 def test_a_report_can_be_played_again(tmp_path: Path) -> None:

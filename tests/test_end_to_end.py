@@ -123,9 +123,14 @@ def _finish(program: subprocess.Popen[str], within_s: float = 60.0) -> str:
         program.kill()
 
 
-def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
-    program = stand.start("checkpoint", f"--timeout={SOAK_S}")
-    said = _finish(program, SOAK_S + 60)
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "recorded and displayed"])
+def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand, kept: bool, tmp_path: Path) -> None:
+    if kept:
+        pytest.importorskip("datasets")
+        pytest.importorskip("rerun")
+    recording = (f"--record={tmp_path / 'data'}", f"--display={tmp_path / 'run.rrd'}") if kept else ()
+    program = stand.start("checkpoint", f"--timeout={SOAK_S}", *recording)
+    said = _finish(program, SOAK_S + 120)
     assert program.returncode == 0, said
     assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
     report = stand.report()
@@ -138,6 +143,20 @@ def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand) -> None:
     assert 30 * SOAK_S - pauses - 3 <= deadlines <= 30 * SOAK_S + 3
     assert report["run"]["ticks"] > 0.3 * 30 * SOAK_S
     assert report["landing"]["safe"]
+    if kept:
+        assert (tmp_path / "run.rrd").stat().st_size > 0
+        rows = _recorded(tmp_path / "data")
+        lost = report["run"]["ticks"] - len(rows)
+        assert lost == 0 or f"lacks {lost} ticks" in said, said
+        assert all(row["observation.images.front"].shape == (3, CAMERA[1], CAMERA[0]) for row in rows)
+
+
+def _recorded(data: Path) -> list[dict]:
+    """Every frame of a data set, read by lerobot's own loader."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("local/read", root=data, video_backend="pyav")
+    return [dataset[index] for index in range(len(dataset))]
 
 
 def test_another_model_path_is_all_that_n1d7_needs(stand: Stand) -> None:

@@ -156,6 +156,20 @@ def test_the_load_is_read_without_a_further_request_and_most_often_of_who_stands
         assert_landed(bus, arm, arm.land())
 
 
+def test_a_blocked_servo_that_does_not_tell_its_load_is_not_asked_more_often_than_in_turn(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.reset()
+        bus.inject("blocked:servo=3")
+        bus.inject(f"silent:servo=3,register={int(Register.STATUS)},on=read")
+        arm.send(arm.observe().joints + 12)
+        began_s = time.monotonic()
+        _look_until(arm, began_s + 4)
+        assert 0 < arm.events["status_poll_missed"] <= (time.monotonic() - began_s) / (6 * POLL_EVERY_S) + 2
+        assert_landed(bus, arm, arm.land())
+
+
 def _look_until(arm: SO100FollowerArm, end_s: float) -> None:
     while time.monotonic() < end_s:
         arm.observe()

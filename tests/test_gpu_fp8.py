@@ -32,7 +32,6 @@ from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 pytestmark = pytest.mark.gpu
 
@@ -73,9 +72,8 @@ def calibration(plain: Gr00tPolicy) -> Calibration:
     needs()
     target, progress = Target(open_checkpoint(TRAINED), TAG, DATA_CONFIGS["so100"], "so100"), Progress()
     cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, progress=progress, allow_few=True)
-    transform = ActionTransform(target.data_config, target.checkpoint.embodiment(TAG), target.checkpoint.config.head.action_dim)
     network = TorchNetwork(plain.engine.model, 4, emulated=False)
-    return Calibration(calibrate(network, cases, Settings("fp8", "torch", 4, limit=1.0, trial_samples=8), transform, progress).scales)
+    return Calibration(calibrate(network, cases, Settings("fp8", "torch", 4, limit=1.0, trial_samples=8), progress).scales)
 
 
 def test_the_engine_stays_within_the_limit(calibration: Calibration, plain: Gr00tPolicy) -> None:

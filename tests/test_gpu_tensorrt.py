@@ -50,10 +50,12 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
     from gr00t_fast.export.onnx import Options, export_onnx
+    from gr00t_fast.export.samples import network_inputs, transforms_only
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
     target = Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100")
-    export_onnx(target, Options(graphs, "fp16", (), 360, 256), "test")
+    policy = transforms_only(checkpoint)
+    export_onnx(target, Options(graphs, "fp16", (), network_inputs(policy, policy.example_observation()), 256), "test")
     build_engines(BuildOptions(graphs, out, builder), "test")
     return out
 

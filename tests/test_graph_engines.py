@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from random_networks import Sizes, cast, load_network, observation, random_inputs, write_network
+from exports import inputs_for
+from random_networks import Sizes, cast, load_network, observation, random_inputs, write_network, write_network_n1d7
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
@@ -28,7 +29,7 @@ from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
 from gr00t_fast.engine.graph import GraphEngine, check_triton, cuda_graph_engine
 from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
-from gr00t_fast.model import Condition, Gr00tN1d5
+from gr00t_fast.model import Condition, Network
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.timing import StageTimer
 
@@ -239,9 +240,10 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
 # --- stages traced as the compiled engines trace them --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Gr00tN1d5:
-    return load_network(write_network(tmp_path_factory.mktemp("traced"), SIZES))
+@pytest.fixture(scope="module", params=["n1.5", "n1.7"])
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
+    directory = tmp_path_factory.mktemp("traced")
+    return load_network(write_network(directory, SIZES) if request.param == "n1.5" else write_network_n1d7(directory))
 
 
 def traced(fused: FusedModel, names: tuple[str, ...] | None, any_length: bool) -> Stages:
@@ -250,7 +252,7 @@ def traced(fused: FusedModel, names: tuple[str, ...] | None, any_length: bool) -
     return compiled(fused.stages(), names, any_length, backend="eager")
 
 
-def rounded(model: Gr00tN1d5) -> Gr00tN1d5:
+def rounded(model: Network) -> Network:
     scales = {name: InputScale(8.0) for name in linear_layers(model)}
     up = {name: scales[name.replace("mlp.up", "mlp.gate")] for name in scales if name.startswith("language") and name.endswith("mlp.up")}
     return rewritten(model, scales | up, emulated=True)
@@ -265,12 +267,12 @@ def rounded(model: Gr00tN1d5) -> Gr00tN1d5:
     ],
     ids=["compiled on a GPU", "compiled on a CPU", "fp8"],
 )
-def test_every_stage_is_traced_whole(network: Gr00tN1d5, make, names, any_length: bool, mode) -> None:
+def test_every_stage_is_traced_whole(network: Network, make, names, any_length: bool, mode) -> None:
     """In what the engines call them in; twice where a caller has chosen a default device, which is a TorchFunctionMode: dynamo cannot trace all of
     torch's methods in one (Tensor.unflatten is such a method)."""
-    fused = FusedModel(make(network))
+    fused = fused_model(make(network))
     stages, tables = traced(fused, names, any_length), fused.step_tables(2)
-    inputs, start = random_inputs(network.config)
+    inputs, start = inputs_for(network.config)
     with torch.no_grad():
         expected = fused.stages()(inputs, start, tables)
         with mode:

@@ -214,7 +214,7 @@ def test_the_calibrated_network_computes_what_the_files_do(made: Made, network: 
 
 def test_rows_are_kept_from_all_observations_and_the_largest_among_them() -> None:
     network = CountingNetwork()
-    (kept,) = record(network, [Case(index, None) for index in range(500)], 0, Progress())
+    (kept,) = record(network, [Case(index, None, None) for index in range(500)], 0, Progress())
     assert kept.readers == ("layer",)
     assert kept.largest.tolist() == [499, 499, 1499, 499, 499]
     assert kept.rows_per_case == 7

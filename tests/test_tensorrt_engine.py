@@ -14,7 +14,8 @@ from pathlib import Path
 import cuda_stand_in
 import pytest
 import torch
-from random_networks import edit_json, load_network, random_inputs, write_network
+from exports import inputs_for, layout_of
+from random_networks import edit_json, load_network, random_inputs, write_network, write_network_n1d7
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,10 +26,11 @@ from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import warming_up
 from gr00t_fast.engine.continuation import Continuation, prefix_weights
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
+from gr00t_fast.engine.exported import STAGES
+from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files, varying_sizes
 from gr00t_fast.engine.tensorrt import LoadedStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
-from gr00t_fast.export.graphs import GRAPHS, example_inputs, graph_tables
+from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
 from gr00t_fast.model import StepTables
 from gr00t_fast.policy import load_policy
 from gr00t_fast.timing import StageTimer
@@ -47,49 +49,56 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MARK = 997  # a prompt length that no other size is
+LAYOUT = Layout(pictures=1, height=56, width=56, image_tokens=16, max_tokens=64)
 
 
-def stages_of(config: ModelConfig) -> dict[str, dict]:
+def stages_of(config: ModelConfig, layout: Layout) -> dict[str, dict]:
     """`Manifest.stages` of a network, from the shapes of example inputs and outputs."""
+    graphs = graphs_of(config)
     shapes = {
         key: tensor.shape
-        for name, spec in GRAPHS.items()
-        for key, tensor in zip(spec.inputs, example_inputs(name, config, 1, MARK, torch.float32), strict=True)
+        for name, spec in graphs.items()
+        for key, tensor in zip(spec.inputs, example_inputs(name, config, layout, MARK, torch.float32), strict=True)
     }
-    shapes |= {"tokens": (1, config.vision.tokens, config.language.hidden_size), "next_actions": shapes["actions"]}
+    shapes |= {"tokens": (1, layout.image_tokens, config.language.hidden_size), "next_actions": shapes["actions"]}
     shapes |= dict.fromkeys(("backbone_features", "vl_features"), shapes["embeddings"])
-    written = {key: ["tokens" if size == MARK else size for size in shape] for key, shape in shapes.items()}
+    names = {MARK: "tokens", MARK - layout.image_tokens: "text_tokens"}
+    written = {key: [names.get(size, size) for size in shape] for key, shape in shapes.items()}
     return {
         name: {"inputs": {key: written[key] for key in spec.inputs}, "outputs": {key: written[key] for key in spec.outputs}}
-        for name, spec in GRAPHS.items()
+        for name, spec in graphs.items()
     }
 
 
 class GraphModules:
     """Stands in for TensorRT: runs the exported graphs' torch modules on the buffers it is given, and writes down what ran."""
 
-    def __init__(self, checkpoint: Path, max_tokens: int) -> None:
+    def __init__(self, checkpoint: Path, layout: Layout) -> None:
         self.calls: list[str] = []
-        self._graphs = {name: spec.build(load_network(checkpoint), 1, max_tokens).eval() for name, spec in GRAPHS.items()}
+        self._specs = graphs_of(open_checkpoint(checkpoint).config)
+        self._graphs = {name: spec.build(load_network(checkpoint), layout).eval() for name, spec in self._specs.items()}
 
     @torch.no_grad()
     def __call__(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
         self.calls.append(stage)
-        outputs = self._graphs[stage](*(tensors[name] for name in GRAPHS[stage].inputs))
+        outputs = self._graphs[stage](*(tensors[name] for name in self._specs[stage].inputs))
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        for name, value in zip(GRAPHS[stage].outputs, outputs, strict=True):
+        for name, value in zip(self._specs[stage].outputs, outputs, strict=True):
             assert tensors[name].shape == value.shape, name
             tensors[name].copy_(value)
 
 
+@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: int) -> None:
+def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: int, network: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint if network == "n1.5" else write_network_n1d7(tmp_path)
     model = load_network(checkpoint)
-    inputs, noise = random_inputs(model.config, text_tokens=TEXT)
+    inputs, noise = inputs_for(model.config, 2, TEXT)
     expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
     tokens, images = inputs.input_ids.shape[1], len(inputs.image_positions)
-    graphs = GraphModules(checkpoint, tokens)
-    shapes = stage_shapes(stages_of(model.config), tokens)
+    layout = layout_of(model.config, inputs)
+    graphs = GraphModules(checkpoint, layout)
+    shapes = stage_shapes(stages_of(model.config, layout), varying_sizes({"image_tokens": images}, tokens))
     with torch.no_grad():
         tables = graph_tables(model, steps)
     program = StageProgram(shapes, images, StepTables(tables.tau, tables.modulation), model.language.embedding.weight.detach())
@@ -105,7 +114,7 @@ def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: 
 
 def test_the_varying_size_is_filled_in() -> None:
     stages = {"language": {"inputs": {"embeddings": [1, "tokens", 8]}, "outputs": {"keys": [2, 4, "tokens", 3]}}}
-    assert stage_shapes(stages, 33) == {"language": {"embeddings": (1, 33, 8), "keys": (2, 4, 33, 3)}}
+    assert stage_shapes(stages, {"tokens": 33}) == {"language": {"embeddings": (1, 33, 8), "keys": (2, 4, 33, 3)}}
 
 
 # the engine around it, on a stand-in for CUDA
@@ -126,7 +135,7 @@ def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> 
     manifest |= {"precision": "fp32", "files": describe_files(engines)}
     manifest["details"]["builder_version"] = trt.__version__
     (engines / "manifest.json").write_text(json.dumps(manifest))
-    cuda_stand_in.install(monkeypatch, GraphModules(checkpoint, 64))
+    cuda_stand_in.install(monkeypatch, GraphModules(checkpoint, LAYOUT))
     return TensorRTEngine(engines, target_of(checkpoint), "cuda", "auto")
 
 
@@ -220,10 +229,10 @@ def engines(checkpoint: Path, tmp_path: Path) -> Path:
     """Engine files as far as the manifest's checks go: what is in them is nobody's business before they are loaded."""
     directory = tmp_path / "engines"
     directory.mkdir()
-    for name in (*(f"{stage}.engine" for stage in GRAPHS), "tables.safetensors"):
+    for name in (*(f"{stage}.engine" for stage in STAGES), "tables.safetensors"):
         (directory / name).write_bytes(name.encode() * 100)
     config = open_checkpoint(checkpoint).config
-    stages = {name: {"file": f"{name}.engine", **entry} for name, entry in stages_of(config).items()}
+    stages = {name: {"file": f"{name}.engine", **entry} for name, entry in stages_of(config, LAYOUT).items()}
     Manifest(
         kind="tensorrt",
         precision="fp16",

@@ -63,9 +63,7 @@ class Checkpoint:
     def embodiment(self, tag: str) -> EmbodimentMetadata:
         """Of N1.5. Raises ConfigError for an unknown tag, and for a checkpoint of N1.7."""
         if self.processor is not None:
-            raise ConfigError(
-                f"{self.path} is a GR00T N1.7 checkpoint, and this works with N1.5 only so far. N1.7 runs on --engine=eager, cuda_graph or compiled."
-            )
+            raise ConfigError(f"{self.path} is a GR00T N1.7 checkpoint, and this works with N1.5 only so far.")
         return parse_metadata(self.raw_metadata, tag)
 
     def embodiment_n1d7(self, tag: str) -> EmbodimentN1d7:
@@ -74,6 +72,19 @@ class Checkpoint:
         sizes = {"state_dim": head.state_dim // self.state_history, "state_history": self.state_history}
         sizes |= {"action_dim": head.action_dim, "action_horizon": head.action_horizon, "embodiments": head.embodiments}
         return self.processor.embodiment(tag, sizes)
+
+    def record_of(self, tag: str) -> Any:
+        """All that the small files say of an embodiment, and nothing of others, as it stands there. Raises ConfigError and CheckpointError."""
+        if self.processor is None:
+            self.embodiment(tag)
+            return self.raw_metadata[tag]
+        return self.processor.record(tag, self.row_of(tag))
+
+    def trained_cameras(self, tag: str) -> dict[str, tuple[int, ...]]:
+        """`video.<camera>` -> width and height of the training videos, or nothing where the checkpoint does not say. Raises as `record_of`."""
+        if self.processor is None:
+            return {key: (camera.width, camera.height) for key, camera in self.embodiment(tag).cameras.items()}
+        return {f"video.{camera}": () for camera in self.embodiment_n1d7(tag).cameras}
 
     def row_of(self, tag: str) -> int:
         """The row of the per-embodiment weights. Raises ConfigError and CheckpointError."""

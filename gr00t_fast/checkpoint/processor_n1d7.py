@@ -164,6 +164,12 @@ class ProcessorFiles:
                 raise
             raise _damaged(f"{PROCESSOR_FILE} and {STATISTICS_FILE}", f"the entry '{tag}' is incomplete or damaged ({error!r})") from error
 
+    def record(self, tag: str, row: int) -> dict[str, Any]:
+        """What decides an observation's and an action's form for `tag`, which was read without an error, and `row` of its weights."""
+        kwargs = self.config["processor_kwargs"]
+        settings = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
+        return {"settings": settings, "modalities": kwargs["modality_configs"][tag], "statistics": self.statistics[tag], "row": row}
+
     def _check_tag(self, tag: str, modalities: Mapping[str, Any]) -> None:
         usable = [name for name in modalities if name in self.statistics and (name in self.rows or name in EMBODIMENT_ROWS_N1D7)]
         if tag in usable:

@@ -6,14 +6,44 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
-
-from gr00t_fast.cli.comparison import Bench, BenchConfig, compare, table_rows, verdict, word_of
-from gr00t_fast.cli.policy_flags import check_at_least_one, check_checkpoint_flags, check_device, run_command
+from gr00t_fast.cli.policy_flags import (
+    CheckpointFlags,
+    ObservationFlags,
+    OutputFlags,
+    check_at_least_one,
+    check_checkpoint_flags,
+    check_device,
+    run_command,
+)
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, show
-from gr00t_fast.engine import select_device, select_precision
+from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, machine, versions
+
+
+@dataclass(kw_only=True)
+class BenchConfig(OutputFlags, ObservationFlags, CheckpointFlags):
+    """Time get_action of a checkpoint on every engine that can run here, and compare its actions with the plain model's in fp32.
+
+        gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset
+
+    First eager in fp32 answers all observations: the truth. Then the engines answer the same ones with the same noise; last they take turns at whole
+    calls, camera frame to joint targets, in random order: ratios are paired by round. An engine that cannot be used here gets a line that says why;
+    one that was named ends the program. Errors are in joint units: degrees, and per cent for the gripper, in most.
+    """
+
+    engines: list[str] = field(default_factory=list)  # NAME or NAME=DIRECTORY of its files; default: all that work here
+    denoising_steps: list[int] = field(default_factory=list)  # step counts to time; default: the checkpoint's own
+    frames: int = 100  # how many observations, for the error
+    rounds: int = 100  # timed calls of each engine; a GPU deserves 1000
+    device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
+    precision: str = setting("auto", former=("dtype",))  # of the engines over the torch model: auto, fp32, bf16, fp16
+    threads: int | None = None  # CPU threads of torch; default: torch's own choice
+    seed: int = 0  # of observations, noise and order
+    out: Path = Path("outputs/bench")  # directory for bench.json and bench.md, which are replaced
+
 
 _USAGE = "usage: gr00t-fast bench --model_path=DIR [--observations=DATASET] [--flag=value ...]"
 _EXITS = "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted"
@@ -33,6 +63,11 @@ def check(config: BenchConfig) -> None:
 
 def work(config: BenchConfig) -> int:
     """Compare, print, and leave bench.json and bench.md. Raises Gr00tFastError."""
+    import torch
+
+    from gr00t_fast.cli.comparison import Bench, compare, table_rows, verdict, word_of
+    from gr00t_fast.engine import select_device, select_precision
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = select_device(config.device)

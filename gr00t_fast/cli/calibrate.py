@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     ObservationFlags,
@@ -23,23 +22,18 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
 from gr00t_fast.dataset import MIN_FRAMES
-from gr00t_fast.engine import Target, select_device, select_precision
-from gr00t_fast.engine.calibration import Calibration, write_calibration
-from gr00t_fast.engine.fp8 import has_product
-from gr00t_fast.engine.manifest import Digests
-from gr00t_fast.engine.quantized import PARTS
-from gr00t_fast.export.calibrate import CalibrationResult, Settings, as_markdown, build_report, calibrate, write_report
-from gr00t_fast.export.networks import TorchNetwork
-from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine import Target
+    from gr00t_fast.export.calibrate import CalibrationResult, Settings
 
 SCHEME = "fp8"
+PartName = Literal["vision", "language", "refine", "dit"]  # PARTS of gr00t_fast.engine.quantized, which imports torch; a test compares them
 
 
 @dataclass(kw_only=True)
@@ -57,7 +51,7 @@ class CalibrateConfig(OutputFlags, ObservationFlags, CheckpointFlags):
     out: Path | None = None  # directory to make; default: exports/fp8 in the checkpoint's, where the engine looks
     overwrite: bool = False  # replace a calibration that is there, once the new one is whole
     frames: int = MIN_FRAMES  # how many observations, spread over all episodes
-    parts: list[Literal["vision", "language", "refine", "dit"]] = field(default_factory=lambda: list(PARTS))  # to round; the others stay in 16 bits
+    parts: list[PartName] = field(default_factory=lambda: list(get_args(PartName)))  # to round; the others stay in 16 bits
     denoising_steps: int | None = None  # of the trials; default: the checkpoint's own. The result is good for any count
     limit: float = 1.0  # p99 of the action error, in joint units, that layers are kept in 16 bits for
     trial_frames: int = 8  # frames that decide which layers are kept; 0: keep none, measure nothing
@@ -78,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(config: CalibrateConfig) -> int:
     """Calibrate and print the report, which also lies in the output. Raises Gr00tFastError."""
+    from gr00t_fast.export.calibrate import as_markdown
+
     end_on_sigterm()
     start_s = time.perf_counter()
     report = run(config)
@@ -99,8 +95,16 @@ def check(config: CalibrateConfig) -> None:
 
 def run(config: CalibrateConfig) -> dict[str, Any]:
     """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
-    checkpoint, data_config = open_checkpoint(config.model_path, revision=config.revision), load_data_config(config.data_config)
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    from gr00t_fast.checkpoint import load_model, open_checkpoint
+    from gr00t_fast.engine import select_device, select_precision
+    from gr00t_fast.engine.fp8 import has_product
+    from gr00t_fast.export.calibrate import Settings, calibrate
+    from gr00t_fast.export.networks import TorchNetwork
+    from gr00t_fast.export.samples import collect_cases
+    from gr00t_fast.metadata import target_of
+
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     out = config.out or checkpoint.path / "exports" / SCHEME
     check_free(out, config.overwrite)
     steps = checkpoint.config.head.denoising_steps if config.denoising_steps is None else config.denoising_steps
@@ -110,13 +114,16 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     cases, data = collect_cases(target, config.observations or "", noise_seed=config.seed, progress=progress, **observation_options(config))
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     settings = Settings(SCHEME, "torch", steps, config.limit, config.trial_frames, config.balance, config.seed)
-    transform = ActionTransform(data_config, checkpoint.embodiment(config.embodiment_tag), checkpoint.config.head.action_dim)
     network = TorchNetwork(model, steps, emulated=not has_product(device))
-    result = calibrate(network, cases, settings, transform, progress, config.parts)
+    result = calibrate(network, cases, settings, progress, config.parts)
     return _write(config, target, out, result, settings, data)
 
 
 def _write(config: CalibrateConfig, target: Target, out: Path, result: CalibrationResult, settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
+    from gr00t_fast.engine.calibration import Calibration, write_calibration
+    from gr00t_fast.engine.manifest import Digests
+    from gr00t_fast.export.calibrate import build_report, write_report
+
     report = {**build_report(result, settings, data), "parts": config.parts, "out": str(out)}
     with whole_directory(out, config.overwrite) as directory:
         write_report(report, directory)

@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import numpy as np
 import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.cli.policy_flags import CheckpointFlags, ObservationFlags, OutputFlags
-from gr00t_fast.data_config import load_data_config
+from gr00t_fast.cli.bench import BenchConfig
 from gr00t_fast.dataset import draw, open_frames, read
 from gr00t_fast.engine import CALIBRATED, EXPORTED, make_engine
 from gr00t_fast.engine.device import PRECISIONS
@@ -24,7 +22,7 @@ from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.select import ENGINES
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, MissingExtraError, closest
 from gr00t_fast.export.verify import ACTION_LIMITS
-from gr00t_fast.flags import UsageError, setting
+from gr00t_fast.flags import UsageError
 from gr00t_fast.measurement import peak_rss_bytes, percentiles
 from gr00t_fast.model import Network, network
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -38,28 +36,6 @@ LEAST_ROUNDS = 10
 
 Times = dict[str, list[float]]
 Actions = dict[str, np.ndarray]
-
-
-@dataclass(kw_only=True)
-class BenchConfig(OutputFlags, ObservationFlags, CheckpointFlags):
-    """Time get_action of a checkpoint on every engine that can run here, and compare its actions with the plain model's in fp32.
-
-        gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset
-
-    First eager in fp32 answers all observations: the truth. Then the engines answer the same ones with the same noise; last they take turns at whole
-    calls, camera frame to joint targets, in random order: ratios are paired by round. An engine that cannot be used here gets a line that says why;
-    one that was named ends the program. Errors are in joint units: degrees, and per cent for the gripper, in most.
-    """
-
-    engines: list[str] = field(default_factory=list)  # NAME or NAME=DIRECTORY of its files; default: all that work here
-    denoising_steps: list[int] = field(default_factory=list)  # step counts to time; default: the checkpoint's own
-    frames: int = 100  # how many observations, for the error
-    rounds: int = 100  # timed calls of each engine; a GPU deserves 1000
-    device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
-    precision: str = setting("auto", former=("dtype",))  # of the engines over the torch model: auto, fp32, bf16, fp16
-    threads: int | None = None  # CPU threads of torch; default: torch's own choice
-    seed: int = 0  # of observations, noise and order
-    out: Path = Path("outputs/bench")  # directory for bench.json and bench.md, which are replaced
 
 
 class Bench:
@@ -116,7 +92,7 @@ class Bench:
         options = self.options
         if options.observations is None:
             return random_observations(policy, options.seed, options.frames)
-        frames = open_frames(options.observations, load_data_config(options.data_config), policy.metadata, options.camera_map)
+        frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
         return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
 
     def answer(self, policy: Gr00tPolicy, index: int) -> Actions:

@@ -333,10 +333,10 @@ def _exports(config: DoctorConfig, found: Any) -> Iterator[Row]:
 
 def _export(config: DoctorConfig, found: Any, directory: Path) -> Row:
     """Raises EngineError and StaleEngineError."""
-    from gr00t_fast.data_config import load_data_config
-    from gr00t_fast.engine.manifest import Digests, Target, check_manifest, read_manifest, remedy_for
+    from gr00t_fast.engine.manifest import Digests, check_manifest, read_manifest, remedy_for
+    from gr00t_fast.metadata import target_of
 
-    target = Target(found, config.embodiment_tag, load_data_config(config.data_config), config.data_config or "")
+    target = target_of(found, config.embodiment_tag, config.data_config)
     remedy = remedy_for(directory, target, "to_onnx.py")
     manifest = read_manifest(directory, remedy)
     if not found.weight_files:

@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     OutputFlags,
@@ -20,14 +19,13 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, check_trained_cameras, load_data_config
-from gr00t_fast.engine.manifest import Manifest, Target
-from gr00t_fast.export.onnx import Options, export_onnx
 from gr00t_fast.files import check_free
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import peak_rss_bytes
 from gr00t_fast.optional import require
-from gr00t_fast.prompt import PromptEncoder, find_tokenizer
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine.manifest import Manifest
 
 
 @dataclass(kw_only=True)
@@ -81,25 +79,25 @@ def check(config: ExportOnnxConfig) -> None:
 
 def run(config: ExportOnnxConfig) -> Manifest:
     """Check everything small, then export. Raises Gr00tFastError."""
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.export.onnx import Options, export_onnx
+    from gr00t_fast.export.samples import network_inputs, transforms_only
+    from gr00t_fast.metadata import target_of
+
     for package in ("onnx", "onnxscript"):
         require(package, "export")
     check_free(config.out, config.overwrite)
     checkpoint = open_checkpoint(config.model_path, revision=config.revision)
-    data_config = load_data_config(config.data_config)
-    metadata = checkpoint.embodiment(config.embodiment_tag)
-    check_trained_cameras(data_config, metadata.cameras)
-    tokenizer = find_tokenizer(config.processor_path, checkpoint.base)
-    prompts = PromptEncoder(
-        tokenizer, len(data_config.video_keys), checkpoint.config.vision.tokens, checkpoint.config.language.image_token_id, config.prompt_style
-    )
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
+    options = {"embodiment_tag": config.embodiment_tag, "processor_path": config.processor_path, "prompt_style": config.prompt_style}
+    policy = transforms_only(checkpoint.path, data_config=config.data_config, **options)
     options = Options(
         out=config.out,
         precision=config.precision,
         denoising_steps=tuple(config.denoising_steps),
-        usual_tokens=len(prompts(config.lang_instruction)),
+        usual=network_inputs(policy, policy.example_observation(config.lang_instruction)),
         max_text_tokens=config.max_text_tokens,
         overwrite=config.overwrite,
         seed=config.seed,
     )
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
     return export_onnx(target, options, shlex.join(sys.argv))

@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     OutputFlags,
@@ -20,11 +19,11 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
-from gr00t_fast.engine.manifest import Manifest
-from gr00t_fast.export.tensorrt import BuildOptions, Display, SourceOptions, as_table, build_engines, check_feasible, find_source
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, machine, versions
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine.manifest import Manifest
 
 
 @dataclass(kw_only=True)
@@ -67,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(config: ExportTensorRTConfig) -> int:
     """Build and print what was built. Raises Gr00tFastError."""
+    from gr00t_fast.export.tensorrt import as_table
+
     start_s = time.perf_counter()
     manifest, rows = run(config)
     result = {
@@ -90,12 +91,15 @@ def work(config: ExportTensorRTConfig) -> int:
 
 def run(config: ExportTensorRTConfig) -> tuple[Manifest, list[Any]]:
     """The manifest, and a row of facts for each stage. Raises Gr00tFastError."""
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.export.tensorrt import BuildOptions, Display, SourceOptions, build_engines, check_feasible, find_source
+
     with Display() as display:
         pinned = config.revision is not None
         source = SourceOptions(
             model_path=str(open_checkpoint(config.model_path, revision=config.revision).path) if pinned else config.model_path,
             embodiment_tag=config.embodiment_tag,
-            data_config=config.data_config or DEFAULT_DATA_CONFIG,
+            data_config=config.data_config,
             out=config.out,
             onnx=config.onnx,
             precision=config.precision,

@@ -31,8 +31,8 @@ class CheckpointFlags:
     model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
     revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
-    data_config: str | None = "so100"  # a name of NVIDIA's (so100, so100_dualcam, fourier_gr1_arms_only, ...), or module:ClassName of your own
-    processor_path: Path | None = None  # directory with the Eagle tokenizer files; default: looked up
+    data_config: str | None = None  # of an N1.5 checkpoint: a name of NVIDIA's (so100, so100_dualcam, ...) or module:ClassName; default: so100
+    processor_path: Path | None = None  # directory with the tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients and server put around the instruction
 
 
@@ -40,7 +40,6 @@ class CheckpointFlags:
 class PolicyFlags(CheckpointFlags):
     """How the network runs: the other options of load_policy."""
 
-    data_config: str | None = None  # of an N1.5 checkpoint: a name of NVIDIA's (so100, so100_dualcam, ...) or module:ClassName; default: so100
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     action_horizon: int | None = None  # actions played per inference; default: all that the checkpoint predicts
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps

@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     ObservationFlags,
@@ -22,21 +21,17 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
 from gr00t_fast.dataset import MIN_FRAMES
-from gr00t_fast.engine.manifest import Target, check_manifest, remedy_for
-from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.calibrate import CalibrationResult, Settings, as_markdown, build_report, calibrate, write_report
-from gr00t_fast.export.networks import GraphNetwork
-from gr00t_fast.export.quantize import write_quantised_export
-from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
 from gr00t_fast.optional import require
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine.manifest import Target
+    from gr00t_fast.export.calibrate import CalibrationResult, Settings
 
 
 @dataclass(kw_only=True)
@@ -75,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(config: QuantiseConfig) -> int:
     """Quantise and print the report, which also lies in the output. Raises Gr00tFastError."""
+    from gr00t_fast.export.calibrate import as_markdown
+
     end_on_sigterm()
     start_s = time.perf_counter()
     report = run(config)
@@ -97,11 +94,17 @@ def check(config: QuantiseConfig) -> None:
 
 def run(config: QuantiseConfig) -> dict[str, Any]:
     """Check everything small, calibrate, write. Raises Gr00tFastError."""
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.engine.manifest import check_manifest, remedy_for
+    from gr00t_fast.export.calibrate import Settings, build_report, write_report
+    from gr00t_fast.export.quantize import write_quantised_export
+    from gr00t_fast.metadata import target_of
+
     for package in ("onnx", "onnxruntime", *(["openvino"] if config.target == "openvino" else [])):
         require(package, "openvino" if package == "openvino" else "export")
     check_free(config.out, config.overwrite)
-    checkpoint, data_config = open_checkpoint(config.model_path, revision=config.revision), load_data_config(config.data_config)
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     remedy = remedy_for(config.onnx, target, "to_onnx.py")
     manifest = check_manifest(config.onnx, "onnx", target, remedy)
     if manifest.quantisation is not None:
@@ -125,12 +128,16 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
 def _calibrate(
     config: QuantiseConfig, target: Target, settings: Settings, shapes: Mapping[str, Any], remedy: str
 ) -> tuple[CalibrationResult, dict[str, Any]]:
+    from gr00t_fast.engine.tables import ExportTables
+    from gr00t_fast.export.calibrate import calibrate
+    from gr00t_fast.export.networks import GraphNetwork
+    from gr00t_fast.export.samples import collect_cases
+
     tables, progress = ExportTables(config.onnx, remedy), Progress()
     tables.steps(settings.denoising_steps)  # a count that was not exported is refused before minutes pass
     cases, data = collect_cases(target, config.observations or "", noise_seed=config.seed, progress=progress, **observation_options(config))
     network = GraphNetwork(target, shapes, tables, settings.denoising_steps, settings.scheme)
-    transform = ActionTransform(target.data_config, target.checkpoint.embodiment(config.embodiment_tag), shapes["action_dim"])
-    return calibrate(network, cases, settings, transform, progress), data
+    return calibrate(network, cases, settings, progress), data
 
 
 def _flags(config: QuantiseConfig) -> list[str]:

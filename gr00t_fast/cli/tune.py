@@ -32,14 +32,14 @@ from gr00t_fast.cli.policy_flags import (
 )
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, end_on_sigterm, execute, show
 from gr00t_fast.cli.run_flags import RunConfig
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
 from gr00t_fast.dataset import MIN_FRAMES
-from gr00t_fast.engine import EXPORTED, Target, select_device, select_precision
+from gr00t_fast.engine import EXPORTED, select_device, select_precision
 from gr00t_fast.engine.fp8 import has_product
 from gr00t_fast.engine.manifest import check_manifest, read_manifest
 from gr00t_fast.errors import EngineError, Gr00tFastError
 from gr00t_fast.flags import CONFIG_FLAG, UsageError, help_text, parse_flags, setting
 from gr00t_fast.measurement import git_commit, machine, versions
+from gr00t_fast.metadata import target_of
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.tensorrt_library import installed
 
@@ -178,9 +178,7 @@ def candidates(config: TuneConfig, checkpoint: Checkpoint, device: torch.device)
     found, refused = [Candidate("eager", "eager"), Candidate("compiled", "compiled")], {}
     if device.type == "cuda":
         found.append(Candidate("cuda_graph", "cuda_graph"))
-    if checkpoint.processor is not None:
-        refused["engines over exported files"] = "they run GR00T N1.5 only so far"
-    elif device.type == "cuda":
+    if device.type == "cuda":
         found += _on_a_gpu(config, at, device, refused)
     elif device.type == "cpu":
         found += _on_a_cpu(config, at, refused)
@@ -274,7 +272,7 @@ def make_all(
 def _make(
     config: TuneConfig, checkpoint: Checkpoint, directory: Path, make: Callable[[Path], object], end_s: float, say: Callable[[str], None]
 ) -> None:
-    if checkpoint.processor is None and _fits(config, checkpoint, directory):
+    if _fits(config, checkpoint, directory):
         say(f"{directory}: is there and fits, kept")
         return
     with _alarm(end_s):
@@ -285,10 +283,9 @@ def _make(
 
 
 def _fits(config: TuneConfig, checkpoint: Checkpoint, directory: Path) -> bool:
-    data_config = load_data_config(config.data_config)
     try:
         manifest = read_manifest(directory, "")
-        check_manifest(directory, manifest.kind, Target(checkpoint, config.embodiment_tag, data_config, config.data_config or ""), "")
+        check_manifest(directory, manifest.kind, target_of(checkpoint, config.embodiment_tag, config.data_config), "")
     except EngineError:
         return False
     return not manifest.denoising_steps or config.denoising_steps in (None, *manifest.denoising_steps)
@@ -385,8 +382,7 @@ def _write(path: Path | None, config: TuneConfig, before: RunConfig, result: Map
     if path is None:
         return f"{judged}. To run it: {' '.join(f'--{name}={value}' for name, value in settings.items() if value is not None)}"
     for name in ("model_path", "revision", "embodiment_tag", "data_config", "prompt_style"):
-        unsaid = name == "data_config" and getattr(before, name) is None and getattr(config, name) == DEFAULT_DATA_CONFIG
-        if (value := getattr(config, name)) != getattr(before, name) and not unsaid:
+        if (value := getattr(config, name)) != getattr(before, name):
             settings[name] = value
     backup = write_settings(path, settings)
     return f"{judged}; written into {path}" + (f" (as it was: {backup})" if backup else "")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     ExportedName,
@@ -24,16 +23,9 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, show
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG, load_data_config
-from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.select import open_engine
-from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.export.samples import collect_cases
-from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, machine, versions
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 LEAST = 100  # observations
 
@@ -92,14 +84,20 @@ def check(config: VerifyConfig) -> None:
 
 def run(config: VerifyConfig) -> dict[str, Any]:
     """Check the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
-    checkpoint, data_config = open_checkpoint(config.model_path, revision=config.revision), load_data_config(config.data_config)
-    target = Target(checkpoint, config.embodiment_tag, data_config, config.data_config or DEFAULT_DATA_CONFIG)
+    from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.engine.select import open_engine
+    from gr00t_fast.engine.tables import ExportTables
+    from gr00t_fast.export.samples import collect_cases
+    from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
+    from gr00t_fast.metadata import target_of
+
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
     open_engine(config.engine, directory, target, config.device, config.precision)  # refused now rather than in ten minutes; freed at once
     steps = checkpoint.config.head.denoising_steps if config.denoising_steps is None else config.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
-    transform = ActionTransform(data_config, checkpoint.embodiment(config.embodiment_tag), checkpoint.config.head.action_dim)
     progress, noise_seed = Progress(), (config.seed, 1)  # not the noise of the calibration
     source = config.observations or _SYNTHETIC
     cases, sample = collect_cases(target, source, noise_seed=noise_seed, progress=progress, least=LEAST, **observation_options(config))
@@ -108,7 +106,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         files = ReferenceOutputs(Path(work))
         record_reference(target, cases, steps, files, progress)
         engine = open_engine(config.engine, directory, target, config.device, config.precision)
-        verification = compare(engine, tables.embed, cases, steps, files, transform, config.limit, progress)
+        verification = compare(engine, tables.embed, cases, steps, files, config.limit, progress)
     return {
         "program": "verify",
         "engine": config.engine,

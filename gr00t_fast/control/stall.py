@@ -86,6 +86,8 @@ class StallWatch:
         begins = ~same & ~self.held
         self._at, self._way = np.where(begins, measured, self._at), np.where(begins, way, self._way)
         self._hard_since_s[begins] = np.nan
+        if loads.time_s is self._read_s:
+            return np.zeros_like(self.held)
         # An old reading says nothing about the present: only those that are new since the last look count, and it takes two.
         new = np.zeros_like(self.held) if self._read_s is None else (loads.time_s > self._read_s) | (np.isnan(self._read_s) & ~np.isnan(loads.time_s))
         self._read_s = loads.time_s

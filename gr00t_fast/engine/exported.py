@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,9 @@ class ExportedEngine(Engine):
         self.runtime, self._remedy = runtime, remedy
         self._tables = ExportTables(directory, remedy)
         self._steps: dict[int, StepTables] = {}
+        spans = manifest.shapes.get("image_spans")
+        self._image_positions = spans and [place for first, behind in spans for place in range(first, behind)]
+        self.handed_on = {stage: handed_on(manifest.stages, stage) for stage in STAGES[:-1]}
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
@@ -64,6 +68,7 @@ class ExportedEngine(Engine):
                 "Use --smoothing=prefix (or none, ensemble), or --engine=eager."
             )
         tables = self.tables(denoising_steps)
+        self._check_places(inputs.image_positions)
         with timer.stage("preprocess"):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
             continuation = continuation and continuation.to(self.device)
@@ -72,11 +77,12 @@ class ExportedEngine(Engine):
         for item, ids in enumerate(prompts):
             one = slice(item, item + 1)
             with timer.stage("vision"):
-                (tokens,) = self._call("vision", {"pixel_values": inputs.pixel_values[one]}, "tokens")
+                seen = self._call("vision", {"pixel_values": inputs.pixel_values[one]}, "tokens", *self.handed_on["vision"])
             with timer.stage("language"):
-                keys, values = self._call("language", {"embeddings": self._embed(ids, inputs.image_positions, tokens)}, "keys", "values")
+                embeddings = self._embed(ids, inputs.image_positions, seen.pop("tokens"))
+                condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"])
             with timer.stage("denoise"):
-                fixed = {"state": inputs.state[one], "keys": keys, "values": values}
+                fixed = {"state": inputs.state[one], **condition}
                 chunks.append(self._denoise(noise[one], fixed, tables, continuation and continuation.item(item)))
         return torch.cat(chunks)
 
@@ -86,6 +92,14 @@ class ExportedEngine(Engine):
             tables = self._tables.steps(steps)
             self._steps[steps] = StepTables(tables.tau.to(self.device), tables.modulation.to(self.device))
         return self._steps[steps]
+
+    def _check_places(self, image_positions: Tensor | np.ndarray) -> None:
+        """Raises EngineError for a prompt whose pictures lie elsewhere than in those that the graphs were made for."""
+        if self._image_positions is not None and image_positions.tolist() != self._image_positions:
+            raise EngineError(
+                "the prompt has its pictures in other places than the prompts that this export is made for: another tokenizer (--processor_path)? "
+                f"Run with the one that it was exported with, or run: {self._remedy}"
+            )
 
     def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
         """Ids (S,) of one item on the CPU, without padding."""
@@ -107,7 +121,7 @@ class ExportedEngine(Engine):
         def step(actions: Tensor, index: int, size: float) -> Tensor:
             of_step = {"tau": tables.tau[index], "modulation": tables.modulation[index]}
             length = torch.full((1,), size, dtype=self.dtype, device=self.device)
-            return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")[0]
+            return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")["next_actions"]
 
         if continuation is not None:
             # a step of length 1 moves by the velocity itself
@@ -119,8 +133,15 @@ class ExportedEngine(Engine):
             actions = step(actions, index, 1.0 / tables.steps)
         return actions
 
-    def _call(self, stage: str, inputs: dict[str, Tensor], *wanted: str) -> tuple[Tensor, ...]:
-        return self.runtime.run_stage(stage, {name: value.contiguous() for name, value in inputs.items()}, wanted)
+    def _call(self, stage: str, inputs: dict[str, Tensor], *wanted: str) -> dict[str, Tensor]:
+        outputs = self.runtime.run_stage(stage, {name: value.contiguous() for name, value in inputs.items()}, wanted)
+        return dict(zip(wanted, outputs, strict=True))
+
+
+def handed_on(stages: Mapping[str, Mapping[str, Any]], stage: str) -> tuple[str, ...]:
+    """Outputs of `stage` that the next one takes as they are, from `Manifest.stages`."""
+    later = stages[STAGES[STAGES.index(stage) + 1]]["inputs"]
+    return tuple(name for name in stages[stage]["outputs"] if name in later)
 
 
 def check_precision(manifest: Manifest, asked: str, remedy: str) -> None:

@@ -16,12 +16,12 @@ import torch
 from gr00t_fast.engine.calibration import Calibration, read_calibration
 from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.continuation import Continuation
-from gr00t_fast.engine.fused import FusedModel, compiled
+from gr00t_fast.engine.fused import compiled, fused_model
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import rewritten
 from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Network
 
 NAME = "fp8"
 COMPILED = ("encode_vision", "encode_language", "refine", "condition")
@@ -37,7 +37,7 @@ def prepare(name: str, directory: Path, target: Target, device: torch.device) ->
     return functools.partial(fp8_engine, calibration=read_calibration(directory, target))
 
 
-def fp8_engine(model: Gr00tN1d5, calibration: Calibration) -> GraphEngine:
+def fp8_engine(model: Network, calibration: Calibration) -> GraphEngine:
     """`model` is not needed afterwards: drop it, and the 16-bit weights of the rounded layers are free.
 
     Raises EngineError for a GPU that lacks the format, or a calibration of another network; MissingExtraError without triton, ConfigError without a
@@ -45,7 +45,7 @@ def fp8_engine(model: Gr00tN1d5, calibration: Calibration) -> GraphEngine:
     """
     check_gpu(model.device)
     check_compiler(NAME, model.device.type)
-    fused = FusedModel(rewritten(model, calibration.scales), steps="triton")
+    fused = fused_model(rewritten(model, calibration.scales), steps="triton")
     engine = GraphEngine(NAME, fused, compiled(fused.stages(), COMPILED), check_call)
     engine.precision = NAME
     return engine

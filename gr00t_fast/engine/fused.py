@@ -17,7 +17,6 @@ Axis alphabet: I images, B batch, C cameras, V image tokens, S prompt tokens, H 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
 from gr00t_fast.model.gr00t_n1d7 import prompt_rotary
 from gr00t_fast.model.language import QwenBlock
 from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
-from gr00t_fast.model.vision_qwen import PatchMerger, patches_of
+from gr00t_fast.model.vision_qwen import PatchMerger, one_frame_patches, one_frame_weight
 
 _ROTARY_POSITIONS = 2048  # rows of the tables: eight pictures are 2048 tokens; longer prompts make their own
 
@@ -270,20 +269,17 @@ class FusedModel(nn.Module):
 
 
 class FusedModelN1d7(FusedModel):
-    """N1.7's: another vision tower, positions on three axes, deepstack. The two frames of a patch are the same picture, so the two halves of the
-    patch embedding's weight are added: half the product."""
+    """N1.7's: another vision tower, positions on three axes, deepstack. The patch embedding reads one frame of a patch: half the product."""
 
     def _pack_vision(self) -> None:
-        embedding, config = self.vision.patch_embedding, self.config.vision
-        halves = embedding.weight.unflatten(1, (3, config.frames_per_patch, -1))  # (D, 3, frames, p p)
-        self.patches = as_linear(halves.float().sum(2).flatten(1).to(embedding.weight.dtype), embedding.bias)
-        self._one_frame = dataclasses.replace(config, frames_per_patch=1)
+        self.patches = as_linear(one_frame_weight(self.vision), self.vision.patch_embedding.bias)
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """As Gr00tN1d7.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
         ops, tower, pictures = self._towers, self.vision, pixel_values.flatten(0, 1)
         rows, columns = tower.grid_of(pictures)
-        x = ops.linear(self.patches, patches_of(pictures, self._one_frame)) + tower.positions(rows, columns)  # (I, T, D)
+        patches = one_frame_patches(pictures, tower.config).flatten(2)  # (I, T, 3 p p)
+        x = ops.linear(self.patches, patches) + tower.positions(rows, columns)  # (I, T, D)
         cos, sin = signed(*tower.rotary(rows, columns, x))
         normed, tokens = ops.norm(x, Norm.of(tower.blocks[0].norm1)), []
         for index, (block, following) in enumerate(zip(tower.blocks, [*(b.norm1 for b in tower.blocks[1:]), tower.merger.norm], strict=True)):
@@ -304,7 +300,8 @@ class FusedModelN1d7(FusedModel):
         """As Gr00tN1d7.encode_language: -> (B, S, D)."""
         tokens, *deepstack = vision_tokens
         x = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, tokens)  # (B, S, D)
-        cos, sin = signed(*prompt_rotary(self.config, inputs, self.dtype))
+        size = inputs.pixel_values.shape[-2:]
+        cos, sin = signed(*prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, size, self.dtype))
         return self._decoded(x, cos, sin, deepstack, inputs.image_positions)
 
 

@@ -24,6 +24,8 @@ from gr00t_fast.files import MANIFEST_NAME, atomic_write
 from gr00t_fast.strict_json import read_json
 
 FORMAT = 1
+# Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.
+TOKENS, TEXT_TOKENS = "tokens", "text_tokens"
 
 # What makes exports, by the names that manifests record: those of the scripts in export/.
 PROGRAMS = {
@@ -41,31 +43,27 @@ class Target:
     checkpoint: Checkpoint
     embodiment_tag: str
     data_config: DataConfig
-    data_config_name: str  # as on the command line
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for a checkpoint of N1.7, which nothing exports yet."""
-        if self.checkpoint.processor is not None:
-            self.checkpoint.embodiment(self.embodiment_tag)
+    data_config_name: str | None = None  # as on the command line, if it was said there
 
     def identity(self, digests: Digests) -> dict[str, Any]:
         """Content, not names or dates: the same checkpoint elsewhere has the same identity. Raises OSError when a weight file cannot be read."""
-        metadata = self.checkpoint.embodiment(self.embodiment_tag)
-        check_trained_cameras(self.data_config, metadata.cameras)
+        trained = self.checkpoint.trained_cameras(self.embodiment_tag)
+        check_trained_cameras(self.data_config, trained)
         files = self.checkpoint.weight_files
         return {
             "weights": dict(zip((file.name for file in files), digests.of(files), strict=True)),
             "config": sha256_of_json(_without_later_fields(asdict(self.checkpoint.config))),
-            "metadata": sha256_of_json(self.checkpoint.raw_metadata[self.embodiment_tag]),
+            "metadata": sha256_of_json(self.checkpoint.record_of(self.embodiment_tag)),
             "embodiment_tag": self.embodiment_tag,
-            "cameras": [[key, metadata.cameras[key].width, metadata.cameras[key].height] for key in self.data_config.video_keys],
+            "cameras": [[key, *trained[key]] for key in self.data_config.video_keys],
             "data_config": _plain(self.data_config),
         }
 
     def command(self, program: str, *flags: str) -> str:
         """The command line that makes an export for this target: `program` is the name that manifests record."""
         common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
-        return shlex.join([*PROGRAMS.get(program, (program,)), *(f"--{name}={value}" for name, value in common.items()), *flags])
+        said = (f"--{name}={value}" for name, value in common.items() if value is not None)
+        return shlex.join([*PROGRAMS.get(program, (program,)), *said, *flags])
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,11 @@ class Manifest:
     precision: "fp32", "fp16" or "bf16", the number format of the graphs' inputs and outputs, and of weights that are not quantised.
     quantisation: None, or what the quantiser says of it; `format` ("int8", "fp8") and `runtime` (which engine the file is made for) at least.
     identity: `Target.identity`.
-    shapes: cameras, image_tokens, max_tokens (most prompt tokens, image tokens included), prompt_buckets (usual prompt lengths, ascending),
-        horizon, action_dim, state_dim.
+    shapes: cameras (pictures per observation: several times of a camera count apart), picture (their height and width), image_tokens, max_tokens
+        (most prompt tokens, image tokens included), prompt_buckets (usual prompt lengths, ascending), horizon, action_dim, state_dim; and for graphs
+        that have the places of the pictures' tokens built in image_spans: of each picture its first token's place and the one behind its last's.
     denoising_steps: step counts that the tables cover.
-    stages: stage -> {"file": name, "inputs": {name: shape}, "outputs": {name: shape}}; a dynamic size is the text "tokens".
+    stages: stage -> {"file": name, "inputs": {name: shape}, "outputs": {name: shape}}; a size that varies is the text "tokens" or "text_tokens".
     files: name -> {"bytes": int, "sha256": text}, every file of the export but this one.
     versions: package -> version. command: how it was made. details: what else a kind needs (opset, target GPU, calibration).
     program, flags: the key of `PROGRAMS` that made it, and its flags besides checkpoint, embodiment, data configuration and --out: with
@@ -104,6 +103,21 @@ class Manifest:
     def write(self, directory: Path) -> None:
         with atomic_write(directory / MANIFEST_NAME) as file:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def varying_sizes(shapes: Mapping[str, Any], prompt_tokens: int) -> dict[str, int]:
+    """What stands for the names in shapes of `Manifest.stages`, for a prompt of that length. shapes: of the manifest."""
+    return {TOKENS: prompt_tokens, TEXT_TOKENS: prompt_tokens - shapes.get("image_tokens", 0)}
+
+
+def prompt_tokens_of(stage: Mapping[str, Any], inputs: Mapping[str, Any], shapes: Mapping[str, Any]) -> int | None:
+    """Length of the prompt by the tensors that an entry of `Manifest.stages` gets; None for a stage that none of them tells."""
+    none = varying_sizes(shapes, 0)
+    for name, tensor in inputs.items():
+        for size, here in zip(stage["inputs"][name], tensor.shape, strict=True):
+            if isinstance(size, str):
+                return here - none[size]
+    return None
 
 
 def describe_files(directory: Path, digests: Digests | None = None) -> dict[str, dict[str, Any]]:

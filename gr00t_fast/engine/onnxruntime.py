@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gr00t_fast.engine.device import PRECISIONS, select_device
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
-from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, remedy_for
+from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.optional import require
 
@@ -47,7 +47,7 @@ class OrtStages:
     def __init__(self, ort: ModuleType, directory: Path, manifest: Manifest, device: torch.device, provider: str, target: Target) -> None:
         """Raises EngineError when ONNX Runtime refuses a file or the provider does not start."""
         self.device = device
-        self._dtype, self._stages = PRECISIONS[manifest.precision], manifest.stages
+        self._dtype, self._stages, self._shapes = PRECISIONS[manifest.precision], manifest.stages, manifest.shapes
         self._options = {} if provider == _CPU else {"device_id": str(device.index or 0)}
         self._sessions = {stage: self._open(ort, directory, stage, provider, manifest.precision, target) for stage in STAGES}
         self._kept: dict[tuple[str, int, tuple[str, ...]], tuple[Tensor, ...]] = {}
@@ -57,7 +57,7 @@ class OrtStages:
         binding = session.io_binding()
         for name, value in inputs.items():
             self._bind(binding.bind_input, name, value)
-        outputs = self._outputs(stage, _prompt_length(inputs), wanted)
+        outputs = self._outputs(stage, prompt_tokens_of(self._stages[stage], inputs, self._shapes) or 0, wanted)
         for name, value in zip(wanted, outputs, strict=True):
             self._bind(binding.bind_output, name, value)
         if self.device.type == "cuda":  # its kernels run on a stream of their own
@@ -79,7 +79,8 @@ class OrtStages:
         return self._kept[key]
 
     def _allocate(self, stage: str, tokens: int, wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
-        shapes = ([tokens if isinstance(size, str) else size for size in self._stages[stage]["outputs"][name]] for name in wanted)
+        sizes = varying_sizes(self._shapes, tokens)
+        shapes = ([sizes.get(size, size) for size in self._stages[stage]["outputs"][name]] for name in wanted)
         return tuple(torch.empty(shape, dtype=self._dtype, device=self.device) for shape in shapes)
 
     def _open(self, ort: ModuleType, directory: Path, stage: str, provider: str, precision: str, target: Target) -> Any:
@@ -135,7 +136,3 @@ def _advice(provider: str, precision: str, directory: Path, target: Target) -> s
         command = target.command("to_onnx.py", f"--out={directory}", "--precision=fp32", "--overwrite")
         return f"Its CPU kernels do not compute bf16. Use --engine=eager, or run: {command}"
     return "Install the onnxruntime version that the export names in manifest.json, or export again."
-
-
-def _prompt_length(inputs: Mapping[str, Tensor]) -> int:
-    return inputs["embeddings"].shape[1] if "embeddings" in inputs else 0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.errors import CheckpointError, EngineError
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Network
 
 LARGEST = 448.0  # of E4M3 without infinity (Micikevicius et al. 2022)
 _SMALLEST = 1e-6  # a scale of what is always zero: any will do, but not zero
@@ -36,9 +36,9 @@ _ALIGNMENT = 16  # of K and N, as torch._scaled_mm asks for
 # Part of the network -> how the names of its layers begin; `refine` is the vision-language self-attention.
 PARTS = {"vision": "vision.", "language": "language.", "refine": "head.vl_blocks.", "dit": "head.dit."}
 WEIGHTS_ONLY = "dit"
-# AdaLN's and the time embedding's are tabulated beforehand; vision's connector also tells the network's own number format; the DiT's keys and values
-# are read once per inference, and its last layer is multiplied with the decoder's first (engine/fused.py).
-_LEFT = ("ada_norm", "out_modulation", "time.linear1", "time.linear2", "vision.connector", "attention.kv", "dit.out")
+# AdaLN's and the time embedding's are tabulated beforehand; vision's connector also tells the network's own number format, and its patch embedding is
+# packed anew; the DiT's keys and values are read once per inference, and its last layer is multiplied with the decoder's first (engine/fused.py).
+_LEFT = ("ada_norm", "out_modulation", "time.linear1", "time.linear2", "vision.connector", "patch_embedding", "attention.kv", "dit.out")
 
 # fp8 (R, K) and (N, K), their scales (fp32, no axis), bias (N,) or None, the type of the answer -> (R, N)
 Fp8Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
@@ -164,7 +164,7 @@ def _padded(weight: Tensor) -> Tensor:
 # --- the network --------------------------------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: Gr00tN1d5) -> dict[str, nn.Linear]:
+def linear_layers(model: Network) -> dict[str, nn.Linear]:
     """Name -> layer, of all that can be done in 8 bits, in the order of the network: those that run for an observation and are worth it."""
     return {
         name: module
@@ -178,7 +178,7 @@ def part_of(name: str) -> str:
 
 
 @torch.no_grad()
-def rounded_layers(model: Gr00tN1d5, scales: Mapping[str, InputScale], emulated: bool = False) -> dict[str, nn.Module]:
+def rounded_layers(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> dict[str, nn.Module]:
     """The 8-bit layer for each name in `scales`; of those of the DiT weights alone are rounded, with no use for a scale. Layers with one InputScale
     share its tensor and the scale of their weights. emulated: products are written out instead of the hardware's own.
 
@@ -207,7 +207,7 @@ def rounded_layers(model: Gr00tN1d5, scales: Mapping[str, InputScale], emulated:
     return made
 
 
-def with_layers(model: Gr00tN1d5, layers: Mapping[str, nn.Module]) -> Gr00tN1d5:
+def with_layers(model: Network, layers: Mapping[str, nn.Module]) -> Network:
     """A network of the same weights with `layers` in the places that their names say; `model` itself stays as it is."""
     return _replaced(model, layers, "")
 
@@ -222,7 +222,7 @@ def _replaced(module: nn.Module, layers: Mapping[str, nn.Module], name: str) -> 
     return twin
 
 
-def rewritten(model: Gr00tN1d5, scales: Mapping[str, InputScale], emulated: bool = False) -> Gr00tN1d5:
+def rewritten(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> Network:
     """`model` with the layers of `scales` in 8 bits."""
     return with_layers(model, rounded_layers(model, scales, emulated))
 

@@ -17,7 +17,6 @@ from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Network
 
 if TYPE_CHECKING:
-    from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.exported import ExportedEngine
     from gr00t_fast.engine.manifest import Target
 
@@ -43,12 +42,6 @@ _FORMER = {
     "triton": "cuda_graph",
     "onnxruntime_tensorrt": "tensorrt",
 }
-
-
-def check_network(name: str, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for an engine that cannot run the checkpoint's network yet."""
-    if checkpoint.processor is not None and name not in ("auto", *ENGINES):
-        raise ConfigError(f"engine '{name}' runs GR00T N1.5 only so far; {checkpoint.path} is N1.7. Use one of: --engine={', '.join(ENGINES)}.")
 
 
 def make_engine(name: str, model: Network) -> Engine:

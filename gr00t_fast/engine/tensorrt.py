@@ -26,7 +26,7 @@ from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
-from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, remedy_for
+from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
 from gr00t_fast.engine.tables import EMBEDDING, TABLES_NAME
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.files import atomic_write
@@ -71,6 +71,7 @@ class TensorRTEngine(ExportedEngine):
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`; timed as one stage, `graph`. A chunk that continues another one is made step by step, without the graph."""
         stream = self._stages.stream
+        self._check_places(inputs.image_positions)
         with timer.stage("preprocess"):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -116,7 +117,7 @@ class TensorRTEngine(ExportedEngine):
 
     def _record(self, prompt_tokens: int, steps: int) -> tuple[StageProgram, CapturedGraph]:
         """Contexts that the library declares unfit for a graph are started one by one, which is slower."""
-        shapes = stage_shapes(self.manifest.stages, prompt_tokens)
+        shapes = stage_shapes(self.manifest.stages, varying_sizes(self.manifest.shapes, prompt_tokens))
         program = StageProgram(shapes, self.manifest.shapes["image_tokens"], self.tables(steps), self._embedding)
         executions = self._stages.executions(shapes)
 
@@ -158,8 +159,8 @@ class TensorRTStages:
         return tuple(outputs[name] for name in wanted)
 
     def _run_stage(self, stage: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        at_hand = self._single[0] if self._single else self._manifest.shapes["image_tokens"] + 1  # vision has no prompt: any length will do
-        executions, shapes = self._at(_prompt_length(inputs) or at_hand)
+        at_hand = self._single[0] if self._single else self._manifest.shapes["max_tokens"]  # vision has no prompt: any length will do
+        executions, shapes = self._at(prompt_tokens_of(self._manifest.stages[stage], inputs, self._manifest.shapes) or at_hand)
         outputs = {name: torch.empty(shape, dtype=self._dtype, device=self.device) for name, shape in shapes[stage].items() if name not in inputs}
         executions[stage].enqueue({**inputs, **outputs})
         for tensor in inputs.values():
@@ -168,7 +169,7 @@ class TensorRTStages:
 
     def _at(self, prompt_tokens: int) -> tuple[dict[str, StageExecution], dict[str, dict[str, Shape]]]:
         """Contexts for single stages, of one prompt length at a time, and the shapes."""
-        shapes = stage_shapes(self._manifest.stages, prompt_tokens)
+        shapes = stage_shapes(self._manifest.stages, varying_sizes(self._manifest.shapes, prompt_tokens))
         if self._single is None or self._single[0] != prompt_tokens:
             self.stream.synchronize()  # the ones that are dropped may still be running
             self._single = (prompt_tokens, self.executions(shapes))
@@ -177,13 +178,6 @@ class TensorRTStages:
     def save_caches(self) -> None:
         for stage in self._stages.values():
             stage.save_cache()
-
-
-def _prompt_length(inputs: Mapping[str, Tensor]) -> int | None:
-    """S from a stage's inputs; vision has none."""
-    if "embeddings" in inputs:
-        return inputs["embeddings"].shape[1]
-    return inputs["keys"].shape[2] if "keys" in inputs else None
 
 
 def check_details(manifest: Manifest, directory: Path, remedy: str) -> None:
@@ -352,15 +346,14 @@ class StageExecution:
         return True if ask is None else bool(ask(self._stream.cuda_stream))
 
 
-VARYING = "tokens"  # how a manifest writes the prompt length
 Shape = tuple[int, ...]
 RunStage = Callable[[str, Mapping[str, Tensor]], None]  # stage, tensor of each of its inputs and outputs
 
 
-def stage_shapes(stages: Mapping[str, Mapping[str, Any]], prompt_tokens: int) -> dict[str, dict[str, Shape]]:
-    """Stage -> the shape of each of its inputs and outputs, for prompts of one length, from `Manifest.stages`."""
+def stage_shapes(stages: Mapping[str, Mapping[str, Any]], varying: Mapping[str, int]) -> dict[str, dict[str, Shape]]:
+    """Stage -> the shape of each of its inputs and outputs, for prompts of one length, from `Manifest.stages`. varying: of `varying_sizes`."""
     return {
-        stage: {name: tuple(prompt_tokens if size == VARYING else int(size) for size in shape) for name, shape in (*_items(entry),)}
+        stage: {name: tuple(varying[size] if isinstance(size, str) else int(size) for size in shape) for name, shape in (*_items(entry),)}
         for stage, entry in stages.items()
     }
 

@@ -28,7 +28,6 @@ from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import Case
 from gr00t_fast.export.verify import ActionError, action_error
 from gr00t_fast.progress import Progress
-from gr00t_fast.transforms import ActionTransform
 
 T = TypeVar("T")
 NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
@@ -236,9 +235,9 @@ def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[G
 class Trials:
     """Runs the network with some layers rounded. It runs once as it is; a trial begins at the first part that differs, with the outputs before it."""
 
-    def __init__(self, network: Network, cases: Sequence[Case], layers: Mapping[str, nn.Module], transform: ActionTransform) -> None:
+    def __init__(self, network: Network, cases: Sequence[Case], layers: Mapping[str, nn.Module]) -> None:
         """layers: name -> its 8-bit form."""
-        self._network, self._cases, self._layers, self._transform = network, cases, layers, transform
+        self._network, self._cases, self._layers = network, cases, layers
         self._known: list[dict[str, Tensor]] = [{} for _ in cases]
         self._truth = self._actions(network.module, network.parts, self._known)
 
@@ -252,9 +251,8 @@ class Trials:
         """Of the actions of `module`, which differs from the network's own in `parts` only."""
         order = self._network.parts
         begin = next((index for index, part in enumerate(order) if part in parts), len(order) - 1)
-        noise = np.concatenate([case.noise.numpy() for case in self._cases])
         actions = self._actions(module, order[begin:], [dict(known) for known in self._known])
-        return action_error(actions, self._truth, noise, self._transform)
+        return action_error(actions, self._truth, self._cases)
 
     @torch.inference_mode()
     def _actions(self, module: nn.Module, parts: Iterable[str], known: Sequence[dict[str, Tensor]]) -> np.ndarray:
@@ -305,7 +303,6 @@ def calibrate(
     network: Network,
     cases: Sequence[Case],
     settings: Settings,
-    transform: ActionTransform,
     progress: Progress,
     parts: Collection[str] | None = None,
 ) -> CalibrationResult:
@@ -316,7 +313,7 @@ def calibrate(
     scales, reports = scales_of(network, statistics, settings, parts, progress)
     if settings.trial_samples:
         few = _spread(cases, settings.trial_samples)
-        trials = Trials(network, few, network.rounded(scales), transform)
+        trials = Trials(network, few, network.rounded(scales))
         with progress.bar("sensitivity", sum(group.work >= NEGLIGIBLE for group in groups)) as tick:
             results, error = keep_sensitive(groups, trials.error, settings.limit, tick)
     else:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, part_of, rounded_layers
 from gr00t_fast.engine.tables import ExportTables
-from gr00t_fast.export.graphs import GRAPHS, MatMulLinear
+from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import Case
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model import Network as PlainNetwork
 from gr00t_fast.model.layers import CategoryLinear
 
 
@@ -28,7 +28,7 @@ class TorchNetwork:
     parts = tuple(PARTS)
     weights_only = (WEIGHTS_ONLY,)
 
-    def __init__(self, model: Gr00tN1d5, denoising_steps: int, emulated: bool) -> None:
+    def __init__(self, model: PlainNetwork, denoising_steps: int, emulated: bool) -> None:
         """emulated: 8-bit products are written out, for devices that lack them."""
         self.module, self._emulated = model, emulated
         self._tables = model.head.step_tables(denoising_steps)
@@ -48,17 +48,16 @@ class TorchNetwork:
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
         return rounded_layers(self.module, scales, self._emulated)
 
-    def run(self, module: Gr00tN1d5, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs, place = case.inputs, {"device": self.module.device, "dtype": self.module.dtype}
+    def run(self, module: PlainNetwork, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        inputs = case.inputs.to(self.module.device, self.module.dtype)
         if part == "vision":
-            return {"tokens": module.encode_vision(inputs.pixel_values.to(**place))}
+            return {"tokens": module.encode_vision(inputs.pixel_values)}
         if part == "language":
-            ids, positions = (each.to(self.module.device) for each in (inputs.input_ids, inputs.image_positions))
-            return {"features": module.encode_language(ModelInputs(inputs.pixel_values, ids, positions, inputs.state), outputs["tokens"])}
+            return {"features": module.encode_language(inputs, outputs["tokens"])}
         if part == "refine":
             return {"refined": module.head.refine(outputs["features"])}
-        condition = module.head.condition(outputs["refined"], inputs.state.to(**place))
-        return {"actions": module.head.denoise(case.noise.to(**place), condition, self._tables)}
+        condition = module.head.condition(outputs["refined"], inputs.state, None, inputs.image_positions)
+        return {"actions": module.head.denoise(case.noise.to(self.module.device, self.module.dtype), condition, self._tables)}
 
 
 class GraphNetwork:
@@ -68,8 +67,9 @@ class GraphNetwork:
 
     def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
         """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export."""
-        self.parts, self._scheme, self._tables = tuple(GRAPHS), scheme, tables
-        self.module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in GRAPHS})
+        self._graphs, self._scheme, self._tables = graphs_of(target.checkpoint.config), scheme, tables
+        self.parts = tuple(self._graphs)
+        self.module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self.parts})
         self._steps = tables.steps(denoising_steps)
 
     def layers(self) -> dict[str, nn.Module]:
@@ -86,17 +86,18 @@ class GraphNetwork:
         return {name: RoundedMatMul(self.module.get_submodule(name), scale, self._scheme) for name, scale in scales.items()}
 
     def run(self, module: nn.ModuleDict, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = case.inputs
-        if part == "vision":
-            return {"tokens": module["vision"](inputs.pixel_values)}
+        inputs, spec = case.inputs, self._graphs[part]
+        known = {**outputs, "pixel_values": inputs.pixel_values, "state": inputs.state}
+        if part == "denoise_step":
+            known |= {"actions": case.noise, "step_size": torch.full((1,), 1.0 / self._steps.steps)}
+            for tau, modulation in zip(self._steps.tau.float(), self._steps.modulation.float(), strict=True):
+                known |= {"tau": tau, "modulation": modulation}
+                known["actions"] = module[part](*(known[name] for name in spec.inputs))
+            return {"actions": known["actions"]}
         if part == "language":
-            embeddings = self._tables.embed(inputs.input_ids[0]).float().index_copy(1, inputs.image_positions, outputs["tokens"])
-            _, _, keys, values = module["language"](embeddings)
-            return {"keys": keys, "values": values}
-        actions, step_size = case.noise, torch.full((1,), 1.0 / self._steps.steps)
-        for tau, modulation in zip(self._steps.tau.float(), self._steps.modulation.float(), strict=True):
-            actions = module["denoise_step"](actions, inputs.state, outputs["keys"], outputs["values"], tau, modulation, step_size)
-        return {"actions": actions}
+            known["embeddings"] = self._tables.embed(inputs.input_ids[0]).float().index_copy(1, inputs.image_positions, outputs["tokens"])
+        made = module[part](*(known[name] for name in spec.inputs))
+        return dict(zip(spec.outputs, made if isinstance(made, tuple) else (made,), strict=True))
 
 
 class RoundedMatMul(nn.Module):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import io
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from torch import nn
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.device import PRECISIONS
-from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
+from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.engine.tables import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.errors import CheckpointError, ConfigError, closest
-from gr00t_fast.export.graphs import DYNAMIC, GRAPHS, TABLE_PARAMETERS, example_inputs, graph_tables
+from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import ModelInputs, Network
 from gr00t_fast.optional import require
 
 KIND = "onnx"
@@ -40,12 +41,12 @@ _TEXT_BUCKETS = (64, 128, 256, 512, 1024)  # prompt lengths beyond the image tok
 
 @dataclass(frozen=True)
 class Options:
-    """What the export is to hold besides the network. `usual_tokens`: length of the prompt that is run most."""
+    """What the export is to hold besides the network. `usual`: an observation as the network gets it, with the prompt that is run most."""
 
     out: Path
     precision: str
     denoising_steps: tuple[int, ...]
-    usual_tokens: int
+    usual: ModelInputs
     max_text_tokens: int
     overwrite: bool = False
     seed: int = 0
@@ -63,7 +64,7 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
     """
     config = target.checkpoint.config
     check_options(options, config)
-    shapes = shapes_of(config, len(target.data_config.video_keys), options.usual_tokens, options.max_text_tokens)
+    shapes = shapes_of(config, options.usual, options.max_text_tokens)
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     with whole_directory(options.out, options.overwrite) as directory:
         torch.manual_seed(options.seed)
@@ -72,7 +73,7 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
             identity = target.identity(digests)
         with _phase("tables"):
             _write_tables(target, dtype, steps, directory)
-        for name in GRAPHS:
+        for name in graphs_of(config):
             with _phase(name):
                 stages[name] = _export_stage(name, target, dtype, shapes, directory)
             gc.collect()
@@ -96,9 +97,9 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
     return manifest
 
 
-def shapes_of(config: ModelConfig, cameras: int, usual_tokens: int, max_text_tokens: int) -> dict[str, Any]:
+def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> dict[str, Any]:
     """`Manifest.shapes`. Raises ConfigError when the usual prompt is longer than the longest."""
-    images = cameras * config.vision.tokens
+    usual_tokens, images = usual.input_ids.shape[1], len(usual.image_positions)
     most = images + max_text_tokens
     if usual_tokens > most:
         raise ConfigError(
@@ -106,8 +107,12 @@ def shapes_of(config: ModelConfig, cameras: int, usual_tokens: int, max_text_tok
             f"Give at least {usual_tokens - images}."
         )
     buckets = {usual_tokens, most, *(images + text for text in _TEXT_BUCKETS)}
+    pictures, _, height, width = usual.pixel_values.shape[1:]
+    spans = {"image_spans": spans_of(usual.image_positions.tolist(), images // pictures)} if needs_spans(config) else {}
     return {
-        "cameras": cameras,
+        "cameras": pictures,
+        "picture": [height, width],
+        **spans,
         "image_tokens": images,
         "max_tokens": most,
         "prompt_buckets": sorted(bucket for bucket in buckets if usual_tokens <= bucket <= most),
@@ -115,6 +120,11 @@ def shapes_of(config: ModelConfig, cameras: int, usual_tokens: int, max_text_tok
         "action_dim": config.head.action_dim,
         "state_dim": config.head.state_dim,
     }
+
+
+def spans_of(positions: Sequence[int], per_picture: int) -> list[list[int]]:
+    """`image_spans` of `Manifest.shapes`: of pictures of so many tokens at `positions`, each of which lies whole."""
+    return [[first, first + per_picture] for first in positions[::per_picture]]
 
 
 def check_options(options: Options, config: ModelConfig) -> None:
@@ -141,14 +151,14 @@ def build_graph(name: str, target: Target, dtype: torch.dtype, shapes: Mapping[s
 
     Raises CheckpointError for weights that are not finite in `dtype`.
     """
-    spec = GRAPHS[name]
-    model = _load(target, dtype, spec.parameters(target.checkpoint.config))
-    return spec.build(model, shapes["cameras"], shapes["max_tokens"]).eval()
+    config = target.checkpoint.config
+    spec = graphs_of(config)[name]
+    return spec.build(_load(target, dtype, spec.parameters), Layout.of(shapes, config)).eval()
 
 
 def _export_stage(name: str, target: Target, dtype: torch.dtype, shapes: dict[str, Any], directory: Path) -> dict[str, Any]:
-    graph = build_graph(name, target, dtype, shapes)
-    return write_onnx(name, graph, target.checkpoint.config, shapes["cameras"], shapes["max_tokens"], dtype, directory)
+    graph, config = build_graph(name, target, dtype, shapes), target.checkpoint.config
+    return write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
 
 
 def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], directory: Path) -> None:
@@ -161,7 +171,7 @@ def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], di
     (directory / TABLES_NAME).chmod(0o644)  # the library makes it private; whoever runs the robot shall read it
 
 
-def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Gr00tN1d5:
+def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Network:
     model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), dtype, only=only)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
@@ -180,19 +190,19 @@ def _phase(name: str) -> Iterator[None]:
 
 
 OPSET = 20  # the first with Gelu; nothing in these graphs is shorter in a later one, and older runtimes read it
-TOKENS = "tokens"  # name of the prompt length, the one size that varies
 
 
-def write_onnx(
-    name: str, graph: nn.Module, config: ModelConfig, cameras: int, max_tokens: int, dtype: torch.dtype, directory: Path
-) -> dict[str, Any]:
+def write_onnx(name: str, graph: nn.Module, config: ModelConfig, layout: Layout, dtype: torch.dtype, directory: Path) -> dict[str, Any]:
     """Write `name`.onnx and `name`.onnx.data; returns the stage's entry of the manifest. Raises MissingExtraError without the onnx packages."""
     onnx = require("onnx", "export")
     require("onnxscript", "export")
-    spec, path = GRAPHS[name], directory / f"{name}.onnx"
-    tokens = torch.export.Dim(TOKENS, min=2, max=max_tokens)
-    example = example_inputs(name, config, cameras, cameras * config.vision.tokens + 2, dtype)
-    sizes = {key: {DYNAMIC[key]: tokens} if key in DYNAMIC else None for key in spec.inputs}
+    spec, path = graphs_of(config)[name], directory / f"{name}.onnx"
+    varying = {
+        TOKENS: torch.export.Dim(TOKENS, min=max(2, layout.least_tokens), max=layout.max_tokens),
+        TEXT_TOKENS: torch.export.Dim(TEXT_TOKENS, min=2, max=layout.max_tokens - layout.image_tokens),
+    }
+    example = example_inputs(name, config, layout, layout.least_tokens + 1, dtype)
+    sizes = tuple({VARYING[key][0]: varying[VARYING[key][1]]} if key in VARYING else None for key in spec.inputs)
     with _quiet():
         program = torch.onnx.export(
             graph,
@@ -201,10 +211,11 @@ def write_onnx(
             opset_version=OPSET,
             input_names=list(spec.inputs),
             output_names=list(spec.outputs),
-            dynamic_shapes=sizes,
+            dynamic_shapes=_by_parameter(graph, sizes),
             verbose=False,
         )
     _forget_sources(program.model)
+    _name_sizes(program.model)
     program.save(str(path), external_data=True)
     del program
     gc.collect()
@@ -217,6 +228,23 @@ def _forget_sources(model: Any) -> None:
     for node in model.graph:
         for key in [key for key in node.metadata_props if key != "namespace"]:
             del node.metadata_props[key]
+
+
+def _by_parameter(graph: nn.Module, sizes: tuple[Any, ...]) -> dict[str, Any]:
+    """By the names of forward's parameters; those behind a star together."""
+    parameters = list(inspect.signature(graph.forward).parameters.values())
+    starred = parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL
+    own = len(parameters) - starred
+    found = {parameter.name: size for parameter, size in zip(parameters[:own], sizes, strict=False)}
+    return found | ({parameters[-1].name: sizes[own:]} if starred else {})
+
+
+def _name_sizes(model: Any) -> None:
+    """The exporter calls a varying size of an output by how it follows from the inputs'."""
+    for value in model.graph.outputs:
+        if value.name in VARYING:
+            axis, name = VARYING[value.name]
+            value.shape = type(value.shape)([name if place == axis else size for place, size in enumerate(value.shape)])
 
 
 def stage_entry(path: Path) -> dict[str, Any]:

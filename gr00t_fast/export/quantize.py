@@ -15,7 +15,6 @@ from gr00t_fast.engine.manifest import Manifest, describe_files
 from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.engine.tables import TABLES_NAME
 from gr00t_fast.export.calibrate import CalibrationResult, Settings
-from gr00t_fast.export.graphs import GRAPHS
 from gr00t_fast.export.qdq import write_stage
 from gr00t_fast.measurement import versions
 
@@ -38,7 +37,7 @@ def write_quantised_export(
     `flags`: as `Manifest.flags`.
     """
     stages = {}
-    for stage in GRAPHS:
+    for stage in manifest.stages:
         scales = None if result is None else _of_stage(result.scales, stage)
         stages[stage] = {**manifest.stages[stage], "file": write_stage(source / f"{stage}.onnx", out, scales, settings.scheme, settings.target)}
     shutil.copyfile(source / TABLES_NAME, out / TABLES_NAME)

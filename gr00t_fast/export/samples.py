@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from gr00t_fast.policy import Gr00tPolicy, load_policy
 from gr00t_fast.progress import Progress
 from gr00t_fast.timing import StageTimer
 
+JointTargets = Callable[[np.ndarray], np.ndarray]  # normalised actions (1, H, A) -> float64 (1, rows, J) in joint units
+
 
 @dataclass(frozen=True)
 class Case:
-    """One observation as the network gets it (fp32, batch of one) and its noise (1, H, A)."""
+    """One observation as the network gets it (fp32, batch of one), its noise (1, H, A), and what makes joint targets of the network's answer."""
 
     inputs: ModelInputs
     noise: Tensor
+    joint_targets: JointTargets
 
 
 class NoNetwork(Engine):
@@ -47,6 +50,18 @@ def transforms_only(model_path: str | Path, **options: Any) -> Gr00tPolicy:
 def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInputs:
     """One unbatched observation as the network gets it, in fp32 on the CPU."""
     return policy.preprocess(observation).to(torch.device("cpu"), torch.float32)
+
+
+def case_of(policy: Gr00tPolicy, observation: dict[str, Any], noise: np.ndarray) -> Case:
+    """noise: fp32 (1, H, A)."""
+    given, processor = policy.preprocess(observation), policy.processor
+    state = given.raw_state  # kept alone: frames are large
+
+    def joint_targets(actions: np.ndarray) -> np.ndarray:
+        targets = processor.unapplied(actions[:, : processor.max_horizon], state)
+        return np.concatenate(list(targets.values()), axis=-1).astype(np.float64)
+
+    return Case(given.to(torch.device("cpu"), torch.float32), torch.from_numpy(noise), joint_targets)
 
 
 def collect_cases(
@@ -73,7 +88,7 @@ def collect_cases(
     with progress.bar("observations", len(sample.indices)) as tick:
         for observation in read(opened, sample, policy.metadata):
             noise = generator.standard_normal((1, *policy.chunk_shape)).astype(np.float32)
-            cases.append(Case(network_inputs(policy, observation), torch.from_numpy(noise)))
+            cases.append(case_of(policy, observation, noise))
             tick()
     return cases, {**sample.describe(), "digest": digest_of(cases)}
 

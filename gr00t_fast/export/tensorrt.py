@@ -22,15 +22,25 @@ from typing import Any
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import load_data_config
-from gr00t_fast.engine.manifest import Digests, Manifest, Target, check_manifest, describe_files, read_manifest, remedy_for, sha256_of_json
+from gr00t_fast.engine.manifest import (
+    TEXT_TOKENS,
+    TOKENS,
+    Digests,
+    Manifest,
+    check_manifest,
+    describe_files,
+    read_manifest,
+    remedy_for,
+    sha256_of_json,
+    varying_sizes,
+)
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt_capability import check_capabilities, check_precisions, describe, parse_capabilities, precisions_of
 from gr00t_fast.export.tensorrt_stage import OnPhase, Range, Request, run_stage
 from gr00t_fast.files import atomic_write
+from gr00t_fast.metadata import target_of
 
 TABLES = "tables.safetensors"
-TOKENS = "tokens"  # the one size that varies between calls: prompt tokens, image tokens included
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 _RECORD_NAME, _TIMING_CACHE_NAME = ".built.json", ".timing_cache"
 
@@ -154,7 +164,8 @@ def _request(name: str, source: Manifest, options: BuildOptions, builder: str, c
 
 
 def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one: bool) -> tuple[dict[str, Range], ...]:
-    """Ranges of the prompt length: (shortest, the one to tune for, longest); the shortest is the pictures' tokens and one more.
+    """Ranges of the sizes that vary with the prompt: (shortest, the one to tune for, longest). The shortest prompt is the pictures' tokens and one
+    more, or, where the graphs have the places of the pictures built in, two behind the last one.
 
     `one`: a single range tuned for the usual length. TensorRT-RTX compiles for each length when it first meets it, and further ranges only make the
     engine larger (demo network: 7.6 MB with one, 16.8 MB with three). `tensorrt` chooses its kernels now: one range per bucket, and they meet.
@@ -167,12 +178,19 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
             f"--max_text_tokens must be from 1 to {exported - images} (what was exported), got {max_text_tokens}. For longer prompts export again "
             "with a larger --max_text_tokens (gr00t-fast export onnx)."
         )
-    usual = [length for length in sorted(set(shapes["prompt_buckets"])) if images < length < most]
+    least = shapes["image_spans"][-1][1] + 2 if shapes.get("image_spans") else images + 1
+    usual = [length for length in sorted(set(shapes["prompt_buckets"])) if least <= length < most]
     if one:
-        return ({TOKENS: (images + 1, usual[0] if usual else most, most)},)
+        return (_ranges(shapes, (least, usual[0] if usual else most, most)),)
     edges = [*usual, most]
-    starts = [images + 1, *(edge + 1 for edge in edges[:-1])]
-    return tuple({TOKENS: (start, edge, edge)} for start, edge in zip(starts, edges, strict=True))
+    starts = [least, *(edge + 1 for edge in edges[:-1])]
+    return tuple(_ranges(shapes, (start, edge, edge)) for start, edge in zip(starts, edges, strict=True))
+
+
+def _ranges(shapes: Mapping[str, Any], prompts: Range) -> dict[str, Range]:
+    """Of each size that varies, for prompts of these lengths. shapes: as of the manifest."""
+    names = (TOKENS, TEXT_TOKENS) if shapes.get("image_spans") else (TOKENS,)
+    return {name: tuple(varying_sizes(shapes, length)[name] for length in prompts) for name in names}
 
 
 def _check_out(out: Path) -> None:
@@ -312,7 +330,7 @@ class SourceOptions:
 
     model_path: str
     embodiment_tag: str
-    data_config: str
+    data_config: str | None
     out: Path
     onnx: Path | None = None
     precision: str | None = None
@@ -342,8 +360,7 @@ def find_source(options: SourceOptions) -> Path:
 
     Raises EngineError and StaleEngineError for graphs in `onnx` that do not fit, and EngineError when exporting fails.
     """
-    config = load_data_config(options.data_config)
-    target = Target(open_checkpoint(options.model_path), options.embodiment_tag, config, options.data_config)
+    target = target_of(open_checkpoint(options.model_path), options.embodiment_tag, options.data_config)
     directory = options.directory
     remedy = remedy_for(directory, target, "to_onnx.py", f"--precision={options.precision or _PRECISION}")
     try:

@@ -3,7 +3,7 @@
 First the plain model runs all observations and its outputs go to the disk, then it is freed and the engine is opened: at full size the two are not
 in memory together. A stage is fed with the plain model's outputs of the stage before, so that its figure is its own; the actions are the engine's
 from pixels to the end.
-Axis alphabet: n observations, H horizon, A padded action width, X cross-attending blocks, N heads, S prompt tokens, K head dim.
+Axis alphabet: n observations, H horizon, A padded action width, J joints.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import Tensor
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.engine.exported import ExportedEngine
 from gr00t_fast.engine.manifest import Target
+from gr00t_fast.export.graphs import plain_outputs
 from gr00t_fast.export.samples import Case
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model import ModelInputs, Network, StepTables
 from gr00t_fast.progress import Progress
 from gr00t_fast.timing import StageTimer
-from gr00t_fast.transforms import ActionTransform
 
-OUTPUTS = ("tokens", "backbone_features", "vl_features", "keys", "values", "actions")
-_FP32_STAGE_LIMIT = 1e-4  # relative L2: rounding of another order of operations, and no more
+_FP32_STAGE_LIMIT = 1e-5  # relative L2: rounding of another order of operations, and no more
 # p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree
 ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
 
@@ -48,7 +47,8 @@ class ReferenceOutputs:
 
 @dataclass(frozen=True)
 class Verification:
-    """stages: output -> relative L2 of each observation. chained: of the actions, pixels to end; denoise: of the last stage alone."""
+    """stages: output -> relative L2 of each observation, `actions` being those of the last stage alone. chained: of the actions, pixels to end;
+    denoise: of the last stage alone."""
 
     format: str
     stages: Mapping[str, Sequence[float]]
@@ -91,15 +91,9 @@ def record_reference(target: Target, cases: Sequence[Case], steps: int, files: R
             tick()
 
 
-def _plain_outputs(model: Gr00tN1d5, case: Case, tables: Any) -> dict[str, Tensor]:
-    inputs, head = case.inputs, model.head
-    tokens = model.encode_vision(inputs.pixel_values)
-    features = model.encode_language(inputs, tokens)
-    refined = head.refine(features)
-    condition = head.condition(refined, inputs.state)
-    keys, values = (torch.cat(parts) for parts in zip(*condition.cross, strict=True))  # (X, N, S, K)
-    actions = head.denoise(case.noise, condition, tables)
-    return dict(zip(OUTPUTS, (tokens, features, refined, keys, values, actions), strict=True))
+def _plain_outputs(model: Network, case: Case, tables: StepTables) -> dict[str, Tensor]:
+    found, condition = plain_outputs(model, case.inputs)
+    return {**found, "actions": model.head.denoise(case.noise, condition, tables)}
 
 
 def compare(
@@ -108,24 +102,23 @@ def compare(
     cases: Sequence[Case],
     steps: int,
     files: ReferenceOutputs,
-    transform: ActionTransform,
     limit: float | None,
     progress: Progress,
 ) -> Verification:
     """The engine over the same cases. `embed`: `ExportTables.embed` of the export. `limit`: p99 in joint units, None: that of the engine's format."""
-    stages: dict[str, list[float]] = {name: [] for name in OUTPUTS if name != "actions"}
+    stages: dict[str, list[float]] = {}
     chained, alone = [], []
     with progress.bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
             inputs = case.inputs.to(engine.device, engine.dtype)
             chained.append(engine.run(inputs, case.noise.to(engine.device), steps, StageTimer(engine.synchronise)).float().cpu())
             for name, got in _stage_outputs(engine, embed, inputs, files, index).items():
-                stages[name].append(relative_l2(got, files.load(index, name)))
+                stages.setdefault(name, []).append(relative_l2(got, files.load(index, name)))
             alone.append(_denoise(engine, inputs, case.noise, steps, files, index))
+            stages.setdefault("actions", []).append(relative_l2(alone[-1], files.load(index, "actions")))
             tick()
     truth = np.concatenate([files.load(index, "actions").numpy() for index in range(len(cases))])
-    noise = np.concatenate([case.noise.numpy() for case in cases])
-    errors = [action_error(torch.cat(got).numpy(), truth, noise, transform) for got in (chained, alone)]
+    errors = [action_error(torch.cat(got).numpy(), truth, cases) for got in (chained, alone)]
     name = format_of(engine)
     return Verification(name, stages, *errors, ACTION_LIMITS[name] if limit is None else limit)
 
@@ -134,17 +127,21 @@ def _stage_outputs(
     engine: ExportedEngine, embed: Callable[[Tensor], Tensor], inputs: ModelInputs, files: ReferenceOutputs, index: int
 ) -> dict[str, Tensor]:
     """Vision's and language's outputs, each stage fed with the plain model's."""
-    (tokens,) = engine.runtime.run_stage("vision", {"pixel_values": inputs.pixel_values.contiguous()}, ("tokens",))
     text = embed(inputs.input_ids[0].cpu()).to(engine.device)
     embeddings = text.index_copy(1, inputs.image_positions, files.load(index, "tokens").to(engine.device, engine.dtype))
-    wanted = ("backbone_features", "vl_features", "keys", "values")
-    return {"tokens": tokens, **dict(zip(wanted, engine.runtime.run_stage("language", {"embeddings": embeddings}, wanted), strict=True))}
+    handed_on = {name: files.load(index, name).to(engine.device, engine.dtype) for name in engine.handed_on["vision"]}
+    given = {"vision": {"pixel_values": inputs.pixel_values.contiguous()}, "language": {"embeddings": embeddings, **handed_on}}
+    found: dict[str, Tensor] = {}
+    for stage, tensors in given.items():
+        wanted = tuple(engine.manifest.stages[stage]["outputs"])
+        found |= zip(wanted, engine.runtime.run_stage(stage, tensors, wanted), strict=True)
+    return found
 
 
 def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, files: ReferenceOutputs, index: int) -> Tensor:
     """All steps with the plain model's keys and values: (1, H, A) fp32."""
     tables, place = engine.tables(steps), {"device": engine.device, "dtype": engine.dtype}
-    fixed = {"state": inputs.state, **{name: files.load(index, name).to(**place) for name in ("keys", "values")}}
+    fixed = {"state": inputs.state, **{name: files.load(index, name).to(**place) for name in engine.handed_on["language"]}}
     actions, step_size = noise.to(**place), torch.full((1,), 1.0 / steps, **place)
     for tau, modulation in zip(tables.tau, tables.modulation, strict=True):
         step = {"actions": actions, **fixed, "tau": tau.contiguous(), "modulation": modulation.contiguous(), "step_size": step_size}
@@ -189,17 +186,18 @@ class ActionError:
         }
 
 
-def action_error(got: np.ndarray, truth: np.ndarray, noise: np.ndarray, transform: ActionTransform) -> ActionError:
-    """All (n, H, A), normalised. NaN and infinity in `got` give NaN figures, which no limit lets pass."""
-    gap = np.abs(joints(got, transform) - joints(truth, transform))  # (n, H, J)
-    width = gap.shape[-1]  # of the padded actions, only these move a joint
-    moved = np.linalg.norm((truth - noise)[..., :width].astype(np.float64))
-    relative = np.linalg.norm((got - truth)[..., :width].astype(np.float64)) / max(moved, 1e-12)
+def action_error(got: np.ndarray, truth: np.ndarray, cases: Sequence[Case]) -> ActionError:
+    """Answers to `cases`, normalised, both (n, H, A). NaN and infinity in `got` give NaN figures, which no limit lets pass."""
+    gap = np.abs(joints(got, cases) - joints(truth, cases))  # (n, rows, J)
+    used = np.s_[:, : gap.shape[1], : gap.shape[2]]  # of the padded actions, only these move a joint
+    noise = np.concatenate([case.noise.numpy() for case in cases])
+    moved = np.linalg.norm((truth - noise)[used].astype(np.float64))
+    relative = np.linalg.norm((got - truth)[used].astype(np.float64)) / max(moved, 1e-12)
     p50, p99 = np.percentile(gap, (50, 99))
-    per_joint = tuple(float(value) for value in np.percentile(gap.reshape(-1, width), 99, axis=0))
+    per_joint = tuple(float(value) for value in np.percentile(gap.reshape(-1, gap.shape[2]), 99, axis=0))
     return ActionError(float(p50), float(p99), float(gap.max()), float(np.sqrt((gap**2).mean())), float(relative), per_joint)
 
 
-def joints(actions: np.ndarray, transform: ActionTransform) -> np.ndarray:
-    """(n, H, A) normalised -> float64 (n, H, J) in joint units."""
-    return np.concatenate(list(transform(actions).values()), axis=-1).astype(np.float64)
+def joints(actions: np.ndarray, cases: Sequence[Case]) -> np.ndarray:
+    """Answers to `cases` (n, H, A), normalised -> float64 (n, rows that the robot gets, J) in joint units."""
+    return np.concatenate([case.joint_targets(actions[index : index + 1]) for index, case in enumerate(cases)])

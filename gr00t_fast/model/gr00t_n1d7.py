@@ -12,6 +12,8 @@ A padded action width, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +25,12 @@ from gr00t_fast.model.layers import Rotary
 from gr00t_fast.model.vision_qwen import QwenVisionTower, picture_values
 
 
-def prompt_rotary(config: ModelConfig, inputs: ModelInputs, dtype: torch.dtype) -> Rotary:
-    """cos and sin (S, K). The prompts of a batch have their pictures in the same places, so they share positions."""
+def prompt_rotary(config: ModelConfig, tokens: int, image_positions: Tensor, picture: Sequence[int], dtype: torch.dtype) -> Rotary:
+    """cos and sin (tokens, K) of prompts with image tokens at image_positions (V,), of pictures of (height, width) pixels each. The prompts of a
+    batch have their pictures in the same places, so they share positions; so do prompts of other lengths."""
     language, side = config.language, config.vision.patch_size * config.vision.merge_size
-    rows, columns = (pixels // side for pixels in inputs.pixel_values.shape[-2:])
-    positions = prompt_positions(inputs.input_ids.shape[1], inputs.image_positions, rows, columns)
+    rows, columns = (pixels // side for pixels in picture)
+    positions = prompt_positions(tokens, image_positions, rows, columns)
     return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, dtype)
 
 
@@ -57,7 +60,7 @@ class Gr00tN1d7(nn.Module):
         return tokens.reshape(tokens.shape[0], pixel_values.shape[0], -1, tokens.shape[-1])
 
     def rotary(self, inputs: ModelInputs) -> Rotary:
-        return prompt_rotary(self.config, inputs, self.dtype)
+        return prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, inputs.pixel_values.shape[-2:], self.dtype)
 
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """Put the image tokens in their places in the prompt and run the decoder: -> backbone features (B, S, D)."""

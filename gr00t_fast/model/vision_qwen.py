@@ -108,11 +108,22 @@ class QwenVisionTower(nn.Module):
 
 def patches_of(pixel_values: Tensor, config: QwenVisionConfig) -> Tensor:
     """(I, 3, h, w) -> (I, T, 3 x frames x patch x patch), the picture repeated for each frame of a patch: the reference processor's pixel_values."""
+    x = one_frame_patches(pixel_values, config).unsqueeze(3)  # (I, T, 3, 1, patch x patch)
+    return x.expand(-1, -1, -1, config.frames_per_patch, -1).flatten(2)
+
+
+def one_frame_patches(pixel_values: Tensor, config: QwenVisionConfig) -> Tensor:
+    """(I, 3, h, w) -> (I, T, 3, patch x patch), in patch order."""
     m, p = config.merge_size, config.patch_size
     rows, columns = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
     x = pixel_values.reshape(-1, 3, rows // m, m, p, columns // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # (I, R/m, C/m, m, m, 3, p, p)
-    x = x.unsqueeze(6).expand(*x.shape[:6], config.frames_per_patch, p, p)  # (I, R/m, C/m, m, m, 3, frames, p, p)
-    return x.reshape(x.shape[0], rows * columns, -1)
+    return x.reshape(-1, rows * columns, 3, p * p)
+
+
+def one_frame_weight(tower: QwenVisionTower) -> Tensor:
+    """(D, 3 x patch x patch): as all frames of a patch are the same picture, the parts of the patch embedding's weight that read them are added."""
+    weight = tower.patch_embedding.weight
+    return weight.unflatten(1, (3, tower.config.frames_per_patch, -1)).float().sum(2).flatten(1).to(weight.dtype)
 
 
 def _between(count: int, last: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,6 +87,7 @@ class ServoHealth:
         self._next_poll_s, self._next_joint = 0.0, 0
         self._polled_at_deg: np.ndarray | None = None  # the joints at the last poll
         self._suspected = False  # whether the last poll was out of turn
+        self._silent: np.ndarray = np.zeros(len(SO100_JOINTS), bool)  # who did not answer when last asked: not asked out of turn, it costs 70 ms
         self._missed = 0  # polls in a row
         self._known: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
@@ -104,7 +105,8 @@ class ServoHealth:
         """The joint to be asked: in turn, and in between the one that stands still furthest from its goal."""
         before, self._polled_at_deg = self._polled_at_deg, joints_deg
         if goal_deg is not None and before is not None and not self._suspected:
-            away_deg = np.where(np.abs(joints_deg - before) < STILL_DEG, np.abs(goal_deg - joints_deg), 0.0)[:GRIPPER]
+            candidates = (np.abs(joints_deg - before) < STILL_DEG) & ~self._silent
+            away_deg = np.where(candidates, np.abs(goal_deg - joints_deg), 0.0)[:GRIPPER]
             if away_deg.max() >= SUSPECT_DEG:
                 self._suspected = True
                 return int(away_deg.argmax())
@@ -115,6 +117,7 @@ class ServoHealth:
     def _poll(self, holding: bool, now_s: float, joint: int) -> None:
         servo_id = joint + 1
         answered = self._answered(lambda: self._link.poll_status(servo_id))
+        self._silent[joint] = not answered
         if answered:
             self.loads = _with_load(self.loads, joint, *self._link.loads[servo_id], now_s)
         if answered and holding:

@@ -1,0 +1,183 @@
+"""GR00T N1.7 as exported files: the same commands as N1.5's, two cameras at two times, against the plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exports import target_for
+from random_networks import edit_json
+
+from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.cli import calibrate, export_onnx, export_tensorrt, quantise, verify
+from gr00t_fast.cli.main import main
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.engine.calibration import read_calibration
+from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
+from gr00t_fast.engine.manifest import read_manifest
+from gr00t_fast.engine.quantized import linear_layers, rewritten
+from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.export.samples import network_inputs
+from gr00t_fast.random_checkpoint import write_random_checkpoint
+from gr00t_fast.timing import StageTimer
+
+for package in ("onnxruntime", "onnxscript", "openvino"):
+    pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")
+
+LANGUAGE = "annotation.human.task_description"
+FEW = ("--observations=random:0", "--frames=4", "--allow_few")
+CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 100 degrees
+OUTPUTS = {"tokens", "deepstack", "backbone_features", "vl_features", "text_keys", "text_values", "image_keys", "image_values", "actions"}
+
+
+@dataclass(frozen=True)
+class Made:
+    checkpoint: Path
+    onnx: Path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    directory = tmp_path_factory.mktemp("n1d7")
+    options: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
+    checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **options)
+    assert export_onnx.main([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}"]) == 0
+    return Made(checkpoint, directory / "onnx")
+
+
+@pytest.fixture(scope="module")
+def eager(made: Made) -> Gr00tPolicy:
+    return load_policy(made.checkpoint, device="cpu", precision="fp32", engine="eager")
+
+
+def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None) -> dict[str, Any]:
+    generator, lead = np.random.default_rng(seed), () if batch is None else (batch,)
+    frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 1, 48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    joints = {"state.single_arm": generator.uniform(-30, 30, (*lead, 1, 5)), "state.gripper": generator.uniform(0, 60, (*lead, 1, 1))}
+    return {**frames, **joints, LANGUAGE: instruction if batch is None else [instruction, "put the cube into the bowl"][:batch]}
+
+
+def noise_of(policy: Gr00tPolicy, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((batch, *policy.chunk_shape)).astype(np.float32)
+
+
+def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    for key, rows in expected.items():
+        np.testing.assert_allclose(got[key], rows, rtol=0, atol=CLOSE_DEG)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path, engine: str) -> None:
+    flags = [f"--model_path={made.checkpoint}", f"--engine={engine}", f"--engine_path={made.onnx}", "--precision=fp32", f"--out={tmp_path}"]
+    assert verify.main([*flags, *FEW]) == 0
+    result = json.loads((tmp_path / "verify.json").read_text())
+    assert set(result["relative_l2"]) == OUTPUTS
+    assert all(0 < figures["max"] < 1e-5 for figures in result["relative_l2"].values())
+    assert result["actions"]["max"] < CLOSE_DEG
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_policy_gives_the_eager_actions(made: Made, eager: Gr00tPolicy, engine: str) -> None:
+    """Earlier pictures from earlier calls, instructions of two lengths, other step counts, batches, and a chunk continued by prefix."""
+    exported = load_policy(made.checkpoint, engine=engine, engine_path=made.onnx, precision="fp32", device="cpu")
+    start = noise_of(eager)
+    for steps, words in ((4, "pick it"), (1, "put it all away"), (2, "pick it")):
+        exported.denoising_steps = eager.denoising_steps = steps
+        seen = observation(steps, words)
+        before, got = (policy.get_action(seen, noise=start) for policy in (eager, exported))
+        assert_close(got, before)
+    moved = observation(9)
+    known = ActionPrefix({key: rows[4:] for key, rows in before.items()}, 2, "prefix")
+    continued, expected = (policy.get_action(moved, noise=start, prefix=known) for policy in (exported, eager))
+    assert_close(continued, expected)
+    assert np.abs(expected["action.single_arm"][:2] - before["action.single_arm"][4:6]).max() == 0
+    with pytest.raises(ConfigError, match="needs the network's gradient"):
+        exported.get_action(moved, prefix=dataclasses.replace(known, method="rtc"))
+    both = observation(3, batch=2)
+    assert_close(*(policy.get_action(both, noise=noise_of(eager, 2)) for policy in (exported, eager)))
+
+
+def test_an_export_of_other_statistics_or_for_other_prompts_is_refused(made: Made, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
+    other = write_random_checkpoint(tmp_path / "checkpoint", "tiny", **options)
+    exported = load_policy(other, engine="onnxruntime", engine_path=made.onnx, device="cpu")  # the same content elsewhere
+    inputs, start = network_inputs(exported, exported.example_observation()), torch.from_numpy(noise_of(exported))
+    elsewhere = dataclasses.replace(inputs, image_positions=inputs.image_positions + 1)
+    with pytest.raises(EngineError, match=r"pictures in other places.*--processor_path.*gr00t-fast export onnx"):
+        exported.engine.run(elsewhere, start, 1, StageTimer())
+    edit_json(other / "processor_config.json", "processor_kwargs.color_jitter_params", {"brightness": 0.1})  # of training: no matter
+    load_policy(other, engine="onnxruntime", engine_path=made.onnx, device="cpu")
+    edit_json(other / "statistics.json", "new_embodiment.state.gripper.q99", [61.0])
+    with pytest.raises(StaleEngineError, match=r"other metadata(.|\n)*gr00t-fast export onnx"):
+        load_policy(other, engine="onnxruntime", engine_path=made.onnx, device="cpu")
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path: Path, engine: str) -> None:
+    out = tmp_path / "int8"
+    flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={out}", f"--target={engine}", "--trial_frames=2"]
+    assert quantise.main([*flags, *FEW]) == 0
+    report = json.loads((out / "quantisation.json").read_text())
+    assert "synthetic observations" in str(report["calibration"]["warnings"])
+    assert report["action_error_on_trial_samples"]["rms"] > 0
+    assert "deepstack_mergers" in (out / "quantisation.md").read_text()
+    rounded = load_policy(made.checkpoint, engine=engine, engine_path=out, device="cpu")
+    assert rounded.precision == "int8"
+    rounded.denoising_steps = eager.denoising_steps = 4
+    got, expected = (policy.get_action(observation(), noise=noise_of(eager)) for policy in (rounded, eager))
+    gap = np.abs(got["action.single_arm"] - expected["action.single_arm"]).max()
+    assert 1e-4 < gap < 1.0  # degrees, of relative ranges of some 4 to 34
+
+
+def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPolicy, tmp_path: Path) -> None:
+    """What a GPU would run, with products of 8 bits written out: the fused network is the rewritten one."""
+    out = tmp_path / "fp8"
+    assert calibrate.main([f"--model_path={made.checkpoint}", f"--out={out}", "--device=cpu", "--trial_frames=0", *FEW]) == 0
+    calibration = read_calibration(out, target_for(made.checkpoint, None))
+    model = eager.engine.model
+    assert 0 < len(calibration.scales) <= len(linear_layers(model))
+    made_of = rewritten(model, calibration.scales, emulated=True)
+    inputs, start = network_inputs(eager, observation()), torch.from_numpy(noise_of(eager))
+    fused = fused_model(made_of)
+    assert isinstance(fused, FusedModelN1d7)
+    with torch.no_grad():
+        plain = model(inputs, start, model.head.step_tables(2))
+        rounded = made_of(inputs, start, model.head.step_tables(2))
+        torch.testing.assert_close(fused.stages()(inputs, start, fused.step_tables(2)), rounded, rtol=2e-2, atol=2e-2)
+    assert 1e-4 < (rounded - plain).norm() / (plain - start).norm() < 0.3
+
+
+def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
+    flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={tmp_path / 'engines'}", "--builder=tensorrt_rtx"]
+    assert export_tensorrt.main([*flags, "--compute_capability=any", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    manifest, (profile,) = read_manifest(tmp_path / "engines", ""), result["profiles"]
+    spans, images = manifest.shapes["image_spans"], manifest.shapes["image_tokens"]
+    assert (len(spans), images) == (4, 256)
+    assert profile["tokens"][0] == spans[-1][1] + 2
+    assert [length - images for length in profile["tokens"]] == list(profile["text_tokens"])
+    assert all(stage["check"]["parsed"] for stage in result["stages"].values())
+    assert manifest.stages["language"]["outputs"]["text_keys"][2] == "text_tokens"
+
+
+def test_doctor_and_tune_know_its_exports(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exports = tmp_path / "exports"
+    exports.mkdir()
+    (exports / "onnx-fp32").symlink_to(made.onnx)
+    few = ["--frames=8", "--rounds=10", "--allow_few", "--trial_frames=0", "--max_minutes=15", f"--out={tmp_path / 'out'}"]
+    words = ["tune", f"--model_path={made.checkpoint}", "--observations=random:0", "--engines=eager,onnxruntime", "--device=cpu"]
+    assert main([*words, f"--exports={exports}", "--calibration_frames=4", *few, "--json"]) == 0
+    told = capsys.readouterr()
+    result = json.loads(told.out)
+    assert set(result["engines"]) == {"eager", "onnxruntime fp32", "onnxruntime int8"}
+    assert "onnx-fp32: is there and fits, kept" in told.err
+    assert result["engines"]["onnxruntime fp32"]["error_deg"]["max"] < CLOSE_DEG
+    main(["doctor", f"--model_path={made.checkpoint}", "--engine=onnxruntime", f"--engine_path={exports / 'onnxruntime-int8'}"])
+    assert "onnx in int8, made for this checkpoint" in capsys.readouterr().out
