@@ -284,15 +284,19 @@ def play_lagging(delays: list[int], lag_ticks: int, ticks: int, roll_forward: bo
 def test_the_policy_is_told_where_the_arm_is_when_its_chunk_begins(delays: list[int], lag_ticks: int) -> None:
     """Whether the chunk then came early, in time or late: the row that plays and the pose that was told belong together."""
     policy, targets, poses, summary = play_lagging(delays, lag_ticks, 200)
-    for tick, target in enumerate(targets):
-        call, begins = int(target[2]), tick - int(target[1])
-        held = tick > 0 and np.array_equal(target, targets[tick - 1])
-        if call and not held:
-            assert policy.told(call) == pytest.approx(poses[begins], abs=1e-3)
+    for tick in np.flatnonzero(np.diff(targets[:, 2])) + 1:  # where a chunk enters
+        call, row = int(targets[tick, 2]), int(targets[tick, 1])
+        if row or targets[tick - 1, 1] < policy.horizon - 1:  # else it came early, and there was nothing to play until its tick
+            assert policy.told(call) == pytest.approx(poses[tick - row], abs=1e-3)
     assert summary["roll_forward"] is True
     assert summary["chunks_expired"] == summary["chunks_stale"] == 0 or max(delays) > 20
     if min(delays) > 4:
         assert summary["rolled_forward_ticks"]["p50"] >= 1
+
+
+def test_after_one_slow_inference_no_chunk_is_kept_waiting_while_the_arm_has_nothing_to_play() -> None:
+    _, _, _, summary = play_lagging([4, 4, 4, 100, *[4] * 100], 3, 200)
+    assert 30 < summary["starved_ticks"] < 40  # 50 ticks, of which 16 actions bridge some
 
 
 def test_without_it_the_policy_is_told_where_the_arm_was() -> None:

@@ -89,7 +89,7 @@ class ThreadedController:
     With `roll_forward` a chunk that is expected d ticks after its observation begins d - 1 ticks after it, and the policy is given the joints as they
     will be then: those measured, plus what the targets under way move them until then. Joints trail their targets by `servo_lag_s`, so these are the
     targets from that long ago on. The chunk then is what a network that needs no time would answer, but for the pictures. One that comes sooner
-    waits for its first row; one that comes later is entered at the row that is due.
+    waits for its first row, while there is something to play; one that comes later is entered at the row that is due.
     """
 
     def __init__(
@@ -320,8 +320,11 @@ class ThreadedController:
 
     def _offer(self, timed: TimedChunk, tick: int) -> None:
         if timed.episode == self._buffer.episode and tick < timed.begins:
-            self._early = timed
-        elif self._buffer.offer(timed, tick) is Admission.ENTERED:
+            if self._buffer.rows_left(tick - 1):
+                self._early = timed
+                return
+            timed = dataclasses.replace(timed, rolled=tick - timed.observed)  # nothing left to play: the arm stands where it will stand then
+        if self._buffer.offer(timed, tick) is Admission.ENTERED:
             self._entered = timed.chunk
 
     def _note_delay(self, ticks: int) -> None:
