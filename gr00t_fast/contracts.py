@@ -131,7 +131,7 @@ class CameraSpec:
 
 @dataclass(frozen=True)
 class MotorLoads:
-    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: never so far.
+    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: not known.
 
     percent: float64 (J,), the share of the supply voltage that drives the motor, 0 to 100. current_ma: float64 (J,). Neither has a sign.
     time_s: float64 (J,), when that was, on the clock of `Observation.time_s`.
