@@ -959,8 +959,9 @@ def _floor_ms(ours: Any, steps: int) -> float | None:
     if not hasattr(ours.engine, "model"):
         return None
     ceilings, images = measure_ceilings(ours.device, ours.dtype), len(ours.metadata.resolutions)
-    prompt = images * ours.engine.model.config.vision.tokens + 32  # a short instruction and the template
-    return round(sum(work.floor_ms(ceilings) for work in stage_work(ours.engine.model, prompt, images, steps).values()), 3)
+    image_tokens = images * ours.engine.model.config.vision.tokens
+    works = stage_work(ours.engine.model, image_tokens + 32, image_tokens, images, steps).values()  # 32: a short instruction and the template
+    return round(sum(work.floor_ms(ceilings) for work in works), 3)
 
 
 def _interrupt(number: int, frame: object) -> None:

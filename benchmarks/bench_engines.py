@@ -4,6 +4,7 @@
     python benchmarks/bench_engines.py --model_path=DIR --observations=./my-lerobot-dataset                  # errors on what your arm saw
     python benchmarks/bench_engines.py --model_path=DIR --engines eager openvino=exports/openvino-int8  # these two; the export lies there
     python benchmarks/bench_engines.py --size=full --device=cuda --stages --rounds=1000                 # random weights, made on the GPU
+    python benchmarks/bench_engines.py --network=n1.7                                                    # random weights of N1.7's network
     python benchmarks/bench_engines.py --kernels --engines none    # the Triton kernels one by one; without a GPU: TRITON_INTERPRET=1 in front
 
 `gr00t-fast bench` compares them; this adds networks with random weights, stages against their floor, kernels one by one, calls at a rate, and engines
@@ -31,6 +32,7 @@ from benchmarks.stage_calls import measure_kernels, measure_stages
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.config import ModelConfig
+from gr00t_fast.contracts import NetworkName
 from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.calibration import Calibration
@@ -50,6 +52,7 @@ _USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=f
 class BenchEnginesConfig(BenchConfig):
     """Every engine that can be used here against the plain one; without --model_path on random weights of --size (on a CPU written to --out)."""
 
+    network: NetworkName = "n1.5"  # with random weights; a --model_path tells its own
     size: Literal["tiny", "demo", "full"] = "demo"  # of the network with random weights
     calibration_frames: int = 16  # random ones, for fp8 without a calibration; they tell speed and little else
     stages: bool = False  # also each stage against its floor, and on a GPU its kernels
@@ -73,8 +76,9 @@ class LaboratoryBench(Bench):
     def _checkpoint(self) -> Path:
         if not self._on_device:
             return checkpoint_of(self.options, self.options.size)
-        path = self.options.out / f"random-{self.options.size}"
-        return write_random_checkpoint(path, self.options.size, self.options.data_config or DEFAULT_DATA_CONFIG, weights=False)
+        options = self.options
+        path = options.out / f"random-{options.size}-{options.network}"
+        return write_random_checkpoint(path, options.size, options.data_config or DEFAULT_DATA_CONFIG, weights=False, network=options.network)
 
     def network(self, dtype: torch.dtype, meta: bool = False) -> Network:
         if meta or not self._on_device:
@@ -84,9 +88,9 @@ class LaboratoryBench(Bench):
 
     def open(self, name: str, directory: Path | None) -> tuple[Gr00tPolicy, str]:
         if name == REFERENCE:
-            from benchmarks.lib.reference import ReferenceEngine
+            from benchmarks.lib.reference import reference_engine
 
-            return self.policy(ReferenceEngine(self.path, self.options.embodiment_tag, self.device, self.dtype)), word_of(self.dtype)
+            return self.policy(reference_engine(self.path, self.options.embodiment_tag, self.device, self.dtype)), word_of(self.dtype)
         if name in CALIBRATED:
             return self._fp8(directory), name
         if name == TRITON:

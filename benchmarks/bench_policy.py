@@ -2,9 +2,11 @@
 
     python benchmarks/bench_policy.py --model_path=DIR --rounds=20
     python benchmarks/bench_policy.py --size=full            # 2.4 billion random parameters, written to --out first
+    python benchmarks/bench_policy.py --network=n1.7 --size=full
 
 Two arms take turns, in an order drawn anew every round: gr00t_fast's engine, and `transformers` + lerobot's action head with the language head that
-NVIDIA's inference also computes (benchmarks/lib/reference.py). Both get the same pixels, prompt, state, noise and dtype. Reported:
+NVIDIA's inference also computes (benchmarks/lib/reference.py); of N1.7 lerobot 0.6's port (benchmarks/lib/reference_n1d7.py, which says what it
+needs). Both get the same pixels, prompt, state, noise and dtype. Reported:
 p50/p95/p99 of each arm and stage, the paired ratio, the difference of the actions, and the floor: per stage the larger of arithmetic and memory
 traffic at the best rates that this machine showed in the same run. Nothing gets below it at that precision.
 """
@@ -12,6 +14,7 @@ traffic at the best rates that this machine showed in the same run. Nothing gets
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from benchmarks.lib.program import (
-    PolicyFlags,
+    RandomFlags,
     check_counts,
     checkpoint_of,
     conditions,
@@ -36,21 +39,24 @@ from benchmarks.lib.program import (
     shuffled_rounds,
     weights_of,
 )
+from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
-from gr00t_fast.config import ModelConfig
-from gr00t_fast.data_config import load_data_config
-from gr00t_fast.engine import Target, check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.engine import check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.metadata import target_of
+from gr00t_fast.model import ModelInputs, network
 from gr00t_fast.timing import StageTimer
 
-_PROMPT_TOKENS_WITHOUT_IMAGES = 32  # "Place the block in the bowl" with one camera has 288 ids
+# Tokens before the first picture, between two, and in all beside pictures. "Place the block in the bowl" with one picture: N1.5 288 ids, N1.7 77.
+_TOKENS_N1D5, _TOKENS_N1D7 = (14, 0, 32), (4, 2, 13)
+_PICTURE_PIXELS_N1D7 = 256  # a side of the published settings
 
 
 @dataclass
-class Config(PolicyFlags):
-    size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published 2.4 billion parameters, 4.7 GB
+class Config(RandomFlags):
+    size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published sizes, 4.7 GB, of N1.7 6.3 GB
     cameras: int = 1  # pictures of one observation
     rounds: int = 20  # turns of each arm
     warm_up: int = 2  # rounds before them that are not counted
@@ -66,14 +72,14 @@ def run(arguments: Config) -> dict[str, Any]:
     check_counts(arguments, "rounds", "cameras", "denoising_steps")
     check_engine(arguments.engine, arguments.engine_path)
     path = checkpoint_of(arguments, arguments.size)
-    ours, network, device, dtype = _load(path, arguments)
-    inputs, noise = example_inputs(network.config, device, dtype, arguments.cameras, arguments.seed)
-    reference = _load_reference(path, device, dtype) if arguments.reference else None
-    steps = arguments.denoising_steps or network.config.head.denoising_steps
+    ours, model, device, dtype = _load(path, arguments)
+    inputs, noise = example_inputs(model.config, device, dtype, arguments.cameras, arguments.seed)
+    reference = reference_engine(path, arguments.embodiment_tag, device, dtype) if arguments.reference else None
+    steps = arguments.denoising_steps or model.config.head.denoising_steps
     before = measure_ceilings(device, dtype)
-    times, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up, arguments.seed)
+    times, busy, difference = interleave(ours, reference, inputs, noise, steps, arguments.rounds, arguments.warm_up, arguments.seed)
     ceilings = before.best(measure_ceilings(device, dtype))  # twice: a machine that was busy once must not lower its own ceiling
-    work = stage_work(network, inputs.input_ids.shape[1], inputs.pixel_values.shape[1], steps)
+    work = stage_work(model, inputs.input_ids.shape[1], inputs.image_positions.shape[0], arguments.cameras, steps)
     if "refine" not in times["ours"]:  # an export runs both in one graph
         work["language"] += work.pop("refine")
     floors = {stage: round(w.floor_ms(ceilings), 3) for stage, w in work.items()}
@@ -85,10 +91,13 @@ def run(arguments: Config) -> dict[str, Any]:
         "precision": str(dtype).removeprefix("torch."),
         "denoising_steps": steps,
         "cameras": arguments.cameras,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "rounds": arguments.rounds,
         "times_ms": {arm: {stage: percentiles(values) for stage, values in stages.items()} for arm, stages in times.items()},
         "speed_up": _speed_up(times) if reference else None,
+        # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
+        "speed_up_in_processor_time": paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
+        "processor_ms": {arm: percentiles(values) for arm, values in busy.items()},
         "difference": difference,
         "floor_ms": {**floors, "total": round(sum(floors.values()), 3)},
         "total_over_floor": round(percentiles(times["ours"]["total"])["p50"] / sum(floors.values()), 2),
@@ -99,43 +108,35 @@ def run(arguments: Config) -> dict[str, Any]:
 
 
 def interleave(ours, reference, inputs: ModelInputs, noise: torch.Tensor, steps: int, rounds: int, warm_up: int, seed: int):
-    """Take turns; returns arm -> stage -> samples in ms, and how far the actions of the two are apart."""
-    arms = {"ours": lambda: _run_ours(ours, inputs, noise, steps)}
-    if reference is not None:
-        arms["reference"] = lambda: _run_reference(reference, inputs, noise, steps, ours.synchronise)
+    """Take turns; returns arm -> stage -> samples in ms, arm -> processor time of calls in ms, and how far the actions of the two are apart."""
+    arms = {"ours": ours} if reference is None else {"ours": ours, "reference": reference}
     times: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
+    busy: dict[str, list[float]] = {arm: [] for arm in arms}
     results = {}
     for order, counted in shuffled_rounds(arms, rounds, warm_up, seed):
         for arm in order:
-            results[arm], stages = arms[arm]()
+            timer, began_s = StageTimer(arms[arm].synchronise), time.process_time()
+            results[arm] = arms[arm].run(inputs, noise, steps, timer)
+            stages = timer.finish()
+            busy[arm] += [1000 * (time.process_time() - began_s)] if counted else []
             for stage, value in stages.items() if counted else ():
                 times[arm].setdefault(stage, []).append(value)
-    return times, _difference(results, noise)
-
-
-def _run_ours(engine, inputs: ModelInputs, noise: torch.Tensor, steps: int):
-    timer = StageTimer(engine.synchronise)
-    return engine.run(inputs, noise, steps, timer), timer.finish()
-
-
-def _run_reference(reference, inputs: ModelInputs, noise: torch.Tensor, steps: int, synchronise):
-    timer = StageTimer(synchronise)
-    with timer.stage("vision"):
-        tokens = reference.encode_vision(inputs.pixel_values.flatten(0, 1))
-    with timer.stage("language"):
-        features = reference.encode_language(inputs.input_ids, tokens)
-    with timer.stage("refine+denoise"):  # the head does both in one call
-        actions = reference.denoise(features, inputs.state, noise.to(features.dtype), steps)
-    return actions, timer.finish()
+    return times, busy, _difference(results, noise)
 
 
 def example_inputs(config: ModelConfig, device: torch.device, dtype: torch.dtype, cameras: int, seed: int) -> tuple[ModelInputs, torch.Tensor]:
     """One observation of random pixels, a prompt of the usual length and a state; and its noise. Never zeros: they can run faster."""
     generator = torch.Generator().manual_seed(seed)
-    images, size = cameras * config.vision.tokens, config.vision.image_size
-    ids = torch.randint(0, min(1000, config.language.vocab_size - 1), (1, images + _PROMPT_TOKENS_WITHOUT_IMAGES), generator=generator)
+    vision = config.vision
+    if isinstance(vision, QwenVisionConfig):
+        (before, between, text), size, token_side = _TOKENS_N1D7, _PICTURE_PIXELS_N1D7, vision.patch_size * vision.merge_size
+    else:
+        (before, between, text), size, token_side = _TOKENS_N1D5, vision.image_size, vision.patch_size
+    each = (size // token_side) ** 2
+    positions = torch.cat([torch.arange(each) + before + camera * (each + between) for camera in range(cameras)])
+    length = len(positions) + (cameras - 1) * between + text
+    ids = torch.randint(0, min(1000, config.language.vocab_size - 1), (1, length), generator=generator)
     ids[ids == config.language.image_token_id] = 0
-    positions = torch.arange(14, 14 + images)
     ids[0, positions] = config.language.image_token_id
     pixels = torch.rand(1, cameras, 3, size, size, generator=generator) * 2 - 1
     state = torch.rand(1, config.head.state_dim, generator=generator) * 2 - 1
@@ -151,25 +152,17 @@ def _load(path: Path, arguments: Config):
 
     checkpoint = open_checkpoint(path)
     if runs_from_files(arguments.engine):
-        config = load_data_config(arguments.data_config)
-        if len(config.video_keys) != arguments.cameras:
-            raise ConfigError(
-                f"--cameras={arguments.cameras}: the data config '{arguments.data_config}' reads {len(config.video_keys)}. Give both alike."
-            )
-        target = Target(checkpoint, arguments.embodiment_tag, config, arguments.data_config)
+        target = target_of(checkpoint, arguments.embodiment_tag, arguments.data_config)
+        trained = len(target.data_config.video_keys)
+        if trained != arguments.cameras:
+            raise ConfigError(f"--cameras={arguments.cameras}: the export is made for {trained}. Give both alike.")
         engine = open_engine(arguments.engine, arguments.engine_path, target, arguments.device, arguments.precision)
         with torch.device("meta"):
-            return engine, Gr00tN1d5(checkpoint.config).to(engine.dtype), engine.device, engine.dtype
+            return engine, network(checkpoint.config).to(engine.dtype), engine.device, engine.dtype
     device = select_device(arguments.device)
     dtype = select_precision(arguments.precision, device)
     model = load_model(checkpoint, arguments.embodiment_tag, device, dtype)
     return make_engine(arguments.engine, model), model, device, dtype
-
-
-def _load_reference(path: Path, device: torch.device, dtype: torch.dtype):
-    from benchmarks.lib.reference import SecondReference
-
-    return SecondReference(path, dtype).to(device)
 
 
 def _speed_up(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
@@ -196,11 +189,17 @@ def as_table(result: dict[str, Any]) -> str:
     lines = [markdown_table(("arm", "stage", "p50 ms", "p95", "p99", "floor"), rows, 2), ""]
     if result["speed_up"]:
         lines.append("Speed-up over the reference modules, paired by round: {median}x (quartiles {p25} to {p75}).".format(**result["speed_up"]))
+    if result.get("speed_up_in_processor_time"):
+        lines.append(
+            "The same of processor time, without what the machine did besides: {median}x ({p25} to {p75}).".format(
+                **result["speed_up_in_processor_time"]
+            )
+        )
     return "\n".join([*lines, f"The total is {result['total_over_floor']}x the floor of this machine {result['ceilings']}."])
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    stages = ["vision", "language", "refine", "denoise", "refine+denoise"]
+    stages = ["vision", "language", "vision+language", "refine", "denoise", "refine+denoise"]
     bars = {**result["times_ms"], "floor": {stage: {"p50": value} for stage, value in result["floor_ms"].items()}}
     with drawing(path, f"one inference: {conditions(result)}", size=(8, 1.4 + 0.7 * len(bars))) as axes:
         axis = axes[0][0]

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.program import (
-    PolicyFlags,
+    RandomFlags,
     Result,
     check_counts,
     checkpoint_of,
@@ -298,7 +298,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 @dataclass
-class Config(PolicyFlags):
+class Config(RandomFlags):
     engine: str = "eager"  # how the network is run; one that can continue a chunk
     latency_ms: list[float] = field(default_factory=lambda: [0.0, 33.0, 67.0, 100.0, 133.0, 167.0, 200.0, 233.0, 267.0])  # rounded to ticks of --fps
     policies: list[Literal["network", "smooth"]] = field(default_factory=lambda: ["network", "smooth"])  # see above

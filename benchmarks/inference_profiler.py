@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
 from benchmarks.lib.program import (
-    PolicyFlags,
+    RandomFlags,
     checkpoint_of,
     conditions,
     drawing,
@@ -48,7 +48,7 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
 _ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
-_TRAINED_HORIZON = 16  # GR00T N1.5
+_TRAINED_HORIZON = 16  # of SO-100 fine-tunes, N1.5's and N1.7's
 _INSTRUCTION = "Place the block in the bowl"
 
 
@@ -180,7 +180,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 @dataclass
-class Config(PolicyFlags):
+class Config(RandomFlags):
     latency_ms: str | None = None  # instead of measuring: milliseconds, or measured:FILE[#PLACE] (percentiles in a benchmark's JSON)
     fps: list[float] = field(default_factory=lambda: [30.0, 50.0])  # control rates to advise on
     actions_per_chunk: int | None = None  # default: what the policy answers; with --latency_ms 16

@@ -15,7 +15,7 @@ from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import network
 from gr00t_fast.policy import Gr00tPolicy
 
 _PROFILED_CALLS = 5
@@ -35,12 +35,12 @@ def stages_of(engine: GraphEngine, inputs: PolicyInputs, denoising_steps: int, s
         tensors, noise = call.model_inputs(call.pixels()), call.noise()
         tokens = stages.encode_vision(tensors.pixel_values)
         features = stages.encode_language(tensors, tokens)
-        condition = stages.condition(stages.refine(features), tensors.state)
+        condition = stages.condition(stages.refine(features), tensors.state, tensors.image_positions)
     return {
         "pixels": call.pixels,
         "vision": lambda: stages.encode_vision(tensors.pixel_values),
         "language": lambda: stages.encode_language(tensors, tokens),
-        "refine": lambda: stages.condition(stages.refine(features), tensors.state),
+        "refine": lambda: stages.condition(stages.refine(features), tensors.state, tensors.image_positions),
         "denoise": lambda: stages.denoise(noise, condition, call.tables),
     }
 
@@ -54,7 +54,9 @@ def measure_stages(policy: Gr00tPolicy, observation: dict[str, Any], rounds: int
     times = in_turns(calls, rounds, engine.device)
     ceilings = before.best(measure_ceilings(engine.device, engine.dtype))
     with torch.device("meta"):
-        work = stage_work(Gr00tN1d5(engine.model.config).to(engine.dtype), raw.input_ids.shape[1], len(raw.frames), policy.denoising_steps)
+        plain = network(engine.model.config).to(engine.dtype)
+    tokens, image_tokens = raw.input_ids.shape[1], len(raw.image_positions)
+    work = stage_work(plain, tokens, image_tokens, len(raw.frames), policy.denoising_steps)
     found: dict[str, Any] = {name: {"time_ms": percentiles(taken)} for name, taken in times.items()}
     for name, each in work.items():
         found[name] |= {"gflop": round(each.flop / 1e9, 2), "weight_mb": round(each.weight_bytes / 1e6, 1), "floor_ms": each.floor_ms(ceilings)}

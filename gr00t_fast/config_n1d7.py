@@ -239,7 +239,8 @@ def _language(backbone: Mapping[str, Any], values: Mapping[str, Any]) -> Languag
 
 
 def _head(values: Mapping[str, Any]) -> ActionHeadConfig:
-    where, vl = CONFIG_FILE, values["vl_self_attention_cfg"]
+    where, name = CONFIG_FILE, "vl_self_attention_cfg"
+    vl = {} if values[name] is None else _section(values, name, where)
     alternates = switch(values, "use_alternate_vl_dit", True, where)
     return ActionHeadConfig(
         action_dim=need(values, "max_action_dim", where),
@@ -255,7 +256,7 @@ def _head(values: Mapping[str, Any]) -> ActionHeadConfig:
         use_vlln=switch(values, "use_vlln", True, where),
         dit=_transformer(values, "diffusion_model_cfg"),
         # as the reference reads it: none, or one without layers, is no self-attention
-        vl_attention=_transformer(values, "vl_self_attention_cfg") if vl and vl.get("num_layers", 0) else TransformerConfig(0, 1, 1),
+        vl_attention=_transformer(values, name) if vl.get("num_layers", 0) != 0 else TransformerConfig(0, 1, 1),
         attend_text_every=need(values, "attend_text_every_n_blocks", where) if alternates else None,
     )
 

@@ -21,6 +21,7 @@ MIN_FRAME_PX, MAX_FRAME_PX, MAX_PIXELS = 32, 8192, 2**25
 
 # How body joints are expressed; the gripper is 0..100 (per cent open) in both.
 JointUnit = Literal["degrees", "range_m100_100"]
+NetworkName = Literal["n1.5", "n1.7"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
-    network: str | None = None  # "n1.5", "n1.7": whose form of messages clients that ask what it reads understand; None: N1.5's
+    network: NetworkName | None = None  # whose form of messages clients that ask what it reads understand; None: N1.5's
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
@@ -130,7 +131,7 @@ class CameraSpec:
 
 @dataclass(frozen=True)
 class MotorLoads:
-    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: never so far.
+    """How hard each motor pushed when it was last asked; they are not all asked at the same time. NaN: not known.
 
     percent: float64 (J,), the share of the supply voltage that drives the motor, 0 to 100. current_ma: float64 (J,). Neither has a sign.
     time_s: float64 (J,), when that was, on the clock of `Observation.time_s`.

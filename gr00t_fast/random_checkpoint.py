@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -27,14 +27,13 @@ from torch import Tensor
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig, QwenVisionConfig
 from gr00t_fast.config_n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE, PUBLISHED_CONFIG_N1D7, config_n1d7
-from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.contracts import SO100_JOINTS, NetworkName
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.model import Network, network
 from gr00t_fast.prompt import IMAGE_TOKEN, IMAGE_TOKEN_N1D7
 
-NETWORKS = ("n1.5", "n1.7")
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
 _SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN_N1D7)
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
@@ -77,7 +76,7 @@ def write_random_checkpoint(
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     published_tokenizer: bool = False,
     weights: bool = True,
-    network: str = "n1.5",
+    network: NetworkName = "n1.5",
     frame_offsets: tuple[int, ...] = (0,),
 ) -> Path:
     """Create directory `out`. Size `full` has the published sizes (2.4 billion parameters, N1.7 3.1). Raises ConfigError.
@@ -92,8 +91,8 @@ def write_random_checkpoint(
         raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(SO100_CONFIGS)}; got '{size}', '{data_config}'.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
-    if network not in NETWORKS:
-        raise ConfigError(f"network must be one of {', '.join(NETWORKS)}; got '{network}'.")
+    if network not in get_args(NetworkName):
+        raise ConfigError(f"network must be one of {', '.join(get_args(NetworkName))}; got '{network}'.")
     published_vocabulary = published_tokenizer or size == "full"
     if network == "n1.7":
         files, config, tokenizer = _files_n1d7(size, data_config, frame_offsets, published_vocabulary)
@@ -131,14 +130,22 @@ def _files_n1d7(size: str, data_config: str, frame_offsets: tuple[int, ...], pub
     return files, config_n1d7(config, backbone), "tokenizer.json"
 
 
-def checkpoint_in(directory: Path, name: str, size: str, data_config: str = "so100", seed: int = 0, resolution: tuple[int, int] = (640, 480)) -> Path:
+def checkpoint_in(
+    directory: Path,
+    name: str,
+    size: str,
+    data_config: str = "so100",
+    seed: int = 0,
+    resolution: tuple[int, int] = (640, 480),
+    network: NetworkName = "n1.5",
+) -> Path:
     """The random checkpoint of these settings in `directory`, written once. Its name begins with `name` and tells what is not the default."""
     width, height = resolution
-    told = ((data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
+    told = ((network, "n1.5"), (data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
     path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
     weights = ("model.safetensors", "model.safetensors.index.json")
     if not ((path / "config.json").exists() and any((path / file).exists() for file in weights)):
-        write_random_checkpoint(path, size, data_config, resolution, seed=seed)
+        write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
     return path
 
 
@@ -366,7 +373,7 @@ class RandomCheckpointConfig:
     """Write a checkpoint with random weights in NVIDIA's published format, for demonstrations, tests and timing."""
 
     out: Path  # directory to create
-    network: Literal["n1.5", "n1.7"] = "n1.5"  # which of the published networks
+    network: NetworkName = "n1.5"  # which of the published networks
     size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.7 6.3 GB
     data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
     resolution: tuple[int, int] = (640, 480)  # of the imagined training videos

@@ -12,6 +12,7 @@ from random_networks import Sizes, observation, write_network
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.errors import ObservationError
 from gr00t_fast.prompt import PromptEncoder
+from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
 EQUAL = ["pick a", "pick b", "pick c", "pick d"]
@@ -19,16 +20,20 @@ CLOSE_DEG = 1e-3  # joint ranges are near 100 degrees: ten digits in fp32 are no
 WORDS = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(4, 4, 12), vision=(32, 64, 2, 2))
 
 
-@pytest.fixture(scope="module", params=["so100", "so100_dualcam"])
+@pytest.fixture(scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gr00tPolicy:
-    checkpoint = write_network(tmp_path_factory.mktemp(request.param), WORDS, data_config=request.param)
-    loaded = load_policy(checkpoint, data_config=request.param, device="cpu", precision="fp32")
-    loaded.name = request.param
+    (network, data_config), directory = request.param, tmp_path_factory.mktemp("checkpoint")
+    if network == "n1.5":
+        checkpoint = write_network(directory, WORDS, data_config=data_config)
+    else:
+        checkpoint = write_random_checkpoint(directory, "tiny", data_config, network="n1.7")
+    loaded = load_policy(checkpoint, data_config=data_config, device="cpu", precision="fp32")
+    loaded.name = data_config
     return loaded
 
 
-def _noise(batch: int) -> np.ndarray:
-    return np.random.default_rng(1).standard_normal((batch, 16, 32)).astype(np.float32)
+def _noise(policy: Gr00tPolicy, batch: int) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((batch, *policy.chunk_shape)).astype(np.float32)
 
 
 def _single(policy: Gr00tPolicy, batched: dict, noise: np.ndarray, item: int) -> dict[str, np.ndarray]:
@@ -38,7 +43,7 @@ def _single(policy: Gr00tPolicy, batched: dict, noise: np.ndarray, item: int) ->
 
 @pytest.mark.parametrize("instructions", [UNEQUAL, EQUAL, UNEQUAL[::-1]], ids=["unequal", "equal", "reversed"])
 def test_each_item_equals_its_own_single_call(policy: Gr00tPolicy, instructions: list[str]) -> None:
-    batched, noise = observation(policy.name, batch=4, instruction=instructions), _noise(4)
+    batched, noise = observation(policy.name, batch=4, instruction=instructions), _noise(policy, 4)
     together = policy.get_action(batched, noise=noise)
     for item in range(4):
         for key, alone in _single(policy, batched, noise, item).items():
@@ -48,7 +53,7 @@ def test_each_item_equals_its_own_single_call(policy: Gr00tPolicy, instructions:
 
 
 def test_an_item_does_not_depend_on_its_neighbours(policy: Gr00tPolicy) -> None:
-    noise = _noise(2)
+    noise = _noise(policy, 2)
     pictures = observation(policy.name, batch=2, instruction=["pick", "pick"])
     other = observation(policy.name, batch=2, instruction=["pick", "a much longer instruction than the first"], seed=9)
     mixed = {key: np.stack([value[0], other[key][1]]) for key, value in pictures.items() if key.startswith(("video", "state"))}
@@ -59,13 +64,14 @@ def test_an_item_does_not_depend_on_its_neighbours(policy: Gr00tPolicy) -> None:
 
 def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
     """The check above is sensitive: run the same padded batch without its mask, as the reference does, and the short prompts' actions move."""
-    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
-    inputs = policy.preprocess(batched).to(policy.device, policy.dtype)
+    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(policy, 4)
+    seen = policy.preprocess(batched)
+    inputs = seen.to(policy.device, policy.dtype)
     assert inputs.prompt_mask is not None
     model, tables = policy.engine.model, policy.engine.tables(policy.denoising_steps)
     with torch.inference_mode():
         normalised = [model(i, torch.from_numpy(noise), tables).numpy() for i in (inputs, replace(inputs, prompt_mask=None))]
-    masked, unmasked = (policy.processor.action(actions) for actions in normalised)
+    masked, unmasked = (policy.postprocess(actions, seen) for actions in normalised)
     moved = np.abs(masked["action.single_arm"] - unmasked["action.single_arm"]).max(axis=(1, 2))
     assert moved[1] == 0, "the longest prompt has no padding"
     assert (moved[[0, 2, 3]] > 100 * CLOSE_DEG).all()
@@ -78,7 +84,7 @@ def test_equal_lengths_need_no_mask(policy: Gr00tPolicy) -> None:
 
 def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another token in the padding changes nothing."""
-    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(4)
+    batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(policy, 4)
     inputs = policy.preprocess(batched).to(policy.device, policy.dtype)
     other = replace(inputs, input_ids=inputs.input_ids.masked_fill(~inputs.prompt_mask, 97))
     assert not torch.equal(other.input_ids, inputs.input_ids)
@@ -88,7 +94,7 @@ def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_instruction_serves_the_whole_batch(policy: Gr00tPolicy) -> None:
-    noise = _noise(3)
+    noise = _noise(policy, 3)
     one = policy.get_action(observation(policy.name, batch=3, instruction="pick"), noise=noise)
     each = policy.get_action(observation(policy.name, batch=3, instruction=["pick"] * 3), noise=noise)
     assert all(np.array_equal(one[key], each[key]) for key in one)
@@ -103,8 +109,8 @@ def test_wrong_batches_are_refused(policy: Gr00tPolicy) -> None:
     half = observation(policy.name, batch=1) | {"state.gripper": np.zeros((1, 1))}
     with pytest.raises(ObservationError, match="batched or unbatched alike"):
         policy.get_action(half)
-    with pytest.raises(ObservationError, match=r"noise: .*\(3, 16, 32\).*got shape \(1, 16, 32\)"):
-        policy.get_action(observation(policy.name, batch=3), noise=_noise(1))
+    with pytest.raises(ObservationError, match=r"noise: .*\(3, \d+, \d+\).*got shape \(1, \d+, \d+\)"):
+        policy.get_action(observation(policy.name, batch=3), noise=_noise(policy, 1))
 
 
 def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import time
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import (
     ab_server,
@@ -25,8 +27,14 @@ from benchmarks import (
     simple_benchmark,
 )
 from benchmarks.lib.program import PolicyFlags, checkpoint_of, conditions, count_of, finish, in_processes, read_flags, without_machine_paths
+from benchmarks.lib.reference import REFERENCE_HEAD
+from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.config import ModelConfig
+from gr00t_fast.config_n1d7 import config_n1d7
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.model import network
+from gr00t_fast.random_checkpoint import network_config, network_config_n1d7
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROGRAMS = (
@@ -113,17 +121,55 @@ def test_every_committed_result_is_still_read(file: Path) -> None:
         assert len(TABLES[result["benchmark"]](result).splitlines()) >= 1
 
 
-def test_the_policy_benchmark_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lerobot")
-    assert bench_policy.main(["--size=tiny", "--rounds=2", "--warm-up=1", "--device=cpu", "--precision=fp32", "--json", f"--out={tmp_path}"]) == 0
+@pytest.mark.parametrize(("network", "modules"), [("n1.5", REFERENCE_HEAD), ("n1.7", "lerobot.policies.groot.groot_n1_7")])
+def test_the_policy_benchmark_from_end_to_end(network: str, modules: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its reference, each where its lerobot is installed."""
+    pytest.importorskip(modules, exc_type=ImportError)
+    words = ["--size=tiny", "--rounds=2", "--warm-up=1", "--device=cpu", "--precision=fp32", "--json", f"--network={network}", "--cameras=2"]
+    assert bench_policy.main([*words, f"--out={tmp_path}"]) == 0
     result = json.loads((tmp_path / "bench_policy.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
     assert {arm: stages["total"]["count"] for arm, stages in result["times_ms"].items()} == {"ours": 2, "reference": 2}
     assert result["difference"]["relative_to_displacement"] < 1e-4
     assert (tmp_path / "bench_policy.png").stat().st_size > 5000
-    assert bench_load.main([f"--model_path={tmp_path / 'checkpoint-tiny'}", "--precision=fp32", "--rounds=1", f"--out={tmp_path}"]) == 0
+    (path,) = (directory for directory in tmp_path.glob("checkpoint-tiny*"))
+    words = [f"--model_path={path}", "--engines", "eager", "reference", "--rounds=2", "--frames=2", "--device=cpu", "--precision=fp32"]
+    assert bench_engines.main([*words, f"--out={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "bench_engines.json").read_text())["engines"]["reference"]["within_limit"]
+
+
+def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--network=n1.7", "--device=cpu", "--precision=fp32", "--threads=1", f"--out={tmp_path}"]
+    assert bench_policy.main([*common, "--size=tiny", "--rounds=2", "--cameras=2", "--reference=false"]) == 0
+    assert {"vision", "language", "refine", "denoise"} < json.loads((tmp_path / "bench_policy.json").read_text())["floor_ms"].keys()
+    path = tmp_path / "checkpoint-tiny-n1.7"
+    assert bench_load.main([f"--model_path={path}", "--precision=fp32", "--rounds=1", f"--out={tmp_path}"]) == 0
     assert json.loads((tmp_path / "bench_load.json").read_text())["first_action_s"]["count"] == 1
+    assert inference_profiler.main([*common[1:], f"--model_path={path}", "--rounds=50"]) == 0
+    assert json.loads((tmp_path / "inference_profiler.json").read_text())["advice"][0]["actions_per_chunk"] == 16
+    capsys.readouterr()
+    if importlib.util.find_spec("lerobot.policies.groot.groot_n1_7") is None:
+        assert bench_engines.main([*common, "--size=tiny", "--rounds=2", "--frames=2", "--engines", "reference"]) == 1
+        assert "lerobot==0.6.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "pictures", "gflop", "weight_gb", "floor_ms"),
+    [
+        (lambda: ModelConfig.from_dicts(*network_config("full", published_vocabulary=True)), (288, 256), 1, 887, 5.93, 1.43),
+        (lambda: config_n1d7(*network_config_n1d7("full", published_vocabulary=True)), (79, 64), 1, 619, 9.74, 2.04),
+        (lambda: config_n1d7(*network_config_n1d7("full", published_vocabulary=True)), (145, 128), 2, 935, 9.74, 2.21),
+    ],
+    ids=["n1.5", "n1.7", "n1.7, two pictures"],
+)
+def test_the_work_of_the_published_networks(config, tokens: tuple[int, int], pictures: int, gflop: float, weight_gb: float, floor_ms: float) -> None:
+    """Four steps in bf16, and the floor on an H200, as docs/results.md has them; counted by hand, apart from this code, for N1.7."""
+    with torch.device("meta"):
+        work = stage_work(network(config()).to(torch.bfloat16), *tokens, pictures, 4).values()
+    assert sum(each.flop for each in work) / 1e9 == pytest.approx(gflop, rel=0.01)
+    assert sum(each.weight_bytes for each in work) / 1e9 == pytest.approx(weight_gb, rel=0.01)
+    assert sum(each.floor_ms(Ceilings(989e12, 4.8e12)) for each in work) == pytest.approx(floor_ms, rel=0.01)
 
 
 def test_two_cameras_need_no_checkpoint_of_ones_own(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import typing
 import venv
 from pathlib import Path
@@ -32,11 +31,17 @@ def program(*words: str, cwd: Path = ROOT, python: str = sys.executable, **envir
     return subprocess.run([python, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+def cpu_s() -> float:
+    """Processor time of the programs that have ended: what they cost, whatever else the machine does."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_help_names_every_subcommand_at_once_and_without_torch() -> None:
     probe = "import sys; from gr00t_fast.cli.main import main; main(['--help']); print('HEAVY', [m for m in ('torch', 'numpy') if m in sys.modules])"
-    began_s = time.monotonic()
+    before_s = cpu_s()
     done = program("-c", probe)
-    assert time.monotonic() - began_s < 3
+    assert cpu_s() - before_s < 3
     assert "HEAVY []" in done.stdout
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
@@ -151,9 +156,9 @@ def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_pat
     script, outside = home / "bin" / "gr00t-fast", tmp_path / "elsewhere"
     outside.mkdir()
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    began_s = time.monotonic()
+    before_s = cpu_s()
     shown = subprocess.run([script, "--help"], cwd=outside, env=environment, capture_output=True, text=True, timeout=60, check=True)
-    assert time.monotonic() - began_s < 3
+    assert cpu_s() - before_s < 3
     assert "export tensorrt" in shown.stdout
     where = subprocess.run(
         [home / "bin" / "python", "-c", "import gr00t_fast; print(gr00t_fast.__file__)"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,12 +51,14 @@ class Stand:
         return {joint: state["torque"] for joint, state in self.command("state")["joints"].items()}
 
     def start(self, checkpoint: str = "checkpoint", *flags: str) -> subprocess.Popen[str]:
+        return self.start_with((f"--model_path={self.directory / checkpoint}", "--device=cpu", "--precision=fp32", "--seed=0"), *flags)
+
+    def start_with(self, policy: tuple[str, ...], *flags: str) -> subprocess.Popen[str]:
         camera = f"{{ front: {{type: opencv, index_or_path: 0, width: {CAMERA[0]}, height: {CAMERA[1]}, fps: 30}}}}"
         command = [
             *(sys.executable, str(ROOT / "so100_inference_optimized.py"), "--robot.type=so100_follower", f"--robot.port={self.directory / 'port'}"),
             *("--robot.id=virtual", f"--robot.calibration_dir={self.directory}", f"--robot.cameras={camera}", "--preflight=warn"),
-            *(f"--model_path={self.directory / checkpoint}", "--lang_instruction=pick: the cube", "--action_horizon=8", "--device=cpu"),
-            *("--precision=fp32", "--seed=0", f"--out={self.directory / 'out'}", "--overwrite", *flags),
+            *(*policy, "--lang_instruction=pick: the cube", "--action_horizon=8", f"--out={self.directory / 'out'}", "--overwrite", *flags),
         ]
         environment = {**virtual_camera.plugin_environment(self.directory), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, stdin=subprocess.DEVNULL)
@@ -159,9 +162,36 @@ def _recorded(data: Path) -> list[dict]:
 def test_another_model_path_is_all_that_n1d7_needs(stand: Stand) -> None:
     """Its relative actions, and frames of half a second ago."""
     program = stand.start("n1d7", "--timeout=3")
-    said = _finish(program, 40)
+    said = _finish(program, 120)
     assert program.returncode == 0, said
     assert "does not say at which rate" in said
+    assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
+    assert stand.report()["run"]["ticks"] > 10
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def test_a_server_with_n1d7_drives_the_arm(stand: Stand) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "gr00t_fast.serving",
+        f"--model_path={stand.directory / 'n1d7'}",
+        f"--port={_free_port()}",
+        "--device=cpu",
+        "--precision=fp32",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[-1]
+            program = stand.start_with((f"--server={address}", "--server_timeout_s=20"), "--timeout=3")
+            said = _finish(program, 120)
+        finally:
+            server.terminate()
+    assert program.returncode == 0, said
     assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
     assert stand.report()["run"]["ticks"] > 10
 

@@ -30,6 +30,7 @@ from gr00t_fast.engine.graph import GraphEngine, check_triton, cuda_graph_engine
 from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
 from gr00t_fast.model import Condition, Network
+from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.timing import StageTimer
 
 SIZES = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(3, 4, 12), vision=(32, 64, 2, 2))
@@ -37,17 +38,21 @@ CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 1
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "x"]
 
 
-@pytest.fixture(scope="module", params=["so100", "so100_dualcam"])
-def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Gr00tPolicy]:
+@pytest.fixture(scope="module", params=[("n1.5", "so100"), ("n1.5", "so100_dualcam"), ("n1.7", "so100_dualcam")], ids="-".join)
+def policies(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The plain model and the graph engine, each over a copy of the weights of its own."""
-    checkpoint = write_network(tmp_path_factory.mktemp(request.param), SIZES, data_config=request.param)
-    eager = load_policy(checkpoint, data_config=request.param, device="cpu", precision="fp32", engine="eager", seed=5)
-    engine = GraphEngine("uncompiled", FusedModel(load_network(checkpoint)))
-    return {"eager": eager, "graph": load_policy(checkpoint, data_config=request.param, engine=engine, seed=5), "name": request.param}
+    (network, name), directory = request.param, tmp_path_factory.mktemp("checkpoint")
+    if network == "n1.5":
+        checkpoint = write_network(directory, SIZES, data_config=name)
+    else:
+        checkpoint = write_random_checkpoint(directory, "tiny", name, network="n1.7")
+    eager = load_policy(checkpoint, data_config=name, device="cpu", precision="fp32", engine="eager", seed=5)
+    engine = GraphEngine("uncompiled", fused_model(load_network(checkpoint)))
+    return {"eager": eager, "graph": load_policy(checkpoint, data_config=name, engine=engine, seed=5), "name": name}
 
 
-def noise(batch: int = 1, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((batch, 16, 32)).astype(np.float32)
+def noise(policy: Gr00tPolicy, batch: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, *policy.chunk_shape)).astype(np.float32)
 
 
 def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], atol: float = CLOSE_DEG) -> None:
@@ -62,7 +67,8 @@ def test_frames_to_joints_as_eager(policies: dict, steps: int) -> None:
         policy.denoising_steps = steps
     for seed in range(3):
         seen = observation(policies["name"], seed=seed)
-        assert_close(policies["graph"].get_action(seen, noise=noise(seed=seed)), policies["eager"].get_action(seen, noise=noise(seed=seed)))
+        start = noise(policies["eager"], seed=seed)
+        assert_close(policies["graph"].get_action(seen, noise=start), policies["eager"].get_action(seen, noise=start))
 
 
 def test_without_given_noise_too(policies: dict) -> None:
@@ -79,7 +85,7 @@ def test_without_given_noise_too(policies: dict) -> None:
 
 
 def test_a_batch_of_unequal_prompts_is_its_single_calls(policies: dict) -> None:
-    batched, start = observation(policies["name"], batch=3, instruction=UNEQUAL), noise(3)
+    batched, start = observation(policies["name"], batch=3, instruction=UNEQUAL), noise(policies["eager"], 3)
     together = policies["graph"].get_action(batched, noise=start)
     assert_close(together, policies["eager"].get_action(batched, noise=start))
     for item in range(3):
@@ -92,8 +98,8 @@ def test_a_batch_of_unequal_prompts_is_its_single_calls(policies: dict) -> None:
 @pytest.mark.parametrize("method", ["prefix", "rtc"])
 @pytest.mark.parametrize("batch", [None, 2])
 def test_continued_chunks_are_those_of_eager(policies: dict, method: str, batch: int | None) -> None:
-    seen, start = observation(policies["name"], batch=batch), noise(batch or 1)
-    before = policies["eager"].get_action(seen, noise=noise(batch or 1, seed=1))
+    seen, start = observation(policies["name"], batch=batch), noise(policies["eager"], batch or 1)
+    before = policies["eager"].get_action(seen, noise=noise(policies["eager"], batch or 1, seed=1))
     plain = policies["eager"].get_action(seen, noise=start)
     for delay in (0, 3):  # contents only: the same buffers
         prefix = ActionPrefix({key: rows[..., 5:, :] for key, rows in before.items()}, delay, method)
@@ -110,7 +116,7 @@ def test_one_preparation_per_shape(policies: dict) -> None:
     policy.engine.forget()
     for seed, instruction in enumerate(("pick it", "drop it", "pick at")):
         seen = observation(policies["name"], instruction=instruction, seed=seed)
-        actions = policy.get_action(seen, noise=noise())
+        actions = policy.get_action(seen, noise=noise(policy))
     assert len(policy.engine.prepared) == 1
     for length, method in ((4, "prefix"), (9, "prefix"), (9, "rtc")):
         policy.get_action(seen, prefix=ActionPrefix({key: rows[:length] for key, rows in actions.items()}, 1, method))
@@ -158,11 +164,13 @@ def test_a_failed_warm_up_ends_all_the_same(policies: dict) -> None:
 
 
 def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = policies["eager"].engine.model
+    eager = policies["eager"]
+    model = eager.engine.model
     with pytest.raises(ConfigError, match="'cuda_graph' needs a CUDA GPU.*--device=cuda, or --engine=eager"):
         cuda_graph_engine(model)
+    tensors = eager.preprocess(observation(policies["name"])).to(eager.device, eager.dtype)
     with pytest.raises(ConfigError, match="from camera frames"):
-        policies["graph"].engine.run(random_inputs(model.config)[0], torch.zeros(1, 16, 32), 1, StageTimer())
+        policies["graph"].engine.run(tensors, torch.zeros(1, *eager.chunk_shape), 1, StageTimer())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"C\+\+ compiler.*CXX=no-such-compiler"):
         make_engine("compiled", model)
@@ -218,7 +226,7 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
     )
     for seed in range(4):
         seen = observation(seed=seed)
-        expected, plain, got = (policy.get_action(seen, noise=noise(seed=seed)) for policy in (truth, eager, compiled))
+        expected, plain, got = (policy.get_action(seen, noise=noise(truth, seed=seed)) for policy in (truth, eager, compiled))
         if precision == "fp32":
             assert_close(got, expected)
         else:
@@ -226,7 +234,7 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
             assert off["got"] < 2 * off["plain"] + 0.1
     prefix = ActionPrefix({key: rows[3:] for key, rows in expected.items()}, 2, "rtc")
     if precision == "fp32":
-        assert_close(*(policy.get_action(seen, noise=noise(), prefix=prefix) for policy in (compiled, truth)))
+        assert_close(*(policy.get_action(seen, noise=noise(truth), prefix=prefix) for policy in (compiled, truth)))
 
 
 # --- stages traced as the compiled engines trace them --------------------------------------------------------------------------------------

@@ -24,12 +24,19 @@ from serving_fakes import Mutator
 
 from gr00t_fast import load_policy
 from gr00t_fast.errors import Gr00tFastError
+from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 COUNT = int(os.environ.get("GR00T_FAST_HOSTILE_CHECKPOINTS") or 60)
 HANG_S = 30.0  # on a busy machine; the slowest takes two seconds on a quiet one
 MAX_MESSAGE_CHARACTERS = 10_000
 LENGTH_BYTES = 8
-FILES = ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json", "model.safetensors")
+FILES = {
+    "n1.5": ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json", "model.safetensors"),
+    "n1.7": (
+        *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
+        "model.safetensors",
+    ),
+}
 VALUES: tuple[Any, ...] = (
     *(0, -1, 1, 2, 7, 10**5, 2**31, 2**63, 10**400, 0.5, 1e308, -0.0, True, False, None, "", "x", "1", "../../etc/passwd", "\0", "\ud800"),
     *([], [[]], {}, {"": {}}, [1, 2], [1e300] * 5, ["a"] * 1000, [0] * 100_000, "y" * 1_000_000, {str(index): index for index in range(5000)}),
@@ -118,19 +125,20 @@ class Forger:
             yield from self._places(value)
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("pristine"))
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers near the limits overflow: that is answered, not hidden
-def test_hostile_checkpoints_are_refused_or_work(pristine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", FILES)
+def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path) -> None:
+    pristine = tmp_path / "pristine"
+    if network == "n1.5":
+        write_network(pristine)
+    else:
+        write_random_checkpoint(pristine, "tiny", network="n1.7")
     outcomes: dict[str, int] = {}
     slowest_s = 0.0
     for number in range(COUNT):
         forger = Forger(number)
         checkpoint = Path(shutil.copytree(pristine, tmp_path / str(number)))
-        for file in forger.random.sample(FILES, forger.random.choice((1, 1, 1, 2))):
+        for file in forger.random.sample(FILES[network], forger.random.choice((1, 1, 1, 2))):
             forger.forge(checkpoint / file)
         began_s = time.monotonic()
         try:

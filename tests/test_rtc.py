@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,13 +16,13 @@ import torch
 
 from benchmarks import chunk_continuity
 from benchmarks.chunk_continuity import SmoothFlow
-from gr00t_fast import load_policy
-from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.contracts import ActionPrefix, NetworkName
 from gr00t_fast.engine.continuation import Continuation, denoise_towards, guidance_weight, prefix_weights
 from gr00t_fast.errors import ConfigError, ObservationError
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 
-HORIZON, WIDTH = 16, 32
+HORIZON = 16
 METHODS = ("rtc", "prefix")
 
 
@@ -150,9 +151,9 @@ def test_guidance_closes_the_gap_of_a_network_that_is_near_the_identity() -> Non
     assert largest(end[0, :8] - rows) < 1e-6
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny")
+@pytest.fixture(scope="module", params=get_args(NetworkName))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint"), "tiny", network=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,8 @@ def policy(checkpoint: Path):
     return load_policy(checkpoint, device="cpu", precision="fp32", seed=0)
 
 
-NOISE = np.random.default_rng(1).standard_normal((1, HORIZON, WIDTH)).astype(np.float32)
+def noise_of(policy: Gr00tPolicy, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((1, *policy.chunk_shape)).astype(np.float32)
 
 
 def observation(seed: int, batch: int | None = None) -> dict:
@@ -190,12 +192,13 @@ def test_is_a_continuing_policy(policy) -> None:
 def test_off_is_bit_identical(checkpoint: Path, precision: str) -> None:
     """No prefix, one without rows, and a call after a continued one: all the same bits as a policy that never heard of it."""
     fresh, used = (load_policy(checkpoint, device="cpu", precision=precision, seed=0) for _ in range(2))
-    expected = joined(fresh.get_action(observation(1), noise=NOISE))
+    noise = noise_of(fresh)
+    expected = joined(fresh.get_action(observation(1), noise=noise))
     empty = {"action.single_arm": np.empty((0, 5), np.float32), "action.gripper": np.empty((0, 1), np.float32)}
     for method in METHODS:
-        used.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(later(fresh.get_action(observation(2)), 4), 4, method))
-        assert np.array_equal(joined(used.get_action(observation(1), noise=NOISE)), expected)
-        assert np.array_equal(joined(used.get_action(observation(1), noise=NOISE, prefix=ActionPrefix(empty, 0, method))), expected)
+        used.get_action(observation(2), noise=noise, prefix=ActionPrefix(later(fresh.get_action(observation(2)), 4), 4, method))
+        assert np.array_equal(joined(used.get_action(observation(1), noise=noise)), expected)
+        assert np.array_equal(joined(used.get_action(observation(1), noise=noise, prefix=ActionPrefix(empty, 0, method))), expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -204,7 +207,7 @@ def test_off_is_bit_identical(checkpoint: Path, precision: str) -> None:
 def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, delay: int, method: str) -> None:
     policy = load_policy(checkpoint, device="cpu", precision=precision, seed=0)
     old = later(policy.get_action(observation(1)), delay)
-    new = policy.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(old, delay, method))
+    new = policy.get_action(observation(2), noise=noise_of(policy), prefix=ActionPrefix(old, delay, method))
     assert np.array_equal(joined(new)[:delay], joined(old)[:delay])
     assert joined(new).shape == (HORIZON, 6)
 
@@ -213,7 +216,7 @@ def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, de
 def test_a_prefix_of_lists_is_one_of_arrays(policy, method: str) -> None:
     known = later(policy.get_action(observation(1)), 4)
     prefixes = (ActionPrefix(known, 3, method), ActionPrefix({key: rows.tolist() for key, rows in known.items()}, 3, method))
-    arrays, lists = (joined(policy.get_action(observation(2), noise=NOISE, prefix=prefix)) for prefix in prefixes)
+    arrays, lists = (joined(policy.get_action(observation(2), noise=noise_of(policy), prefix=prefix)) for prefix in prefixes)
     assert np.array_equal(arrays, lists)
 
 
@@ -229,21 +232,24 @@ def test_what_guidance_alone_leaves_of_the_gap(policy, monkeypatch: pytest.Monke
         return seen["actions"]
 
     monkeypatch.setattr(policy.engine, "run", watched)
-    policy.get_action(observation(2), noise=NOISE)
+    policy.get_action(observation(2), noise=noise_of(policy))
     plain = seen["actions"][0, :delay, :6]
-    policy.get_action(observation(2), noise=NOISE, prefix=ActionPrefix(later(policy.get_action(observation(1)), delay), delay, "rtc"))
+    known = later(policy.get_action(observation(1)), delay)
+    policy.get_action(observation(2), noise=noise_of(policy), prefix=ActionPrefix(known, delay, "rtc"))
     wanted, guided = seen["continuation"].actions[0, :delay, :6], seen["actions"][0, :delay, :6]
     assert largest(guided - wanted) < 0.05 * largest(plain - wanted)
 
 
+@pytest.mark.parametrize("checkpoint", ["n1.5"], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("delay", range(6))
 def test_the_jump_of_a_network_with_random_weights_is_cut(policy, method: str, delay: int) -> None:
-    """Four pairs of chunks, the largest of all joints: degrees between the new and the old target of the tick at which the new chunk enters."""
+    """Four pairs of chunks, the largest of all joints: degrees between the new and the old target of the tick at which the new chunk enters. N1.5: a
+    chunk of N1.7 reaches no further from the arm than its training data did at each step, and random chunks ask for more."""
     with_it, without = [], []
     for seed in range(4):
         old = later(policy.get_action(observation(seed)), max(1, delay))
-        noise = np.random.default_rng(seed).standard_normal((1, HORIZON, WIDTH)).astype(np.float32)
+        noise = noise_of(policy, seed)
         for prefix, jumps in ((ActionPrefix(old, delay, method), with_it), (None, without)):
             new = policy.get_action(observation(seed + 10), noise=noise, prefix=prefix)
             jumps.append(np.abs(joined(new)[delay] - joined(old)[delay]).max())
@@ -254,11 +260,11 @@ def test_the_jump_of_a_network_with_random_weights_is_cut(policy, method: str, d
 def test_batched_as_single(policy, method: str) -> None:
     old = [policy.get_action(observation(seed)) for seed in (1, 2)]
     prefix = ActionPrefix({key: np.stack([later(a, 4)[key] for a in old]) for key in old[0]}, 3, method)
-    single = observation(5)
+    single, noise = observation(5), noise_of(policy)
     both = {key: np.stack([value, value]) if isinstance(value, np.ndarray) else value * 2 for key, value in single.items()}
-    got = joined(policy.get_action(both, noise=np.concatenate([NOISE, NOISE]), prefix=prefix))
+    got = joined(policy.get_action(both, noise=np.concatenate([noise, noise]), prefix=prefix))
     for index, actions in enumerate(old):
-        alone = joined(policy.get_action(single, noise=NOISE, prefix=ActionPrefix(later(actions, 4), 3, method)))
+        alone = joined(policy.get_action(single, noise=noise, prefix=ActionPrefix(later(actions, 4), 3, method)))
         assert np.allclose(got[index], alone, atol=2e-2)  # degrees; products of other shapes round differently
 
 
@@ -308,6 +314,7 @@ def test_warm_up_covers_it_and_keeps_the_noise(checkpoint: Path) -> None:
     assert np.array_equal(joined(warmed.get_action(observation(1))), joined(cold.get_action(observation(1))))
 
 
+@pytest.mark.parametrize("checkpoint", ["n1.5"], indirect=True)
 def test_benchmark(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
     flags = ["--latency_ms", "0", "100", "--ticks=20", "--rounds=2", "--device=cpu", "--json", f"--model_path={checkpoint}", f"--out={tmp_path}"]

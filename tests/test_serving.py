@@ -274,12 +274,12 @@ def test_fifty_clients_at_once_get_their_own_answers(server: PolicyServer, polic
 
 def test_pings_are_answered_during_an_inference(server: PolicyServer) -> None:
     with reference.Client(server.port) as slow, PolicyClient(port=server.port) as quick:
-        slow.socket.send(reference.pack({"endpoint": "get_action", "data": waiting(1.0)}))
+        slow.socket.send(reference.pack({"endpoint": "get_action", "data": waiting(4.0)}))
         time.sleep(0.1)
         began_s = time.monotonic()
         assert quick.ping()
         quick.get_modality_config()
-        assert time.monotonic() - began_s < 0.5
+        assert time.monotonic() - began_s < 3
         assert "action.gripper" in reference.unpack(slow.socket.recv())
 
 
@@ -299,12 +299,12 @@ def test_a_client_killed_in_the_middle_of_its_request_harms_nobody(server: Polic
 
 
 def test_a_time_out_is_kept_and_a_late_answer_is_not_taken_for_the_next_one(server: PolicyServer) -> None:
-    with PolicyClient(port=server.port, timeout_s=0.3) as client:
+    with PolicyClient(port=server.port, timeout_s=1.0) as client:
         began_s = time.monotonic()
         with pytest.raises(ServerUnreachableError, match="longer than an inference"):
-            client.get_action(waiting(0.5))
-        assert time.monotonic() - began_s < 0.5
-        time.sleep(0.4)
+            client.get_action(waiting(2.0))
+        assert time.monotonic() - began_s < 1.9
+        time.sleep(1.2)
         seen = observation(**{"state.gripper": np.array([[77.0]])})
         assert_same(client.get_action(seen), ArithmeticPolicy().get_action(seen))
 
@@ -375,7 +375,7 @@ def test_a_server_that_stays_away_is_an_error_within_the_time_out_and_between_ca
         began_s = time.monotonic()
         with pytest.raises(ServerUnreachableError):
             client.get_action(observation())
-        assert time.monotonic() - began_s < 1.5
+        assert time.monotonic() - began_s < 5
         with ServerProcess(port=first.port):
             client.timeout_s = 10.0
             client.get_action(observation())

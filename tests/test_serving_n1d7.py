@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,12 @@ import zmq
 from serving_fakes import HORIZON, ArithmeticPolicy, assert_same, observation, running
 
 from gr00t_fast import load_policy
+from gr00t_fast.cli.run import main as run
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import WireError
 from gr00t_fast.nested import flat_observation, nested_observation
 from gr00t_fast.random_checkpoint import write_random_checkpoint
-from gr00t_fast.serving import PolicyClient, PolicyServer
+from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import connect
 from gr00t_fast.serving.wire import decode, encode
 
@@ -150,7 +152,7 @@ def test_our_client_gets_the_actions_of_nvidia_s_server(batch: int | None) -> No
 
 
 def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path) -> None:
-    """Metadata, history, noise and a prefix travel as ever."""
+    """Metadata, history, noise and a prefix travel as ever; over HTTP both forms of observations."""
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-2, 0))
     policy = load_policy(checkpoint, device="cpu", precision="fp32")
     generator = np.random.default_rng(0)
@@ -175,6 +177,28 @@ def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path) -> None:
             assert client.get_action(seen)["action.single_arm"].shape == (16, 5)
             assert_same(client.get_action(seen, noise=noise), expected)
             assert_same(client.get_action(seen, noise=noise, prefix=known), continued)
+    seeded = [load_policy(checkpoint, device="cpu", precision="fp32", seed=3) for _ in range(2)]
+    with running(HttpPolicyServer(seeded[0], port=0)) as server:
+        for given in (seen, nested_observation(seen)[0]):
+            status, actions = n1d5.http_post(f"{server.address}/act", {"observation": given})
+            assert status == 200
+            assert_same(actions, seeded[1].get_action(given))
+
+
+def test_a_server_with_an_n1d7_checkpoint_is_the_policy_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the simulated arm; of one on the virtual bus: tests/test_end_to_end.py. The pre-flight knows what the server's checkpoint was trained on."""
+    pytest.importorskip("mujoco")
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-5, 0))
+    policy = load_policy(checkpoint, device="cpu", precision="fp32", seed=0)
+    camera = "--robot.cameras={front: {type: sim, width: 64, height: 48}}"
+    with running(PolicyServer(policy, port=0)) as server:
+        argv = ["--robot.type=so100_sim", camera, "--lang_instruction=pick", "--timeout=1", f"--server=tcp://127.0.0.1:{server.port}"]
+        assert run([*argv, f"--out={tmp_path / 'out'}"]) == 0
+        assert "does not say at which rate" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["ticks"] >= 5
+        two = "--robot.cameras={top: {type: sim, width: 64, height: 48}, side: {type: sim, width: 64, height: 48}}"
+        assert run([*argv, two]) == 1
+        assert "webcam" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_connect_observe_send_land(arm: SO100FollowerArm, bus: VirtualBus) -> No
     observation = arm.observe()
     np.testing.assert_allclose(observation.joints, [10, -20, 30, -40, 50, 60], atol=0.15)
     assert (observation.joints.dtype, observation.joints.shape, dict(observation.frames)) == (np.float64, (6,), {})
-    assert abs(observation.time_s - time.perf_counter()) < 0.1
+    assert abs(observation.time_s - time.perf_counter()) < 2
     report = arm.land()
     assert report.safe
     assert report.problems == []

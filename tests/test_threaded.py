@@ -686,13 +686,13 @@ class TestThread:
         landed_s: list[float] = []
         land = robot.land
         robot.land = lambda: landed_s.append(time.monotonic()) or land()
-        policy.on_action = lambda targets: release.wait(20) and targets if len(policy.seen) > 1 else targets
+        policy.on_action = lambda targets: release.wait(60) and targets if len(policy.seen) > 1 else targets
         controller = ThreadedController(policy, binding(), "go", clock, FPS)
         loop = ControlLoop(robot, controller, LoopOptions(FPS, timeout_s=0.3), clock, StopSignals(), echo=lambda line: None)
         began_s = time.monotonic()
         loop.run()
-        assert landed_s[0] - began_s < 3  # the inference hangs for 20 s; a busy machine may take its time
-        assert time.monotonic() - began_s < 4
+        assert landed_s[0] - began_s < 20  # the inference hangs for 60 s; a busy machine may take its time
+        assert time.monotonic() - began_s < 25
         report = build_report(loop, {})
         assert report["controller"]["inference_left_running"]
         assert "still running" in as_text(report)

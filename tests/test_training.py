@@ -245,7 +245,7 @@ def test_a_recorded_data_set_is_read_back(tmp_path: Path, capsys: pytest.Capture
 def test_a_data_set_is_whole_or_not_there(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lerobot")
     flags = [f"--out={tmp_path / 'set'}", "--resolution=64x48"]
-    done = interrupted("record.py", *flags, "--episodes=500", when=tmp_path, pattern="*.parquet")  # Arrow's files are open by then
+    done = interrupted("record.py", *flags, "--episodes=500", when=tmp_path, pattern="*.mp4")  # Arrow's files are open by then
     assert "nothing was written" in done.stderr.splitlines()[-1]
     monkeypatch.setattr(record, "expert", lambda simulation: iter([HOME_DEG]))
     assert record.main([*flags, "--episodes=2"]) == 1

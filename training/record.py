@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.dataset_recorder import modality_of
-from gr00t_fast.control.dataset_writer import MODALITY, create, features, let_encoders_catch_up
+from gr00t_fast.control.dataset_writer import MODALITY, features
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.scene import Task
@@ -55,6 +56,14 @@ def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, 
         drift = 0.8 * drift + rng.normal(0, noise_deg, len(drift)) * (np.arange(len(drift)) != GRIPPER)
         simulation.set_targets(targets + drift)
         simulation.advance(TICK_S)
+
+
+def create(out: Path, resolution: tuple[int, int]) -> Any:
+    """An empty LeRobotDataset in `out`, which must not be there. Raises MissingExtraError without lerobot."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
+    columns = features(SO100_JOINTS, {_CAMERA: (resolution[1], resolution[0])})
+    dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
+    return dataset.create(f"local/{out.name}", FPS, columns, root=out, robot_type="so100_follower")
 
 
 def write_recording(out: Path, config: RecordConfig, layouts: Sequence[int]) -> None:
@@ -85,8 +94,7 @@ def record(config: RecordConfig) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
         half_written = Path(beside) / out.name
-        columns = features(SO100_JOINTS, {_CAMERA: (resolution[1], resolution[0])})
-        layouts = fill(create(half_written, FPS, columns, "so100_follower"), config, stop)
+        layouts = fill(create(half_written, resolution), config, stop)
         if not layouts:
             raise ConfigError(f"the expert solved none of the {config.episodes} layouts; nothing was written. Choose others: --seed, --first_layout.")
         modality = modality_of(_PARTS, _PARTS, SO100_JOINTS, {_CAMERA: "webcam"})
@@ -114,10 +122,10 @@ def fill(dataset: Any, config: RecordConfig, stop: StopRequest) -> list[int]:
             for row in rows(simulation, config.size, config.noise_deg, rng):
                 if stop.reason:
                     raise KeyboardInterrupt
-                let_encoders_catch_up(dataset)
                 dataset.add_frame({**row, "task": INSTRUCTION_OF[config.task]})
             if simulation.success:
-                dataset.save_episode()
+                with usual_priority():
+                    dataset.save_episode()
                 layouts.append(layout)
             else:
                 dataset.clear_episode_buffer()
@@ -131,6 +139,20 @@ def _finalized(dataset: Any) -> Iterator[None]:
         yield
     finally:
         dataset.finalize()
+
+
+@contextlib.contextmanager
+def usual_priority() -> Iterator[None]:
+    """Run by root, as in many containers, the AV1 encoder (SVT-AV1) gives the thread that calls it a real-time priority above everything else, for
+    good; threads and programs that are started later inherit it, and nothing they wait for gets a processor while they are busy."""
+    if not hasattr(os, "sched_getscheduler"):  # Linux has it
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
@@ -57,7 +58,7 @@ class PolicyFlags(Flags):
 
     model_path: Path | None = None  # checkpoint directory; default: one with random weights is made in --out
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
-    data_config: str = "so100"  # so100, so100_dualcam, or module:ClassName of your own
+    data_config: str | None = None  # of N1.5: so100, so100_dualcam, or module:ClassName of your own; default: so100
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     precision: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU
     engine: str = "auto"  # how the network is run; auto: the fastest that is exact on the device
@@ -67,6 +68,13 @@ class PolicyFlags(Flags):
         """Keyword arguments for `load_policy`."""
         names = ("embodiment_tag", "data_config", "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "seed")
         return {name: getattr(self, name, None) for name in names if name not in without}
+
+
+@dataclass
+class RandomFlags(PolicyFlags):
+    """And which network has random weights where no checkpoint is given."""
+
+    network: NetworkName = "n1.5"  # of the random checkpoint; a --model_path tells its own
 
 
 def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str, required: Sequence[str] = ()) -> Config:
@@ -143,15 +151,15 @@ def provenance(seed: int | None = None) -> Result:
 
 
 def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 480)) -> Path:
-    """--model_path, or a checkpoint with random weights in --out, written once per size, --data_config, --seed and resolution of the cameras. Raises
-    ConfigError."""
+    """--model_path, or a checkpoint with random weights in --out, written once per --network, size, --data_config, --seed and resolution of the
+    cameras. Raises ConfigError."""
     if arguments.model_path:
         return Path(arguments.model_path)
     from gr00t_fast.random_checkpoint import SO100_CONFIGS, checkpoint_in
 
-    asked = getattr(arguments, "data_config", "so100")
+    asked = getattr(arguments, "data_config", None)
     data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not
-    return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed, resolution)
+    return checkpoint_in(arguments.out, "checkpoint", size, data_config, arguments.seed, resolution, getattr(arguments, "network", "n1.5"))
 
 
 def weights_of(arguments: Any) -> str:

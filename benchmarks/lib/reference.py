@@ -6,7 +6,9 @@ image processor; the chat template is rendered and tokenised at every call. Left
 Eagle's search for tilings (a 224x224 picture is always one tile), masks that inference does not use. State and actions are normalised by
 gr00t_fast's code (some ten numbers). So what the reference really spends is, if anything, more.
 
-`ReferenceEngine` runs the second reference as an engine. Axis alphabet: B batch (1), C cameras, S prompt tokens, H horizon, A padded action width.
+`reference_engine` runs a second reference, N1.5's or N1.7's, as an engine.
+
+Axis alphabet: B batch (1), C cameras, S prompt tokens, H horizon, A padded action width.
 """
 
 from __future__ import annotations
@@ -147,6 +149,15 @@ _TEMPLATE = (
 _PLACE = re.compile(r"<image-(\d+)>")
 
 
+def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device, dtype: torch.dtype) -> ReferenceEngine:
+    """Of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it reads."""
+    if open_checkpoint(checkpoint, with_weights=False).processor is None:
+        return ReferenceEngine(checkpoint, embodiment_tag, device, dtype)
+    from benchmarks.lib.reference_n1d7 import ReferenceEngineN1d7
+
+    return ReferenceEngineN1d7(checkpoint, embodiment_tag, device, dtype)
+
+
 class ReferenceEngine:
     """The second reference (transformers' towers, lerobot's action head, language head included) behind the engine protocol."""
 
@@ -158,8 +169,6 @@ class ReferenceEngine:
         require("lerobot", "robot")
         if not (checkpoint / "eagle2_hg_model" / "config.json").exists():
             raise CheckpointError(f"the reference modules read their sizes from {checkpoint}/eagle2_hg_model/config.json, which is not there.")
-        from benchmarks.lib.reference import SecondReference
-
         self.device, self.dtype, self._row = device, dtype, EMBODIMENT_ROWS[embodiment_tag]
         self.modules = SecondReference(checkpoint, dtype).to(device)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gr00t_fast.config import ModelConfig
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Gr00tN1d7, Network
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,18 @@ class Ceilings:
         return Ceilings(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
 
 
-def stage_work(model: Gr00tN1d5, prompt_tokens: int, cameras: int, steps: int) -> dict[str, Work]:
-    """Work of one inference of one observation, by the stage names of the engines."""
+def stage_work(model: Network, prompt_tokens: int, image_tokens: int, pictures: int, steps: int) -> dict[str, Work]:
+    """Work of one inference of one observation, by the stage names of the engines. image_tokens: of all pictures, among the prompt's."""
     c: ModelConfig = model.config
     v, la, h = c.vision, c.language, c.head
-    images = cameras * v.tokens
+    joined = v.merge_size**2 if isinstance(model, Gr00tN1d7) else 1  # patches that become one token
+    mergers = [model.vision.merger, *model.vision.deepstack_mergers] if isinstance(model, Gr00tN1d7) else []
+    patches = image_tokens * joined
+    seen = {"all": prompt_tokens, "text": prompt_tokens - image_tokens, "image": image_tokens}  # by cross-attending blocks
     sequence = 1 + h.future_tokens + h.action_horizon
     itemsize = model.dtype.itemsize
     blocks = list(model.head.dit.blocks)
-    cross = [block.attention.kv for block in blocks if block.crosses]
+    cross = {block.attention.kv: seen[block.context] for block in blocks if block.crosses}
 
     def linear(module: torch.nn.Module, rows: int) -> float:
         return 2.0 * rows * sum(p.numel() for p in module.parameters() if p.dim() > 1)
@@ -54,14 +57,15 @@ def stage_work(model: Gr00tN1d5, prompt_tokens: int, cameras: int, steps: int) -
     def weights(module: torch.nn.Module) -> float:
         return float(sum(p.numel() for p in module.parameters()) * itemsize)
 
-    vision = linear(model.vision, images) - 2.0 * images * model.vision.position_embedding.weight.numel()
-    vision += v.num_layers * 4.0 * v.tokens**2 * cameras * v.hidden_size
+    vision = linear(model.vision, patches) - 2.0 * patches * model.vision.position_embedding.weight.numel()
+    vision -= sum(linear(merger, patches - image_tokens) for merger in mergers)  # which have a row per token
+    vision += v.num_layers * 4.0 * patches * (patches / pictures) * v.hidden_size
     language = linear(model.language.blocks, prompt_tokens) + la.num_layers * 4.0 * prompt_tokens**2 * la.num_heads * la.head_dim / 2  # causal
     refine = linear(model.head.vl_blocks, prompt_tokens) + len(model.head.vl_blocks) * 4.0 * prompt_tokens**2 * la.hidden_size
-    refine += sum(linear(kv, prompt_tokens) for kv in cross)
+    refine += sum(linear(kv, tokens) for kv, tokens in cross.items())
     step_modules = [*(b.attention for b in blocks), *(b.mlp for b in blocks)]
     step = sum(linear(module, sequence) for module in step_modules) - sum(linear(kv, sequence) for kv in cross)
-    step += sum(4.0 * sequence * (prompt_tokens if b.crosses else sequence) * h.dit.width for b in blocks)
+    step += sum(4.0 * sequence * seen.get(b.context, sequence) * h.dit.width for b in blocks)
     step += linear(model.head.action_encoder, h.action_horizon) + linear(model.head.action_decoder, h.action_horizon)
     step_bytes = sum(map(weights, step_modules)) - sum(map(weights, cross)) + weights(model.head.action_encoder) + weights(model.head.action_decoder)
     return {

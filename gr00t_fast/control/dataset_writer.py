@@ -133,7 +133,7 @@ class Episode:
         self.rows += 1
 
     def _write(self, row: dict[str, Any], solved: bool) -> None:
-        let_encoders_catch_up(self._dataset)
+        _let_encoders_catch_up(self._dataset)
         outcome = {SUCCESS: np.array([solved])} if SUCCESS in self._columns else {}
         self._dataset.add_frame({**row, **outcome, "task": self._task})
 
@@ -183,8 +183,8 @@ class Episode:
             modality.write_text(json.dumps(self._header["modality"], indent=2) + "\n")
 
 
-def let_encoders_catch_up(dataset: Any) -> None:
-    """Before each row: lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
+def _let_encoders_catch_up(dataset: Any) -> None:
+    """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
     encoder = getattr(getattr(dataset, "writer", None), "_streaming_encoder", None) or getattr(dataset, "_streaming_encoder", None)
     end_s = time.monotonic() + _ENCODER_PATIENCE_S
     while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in getattr(encoder, "_frame_queues", {}).values()):

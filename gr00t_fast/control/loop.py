@@ -104,6 +104,7 @@ class ControlLoop:
         self._loop_began_s: float | None = None
         self._moving = False  # to a pose
         self._outages = 0
+        self._hold_due = False  # a joint was found blocked, and its motor does not know yet
         self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
         self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
@@ -238,8 +239,8 @@ class ControlLoop:
         self.robot.keep_alive()
         with self.stop.atomic():
             observation = self.robot.observe()
-        if self._measured(observation) and self.trace.moved:  # a blocked joint's target is now where it stands
-            self._command(self.safety.last)
+        self._measured(observation)
+        self._hold_blocked()
         for observer in self.observers:
             observer.see(observation)
         self.session.poll()
@@ -279,6 +280,7 @@ class ControlLoop:
             self._close_loop()
             self._loop_began_s = self.clock.now_s()
             observation = self._observe()
+            self._hold_blocked()
             chunk = self._infer(observation)
             if chunk is None:  # this tick holds, and the next one looks again
                 self._loop_began_s = None
@@ -341,8 +343,13 @@ class ControlLoop:
             self.cameras(observation)
         return observation
 
-    def _measured(self, observation: Observation) -> bool:
-        return self.safety.measured(observation.joints, observation.time_s, observation.loads)
+    def _measured(self, observation: Observation) -> None:
+        self._hold_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
+
+    def _hold_blocked(self) -> None:
+        """Where no target is due soon: a joint that has just been found blocked is sent at once to where it stands."""
+        if self._hold_due and self.trace.moved:
+            self._command(self.safety.last)
 
     def _outage_count(self) -> int:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
@@ -380,7 +387,7 @@ class ControlLoop:
     def _command(self, target: np.ndarray) -> np.ndarray:
         """Limit a target (J,) and send it; returns what was sent."""
         commanded = self.safety(target)
-        self.trace.moved = True
+        self.trace.moved, self._hold_due = True, False
         with self.trace.timed("send"), self.stop.atomic():
             self.robot.send(commanded)
         return commanded

@@ -103,13 +103,14 @@ class StallWatch:
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """The target (J,) with stalled joints where they stand; one whose target is on the other side of that follows it again."""
-        self._release(self.held & (self._way * (target - self._at) <= 0), "its target turned back")
+        self._release(self.held & (self._way * (target - self._at) < 0), "its target turned back")
         return np.where(self.held, self._at, target)
 
     def _hold(self, index: int, at: float, goal: float, loads: MotorLoads, now_s: float) -> None:
         self.held[index], self._at[index], self._began_s[index] = True, at, now_s
         self.count[index] += 1
-        pushes = f"{loads.percent[index]:.0f} % of its drive and {loads.current_ma[index]:.0f} mA"
+        told = ((loads.percent[index], "% of its drive"), (loads.current_ma[index], "mA"))
+        pushes = " and ".join(f"{value:.0f} {unit}" for value, unit in told if np.isfinite(value))
         self._echo(
             f"WARNING: joint {self._names[index]} is blocked: it stands at {at:.1f}, its goal is {goal:.1f}, and its motor pushes with {pushes}. "
             "It is held where it is until it moves or its target turns back; free it (--stall_after_s=null: push on)."

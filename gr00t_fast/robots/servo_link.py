@@ -43,6 +43,7 @@ TORQUE_REGISTER, LOAD_REGISTER, STATUS_REGISTER, CURRENT_REGISTER = 40, 60, 65, 
 # Feetech's memory table of the STS series: load is the duty cycle of the motor's drive in 0.1 %, bit 10 its direction; current counts 6.5 mA, bit 15
 # its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
 LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
+FULL_LOAD_PERCENT, MOST_CURRENT_MA = 100.0, 10_000.0  # more than a servo can draw: its registers hold something else, and nothing is known
 _ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
 _READ = 2
 ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
@@ -58,7 +59,7 @@ class ServoLink:
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
     status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then. loads: id -> (load in per cent, current in mA)
-    then. late_answer_s: how long a missed answer may still come. on_exchange: called before each request.
+    then, NaN where not told. late_answer_s: how long a missed answer may still come. on_exchange: called before each request.
     """
 
     def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None, tries: int = TRIES) -> None:
@@ -94,22 +95,22 @@ class ServoLink:
         self._on_exchange()
         self._port.is_using = False
 
-    def poll_status(self, servo_id: int) -> bool:
-        """Ask one servo, once, for its registers from torque to current. Returns whether it answered; see `error_bits`, `status_bits`, `torque`,
-        `loads`."""
+    def poll_status(self, servo_id: int, loads: bool = True) -> bool:
+        """Ask one servo, once, for its registers from torque to current, or without `loads` to status. Returns whether it answered; see `error_bits`,
+        `status_bits`, `torque`, `loads`."""
         self.free()
         before = self.tries, self.late_answer_s
         self.tries, self.late_answer_s = 1, LATE_ANSWER_UNPOWERED_S  # nothing else is read in one piece of this length
         try:
-            data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER + 2)
+            length = (CURRENT_REGISTER + 2 if loads else STATUS_REGISTER + 1) - TORQUE_REGISTER
+            data, result, error = self._packets.readTxRx(self._port, servo_id, TORQUE_REGISTER, length)
         finally:
             self.tries, self.late_answer_s = before
         if result != self._ok:
             return False
-        load, current = (data[at] | data[at + 1] << 8 for at in (LOAD_REGISTER - TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER))
         self.error_bits[servo_id], self.status_bits[servo_id] = error, data[STATUS_REGISTER - TORQUE_REGISTER]
         self.torque[servo_id] = data[0]
-        self.loads[servo_id] = (load & LOAD_BITS) * LOAD_PERCENT, (current & CURRENT_BITS) * CURRENT_MA
+        self.loads[servo_id] = _load_and_current(data) if loads else (math.nan, math.nan)
         return True
 
     def poll_torque(self) -> bool:
@@ -218,6 +219,13 @@ class ServoLink:
                     self._events["late_answer"] += 1
                 quiet_s = time.monotonic() + QUIET_S
             time.sleep(0.0005)
+
+
+def _load_and_current(data: list[int]) -> tuple[float, float]:
+    """Per cent and mA, from the registers from torque on."""
+    load, current = (data[at] | data[at + 1] << 8 for at in (LOAD_REGISTER - TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER))
+    percent, current_ma = (load & LOAD_BITS) * LOAD_PERCENT, (current & CURRENT_BITS) * CURRENT_MA
+    return percent if percent <= FULL_LOAD_PERCENT else math.nan, current_ma if current_ma <= MOST_CURRENT_MA else math.nan
 
 
 # Switching an arm's torque off, whatever state its bus is in. Nothing here raises: every step is tried, and what failed is reported.

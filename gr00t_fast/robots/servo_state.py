@@ -89,6 +89,7 @@ class ServoHealth:
         self._suspected = False  # whether the last poll was out of turn
         self._silent: np.ndarray = np.zeros(len(SO100_JOINTS), bool)  # who did not answer when last asked: not asked out of turn, it costs 70 ms
         self._missed = 0  # polls in a row
+        self._tell_loads = True  # whether servos answer a poll that asks for load and current too
         self._known: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
 
@@ -116,7 +117,12 @@ class ServoHealth:
 
     def _poll(self, holding: bool, now_s: float, joint: int) -> None:
         servo_id = joint + 1
-        answered = self._answered(lambda: self._link.poll_status(servo_id))
+        answered = self._answered(lambda: self._link.poll_status(servo_id, self._tell_loads))
+        if not answered and self._missed == SELDOM_AFTER - 1 and np.isnan(self.loads.time_s).all():
+            answered = self._answered(lambda: self._link.poll_status(servo_id, loads=False))
+            self._tell_loads = not answered
+            if answered:
+                log.warning("the servos do not answer for their load and current: blocked joints are not found (no stall protection)")
         self._silent[joint] = not answered
         if answered:
             self.loads = _with_load(self.loads, joint, *self._link.loads[servo_id], now_s)

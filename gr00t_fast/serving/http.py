@@ -1,8 +1,9 @@
-"""A policy behind HTTP, in the protocol of NVIDIA's http_server for GR00T N1.5 (json_numpy arrays), on uvicorn.
+"""A policy behind HTTP, in the protocol of NVIDIA's http_server for GR00T N1.5 (json_numpy arrays), on uvicorn. NVIDIA has none for N1.7.
 
     GET  /health                                    -> {"status": "healthy", "model": "GR00T"}
     POST /act     {"observation": {...}}            -> {"action.<part>": array, ...}
     POST /act     {"encoded": "<the same as text>"} -> likewise, for clients that cannot nest arrays
+                  an observation in N1.7's nested form (gr00t_fast/nested.py) -> likewise
     errors        {"detail": "<reason>"} with status 400, 401, 403, 404, 408, 413, 500 or 503
 
 NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` gets 401 when a token is set.
@@ -23,6 +24,7 @@ from typing import Any
 
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
+from gr00t_fast.nested import flat_observation, is_nested
 from gr00t_fast.optional import require
 from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connection, Connections, is_local, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
@@ -275,5 +277,7 @@ def _observation(body: bytearray) -> dict[str, Any]:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
     if not isinstance(payload, dict) or not isinstance(payload.get("observation"), dict):
         raise WireError('expected {"observation": {name: value}}.')
-    check_batch(payload["observation"])
-    return payload["observation"]
+    observation = payload["observation"]
+    observation = flat_observation(observation) if is_nested(observation) else observation
+    check_batch(observation)
+    return observation
