@@ -1,4 +1,4 @@
-"""What long work shows on standard error: bars on a terminal, and one line per part elsewhere."""
+"""What long work shows on standard error: bars on a terminal, elsewhere a line per part and one every ten seconds of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+TELL_EVERY_S = 10.0
 
 
 @contextmanager
@@ -35,6 +37,15 @@ class Progress:
             with tqdm(total=total, desc=name, leave=False) as bar:
                 yield lambda: bar.update() and None
             return
-        start_s = time.perf_counter()
-        yield lambda: None
+        start_s = said_s = time.perf_counter()
+        done = 0
+
+        def tick() -> None:
+            nonlocal done, said_s
+            done += 1
+            if done < total and time.perf_counter() - said_s > TELL_EVERY_S:
+                said_s = time.perf_counter()
+                print(f"{name}: {done} of {total} after {said_s - start_s:.0f} s", file=sys.stderr, flush=True)
+
+        yield tick
         print(f"{name}: {total} in {time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)

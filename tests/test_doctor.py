@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import virtual_camera
 
 from gr00t_fast.cli import doctor as program
 from gr00t_fast.cli.main import main
+from gr00t_fast.engine.device import select_precision
 from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
 from gr00t_fast.robots.feetech_bus.servo import JointCalibration, Register
 
@@ -54,6 +56,9 @@ def test_a_set_up_without_mistakes(bus: VirtualBus, flags: list[str], capsys: py
     shown = "\n".join(row["what"] for row in result["rows"])
     assert all(f"servo {number} (" in shown for number in range(1, 7))
     assert "12.1 V, 31 C, firmware 3.10" in shown
+    if Path("/proc/meminfo").exists() and not torch.cuda.is_available():
+        taken = select_precision("auto", torch.device("cpu"))
+        assert f"in {'bf16' if taken == torch.bfloat16 else 'fp32'}, this machine's memory has" in shown
     assert registers == [bytes(servo.registers) for servo in bus.servos], "the servos are only read"
 
 

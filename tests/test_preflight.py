@@ -113,6 +113,22 @@ def test_a_pose_outside_the_data_is_a_warning() -> None:
     found = connected([0, 95, 0, 0, 0, 50])
     assert found.problems == []
     assert "shoulder_lift: the arm stands at 95" in found.warnings[0]
+    assert "--home" in found.warnings[0]
+
+
+def test_an_arm_that_is_led_to_where_it_begins_may_stand_elsewhere() -> None:
+    ranges = {"low": [-90, -95, -80, -70, -20, 0], "high": [90, 60, 85, 80, 5, 99]}
+
+    def told(pose: list[float], led: bool) -> list[str]:
+        said: list[str] = []
+        preflight = Preflight(FakeRobot(FakeClock()), policy_metadata(**ranges), echo=said.append, led=led)
+        preflight.connected(Observation(np.array(pose, float), {}, 0.0))
+        return said
+
+    assert "shoulder_lift" in told([0, 95, 0, 0, 0, 50], led=False)[0]
+    assert told([0, 95, 0, 0, 0, 50], led=True) == []
+    with pytest.raises(PreflightError, match="wrist_roll"):
+        told([0, 0, 0, 0, 105, 50], led=True)
 
 
 def test_a_pose_of_another_zero_point_is_refused() -> None:

@@ -346,3 +346,17 @@ def test_the_whole_circle(tmp_path: Path) -> None:
 def test_flags_of_replay_that_make_no_sense(flags: list[str]) -> None:
     with pytest.raises(UsageError):
         replay.parse(["--robot.type=so100_sim", *flags])
+
+
+def test_a_replay_takes_the_file_of_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        "robot: {type: so101_follower, port: /dev/ttyACM0, id: black}\nlang_instruction: go\nmodel_path: anywhere\n"
+        f"max_speed_deg_s: 100\nstall_after_s: null\nrecord: {tmp_path}/of_the_run\nout: {tmp_path}/out\noverwrite: true\n"
+    )
+    config = replay.parse([f"--config_path={file}", "--dataset=d"])
+    assert (config.robot.port, config.robot.id, config.max_speed_deg_s, config.stall_after_s) == ("/dev/ttyACM0", "black", 100, None)
+    assert (config.record, config.out, config.overwrite) == ("", None, False)
+    file.write_text("robot: {type: so100_sim}\nmax_speed_deg_s: auto\nlang_instructoin: go\n")
+    with pytest.raises(UsageError, match="lang_instruction"):
+        replay.parse([f"--config_path={file}", "--dataset=d"])

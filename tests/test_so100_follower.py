@@ -22,6 +22,7 @@ pytest.importorskip("scservo_sdk")
 import virtual_camera
 from arm_bench import assert_landed, make_arm, true_joints
 
+from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots import check_ready, make_robot
@@ -302,6 +303,16 @@ def test_no_calibration_file(bus: VirtualBus, tmp_path: Path) -> None:
     with pytest.raises(RobotError, match=r"not calibrated: .*blak\.json, ids found there: black.*lerobot-calibrate --robot.type=so100_follower"):
         arm.connect()
     assert bus.requests == 0, "the arm is untouched"
+
+
+def test_an_so101_is_called_one(bus: VirtualBus, tmp_path: Path) -> None:
+    words = ["--robot.type=so101_follower", f"--robot.port={bus.port}", "--robot.id=blak", f"--robot.calibration_dir={tmp_path}"]
+    config = parse([*words, "--model_path=x", "--lang_instruction=go"])
+    assert settings_of(config)["robot"]["type"] == "so101_follower"
+    arm = make_robot(config.robot)
+    assert arm.name == "so101_follower"
+    with pytest.raises(RobotError, match=r"lerobot-calibrate --robot.type=so101_follower"):
+        arm.connect()
 
 
 def test_the_calibration_is_where_lerobot_looks(tmp_path: Path) -> None:

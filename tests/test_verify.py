@@ -110,3 +110,13 @@ def test_nan_passes_no_limit(cases: list[Case]) -> None:
     broken = action_error(np.full_like(truth, np.nan), truth, cases)
     assert Verification("int8", {"tokens": [0.0]}, broken, broken, 1.5).failures
     assert Verification("fp32", {"tokens": [float("nan")]}, action_error(truth, truth, cases), broken, 1.5).failures
+
+
+def test_long_work_tells_how_far_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("gr00t_fast.progress.TELL_EVERY_S", -1.0)
+    with Progress().bar("calibrating", 4) as tick:
+        for _ in range(4):
+            tick()
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" after")[0] for line in told[:-1]] == [f"calibrating: {done} of 4" for done in (1, 2, 3)]
+    assert told[-1].startswith("calibrating: 4 in")

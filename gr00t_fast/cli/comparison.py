@@ -95,6 +95,11 @@ class Bench:
         frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
         return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
 
+    def say(self, text: str) -> None:
+        """What is being done, on standard error: each part takes seconds to minutes."""
+        if not self.options.quiet:
+            print(text, file=sys.stderr, flush=True)
+
     def answer(self, policy: Gr00tPolicy, index: int) -> Actions:
         """To observation `index`, with noise of its own."""
         return policy.get_action(self.observations[index], noise=random_noise(policy, self.options.seed + index))
@@ -110,6 +115,7 @@ def open_arms(bench: Bench) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     arms, refused = {}, {}
     for name, directory in (named or dict.fromkeys(bench.names)).items():
         before = _memory_bytes(bench.device)
+        bench.say(f"{name}: opening and warming up{', which compiles for minutes' if name == 'compiled' else ''} ...")
         try:
             policy, limit = bench.open(name, directory)
             arm = {"policy": policy, "limit": limit, "first_calls_s": seconds_of(policy.warm_up)}
@@ -196,13 +202,16 @@ def ratio(times: Mapping[str, list[float]], of: str, name: str) -> dict[str, flo
 def compare(bench: Bench) -> dict[str, Any]:
     """Errors, times and memory of all engines, JSON-ready but for `policy` of each. Raises as `open_arms`."""
     options, device, dtype = bench.options, bench.device, bench.dtype
+    bench.say(f"eager in fp32 answers {len(bench.observations)} observations, for the errors of the others ...")
     truth = bench.answers(bench.policy(EagerEngine(bench.network(torch.float32))))  # freed before the engines come
     arms, refused = open_arms(bench)
+    bench.say(f"{len(arms)} engines answer them ...")
     for index, arm in enumerate(arms.values()):
         arm["error_deg"] = error_of(bench.answers(arm["policy"]), truth)
         show_progress("error", index + 1, len(arms))
     policies = {name: arm["policy"] for name, arm in arms.items()}
     for count in options.denoising_steps or [next(iter(policies.values())).denoising_steps]:
+        bench.say(f"timing in turns: {options.rounds} rounds at {count} denoising steps ...")
         times, busy = take_turns(policies, count, options, bench.end_s)
         for name, arm in arms.items():
             arm.setdefault("times_ms", {})[str(count)] = percentiles(times[name])

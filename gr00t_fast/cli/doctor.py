@@ -180,7 +180,7 @@ def network(config: DoctorConfig) -> Iterator[Row]:
 
 
 def gpu(torch: Any, parameters: int | None) -> Iterator[Row]:
-    """What torch sees, and whether a network of so many parameters has room: in bf16 on a GPU, in fp32 elsewhere."""
+    """What torch sees, and whether a network of so many parameters has room: in bf16 on a GPU, on a CPU as --precision=auto is there."""
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
@@ -194,7 +194,12 @@ def gpu(torch: Any, parameters: int | None) -> Iterator[Row]:
         advice = "The network runs on the CPU, slower than the arm's data was recorded."
         yield Row("warn", "GPU", f"torch {torch.__version__} sees no GPU", advice)
         if (free := _available_bytes()) is not None:
-            yield from _room(parameters, 4, free, "this machine's memory", "fp32", "Close other programs, or use an 8-bit export (docs/engines.md).")
+            from gr00t_fast.engine.device import select_precision
+
+            dtype = select_precision("auto", torch.device("cpu"))
+            precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+            advice = "Close other programs, or use an 8-bit export (docs/engines.md)."
+            yield from _room(parameters, dtype.itemsize, free, "this machine's memory", precision, advice)
 
 
 def _room(parameters: int | None, each_bytes: int, free_bytes: int, where: str, precision: str, advice: str) -> Iterator[Row]:

@@ -27,7 +27,7 @@ from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validat
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_recorder import dataset_directory
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
-from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_SPEED_DEG_S
+from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG
 from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError
@@ -37,18 +37,22 @@ from gr00t_fast.strict_json import read_json
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column
+_OUTPUTS = ("out", "overwrite", "video", "record", "record_append", "json", "quiet", "verbose")  # what a run's file says of what that run leaves
 
 
 @dataclass(kw_only=True)
 class ReplayConfig(OutputFlags):
-    """Play the actions of a recorded episode on an arm: the same loop, limits, watchdog and landing as a run."""
+    """Play the actions of a recorded episode on an arm: the same loop, limits, watchdog and landing as a run.
+
+    --config_path may be the file of your runs: its robot and limits count, what it says of outputs does not.
+    """
 
     dataset: str = ""  # a LeRobotDataset v3: its directory, or user/name in lerobot's cache; required
     episode: int = 0  # which one, counted from 0
     approach_deg_s: float = 30.0  # how fast the arm goes to where the episode begins
     seed: int | None = None  # of a simulated scene
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
-    max_speed_deg_s: float | None = DEFAULT_MAX_SPEED_DEG_S  # how fast targets may change; null: no limit
+    max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350; null: no limit
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
     stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
     stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> ReplayConfig:
     """Return the checked configuration. Raises UsageError."""
-    config, notes = parse_flags(ReplayConfig, list(argv))
+    config, notes = parse_flags(ReplayConfig, list(argv), file_of=RunConfig, not_from_file=_OUTPUTS)
     validate_robot(config.robot)
     validate_limits(config)
     if not config.dataset:

@@ -96,7 +96,8 @@ def _drive(
         recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
         policy = load_policy(robot, stop.request)
         source = "checkpoint" if policy.computes else "recording"
-        preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source)
+        led = config.home is not None or not policy.computes  # a replay begins where the episode did
+        preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
         fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
         outputs = Outputs(
             config.out,

@@ -61,7 +61,7 @@ class RunConfig(OutputFlags, PolicyFlags):
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
-    home: list[float] | str | None = None  # move slowly to six joint values, or to where the `recordings` begin, before each episode
+    home: list[float] | str | None = None  # move slowly to "[0, -90, 90, 60, 0, 10]", or to where the `recordings` begin, before each episode
     rest: list[float] | str | None = None  # so before the torque goes off: six joint values, `recordings`, or `home`
     home_speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S  # how fast the arm moves to these poses
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit

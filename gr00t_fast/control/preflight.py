@@ -63,12 +63,18 @@ class Preflight:
     """
 
     def __init__(
-        self, robot: Robot, metadata: PolicyMetadata, strict: bool = True, echo: Callable[[str], None] = print, source: str = "checkpoint"
+        self,
+        robot: Robot,
+        metadata: PolicyMetadata,
+        strict: bool = True,
+        echo: Callable[[str], None] = print,
+        source: str = "checkpoint",
+        led: bool = False,
     ) -> None:
-        """`source`: whose metadata it is, in a word."""
+        """`source`: whose metadata it is, in a word. `led`: the arm is moved slowly to where it begins, so that where it stands now matters less."""
         self.warnings: list[str] = []
         self.notes: list[str] = []
-        self._source = source
+        self._source, self._led = source, led
         self._robot, self._metadata, self._strict, self._echo = robot, metadata, strict, echo
 
     def before_connecting(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None) -> float:
@@ -79,7 +85,7 @@ class Preflight:
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's limits and its pose. Raises PreflightError."""
-        self._judge(check_connected(self._robot, self._metadata, observation.joints))
+        self._judge(check_connected(self._robot, self._metadata, observation.joints, self._led))
 
     def _judge(self, findings: Findings) -> None:
         if self._strict or findings.impossible:
@@ -109,8 +115,11 @@ def check_before_connecting(
     return findings
 
 
-def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray) -> Findings:
-    """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing."""
+def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray, led: bool = False) -> Findings:
+    """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing.
+
+    `led`: the arm is moved to where it begins; a pose somewhat outside the data is then no finding, one that contradicts the units still is.
+    """
     findings = Findings()
     if not metadata.state_statistics:  # said before connecting, and waved through
         return findings
@@ -129,7 +138,7 @@ def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray) 
                 f"{name}: the data lies in [{low:.0f}, {high:.0f}] {unit}, more than the arm's [{arm_low:.0f}, {arm_high:.0f}]; "
                 "targets beyond are clamped. Was the data recorded with another calibration?"
             )
-        _check_pose(findings, name, pose, low, high, unit)
+        _check_pose(findings, name, pose, low, high, unit, led)
     return findings
 
 
@@ -139,16 +148,17 @@ _UNIT_ADVICE = (
 )
 
 
-def _check_pose(findings: Findings, name: str, pose: float, low: float, high: float, unit: str) -> None:
+def _check_pose(findings: Findings, name: str, pose: float, low: float, high: float, unit: str, led: bool) -> None:
     outside = max(low - pose, pose - high)
     if outside > max(POSE_CONTRADICTION_DEG, high - low):
         findings.problems.append(
             f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the data's [{low:.0f}, {high:.0f}]. "
             f"Move the arm to where the recordings began. If it is there already: {_UNIT_ADVICE}"
         )
-    elif outside > RANGE_SLACK_DEG:
+    elif outside > RANGE_SLACK_DEG and not led:
         findings.warnings.append(
-            f"{name}: the arm stands at {pose:.0f} {unit}, outside the data's [{low:.0f}, {high:.0f}]. Better begin where the recordings began."
+            f"{name}: the arm stands at {pose:.0f} {unit}, outside the data's [{low:.0f}, {high:.0f}]. "
+            "Better begin where the recordings began (--home)."
         )
 
 

@@ -55,7 +55,6 @@ class RobotConfig(draccus.ChoiceRegistry):
 
 
 @RobotConfig.register_subclass("so100_follower")
-@RobotConfig.register_subclass("so101_follower")
 @dataclass
 class SO100FollowerConfig(RobotConfig):
     """The real arm, driven by lerobot's unmodified `SO100Follower`."""
@@ -72,6 +71,12 @@ class SO100FollowerConfig(RobotConfig):
     connect_attempts: int = 3  # a slow bus may miss a reply now and then
     reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
     watchdog_s: float | None = 1.0  # without a sign of life for so long, a process beside the program ends it and takes the torque off; null: never
+
+
+@RobotConfig.register_subclass("so101_follower")
+@dataclass
+class SO101FollowerConfig(SO100FollowerConfig):
+    """The same driver and settings; reports and recordings name this arm."""
 
 
 @RobotConfig.register_subclass("so100_sim")

@@ -51,7 +51,6 @@ LONGEST_BLIND_S = 0.1  # before a goal that comes later after the last reading t
 class SO100FollowerArm:
     """`contracts.Robot` for the real arm. One thread at a time; nothing but Gr00tFastError (and Ctrl-C) leaves its methods."""
 
-    name = "so100_follower"
     joint_names = SO100_JOINTS
     episodes_solved = success = None
 
@@ -61,6 +60,7 @@ class SO100FollowerArm:
             raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
         glue.check_numbers(config)
         self.config = config
+        self.name = config.get_choice_name(type(config))
         self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
         self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
         self.events: Counter[str] = Counter()

@@ -203,8 +203,8 @@ class PolicyClient(Policy):
     def _check_deadline(self, deadline_s: float) -> None:
         if time.monotonic() >= deadline_s:
             raise ServerUnreachableError(
-                f"no answer from the policy server at {self.address} in time. Is it running there (python -m gr00t_fast.serving), does it accept "
-                "messages of this size, and is the time-out longer than an inference?"
+                f"no answer from the policy server at {self.address} in time. Is it running there (gr00t-fast serve), does it accept "
+                "messages of this size, and is the time-out longer than an inference (--server_timeout_s of a run, timeout_s of PolicyClient)?"
             )
 
     def _forget_events(self) -> int:
