@@ -103,10 +103,11 @@ def test_it_follows_a_target_that_turns_back(degrees: float) -> None:
 
 def test_it_goes_on_when_it_moves_towards_its_target_and_not_when_it_sinks_back() -> None:
     arm = stalled()
-    arm.joints[ELBOW] = -8.0  # its weight, without the push
+    arm.joints[ELBOW], arm.push[ELBOW] = -8.0, 95.0  # its weight is more than it can hold there
     arm.play(ahead(ELBOW, 60), ticks=60)
     assert arm.held
     assert arm.goal[ELBOW] == 0.0
+    assert len(arm.said) == 1, "no further stall, from which it would sink on"
     arm.joints[ELBOW] = 4.0  # somebody has freed it and turned it on
     arm.look()
     assert not arm.held
@@ -200,6 +201,16 @@ def test_one_reading_is_none_however_old_it_gets() -> None:
     except UnsafeActionError as error:
         assert "elbow_flex" in str(error), "the limit for arms without such readings"  # noqa: PT017
     assert arm.safety.stall.count[ELBOW] == 0
+
+
+def test_a_push_now_and_then_is_none() -> None:
+    """Hard at every other reading, 0.8 s apart: a joint that is about to move."""
+    arm = Arm()
+    arm.blocked[ELBOW] = True
+    for tick in range(120):
+        arm.push[ELBOW] = 95.0 if (tick + 1) // POLL_TICKS % 2 else 20.0
+        arm.play(ahead(ELBOW, 12))
+    assert not arm.said
 
 
 def test_readings_from_before_an_episode_are_none() -> None:
