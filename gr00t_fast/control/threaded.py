@@ -336,6 +336,7 @@ class ThreadedController:
         if self.options.when_late == "hold" and not self.options.roll_forward and ticks >= horizon:
             raise InferenceTooLongError(
                 f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
-                "arrives. Use --controller=sync (the arm waits), --when_late=resume (it stops and goes on), a lower --fps or a faster device.",
+                "arrives. Leave --action_horizon out if it was given, or use --controller=sync or auto (the arm waits), --when_late=resume (it "
+                "stops and goes on), a lower --fps or a faster device.",
                 ticks,
             )

@@ -36,7 +36,7 @@ class OpenVinoEngine(ExportedEngine):
         openvino = require("openvino", "openvino")
         if device not in ("auto", "cpu"):
             raise ConfigError(f"device '{device}' is not supported by the engine 'openvino'. Expected auto or cpu.")
-        remedy = remedy_for(directory, target, "quantise.py", "--target=openvino", "--observations=<data set>", "--onnx=<export>")
+        remedy = remedy_for(directory, target, "to_onnx.py", "--precision=fp32")  # one command; INT8 needs this one first
         kind = read_manifest(directory, remedy).kind
         manifest = check_manifest(directory, "onnx" if kind == "onnx" else KIND, target, remedy)
         _check_runnable(manifest, directory, target)
