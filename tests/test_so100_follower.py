@@ -411,16 +411,48 @@ def test_no_permission(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_jump_guard() -> None:
     guard, still = JumpGuard(np.ones(6)), np.zeros(6)
-    assert not guard.accepts(still, 0.0), "a first reading needs a second one"
-    assert guard.accepts(still, 0.001)
-    assert guard.accepts(still + 15, 0.034), "fast, but possible"
+    assert not guard.accepts(still, 0.0, 0.001), "a first reading needs a second one"
+    assert guard.accepts(still, 0.001, 0.002)
+    assert guard.accepts(still + 15, 0.034, 0.035), "fast, but possible"
     jumped = still + [15, 15, 15, 15, 15, 90]
-    assert not guard.accepts(jumped, 0.067)
-    assert guard.accepts(still + 15, 0.068), "it was a damaged reading"
-    assert not guard.accepts(jumped, 0.1)
-    assert guard.accepts(jumped, 0.101), "it really is there"
+    assert not guard.accepts(jumped, 0.067, 0.068)
+    assert guard.accepts(still + 15, 0.068, 0.069), "it was a damaged reading"
+    assert not guard.accepts(jumped, 0.1, 0.101)
+    assert guard.accepts(jumped, 0.101, 0.102), "it really is there"
+    assert guard.jumped
+    assert not guard.accepts(jumped - 60, 0.4, 0.5), "after a pause two must agree"
+    assert guard.accepts(jumped - 60, 0.5, 0.501)
+    assert not guard.jumped, "in 0.3 s a joint can turn so far"
     guard.forget()
     assert guard.last is None
+
+
+def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100FollowerArm, bus: VirtualBus) -> None:
+    """Held up for longer than the SDK waits, before an answer is looked for and after a reading was taken, while the arm moves at full speed."""
+    serial, sync_read = arm._follower.bus.port_handler.ser, arm._follower.bus.sync_read
+    before, after = [], []  # seconds to be held up for, once each
+
+    def read(length: int) -> bytes:
+        if not before:
+            return type(serial).read(serial, length)
+        time.sleep(before.pop())
+        return b""  # it was asked before the answer came, and next is the look at the clock
+
+    def read_all(*args: object, **options: object) -> dict:
+        values = sync_read(*args, **options)
+        time.sleep(after.pop() if after else 0)
+        return values
+
+    here = arm.observe().joints
+    serial.read, arm._follower.bus.sync_read = read, read_all
+    for tick in range(80):
+        (before, after, [])[tick % 3].append(0.06)
+        arm.send(here + (60 if tick // 10 % 2 else -60))
+        arm.observe()
+    assert not {"read_retry", "implausible_reading", "reading_jumped"} & set(arm.events)
+    arm._guard.forget()
+    after.append(0.6)  # longer than the arm's patience: a first reading needs a second one, which is asked for all the same
+    arm.observe()
 
 
 def test_an_implausible_reading_never_comes_through(arm: SO100FollowerArm, bus: VirtualBus) -> None:

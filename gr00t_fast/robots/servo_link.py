@@ -143,7 +143,8 @@ class ServoLink:
         return data
 
     def _nothing_more_comes(self) -> bool:
-        return self._all_received or self._is_timeout()
+        """The time being up says nothing about what came while this program was held up."""
+        return self._all_received or (self._is_timeout() and not self._port.ser.in_waiting)
 
     @property
     def _all_received(self) -> bool:

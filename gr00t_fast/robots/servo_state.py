@@ -20,7 +20,7 @@ from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, 
 # motors can turn is read again, and accepted once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
 
 MAX_SPEED_DEG_S = 450.0  # an STS3215 turns 290 deg/s without load at 12 V; a hand can push it somewhat faster
-SLACK_DEG = 8.0  # time stamps are taken after the reading, and the line may hold it up
+SLACK_DEG = 8.0  # what a hand or a servo adds to that speed
 LONGEST_GAP_S = 0.1  # after a longer pause any large step asks for a second reading, which is cheap
 
 
@@ -34,19 +34,19 @@ class JumpGuard:
 
     def forget(self) -> None:
         """Accept nothing: the next reading needs a second one that agrees with it."""
-        self.jumped = False  # whether the last reading is accepted only because another one agreed with it
+        self.jumped = False  # whether the last reading was accepted although no joint can have turned so far since the one before
         self._accepted: tuple[np.ndarray, float] | None = None
         self._candidate: tuple[np.ndarray, float] | None = None
 
-    def accepts(self, reading: np.ndarray, time_s: float) -> bool:
-        """Whether to use the reading (J,) taken at `time_s`; when not, read again and ask again."""
-        known_near = [known is not None and self._near(reading, time_s, *known) for known in (self._accepted, self._candidate)]
-        near = any(known_near)
-        self.jumped = near and self._accepted is not None and not known_near[0]
+    def accepts(self, reading: np.ndarray, asked_s: float, got_s: float) -> bool:
+        """Whether to use the reading (J,), taken at some time from `asked_s` to `got_s`: a program that is held up gets a fresh one late. When not,
+        read again and ask again."""
+        near = any(known is not None and self._near(reading, got_s, *known, LONGEST_GAP_S) for known in (self._accepted, self._candidate))
+        self.jumped = near and self._accepted is not None and not self._near(reading, got_s, *self._accepted, np.inf)
         if near:
-            self._accepted, self._candidate = (reading, time_s), None
+            self._accepted, self._candidate = (reading, asked_s), None
         else:
-            self._candidate = (reading, time_s)
+            self._candidate = (reading, asked_s)
         return near
 
     @property
@@ -54,8 +54,8 @@ class JumpGuard:
         """The last accepted reading (J,), None before the first."""
         return None if self._accepted is None else self._accepted[0]
 
-    def _near(self, reading: np.ndarray, time_s: float, other: np.ndarray, other_time_s: float) -> bool:
-        limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(time_s - other_time_s, 0.0), LONGEST_GAP_S)
+    def _near(self, reading: np.ndarray, got_s: float, other: np.ndarray, other_asked_s: float, longest_s: float) -> bool:
+        limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(got_s - other_asked_s, 0.0), longest_s)
         return bool(np.all(np.abs(reading - other) <= limit_deg * self._scale))
 
 

@@ -254,14 +254,15 @@ class SO100FollowerArm:
 
     def _read_joints(self) -> tuple[np.ndarray, float]:
         give_up_s = time.perf_counter() + READ_PATIENCE_S
-        before, trouble, restored = self._guard.last, self._trouble(), False
+        before, trouble, restored, readings = self._guard.last, self._trouble(), False, 0
         while True:
+            asked_s = time.perf_counter()
             try:
                 self._free_link().free()
                 reading = self._follower.bus.sync_read("Present_Position")
                 joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
-                first = self._guard.last is None
-                if self._guard.accepts(joints, time_s):
+                readings, first = readings + 1, self._guard.last is None
+                if self._guard.accepts(joints, asked_s, time_s):
                     if self._guard.jumped:
                         self._say_jump(before, joints)
                     if trouble == self._trouble() or not self._power.restore_if_lost(before):
@@ -275,6 +276,8 @@ class SO100FollowerArm:
                     if not first:
                         self.events["implausible_reading"] += 1
                     problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
+                    if readings == 1:
+                        continue  # to a program that was held up it comes late, and needs the second one all the same
             except EXCHANGE_FAILED as error:
                 problem = _one_line(error)
                 self.events["read_failed"] += 1
