@@ -408,6 +408,36 @@ def test_an_arm_that_fell_in_a_dip_of_the_supply_is_not_switched_on_again(tmp_pa
         assert_landed(bus, arm, arm.land())
 
 
+@pytest.mark.parametrize("fault", [None, "silent:servo=2,on=write,register=21"])
+def test_one_servo_that_loses_its_power_does_not_cost_the_others_theirs(fault: str | None, tmp_path: Path) -> None:
+    """With an arm that can fall, found powered; and where another servo cannot be configured. On a USB adapter with 4 ms of latency."""
+    simulation = pytest.importorskip("gr00t_fast.robots.so100_sim.simulation")
+    with VirtualBus(plant=simulation.ScenePlant(), usb_latency_ms=4.0) as bus:
+        switched_off = []
+        for servo in bus.servos:
+            servo.write(Register.GOAL_POSITION, servo.read(Register.PRESENT_POSITION, 2))
+            servo.write = lambda address, data, servo=servo: (
+                switched_off.append(servo.id) if address == Register.TORQUE_ENABLE and not data[0] else None,
+                Servo.write(servo, address, data),
+            )
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        before = true_joints(bus)
+        arm.reset()
+        np.testing.assert_allclose(true_joints(bus), before, atol=1.5)
+        if fault:
+            bus.inject(fault)
+        accelerations = [servo.registers[Register.ACCELERATION] for servo in bus.servos]
+        bus.servos[2].power_cycle()
+        bus.inject("silent:count=1,on=sync_read")
+        arm.observe()
+        assert switched_off == []
+        assert set(bus.torque().values()) == {1}
+        assert [servo.registers[Register.ACCELERATION] for servo in bus.servos] == accelerations
+        np.testing.assert_allclose(true_joints(bus), before, atol=8)
+        assert_landed(bus, arm, arm.land())
+
+
 def test_a_dip_during_a_long_inference_is_found_before_the_next_goal(tmp_path: Path) -> None:
     with VirtualBus() as bus:
         arm = make_arm(bus, tmp_path)

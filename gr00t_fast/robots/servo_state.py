@@ -189,15 +189,19 @@ FELL_DEG = 20.0  # motors found without torque are switched on again only if the
 OUTSIDE_DEG = 4.0
 
 
+ACCELERATION = 254  # lerobot's configure_motors() writes it; of all that is configured, only this does not outlast the servo's power
+
+
 class MotorPower:
     """The torque of one arm. `engaged` is whether this run has switched it on (or tried to)."""
 
     def __init__(self, follower: Any, units_per_deg: np.ndarray, events: Counter[str], how_to_calibrate: str) -> None:
-        """Replaces the bus object's `enable_torque`; touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
+        """Replaces the bus object's `enable_torque` and `disable_torque`; touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
         self._follower, self._fell, self._events = follower, FELL_DEG * units_per_deg, events
         self._how_to_calibrate = how_to_calibrate
         self._enable_torque = follower.bus.enable_torque
-        follower.bus.enable_torque = self._hold_here  # lerobot's configure() ends with enable_torque()
+        # lerobot's configure() begins with disable_torque() and ends with enable_torque(): servos that hold go on holding in between
+        follower.bus.disable_torque, follower.bus.enable_torque = self._unlock, self._hold_here
         self.engaged = False
 
     def engage(self) -> None:
@@ -206,27 +210,45 @@ class MotorPower:
         self._follower.configure()
 
     def restore_if_lost(self, before: np.ndarray | None) -> bool:
-        """Ask every motor whether it holds; if one does not, switch on again where the arm is, and return True.
+        """Ask every motor whether it holds; those that do not are switched on again where they are, and then it returns True.
 
-        before: (6,) the joints while it still held. Raises RobotError when the arm moved further than FELL_DEG from there.
+        before: (6,) the joints while all still held. Raises RobotError when the arm moved further than FELL_DEG from there.
         """
         bus = self._follower.bus
-        if not self.engaged or all(bus.sync_read("Torque_Enable").values()):
+        lost = [joint for joint, on in bus.sync_read("Torque_Enable").items() if not on] if self.engaged else []
+        if not lost:
             return False
-        now = bus.sync_read("Present_Position")
+        self._check_not_fallen(before)
+        self._hold_here(lost)
+        for joint in lost:
+            self.restore_settings(joint)
+        self._check_not_fallen(before)
+        self._events["torque_restored"] += 1
+        log.warning("%s lost power for a moment and holds again; check the power supply (voltage, current, plug)", ", ".join(lost))
+        return True
+
+    def restore_settings(self, joint: str) -> None:
+        """Write what a servo forgets with its power. Raises what the driver raises."""
+        for name in ("Maximum_Acceleration", "Acceleration"):
+            self._follower.bus.write(name, joint, ACCELERATION)
+
+    def _check_not_fallen(self, before: np.ndarray | None) -> None:
+        now = self._follower.bus.sync_read("Present_Position")
         if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > self._fell):
             raise RobotError(
                 f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
                 "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
-        self._follower.configure()
-        self._events["torque_restored"] += 1
-        return True
+
+    def _unlock(self, motors: Any = None, num_retry: int = 0) -> None:
+        """Only the lock of the permanent settings: on this servo it is no condition for writing them that the torque is off."""
+        for motor in motors or self._follower.bus.motors:
+            self._follower.bus.write("Lock", motor, 0, num_retry=num_retry)
 
     def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
         """First make the present position the goal, else the arm leaps to an old one. Raises RobotError for a joint outside its calibrated range."""
         bus = self._follower.bus
-        positions = bus.sync_read("Present_Position", normalize=False)
+        positions = bus.sync_read("Present_Position", motors, normalize=False)
         self._check_inside(positions)
         for motor, position in positions.items():
             bus.write("Goal_Position", motor, position, normalize=False)

@@ -120,10 +120,7 @@ class Servo:
         self.registers = bytearray(ADDRESS_SPACE)
         self._goal_enables_torque = goal_enables_torque
         self._pending: tuple[int, bytes] | None = None
-        for address, value in _FACTORY_BYTES.items():
-            self.registers[address] = value
-        for address, value in _FACTORY_WORDS.items():
-            self.set_word(address, value)
+        self._deliver()
         self.registers[Register.ID] = servo_id
         if calibration is not None:
             self._calibrate(calibration)
@@ -196,8 +193,10 @@ class Servo:
 
     def power_cycle(self) -> None:
         """Lose everything that was not in EEPROM; torque is off afterwards."""
+        self.registers[:] = bytes(ADDRESS_SPACE)
+        self._deliver()
         self.registers[:EEPROM_END] = self._eeprom
-        self.registers[Register.LOCK] = 1
+        self.set_word(Register.TORQUE_LIMIT, self.word(Register.MAX_TORQUE))
         self._pending = None
         self._power_on()
 
@@ -294,6 +293,13 @@ class Servo:
 
     def _show_position(self) -> None:
         self.set_word(Register.PRESENT_POSITION, encode_signed(self.position, 15))
+
+    def _deliver(self) -> None:
+        """The registers as the factory delivers them."""
+        for address, value in _FACTORY_BYTES.items():
+            self.registers[address] = value
+        for address, value in _FACTORY_WORDS.items():
+            self.set_word(address, value)
 
     def _calibrate(self, values: JointCalibration) -> None:
         self.set_word(Register.HOMING_OFFSET, encode_signed(values.homing_offset, 11))
