@@ -1,6 +1,6 @@
 """The raw observation dict becomes one typed value here, once; every mistake in it is found here.
 
-Axis alphabet: B batch, T time (always 1), H and W height and width, D joint values.
+Axis alphabet: B batch, T times, H and W height and width, D joint values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_INSTRUCTION_CHARACTERS = 2048
 class CheckedObservation:
     """A checked observation. frames: key -> uint8 (B, H, W, 3); state: key -> float64 (B, D); one instruction per item.
 
-    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads, or 1.
+    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -148,9 +148,9 @@ def _in_time(key: str, array: np.ndarray, times: int) -> np.ndarray:
     """(B, T, ...) -> (B, ...) where the policy reads the present only, else as it is."""
     if len(array) > MAX_BATCH:
         raise ObservationError(f"{key}: a batch of {len(array)}, expected at most {MAX_BATCH} in one call. Use several calls.")
-    if array.shape[1] not in (1, times):
-        expected = "one time step" if times == 1 else f"{times} time steps, or the present one"
-        reads = "The published data configurations observe the present only." if times == 1 else "delta_indices in processor_config.json say which."
+    if array.shape[1] != times:
+        expected = "one time step" if times == 1 else f"{times} time steps, the oldest first and the present one last"
+        reads = "The checkpoint reads the present only." if times == 1 else "Keep the earlier ones: get_modality_config says which (delta_indices)."
         raise ObservationError(f"{key}: expected {expected}, got {array.shape[1]}. {reads}")
     return array[:, 0] if times == 1 else array
 

@@ -251,14 +251,8 @@ class Gr00tPolicy(Policy):
         chunk = np.asarray(torch.as_tensor(action["action"]).float().cpu())
         return self.processor.unapplied(chunk, action.get("state", {}))
 
-    def observe(self, observation: dict[str, Any]) -> None:
-        """Take note of an observation that no actions are asked for: a policy that reads earlier pictures gets those of earlier calls, and a call,
-        of this or of `get_action`, counts as one step of the training data. Nothing to do for others. Raises ObservationError."""
-        self.processor.observe(observation)
-
     def reset(self) -> None:
-        """Begin an episode: a seeded policy repeats its noise from the start, and earlier observations are forgotten."""
-        self.processor.reset()
+        """Begin an episode: a seeded policy repeats its noise from the start. Nothing else is kept from call to call."""
         if self._seed is not None:
             self._generator.manual_seed(self._seed)
 
@@ -267,7 +261,7 @@ class Gr00tPolicy(Policy):
 
         observation: `video.<cam>` uint8 (T, H, W, 3) or (B, T, H, W, 3) with T = 1, any resolution; `state.<part>` float (T, D) or
         (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form of N1.7 is taken too. Where a checkpoint
-        reads earlier times, T may be their number; with T = 1 they are those of earlier calls (see `observe`).
+        reads earlier times (`delta_indices` of `get_modality_config`), T is their number, oldest first.
         noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
         prefix: actions to continue (real-time chunking); without it, or with no rows in it, the call is exactly the same as ever.
         Returns `action.<part>` float32 (action_horizon, D) or (B, action_horizon, D). Raises what `preprocess`, `infer` and `postprocess` raise.

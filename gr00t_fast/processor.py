@@ -128,12 +128,6 @@ class Processor:
     def metadata(self) -> PolicyMetadata:
         return policy_metadata_of(self.embodiment, self.data_config, self.state.widths, self.action.widths, self.chunk_shape[0])
 
-    def reset(self) -> None:
-        """Forget what one episode left behind."""
-
-    def observe(self, observation: Mapping[str, Any]) -> None:
-        """Take note of an observation that no actions are asked for. Raises ObservationError."""
-
     def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
         """Raises ObservationError."""
         checked = parse_observation(observation, self.data_config, self.state.widths)

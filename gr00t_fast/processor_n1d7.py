@@ -17,7 +17,6 @@ from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7
 from gr00t_fast.contracts import PolicyMetadata
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.history import History
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
 from gr00t_fast.metadata import data_config_of, policy_metadata_of_n1d7
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
@@ -49,7 +48,7 @@ class MakePictures:
 
 
 class ProcessorN1d7(Processor):
-    """As Processor. Frames of earlier times that a call does not bring are those of earlier calls, one call counting as one step."""
+    """As Processor. An observation brings the frames and states of all times that the network reads."""
 
     name = "n1.7"
 
@@ -58,9 +57,6 @@ class ProcessorN1d7(Processor):
         self.data_config = data_config_of(embodiment)
         self.state, self.action = StateTransformN1d7(embodiment), ActionTransformN1d7(embodiment)
         self.transforms = [MakePictures(embodiment, token_side(checkpoint)), EncodePrompts(prompts), NormaliseState(self.state)]
-        offsets = sorted({*embodiment.frame_offsets, *embodiment.state_offsets})
-        self._history: History[CheckedObservation] = History(offsets, tolerance=0.5)
-        self._offsets, self._calls = offsets, 0
 
     @property
     def max_horizon(self) -> int:
@@ -70,17 +66,8 @@ class ProcessorN1d7(Processor):
     def metadata(self) -> PolicyMetadata:
         return policy_metadata_of_n1d7(self.embodiment)
 
-    def reset(self) -> None:
-        self._history.clear()
-
-    def observe(self, observation: Mapping[str, Any]) -> None:
-        self._remembered(self._checked(observation))
-
     def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
         checked = self._checked(observation)
-        times = {"frames": len(self.embodiment.frame_offsets), "state": len(self.embodiment.state_offsets)}
-        if any(values.shape[1] < times[name] for name in times for values in getattr(checked, name).values()):
-            checked = self._with_history(checked)
         fields: dict[str, Any] = {}
         for transform in self.transforms:
             fields |= transform(checked)
@@ -92,31 +79,6 @@ class ProcessorN1d7(Processor):
         frames = {key: values if values.ndim == 5 else values[:, None] for key, values in checked.frames.items()}
         state = {key: values if values.ndim == 3 else values[:, None] for key, values in checked.state.items()}
         return replace(checked, frames=frames, state=state)
-
-    def _remembered(self, present: CheckedObservation) -> list[CheckedObservation]:
-        """One for each offset. Observations of another form than the last one begin anew."""
-        self._calls += 1
-        try:
-            last = self._history.at(self._calls - 1)[-1]
-        except IndexError:
-            last = present
-        if any(last.frames[key].shape[-3:] != values.shape[-3:] or len(last.frames[key]) != len(values) for key, values in present.frames.items()):
-            self._history.clear()
-        self._history.add(self._calls, present)
-        return self._history.at(self._calls)
-
-    def _with_history(self, present: CheckedObservation) -> CheckedObservation:
-        seen = dict(zip(self._offsets, self._remembered(present), strict=True))
-
-        def gathered(name: str, offsets: tuple[int, ...]) -> dict[str, np.ndarray]:
-            """Of what came with one time only, as many as the network reads."""
-            found = {}
-            for key, values in getattr(present, name).items():
-                earlier = [getattr(seen[offset], name)[key][:, -1:] for offset in offsets]
-                found[key] = values if values.shape[1] == len(offsets) else np.concatenate(earlier, axis=1)
-            return found
-
-        return replace(present, frames=gathered("frames", self.embodiment.frame_offsets), state=gathered("state", self.embodiment.state_offsets))
 
     def normalised(self, known: Mapping[str, np.ndarray], inputs: PolicyInputs) -> np.ndarray:
         return self.action.normalised(known, inputs.raw_state)

@@ -23,6 +23,7 @@ from random_networks import TINY, write_network
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, PreflightError
+from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.robots.feetech_bus.control import send_command
 
 pytest.importorskip("lerobot")
@@ -98,6 +99,22 @@ def test_actions_equal_those_of_load_policy(plugin: Any, checkpoint: Path) -> No
             played = [policy.select_action(observed(tick)[0]) for tick in range(2 * HORIZON)]
         wanted = [in_order(ours.get_action(observed(tick)[1]))[:HORIZON] for tick in (0, HORIZON)]
         assert np.array_equal(torch.cat(played).numpy(), np.concatenate(wanted)), episode
+
+
+def test_a_policy_that_reads_earlier_pictures_gets_those_of_earlier_ticks(plugin: Any, tmp_path: Path) -> None:
+    reads = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-3, 0))
+    options = {"device": "cpu", "precision": "fp32"}
+    policy, ours = make_policy(plugin, reads, data_config=None, action_horizon=HORIZON), load_policy(reads, **options)
+    assert not policy.supports_rtc()
+    noise = torch.randn(1, *ours.chunk_shape)
+    for first in (0, 20):  # the second episode sees nothing of the first one
+        policy.reset()
+        played = torch.cat([policy.select_action(observed(first + tick)[0], noise=noise) for tick in range(2 * HORIZON)]).numpy()
+        for tick in (0, HORIZON):
+            earlier, (_, plain) = observed(max(first, first + tick - 3))[1], observed(first + tick)
+            frames = np.concatenate([earlier["video.webcam"], plain["video.webcam"]])
+            wanted = in_order(ours.get_action({**plain, "video.webcam": frames}, noise=noise))[:HORIZON]
+            assert np.array_equal(played[tick : tick + HORIZON], wanted), (first, tick)
 
 
 @pytest.mark.parametrize("smoothing", ["rtc", "prefix"])

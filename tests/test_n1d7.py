@@ -96,27 +96,23 @@ def test_the_nested_form_gives_the_same(policy: Gr00tPolicy) -> None:
         policy.get_action(nested)
 
 
-def test_history_of_earlier_calls(tmp_path: Path) -> None:
+def test_earlier_frames_come_with_the_observation_and_none_are_kept(tmp_path: Path) -> None:
+    """Two clients by turns get what each of them gets alone, and a look at the transforms changes nothing."""
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-3, 0))
     policy = load_policy(checkpoint, device="cpu", precision="fp32")
     assert policy.get_modality_config()["video"].delta_indices == [-3, 0]
-    seen = [observation(seed=seed) for seed in range(6)]
-
-    def both(earlier: int, now: int) -> np.ndarray:
-        frames = np.concatenate([seen[earlier]["video.webcam"], seen[now]["video.webcam"]])
-        return policy.get_action({**seen[now], "video.webcam": frames}, noise=start)["action.single_arm"]
-
-    policy.warm_up()  # brings its own, and leaves nothing behind
-    start, expected = noise(policy), [(0, 0), (0, 1), (0, 2), (0, 3), (1, 4), (2, 5)]
-    for now, pair in enumerate(expected):
-        if now == 1:
-            policy.observe(seen[now])  # a step without actions
-        else:
-            assert np.array_equal(policy.get_action(seen[now], noise=start)["action.single_arm"], both(*pair)), now
-    policy.reset()
-    assert np.array_equal(policy.get_action(seen[4], noise=start)["action.single_arm"], both(4, 4))
-    with pytest.raises(ObservationError, match="2 time steps, or the present one, got 3"):
-        policy.get_action(observation(times=3))
+    start = noise(policy)
+    one, other = (observation(times=2, seed=seed) for seed in (0, 1))
+    alone = [policy.get_action(seen, noise=start)["action.single_arm"] for seen in (one, other)]
+    assert not np.array_equal(*alone)
+    for seen, expected in ((one, alone[0]), (other, alone[1]), (one, alone[0])):
+        policy.apply_transforms(other)
+        assert np.array_equal(policy.get_action(seen, noise=start)["action.single_arm"], expected)
+    swapped = policy.get_action({**one, "video.webcam": one["video.webcam"][::-1]}, noise=start)
+    assert not np.array_equal(swapped["action.single_arm"], alone[0]), "the order of the frames counts"
+    for times in (1, 3):
+        with pytest.raises(ObservationError, match=f"video.webcam: expected 2 time steps.*got {times}.*get_modality_config"):
+            policy.get_action(observation(times=times))
 
 
 def test_seed_steps_and_horizon(policy: Gr00tPolicy, tiny: Path) -> None:

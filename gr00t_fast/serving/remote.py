@@ -293,8 +293,10 @@ class RemotePolicy(Policy):
         """Grey pictures, joints in the middle of their range; None when that is not known."""
         if None in self.metadata.resolutions.values():
             return None
-        frames = {f"video.{name}": np.full((1, height, width, 3), _GREY, np.uint8) for name, (width, height) in self.metadata.resolutions.items()}
-        states = {f"state.{part}": ((known.min + known.max) / 2)[None] for part, known in self.metadata.state_statistics.items()}
+        times, sizes = {name: len(self._served[name].delta_indices) for name in ("video", "state")}, self.metadata.resolutions.items()
+        frames = {f"video.{name}": np.full((times["video"], height, width, 3), _GREY, np.uint8) for name, (width, height) in sizes}
+        middles = {part: (known.min + known.max) / 2 for part, known in self.metadata.state_statistics.items()}
+        states = {f"state.{part}": np.stack([middle] * times["state"]) for part, middle in middles.items()}
         return {**frames, **states, self._served["language"].modality_keys[0]: [instruction]}
 
     def _continue(self, observation: dict[str, Any], prefix: ActionPrefix) -> None:

@@ -6,7 +6,6 @@ units, in the robot's joint order. Axis alphabet: H horizon, J joints, L rows of
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +60,7 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         if config.input_features:  # lerobot-record knows them by now
             self._binding = self._bind(key.removeprefix(_IMAGES) for key in config.image_features)
         self._queue: deque[Tensor] = deque()
+        self._calls = 0  # observations seen
         self.policy.warm_up()
 
     @classmethod
@@ -76,22 +76,28 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         self.config._save_pretrained(save_directory)  # the weights stay where `model_path` says
 
     def reset(self) -> None:
-        """Begin an episode: no action of the one before is played, and a seeded policy repeats its noise."""
+        """Begin an episode: no action of the one before is played, what was seen is forgotten, and a seeded policy repeats its noise."""
         self._queue.clear()
+        if self._binding is not None:
+            self._binding.reset()
         self.policy.reset()
 
     def supports_rtc(self) -> bool:
-        """Whether a chunk can continue the one before (lerobot asks before --inference.type=rtc)."""
-        return self.config.smoothing in self.policy.continues
+        """Whether a chunk can continue the one before (lerobot asks before --inference.type=rtc). Not of a policy that reads earlier observations:
+        lerobot shows those between two chunks to `select_action` only."""
+        return self.config.smoothing in self.policy.continues and not self._reads_earlier
 
     def init_rtc_processor(self) -> None:
         """lerobot calls this where chunks will be continued: pay the first-call costs of that, too."""
         self.policy.warm_up(prefix_method=self.config.smoothing)
 
     def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **_: Any) -> Tensor:
-        """(1, J) the next action of the chunk; infers when it is used up. Raises as `predict_action_chunk`."""
+        """(1, J) the next action of the chunk; infers when it is used up. A policy that reads earlier observations gets those of earlier calls, one
+        call being one step of its training data. Raises as `predict_action_chunk`."""
         if not self._queue:
             self._queue.extend(self.predict_action_chunk(batch, noise=noise).unbind(dim=1))
+        elif self._reads_earlier:
+            self._seen(batch)
         return self._queue.popleft()
 
     def predict_action_chunk(
@@ -109,9 +115,7 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         count. inference_delay: so many of them will have been executed when this chunk arrives. noise: (1, trained horizon, padded width).
         Raises ObservationError for a batch of several or of another form, UnsafeActionError for NaN or infinity.
         """
-        observation = _observation(batch)
-        if self._binding is None:
-            self._binding = self._bind(observation.frames)
+        observation = self._seen(batch)
         built = self._binding.policy_observation(observation, _instruction(batch))
         prefix = self._prefix(prev_chunk_left_over, inference_delay or 0, execution_horizon)
         options = {} if prefix is None else {"prefix": prefix}
@@ -131,10 +135,25 @@ class Gr00tFastPolicy(PreTrainedPolicy):
         """Raises NotImplementedError."""
         raise NotImplementedError("gr00t_fast runs policies and does not train them.")
 
+    @property
+    def _reads_earlier(self) -> bool:
+        modalities = self.policy.get_modality_config()
+        return any(modalities[name].delta_indices != [0] for name in ("video", "state"))
+
+    def _seen(self, batch: Mapping[str, Any]) -> Observation:
+        """The observation, remembered for the calls to come. Its time is counted in calls."""
+        self._calls += 1
+        observation = _observation(batch, float(self._calls))
+        if self._binding is None:
+            self._binding = self._bind(observation.frames)
+        self._binding.remember(observation)
+        return observation
+
     def _bind(self, cameras: Any) -> RobotBinding:
         metadata = self.policy.metadata
         camera_map = resolve_camera_map(list(cameras), metadata.resolutions, self.config.camera_map)
-        return RobotBinding(self.policy.get_modality_config(), metadata.state_widths, metadata.action_widths, SO100_JOINTS, camera_map)
+        modalities = self.policy.get_modality_config()
+        return RobotBinding(modalities, metadata.state_widths, metadata.action_widths, SO100_JOINTS, camera_map, fps=1.0)  # a call is a step
 
     def _prefix(self, left_over: Tensor | None, inference_delay: int, execution_horizon: int | None) -> ActionPrefix | None:
         """lerobot fills up a short remainder with rows of zeros; they are not actions, and are left out."""
@@ -154,7 +173,7 @@ def _check_joints(dataset_meta: Any) -> None:
         raise ConfigError(f"gr00t_fast drives an SO-100 or SO-101 with the joints {', '.join(SO100_JOINTS)}; this robot has {', '.join(names)}.")
 
 
-def _observation(batch: Mapping[str, Any]) -> Observation:
+def _observation(batch: Mapping[str, Any], time_s: float) -> Observation:
     """Pictures as the bytes that they were: lerobot divides them by 255, and rounding takes that back exactly."""
     if _STATE not in batch:
         raise ObservationError(f"the batch has no {_STATE}; it has {', '.join(batch)}.")
@@ -164,7 +183,7 @@ def _observation(batch: Mapping[str, Any]) -> Observation:
         raise ObservationError(f"gr00t_fast takes one observation at a time in lerobot's programs, got {several}.")
     pixels = {name: (value[0] * 255).round().to(torch.uint8).permute(1, 2, 0) for name, value in frames.items()}  # (height, width, 3)
     joints = batch[_STATE][0].numpy(force=True).astype(np.float64)  # (J,)
-    return Observation(joints, {name: value.numpy(force=True) for name, value in pixels.items()}, time.perf_counter())
+    return Observation(joints, {name: value.numpy(force=True) for name, value in pixels.items()}, time_s)
 
 
 def _instruction(batch: Mapping[str, Any]) -> str:
