@@ -1,4 +1,4 @@
-"""Clients that mean harm, each in a process of its own until it is killed.
+"""Clients that do harm, each in a process of its own until it is killed.
 
 python tests/attackers.py NAME PORT
 """
@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def small_observation(batch: int | None = None, side: int = 40, task: str = "pic
     return state | {"video.webcam": np.zeros((*lead, 1, side, side, 3), np.uint8), TASK: [task] * (batch or 1)}
 
 
-def flood(open_one: Callable[[], socket.socket], messages: Iterator[bytes], reads: bool = True) -> None:
+def flood(open_one: Callable[[], socket.socket], messages: Iterable[bytes], reads: bool = True) -> None:
     """Send one message after the other, taking the answers, and connect anew when thrown out."""
     while True:
         with contextlib.suppress(OSError), open_one() as raw:
@@ -108,6 +108,7 @@ def attack(name: str, port: int) -> None:
     web = lambda: socket.create_connection(("127.0.0.1", port), timeout=30)  # noqa: E731
     zmq = lambda: zeromq(port)  # noqa: E731
     opened = GREETING + READY + b"\x01\x00"
+    slow = small_observation(task="wait 0.02")
     act = reference.json_numpy_text({"observation": small_observation()}).encode()
     greedy = {
         "endless_multipart": lambda: several(4, lambda: flood(zmq, forever(b"\x01\x00" + frame(bytes(MB), more=True)), reads=False)),
@@ -125,6 +126,7 @@ def attack(name: str, port: int) -> None:
         "one_pixel_frames": lambda: several(8, lambda: flood(zmq, forever(request({"data": small_observation(400, 1)})))),
         "long_prompt": lambda: several(8, lambda: flood(zmq, forever(request({"data": small_observation(task="a b " * 15_000)})))),
         "many_texts": lambda: several(8, lambda: flood(zmq, forever(request({"data": small_observation() | {TASK: np.full(10**7, "ab", "<U1")}})))),
+        "hanging_up": lambda: several(4, lambda: flood(zmq, [request({"data": slow})], reads=False)),
         "http_announced": lambda: hold(port, 100, http_request(b"", 16 * MB)),
         "http_unfinished": lambda: hold(port, 40, http_request(bytes(15 * MB), 16 * MB), b"x" * 1000),
         "http_header_drip": lambda: hold(port, 300, b"POST /act HTTP/1.1\r\nX: ", b"x"),
@@ -133,6 +135,9 @@ def attack(name: str, port: int) -> None:
         "http_large_garbage": lambda: several(4, lambda: flood(web, forever(http_request(b'{"x": "' + b"y" * 15 * MB)))),
         "http_one_pixel_frames": lambda: several(
             8, lambda: flood(web, forever(http_request(reference.json_numpy_text({"observation": small_observation(400, 1)}).encode())))
+        ),
+        "http_hanging_up": lambda: several(
+            4, lambda: flood(web, [http_request(reference.json_numpy_text({"observation": slow}).encode())], reads=False)
         ),
         "http_mutated": lambda: several(8, lambda: flood(web, _mutated_http(act))),
     }

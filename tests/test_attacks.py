@@ -30,11 +30,11 @@ WARM_UP_S = 1.0 if LONG_S else 0.3
 INFERENCE = "wait 0.02"
 ZEROMQ = (
     *("endless_multipart", "endless_small_frames", "endless_route", "announced", "unfinished", "silent", "half_handshake", "connecting", "mutated"),
-    *("pings", "heartbeats", "large_garbage", "one_pixel_frames", "long_prompt", "many_texts"),
+    *("pings", "heartbeats", "large_garbage", "one_pixel_frames", "long_prompt", "many_texts", "hanging_up"),
 )
 HTTP = (
     *("http_announced", "http_unfinished", "http_header_drip", "http_connecting", "http_garbage", "http_large_garbage", "http_one_pixel_frames"),
-    "http_mutated",
+    *("http_mutated", "http_hanging_up"),
 )
 
 

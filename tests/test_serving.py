@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attackers
 import numpy as np
 import nvidia_style_service as reference
 import psutil
@@ -27,12 +28,12 @@ from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, Serve
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.connections import check_port_free
+from gr00t_fast.serving.connections import Connection, check_port_free
 from gr00t_fast.serving.service import (
     MAX_PER_CLIENT,
     MAX_REASON_CHARACTERS,
+    MAX_WAITING,
     SHUTTING_DOWN,
-    ByteBudget,
     InferenceQueue,
     RequestLog,
     same_token,
@@ -45,6 +46,13 @@ MAX_GROWTH_BYTES = 24e6
 MAX_OVERHEAD_MS = 2.0
 MAX_OVERHEAD_ECHOES = 5.0
 DUALCAM = ("front", "wrist")
+
+
+def ignore(*_: object) -> None:
+    """A connection, or an answer, that nobody looks at."""
+
+
+HERE = Connection("here", ignore)
 
 
 @pytest.fixture
@@ -201,7 +209,7 @@ def test_client_and_server_are_a_policy(server: PolicyServer, policy: Arithmetic
         with pytest.raises(ServerError, match="rtc or prefix as method"):
             client.get_action(seen, prefix=ActionPrefix({}, inference_delay=0, method="magic"))
         client.reset()
-        assert policy.resets == 1
+        assert policy.resets == 0, "the policy is all clients'"
         with pytest.raises(ServerError, match="kill is disabled"):
             client.kill()
         with pytest.raises(WireError, match="not object"):
@@ -520,6 +528,30 @@ def test_a_client_that_sends_ahead_waits_and_another_one_is_served(server: Polic
     eager.close(0)
 
 
+@pytest.mark.parametrize("kind", ["zmq", "http"])
+def test_requests_of_clients_that_have_hung_up_are_not_computed(policy: ArithmeticPolicy, kind: str) -> None:
+    """Twice as many as may wait, during one inference: an honest client is served right after it. One of them stays."""
+    with running((HttpPolicyServer if kind == "http" else PolicyServer)(policy, port=0)) as server:
+        if kind == "http":
+            text = reference.json_numpy_text({"observation": waiting(1.0)}).encode()
+            first, count = attackers.http_request(text), 1
+            open_one = lambda: socket.create_connection(("127.0.0.1", server.port), timeout=30)  # noqa: E731
+            honest = lambda: reference.http_post(f"{server.address}/act", {"observation": observation()})[0] == 200  # noqa: E731
+        else:
+            first, count = attackers.request({"endpoint": "get_action", "data": waiting(1.0)}), MAX_PER_CLIENT
+            open_one = lambda: attackers.zeromq(server.port)  # noqa: E731
+            honest = lambda: "action.gripper" in reference.Client(server.port).get_action(observation())  # noqa: E731
+        with open_one() as stays:
+            stays.sendall(first)
+            while not policy.calls:
+                time.sleep(0.01)
+            for _ in range(2 * MAX_WAITING):
+                with open_one() as one:
+                    one.sendall(first * count)
+            assert honest()
+    assert policy.calls == 2
+
+
 def test_requests_that_wait_take_a_bounded_number_of_bytes() -> None:
     """Many clients, each with a large request: some are told to come again, and the server does not grow by what all of them sent."""
     policy, large = ArithmeticPolicy(), {"junk": np.zeros(4_000_000, np.uint8)}
@@ -551,20 +583,20 @@ def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(pol
 
 
 def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
-    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(0), max_waiting=2, max_wait_s=0.05), []
-    work.submit(lambda: 1, outcomes.append)
-    work.submit(lambda: work.stop(), outcomes.append)
+    work, outcomes = InferenceQueue(RequestLog(), 10, max_waiting=2, max_wait_s=0.05), []
+    work.submit(lambda: 1, outcomes.append, HERE)
+    work.submit(lambda: work.stop(), outcomes.append, HERE)
     with pytest.raises(ServerError, match="busy"):
-        work.submit(lambda: 2, outcomes.append)
+        work.submit(lambda: 2, outcomes.append, HERE)
     time.sleep(0.1)
     work.stop()
     work.run()
     assert [outcome.error is not None and outcome.fault for outcome in outcomes] == [True, True]
     with pytest.raises(ServerError, match="shutting down"):
-        work.submit(lambda: 3, outcomes.append)
-    late = InferenceQueue(RequestLog(), ByteBudget(0), max_wait_s=0.01)
-    late.submit(lambda: 4, outcomes.append)
-    late.submit(lambda: late.stop(), outcomes.append)
+        work.submit(lambda: 3, outcomes.append, HERE)
+    late = InferenceQueue(RequestLog(), 10, max_wait_s=0.01)
+    late.submit(lambda: 4, outcomes.append, HERE)
+    late.submit(lambda: late.stop(), outcomes.append, HERE)
     time.sleep(0.05)
     threading.Timer(0.2, late.stop).start()
     late.run()
@@ -573,17 +605,17 @@ def test_the_queue_is_bounded_and_old_requests_are_not_computed() -> None:
 
 def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
     """Behind the sentinel: `submit` had found the queue open before `stop` came."""
-    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(10)), []
-    put = work._jobs.put
+    work, outcomes = InferenceQueue(RequestLog(), 10), []
+    put = work._wake.put
 
-    def stop_first(job: Any) -> None:
-        work._jobs = jobs
+    def stop_first(token: None) -> None:
+        work._wake = wake
         work.stop()
-        put(job)
+        put(token)
 
-    jobs = work._jobs
-    work._jobs = SimpleNamespace(put=stop_first, qsize=jobs.qsize)
-    work.submit(lambda: 1, outcomes.append, size_bytes=10)
+    wake = work._wake
+    work._wake = SimpleNamespace(put=stop_first)
+    work.submit(lambda: 1, outcomes.append, HERE, size_bytes=10)
     work.stop()
     work.run()
     assert [outcome.error for outcome in outcomes] == [SHUTTING_DOWN]
@@ -591,13 +623,13 @@ def test_a_call_submitted_while_the_queue_ends_is_answered() -> None:
 
 def test_submitting_and_stopping_at_once_loses_no_call() -> None:
     for _ in range(50):
-        work, outcomes, taken = InferenceQueue(RequestLog(), ByteBudget(0)), [], []
+        work, outcomes, taken = InferenceQueue(RequestLog(), 10), [], []
         runner = threading.Thread(target=work.run)
 
         def submit_all(work: InferenceQueue = work, outcomes: list[Any] = outcomes, taken: list[int] = taken) -> None:
             with contextlib.suppress(ServerError):  # it ends, or is full
                 while True:
-                    work.submit(lambda: 1, outcomes.append)
+                    work.submit(lambda: 1, outcomes.append, HERE)
                     taken.append(1)
 
         submitters = [threading.Thread(target=submit_all) for _ in range(3)]
@@ -610,23 +642,51 @@ def test_submitting_and_stopping_at_once_loses_no_call() -> None:
 
 
 def test_requests_of_clients_that_were_refused_wait_for_those_of_others() -> None:
-    work, done = InferenceQueue(RequestLog(), ByteBudget(0)), []
+    work, done, suspect = InferenceQueue(RequestLog(), 10), [], Connection("here", ignore, refused_s=time.monotonic())
     for number in range(3):
-        work.submit(lambda number=number: done.append(f"suspect {number}"), lambda outcome: None, suspect=True)
-        work.submit(lambda number=number: done.append(f"honest {number}"), lambda outcome: None)
-    work.submit(work.stop, lambda outcome: None, suspect=True)
+        work.submit(lambda number=number: done.append(f"suspect {number}"), ignore, suspect)
+        work.submit(lambda number=number: done.append(f"honest {number}"), ignore, HERE)
+    work.submit(work.stop, ignore, suspect)
     work.run()
     assert done == [f"{kind} {number}" for kind in ("honest", "suspect") for number in range(3)]
 
 
+def test_no_client_holds_more_than_its_share() -> None:
+    """A full queue gives places to the host, or else the connection, that has fewer; then hosts take turns."""
+    work, done, refused = InferenceQueue(RequestLog(), 100, max_waiting=6), [], []
+    greedy, other, third = [Connection("greedy", ignore) for _ in range(3)], Connection("other", ignore), Connection("third", ignore)
+
+    def submit(name: str, client: Connection, size_bytes: int = 0) -> None:
+        def call() -> None:
+            done.append(name)
+            if len(done) == 6:
+                work.stop()
+
+        work.submit(call, lambda outcome: outcome.error and refused.append(name), client, size_bytes)
+
+    for number in range(6):
+        submit(f"greedy {number}", greedy[number // 3])
+    submit("greedy's third connection", greedy[2])
+    for number in range(2):
+        submit(f"other {number}", other)
+    with pytest.raises(ServerError, match="busy"):
+        submit("no more than the others", greedy[0])
+    submit("large", third, 60)
+    with pytest.raises(ServerError, match="busy: .* 60 bytes"):
+        submit("another large one", other, 60)
+    work.run()
+    assert refused == ["greedy 2", "greedy 5", "greedy 1", "greedy 4"]
+    assert done == ["greedy 0", "other 0", "large", "greedy 3", "other 1", "greedy's third connection"]
+
+
 def test_the_budget_is_given_back() -> None:
-    work, outcomes = InferenceQueue(RequestLog(), ByteBudget(10)), []
+    work, outcomes = InferenceQueue(RequestLog(), 10), []
     for _ in range(3):
-        work.submit(lambda: 1 / 0, outcomes.append, size_bytes=5)
-        work.submit(lambda: 1, outcomes.append, size_bytes=5)
-        with pytest.raises(ServerError, match="busy: requests of 10 bytes"):
-            work.submit(lambda: 1, outcomes.append, size_bytes=1)
-        work.submit(work.stop, outcomes.append)
+        work.submit(lambda: 1 / 0, outcomes.append, HERE, size_bytes=5)
+        work.submit(lambda: 1, outcomes.append, HERE, size_bytes=5)
+        with pytest.raises(ServerError, match="busy: 2 requests of 10 bytes"):
+            work.submit(lambda: 1, outcomes.append, HERE, size_bytes=1)
+        work.submit(work.stop, outcomes.append, HERE)
         work.run()
         work._stopping.clear()
     assert len(outcomes) == 9

@@ -38,7 +38,7 @@ _LEGEND = (
     "follow-lim.: further ahead of the joint than --max_following_error_deg.",
     "track: distance from a target to the pose one tick later.",
 )
-_SECRET_FLAGS, _HIDDEN = ("--api_token",), "(hidden)"
+_SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
 
 
 def build_report(
@@ -73,12 +73,13 @@ def build_report(
 
 
 def without_secrets(argv: Sequence[str]) -> list[str]:
-    """A command line for others to read: `--api_token=...` without its value."""
+    """A command line for others to read: `--api_token=...` without its value, however it is spelt."""
     shown, hide = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
-        shown.append(_HIDDEN if hide else f"{name}={_HIDDEN}" if equals and name in _SECRET_FLAGS else word)
-        hide = not equals and name in _SECRET_FLAGS
+        secret = name.replace("-", "_") in _SECRET_FLAGS
+        shown.append(_HIDDEN if hide else f"{name}={_HIDDEN}" if equals and secret else word)
+        hide = not equals and secret
     return shown
 
 

@@ -97,7 +97,7 @@ class PolicyClient(Policy):
         return None if reply is None else metadata_from_message(reply)
 
     def reset(self) -> None:
-        """As `Policy.reset`, for all clients of that server. NVIDIA's server has nothing to reset, and no such endpoint: that is no error."""
+        """As `Policy.reset`; our server has nothing to reset, being everybody's. NVIDIA's N1.5 server has no such endpoint: that is no error."""
         self._call_extension("reset")
 
     @property

@@ -10,12 +10,14 @@ import contextlib
 import ipaddress
 import math
 import os
+import select
 import socket
 import stat
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from gr00t_fast.errors import ServerError
 
@@ -26,6 +28,7 @@ _GRACE_S, _GRACE_PLACES = 0.1, 3
 _PATIENCE_S = 1.0  # for a message of a usual size from this network
 _SUSPECT_S = 10.0
 _THROTTLE_SHARE = 0.2  # of the event loop's time
+_HUNG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # Linux's flag tells it before what the client sent last has been read
 
 
 @dataclass(eq=False)
@@ -41,6 +44,18 @@ class Connection:
     deadlines_s: dict[str, float] = field(default_factory=dict)  # by what it has to finish until then
     held_since_s: float | None = None  # it waits for memory
     refused_s: float = -math.inf  # when a request of it was refused for the last time
+    socket: Any = None  # as asyncio gives it
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has hung up, also where nothing is read from it now. For any thread."""
+        if self.socket is None:
+            return False
+        if (number := self.socket.fileno()) < 0:
+            return True
+        poll = select.poll()
+        poll.register(number, _HUNG_UP)
+        return bool(poll.poll(0))
 
     @property
     def suspect(self) -> bool:

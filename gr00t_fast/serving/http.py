@@ -30,7 +30,6 @@ from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connection, Connect
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     UNAUTHORISED,
-    ByteBudget,
     InferenceQueue,
     InferenceResult,
     PolicyServerBase,
@@ -71,9 +70,8 @@ class HttpPolicyServer(PolicyServerBase):
         self._names = {name.lower() for name in (*_LOCAL_NAMES, host, socket.gethostname(), f"{socket.gethostname()}.local", *host_names)}
         self._records: dict[tuple[str, int], Connection] = {}  # by the client's address and port
         listener, numeric = listen_on_tcp(host, port)
-        traffic, self._budget = RequestLog(), ByteBudget(BUDGET_MESSAGES * MAX_BODY_BYTES)
-        connections = Connections()
-        super().__init__(listener, f"http://{numeric}", InferenceQueue(traffic, self._budget), traffic, connections)
+        traffic, connections = RequestLog(), Connections()
+        super().__init__(listener, f"http://{numeric}", InferenceQueue(traffic, BUDGET_MESSAGES * MAX_BODY_BYTES), traffic, connections)
         if api_token is None and not is_local(self.address):
             log.warning("%s can be reached from other machines and no api_token is asked for", self.address)
 
@@ -120,7 +118,7 @@ class HttpPolicyServer(PolicyServerBase):
             self._request_log.refused(str(refusal))
             record.refused_s = time.monotonic()
             status, message, keep = refusal.status, {"detail": str(refusal)}, refusal.keep
-            pause_s = self._connections.refusals.pause_s(_REFUSAL_COST_S + refusal.cost_s)
+            pause_s = 0.0 if record.gone else self._connections.refusals.pause_s(_REFUSAL_COST_S + refusal.cost_s)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
@@ -204,7 +202,7 @@ class HttpPolicyServer(PolicyServerBase):
             observation = _observation(body)
             del body
             self._connections.holds(record, 0)
-            self._queue.submit(lambda: self._policy.get_action(observation), answer, size_bytes, record.suspect)
+            self._queue.submit(lambda: self._policy.get_action(observation), answer, record, size_bytes)
         except ServerError as error:
             raise _Refusal(503, str(error), keep=True, cost_s=time.thread_time() - began_s) from error
         except Gr00tFastError as error:
@@ -257,7 +255,7 @@ def _watched_protocol(connections: Connections, records: dict[tuple[str, int], C
     class WatchedProtocol(h11_impl.H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._record = Connection(transport.get_extra_info("peername")[0], transport.abort)
+            self._record = Connection(transport.get_extra_info("peername")[0], transport.abort, socket=transport.get_extra_info("socket"))
             records[transport.get_extra_info("peername")[:2]] = self._record
             connections.expect(self._record, "header", HEADER_S)
             connections.enter(self._record)

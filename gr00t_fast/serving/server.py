@@ -26,7 +26,6 @@ from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     MAX_PER_CLIENT,
     UNAUTHORISED,
-    ByteBudget,
     InferenceQueue,
     InferenceResult,
     PolicyServerBase,
@@ -69,7 +68,7 @@ class PolicyServer(PolicyServerBase):
             listener, numeric = listen_on_tcp(host, port)
             bound = f"tcp://{numeric}"
         traffic = RequestLog()
-        queue = InferenceQueue(traffic, ByteBudget(BUDGET_MESSAGES * max_message_bytes))
+        queue = InferenceQueue(traffic, BUDGET_MESSAGES * max_message_bytes)
         super().__init__(listener, bound, queue, traffic, Connections())
         if api_token is None and not is_local(self.address):
             log.warning("%s can be reached from other machines and no api_token is asked for", self.address)
@@ -131,16 +130,16 @@ class PolicyServer(PolicyServerBase):
             return self._modality_config
         if endpoint == "get_facts" and self._metadata is not None:  # an extension, like those below
             return self._metadata
+        if endpoint == "reset":  # nothing to do: what belongs to an episode is with the client, and the policy is everybody's
+            return encode({"status": "ok"})
         if endpoint == "kill":
             return self._kill()
         call = self._policy_call(endpoint, request.get("data", {}))
-        self._queue.submit(call, lambda outcome: self._reply(connection, route, outcome), len(message), connection.record.suspect)
+        self._queue.submit(call, lambda outcome: self._reply(connection, route, outcome), connection.record, len(message))
         connection.wait()
         return None
 
     def _policy_call(self, endpoint: str, data: Any) -> Callable[[], Any]:
-        if endpoint == "reset":
-            return self._reset
         if endpoint == "get_action" and isinstance(data, dict) and is_nested(data.get("observation")):
             nested = _observation(flat_observation(data["observation"]), "data.observation")
             return lambda: _InFormOfN1d7([nested_actions(self._policy.get_action(nested)), {}])
@@ -161,10 +160,6 @@ class PolicyServer(PolicyServerBase):
         return encode({"status": "ok", "message": "Server is shutting down"})
 
     # --- the inference thread ----------------------------------------------------------------------------------------------------------
-
-    def _reset(self) -> dict[str, str]:
-        self._policy.reset()
-        return {"status": "ok"}
 
     def _reply(self, connection: ZmtpConnection, route: list[bytes], outcome: InferenceResult) -> None:
         try:

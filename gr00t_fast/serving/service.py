@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,7 +21,7 @@ import numpy as np
 
 from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.serving.connections import Connections
+from gr00t_fast.serving.connections import Connection, Connections
 
 log = logging.getLogger(__name__)
 MAX_WAITING = 128  # requests in the queue; further ones are refused at once, so that waiting time stays bounded
@@ -60,87 +59,125 @@ class InferenceResult:
     fault: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     call: Callable[[], Any]
     answer: Callable[[InferenceResult], None]
+    client: Connection
     arrived_s: float
     size_bytes: int
-    suspect: bool
 
 
-class ByteBudget:
-    """How much the unanswered requests may take together, in bytes as they were sent. For any thread."""
+def _host(job: _Job) -> str:
+    return job.client.host
 
-    def __init__(self, limit_bytes: int) -> None:
-        self._lock, self._limit_bytes, self._taken_bytes = threading.Lock(), limit_bytes, 0
 
-    def take(self, size_bytes: int) -> None:
-        """Raises ServerError when there is no room for so many more."""
-        with self._lock:
-            if self._taken_bytes + size_bytes > self._limit_bytes:
-                raise ServerError(f"{BUSY}requests of {self._taken_bytes} bytes are waiting already. Try again later.")
-            self._taken_bytes += size_bytes
-
-    def give_back(self, size_bytes: int) -> None:
-        with self._lock:
-            self._taken_bytes -= size_bytes
+def _connection(job: _Job) -> int:
+    return id(job.client)
 
 
 class InferenceQueue:
-    """Calls are submitted from any thread and run one after the other in the thread that calls `run`."""
+    """Calls are submitted from any thread and run one after the other in the thread that calls `run`.
 
-    def __init__(self, traffic: RequestLog, budget: ByteBudget, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
-        self._sorted: tuple[deque[_Job], deque[_Job]] = (deque(), deque())  # what was taken from there: of honest clients, and of suspect ones
-        self._request_log, self._budget, self._max_waiting, self._max_wait_s = traffic, budget, max_waiting, max_wait_s
+    Calls of clients that have hung up are not run. Clients whose requests were refused lately come after all others, hosts take turns, and of one
+    host the oldest call comes first. Where places or bytes run out, a newcomer takes those of the host, or the connection, that holds most.
+    """
+
+    def __init__(self, traffic: RequestLog, limit_bytes: int, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S) -> None:
+        """`limit_bytes`: of all unanswered requests together, as they were sent."""
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
+        self._waiting: list[_Job] = []
+        self._running_bytes = 0
+        self._served_s: dict[str, float] = {}  # when a call of a host that waits was taken for the last time
+        self._request_log, self._limit_bytes, self._max_waiting, self._max_wait_s = traffic, limit_bytes, max_waiting, max_wait_s
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # never taken by `stop`: a signal handler may interrupt whoever holds it
 
-    def submit(self, call: Callable[[], Any], answer: Callable[[InferenceResult], None], size_bytes: int = 0, suspect: bool = False) -> None:
-        """Queue `call`; `answer` gets its outcome in the running thread. `size_bytes` comes out of the budget until the answer. A `suspect` call, of
-        a client whose requests are refused now and then, waits until there are no others.
+    def submit(self, call: Callable[[], Any], answer: Callable[[InferenceResult], None], client: Connection, size_bytes: int = 0) -> None:
+        """Queue `call`; `answer` gets its outcome, in the running thread unless it is given up for another one.
 
         Raises ServerError when too many or too large ones wait, or the server is ending.
         """
+        job = _Job(call, answer, client, time.monotonic(), size_bytes)
         with self._lock:
             if self._stopping.is_set():
                 raise ServerError(SHUTTING_DOWN)
-            if self._jobs.qsize() + sum(map(len, self._sorted)) >= self._max_waiting:
-                raise ServerError(f"{BUSY}{self._max_waiting} requests are waiting already. Try again later.")
-            self._budget.take(size_bytes)
-            self._jobs.put(_Job(call, answer, time.monotonic(), size_bytes, suspect))
+            dropped = [] if self._fits(job) else self._without_gone()
+            while not self._fits(job) and (other := self._more_than_its_share(job)) is not None:
+                self._waiting.remove(other)
+                dropped.append(other)
+            if fits := self._fits(job):
+                self._waiting.append(job)
+                self._wake.put(None)
+            refusal = f"{BUSY}{len(self._waiting)} requests of {self._taken_bytes} bytes are waiting already. Try again later."
+        for other in dropped:
+            other.answer(InferenceResult(error=refusal, fault=True))
+        if not fits:
+            raise ServerError(refusal)
 
     def run(self) -> None:
         """Work until `stop`; what still waits then is answered with an error."""
-        while (job := self._next()) is not None:
-            self._work(job)
-            del job  # it holds an observation
-        with self._lock:  # a `submit` that had seen no `stop` has put its job by now, and later ones are refused
-            left = [*self._sorted[0], *self._sorted[1], *(self._jobs.get() for _ in range(self._jobs.qsize()))]
-        for jobs in self._sorted:
-            jobs.clear()
-        for job in left:
+        while not self._stopping.is_set():
+            self._wake.get()
+            with self._lock:
+                gone, job = self._without_gone(), self._next()
+            for each in gone:
+                each.answer(InferenceResult(error="the client has hung up.", fault=True))
             if job is not None:
                 self._work(job)
+            del gone, job  # they hold observations
+        with self._lock:  # a `submit` that had seen no `stop` has queued its job by now, and later ones are refused
+            left, self._waiting = self._waiting, []
+        for each in left:
+            self._work(each)
+
+    @property
+    def _taken_bytes(self) -> int:
+        return self._running_bytes + sum(each.size_bytes for each in self._waiting)
+
+    def _fits(self, job: _Job) -> bool:
+        return len(self._waiting) < self._max_waiting and self._taken_bytes + job.size_bytes <= self._limit_bytes
+
+    def _without_gone(self) -> list[_Job]:
+        """Take out, and return, the calls of clients that have hung up."""
+        gone = [each for each in self._waiting if each.client.gone]
+        self._waiting = [each for each in self._waiting if each not in gone]
+        return gone
+
+    def _more_than_its_share(self, job: _Job) -> _Job | None:
+        """The newest call of the host that has most, where that is more than the newcomer's has with `job`; else likewise of its connections."""
+        most, own = self._most(self._waiting, _host), [each for each in self._waiting if _host(each) == _host(job)]
+        if self._share(most) > self._share([*own, job]):
+            return self._most(most, _connection)[-1]
+        most, own = self._most(own, _connection), [each for each in own if each.client is job.client]
+        return most[-1] if self._share(most) > self._share([*own, job]) else None
+
+    def _most(self, jobs: list[_Job], owner: Callable[[_Job], Any]) -> list[_Job]:
+        """Of the owner with the largest share."""
+        held: dict[Any, list[_Job]] = {}
+        for each in jobs:
+            held.setdefault(owner(each), []).append(each)
+        return max(held.values(), key=self._share, default=[])
+
+    def _share(self, jobs: list[_Job]) -> float:
+        return max(len(jobs) / self._max_waiting, sum(each.size_bytes for each in jobs) / self._limit_bytes)
 
     def _next(self) -> _Job | None:
-        """Honest clients' first. None: the end."""
-        while not any(self._sorted) or self._jobs.qsize():
-            job = self._jobs.get()
-            if job is None:
-                return None
-            self._sorted[job.suspect].append(job)
-        return self._sorted[not self._sorted[0]].popleft()
+        self._served_s = {host: self._served_s.get(host, 0.0) for host in map(_host, self._waiting)}
+        job = min(self._waiting, key=lambda each: (each.client.suspect, self._served_s[_host(each)]), default=None)
+        if job is not None:
+            self._waiting.remove(job)
+            self._served_s[_host(job)], self._running_bytes = time.monotonic(), job.size_bytes
+        return job
 
     def stop(self) -> None:
         """End `run` after the call in progress. From any thread and from signal handlers."""
         self._stopping.set()
-        self._jobs.put(None)
+        self._wake.put(None)
 
     def _work(self, job: _Job) -> None:
         outcome = InferenceResult(error=SHUTTING_DOWN, fault=True) if self._stopping.is_set() else self._outcome(job)
-        self._budget.give_back(job.size_bytes)  # before the answer: whoever has it may send the next request
+        self._running_bytes = 0  # before the answer: whoever has it may send the next request
         job.answer(outcome)
 
     def _outcome(self, job: _Job) -> InferenceResult:

@@ -77,7 +77,7 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         peer = transport.get_extra_info("peername")
-        self.record = Connection(peer[0] if isinstance(peer, tuple) else "this machine", transport.abort)
+        self.record = Connection(peer[0] if isinstance(peer, tuple) else "this machine", transport.abort, socket=transport.get_extra_info("socket"))
         self._connections.expect(self.record, "handshake", _HANDSHAKE_S)
         self._connections.enter(self.record)
         self._alive.add(self)
@@ -123,6 +123,9 @@ class ZmtpConnection(asyncio.BufferedProtocol):
     def answer(self, route: list[bytes], reply: bytes, served: bool) -> None:
         """Of a request that waited."""
         self.record.waiting -= 1
+        if self.record.gone:
+            self._end()
+            return
         self.record.served = self.record.served or served
         self._send(route, reply)
         if served:
