@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 MAX_BYTES = 2**24  # the largest published configuration has 100 kB
+LFS_POINTER, LFS_REMEDY = b"version https://git-lfs", "it is git-lfs's pointer, not the file: run `git lfs pull` where it was cloned"
 _TOKENIZER_BYTES = 2**26  # Qwen's tokenizer.json has 11 MB
 
 
@@ -22,7 +23,10 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         _check_regular(path, os.fstat(file.fileno()), max_bytes)
-        return file.read(max_bytes).decode("utf-8")
+        content = file.read(max_bytes)
+    if content.startswith(LFS_POINTER):
+        raise ValueError(LFS_REMEDY)
+    return content.decode("utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -33,6 +37,9 @@ def read_json(path: Path) -> Any:
 def check_tokenizer_file(path: Path) -> None:
     """For files that a library opens itself. Raises like `read_text`."""
     _check_regular(path, os.stat(path), _TOKENIZER_BYTES)
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(LFS_REMEDY)
 
 
 def parse_json(text: str | bytes | bytearray, convert: Callable[[dict[str, Any]], Any] = lambda found: found) -> Any:

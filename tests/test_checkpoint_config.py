@@ -266,6 +266,20 @@ def test_facts_need_no_weights(checkpoint: Path) -> None:
 # --- where it comes from -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(checkpoint: Path, file: str) -> None:
+    (checkpoint / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4967\n")
+    with pytest.raises(CheckpointError, match=rf"{file} .*git lfs pull"):
+        load_network(checkpoint)
+
+
+def test_the_directory_above_a_checkpoint_names_it(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    checkpoint.rename(tmp_path / "run" / "checkpoint-1000")
+    with pytest.raises(CheckpointError, match=r"N1\.7.*Did you mean .*run/checkpoint-1000\?"):
+        open_checkpoint(tmp_path / "run")
+
+
 def test_paths_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a file; expected the checkpoint's directory"):
         open_checkpoint(checkpoint / "config.json")

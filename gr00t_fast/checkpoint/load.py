@@ -198,9 +198,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         loaded = read_json(path)
     except FileNotFoundError as error:
-        n1d7 = path.name in PROCESSOR_FILES
-        expected = f"GR00T N1.7 checkpoint: {_EXPECTED_FILES_N1D7}" if n1d7 else f"GR00T N1.5 checkpoint: {_EXPECTED_FILES}"
-        raise CheckpointError(f"{path} is missing. Expected a fine-tuned {expected}.") from error
+        below = sorted({file.parent for file in path.parent.glob("*/model*.safetensors*")})
+        meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
+        raise CheckpointError(f"{path} is missing. Expected a GR00T checkpoint: {_EXPECTED_FILES}.{meant}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
     if not isinstance(loaded, dict):
@@ -208,8 +208,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-_EXPECTED_FILES = "config.json, model*.safetensors and experiment_cfg/metadata.json"
-_EXPECTED_FILES_N1D7 = f"config.json, model*.safetensors, {', '.join(PROCESSOR_FILES)}"
+_EXPECTED_FILES = f"config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) {', '.join(PROCESSOR_FILES)}"
 
 
 def _processor_files(path: Path) -> ProcessorFiles:
