@@ -48,6 +48,14 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
         ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
         ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
+        # an absent key means the default of the reference's class
+        ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", ..., "interleave_self_attention is not given, which means False"),
+        ("action_head_cfg.diffusion_model_cfg.positional_embeddings", ..., "diffusion_model_cfg.positional_embeddings .*'sinusoidal'"),
+        ("action_head_cfg.vl_self_attention_cfg.positional_embeddings", ..., "vl_self_attention_cfg.positional_embeddings .*'sinusoidal'"),
+        ("backbone_cfg.project_to_dim", ..., "project_to_dim .*1536"),
+        # said in two places
+        ("action_dim", 16, "action_dim is 16, expected 32"),
+        ("action_horizon", 8, "action_horizon is 8, expected 16"),
         ("backbone_cfg.select_layer", 99, "select_layer must be between 1 and 1, got 99"),
         ("backbone_cfg.select_layer", -1, "select_layer must be between"),
         ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a whole number from 1 to 4096, got 0"),
@@ -74,6 +82,9 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
     ("key", "value", "pattern"),
     [
         ("use_pixel_shuffle", True, "use_pixel_shuffle is True"),
+        ("use_pixel_shuffle", ..., "use_pixel_shuffle is not given, which means True"),
+        ("mlp_connector_layers", ..., "mlp_connector_layers is not given, which means 2"),
+        ("select_layer", ..., "select_layer is not given, which means -4"),
         ("text_config.model_type", "qwen2", "text_config.model_type is 'qwen2'; .* 'qwen3' only"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling"),
         ("vision_config", ..., "no 'vision_config' section"),
@@ -91,6 +102,11 @@ def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, v
     edit_json(checkpoint / "eagle2_hg_model" / "config.json", key, value)
     with pytest.raises(CheckpointError, match=pattern):
         open_checkpoint(checkpoint)
+
+
+def test_an_absent_rope_theta_means_the_library_s_default(checkpoint: Path) -> None:
+    edit_json(checkpoint / "eagle2_hg_model" / "config.json", "text_config.rope_theta", ...)
+    assert open_checkpoint(checkpoint).config.language.rope_theta == 10_000
 
 
 def test_sizes_of_the_published_network_are_the_default(checkpoint: Path) -> None:
