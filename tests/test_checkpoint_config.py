@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from random_networks import TINY, Sizes, edit_json, load_network, write_network
+from random_networks import TINY, Sizes, edit_json, load_network, observation, write_network
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.serving.wire import metadata_to_message
@@ -184,6 +187,13 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
         ("statistics.state.gripper.min", [10**400]),
         ("modalities.video.webcam.fps", -30),
         ("modalities.video.webcam.fps", "fast"),
+        ("modalities.action", 3),
+        ("statistics.state.gripper.min", ["0"]),
+        ("statistics.state.gripper.q99", [float("nan")]),
+        ("statistics.state.gripper.max", [1e30]),
+        ("statistics.state.gripper.max", [50.0]),  # below q99
+        ("statistics.state.gripper.min", [40.0]),  # above q01
+        ("statistics.state.gripper.std", [-1.0]),
     ],
 )
 def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
@@ -192,9 +202,38 @@ def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
         open_checkpoint(checkpoint).embodiment("new_embodiment")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("action.single_arm.absolute", False, "action.single_arm, absolute is False"),
+        ("action.gripper.rotation_type", "quaternion", "action.gripper, rotation_type is 'quaternion'"),
+        ("state.gripper.shape", [2], r"state.gripper, shape is \[2\], but its statistics have 1"),
+    ],
+)
+def test_parts_that_are_something_else_than_joint_positions(checkpoint: Path, key: str, value: object, says: str) -> None:
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.modalities.{key}", value)
+    with pytest.raises(CheckpointError, match=says):
+        load_policy(checkpoint, device="cpu")
+
+
+def test_statistics_that_were_rounded_or_estimated_are_taken(checkpoint: Path) -> None:
+    for name, value in (("q01", -0.01), ("q99", 60.01)):
+        edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [value])
+    assert open_checkpoint(checkpoint).embodiment("new_embodiment").statistics["state.gripper"]["q99"] == [60.01]
+
+
+def test_a_deviation_that_is_nan_is_refused_where_it_is_used(checkpoint: Path) -> None:
+    """NVIDIA's merging of data sets writes NaN for a joint that never moves."""
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.gripper.std", [float("nan")])
+    actions = load_policy(checkpoint, device="cpu").get_action(observation())
+    assert all(np.isfinite(values).all() for values in actions.values())
+    with pytest.raises(CheckpointError, match="state.gripper .* std holds NaN"):
+        load_policy(checkpoint, device="cpu", data_config=replace(DATA_CONFIGS["so100"], normalisation={"state.gripper": "mean_std"}))
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
 def test_numbers_that_are_none(checkpoint: Path, number: str) -> None:
-    for file in ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json"):
+    for file in ("config.json", "eagle2_hg_model/config.json", *(["experiment_cfg/metadata.json"] if number != "NaN" else [])):
         text = (checkpoint / file).read_text()
         (checkpoint / file).write_text(f'{{"extra": {number}, {text.lstrip()[1:]}')
         with pytest.raises(CheckpointError, match=f"{file}.*{number}"):
