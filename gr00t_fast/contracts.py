@@ -118,7 +118,6 @@ class Policy(Protocol):
 
     def close(self) -> None:
         """Release what it holds: connections, memory. Nothing else is called afterwards."""
-        return None  # with a body of its own, it is not abstract to a type checker
 
 
 @dataclass(frozen=True)
@@ -228,3 +227,6 @@ class Clock(Protocol):
     def now_s(self) -> float: ...
 
     def sleep_until_s(self, deadline_s: float) -> None: ...
+
+    def suspended_s(self) -> float:
+        """How long the machine has been suspended since it was started; 0 where that cannot be known (not Linux)."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lib.latency import VirtualWorker
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import SyncController, Worker
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.signals import StopSignals
 
@@ -23,12 +24,16 @@ class FakeClock:
     def __init__(self) -> None:
         self.time_s = 100.0
         self.oversleep_s = 0.0
+        self.asleep_s = 0.0
 
     def now_s(self) -> float:
         return self.time_s
 
     def sleep_until_s(self, deadline_s: float) -> None:
         self.time_s = max(self.time_s, deadline_s) + self.oversleep_s
+
+    def suspended_s(self) -> float:
+        return self.asleep_s
 
     def advance(self, seconds: float) -> None:
         self.time_s += seconds
@@ -151,17 +156,21 @@ def policy_metadata(
 class Bench:
     """A loop with its fakes at hand."""
 
-    def __init__(self, inference_s: float = 0.0, horizon: int | None = 8, policy_horizon: int = 16, **options: object) -> None:
+    def __init__(
+        self, inference_s: float = 0.0, horizon: int | None = 8, policy_horizon: int = 16, worker: Worker | None = None, **options: object
+    ) -> None:
         self.clock = FakeClock()
         self.robot = FakeRobot(self.clock)
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
         known = self.policy.metadata
         binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
-        controller = SyncController(self.policy, binding, "pick: the cube", self.clock, horizon)
+        controller = SyncController(self.policy, binding, "pick: the cube", self.clock, horizon, worker=worker or VirtualWorker(self.clock))
         self.said: list[str] = []
         self.stop = StopSignals()
         options.setdefault("timeout_s", 1.0)
-        self.loop = ControlLoop(self.robot, controller, LoopOptions(30.0, **options), self.clock, self.stop, echo=self.said.append)
+        self.loop = ControlLoop(
+            self.robot, controller, LoopOptions(options.pop("fps", 30.0), **options), self.clock, self.stop, echo=self.said.append
+        )
 
     def sent(self) -> np.ndarray:
         return np.array([targets for _, targets in self.robot.sent])

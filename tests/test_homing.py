@@ -222,6 +222,6 @@ def test_ordinary_motion_of_a_real_arm_is_not_limited() -> None:
     safety = SafetyFilter(LIMITS, SO100_JOINTS, SafetyOptions(), fps=30.0, units_per_deg=np.ones(6))
     safety.start(np.zeros(6))
     for tick in range(1, 8):
-        safety.measured(np.full(6, 7.7 * (tick - 1)))
+        safety.measured(np.full(6, 7.7 * (tick - 1)), tick / 30.0)
         np.testing.assert_allclose(safety(np.full(6, 7.7 * tick)), 7.7 * tick)
     assert not safety.speed_limited.any()

@@ -21,6 +21,7 @@ from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.report import build_report, verdict
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import TickRecord
@@ -101,6 +102,58 @@ def test_tracking_compares_a_target_with_the_pose_one_tick_later() -> None:
     bench.loop.run()
     assert bench.loop.trace.tracking_error().shape == (26, 6)  # 29 pairs less 3 that end at a new chunk
     assert not bench.loop.trace.tracking_error().any()  # the fake arm is there after one tick
+
+
+def with_servos(bench: Bench, deg_s: float, blocked: int | None = None) -> list[tuple[float, np.ndarray]]:
+    """Joints turn at most so fast; one may stand still. Returns a list that fills with how far goals are ahead, and when, 100 times a second."""
+    ahead: list[tuple[float, np.ndarray]] = []
+    robot, clock, at_s = bench.robot, bench.clock, [bench.clock.now_s()]
+
+    def move() -> None:
+        while robot.sent and at_s[0] + 0.01 <= clock.now_s():
+            at_s[0] += 0.01
+            way = np.clip(robot.sent[-1][1] - robot.pose, -0.01 * deg_s, 0.01 * deg_s)
+            robot.pose = robot.pose + np.where(np.arange(6) == blocked, 0, way)
+            ahead.append((at_s[0], np.abs(robot.sent[-1][1] - robot.pose)))
+        if not robot.sent:
+            at_s[0] = clock.now_s()
+
+    robot._move = move
+    return ahead
+
+
+@pytest.mark.parametrize("fps", [2.0, 5.0, 10.0])
+def test_at_low_rates_a_blocked_joint_has_its_goal_near_and_a_free_one_is_not_slowed(fps: float) -> None:
+    bench = Bench(fps=fps, timeout_s=4.0, inference_s=0.01)
+    bench.policy.on_action = lambda targets: np.full_like(targets, 100.0)
+    ahead = with_servos(bench, 300.0, blocked=2)
+    bench.loop.run()
+    assert max(errors[2] for _, errors in ahead) == pytest.approx(15.0)
+    began_s = bench.times()[0]
+    arrived_s = next(when for when, errors in ahead if errors[0] < 1.0 and when > began_s + 0.2 and bench.sent()[bench.times() <= when][-1][0] == 100)
+    assert arrived_s - began_s < 100 / 300 + 1 / fps + 0.15  # the speed limit lets a tick's step of 350 deg/s out at a time
+
+
+def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> None:
+    """Blocked at full speed as the chunk's last goal went out."""
+    bench = Bench(inference_s=1.9, timeout_s=4.0)
+    bench.policy.on_action = lambda targets: targets[:1] + 10.0 * np.arange(16)[:, None]  # 300 deg/s
+    with_servos(bench, 150.0)
+    move = bench.robot._move
+
+    def blocked_from_the_eighth() -> None:
+        before = bench.robot.pose.copy()
+        move()
+        if len(bench.robot.sent) >= 8:
+            bench.robot.pose = before
+
+    bench.robot._move = blocked_from_the_eighth
+    bench.loop.run()
+    last_s = bench.times()[7]
+    goals = {when: np.abs(goal - bench.robot.pose).max() for when, goal in bench.robot.sent if last_s <= when < last_s + 1.9}
+    assert goals[last_s] > 30.0
+    assert [ahead_deg for when, ahead_deg in goals.items() if when > last_s + 0.45] == []
+    assert goals[max(goals)] == pytest.approx(15.0)
 
 
 def test_sending_does_not_wait_for_a_slow_camera_within_a_chunk() -> None:
@@ -248,6 +301,55 @@ def test_the_time_limit_holds_in_the_middle_of_an_inference() -> None:
     assert trace.ended_s - trace.began_s < 5.0  # 1 on a quiet machine
     assert robot.calls[-1] == "land"
     hangs.set()
+
+
+def test_the_time_limit_holds_in_an_episodes_first_inference_too() -> None:
+    bench = Bench(inference_s=1.5, timeout_s=0.5, episodes=2)
+    trace = bench.loop.run()
+    assert bench.robot.sent == []
+    assert (trace.ended_by, trace.episodes, len(trace.chunks)) == ("done", 2, 0)
+    assert [line for line in bench.said if "--timeout" in line]
+    assert "the time limit" in verdict(build_report(bench.loop, {}))
+
+
+@pytest.mark.parametrize("overslept", [False, True])
+def test_a_program_that_was_stopped_plays_nothing_old_and_steps_on_from_where_the_arm_is(overslept: bool) -> None:
+    """For 10 s, in the sleep between two ticks or in the middle of one, while somebody has moved the arm."""
+    bench = Bench(timeout_s=20.0, horizon=16)
+    bench.policy.on_action = lambda targets: targets[:1] + np.arange(16)[:, None]
+    robot, sleep, stopped = bench.robot, bench.clock.sleep_until_s, []
+
+    def stop() -> None:
+        if len(robot.sent) == 5 and not stopped:
+            stopped.append(len(robot.sent))
+            bench.clock.advance(10.0)
+            robot.pose = robot.pose + 40.0
+
+    if overslept:
+        bench.clock.sleep_until_s = lambda deadline_s: (sleep(deadline_s), stop())
+    else:
+        robot.on_observe = stop
+    robot._move = lambda: setattr(robot, "pose", robot.sent[-1][1].copy()) if robot.sent and not stopped else None
+    bench.loop.run()
+    (index,) = stopped
+    after_s, after = robot.sent[index]
+    assert np.abs(after - robot.pose).max() <= 1.0, "it is held there, or a new plan begins"
+    assert bench.loop.pacer.missed_ticks >= 299
+    assert robot.sent[index + 1][0] - after_s >= 0.5 * TICK_S
+
+
+def test_a_machine_that_was_suspended_ends_the_run_before_the_next_goal() -> None:
+    bench = Bench(timeout_s=5.0)
+
+    def close_the_lid() -> None:
+        if len(bench.robot.sent) == 20:
+            bench.clock.asleep_s += 60.0
+
+    sleep = bench.clock.sleep_until_s
+    bench.clock.sleep_until_s = lambda deadline_s: (sleep(deadline_s), close_the_lid())
+    with pytest.raises(UnsafeActionError, match="suspended for 60 s"):
+        bench.loop.run()
+    assert len(bench.loop.trace) == 20
 
 
 def test_after_an_outage_between_two_looks_the_arm_goes_on_from_where_it_is() -> None:

@@ -298,7 +298,7 @@ def test_a_server_that_stays_away_at_the_first_plan_is_an_error_and_nothing_move
 def test_a_run_goes_on_after_an_outage_between_two_episodes(flags: tuple[str, ...]) -> None:
     with contextlib.ExitStack() as servers:
         first = servers.enter_context(ServerProcess())
-        run = Run(first, *flags, "--server_timeout_s=0.5", timeout_s=0.6, episodes=3)
+        run = Run(first, *flags, "--server_timeout_s=0.5", timeout_s=30.0, episodes=3)
         plain, restart = run.robot.reset, threading.Timer(1.5, lambda: servers.enter_context(ServerProcess(port=first.port)))
 
         def reset(seed: int | None) -> None:
@@ -308,8 +308,11 @@ def test_a_run_goes_on_after_an_outage_between_two_episodes(flags: tuple[str, ..
             sent_before.append(len(run.robot.sent))
             plain(seed)
 
+        def enough() -> None:
+            run.loop.session.over = bool(sent_before) and len(run.robot.sent) >= sent_before[-1] + 8
+
         sent_before: list[int] = []
-        run.robot.reset = reset
+        run.robot.reset, run.robot.on_observe = reset, enough
         run.play()
         restart.join(10)
     assert (run.error, run.loop.trace.ended_by, run.loop.trace.episodes) == (None, "done", 3)

@@ -150,14 +150,49 @@ def test_a_blocked_joint_does_not_wind_its_goal_ahead() -> None:
     safety = gate(max_following_error_deg=15.0)
     safety.start(START)
     target, sent = START + [90, 0, 0, 0, 0, 0], []
-    for _ in range(60):  # two seconds
-        safety.measured(START)
+    for tick in range(60):  # two seconds
+        safety.measured(START, tick / FPS)
         sent.append(safety(target))
     assert max(np.abs(goal - START).max() for goal in sent) == 15.0
     assert safety.following_limited[0] > 50
-    safety.measured(START + [1, 0, 0, 0, 0, 0])  # free again
+    safety.measured(START + [1, 0, 0, 0, 0, 0], 2.0)  # free again
     assert 16.0 <= safety(target)[0] <= 15.0 + STEP
     assert np.array_equal(safety.following_limited[1:], np.zeros(5))
+
+
+@pytest.mark.parametrize("fps", [5.0, 10.0, 30.0])
+def test_the_limit_of_a_blocked_joint_is_the_same_at_any_rate(fps: float) -> None:
+    safety = gate(fps=fps, max_following_error_deg=15.0)
+    safety.start(START)
+    for tick in range(round(3 * fps)):
+        safety.measured(START, tick / fps)
+        assert (
+            safety(START + [90, -90, 0, 0, 0, 0])[:2].tolist() == pytest.approx([min(15.0, STEP * FPS / fps), -min(15.0, STEP * FPS / fps)]) or tick
+        )
+        assert np.abs(safety.last - START).max() <= 15.0
+
+
+def test_the_allowance_for_a_moving_joint_counts_the_time_that_it_took() -> None:
+    """Five degrees in half a second, while an inference ran, are 10 deg/s and not 150."""
+    safety = gate(max_speed_deg_s=None, max_following_error_deg=15.0)
+    safety.start(START)
+    safety.measured(START, 0.0)
+    safety(START)
+    safety.measured(START + [5, 0, 0, 0, 0, 0], 0.5)
+    assert safety(START + [90, 0, 0, 0, 0, 0])[0] == pytest.approx(5 + 15 + 0.3 * 10)
+
+
+def test_a_goal_that_was_held_back_goes_on_as_the_joint_comes_after() -> None:
+    safety = gate(fps=5.0, max_following_error_deg=15.0)
+    safety.start(START)
+    safety.measured(START, 0.0)
+    assert safety(START + [50, 0, 0, 0, 0, 0])[0] == 15.0
+    assert safety.measured(START + [10, 0, 0, 0, 0, 0], 0.1)
+    assert safety.again()[0] == 50.0, "10 + 15 + 0.3 s at 100 deg/s are more"
+    assert not safety.measured(START + [10.2, 0, 0, 0, 0, 0], 0.102), "two readings of about one instant tell no speed"
+    assert safety.measured(START + [12, 0, 0, 0, 0, 0], 0.4), "it hardly moves: blocked"
+    assert safety.again()[0] == pytest.approx(12 + 15 + 2)
+    assert safety.following_limited[0] == 1, "ticks are counted, not looks"
 
 
 def test_a_joint_that_only_lags_moves_on() -> None:
@@ -166,7 +201,7 @@ def test_a_joint_that_only_lags_moves_on() -> None:
     safety.start(START)
     goals = [START]
     for tick in range(60):  # half a degree per tick and tick up to five, then on at that speed
-        safety.measured(goals[max(0, len(goals) - 6)])
+        safety.measured(goals[max(0, len(goals) - 6)], tick / FPS)
         goals.append(safety(START + [min(0.25 * tick**2 if tick <= 10 else 5.0 * tick - 25.0, 90.0), 0, 0, 0, 0, 0]))
     assert not safety.following_limited.any()
     assert goals[-1][0] == 90.0
@@ -179,7 +214,7 @@ def test_a_joint_that_does_not_follow_is_said_and_ends_the_run(drift_deg: float)
     safety.start(START)
     ended_at = None
     for tick in range(400):
-        safety.measured(START + [0, drift_deg * tick, 0, 0, 0, 0])
+        safety.measured(START + [0, drift_deg * tick, 0, 0, 0, 0], tick / FPS)
         try:
             safety(START + [0, 90, 0, 0, 0, 0])
         except UnsafeActionError as error:
@@ -197,8 +232,8 @@ def test_a_gripper_may_stand_still_against_what_it_holds() -> None:
     said: list[str] = []
     safety = SafetyFilter(LIMITS, SO100_JOINTS, fps=FPS, units_per_deg=np.ones(6), echo=said.append)
     safety.start(START)
-    for _ in range(600):
-        safety.measured(START)
+    for tick in range(600):
+        safety.measured(START, tick / FPS)
         goal = safety(START - [0, 0, 0, 0, 0, 50])
     assert goal[5] == 35.0
     assert said == []
@@ -208,6 +243,6 @@ def test_a_slow_joint_is_not_a_blocked_one() -> None:
     safety = gate(max_speed_deg_s=None)
     safety.start(START)
     for tick in range(600):
-        safety.measured(START + [min(0.2 * tick, 100.0), 0, 0, 0, 0, 0])  # 6 deg/s
+        safety.measured(START + [min(0.2 * tick, 100.0), 0, 0, 0, 0, 0], tick / FPS)  # 6 deg/s
         safety(START + [100, 0, 0, 0, 0, 0])
     assert safety.following_limited[0] > 300

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from control_fakes import Bench
 
+from gr00t_fast.control.controller import ThreadWorker
 from gr00t_fast.control.keys import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
 from gr00t_fast.control.session import Session
 from gr00t_fast.errors import ObservationError, RobotError
@@ -224,7 +225,7 @@ def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> threading.Event:
 
 
 def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
-    bench = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0)
+    bench = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0, worker=ThreadWorker())
     bench.loop.session = Session(bench.stop, Fingers({40: ["t"], 42: [*"lift it", ENTER]}), None, bench.said.append, bench.clock.now_s)
 
     def camera_lost() -> bool:
@@ -240,7 +241,7 @@ def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
 
 def test_keys_are_heard_while_the_network_makes_itself_ready() -> None:
     """Another instruction is typed, and the one before it is not played."""
-    bench, recorder = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0), Recorder()
+    bench, recorder = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0, worker=ThreadWorker()), Recorder()
     keys = Fingers({40: ["t"], 42: [*"lift it", ENTER]})
     bench.loop.session = Session(bench.stop, keys, recorder, bench.said.append, bench.clock.now_s)
     typed = iter([["t"], [*"put it down", ENTER], []])

@@ -307,7 +307,7 @@ def test_a_run_goes_on_with_what_is_not_blocked_and_reports_it() -> None:
 
 @pytest.mark.parametrize("horizon", [7, 11])  # found with the last target of a chunk out: nothing is sent before the next chunk
 def test_an_arm_that_waits_for_inferences_does_not_push_meanwhile(horizon: int) -> None:
-    run = arm_bench(inference_s=2.5, horizon=horizon, timeout_s=30.0)
+    run = arm_bench(inference_s=1.8, horizon=horizon, timeout_s=30.0)
     run.policy.on_action = towards(40.0)
     run.blocked[ELBOW] = True
     goals, infer = [], run.policy.get_action

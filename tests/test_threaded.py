@@ -26,6 +26,7 @@ from gr00t_fast.control.controller import HoldLimit, ThreadWorker, thread_left_r
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import as_text, build_report
+from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
@@ -519,8 +520,33 @@ def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: floa
     assert "2.0 s" in warnings[0]
 
 
+@pytest.mark.parametrize("starved", [False, True], ids=["while a chunk plays", "while the arm holds"])
+def test_a_cable_that_was_out_is_no_inference_that_hangs(starved: bool) -> None:
+    """For 3 s, with an inference of 13 ticks and 16 actions; the arm has sagged when it is back, and holds there until there is a new chunk."""
+    bench = ThreadedBench(delay_s=0.42, overlap=OverlapOptions(max_hold_s=2.0), timeout_s=8.0)
+    robot, out, sagged = bench.robot, [], []
+
+    def unplug() -> None:
+        if not out and len(robot.sent) > 60 and bench.loop.controller.note.starved is starved:
+            out.append(len(robot.sent))
+            bench.clock.advance(3.0)
+            robot.events["reconnect"] = 1
+            robot.pose = robot.pose - 18.0
+            robot._move = lambda: None
+            sagged.append(robot.pose)
+
+    robot.on_observe = unplug
+    trace = bench.loop.run()
+    assert trace.ended_by == "done"
+    data = trace.arrays()
+    held = [row for row in data["commanded"][out[0] :] if not np.abs(row - sagged[0]).max() > 1e-9]
+    assert len(held) >= 5
+    assert np.abs(data["commanded"][out[0]] - sagged[0]).max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-9
+    assert bench.loop.pacer.missed_ticks >= 89
+
+
 def test_every_time_the_arm_holds_counts_by_itself() -> None:
-    """Missed ticks count as time; a target in between begins anew."""
+    """Missed ticks count as time, a loop that was held up for long does not; a target in between begins anew."""
     said: list[str] = []
     watch = HoldLimit(FPS, 4.0, said.append)
     for begin in (0, 1000):
@@ -529,8 +555,10 @@ def test_every_time_the_arm_holds_counts_by_itself() -> None:
         watch(begin + 130, starved=False)
     assert len(said) == 2
     watch(2000, starved=True)
+    for tick in range(2120, 2239, 7):  # the cable was out for four seconds
+        watch(tick, starved=True)
     with pytest.raises(InferenceTimeoutError):
-        watch(2120, starved=True)
+        watch(2245, starved=True)
 
 
 def test_missed_ticks_drop_their_actions_too() -> None:

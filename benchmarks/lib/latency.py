@@ -150,10 +150,13 @@ class VirtualWorker:
     def poll(self) -> CallResult | None:
         return self.wait() if self.busy and self._clock.now_s() >= self._ready_s - _ROUNDING_S else None
 
-    def wait(self, timeout_s: float | None = None) -> CallResult:
+    def wait(self, timeout_s: float | None = None) -> CallResult | None:
         if self._outcome is None:
             raise RuntimeError("nothing was submitted")
-        self._clock.sleep_until_s(self._ready_s)
+        end_s = math.inf if timeout_s is None else self._clock.now_s() + timeout_s
+        self._clock.sleep_until_s(min(self._ready_s, end_s))
+        if self._ready_s - _ROUNDING_S > end_s:
+            return None
         outcome, self._outcome = self._outcome, None
         return outcome
 

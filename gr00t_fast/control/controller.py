@@ -19,6 +19,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 
 # How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
@@ -28,6 +29,9 @@ _WARM_UP_LIMIT_S = 600.0  # for another instruction: engines that compile take m
 # Where inference takes seconds (a CPU), the arm waits so many times the slowest one so far: garbage, a busy machine, a cold cache.
 SLOWEST_TIMES = 3.0
 _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
+# A loop that was held up for so long (a cable that was out, a program that was stopped) looks at the arm anew, and what was planned before is over.
+GAP_S = 0.5
+_STALE_S = GAP_S + 1 / FPS_RANGE[0]  # a chunk may wait for its tick
 
 
 class HoldLimit:
@@ -53,14 +57,18 @@ class HoldLimit:
     def reset(self) -> None:
         """An episode begins."""
         self._since: int | None = None
+        self._last = 0
         self._told = False
 
     def __call__(self, tick: int, starved: bool) -> None:
-        """After each tick's target. Raises InferenceTimeoutError when the arm has held for `limit_s`; ticks that were missed count as time."""
+        """After each tick's target. Raises InferenceTimeoutError when the arm has held for `limit_s`. Missed ticks count as time, but a gap of more
+        than GAP_S does not: then it was not the inference that held up the arm."""
         if not starved:
             self.reset()
             return
-        self._since = tick if self._since is None else self._since
+        gap = max(0, tick - self._last - 1)
+        self._since = tick if self._since is None else self._since + (gap if gap > GAP_S * self._fps else 0)
+        self._last = tick
         held_s = (tick - self._since) / self._fps
         limit_s = self.limit_s
         if limit_s is not None and held_s >= limit_s:
@@ -178,9 +186,9 @@ def check_horizon(action_horizon: int | None) -> None:
 
 def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
     """Raises UnsafeActionError when the policy returned fewer actions than are to be executed."""
-    if action_horizon is not None and len(chunk.targets) < action_horizon:
+    if len(chunk.targets) < (action_horizon or 1):
         raise UnsafeActionError(
-            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon} to be executed (--action_horizon). "
+            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon or 1} to be executed (--action_horizon). "
             "Load the policy with the same action horizon."
         )
 
@@ -212,6 +220,8 @@ class SyncController:
         self._left_running = False
         self._targets: np.ndarray = np.empty((0, 0), np.float32)
         self._next = 0
+        self._first_tick = 0  # of the first target
+        self._planned_s = 0.0
         self._last: np.ndarray | None = None
         self._starved = False
         self._reset_policy = False
@@ -220,7 +230,7 @@ class SyncController:
 
     @property
     def needs_observation(self) -> bool:
-        return self._next >= len(self._targets)
+        return self._next >= len(self._targets) or (self._next == 0 and self._clock.now_s() - self._planned_s > _STALE_S)
 
     def warm_up(self) -> Mapping[str, float]:
         self._worker.submit(self._runner.warm_up)
@@ -258,11 +268,11 @@ class SyncController:
             if self._last is None:
                 raise
             self._lost_inferences += 1
-            self._targets, self._next, self._starved = self._last[None], 0, True
+            self._targets, self._next, self._starved, self._planned_s = self._last[None], 0, True, self._clock.now_s()
             return None
         self._watch.inferred(chunk.inference_ms / 1000)
         check_length(chunk, self._horizon)
-        self._targets, self._next, self._starved = chunk.targets[: self._horizon], 0, False
+        self._targets, self._next, self._starved, self._planned_s = chunk.targets[: self._horizon], 0, False, self._clock.now_s()
         return chunk
 
     def _chunk(self, observation: Observation, keep_alive: Callable[[], None]) -> ActionChunk:
@@ -284,14 +294,21 @@ class SyncController:
         return value_of(outcome)
 
     def see(self, observation: Observation, tick: int) -> None:
-        """Only remembered: the next plan brings its own observation."""
+        """Only remembered: the next plan brings its own observation. The rows up to `tick` are over."""
         self._runner.binding.remember(observation)
+        if self._next > 0:
+            self._next = max(self._next, tick + 1 - self._first_tick)
 
     def next_target(self, tick: int) -> np.ndarray:
-        """Rows in order, whatever the tick: the arm waits for each chunk, so none is late."""
-        self.note = TickNote(age_ticks=self._next, starved=self._starved, row=self._next)
-        self._next += 1
-        self._last = self._targets[self._next - 1]
+        """The first row when the arm has waited for it, then one a tick. Those of missed ticks are over; where all are, the last target is held."""
+        if self._next == 0:
+            self._first_tick = tick
+        row = tick - self._first_tick
+        self._next = row + 1
+        over = row >= len(self._targets)
+        self.note = TickNote(age_ticks=row, starved=self._starved or over, row=row)
+        if not over or self._last is None:
+            self._last = self._targets[min(row, len(self._targets) - 1)]
         return self._last
 
     def summary(self) -> dict[str, Any]:

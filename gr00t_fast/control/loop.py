@@ -17,7 +17,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
-from gr00t_fast.control.controller import Controller
+from gr00t_fast.control.controller import GAP_S, Controller
 from gr00t_fast.control.homing import Move, Poses
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
@@ -28,7 +28,8 @@ from gr00t_fast.errors import ConfigError, ObservationError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
-_LONGEST_SLEEP_S = 0.25
+_LOOK_EVERY_S = 0.04  # at rates below 13 Hz
+_STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to rest, or something blocks it
 _ORDERLY = (None, 0, 130)  # how a run was stopped: not at all, by the program itself (a key, a closed window), by Ctrl-C
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
@@ -94,7 +95,7 @@ class ControlLoop:
         self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
         self.session = session or Session(self.stop)
-        self._sleeps = _ShortSleeps(clock, robot.keep_alive)
+        self._sleeps = _ShortSleeps(clock, self._look_between)
         self.pacer = Pacer(options.fps, self._sleeps)
         self.cameras = None if options.camera_fault is None else CameraWatch(options.camera_fault, echo)
         self.trace = RunTrace(robot.joint_names, clock)
@@ -104,7 +105,9 @@ class ControlLoop:
         self._loop_began_s: float | None = None
         self._moving = False  # to a pose
         self._outages = 0
-        self._hold_due = False  # a joint was found blocked, and its motor does not know yet
+        self._lost = False  # what was planned before is no place to hold
+        self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
+        self._again_due = False  # the goal is to be another one than the motors know
         self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
         self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
@@ -196,7 +199,7 @@ class ControlLoop:
         self.on_connected(observation)
         if observation.loads is None and self.options.safety.stall.enabled:
             self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
-        self.trace.began_s = self.clock.now_s()
+        self.trace.began_s, self._suspended_s = self.clock.now_s(), self.clock.suspended_s()
 
     def _play(self) -> None:
         if self.options.dry_run:
@@ -236,11 +239,7 @@ class ControlLoop:
 
     def _look_on(self) -> None:
         """While the arm keeps its last target: whatever is wrong with a servo or a camera raises here."""
-        self.robot.keep_alive()
-        with self.stop.atomic():
-            observation = self.robot.observe()
-        self._measured(observation)
-        self._hold_blocked()
+        observation = self._look_between()
         for observer in self.observers:
             observer.see(observation)
         self.session.poll()
@@ -268,30 +267,24 @@ class ControlLoop:
         self.session.begin(self.controller.instruction)
         self.pacer.start()
         self._progress.begin()
+        played = len(self.trace)
         with suppress(_EpisodeOver):
             while self.clock.now_s() < self._end_s and not self.session.over:
                 self._tick()
+        if len(self.trace) == played and not self.session.over:
+            self.echo("WARNING: the time limit was over before the episode's first inference was: nothing was sent. Give a longer --timeout.")
         self.session.end("a key" if self.session.over else "the time limit", self.robot.success)
         self._close_loop()
 
     def _tick(self) -> None:
         self.robot.keep_alive()
-        if self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
-            self._close_loop()
-            self._loop_began_s = self.clock.now_s()
-            observation = self._observe()
-            self._hold_blocked()
-            chunk = self._infer(observation)
-            if chunk is None:  # this tick holds, and the next one looks again
-                self._loop_began_s = None
-            else:
-                self._plans_s.append(self.clock.now_s() - self._loop_began_s)
-            self._resume(chunk)
-            sent = self._send()
-        else:  # the move is due now: send first, so that its instant does not depend on the cameras
-            if self._outage_count() != self._outages:  # the arm was out of our hands since the last look: first see where it is
-                self._observe()
-            sent = self._send()
+        planned = False
+        if self._held_up() and not self.controller.needs_observation:  # first see where the arm is; the rows up to now are over
+            self.controller.see(self._observe(), self.pacer.tick - 1)
+        while self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
+            observation, planned = self._plan(), True
+        sent = self._send()  # the move is due now: send first, so that its instant does not depend on the cameras
+        if not planned:
             observation = self._observe()
             self.controller.see(observation, self.pacer.tick)
         note = self.controller.note
@@ -305,6 +298,19 @@ class ControlLoop:
         with self.trace.timed("wait"):
             self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
         self.stop.check()
+
+    def _plan(self) -> Observation:
+        """What the next chunk comes from."""
+        self._close_loop()
+        began_s = self.clock.now_s()
+        observation = self._observe()
+        self._send_again()
+        chunk = self._infer(observation)
+        if chunk is not None:  # else this tick holds, and the next one looks again
+            self._loop_began_s = began_s
+            self._plans_s.append(self.clock.now_s() - began_s)
+        self._resume(chunk)
+        return observation
 
     def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float) -> TickRecord:
         """The tick that has just been traced, for the observers."""
@@ -332,41 +338,69 @@ class ControlLoop:
         return max(self._plans_s, default=0.0) + _LEAD_MARGIN_S
 
     def _observe(self) -> Observation:
-        with self.trace.timed("observe"), self.stop.atomic():
-            observation = self.robot.observe()
-        outages = self._outage_count()
-        if outages != self._outages:  # the arm may have sagged meanwhile: step on from where it is, not from the last target
-            self._outages = outages
-            self.safety.start(observation.joints)
-        self._measured(observation)
+        with self.trace.timed("observe"):
+            observation = self._look()
         if self.cameras is not None:
             self.cameras(observation)
         return observation
 
-    def _measured(self, observation: Observation) -> None:
-        self._hold_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
+    def _look(self) -> Observation:
+        with self.stop.atomic():
+            observation = self.robot.observe()
+        if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target
+            self._outages, self._lost = self._outage_count(), True
+            self.safety.start(observation.joints)
+        self._looked_s = self.clock.now_s()
+        self._again_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
+        return observation
 
-    def _hold_blocked(self) -> None:
-        """Where no target is due soon: a joint that has just been found blocked is sent at once to where it stands."""
-        if self._hold_due and self.trace.moved:
-            self._command(self.safety.last)
+    def _held_up(self) -> bool:
+        """Whether the connection was lost since the last look, or that was long ago. Raises UnsafeActionError when the machine was suspended."""
+        suspended_s, self._suspended_s = self._suspended_s, self.clock.suspended_s()
+        if (slept_s := self._suspended_s - suspended_s) > GAP_S:
+            raise UnsafeActionError(
+                f"the machine was suspended for {slept_s:.0f} s in the middle of the run, and what was planned before is over. Look at the scene "
+                "and start again; 'systemd-inhibit gr00t-fast run ...' keeps a laptop awake."
+            )
+        return self._outage_count() != self._outages or self.clock.now_s() - self._looked_s > GAP_S
+
+    def _look_between(self) -> Observation:
+        """Where no target is due soon: a goal that is too far ahead of its joint comes back, one that was held back goes on."""
+        self.robot.keep_alive()
+        observation = self._look()
+        self._send_again()
+        return observation
+
+    def _send_again(self) -> None:
+        if self._again_due and self.trace.moved:
+            self._transmit(self.safety.again())
 
     def _outage_count(self) -> int:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
 
     def _still_time(self) -> None:
-        """While an inference is waited for. The first one of an episode has limits of its own (a server that is away): nothing has moved yet."""
-        self.robot.keep_alive()
+        """While an inference is waited for."""
+        if self.clock.now_s() - self._looked_s >= _STILL_LOOK_S:
+            self._look_between()
+        else:
+            self.robot.keep_alive()
         self.session.poll()
         self.stop.check()
-        if self.session.over or (self.pacer.tick > 0 and self.clock.now_s() >= self._end_s):
+        self._check_over()
+
+    def _check_over(self) -> None:
+        if self.session.over or self.clock.now_s() >= self._end_s:
             raise _EpisodeOver
 
     def _infer(self, observation: Observation) -> ActionChunk | None:
-        with self.trace.timed("infer"):
-            chunk = self.controller.plan(observation, self._still_time)
-        if chunk is not None and self.options.tell_inferences:
+        began_s = self.clock.now_s()
+        chunk = self.controller.plan(observation, self._still_time)
+        if chunk is None:
+            return None
+        if self.options.tell_inferences:
             self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
+        self._check_over()
+        self.trace.stages_ms["infer"].append(1000 * (self.clock.now_s() - began_s))
         return chunk
 
     def _resume(self, chunk: ActionChunk | None) -> None:
@@ -379,6 +413,9 @@ class ControlLoop:
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
         target = self.controller.next_target(self.pacer.tick)
+        self._lost &= self.controller.note.starved
+        if self._lost:
+            target = self.safety.last
         if self.controller.note.entered is not None:
             self._chunk = self.controller.note.entered
             self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)
@@ -387,10 +424,14 @@ class ControlLoop:
     def _command(self, target: np.ndarray) -> np.ndarray:
         """Limit a target (J,) and send it; returns what was sent."""
         commanded = self.safety(target)
-        self.trace.moved, self._hold_due = True, False
-        with self.trace.timed("send"), self.stop.atomic():
-            self.robot.send(commanded)
+        with self.trace.timed("send"):
+            self._transmit(commanded)
         return commanded
+
+    def _transmit(self, commanded: np.ndarray) -> None:
+        self.trace.moved, self._again_due = True, False
+        with self.stop.atomic():
+            self.robot.send(commanded)
 
     def _close_loop(self) -> None:
         """Report the loop that just ended: one inference and its chunk, played to the end."""
@@ -426,16 +467,16 @@ def _interrupted(error: BaseException) -> bool:
 
 
 class _ShortSleeps:
-    """A clock whose long sleeps (below 4 Hz) are interrupted by signs of life."""
+    """A clock whose long sleeps (below 13 Hz) are interrupted, for a look at the arm."""
 
-    def __init__(self, clock: Clock, keep_alive: Callable[[], None]) -> None:
-        self._clock, self._keep_alive = clock, keep_alive
-        self.now_s = clock.now_s
+    def __init__(self, clock: Clock, look: Callable[[], object]) -> None:
+        self._clock, self._look = clock, look
+        self.now_s, self.suspended_s = clock.now_s, clock.suspended_s
 
     def sleep_until_s(self, deadline_s: float) -> None:
-        while deadline_s - self.now_s() > _LONGEST_SLEEP_S:
-            self._clock.sleep_until_s(self.now_s() + _LONGEST_SLEEP_S)
-            self._keep_alive()
+        while deadline_s - self.now_s() > 2 * _LOOK_EVERY_S:  # a look takes 4 ms or more: none shortly before the deadline
+            self._clock.sleep_until_s(self.now_s() + _LOOK_EVERY_S)
+            self._look()
         self._clock.sleep_until_s(deadline_s)
 
 

@@ -35,6 +35,12 @@ class MonotonicClock:
         while time.perf_counter() < deadline_s:
             time.sleep(0)  # gives the interpreter lock to camera threads while polling
 
+    def suspended_s(self) -> float:
+        """CLOCK_MONOTONIC stands still while a laptop is closed; CLOCK_BOOTTIME does not."""
+        if not hasattr(time, "CLOCK_BOOTTIME"):
+            return 0.0
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
 
 class VirtualClock:
     """Time that moves only when somebody sleeps: nothing waits, and the same run has the same result."""
@@ -47,6 +53,9 @@ class VirtualClock:
 
     def sleep_until_s(self, deadline_s: float) -> None:
         self.time_s = max(self.time_s, deadline_s)
+
+    def suspended_s(self) -> float:
+        return 0.0
 
 
 class Pacer:
@@ -86,7 +95,8 @@ class Pacer:
     def wait(self, lead_s: float = 0.0) -> None:
         """Sleep until the next deadline of the grid, or until `lead_s` before it when a plan is to be ready by then (`resume` must follow).
 
-        Overrun deadlines are counted and skipped, so ticks never come in a burst.
+        Overrun deadlines are counted and skipped, so ticks never come in a burst. After a sleep that was too long (a program that was stopped, a
+        machine that swaps) a new grid begins now, at the tick whose time it is.
         """
         late_periods = self._periods_since(self._tick + 1)
         if late_periods > MISS_AFTER_PERIODS:
@@ -96,7 +106,16 @@ class Pacer:
         self._tick += 1
         self._clock.sleep_until_s(self._deadline_s - lead_s)
         if lead_s <= 0:
-            self._note_error()
+            self._woken()
+
+    def _woken(self) -> None:
+        """A tick begins after a sleep."""
+        self._note_error()
+        late_periods = self._periods_since(self._tick)
+        if late_periods > MISS_AFTER_PERIODS:
+            skipped = math.floor(late_periods + ROUNDING)
+            self.missed_ticks += skipped
+            self._begin_grid(self.tick + skipped)
 
     def resume(self) -> float:
         """Go on after planning; returns the pause it caused in seconds, counted from the tick's deadline: 0 when the plan was early.
@@ -110,7 +129,7 @@ class Pacer:
         pause = self._periods_since(self._tick)
         if pause <= 0:
             self._clock.sleep_until_s(self._deadline_s)
-            self._note_error()
+            self._woken()
             return 0.0
         self.waiting_ticks += math.floor(pause + ROUNDING)
         if pause > MISS_AFTER_PERIODS:

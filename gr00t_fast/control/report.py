@@ -188,7 +188,7 @@ def _text_run(report: Mapping[str, Any]) -> list[str]:
 
 def _ending(run: Mapping[str, Any]) -> str:
     """`done` in words: nothing but its time limit ends a run that moves the arm."""
-    return run["ended_by"] if run["ended_by"] != "done" else "the time limit" if run["ticks"] else "itself: a dry run"
+    return run["ended_by"] if run["ended_by"] != "done" else "itself: a dry run" if run["inferences"] and not run["ticks"] else "the time limit"
 
 
 def _text_controller(controller: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,6 @@ Axis alphabet of this file: J joints of the arm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -20,10 +19,12 @@ from gr00t_fast.errors import ConfigError, UnsafeActionError
 DEFAULT_MAX_SPEED_DEG_S = 350.0
 RECORDED_SPEED_TIMES = 1.5
 # How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
-# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old.
+# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old. The rest of a larger step follows as the joint comes after
+# (`again`).
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
 LAG_S = 0.3
 PROGRESS_DEG = 3.0  # a joint that comes so much nearer to its target is late, not blocked
+SHORTEST_S = 0.02  # between two readings that tell a speed: over less, the encoder's steps (0.09 degrees) would pass for one
 BLOCKED_WARN_S, BLOCKED_END_S = 2.0, 5.0  # stall protection, where there is one, comes first
 GRIPPER = "gripper"  # stands still against what it holds: that is its work
 # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
@@ -83,9 +84,13 @@ class SafetyFilter:
         self.following_limited = np.zeros(len(joint_names), np.int64)
         self._last: np.ndarray | None = None
         self._measured = np.zeros(len(joint_names))
-        self._moved = np.zeros(len(joint_names))  # since the tick before
-        self._blocked_ticks = np.zeros(len(joint_names), np.int64)
+        self._measured_s: float | None = None
+        self._speed = np.zeros(len(joint_names))  # measured, joint units a second
+        self._speed_from, self._speed_from_s = self._measured, -np.inf
+        self._goal, self._target = np.zeros(len(joint_names)), np.zeros(len(joint_names))  # of this tick: within the speed limit, and before it
+        self._blocked_since_s = np.full(len(joint_names), np.nan)
         self._blocked_at = np.zeros(len(joint_names))  # where each joint was when it last made progress
+        self._told = np.zeros(len(joint_names), bool)  # that it does not follow
         self._held_in_a_row = 0
 
     def _with_recorded_speed(self) -> SafetyOptions:
@@ -106,22 +111,33 @@ class SafetyFilter:
         measured = self._checked_shape(measured, "the measured pose")
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
-        self._last = self._measured = measured
-        self._moved = np.zeros_like(measured)
+        self._last = self._measured = self._goal = self._target = measured
+        self._measured_s, self._speed = None, np.zeros_like(measured)
+        self._speed_from_s = -np.inf
         self._held_in_a_row = 0
-        self._blocked_ticks[:] = 0
+        self._blocked_since_s[:] = np.nan
         self.stall.reset()
 
-    def measured(self, joints: np.ndarray, time_s: float = 0.0, loads: MotorLoads | None = None) -> bool:
-        """Take note of the pose (J,) measured at this tick: goals stay within the following error of it. With `loads` a blocked joint is found: True
-        when one has just been, and `last`, where it is held, is to be sent."""
-        before, self._measured = self._measured, self._checked_shape(joints, "the measured pose")
-        self._moved = self._measured - before
-        if loads is None or self._last is None:
+    def measured(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> bool:
+        """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found.
+        Returns whether the last goal should be another one now, `again`."""
+        measured = self._checked_shape(joints, "the measured pose")
+        if time_s - self._speed_from_s >= SHORTEST_S:
+            self._speed = (measured - self._speed_from) / (time_s - self._speed_from_s)  # 0 for the first one
+            self._speed_from, self._speed_from_s = measured, time_s
+        self._measured, self._measured_s = measured, time_s
+        if self._last is None:
             return False
-        stalled = self.stall.judge(self._measured, self._last, loads, time_s)
-        self._last = np.where(stalled, self._measured, self._last)
-        return bool(stalled.any())
+        stalled = np.zeros(len(measured), bool) if loads is None else self.stall.judge(measured, self._last, loads, time_s)
+        self._last, self._goal = np.where(stalled, measured, self._last), np.where(stalled, measured, self._goal)
+        return bool(stalled.any()) or not np.array_equal(self._within_reach(self._goal), self._last)
+
+    def again(self) -> np.ndarray:
+        """The goal (J,) float64 of the last target once more, after a look between two: as near to it as the joints are by now. Raises
+        UnsafeActionError as for a target."""
+        self._last = self._within_reach(self._goal)
+        self._watch_progress(self._last != self._goal)
+        return self._last.copy()
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """Return the target (J,) float64 that may be sent.
@@ -135,9 +151,11 @@ class SafetyFilter:
         if not np.isfinite(target).all():
             return self._hold(target)
         self._held_in_a_row = 0
-        clamped = self.stall(self._clamped(target))
-        self._last = self._near_measured(self._speed_limited(clamped), clamped)
-        return self._last.copy()
+        self._target = self.stall(self._clamped(target))
+        self._goal = self._speed_limited(self._target)
+        sent = self.again()
+        self.following_limited += sent != self._goal
+        return sent
 
     def _hold(self, target: np.ndarray) -> np.ndarray:
         self.held_ticks += 1
@@ -169,34 +187,36 @@ class SafetyFilter:
         self.speed_limited += changed
         return np.where(changed, limited, target)  # the unchanged ones exactly, without the rounding of the sum
 
-    def _near_measured(self, goal: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Bound the following error; `target` (J,) is where the policy wants to get."""
+    def _within_reach(self, goal: np.ndarray) -> np.ndarray:
+        """Bound the following error."""
         if self.options.max_following_error_deg is None:
             return goal
-        lag = np.maximum(0.0, self._moved * np.sign(goal - self._measured)) * self._fps * LAG_S  # while it moves towards its goal
-        tick_deg = 0.0 if self.options.max_speed_deg_s is None else self.options.max_speed_deg_s / self._fps  # at low rates more than the limit
-        most = max(self.options.max_following_error_deg, tick_deg) * self._units_per_deg + lag
-        bounded = np.clip(goal, self._measured - most, self._measured + most)
-        changed = bounded != goal
-        self.following_limited += changed
-        self._watch_progress(changed, target)
-        return bounded
+        lag = np.maximum(0.0, self._speed * np.sign(goal - self._measured)) * LAG_S  # while it moves towards its goal
+        most = self.options.max_following_error_deg * self._units_per_deg + lag
+        return np.clip(goal, self._measured - most, self._measured + most)
 
-    def _watch_progress(self, limited: np.ndarray, target: np.ndarray) -> None:
-        progress = (self._measured - self._blocked_at) * np.sign(target - self._measured)
-        begins = ~limited | (self._blocked_ticks == 0) | (progress >= PROGRESS_DEG * self._units_per_deg)
+    def _watch_progress(self, limited: np.ndarray) -> None:
+        if self._measured_s is None:
+            return
+        progress = (self._measured - self._blocked_at) * np.sign(self._target - self._measured)
+        begins = ~limited | np.isnan(self._blocked_since_s) | (progress >= PROGRESS_DEG * self._units_per_deg)
         self._blocked_at = np.where(begins, self._measured, self._blocked_at)
-        self._blocked_ticks = np.where(begins, limited, self._blocked_ticks + 1)
-        for index in np.flatnonzero(self._blocked_ticks):
+        self._blocked_since_s = np.where(begins, np.where(limited, self._measured_s, np.nan), self._blocked_since_s)
+        self._told &= ~begins
+        for index in np.flatnonzero(~np.isnan(self._blocked_since_s)):
             if (name := self.joint_names[index]) == GRIPPER:
                 continue
-            for_s, at = (self._blocked_ticks[index] - 1) / self._fps, f"it is at {self._measured[index]:.1f} and shall go to {target[index]:.1f}"
+            for_s, at = (
+                self._measured_s - self._blocked_since_s[index],
+                f"it is at {self._measured[index]:.1f} and shall go to {self._target[index]:.1f}",
+            )
             if for_s >= BLOCKED_END_S:
                 raise UnsafeActionError(
                     f"joint {name} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or without "
                     "power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no limit)."
                 )
-            if self._blocked_ticks[index] - 1 == math.ceil(BLOCKED_WARN_S * self._fps):
+            if for_s >= BLOCKED_WARN_S and not self._told[index]:
+                self._told[index] = True
                 self._echo(f"WARNING: joint {name} does not follow: {at}. Its goal is held within --max_following_error_deg of it; is it blocked?")
 
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:
