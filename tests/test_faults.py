@@ -465,6 +465,70 @@ def test_torque_lost_without_any_outage_is_found_by_the_poll(tmp_path: Path) -> 
         assert_landed(bus, arm, arm.land())
 
 
+def test_a_servo_that_is_reset_between_two_requests_is_told_and_set_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It never falls silent, and the next goal switches it on again."""
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        here = arm.observe().joints
+        arm.send(here)
+        observe_for(arm, 1.5)
+        bus.servos[2].power_cycle()
+        give_up_s = time.monotonic() + 10
+        while not arm.events["servo_reset"]:
+            assert time.monotonic() < give_up_s
+            arm.send(here)
+            arm.observe()
+            time.sleep(0.01)
+        assert "servo 3 (elbow_flex) was reset" in caplog.text
+        assert len({servo.registers[Register.ACCELERATION] for servo in bus.servos}) == 1
+        observe_for(arm, 1.5)
+        assert (arm.events["servo_reset"], arm.events["foreign_goal"]) == (1, 0)
+        assert_landed(bus, arm, arm.land())
+
+
+def test_goals_of_another_program_are_told_and_end_the_run_when_they_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        here = arm.observe().joints
+        arm.send(here)
+        observe_for(arm, 1.5)
+        rivals = bus.servos[4].word(Register.GOAL_POSITION) + 40
+
+        def drive_both() -> None:
+            for _ in range(1000):
+                arm.send(here)
+                time.sleep(0.01)  # the goal has arrived
+                bus.servos[4].set_word(Register.GOAL_POSITION, rivals)
+                arm.observe()
+
+        with pytest.raises(RobotError, match=r"servo 5 \(wrist_roll\).*another program"):
+            drive_both()
+        assert arm.events["foreign_goal"] == 3
+        assert caplog.text.count("another program") == 2
+        assert_landed(bus, arm, arm.land())
+
+
+def test_a_cable_that_comes_and_goes_ends_the_run(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.reset()
+
+        def flap() -> None:
+            for _ in range(20):
+                bus.inject("unplug:for_s=0.1")
+                arm.observe()
+                arm.observe()
+
+        with pytest.raises(RobotError, match="lost more than 5 times"):
+            flap()
+        assert arm.events["reconnect"] == 5
+        wait_for_replug(bus)
+        assert_landed(bus, arm, arm.land())
+
+
 def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Path) -> None:
     with VirtualBus() as bus:
         arm = make_arm(bus, tmp_path, reconnect_s=2)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ from arm_bench import assert_landed, make_arm, true_joints
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots import check_ready, make_robot
+from gr00t_fast.robots import check_ready, make_robot, serial_ports
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower, to_lerobot_config
@@ -398,6 +400,18 @@ def test_a_second_arm_object_on_the_port_is_refused(bus: VirtualBus, tmp_path: P
     first.observe()
     assert set(bus.torque().values()) == {1}
     assert_landed(bus, first, first.land())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whether a terminal is exclusive")
+@pytest.mark.parametrize("real", [False, True])
+def test_a_real_port_is_exclusive(real: bool, arm: SO100FollowerArm, bus: VirtualBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pseudo-terminal, which the virtual bus keeps open, never; here one stands for a real port."""
+    descriptor = arm._follower.bus.port_handler.ser.fileno()
+    if real:
+        monkeypatch.setattr(serial_ports, "_PTYS", ("/nowhere/",))
+        serial_ports.lock_port(descriptor, bus.port)
+    tells_exclusive = 0x80045440  # TIOCGEXCL, of Linux
+    assert struct.unpack("i", fcntl.ioctl(descriptor, tells_exclusive, bytes(4))) == (real,)
 
 
 def test_no_permission(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ GR00T_FAST_KILLS=200 python -m pytest tests/test_watchdog.py -k random -s
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import queue
@@ -218,6 +219,52 @@ def test_the_end_of_the_watchdog_ends_the_run(bus: VirtualBus, tmp_path: Path) -
         arm.keep_alive()
     assert arm.land().safe
     assert bus.torque() == OFF
+
+
+def test_a_watchdog_that_is_frozen_ends_the_run_but_not_a_machine_that_stood_still(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    arm.keep_alive()
+    arm.reset()
+
+    def loop(for_s: float) -> None:
+        end_s = time.monotonic() + for_s
+        while time.monotonic() < end_s:
+            arm.keep_alive()
+            time.sleep(1 / 30)
+
+    loop(0.2)
+    (pid,) = _watchdogs(bus)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.5)  # both stand still
+    os.kill(pid, signal.SIGCONT)
+    loop(0.3)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(RobotError, match="watchdog.*frozen"):
+        loop(2.0)
+    assert arm.land().safe
+    assert bus.torque() == OFF
+    assert not _watchdogs(bus)
+
+
+def test_a_watchdog_keeps_the_port_from_the_next_run_while_it_works(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    pid = program.start(bus, tmp_path)
+    program.hear("ready")
+    bus.inject("silent:servo=3")
+    os.kill(pid, signal.SIGKILL)
+    program.hear("ended")
+    refusals, give_up_s = 0, time.monotonic() + PATIENCE_S
+    while _watchdogs(bus):
+        descriptor = os.open(bus.port, os.O_RDWR | os.O_NOCTTY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refusals += 1
+        os.close(descriptor)
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
+    assert refusals > 10
+    assert "servo 3 did not confirm" in program.said.read_text().splitlines()[-1]
 
 
 def test_it_can_be_switched_off_and_an_arm_without_a_loop_owes_no_beats(bus: VirtualBus, tmp_path: Path) -> None:

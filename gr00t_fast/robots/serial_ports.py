@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import stat
@@ -12,10 +13,12 @@ from gr00t_fast.optional import require
 
 try:
     import fcntl
+    import termios
 except ImportError:  # Windows opens a COM port for one program only, so no lock is needed there
     fcntl = None  # type: ignore[assignment]
 
 _PATTERNS = ("/dev/ttyACM*", "/dev/ttyUSB*", "/dev/tty.usbmodem*", "/dev/tty.usbserial*", "/dev/cu.usbmodem*")
+_PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
 _PTY_MASTERS = ("/dev/ptmx", "/dev/pts/ptmx")
 
 
@@ -53,7 +56,8 @@ def check_port(port: str) -> None:
 def lock_port(descriptor: int, port: str) -> None:
     """Mark the open port as ours; the mark goes with the process. Raises RobotError when another program holds one.
 
-    flock and not TIOCEXCL: an exclusive terminal stays exclusive after a crash for as long as anybody (a virtual bus) keeps it open.
+    Nobody but root can open a real serial port afterwards. Not so a pseudo-terminal, which would stay exclusive after a crash for as long as the
+    virtual bus keeps it open; nor where this is the first process of a container, which the watchdog cannot end: it has to open the port, too.
     """
     if fcntl is None:
         return
@@ -62,6 +66,9 @@ def lock_port(descriptor: int, port: str) -> None:
     except BlockingIOError as error:
         users = "; ".join(programs_using(port)) or "another program (or another arm object of this one)"
         raise RobotError(f"the serial port {port} is in use by {users}. Stop it, or choose another --robot.port.") from error
+    if not os.path.realpath(port).startswith(_PTYS) and os.getpid() != 1:
+        with contextlib.suppress(OSError):  # not every driver has it
+            fcntl.ioctl(descriptor, termios.TIOCEXCL)
 
 
 def programs_using(port: str) -> list[str]:

@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -39,13 +39,14 @@ LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
 LATE_ANSWER_UNPOWERED_S = 0.02  # as long as no servo has ever answered: their power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
 # One contiguous read tells all of these, each as one or two bytes, low byte first.
-TORQUE_REGISTER, LOAD_REGISTER, STATUS_REGISTER, CURRENT_REGISTER = 40, 60, 65, 69
+TORQUE_REGISTER, ACCELERATION_REGISTER, GOAL_REGISTER, LOAD_REGISTER, STATUS_REGISTER, CURRENT_REGISTER = 40, 41, 42, 60, 65, 69
+GOALS_KNOWN = 8  # the newest ones sent: a write to all is not acknowledged, and a bad line may lose some
 # Feetech's memory table of the STS series: load is the duty cycle of the motor's drive in 0.1 %, bit 10 its direction; current counts 6.5 mA, bit 15
 # its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
 LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
 FULL_LOAD_PERCENT, MOST_CURRENT_MA = 100.0, 10_000.0  # more than a servo can draw: its registers hold something else, and nothing is known
-_ID, _LENGTH, _INSTRUCTION, _ERROR, _DATA = 2, 3, 4, 4, 5  # byte positions in a packet
-_READ = 2
+_ID, _LENGTH, _INSTRUCTION, _ERROR, _ADDRESS, _DATA = 2, 3, 4, 4, 5, 5  # byte positions in a packet
+_READ, _WRITE, _SYNC_WRITE = 0x02, 0x03, 0x83
 ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
 
 
@@ -59,7 +60,8 @@ class ServoLink:
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet;
     status_bits: id -> its status register when last polled. torque: id -> its Torque_Enable then. loads: id -> (load in per cent, current in mA)
-    then, NaN where not told. late_answer_s: how long a missed answer may still come. on_exchange: called before each request.
+    then, NaN where not told. accelerations, goals: id -> these registers then. sent_goals: id -> the newest goals sent, as in the register.
+    late_answer_s: how long a missed answer may still come. on_exchange: called before each request.
     """
 
     def __init__(self, bus: Any, events: Counter[str], on_exchange: Callable[[], object] = lambda: None, tries: int = TRIES) -> None:
@@ -75,6 +77,9 @@ class ServoLink:
         self.status_bits: dict[int, int] = {}
         self.torque: dict[int, int] = {}
         self.loads: dict[int, tuple[float, float]] = {}
+        self.accelerations: dict[int, int] = {}
+        self.goals: dict[int, int] = {}
+        self.sent_goals: defaultdict[int, deque[int]] = defaultdict(lambda: deque(maxlen=GOALS_KNOWN))
         import scservo_sdk
 
         self._ok, self._timeout, self._corrupt = scservo_sdk.COMM_SUCCESS, scservo_sdk.COMM_RX_TIMEOUT, scservo_sdk.COMM_RX_CORRUPT
@@ -109,7 +114,8 @@ class ServoLink:
         if result != self._ok:
             return False
         self.error_bits[servo_id], self.status_bits[servo_id] = error, data[STATUS_REGISTER - TORQUE_REGISTER]
-        self.torque[servo_id] = data[0]
+        self.torque[servo_id], self.accelerations[servo_id] = data[0], data[ACCELERATION_REGISTER - TORQUE_REGISTER]
+        self.goals[servo_id] = _word(data, GOAL_REGISTER)
         self.loads[servo_id] = _load_and_current(data) if loads else (math.nan, math.nan)
         return True
 
@@ -159,7 +165,15 @@ class ServoLink:
         finally:
             self._awaited_bytes = math.inf
 
+    def _note_goals(self, packet: list[int]) -> None:
+        if packet[_INSTRUCTION] == _WRITE and packet[_ADDRESS] == GOAL_REGISTER:
+            self.sent_goals[packet[_ID]].append(packet[_ADDRESS + 1] | packet[_ADDRESS + 2] << 8)
+        elif packet[_INSTRUCTION] == _SYNC_WRITE and packet[_ADDRESS] == GOAL_REGISTER:
+            for at in range(_ADDRESS + 2, packet[_LENGTH] + _LENGTH, 3):  # id, low byte, high byte; behind the last a checksum
+                self.sent_goals[packet[at]].append(packet[at + 1] | packet[at + 2] << 8)
+
     def _guarded_request(self, port: Any, packet: list[int]) -> tuple[Any, int, int]:
+        self._note_goals(packet)
         for attempt in range(self.tries):
             self.free()
             with self._awaiting(4 + self._expected_length(packet)):
@@ -222,9 +236,15 @@ class ServoLink:
             time.sleep(0.0005)
 
 
+def _word(data: list[int], register: int) -> int:
+    """A register of two bytes, among those from torque on."""
+    at = register - TORQUE_REGISTER
+    return data[at] | data[at + 1] << 8
+
+
 def _load_and_current(data: list[int]) -> tuple[float, float]:
     """Per cent and mA, from the registers from torque on."""
-    load, current = (data[at] | data[at + 1] << 8 for at in (LOAD_REGISTER - TORQUE_REGISTER, CURRENT_REGISTER - TORQUE_REGISTER))
+    load, current = _word(data, LOAD_REGISTER), _word(data, CURRENT_REGISTER)
     percent, current_ma = (load & LOAD_BITS) * LOAD_PERCENT, (current & CURRENT_BITS) * CURRENT_MA
     return percent if percent <= FULL_LOAD_PERCENT else math.nan, current_ma if current_ma <= MOST_CURRENT_MA else math.nan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -72,16 +72,34 @@ POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms 
 # The others then wait up to 2.4 s. Not the gripper: it stands still against what it holds, and would keep the others waiting.
 SUSPECT_DEG, STILL_DEG = 3.0, 1.0
 SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
+SAME_GOAL_TICKS = 8  # 0.7 degrees
+FOREIGN_GOALS = 2  # so many within a minute are warned of: a damaged answer in some hundred passes its checksum
 SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
 LONGEST_TROUBLE_S = 1.0
 _OVERLOAD = 0x20
 
 
+class PerMinute:
+    """How often something may happen within a minute."""
+
+    def __init__(self, most: int) -> None:
+        self._times_s: deque[float] = deque(maxlen=most + 1)
+
+    def exceeded(self, now_s: float) -> bool:
+        """It has happened now. Returns whether that is once too often."""
+        self._times_s.append(now_s)
+        return len(self._times_s) == self._times_s.maxlen and now_s - self._times_s[0] < 60.0
+
+
 class ServoHealth:
     """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts. loads: as last answered."""
 
-    def __init__(self, link: ServoLink, events: Counter[str]) -> None:
-        self._link, self._events = link, events
+    def __init__(self, link: ServoLink, events: Counter[str], restore_settings: Callable[[str], None]) -> None:
+        """`restore_settings` writes what the servo of a joint forgets with its power."""
+        self._link, self._events, self._restore = link, events, restore_settings
+        self._accelerations: dict[int, int] = {}  # by id, as first seen while holding: another one after a reset
+        self._shows_goals: set[int] = set()  # ids of servos that were seen to have a goal as it was sent
+        self._foreign = PerMinute(FOREIGN_GOALS)
         never = np.full(len(SO100_JOINTS), np.nan)
         self.loads = MotorLoads(never, never, never)
         self._next_poll_s, self._next_joint = 0.0, 0
@@ -128,6 +146,7 @@ class ServoHealth:
             self.loads = _with_load(self.loads, joint, *self._link.loads[servo_id], now_s)
         if answered and holding:
             self._demand_torque(servo_id)
+            self._demand_settings(servo_id, now_s)
         if self._missed >= SELDOM_AFTER and holding and self._answered(self._link.poll_torque):
             for each in range(1, len(SO100_JOINTS) + 1):
                 self._demand_torque(each)
@@ -155,6 +174,23 @@ class ServoHealth:
                 f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "
                 "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
+
+    def _demand_settings(self, servo_id: int, now_s: float) -> None:
+        """A servo that was reset has forgotten what this run wrote (the next goal switched it on again); another program writes other goals."""
+        joint, goal = SO100_JOINTS[servo_id - 1], self._link.goals[servo_id]
+        acceleration = self._link.accelerations[servo_id]
+        if self._accelerations.setdefault(servo_id, acceleration) != acceleration:
+            self._events["servo_reset"] += 1
+            log.warning("servo %d (%s) was reset while it held, and is on again; check the power supply (voltage, current, plug)", servo_id, joint)
+            self._answered(lambda: bool(self._restore(joint)))
+        elif any(abs(goal - sent) <= SAME_GOAL_TICKS for sent in self._link.sent_goals[servo_id]):
+            self._shows_goals.add(servo_id)
+        elif servo_id in self._shows_goals:
+            self._events["foreign_goal"] += 1
+            message = f"servo {servo_id} ({joint}) has a goal that this run did not send: another program drives this arm, too. End it."
+            if self._foreign.exceeded(now_s):
+                raise RobotError(message)
+            log.warning(message)
 
     def _judge(self, servo_id: int, bits: int, now_s: float) -> None:
         joint = SO100_JOINTS[servo_id - 1]

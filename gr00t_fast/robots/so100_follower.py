@@ -35,7 +35,7 @@ from gr00t_fast.robots.servo_link import (
     release_torque,
     undisturbed,
 )
-from gr00t_fast.robots.servo_state import JumpGuard, MotorPower, ServoHealth
+from gr00t_fast.robots.servo_state import JumpGuard, MotorPower, PerMinute, ServoHealth
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ READ_PATIENCE_S = 0.5  # without a reading for so long the run ends; the arm mea
 FIRST_FRAME_MS = 3000
 OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze
 RETRY_PAUSE_S = 0.05
+RECONNECTS = 5  # within a minute; a cable that comes and goes more often holds an arm that nobody controls
 LAND_REOPEN_S = 1.0  # a port that vanished just before landing gets so long to come back
 LONGEST_BLIND_S = 0.1  # before a goal that comes later after the last reading than this, the motors are asked whether they still hold
 
@@ -95,10 +96,12 @@ class SO100FollowerArm:
 
     def keep_alive(self) -> None:
         """A control loop's sign of life. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
-        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog process has ended."""
+        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog has ended or is frozen."""
         self._looped = True
         if self._watchdog is not None and not self._watchdog.beat():
-            raise RobotError("the watchdog process, which takes the torque off when this program is stuck, has ended. Start the run again.")
+            raise RobotError(
+                "the watchdog process, which takes the torque off when this program is stuck, has ended or is frozen. Start the run again."
+            )
 
     def connect(self) -> None:
         """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
@@ -165,11 +168,12 @@ class SO100FollowerArm:
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
         self._link = ServoLink(follower.bus, self.events, self._exchanging, tries=1 + self.config.num_read_retries).install()
-        self._health = ServoHealth(self._link, self.events)
-        self._follower = follower
         self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
         self._guard = JumpGuard(self._scale)
         self._power = MotorPower(follower, self._scale, self.events, glue.calibrate_command(self.config))
+        self._health = ServoHealth(self._link, self.events, self._power.restore_settings)
+        self._reconnects = PerMinute(RECONNECTS)
+        self._follower = follower  # last: what lands an arm that has one needs the others
         self._repeat("finding the servos", self._open_bus)
         self._repeat("asking the servos whether they are powered", self._see_power)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
@@ -347,6 +351,10 @@ class SO100FollowerArm:
 
     def _reconnect(self, cause: Exception) -> None:
         """Wait up to `reconnect_s` for the port, and check that the same arm is behind it. Raises RobotError."""
+        if self._reconnects.exceeded(time.perf_counter()):
+            raise RobotError(
+                f"the port {self.config.port} was lost more than {RECONNECTS} times within a minute. Check the USB cable and its plugs."
+            ) from cause
         log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
         give_up_s = time.perf_counter() + self.config.reconnect_s
         while True:

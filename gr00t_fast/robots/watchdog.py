@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 START_S = 10.0  # an interpreter on a machine that is busy
 _BEAT_EVERY_S = 0.05  # a write costs some 5 us here and wakes the other process; a limit of a second needs no more
 _END_S = 1.0
+# Frozen: so many heartbeats over so long without an answer. Not time alone, for a machine that stood still as a whole held up both.
+UNANSWERED_S, UNANSWERED_BEATS = 1.5, 8
 
 
 class Watchdog:
@@ -36,6 +38,8 @@ class Watchdog:
         self._port, self._ids, self._limit_s, self._holds = port, servo_ids, limit_s, holds
         self._process: subprocess.Popen[bytes] | None = None
         self._last_s = -math.inf
+        self._lives = True
+        self._unanswered: list[float] = []  # when the beats since its last answer were sent
 
     def start(self) -> None:
         """Returns once it watches. Raises RobotError when it does not within START_S."""
@@ -53,7 +57,8 @@ class Watchdog:
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
             self._wait_until_ready(self._process)
-            os.set_blocking(self._process.stdin.fileno(), False)
+            for pipe in (self._process.stdin, self._process.stdout):
+                os.set_blocking(pipe.fileno(), False)
         except BaseException:  # a signal, too: it must not take the end of its input for the end of this program
             if self._process is not None:
                 self._process.kill()
@@ -62,25 +67,28 @@ class Watchdog:
 
     @staticmethod
     def _wait_until_ready(process: subprocess.Popen[bytes]) -> None:
-        with process.stdout as said:
-            poll = select.poll()
-            poll.register(said, select.POLLIN)
-            if not poll.poll(1000 * START_S):
-                raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
-            if not said.read(64):
-                raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        if not poll.poll(1000 * START_S):
+            raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
+        if not process.stdout.read(64):
+            raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
 
     def beat(self) -> bool:
-        """Heartbeat. Returns False when the watchdog process has ended."""
+        """Heartbeat. Returns False once the watchdog process has ended, or no longer answers."""
         now_s = time.monotonic()
         if self._process is None or now_s - self._last_s < _BEAT_EVERY_S:
-            return True
+            return self._lives
         self._last_s = now_s
         try:
             os.write(self._process.stdin.fileno(), struct.pack("<f", self._limit_s))
-        except OSError:  # it is gone, or frozen with thousands of beats unread and cannot act either
-            return False
-        return True
+        except OSError:
+            self._lives = False
+        if self._process.stdout.read(4096):
+            self._unanswered.clear()
+        self._unanswered.append(now_s)
+        self._lives &= len(self._unanswered) <= UNANSWERED_BEATS or now_s - self._unanswered[0] <= UNANSWERED_S
+        return self._lives
 
     def dismiss(self) -> None:
         """The arm has landed. Never raises."""
@@ -97,13 +105,15 @@ class Watchdog:
         if process is not None:
             with contextlib.suppress(OSError):
                 os.write(process.stdin.fileno(), CALL)
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
 
     @staticmethod
     def _leave(process: subprocess.Popen[bytes]) -> None:
-        with contextlib.suppress(OSError):
-            process.stdin.close()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:

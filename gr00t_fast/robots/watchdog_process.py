@@ -7,7 +7,7 @@ It imports nothing of this package.
 Standard input carries the heartbeat, written by the program that drives the arm: little-endian float32, each the number of seconds within which
 the next one will come (infinity: no promise). NaN dismisses the watchdog: the arm has landed. A negative number asks it to go on with what the
 program could not do itself. The end of the input without either means that the program is gone. "ready" on standard output once everything that
-is needed is loaded.
+is needed is loaded, and a byte for what is heard each time: a watchdog that is frozen is noticed by its silence.
 
 When the program is gone, or breaks its promise, the torque is taken off all servos: by a write to all of them, repeated, then read back from
 each. A program that is still there but silent is killed first, else it would go on sending goals when it wakes up, and each goal switches the
@@ -17,6 +17,7 @@ torque on again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import math
 import os
 import select
@@ -35,6 +36,7 @@ DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one 
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
 BLIND_WRITES = 5  # a broadcast write is not acknowledged
 ANSWER_S = 0.03
+LOCK_S = 0.05
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
 
 
@@ -46,8 +48,8 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
     sys.path.append(directory)
     import serial  # before it is needed: a program that is in trouble may be on a disk that is, too
 
-    with contextlib.suppress(BrokenPipeError):  # the program was stopped meanwhile: the end of its input says the rest
-        os.write(1, b"ready\n")
+    os.set_blocking(1, False)  # a program that is busy does not read
+    say(b"ready\n")
     trouble, silent_s = wait_for_trouble()
     if trouble == DISMISSED:
         return
@@ -56,11 +58,11 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    left_on = release(serial, port, ids) if mode == "off" else []
+    left_on, alone = release(serial, port, ids) if mode == "off" else ([], True)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
-        os.write(2, f"watchdog: {cause(trouble, port, silent_s)}. {outcome(mode, left_on)}\n".encode())
+        os.write(2, f"watchdog: {cause(trouble, port, silent_s)}. {outcome(mode, left_on, alone)}\n".encode())
 
 
 def wait_for_trouble() -> tuple[str, float]:
@@ -82,6 +84,12 @@ def wait_for_trouble() -> tuple[str, float]:
             if min(promises) < 0:
                 return CALLED, 0.0
             promised_s, heard_s, buffer = promises[-1], time.monotonic(), buffer[whole:]
+        say(b".")
+
+
+def say(words: bytes) -> None:
+    with contextlib.suppress(OSError):  # the program is gone, or has not read for hours: its own pipe says the rest
+        os.write(1, words)
 
 
 def readable(wait_s: float | None) -> bool:
@@ -98,18 +106,35 @@ def has_ended(limit_s: float) -> bool:
     return False
 
 
-def release(serial, port: str, ids: list[int]) -> list[int]:  # type: ignore[no-untyped-def]
-    """Torque off. Returns the ids of the servos that did not confirm it."""
-    give_up_s, left_on = time.monotonic() + PATIENCE_S, ids
+def release(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+    """Torque off. Returns the ids of the servos that did not confirm it, and whether the port was ours alone. Ends when a new run takes the port."""
+    give_up_s, left_on, alone, had = time.monotonic() + PATIENCE_S, ids, True, False
     while True:
         with contextlib.suppress(OSError, ValueError, *_termios_error()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
+            alone = locked(line)
+            if had and not alone:
+                break
+            had = alone
             for _ in range(BLIND_WRITES):
                 line.write(packet(_BROADCAST, _SYNC_WRITE, TORQUE_REGISTER, 1, *(value for servo in ids for value in (servo, 0))))
                 time.sleep(0.002)
             left_on = [servo for servo in ids if torque_register(line, servo) != 0]
         if not left_on or time.monotonic() > give_up_s:
-            return left_on
+            break
         time.sleep(0.02)
+    return left_on, alone
+
+
+def locked(line) -> bool:  # type: ignore[no-untyped-def]
+    """Mark the port as ours, as every run does: a program that starts meanwhile is refused. Of a program that is ending the mark goes with it."""
+    end_s = time.monotonic() + LOCK_S
+    while True:
+        with contextlib.suppress(OSError):
+            fcntl.flock(line.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.002)
 
 
 def torque_register(line, servo: int) -> int | None:  # type: ignore[no-untyped-def]
@@ -145,13 +170,13 @@ def cause(trouble: str, port: str, silent_s: float) -> str:
     }[trouble]
 
 
-def outcome(mode: str, left_on: list[int]) -> str:
+def outcome(mode: str, left_on: list[int], alone: bool) -> str:
     if left_on:
         servos = ", ".join(map(str, left_on))
         return f"THE ARM MAY STILL BE POWERED: servo {servos} did not confirm that its torque is off. Hold the arm and switch its power supply off."
     if mode == "hold":
         return "The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered."
-    return "The torque is off on all servos."
+    return "The torque is off on all servos." + ("" if alone else " Another program has the port open, and may switch it on again: end it.")
 
 
 def _termios_error() -> tuple[type[Exception], ...]:
