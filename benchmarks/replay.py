@@ -42,7 +42,7 @@ def read_lerobot(root: Path, episode: int, column: str) -> Columns:
     Those are degrees (and per cent for the gripper) where the driver ran with `use_degrees`, which the file does not say. Raises ConfigError.
     """
     names = _lerobot_names(root, column)
-    parquet = require("pyarrow.parquet", "bench")
+    parquet = require("pyarrow.parquet", "recordings")
     files = sorted((root / "data").rglob("*.parquet"))
     if not files:
         raise ConfigError(f"{root.name}: there is no data/*/*.parquet. Was the dataset finalized, or copied without its data?")
@@ -319,7 +319,7 @@ class FifoController:
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
-        self.note = TickNote()
+        self.note, self.instruction = TickNote(), ""
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
         self._row = 0

@@ -25,6 +25,7 @@ from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLI
 from benchmarks.lib.program import count_of, provenance, read_flags
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import Gr00tFastError, attempt
+from gr00t_fast.optional import install_command
 
 _PACKAGES = {"lerobot": "robot", "num2words": "bench", "diffusers": "bench", "transformers": "bench", "matplotlib": "plots"}
 
@@ -60,7 +61,7 @@ def _check(config: Config) -> list[str]:
 
 
 def _package(name: str, extra: str) -> str | None:
-    return None if importlib.util.find_spec(name) else f"not installed. Install it with: pip install -e '.[{extra}]'"
+    return None if importlib.util.find_spec(name) else f"not installed. Install it with: {install_command(extra)}"
 
 
 def _policy(name: str, device: torch.device, seed: int) -> str | None:

@@ -5,7 +5,13 @@ Importing this package imports nothing else; `load_policy` and the types are loo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gr00t_fast.contracts import ActionChunk, Observation
+    from gr00t_fast.data_config import DataConfig
+    from gr00t_fast.errors import Gr00tFastError
+    from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 __version__ = "0.1.0"
 
@@ -19,10 +25,15 @@ _HOME = {
 }
 __all__ = ["ActionChunk", "DataConfig", "Gr00tFastError", "Gr00tPolicy", "Observation", "__version__", "load_policy"]
 
+if not TYPE_CHECKING:  # a type checker would take any name for one of these
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'gr00t_fast' has no attribute '{name}'")
-    import importlib
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'gr00t_fast' has no attribute '{name}'")
+        import importlib
 
-    return getattr(importlib.import_module(f"gr00t_fast.{_HOME[name]}"), name)
+        return getattr(importlib.import_module(f"gr00t_fast.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

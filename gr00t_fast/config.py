@@ -117,40 +117,41 @@ class ModelConfig:
         head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
         _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
         _refuse_unknown(backbone, _BACKBONE_KEYS, "backbone_cfg")
-        _refuse_other_computation(config, eagle)
         built = cls(_vision(eagle), _language(eagle, backbone), _head(config, head))
-        _check_widths(built, head)
+        _refuse_other_computation(config, eagle)
+        _check_widths(built, config)
         return built
 
 
-# Values this implementation computes with; any other value would need other code. Paths are dotted keys in config.json ...
-_ASSUMED = {
-    "action_head_cfg.add_pos_embed": (True,),
-    "action_head_cfg.diffusion_model_cfg.norm_type": ("ada_norm",),
-    "action_head_cfg.diffusion_model_cfg.interleave_self_attention": (True,),
-    "action_head_cfg.diffusion_model_cfg.positional_embeddings": (None,),
-    "action_head_cfg.diffusion_model_cfg.activation_fn": ("gelu-approximate",),
-    "action_head_cfg.diffusion_model_cfg.attention_bias": (True,),
-    "action_head_cfg.diffusion_model_cfg.norm_elementwise_affine": (False,),
-    "action_head_cfg.diffusion_model_cfg.norm_eps": (1e-5,),
-    "action_head_cfg.vl_self_attention_cfg.positional_embeddings": (None,),
-    "action_head_cfg.vl_self_attention_cfg.activation_fn": ("gelu-approximate",),
-    "action_head_cfg.vl_self_attention_cfg.attention_bias": (True,),
-    "backbone_cfg.project_to_dim": (None,),
-    "backbone_cfg.reproject_vision": (False,),
+# What an absent key means (the default of the reference's class), and the value that this implementation computes with; any other would need other
+# code. Paths are dotted keys in config.json ...
+_ASSUMED: dict[str, tuple[Any, Any]] = {
+    "action_head_cfg.add_pos_embed": (True, True),
+    "action_head_cfg.diffusion_model_cfg.norm_type": ("ada_norm", "ada_norm"),
+    "action_head_cfg.diffusion_model_cfg.interleave_self_attention": (False, True),
+    "action_head_cfg.diffusion_model_cfg.positional_embeddings": ("sinusoidal", None),
+    "action_head_cfg.diffusion_model_cfg.activation_fn": ("gelu-approximate", "gelu-approximate"),
+    "action_head_cfg.diffusion_model_cfg.attention_bias": (True, True),
+    "action_head_cfg.diffusion_model_cfg.norm_elementwise_affine": (False, False),
+    "action_head_cfg.diffusion_model_cfg.norm_eps": (1e-5, 1e-5),
+    "action_head_cfg.vl_self_attention_cfg.positional_embeddings": ("sinusoidal", None),
+    "action_head_cfg.vl_self_attention_cfg.activation_fn": ("gelu-approximate", "gelu-approximate"),
+    "action_head_cfg.vl_self_attention_cfg.attention_bias": (True, True),
+    "backbone_cfg.project_to_dim": (1536, None),
+    "backbone_cfg.reproject_vision": (False, False),
 }
 # ... and in Eagle's config.json.
-_ASSUMED_EAGLE = {
-    "use_pixel_shuffle": (False,),
-    "mlp_connector_layers": (1,),
-    "select_layer": (-1,),
-    "text_config.model_type": ("qwen3",),
-    "text_config.hidden_act": ("silu",),
-    "text_config.attention_bias": (False,),
-    "text_config.rope_scaling": (None,),
-    "text_config.use_sliding_window": (False,),
-    "vision_config.hidden_act": ("gelu_pytorch_tanh",),
-    "vision_config.num_channels": (3,),
+_ASSUMED_EAGLE: dict[str, tuple[Any, Any]] = {
+    "use_pixel_shuffle": (True, False),
+    "mlp_connector_layers": (2, 1),
+    "select_layer": (-4, -1),
+    "text_config.model_type": ("qwen3", "qwen3"),
+    "text_config.hidden_act": ("silu", "silu"),
+    "text_config.attention_bias": (False, False),
+    "text_config.rope_scaling": (None, None),
+    "text_config.use_sliding_window": (False, False),
+    "vision_config.hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),
+    "vision_config.num_channels": (3, 3),
 }
 _TRANSFORMER_KEYS = {
     *("attention_head_dim", "cross_attention_dim", "dropout", "final_dropout", "interleave_self_attention", "norm_type", "norm_eps"),
@@ -187,10 +188,11 @@ def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str)
 
 def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> None:
     for source, assumed, file in ((config, _ASSUMED, "config.json"), (eagle, _ASSUMED_EAGLE, "eagle2_hg_model/config.json")):
-        for path, allowed in assumed.items():
-            value = look_up(source, path, default=allowed[0])
-            if value not in allowed:
-                raise CheckpointError(f"{file}: {path} is {shown(value)}; this implementation computes with {allowed[0]!r} only.")
+        for path, (absent, computed) in assumed.items():
+            value = look_up(source, path, default=...)
+            if (absent if value is ... else value) != computed:
+                found = f"not given, which means {absent!r} to the reference" if value is ... else shown(value)
+                raise CheckpointError(f"{file}: {path} is {found}; this implementation computes with {computed!r} only.")
 
 
 def look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -221,7 +223,7 @@ _MOST_VISION_TOKENS = 4096
 
 
 def positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    """Files that leave the key out mean the libraries' default."""
+    """`default`: of the reference's class, which files that leave the key out mean."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
         raise CheckpointError(f"{where}: '{key}' must be a positive number, got {shown(value)}. The file is incomplete or damaged.")
@@ -268,7 +270,7 @@ def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> Language
         num_kv_heads=need(section, "num_key_value_heads", where),
         head_dim=need(section, "head_dim", where),
         rms_norm_eps=positive(section, "rms_norm_eps", 1e-6, where),
-        rope_theta=positive(section, "rope_theta", 1e6, where),
+        rope_theta=positive(section, "rope_theta", 1e4, where),
         vocab_size=need(section, "vocab_size", where),
         image_token_id=need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
     )
@@ -299,9 +301,10 @@ def _transformer(head: Mapping[str, Any], name: str) -> TransformerConfig:
     return TransformerConfig(*(need(section, key, where) for key in ("num_layers", "num_attention_heads", "attention_head_dim")))
 
 
-def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
+def _check_widths(config: ModelConfig, raw: Mapping[str, Any]) -> None:
     """The parts must fit together; a mismatch here would otherwise show as a puzzling shape error in the middle of the network."""
     width = config.language.hidden_size
+    head = raw["action_head_cfg"]
     dit_cfg = head["diffusion_model_cfg"]
     pairs = {
         "action_head_cfg.backbone_embedding_dim": (head.get("backbone_embedding_dim", width), width),
@@ -310,10 +313,12 @@ def _check_widths(config: ModelConfig, head: Mapping[str, Any]) -> None:
         "action_head_cfg.input_embedding_dim": (head.get("input_embedding_dim", config.head.dit.width), config.head.dit.width),
         "diffusion_model_cfg.output_dim": (config.head.output_dim, config.head.hidden_size),
         "action_head_cfg.max_action_dim": (head.get("max_action_dim", config.head.action_dim), config.head.action_dim),
+        "action_dim": (raw.get("action_dim", config.head.action_dim), config.head.action_dim),
+        "action_horizon": (raw.get("action_horizon", config.head.action_horizon), config.head.action_horizon),
     }
     for name, (got, expected) in pairs.items():
         if got != expected:
-            raise CheckpointError(f"config.json: {name} is {got}, expected {expected} from the rest of the configuration.")
+            raise CheckpointError(f"config.json: {name} is {shown(got)}, expected {expected} from the rest of the configuration.")
     language, vision = config.language, config.vision
     conditions = {
         "vision_config.hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,

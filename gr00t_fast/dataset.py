@@ -421,7 +421,7 @@ def contradiction(path: Path, info: Mapping[str, Any]) -> str | None:
 def _first_row(file: Path) -> dict[str, Any] | None:
     """None when the file is damaged or empty; that is another fault."""
     try:
-        batches = require("pyarrow.parquet", "bench").ParquetFile(file).iter_batches(batch_size=1)
+        batches = require("pyarrow.parquet", "recordings").ParquetFile(file).iter_batches(batch_size=1)
         return next((batch.to_pylist()[0] for batch in batches if len(batch)), None)
     except (OSError, ValueError):
         return None

@@ -63,6 +63,26 @@ _NVIDIA_FLAGS = {
     "cam_idx": 'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".',
     "record_imgs": "Use --video=FILE.mp4.",
 }
+_DATA_SET = "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name."
+# The same of lerobot-record, lerobot-replay and lerobot-rollout; a name that ends in a dot stands for what begins with it.
+_LEROBOT_FLAGS = {
+    **dict.fromkeys(("policy.path", "policy.pretrained_path"), "Use --model_path=DIR."),
+    "policy.type": "The checkpoint says which network it is: --model_path=DIR is enough.",
+    "policy.": "Settings of the network are flags of their own, such as --device and --denoising_steps.",
+    **dict.fromkeys(("dataset.single_task", "task"), 'Use --lang_instruction="...".'),
+    "dataset.num_episodes": "Use --episodes=N.",
+    **dict.fromkeys(("dataset.episode_time_s", "duration"), "Use --timeout=SECONDS."),
+    "dataset.reset_time_s": "Use --reset_time_s=SECONDS.",
+    "dataset.fps": "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.",
+    **dict.fromkeys(("dataset.rename_map", "rename_map"), 'Use --camera_map="{mine: checkpoint\'s}".'),
+    "dataset.push_to_hub": "Nothing is uploaded here: leave the flag out.",
+    "dataset.": _DATA_SET,
+    **dict.fromkeys(("display_data", "display_ip", "display_port"), "Use --display, or --display=HOST:PORT."),
+    "resume": "Use --record_append=true, beside --record.",
+    "strategy.": "The policy drives the arm from start to end, as lerobot's strategy base: leave the flag out.",
+    "inference.": "Use --controller=threaded --smoothing=rtc for real-time chunking.",
+    "teleop.": "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.",
+}
 
 
 class UsageError(ConfigError):
@@ -310,6 +330,8 @@ def _flag_of(written: str, table: Mapping[str, Flag], notes: list[str]) -> tuple
             return flag, False
     if name in _NVIDIA_FLAGS:
         raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's scripts. {_NVIDIA_FLAGS[name]}")
+    if lerobot := _LEROBOT_FLAGS.get(name) or _LEROBOT_FLAGS.get(name.partition(".")[0] + "."):
+        raise UsageError(f"unknown flag '--{written}', which is one of lerobot's programs. {lerobot}")
     raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help.")
 
 
@@ -416,6 +438,8 @@ def _choice(flag: Flag, hint: Any, text: str) -> Any:
 def _yaml_value(flag: Flag, text: str) -> Any:
     import yaml
 
+    if not text.strip():
+        raise UsageError(f"--{flag.name} is empty; it needs a value.")
     try:
         value = yaml.load(text, _strict_loader())
     except yaml.YAMLError as error:
@@ -476,6 +500,8 @@ def _read_file(path: Path, table: Mapping[str, Flag], notes: list[str]) -> dict[
         content = content["settings"]  # of a run's report
     settings = {}
     for written, value in _flatten(content, table):
+        if written == CONFIG_FLAG:
+            raise UsageError(f"{path}: {CONFIG_FLAG} cannot stand in a file; one file does not read another.")
         former = next((flag for flag in table.values() if written in flag.extra.get("former", ())), None)
         if former is not None:
             notes.append(f"{path}: {written} is called {former.name} now.")

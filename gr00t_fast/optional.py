@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from gr00t_fast.errors import MissingExtraError
 
+_ROOT = Path(__file__).parent.parent  # of the clone
+
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or raise MissingExtraError naming `pip install gr00t_fast[extra]`. OpenVINO is imported without its telemetry."""
+    """Import `module`, or raise MissingExtraError with the command that installs `extra`. OpenVINO is imported without its telemetry."""
     if module.split(".")[0] == "openvino":
         _leave_out_telemetry()
     try:
@@ -31,6 +34,16 @@ def _leave_out_telemetry() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes `import openvino_telemetry` an ImportError
 
 
-def install_command(extra: str) -> str:
-    """What to type, in either way to have this package."""
-    return f"pip install 'gr00t_fast[{extra}]' (in a clone: pip install -e '.[{extra}]' -c constraints.txt)"
+def install_command(extra: str = "") -> str:
+    """What to type to add an extra to this installation, a clone or a wheel; without `extra`, to install it again.
+
+    In a clone it names the pins that this environment can have: lerobot 0.6, which needs Python 3.12, breaks with those of lerobot 0.4.
+    """
+    bracket = f"[{extra}]" if extra else ""
+    if not (_ROOT / "constraints.txt").is_file():
+        return f"pip install 'gr00t_fast{bracket}'"
+    try:
+        with_06 = importlib.metadata.version("lerobot") >= "0.5"
+    except importlib.metadata.PackageNotFoundError:
+        with_06 = sys.version_info >= (3, 12)
+    return f"pip install -e '.{bracket}' -c constraints{'-py312' if with_06 else ''}.txt (in the clone)"

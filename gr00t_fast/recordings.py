@@ -64,7 +64,7 @@ def _check_joints(directory: Path, column: str, feature: dict[str, Any], joint_n
 
 
 def _table(directory: Path, joints: int) -> dict[str, np.ndarray]:
-    parquet = require("pyarrow.parquet", "bench")
+    parquet = require("pyarrow.parquet", "recordings")
     files = sorted((directory / "data").rglob("*.parquet"))
     if not files:
         raise ConfigError(f"--recordings={directory}: data/ holds no table. Copy the whole data set.")

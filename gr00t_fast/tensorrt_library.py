@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, closest
-from gr00t_fast.optional import require
+from gr00t_fast.optional import install_command, require
 
 RTX, STANDARD = "tensorrt_rtx", "tensorrt"
 BUILDERS = (RTX, STANDARD)  # in the order of preference of `auto`: the first builds without a GPU
@@ -35,7 +35,7 @@ def choose(name: str) -> str:
     if not found:
         raise MissingExtraError(
             "this needs TensorRT, and neither 'tensorrt_rtx' nor 'tensorrt' is installed. For GeForce and RTX GPUs: "
-            "pip install 'gr00t_fast[tensorrt_rtx]'. For data-centre GPUs: pip install 'gr00t_fast[tensorrt]'. On a Jetson it comes with JetPack."
+            f"{install_command('tensorrt_rtx')}. For data-centre GPUs the extra is 'tensorrt'. On a Jetson it comes with JetPack."
         )
     return found[0]
 

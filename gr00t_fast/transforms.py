@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import EmbodimentMetadata
+from gr00t_fast.checkpoint.embodiment import check_std
 from gr00t_fast.data_config import DataConfig
-from gr00t_fast.errors import ConfigError, ObservationError
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 
 _CONSTANT_STATE = {"min_max": 0.0}  # a constant dimension becomes 0; the other modes leave the raw value (reference Normalizer)
 _STATISTICS_OF = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std")}  # low and high, or mean and deviation
@@ -62,7 +63,7 @@ class Normaliser:
     """
 
     def __init__(self, mode: str, statistics: Mapping[str, np.ndarray], key: str) -> None:
-        """Raises ConfigError when the checkpoint lacks the statistics the mode needs."""
+        """Raises ConfigError when the checkpoint lacks the statistics the mode needs, CheckpointError when they hold NaN."""
         self.mode = mode
         names = _STATISTICS_OF.get(mode, ("min", "max"))  # the other modes compute without them, and take the width from them
         absent = [name for name in names if name not in statistics]
@@ -71,6 +72,7 @@ class Normaliser:
         self._low: np.ndarray
         self._high: np.ndarray
         self._low, self._high = (statistics[name].astype(np.float64) for name in names)  # for mean_std: mean and std
+        check_std(key, self._high)
         self._varies = self._high != (0.0 if mode == "mean_std" else self._low)
 
     @property
@@ -182,6 +184,9 @@ def _normalisers(keys: Sequence[str], config: DataConfig, metadata: EmbodimentMe
             f"the data config reads {', '.join(unknown)}, but this checkpoint has statistics for {known} only. "
             "Choose the data_config it was trained with."
         )
+    for key in keys:
+        if key in metadata.unsupported:
+            raise CheckpointError(f"experiment_cfg/metadata.json: of {key}, {metadata.unsupported[key]}.")
     parts = {key: Normaliser(config.normalisation_of(key), metadata.statistics[key], key) for key in keys}
     if (total := sum(part.network_width for part in parts.values())) > padded_width:
         raise ConfigError(f"the data config's {', '.join(keys)} have {total} values together; the network takes {padded_width}.")

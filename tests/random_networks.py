@@ -55,6 +55,7 @@ class Sizes:
         head.update(backbone_embedding_dim=self.language[0], hidden_size=self.hidden, input_embedding_dim=math.prod(self.dit[1:]))
         head.update(action_horizon=self.horizon, num_target_vision_tokens=self.future, use_vlln=self.use_vlln)
         head.update(action_dim=self.action_dim, max_action_dim=self.action_dim, max_state_dim=self.state_dim)
+        config.update(action_horizon=self.horizon, action_dim=self.action_dim)
         return config, eagle
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from random_networks import TINY, Sizes, edit_json, load_network, write_network
+from random_networks import TINY, Sizes, edit_json, load_network, observation, write_network
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.serving.wire import metadata_to_message
@@ -48,6 +51,14 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
         ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
         ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
+        # an absent key means the default of the reference's class
+        ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", ..., "interleave_self_attention is not given, which means False"),
+        ("action_head_cfg.diffusion_model_cfg.positional_embeddings", ..., "diffusion_model_cfg.positional_embeddings .*'sinusoidal'"),
+        ("action_head_cfg.vl_self_attention_cfg.positional_embeddings", ..., "vl_self_attention_cfg.positional_embeddings .*'sinusoidal'"),
+        ("backbone_cfg.project_to_dim", ..., "project_to_dim .*1536"),
+        # said in two places
+        ("action_dim", 16, "action_dim is 16, expected 32"),
+        ("action_horizon", 8, "action_horizon is 8, expected 16"),
         ("backbone_cfg.select_layer", 99, "select_layer must be between 1 and 1, got 99"),
         ("backbone_cfg.select_layer", -1, "select_layer must be between"),
         ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a whole number from 1 to 4096, got 0"),
@@ -74,6 +85,9 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
     ("key", "value", "pattern"),
     [
         ("use_pixel_shuffle", True, "use_pixel_shuffle is True"),
+        ("use_pixel_shuffle", ..., "use_pixel_shuffle is not given, which means True"),
+        ("mlp_connector_layers", ..., "mlp_connector_layers is not given, which means 2"),
+        ("select_layer", ..., "select_layer is not given, which means -4"),
         ("text_config.model_type", "qwen2", "text_config.model_type is 'qwen2'; .* 'qwen3' only"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling"),
         ("vision_config", ..., "no 'vision_config' section"),
@@ -91,6 +105,11 @@ def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, v
     edit_json(checkpoint / "eagle2_hg_model" / "config.json", key, value)
     with pytest.raises(CheckpointError, match=pattern):
         open_checkpoint(checkpoint)
+
+
+def test_an_absent_rope_theta_means_the_library_s_default(checkpoint: Path) -> None:
+    edit_json(checkpoint / "eagle2_hg_model" / "config.json", "text_config.rope_theta", ...)
+    assert open_checkpoint(checkpoint).config.language.rope_theta == 10_000
 
 
 def test_sizes_of_the_published_network_are_the_default(checkpoint: Path) -> None:
@@ -168,6 +187,13 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
         ("statistics.state.gripper.min", [10**400]),
         ("modalities.video.webcam.fps", -30),
         ("modalities.video.webcam.fps", "fast"),
+        ("modalities.action", 3),
+        ("statistics.state.gripper.min", ["0"]),
+        ("statistics.state.gripper.q99", [float("nan")]),
+        ("statistics.state.gripper.max", [1e30]),
+        ("statistics.state.gripper.max", [50.0]),  # below q99
+        ("statistics.state.gripper.min", [40.0]),  # above q01
+        ("statistics.state.gripper.std", [-1.0]),
     ],
 )
 def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
@@ -176,9 +202,38 @@ def test_damaged_metadata(checkpoint: Path, key: str, value: object) -> None:
         open_checkpoint(checkpoint).embodiment("new_embodiment")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("action.single_arm.absolute", False, "action.single_arm, absolute is False"),
+        ("action.gripper.rotation_type", "quaternion", "action.gripper, rotation_type is 'quaternion'"),
+        ("state.gripper.shape", [2], r"state.gripper, shape is \[2\], but its statistics have 1"),
+    ],
+)
+def test_parts_that_are_something_else_than_joint_positions(checkpoint: Path, key: str, value: object, says: str) -> None:
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.modalities.{key}", value)
+    with pytest.raises(CheckpointError, match=says):
+        load_policy(checkpoint, device="cpu")
+
+
+def test_statistics_that_were_rounded_or_estimated_are_taken(checkpoint: Path) -> None:
+    for name, value in (("q01", -0.01), ("q99", 60.01)):
+        edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [value])
+    assert open_checkpoint(checkpoint).embodiment("new_embodiment").statistics["state.gripper"]["q99"] == [60.01]
+
+
+def test_a_deviation_that_is_nan_is_refused_where_it_is_used(checkpoint: Path) -> None:
+    """NVIDIA's merging of data sets writes NaN for a joint that never moves."""
+    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.statistics.state.gripper.std", [float("nan")])
+    actions = load_policy(checkpoint, device="cpu").get_action(observation())
+    assert all(np.isfinite(values).all() for values in actions.values())
+    with pytest.raises(CheckpointError, match="state.gripper .* std holds NaN"):
+        load_policy(checkpoint, device="cpu", data_config=replace(DATA_CONFIGS["so100"], normalisation={"state.gripper": "mean_std"}))
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
 def test_numbers_that_are_none(checkpoint: Path, number: str) -> None:
-    for file in ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json"):
+    for file in ("config.json", "eagle2_hg_model/config.json", *(["experiment_cfg/metadata.json"] if number != "NaN" else [])):
         text = (checkpoint / file).read_text()
         (checkpoint / file).write_text(f'{{"extra": {number}, {text.lstrip()[1:]}')
         with pytest.raises(CheckpointError, match=f"{file}.*{number}"):
@@ -264,6 +319,20 @@ def test_facts_need_no_weights(checkpoint: Path) -> None:
 
 
 # --- where it comes from -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(checkpoint: Path, file: str) -> None:
+    (checkpoint / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4967\n")
+    with pytest.raises(CheckpointError, match=rf"{file} .*git lfs pull"):
+        load_network(checkpoint)
+
+
+def test_the_directory_above_a_checkpoint_names_it(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    checkpoint.rename(tmp_path / "run" / "checkpoint-1000")
+    with pytest.raises(CheckpointError, match=r"N1\.7.*Did you mean .*run/checkpoint-1000\?"):
+        open_checkpoint(tmp_path / "run")
 
 
 def test_paths_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:

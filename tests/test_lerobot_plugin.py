@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import shutil
@@ -140,6 +142,12 @@ def test_a_chunk_continues_what_is_left_of_the_one_before(plugin: Any, checkpoin
     assert torch.equal(late[0, :3], left[:3])
 
 
+def test_its_flags_have_the_defaults_of_load_policy(plugin: Any) -> None:
+    flags = {field.name: field.default for field in dataclasses.fields(plugin.Gr00tFastConfig)}
+    arguments = {name: argument.default for name, argument in inspect.signature(load_policy).parameters.items() if name in flags}
+    assert {name: flags[name] for name in arguments} | {"model_path": "", "device": "auto"} == arguments | {"model_path": ""}
+
+
 def test_what_cannot_be_used_is_refused(plugin: Any, checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="--policy.model_path is required"):
         make_policy(plugin, checkpoint, model_path="")
@@ -158,6 +166,8 @@ def test_what_cannot_be_used_is_refused(plugin: Any, checkpoint: Path) -> None:
         policy.select_action({key: value for key, value in batch.items() if key != "observation.state"})
     with pytest.raises(PreflightError, match="webcam"):
         policy.select_action({"observation.state": batch["observation.state"], "task": INSTRUCTION})
+    with pytest.raises(PreflightError, match="--policy.camera_map"):
+        policy.select_action({**batch, "observation.images.wrist": batch["observation.images.front"]})
     with pytest.raises(NotImplementedError):
         policy.forward(batch)
 

@@ -26,7 +26,7 @@ from gr00t_fast.engine.manifest import (
     sha256,
     sha256_of_json,
 )
-from gr00t_fast.errors import ConfigError, EngineError
+from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 
 REMEDY = "python export/somehow.py"
 
@@ -206,6 +206,23 @@ def test_the_remedy_repeats_what_made_the_export(export: Path, checkpoint: Path,
     common = f"--model_path={checkpoint} --embodiment_tag=new_embodiment --data_config=so100 --out="
     assert remedy_for(export, target, "quantise.py", "--x=1") == f"gr00t-fast export onnx {common}{export} --precision=fp32 --overwrite"
     assert remedy_for(tmp_path / "none", target, "quantise.py", "--x=1") == f"gr00t-fast quantise {common}{tmp_path / 'none'} --x=1"
+
+
+@pytest.mark.parametrize("source", ["stale", "gone", "fits"])
+def test_the_remedy_of_a_stale_export_begins_with_a_source_that_is_stale_too(export: Path, checkpoint: Path, tmp_path: Path, source: str) -> None:
+    graphs, int8 = Path(shutil.copytree(export, tmp_path / "graphs")), export
+    edit_json(int8 / MANIFEST_NAME, "program", "quantise.py")
+    edit_json(int8 / MANIFEST_NAME, "flags", [f"--onnx={graphs}", "--target=openvino"])
+    target = _other_weights(checkpoint)
+    if source == "gone":
+        shutil.rmtree(graphs)
+    elif source == "fits":
+        edit_json(graphs / MANIFEST_NAME, "identity", target.identity(Digests(graphs)))
+    with pytest.raises(StaleEngineError) as caught:
+        check_manifest(int8, "onnx", target, remedy_for(int8, target, ""))
+    commands = str(caught.value).splitlines()[-1].removeprefix("Run: ").split(" && ")
+    assert [command.split(" --")[0] for command in commands] == ["gr00t-fast export onnx"] * (source != "fits") + ["gr00t-fast quantise"]
+    assert source == "fits" or f"--out={graphs} --precision=fp32" in commands[0]
 
 
 def test_fields_of_a_later_version_are_left_alone(export: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_provider_that_does_not_start(checkpoint: Path, exported: Path, monkey
 
 def test_without_the_package(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install 'gr00t_fast[export]'")
+    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install ", "[export]'")
 
 
 def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import gr00t_fast
+from gr00t_fast import optional
 
 ROOT = Path(__file__).parent.parent
 # Audit hooks see every thread of the process; a refused connection is tried again by nobody. The sender's thread gets a moment.
@@ -35,6 +40,45 @@ def test_openvino_posts_nothing_and_writes_no_client_id(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["done"], done.stdout + done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == []
+
+
+@pytest.mark.parametrize(
+    ("lerobot", "python", "pins"),
+    [("0.4.4", (3, 12), "constraints.txt"), ("0.6.1", (3, 12), "constraints-py312.txt"), (None, (3, 11), "constraints.txt")]
+    + [(None, (3, 12), "constraints-py312.txt")],
+)
+def test_the_advice_fits_this_environment(lerobot: str | None, python: tuple[int, int], pins: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With constraints.txt lerobot 0.6.1's own packages are taken back to versions that it does not start with."""
+
+    def version(name: str) -> str:
+        if lerobot is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return lerobot
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(sys, "version_info", python)
+    command = optional.install_command("sim")
+    assert shlex.split(command.partition(" (")[0]) == ["pip", "install", "-e", ".[sim]", "-c", pins]
+    assert re.search(r"^lerobot==", (ROOT / pins).read_text(), re.MULTILINE)
+
+
+def test_a_wheel_gets_no_advice_about_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional, "_ROOT", tmp_path)
+    assert optional.install_command("sim") == "pip install 'gr00t_fast[sim]'"
+    assert optional.install_command() == "pip install 'gr00t_fast'"
+
+
+def test_a_type_checker_sees_the_signatures_behind_the_lazy_names(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "import gr00t_fast, gr00t_fast.serving\ngr00t_fast.load_policy('DIR', denoising_stps=2)\ngr00t_fast.serving.PolicyClient().get_action([])\n"
+    )
+    command = [sys.executable, "-m", "mypy", f"--cache-dir={tmp_path / 'cache'}", "--python-version=3.11", str(tmp_path / "user.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    found = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert [re.search(r"user.py:(\d)", line)[1] for line in found] == ["2", "3"], done.stdout + done.stderr
+    assert "denoising_steps" in found[0]
+    assert set(gr00t_fast.__all__) <= set(dir(gr00t_fast))
 
 
 def test_the_tools_that_build_packages_are_pinned() -> None:

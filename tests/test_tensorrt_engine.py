@@ -300,7 +300,7 @@ def test_an_incomplete_manifest_is_refused(engines: Path, checkpoint: Path, key:
 def test_a_missing_library_names_its_extra(engines: Path, checkpoint: Path, builder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_json(engines / "manifest.json", "details.builder", builder)
     monkeypatch.setitem(sys.modules, builder, None)
-    with pytest.raises(MissingExtraError, match=rf"pip install 'gr00t_fast\[{builder}\]'"):
+    with pytest.raises(MissingExtraError, match=rf"pip install .*\[{builder}\]'"):
         open_it(engines, checkpoint)
 
 
@@ -314,7 +314,7 @@ def test_a_library_that_does_not_load_says_so(tmp_path: Path, monkeypatch: pytes
 
 def test_no_library_at_all_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "installed", list)
-    with pytest.raises(MissingExtraError, match=r"tensorrt_rtx\].*tensorrt\].*JetPack"):
+    with pytest.raises(MissingExtraError, match=r"tensorrt_rtx\].*'tensorrt'.*JetPack"):
         library.choose("auto")
 
 

@@ -54,7 +54,7 @@ def test_an_engine_whose_error_is_above_its_limit_or_that_cannot_smooth_never_wi
     pytest.importorskip("torch")
     from types import SimpleNamespace
 
-    from gr00t_fast.cli.tune import winner
+    from gr00t_fast.cli.tuning import winner
 
     def arm(ms: float, within: bool, continues: set[str]) -> dict[str, Any]:
         return {"within_limit": within, "times_ms": {"4": {"p50": ms}}, "policy": SimpleNamespace(continues=continues)}

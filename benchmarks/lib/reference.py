@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
-from gr00t_fast.contracts import ModalityConfig
+from gr00t_fast.contracts import ModalityConfig, Policy
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import CheckpointError, ObservationError
 from gr00t_fast.model import ModelInputs
@@ -248,8 +248,8 @@ class ReferencePreprocessing:
         return torch.cat(tiles), ids
 
 
-class ReferencePreprocessingPolicy:
-    """Implements `Policy` with the reference's pre-processing in front of any engine."""
+class ReferencePreprocessingPolicy(Policy):
+    """A `Policy` with the reference's pre-processing in front of any engine."""
 
     def __init__(
         self,

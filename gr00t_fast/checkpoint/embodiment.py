@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
-from gr00t_fast.errors import CheckpointError, ConfigError, closest
+from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
 
 # Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
 EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
-_STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+# Smaller ones come first. The tolerance, a share of the larger of |min| and |max|, is for figures that were rounded or estimated.
+_ORDER = (("min", "q01"), ("q99", "max"))
+_ORDER_TOLERANCE = 1e-3
+_LARGEST = 1e6  # no joint value in any unit; a chosen limit
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class EmbodimentMetadata:
     tag: str
     statistics: Mapping[str, Mapping[str, np.ndarray]]
     cameras: Mapping[str, CameraMetadata]  # by key: `video.webcam`
+    unsupported: Mapping[str, str] = field(default_factory=dict)  # by key: what `modalities` says of the part that is not computed here
 
     def width_of(self, key: str) -> int:
         """Number of dimensions of a state or action part."""
@@ -47,30 +52,61 @@ def parse_metadata(raw: Mapping[str, Any], tag: str) -> EmbodimentMetadata:
         raise ConfigError(f"{what} '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
     try:
         entry = raw[tag]
-        statistics = {
-            f"{modality}.{part}": _part_statistics(values)
-            for modality in ("state", "action")
-            for part, values in entry["statistics"][modality].items()
+        parts = [(kind, part, values) for kind in ("state", "action") for part, values in entry["statistics"][kind].items()]
+        statistics = {f"{kind}.{part}": part_statistics(f"{kind}.{part}", values) for kind, part, values in parts}
+        told = {(kind, part): entry["modalities"].get(kind, {}).get(part, {}) for kind, part, _ in parts}
+        unsupported = {
+            f"{kind}.{part}": why
+            for (kind, part), told_of_part in told.items()
+            if (why := _unsupported(kind, told_of_part, len(statistics[f"{kind}.{part}"]["min"])))
         }
         cameras = {f"video.{name}": _camera(values) for name, values in entry["modalities"]["video"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"experiment_cfg/metadata.json: the entry '{tag}' is incomplete or damaged ({error!r}).") from error
-    return EmbodimentMetadata(tag, statistics, cameras)
+    return EmbodimentMetadata(tag, statistics, cameras, unsupported)
 
 
-def _part_statistics(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    arrays = {name: np.atleast_1d(np.asarray(values[name], dtype=np.float64)) for name in _STATISTICS if name in values}
+def _unsupported(kind: str, told: Mapping[str, Any], width: int) -> str:
+    if kind == "action" and told.get("absolute", True) is not True:
+        return f"absolute is {shown(told['absolute'])}: its values are differences, which no arm may get as positions"
+    if told.get("rotation_type") is not None:
+        return f"rotation_type is {shown(told['rotation_type'])}: rotations are not computed here"
+    if told.get("shape", [width]) != [width]:
+        return f"shape is {shown(told['shape'])}, but its statistics have {width} values"
+    return ""
+
+
+def part_statistics(where: str, values: Mapping[str, Any], dimensions: int = 1) -> dict[str, np.ndarray]:
+    """Name -> float64 of one shape, of those in STATISTICS that are there: finite, but for std, which the reference's merging of data sets makes NaN
+    for a joint that never moves. Raises ValueError for a part without min and max, and for figures that contradict each other."""
+    arrays = {name: np.atleast_1d(np.asarray(values[name])) for name in STATISTICS if name in values}
     if "min" not in arrays or "max" not in arrays:
-        raise ValueError("statistics without min and max")
+        raise ValueError(f"{where}: statistics without min and max")
     if not arrays["min"].size:
-        raise ValueError("statistics of no values")
+        raise ValueError(f"{where}: statistics of no values")
     for name, array in arrays.items():
-        if array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all():
-            raise ValueError(f"statistic {name} is not {arrays['min'].shape} finite numbers")
-    for low, high in (("min", "max"), ("q01", "q99")):
-        if low in arrays and high in arrays and (arrays[low] > arrays[high]).any():
-            raise ValueError(f"statistic {low} exceeds {high}")
-    return arrays
+        numbers = array.dtype.kind in "if" and array.shape == arrays["min"].shape and array.ndim == dimensions
+        if not numbers or not (np.isfinite(array) | (np.isnan(array) & (name == "std"))).all():
+            raise ValueError(f"{where}.{name} is no list of finite numbers of the shape that min has")
+        if (np.abs(array) > _LARGEST).any():
+            raise ValueError(f"{where}.{name} exceeds {_LARGEST:g}: no joint value")
+    if "std" in arrays and (arrays["std"] < 0).any():
+        raise ValueError(f"{where}.std is negative")
+    slack = _ORDER_TOLERANCE * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
+    for low, high, tolerance in (("min", "max", 0.0), ("q01", "q99", 0.0), *((*pair, slack) for pair in _ORDER)):
+        if low in arrays and high in arrays and (arrays[low] > arrays[high] + tolerance).any():
+            raise ValueError(f"{where}.{low} exceeds {where}.{high}")
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
+
+
+def check_std(where: str, std: np.ndarray) -> np.ndarray:
+    """`std` of a part that is normalised with it. Raises CheckpointError where it holds NaN."""
+    if np.isnan(std).any():
+        raise CheckpointError(
+            f"{where} is normalised by mean and std, and its std holds NaN. Expected finite numbers: NVIDIA's merging of data sets writes NaN for a "
+            "joint that never moves. Compute the statistics of the data again, and train with them."
+        )
+    return std
 
 
 def _camera(values: Mapping[str, Any]) -> CameraMetadata:

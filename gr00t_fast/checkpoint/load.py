@@ -107,8 +107,8 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     config = config_n1d7(raw, backbone) if is_n1d7 else ModelConfig.from_dicts(raw, backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
     if is_n1d7:
-        return Checkpoint(path, config, {}, weights, base, adapter, _processor_files(path), raw.get("state_history_length", 1))
-    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json"), weights, base, adapter)
+        return Checkpoint(path, config, {}, weights, base, adapter, _processor_files(path, raw), raw.get("state_history_length", 1))
+    return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json", nan=True), weights, base, adapter)
 
 
 def load_model(
@@ -194,13 +194,14 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, nan: bool = False) -> dict[str, Any]:
+    """nan: whether numbers may be NaN; whoever uses them decides."""
     try:
-        loaded = read_json(path)
+        loaded = read_json(path, nan)
     except FileNotFoundError as error:
-        n1d7 = path.name in PROCESSOR_FILES
-        expected = f"GR00T N1.7 checkpoint: {_EXPECTED_FILES_N1D7}" if n1d7 else f"GR00T N1.5 checkpoint: {_EXPECTED_FILES}"
-        raise CheckpointError(f"{path} is missing. Expected a fine-tuned {expected}.") from error
+        below = sorted({file.parent for file in path.parent.glob("*/model*.safetensors*")})
+        meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
+        raise CheckpointError(f"{path} is missing. Expected a GR00T checkpoint: {_EXPECTED_FILES}.{meant}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
     if not isinstance(loaded, dict):
@@ -208,14 +209,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-_EXPECTED_FILES = "config.json, model*.safetensors and experiment_cfg/metadata.json"
-_EXPECTED_FILES_N1D7 = f"config.json, model*.safetensors, {', '.join(PROCESSOR_FILES)}"
+_EXPECTED_FILES = f"config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) {', '.join(PROCESSOR_FILES)}"
 
 
-def _processor_files(path: Path) -> ProcessorFiles:
+def _processor_files(path: Path, config: dict[str, Any]) -> ProcessorFiles:
     directory = processor_directory(path)
     rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
-    return ProcessorFiles(_read_json(directory / PROCESSOR_FILE), _read_json(directory / STATISTICS_FILE), _read_json(rows) if rows.exists() else {})
+    processor, statistics = _read_json(directory / PROCESSOR_FILE), _read_json(directory / STATISTICS_FILE, nan=True)
+    return ProcessorFiles(processor, statistics, _read_json(rows) if rows.exists() else {}, config)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gr00t_fast.checkpoint.embodiment import STATISTICS, check_std, part_statistics
 from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
 
@@ -53,9 +54,10 @@ _WITHOUT_EFFECT = {  # on inference; the reference pads every picture to a squar
     *("use_mean_std", "transformers_loading_kwargs", "statistics", "embodiment_id_mapping", "tactile_state_keys", "tactile_input_shape"),
     *("tactile_embed_dim", "modality_configs"),
 }
+# Also in config.json, where they have no effect; different values there mean that the files are not of one checkpoint.
+_SAID_TWICE = ("use_percentiles", "use_relative_action", "apply_sincos_state_encoding", "exclude_state", "formalize_language")
 _ASSUMED = {"model_type": "qwen", "use_tactile": False}
 _MODALITY_KEYS = {"delta_indices", "modality_keys", "sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"}
-_STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
 _MOST_HISTORY = 1000  # steps back; a chosen limit
 _EEF_WIDTHS = {"XYZ_ROT6D": 9, "XYZ_ROTVEC": 6}
 
@@ -139,11 +141,12 @@ def processor_directory(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class ProcessorFiles:
-    """The contents of the three files, as they are."""
+    """The contents of the three files and of config.json, as they are."""
 
     config: Mapping[str, Any]
     statistics: Mapping[str, Any]
     rows: Mapping[str, Any]
+    network: Mapping[str, Any]
 
     def embodiment(self, tag: str, sizes: Mapping[str, int]) -> EmbodimentN1d7:
         """Read what belongs to `tag`; sizes: state_dim, action_dim, action_horizon, state_history and embodiments of the network.
@@ -155,6 +158,12 @@ class ProcessorFiles:
             raise _damaged(PROCESSOR_FILE, "no processor_kwargs.modality_configs")
         _check_settings(kwargs, sizes)
         settings = {**_DEFAULTS, **kwargs}
+        for key in _SAID_TWICE:
+            if self.network.get(key, settings[key]) != settings[key]:
+                raise CheckpointError(
+                    f"{key} is {settings[key]} in {PROCESSOR_FILE} and {shown(self.network[key])} in config.json. NVIDIA's code goes by the former, "
+                    "in training too: if that is how this checkpoint was trained, write the same into config.json."
+                )
         self._check_tag(tag, kwargs["modality_configs"])
         try:
             reader = _Reader(kwargs["modality_configs"][tag], self.statistics[tag], settings)
@@ -286,7 +295,7 @@ class _Reader:
         for name in self._keys("state"):
             statistics = self._statistics["state"][name]
             mode = "sin_cos" if name in sin_cos else "mean_std" if name in mean_std else "min_max"
-            low, high = self._range(statistics, mode)
+            low, high = self._range(statistics, mode, f"state.{name}")
             yield StatePart(name, len(statistics["min"]), mode, low, high)
 
     def _action(self, steps: int) -> Iterable[ActionPart]:
@@ -300,10 +309,20 @@ class _Reader:
             rep = config.get("rep", "ABSOLUTE")
             if rep not in ("RELATIVE", "ABSOLUTE", "DELTA"):
                 raise ValueError(f"rep {shown(rep)} of action part '{name}'")
+            if rep == "DELTA":
+                raise CheckpointError(
+                    f"{PROCESSOR_FILE}: action part '{name}' has rep DELTA: its values are differences, which no arm may get as positions. Expected "
+                    "RELATIVE or ABSOLUTE."
+                )
+            if rep == "ABSOLUTE" and name in self._statistics["relative_action"]:
+                raise CheckpointError(
+                    f"{PROCESSOR_FILE} says that action part '{name}' is absolute, but {STATISTICS_FILE} has statistics of it in relative_action. "
+                    "Are both files of one checkpoint?"
+                )
             if rep == "RELATIVE" and self._settings["use_relative_action"]:
                 yield self._relative(name, width, mode, config, steps)
             else:
-                yield ActionPart(name, width, mode, *self._range(self._statistics["action"][name], mode))
+                yield ActionPart(name, width, mode, *self._range(self._statistics["action"][name], mode, f"action.{name}"))
 
     def _relative(self, name: str, width: int, mode: Literal["min_max", "mean_std"], config: Mapping[str, Any], steps: int) -> ActionPart:
         """Its statistics are min and max (or mean and deviation) for each step, percentiles never."""
@@ -324,11 +343,15 @@ class _Reader:
             raise CheckpointError(
                 f"{PROCESSOR_FILE}: relative action part '{name}' counts from state part '{reference}', which is none of {width} values."
             )
-        low, high = (statistics[key] for key in (("mean", "std") if mode == "mean_std" else ("min", "max")))
+        low, high = self._range(statistics, mode, f"relative_action.{name}", percentiles=False)
         return ActionPart(name, width, mode, low, high, reference, form if kind == "EEF" else None)
 
-    def _range(self, statistics: Statistics, mode: str) -> tuple[np.ndarray, np.ndarray]:
-        low, high = ("mean", "std") if mode == "mean_std" else ("q01", "q99") if self._settings["use_percentiles"] else ("min", "max")
+    def _range(self, statistics: Statistics, mode: str, where: str, percentiles: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """percentiles: None: as the settings say."""
+        if mode == "mean_std":
+            return statistics["mean"], check_std(where, statistics["std"])
+        by_percentiles = self._settings["use_percentiles"] if percentiles is None else percentiles
+        low, high = ("q01", "q99") if by_percentiles else ("min", "max")
         return statistics[low], statistics[high]
 
 
@@ -358,20 +381,7 @@ def _pictures(settings: Mapping[str, Any]) -> PictureSettings:
 
 def _statistics_of(modality: str, parts: Mapping[str, Any]) -> dict[str, Statistics]:
     """Part -> name -> float64 (D,), or (steps, D) of relative actions."""
-    return {part: _part_statistics(f"{modality}.{part}", values, 2 if modality == "relative_action" else 1) for part, values in parts.items()}
-
-
-def _part_statistics(where: str, values: Mapping[str, Any], dimensions: int) -> Statistics:
-    arrays = {name: np.asarray(values[name], dtype=np.float64) for name in _STATISTICS if name in values}
-    absent = [name for name in _STATISTICS if name not in arrays]
-    if absent:
-        raise ValueError(f"{where} without {', '.join(absent)}")
-    for name, array in arrays.items():
-        if array.shape != arrays["min"].shape or array.ndim != dimensions or not array.size or not np.isfinite(array).all():
-            raise ValueError(f"{where}.{name} is no list of finite numbers of the shape that min has")
-    for low, high in (("min", "max"), ("q01", "q99")):
-        if (arrays[low] > arrays[high]).any():
-            raise ValueError(f"{where}.{low} exceeds {high}")
-    if (arrays["std"] < 0).any():
-        raise ValueError(f"{where}.std is negative")
-    return arrays
+    for part, values in parts.items():
+        if absent := [name for name in STATISTICS if name not in values]:
+            raise ValueError(f"{modality}.{part} without {', '.join(absent)}")
+    return {part: part_statistics(f"{modality}.{part}", values, 2 if modality == "relative_action" else 1) for part, values in parts.items()}

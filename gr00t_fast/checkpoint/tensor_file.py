@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.errors import CheckpointError
-from gr00t_fast.strict_json import parse_json
+from gr00t_fast.strict_json import LFS_POINTER, LFS_REMEDY, parse_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _LENGTH_BYTES = 8
@@ -81,6 +81,8 @@ class TensorFile:
     def _read_header(self) -> dict[str, TensorEntry]:
         size = os.fstat(self._descriptor).st_size
         length = int.from_bytes(os.pread(self._descriptor, _LENGTH_BYTES, 0), "little")
+        if os.pread(self._descriptor, len(LFS_POINTER), 0) == LFS_POINTER:
+            raise self._damaged(LFS_REMEDY)
         if size < _LENGTH_BYTES or length > min(_MAX_HEADER_BYTES, size - _LENGTH_BYTES):
             raise self._damaged(f"its header announces {length} bytes, the file has {size}")
         try:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
-    ObservationFlags,
     OutputFlags,
+    SampleFlags,
     check_at_least_one,
     check_checkpoint_flags,
     check_device,
@@ -37,7 +37,7 @@ PartName = Literal["vision", "language", "refine", "dit"]  # PARTS of gr00t_fast
 
 
 @dataclass(kw_only=True)
-class CalibrateConfig(OutputFlags, ObservationFlags, CheckpointFlags):
+class CalibrateConfig(OutputFlags, SampleFlags, CheckpointFlags):
     """Calibrate the torch engine fp8 with observations of your robot.
 
         gr00t-fast calibrate --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --observations=./my-lerobot-dataset

@@ -20,7 +20,7 @@ class CompareConfig(OutputFlags):
 
         gr00t-fast compare outputs/sync outputs/threaded
 
-    Of one run of each kind little can be told; a machine that was busy shows in missed ticks.
+    One run of each kind says little; missed ticks show that the machine was busy.
     """
 
     runs: list[Path] = setting(default_factory=list, whole_words=True)  # the two directories; they may also come first, without the flag

@@ -129,7 +129,7 @@ def _verdict(rows: Sequence[Row], seconds: float) -> str:
     wrong = [row.what for row in rows if row.state == "fail"]
     warned = sum(row.state == "warn" for row in rows)
     after = f" ({len(rows)} checks, {warned} warnings, {seconds:.1f} s)"
-    return (f"NOT READY: {'; '.join(wrong)}" if wrong else "ready: nothing is missing for what was asked") + after
+    return (f"NOT READY: {'; '.join(wrong)}" if wrong else "ready: nothing that these flags need is missing") + after
 
 
 def _write(config: DoctorConfig, out: Path, pictures: Pictures, result: dict[str, Any], text: str) -> str:
@@ -151,7 +151,7 @@ def python_and_packages() -> Iterator[Row]:
         try:
             yield Row("ok", "software", f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
-            yield Row("fail", "software", f"{package} is not installed", "pip install gr00t_fast")
+            yield Row("fail", "software", f"{package} is not installed", install_command())
 
 
 def extras(config: DoctorConfig) -> Iterator[Row]:
@@ -172,7 +172,7 @@ def network(config: DoctorConfig) -> Iterator[Row]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
-        yield Row("fail", "GPU", f"torch cannot be imported: {' '.join(str(error).split())}", "pip install gr00t_fast")
+        yield Row("fail", "GPU", f"torch cannot be imported: {' '.join(str(error).split())}", install_command())
         return
     parameters = yield from checkpoint(config)
     yield from gpu(torch, parameters)

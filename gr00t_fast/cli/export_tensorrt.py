@@ -50,8 +50,6 @@ class ExportTensorRTConfig(OutputFlags, CheckpointFlags):
     optimization_level: Literal[0, 1, 2, 3, 4, 5] | None = None  # how long the builder may search; default: the library's own
     timing_cache: Path | None = None  # measured kernel times to share between builds (tensorrt); default: a hidden file in OUT
     lang_instruction: str | None = None  # when exporting: an instruction of the usual length; others can be given later
-    device: str = "auto"  # not used: the library finds the GPU itself
-    seed: int = 0  # not used: nothing is random
 
 
 _USAGE = "usage: gr00t-fast export tensorrt --model_path=DIR --out=DIR [--flag=value ...]"

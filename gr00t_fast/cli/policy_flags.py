@@ -55,6 +55,12 @@ class ObservationFlags:
 
     observations: str | None = setting(None, former=("calibration", "dataset"))  # a LeRobotDataset or recordings directory, or random:SEED
     camera_map: dict[str, str] = dataclasses.field(default_factory=dict)  # which camera of the data set is which of the policy: "{front: webcam}"
+
+
+@dataclass(kw_only=True)
+class SampleFlags(ObservationFlags):
+    """Where observations come from that must be enough for a calibration or a verdict."""
+
     allow_few: bool = False  # go on with fewer frames or episodes than it takes; the result says so
 
 

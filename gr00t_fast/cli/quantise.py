@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
-    ObservationFlags,
     OutputFlags,
+    SampleFlags,
     check_at_least_one,
     check_checkpoint_flags,
     observation_options,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class QuantiseConfig(OutputFlags, ObservationFlags, CheckpointFlags):
+class QuantiseConfig(OutputFlags, SampleFlags, CheckpointFlags):
     """Make an 8-bit version of an ONNX export, calibrated with observations of your robot.
 
         gr00t-fast quantise --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --onnx=exports/onnx --out=exports/openvino \\

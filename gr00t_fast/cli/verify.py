@@ -14,8 +14,8 @@ from typing import Any, Literal
 from gr00t_fast.cli.policy_flags import (
     CheckpointFlags,
     ExportedName,
-    ObservationFlags,
     OutputFlags,
+    SampleFlags,
     check_at_least_one,
     check_checkpoint_flags,
     check_device,
@@ -31,7 +31,7 @@ LEAST = 100  # observations
 
 
 @dataclass(kw_only=True)
-class VerifyConfig(OutputFlags, ObservationFlags, CheckpointFlags):
+class VerifyConfig(OutputFlags, SampleFlags, CheckpointFlags):
     """Compare an exported engine with the plain model in fp32: every stage, and the actions in joint units.
 
         gr00t-fast verify --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --engine=openvino --engine_path=exports/openvino \\
@@ -143,5 +143,5 @@ def as_markdown(result: dict[str, Any]) -> str:
 def verdict_of(result: dict[str, Any]) -> str:
     """One line; it says when the observations were synthetic."""
     verdict = "passed" if result["passed"] else "FAILED: " + "; ".join(result["failures"])
-    synthetic = "; on synthetic observations: --observations=DATASET judges it on what your arm sees" if result["source"]["synthetic"] else ""
+    synthetic = "; on synthetic observations: --observations=DATASET judges it on your recordings" if result["source"]["synthetic"] else ""
     return f"{verdict} (limit: p99 {result['action_limit_p99']:g} joint units){synthetic}"

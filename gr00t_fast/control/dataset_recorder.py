@@ -26,7 +26,7 @@ from gr00t_fast.control import dataset_writer
 from gr00t_fast.control.binding import joints_of_parts
 from gr00t_fast.control.dataset_writer import SUCCESS, Slots, features
 from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError
-from gr00t_fast.optional import require
+from gr00t_fast.optional import install_command, require
 
 QUEUE_S = 3.0  # of ticks that may wait for the other process
 _QUEUE_BYTES, _LEAST_SLOTS = 512 << 20, 8
@@ -75,7 +75,7 @@ class DatasetRecorder:
         MissingExtraError without lerobot."""
         require("lerobot", "robot")
         if importlib.util.find_spec("datasets") is None:  # with lerobot 0.6 an extra of its own
-            raise MissingExtraError("--record writes with lerobot's own writer, which needs its data set packages: pip install 'lerobot[dataset]'")
+            raise MissingExtraError(f"--record writes with lerobot's own writer, which needs its data set packages: {install_command('robot')}")
         self.out, self._append, self._joints, self._echo = out.absolute(), append, joint_names, echo
         self._fps = 0.0
         self._check_place()

@@ -177,13 +177,27 @@ def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> M
             f"in another directory."
         )
     digests = Digests(directory)
-    differences = _differences(manifest.identity, target.identity(digests))
+    here = target.identity(digests)
+    differences = _differences(manifest.identity, here)
     if differences:
+        command = _source_again(manifest, target, here) + remedy
         raise StaleEngineError(
-            f"the engine in {directory} was not made for this checkpoint and robot:\n  " + "\n  ".join(differences) + f"\n{_run(remedy)}"
+            f"the engine in {directory} was not made for this checkpoint and robot:\n  " + "\n  ".join(differences) + f"\n{_run(command)}"
         )
     _check_files(directory, manifest, digests, remedy)
     return manifest
+
+
+def _source_again(manifest: Manifest, target: Target, here: Mapping[str, Any]) -> str:
+    """`COMMAND && ` for the graphs that an export was made from, where they are stale too, or gone."""
+    source = next((Path(flag.removeprefix("--onnx=")) for flag in manifest.flags if flag.startswith("--onnx=")), None)
+    if source is None:
+        return ""
+    command = remedy_for(source, target, "to_onnx.py", f"--precision={manifest.precision}")
+    with contextlib.suppress(EngineError):
+        if not _differences(read_manifest(source, command).identity, here):
+            return ""
+    return f"{command} && "
 
 
 def _differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

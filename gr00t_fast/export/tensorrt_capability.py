@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.optional import install_command, require
 from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
 
 ANY, AUTO = "any", "auto"
@@ -79,7 +79,7 @@ def check_capabilities(trt: ModuleType, builder: str, capabilities: Sequence[str
         if foreign:
             raise ConfigError(
                 f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(known)}; got {describe(foreign)}. For that GPU use "
-                "--builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: pip install 'gr00t_fast[tensorrt]')."
+                f"--builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
             )
         return
     here = gpu_capability()

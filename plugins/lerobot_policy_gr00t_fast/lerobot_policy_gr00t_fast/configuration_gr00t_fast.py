@@ -17,7 +17,7 @@ class Gr00tFastConfig(PreTrainedConfig):
 
     model_path: str = ""  # checkpoint directory or hub id; required
     embodiment_tag: str = "new_embodiment"
-    data_config: str = "so100"
+    data_config: str | None = None  # of N1.5, default so100; an N1.7 checkpoint says it itself
     denoising_steps: int | None = None
     action_horizon: int | None = None  # so many actions of a chunk are played before the next inference
     precision: str = "auto"

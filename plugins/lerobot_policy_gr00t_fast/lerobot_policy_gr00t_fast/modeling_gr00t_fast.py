@@ -19,7 +19,7 @@ from torch import Tensor
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.errors import ConfigError, ObservationError, UnsafeActionError
+from gr00t_fast.errors import ConfigError, ObservationError, PreflightError, UnsafeActionError
 from lerobot_policy_gr00t_fast.configuration_gr00t_fast import Gr00tFastConfig
 
 _IMAGES, _STATE = "observation.images.", "observation.state"
@@ -151,7 +151,10 @@ class Gr00tFastPolicy(PreTrainedPolicy):
 
     def _bind(self, cameras: Any) -> RobotBinding:
         metadata = self.policy.metadata
-        camera_map = resolve_camera_map(list(cameras), metadata.resolutions, self.config.camera_map)
+        try:
+            camera_map = resolve_camera_map(list(cameras), metadata.resolutions, self.config.camera_map)
+        except PreflightError as error:
+            raise PreflightError(str(error).replace("--camera_map", "--policy.camera_map")) from error
         modalities = self.policy.get_modality_config()
         return RobotBinding(modalities, metadata.state_widths, metadata.action_widths, SO100_JOINTS, camera_map, fps=1.0)  # a call is a step
 
