@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,8 +321,11 @@ def test_a_strict_limit_keeps_every_layer(made: Made, tmp_path: Path) -> None:
     assert all(group["kept_in_16_bits"] for group in report["groups"])
 
 
-def test_onnx_runtime_needs_no_calibration(made: Made, tmp_path: Path) -> None:
+def test_onnx_runtime_needs_no_calibration(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
     assert _run(made, tmp_path / "out", "--target=onnxruntime") == 0
+    assert "WARNING:" not in capfd.readouterr().err  # the form that Python's root logger gives to what follows, too
+    assert logging.root.handlers == []
     manifest = read_manifest(tmp_path / "out", "")
     assert manifest.kind == "onnx"
     assert manifest.quantisation["runtime"] == "onnxruntime"

@@ -191,7 +191,7 @@ def gpu(torch: Any, parameters: int | None) -> Iterator[Row]:
     elif torch.backends.mps.is_available():
         yield Row("ok", "GPU", "Apple GPU (mps)")
     else:
-        advice = "The network runs on the CPU, slower than the arm's data was recorded."
+        advice = "The network runs on the CPU; gr00t-fast bench says how fast."
         yield Row("warn", "GPU", f"torch {torch.__version__} sees no GPU", advice)
         if (free := _available_bytes()) is not None:
             from gr00t_fast.engine.device import select_precision

@@ -12,6 +12,7 @@ Axis alphabet: K input width, N output width.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -248,14 +249,19 @@ def _write_dynamic(source: Path, out: Path, scales: Mapping[str, InputScale] | N
     quantisation = require("onnxruntime.quantization", "export")
     layers = Graph(source).linear_layers()
     chosen = [layer.node for layer in layers if scales is None or layer.label in scales]
-    quantisation.quantize_dynamic(
-        str(source),
-        str(out / source.name),
-        op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=chosen,
-        per_channel=True,
-        weight_type=quantisation.QuantType.QInt8,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    silent = logging.NullHandler()  # without a handler the library's warnings set up the root logger, and our later messages get its form
+    logging.root.addHandler(silent)
+    try:
+        quantisation.quantize_dynamic(
+            str(source),
+            str(out / source.name),
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=chosen,
+            per_channel=True,
+            weight_type=quantisation.QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.root.removeHandler(silent)
     return source.name
