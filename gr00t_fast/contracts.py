@@ -151,12 +151,14 @@ class Observation:
     frames: camera name -> uint8 RGB (height, width, 3). Read-only to the receiver.
     time_s: monotonic time of the joint reading.
     loads: None where the robot does not measure them.
+    frame_ages_s: camera name -> seconds since its frame came into this program; cameras of which that is not known are left out.
     """
 
     joints: np.ndarray
     frames: Mapping[str, np.ndarray]
     time_s: float
     loads: MotorLoads | None = None
+    frame_ages_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

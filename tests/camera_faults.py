@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from arm_bench import assert_landed, make_arm
-from virtual_camera import READS_FAIL, READS_HANG, RUNNING, set_state, write_camera
+from virtual_camera import READS_FAIL, READS_HANG, RUNNING, SLOW, set_state, write_camera
 
 from gr00t_fast.errors import Gr00tFastError
 from gr00t_fast.robots.config import CameraConfig, OpenCVCameraConfig
@@ -32,7 +32,7 @@ def camera(**options: object) -> OpenCVCameraConfig:
 
 def scenario(cameras: dict[str, CameraConfig], between: Callable[[SO100FollowerArm], None] | None = None) -> dict:
     """Connect, observe, let something happen, observe for a second, land. Returns what was seen."""
-    seen: dict = {"error": None}
+    seen: dict = {"error": None, "oldest_s": 0.0}
     with VirtualBus() as bus, tempfile.TemporaryDirectory() as directory:
         arm = make_arm(bus, Path(directory), cameras=cameras)
         try:
@@ -44,7 +44,9 @@ def scenario(cameras: dict[str, CameraConfig], between: Callable[[SO100FollowerA
                 between(arm)
                 end_s = time.monotonic() + 1.5
                 while time.monotonic() < end_s:
-                    arm.send(arm.observe().joints)
+                    observation = arm.observe()
+                    seen["oldest_s"] = max(seen["oldest_s"], observation.frame_ages_s["front"])
+                    arm.send(observation.joints)
                     time.sleep(0.02)
         except Gr00tFastError as error:
             seen["error"] = f"{type(error).__name__}: {error}"
@@ -74,6 +76,8 @@ def main(cameras: Path) -> None:
         "closed": scenario({"front": camera()}, close),
         "failing": scenario({"front": camera()}, fall(READS_FAIL)),
     }
+    set_state(cameras, 0, RUNNING)
+    results["slow"] = scenario({"front": camera()}, fall(SLOW))
     set_state(cameras, 0, RUNNING)
     results["frozen"] = scenario({"front": camera()}, fall(READS_HANG))
     print(json.dumps(results))

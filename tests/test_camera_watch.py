@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,18 @@ def test_a_blind_camera_is_said_once(fault: str) -> None:
 )
 def test_an_ordinary_camera_is_not_suspected(frame: Callable[[int], np.ndarray], moving: bool) -> None:
     assert watch(frame, moving) == ([], {})
+
+
+@pytest.mark.parametrize("rate_hz", [30, 15, 10, 4, 3])
+def test_a_camera_that_is_slower_than_the_arm_is_said_once_and_its_age_reported(rate_hz: int) -> None:
+    bench = Bench(timeout_s=8.0)
+    seen = bench.robot.observe
+    bench.robot.observe = lambda: replace(seen(), frame_ages_s={"front": bench.clock.now_s() % (1 / rate_hz)})
+    bench.loop.run()
+    too_slow = rate_hz <= 4
+    assert bench.loop.trace.events.get("camera_old", 0) == too_slow
+    assert sum("front" in line and "0.15 s" in line for line in bench.said) == too_slow
+    assert max(bench.loop.trace.stages_ms["frame age/front"]) == pytest.approx(1000 / rate_hz, abs=1000 * TICK_S)
 
 
 def test_the_loop_says_it_and_counts_it() -> None:

@@ -26,7 +26,7 @@ from arm_bench import assert_landed, make_arm, true_joints
 
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
-from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.errors import ConfigError, MissingExtraError, RobotError
 from gr00t_fast.robots import check_ready, make_robot, serial_ports
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
@@ -323,7 +323,7 @@ def test_the_calibration_is_where_lerobot_looks(tmp_path: Path) -> None:
         assert calibration_file(config) == make_follower(config).calibration_fpath
 
 
-def test_a_missing_calibration_is_told_before_anything_slow(bus: VirtualBus, tmp_path: Path) -> None:
+def test_what_is_missing_is_told_before_anything_slow(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, before = tmp_path / "so_follower", tmp_path / "so100_follower"
     config = ours.SO100FollowerConfig(port=bus.port, calibration_dir=now)
     with pytest.raises(RobotError, match=r"--robot\.id is missing.*Ids found in .*: none"):
@@ -340,6 +340,10 @@ def test_a_missing_calibration_is_told_before_anything_slow(bus: VirtualBus, tmp
     with pytest.raises(RobotError, match="does not exist"):
         check_ready(dataclasses.replace(config, port="/dev/none"))
     check_ready(ours.SO100SimConfig())
+    config.cameras = {"webcam": ours.SimCameraConfig()}
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(MissingExtraError, match="sim"):
+        check_ready(config)
 
 
 def test_calibration_differs_from_the_servos(bus: VirtualBus, tmp_path: Path) -> None:
@@ -588,6 +592,11 @@ def test_camera_faults_end_the_run_and_land(scenario: str, text: str, camera_res
     assert re.search(text, result["error"]), result["error"]
     assert result["safe"]
     assert result["threads"] == []
+
+
+def test_the_age_of_a_slow_cameras_pictures_is_told(camera_results: dict) -> None:
+    assert camera_results["slow"]["error"] is None
+    assert 0.2 < camera_results["slow"]["oldest_s"] < 0.5, "three a second"
 
 
 def test_a_camera_missing_at_connect_leaves_torque_off(camera_results: dict) -> None:

@@ -1,5 +1,6 @@
 /* A camera for OpenCV's video plugin interface: index N shows the file $VCAM_DIR/camN that a test writes.
-   File: five int32 (width, height, fps, frame number, state) and one BGR frame. state 0: running, 1: reads fail, 2: reads hang for a while.
+   File: five int32 (width, height, fps, frame number, state) and one BGR frame. state 0: running, 1: reads fail, 2: reads hang for a while,
+   3: a tenth of the rate.
    The structures follow OpenCV 4's modules/core/include/opencv2/core/llapi/llapi.h and modules/videoio/src/plugin_capture_api.hpp. */
 #include <fcntl.h>
 #include <stdio.h>
@@ -48,8 +49,8 @@ static int camera_set(Camera *camera, int property, double value) {
 }
 static int camera_grab(Camera *camera) {
     if (camera->head->state == 2) usleep(HANG_US);
-    usleep(1000000 / camera->head->fps);
-    return camera->head->state == 0 ? OK : FAIL;
+    usleep((camera->head->state == 3 ? 10000000 : 1000000) / camera->head->fps);
+    return camera->head->state == 0 || camera->head->state == 3 ? OK : FAIL;
 }
 static int camera_retrieve(Camera *camera, int stream, Deliver deliver, void *userdata) {
     int width = camera->head->width, height = camera->head->height;

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-RUNNING, READS_FAIL, READS_HANG = 0, 1, 2
+RUNNING, READS_FAIL, READS_HANG, SLOW = 0, 1, 2, 3
 _STATE_OFFSET = 16
 
 
@@ -45,7 +45,7 @@ def write_camera(directory: Path, index: int, frame_bgr: np.ndarray, fps: int = 
 
 
 def set_state(directory: Path, index: int, state: int) -> None:
-    """RUNNING, READS_FAIL or READS_HANG, effective at once."""
+    """RUNNING, READS_FAIL, READS_HANG or SLOW (a tenth of its rate), effective at once."""
     with (directory / f"cam{index}").open("r+b") as file:
         file.seek(_STATE_OFFSET)
         file.write(struct.pack("i", state))

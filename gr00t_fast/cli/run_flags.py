@@ -68,7 +68,7 @@ class RunConfig(OutputFlags, PolicyFlags):
     stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
     stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
     stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
-    camera_fault: CameraFault = "warn"  # a camera that is blank, shows noise, or always the same picture: warn says it, land ends the run
+    camera_fault: CameraFault = "warn"  # one that is blank, shows noise, always the same picture, or old ones: warn says it, land ends the run
     max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
     dry_run: bool = False  # connect, check, infer once, send nothing

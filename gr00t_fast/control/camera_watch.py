@@ -1,4 +1,4 @@
-"""Detects a camera that delivers pictures without information: blank, noise, or always the same one while the arm moves.
+"""Detects a camera whose pictures do not show what is: blank, noise, always the same one while the arm moves, or too old.
 
 A camera that delivers nothing at all raises in the robot; these cases raise nothing by themselves.
 """
@@ -19,6 +19,9 @@ CameraFault = Literal["warn", "land"]
 CHECK_EVERY_S = 0.25
 LASTS_S = 1.0  # blank or noise: a hand before the lens and a burst of interference pass
 FROZEN_S = 2.0
+OLD_S = 0.15  # at 30 Hz a policy sees pictures of up to 0.04 s; older ones show where the arm was four ticks ago
+OLD_SHARE, OLD_AGAIN_SHARE = 0.2, 0.05  # of the newest pictures: one hiccup of half a second is told by nobody
+OLD_WEIGHT = 0.02  # of one picture in that share
 MOVED = 5.0  # joint units; a sensor's noise, or at least the arm in the picture, changes some pixel meanwhile
 DARK = 24  # of 255: a covered lens with the noise of an amplifier at its limit
 PLAIN_DEVIATION = 1.5  # of each colour over the picture: even a white wall has corners that are darker
@@ -28,9 +31,13 @@ LINES = 16  # whole rows and columns are looked at, so many of each: a grid of s
 SMALLEST = 64  # pixels a side; too little to judge a picture by
 
 _WORDS = {
-    "blank": ("is black or of one colour", "Take the lens cap off, switch the light on, check exposure and cable"),
-    "noise": ("shows noise", "Check its cable and its pixel format (fourcc)"),
-    "frozen": ("shows the same picture while the arm moves", "Plug it in again"),
+    "blank": ("is black or of one colour: the policy is blind on it", "Take the lens cap off, switch the light on, check exposure and cable"),
+    "noise": ("shows noise: the policy is blind on it", "Check its cable and its pixel format (fourcc)"),
+    "frozen": ("shows the same picture while the arm moves: the policy is blind on it", "Plug it in again"),
+    "old": (
+        f"often has no picture younger than {OLD_S} s: the policy acts on what was",
+        "Check the light (long exposures), its rate, its fourcc (MJPG is quicker than YUYV over a hub), and the load of this machine",
+    ),
 }
 
 
@@ -52,16 +59,29 @@ class CameraWatch:
         self._action, self._echo = action, echo
         self._cameras: dict[str, _Camera] = {}
         self._next_s = -np.inf
+        self._old_share: dict[str, float] = {}
+        self._told_old: set[str] = set()
         self.events: Counter[str] = Counter()
 
     def __call__(self, observation: Observation) -> None:
         """After each observation. Raises RobotError with `land`."""
+        for name, age_s in observation.frame_ages_s.items():
+            self._judge_age(name, age_s)
         if observation.time_s < self._next_s:
             return
         self._next_s = observation.time_s + CHECK_EVERY_S
         for name, frame in observation.frames.items():
             if min(frame.shape[:2]) >= SMALLEST:
                 self._look(name, frame, observation)
+
+    def _judge_age(self, name: str, age_s: float) -> None:
+        before = self._old_share.get(name, 0.0)
+        share = self._old_share[name] = before + OLD_WEIGHT * ((age_s > OLD_S) - before)
+        if share < OLD_AGAIN_SHARE:
+            self._told_old.discard(name)
+        elif share > OLD_SHARE and name not in self._told_old:
+            self._told_old.add(name)
+            self._tell(name, "old")
 
     def _look(self, name: str, frame: np.ndarray, observation: Observation) -> None:
         now_s = observation.time_s
@@ -77,12 +97,12 @@ class CameraWatch:
             camera.fault, camera.since_s, camera.told = fault, camera.changed_s if fault == "frozen" else now_s, False
         if fault is not None and now_s - camera.since_s >= LASTS_S and not camera.told:
             camera.told = True
-            self._tell(name, fault, now_s - camera.since_s)
+            self._tell(name, fault)
 
-    def _tell(self, name: str, fault: str, since_s: float) -> None:
+    def _tell(self, name: str, fault: str) -> None:
         self.events[f"camera_{fault}"] += 1
         what, advice = _WORDS[fault]
-        message = f"camera '{name}' {what}, for {since_s:.1f} s now: the policy is blind on it. {advice}."
+        message = f"camera '{name}' {what}. {advice}."
         if self._action == "land":
             raise RobotError(message)
         self._echo(f"WARNING: {message} (--camera_fault=land ends the run in such a case.)")

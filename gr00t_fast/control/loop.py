@@ -340,6 +340,8 @@ class ControlLoop:
     def _observe(self) -> Observation:
         with self.trace.timed("observe"):
             observation = self._look()
+        for name, age_s in observation.frame_ages_s.items():
+            self.trace.stages_ms[f"frame age/{name}"].append(1000 * age_s)
         if self.cameras is not None:
             self.cameras(observation)
         return observation

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 def check_ready(config: RobotConfig) -> None:
     """What can be known of an arm in no time, to be asked before anything slow is done: are its port and its calibration file there?
 
-    Raises RobotError.
+    Raises RobotError, or MissingExtraError for cameras of `type: sim` without MuJoCo.
     """
-    from gr00t_fast.robots.config import SO100FollowerConfig
+    from gr00t_fast.optional import require
+    from gr00t_fast.robots.config import SO100FollowerConfig, rendered
 
     if isinstance(config, SO100FollowerConfig):
+        if rendered(config.cameras):
+            require("mujoco", "sim")
         from gr00t_fast.robots.lerobot_glue import check_calibration_exists
         from gr00t_fast.robots.serial_ports import check_port
 

@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 READ_PATIENCE_S = 0.5  # without a reading for so long the run ends; the arm meanwhile holds its last goal
 FIRST_FRAME_MS = 3000
-OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze
+OLDEST_FRAME_MS = 500  # an older newest frame means that the camera froze, unless one comes within FRAME_AGAIN_S:
+FRAME_AGAIN_S = 0.2  # what holds up the program holds up the thread that reads its camera
 RETRY_PAUSE_S = 0.05
 RECONNECTS = 5  # within a minute; a cable that comes and goes more often holds an arm that nobody controls
 LAND_REOPEN_S = 1.0  # a port that vanished just before landing gets so long to come back
@@ -127,12 +128,13 @@ class SO100FollowerArm:
         """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError."""
         with self._alone("observe"), self._explained("observing"):
             joints, time_s = self._read_joints()
-            frames = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
+            taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
+            frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
             if self._rendered is not None:
                 frames |= self._rendered.frames(joints, while_drawing=self._exchanging)
             goal_deg = None if self._goal is None else self._goal / self.units_per_deg
             self._health.check(time_s, self._power.engaged, joints / self.units_per_deg, goal_deg)
-            return Observation(joints, frames, time_s, self._health.loads)
+            return Observation(joints, frames, time_s, self._health.loads, ages_s)
 
     def send(self, targets: np.ndarray) -> None:
         """Send goal positions (6,) in `joint_unit`; the calibrated range is enforced once more. The first one switches the motors on.
@@ -307,12 +309,18 @@ class SO100FollowerArm:
         """Grows with whatever may have been a dip in the servos' supply: missed answers, and a pose that jumped."""
         return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading", "status_poll_missed"))
 
-    def _read_frame(self, name: str, camera: Any) -> np.ndarray:
-        self._exchanging()
-        try:
-            return camera.read_latest(max_age_ms=OLDEST_FRAME_MS)
-        except Exception as error:
-            raise RobotError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
+    def _read_frame(self, name: str, camera: Any) -> tuple[np.ndarray, float]:
+        """The newest frame, and its age in seconds. Raises RobotError."""
+        give_up_s = time.perf_counter() + FRAME_AGAIN_S
+        while True:
+            self._exchanging()
+            try:
+                came_s = camera.latest_timestamp  # before the frame, which is this one or a newer one
+                return camera.read_latest(max_age_ms=OLDEST_FRAME_MS), max(0.0, time.perf_counter() - came_s)
+            except Exception as error:
+                if not isinstance(error, TimeoutError) or time.perf_counter() > give_up_s:
+                    raise RobotError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
+            time.sleep(0.005)
 
     # Sending
 
