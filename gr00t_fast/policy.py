@@ -286,7 +286,7 @@ class Gr00tPolicy(Policy):
         timer = timer or StageTimer(self.engine.synchronise)
         with timer.stage("preprocess"):
             known = self.processor.known_rows(prefix, inputs)
-            if prefix is not None and not self.engine.continues:
+            if known and not self.engine.continues:
                 raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --engine=eager, or --smoothing=none or ensemble.")
             options = {"continuation": self.processor.continuation(known, prefix, inputs)} if known else {}
             start = self._noise(noise, inputs.batch)  # last: a refused observation uses up no noise

@@ -258,6 +258,21 @@ def test_fp16_is_computed_through_casts(tmp_path: Path) -> None:
     assert 0 < np.abs(error).max() < 1.0  # degrees; fp16 keeps three digits of some hundred
 
 
+def test_a_continued_chunk_carries_no_rounding_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that stands still, in fp16: the rows that are free stay at their noise, which fp16 cannot hold."""
+    checkpoint = write_network(tmp_path / "checkpoint")
+    policy = load_policy(checkpoint, engine="onnxruntime", engine_path=make_export(checkpoint, tmp_path / "fp16", precision="fp16"), device="cpu")
+    run_stage = policy.engine.runtime.run_stage
+
+    def still(stage: str, inputs: dict, wanted: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs["actions"],) if stage == "denoise_step" else run_stage(stage, inputs, wanted)
+
+    monkeypatch.setattr(policy.engine.runtime, "run_stage", still)
+    seen, noise = observation(), _noise()
+    prefix = ActionPrefix({"action.single_arm": np.zeros((4, 5), np.float32), "action.gripper": np.zeros((4, 1), np.float32)}, 2, "prefix")
+    assert np.array_equal(policy.infer(policy.preprocess(seen), noise, prefix)[:, 4:], noise[:, 4:])
+
+
 def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:
     model = load_network(checkpoint, torch.bfloat16)
     layout = layout_of(model.config, inputs_for(model.config, 2)[0])

@@ -63,6 +63,15 @@ def test_int8_is_near_and_another_format(made: Made) -> None:
     assert all(1e-3 < error < 5.0 for error in errors.values()), errors
 
 
+def test_the_precision_is_what_is_computed_in(made: Made) -> None:
+    import openvino
+
+    arithmetic = choose_arithmetic("auto", openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    assert [made.policy(made.onnx, word).precision for word in ("auto", "fp32")] == [arithmetic, "fp32"]
+    assert arithmetic in made.policy(made.onnx, "auto").describe()
+    assert made.policy(made.int8, "auto").precision == "int8"
+
+
 def test_items_of_a_batch_are_as_alone_and_prompts_may_differ_in_length(made: Made) -> None:
     policy, noise = made.policy(made.int8), _noise(2)
     both = observation(batch=2, instruction=["pick", "put the cube into the bowl"])
@@ -101,7 +110,7 @@ def test_a_chunk_is_continued_by_prefix(made: Made) -> None:
 
 def test_another_checkpoint_is_refused_with_the_command(made: Made, tmp_path: Path) -> None:
     other = write_network(tmp_path, TINY, seed=1)
-    with pytest.raises(StaleEngineError, match=r"other weights(.|\n)*Run: gr00t-fast quantise .*--target=openvino .*--overwrite"):
+    with pytest.raises(StaleEngineError, match=r"other weights(.|\n)*Run: .*gr00t-fast quantise .*--target=openvino .*--overwrite"):
         load_policy(other, engine="openvino", engine_path=made.int8)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from gr00t_fast import load_policy
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.prompt import HUB_PROCESSOR, IMAGE_TOKEN, PromptEncoder, find_tokenizer, load_tokenizer, render_prompt
-from gr00t_fast.random_checkpoint import byte_tokenizer
+from gr00t_fast.random_checkpoint import byte_tokenizer, write_random_checkpoint
 
 # fmt: off
 TEXTS = [
@@ -210,6 +211,28 @@ def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub:
     with pytest.raises(CheckpointError, match=r"no tokenizer files: none in .*eagle2_hg_model.*no network.*--processor_path"):
         find_tokenizer(None, tmp_path)
     assert no_hub == [HUB_PROCESSOR]
+
+
+@pytest.mark.parametrize(("network", "place"), [("n1.5", "eagle2_hg_model"), ("n1.5", "."), ("n1.7", "."), ("n1.7", "processor")])
+def test_a_hub_id_has_the_tokenizer_that_its_path_has(network: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = write_random_checkpoint(tmp_path / "repository", "tiny", network=network)
+    (written,) = repository.rglob("tokenizer.json")
+    (repository / place).mkdir(exist_ok=True)
+    written.rename(repository / place / "tokenizer.json")
+    files = [str(file.relative_to(repository)) for file in repository.rglob("*") if file.is_file()]
+
+    def snapshot_download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (tmp_path / "c0ffee" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / file, tmp_path / "c0ffee" / file)
+        return str(tmp_path / "c0ffee")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    by_path, by_id = (load_policy(name, device="cpu").processor.prompts("pick").tolist() for name in (repository, "someone/checkpoint"))
+    assert by_id == by_path
 
 
 def test_truncation_saved_in_the_file_is_not_applied(tmp_path: Path) -> None:

@@ -306,6 +306,7 @@ def test_an_engine_that_cannot(policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(policy.engine), "continues", frozenset())
     with pytest.raises(ConfigError, match="--engine=eager"):
         policy.get_action(observation(1), prefix=ActionPrefix(GOOD, 1))
+    policy.get_action(observation(1), prefix=ActionPrefix({key: rows[:0] for key, rows in GOOD.items()}, 0))  # no rows: the same as no prefix
 
 
 def test_warm_up_covers_it_and_keeps_the_noise(checkpoint: Path) -> None:

@@ -39,6 +39,7 @@ from gr00t_fast.strict_json import read_json
 
 log = logging.getLogger(__name__)
 _READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 _LISTED = 12  # names shown per kind of fault before "and N more"
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -180,7 +181,8 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
 
     weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
     patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
-    patterns += [BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES)]
+    beside = (*PROCESSOR_FILES, *_TOKENIZER_FILES)  # in the root or in the subdirectory, as gr00t_fast.prompt looks for them
+    patterns += [BACKBONE_FILE, *beside, *(f"{SUBDIRECTORY}/{file}" for file in beside)]
     try:
         path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated

@@ -81,8 +81,7 @@ class Bench:
         """The policy, and which of ACTION_LIMITS is its. Raises one of `UNUSABLE`."""
         if name in EXPORTED:
             policy = self.policy(name, engine_path=directory, device=str(self.device) if name == "tensorrt" else "auto")
-            manifest = policy.engine.manifest
-            return policy, (manifest.quantisation or {}).get("format") or manifest.precision
+            return policy, policy.precision
         if name in CALIBRATED:
             return self.policy(name, engine_path=directory, device=str(self.device), precision=word_of(self.dtype)), name
         return self.policy(make_engine(name, self.shared)), word_of(self.dtype)

@@ -115,12 +115,13 @@ def candidates(config: TuneConfig, checkpoint: Checkpoint, device: torch.device)
 def _on_a_cpu(config: TuneConfig, at: Path, refused: dict[str, str]) -> list[Candidate]:
     onnx = (at / "onnx-fp32", partial(_export, config, "fp32"))
     found = []
-    for name, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
+    # OpenVINO runs fp32 files in the arithmetic that it chooses, which the table names
+    for name, extra, with_floats in (("onnxruntime", "export", "onnxruntime fp32"), ("openvino", "openvino", "openvino")):
         if importlib.util.find_spec(name) is None:
             refused[name] = f"not installed: {install_command(extra)}"
             continue
         int8 = at / f"{name}-int8"
-        found.append(Candidate(f"{name} fp32", name, onnx[0], (onnx,)))
+        found.append(Candidate(with_floats, name, onnx[0], (onnx,)))
         found.append(Candidate(f"{name} int8", name, int8, (onnx, (int8, partial(_quantise, config, onnx[0], name)))))
     return found
 

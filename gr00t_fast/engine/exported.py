@@ -123,11 +123,12 @@ class ExportedEngine(Engine):
             length = torch.full((1,), size, dtype=self.dtype, device=self.device)
             return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")["next_actions"]
 
+        def velocity(actions: Tensor, index: int) -> Tensor:
+            rounded = actions.to(self.dtype)  # what is rounded away must not become part of the velocity
+            return step(rounded, index, 1.0).float() - rounded.float()  # a step of length 1 moves by the velocity itself
+
         if continuation is not None:
-            # a step of length 1 moves by the velocity itself
-            return denoise_towards(
-                lambda actions, index: step(actions.to(self.dtype), index, 1.0).float() - actions, noise, tables.steps, continuation
-            )
+            return denoise_towards(velocity, noise, tables.steps, continuation)
         actions = noise.to(self.dtype)
         for index in range(tables.steps):
             actions = step(actions, index, 1.0 / tables.steps)

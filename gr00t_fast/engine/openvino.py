@@ -41,8 +41,9 @@ class OpenVinoEngine(ExportedEngine):
         manifest = check_manifest(directory, "onnx" if kind == "onnx" else KIND, target, remedy)
         _check_runnable(manifest, directory, target)
         core = openvino.Core()
-        self.arithmetic = choose_arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        super().__init__(OpenVinoStages(openvino, core, directory, manifest, self.arithmetic, remedy), directory, manifest, remedy)
+        arithmetic = choose_arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        super().__init__(OpenVinoStages(openvino, core, directory, manifest, arithmetic, remedy), directory, manifest, remedy)
+        self.precision = self.precision or arithmetic
 
 
 class OpenVinoStages:

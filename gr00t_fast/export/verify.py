@@ -151,8 +151,7 @@ def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: 
 
 def format_of(engine: ExportedEngine) -> str:
     """The coarsest number format that the engine computes in."""
-    quantisation = engine.manifest.quantisation
-    return quantisation["format"] if quantisation else getattr(engine, "arithmetic", engine.manifest.precision)
+    return engine.precision or engine.manifest.precision
 
 
 def relative_l2(got: Tensor, truth: Tensor) -> float:
