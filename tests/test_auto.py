@@ -163,6 +163,21 @@ def test_inferences_within_a_tick_are_waited_for_without_a_pause() -> None:
     assert len(run.said) == 2
 
 
+@pytest.mark.parametrize(("inference_ms", "kind", "why"), [(224, "threaded", "bridge it"), (400, "sync", "does not bridge")])
+def test_inferences_that_take_longer_than_at_warm_up_are_chosen_for_again(inference_ms: int, kind: str, why: str) -> None:
+    run = Run(inference_ms, 13, timeout_s=20.0).play()
+    assert run.auto.summary()["kind"] == kind
+    assert len(run.said) == 2
+    reason = build_report(run.loop, {})["controller"]["chosen_because"]
+    assert f"{inference_ms} ms" in reason
+    assert why in reason
+    if kind == "threaded":
+        times_s = np.array([time_s for time_s, _ in run.robot.sent])
+        assert np.diff(times_s[times_s > times_s[0] + 4.0]).max() == pytest.approx(1 / FPS), "no pause any more"
+        steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
+        assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6
+
+
 def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> None:
     run = slow_at(Run(180, 180, episodes=3, timeout_s=10.0), 0.7, lambda number: number == 0).play()
     assert run.auto.summary()["kind"] == "threaded"
@@ -193,7 +208,7 @@ def test_episodes_after_the_first_keep_the_choice() -> None:
     assert (run.starved, run.loop.pacer.waiting_ticks) == (0, 0)
     report = build_report(run.loop, {})
     assert "because" in as_text(report)
-    assert report["controller"]["chosen_because"].startswith("an inference takes 200 ms")
+    assert report["controller"]["chosen_because"].startswith("an inference took 200 ms at warm-up")
 
 
 def test_the_demo_network_at_200_ms_never_freezes_after_its_first_chunk() -> None:

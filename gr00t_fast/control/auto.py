@@ -1,7 +1,7 @@
 """`--controller=auto`: infer while the arm moves where that helps and a chunk bridges it, else wait for each inference.
 
-Chosen after warm-up, from how long an inference takes. A run whose inferences turn out too long for its chunks goes over to waiting, and back when
-they are bridged again.
+Chosen after warm-up, from how long an inference takes, and again when inferences take longer than a tick after all. A run whose inferences turn out
+too long for its chunks goes over to waiting, and back when they are bridged again.
 Time is counted in control ticks; H is the number of actions of a chunk that may play.
 """
 
@@ -50,6 +50,7 @@ class AutoController:
         self._chosen: Controller = waiting
         self._reason = ""
         self._bridged, self._bridged_needed = 0, _BRIDGED_INFERENCES  # inferences in a row, while waiting for them
+        self._pausing_ms: list[float] | None = None  # inferences in a row that took longer than a tick, where there was to be no pause
 
     @property
     def overlaps(self) -> bool:
@@ -57,25 +58,30 @@ class AutoController:
         return self._chosen is self._moving
 
     def _choose(self, controller: Controller, reason: str) -> None:
-        self._chosen, self._reason = controller, reason
+        self._chosen, self._reason, self._pausing_ms = controller, reason, None
         does = "the arm moves while the next chunk is computed" if self.overlaps else "the arm waits for each inference"
         self._echo(f"controller: {does}, because {reason} (--controller=auto)")
 
     def warm_up(self) -> Mapping[str, float]:
         timing_ms = self._moving.warm_up()
         self._waiting.expect(timing_ms.get("total", 0.0) / 1000)
-        self._choose(*self._choice(timing_ms.get("total")))
+        self._choose_by(timing_ms.get("total"), "took", "at warm-up")
         return timing_ms
 
-    def _choice(self, inference_ms: float | None) -> tuple[Controller, str]:
+    def _choose_by(self, inference_ms: float | None, takes: str, when: str) -> None:
+        self._choose(*self._choice(inference_ms, takes, when))
+        short = inference_ms is not None and inference_ms <= 1000 / self._fps
+        self._pausing_ms = [] if short and not self.overlaps else None
+
+    def _choice(self, inference_ms: float | None, takes: str, when: str) -> tuple[Controller, str]:
         if self._overlap_asked is not None:
             return self._moving, f"--{self._overlap_asked} asks for it"
         if inference_ms is None:
             return self._moving, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them"
         tick_ms, ticks = 1000 / self._fps, math.ceil(inference_ms / 1000 * self._fps)
-        takes = f"an inference takes {inference_ms:.0f} ms"
+        takes = f"an inference {takes} {inference_ms:.0f} ms {when}"
         if inference_ms <= tick_ms:
-            return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: there is no pause"
+            return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected"
         if ticks <= self._bridged_ticks(self._horizon):
             return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
         return self._waiting, f"{takes}, which {self._too_short(ticks)}"
@@ -122,6 +128,13 @@ class AutoController:
     def _move_again(self, chunk: ActionChunk | None) -> None:
         """After a chunk that the arm waited for (None: it failed)."""
         takes_ticks = 0.0 if chunk is None else chunk.inference_ms / 1000 * self._fps
+        if self._pausing_ms is not None and chunk is not None:
+            self._pausing_ms = [*self._pausing_ms, chunk.inference_ms] if takes_ticks > 1 else []
+            if len(self._pausing_ms) == _MEASURED_DELAYS:
+                self._choose_by(max(self._pausing_ms), "takes up to", "in this run")
+                if self.overlaps:
+                    self._moving.take_over(chunk)
+            return
         bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
         self._bridged = self._bridged + 1 if bridged else 0
         if chunk is not None and self._bridged == self._bridged_needed:
