@@ -16,6 +16,7 @@ from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 from gr00t_fast.cli import run as script
 from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import LandingReport
+from gr00t_fast.control.dataset_recorder import DatasetRecorder
 from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.flags import flags_of
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
@@ -370,6 +371,24 @@ def test_errors_of_the_arm_exit_1_after_landing(world: World, capsys: pytest.Cap
     captured = capsys.readouterr()
     assert captured.err == "error: servo 3 is silent\n"
     assert "ended by error" in captured.out  # the report of what was done
+
+
+def test_a_recording_that_cannot_be_reported_does_not_hide_why_the_run_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    close, told = DatasetRecorder.close, []
+
+    def close_and_fail_once(recorder: DatasetRecorder) -> None:
+        close(recorder)
+        if not told:
+            told.append(True)
+            raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr(DatasetRecorder, "close", close_and_fail_once)
+    world.robot.on_send = lambda: len(world.robot.sent) == 2 and raising(RobotError("servo 3 is silent"))()
+    assert world.run(f"--record={tmp_path / 'set'}") == 1
+    assert told
+    assert "error: servo 3 is silent" in capsys.readouterr().err
 
 
 def test_an_arm_that_never_moved_gets_no_report(world: World, capsys: pytest.CaptureFixture[str]) -> None:

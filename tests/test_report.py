@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from control_fakes import TICK_S, Bench
 
-from gr00t_fast.contracts import LandingReport, Observation
+from gr00t_fast.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.control import recorder
-from gr00t_fast.control.recorder import LiveView, VideoRecorder, display_obstacle, side_by_side
+from gr00t_fast.control.display import Display, DisplayTarget, window_target
+from gr00t_fast.control.recorder import VideoRecorder, display_obstacle, side_by_side
 from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, plot_joints, save_run, write_report
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.measurement import percentiles
@@ -135,7 +137,7 @@ def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--out"):
         write_report(report_of(bench), tmp_path / "file" / "out")
     with pytest.raises(ConfigError, match="--out"):
-        Outputs(tmp_path / "file" / "out", None, False, 30.0, lambda: None)
+        Outputs(tmp_path / "file" / "out", None, 30.0)
 
 
 def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
@@ -224,9 +226,7 @@ def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     said: list[str] = []
-    view = LiveView(echo=said.append)
-    view.see(frames_of(0))
-    view.close()
+    assert window_target(said.append) is None
     assert len(said) == 1
     assert "--video=run.mp4" in said[0]
 
@@ -238,16 +238,42 @@ def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.Monkey
     assert "pip install opencv-python" in display_obstacle()
 
 
-def test_a_window_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    cv2 = pytest.importorskip("cv2")
-    monkeypatch.setattr(recorder, "display_obstacle", lambda: None)
+def window_of(directory: Path, imshow: str) -> None:
+    """An OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture."""
+    (directory / "cv2.py").write_text(
+        "import json, time\nfrom pathlib import Path\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
+        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    Path({str(directory / 'shown')!r}).write_text(json.dumps(shown))\n"
+        f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
+    )
 
-    def fail(*_: object) -> None:
-        raise cv2.error("no window system")
 
-    monkeypatch.setattr(cv2, "imshow", fail)
+def test_a_window_that_stalls_delays_nothing_and_shows_the_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    window_of(tmp_path, "time.sleep(1.5)")
     said: list[str] = []
-    view = LiveView(echo=said.append)
-    view.see(frames_of(0))
-    view.see(frames_of(1))
+    quits, took_s = threading.Event(), []
+    with Display(DisplayTarget(images=True), "go", "degrees", SO100_JOINTS, ["front"], 30.0, said.append, quits.set) as view:
+        for number in range(400):
+            began_s = time.perf_counter()
+            view.see(frames_of(number % 256))
+            took_s.append(time.perf_counter() - began_s)
+            time.sleep(0.01)
+            if quits.is_set():
+                break
+        assert quits.wait(20), "q stops the run"
+    assert np.percentile(took_s, 95) < 1e-3
+    assert len(json.loads((tmp_path / "shown").read_text())) < 10, "what it is too slow for is left out"
+    assert said == []
+
+
+def test_a_window_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    window_of(tmp_path, "raise error('no window system')")
+    said: list[str] = []
+    with Display(DisplayTarget(images=True), "go", "degrees", SO100_JOINTS, ["front"], 30.0, said.append) as view:
+        for number in range(20):
+            view.see(frames_of(number))
+            time.sleep(0.05)
     assert len(said) == 1
+    assert "--show_images" in said[0]
+    assert "no window system" in said[0]

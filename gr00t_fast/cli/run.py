@@ -29,7 +29,7 @@ from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import Controller, SyncController, ThreadWorker
 from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.display import Display, display_target
+from gr00t_fast.control.display import Display, display_target, window_target
 from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.keys import Keys, keys_obstacle
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
@@ -102,12 +102,10 @@ def _drive(
         outputs = Outputs(
             config.out,
             config.video,
-            config.show_images,
             fps,
-            lambda: stop.request("window closed"),
             config.quiet,
             config.json,
-            display(config, robot, fps, say),
+            displays(config, robot, fps, say, lambda: stop.request("window closed")),
         )
         keys = keys_of_session(config)
         session = Session(stop, keys, recorder, echo=say)
@@ -131,8 +129,10 @@ def _drive(
                     loop.run()
             finally:
                 announce_landing(loop.trace.landing, say)  # before anything that can fail or take time
-                if recorder is not None:
-                    recorder.close()
+                failing = sys.exc_info()[0] is not None
+                if recorder is not None:  # it prints: a closed terminal must not take the place of the error that ended the run
+                    with contextlib.suppress(*[OSError] * failing):
+                        recorder.close()
     finally:
         if loop.trace.landing is not None:
             failing = sys.exc_info()[0] is not None
@@ -170,12 +170,11 @@ def _connect(config: RunConfig) -> Any:
     )
 
 
-def display(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None]) -> Display | None:
+def displays(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None], on_quit: Callable[[], None]) -> list[Display]:
     """Raises MissingExtraError without rerun, ConfigError for a file that cannot be written."""
-    target = display_target(config.display, config.out)
-    if target is None:
-        return None
-    return Display(target, config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, fps, say)
+    targets = [display_target(config.display, config.out), window_target(say) if config.show_images else None]
+    what = (config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, fps, say, on_quit)
+    return [Display(target, *what) for target in targets if target is not None]
 
 
 def build_robot(config: RunConfig) -> Robot:

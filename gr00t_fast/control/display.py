@@ -1,4 +1,5 @@
-"""`--display`: a run seen live in rerun, or in its .rrd file afterwards. An observer of the control loop; the other end is display_writer.py.
+"""`--display`: a run seen live in rerun, or in its .rrd file afterwards; `--show_images`: its cameras in a window. An observer of the control loop;
+the other end is display_writer.py.
 
 The loop only puts what it has into a bounded queue. A thread writes it into a pipe, and a process of lower priority does the rest. What does not fit
 is dropped and counted.
@@ -25,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from gr00t_fast.contracts import Observation
-from gr00t_fast.control.recorder import desktop_obstacle
+from gr00t_fast.control.recorder import desktop_obstacle, display_obstacle
 from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.optional import install_command
@@ -34,6 +35,7 @@ WINDOW = "window"  # what `--display` without a value means
 DEFAULT_PORT = 9876  # rerun's own
 RECORDING = "display.rrd"  # in --out
 QUEUED_TICKS = 60  # two seconds at 30 Hz; 55 MB of a 640x480 camera
+_QUEUED_IMAGES = 2  # a window shows the present: what it is too slow for is left out
 _START_S, _FINISH_S = 10.0, 6.0
 _PIPE_BYTES = 2**20  # what an unprivileged process may have; a picture of 640x480 takes 14 wake-ups with the usual 64 kB
 _ADDRESS = re.compile(r"(?:rerun(?:\+https?)?://)?(?P<host>\[[\da-fA-F:.%]+\]|[\w.-]+)(?::(?P<port>\d{1,5}))?(?:/proxy)?")
@@ -42,13 +44,27 @@ _YES, _NO = ("true", "yes", "on", "1", WINDOW), ("false", "no", "off", "0")
 
 @dataclass(frozen=True)
 class DisplayTarget:
-    """Where a run is shown: a viewer of ours (`spawn`) or of others at `host`, `port`; an .rrd file; or both."""
+    """Where a run is shown: a viewer of ours (`spawn`) or of others at `host`, `port`; an .rrd file; or both. `images`: the cameras, in a window."""
 
     host: str | None = None
     port: int = DEFAULT_PORT
     url: str = ""
     spawn: bool = False
     rrd: Path | None = None
+    images: bool = False
+
+    @property
+    def flag(self) -> str:
+        """What asked for it."""
+        return "--show_images" if self.images else "--display"
+
+
+def window_target(echo: Callable[[str], None]) -> DisplayTarget | None:
+    """What `--show_images` means; where no window can be opened `echo` is told why and what to do."""
+    if (obstacle := display_obstacle()) is None:
+        return DisplayTarget(images=True)
+    echo(f"--show_images: {obstacle} The run goes on without a window.")
+    return None
 
 
 def display_target(text: str | None, out: Path | None) -> DisplayTarget | None:
@@ -86,18 +102,21 @@ class Display:
         cameras: Iterable[str],
         fps: float,
         echo: Callable[[str], None] = print,
+        on_quit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`name` of the recording; `unit` of the joints. `echo` is told, in another thread, of a viewer that is missing or goes away.
+        """`name` of the recording; `unit` of the joints. `echo` is told, in another thread, of a viewer that is missing or goes away; `on_quit` is
+        called there when q or Escape is pressed in the window.
 
         Raises MissingExtraError without rerun, ConfigError when the file cannot be written: before the arm is touched. Starts nothing.
         """
-        if importlib.util.find_spec("rerun") is None:  # found, not imported: that costs a second and is for the other process
+        if not target.images and importlib.util.find_spec("rerun") is None:  # found, not imported: that costs a second and is for the other process
             raise MissingExtraError(f"--display shows the run in rerun, which is not installed. Install it with: {install_command('display')}")
         if target.rrd is not None:
             _check_file(target.rrd)
         self._target = target
-        self._header = {"name": name, "unit": unit, "joints": list(joints), "cameras": list(cameras), "fps": fps}
-        self._echo = echo
+        self._header = {"name": name, "unit": unit, "joints": list(joints), "cameras": list(cameras), "fps": fps, "images": target.images}
+        self._echo, self._on_quit = echo, on_quit
+        self._most = _QUEUED_IMAGES if target.images else QUEUED_TICKS
         # SimpleQueue leaves no lock behind when a signal handler raises out of it
         self._queue: queue.SimpleQueue[tuple[Observation, TickRecord | None] | None] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
@@ -117,7 +136,7 @@ class Display:
         self._seen += 1
         if self._ended.is_set():
             return
-        if self._queue.qsize() >= QUEUED_TICKS:
+        if self._queue.qsize() >= self._most:
             self._dropped += 1
         else:
             self._queue.put((observation, tick))
@@ -127,7 +146,7 @@ class Display:
     def __enter__(self) -> Display:
         """Starts the other process and waits until it is ready, at most _START_S: the arm is not connected yet."""
         viewer = self._viewer()
-        if viewer is None and self.path is None:
+        if viewer is None and self.path is None and not self._target.images:
             self._ended.set()
             return self
         self._stderr = tempfile.TemporaryFile()
@@ -169,10 +188,10 @@ class Display:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            self._warnings.append(f"--display: its process did not finish within {_FINISH_S:g} s and was ended.")
+            self._warnings.append(f"{self._target.flag}: its process did not finish within {_FINISH_S:g} s and was ended.")
         self._ended.wait(1.0)  # the thread is a daemon: whatever it does now, it does not hold up the program
         if process.returncode and not self._warnings:
-            self._warnings.append(f"--display: its process ended with code {process.returncode}: {self._complaint()}")
+            self._warnings.append(f"{self._target.flag}: its process ended with code {process.returncode}: {self._complaint()}")
         with contextlib.suppress(OSError):
             process.stdin.close()
         self._stderr.close()
@@ -185,7 +204,7 @@ class Display:
     def warnings(self) -> list[str]:
         """For the report, once the run is over."""
         found = list(self._warnings)
-        if self._dropped:
+        if self._dropped and not self._target.images:
             found.append(f"--display lacks {self._dropped} of {self._seen} ticks: its process was slower than the loop.")
         if self._skipped:
             found.append(f"--display: the viewer lacks {self._skipped} of {self._seen} ticks: it did not take them in time.")
@@ -206,6 +225,8 @@ class Display:
                 answer = json.loads(line)
                 if "say" in answer:
                     self._tell(answer["say"])
+                if "quit" in answer:
+                    self._on_quit()
                 if "ready" in answer:
                     self._ready.set()
                 self._skipped = answer.get("skipped", 0)

@@ -1,10 +1,11 @@
-"""The process beside a run that shows it in rerun, or writes it into an .rrd file; display.py is its other end.
+"""The process beside a run that shows it in rerun, writes it into an .rrd file, or shows its cameras in a window; display.py is its other end.
 
-rerun lives here and not in the control loop's process: its calls hold the interpreter lock for milliseconds a tick, connecting to a viewer that is
-away takes five seconds, and what a viewer does not take is kept in memory without a limit.
+They live here and not in the control loop's process: rerun's calls hold the interpreter lock for milliseconds a tick, connecting to a viewer that is
+away takes five seconds, and what a viewer does not take is kept in memory without a limit; a window may stand still for seconds (ssh -X, a mouse that
+drags it).
 
 Messages come on stdin: four bytes of length, JSON, then what the JSON announces as raw bytes: float32 arrays, then pictures. The first one is the
-header. Answers are JSON lines on stdout: `ready`, `say` for a line to the user, `written` at the end.
+header. Answers are JSON lines on stdout: `ready`, `say` for a line to the user, `quit` for a key in the window, `written` at the end.
 
 Axis alphabet of this file: J joints of the arm, L rows that the playing chunk still holds.
 """
@@ -20,11 +21,12 @@ import struct
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NoReturn
 
 import numpy as np
 
+from gr00t_fast.control.recorder import side_by_side
 from gr00t_fast.optional import require
 
 APPLICATION = "gr00t_fast"
@@ -34,6 +36,7 @@ _PROBE_S = 3.0  # for a viewer's machine to accept a connection
 _CHECK_EVERY_S, _CHECK_S = 0.5, 0.25  # how often a sink is asked whether it has taken everything, and how long it has for that
 _PATIENCE_S = 5.0  # for a viewer that takes nothing; what comes meanwhile is left out
 _LAST_S = 3.0
+_WINDOW = "gr00t_fast (q: stop)"
 _TICK_WIDTH = 10.0  # of a tick in the picture of the chunk, whose heights are joint units: a chunk of 16 is as wide as the range of a joint is high
 _COLOURS = ((228, 87, 86), (76, 120, 168), (84, 162, 75), (245, 133, 24), (178, 121, 162), (238, 202, 59))
 
@@ -142,14 +145,38 @@ class Viewer:
                 self._recording.flush(_LAST_S)
 
 
+class Window:
+    """The cameras side by side."""
+
+    def __init__(self, cv2: Any) -> None:
+        """Opened now and not with the first picture: over a network it takes seconds, and the arm is under power then. `open`: while it works."""
+        self._cv2, self.open = cv2, True
+        self._try(lambda: cv2.namedWindow(_WINDOW))
+
+    def add(self, pictures: Mapping[str, np.ndarray]) -> None:
+        if pictures:
+            self._try(lambda: self._cv2.imshow(_WINDOW, side_by_side(pictures)[:, :, ::-1]))  # RGB -> BGR
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+            if self._cv2.waitKey(1) & 0xFF in (ord("q"), 27):
+                say(quit=True)
+        except self._cv2.error as error:  # no window system, or it went away
+            say(say=f"--show_images: the window failed ({str(error).strip()}). The run goes on without it.")
+            self.open = False
+
+
 class Writer:
     """The header's sinks, and what is written into them."""
 
     def __init__(self, header: Mapping[str, Any]) -> None:
         import cv2  # changes the environment when it is imported
 
-        self._rr, self._cv2 = require("rerun", "display"), cv2
-        self._header = header
+        self._cv2, self._header = cv2, header
+        self._window = Window(cv2) if header["images"] else None
+        if self._window is None:
+            self._rr = require("rerun", "display")
         self._identity = str(uuid.uuid4())  # of both sinks: a viewer that has one open knows the other
         self._file: Recording | None = None
         self._viewer: Viewer | None = None
@@ -163,7 +190,7 @@ class Writer:
     @property
     def idle(self) -> bool:
         """Whether nothing is left to write into."""
-        return self._file is None and self._viewer is None
+        return self._file is None and self._viewer is None and not (self._window is not None and self._window.open)
 
     def _stream(self) -> Any:
         stream = self._rr.RecordingStream(APPLICATION, recording_id=self._identity)
@@ -228,7 +255,9 @@ class Writer:
         for name, (height, width) in message["pictures"].items():
             picture = np.frombuffer(payload, np.uint8, 3 * height * width, at).reshape(height, width, 3)
             at += picture.size
-            pictures[name] = self._jpeg(picture)
+            pictures[name] = picture if self._window is not None else self._jpeg(picture)
+        if self._window is not None:
+            self._window.add(pictures)
         if self._file is not None:
             self._file.add(message, numbers, pictures)
             self._check_file()
@@ -299,7 +328,7 @@ def main() -> NoReturn:
             writer.add(*message)
         writer.close()
     except Exception as error:  # noqa: BLE001 - whatever it was: the run is told, and goes on
-        say(say=f"--display: failed ({type(error).__name__}: {error}). The run goes on without it.")
+        say(say=f"{'--show_images' if first[0]['images'] else '--display'}: failed ({type(error).__name__}: {error}). The run goes on without it.")
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Observers of the control loop: a video file and a live window. Neither delays a tick or raises into the loop."""
+"""Observers of the control loop: a video file, and the first and last frames. Neither delays a tick or raises into the loop."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +25,6 @@ _GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"  #
 _H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]  # plays everywhere; 16: hardly to be told from the original
 # How long a finished run waits for the encoder's backlog; a GIF is only encoded once its palette, and so its last frame, is known.
 _FINISH_S, _GIF_FINISH_S_PER_FRAME = 5.0, 0.1
-_WINDOW = "gr00t_fast (q: stop)"
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 
 
@@ -51,7 +49,8 @@ class VideoRecorder:
         self._every = max(1, round(fps / _GIF_FPS)) if path.suffix.lower() == ".gif" else 1
         self._fps = fps / self._every
         self._seen = 0
-        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUE_FRAMES)
+        # SimpleQueue leaves no lock behind when a signal handler raises out of it
+        self._queue: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
 
@@ -69,20 +68,18 @@ class VideoRecorder:
             self._finished(1.0)  # the thread is a daemon: whatever it does now, it does not hold up the program
 
     def _finished(self, limit_s: float) -> bool:
-        end_s = time.monotonic() + limit_s
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=limit_s)
-        self._thread.join(max(0.0, end_s - time.monotonic()))
+        self._queue.put(None)
+        self._thread.join(limit_s)
         return not self._thread.is_alive()
 
     def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
         self._seen += 1
         if self.error or not observation.frames or (self._seen - 1) % self._every:
             return
-        try:
-            self._queue.put_nowait(side_by_side(observation.frames))
-        except queue.Full:
+        if self._queue.qsize() >= QUEUE_FRAMES:
             self.dropped_frames += 1
+        else:
+            self._queue.put(side_by_side(observation.frames))
 
     def _encode(self) -> None:
         try:
@@ -129,47 +126,6 @@ class FirstAndLast:
     def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
         self.first = self.first or observation.frames
         self.last = observation.frames or self.last
-
-
-class LiveView:
-    """Shows the frames in a window (`--show_images`). Where that is impossible it says why and what to do, once, and does nothing."""
-
-    def __init__(self, echo: Callable[[str], None] = print, on_quit: Callable[[], None] = lambda: None) -> None:
-        """`on_quit` is called when q or Escape is pressed in the window."""
-        self._echo, self._on_quit = echo, on_quit
-        self._cv2 = None
-        obstacle = display_obstacle()
-        if obstacle:
-            echo(f"--show_images: {obstacle} The run goes on without a window.")
-        else:
-            import cv2
-
-            self._cv2 = cv2
-            self._first_window()
-
-    def _first_window(self) -> None:
-        """Now and not with the first frame: over a network it takes seconds, and the arm is under power then."""
-        try:
-            self._cv2.namedWindow(_WINDOW)
-            self._cv2.waitKey(1)
-        except self._cv2.error as error:
-            self._echo(f"--show_images: no window can be opened ({str(error).strip()}); the run goes on without it.")
-            self._cv2 = None
-
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-        if self._cv2 is None or not observation.frames:
-            return
-        try:
-            self._cv2.imshow(_WINDOW, side_by_side(observation.frames)[:, :, ::-1])  # RGB -> BGR
-            if self._cv2.waitKey(1) & 0xFF in (ord("q"), 27):
-                self._on_quit()
-        except self._cv2.error as error:  # the window system went away: the run goes on
-            self._echo(f"--show_images: the window failed ({str(error).strip()}); the run goes on without it.")
-            self._cv2 = None
-
-    def close(self) -> None:
-        if self._cv2 is not None:
-            self._cv2.destroyAllWindows()
 
 
 def desktop_obstacle() -> str | None:

@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from gr00t_fast.control.display import Display
 from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
-from gr00t_fast.control.recorder import FirstAndLast, LiveView, VideoRecorder
+from gr00t_fast.control.recorder import FirstAndLast, VideoRecorder
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.control.trace import RunTrace
 from gr00t_fast.errors import ConfigError, MissingExtraError
@@ -293,12 +293,10 @@ class Outputs:
         self,
         out: Path | None,
         video: Path | None,
-        show_images: bool,
         fps: float,
-        on_quit: Callable[[], None],
         quiet: bool = False,
         as_json: bool = False,
-        display: Display | None = None,
+        displays: Sequence[Display] = (),
     ) -> None:
         """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error.
 
@@ -313,22 +311,19 @@ class Outputs:
             _check_writable(video.parent, "--video")
             if video.is_dir():
                 raise ConfigError(f"--video: '{video}' is a directory. Name a file in a directory that can be written.")
-        self._view = LiveView(on_quit=on_quit) if show_images else None
-        self._display = display
+        self._displays = displays
         self._pictures = FirstAndLast() if out is not None else None
         self._stack = ExitStack()
 
     @property
     def observers(self) -> list[Observer]:
-        return [observer for observer in (self._video, self._view, self._display, self._pictures) if observer is not None]
+        return [observer for observer in (self._video, *self._displays, self._pictures) if observer is not None]
 
     def __enter__(self) -> Outputs:
         if self._video is not None:
             self._stack.enter_context(self._video)
-        if self._view is not None:
-            self._stack.callback(self._view.close)
-        if self._display is not None:
-            self._stack.enter_context(self._display)
+        for display in self._displays:
+            self._stack.enter_context(display)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -350,7 +345,8 @@ class Outputs:
                 print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
 
     def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], notes: Sequence[str]) -> None:
-        report = build_report(loop, settings, [*warnings, *self._video_warnings(), *(self._display.warnings if self._display else [])], notes=notes)
+        shown = [warning for display in self._displays for warning in display.warnings]
+        report = build_report(loop, settings, [*warnings, *self._video_warnings(), *shown], notes=notes)
         with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
             try:
                 self._say(verdict(report) + "\n" if self._quiet else _for_terminal(loop, report))
@@ -361,8 +357,7 @@ class Outputs:
             paths = self._write_files(loop, report)
         if self._video is not None and self._video.error is None and self._video.path.exists():
             paths.append(self._video.path)
-        if self._display is not None and self._display.path is not None and self._display.path.exists():
-            paths.append(self._display.path)
+        paths += [display.path for display in self._displays if display.path is not None and display.path.exists()]
         if paths:
             self._say("wrote " + ", ".join(str(path) for path in paths) + "\n")
 
