@@ -35,7 +35,7 @@ demo: .venv/.demo
 	@echo
 	@echo "picture: $(DEMO)/joints.png"
 	@echo "video:   $(DEMO)/demo.mp4"
-	@echo "report:  $(DEMO)/report.txt (and report.json)"
+	@echo "report:  $(DEMO)/report.html (and report.txt, report.json)"
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
 TEST_JOBS ?= 2

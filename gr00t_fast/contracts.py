@@ -94,7 +94,8 @@ class Policy(Protocol):
         """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was).
 
         noise: makes the call reproducible. prefix: actions to continue, by a method in `continues`; one of no rows is the same as none.
-        Raises ObservationError for what cannot be used, and UnsafeActionError instead of returning NaN or infinity.
+        Raises ObservationError for what cannot be used, and UnsafeActionError instead of returning NaN or infinity. What a server answers comes as
+        it is: the control loop sends no such target.
         """
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:

@@ -309,7 +309,10 @@ def test_the_time_limit_holds_in_an_episodes_first_inference_too() -> None:
     assert bench.robot.sent == []
     assert (trace.ended_by, trace.episodes, len(trace.chunks)) == ("done", 2, 0)
     assert [line for line in bench.said if "--timeout" in line]
-    assert "the time limit" in verdict(build_report(bench.loop, {}))
+    report = build_report(bench.loop, {})
+    assert "the time limit" in verdict(report)
+    assert "infer" not in report["stages_ms"], "an inference that was cut off is none, there and in the count of inferences"
+    assert not [line for line in bench.said if line.startswith("Loop")]
 
 
 @pytest.mark.parametrize("overslept", [False, True])

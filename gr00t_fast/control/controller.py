@@ -186,9 +186,9 @@ def check_horizon(action_horizon: int | None) -> None:
 
 def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
     """Raises UnsafeActionError when the policy returned fewer actions than are to be executed."""
-    if len(chunk.targets) < (action_horizon or 1):
+    if action_horizon is not None and len(chunk.targets) < action_horizon:
         raise UnsafeActionError(
-            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon or 1} to be executed (--action_horizon). "
+            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon} to be executed (--action_horizon). "
             "Load the policy with the same action horizon."
         )
 
