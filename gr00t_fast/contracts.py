@@ -26,10 +26,14 @@ NetworkName = Literal["n1.5", "n1.7"]
 
 @dataclass(frozen=True)
 class ModalityConfig:
-    """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names)."""
+    """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names).
+
+    action_configs: of N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is absolute.
+    """
 
     delta_indices: list[int]
     modality_keys: list[str]
+    action_configs: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

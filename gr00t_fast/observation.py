@@ -30,13 +30,16 @@ MAX_INSTRUCTION_CHARACTERS = 2048
 class CheckedObservation:
     """A checked observation. frames: key -> uint8 (B, H, W, 3); state: key -> float64 (B, D); one instruction per item.
 
-    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads.
+    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads. brackets: the reference prints what is left of
+    the texts' array when it has taken the batch apart, and adds the batch axis itself to a single observation: 0 for a list of texts in a batch, 1
+    for `[["..."]]` in a batch and for a single observation.
     """
 
     frames: Mapping[str, np.ndarray]
     state: Mapping[str, np.ndarray]
     instructions: list[str]
     batched: bool
+    brackets: int = 1
 
     @property
     def batch(self) -> int:
@@ -61,8 +64,8 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     state = {key: _state(key, observation[key], state_widths[key], times["state"]) for key in config.state_keys}
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
     batch = _agree({**{k: len(v[0]) for k, v in frames.items()}, **{k: len(v[0]) for k, v in state.items()}}, "of one batch size")
-    instructions = _instructions(language_key, observation[language_key], batch)
-    return CheckedObservation({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched)
+    instructions, axes = _instructions(language_key, observation[language_key], batch)
+    return CheckedObservation({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched, axes - batched)
 
 
 def _language_key(observation: Mapping[str, Any], config: DataConfig) -> str:
@@ -155,7 +158,8 @@ def _in_time(key: str, array: np.ndarray, times: int) -> np.ndarray:
     return array[:, 0] if times == 1 else array
 
 
-def _instructions(key: str, value: Any, batch: int) -> list[str]:
+def _instructions(key: str, value: Any, batch: int) -> tuple[list[str], int]:
+    """One for each item, and how many axes their array had; a bare text counts as a list of it."""
     given = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=object)
     if given.size > MAX_BATCH:
         raise ObservationError(f"{key}: expected {batch} instructions for a batch of {batch}, got {given.size}.")
@@ -163,7 +167,7 @@ def _instructions(key: str, value: Any, batch: int) -> list[str]:
     if longest > MAX_INSTRUCTION_CHARACTERS:
         raise ObservationError(f"{key}: the instruction has {longest} characters, expected at most {MAX_INSTRUCTION_CHARACTERS}. Shorten it.")
     items = given.ravel().tolist()
-    if not items or not all(isinstance(item, str) for item in items):
+    if not items or not all(isinstance(item, str) for item in items) or given.size > max(given.shape, default=1):
         raise ObservationError(f"{key}: expected an instruction (str, or a list of {batch} str), got {_SHOWN.repr(value)}.")
     if len(items) == 1:
         items = items * batch
@@ -176,7 +180,7 @@ def _instructions(key: str, value: Any, batch: int) -> list[str]:
             item.encode()
         except UnicodeEncodeError as error:
             raise ObservationError(f"{key}: expected text that UTF-8 can hold, got {item[: _SHOWN.maxstring]!a} ({error.reason}).") from error
-    return [str(item) for item in items]
+    return [str(item) for item in items], max(given.ndim, 1)
 
 
 def _names(names: Iterable[str]) -> str:

@@ -234,7 +234,7 @@ class Gr00tPolicy(Policy):
         return [f"{self.engine.name} on {self.device}", self.precision, f"{self.denoising_steps} denoising steps"]
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
-        return self.processor.data_config.modality_config()
+        return self.processor.modality_config()
 
     @property
     def modality_config(self) -> dict[str, ModalityConfig]:

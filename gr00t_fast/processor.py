@@ -15,7 +15,7 @@ import torch
 
 from gr00t_fast.checkpoint import EMBODIMENT_ROWS, Checkpoint, EmbodimentMetadata
 from gr00t_fast.checkpoint.embodiment import CameraMetadata
-from gr00t_fast.contracts import ActionPrefix, PolicyMetadata
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyMetadata
 from gr00t_fast.data_config import DataConfig, check_trained_cameras
 from gr00t_fast.engine import Continuation, PolicyInputs, prefix_weights
 from gr00t_fast.metadata import policy_metadata_of
@@ -65,7 +65,7 @@ class EncodePrompts:
         self._prompts = prompts
 
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
-        encoded = [self._prompts(instruction, observation.batched) for instruction in observation.instructions]
+        encoded = [self._prompts(instruction, observation.brackets) for instruction in observation.instructions]
         lengths = np.array([len(ids) for ids in encoded])
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
         for row, ids in zip(padded, encoded, strict=True):
@@ -104,6 +104,10 @@ class Processor:
         cameras = {key: metadata.cameras[key] for key in config.video_keys}
         self._to_pixels = functools.partial(pixel_values, image_size=self.network.vision.image_size)
         self.transforms: list[Transform] = [ResizeFrames(cameras), EncodePrompts(prompts), NormaliseState(self.state)]
+
+    def modality_config(self) -> dict[str, ModalityConfig]:
+        """As `Policy.get_modality_config`."""
+        return self.data_config.modality_config()
 
     @property
     def chunk_shape(self) -> tuple[int, int]:

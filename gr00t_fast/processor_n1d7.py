@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7
-from gr00t_fast.contracts import PolicyMetadata
+from gr00t_fast.contracts import ModalityConfig, PolicyMetadata
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import ObservationError
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
@@ -57,6 +57,10 @@ class ProcessorN1d7(Processor):
         self.data_config = data_config_of(embodiment)
         self.state, self.action = StateTransformN1d7(embodiment), ActionTransformN1d7(embodiment)
         self.transforms = [MakePictures(embodiment, token_side(checkpoint)), EncodePrompts(prompts), NormaliseState(self.state)]
+
+    def modality_config(self) -> dict[str, ModalityConfig]:
+        configs = super().modality_config()
+        return {**configs, "action": replace(configs["action"], action_configs=self.embodiment.action_configs)}
 
     @property
     def max_horizon(self) -> int:

@@ -28,12 +28,12 @@ _END = "<|im_end|>\n<|im_start|>assistant\n"
 _QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def render_prompt(instruction: str, cameras: int, tokens_per_camera: int, style: str = "plain") -> str:
-    """The text the network reads. Style `nvidia` reproduces what NVIDIA's robot clients cause: a list, printed with brackets and quotes."""
+def render_prompt(instruction: str, cameras: int, tokens_per_camera: int, style: str = "plain", brackets: int = 1) -> str:
+    """The text the network reads. Style `nvidia` reproduces what NVIDIA's robot clients cause: a list, printed with so many brackets, and quotes."""
     if style not in PROMPT_STYLES:
         raise ConfigError(f"unknown prompt_style '{style}'.{closest(style, PROMPT_STYLES)} Expected one of: {', '.join(PROMPT_STYLES)}.")
     if style == "nvidia":
-        instruction = str(np.array([instruction]))
+        instruction = str(np.array(instruction).reshape((1,) * brackets))
     images = "".join(f"<image {k}><img>{IMAGE_TOKEN * tokens_per_camera}</img>" for k in range(1, cameras + 1))
     return f"{_SYSTEM}{images}{instruction}{_END}"
 
@@ -54,22 +54,22 @@ class PromptEncoder:
         render_prompt("", cameras, tokens_per_camera, style)  # refuses an unknown style now, not at the first inference
         self.image_token_id, self.style = image_token_id, style
         self._tokenizer, self._cameras, self._tokens_per_camera = tokenizer, cameras, tokens_per_camera
-        self._known: dict[tuple[str, str], np.ndarray] = {}
+        self._known: dict[tuple[str, int], np.ndarray] = {}
 
-    def __call__(self, instruction: str, batched: bool = False) -> np.ndarray:
+    def __call__(self, instruction: str, brackets: int = 1) -> np.ndarray:
         """int64 (S,). Read-only. Raises ObservationError for an instruction that holds the image token.
 
-        `batched`: it came in a batch, which in style `nvidia` is plain too: the reference prints a list only where it adds the batch axis itself.
+        `brackets`: for style `nvidia`, see CheckedObservation.
         """
-        key = (instruction, "plain" if batched else self.style)
+        key = (instruction, brackets if self.style == "nvidia" else 0)
         if key not in self._known:
             if len(self._known) >= self._REMEMBERED:
                 self._known.clear()
             self._known[key] = self._encode(*key)
         return self._known[key]
 
-    def _encode(self, instruction: str, style: str) -> np.ndarray:
-        text = self.text(instruction, style)
+    def _encode(self, instruction: str, brackets: int) -> np.ndarray:
+        text = self.text(instruction, brackets)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         expected = self._cameras * self._tokens_per_camera
         if (text_tokens := len(ids) - expected) > MAX_TEXT_TOKENS:
@@ -81,8 +81,8 @@ class PromptEncoder:
         ids.setflags(write=False)
         return ids
 
-    def text(self, instruction: str, style: str) -> str:
-        return render_prompt(instruction, self._cameras, self._tokens_per_camera, style)
+    def text(self, instruction: str, brackets: int) -> str:
+        return render_prompt(instruction, self._cameras, self._tokens_per_camera, self.style, brackets)
 
 
 class PromptEncoderN1d7(PromptEncoder):
@@ -96,7 +96,7 @@ class PromptEncoderN1d7(PromptEncoder):
         self._formalize = formalize
         super().__init__(tokenizer, pictures, tokens_per_picture, image_token_id, style)
 
-    def text(self, instruction: str, style: str) -> str:
+    def text(self, instruction: str, brackets: int) -> str:
         words = re.sub(r"[^\w\s]", "", instruction.lower()) if self._formalize else instruction
         pictures = f"<|vision_start|>{self.image_token * self._tokens_per_camera}<|vision_end|>" * self._cameras
         return f"<|im_start|>user\n{pictures}{words}<|im_end|>\n"

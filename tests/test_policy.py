@@ -320,9 +320,14 @@ def test_brackets_are_for_single_observations(checkpoint: Path, policy: Gr00tPol
     assert _same({key: rows[0] for key, rows in in_batch.items()}, plain)
     single = bracketed.get_action(observation(), noise=noise)
     assert not _same(single, plain)
-    listed = observation()
-    listed[TASK] = str(np.array([listed[TASK]]))
-    assert _same(single, policy.get_action(listed, noise=noise))
+    printed = str(np.array(["pick"]))
+    assert _same(single, policy.get_action(observation(instruction=printed), noise=noise))
+    for listed in ([["pick"]], np.array([["pick"]])):  # (B, T), as NVIDIA documents batches: each item's own list is printed
+        expected = policy.get_action(observation(batch=1, instruction=[printed]), noise=noise)
+        assert _same(bracketed.get_action(observation(batch=1, instruction=listed), noise=noise), expected)
+        assert _same(policy.get_action(observation(batch=1, instruction=listed), noise=noise), in_batch)
+    with pytest.raises(ObservationError, match=TASK):
+        policy.get_action(observation(batch=2, instruction=[["pick", "put"], ["a", "b"]]))
 
 
 # --- wrong observations --------------------------------------------------------------------------------------------------------------

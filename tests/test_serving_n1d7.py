@@ -122,6 +122,8 @@ def test_nvidia_s_client_gets_the_actions_of_our_policy(batch: int | None) -> No
         actions, info = call("get_action", {"observation": nested, "options": None})
         assert call("reset", {"options": None}) == {"status": "ok"}
         assert "state.gripper" in call("get_action", {"observation": {**nested, "state": {}}, "options": None})["error"]
+        told = call("get_action", {"observation": seen, "options": None})["error"]
+        assert all(word in told for word in ('"video": {', "nested", "video.front"))
     assert info == {}
     expected = ArithmeticPolicy("so100_dualcam").get_action(flat_observation(nested))
     assert {f"action.{key}" for key in actions} == set(expected)
@@ -141,13 +143,17 @@ def test_both_dialects_on_one_socket() -> None:
 @pytest.mark.parametrize("batch", [None, 2])
 def test_our_client_gets_the_actions_of_nvidia_s_server(batch: int | None) -> None:
     seen, requests = observation(batch, ("webcam",)), []
-    with server_of(served(), requests) as port, PolicyClient(port=port) as client:
+    with server_of(served(), requests) as port, PolicyClient(port=port) as unasked, PolicyClient(port=port) as client:
+        first = [unasked.get_action(seen), unasked.get_action(nested_observation(seen)[0])]
+        assert [request["endpoint"] for request in requests] == ["get_modality_config", "get_action", "get_action"]
         assert client.get_modality_config() == ArithmeticPolicy().get_modality_config()
         assert client.get_metadata() is None
         client.reset()
         actions = client.get_action(seen)
     expected = ArithmeticPolicy().get_action({key: np.float32(value) if key.startswith("state.") else value for key, value in seen.items()})
     assert_same(actions, expected)
+    assert_same(first[0], expected)
+    assert_same({key: value if batch else value[0] for key, value in first[1].items()}, expected)
     assert actions["action.single_arm"].shape == ((HORIZON, 5) if batch is None else (batch, HORIZON, 5))
 
 
@@ -172,10 +178,16 @@ def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path) -> None:
         assert (remote.metadata.fps, remote.metadata.resolutions) == (None, {"webcam": None})
         assert remote.get_modality_config()["video"].delta_indices == [-2, 0]
         remote.close()
-        with PolicyClient(port=server.port) as client:
-            client.get_modality_config()
+        with PolicyClient(port=server.port) as client, client_of(server.port) as call:
+            actions = client.get_modality_config()["action"].action_configs
+            assert (
+                actions == policy.get_modality_config()["action"].action_configs == call("get_modality_config")["action"]["as_json"]["action_configs"]
+            )
+            assert [each["rep"] for each in actions] == ["RELATIVE", "ABSOLUTE"]
             assert client.get_action(seen)["action.single_arm"].shape == (16, 5)
             assert_same(client.get_action(seen, noise=noise), expected)
+            nested = nested_observation(seen)[0]
+            assert_same({key: value[0] for key, value in client.get_action(nested, noise=noise).items()}, expected)
             assert_same(client.get_action(seen, noise=noise, prefix=known), continued)
     seeded = [load_policy(checkpoint, device="cpu", precision="fp32", seed=3) for _ in range(2)]
     with running(HttpPolicyServer(seeded[0], port=0)) as server:

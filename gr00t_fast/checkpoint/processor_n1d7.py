@@ -127,6 +127,7 @@ class EmbodimentN1d7:
     exclude_state: bool
     state_dim: int  # padded width of one time step
     statistics: Mapping[str, Statistics]
+    action_configs: list[dict[str, Any]] | None = None  # as the file has them
 
     @property
     def pictures_per_observation(self) -> int:
@@ -263,6 +264,7 @@ class _Reader:
             statistics={
                 f"{what}.{part.name}": self._statistics[what][part.name] for what, parts in (("state", state), ("action", action)) for part in parts
             },
+            action_configs=self._modalities["action"].get("action_configs"),
         )
 
     def _keys(self, modality: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
-from gr00t_fast.nested import flat_actions, nested_observation
+from gr00t_fast.nested import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.optional import require
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, ModalityConfigN1d7, decode, metadata_from_message
 
@@ -56,7 +56,7 @@ class PolicyClient(Policy):
         self.reconnects = 0  # sockets thrown away so far
         self._disconnects = 0  # connections that broke between two calls; ZeroMQ made them anew
         self._encoder = Encoder()
-        self._n1d7 = False
+        self._n1d7: bool | None = None  # whether the server speaks N1.7's protocol, once it was asked
         self._context = self._zmq.Context()
         try:
             self._connect()
@@ -65,23 +65,33 @@ class PolicyClient(Policy):
             raise ConfigError(f"cannot connect to '{self.address}': {error}. Expected an address like tcp://192.168.0.7:5555.") from error
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
-        """As `Policy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so.
+        """As `Policy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so. The first call asks the server
+        for its modality configuration too, which tells its protocol.
 
         States travel as float64 and an instruction as a list, whatever they are here: NVIDIA's server refuses every state of another type than
         the first one it saw, and fails on a bare text.
         Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense, and
         ObservationError for a state of something else than numbers.
         """
-        observation = _as_nvidia_takes_it(observation)
+        observation = _as_nvidia_takes_it(flat_observation(observation) if is_nested(observation) else observation)
+        left_s = self.timeout_s
+        if self._n1d7 is None:
+            began_s = time.monotonic()
+            self.get_modality_config()
+            left_s -= time.monotonic() - began_s
+
+        def ask(endpoint: str, data: dict[str, Any]) -> Any:
+            return self._call(endpoint, data, left_s, self._resend)
+
         if noise is None and prefix is None and self._n1d7:
             nested, batched = nested_observation(observation)
-            return _actions_n1d7(self._call("get_action", {"observation": nested, "options": None}, resend=self._resend), batched)
+            return _actions_n1d7(ask("get_action", {"observation": nested, "options": None}), batched)
         if noise is None and prefix is None:
-            return _actions(self._call("get_action", observation, resend=self._resend))
+            return _actions(ask("get_action", observation))
         options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
         if prefix is not None:
             options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
-        return _actions(self._call("get_action_with_options", {"observation": observation, **options}, resend=self._resend))
+        return _actions(ask("get_action_with_options", {"observation": observation, **options}))
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """As `Policy.get_modality_config`; raises like `get_action`. Its form tells in which protocol `get_action` is to speak."""
@@ -149,7 +159,7 @@ class PolicyClient(Policy):
         began_s = time.monotonic()
         request = self._encoder.encode(
             {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token}),
-            n1d7=self._n1d7,
+            n1d7=bool(self._n1d7),
         )
         sent_s = time.monotonic()
         answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s), resend)

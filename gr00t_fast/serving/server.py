@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, Policy
-from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
+from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError, WireError
 from gr00t_fast.nested import flat_observation, is_nested, nested_actions
 from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connections, is_local, listen_on, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
@@ -144,6 +144,12 @@ class PolicyServer(PolicyServerBase):
             nested = _observation(flat_observation(data["observation"]), "data.observation")
             return lambda: _InFormOfN1d7([nested_actions(self._policy.get_action(nested)), {}])
         if endpoint == "get_action":
+            if isinstance(data, dict) and isinstance(data.get("observation"), dict):
+                keys = ", ".join(str(key)[:40] for key in [*data["observation"]][:8])
+                raise ObservationError(
+                    'data.observation: expected {"video": {...}, "state": {...}, "language": {...}}, N1.7\'s nested form, or the flat keys in data '
+                    f"itself, N1.5's protocol; got the keys {keys}."
+                )
             observation = _observation(data, "data")
             return lambda: self._policy.get_action(observation)
         if endpoint == "get_action_with_options":  # an extension: NVIDIA's server answers it with "Unknown endpoint"

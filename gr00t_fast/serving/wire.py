@@ -60,7 +60,8 @@ def modality_config_message(configs: Mapping[str, ModalityConfig], n1d7: bool) -
     message = {}
     for modality, config in configs.items():
         keys = [key.removeprefix(f"{modality}.") if modality in _PREFIXED else key for key in config.modality_keys]
-        message[modality] = {_CONFIG_N1D7: True, "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys}}
+        told = {} if config.action_configs is None else {"action_configs": config.action_configs}
+        message[modality] = {_CONFIG_N1D7: True, "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys, **told}}
     return message
 
 
@@ -70,7 +71,7 @@ class ModalityConfigN1d7(ModalityConfig):
     def of(self, modality: str) -> ModalityConfig:
         """With it."""
         keys = [f"{modality}.{key}" for key in self.modality_keys] if modality in _PREFIXED else self.modality_keys
-        return ModalityConfig(self.delta_indices, keys)
+        return ModalityConfig(self.delta_indices, keys, self.action_configs)
 
 
 class Encoder:
@@ -270,11 +271,13 @@ def _modality_config(text: Any, form: type[ModalityConfig] = ModalityConfig) -> 
         content = parse_json(text) if isinstance(text, str) else text
     except ValueError as error:
         raise WireError(f"as_json: expected JSON, got {text[:80]!r}.") from error
-    offsets, keys = (content.get(name) for name in ("delta_indices", "modality_keys")) if isinstance(content, dict) else (None, None)
+    content = content if isinstance(content, dict) else {}
+    offsets, keys, actions = (content.get(name) for name in ("delta_indices", "modality_keys", "action_configs"))
     is_int = isinstance(offsets, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in offsets)
-    if not is_int or not isinstance(keys, list) or not all(isinstance(item, str) for item in keys):
+    is_action = actions is None or (isinstance(actions, list) and all(isinstance(item, dict) for item in actions))
+    if not is_int or not is_action or not isinstance(keys, list) or not all(isinstance(item, str) for item in keys):
         raise WireError(f'as_json: expected {{"delta_indices": [int], "modality_keys": [str]}}, got {str(text)[:80]!r}.')
-    return form(offsets, keys)
+    return form(offsets, keys, actions)
 
 
 # JSON with numpy arrays, as the package json_numpy writes it: {"__numpy__": base64 of the raw bytes, "dtype": "<f4", "shape": [16, 5]}.
