@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import signal
@@ -18,10 +17,6 @@ ROOT = Path(__file__).parent.parent
 # make two threads slower than one, and results repeat.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
-# Feetech's SDK gives a servo 50 ms to answer, and the virtual one is a thread of this process: beside busy neighbours it needs the processor when it
-# needs it. Only root may ask for that; elsewhere such tests can fail on a machine that is overloaded several times over.
-with contextlib.suppress(OSError, AttributeError):
-    os.setpriority(os.PRIO_PROCESS, 0, -15)
 if "torch" in sys.modules:  # a plugin was faster
     sys.modules["torch"].set_num_threads(1)
 
