@@ -47,6 +47,16 @@ class PartStatistics:
 
 
 @dataclass(frozen=True)
+class Letterbox:
+    """Whether N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False where
+    the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
+
+    pads: bool
+    why: str
+    known: bool
+
+
+@dataclass(frozen=True)
 class PolicyMetadata:
     """What a checkpoint says about the robot it was trained on; the pre-flight check compares it with the arm at hand.
 
@@ -62,6 +72,7 @@ class PolicyMetadata:
     state_statistics: Mapping[str, PartStatistics]
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
+    letterbox: Letterbox | None = None  # of N1.7
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,9 @@ class Policy(Protocol):
 
     def reset(self) -> None:
         """Forget whatever one episode left behind."""
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Camera -> (width, height) of the frames to come: what `warm_up` is made for. Raises ObservationError for sizes that cannot be used."""
 
     def warm_up(self, instruction: str, prefix_method: str | None = None) -> Mapping[str, float]:
         """Pay first-call costs, with `prefix_method` those of continuing a chunk too; -> `last_timing` of a call such as those to come, or

@@ -18,10 +18,14 @@ _STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))  
 
 
 def read_policy_metadata(
-    model_path: str | Path, embodiment_tag: str, data_config: str | DataConfig | None = None, revision: str | None = None
+    model_path: str | Path,
+    embodiment_tag: str,
+    data_config: str | DataConfig | None = None,
+    revision: str | None = None,
+    letterbox: str = "auto",
 ) -> PolicyMetadata:
     """Metadata of a checkpoint whose network runs elsewhere. Raises ConfigError and CheckpointError as loading it would; weights may be absent."""
-    checkpoint = open_checkpoint(model_path, with_weights=False, revision=revision)
+    checkpoint = open_checkpoint(model_path, with_weights=False, revision=revision, letterbox=letterbox)
     config = checked_data_config(checkpoint, embodiment_tag, data_config)
     if checkpoint.processor is not None:
         return policy_metadata_of_n1d7(checkpoint.embodiment_n1d7(embodiment_tag))
@@ -80,6 +84,7 @@ def policy_metadata_of_n1d7(embodiment: EmbodimentN1d7) -> PolicyMetadata:
         state_statistics=statistics("state", [part.name for part in embodiment.state]),
         action_statistics=statistics("action", [part.name for part in embodiment.action]),
         trained_horizon=embodiment.action_steps,
+        letterbox=embodiment.letterbox,
     )
 
 

@@ -1,7 +1,7 @@
 """From a camera's frame to the picture that N1.7's network reads, as the reference's processor makes it: bytes throughout, on the CPU.
 
-Every frame is padded to a square with black; then resized, cropped to its centre and resized again; then brought to a size that Qwen3-VL's image
-processor accepts, which the published 256 x 256 is already. Axis alphabet: H and W height and width, h and w those of the result.
+A frame is padded to a square with black, if the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized
+again; then it is brought to a size that Qwen3-VL's image processor accepts. Axis alphabet: H and W height and width, h and w those of the result.
 """
 
 from __future__ import annotations
@@ -14,24 +14,33 @@ from torch.nn import functional as F
 
 from gr00t_fast.checkpoint import PictureSettings
 
+Size = tuple[int, int]  # height and width
+
 # Qwen3-VL's image processor (preprocessor_config.json of the published one): how many pixels a picture may have.
 _MIN_PIXELS, _MAX_PIXELS = 65_536, 16_777_216
 
 
 def picture(frame: np.ndarray, settings: PictureSettings, multiple: int) -> np.ndarray:
     """uint8 (H, W, 3) RGB -> uint8 (h, w, 3), both sides multiples of `multiple`."""
-    square = _letterboxed(frame)
-    made = _by_area(square, settings) if settings.albumentations else _by_torchvision(square, settings)
-    size = accepted_size(*made.shape[:2], multiple)
-    return made if size == made.shape[:2] else _interpolated(made, size, "bicubic")
+    made = view(frame, settings)
+    return _interpolated(made, accepted_size(*made.shape[:2], multiple), "bicubic")
 
 
-def picture_size(settings: PictureSettings, multiple: int) -> tuple[int, int]:
-    """(h, w) of every picture."""
-    return accepted_size(*((settings.edge, settings.edge) if settings.albumentations else settings.target_size), multiple)
+def view(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
+    """uint8 (H, W, 3) RGB -> uint8 (h, w, 3): what the reference stacks, so that all views of an observation must have one size."""
+    frame = _letterboxed(frame) if settings.letterbox else frame
+    return _by_area(frame, settings) if settings.albumentations else _by_torchvision(frame, settings)
 
 
-def accepted_size(height: int, width: int, multiple: int) -> tuple[int, int]:
+def view_size(height: int, width: int, settings: PictureSettings) -> Size:
+    """(h, w) of `view` for a frame of that size."""
+    if not settings.albumentations:
+        return settings.target_size
+    size = (max(height, width),) * 2 if settings.letterbox else (height, width)
+    return _with_edge(_cropped(_with_edge(size, settings.edge), settings.crop_fraction), settings.edge)
+
+
+def accepted_size(height: int, width: int, multiple: int) -> Size:
     """Qwen's `smart_resize`: the nearest multiples, enlarged or shrunk to the allowed number of pixels."""
     rounded = tuple(round(side / multiple) * multiple for side in (height, width))
     if math.prod(rounded) > _MAX_PIXELS:
@@ -43,8 +52,17 @@ def accepted_size(height: int, width: int, multiple: int) -> tuple[int, int]:
     return rounded
 
 
+def _with_edge(size: Size, edge: int) -> Size:
+    """With a shorter side of `edge`; halves are rounded to even, as Python and albumentations do."""
+    scale = edge / min(size)
+    return size if min(size) == edge else (round(size[0] * scale), round(size[1] * scale))
+
+
+def _cropped(size: Size, fraction: float) -> Size:
+    return max(1, int(size[0] * fraction)), max(1, int(size[1] * fraction))
+
+
 def _letterboxed(frame: np.ndarray) -> np.ndarray:
-    """The reference does so whatever `letter_box_transform` says."""
     height, width = frame.shape[:2]
     side = max(height, width)
     if height == width:
@@ -55,23 +73,23 @@ def _letterboxed(frame: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _by_area(square: np.ndarray, settings: PictureSettings) -> np.ndarray:
+def _by_area(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
     import cv2  # here, because importing it changes the environment of the process
 
     def resized(image: np.ndarray) -> np.ndarray:
         """INTER_AREA also where it enlarges."""
-        side = settings.edge
-        return image if image.shape[0] == side else cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        height, width = size = _with_edge(image.shape[:2], settings.edge)
+        return image if image.shape[:2] == size else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
-    whole = resized(square)
-    side = max(1, int(whole.shape[0] * settings.crop_fraction))
-    start = (whole.shape[0] - side) // 2
-    return resized(np.ascontiguousarray(whole[start : start + side, start : start + side]))
+    whole = resized(frame)
+    height, width = _cropped(whole.shape[:2], settings.crop_fraction)
+    top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
+    return resized(np.ascontiguousarray(whole[top : top + height, left : left + width]))
 
 
-def _by_torchvision(square: np.ndarray, settings: PictureSettings) -> np.ndarray:
+def _by_torchvision(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
     """Resize, CenterCrop, Resize of torchvision on bytes."""
-    whole = _interpolated(square, settings.target_size, "bilinear")
+    whole = _interpolated(frame, settings.target_size, "bilinear")
     cropped = np.zeros((*settings.crop_size, 3), np.uint8)  # a crop larger than the picture is padded with black
     source, target = [], []
     for have, want in zip(whole.shape[:2], settings.crop_size, strict=True):
@@ -84,7 +102,7 @@ def _by_torchvision(square: np.ndarray, settings: PictureSettings) -> np.ndarray
     return _interpolated(cropped, settings.target_size, "bilinear")
 
 
-def _interpolated(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+def _interpolated(image: np.ndarray, size: Size, mode: str) -> np.ndarray:
     """With antialias, in torch's arithmetic on bytes, which torchvision uses where the processor has AVX2."""
     if image.shape[:2] == tuple(size):
         return image

@@ -11,6 +11,7 @@ Axis alphabet: B batch, C cameras, H horizon, D joint values of a part, A padded
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,14 @@ def load_policy(
     prompt_style: str = "plain",
     seed: int | None = None,
     revision: str | None = None,
+    letterbox: str = "auto",
 ) -> Gr00tPolicy:
     """Load a GR00T N1.5 or N1.7 checkpoint (directory or hub id; its config.json tells which) and return a policy ready to run.
 
     `data_config` says what an N1.5 checkpoint reads, by default so100; an N1.7 checkpoint says that itself, and one that contradicts it is refused.
     `revision` is the commit, tag or branch of a hub id: without a commit the weights may be others tomorrow.
+    `letterbox` ("always", "never") says of an N1.7 checkpoint whether its pictures were padded to a square when it was trained; by default its files
+    tell, which are silent on fine-tunes of April to June 2026 without `experiment_cfg/`.
     `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
     checkpoint predicts if that is less. `engine_path` is the directory of an export or of a calibration, for engines that need one (default:
     `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own can stand for a name, an object with NVIDIA's
@@ -78,14 +82,14 @@ def load_policy(
     embodiment_tag = embodiment_tag.value if isinstance(embodiment_tag, Enum) else embodiment_tag
     device = f"cuda:{device}" if type(device) is int else str(device) if isinstance(device, torch.device) else device
     own, name = (None, engine) if engine is None or isinstance(engine, str) else (engine, "auto")
-    _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name)
+    _check_words(model_path=model_path, embodiment_tag=embodiment_tag, device=device, precision=precision, engine=name, letterbox=letterbox)
     _check_words(**{name: value for name, value in (("engine_path", engine_path), ("revision", revision)) if value is not None})
     check_engine(name, engine_path)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1, or None for a different one each time; got {seed!r}.")
     if own is not None:
         check_own_engine(own)
-    checkpoint = open_checkpoint(model_path, with_weights=own is None, revision=revision)
+    checkpoint = open_checkpoint(model_path, with_weights=own is None, revision=revision, letterbox=letterbox)
     target = target_of(checkpoint, embodiment_tag, data_config)
     processor = _processor(target, processor_path, prompt_style)
     steps = check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps, processor)
@@ -231,7 +235,11 @@ class Gr00tPolicy(Policy):
 
     def describe(self) -> list[str]:
         """As `Policy.describe`."""
-        return [f"{self.engine.name} on {self.device}", self.precision, f"{self.denoising_steps} denoising steps"]
+        return [f"{self.engine.name} on {self.device}", self.precision, f"{self.denoising_steps} denoising steps", *self.processor.describe()]
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """As `Policy.expect_cameras`."""
+        self.processor.expect_cameras(sizes)
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return self.processor.modality_config()

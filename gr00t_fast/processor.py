@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,11 +61,13 @@ class ResizeFrames:
 class EncodePrompts:
     """Instructions -> ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,)."""
 
-    def __init__(self, prompts: PromptEncoder) -> None:
-        self._prompts = prompts
+    def __init__(self, prompts: PromptEncoder, picture_tokens: Callable[[CheckedObservation], int] | None = None) -> None:
+        """picture_tokens: of one picture, where the frames decide that."""
+        self._prompts, self._picture_tokens = prompts, picture_tokens
 
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
-        encoded = [self._prompts(instruction, observation.brackets) for instruction in observation.instructions]
+        tokens = self._picture_tokens and self._picture_tokens(observation)
+        encoded = [self._prompts(instruction, observation.brackets, tokens) for instruction in observation.instructions]
         lengths = np.array([len(ids) for ids in encoded])
         padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
         for row, ids in zip(padded, encoded, strict=True):
@@ -131,6 +133,13 @@ class Processor:
     @property
     def metadata(self) -> PolicyMetadata:
         return policy_metadata_of(self.embodiment, self.data_config, self.state.widths, self.action.widths, self.chunk_shape[0])
+
+    def describe(self) -> list[str]:
+        """What is done with an observation and is not the same for all checkpoints, for a line before the start."""
+        return []
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """As `Policy.expect_cameras`. N1.5 resizes frames to the training videos' size."""
 
     def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
         """Raises ObservationError."""

@@ -21,16 +21,17 @@ from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
 from gr00t_fast.metadata import data_config_of, policy_metadata_of_n1d7
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
 from gr00t_fast.observation import CheckedObservation, parse_observation
-from gr00t_fast.pictures_n1d7 import picture, picture_size
+from gr00t_fast.pictures_n1d7 import Size, accepted_size, picture, view_size
 from gr00t_fast.processor import EncodePrompts, NormaliseState, Processor
 from gr00t_fast.prompt import PromptEncoderN1d7, find_tokenizer
 
-_EXAMPLE_FRAME = (480, 640)  # height and width; a checkpoint does not say what its cameras delivered
+EXAMPLE_CAMERA = (640, 480)  # width and height; a checkpoint does not say what its cameras delivered
+_MAX_ASPECT = 8  # of a frame that is not padded: the longer side by the shorter; a chosen limit, the widest cameras have less than 4
 _PADDING_ID = 151643  # Qwen's <|endoftext|>
 
 
 class MakePictures:
-    """Frames of any size, one (B, T, H, W, 3) for each camera -> C pictures (B, h, w, 3) of the network's size."""
+    """Frames, one (B, T, H, W, 3) for each camera -> C pictures (B, h, w, 3), all of one size, which that of the frames decides."""
 
     def __init__(self, embodiment: EmbodimentN1d7, multiple: int) -> None:
         self._embodiment, self._multiple = embodiment, multiple
@@ -38,7 +39,33 @@ class MakePictures:
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
         cameras = [observation.frames[f"video.{camera}"] for camera in self._embodiment.cameras]
         times = range(len(self._embodiment.frame_offsets))
-        return {"frames": [np.stack([self._picture(item[time]) for item in frames]) for time in times for frames in cameras]}
+        self._size_in(observation)  # refuses what does not go together before it is resized
+        height, width = cameras[0].shape[2:4]
+        pictures = [np.stack([self._picture(item[time]) for item in frames]) for time in times for frames in cameras]
+        return {"frames": pictures, "camera_size": (width, height)}
+
+    def tokens(self, observation: CheckedObservation) -> int:
+        """Of one picture."""
+        height, width = self._size_in(observation)
+        return (height // self._multiple) * (width // self._multiple)
+
+    def _size_in(self, observation: CheckedObservation) -> Size:
+        return self.size({key.removeprefix("video."): frames.shape[2:4] for key, frames in observation.frames.items()})
+
+    def size(self, frames: Mapping[str, Size]) -> Size:
+        """(h, w) of all pictures, from each camera's (height, width). Raises ObservationError for views that the reference cannot stack."""
+        settings, told = self._embodiment.pictures, ", ".join(f"{camera} {width}x{height}" for camera, (height, width) in frames.items())
+        if not settings.letterbox and settings.albumentations and any(max(size) > _MAX_ASPECT * min(size) for size in frames.values()):
+            raise ObservationError(f"cameras: expected pictures at most {_MAX_ASPECT} times as long as wide, got {told}.")
+        views = {camera: view_size(*size, settings) for camera, size in frames.items()}
+        if len(set(views.values())) > 1:
+            made = ", ".join(f"{camera} {width}x{height}" for camera, (height, width) in views.items())
+            raise ObservationError(
+                f"cameras: expected views of one size once they are resized, got {made} of {told}: this checkpoint's pictures are not padded to a "
+                "square, and NVIDIA's code refuses these as well. Set all cameras to one shape (all 640x480, or all 1280x720 and 640x360), as in the "
+                "recordings; or, if it was trained on padded pictures, say --letterbox=always."
+            )
+        return accepted_size(*next(iter(views.values())), self._multiple)
 
     def _picture(self, frame: np.ndarray) -> np.ndarray:
         return picture(frame, self._embodiment.pictures, self._multiple)
@@ -56,7 +83,9 @@ class ProcessorN1d7(Processor):
         self.network, self.embodiment, self.prompts = checkpoint.config, embodiment, prompts
         self.data_config = data_config_of(embodiment)
         self.state, self.action = StateTransformN1d7(embodiment), ActionTransformN1d7(embodiment)
-        self.transforms = [MakePictures(embodiment, token_side(checkpoint)), EncodePrompts(prompts), NormaliseState(self.state)]
+        self._pictures = MakePictures(embodiment, token_side(checkpoint))
+        self.transforms = [self._pictures, EncodePrompts(prompts, self._pictures.tokens), NormaliseState(self.state)]
+        self._camera_sizes = dict.fromkeys(embodiment.cameras, EXAMPLE_CAMERA)
 
     def modality_config(self) -> dict[str, ModalityConfig]:
         configs = super().modality_config()
@@ -69,6 +98,15 @@ class ProcessorN1d7(Processor):
     @property
     def metadata(self) -> PolicyMetadata:
         return policy_metadata_of_n1d7(self.embodiment)
+
+    def describe(self) -> list[str]:
+        letterbox = self.embodiment.letterbox
+        return [f"pictures {'padded to a square' if letterbox.pads else 'in the shape of the cameras'} ({letterbox.why})"]
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        sizes = {**self._camera_sizes, **sizes}
+        self._pictures.size({camera: (height, width) for camera, (width, height) in sizes.items()})
+        self._camera_sizes = sizes
 
     def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
         checked = self._checked(observation)
@@ -101,7 +139,8 @@ class ProcessorN1d7(Processor):
         embodiment = self.embodiment
         observation: dict[str, Any] = {embodiment.language_key: [instruction]}
         for camera in embodiment.cameras:
-            observation[f"video.{camera}"] = np.full((len(embodiment.frame_offsets), *_EXAMPLE_FRAME, 3), 127, dtype=np.uint8)
+            width, height = self._camera_sizes[camera]
+            observation[f"video.{camera}"] = np.full((len(embodiment.frame_offsets), height, width, 3), 127, dtype=np.uint8)
         for part in embodiment.state:
             statistics = embodiment.statistics[f"state.{part.name}"]
             observation[f"state.{part.name}"] = np.stack([(statistics["min"] + statistics["max"]) / 2] * len(embodiment.state_offsets))
@@ -133,9 +172,7 @@ def token_side(checkpoint: Checkpoint) -> int:
 
 def processor_n1d7(checkpoint: Checkpoint, embodiment_tag: str, processor_path: Any, prompt_style: str) -> ProcessorN1d7:
     """Read what is around the network. Raises ConfigError and CheckpointError."""
-    embodiment, side = checkpoint.embodiment_n1d7(embodiment_tag), token_side(checkpoint)
-    height, width = picture_size(embodiment.pictures, side)
-    tokenizer, tokens = find_tokenizer(processor_path, checkpoint.base, n1d7=True), (height // side) * (width // side)
+    embodiment, tokenizer = checkpoint.embodiment_n1d7(embodiment_tag), find_tokenizer(processor_path, checkpoint.base, n1d7=True)
     image_token, formalize = checkpoint.config.language.image_token_id, embodiment.formalize_language
-    prompts = PromptEncoderN1d7(tokenizer, embodiment.pictures_per_observation, tokens, image_token, prompt_style, formalize)
+    prompts = PromptEncoderN1d7(tokenizer, embodiment.pictures_per_observation, image_token, prompt_style, formalize)
     return ProcessorN1d7(checkpoint, embodiment, prompts)

@@ -45,7 +45,7 @@ class PromptEncoder:
     image_token = IMAGE_TOKEN
 
     def __init__(self, tokenizer: Tokenizer, cameras: int, tokens_per_camera: int, image_token_id: int, style: str) -> None:
-        """Raises CheckpointError when the tokenizer and the network disagree on the image token."""
+        """tokens_per_camera: unless a call says otherwise. Raises CheckpointError when the tokenizer and the network disagree on the image token."""
         if tokenizer.token_to_id(self.image_token) != image_token_id:
             raise CheckpointError(
                 f"the tokenizer's {self.image_token} has id {tokenizer.token_to_id(self.image_token)}, the network expects {image_token_id}. "
@@ -54,24 +54,24 @@ class PromptEncoder:
         render_prompt("", cameras, tokens_per_camera, style)  # refuses an unknown style now, not at the first inference
         self.image_token_id, self.style = image_token_id, style
         self._tokenizer, self._cameras, self._tokens_per_camera = tokenizer, cameras, tokens_per_camera
-        self._known: dict[tuple[str, int], np.ndarray] = {}
+        self._known: dict[tuple[str, int, int], np.ndarray] = {}
 
-    def __call__(self, instruction: str, brackets: int = 1) -> np.ndarray:
+    def __call__(self, instruction: str, brackets: int = 1, tokens_per_camera: int | None = None) -> np.ndarray:
         """int64 (S,). Read-only. Raises ObservationError for an instruction that holds the image token.
 
         `brackets`: for style `nvidia`, see CheckedObservation.
         """
-        key = (instruction, brackets if self.style == "nvidia" else 0)
+        key = (instruction, brackets if self.style == "nvidia" else 0, tokens_per_camera or self._tokens_per_camera)
         if key not in self._known:
             if len(self._known) >= self._REMEMBERED:
                 self._known.clear()
             self._known[key] = self._encode(*key)
         return self._known[key]
 
-    def _encode(self, instruction: str, brackets: int) -> np.ndarray:
-        text = self.text(instruction, brackets)
+    def _encode(self, instruction: str, brackets: int, tokens_per_camera: int) -> np.ndarray:
+        text = self.text(instruction, brackets, tokens_per_camera)
         ids = np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        expected = self._cameras * self._tokens_per_camera
+        expected = self._cameras * tokens_per_camera
         if (text_tokens := len(ids) - expected) > MAX_TEXT_TOKENS:
             raise ObservationError(
                 f"the prompt has {text_tokens} tokens besides its pictures, expected at most {MAX_TEXT_TOKENS}. Shorten the instruction."
@@ -81,24 +81,24 @@ class PromptEncoder:
         ids.setflags(write=False)
         return ids
 
-    def text(self, instruction: str, brackets: int) -> str:
-        return render_prompt(instruction, self._cameras, self._tokens_per_camera, self.style, brackets)
+    def text(self, instruction: str, brackets: int, tokens_per_camera: int) -> str:
+        return render_prompt(instruction, self._cameras, tokens_per_camera, self.style, brackets)
 
 
 class PromptEncoderN1d7(PromptEncoder):
-    """No system message, no generation prompt. `cameras` counts pictures: cameras times the times of each. Both styles are the same text: the
-    reference's clients send a list of text that its policy unpacks."""
+    """No system message, no generation prompt. `cameras` counts pictures: cameras times the times of each, and each call says how many tokens one
+    has. Both styles are the same text: the reference's clients send a list of text that its policy unpacks."""
 
     image_token = IMAGE_TOKEN_N1D7
 
-    def __init__(self, tokenizer: Tokenizer, pictures: int, tokens_per_picture: int, image_token_id: int, style: str, formalize: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, pictures: int, image_token_id: int, style: str, formalize: bool) -> None:
         """formalize: lower case, without punctuation (`formalize_language` of the checkpoint)."""
         self._formalize = formalize
-        super().__init__(tokenizer, pictures, tokens_per_picture, image_token_id, style)
+        super().__init__(tokenizer, pictures, 0, image_token_id, style)
 
-    def text(self, instruction: str, brackets: int) -> str:
+    def text(self, instruction: str, brackets: int, tokens_per_camera: int) -> str:
         words = re.sub(r"[^\w\s]", "", instruction.lower()) if self._formalize else instruction
-        pictures = f"<|vision_start|>{self.image_token * self._tokens_per_camera}<|vision_end|>" * self._cameras
+        pictures = f"<|vision_start|>{self.image_token * tokens_per_camera}<|vision_end|>" * self._cameras
         return f"<|im_start|>user\n{pictures}{words}<|im_end|>\n"
 
 

@@ -40,11 +40,19 @@ class GoldenN1d7:
 
     @property
     def inputs(self) -> ModelInputs:
-        """From the recorded pictures, ids and state."""
-        pixels = (self.tensor("images_256").float() - 127.5) / 127.5  # (C, h, w, 3)
+        """From the recorded patches (blocks of 2 x 2, each of two equal frames), ids and state."""
+        rows, columns = self.grid
+        patches = self.tensor("in.pixel_values").unflatten(0, (-1, rows // 2, columns // 2, 2, 2)).unflatten(-1, (3, 2, 16, 16))[..., 0, :, :]
+        pixels = patches.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(-1, 3, 16 * rows, 16 * columns)  # (C, 3, h, w)
         ids = self.tensor("in.input_ids")
         places = torch.nonzero(ids[0] == IMAGE_TOKEN_ID)[:, 0]
-        return ModelInputs(pixels.permute(0, 3, 1, 2)[None], ids, places, self.tensor("in.state").flatten(1).float())
+        return ModelInputs(pixels[None], ids, places, self.tensor("in.state").flatten(1).float())
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, the same of all pictures."""
+        ((_, rows, columns),) = np.unique(self.arrays["in.image_grid_thw"], axis=0).tolist()
+        return rows, columns
 
     def flat_observation(self) -> dict:
         """What `get_action` takes, batched."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from gr00t_fast.engine.manifest import Digests, Target
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
-from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, picture_size
+from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view_size
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 
@@ -278,8 +280,8 @@ def test_the_processor_s_files_may_lie_in_a_directory_of_their_own(tiny: Path) -
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------
 
-AREA = PictureSettings(True, 256, 0.95, None, None)
-BILINEAR = PictureSettings(False, 256, 1.0, (230, 230), (256, 256))
+AREA = PictureSettings(False, True, 256, 0.95, None, None)
+PADDED = replace(AREA, letterbox=True)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (224, 224), (320, 300), (256, 320), (100, 400)])
@@ -306,26 +308,124 @@ def test_pictures_as_torchvision_makes_them(shape: tuple[int, int]) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     top, left = ((max(shape) - side) // 2 for side in shape)
     pad = v2.Pad([left, top, max(shape) - shape[1] - left, max(shape) - shape[0] - top])
-    for crop, target in (((230, 230), (256, 256)), ((230, 200), (256, 320)), ((300, 300), (256, 256))):
-        reference = v2.Compose([v2.ToImage(), pad, v2.Resize(target), v2.CenterCrop(crop), v2.Resize(target)])
-        made = picture(frame, PictureSettings(False, 256, 1.0, crop, target), 32)
+    sizes = ((230, 230), (256, 256)), ((230, 200), (256, 320)), ((300, 300), (256, 256))
+    for (crop, target), letterbox in itertools.product(sizes, (True, False)):
+        reference = v2.Compose([v2.ToImage(), *([pad] if letterbox else []), v2.Resize(target), v2.CenterCrop(crop), v2.Resize(target)])
+        made = picture(frame, PictureSettings(letterbox, False, 256, 1.0, crop, target), 32)
         assert np.array_equal(made, reference(torch.from_numpy(frame).permute(2, 0, 1)).permute(1, 2, 0).numpy())
 
 
 def test_pictures_by_area_keep_the_middle(policy: Gr00tPolicy) -> None:
     frame = np.zeros((240, 424, 3), np.uint8)
     frame[:, 212 - 10 : 212 + 10] = 200
-    made = picture(frame, AREA, 32)
+    made = picture(frame, PADDED, 32)
     assert made.shape == (256, 256, 3)
     assert made[:40].max() == 0, "padded above"
     assert made[128, 128].tolist() == [200] * 3
-    assert picture_size(PictureSettings(True, 320, 0.9, None, None), 32) == (320, 320)
-    assert picture(frame, PictureSettings(True, 200, 0.9, None, None), 32).shape == (256, 256, 3), "enlarged to what Qwen's processor takes"
+    assert picture(frame, replace(PADDED, edge=200), 32).shape == (256, 256, 3), "enlarged to what Qwen's processor takes"
+    whole = picture(frame, AREA, 32)
+    assert (whole.shape, whole[0, 224].tolist(), whole[:, 100].max()) == ((256, 448, 3), [200] * 3, 0)
+
+
+SIZES = [  # width and height of a frame; of the view that is stacked; patches; tokens. The first rows are the reference's
+    *(((640, 480), (340, 256), (16, 22), 88), ((320, 240), (340, 256), (16, 22), 88), ((480, 640), (256, 340), (22, 16), 88)),
+    *(((641, 479), (342, 256), (16, 22), 88), ((1920, 1080), (455, 256), (16, 28), 112), ((640, 360), (455, 256), (16, 28), 112)),
+    *(((848, 480), (452, 256), (16, 28), 112), ((424, 240), (452, 256), (16, 28), 112), ((256, 256), (256, 256), (16, 16), 64)),
+    *(((333, 777), (256, 597), (38, 16), 152), ((64, 48), (340, 256), (16, 22), 88)),
+]
+
+
+@pytest.mark.parametrize(("camera", "stacked", "grid", "tokens"), SIZES)
+def test_a_camera_s_shape_decides_grid_and_tokens(policy: Gr00tPolicy, camera, stacked, grid, tokens) -> None:
+    width, height = camera
+    assert view_size(height, width, AREA) == stacked[::-1]
+    assert view_size(height, width, PADDED) == (256, 256)
+    frame = np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+    given = policy.apply_transforms({**observation(), "video.webcam": frame})
+    assert given["image_grid_thw"].tolist() == [[1, *grid]]
+    assert (given["input_ids"] == policy.processor.prompts.image_token_id).sum() == tokens
+    assert np.isfinite(policy.get_action({**observation(), "video.webcam": frame})["action.single_arm"]).all()
+
+
+@pytest.mark.parametrize(("front", "wrist", "stack"), [((640, 480), (320, 240), True), ((640, 480), (641, 479), False), ((64, 48), (48, 64), False)])
+def test_views_that_do_not_stack_are_refused_unless_they_are_padded(tiny: Path, front, wrist, stack: bool) -> None:
+    sizes = {"front": front, "wrist": wrist}
+    seen = observation(("front", "wrist")) | {f"video.{name}": np.zeros((1, height, width, 3), np.uint8) for name, (width, height) in sizes.items()}
+    policy, padded = (load_policy(tiny, device="cpu", precision="fp32", letterbox=word) for word in ("auto", "always"))
+    padded.expect_cameras(sizes)
+    assert padded.preprocess(seen).frames[0].shape == (1, 256, 256, 3)
+    if stack:
+        policy.preprocess(seen)
+        return
+    told = rf"front {front[0]}x{front[1]}, wrist {wrist[0]}x{wrist[1]}.*--letterbox=always"
+    for call in (lambda: policy.preprocess(seen), lambda: policy.expect_cameras(sizes)):
+        with pytest.raises(ObservationError, match=told):
+            call()
+
+
+def test_a_strip_is_refused(policy: Gr00tPolicy) -> None:
+    with pytest.raises(ObservationError, match="at most 8 times.*webcam 32x4096"):
+        policy.preprocess({**observation(), "video.webcam": np.zeros((1, 4096, 32, 3), np.uint8)})
+
+
+def _trained(**files: str) -> dict[str, str]:
+    return {f"experiment_cfg/{name.replace('__', '.')}": text for name, text in files.items()}
+
+
+PADDING, NOT = (json.dumps({"eval_image_transform": f"ReplayCompose([\n  {step}SmallestMaxSize(p=1.0)])"}) for step in ("LetterBoxPad(p=1.0), ", ""))
+
+
+@pytest.mark.parametrize(
+    ("flag", "files", "asked", "pads", "known", "why"),
+    [
+        (True, {}, "auto", True, True, "letter_box_transform"),
+        (False, {}, "auto", False, False, "letter_box_transform"),
+        (None, {}, "auto", False, False, "letter_box_transform"),
+        (False, {}, "always", True, True, "--letterbox=always"),
+        (True, {}, "never", False, True, "--letterbox=never"),
+        (False, _trained(final_processor_config__json=PADDING), "auto", True, True, "final_processor_config.json"),
+        (True, _trained(final_processor_config__json=NOT), "auto", False, True, "final_processor_config.json"),
+        (False, _trained(final_processor_config__json=PADDING), "never", False, True, "--letterbox=never"),
+        (False, _trained(final_model_config__json="{}"), "auto", True, True, "final_model_config.json"),
+        (False, _trained(final_model_config__json='{"letter_box_transform": false}'), "auto", False, True, "letter_box_transform"),
+        (False, _trained(config__yaml="data:\n  video_backend: torchcodec\n"), "auto", True, True, "config.yaml"),
+        (False, _trained(config__yaml="data:\n  shard_size: 1\n"), "auto", False, True, "letter_box_transform"),
+    ],
+)
+def test_how_a_fine_tune_was_trained_wins_over_the_flag(tiny: Path, flag, files, asked: str, pads: bool, known: bool, why: str) -> None:
+    edit_json(tiny / "processor_config.json", "processor_kwargs.letter_box_transform", flag)
+    if flag is None:
+        settings = json.loads((tiny / "processor_config.json").read_text())
+        del settings["processor_kwargs"]["letter_box_transform"]
+        (tiny / "processor_config.json").write_text(json.dumps(settings))
+    for name, text in files.items():
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_text(text)
+    policy = load_policy(tiny, device="cpu", precision="fp32", letterbox=asked)
+    found = policy.metadata.letterbox
+    assert (found.pads, found.known) == (pads, known)
+    assert why in found.why
+    assert policy.preprocess(observation(("front", "wrist"))).frames[0].shape[2] == (256 if pads else 352)
+    assert why in " ".join(policy.describe())
+
+
+def test_words_and_files_about_letterboxing_that_are_wrong(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="always, never"):
+        load_policy(tiny, letterbox="allways")
+    with pytest.raises(ConfigError, match="N1.5 checkpoint.*--letterbox"):
+        load_policy(write_network(tmp_path / "n1d5"), letterbox="never")
+    edit_json(tiny / "processor_config.json", "processor_kwargs.letter_box_transform", "no")
+    with pytest.raises(CheckpointError, match="letter_box_transform must be true or false"):
+        load_policy(tiny)
+    (tiny / "experiment_cfg").mkdir()
+    (tiny / "experiment_cfg" / "final_processor_config.json").write_text('{"eval_image_transform": ')
+    with pytest.raises(CheckpointError, match="final_processor_config.json"):
+        load_policy(tiny)
 
 
 def test_another_picture_size_gives_another_number_of_tokens(tiny: Path) -> None:
     edit_json(tiny / "processor_config.json", "processor_kwargs.shortest_image_edge", 320)
-    policy = load_policy(tiny, device="cpu", precision="fp32")
+    policy = load_policy(tiny, device="cpu", precision="fp32", letterbox="always")
     assert (policy.preprocess(observation(("front", "wrist"))).input_ids == policy.processor.prompts.image_token_id).sum() == 2 * 100
     assert np.isfinite(policy.get_action(observation(("front", "wrist")))["action.single_arm"]).all()
 

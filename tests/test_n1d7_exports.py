@@ -160,7 +160,7 @@ def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path, capsys: pytest.C
     result = json.loads(capsys.readouterr().out)
     manifest, (profile,) = read_manifest(tmp_path / "engines", ""), result["profiles"]
     spans, images = manifest.shapes["image_spans"], manifest.shapes["image_tokens"]
-    assert (len(spans), images) == (4, 256)
+    assert (len(spans), images) == (4, 4 * 88)
     assert profile["tokens"][0] == spans[-1][1] + 2
     assert [length - images for length in profile["tokens"]] == list(profile["text_tokens"])
     assert all(stage["check"]["parsed"] for stage in result["stages"].values())

@@ -25,8 +25,10 @@ from gr00t_fast.checkpoint.processor_n1d7 import (
     PROCESSOR_FILES,
     STATISTICS_FILE,
     SUBDIRECTORY,
+    TRAINING_FILES,
     EmbodimentN1d7,
     ProcessorFiles,
+    letterbox_of,
     processor_directory,
 )
 from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
@@ -92,11 +94,12 @@ class Checkpoint:
         return EMBODIMENT_ROWS[tag] if self.processor is None else self.embodiment_n1d7(tag).row
 
 
-def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision: str | None = None, letterbox: str = "auto") -> Checkpoint:
     """Read configuration and metadata of a local directory, or of a hub repository (downloaded). Raises CheckpointError.
 
     `with_weights=False`: only the small files are needed and downloaded; `weight_files` is empty. `revision`: commit, tag or branch of the hub
-    repository; without one it is whatever the repository holds today. Raises ConfigError for a revision of a local directory.
+    repository; without one it is whatever the repository holds today. `letterbox`: of N1.7, as of `load_policy`. Raises ConfigError for a revision
+    of a local directory, and for another word than these.
     """
     path = _local_directory(model_path, with_weights, revision)
     adapter = read_adapter(path, with_weights)
@@ -108,7 +111,10 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     config = config_n1d7(raw, backbone) if is_n1d7 else ModelConfig.from_dicts(raw, backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
     if is_n1d7:
-        return Checkpoint(path, config, {}, weights, base, adapter, _processor_files(path, raw), raw.get("state_history_length", 1))
+        files = _processor_files(path, raw, letterbox)
+        return Checkpoint(path, config, {}, weights, base, adapter, files, raw.get("state_history_length", 1))
+    if letterbox != "auto":
+        raise ConfigError(f"letterbox '{letterbox}' is for GR00T N1.7; {path} is a GR00T N1.5 checkpoint. Leave --letterbox out.")
     return Checkpoint(path, config, _read_json(path / "experiment_cfg" / "metadata.json", nan=True), weights, base, adapter)
 
 
@@ -182,7 +188,7 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
     weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
     patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
     beside = (*PROCESSOR_FILES, *_TOKENIZER_FILES)  # in the root or in the subdirectory, as gr00t_fast.prompt looks for them
-    patterns += [BACKBONE_FILE, *beside, *(f"{SUBDIRECTORY}/{file}" for file in beside)]
+    patterns += [BACKBONE_FILE, *beside, *(f"{SUBDIRECTORY}/{file}" for file in beside), *TRAINING_FILES]
     try:
         path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # every hub error is one of these: no network, no such repository, gated
@@ -214,11 +220,12 @@ def _read_json(path: Path, nan: bool = False) -> dict[str, Any]:
 _EXPECTED_FILES = f"config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) {', '.join(PROCESSOR_FILES)}"
 
 
-def _processor_files(path: Path, config: dict[str, Any]) -> ProcessorFiles:
+def _processor_files(path: Path, config: dict[str, Any], letterbox: str) -> ProcessorFiles:
     directory = processor_directory(path)
     rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
     processor, statistics = _read_json(directory / PROCESSOR_FILE), _read_json(directory / STATISTICS_FILE, nan=True)
-    return ProcessorFiles(processor, statistics, _read_json(rows) if rows.exists() else {}, config)
+    decided = letterbox_of(path, processor, letterbox)
+    return ProcessorFiles(processor, statistics, _read_json(rows) if rows.exists() else {}, config, decided, letterbox)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:

@@ -5,6 +5,7 @@ They lie beside config.json, or in `processor/` if there are none. Each holds al
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from gr00t_fast.checkpoint.embodiment import STATISTICS, check_std, part_statistics
-from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
+from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX, Letterbox
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
+from gr00t_fast.strict_json import parse_json, read_text
 
 PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE = "processor_config.json", "statistics.json", "embodiment_id.json"
 PROCESSOR_FILES = (PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE)
 SUBDIRECTORY = "processor"
+# What a fine-tune leaves besides; only these tell how it was trained.
+TRAINING_FILES = tuple(f"experiment_cfg/{file}" for file in ("final_processor_config.json", "final_model_config.json", "config.yaml"))
+_TRAINING_BYTES = 2**26  # the first holds all statistics as text
+LETTERBOX_WORDS = ("auto", "always", "never")
 
 # Rows of the per-embodiment weights by tag (the reference's table); embodiment_id.json comes first.
 EMBODIMENT_ROWS_N1D7 = {
@@ -48,9 +54,10 @@ _DEFAULTS: dict[str, Any] = {
     "apply_sincos_state_encoding": False,
     "use_relative_action": False,
     "exclude_state": False,
+    "letter_box_transform": False,
 }
-_WITHOUT_EFFECT = {  # on inference; the reference pads every picture to a square whatever letter_box_transform says
-    *("random_rotation_angle", "color_jitter_params", "extra_augmentation_config", "letter_box_transform", "model_name", "state_dropout_prob"),
+_WITHOUT_EFFECT = {  # on inference
+    *("random_rotation_angle", "color_jitter_params", "extra_augmentation_config", "model_name", "state_dropout_prob"),
     *("use_mean_std", "transformers_loading_kwargs", "statistics", "embodiment_id_mapping", "tactile_state_keys", "tactile_input_shape"),
     *("tactile_embed_dim", "modality_configs"),
 }
@@ -69,10 +76,11 @@ Statistics = Mapping[str, np.ndarray]
 class PictureSettings:
     """How a frame becomes the picture that the network's processor gets.
 
-    albumentations: area averaging, crop by `crop_fraction`, size `edge`; else torchvision's bilinear, crop to `crop_size`, size `target_size`, both
-    (height, width).
+    letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`; else torchvision's bilinear,
+    crop to `crop_size`, size `target_size`, both (height, width).
     """
 
+    letterbox: bool
     albumentations: bool
     edge: int
     crop_fraction: float
@@ -122,6 +130,7 @@ class EmbodimentN1d7:
     action_steps: int
     language_key: str
     pictures: PictureSettings
+    letterbox: Letterbox
     formalize_language: bool
     clip_state: bool
     exclude_state: bool
@@ -142,12 +151,14 @@ def processor_directory(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class ProcessorFiles:
-    """The contents of the three files and of config.json, as they are."""
+    """The contents of the three files and of config.json, as they are; and what was decided on letterboxing, from what `asked` word."""
 
     config: Mapping[str, Any]
     statistics: Mapping[str, Any]
     rows: Mapping[str, Any]
     network: Mapping[str, Any]
+    letterbox: Letterbox
+    asked: str = "auto"
 
     def embodiment(self, tag: str, sizes: Mapping[str, int]) -> EmbodimentN1d7:
         """Read what belongs to `tag`; sizes: state_dim, action_dim, action_horizon, state_history and embodiments of the network.
@@ -168,7 +179,7 @@ class ProcessorFiles:
         self._check_tag(tag, kwargs["modality_configs"])
         try:
             reader = _Reader(kwargs["modality_configs"][tag], self.statistics[tag], settings)
-            return reader.read(tag, self._row(tag, sizes["embodiments"]), sizes)
+            return reader.read(tag, self._row(tag, sizes["embodiments"]), sizes, self.letterbox)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -177,7 +188,7 @@ class ProcessorFiles:
     def record(self, tag: str, row: int) -> dict[str, Any]:
         """What decides an observation's and an action's form for `tag`, which was read without an error, and `row` of its weights."""
         kwargs = self.config["processor_kwargs"]
-        settings = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
+        settings = {key: value for key, value in kwargs.items() if key not in (*_WITHOUT_EFFECT, "letter_box_transform")}
         return {"settings": settings, "modalities": kwargs["modality_configs"][tag], "statistics": self.statistics[tag], "row": row}
 
     def _check_tag(self, tag: str, modalities: Mapping[str, Any]) -> None:
@@ -195,6 +206,38 @@ class ProcessorFiles:
                 f"{EMBODIMENT_FILE}: '{tag}' selects row {shown(row)} of the per-embodiment weights; by config.json there are {embodiments}."
             )
         return row
+
+
+def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Letterbox:
+    """asked: "auto", "always" or "never". The flag in processor_config.json says how the checkpoint was trained from July 2026 on; before mid-June
+    all were padded, also those that say false. Raises CheckpointError for a damaged file, ConfigError for another word."""
+    if asked not in LETTERBOX_WORDS:
+        raise ConfigError(f"unknown letterbox '{asked}'.{closest(asked, LETTERBOX_WORDS)} Expected one of: {', '.join(LETTERBOX_WORDS)}.")
+    if asked != "auto":
+        return Letterbox(asked == "always", f"--letterbox={asked}", True)
+
+    found = {}
+    for name in TRAINING_FILES:
+        try:
+            found[name] = read_text(checkpoint / name, _TRAINING_BYTES)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise _damaged(name, f"cannot be read ({error})") from error
+    processor, model, settings = (found.get(name) for name in TRAINING_FILES)
+    if processor is not None and "eval_image_transform" in processor:
+        try:
+            pipeline = str(parse_json(processor)["eval_image_transform"])  # as text; the padding step of either kind is called LetterBox...
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(TRAINING_FILES[0], f"cannot be read as JSON ({error!r})") from error
+        return Letterbox("LetterBox" in pipeline, f"it was trained so, by {TRAINING_FILES[0]}", True)
+    if model is not None and "letter_box_transform" not in model:
+        return Letterbox(True, f"it was trained before the flag counted: {TRAINING_FILES[1]} does not have it", True)
+    if settings is not None and re.search(r"^\s+video_backend:", settings, re.MULTILINE):
+        return Letterbox(True, f"it was trained before the flag counted: {TRAINING_FILES[2]} has a video_backend", True)
+    kwargs = config.get("processor_kwargs")
+    pads = (kwargs if isinstance(kwargs, Mapping) else {}).get("letter_box_transform", False) is True
+    return Letterbox(pads, f"letter_box_transform is {str(pads).lower()} in {PROCESSOR_FILE}", pads or model is not None or settings is not None)
 
 
 def _damaged(file: str, why: str) -> CheckpointError:
@@ -228,7 +271,7 @@ class _Reader:
                 if key not in _MODALITY_KEYS:
                     raise CheckpointError(f"{PROCESSOR_FILE}: unknown key '{key}' in {modality}.{closest(key, _MODALITY_KEYS)}")
 
-    def read(self, tag: str, row: int, sizes: Mapping[str, int]) -> EmbodimentN1d7:
+    def read(self, tag: str, row: int, sizes: Mapping[str, int], letterbox: Letterbox) -> EmbodimentN1d7:
         settings, steps = self._settings, self._offsets("action")
         if list(steps) != list(range(len(steps))) or len(steps) > sizes["action_horizon"]:
             raise CheckpointError(
@@ -256,7 +299,8 @@ class _Reader:
             action=action,
             action_steps=len(steps),
             language_key=self._keys("language")[0],
-            pictures=_pictures(settings),
+            pictures=_pictures(settings, letterbox.pads),
+            letterbox=letterbox,
             formalize_language=settings["formalize_language"],
             clip_state=settings["clip_outliers"],
             exclude_state=settings["exclude_state"],
@@ -357,7 +401,7 @@ class _Reader:
         return statistics[low], statistics[high]
 
 
-def _pictures(settings: Mapping[str, Any]) -> PictureSettings:
+def _pictures(settings: Mapping[str, Any], letterbox: bool) -> PictureSettings:
     def size(key: str) -> tuple[int, int] | None:
         if settings[key] is None:
             return None
@@ -375,10 +419,10 @@ def _pictures(settings: Mapping[str, Any]) -> PictureSettings:
         fraction = crop[0] / target[0] if fraction is None else fraction
         if type(edge) is not int or not MIN_FRAME_PX <= edge <= MAX_FRAME_PX or not 0 < float(fraction) <= 1:
             raise ValueError(f"shortest_image_edge {shown(edge)}, crop_fraction {shown(fraction)}")
-        return PictureSettings(True, edge, float(fraction), crop, target)
+        return PictureSettings(letterbox, True, edge, float(fraction), crop, target)
     if crop is None or target is None:
         raise ValueError("use_albumentations is false, and image_crop_size or image_target_size is null")
-    return PictureSettings(False, min(target), 1.0, crop, target)
+    return PictureSettings(letterbox, False, min(target), 1.0, crop, target)
 
 
 def _statistics_of(modality: str, parts: Mapping[str, Any]) -> dict[str, Statistics]:

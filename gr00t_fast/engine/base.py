@@ -28,7 +28,8 @@ class PolicyInputs:
     frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, S), padded on the right; lengths int64 (B,);
     image_positions int64 (V,), the same in every prompt because pictures come first; state float32 (B, P), normalised. to_pixels: what makes the
     network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state: `state.<part>`
-    (B, T, D) as observed, where actions are relative to it.
+    (B, T, D) as observed, where actions are relative to it. camera_size: width and height of the first camera's frames, where they decide the
+    size of the pictures.
     """
 
     frames: Sequence[np.ndarray]
@@ -39,6 +40,7 @@ class PolicyInputs:
     to_pixels: Callable[[Tensor], Tensor]
     batched: bool = True
     raw_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    camera_size: tuple[int, int] | None = None
 
     @property
     def batch(self) -> int:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import ModalityConfig, PartStatistics, PolicyMetadata
+from gr00t_fast.contracts import Letterbox, ModalityConfig, PartStatistics, PolicyMetadata
 from gr00t_fast.errors import WireError
 from gr00t_fast.optional import require
 from gr00t_fast.strict_json import parse_json
@@ -365,7 +365,16 @@ def metadata_from_message(message: Any) -> PolicyMetadata:
         state_statistics=read.statistics("state_statistics", state_widths),
         action_statistics=read.statistics("action_statistics", action_widths),
         trained_horizon=read.one("trained_horizon", _count),
+        letterbox=read.one("letterbox", _letterbox),
     )
+
+
+def _letterbox(value: Any) -> Letterbox | None:
+    if value is None:
+        return None
+    if not all(isinstance(value[name], bool) for name in ("pads", "known")):
+        raise ValueError("no answer")
+    return Letterbox(value["pads"], _text(value["why"]), value["known"])
 
 
 class _FieldReader:

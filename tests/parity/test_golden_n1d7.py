@@ -1,4 +1,5 @@
-"""Ours against what NVIDIA's N1.7 code recorded, stage by stage: two checkpoints, from raw frames to joint targets, 1, 2, 4, 8 denoising steps, fp32.
+"""Ours against what NVIDIA's N1.7 code recorded, stage by stage: five checkpoints, pictures padded to a square or not, from raw frames to joint
+targets, 1, 2, 4, 8 denoising steps, fp32.
 
 Ids, masks, positions, pictures, rope tables, state and joint values are compared for equality; stages by relative L2. What a mistake would cost
 (blocks swapped, all tokens attended, final norm applied, no deepstack, other positions) is tried at the end: each exceeds the tolerances.
@@ -7,6 +8,7 @@ Ids, masks, positions, pictures, rope tables, state and joint values are compare
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from golden_cases import relative_error
 from golden_cases_n1d7 import STEPS, GoldenN1d7, load_golden, stages_of
+from random_networks import edit_json
 from torch import Tensor
 
 from gr00t_fast import load_policy
@@ -23,13 +26,14 @@ from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
 from gr00t_fast.model.language import mrope_tables, prompt_positions
 from gr00t_fast.model.layers import rotary_tables
-from gr00t_fast.pictures_n1d7 import picture
+from gr00t_fast.pictures_n1d7 import view
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.prompt import PromptEncoderN1d7, find_tokenizer
 
-CASES = ("so101", "so101_dual")
+CASES = ("so101", "so101_dual", "so101_no_letterbox", "so101_dual_no_letterbox", "so101_letterbox_flag")
 STAGE = 1e-5  # relative L2, and of the largest value
 ACTIONS = 1e-4
+JOINT_UNITS = {"so101_letterbox_flag": 2e-4}  # else ACTIONS: its gripper answers 104 units, and differs by 1.3e-6 of that, as fp32 rounds
 _EXACT = ("in.pixel_values", "rope_cos", "rope_sin", "state_features", "action_features.0")
 _CLOSE = ("patch_embed", "vision_block_0", "vision_features", "deepstack.0", "deepstack.1", "deepstack.2", "backbone_features", "vlln_features")
 _CLOSE += ("vl_features", "dit_output.4.0", "velocity.4")
@@ -54,7 +58,7 @@ def test_pictures_from_raw_frames_are_equal(case: Path) -> None:
     golden = _golden(case)
     embodiment = golden.embodiment
     made = [
-        picture(golden.observation[f"video.{camera}"][0, time], embodiment.pictures, 32)
+        view(golden.observation[f"video.{camera}"][0, time], embodiment.pictures)
         for time in range(len(embodiment.frame_offsets))
         for camera in embodiment.cameras
     ]
@@ -63,18 +67,16 @@ def test_pictures_from_raw_frames_are_equal(case: Path) -> None:
 
 def test_prompt_ids_and_positions_are_equal(case: Path, qwen_dir: Path) -> None:
     golden, embodiment = _golden(case), _golden(case).embodiment
-    encode = PromptEncoderN1d7(
-        find_tokenizer(qwen_dir, case), embodiment.pictures_per_observation, 64, 151655, "plain", embodiment.formalize_language
-    )
-    instruction = str(golden.observation["instruction"])
-    assert encode.text(instruction, "plain").replace("<|image_pad|>" * 64, "<|image_pad|>") == str(golden.arrays["prompt"])
-    ids = encode(instruction)
+    encode = PromptEncoderN1d7(find_tokenizer(qwen_dir, case), embodiment.pictures_per_observation, 151655, "plain", embodiment.formalize_language)
+    instruction, (rows, columns) = str(golden.observation["instruction"]), golden.grid
+    assert encode.text(instruction, 0, 1) == str(golden.arrays["prompt"])
+    ids = encode(instruction, tokens_per_camera=rows * columns // 4)
     assert np.array_equal(ids[None], golden.arrays["in.input_ids"])
     assert np.array_equal((ids == 151655)[None], golden.arrays["image_mask"])
-    positions = prompt_positions(len(ids), golden.inputs.image_positions, 8, 8)
+    positions = prompt_positions(len(ids), golden.inputs.image_positions, rows // 2, columns // 2)
     assert np.array_equal(positions[:, None].numpy(), golden.arrays["position_ids"])
     padding = golden.arrays["batch.input_ids"][1] == 151643
-    assert np.array_equal(encode("go"), golden.arrays["batch.input_ids"][1][~padding])
+    assert np.array_equal(encode("go", tokens_per_camera=rows * columns // 4), golden.arrays["batch.input_ids"][1][~padding])
 
 
 def test_state_and_actions_in_joint_units_are_equal(case: Path) -> None:
@@ -163,7 +165,21 @@ def test_actions_from_raw_frames(case: Path, qwen_dir: Path, engine: str) -> Non
         for key, value in actions.items():
             expected = golden.arrays[f"{key}.{steps}"]
             assert (value.shape, value.dtype) == (expected.shape, np.float32)
-            assert np.abs(value - expected).max() < ACTIONS
+            assert np.abs(value - expected).max() < JOINT_UNITS.get(case.name, ACTIONS)
+
+
+def test_a_fine_tune_that_was_padded_and_says_false(golden_n1d7_dir: Path, qwen_dir: Path, tmp_path: Path) -> None:
+    """One of April to mid-June 2026: its files cannot be told from a later one's, whose pictures are not padded."""
+    golden, copy = _golden(golden_n1d7_dir / "so101"), tmp_path / "checkpoint"
+    shutil.copytree(golden_n1d7_dir / "so101" / "checkpoint", copy)
+    edit_json(copy / "processor_config.json", "processor_kwargs.letter_box_transform", False)
+    seen, noise = golden.flat_observation(), golden.arrays["noise"]
+    for letterbox, near in (("always", True), ("auto", False), ("never", False)):
+        policy = load_policy(copy, device="cpu", precision="fp32", processor_path=qwen_dir, letterbox=letterbox)
+        pictures = policy.apply_transforms(seen)
+        assert np.array_equal(pictures["image_grid_thw"].numpy(), golden.arrays["in.image_grid_thw"]) == near
+        gap = np.abs(policy.get_action(seen, noise=noise)["action.single_arm"] - golden.arrays["action.single_arm.4"]).max()
+        assert gap < ACTIONS if near else gap > 1.0, "degrees"
 
 
 def test_inputs_by_the_names_of_the_reference(case: Path, qwen_dir: Path) -> None:
@@ -211,6 +227,7 @@ def test_mistakes_exceed_the_tolerances(case: Path) -> None:
         "final norm": _actions(golden, torch.nn.functional.rms_norm(right, right.shape[-1:], torch.linspace(0.5, 1.5, right.shape[-1]))),
     }
     assert {name for name, made in wrong.items() if (made - expected).abs().max() < 10 * ACTIONS} == set()
-    sections, positions = model.config.language.mrope_sections, prompt_positions(right.shape[1], inputs.image_positions, 8, 8)
+    rows, columns = (side // 2 for side in golden.grid)
+    sections, positions = model.config.language.mrope_sections, prompt_positions(right.shape[1], inputs.image_positions, rows, columns)
     swapped = mrope_tables(positions[[0, 2, 1]], model.config.language.head_dim, model.config.language.rope_theta, sections, torch.float32)
     assert (swapped[0] - golden.tensor("rope_cos")).abs().max() > 0.1
