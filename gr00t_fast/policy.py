@@ -162,6 +162,8 @@ class Gr00tPolicy(Policy):
         """name: of the checkpoint, for `repr`."""
         self.processor, self.engine, self.name = processor, engine, name
         self._denoising_steps, self._action_horizon = steps, action_horizon
+        if (size := getattr(engine, "camera_size", None)) is not None:  # an export is for one shape of camera
+            processor.expect_cameras(dict.fromkeys(self.metadata.resolutions, size))
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
         if seed is None:
             self._generator.seed()

@@ -177,6 +177,26 @@ def test_the_program_with_another_model_path(tiny: Path, capsys: pytest.CaptureF
     assert says in out + err
 
 
+@pytest.mark.parametrize(
+    ("flags", "wrist", "code", "says", "warns"),
+    [
+        ((), (64, 48), 0, "in the shape of the cameras (letter_box_transform is false", True),
+        (("--letterbox=always",), (64, 36), 0, "padded to a square (--letterbox=always)", False),
+        (("--letterbox=never",), (64, 48), 0, "in the shape of the cameras (--letterbox=never)", False),
+        ((), (64, 36), 1, "front 64x48, wrist 64x36", True),
+    ],
+)
+def test_the_line_before_the_start_says_how_pictures_are_made(tiny: Path, capsys, flags, wrist, code: int, says: str, warns: bool) -> None:
+    pytest.importorskip("mujoco")
+    sizes = (f"{name}: {{type: sim, width: {width}, height: {height}}}" for name, (width, height) in (("front", (64, 48)), ("wrist", wrist)))
+    argv = ["--robot.type=so100_sim", f"--robot.cameras={{{', '.join(sizes)}}}", f"--model_path={tiny}", "--lang_instruction=pick"]
+    assert main([*argv, "--timeout=0.3", "--device=cpu", *flags]) == code
+    said = "".join(capsys.readouterr())
+    assert says in said
+    assert ("WARNING: camera 'front' is 64x48" in said and "--letterbox=always" in said) == warns
+    assert ("connecting to the arm" in said) == (code == 0)
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from gr00t_fast.engine.calibration import read_calibration
 from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import linear_layers, rewritten
-from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.export.samples import network_inputs
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.timing import StageTimer
@@ -56,9 +56,9 @@ def eager(made: Made) -> Gr00tPolicy:
     return load_policy(made.checkpoint, device="cpu", precision="fp32", engine="eager")
 
 
-def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None) -> dict[str, Any]:
+def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None, size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
     generator, lead = np.random.default_rng(seed), () if batch is None else (batch,)
-    frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 1, 48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 1, size[1], size[0], 3), dtype=np.uint8) for camera in ("front", "wrist")}
     joints = {"state.single_arm": generator.uniform(-30, 30, (*lead, 1, 5)), "state.gripper": generator.uniform(0, 60, (*lead, 1, 1))}
     return {**frames, **joints, LANGUAGE: instruction if batch is None else [instruction, "put the cube into the bowl"][:batch]}
 
@@ -116,6 +116,41 @@ def test_an_export_of_other_statistics_or_for_other_prompts_is_refused(made: Mad
     edit_json(other / "statistics.json", "new_embodiment.state.gripper.q99", [61.0])
     with pytest.raises(StaleEngineError, match=r"other metadata(.|\n)*gr00t-fast export onnx"):
         load_policy(other, engine="onnxruntime", engine_path=made.onnx, device="cpu")
+
+
+def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """16:9 beside the usual 4:3: other grids, tokens and positions; each refuses the other's cameras and names the export to make."""
+    wide, flags = tmp_path / "wide", [f"--model_path={made.checkpoint}"]
+    assert export_onnx.main([*flags, f"--out={wide}", "--camera_size=640x360"]) == 0
+    shapes = read_manifest(wide, "").shapes
+    assert (shapes["camera_size"], shapes["picture"], shapes["image_tokens"]) == ([640, 360], [256, 448], 4 * 112)
+    assert read_manifest(made.onnx, "").shapes["camera_size"] == [640, 480]
+    policies = [load_policy(made.checkpoint, engine="onnxruntime", engine_path=each, device="cpu") for each in (wide, made.onnx)]
+    for policy, fits, not_this in zip(policies, [(64, 36), (64, 48)], [(64, 48), (64, 36)], strict=True):
+        policy.warm_up()  # with frames of the shape that it is for
+        eager.denoising_steps = policy.denoising_steps
+        got, expected = (each.get_action(observation(size=fits), noise=noise_of(eager)) for each in (policy, eager))
+        assert_close(got, expected)
+        with pytest.raises(ObservationError, match=rf"gr00t-fast export onnx.*--camera_size={not_this[0]}x{not_this[1]}"):
+            policy.get_action(observation(size=not_this))
+    policies[1].expect_cameras({"front": (640, 360), "wrist": (640, 360)})
+    with pytest.raises(ObservationError, match="--camera_size=640x360"):
+        policies[1].warm_up()
+    out = tmp_path / "int8"
+    assert quantise.main([*flags, f"--onnx={wide}", f"--out={out}", "--target=onnxruntime", "--trial_frames=0", *FEW]) == 0
+    assert verify.main([*flags, "--engine=onnxruntime", f"--engine_path={wide}", f"--out={tmp_path}", *FEW]) == 0
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    seen = [observation(seed) for seed in range(4)]
+    np.savez(recordings / "one.npz", **{key: np.concatenate([each[key] for each in seen]) for key in seen[0] if key != LANGUAGE}, **{LANGUAGE: "go"})
+    capsys.readouterr()
+    of_data = ["--target=onnxruntime", "--trial_frames=0", f"--observations={recordings}", "--frames=4", "--allow_few"]
+    assert quantise.main([*flags, f"--onnx={wide}", f"--out={tmp_path / 'other'}", *of_data]) == 1
+    assert "--camera_size=" in capsys.readouterr().err
+    assert export_onnx.main([*flags, f"--out={tmp_path / 'x'}", "--camera_size=640"]) == 2
+    assert "--camera_size=640" in capsys.readouterr().err
+    with pytest.raises(StaleEngineError, match=r"letterbox: made for False, here True(.|\n)*--letterbox=always"):
+        load_policy(made.checkpoint, engine="onnxruntime", engine_path=wide, device="cpu", letterbox="always")
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gr00t_fast.cli.policy_flags import (
+    CameraFlags,
     CheckpointFlags,
     ObservationFlags,
     OutputFlags,
+    camera_size,
     check_at_least_one,
     check_checkpoint_flags,
     check_device,
@@ -24,7 +26,7 @@ from gr00t_fast.measurement import git_commit, machine, versions
 
 
 @dataclass(kw_only=True)
-class BenchConfig(OutputFlags, ObservationFlags, CheckpointFlags):
+class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
     """Time get_action of a checkpoint on every engine that can run here, and compare its actions with the plain model's in fp32.
 
         gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset
@@ -59,6 +61,7 @@ def check(config: BenchConfig) -> None:
     check_checkpoint_flags(config)
     check_device(config.device)
     check_at_least_one(config, "frames", "rounds", "denoising_steps", "threads")
+    camera_size(config)
 
 
 def work(config: BenchConfig) -> int:

@@ -103,7 +103,7 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     from gr00t_fast.export.samples import collect_cases
     from gr00t_fast.metadata import target_of
 
-    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     out = config.out or checkpoint.path / "exports" / SCHEME
     check_free(out, config.overwrite)

@@ -15,6 +15,7 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.bench import BenchConfig
+from gr00t_fast.cli.policy_flags import camera_size
 from gr00t_fast.dataset import draw, open_frames, read
 from gr00t_fast.engine import CALIBRATED, EXPORTED, make_engine, warming_up
 from gr00t_fast.engine.device import PRECISIONS
@@ -50,7 +51,9 @@ class Bench:
         self.options, self.device, self.dtype = options, device, dtype
         self.path = self._checkpoint()
         self._shared: Network | None = None
+        self.camera_sizes: dict[str, tuple[int, int]] = {}
         self.observations = self._observations(self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))))
+        self.camera_sizes = camera_sizes_in(self.observations[0])
 
     def _checkpoint(self) -> Path:
         return open_checkpoint(self.options.model_path, revision=self.options.revision).path
@@ -74,8 +77,10 @@ class Bench:
 
     def policy(self, engine: Any, **options: Any) -> Gr00tPolicy:
         """engine: a name, or an object."""
-        common = {name: getattr(self.options, name) for name in ("embodiment_tag", "data_config", "processor_path", "prompt_style", "seed")}
-        return load_policy(self.path, engine=engine, **common, **options)
+        names = ("embodiment_tag", "data_config", "processor_path", "prompt_style", "letterbox", "seed")
+        policy = load_policy(self.path, engine=engine, **{name: getattr(self.options, name) for name in names}, **options)
+        policy.expect_cameras(self.camera_sizes)
+        return policy
 
     def open(self, name: str, directory: Path | None) -> tuple[Gr00tPolicy, str]:
         """The policy, and which of ACTION_LIMITS is its. Raises one of `UNUSABLE`."""
@@ -90,6 +95,8 @@ class Bench:
         """Of --observations, spread over its episodes, or random pictures and joints. Raises ConfigError for a data set of another robot."""
         options = self.options
         if options.observations is None:
+            if (size := camera_size(options)) is not None:
+                policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
             return random_observations(policy, options.seed, options.frames)
         frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
         return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
@@ -265,6 +272,12 @@ def show_progress(what: str, done: int, total: int) -> None:
     """One line on a terminal, nothing elsewhere."""
     if sys.stderr.isatty():
         print(f"\r{what} {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def camera_sizes_in(observation: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Camera -> (width, height)."""
+    frames = {key.removeprefix("video."): value.shape for key, value in observation.items() if key.startswith("video.")}
+    return {camera: (shape[-2], shape[-3]) for camera, shape in frames.items()}
 
 
 def random_observations(policy: Gr00tPolicy, seed: int, count: int) -> list[dict[str, Any]]:

@@ -253,13 +253,13 @@ def checkpoint(config: DoctorConfig) -> Generator[Row, None, int | None]:
 
     parameters = None
     try:
-        found = open_checkpoint(config.model_path, revision=config.revision, with_weights=False)
+        found = open_checkpoint(config.model_path, revision=config.revision, with_weights=False, letterbox=config.letterbox)
         whole = _with_weights(config, found)
     except Gr00tFastError as error:
         yield failed("checkpoint", f"{config.model_path} is not usable", error)
         return None
     try:
-        found = open_checkpoint(config.model_path) if whole else found
+        found = open_checkpoint(config.model_path, letterbox=config.letterbox) if whole else found
         parameters = _parameters(found)
         size = f", {parameters / 1e6:.0f} million parameters in {len(found.weight_files)} files" if parameters else ", weights not looked at"
         yield Row("ok", "checkpoint", f"{found.path}: GR00T {'N1.5' if found.processor is None else 'N1.7'}{size}")
@@ -293,9 +293,10 @@ def _parameters(found: Any) -> int | None:
 def _training(config: DoctorConfig, found: Any) -> Iterator[Row]:
     from gr00t_fast.metadata import read_policy_metadata
 
-    metadata = read_policy_metadata(found.path, config.embodiment_tag, config.data_config)
+    metadata = read_policy_metadata(found.path, config.embodiment_tag, config.data_config, letterbox=config.letterbox)
     cameras = ", ".join(f"'{name}'" + (f" {size[0]}x{size[1]}" if size else "") for name, size in metadata.resolutions.items())
     rate = f" at {metadata.fps:g} Hz" if metadata.fps else ""
+    rate += "" if (letterbox := metadata.letterbox) is None else f", {'padded' if letterbox.pads else 'not padded'} to a square ({letterbox.why})"
     steps, horizon = found.config.head.denoising_steps, metadata.trained_horizon
     yield Row("ok", "checkpoint", f"{config.embodiment_tag}: cameras {cameras}{rate}; {horizon} actions, {steps} denoising steps")
     if config.action_horizon is not None and config.action_horizon > horizon:
@@ -397,7 +398,7 @@ def _metadata(config: DoctorConfig) -> Any:
     from gr00t_fast.metadata import read_policy_metadata
 
     try:
-        return read_policy_metadata(config.model_path, config.embodiment_tag, config.data_config, config.revision)
+        return read_policy_metadata(config.model_path, config.embodiment_tag, config.data_config, config.revision, config.letterbox)
     except Gr00tFastError:
         return None
 

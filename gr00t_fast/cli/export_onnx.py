@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gr00t_fast.cli.policy_flags import (
+    CameraFlags,
     CheckpointFlags,
     OutputFlags,
     PrecisionName,
+    camera_size,
     check_at_least_one,
     check_checkpoint_flags,
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import check_free
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import peak_rss_bytes
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ExportOnnxConfig(OutputFlags, CheckpointFlags):
+class ExportOnnxConfig(OutputFlags, CameraFlags, CheckpointFlags):
     """Export a checkpoint to ONNX: vision, language and one denoising step, for your cameras and your embodiment.
 
         gr00t-fast export onnx --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/onnx --precision=fp32
@@ -75,27 +78,36 @@ def check(config: ExportOnnxConfig) -> None:
     """Raises UsageError."""
     check_checkpoint_flags(config)
     check_at_least_one(config, "denoising_steps", "max_text_tokens")
+    camera_size(config)
 
 
 def run(config: ExportOnnxConfig) -> Manifest:
     """Check everything small, then export. Raises Gr00tFastError."""
+    import torch
+
     from gr00t_fast.checkpoint import open_checkpoint
     from gr00t_fast.export.onnx import Options, export_onnx
-    from gr00t_fast.export.samples import network_inputs, transforms_only
+    from gr00t_fast.export.samples import transforms_only
     from gr00t_fast.metadata import target_of
 
     for package in ("onnx", "onnxscript"):
         require(package, "export")
     check_free(config.out, config.overwrite)
-    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
-    options = {"embodiment_tag": config.embodiment_tag, "processor_path": config.processor_path, "prompt_style": config.prompt_style}
-    policy = transforms_only(checkpoint.path, data_config=config.data_config, **options)
+    names = ("embodiment_tag", "data_config", "processor_path", "prompt_style", "letterbox")
+    policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})
+    if (size := camera_size(config)) is not None:
+        policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
+    example = policy.preprocess(policy.example_observation(config.lang_instruction))
+    if size is not None and example.camera_size is None:
+        raise ConfigError(f"--camera_size={config.camera_size} is for GR00T N1.7; N1.5 resizes frames of any size to one. Leave it out.")
     options = Options(
         out=config.out,
         precision=config.precision,
         denoising_steps=tuple(config.denoising_steps),
-        usual=network_inputs(policy, policy.example_observation(config.lang_instruction)),
+        usual=example.to(torch.device("cpu"), torch.float32),
+        camera_size=example.camera_size,
         max_text_tokens=config.max_text_tokens,
         overwrite=config.overwrite,
         seed=config.seed,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gr00t_fast.cli.policy_flags import (
+    CameraFlags,
     CheckpointFlags,
     OutputFlags,
     PrecisionName,
+    camera_size,
     check_at_least_one,
     check_checkpoint_flags,
     run_command,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class ExportTensorRTConfig(OutputFlags, CheckpointFlags):
+class ExportTensorRTConfig(OutputFlags, CameraFlags, CheckpointFlags):
     """Build TensorRT engines for a checkpoint: for your cameras, your embodiment and your GPU.
 
         gr00t-fast export tensorrt --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/tensorrt
@@ -103,6 +105,8 @@ def run(config: ExportTensorRTConfig) -> tuple[Manifest, list[Any]]:
             precision=config.precision,
             denoising_steps=tuple(config.denoising_steps),
             max_text_tokens=config.max_text_tokens,
+            letterbox=config.letterbox,
+            camera_size=camera_size(config),
             other_flags=_handed_on(config),
         )
         check_feasible(config.builder, config.compute_capability, source.exported_precision)
@@ -125,10 +129,11 @@ def check(config: ExportTensorRTConfig) -> None:
     """Raises UsageError."""
     check_checkpoint_flags(config)
     check_at_least_one(config, "denoising_steps", "max_text_tokens", "workspace_mb")
+    camera_size(config)
 
 
 def _handed_on(config: ExportTensorRTConfig) -> tuple[str, ...]:
     """Flags for `gr00t-fast export onnx` that differ from its defaults."""
-    names = ("processor_path", "lang_instruction", "prompt_style")
+    names = ("processor_path", "lang_instruction", "prompt_style", "camera_size")
     defaults = {each.name: each.default for each in fields(ExportTensorRTConfig)}
     return tuple(f"--{name}={getattr(config, name)}" for name in names if getattr(config, name) != defaults[name])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gr00t_fast.cli.program import execute
+from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.flags import UsageError, help_text, parse_flags, setting
@@ -21,6 +22,7 @@ C = TypeVar("C")
 ExportedName = Literal["onnxruntime", "openvino", "tensorrt"]
 EngineName = Literal["auto", "eager", "cuda_graph", "compiled", "fp8", "onnxruntime", "openvino", "tensorrt"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+_SIZE = re.compile(r"(\d+)x(\d+)")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -34,6 +36,14 @@ class CheckpointFlags:
     data_config: str | None = None  # of an N1.5 checkpoint: a name of NVIDIA's (so100, so100_dualcam, ...) or module:ClassName; default: so100
     processor_path: Path | None = None  # directory with the tokenizer files; default: looked up
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients and server put around the instruction
+    letterbox: Literal["auto", "always", "never"] = "auto"  # whether an N1.7 checkpoint was trained on padded pictures; auto: its files tell
+
+
+@dataclass(kw_only=True)
+class CameraFlags:
+    """What the cameras deliver, where neither a robot nor a data set tells it."""
+
+    camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
 
 
 @dataclass(kw_only=True)
@@ -118,6 +128,15 @@ def check_data_config(name: str | None) -> None:
 def check_device(device: str) -> None:
     if not _DEVICE.fullmatch(device):
         raise UsageError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")
+
+
+def camera_size(config: CameraFlags) -> tuple[int, int] | None:
+    """Width and height. Raises UsageError."""
+    if config.camera_size is None:
+        return None
+    if (found := _SIZE.fullmatch(config.camera_size)) is None or not all(MIN_FRAME_PX <= int(side) <= MAX_FRAME_PX for side in found.groups()):
+        raise UsageError(f"--camera_size={config.camera_size}: expected WIDTHxHEIGHT in pixels, such as 640x480.")
+    return int(found[1]), int(found[2])
 
 
 def check_at_least_one(config: Any, *names: str) -> None:

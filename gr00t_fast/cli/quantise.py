@@ -103,7 +103,7 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
     for package in ("onnx", "onnxruntime", *(["openvino"] if config.target == "openvino" else [])):
         require(package, "openvino" if package == "openvino" else "export")
     check_free(config.out, config.overwrite)
-    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     remedy = remedy_for(config.onnx, target, "to_onnx.py")
     manifest = check_manifest(config.onnx, "onnx", target, remedy)
@@ -128,6 +128,7 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
 def _calibrate(
     config: QuantiseConfig, target: Target, settings: Settings, shapes: Mapping[str, Any], remedy: str
 ) -> tuple[CalibrationResult, dict[str, Any]]:
+    from gr00t_fast.engine.manifest import check_picture
     from gr00t_fast.engine.tables import ExportTables
     from gr00t_fast.export.calibrate import calibrate
     from gr00t_fast.export.networks import GraphNetwork
@@ -135,7 +136,10 @@ def _calibrate(
 
     tables, progress = ExportTables(config.onnx, remedy), Progress()
     tables.steps(settings.denoising_steps)  # a count that was not exported is refused before minutes pass
-    cases, data = collect_cases(target, config.observations or "", noise_seed=config.seed, progress=progress, **observation_options(config))
+    options = {**observation_options(config), "noise_seed": config.seed, "camera_size": shapes.get("camera_size")}
+    cases, data = collect_cases(target, config.observations or "", progress=progress, **options)
+    for case in cases:
+        check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
     network = GraphNetwork(target, shapes, tables, settings.denoising_steps, settings.scheme)
     return calibrate(network, cases, settings, progress), data
 

@@ -235,6 +235,7 @@ def control_loop(
 ) -> ControlLoop:
     clock, metadata = MonotonicClock(), policy.metadata
     camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
+    policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     controller = build_controller(config, policy, binding, clock, fps)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)

@@ -217,7 +217,7 @@ def _validate_server(config: RunConfig) -> None:
             raise UsageError(f"--{name}={value} must be a positive number of seconds.")
     if _given(config, "max_hold_s"):
         raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
-    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path"):
+    if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox"):
         raise UsageError(f"--{given[0]} is for a network in this process; with --server it belongs on the command line of the policy server.")
     telling = ("embodiment_tag",) if config.data_config == DEFAULT_DATA_CONFIG else ("embodiment_tag", "data_config")
     if not config.model_path.strip() and (given := _given(config, *telling)):

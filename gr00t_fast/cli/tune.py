@@ -11,10 +11,12 @@ from typing import Literal
 
 from gr00t_fast.cli.config_file import config_path_in
 from gr00t_fast.cli.policy_flags import (
+    CameraFlags,
     CheckpointFlags,
     EngineName,
     OutputFlags,
     SampleFlags,
+    camera_size,
     check_at_least_one,
     check_checkpoint_flags,
     check_device,
@@ -28,7 +30,7 @@ _NOT_OF_A_RUN = ("out", "json", "quiet", "verbose", "precision", "seed", "camera
 
 
 @dataclass(kw_only=True)
-class TuneConfig(OutputFlags, SampleFlags, CheckpointFlags):
+class TuneConfig(OutputFlags, SampleFlags, CameraFlags, CheckpointFlags):
     """Make, check and time every engine that this machine can run, and write the fastest one whose actions are right into the configuration file.
 
         gr00t-fast tune --config_path=my_robot.yaml --observations=./my-lerobot-dataset --max_minutes=30
@@ -75,6 +77,7 @@ def parse(argv: Sequence[str], path: Path | None) -> TuneConfig:
     check_checkpoint_flags(config)
     check_device(config.device)
     check_at_least_one(config, "frames", "rounds", "denoising_steps", "calibration_frames")
+    camera_size(config)
     if not 0 < config.max_minutes < float("inf"):
         raise UsageError(f"--max_minutes={config.max_minutes:g} must be a positive number.")
     if config.observations is None:

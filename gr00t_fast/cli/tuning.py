@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +19,18 @@ import torch
 
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.cli import calibrate, export_onnx, export_tensorrt, quantise
-from gr00t_fast.cli.comparison import Actions, Bench, BenchConfig, compare, table_rows, word_of
+from gr00t_fast.cli.comparison import Actions, Bench, BenchConfig, camera_sizes_in, compare, table_rows, word_of
 from gr00t_fast.cli.config_file import write_settings
+from gr00t_fast.cli.policy_flags import camera_size
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, end_on_sigterm, show
 from gr00t_fast.cli.run_flags import RunConfig
 from gr00t_fast.cli.tune import TuneConfig
+from gr00t_fast.dataset import open_frames
 from gr00t_fast.engine import EXPORTED, select_device, select_precision
 from gr00t_fast.engine.fp8 import has_product
 from gr00t_fast.engine.manifest import check_manifest, read_manifest
 from gr00t_fast.errors import EngineError, Gr00tFastError
+from gr00t_fast.export.samples import transforms_only
 from gr00t_fast.flags import CONFIG_FLAG, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
 from gr00t_fast.metadata import target_of
@@ -58,7 +61,9 @@ def work(config: TuneConfig, path: Path | None) -> int:
     end_on_sigterm()
     began_s = time.perf_counter()
     settings = parse_flags(RunConfig, [f"--{CONFIG_FLAG}={path}"])[0] if path is not None and path.exists() else RunConfig()
-    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
+    if checkpoint.processor is not None and config.camera_size is None:
+        config = replace(config, camera_size=_camera_size(config, checkpoint))
     device = select_device(config.device)
     dtype = select_precision(config.precision, device)
     config.out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be made is found out before the minutes
@@ -142,8 +147,16 @@ def _on_a_gpu(config: TuneConfig, at: Path, device: torch.device, refused: dict[
 
 
 def _common(config: TuneConfig, *more: str) -> dict[str, Any]:
-    names = ("model_path", "revision", "embodiment_tag", "data_config", "processor_path", "prompt_style", *more)
+    names = ("model_path", "revision", "embodiment_tag", "data_config", "processor_path", "prompt_style", "letterbox", *more)
     return {name: getattr(config, name) for name in names}
+
+
+def _camera_size(config: TuneConfig, checkpoint: Checkpoint) -> str:
+    """Of the first frame in --observations: what exports are made for."""
+    names = ("embodiment_tag", "data_config", "processor_path", "letterbox")
+    policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})
+    observation = open_frames(str(config.observations), policy.processor.data_config, policy.metadata, config.camera_map)[0]
+    return "{}x{}".format(*next(iter(camera_sizes_in(observation).values())))
 
 
 def _of_data(config: TuneConfig) -> dict[str, Any]:
@@ -153,7 +166,8 @@ def _of_data(config: TuneConfig) -> dict[str, Any]:
 
 def _export(config: TuneConfig, precision: Literal["fp32", "fp16"], out: Path) -> object:
     steps = [] if config.denoising_steps is None else [config.denoising_steps]
-    return export_onnx.run(export_onnx.ExportOnnxConfig(**_common(config), out=out, overwrite=True, precision=precision, denoising_steps=steps))
+    common = _common(config, "camera_size")
+    return export_onnx.run(export_onnx.ExportOnnxConfig(**common, out=out, overwrite=True, precision=precision, denoising_steps=steps))
 
 
 def _quantise(config: TuneConfig, onnx: Path, target: Literal["openvino", "onnxruntime"], out: Path) -> object:
@@ -212,6 +226,9 @@ def _fits(config: TuneConfig, checkpoint: Checkpoint, directory: Path) -> bool:
         check_manifest(directory, manifest.kind, target_of(checkpoint, config.embodiment_tag, config.data_config), "")
     except EngineError:
         return False
+    size = list(camera_size(config) or ())
+    if manifest.shapes.get("camera_size", size) != size:
+        return False
     return not manifest.denoising_steps or config.denoising_steps in (None, *manifest.denoising_steps)
 
 
@@ -245,7 +262,7 @@ class TuneBench(Bench):
     def __init__(self, config: TuneConfig, ready: Sequence[Candidate], device: torch.device, dtype: torch.dtype, end_s: float) -> None:
         self._ready, self.names, self.end_s = {each.name: each for each in ready}, tuple(each.name for each in ready), end_s
         steps = [] if config.denoising_steps is None else [config.denoising_steps]
-        shared = _common(config, "observations", "camera_map", "frames", "rounds", "device", "precision", "seed")
+        shared = _common(config, "observations", "camera_map", "frames", "rounds", "device", "precision", "seed", "camera_size")
         super().__init__(BenchConfig(**shared, denoising_steps=steps), device, dtype)
         self._budget_s = 60 * config.max_minutes
         self._whole = False  # whether the number of observations is settled
@@ -305,7 +322,7 @@ def _write(path: Path | None, config: TuneConfig, before: RunConfig, result: Map
     settings = dict(result["settings"])
     if path is None:
         return f"{judged}. To run it: {' '.join(f'--{name}={value}' for name, value in settings.items() if value is not None)}"
-    for name in ("model_path", "revision", "embodiment_tag", "data_config", "prompt_style"):
+    for name in ("model_path", "revision", "embodiment_tag", "data_config", "prompt_style", "letterbox"):
         if (value := getattr(config, name)) != getattr(before, name):
             settings[name] = value
     backup = write_settings(path, settings)

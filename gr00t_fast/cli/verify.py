@@ -91,16 +91,17 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
     from gr00t_fast.metadata import target_of
 
-    checkpoint = open_checkpoint(config.model_path, revision=config.revision)
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
-    open_engine(config.engine, directory, target, config.device, config.precision)  # refused now rather than in ten minutes; freed at once
+    size = open_engine(config.engine, directory, target, config.device, config.precision).camera_size  # refused now rather than in ten minutes
     steps = checkpoint.config.head.denoising_steps if config.denoising_steps is None else config.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
     progress, noise_seed = Progress(), (config.seed, 1)  # not the noise of the calibration
     source = config.observations or _SYNTHETIC
-    cases, sample = collect_cases(target, source, noise_seed=noise_seed, progress=progress, least=LEAST, **observation_options(config))
+    options = {**observation_options(config), "noise_seed": noise_seed, "camera_size": size}
+    cases, sample = collect_cases(target, source, progress=progress, least=LEAST, **options)
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out, prefix=".reference-") as work:
         files = ReferenceOutputs(Path(work))

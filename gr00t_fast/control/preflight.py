@@ -192,6 +192,12 @@ def _check_cameras(findings: Findings, cameras: Mapping[str, CameraSpec], metada
         if robot_name != policy_name:
             implied = "" if requested and robot_name in requested else " (the only camera on both sides)"
             findings.notes.append(f"camera '{robot_name}' is the policy's '{policy_name}'{implied}.")
+        if metadata.letterbox is not None and not metadata.letterbox.known and camera.width != camera.height:
+            findings.warnings.append(
+                f"camera '{robot_name}' is {camera.width}x{camera.height}, and nothing tells whether its pictures are to be padded to "
+                f"a square: they are not padded, because {metadata.letterbox.why}. Fine-tunes made with NVIDIA's code of April to mid-June 2026 were "
+                "padded and say the same: for one of these give --letterbox=always, for a later one --letterbox=never (which ends this warning)."
+            )
         if trained is None or (camera.width, camera.height) == trained:
             continue
         width, height = trained

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gr00t_fast.engine.base import Engine, Inputs
 from gr00t_fast.engine.continuation import Continuation, denoise_towards
 from gr00t_fast.engine.device import PRECISIONS
-from gr00t_fast.engine.manifest import Manifest
+from gr00t_fast.engine.manifest import Manifest, check_picture
 from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError
 from gr00t_fast.model import ModelInputs, StepTables
@@ -54,13 +53,15 @@ class ExportedEngine(Engine):
         self._steps: dict[int, StepTables] = {}
         spans = manifest.shapes.get("image_spans")
         self._image_positions = spans and [place for first, behind in spans for place in range(first, behind)]
+        self.camera_size = tuple(manifest.shapes["camera_size"]) if "camera_size" in manifest.shapes else None
         self.handed_on = {stage: handed_on(manifest.stages, stage) for stage in STAGES[:-1]}
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`. Items of a batch run one after the other, each exactly as it would alone.
 
-        Raises ConfigError for a step count or a continuation that the export cannot do, ObservationError for a prompt beyond its longest.
+        Raises ConfigError for a step count or a continuation that the export cannot do, ObservationError for a prompt beyond its longest and for
+        pictures of another size.
         """
         if continuation is not None and continuation.method != "prefix":
             raise ConfigError(
@@ -68,7 +69,7 @@ class ExportedEngine(Engine):
                 "Use --smoothing=prefix (or none, ensemble), or --engine=eager."
             )
         tables = self.tables(denoising_steps)
-        self._check_places(inputs.image_positions)
+        self._check_pictures(inputs)
         with timer.stage("preprocess"):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
             continuation = continuation and continuation.to(self.device)
@@ -93,9 +94,13 @@ class ExportedEngine(Engine):
             self._steps[steps] = StepTables(tables.tau.to(self.device), tables.modulation.to(self.device))
         return self._steps[steps]
 
-    def _check_places(self, image_positions: Tensor | np.ndarray) -> None:
-        """Raises EngineError for a prompt whose pictures lie elsewhere than in those that the graphs were made for."""
-        if self._image_positions is not None and image_positions.tolist() != self._image_positions:
+    def _check_pictures(self, inputs: Inputs) -> None:
+        """Raises ObservationError for pictures of another size than the graphs were made for, EngineError for a prompt that has them elsewhere."""
+        if isinstance(inputs, ModelInputs):
+            check_picture(self.manifest.shapes, inputs.pixel_values.shape[-2:], None, self._remedy)
+        elif inputs.camera_size is not None:
+            check_picture(self.manifest.shapes, inputs.frames[0].shape[1:3], inputs.camera_size, self._remedy)
+        if self._image_positions is not None and inputs.image_positions.tolist() != self._image_positions:
             raise EngineError(
                 "the prompt has its pictures in other places than the prompts that this export is made for: another tokenizer (--processor_path)? "
                 f"Run with the one that it was exported with, or run: {self._remedy}"

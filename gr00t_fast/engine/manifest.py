@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from gr00t_fast.checkpoint import Checkpoint
 from gr00t_fast.data_config import DataConfig, check_trained_cameras
-from gr00t_fast.errors import EngineError, StaleEngineError
+from gr00t_fast.errors import EngineError, ObservationError, StaleEngineError
 from gr00t_fast.files import MANIFEST_NAME, atomic_write
 from gr00t_fast.strict_json import read_json
 
@@ -57,11 +58,18 @@ class Target:
             "embodiment_tag": self.embodiment_tag,
             "cameras": [[key, *trained[key]] for key in self.data_config.video_keys],
             "data_config": _plain(self.data_config),
+            **({} if self.checkpoint.processor is None else {"letterbox": self.checkpoint.processor.letterbox.pads}),
         }
+
+    @property
+    def letterbox(self) -> str:
+        """As of `load_policy`."""
+        return "auto" if self.checkpoint.processor is None else self.checkpoint.processor.asked
 
     def command(self, program: str, *flags: str) -> str:
         """The command line that makes an export for this target: `program` is the name that manifests record."""
         common = {"model_path": self.checkpoint.path, "embodiment_tag": self.embodiment_tag, "data_config": self.data_config_name}
+        common |= {} if self.letterbox == "auto" else {"letterbox": self.letterbox}
         said = (f"--{name}={value}" for name, value in common.items() if value is not None)
         return shlex.join([*PROGRAMS.get(program, (program,)), *said, *flags])
 
@@ -74,7 +82,8 @@ class Manifest:
     precision: "fp32", "fp16" or "bf16", the number format of the graphs' inputs and outputs, and of weights that are not quantised.
     quantisation: None, or what the quantiser says of it; `format` ("int8", "fp8") and `runtime` (which engine the file is made for) at least.
     identity: `Target.identity`.
-    shapes: cameras (pictures per observation: several times of a camera count apart), picture (their height and width), image_tokens, max_tokens
+    shapes: cameras (pictures per observation: several times of a camera count apart), picture (their height and width), camera_size (width and
+        height of the cameras that it was made for, where they decide that), image_tokens, max_tokens
         (most prompt tokens, image tokens included), prompt_buckets (usual prompt lengths, ascending), horizon, action_dim, state_dim; and for graphs
         that have the places of the pictures' tokens built in image_spans: of each picture its first token's place and the one behind its last's.
     denoising_steps: step counts that the tables cover.
@@ -198,6 +207,25 @@ def _source_again(manifest: Manifest, target: Target, here: Mapping[str, Any]) -
         if not _differences(read_manifest(source, command).identity, here):
             return ""
     return f"{command} && "
+
+
+def check_picture(shapes: Mapping[str, Any], picture: Sequence[int], camera_size: Sequence[int] | None, remedy: str) -> None:
+    """Whether pictures of (height, width), made of frames of `camera_size` where that is known, are of the size that an export is for; shapes: of
+    its manifest, `remedy`: the command that made it. Raises ObservationError."""
+    made = shapes.get("picture", list(picture))
+    if list(picture) == made:
+        return
+    flag = "--camera_size=" + ("WIDTHxHEIGHT" if camera_size is None else "{}x{}".format(*camera_size))
+    command, replaced = re.subn(r"--camera_size=\S+", flag, remedy)
+    if not replaced and " export " in remedy and "--onnx=" not in remedy:
+        command = f"{remedy} {flag}"
+    elif not replaced:
+        command = f"gr00t-fast export onnx with {flag}, and then what is made from it: {remedy}"
+    cameras = " (cameras of {}x{})".format(*shapes["camera_size"]) if "camera_size" in shapes else ""
+    raise ObservationError(
+        f"cameras{'' if camera_size is None else ' of {}x{}'.format(*camera_size)} make pictures of {picture[1]}x{picture[0]}; this export takes "
+        f"{made[1]}x{made[0]}{cameras}. Set the cameras to that shape, or {_run(command)}"
+    )
 
 
 def _differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

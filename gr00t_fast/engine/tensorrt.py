@@ -71,7 +71,7 @@ class TensorRTEngine(ExportedEngine):
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`; timed as one stage, `graph`. A chunk that continues another one is made step by step, without the graph."""
         stream = self._stages.stream
-        self._check_places(inputs.image_positions)
+        self._check_pictures(inputs)
         with timer.stage("preprocess"):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))

@@ -41,7 +41,8 @@ _TEXT_BUCKETS = (64, 128, 256, 512, 1024)  # prompt lengths beyond the image tok
 
 @dataclass(frozen=True)
 class Options:
-    """What the export is to hold besides the network. `usual`: an observation as the network gets it, with the prompt that is run most."""
+    """What the export is to hold besides the network. `usual`: an observation as the network gets it, with the prompt that is run most; of cameras
+    of `camera_size` (width and height), where they decide the size of the pictures."""
 
     out: Path
     precision: str
@@ -50,11 +51,13 @@ class Options:
     max_text_tokens: int
     overwrite: bool = False
     seed: int = 0
+    camera_size: tuple[int, int] | None = None
 
     def flags(self) -> tuple[str, ...]:
         """As on the command line: enough to make the same export again."""
         steps = ("--denoising_steps", *map(str, self.denoising_steps)) if self.denoising_steps else ()
-        return (f"--precision={self.precision}", f"--max_text_tokens={self.max_text_tokens}", *steps)
+        size = () if self.camera_size is None else ("--camera_size={}x{}".format(*self.camera_size),)
+        return (f"--precision={self.precision}", f"--max_text_tokens={self.max_text_tokens}", *size, *steps)
 
 
 def export_onnx(target: Target, options: Options, command: str) -> Manifest:
@@ -65,6 +68,7 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
     config = target.checkpoint.config
     check_options(options, config)
     shapes = shapes_of(config, options.usual, options.max_text_tokens)
+    shapes |= {} if options.camera_size is None else {"camera_size": list(options.camera_size)}
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     with whole_directory(options.out, options.overwrite) as directory:
         torch.manual_seed(options.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,15 @@ def collect_cases(
     least: int = MIN_FRAMES,
     processor_path: str | Path | None = None,
     prompt_style: str = "plain",
+    camera_size: tuple[int, int] | None = None,
 ) -> tuple[list[Case], dict[str, Any]]:
     """`frames` observations of the source `observations` (as `gr00t_fast.dataset.open_frames` takes it), each with noise of its own, and a
-    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.dataset.draw`. Raises ConfigError for a source that does not
-    fit."""
-    options = {"data_config": target.data_config, "processor_path": processor_path, "prompt_style": prompt_style}
+    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.dataset.draw`. camera_size: of synthetic frames, where the
+    checkpoint does not say. Raises ConfigError for a source that does not fit."""
+    options = {"data_config": target.data_config, "processor_path": processor_path, "prompt_style": prompt_style, "letterbox": target.letterbox}
     policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, **options)
-    opened = open_frames(observations, target.data_config, policy.metadata, camera_map)
+    sizes = {camera: size or camera_size for camera, size in policy.metadata.resolutions.items()}
+    opened = open_frames(observations, target.data_config, replace(policy.metadata, resolutions=sizes), camera_map)
     sample, generator, cases = draw(opened, frames, seed, allow_few, least), np.random.default_rng(noise_seed), []
     with progress.bar("observations", len(sample.indices)) as tick:
         for observation in read(opened, sample, policy.metadata):

@@ -336,6 +336,8 @@ class SourceOptions:
     precision: str | None = None
     denoising_steps: tuple[int, ...] = ()
     max_text_tokens: int | None = None
+    letterbox: str = "auto"
+    camera_size: tuple[int, int] | None = None  # among `other_flags` too
     other_flags: tuple[str, ...] = ()  # handed on to gr00t-fast export onnx as they are
 
     @property
@@ -360,7 +362,7 @@ def find_source(options: SourceOptions) -> Path:
 
     Raises EngineError and StaleEngineError for graphs in `onnx` that do not fit, and EngineError when exporting fails.
     """
-    target = target_of(open_checkpoint(options.model_path), options.embodiment_tag, options.data_config)
+    target = target_of(open_checkpoint(options.model_path, letterbox=options.letterbox), options.embodiment_tag, options.data_config)
     directory = options.directory
     remedy = remedy_for(directory, target, "to_onnx.py", f"--precision={options.precision or _PRECISION}")
     try:
@@ -383,6 +385,8 @@ def _check_content(manifest: Manifest, options: SourceOptions, remedy: str) -> N
         there = ", ".join(map(str, manifest.denoising_steps))
         more = " ".join(map(str, absent))
         raise ConfigError(f"the graphs have tables for {there} denoising steps, asked for was {more}. Run: {remedy} --denoising_steps {more}")
+    if options.camera_size is not None and list(options.camera_size) != (made := manifest.shapes.get("camera_size")):
+        raise ConfigError(f"the graphs are for cameras of {made}, asked for was {list(options.camera_size)}. Run: {remedy}")
     most = manifest.shapes["max_tokens"] - manifest.shapes["image_tokens"]
     if options.max_text_tokens is not None and options.max_text_tokens > most:
         raise ConfigError(f"the graphs take {most} text tokens, asked for were {options.max_text_tokens}. Run: {remedy}")
@@ -396,6 +400,7 @@ def export_graphs(options: SourceOptions) -> None:
         "data_config": options.data_config,
         "out": options.directory,
         "max_text_tokens": options.max_text_tokens,
+        "letterbox": options.letterbox,
     }
     flags: Sequence[str] = [f"--{name}={value}" for name, value in given.items() if value is not None]
     command = [sys.executable, *EXPORTER, *flags, *options.flags(), "--overwrite"]

@@ -27,6 +27,7 @@ class Gr00tFastConfig(PreTrainedConfig):
     prompt_style: str = "plain"
     seed: int | None = None
     revision: str | None = None
+    letterbox: str = "auto"  # of N1.7: always or never, where its files cannot tell whether it was trained on padded pictures
     camera_map: dict[str, str] = field(default_factory=dict)  # {robot camera: policy camera}
     smoothing: str = "rtc"  # rtc or prefix: how a chunk continues the one before with --inference.type=rtc
 

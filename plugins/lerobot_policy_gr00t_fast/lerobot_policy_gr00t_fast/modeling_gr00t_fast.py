@@ -55,10 +55,14 @@ class Gr00tFastPolicy(PreTrainedPolicy):
             prompt_style=config.prompt_style,
             seed=config.seed,
             revision=config.revision,
+            letterbox=config.letterbox,
         )
         self._binding: RobotBinding | None = None
         if config.input_features:  # lerobot-record knows them by now
-            self._binding = self._bind(key.removeprefix(_IMAGES) for key in config.image_features)
+            sizes = {key.removeprefix(_IMAGES): feature.shape for key, feature in config.image_features.items()}  # (3, H, W)
+            self._binding = self._bind(sizes)
+            names = resolve_camera_map(sizes, self.policy.metadata.resolutions, config.camera_map)
+            self.policy.expect_cameras({names[camera]: (shape[2], shape[1]) for camera, shape in sizes.items() if camera in names})
         self._queue: deque[Tensor] = deque()
         self._calls = 0  # observations seen
         self.policy.warm_up()
