@@ -409,7 +409,7 @@ class FollowerArm:
 
     name = "follower"
     events: Mapping[str, int] = {}
-    episodes_solved = success = None
+    episodes_solved = success = rest_pose = None
 
     def __init__(self, recording: Recording, scene: Scene, clock: Clock, fps: float, time_constant_s: float) -> None:
         self.joint_names = (*recording.joint_names, MARKER)
@@ -441,7 +441,7 @@ class FollowerArm:
         """Stands at the recording's first pose."""
         self.sends.clear()
 
-    def observe(self) -> Observation:
+    def observe(self, with_frames: bool = True) -> Observation:
         now_s = self._clock.now_s()
         joints = np.append(self.poses(np.array([now_s]))[0], self._scene.time_s(now_s))
         return Observation(joints, {CAMERA: self._picture}, now_s)
@@ -464,7 +464,7 @@ class FollowerArm:
         passed_s = np.where(index < 0, 0.0, times_s - instants[before])
         return targets + (starts - targets) * np.exp(-passed_s / self._lag_s)[:, None]
 
-    def land(self) -> LandingReport:
+    def land(self, as_found: bool = False) -> LandingReport:
         return LandingReport(port_closed=True, cameras_closed=True)
 
 

@@ -215,6 +215,7 @@ class Robot(Protocol):
     events: Mapping[str, int]  # faults survived so far, by name: {"read_retry": 3, "reconnect": 1}
     episodes_solved: int | None  # of those that are over; None: the arm cannot tell (a real one)
     success: bool | None  # whether the task is solved now, or was when the arm landed; None: the arm cannot tell
+    rest_pose: np.ndarray | None  # (J,) where it lay before its torque went on; None: not known, or the torque stays on or does not matter
 
     @property
     def joint_limits(self) -> np.ndarray:
@@ -233,14 +234,16 @@ class Robot(Protocol):
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode. A real arm does nothing; a simulation rearranges its scene from `seed`."""
 
-    def observe(self) -> Observation:
-        """Read joints and newest frames. Retries and reconnects; raises RobotError when that did not help."""
+    def observe(self, with_frames: bool = True) -> Observation:
+        """Read joints and newest frames; without frames cameras may have failed. Retries and reconnects; raises RobotError when that did not help, a
+        CameraError where only a camera is to blame."""
 
     def send(self, targets: np.ndarray) -> None:
         """Send goal positions (J,), finite and already limited by the caller. Raises RobotError."""
 
-    def land(self) -> LandingReport:
-        """Release (or hold, as configured) torque, close port and cameras. Never raises; calling it again is harmless."""
+    def land(self, as_found: bool = False) -> LandingReport:
+        """Release (or hold, as configured) torque, close port and cameras. `as_found`: an arm that was powered before the run is held. One that the
+        run has not switched on is left as it is. Never raises; calling it again is harmless."""
 
 
 class Clock(Protocol):

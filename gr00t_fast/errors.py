@@ -57,6 +57,10 @@ class RobotError(Gr00tFastError, RuntimeError):
     """The arm, its bus or a camera failed in a way that retries and reconnecting did not cure."""
 
 
+class CameraError(RobotError):
+    """A camera failed; arm and bus are sound."""
+
+
 class UnsafeActionError(Gr00tFastError, RuntimeError):
     """The policy kept returning actions that must not reach the motors (NaN or infinite)."""
 

@@ -40,13 +40,13 @@ class FakeClock:
 
 
 class FakeRobot:
-    """An arm that is at its last target one tick later. `on_observe`, `on_send` may raise or let time pass."""
+    """An arm that is at its last target one tick later. `on_observe`, `on_frames`, `on_send` may raise or let time pass."""
 
     name = "fake"
     joint_names = SO100_JOINTS
     joint_limits = LIMITS
     units_per_deg = np.ones(6)
-    episodes_solved = success = None
+    episodes_solved = success = rest_pose = None
 
     def __init__(self, clock: FakeClock, cameras: dict[str, tuple[int, int]] | None = None, unit: str = "degrees") -> None:
         self.clock = clock
@@ -60,6 +60,7 @@ class FakeRobot:
         self.seeds: list[int | None] = []
         self.on_connect: Callable[[], Any] = lambda: None
         self.on_observe: Callable[[], Any] = lambda: None
+        self.on_frames: Callable[[], Any] = lambda: None
         self.on_send: Callable[[], Any] = lambda: None
         self.landing = LandingReport(dict.fromkeys(SO100_JOINTS, "off"), True, True)
 
@@ -74,10 +75,12 @@ class FakeRobot:
         self.calls.append("reset")
         self.seeds.append(seed)
 
-    def observe(self) -> Observation:
+    def observe(self, with_frames: bool = True) -> Observation:
         self.on_observe()
         self._move()
-        frames = {name: np.zeros((spec.height, spec.width, 3), np.uint8) for name, spec in self.cameras.items()}
+        if with_frames:
+            self.on_frames()
+        frames = {name: np.zeros((spec.height, spec.width, 3), np.uint8) for name, spec in self.cameras.items() if with_frames}
         return Observation(self.pose.copy(), frames, self.clock.now_s())
 
     def send(self, targets: np.ndarray) -> None:
@@ -89,7 +92,8 @@ class FakeRobot:
         if self.sent and self.clock.now_s() - self.sent[-1][0] > 0.5 * TICK_S:
             self.pose = self.sent[-1][1].copy()
 
-    def land(self) -> LandingReport:
+    def land(self, as_found: bool = False) -> LandingReport:
+        self.left_as_found = as_found
         self.calls.append("land")
         return self.landing
 

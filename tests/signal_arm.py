@@ -42,7 +42,7 @@ def main(path: str, mode: str) -> int:
 
     land = robot.land
 
-    def slow_land():
+    def slow_land(*_):
         note("landing")
         time.sleep(0.6 if mode == "land" else 0.0)
         note("landed")

@@ -105,7 +105,7 @@ def test_a_camera_that_is_slower_than_the_arm_is_said_once_and_its_age_reported(
 def test_the_loop_says_it_and_counts_it() -> None:
     bench = Bench(timeout_s=4.0)
     seen = bench.robot.observe
-    bench.robot.observe = lambda: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
+    bench.robot.observe = lambda *_: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
     bench.loop.run()
     assert bench.loop.trace.events["camera_blank"] == 1
     assert sum("front" in line for line in bench.said) == 1
@@ -114,7 +114,7 @@ def test_the_loop_says_it_and_counts_it() -> None:
 def test_the_loop_lands_by_choice() -> None:
     bench = Bench(timeout_s=4.0, camera_fault="land")
     seen = bench.robot.observe
-    bench.robot.observe = lambda: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
+    bench.robot.observe = lambda *_: Observation(seen().joints, {"front": np.zeros((96, 128, 3), np.uint8)}, bench.clock.now_s())
     with pytest.raises(RobotError, match="camera 'front'"):
         bench.loop.run()
     assert bench.robot.calls[-1] == "land"

@@ -38,7 +38,7 @@ def talk():
     print("x" * 5000)
     print("y" * 5000, file=sys.stderr)
 robot.on_send = talk
-robot.land = lambda: open({log!r}, "w").write(str(time.time())) and land()
+robot.land = lambda *_: open({log!r}, "w").write(str(time.time())) and land()
 script.load = lambda config: FakePolicy(FakeClock())
 script.build_robot = lambda config: robot
 leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go", *{flags!r}]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from gr00t_fast.cli import run_flags
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
-from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
+from gr00t_fast.control.signals import SAME_STOP_S
+from gr00t_fast.errors import CameraError, ConfigError, InferenceTimeoutError, PreflightError, RobotError, UnsafeActionError
 from gr00t_fast.recordings import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)
@@ -60,64 +63,172 @@ def test_the_arm_rests_before_it_is_let_go() -> None:
     assert run.loop.trace.ended_by == "done"
 
 
-def test_nothing_moves_without_being_asked() -> None:
-    run = Bench()
+START = (1.0, -20.0, 30.0, 15.0, 5.0, 40.0)  # where the arm lay when its torque went on
+
+
+def lying(rest="start", **options) -> Bench:
+    run = bench(rest=rest, **options)
+    run.robot.rest_pose = np.array(START)
+    return run
+
+
+def after(run: Bench, count: int, act) -> None:
+    """`act` when so many targets are out."""
+    run.robot.on_send = lambda: act() if len(run.robot.sent) == count else None
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def fails(error: BaseException):
+    def act(*_: object) -> None:
+        raise error
+
+    return act
+
+
+def answers(act):
+    """From the second inference on."""
+
+    def ends(run: Bench) -> None:
+        run.policy.on_action = lambda targets: targets if len(run.policy.seen) < 2 else act(targets)
+
+    return ends
+
+
+def camera_gone(run: Bench) -> None:
+    after(run, 10, lambda: setattr(run.robot, "on_frames", fails(CameraError("no new frame for 0.5 s"))))
+
+
+def disk_full(run: Bench) -> None:
+    run.loop.observers = [type("Full", (), {"see": fails(OSError(28, "No space left on device"))})]
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDS = {
+    "the time limit": (lambda run: None, None),
+    "a key": (lambda run: after(run, 10, lambda: run.stop.request("Esc")), None),
+    "a recording that failed": (lambda run: after(run, 10, lambda: run.stop.request("the disk is full", 1)), None),
+    **{number.name: (lambda run, number=number: after(run, 10, send(number)), None) for number in STOPS},
+    "a policy that raises": (answers(fails(ValueError("a bug"))), ValueError),
+    "an inference that hangs": (answers(fails(InferenceTimeoutError("held for 2 s"))), InferenceTimeoutError),
+    "rows of NaN": (answers(lambda targets: targets * np.nan), UnsafeActionError),
+    "a camera": (camera_gone, CameraError),
+    "a full disk": (disk_full, OSError),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_ends_a_run_the_arm_goes_back_to_where_it_lay(end: str) -> None:
+    run = lying()
+    cause, raised = ENDS[end]
+    cause(run)
+    with run.stop, pytest.raises(raised) if raised else contextlib.nullcontext():
+        run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1], START)
+    assert steps(run.sent())[-10:].max() <= SPEED / 30 + 1e-9
+    assert run.robot.calls[-1] == "land"
+    assert [line for line in run.said if "put down" in line and "Ctrl-C" in line and "torque" in line]
+
+
+def test_it_is_let_go_where_it_is_if_so_asked() -> None:
+    run = lying(None)
     run.loop.run()
     assert not [line for line in run.said if "pose" in line]
     assert len(run.sent()) == 30
 
 
-def ctrl_c(run: Bench, after: int, number: int = signal.SIGINT) -> None:
-    """Send the process a signal when so many targets are out, and again at the counts that follow."""
-    run.robot.on_send = lambda: os.kill(os.getpid(), number) if len(run.robot.sent) == after else None
+def test_a_fault_of_the_bus_takes_the_torque_off_at_once() -> None:
+    run = lying()
+    after(run, 10, fails(RobotError("the bus is gone")))
+    with pytest.raises(RobotError):
+        run.loop.run()
+    assert len(run.robot.sent) == 10
+    assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
 
 
-def test_ctrl_c_on_the_way_home_lands_at_once() -> None:
-    run = bench(HOME, REST)
-    ctrl_c(run, 5)
+@pytest.mark.parametrize("trouble", ["stop", "bus"])
+def test_on_the_way_a_further_stop_and_a_fault_of_the_bus_take_the_torque_off_at_once(trouble: str) -> None:
+    run = lying()
+
+    def act() -> None:
+        if len(run.robot.sent) in (10, 15):
+            if trouble == "bus" and len(run.robot.sent) == 15:
+                raise RobotError("the bus is gone")
+            time.sleep(SAME_STOP_S if len(run.robot.sent) == 15 else 0.0)
+            send(signal.SIGINT)()
+
+    run.robot.on_send = act
+    with run.stop, pytest.raises(RobotError) if trouble == "bus" else contextlib.nullcontext():
+        run.loop.run()
+    assert len(run.robot.sent) <= 16
+    assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
+    assert (run.loop.trace.ended_by, run.stop.exit_code) == ("SIGINT", 130)
+
+
+def test_one_stop_that_is_delivered_twice_is_one_stop() -> None:
+    """A terminal that closes, and programs that pass signals on, send it twice within milliseconds."""
+    run = lying()
+    run.robot.on_send = lambda: send(signal.SIGHUP)() if len(run.robot.sent) in (10, 12) else None
     with run.stop:
         run.loop.run()
-    assert len(run.robot.sent) <= 6
-    assert run.robot.calls[-1] == "land"
+    np.testing.assert_allclose(run.sent()[-1], START)
+    assert run.stop.exit_code == 129
+
+
+def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
+    run = bench(HOME, "start")
+    run.robot.rest_pose = np.array(START)
+    after(run, 5, send(signal.SIGINT))
+    with run.stop:
+        run.loop.run()
+    np.testing.assert_allclose(run.sent()[-1], START)
     assert run.stop.exit_code == 130
     assert not run.policy.seen
 
 
-def test_ctrl_c_in_an_episode_rests_first_and_a_second_one_lands_at_once() -> None:
-    run = bench(rest=REST)
-    ctrl_c(run, 10)
-    with run.stop:
-        run.loop.run()
-    np.testing.assert_allclose(run.sent()[-1], REST)
-    assert (run.loop.trace.ended_by, run.stop.exit_code) == ("SIGINT", 130)
+def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered() -> None:
+    run = lying()
+    move, pose = run.robot._move, run.robot.pose.copy()
 
-    run = bench(rest=REST)
-    run.robot.on_send = lambda: os.kill(os.getpid(), signal.SIGINT) if len(run.robot.sent) in (10, 15) else None
-    with run.stop:
-        run.loop.run()
-    assert len(run.robot.sent) <= 16
+    def stuck() -> None:
+        move()
+        run.robot.pose[1] = pose[1]
+
+    run.robot._move = stuck
+    run.loop.run()
     assert run.robot.calls[-1] == "land"
-    assert (run.loop.trace.ended_by, run.stop.exit_code) == ("SIGINT", 130)
+    assert run.clock.now_s() - 100 < 12
+    assert max(abs(sent[1] - pose[1]) for _, sent in run.robot.sent) <= 15, "its goal stays near"
+    assert [line for line in run.said if "WARNING" in line and "shoulder_lift" in line]
 
 
-def test_sigterm_and_faults_land_without_resting() -> None:
-    run = bench(rest=REST)
-    ctrl_c(run, 10, signal.SIGTERM)
-    with run.stop:
-        run.loop.run()
-    assert len(run.robot.sent) <= 11
+@pytest.mark.parametrize(("rest", "left"), [("start", True), (REST, False), (None, True)])
+def test_an_arm_without_such_a_pose_is_left_as_it_was_found(rest, left: bool) -> None:
+    run = bench(rest=rest)
+    run.loop.run()
+    assert run.robot.left_as_found == left
+    assert np.allclose(run.sent()[-1], REST) == (rest == REST)
 
-    run = bench(rest=REST)
 
-    def lost() -> None:
-        if len(run.robot.sent) == 10:
-            raise RobotError("the bus is gone")
+def test_a_gripper_keeps_its_squeeze_from_one_episode_to_the_next() -> None:
+    """Its goal lies within what it holds; begun anew at where it stands, it would open its hand."""
+    run = bench(rest=None, episodes=2, safety=SafetyOptions(max_speed_deg_s=60.0))
+    run.policy.on_action = lambda targets: np.tile([0.0, 0, 0, 0, 0, 30], (len(targets), 1))
+    move = run.robot._move
 
-    run.robot.on_send = lost
-    with pytest.raises(RobotError):
-        run.loop.run()
-    assert len(run.robot.sent) == 10
-    assert run.robot.calls[-1] == "land"
+    def holds() -> None:
+        move()
+        run.robot.pose[5] = max(run.robot.pose[5], 40.0)
+
+    run.robot._move = holds
+    begins = []
+    run.robot.reset = lambda seed: begins.append(len(run.robot.sent))
+    run.loop.run()
+    squeezed = run.sent()[:, 5]
+    assert squeezed[begins[1] - 1] == pytest.approx(30)
+    assert squeezed[begins[1] :].max() == pytest.approx(30)
 
 
 def test_a_joint_that_is_blocked_on_the_way_ends_the_run_as_in_an_episode() -> None:
@@ -161,10 +272,11 @@ def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(pose: tuple[flo
 FLAGS = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
 
 
-MEANINGLESS = ["--home=nowhere", "--home=[1, 2]", "--home=recordings", "--rest=home", "--home_speed_deg_s=0", "--home_speed_deg_s=20"]
+MEANINGLESS = ["--home=nowhere", "--home=[1, 2]", "--home=recordings", "--home=start", "--rest=home", "--home_speed_deg_s=0"]
+ABSURD = ["--home_speed_deg_s=1e-6", "--max_speed_deg_s=1e-6", "--max_following_error_deg=1e-9", "--max_hold_s=1e9", "--reset_time_s=1e9"]
 
 
-@pytest.mark.parametrize("words", [[word] for word in MEANINGLESS])
+@pytest.mark.parametrize("words", [*([word] for word in MEANINGLESS + ABSURD), ["--home_speed_deg_s=20", "--rest=null"]])
 def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
     with pytest.raises(run_flags.UsageError, match=words[0].split("=")[0]):
         run_flags.parse([*FLAGS, *words])
@@ -173,6 +285,8 @@ def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
 def test_flags() -> None:
     config = run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
     assert (config.home, config.rest, config.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
+    assert run_flags.parse(FLAGS).rest == "start"
+    assert run_flags.parse([*FLAGS, "--rest=null"]).rest is None
 
 
 def test_a_dry_run_says_that_it_goes_to_no_pose(capsys: pytest.CaptureFixture[str]) -> None:

@@ -395,7 +395,7 @@ def test_handles_signals_itself_when_nobody_else_does() -> None:
     landed_with = []
     bench.robot.landing, land = LandingReport(port_closed=True, cameras_closed=True), bench.robot.land
 
-    def land_and_be_interrupted() -> LandingReport:
+    def land_and_be_interrupted(as_found: bool) -> LandingReport:
         signal.raise_signal(signal.SIGINT)
         landed_with.append("intact")
         return land()

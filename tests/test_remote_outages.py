@@ -61,7 +61,7 @@ class Run:
         clock, known = MonotonicClock(), self.policy.metadata
         self.robot, self.landed_s, self.error = FakeRobot(clock), 0.0, None
         land = self.robot.land
-        self.robot.land = lambda: setattr(self, "landed_s", time.monotonic()) or land()
+        self.robot.land = lambda *_: setattr(self, "landed_s", time.monotonic()) or land()
         served, joints = self.policy.get_modality_config(), self.robot.joint_names
         binding = RobotBinding(served, known.state_widths, known.action_widths, joints, {"front": "webcam"})
         controller = script.build_controller(config, self.policy, binding, clock, FPS)

@@ -26,7 +26,7 @@ from arm_bench import assert_landed, make_arm, true_joints
 
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
-from gr00t_fast.errors import ConfigError, MissingExtraError, RobotError
+from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
 from gr00t_fast.robots import check_ready, make_robot, serial_ports
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
@@ -239,28 +239,67 @@ def test_an_arm_just_beyond_its_range_begins_with_a_small_step(arm: SO100Followe
     assert np.abs(true_joints(bus) - before).max() < 4
 
 
-def test_an_arm_that_was_left_powered_is_said_and_not_left_so_by_a_start_that_fails(
-    bus: VirtualBus, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def powered(bus: VirtualBus) -> None:
     for servo in bus.servos:
         servo.write(Register.TORQUE_ENABLE, b"\1")
+
+
+@pytest.mark.parametrize("releases", [True, False])
+def test_an_arm_that_was_left_powered_is_said_and_left_as_it_was_by_a_start_that_fails(
+    releases: bool, bus: VirtualBus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    powered(bus)
     missing = {"front": ours.OpenCVCameraConfig(index_or_path=Path("/dev/video99"))}
-    arm = make_arm(bus, tmp_path, cameras=missing)
+    arm = make_arm(bus, tmp_path, cameras=missing, disable_torque_on_disconnect=releases)
     with pytest.raises(RobotError, match="camera 'front'"):
         arm.connect()
     assert "was powered already" in caplog.text
-    assert_landed(bus, arm, arm.land())
-    assert set(arm.land().torque.values()) == {"off"}
-
-
-def test_an_arm_that_was_left_powered_and_shall_hold_stays_so(bus: VirtualBus, tmp_path: Path) -> None:
-    for servo in bus.servos:
-        servo.write(Register.TORQUE_ENABLE, b"\1")
-    arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False, cameras={"front": ours.OpenCVCameraConfig(index_or_path=Path("/dev/video99"))})
-    with pytest.raises(RobotError, match="camera 'front'"):
-        arm.connect()
     assert set(arm.land().torque.values()) == {"held"}, "and so it is said to be powered"
     assert set(bus.torque().values()) == {1}
+
+
+def test_an_arm_that_was_found_powered_is_left_so_unless_it_is_to_be_let_go(bus: VirtualBus, tmp_path: Path) -> None:
+    powered(bus)
+    for as_found, torque in ((True, 1), (False, 0)):
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.send(arm.observe().joints)
+        assert arm.rest_pose is None, "where it would lie is not known"
+        arm.land(as_found)
+        assert set(bus.torque().values()) == {torque}
+
+
+def test_it_knows_where_it_lay_when_its_torque_went_on(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    bus.push("shoulder_lift", 12.0)  # somebody puts it right before it is switched on
+    lay = true_joints(bus)
+    assert arm.rest_pose is None
+    arm.reset()
+    arm.send(lay + 5)
+    np.testing.assert_allclose(arm.rest_pose, lay, atol=0.1)
+    assert arm.land(as_found=True).safe
+    assert set(bus.torque().values()) == {0}
+
+
+def test_a_camera_that_is_gone_keeps_nobody_from_moving_the_arm(bus: VirtualBus, tmp_path: Path) -> None:
+    arm = make_arm(bus, tmp_path)
+    arm.connect()
+    arm.reset()
+
+    class Gone:
+        is_connected, thread, latest_timestamp = False, None, 0.0
+
+        def read_latest(self, max_age_ms: int) -> np.ndarray:
+            raise TimeoutError("no frame")
+
+    arm._follower.cameras["front"] = Gone()
+    with pytest.raises(CameraError, match="front"):
+        arm.observe()
+    target = arm.observe(with_frames=False).joints + 5
+    arm.send(target)
+    time.sleep(0.3)
+    np.testing.assert_allclose(arm.observe(with_frames=False).joints, target, atol=0.2)
 
 
 def test_servos_that_cannot_all_be_found_are_switched_off_all_the_same(bus: VirtualBus, tmp_path: Path) -> None:
@@ -280,7 +319,12 @@ def test_torque_is_held_when_asked(bus: VirtualBus, tmp_path: Path) -> None:
     arm = make_arm(bus, tmp_path, disable_torque_on_disconnect=False)
     arm.connect()
     arm.reset()
+    bus.inject("blocked:servo=3")
+    arm.send(arm.observe().joints + 12)
+    time.sleep(0.4)
     report = arm.land()
+    for servo in bus.servos[:5]:
+        assert abs(servo.word(Register.GOAL_POSITION) - servo.position) <= 3, "a joint that is held up does not push on"
     assert report.safe
     assert set(report.torque.values()) == {"held"}
     assert set(bus.torque().values()) == {1}

@@ -272,8 +272,8 @@ def arm_bench(**options: object) -> Bench:
         move()
         robot.pose = np.where(run.blocked, before, robot.pose)
 
-    def with_loads() -> Observation:
-        seen = observe()
+    def with_loads(*with_frames: bool) -> Observation:
+        seen = observe(*with_frames)
         looks[0] += 1
         if looks[0] % POLL_TICKS == 0 and robot.sent:
             percent = np.minimum(100, 4.65 * np.abs(robot.sent[-1][1] - robot.pose))

@@ -721,7 +721,7 @@ class TestThread:
         robot, policy = FakeRobot(FakeClock()), FakePolicy(FakeClock())
         landed_s: list[float] = []
         land = robot.land
-        robot.land = lambda: landed_s.append(time.monotonic()) or land()
+        robot.land = lambda *_: landed_s.append(time.monotonic()) or land()
         policy.on_action = lambda targets: release.wait(60) and targets if len(policy.seen) > 1 else targets
         controller = ThreadedController(policy, binding(), "go", clock, FPS)
         loop = ControlLoop(robot, controller, LoopOptions(FPS, timeout_s=0.3), clock, StopSignals(), echo=lambda line: None)

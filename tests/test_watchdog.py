@@ -155,6 +155,10 @@ def test_a_run_that_hangs_or_crashes_in_native_code(
 def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
     pid = program.start(bus, tmp_path, options={"disable_torque_on_disconnect": False})
     program.hear("ready")
+    bus.inject("blocked:servo=2,side=1")  # the targets rise: it falls behind
+    time.sleep(0.4)
+    blocked = bus.servos[1]
+    assert blocked.word(Register.GOAL_POSITION) - blocked.position > 20
     os.kill(pid, signal.SIGKILL)
     program.hear("ended")
     began_s = time.monotonic()
@@ -165,6 +169,7 @@ def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_p
     time.sleep(0.3)
     assert set(bus.torque().values()) == {1}
     assert bus.requests == requests, "nobody writes any more"
+    assert all(abs(servo.word(Register.GOAL_POSITION) - servo.position) <= 3 for servo in bus.servos[:5]), "no joint pushes on"
 
 
 def test_a_watchdog_never_speaks_while_the_program_lives(program: Program, bus: VirtualBus, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gr00t_fast import flags
 from gr00t_fast.cli.policy_flags import OutputFlags
 from gr00t_fast.cli.program import execute_queued
 from gr00t_fast.cli.run import RecordedFacts, drive
-from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_robot
+from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_pose, validate_range, validate_robot
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_recorder import dataset_directory
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
@@ -50,6 +50,7 @@ class ReplayConfig(OutputFlags):
     dataset: str = ""  # a LeRobotDataset v3: its directory, or user/name in lerobot's cache; required
     episode: int = 0  # which one, counted from 0
     approach_deg_s: float = 30.0  # how fast the arm goes to where the episode begins
+    rest: list[float] | str | None = "start"  # move slowly there before the torque goes off: where the arm lay, or six joint values; null: nowhere
     seed: int | None = None  # of a simulated scene
     clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350; null: no limit
@@ -77,12 +78,12 @@ def parse(argv: Sequence[str]) -> ReplayConfig:
     config, notes = parse_flags(ReplayConfig, list(argv), file_of=RunConfig, not_from_file=_OUTPUTS)
     validate_robot(config.robot)
     validate_limits(config)
+    validate_pose(config, "rest", ("start",))
     if not config.dataset:
         raise UsageError("--dataset is missing: the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote.")
     if config.episode < 0:
         raise UsageError(f"--episode={config.episode} must not be negative: the first is 0.")
-    if not (math.isfinite(config.approach_deg_s) and config.approach_deg_s > 0):
-        raise UsageError(f"--approach_deg_s={config.approach_deg_s} must be a positive number.")
+    validate_range(config, "approach_deg_s")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return config

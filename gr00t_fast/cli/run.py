@@ -246,7 +246,7 @@ def control_loop(
     safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded, stall)
     begin = tuple(recordings.begin.tolist()) if recordings else None
     home = begin if config.home == "recordings" else config.home and tuple(config.home)
-    rest = {"recordings": begin, "home": home}.get(config.rest) if isinstance(config.rest, str) else config.rest and tuple(config.rest)
+    rest = {"recordings": begin, "home": home, "start": "start"}[config.rest] if isinstance(config.rest, str) else config.rest and tuple(config.rest)
     poses = Poses(home, rest, config.home_speed_deg_s)
     options = LoopOptions(
         fps,
@@ -334,7 +334,7 @@ def announce_landing(landing: LandingReport | None, say: Callable[[str], None] =
             problems = "; ".join(landing.problems) or "not every joint, port and camera could be released"
             print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr, flush=True)
         elif "held" in landing.torque.values():
-            say("WARNING: the arm holds its last pose (--robot.disable_torque_on_disconnect=false): it is still powered.")
+            say("WARNING: the arm is still powered and holds its pose: it was found so, or --robot.disable_torque_on_disconnect=false asks for it.")
 
 
 def exit_code(stop: StopSignals, landing: LandingReport) -> int:

@@ -16,7 +16,7 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S
 from gr00t_fast.control.display import WINDOW, display_target
-from gr00t_fast.control.homing import DEFAULT_HOME_SPEED_DEG_S
+from gr00t_fast.control.homing import DEFAULT_HOME_SPEED_DEG_S, SPEEDS_DEG_S
 from gr00t_fast.control.keys import keys_obstacle
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS
@@ -32,9 +32,15 @@ _SIMULATED_MAX_HOLD_S = 30.0
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 HIDDEN = "(hidden)"  # in a report, in place of a secret
 _USAGE = "usage: gr00t-fast run --robot.type=... --model_path=... --lang_instruction=... [--flag=value ...]"
-EPILOG = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal land the arm and end the run.
+EPILOG = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal put the arm down and end the run; a second one takes its torque off at once.
 exit codes: 0 done, 1 error (the arm has landed), 2 a flag that cannot be understood; 128 + signal when stopped:
 129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."""
+# What makes sense, generously: beyond, the arm would stand still, push or stay powered for days.
+RANGES = {
+    **{"home_speed_deg_s": SPEEDS_DEG_S, "approach_deg_s": SPEEDS_DEG_S, "max_speed_deg_s": (1.0, 1e4), "max_following_error_deg": (1.0, 360.0)},
+    **{"stall_load_percent": (5.0, 100.0), "stall_current_ma": (50.0, 1e4), "stall_after_s": (0.05, 60.0)},
+    **{"max_hold_s": (0.05, 3600.0), "reset_time_s": (0.0, 3600.0), "server_timeout_s": (0.05, 600.0), "server_reconnect_s": (0.05, 3600.0)},
+}
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
 
 
@@ -62,7 +68,7 @@ class RunConfig(OutputFlags, PolicyFlags):
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
     home: list[float] | str | None = None  # move slowly to "[0, -90, 90, 60, 0, 10]", or to where the `recordings` begin, before each episode
-    rest: list[float] | str | None = None  # so before the torque goes off: six joint values, `recordings`, or `home`
+    rest: list[float] | str | None = "start"  # so before its torque goes off; start: where it lay; or six values, `recordings`, `home`, null
     home_speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S  # how fast the arm moves to these poses
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
     stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
@@ -128,18 +134,19 @@ def _validate(config: RunConfig) -> None:
     if config.model_path.strip():
         check_data_config(config.data_config)
     check_at_least_one(config, "denoising_steps", "action_horizon", "episodes")
-    _validate_positive(config, "fps", "timeout", "max_hold_s", "home_speed_deg_s")
+    _validate_positive(config, "fps", "timeout")
+    validate_range(config, "max_hold_s", "reset_time_s", "home_speed_deg_s")
     if config.fps is not None and not FPS_RANGE[0] <= config.fps <= FPS_RANGE[1]:
         raise UsageError(f"--fps={config.fps:g} must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what cameras and the servo bus can do.")
     if config.timeout is not None and config.timeout < 1 / (config.fps or FPS_RANGE[1]):
         raise UsageError(f"--timeout={config.timeout:g} is shorter than one tick: the arm would not move. It counts in seconds.")
-    for name in ("seed", "max_held_ticks", "reset_time_s"):
+    for name in ("seed", "max_held_ticks"):
         value = getattr(config, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UsageError(f"--{name}={value} must not be negative, and finite.")
     _validate_controller(config)
-    _validate_pose(config, "home", ("recordings",))
-    _validate_pose(config, "rest", ("recordings", "home"))
+    validate_pose(config, "home", ("recordings",))
+    validate_pose(config, "rest", ("start", "recordings", "home"))
     if _given(config, "home_speed_deg_s") and config.home is None and config.rest is None:
         raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
     validate_limits(config)
@@ -163,11 +170,7 @@ def validate_robot(robot: RobotConfig | None) -> None:
 
 def validate_limits(config: Any) -> None:
     """Limits and outputs, which programs that move the arm have in common. Raises UsageError."""
-    _validate_positive(config, "max_speed_deg_s", "max_following_error_deg", "stall_load_percent", "stall_current_ma", "stall_after_s")
-    if config.stall_load_percent is not None and config.stall_load_percent > 100:
-        raise UsageError(
-            f"--stall_load_percent={config.stall_load_percent:g} is never reached: 100 is the full drive. Stall protection off: --stall_after_s=null."
-        )
+    validate_range(config, "max_speed_deg_s", "max_following_error_deg", "stall_load_percent", "stall_current_ma", "stall_after_s")
     if config.record_append and not config.record:
         raise UsageError("--record_append needs --record=DIR: the data set to continue.")
     if config.video is not None and config.video.suffix.lower() not in (".mp4", ".gif"):
@@ -179,6 +182,13 @@ def _validate_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value not in (None, "auto") and not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}={value} must be a positive number.")
+
+
+def validate_range(config: Any, *names: str) -> None:
+    for name in names:
+        value, (low, high) = getattr(config, name), RANGES[name]
+        if value not in (None, "auto") and not low <= value <= high:
+            raise UsageError(f"--{name}={value:g} must be from {low:g} to {high:g}.")
 
 
 def _validate_recording(config: RunConfig) -> None:
@@ -212,9 +222,7 @@ def _validate_server(config: RunConfig) -> None:
         raise UsageError("--api_token was left out of the report that --config_path reads: give it again.")
     if config.api_token is not None and not config.api_token:
         raise UsageError("--api_token is empty; leave the flag out for a server that asks for none.")
-    for name in ("server_timeout_s", "server_reconnect_s"):
-        if not (math.isfinite(value := getattr(config, name)) and value > 0):
-            raise UsageError(f"--{name}={value} must be a positive number of seconds.")
+    validate_range(config, "server_timeout_s", "server_reconnect_s")
     if _given(config, "max_hold_s"):
         raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
     if given := _given(config, "denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox"):
@@ -232,7 +240,7 @@ def _given(config: RunConfig, *names: str) -> list[str]:
     return [name for name in names if getattr(config, name) != getattr(RunConfig, name)]
 
 
-def _validate_pose(config: RunConfig, name: str, words: tuple[str, ...]) -> None:
+def validate_pose(config: Any, name: str, words: tuple[str, ...]) -> None:
     pose = getattr(config, name)
     if isinstance(pose, list):
         if len(pose) != len(SO100_JOINTS) or not all(map(math.isfinite, pose)):
@@ -294,7 +302,7 @@ def _notes_on_cameras(robot: RobotConfig) -> list[str]:
 
 
 def _notes_on_poses(config: RunConfig) -> list[str]:
-    given = [f"--{name}" for name in ("home", "rest") if getattr(config, name) is not None]
+    given = [f"--{name}" for name in _given(config, "home", "rest")]
     return [f"{' and '.join(given)}: a dry run sends nothing, the arm does not move there."] if config.dry_run and given else []
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from gr00t_fast.contracts import Observation
-from gr00t_fast.errors import RobotError
+from gr00t_fast.errors import CameraError
 
 CameraFault = Literal["warn", "land"]
 CHECK_EVERY_S = 0.25
@@ -55,7 +55,7 @@ class CameraWatch:
     """Looks at each camera every CHECK_EVERY_S; `events` counts `camera_<fault>` once per onset."""
 
     def __init__(self, action: CameraFault, echo: Callable[[str], None]) -> None:
-        """`action`: warn says it, land raises RobotError."""
+        """`action`: warn says it, land raises CameraError."""
         self._action, self._echo = action, echo
         self._cameras: dict[str, _Camera] = {}
         self._next_s = -np.inf
@@ -64,7 +64,7 @@ class CameraWatch:
         self.events: Counter[str] = Counter()
 
     def __call__(self, observation: Observation) -> None:
-        """After each observation. Raises RobotError with `land`."""
+        """After each observation. Raises CameraError with `land`."""
         for name, age_s in observation.frame_ages_s.items():
             self._judge_age(name, age_s)
         if observation.time_s < self._next_s:
@@ -104,7 +104,7 @@ class CameraWatch:
         what, advice = _WORDS[fault]
         message = f"camera '{name}' {what}. {advice}."
         if self._action == "land":
-            raise RobotError(message)
+            raise CameraError(message)
         self._echo(f"WARNING: {message} (--camera_fault=land ends the run in such a case.)")
 
 

@@ -6,6 +6,7 @@ No network has a part in it. The targets pass through the same limits as a polic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -15,26 +16,29 @@ from gr00t_fast.errors import ConfigError, PreflightError
 DEFAULT_HOME_SPEED_DEG_S = 30.0  # a third of a turn in four seconds: slow enough to see where it goes
 SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
 ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
+SPEEDS_DEG_S = (1.0, 180.0)  # slower, a move would take minutes to hours; faster, it is no slow move
 _SLOWEST = 0.2  # of the speed asked for
+_LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 3.0  # a move that must end in time: a busy machine misses ticks
 _SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
 
 
 @dataclass(frozen=True)
 class Poses:
-    """Joints (J,) in the arm's units, None: do not move there. `home`: before and between episodes. `rest`: before the torque goes off."""
+    """Joints (J,) in the arm's units, None: do not move there. `home`: before and between episodes. `rest`: before the torque goes off; "start": to
+    where the arm lay when the torque went on, for there it lies without, too (Robot.rest_pose)."""
 
     home: tuple[float, ...] | None = None
-    rest: tuple[float, ...] | None = None
+    rest: tuple[float, ...] | Literal["start"] | None = "start"
     speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.speed_deg_s) and self.speed_deg_s > 0):
-            raise ConfigError(f"--home_speed_deg_s must be a positive number, got {self.speed_deg_s}.")
+        if not SPEEDS_DEG_S[0] <= self.speed_deg_s <= SPEEDS_DEG_S[1]:
+            raise ConfigError(f"--home_speed_deg_s must be from {SPEEDS_DEG_S[0]:g} to {SPEEDS_DEG_S[1]:g}, got {self.speed_deg_s}.")
 
     def check(self, limits: np.ndarray, joint_names: tuple[str, ...], units_per_deg: np.ndarray) -> None:
         """Raises PreflightError for a pose with a wrong number of joints, or one that the calibrated arm cannot take; `limits` (J, 2)."""
         for flag, pose in (("home", self.home), ("rest", self.rest)):
-            if pose is None:
+            if pose is None or pose == "start":
                 continue
             if len(pose) != len(joint_names) or not np.isfinite(pose).all():
                 raise PreflightError(f"--{flag} needs {len(joint_names)} finite numbers ({', '.join(joint_names)}), got {list(pose)}.")
@@ -67,6 +71,7 @@ class Move:
         self._near = ARRIVED_DEG * units_per_deg
         way = np.abs(self.pose - start)
         self.ticks = int(np.ceil((way / step).max() - 1e-9))
+        self.longest_s = _LONGEST_TIMES * self.ticks / fps + _LONGEST_SLACK_S
         # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
         self._steps = np.maximum(way / max(1, self.ticks), _SLOWEST * step)
         self._ticks_left = self.ticks + int(np.ceil(SETTLE_S * fps))

@@ -1,4 +1,4 @@
-"""The control loop: observe, infer, send, wait - and always land.
+"""The control loop: observe, infer, send, wait - then put the arm down, and always land.
 
 It knows neither the network nor the servo bus: targets come from a Controller, the arm is a Robot, time is a Clock.
 """
@@ -18,19 +18,18 @@ import numpy as np
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import GAP_S, Controller
-from gr00t_fast.control.homing import Move, Poses
+from gr00t_fast.control.homing import ARRIVED_DEG, Move, Poses
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
-from gr00t_fast.errors import ConfigError, ObservationError, UnsafeActionError
+from gr00t_fast.errors import CameraError, ConfigError, ObservationError, RobotError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
 _LOOK_EVERY_S = 0.04  # at rates below 13 Hz
 _STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to rest, or something blocks it
-_ORDERLY = (None, 0, 130)  # how a run was stopped: not at all, by the program itself (a key, a closed window), by Ctrl-C
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
@@ -49,7 +48,7 @@ class LoopOptions:
     """`timeout_s` per episode (None: until stopped); `dry_run` infers once and sends nothing; `seed` varies with the episode.
 
     `reset_time_s`: how long the arm holds its pose between two episodes.
-    `poses`: where the arm goes before and between episodes, and before its torque goes off (nowhere unless given).
+    `poses`: where the arm goes before and between episodes, and before its torque goes off.
     `camera_fault`: what to do about a camera that shows nothing (CameraWatch; None: nothing).
     `tell_inferences`: say how long each inference and its chunk took.
     """
@@ -103,7 +102,7 @@ class ControlLoop:
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
-        self._moving = False  # to a pose
+        self._with_frames = True  # until the arm is put down
         self._outages = 0
         self._lost = False  # what was planned before is no place to hold
         self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
@@ -112,13 +111,19 @@ class ControlLoop:
         self._plans_s: deque[float] = deque(maxlen=_REMEMBERED_PLANS)
 
     def run(self) -> RunTrace:
-        """Connect, play all episodes, land. Returns normally when done or stopped; raises, after landing, what arm or policy raised."""
+        """Connect, play all episodes, put the arm down, land. Returns normally when done or stopped; raises, after landing, what arm or policy
+        raised."""
         with self._signals:
+            as_found = False
             try:
-                self._until_stopped()
-                self._rest()
+                try:
+                    self._until_stopped()
+                except BaseException as error:
+                    as_found = self._put_down(error)
+                    raise
+                as_found = self._put_down()
             finally:
-                self.trace.landing = self.robot.land()  # outside `armed`: no signal can cut it short
+                self.trace.landing = self.robot.land(as_found)  # outside `armed`: no signal can cut it short
                 self.trace.ended_s = self.clock.now_s()
                 self.session.end(self.trace.ended_by, self.robot.success)
                 self.session.settle()
@@ -140,48 +145,66 @@ class ControlLoop:
                 raise
             self.trace.ended_by = str(self.stop.reason)
 
-    def _rest(self) -> None:
-        """After an orderly end: the time was up, or somebody at the arm stopped the run. A further stop lands at once."""
-        rest = self.options.poses.rest
-        if rest is None or not self.trace.moved or self._moving or self.stop.exit_code not in _ORDERLY:
-            return
+    def _put_down(self, error: BaseException | None = None) -> bool:
+        """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures. A fault of
+        the bus, and a further stop: the torque goes off at once. Returns whether an arm that was found powered may be left so.
+        """
+        if isinstance(error, RobotError) and not isinstance(error, CameraError):
+            return False
         self.stop.obeyed()
+        rest = self.options.poses.rest
+        pose = self.robot.rest_pose if rest == "start" else rest
         try:
             with self.stop.armed():
-                self._go_to(rest, "the rest pose; Ctrl-C takes the torque off at once", as_far_as_it_goes=True)
+                if pose is not None and self.trace.moved:
+                    self._with_frames = False
+                    self.safety.protect()
+                    self._say_put_down(error)
+                    self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
+            return not isinstance(rest, tuple)
         except StopRequested:
-            pass  # to the landing
-        except Exception as error:
-            if not _interrupted(error):
-                raise
+            self.echo("stopped once more: the torque goes off now, where the arm is")
+        except Exception as trouble:
+            if not _interrupted(trouble):
+                if error is None and not isinstance(trouble, UnsafeActionError):
+                    raise
+                self.echo(f"WARNING: the arm is let go on its way: {trouble}")
+        return False
 
-    def _go_to(self, pose: tuple[float, ...] | None, what: str, as_far_as_it_goes: bool = False) -> None:
+    def _say_put_down(self, error: BaseException | None) -> None:
+        cause = self.stop.reason or ("" if error is None else f"{type(error).__name__}: {str(error).partition('. ')[0]}")
+        ending, further = (f"the run ends ({cause})", "Ctrl-C again") if cause else ("the run ends", "Ctrl-C")
+        self.echo(f"{ending}: the arm is put down. {further} takes the torque off at once, wherever the arm is.")
+
+    def _go_to(self, pose: tuple[float, ...] | None, what: str, last: bool = False) -> None:
         """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
-        UnsafeActionError when a joint is blocked on the way, unless the others shall go on."""
+        UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, has an end in time, and a blocked joint does not keep
+        the others."""
         if pose is None:
             return
         poses, robot = self.options.poses, self.robot
-        move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, poses.speed_deg_s, self.options.fps, robot.units_per_deg)
+        observation, stalls = self._observe(), self.safety.stall.count.copy()
+        speed_deg_s = min(poses.speed_deg_s, self.safety.options.max_speed_deg_s or math.inf)
+        move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, speed_deg_s, self.options.fps, robot.units_per_deg)
         pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
-        observation, self._moving, stalls = self._observe(), True, self.safety.stall.count.copy()
+        end_s = self.clock.now_s() + move.longest_s if last else math.inf
         if move.ticks:
             self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
-        while not move.over(self.safety.last, observation.joints, self.safety.stall.held):
+        while self.clock.now_s() < end_s and not move.over(self.safety.last, observation.joints, self.safety.stall.held):
             robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
-            for observer in self.observers:
+            for observer in () if last else self.observers:
                 observer.see(observation)
-            if (blocked := self.safety.stall.count > stalls).any() and not as_far_as_it_goes:
+            if (blocked := self.safety.stall.count > stalls).any() and not last:
                 names = ", ".join(np.array(robot.joint_names)[blocked])
                 raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
             self.session.poll()
             pacer.wait()
             self.stop.check()
-        self._moving = False
         if (away := move.away(observation.joints)).any():
             names = ", ".join(np.array(robot.joint_names)[away])
-            self.echo(f"WARNING: the arm has not quite reached {what.partition(';')[0]}: {names}. Is something in its way?")
+            self.echo(f"WARNING: the arm has not quite reached {what}: {names}. Is something in its way?")
 
     def _connect(self) -> None:
         self.robot.connect()
@@ -256,9 +279,12 @@ class ControlLoop:
 
     def _episode(self, index: int) -> None:
         """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
+        before = self._observe().joints if self.trace.moved else None
         self.robot.reset(None if self.options.seed is None else self.options.seed + index)
         self.controller.reset()
-        self.safety.start(self.robot.observe().joints)
+        joints = self.robot.observe().joints
+        held = before is not None and not (np.abs(joints - before) > ARRIVED_DEG * self.robot.units_per_deg).any()  # the simulated arm leaps home
+        self.safety.start(joints, self.safety.last if held and self._outage_count() == self._outages else None)
         self._go_to(self.options.poses.home, "the home pose")
         self.trace.episodes += 1
         self._loop_began_s = None
@@ -348,7 +374,7 @@ class ControlLoop:
 
     def _look(self) -> Observation:
         with self.stop.atomic():
-            observation = self.robot.observe()
+            observation = self.robot.observe(self._with_frames)
         if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages, self._lost = self._outage_count(), True
             self.safety.start(observation.joints)

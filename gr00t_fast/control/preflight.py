@@ -118,7 +118,7 @@ def check_before_connecting(
 def check_connected(robot: Robot, metadata: PolicyMetadata, joints: np.ndarray, led: bool = False) -> Findings:
     """What needs the arm: its calibrated limits and its present pose (J,) against the training data. Raises nothing.
 
-    `led`: the arm is moved to where it begins; a pose somewhat outside the data is then no finding, one that contradicts the units still is.
+    `led`: the arm is moved to where it begins; a pose somewhat outside the data is then no finding, one far from it a warning.
     """
     findings = Findings()
     if not metadata.state_statistics:  # said before connecting, and waved through
@@ -151,9 +151,10 @@ _UNIT_ADVICE = (
 def _check_pose(findings: Findings, name: str, pose: float, low: float, high: float, unit: str, led: bool) -> None:
     outside = max(low - pose, pose - high)
     if outside > max(POSE_CONTRADICTION_DEG, high - low):
-        findings.problems.append(
-            f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the data's [{low:.0f}, {high:.0f}]. "
-            f"Move the arm to where the recordings began. If it is there already: {_UNIT_ADVICE}"
+        way = "It is led there slowly" if led else "Move the arm to where the recordings began, or let it be led there (--home)"
+        (findings.warnings if led else findings.problems).append(
+            f"{name}: the arm stands at {pose:.0f} {unit}, {outside:.0f} away from the data's [{low:.0f}, {high:.0f}]. {way}. "
+            f"If it is there already: {_UNIT_ADVICE}"
         )
     elif outside > RANGE_SLACK_DEG and not led:
         findings.warnings.append(

@@ -365,7 +365,7 @@ class Outputs:
         print(text, end="", flush=True, file=sys.stderr if self._as_json else sys.stdout)
 
     def _write_files(self, loop: ControlLoop, report: Mapping[str, Any]) -> list[Path]:
-        if self._out is None:
+        if self._out is None or not (loop.trace.episodes or loop.trace.moved):  # a start that was refused leaves nothing behind
             return []
         paths = write_report(report, self._out)
         if len(loop.trace):

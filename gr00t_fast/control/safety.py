@@ -106,12 +106,21 @@ class SafetyFilter:
             raise RuntimeError("SafetyFilter.start(measured) must come before the last target")
         return self._last.copy()
 
-    def start(self, measured: np.ndarray) -> None:
-        """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it. Raises UnsafeActionError."""
+    def protect(self) -> None:
+        """Following error and stall protection are on from here, also where they were switched off: for a move that nobody may be watching."""
+        self.options = replace(self.options, max_following_error_deg=self.options.max_following_error_deg or DEFAULT_MAX_FOLLOWING_ERROR_DEG)
+        if not self.options.stall.enabled:
+            self.options = replace(self.options, stall=StallOptions())
+            self.stall = StallWatch(self.joint_names, self.options.stall, self._units_per_deg, self._echo)
+
+    def start(self, measured: np.ndarray, goal: np.ndarray | None = None) -> None:
+        """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it, or to the `goal` (J,) that the motors
+        still have (a gripper squeezes what it holds). Raises UnsafeActionError."""
         measured = self._checked_shape(measured, "the measured pose")
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
-        self._last = self._measured = self._goal = self._target = measured
+        self._measured = measured
+        self._last = self._goal = self._target = measured if goal is None else goal
         self._measured_s, self._speed = None, np.zeros_like(measured)
         self._speed_from_s = -np.inf
         self._held_in_a_row = 0

@@ -17,6 +17,7 @@ from gr00t_fast.control.signals import StopSignals
 HELP = "keys: right arrow ends the episode, left arrow plays it again, s success, f failure, Esc stops; between episodes t: another instruction"
 _REPEAT_S = 0.7  # a key that is held down repeats sooner, first after up to 0.5 s
 _EXIT_CODE = 1
+_TELL_AFTER_S, SAVE_LIMIT_S = 5.0, 60.0  # pictures are encoded as they come: an episode is saved within seconds, while the arm holds its pose
 
 
 class Session:
@@ -34,6 +35,8 @@ class Session:
         self._last_key, self._last_key_s = "", float("-inf")
         self._typed: str | None = None  # of an instruction that is being typed
         self._playing, self._settled = False, True
+        self._saving_since_s: float | None = None
+        self._told_saving = False
         self._outcome: dict[str, Any] = {}
         self.over = False  # the episode, or the pause after it, is to end now
         self.again = False  # the episode does not count and is to be played again
@@ -93,7 +96,23 @@ class Session:
     def waits(self) -> bool:
         """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
         self._end_with_the_recording()
-        return self.typing or (self._recorder is not None and self._recorder.busy)
+        saving = self._recorder is not None and self._recorder.busy
+        if saving:
+            self._watch_saving()
+        else:
+            self._saving_since_s, self._told_saving = None, False
+        return self.typing or saving
+
+    def _watch_saving(self) -> None:
+        """A recorder that hangs must not keep the arm powered for ever."""
+        now_s = self._now_s()
+        self._saving_since_s = now_s if self._saving_since_s is None else self._saving_since_s
+        since_s = now_s - self._saving_since_s
+        if since_s >= _TELL_AFTER_S and not self._told_saving:
+            self._told_saving = True
+            self._echo(f"WARNING: the episode has not been saved for {since_s:.0f} s; the arm holds its pose, {SAVE_LIMIT_S:.0f} s at most")
+        if since_s >= SAVE_LIMIT_S:
+            self._stop.request(f"the episode was not saved within {SAVE_LIMIT_S:.0f} s: does the disk answer?", _EXIT_CODE)
 
     def settle(self) -> bool:
         """The pause is over, or the run: the last episode is saved, or forgotten. Returns whether it is to be played again. May be called again."""

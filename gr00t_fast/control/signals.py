@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from enum import Enum
 from types import FrameType, TracebackType
 
@@ -30,6 +31,7 @@ SIGNAL_EXIT_BASE = 128
 _STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
 GRACE_S = 0.5  # a transfer on a sound bus takes milliseconds; one that waits for a lost cable must not hold up the landing
 RAISE_AGAIN_S = 0.25  # unwinding to the landing takes less; a lost request is obeyed this much later
+SAME_STOP_S = 0.3  # a closed terminal, make and uv deliver a stop twice within milliseconds: one stop; a person is slower, or presses a third time
 _SOON_S = 0.005  # this module's own code was interrupted: it lasts microseconds
 
 
@@ -55,7 +57,8 @@ class StopSignals:
         self._mode = _Mode.QUIET
         self._request: tuple[str, int] | None = None
         self._obeyed: tuple[str, int] | None = None
-        self._signals = 0
+        self._first_s: float | None = None  # when the first signal came
+        self._further = False  # whether one has come that is no copy of the first
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -96,11 +99,9 @@ class StopSignals:
 
     def obeyed(self) -> None:
         """The request has led to an orderly end, which may take a while: from now on a further one raises. `reason` and `exit_code` stay the first
-        one's. A second signal that has come already counts as the further one."""
+        one's. A second signal that has come already counts as the further one, unless it came within SAME_STOP_S."""
         first = self._obeyed or self._request
-        self._obeyed, self._request = first, None
-        if self._signals > 1:
-            self._request = first
+        self._obeyed, self._request = first, first if self._further else None
 
     def check(self) -> None:
         """Raise StopRequested if the end was asked for; the catch for whatever could not be raised at once."""
@@ -116,8 +117,11 @@ class StopSignals:
         return _Atomic(self)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        first = self._request is None
-        self._signals += 1
+        first, now_s = self._request is None, time.monotonic()
+        self._first_s = now_s if self._first_s is None else self._first_s
+        self._further |= now_s - self._first_s >= SAME_STOP_S
+        if self._obeyed is not None and not self._further:
+            return
         if first:
             self._request = (signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
         if self._mode is _Mode.ATOMIC and first:

@@ -68,6 +68,15 @@ def make_follower(config: SO100FollowerConfig) -> Any:
         ) from error
 
 
+def send_goals(follower: Any, goals: dict[str, float]) -> None:
+    """As the driver's `send_action`, which refuses when a camera is closed: the arm must still be put down then. `goals`: joint -> its unit."""
+    if (limit := follower.config.max_relative_target) is not None:
+        present = follower.bus.sync_read("Present_Position")
+        bounded = require("lerobot.robots.utils", "robot").ensure_safe_goal_position
+        goals = bounded({joint: (goal, present[joint]) for joint, goal in goals.items()}, limit)
+    follower.bus.sync_write("Goal_Position", goals)
+
+
 def to_lerobot_config(config: SO100FollowerConfig) -> Any:
     """The same values in lerobot's own configuration classes. Raises ConfigError for a camera lerobot does not have, and for a setting that the
     installed version does not have."""

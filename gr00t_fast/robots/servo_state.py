@@ -281,6 +281,12 @@ class MotorPower:
         for motor in motors or self._follower.bus.motors:
             self._follower.bus.write("Lock", motor, 0, num_retry=num_retry)
 
+    def stop_pushing(self) -> None:
+        """Goals become where the joints stand: one that is held up shall not push for ever. The gripper goes on holding what it holds."""
+        bus = self._follower.bus
+        positions = bus.sync_read("Present_Position", normalize=False)
+        bus.sync_write("Goal_Position", {joint: positions[joint] for joint in SO100_JOINTS[:GRIPPER]}, normalize=False)
+
     def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
         """First make the present position the goal, else the arm leaps to an old one. Raises RobotError for a joint outside its calibrated range."""
         bus = self._follower.bus

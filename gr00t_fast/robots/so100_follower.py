@@ -19,7 +19,7 @@ from weakref import WeakSet
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.errors import CameraError, ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_message
@@ -80,6 +80,7 @@ class SO100FollowerArm:
         self._found_on: bool | None = None  # whether the servos were powered before this run; None: not known
         self._port_given_up = False
         self._landing: LandingReport | None = None
+        self.rest_pose: np.ndarray | None = None
 
     @property
     def joint_limits(self) -> np.ndarray:
@@ -109,7 +110,7 @@ class SO100FollowerArm:
         if self._follower is not None and self._landing is None:
             raise RobotError("the arm is already connected. Call land() before connecting again.")
         self._landing, self._follower, self._power, self._port_given_up = None, None, None, False
-        self._looped, self._owned, self._found_on, self._goal = False, False, None, None
+        self._looped, self._owned, self._found_on, self._goal, self.rest_pose = False, False, None, None, None
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -124,13 +125,14 @@ class SO100FollowerArm:
         with self._alone("reset"), self._explained("switching the motors on"):
             self._engage()
 
-    def observe(self) -> Observation:
-        """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError."""
+    def observe(self, with_frames: bool = True) -> Observation:
+        """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError, a CameraError
+        where only a camera is to blame."""
         with self._alone("observe"), self._explained("observing"):
             joints, time_s = self._read_joints()
-            taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items()}
+            taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
-            if self._rendered is not None:
+            if with_frames and self._rendered is not None:
                 frames |= self._rendered.frames(joints, while_drawing=self._exchanging)
             goal_deg = None if self._goal is None else self._goal / self.units_per_deg
             self._health.check(time_s, self._power.engaged, joints / self.units_per_deg, goal_deg)
@@ -142,19 +144,20 @@ class SO100FollowerArm:
         Raises RobotError.
         """
         with self._alone("send"), self._explained("sending a goal"):
-            action = self._checked(targets)
+            goals = self._checked(targets)
             self._engage()
-            self._send(action)
-            self._goal = np.array(list(action.values()))
+            self._send(goals)
+            self._goal = np.array(list(goals.values()))
 
-    def land(self) -> LandingReport:
-        """Torque off (or held, as configured), port closed, cameras closed. Never raises; a second call returns the first report."""
+    def land(self, as_found: bool = False) -> LandingReport:
+        """Torque off (or held, as configured), port closed, cameras closed. An arm that was found powered stays so with `as_found`, or when this run
+        has not switched it on. Never raises; a second call returns the first report."""
         if self._landing is None:
             report = LandingReport()
             waited = self._busy.acquire(timeout=0.5)  # a signal handler may land inside observe(): never wait for ourselves
             try:
                 with undisturbed(report.problems):
-                    self._land(report)
+                    self._land(report, as_found)
             finally:
                 if waited:
                     self._busy.release()
@@ -200,6 +203,8 @@ class SO100FollowerArm:
             servo_ids = [motor.id for motor in self._follower.bus.motors.values()]
             self._watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
             self._watchdog.start()
+        if not self._found_on and self.config.disable_torque_on_disconnect:
+            self.rest_pose = self._read_joints()[0]
         self._repeat("configuring the servos", self._power.engage)
         self._read_joints()
 
@@ -310,7 +315,7 @@ class SO100FollowerArm:
         return sum(self.events[name] for name in ("read_retry", "read_failed", "implausible_reading", "status_poll_missed"))
 
     def _read_frame(self, name: str, camera: Any) -> tuple[np.ndarray, float]:
-        """The newest frame, and its age in seconds. Raises RobotError."""
+        """The newest frame, and its age in seconds. Raises CameraError."""
         give_up_s = time.perf_counter() + FRAME_AGAIN_S
         while True:
             self._exchanging()
@@ -319,21 +324,21 @@ class SO100FollowerArm:
                 return camera.read_latest(max_age_ms=OLDEST_FRAME_MS), max(0.0, time.perf_counter() - came_s)
             except Exception as error:
                 if not isinstance(error, TimeoutError) or time.perf_counter() > give_up_s:
-                    raise RobotError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
+                    raise CameraError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
             time.sleep(0.005)
 
     # Sending
 
-    def _checked(self, targets: np.ndarray) -> dict[str, float]:
+    def _checked(self, targets: np.ndarray) -> dict[str, float]:  # joint -> goal
         values = np.asarray(targets, dtype=np.float64)
         if values.shape != (len(SO100_JOINTS),) or not np.isfinite(values).all():
             raise RobotError(f"expected {len(SO100_JOINTS)} finite joint targets, got {targets!r}. They were not sent.")
         inside = np.clip(values, self.joint_limits[:, 0], self.joint_limits[:, 1])
         if not np.array_equal(inside, values):
             self.events["target_clipped"] += 1
-        return {f"{joint}.pos": float(value) for joint, value in zip(SO100_JOINTS, inside, strict=True)}
+        return dict(zip(SO100_JOINTS, inside.tolist(), strict=True))
 
-    def _send(self, action: dict[str, float]) -> None:
+    def _send(self, goals: dict[str, float]) -> None:
         give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
         while True:
             try:
@@ -341,13 +346,11 @@ class SO100FollowerArm:
                 if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._power.restore_if_lost(self._guard.last):
                     self.events["goal_dropped"] += 1  # it was meant for another pose
                 else:
-                    self._follower.send_action(action)
+                    glue.send_goals(self._follower, goals)
                 return
             except EXCHANGE_FAILED as error:
-                closed = [name for name, camera in self._follower.cameras.items() if not camera.is_connected]
-                if closed or time.perf_counter() > give_up_s:
-                    cause = f"camera {', '.join(closed)} was closed" if closed else _one_line(error)
-                    raise RobotError(f"the goal could not be sent on {self.config.port}: {cause}. Check cables and power.") from error
+                if time.perf_counter() > give_up_s:
+                    raise RobotError(f"the goal could not be sent on {self.config.port}: {_one_line(error)}. Check cables and power.") from error
                 self.events["send_retry"] += 1
                 dark = True
             except LINK_LOST as error:
@@ -387,18 +390,21 @@ class SO100FollowerArm:
 
     # Landing
 
-    def _land(self, report: LandingReport) -> None:
+    def _land(self, report: LandingReport, as_found: bool) -> None:
         follower, link = self._follower, self._link
         if follower is None or link is None:
             report.port_closed = report.cameras_closed = True
             return
         touched = self._power.engaged or self._found_on
-        if self._owned and self.config.disable_torque_on_disconnect and self._found_on is None:
+        holds = not self.config.disable_torque_on_disconnect or (self._found_on and (as_found or not self._power.engaged))
+        if self._owned and not holds and self._found_on is None:
             broadcast_torque_off(follower.bus, link)  # they have not all answered, perhaps for want of power: nothing is claimed about them
-        elif self._owned and self.config.disable_torque_on_disconnect:
+        elif self._owned and not holds:
             patience_s = 0.0 if self._port_given_up else LAND_REOPEN_S
             report.torque = release_torque(follower.bus, link, patience_s, report.problems)
         elif touched:
+            if self._power.engaged:
+                attempt("holding the arm where it stands", self._power.stop_pushing, report.problems)
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
         attempt("closing the port", link.close_port, report.problems)
         report.port_closed = not follower.bus.is_connected

@@ -10,8 +10,8 @@ program could not do itself. The end of the input without either means that the 
 is needed is loaded, and a byte for what is heard each time: a watchdog that is frozen is noticed by its silence.
 
 When the program is gone, or breaks its promise, the torque is taken off all servos: by a write to all of them, repeated, then read back from
-each. A program that is still there but silent is killed first, else it would go on sending goals when it wakes up, and each goal switches the
-torque on again.
+each; with `hold`, goals become where the joints stand. A program that is still there but silent is killed first, else it would go on sending goals
+when it wakes up, and each goal switches the torque on again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import sys
 import time
 
 BAUD_RATE = 1_000_000
-TORQUE_REGISTER = 40  # Torque_Enable in Feetech's STS3215 memory table
-_READ, _SYNC_WRITE, _BROADCAST = 0x02, 0x83, 0xFE
+TORQUE_REGISTER, GOAL_REGISTER, POSITION_REGISTER = 40, 42, 56  # Feetech's STS3215 memory table; the positions are words
+_READ, _WRITE, _SYNC_WRITE, _BROADCAST = 0x02, 0x03, 0x83, 0xFE
 DISMISS, CALL = struct.pack("<f", math.nan), struct.pack("<f", -1.0)
 DISMISSED, CALLED, GONE, SILENT, UNENDING = "dismissed", "called", "gone", "silent", "unending"
 SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the program gets so long to say so
@@ -58,7 +58,7 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    left_on, alone = release(serial, port, ids) if mode == "off" else ([], True)
+    left_on, alone = release(serial, port, ids) if mode == "off" else stop_pushing(serial, port, ids)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
@@ -118,7 +118,7 @@ def release(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  # typ
             for _ in range(BLIND_WRITES):
                 line.write(packet(_BROADCAST, _SYNC_WRITE, TORQUE_REGISTER, 1, *(value for servo in ids for value in (servo, 0))))
                 time.sleep(0.002)
-            left_on = [servo for servo in ids if torque_register(line, servo) != 0]
+            left_on = [servo for servo in ids if register(line, servo, TORQUE_REGISTER) != 0]
         if not left_on or time.monotonic() > give_up_s:
             break
         time.sleep(0.02)
@@ -137,19 +137,31 @@ def locked(line) -> bool:  # type: ignore[no-untyped-def]
         time.sleep(0.002)
 
 
-def torque_register(line, servo: int) -> int | None:  # type: ignore[no-untyped-def]
+def stop_pushing(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+    """The arm holds: goals become where the joints stand, for one that is held up shall not push for ever. The last servo is the gripper, which goes
+    on holding what it holds. Returns as `release`."""
+    with contextlib.suppress(OSError, ValueError, *_termios_error()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
+        for servo in ids[:-1] if locked(line) else ():
+            position = register(line, servo, POSITION_REGISTER, 2)
+            if position is not None and register(line, servo, TORQUE_REGISTER) == 1:  # a goal would switch on one that has let go
+                line.write(packet(servo, _WRITE, GOAL_REGISTER, *position.to_bytes(2, "little")))
+                time.sleep(0.002)
+    return [], True
+
+
+def register(line, servo: int, address: int, length: int = 1) -> int | None:  # type: ignore[no-untyped-def]
     """What the servo answers when asked; None when it does not."""
     while line.in_waiting:  # answers to the program's last requests
         line.reset_input_buffer()
         time.sleep(0.002)
-    line.write(packet(servo, _READ, TORQUE_REGISTER, 1))
+    line.write(packet(servo, _READ, address, length))
     heard, end_s = b"", time.monotonic() + ANSWER_S
     while time.monotonic() < end_s:
         heard += line.read(64)
-        start = heard.find(bytes((0xFF, 0xFF, servo, 3)))
-        if start >= 0 and len(heard) >= start + 7:
-            body = heard[start + 2 : start + 7]
-            return body[3] if sum(body[:4]) & 0xFF == 0xFF - body[4] else None
+        start = heard.find(bytes((0xFF, 0xFF, servo, 2 + length)))
+        if start >= 0 and len(heard) >= start + 6 + length:
+            *body, check = heard[start + 2 : start + 6 + length]
+            return int.from_bytes(body[3:], "little") if sum(body) & 0xFF == 0xFF - check else None
         time.sleep(0.001)
     return None
 

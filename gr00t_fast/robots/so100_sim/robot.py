@@ -192,6 +192,7 @@ class SimArm:
 
     name = "so100_sim"
     joint_names = SO100_JOINTS
+    rest_pose = None  # nothing breaks when it falls
 
     def __init__(self, config: SO100SimConfig, clock: Clock | None = None) -> None:
         """Loads nothing yet. Raises ConfigError for a camera that is not simulated, or a clock or a moving block together with `through_bus`."""
@@ -285,7 +286,7 @@ class SimArm:
         drive.send(checked)
         self._played = True
 
-    def land(self) -> LandingReport:
+    def land(self, as_found: bool = False) -> LandingReport:
         """Torque off (or held, as configured). Never raises; a second call returns the first report."""
         if self._landing is None:
             drive, self._drive = self._drive, None
