@@ -1,0 +1,284 @@
+"""Where the arm is when its torque goes off: a real driver on the virtual bus, behind it a simulated arm that gravity pulls down. Real time.
+
+GR00T_FAST_STOPS=200 python -m pytest tests/test_put_down.py -s      # prints the table, and the random stops
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+pytest.importorskip("mujoco")
+
+from arm_bench import make_arm, true_joints
+from control_fakes import FakeClock, FakePolicy
+
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.session import Session
+from gr00t_fast.control.signals import SAME_STOP_S, StopSignals
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
+from gr00t_fast.robots.feetech_bus import Register, VirtualBus
+from gr00t_fast.robots.so100_sim.simulation import ScenePlant
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+
+STOPS = int(os.environ.get("GR00T_FAST_STOPS", "2"))
+REACHED = np.array([25.0, -45.0, 20.0, 45.0, -60.0, 40.0])  # where the policy takes the arm: high above the table
+NEAR_DEG = 5.0
+SPEED_DEG_S = 60.0
+PLAYED_S = 1.2  # until something happens; by then the arm is well away from where it lay
+
+
+class Camera:
+    """One of lerobot's, as the driver's code uses it."""
+
+    is_connected, thread = True, None
+
+    def read_latest(self, max_age_ms: int) -> np.ndarray:
+        if not self.is_connected:
+            raise TimeoutError(f"no frame for {max_age_ms} ms")
+        return np.zeros((32, 40, 3), np.uint8)
+
+    def disconnect(self) -> None:
+        self.is_connected = False
+
+
+class Stand:
+    """A run on an arm that lies on its table. `lay`: where; `let_go`: where it is when the landing begins; both (6,) lerobot degrees."""
+
+    def __init__(self, directory: Path, controller: str = "sync", found: bool = False, **options: Any) -> None:
+        plant = ScenePlant("reach")
+        for _ in range(200):  # four seconds without torque
+            plant.step([None] * 6, 0.02)
+        self.bus = VirtualBus(plant=plant, goal_enables_torque=False)
+        self.bus.start()
+        for servo in self.bus.servos if found else ():
+            servo.set_word(Register.GOAL_POSITION, servo.position)
+            servo.write(Register.TORQUE_ENABLE, b"\1")
+        self.lay = true_joints(self.bus)
+        self.arm, self.clock, self.camera = make_arm(self.bus, directory), MonotonicClock(), Camera()
+        self.stop, self.said, self.hangs = StopSignals(), [], threading.Event()
+        policy = FakePolicy(FakeClock(), cameras=())
+        self.answer: Callable[[np.ndarray], np.ndarray] = lambda targets: targets
+        policy.on_action = lambda targets: self.answer(self._towards(targets[0]))
+        known = policy.metadata
+        binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {})
+        if controller == "sync":
+            source: Any = SyncController(policy, binding, "go", self.clock, 8, max_hold_s=0.5)
+        else:
+            source = ThreadedController(policy, binding, "go", self.clock, 30.0, OverlapOptions(max_hold_s=0.5))
+        source.warm_up()
+        options = {"poses": Poses(speed_deg_s=SPEED_DEG_S), "timeout_s": 6.0, **options}
+        recorder: Any = HungRecorder() if options.pop("recorder_hangs", False) else None
+        self.session = Session(self.stop, recorder=recorder, now_s=lambda: 100 * self.clock.now_s(), echo=self.said.append)  # its patience is short
+        self.loop = ControlLoop(
+            self.arm, source, LoopOptions(30.0, **options), self.clock, self.stop, self._connected, echo=self.said.append, session=self.session
+        )
+        self.land = self.arm.land
+        self.arm.land = self._land
+        self.let_go = np.full(6, np.nan)
+
+    def _connected(self, observation: Any) -> None:
+        self.arm._follower.cameras["front"] = self.camera
+
+    @staticmethod
+    def _towards(here: np.ndarray) -> np.ndarray:
+        """Sixteen rows of three degrees."""
+        rows = [here]
+        for _ in range(16):
+            rows.append(rows[-1] + np.clip(REACHED - rows[-1], -3, 3))
+        return np.array(rows[1:])
+
+    def _land(self, as_found: bool = False) -> Any:
+        if self.arm.land is not self.land:
+            self.let_go, self.arm.land = true_joints(self.bus), self.land
+        return self.land(as_found)
+
+    def run(self, act: Callable[[Stand], None] = lambda stand: None, after_s: float = PLAYED_S) -> Exception | None:
+        """`act` happens in another thread once the arm has moved for so long. Returns what the run raised."""
+
+        def wait_and_act() -> None:
+            while not self.loop.trace.moved and not self.loop.trace.landing:
+                time.sleep(0.01)
+            time.sleep(after_s)
+            if not self.loop.trace.landing:
+                act(self)
+
+        actor = threading.Thread(target=wait_and_act, daemon=True)
+        actor.start()
+        try:
+            with self.stop:
+                self.loop.run()
+        except Exception as error:  # noqa: BLE001 - the outcome, which the caller judges
+            return error
+        finally:
+            self.hangs.set()
+            actor.join(10)
+        return None
+
+    @property
+    def away_deg(self) -> float:
+        """Of the joint that is furthest from where it lay, when the landing began."""
+        return float(np.abs(self.let_go - self.lay).max())
+
+    @property
+    def powered(self) -> bool:
+        return any(self.bus.torque().values())
+
+
+@contextlib.contextmanager
+def standing(directory: Path, **options: Any) -> Iterator[Stand]:
+    stand = Stand(directory, **options)
+    try:
+        yield stand
+    finally:
+        stand.hangs.set()
+        stand.land()
+        stand.bus.close()
+
+
+def signals(*numbers: int) -> Callable[[Stand], None]:
+    def act(stand: Stand) -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(2 * SAME_STOP_S)
+
+    return act
+
+
+def answers(act: Callable[[np.ndarray], np.ndarray]) -> Callable[[Stand], None]:
+    return lambda stand: setattr(stand, "answer", act)
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def act(*_: Any) -> Any:
+        raise error
+
+    return act
+
+
+def hangs(stand: Stand) -> None:
+    stand.answer = lambda targets: (stand.hangs.wait(60), targets)[1]
+
+
+def disk_full(stand: Stand) -> None:
+    stand.loop.observers = [type("Full", (), {"see": raises(OSError(28, "No space left on device"))})]
+
+
+class HungRecorder:
+    """Saves the first episode for ever."""
+
+    busy, failure = True, None
+
+    def add(self, *_: Any, **outcome: Any) -> None:
+        pass
+
+    begin = end = save = add
+
+
+def torque_lost(stand: Stand) -> None:
+    stand.bus.servos[1].write(Register.TORQUE_ENABLE, b"\0")
+
+
+PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exception] | int]] = {  # what happens, options, raised or exit code
+    "time limit": (lambda stand: None, {"timeout_s": 1.2}, 0),
+    "a key, a closed window": (lambda stand: stand.stop.request("Esc"), {}, 0),
+    "Ctrl-C": (signals(signal.SIGINT), {}, 130),
+    "SIGTERM": (signals(signal.SIGTERM), {}, 143),
+    "closed terminal": (signals(signal.SIGHUP), {}, 129),
+    "policy raises": (answers(raises(ValueError("a bug"))), {}, ValueError),
+    "policy answers NaN": (answers(lambda targets: targets * np.nan), {}, UnsafeActionError),
+    "inference hangs, sync": (hangs, {}, InferenceTimeoutError),
+    "inference hangs, threaded": (hangs, {"controller": "threaded"}, InferenceTimeoutError),
+    "camera late or gone": (lambda stand: stand.camera.disconnect(), {}, CameraError),
+    "disk full": (disk_full, {}, OSError),
+    "recorder failed": (lambda stand: stand.stop.request("the recording has ended", 1), {}, 1),
+    "recorder hangs": (lambda stand: None, {"timeout_s": 1.5, "episodes": 2, "recorder_hangs": True}, 1),
+    "a joint blocked on its way up": (lambda stand: stand.bus.inject("blocked:servo=3,side=-1"), {"timeout_s": 3.0}, 0),
+    "bad line": (lambda stand: stand.bus.inject("flip:rate=0.005"), {"timeout_s": 2.5}, 0),
+    "cable out and in again": (lambda stand: stand.bus.inject("unplug:for_s=0.3"), {"timeout_s": 2.5}, 0),
+}
+AT_ONCE = {
+    "second stop": (signals(signal.SIGINT, signal.SIGINT), 130),
+    "servo silent": (lambda stand: stand.bus.inject("silent:servo=3"), RobotError),
+    "servo without torque": (torque_lost, RobotError),
+    "overheating": (lambda stand: stand.bus.inject("error:servo=3,bits=4"), RobotError),
+    "watchdog ended": (lambda stand: stand.arm._watchdog._process.kill(), RobotError),
+}
+
+
+def tell(name: str, stand: Stand, error: Exception | None) -> None:
+    joint = SO100_JOINTS[int(np.abs(stand.let_go - stand.lay).argmax())]
+    print(f"| {name} | {stand.away_deg:.1f} deg ({joint}) | {type(error).__name__ if error else f'exit {stand.stop.exit_code or 0}'} |")
+
+
+def ended_as(stand: Stand, error: Exception | None, expected: type[Exception] | int) -> bool:
+    return error is None and (stand.stop.exit_code or 0) == expected if isinstance(expected, int) else isinstance(error, expected)
+
+
+@pytest.mark.parametrize("fault", PUT_DOWN)
+def test_the_arm_is_where_it_lay_when_its_torque_goes_off(fault: str, tmp_path: Path) -> None:
+    act, options, expected = PUT_DOWN[fault]
+    with standing(tmp_path, **options) as stand:
+        error = stand.run(act)
+        tell(fault, stand, error)
+        assert ended_as(stand, error, expected), (error, stand.said)
+        assert stand.loop.trace.moved
+        assert stand.away_deg < NEAR_DEG, stand.said
+        assert not stand.powered
+        assert stand.loop.trace.landing.safe
+        time.sleep(0.5)
+        assert np.abs(true_joints(stand.bus) - stand.let_go).max() < NEAR_DEG, "it does not fall from there"
+
+
+@pytest.mark.parametrize("fault", AT_ONCE)
+def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: Path) -> None:
+    act, expected = AT_ONCE[fault]
+    with standing(tmp_path) as stand:
+        error = stand.run(act)
+        tell(fault, stand, error)
+        assert ended_as(stand, error, expected), (error, stand.said)
+        assert stand.away_deg > NEAR_DEG, "it does not take the time to move"
+        assert not stand.powered
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_arm_that_was_found_powered_is_left_where_it_stands(dry_run: bool, tmp_path: Path) -> None:
+    with standing(tmp_path, found=True, dry_run=dry_run) as stand:
+        assert stand.run(signals(signal.SIGTERM), 0.5) is None
+        assert set(stand.bus.torque().values()) == {1}
+        assert set(stand.loop.trace.landing.torque.values()) == {"held"}
+        assert (stand.away_deg < 1) == dry_run
+
+
+def test_random_stops_find_the_arm_where_it_lay(tmp_path: Path) -> None:
+    rng, worst = random.Random(1), 0.0
+    kinds = ["Ctrl-C", "SIGTERM", "closed terminal", "camera late or gone", "policy raises", "inference hangs, sync", "disk full"]
+    for number in range(STOPS):
+        fault, after_s = rng.choice(kinds), rng.uniform(0, 2.5)
+        with standing(tmp_path, controller=rng.choice(["sync", "threaded"])) as stand:
+            stand.run(PUT_DOWN[fault][0], after_s)
+            worst = max(worst, stand.away_deg)
+            assert stand.away_deg < NEAR_DEG, (number, fault, after_s, stand.said)
+            assert not stand.powered, (number, fault, after_s)
+            time.sleep(0.2)
+            assert not stand.powered, (number, fault, after_s)
+    print(f"{STOPS} random stops: at most {worst:.1f} deg from where it lay")
