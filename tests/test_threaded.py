@@ -793,7 +793,7 @@ def test_flags() -> None:
     assert "--smoothing=rtc" in usage_error("--roll_forward", "--controller=threaded", "--smoothing=rtc")
     assert "--when_late=resume" in usage_error("--roll_forward", "--when_late=resume")
     assert cli.parse([*_FLAGS, "--max_hold_s=5"]).max_hold_s == 5.0
-    assert "positive" in usage_error("--controller=threaded", "--max_hold_s=0")
+    assert "from 0.05" in usage_error("--controller=threaded", "--max_hold_s=0")
     assert cli.parse([*_FLAGS, "--controller=threaded", "--max_hold_s=null"]).max_hold_s is None
     assert "rtc" in usage_error("--controller=threaded", "--smoothing=rct")
     for flag in ("--controller=", "--roll_forward", "--chunk_threshold=", "--smoothing=", "--when_late=", "--max_hold_s="):
