@@ -147,8 +147,7 @@ class ControlLoop:
 
     def _put_down(self, error: BaseException | None = None) -> bool:
         """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures. A fault of
-        the bus, and a further stop: the torque goes off at once. Returns whether an arm that was found powered may be left so.
-        """
+        the bus, and a further stop: the torque goes off at once. Returns whether an arm that was found powered is to be left so."""
         if isinstance(error, RobotError) and not isinstance(error, CameraError):
             return False
         self.stop.obeyed()
@@ -156,12 +155,12 @@ class ControlLoop:
         pose = self.robot.rest_pose if rest == "start" else rest
         try:
             with self.stop.armed():
-                if pose is not None and self.trace.moved:
-                    self._with_frames = False
-                    self.safety.protect()
-                    self._say_put_down(error)
-                    self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
-            return not isinstance(rest, tuple)
+                if pose is None or not self.trace.moved:
+                    return True
+                self._with_frames = False
+                self.safety.protect()
+                self._say_put_down(error)
+                self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
         except StopRequested:
             self.echo("stopped once more: the torque goes off now, where the arm is")
         except Exception as trouble:
