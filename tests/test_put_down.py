@@ -52,6 +52,10 @@ class Camera:
 
     is_connected, thread = True, None
 
+    @property
+    def latest_timestamp(self) -> float:
+        return time.perf_counter()
+
     def read_latest(self, max_age_ms: int) -> np.ndarray:
         if not self.is_connected:
             raise TimeoutError(f"no frame for {max_age_ms} ms")

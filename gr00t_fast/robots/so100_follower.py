@@ -324,7 +324,9 @@ class SO100FollowerArm:
                 return camera.read_latest(max_age_ms=OLDEST_FRAME_MS), max(0.0, time.perf_counter() - came_s)
             except Exception as error:
                 if not isinstance(error, TimeoutError) or time.perf_counter() > give_up_s:
-                    raise CameraError(f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it.") from error
+                    raise CameraError(
+                        f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it."
+                    ) from error
             time.sleep(0.005)
 
     # Sending
