@@ -391,9 +391,10 @@ def test_a_recording_that_cannot_be_reported_does_not_hide_why_the_run_ended(
     assert "error: servo 3 is silent" in capsys.readouterr().err
 
 
-def test_an_arm_that_never_moved_gets_no_report(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_arm_that_never_moved_gets_no_report(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world.robot.on_observe = raising(RobotError("camera 'front' cannot be opened"))
-    assert world.run() == 1
+    assert world.run(f"--out={tmp_path}") == 1
+    assert not list(tmp_path.iterdir()), "the corrected command runs as it is"
     captured = capsys.readouterr()
     assert captured.err == "error: camera 'front' cannot be opened\n"
     assert captured.out.splitlines()[-2:] == ["connecting to the arm ...", "The arm was not moved: the run ended before the first target was sent."]
