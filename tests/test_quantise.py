@@ -270,7 +270,8 @@ def test_the_worst_for_its_work_is_kept_first_and_no_more_than_needed() -> None:
 def test_nan_is_above_every_limit_and_goes_first(order: tuple[str, str]) -> None:
     kept, total = _chosen({"good": 0.1, "broken": float("nan")}, dict.fromkeys(order, 0.5), limit=1e9)
     assert total.p99 == pytest.approx(0.1)
-    assert kept["broken"] and kept["good"] is None
+    assert kept["broken"]
+    assert kept["good"] is None
 
 
 # --- the program

@@ -276,8 +276,8 @@ def keep_sensitive(
     left = [group for group in groups if group.name in alone]
     kept = {group.name: f"less than {NEGLIGIBLE:.1%} of the multiplications" for group in groups if group.name not in alone}
     total = error_of(left) if left else None
-    while left and not total.p99 <= limit:  # not: NaN is above every limit
-        worst = max(left, key=lambda group: np.nan_to_num(alone[group.name].rms ** 2 / group.work, nan=np.inf, posinf=np.inf))  # NaN compares with none
+    while left and not total.p99 <= limit:  # not: NaN is above every limit, and compares with none
+        worst = max(left, key=lambda group: np.nan_to_num(alone[group.name].rms ** 2 / group.work, nan=np.inf, posinf=np.inf))
         left.remove(worst)
         kept[worst.name] = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
         total = error_of(left) if left else None
