@@ -94,7 +94,7 @@ def test_an_ordinary_camera_is_not_suspected(frame: Callable[[int], np.ndarray],
 def test_a_camera_that_is_slower_than_the_arm_is_said_once_and_its_age_reported(rate_hz: int) -> None:
     bench = Bench(timeout_s=8.0)
     seen = bench.robot.observe
-    bench.robot.observe = lambda: replace(seen(), frame_ages_s={"front": bench.clock.now_s() % (1 / rate_hz)})
+    bench.robot.observe = lambda *_: replace(seen(), frame_ages_s={"front": bench.clock.now_s() % (1 / rate_hz)})
     bench.loop.run()
     too_slow = rate_hz <= 4
     assert bench.loop.trace.events.get("camera_old", 0) == too_slow
