@@ -234,6 +234,7 @@ def test_presets_parse_and_flags_win() -> None:
     sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=place"])
     assert isinstance(sim.robot, SO100SimConfig)
     assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "place", "Reach the block")
+    assert (real.data_config, sim.data_config) == (None, None)  # N1.5's default; an N1.7 checkpoint with other keys refuses a name
 
 
 @pytest.mark.parametrize(("words", "speed"), [(["--max_step_deg=5"], 150.0), (["--max_step_deg", "null"], None)])

@@ -329,7 +329,7 @@ def test_addresses(address: str) -> None:
 def test_metadata_flags_and_presets_go_with_a_server() -> None:
     cli.parse([*SIM, "--server=tcp://a:1", "--model_path=m", "--data_config=so100_dualcam", "--embodiment_tag=gr1"])
     preset = Path(__file__).parent.parent / "configs" / "so100_sim.yaml"
-    assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=server"]).data_config == "so100"
+    assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=server"]).server == "tcp://a:1"
 
 
 def test_a_token_is_in_no_report() -> None:
