@@ -34,7 +34,7 @@ class ConfigError(Gr00tFastError, ValueError):
 
 
 class CheckpointError(Gr00tFastError, ValueError):
-    """The checkpoint directory is incomplete, damaged, or not GR00T N1.5."""
+    """The checkpoint directory is incomplete, damaged, or not GR00T N1.5 or N1.7."""
 
 
 class EngineError(Gr00tFastError, RuntimeError):
@@ -62,7 +62,7 @@ class CameraError(RobotError):
 
 
 class UnsafeActionError(Gr00tFastError, RuntimeError):
-    """The policy kept returning actions that must not reach the motors (NaN or infinite)."""
+    """The policy returned actions that must not reach the motors (NaN or infinite)."""
 
 
 class InferenceTimeoutError(Gr00tFastError, RuntimeError):

@@ -22,6 +22,11 @@ class StateTransformN1d7:
         """Key -> number of values."""
         return {f"state.{part.name}": part.width for part in self._embodiment.state}
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """Key -> what its values become."""
+        return {f"state.{part.name}": part.mode for part in self._embodiment.state}
+
     def __call__(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
         """`state.<part>` (B, T, D) -> float32 (B, T x P). Raises ObservationError for values that overflow."""
         embodiment = self._embodiment

@@ -49,7 +49,7 @@ def checked_data_config(checkpoint: Checkpoint, embodiment_tag: str, given: str 
 def target_of(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> Target:
     """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises as `checked_data_config`."""
     name = given if given is None or isinstance(given, str) else "module:ClassName"
-    return Target(checkpoint, embodiment_tag, checked_data_config(checkpoint, embodiment_tag, given), name)
+    return Target(checkpoint, checkpoint.tag_of(embodiment_tag), checked_data_config(checkpoint, embodiment_tag, given), name)
 
 
 def policy_metadata_of(

@@ -1,4 +1,5 @@
-"""From an observation to what goes into an engine, and from an engine's actions to joint targets: all that GR00T N1.5 needs around its network.
+"""From an observation to what goes into an engine, and from an engine's actions to joint targets: what both networks
+need around them, and all that GR00T N1.5 does.
 
 Axis alphabet: B batch, H horizon, D joint values of a part, A padded action width, L rows of a prefix.
 """

@@ -49,9 +49,11 @@ def test_actions_come_back_in_robot_order_whatever_the_order_of_parts() -> None:
         {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.zeros((15, 1))},
         {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.zeros(16)},
         {"action.single_arm": np.zeros((0, 5)), "action.gripper": np.zeros((0, 1))},
+        {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.full((16, 1), "1.5")},
+        {"action.single_arm": np.zeros((16, 5)), "action.gripper": np.full((16, 1), 1 + 2j)},
     ],
 )
-def test_wrong_action_shapes_are_refused(actions: dict) -> None:
+def test_wrong_actions_are_refused(actions: dict) -> None:
     with pytest.raises(UnsafeActionError, match="policy"):
         binding().action_targets(actions)
 

@@ -272,7 +272,7 @@ def test_the_pause_between_episodes_is_for_arms_whose_scene_somebody_puts_back()
 
 def checkpoint_of(directory: Path, horizon: object = 16, cameras: tuple[str, ...] = ("webcam",)) -> str:
     """The two small files of a checkpoint that are looked at before torch is imported."""
-    (directory / "experiment_cfg").mkdir()
+    (directory / "experiment_cfg").mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"action_head_cfg": {"action_horizon": horizon}}))
     entry = {"modalities": {"video": {name: {} for name in cameras}}}
     (directory / "experiment_cfg" / "metadata.json").write_text(json.dumps({"new_embodiment": entry}))
@@ -297,6 +297,7 @@ def test_flags_that_contradict_the_checkpoint_are_told_before_it_is_loaded(case:
 
 
 def test_a_checkpoint_that_is_odd_is_left_for_loading_to_explain(tmp_path: Path) -> None:
+    script.check_checkpoint(cli.parse([*SIM, checkpoint_of(tmp_path / "good"), "--embodiment_tag=NEW_EMBODIMENT"]))  # a name of NVIDIA's
     config = cli.parse([*SIM, checkpoint_of(tmp_path, horizon="many"), "--action_horizon=20"])
     script.check_checkpoint(config)
     (tmp_path / "config.json").unlink()

@@ -24,6 +24,7 @@ from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine.manifest import Digests, Target
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
+from gr00t_fast.metadata import target_of
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
 from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view_size
 from gr00t_fast.policy import Gr00tPolicy
@@ -83,6 +84,10 @@ def test_a_chunk_continues_another_one_in_joint_units(policy: Gr00tPolicy, metho
     assert gap < free
 
 
+def test_what_is_done_to_an_observation_can_be_shown(policy: Gr00tPolicy) -> None:
+    assert "'state.single_arm': 'min_max'" in repr(policy.transforms)
+
+
 def test_the_nested_form_gives_the_same(policy: Gr00tPolicy) -> None:
     seen, start = observation(), noise(policy)
     nested = {
@@ -135,6 +140,8 @@ def test_data_configs_and_tags_that_do_not_fit_are_refused(tiny: Path) -> None:
     load_policy(tiny, data_config="so100_dualcam", device="cpu")
     with pytest.raises(ConfigError, match="unknown embodiment_tag 'gr1'.*--embodiment_tag=new_embodiment"):
         load_policy(tiny, embodiment_tag="gr1", device="cpu")
+    checkpoint = open_checkpoint(tiny)
+    assert target_of(checkpoint, "NEW_EMBODIMENT", None) == target_of(checkpoint, TAG, None), "names of NVIDIA's EmbodimentTag are in capitals"
 
 
 def test_exports_of_n1d5_from_before_still_fit(tmp_path: Path) -> None:

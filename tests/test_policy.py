@@ -229,7 +229,9 @@ class EmbodimentTag(Enum):
     NEW_EMBODIMENT = "new_embodiment"
 
 
-@pytest.mark.parametrize("changes", [{"embodiment_tag": EmbodimentTag.NEW_EMBODIMENT}, {"device": torch.device("cpu")}])
+@pytest.mark.parametrize(
+    "changes", [{"embodiment_tag": EmbodimentTag.NEW_EMBODIMENT}, {"embodiment_tag": "NEW_EMBODIMENT"}, {"device": torch.device("cpu")}]
+)
 def test_values_of_nvidias_types_are_accepted(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray, changes: dict) -> None:
     assert _same(load_policy(checkpoint, **{**LOAD, **changes}).get_action(observation(), noise=noise), policy.get_action(observation(), noise=noise))
 
@@ -418,6 +420,8 @@ def test_another_resolution_is_resized_and_told_once(checkpoint: Path, noise: np
         ("engine", "eagr", ConfigError, "unknown engine 'eagr'. Did you mean 'eager'"),
         ("engine", "int8", ConfigError, "'int8' is gone. Use openvino"),
         ("engine", "triton", ConfigError, "Use cuda_graph"),
+        ("engine", "cuda_graph", ConfigError, "'cuda_graph' needs a CUDA GPU"),
+        ("engine", "compiled", ConfigError, "compiler.*CXX=no-such-compiler"),
         ("prompt_style", "bracketed", ConfigError, "unknown prompt_style"),
         ("processor_path", "/nowhere", CheckpointError, "processor_path /nowhere holds no tokenizer"),
         ("seed", -1, ConfigError, "seed must be a whole number from 0"),
@@ -432,6 +436,7 @@ def test_wrong_options_are_found_before_weights_are_read(
         raise AssertionError("weights were read")
 
     monkeypatch.setattr("gr00t_fast.policy.load_model", load_model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(error, match=pattern):
         load_policy(**({"model_path": checkpoint, **LOAD, option: value}))
     assert issubclass(error, Gr00tFastError)

@@ -340,8 +340,9 @@ def test_without_a_gpu_it_says_what_to_use_instead(engines: Path, checkpoint: Pa
 
 
 def test_another_device_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"runs on CUDA GPUs.*--device=cpu"):
-        cuda_device("cpu")
+    for name in ("cpu", "gpu", "cuda:first"):
+        with pytest.raises(ConfigError, match=rf"runs on CUDA GPUs.*--device={name}"):
+            cuda_device(name)
 
 
 def manifest_with(**details: object) -> Manifest:

@@ -63,25 +63,29 @@ class Checkpoint:
     processor: ProcessorFiles | None = None
     state_history: int = 1
 
+    def tag_of(self, tag: str) -> str:
+        """As the files have it: names of NVIDIA's EmbodimentTag are in capitals."""
+        known = self.raw_metadata if self.processor is None else self.processor.statistics
+        return tag if tag in known or tag.lower() not in known else tag.lower()
+
     def embodiment(self, tag: str) -> EmbodimentMetadata:
         """Of N1.5. Raises ConfigError for an unknown tag, and for a checkpoint of N1.7."""
         if self.processor is not None:
             raise ConfigError(f"{self.path} is a GR00T N1.7 checkpoint, and this works with N1.5 only so far.")
-        return parse_metadata(self.raw_metadata, tag)
+        return parse_metadata(self.raw_metadata, self.tag_of(tag))
 
     def embodiment_n1d7(self, tag: str) -> EmbodimentN1d7:
         """Of N1.7. Raises ConfigError for an unknown tag, CheckpointError for damaged files."""
         head = self.config.head
         sizes = {"state_dim": head.state_dim // self.state_history, "state_history": self.state_history}
         sizes |= {"action_dim": head.action_dim, "action_horizon": head.action_horizon, "embodiments": head.embodiments}
-        return self.processor.embodiment(tag, sizes)
+        return self.processor.embodiment(self.tag_of(tag), sizes)
 
     def record_of(self, tag: str) -> Any:
         """All that the small files say of an embodiment, and nothing of others, as it stands there. Raises ConfigError and CheckpointError."""
         if self.processor is None:
-            self.embodiment(tag)
-            return self.raw_metadata[tag]
-        return self.processor.record(tag, self.row_of(tag))
+            return self.raw_metadata[self.embodiment(tag).tag]
+        return self.processor.record(self.tag_of(tag), self.row_of(tag))
 
     def trained_cameras(self, tag: str) -> dict[str, tuple[int, ...]]:
         """`video.<camera>` -> width and height of the training videos, or nothing where the checkpoint does not say. Raises as `record_of`."""
@@ -91,7 +95,7 @@ class Checkpoint:
 
     def row_of(self, tag: str) -> int:
         """The row of the per-embodiment weights. Raises ConfigError and CheckpointError."""
-        return EMBODIMENT_ROWS[tag] if self.processor is None else self.embodiment_n1d7(tag).row
+        return EMBODIMENT_ROWS[self.tag_of(tag)] if self.processor is None else self.embodiment_n1d7(tag).row
 
 
 def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision: str | None = None, letterbox: str = "auto") -> Checkpoint:
@@ -303,7 +307,7 @@ class _Read:
 def _fill(reads: list[_Read], progress: Progress | None) -> None:
     total = sum(read.size_bytes for read in reads)
     done = 0
-    with ThreadPoolExecutor(_READ_THREADS) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
         for size in pool.map(_Read.run, reads):
             done += size
             if progress:

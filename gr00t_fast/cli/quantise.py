@@ -42,7 +42,7 @@ class QuantiseConfig(OutputFlags, SampleFlags, CheckpointFlags):
             --format=int8 --target=openvino --observations=./my-lerobot-dataset
 
     openvino and tensorrt take INT8 weights and activations with scales from the calibration; tensorrt takes FP8 (E4M3) too, on GPUs that have it.
-    onnxruntime rounds activations with scales found at run time and needs no --observations. Calibration runs on ONNX Runtime's CPU kernels.
+    onnxruntime rounds activations with scales found at run time and needs no --observations. Calibration runs in torch, on the CPU.
     """
 
     onnx: Path  # export to begin with (gr00t-fast export onnx)
@@ -100,8 +100,9 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
     from gr00t_fast.export.quantize import write_quantised_export
     from gr00t_fast.metadata import target_of
 
-    for package in ("onnx", "onnxruntime", *(["openvino"] if config.target == "openvino" else [])):
-        require(package, "openvino" if package == "openvino" else "export")
+    require("onnx", "export")
+    if config.target != "tensorrt":  # its files are ONNX
+        require(config.target, "openvino" if config.target == "openvino" else "export")
     check_free(config.out, config.overwrite)
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)

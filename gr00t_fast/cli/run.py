@@ -283,9 +283,9 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
 
 
 def check_checkpoint(config: RunConfig) -> None:
-    """Raises ConfigError where the small files of a local checkpoint contradict the flags: before torch is imported and weights are read.
+    """Raises ConfigError where the small files of a local N1.5 checkpoint contradict the flags: before torch is imported.
 
-    Whatever else is wrong with those files is left for loading to explain.
+    Whatever else is wrong with those files, and what N1.7's say, is left for loading to explain.
     """
     directory = Path(config.model_path).expanduser()
     try:
@@ -294,10 +294,11 @@ def check_checkpoint(config: RunConfig) -> None:
         cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    if config.embodiment_tag not in cameras:
+    tag = config.embodiment_tag if config.embodiment_tag in cameras else config.embodiment_tag.lower()
+    if tag not in cameras:
         has = ", ".join(f"--embodiment_tag={tag}" for tag in cameras) or "none"
         raise ConfigError(f"--embodiment_tag={config.embodiment_tag}: the checkpoint has no statistics for it. It has: {has}.")
-    check_trained_cameras(load_data_config(config.data_config), cameras[config.embodiment_tag])
+    check_trained_cameras(load_data_config(config.data_config), cameras[tag])
     if config.action_horizon is not None and config.action_horizon > horizon:
         raise ConfigError(
             f"--action_horizon={config.action_horizon} is more than the {horizon} actions this checkpoint was trained to predict. Use 1 to {horizon}."

@@ -175,6 +175,8 @@ class RobotBinding:
         targets = np.empty((horizons.pop(), self._joint_count), np.float32)  # (H, J)
         for part, joints in self._action.items():
             values = np.asarray(actions.get(f"action.{part}", ()))
+            if values.dtype.kind not in "fiu" and values.size:  # NumPy would take text and complex numbers too
+                raise UnsafeActionError(f"the policy returned action.{part} of dtype {values.dtype}, expected real numbers. Nothing was sent.")
             if values.shape != (len(targets), len(joints)):
                 raise UnsafeActionError(
                     f"the policy returned action.{part} of shape {values.shape}, expected {(len(targets), len(joints))} (steps, joints). "

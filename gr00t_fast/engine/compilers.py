@@ -19,7 +19,7 @@ def check_compiler(engine: str, device_type: str) -> None:
     """Raises ConfigError where Inductor would find no C++ compiler for a CPU, or triton no C compiler or no headers of Python for a GPU."""
     if device_type == "cpu":
         _check("CXX", _CXX, f"engine '{engine}' needs a C++ compiler on a CPU", "Install g++", "eager")
-    elif sys.platform == "linux" and not _has_built_before():  # triton for Windows brings its own
+    elif not _has_built_before():
         _check("CC", _C, f"engine '{engine}' needs a C compiler", "Install gcc", "cuda_graph")
         include = sysconfig.get_paths("posix_prefix")["include"]
         if not (Path(include) / "Python.h").is_file():

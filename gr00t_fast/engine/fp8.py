@@ -34,6 +34,7 @@ def prepare(name: str, directory: Path, target: Target, device: torch.device) ->
     Raises EngineError and StaleEngineError, naming the command to run.
     """
     check_gpu(device)
+    check_compiler(NAME, device.type)
     return functools.partial(fp8_engine, calibration=read_calibration(directory, target))
 
 

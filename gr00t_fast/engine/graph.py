@@ -26,7 +26,7 @@ from gr00t_fast.model import Network
 from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
-_KEPT_RECORDINGS = 8  # each holds its own buffers and intermediate results, some 100 MB
+_KEPT_RECORDINGS = 8  # each holds its own buffers; intermediate results are in one pool of all
 _TRITON_CAPABILITY = (8, 0)  # bf16 tensor cores, and asynchronous copies to shared memory, which the tile sizes count on
 
 CheckCall = Callable[[int, Continuation | None], None]  # (denoising steps, continuation) -> raises ConfigError for a call that the engine cannot do
@@ -124,11 +124,16 @@ def cuda_graph_engine(model: Network, kernels: Kernels = "torch") -> GraphEngine
 def compiled_engine(model: Network) -> GraphEngine:
     """`compiled`: on a CUDA GPU, or on a CPU, where it needs a C++ compiler, and memory for a second copy of the weights, packed as the matrix
     products want them. Raises ConfigError for another device, or without the compiler."""
-    if model.device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"engine 'compiled' runs on CUDA and CPUs, but the model is on {model.device}. Use --engine=eager.")
-    check_compiler("compiled", model.device.type)
+    check_compiled("compiled", model.device)
     fused = fused_model(model)
     return GraphEngine("compiled", fused, compiled(fused.stages(), any_length=model.device.type == "cuda"))
+
+
+def check_compiled(engine: str, device: torch.device) -> None:
+    """Raises ConfigError where `compiled` cannot run."""
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"engine '{engine}' runs on CUDA and CPUs, but the model is on {device}. Use --engine=eager.")
+    check_compiler(engine, device.type)
 
 
 def check_cuda(engine: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from gr00t_fast.engine.base import Engine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.graph import compiled_engine, cuda_graph_engine
+from gr00t_fast.engine.graph import check_compiled, check_cuda, compiled_engine, cuda_graph_engine
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Network
 
@@ -27,6 +27,8 @@ ENGINES: dict[str, Callable[[Network], Engine]] = {
     "cuda_graph": cuda_graph_engine,
     "compiled": compiled_engine,
 }
+# What some of them need of the machine: (name, device) -> raises ConfigError.
+_NEEDS = {"cuda_graph": check_cuda, "compiled": check_compiled}
 # ... and engines over exported files, which read no torch weights: their classes are imported when they are asked for. Each is made with
 # (directory, Target, device, precision), checks the export's manifest, and has `device` and `dtype` besides what an Engine has.
 EXPORTED = {
@@ -45,8 +47,7 @@ _FORMER = {
 
 
 def make_engine(name: str, model: Network) -> Engine:
-    """An engine over the torch model. `auto` takes the fastest one that has been shown to give the same
-    numbers on the model's device."""
+    """An engine over the torch model; `auto` is eager."""
     check_engine(name)
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"engine '{name}' needs files besides the torch model: load_policy opens it. Expected one of: {', '.join(ENGINES)}.")
@@ -54,11 +55,13 @@ def make_engine(name: str, model: Network) -> Engine:
 
 
 def prepare_engine(name: str, engine_path: str | Path | None, target: Target | None, device: torch.device) -> MakeEngine:
-    """`make_engine` for every engine over the torch model, in two parts: its files and the GPU are checked now, before weights are read, and what
-    is returned makes it. Files lie in `engine_path`, by default in `<checkpoint>/exports/<engine>`.
+    """`make_engine` for every engine over the torch model, in two parts: its files, the GPU and the compiler are checked now, before weights are
+    read, and what is returned makes it. Files lie in `engine_path`, by default in `<checkpoint>/exports/<engine>`.
 
-    Raises EngineError and StaleEngineError, naming the command to run.
+    Raises EngineError and StaleEngineError, naming the command to run, and ConfigError for a device or compiler that the engine cannot use.
     """
+    if name in _NEEDS:
+        _NEEDS[name](name, device)
     if name not in CALIBRATED:
         return functools.partial(make_engine, name)
     module, _, prepare = CALIBRATED[name].partition(":")

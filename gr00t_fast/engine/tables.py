@@ -18,7 +18,7 @@ _WORDS = {1: np.uint8, 2: np.int16, 4: np.int32}  # NumPy knows no bf16: rows tr
 
 
 class ExportTables:
-    """tables.safetensors, opened but not read: an inference looks up some thirty of 150 000 embedding rows."""
+    """tables.safetensors, opened but not read: an inference looks up a row for each token of its prompt, of 150 000."""
 
     def __init__(self, directory: Path, remedy: str) -> None:
         """`remedy`: the command that makes the export with other step counts. Raises CheckpointError for a damaged file."""

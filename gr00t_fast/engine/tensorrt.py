@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -208,7 +209,7 @@ def check_capability(manifest: Manifest, here: str, remedy: str) -> None:
 
 def cuda_device(name: str) -> torch.device:
     """`auto` or `cuda` -> the current CUDA GPU. Raises EngineError without one, ConfigError for another kind of device."""
-    if name != "auto" and torch.device(name).type != "cuda":
+    if name != "auto" and not re.fullmatch(r"cuda(:\d+)?", name):
         raise ConfigError(f"the engine 'tensorrt' runs on CUDA GPUs, asked for was --device={name}. Use --device=cuda, or --engine=onnxruntime.")
     if not torch.cuda.is_available():
         raise EngineError(

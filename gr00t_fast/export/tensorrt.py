@@ -34,13 +34,13 @@ from gr00t_fast.engine.manifest import (
     sha256_of_json,
     varying_sizes,
 )
+from gr00t_fast.engine.tables import TABLES_NAME
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt_capability import check_capabilities, check_precisions, describe, parse_capabilities, precisions_of
 from gr00t_fast.export.tensorrt_stage import OnPhase, Range, Request, run_stage
 from gr00t_fast.files import atomic_write
 from gr00t_fast.metadata import target_of
 
-TABLES = "tables.safetensors"
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 _RECORD_NAME, _TIMING_CACHE_NAME = ".built.json", ".timing_cache"
 
@@ -264,8 +264,8 @@ def _write_record(out: Path, record: Mapping[str, Any]) -> None:
 
 def _take_tables(source: Manifest, options: BuildOptions) -> None:
     """Beside the engines, as a second name of the same file where the system allows: the embedding alone has 600 MB."""
-    theirs, ours = options.onnx / TABLES, options.out / TABLES
-    if ours.is_file() and Digests(options.out).of([ours]) == [source.files[TABLES]["sha256"]]:
+    theirs, ours = options.onnx / TABLES_NAME, options.out / TABLES_NAME
+    if ours.is_file() and Digests(options.out).of([ours]) == [source.files[TABLES_NAME]["sha256"]]:
         return
     with atomic_write(ours) as partial:
         try:
@@ -290,7 +290,7 @@ def _manifest(
         "workspace_mb": request.workspace_mb,
         "onnx": {"command": source.command, "versions": dict(source.versions), "details": dict(source.details)},
     }
-    keep = {stage["file"] for stage in stages.values()} | {TABLES}
+    keep = {stage["file"] for stage in stages.values()} | {TABLES_NAME}
     files = {name: entry for name, entry in describe_files(options.out, digests).items() if name in keep}
     most = max(profile[TOKENS][2] for profile in request.profiles)
     return replace(
@@ -313,7 +313,7 @@ def as_table(rows: Iterable[BuiltStage]) -> str:
     lines = [f"{'stage':<14}{'layers':>8}{'MB':>8}{'parse s':>9}{'build s':>9}{'peak MB':>9}  {'read back':<16}why"]
     for row in rows:
         facts, check = row.facts, row.facts["check"]
-        peak = "-" if facts["peak_memory_bytes"] is None else f"{facts['peak_memory_bytes'] / 1e6:.0f}"
+        peak = f"{facts['peak_memory_bytes'] / 1e6:.0f}"
         read_back = {True: "yes", False: "not on this GPU", None: "parsed"}[check["deserialised"]]
         numbers = f"{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{facts['parse_s']:>9.1f}{facts['build_s']:>9.1f}{peak:>9}"
         lines.append(f"{row.name:<14}{numbers}  {read_back:<16}{row.reason}")

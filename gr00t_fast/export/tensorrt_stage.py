@@ -27,6 +27,7 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.errors import EngineError, Gr00tFastError
 from gr00t_fast.export.tensorrt_capability import rtx_capabilities
 from gr00t_fast.files import atomic_write
+from gr00t_fast.measurement import peak_rss_bytes
 
 Range = tuple[int, int, int]  # least, usual and most of a dimension
 _REPORT_EVERY_S = 0.25
@@ -104,7 +105,7 @@ def build(request: Request, reporter: Reporter) -> dict[str, Any]:
         "warnings": sorted({message for severity, message in log.lines if severity == "WARNING"}),
     }
     reporter.phase("checking", now=True)
-    return {**facts, "check": check_plan(trt, plan), "peak_memory_bytes": peak_memory_bytes(), "version": library.version_of(trt)}
+    return {**facts, "check": check_plan(trt, plan), "peak_memory_bytes": peak_rss_bytes(), "version": library.version_of(trt)}
 
 
 def _parse(parser: Any, onnx_file: str) -> None:
@@ -240,18 +241,6 @@ def _monitor(trt: ModuleType, reporter: Reporter) -> Any:
             self.steps.pop(phase, None)
 
     return Monitor()
-
-
-def peak_memory_bytes() -> int | None:
-    """Largest resident memory of this process so far, file mappings included; None where the system does not tell.
-
-    Not `getrusage`: what the parent held when it started this process counts there too.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
-    return None if line is None else int(line.split()[1]) * 1024
 
 
 def _end_with_parent(engine: Path, finished: threading.Event) -> None:
