@@ -255,6 +255,7 @@ def test_a_late_answer_does_not_pass_for_the_next_one(tmp_path: Path) -> None:
         assert arm.events["stale_bytes"] == 1
         assert driver.port_handler.ser.in_waiting == 0, "dropped, not left for the next request"
         assert arm.events["read_retry"] == 0
+        assert_landed(bus, arm, arm.land())
 
 
 def test_answers_still_under_way_do_not_disturb_the_landing(tmp_path: Path) -> None:

@@ -498,6 +498,9 @@ def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100Fo
         if not before:
             return type(serial).read(serial, length)
         time.sleep(before.pop())
+        give_up_s = time.monotonic() + 5
+        while serial.in_waiting < 6 * 8 and time.monotonic() < give_up_s:  # a busy machine may be later than that
+            time.sleep(0.001)
         return b""  # it was asked before the answer came, and next is the look at the clock
 
     def read_all(*args: object, **options: object) -> dict:
@@ -507,11 +510,14 @@ def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100Fo
 
     here = arm.observe().joints
     serial.read, arm._follower.bus.sync_read = read, read_all
+    thrown_away = 0
     for tick in range(80):
-        (before, after, [])[tick % 3].append(0.06)
         arm.send(here + (60 if tick // 10 % 2 else -60))
+        (before, after, [])[tick % 3].append(0.06)
+        retries = arm.events["read_retry"]
         arm.observe()
-    assert not {"read_retry", "implausible_reading", "reading_jumped"} & set(arm.events)
+        thrown_away += arm.events["read_retry"] - retries if tick % 3 == 0 else 0
+    assert (thrown_away, arm.events["implausible_reading"], arm.events["reading_jumped"]) == (0, 0, 0)
     arm._guard.forget()
     after.append(0.6)  # longer than the arm's patience: a first reading needs a second one, which is asked for all the same
     arm.observe()
