@@ -5,12 +5,10 @@
     python benchmarks/bench_engines.py --model_path=DIR --engines eager openvino=exports/openvino-int8  # these two; the export lies there
     python benchmarks/bench_engines.py --size=full --device=cuda --stages --rounds=1000                 # random weights, made on the GPU
     python benchmarks/bench_engines.py --network=n1.7                                                    # random weights of N1.7's network
-    python benchmarks/bench_engines.py --kernels --engines none    # the Triton kernels one by one; without a GPU: TRITON_INTERPRET=1 in front
 
-`gr00t-fast bench` compares them; this adds networks with random weights, stages against their floor, kernels one by one, calls at a rate, and engines
-for comparison: `cuda_graph+triton` is the CUDA graph over the Triton
-kernels; `fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action
-head behind our pre-processing).
+`gr00t-fast bench` compares them; this adds networks with random weights, stages against their floor, calls at a rate, and more to compare with:
+`fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action head
+behind our pre-processing).
 """
 
 from __future__ import annotations
@@ -28,23 +26,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from benchmarks.lib.program import checkpoint_of, finish, provenance
-from benchmarks.stage_calls import measure_kernels, measure_stages
+from benchmarks.stage_calls import measure_stages
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.calibration import Calibration
-from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Network
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.random_checkpoint import network_config, random_network, write_random_checkpoint
+from gr00t_fast.random_checkpoint import random_network, write_random_checkpoint
 
-NONE, REFERENCE, TRITON = "none", "reference", "cuda_graph+triton"
+REFERENCE = "reference"
 _USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=full] [--engines NAME ...] [--flag=value ...]"
 
 
@@ -55,8 +51,7 @@ class BenchEnginesConfig(BenchConfig):
     network: NetworkName = "n1.5"  # with random weights; a --model_path tells its own
     size: Literal["tiny", "demo", "full"] = "demo"  # of the network with random weights
     calibration_frames: int = 16  # random ones, for fp8 without a calibration; they tell speed and little else
-    stages: bool = False  # also each stage against its floor, and on a GPU its kernels
-    kernels: bool = False  # also the Triton kernels, one by one
+    stages: bool = False  # also each stage against its floor
     at_hz: float = 0.0  # also calls at this rate, idle in between as in a control loop; 0: none
     at_hz_seconds: float = 20.0  # how long
     out: Path = Path("outputs/bench_engines")  # directory for JSON and table
@@ -65,7 +60,7 @@ class BenchEnginesConfig(BenchConfig):
 class LaboratoryBench(Bench):
     """With networks of random weights, fp8 calibrated on the spot, and engines that are no user's choice."""
 
-    names = (*ARMS[:2], TRITON, *ARMS[2:], REFERENCE)
+    names = (*ARMS, REFERENCE)
     compared_with = (*Bench.compared_with, REFERENCE)
     options: BenchEnginesConfig
 
@@ -93,8 +88,6 @@ class LaboratoryBench(Bench):
             return self.policy(reference_engine(self.path, self.options.embodiment_tag, self.device, self.dtype)), word_of(self.dtype)
         if name in CALIBRATED:
             return self._fp8(directory), name
-        if name == TRITON:
-            return self.policy(cuda_graph_engine(self.shared, "triton")), word_of(self.dtype)
         return super().open(name, directory)
 
     def _fp8(self, directory: Path | None) -> Gr00tPolicy:
@@ -146,18 +139,14 @@ def run(options: BenchEnginesConfig) -> dict[str, Any]:
     device = select_device(options.device)
     dtype = select_precision(options.precision, device)
     result: dict[str, Any] = {"benchmark": "bench_engines", "device": str(device), "precision": word_of(dtype)}
-    if options.kernels:
-        result["kernels"] = kernels(options, device, dtype)
-    if options.engines != [NONE]:
-        result |= _compare(options, device, dtype)
-    return result | provenance(options.seed)
+    return result | _compare(options, device, dtype) | provenance(options.seed)
 
 
 def _compare(options: BenchEnginesConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     bench = LaboratoryBench(options, device, dtype)
     found = compare(bench) | {"at_hz": options.at_hz}
     policies = {name: arm.pop("policy") for name, arm in found["engines"].items()}
-    if options.at_hz:  # before the profiler of --stages comes: it slows down what comes after it
+    if options.at_hz:
         for name, arm in found["engines"].items():
             arm["at_hz_ms"] = percentiles(paced(policies[name], options))
     for name, arm in found["engines"].items():
@@ -175,28 +164,8 @@ def paced(policy: Gr00tPolicy, options: BenchEnginesConfig) -> list[float]:
     return times
 
 
-def kernels(options: BenchEnginesConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """On a GPU at the shapes of --size; elsewhere at tiny ones, in Triton's interpreter (TRITON_INTERPRET=1), for equality alone."""
-    from gr00t_fast.engine.kernels.launch import INTERPRETED
-
-    if (device.type == "cuda") == INTERPRETED:
-        raise ConfigError(f"--kernels on {device}: put TRITON_INTERPRET=1 before the command on a CPU, and leave it out on a GPU.")
-    from benchmarks.lib.kernel_pairs import Randoms, all_pairs
-
-    config = ModelConfig.from_dicts(*network_config("tiny" if INTERPRETED else options.size, published_vocabulary=False))
-    pairs = all_pairs(config, 37 if INTERPRETED else 288, Randoms(dtype, device, options.seed), eight_bit=True)
-    with torch.no_grad():
-        return measure_kernels(pairs, device, dtype, min(options.rounds, 50))
-
-
 def as_table(result: dict[str, Any]) -> str:
-    rows = []
-    for name, f in result.get("kernels", {}).items():
-        cells = ", ".join(f"{each} {us:.2f}" for each, us in f["us"].items()) + f" us, floor {f['floor_us']:.2f}" if "us" in f else "interpreted"
-        rows.append(f"{name:<54} error {f['error']:.0e}  {cells}")
-    if "engines" not in result:
-        return "\n".join(rows)
-    return "\n".join([*rows, *table_rows(result, partial(_more_rows, result)), verdict(result, apart_from=REFERENCE)])
+    return "\n".join([*table_rows(result, partial(_more_rows, result)), verdict(result, apart_from=REFERENCE)])
 
 
 def _more_rows(result: dict[str, Any], arm: Mapping[str, Any]) -> list[str]:
@@ -208,9 +177,8 @@ def _more_rows(result: dict[str, Any], arm: Mapping[str, Any]) -> list[str]:
 
 
 def _stage_row(stage: str, f: dict[str, Any]) -> str:
-    kernels = f"{f['kernels']} kernels, idle {f['idle_ms']:.3f} ms" if "kernels" in f else ""
     floor = f"floor {f['floor_ms']:.3f} ms, {f['gflop']:.1f} GFLOP, {f['weight_mb']:.0f} MB" if "floor_ms" in f else ""
-    return f"    {stage:<14} p50 {f['time_ms']['p50']:>9.3f} ms  {floor}  {kernels}".rstrip()
+    return f"    {stage:<14} p50 {f['time_ms']['p50']:>9.3f} ms  {floor}".rstrip()
 
 
 if __name__ == "__main__":

@@ -296,8 +296,11 @@ class Gr00tPolicy(Policy):
         timer = timer or StageTimer(self.engine.synchronise)
         with timer.stage("preprocess"):
             known = self.processor.known_rows(prefix, inputs)
-            if known and not self.engine.continues:
-                raise ConfigError(f"the engine '{self.engine.name}' cannot continue a chunk. Use --engine=eager, or --smoothing=none or ensemble.")
+            if known and prefix.method not in self.engine.continues:
+                possible = ", ".join((*sorted(self.engine.continues), "none", "ensemble"))
+                raise ConfigError(
+                    f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
+                )
             options = {"continuation": self.processor.continuation(known, prefix, inputs)} if known else {}
             start = self._noise(noise, inputs.batch)  # last: a refused observation uses up no noise
         answer = self.engine.run(inputs, start, self._denoising_steps, timer, **options)

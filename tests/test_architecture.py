@@ -15,9 +15,7 @@ OPTIONAL = (
     *("lerobot", "scservo_sdk", "serial", "mujoco", "matplotlib", "imageio", "imageio_ffmpeg", "zmq", "msgpack", "onnx", "onnxruntime"),
     *("tensorrt", "tensorrt_rtx", "transformers", "diffusers", "psutil", "pandas", "PIL", "rerun", "gr00t", "triton"),
 )
-NEEDS_TRITON = (
-    "gr00t_fast.engine.kernels."  # Triton kernels are decorated when their module is imported: only engine/triton_engine.py does, when asked
-)
+NEEDS_TRITON = "gr00t_fast.engine.fp8_kernel"  # a kernel is decorated when its module is imported
 IMPORT_BUDGET_S = 1.5
 # Module of each optional package -> the requirement of setup.cfg that brings it.
 REQUIREMENT_OF = {

@@ -21,7 +21,7 @@ from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.calibration import SCALES_NAME, read_calibration
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fp8 import check_call, prepare
+from gr00t_fast.engine.fp8 import prepare
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
@@ -203,12 +203,12 @@ def test_load_policy_says_what_is_missing_before_it_reads_weights(tiny: Path, ca
 
 
 def test_in_the_fused_model_the_rounded_layers_do_what_they_do_in_the_plain_one(tiny: Path, calibrated: Path) -> None:
-    """What the engine runs but for the compiler and the kernels of the steps, which have tests of their own; gate and up are one layer here."""
+    """What the engine runs but for the compiler and the kernel of the steps, which have tests of their own; gate and up are one layer here."""
     rounded = rewritten(load_network(tiny), read_calibration(calibrated, target_for(tiny)).scales, emulated=True)
     twin = EagerEngine(rounded)
     twin.device, twin.dtype = rounded.device, rounded.dtype
     expecting = load_policy(tiny, engine=twin, denoising_steps=2)
-    policy = load_policy(tiny, engine=GraphEngine("fp8", FusedModel(rounded), check_call=check_call), denoising_steps=2)
+    policy = load_policy(tiny, engine=GraphEngine("fp8", FusedModel(rounded), continues=frozenset({"prefix"})), denoising_steps=2)
     seen, noise = policy.example_observation("pick"), np.random.default_rng(0).standard_normal((1, 16, 32)).astype(np.float32)
     got, expected = policy.get_action(seen, noise=noise), expecting.get_action(seen, noise=noise)
     # rounding falls to the other side now and then

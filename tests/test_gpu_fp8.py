@@ -17,8 +17,10 @@ from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fp8 import fp8_engine, has_product
 from gr00t_fast.engine.quantized import (
     Fp8Linear,
+    Fp8WeightLinear,
     InputScale,
     emulated_fp8_product,
+    emulated_fp8_weight_product,
     fp8_product,
     inverse_of,
     rewritten,
@@ -59,6 +61,22 @@ def test_fp8_products_are_the_twins_up_to_the_order_of_sums(rows: int, width: in
         own = None if bias is None else bias.to(dtype)
         got, expected = (product(given, weight, *scales, own, dtype).float() for product in (fp8_product, emulated_fp8_product))
         assert (got - expected).norm() < 5e-3 * expected.norm()  # 16-bit answers, and 14 bits of running sums on Hopper
+
+
+@pytest.mark.parametrize("rows", [41, 49, 98])
+@pytest.mark.parametrize(("width", "outputs"), [(1536, 1536), (1536, 6144), (6144, 1536), (1536, 4608)])
+def test_the_product_of_few_rows_is_its_twins_and_the_same_bits_each_time(rows: int, width: int, outputs: int) -> None:
+    """The second half would show races, which the interpreter, running one program after the other, cannot have."""
+    needs()
+    from gr00t_fast.engine.fp8_kernel import fp8_weight_product
+
+    generator = torch.Generator("cuda").manual_seed(rows + width)
+    layer = Fp8WeightLinear(torch.nn.Linear(width, outputs, device="cuda", dtype=torch.bfloat16))
+    x = torch.randn(rows, width, device="cuda", generator=generator).bfloat16()
+    given = (x, layer.weight, layer.weight_scale, layer.bias)
+    got, expected = fp8_weight_product(*given), emulated_fp8_weight_product(*given)
+    assert (got.float() - expected.float()).norm() < 5e-3 * expected.float().norm()
+    assert all(torch.equal(fp8_weight_product(*given), got) for _ in range(20))
 
 
 @pytest.fixture(scope="module")

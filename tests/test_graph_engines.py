@@ -1,7 +1,7 @@
 """The computation that CUDA graphs record, run as it stands on a CPU through the policy: frames to joint units, batches, continued chunks.
 
 On a CPU nothing is recorded, and here nothing is compiled, which takes a minute even for a small network. The whole way with the compiler:
-`GR00T_FAST_COMPILE=1 python -m pytest tests/test_graph_engines.py`. Recordings are for tests/test_capture.py and tests/test_gpu_graph.py.
+`GR00T_FAST_COMPILE=1 python -m pytest tests/test_graph_engines.py`. Recordings are for tests/test_fakecuda.py and tests/test_gpu_graph.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from random_networks import Sizes, cast, load_network, observation, random_input
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine import fp8, kernels, make_engine
+from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
-from gr00t_fast.engine.graph import GraphEngine, check_triton, cuda_graph_engine
-from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten
+from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
+from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten, round_layers
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
 from gr00t_fast.model import Condition, Network
 from gr00t_fast.random_checkpoint import write_random_checkpoint
@@ -180,22 +180,12 @@ def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytes
         make_engine("compiled", model)
 
 
-def test_gpus_that_the_triton_kernels_are_not_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(ConfigError, match=r"need compute capability 8.0, but this GPU has 7.5. Use --engine=cuda_graph"):
-        check_triton("cuda_graph", torch.device("cuda"))
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    with pytest.raises(ConfigError, match="ROCm"):
-        check_triton("cuda_graph", torch.device("cuda"))
-
-
 def test_without_triton_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.startswith("gr00t_fast.engine.kernels.")]:  # which other tests may have imported
-        monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(kernels, name.rpartition(".")[2], raising=False)
-    with pytest.raises(MissingExtraError, match=r"'triton'.*gr00t_fast\[triton\]"):
-        FusedModel(load_network(write_network(tmp_path)), "triton", "triton")
+    monkeypatch.delitem(sys.modules, "gr00t_fast.engine.fp8_kernel", raising=False)
+    model = load_network(write_network(tmp_path))
+    with pytest.raises(MissingExtraError, match=r"'triton'.*\[triton\]"):
+        round_layers(model, {name: InputScale(1.0) for name in linear_layers(model)})
 
 
 def test_on_a_gpu_what_loads_a_kernel_is_looked_for_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -246,10 +236,10 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load_network(write_network(directory, SIZES) if request.param == "n1.5" else write_network_n1d7(directory))
 
 
-def traced(fused: FusedModel, names: tuple[str, ...] | None, any_length: bool) -> Stages:
+def traced(fused: FusedModel, any_length: bool) -> Stages:
     """`backend="eager"` traces as Inductor would and runs the trace as it is; a graph break is an error."""
     torch.compiler.reset()
-    return compiled(fused.stages(), names, any_length, backend="eager")
+    return compiled(fused.stages(), any_length, backend="eager")
 
 
 def rounded(model: Network) -> Network:
@@ -259,25 +249,36 @@ def rounded(model: Network) -> Network:
 
 
 @pytest.mark.parametrize(
-    ("make", "names", "any_length", "mode"),
+    ("make", "any_length", "mode"),
     [
-        (lambda model: model, None, True, contextlib.nullcontext()),
-        (lambda model: model, None, False, torch.device("cpu")),
-        (rounded, fp8.COMPILED, True, torch.device("cpu")),
+        (lambda model: model, True, contextlib.nullcontext()),
+        (lambda model: model, False, torch.device("cpu")),
+        (rounded, True, torch.device("cpu")),
     ],
     ids=["compiled on a GPU", "compiled on a CPU", "fp8"],
 )
-def test_every_stage_is_traced_whole(network: Network, make, names, any_length: bool, mode) -> None:
+def test_every_stage_is_traced_whole(network: Network, make, any_length: bool, mode) -> None:
     """In what the engines call them in; twice where a caller has chosen a default device, which is a TorchFunctionMode: dynamo cannot trace all of
     torch's methods in one (Tensor.unflatten is such a method)."""
     fused = fused_model(make(network))
-    stages, tables = traced(fused, names, any_length), fused.step_tables(2)
+    stages, tables = traced(fused, any_length), fused.step_tables(2)
     inputs, start = inputs_for(network.config)
     with torch.no_grad():
-        expected = fused.stages()(inputs, start, tables)
+        expected = fused.stages()(inputs, fused.constants(inputs), start, tables)
         with mode:
-            got = stages(inputs, start, tables)
+            got = stages(inputs, fused.constants(inputs), start, tables)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patches", [(4, 4), (4, 6), (6, 2)])
+def test_pictures_of_any_shape_give_the_eager_actions(tmp_path: Path, patches: tuple[int, int]) -> None:
+    """N1.7: another grid has other positions in the tower, other tokens and other places in the prompt."""
+    model = load_network(write_network_n1d7(tmp_path))
+    inputs, start = inputs_for(model.config, 2, patches=patches)
+    expected, fused = EagerEngine(model).run(inputs, start, 2, StageTimer()), fused_model(model)
+    with torch.no_grad():
+        got = fused.stages()(inputs, fused.constants(inputs), start, fused.step_tables(2))
+    assert (got - expected).norm() / (expected - start).norm() < 1e-5
 
 
 @pytest.mark.parametrize("any_length", [True, False])
@@ -295,7 +296,12 @@ def test_many_prompt_lengths_can_be_compiled(tmp_path: Path, any_length: bool) -
     for extra in range(9):
         inputs, start = random_inputs(fused.config, text_tokens=7 + extra)
         with torch.no_grad():
-            torch.testing.assert_close(stages(inputs, start, tables), fused.stages()(inputs, start, tables), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                stages(inputs, fused.constants(inputs), start, tables),
+                fused.stages()(inputs, fused.constants(inputs), start, tables),
+                rtol=1e-4,
+                atol=1e-5,
+            )
     assert versions == (5 if any_length else 1 + 4 * 9)
 
 
@@ -334,20 +340,20 @@ def test_a_second_engine_over_the_same_model_shares_the_packed_weights(tmp_path:
 def test_every_stage_gives_what_the_plain_one_gives(tmp_path: Path, sizes: Sizes) -> None:
     """fp32, each stage from the plain one's inputs."""
     model = load_network(write_network(tmp_path / "network", sizes))
-    plain, fused, (inputs, start) = Stages.of_plain(model), FusedModel(model), random_inputs(model.config, batch=2, cameras=2)
-    ours, tables, times = fused.stages(), model.head.step_tables(3), fused.step_tables(3)
+    fused, (inputs, start) = FusedModel(model), random_inputs(model.config, batch=2, cameras=2)
+    ours, tables, times, constants = fused.stages(), model.head.step_tables(3), fused.step_tables(3), fused.constants(inputs)
     with torch.no_grad():
-        tokens = plain.encode_vision(inputs.pixel_values)
-        features = plain.encode_language(inputs, tokens)
-        condition = plain.condition(plain.refine(features), inputs.state)
+        tokens = model.encode_vision(inputs.pixel_values)
+        features = model.encode_language(inputs, tokens)
+        condition = model.head.condition(model.head.refine(features), inputs.state)
         pairs = [
-            (ours.encode_vision(inputs.pixel_values), tokens),
-            (ours.encode_language(inputs, tokens), features),
-            (ours.refine(features), plain.refine(features)),
-            *zip(_tensors(ours.condition(plain.refine(features), inputs.state)), _tensors(condition), strict=True),
+            (ours.encode_vision(inputs.pixel_values, constants), tokens),
+            (ours.encode_language(inputs.input_ids, tokens, constants), features),
+            (ours.refine(features), model.head.refine(features)),
+            *zip(_tensors(ours.condition(model.head.refine(features), inputs.state, constants)), _tensors(condition), strict=True),
             (
                 ours.velocity(start, condition, times.tau[1], times.modulation[1]),
-                plain.velocity(start, condition, tables.tau[1], tables.modulation[1]),
+                model.head.velocity(start, condition, tables.tau[1], tables.modulation[1]),
             ),
         ]
     for got, expected in pairs:
@@ -369,6 +375,6 @@ def test_in_sixteen_bits_no_precision_is_lost(tmp_path: Path, sizes: Sizes) -> N
         expected = truth(inputs, start, truth.head.step_tables(2))
         small, noisy = cast(inputs, torch.bfloat16), start.to(torch.bfloat16)
         plain = low(small, noisy, low.head.step_tables(2)).float()
-        got = fused.stages()(small, noisy, fused.step_tables(2)).float()
+        got = fused.stages()(small, fused.constants(small), noisy, fused.step_tables(2)).float()
     moved = (expected - start).norm()
     assert (got - expected).norm() / moved < 1.5 * (plain - expected).norm() / moved + 2e-3

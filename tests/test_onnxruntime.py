@@ -140,7 +140,7 @@ def test_a_chunk_is_continued_by_prefix(policy: Gr00tPolicy, eager: Gr00tPolicy)
     ours, theirs = (each.get_action(seen, noise=noise, prefix=prefix) for each in (policy, eager))
     _assert_close(ours, theirs)
     assert np.abs(ours["action.single_arm"] - policy.get_action(seen, noise=noise)["action.single_arm"]).max() > 0.1
-    with pytest.raises(ConfigError, match="needs the network's gradient"):
+    with pytest.raises(ConfigError, match="cannot continue a chunk by 'rtc'.*--smoothing=prefix"):
         policy.get_action(seen, prefix=ActionPrefix(prefix.actions, 2, "rtc"))
 
 
@@ -212,23 +212,8 @@ def test_words_that_do_not_fit(checkpoint: Path, exported: Path) -> None:
     _refused(ConfigError, lambda: _load(checkpoint, exported, engine="eager"), "engine_path", "onnxruntime")
     _refused(ConfigError, lambda: _load(checkpoint, exported, engine="onxruntime"), "Did you mean 'onnxruntime'?")
     _refused(ConfigError, lambda: _load(checkpoint, exported, engine_path=""), "engine_path")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, device="mps"), "device")
+    _refused(ConfigError, lambda: _load(checkpoint, exported, device="cuda"), "device 'cuda'", "runs on CPUs", "--engine=cuda_graph")
     _refused(ConfigError, lambda: _load(checkpoint, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
-
-
-def test_a_provider_that_is_not_installed(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr00t_fast.engine.onnxruntime.select_device", torch.device)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "no CUDAExecutionProvider", "onnxruntime-gpu")
-
-
-def test_a_provider_that_does_not_start(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime then goes on with the CPU and says so in its log alone."""
-    monkeypatch.setattr("gr00t_fast.engine.onnxruntime.select_device", torch.device)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    real = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", lambda path, options, providers: real(path, options, providers=["CPUExecutionProvider"]))
-    _refused(EngineError, lambda: _load(checkpoint, exported, device="cuda"), "did not start", "--device=cpu")
 
 
 def test_without_the_package(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,20 +266,6 @@ def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:
     raw = json.loads((export / "manifest.json").read_text())
     (export / "manifest.json").write_text(json.dumps({**raw, "precision": "bf16", "files": describe_files(export)}))
     _refused(EngineError, lambda: _load(checkpoint, export), "do not compute bf16", "--precision=fp32 --overwrite")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_cuda_provider_gives_the_actions_of_the_cpu(checkpoint: Path, exported: Path, eager: Gr00tPolicy, steps: int) -> None:
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("the installed onnxruntime has no CUDAExecutionProvider: install onnxruntime-gpu in its place")
-    on_gpu = _load(checkpoint, exported, device="cuda", denoising_steps=steps)
-    eager.denoising_steps = steps
-    seen, noise = observation(TWO, batch=2, instruction=["pick", "put it there"]), _noise(2)
-    ours, theirs = on_gpu.get_action(seen, noise=noise), eager.get_action(seen, noise=noise)
-    assert on_gpu.device.type == "cuda"
-    for key, value in ours.items():
-        np.testing.assert_allclose(value, theirs[key], rtol=0, atol=0.05)  # TF32 and other kernels
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------

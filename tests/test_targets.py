@@ -28,10 +28,10 @@ def result(engines: dict, **others: object) -> dict:
 FULL = {
     "eager": engine("bf16", {"4": (40.0, 41.0)}),
     "cuda_graph": engine("bf16", {"4": (6.5, 7.0), "2": (4.0, 4.1)}, {"reference": 6.1, "eager": 6.2}),
-    "cuda_graph+triton": engine("bf16", {"4": (4.9, 5.4), "2": (3.4, 3.6)}, {"reference": 8.0, "eager": 8.2}),
+    "compiled": engine("bf16", {"4": (4.9, 5.4), "2": (3.4, 3.6)}, {"reference": 8.0, "eager": 8.2}),
     "fp8": engine("fp8", {"4": (3.9, 4.0)}),
 }
-TRAINED = {"cuda_graph": engine("bf16", {}), "cuda_graph+triton": engine("bf16", {}), "fp8": engine("fp8", {})}
+TRAINED = {"cuda_graph": engine("bf16", {}), "compiled": engine("bf16", {}), "fp8": engine("fp8", {})}
 KEPT = [result(FULL), result(TRAINED, network="so100-sim-reach", parameters=5e6)]
 FIVE = "p50 <= 5 ms, bf16, 4 steps"
 
@@ -44,17 +44,17 @@ def test_all_promises_can_be_kept() -> None:
     found = verdicts(KEPT)
     assert {verdict.outcome for verdict in found} == {"PASS"}
     assert len(found) == 5 + 2 + 3
-    assert "4.90 ms (cuda_graph+triton, 1000 calls)" in by_promise(KEPT)[FIVE][1]
+    assert "4.90 ms (compiled, 1000 calls)" in by_promise(KEPT)[FIVE][1]
     assert all(verdict.line().startswith("PASS  ") for verdict in found)
 
 
 @pytest.mark.parametrize(
     ("promise", "name", "steps", "times"),
     [
-        (FIVE, "cuda_graph+triton", "4", (5.1, 5.2)),
-        ("p50 <= 3.5 ms, bf16, 2 steps", "cuda_graph+triton", "2", (3.6, 3.7)),
+        (FIVE, "compiled", "4", (5.1, 5.2)),
+        ("p50 <= 3.5 ms, bf16, 2 steps", "compiled", "2", (3.6, 3.7)),
         ("p50 <= 4 ms, fp8, 4 steps", "fp8", "4", (4.1, 4.2)),
-        ("p99 <= 1.25 x p50, bf16, 4 steps", "cuda_graph+triton", "4", (4.9, 6.2)),
+        ("p99 <= 1.25 x p50, bf16, 4 steps", "compiled", "4", (4.9, 6.2)),
     ],
 )
 def test_each_promise_can_be_broken(promise: str, name: str, steps: str, times: tuple[float, float]) -> None:
@@ -74,9 +74,9 @@ def test_faster_than_what() -> None:
 
 def test_an_engine_with_wrong_actions_is_not_fast() -> None:
     results = copy.deepcopy(KEPT)
-    results[1]["engines"]["cuda_graph+triton"]["within_limit"] = False
+    results[1]["engines"]["compiled"]["within_limit"] = False
     found = by_promise(results)
-    assert found["actions of cuda_graph+triton near eager fp32, so100-sim-reach"][0] == "FAIL"
+    assert found["actions of compiled near eager fp32, so100-sim-reach"][0] == "FAIL"
     assert "cuda_graph," in found["p50 <= 7 ms, bf16, 4 steps"][1]
     assert found[FIVE][0] == "FAIL"
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import cuda_stand_in
 import pytest
 import torch
 from exports import inputs_for, layout_of
@@ -23,12 +26,12 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.engine import warming_up
+from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine.continuation import Continuation, prefix_weights
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.exported import STAGES
 from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files, varying_sizes
-from gr00t_fast.engine.tensorrt import LoadedStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
+from gr00t_fast.engine.tensorrt import LoadedStage, RunStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
 from gr00t_fast.model import StepTables
@@ -117,7 +120,73 @@ def test_the_varying_size_is_filled_in() -> None:
     assert stage_shapes(stages, {"tokens": 33}) == {"language": {"embeddings": (1, 33, 8), "keys": (2, 4, 33, 3)}}
 
 
-# the engine around it, on a stand-in for CUDA
+# the engine around it, on a stand-in for CUDA, on the CPU: streams that run at once, graphs that repeat what was recorded
+
+
+class AtOnce:
+    """A stream or an event: everything has already run."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+class RepeatingGraph:
+    """Repeats the sequence that was submitted while it was recorded, on the same tensors."""
+
+    recording: RepeatingGraph | None = None
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for submit in self.work:
+            submit()
+
+    @classmethod
+    @contextlib.contextmanager
+    def record(cls, graph: RepeatingGraph, **_: Any) -> Iterator[None]:
+        cls.recording = graph
+        yield
+        cls.recording = None
+
+
+class RecordedProgram(StageProgram):
+    def enqueue(self, run_stage: RunStage) -> None:
+        if RepeatingGraph.recording is None:
+            super().enqueue(run_stage)
+        else:  # what is recorded does not run
+            RepeatingGraph.recording.work.append(functools.partial(StageProgram.enqueue, self, run_stage))
+
+
+def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
+    """Replace CUDA and the execution of stages in gr00t_fast.engine.tensorrt."""
+    cuda = SimpleNamespace(Stream=AtOnce, Event=AtOnce, current_stream=AtOnce, CUDAGraph=RepeatingGraph, graph=RepeatingGraph.record)
+    cuda.stream = cuda.device = contextlib.nullcontext
+    cuda.synchronize = lambda *_: None
+    cuda.get_device_capability = lambda _: (8, 6)
+
+    class StandInExecution:
+        capturable = True
+
+        def __init__(self, stage: SimpleNamespace, shapes: Mapping[str, tuple[int, ...]], scratch: Tensor, stream: Any) -> None:
+            self._name, self._shapes = stage.name, shapes
+
+        def enqueue(self, tensors: Mapping[str, Tensor]) -> None:
+            assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(self._shapes), self._name
+            run_stage(self._name, tensors)
+
+    def loaded(trt: Any, file: Path, cache: Path, remedy: str) -> SimpleNamespace:
+        return SimpleNamespace(name=file.stem, scratch_bytes=64, check_dtypes=lambda dtype: None, save_cache=lambda: None)
+
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
+    monkeypatch.setattr(tensorrt, "StageExecution", StandInExecution)
+    monkeypatch.setattr(tensorrt, "StageProgram", RecordedProgram)
+    monkeypatch.setattr(tensorrt, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "LoadedStage", loaded)
 
 
 @pytest.fixture
@@ -135,7 +204,7 @@ def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> 
     manifest |= {"precision": "fp32", "files": describe_files(engines)}
     manifest["details"]["builder_version"] = trt.__version__
     (engines / "manifest.json").write_text(json.dumps(manifest))
-    cuda_stand_in.install(monkeypatch, GraphModules(checkpoint, LAYOUT))
+    stand_in_for_cuda(monkeypatch, GraphModules(checkpoint, LAYOUT))
     return TensorRTEngine(engines, target_of(checkpoint), "cuda", "auto")
 
 

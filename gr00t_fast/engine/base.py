@@ -92,9 +92,9 @@ class Engine(Protocol):
         one. `noise` and `continuation` are fp32 on the host. Raises ConfigError for what the engine cannot do."""
 
     def synchronise(self) -> None:
-        """Wait until everything submitted has finished; nothing to do on a CPU."""
+        """Wait until everything that this thread submitted has finished; nothing to do on a CPU."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()  # not the whole GPU, which others may use
         elif self.device.type == "mps":
             torch.mps.synchronize()
 

@@ -60,14 +60,9 @@ class ExportedEngine(Engine):
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """As `Engine.run`. Items of a batch run one after the other, each exactly as it would alone.
 
-        Raises ConfigError for a step count or a continuation that the export cannot do, ObservationError for a prompt beyond its longest and for
-        pictures of another size.
+        Raises ConfigError for a step count that the export cannot do, ObservationError for a prompt beyond its longest and for pictures of another
+        size.
         """
-        if continuation is not None and continuation.method != "prefix":
-            raise ConfigError(
-                f"the engine '{self.name}' cannot continue a chunk by '{continuation.method}': that needs the network's gradient. "
-                "Use --smoothing=prefix (or none, ensemble), or --engine=eager."
-            )
         tables = self.tables(denoising_steps)
         self._check_pictures(inputs)
         with timer.stage("preprocess"):

@@ -1,8 +1,8 @@
 """The engine `fp8`: the fused model with linear layers in 8 bits, as one CUDA graph.
 
-Vision, language and refinement hold four fifths of the arithmetic and are compiled: rounding activations costs a kernel per layer where nothing fuses
-it with what comes before; with scales from calibration it is element-wise, and goes into the kernel of the norm or activation function before it.
-A denoising step reads weights and computes little: it runs on the Triton kernels of few rows, which read 8-bit weights and multiply in 16 bits.
+It is compiled, as the engine `compiled` is: rounding activations costs a kernel per layer where nothing fuses it with what comes before; with scales
+from calibration it is element-wise, and goes into the kernel of the norm or activation function before it. A denoising step reads weights and
+computes little: its products read 8-bit weights and multiply in 16 bits (engine/fp8_kernel.py).
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import torch
 
 from gr00t_fast.engine.calibration import Calibration, read_calibration
 from gr00t_fast.engine.compilers import check_compiler
-from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.engine.fused import compiled, fused_model
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.quantized import rewritten
-from gr00t_fast.errors import ConfigError, EngineError
+from gr00t_fast.engine.quantized import round_layers
+from gr00t_fast.errors import EngineError
 from gr00t_fast.model import Network
 
 NAME = "fp8"
-COMPILED = ("encode_vision", "encode_language", "refine", "condition")
 _CAPABILITY = (8, 9)  # from which tensor cores have the format
 
 
@@ -39,15 +37,16 @@ def prepare(name: str, directory: Path, target: Target, device: torch.device) ->
 
 
 def fp8_engine(model: Network, calibration: Calibration) -> GraphEngine:
-    """`model` is not needed afterwards: drop it, and the 16-bit weights of the rounded layers are free.
+    """`model` itself gets 8-bit layers, one after the other, so that its 16-bit weights are never held beside all of the 8-bit ones.
 
     Raises EngineError for a GPU that lacks the format, or a calibration of another network; MissingExtraError without triton, ConfigError without a
     C compiler.
     """
     check_gpu(model.device)
     check_compiler(NAME, model.device.type)
-    fused = fused_model(rewritten(model, calibration.scales), steps="triton")
-    engine = GraphEngine(NAME, fused, compiled(fused.stages(), COMPILED), check_call)
+    round_layers(model, calibration.scales)
+    fused = fused_model(model)
+    engine = GraphEngine(NAME, fused, compiled(fused.stages()), frozenset({"prefix"}))
     engine.precision = NAME
     return engine
 
@@ -66,12 +65,3 @@ def has_product(device: torch.device) -> bool:
     """Whether torch multiplies in FP8 on `device` as fast as it should; elsewhere the product is written out. A CPU's is emulation too, six times as
     slow as fp32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
-
-
-def check_call(steps: int, continuation: Continuation | None) -> None:
-    """Raises ConfigError for a continuation by gradient: rounding has none. Any step count will do: no scale depends on it."""
-    if continuation is not None and continuation.method != "prefix":
-        raise ConfigError(
-            f"the engine 'fp8' cannot continue a chunk by '{continuation.method}': that needs the network's gradient. "
-            "Use --smoothing=prefix (or none, ensemble), or --engine=cuda_graph."
-        )

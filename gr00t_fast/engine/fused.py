@@ -8,7 +8,7 @@ actions by rounding alone, and tests compare every stage with the plain one:
 * No nonlinearity lies between the action encoder's first two layers, nor between the transformer's last and the decoder's first: each pair is
   one matrix (the only new weights, some 4 MB). What the time adds to the action encoder is tabulated per step.
 * AdaLN's scale and shift are the weight and bias of the norm itself; a residual, and the norm that follows it, are one operation of `ops`.
-* Queries and keys are normed and rotated in one go; the tables of the rotation are made once.
+* Queries and keys are normed and rotated in one go. Tables of positions, the same for every observation of a shape, are made once (`Constants`).
 * Patches without overlap are rows of a product, not a convolution. The last block's end runs on the action tokens alone.
 
 Nothing is masked: prompts have their exact length, and a batch has prompts of one length (engine/graph.py sees to it).
@@ -18,54 +18,57 @@ Axis alphabet: I images, B batch, C cameras, V image tokens, S prompt tokens, H 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gr00t_fast.engine.ops import Norm, TorchOps
+from gr00t_fast.engine import ops
+from gr00t_fast.engine.ops import Norm
 from gr00t_fast.model import Condition, Gr00tN1d7, ModelInputs, Network, StepTables
-from gr00t_fast.model.action_head import ActionHead, euler_step_in_one, integrate
+from gr00t_fast.model.action_head import ActionHead, euler_step_in_one, integrate, other_positions
 from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
 from gr00t_fast.model.gr00t_n1d7 import prompt_rotary
 from gr00t_fast.model.language import QwenBlock
 from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
 from gr00t_fast.model.vision_qwen import PatchMerger, one_frame_patches, one_frame_weight
 
-_ROTARY_POSITIONS = 2048  # rows of the tables: eight pictures are 2048 tokens; longer prompts make their own
 
-Kernels = Literal["torch", "triton"]
+@dataclass(frozen=True)
+class Constants:
+    """What is the same for every observation of a shape, with its pictures in the same places of the prompt.
+
+    cos, sin (S, K): of the prompt, sin with the sign of the rotation. N1.7: image_positions (V,) and text_positions (S - V,) in the prompt; of
+    the patches the learnt positions (T, D), cos and sin (T, K).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    image_positions: Tensor
+    text_positions: Tensor | None = None
+    patches: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Stages:
     """The forward pass as five callables, so that each can be compiled, recorded or timed for itself; signatures as of FusedModel."""
 
-    encode_vision: Callable[[Tensor], Tensor]
-    encode_language: Callable[[ModelInputs, Tensor], Tensor]
+    encode_vision: Callable[[Tensor, Constants], Tensor]
+    encode_language: Callable[[Tensor, Tensor, Constants], Tensor]
     refine: Callable[[Tensor], Tensor]
-    condition: Callable[[Tensor, Tensor, Tensor | None], Condition]
+    condition: Callable[[Tensor, Tensor, Constants], Condition]
     velocity: Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 
-    @classmethod
-    def of_plain(cls, model: Network) -> Stages:
-        """The plain model's own: the slow twin."""
-
-        def condition(vl_features: Tensor, state: Tensor, image_positions: Tensor | None = None) -> Condition:
-            return model.head.condition(vl_features, state, None, image_positions)
-
-        return cls(model.encode_vision, model.encode_language, model.head.refine, condition, model.head.velocity)
-
-    def __call__(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
+    def __call__(self, inputs: ModelInputs, constants: Constants, noise: Tensor, tables: StepTables) -> Tensor:
         """As Gr00tN1d5.forward: noise (B, H, A) -> normalised actions (B, H, A)."""
-        return self.denoise(noise, self.prepare(inputs), tables)
+        return self.denoise(noise, self.prepare(inputs, constants), tables)
 
-    def prepare(self, inputs: ModelInputs) -> Condition:
+    def prepare(self, inputs: ModelInputs, constants: Constants) -> Condition:
         """All that the denoising steps have in common."""
-        features = self.encode_language(inputs, self.encode_vision(inputs.pixel_values))  # (B, S, D)
-        return self.condition(self.refine(features), inputs.state, inputs.image_positions)
+        features = self.encode_language(inputs.input_ids, self.encode_vision(inputs.pixel_values, constants), constants)  # (B, S, D)
+        return self.condition(self.refine(features), inputs.state, constants)
 
     def denoise(self, noise: Tensor, condition: Condition, tables: StepTables) -> Tensor:
         """As ActionHead.denoise."""
@@ -112,14 +115,12 @@ def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
 
 
 class FusedModel(nn.Module):
-    """`towers` and `steps` say whose kernels the towers (vision, language, refinement: hundreds of rows) and the denoising steps (49 rows per
-    observation) run on. Linear layers may be those of engine/quantized.py."""
+    """Linear layers may be those of engine/quantized.py."""
 
-    def __init__(self, model: Network, towers: Kernels = "torch", steps: Kernels = "torch") -> None:
-        """The weights of `model` are moved into joined matrices: their values do not change. Raises MissingExtraError without triton."""
+    def __init__(self, model: Network) -> None:
+        """The weights of `model` are moved into joined matrices: their values do not change."""
         super().__init__()
-        self.config, self._towers, self._steps = model.config, _ops(towers, "TowerOps"), _ops(steps, "StepOps")
-        self._differentiable = TorchOps()
+        self.config = model.config
         self.vision, self.language, self.head, self.to_pixels = model.vision, model.language, model.head, model.to_pixels
         with torch.no_grad():
             self._pack()
@@ -136,42 +137,50 @@ class FusedModel(nn.Module):
     def stages(self) -> Stages:
         return Stages(self.encode_vision, self.encode_language, self.refine, self.condition, self.velocity)
 
+    @torch.no_grad()
+    def constants(self, inputs: ModelInputs) -> Constants:
+        """Of the shape of `inputs`, and the places of its pictures."""
+        language, tokens = self.config.language, inputs.input_ids.shape[1]
+        return Constants(
+            *signed(*rotary_tables(tokens, language.head_dim, language.rope_theta, self.language.embedding.weight)), inputs.image_positions
+        )
+
     def step_tables(self, steps: int) -> StepTables:
         """As ActionHead.step_tables; `tau` (N, D) is what the time adds to the second layer of the action encoder, its bias included."""
         return self.folded_encoder.step_tables(self.head.step_tables(steps))
 
     # --- towers ---------------------------------------------------------------------------------------------------------------------------
 
-    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+    def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
         """As Gr00tN1d5.encode_vision: (B, C, 3, h, w) -> (B, V, D)."""
         tower, p = self.vision, self.vision.patch_embedding.kernel_size[0]
         b, c, channels, height, width = pixel_values.shape
         patches = pixel_values.reshape(b * c, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (I, rows, columns, 3, p, p)
-        x = self._towers.linear(self.patches, patches.reshape(b * c, -1, channels * p * p)) + tower.position_embedding.weight  # (I, T, D)
+        x = ops.linear(self.patches, patches.reshape(b * c, -1, channels * p * p)) + tower.position_embedding.weight  # (I, T, D)
         _, normed = self._pre_norm_blocks(x, tower.blocks, tower.norm)
-        return self._towers.linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
+        return ops.linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
 
-    def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
-        """As Gr00tN1d5.encode_language: -> (B, S, D)."""
-        x = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, vision_tokens)  # (B, S, D)
-        return self._decoded(x, *self._rotary(x))
+    def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
+        """As Gr00tN1d5.encode_language: input_ids (B, S) -> (B, S, D)."""
+        return self._decoded(input_ids, vision_tokens, (), constants)
 
-    def _decoded(self, x: Tensor, cos: Tensor, sin: Tensor, deepstack: Sequence[Tensor] = (), image_positions: Tensor | None = None) -> Tensor:
-        """As LanguageModel.forward; sin with the sign of the rotation."""
-        ops, model = self._towers, self.language
+    def _decoded(self, input_ids: Tensor, tokens: Tensor, deepstack: Sequence[Tensor], constants: Constants) -> Tensor:
+        """As LanguageModel.forward, with image tokens (B, V, D) in their places."""
+        x = self.language.embedding(input_ids).index_copy(1, constants.image_positions, tokens)  # (B, S, D)
+        model = self.language
         normed = ops.norm(x, Norm.of(model.blocks[0].norm1))
         followings = [*(block.norm1 for block in model.blocks[1:]), model.norm]
         for index, (block, head_norm, gate_up, following) in enumerate(zip(model.blocks, self.head_norms, self.gate_up, followings, strict=True)):
             attention = block.attention
             qkv = ops.linear(attention.qkv, normed)
-            q, k, v = ops.normed_rotated(qkv, attention.heads, head_norm, cos, sin, attention.q_norm.eps)
+            q, k, v = ops.normed_rotated(qkv, attention.heads, head_norm, constants.cos, constants.sin, attention.q_norm.eps)
             attended = merge_heads(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
             x, normed = ops.linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
             gate, up = ops.linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
             inner = nn.functional.silu(gate) * up
             if index < len(deepstack) or isinstance(following, nn.Identity):
                 x = x + ops.linear(block.mlp.down, inner)
-                x = x.index_add(1, image_positions, deepstack[index]) if index < len(deepstack) else x
+                x = x.index_add(1, constants.image_positions, deepstack[index]) if index < len(deepstack) else x
                 normed = x if isinstance(following, nn.Identity) else ops.norm(x, Norm.of(following))
             else:
                 x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
@@ -180,12 +189,11 @@ class FusedModel(nn.Module):
     def refine(self, features: Tensor) -> Tensor:
         """As ActionHead.refine: (B, S, C) -> (B, S, C)."""
         head = self.head
-        x = features if isinstance(head.vlln, nn.Identity) else self._towers.norm(features, Norm.of(head.vlln))
+        x = features if isinstance(head.vlln, nn.Identity) else ops.norm(features, Norm.of(head.vlln))
         return self._pre_norm_blocks(x, head.vl_blocks, None)[0]
 
     def _pre_norm_blocks(self, x: Tensor, blocks: Sequence[PreNormBlock], final: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) through `blocks` -> the result, and its norm by `final` (the result itself without one)."""
-        ops = self._towers
         if not len(blocks):
             return x, x if final is None else ops.norm(x, Norm.of(final))
         normed = ops.norm(x, Norm.of(blocks[0].norm1))
@@ -199,31 +207,27 @@ class FusedModel(nn.Module):
                 x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
         return x, normed
 
-    def _rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, and sin with the sign of the rotation, (S, K)."""
-        tokens = x.shape[1]
-        return (self.cos[:tokens], self.sin[:tokens]) if tokens <= _ROTARY_POSITIONS else self._rotary_tables(tokens, x)
-
-    def _rotary_tables(self, tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        return signed(*rotary_tables(tokens, self.config.language.head_dim, self.config.language.rope_theta, like))
-
     # --- action head ----------------------------------------------------------------------------------------------------------------------
 
-    def condition(self, vl_features: Tensor, state: Tensor, image_positions: Tensor | None = None) -> Condition:
+    def condition(self, vl_features: Tensor, state: Tensor, constants: Constants) -> Condition:
         """As ActionHead.condition: vl_features (B, S, C), state (B, state_dim); keys and values of all blocks from one product for each context."""
-        contexts, crossing = self.head.contexts(vl_features, image_positions), [block for block in self.head.dit.blocks if block.crosses]
+        crossing = [block for block in self.head.dit.blocks if block.crosses]
+        if constants.text_positions is None:
+            contexts = {"all": vl_features}
+        else:
+            seen = {"text": constants.text_positions, "image": constants.image_positions}
+            contexts = {name: vl_features.index_select(1, places) for name, places in seen.items()}
         pairs = {name: iter(self._keys_values(layer, contexts[name])) for name, layer in self.cross.items()}
         return Condition(self.head.prefix(state), [next(pairs[block.context]) for block in crossing], None)
 
     def _keys_values(self, layer: nn.Module, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of the blocks whose keys and values `layer` holds side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
-        parts = self._towers.linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
+        parts = ops.linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
         heads = [split_heads(part, self.head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
         return list(zip(heads[::2], heads[1::2], strict=True))
 
     def velocity(self, actions: Tensor, condition: Condition, time: Tensor, modulation: Tensor) -> Tensor:
         """actions (B, H, A), time (D,) and modulation (blocks + 1, 2, D) of `step_tables` -> (B, H, A)."""
-        ops = self._differentiable if torch.is_grad_enabled() else self._steps  # guidance needs a gradient, which only torch's kernels have
         horizon, blocks, cross = actions.shape[1], self.head.dit.blocks, iter(condition.cross)
         mixed = ops.linear(self.encode, actions.contiguous(), "silu", bias=time)  # (B, H, D)
         tokens = ops.linear(self.w3, mixed, residual=self.places[:horizon])  # (B, H, D)
@@ -246,9 +250,6 @@ class FusedModel(nn.Module):
     def _pack_vision(self) -> None:
         patch_embedding = self.vision.patch_embedding
         self.patches = as_linear(patch_embedding.weight.flatten(1), patch_embedding.bias)
-        cos, sin = self._rotary_tables(_ROTARY_POSITIONS, self.language.embedding.weight)
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
 
     def _pack(self) -> None:
         self._pack_vision()
@@ -274,13 +275,21 @@ class FusedModelN1d7(FusedModel):
     def _pack_vision(self) -> None:
         self.patches = as_linear(one_frame_weight(self.vision), self.vision.patch_embedding.bias)
 
-    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+    @torch.no_grad()
+    def constants(self, inputs: ModelInputs) -> Constants:
+        """As FusedModel.constants."""
+        tower, tokens, positions = self.vision, inputs.input_ids.shape[1], inputs.image_positions
+        rows, columns = tower.grid_of(inputs.pixel_values.flatten(0, 1))
+        cos, sin = signed(*prompt_rotary(self.config, tokens, positions, inputs.pixel_values.shape[-2:], self.dtype))
+        patches = (tower.positions(rows, columns), *signed(*tower.rotary(rows, columns, tower.position_embedding.weight)))
+        text = None if self.config.head.attend_text_every is None else other_positions(tokens, positions)
+        return Constants(cos, sin, positions, text, patches)
+
+    def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
         """As Gr00tN1d7.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
-        ops, tower, pictures = self._towers, self.vision, pixel_values.flatten(0, 1)
-        rows, columns = tower.grid_of(pictures)
+        tower, pictures, (places, cos, sin) = self.vision, pixel_values.flatten(0, 1), constants.patches
         patches = one_frame_patches(pictures, tower.config).flatten(2)  # (I, T, 3 p p)
-        x = ops.linear(self.patches, patches) + tower.positions(rows, columns)  # (I, T, D)
-        cos, sin = signed(*tower.rotary(rows, columns, x))
+        x = ops.linear(self.patches, patches) + places  # (I, T, D)
         normed, tokens = ops.norm(x, Norm.of(tower.blocks[0].norm1)), []
         for index, (block, following) in enumerate(zip(tower.blocks, [*(b.norm1 for b in tower.blocks[1:]), tower.merger.norm], strict=True)):
             q, k, v = (split_heads(part, block.attention.heads) for part in ops.linear(block.attention.qkv, normed).chunk(3, dim=-1))
@@ -294,20 +303,17 @@ class FusedModelN1d7(FusedModel):
         return stacked.reshape(len(stacked), pixel_values.shape[0], -1, stacked.shape[-1])
 
     def _merged(self, merger: PatchMerger, normed: Tensor) -> Tensor:
-        return self._towers.linear(merger.down, nn.functional.gelu(self._towers.linear(merger.up, normed)))
+        return ops.linear(merger.down, nn.functional.gelu(ops.linear(merger.up, normed)))
 
-    def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
-        """As Gr00tN1d7.encode_language: -> (B, S, D)."""
+    def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
+        """As Gr00tN1d7.encode_language: input_ids (B, S) -> (B, S, D)."""
         tokens, *deepstack = vision_tokens
-        x = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, tokens)  # (B, S, D)
-        size = inputs.pixel_values.shape[-2:]
-        cos, sin = signed(*prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, size, self.dtype))
-        return self._decoded(x, cos, sin, deepstack, inputs.image_positions)
+        return self._decoded(input_ids, tokens, deepstack, constants)
 
 
-def fused_model(model: Network, towers: Kernels = "torch", steps: Kernels = "torch") -> FusedModel:
-    """Of either network. Raises MissingExtraError without triton."""
-    return (FusedModelN1d7 if isinstance(model, Gr00tN1d7) else FusedModel)(model, towers, steps)
+def fused_model(model: Network) -> FusedModel:
+    """Of either network."""
+    return (FusedModelN1d7 if isinstance(model, Gr00tN1d7) else FusedModel)(model)
 
 
 def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,14 +327,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def compiled(stages: Stages, names: Iterable[str] | None = None, any_length: bool = True, **options: Any) -> Stages:
-    """The stages called `names` (all of them by default) through torch.compile, with `options`, when they are first called: one denoising step is
-    compiled once and called N times. Whole graphs only: a break would be a launch that nobody asked for.
+def compiled(stages: Stages, any_length: bool = True, **options: Any) -> Stages:
+    """The stages through torch.compile, with `options`, when they are first called: one denoising step is compiled once and called N times. Whole
+    graphs only: a break costs launches.
 
     any_length: compiled once for prompts of every length; otherwise once more for each length, which lets Inductor pack fp32 weights on a CPU.
     """
-    chosen = vars(stages) if names is None else names
-    return Stages(**{name: _Compiled(stage, name, any_length, options) if name in chosen else stage for name, stage in vars(stages).items()})
+    return Stages(**{name: _Compiled(stage, name, any_length, options) for name, stage in vars(stages).items()})
 
 
 class _Compiled:
@@ -354,9 +359,9 @@ class _Compiled:
 _MOST_VERSIONS = 10_000
 # Where the arguments of a stage have the prompt's length.
 _PROMPT_AXES: dict[str, Callable[..., list[tuple[Tensor, int]]]] = {
-    "encode_language": lambda inputs, _: [(inputs.input_ids, 1)],
+    "encode_language": lambda input_ids, _, constants: [(input_ids, 1), (constants.cos, 0), (constants.sin, 0)],
     "refine": lambda features: [(features, 1)],
-    "condition": lambda vl_features, *_: [(vl_features, 1)],
+    "condition": lambda features, _, constants: [(features, 1), *([] if constants.text_positions is None else [(constants.text_positions, 0)])],
     "velocity": lambda _, condition, *__: [(tensor, 2) for pair in condition.cross for tensor in pair],
 }
 
@@ -380,14 +385,6 @@ def as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer
-
-
-def _ops(kernels: Kernels, name: str) -> TorchOps:
-    if kernels == "torch":
-        return TorchOps()
-    from gr00t_fast.engine.kernels import ops  # imports triton
-
-    return getattr(ops, name)()
 
 
 def _modulated(modulation: Tensor, index: int, blocks: int) -> Norm:

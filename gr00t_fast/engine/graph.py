@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from gr00t_fast.engine.base import Engine, PolicyInputs, tell_new
 from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.compilers import check_compiler
 from gr00t_fast.engine.continuation import Continuation
-from gr00t_fast.engine.fused import FusedModel, Kernels, Stages, compiled, fused_model
+from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import Network
@@ -27,23 +26,18 @@ from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
 _KEPT_RECORDINGS = 8  # each holds its own buffers; intermediate results are in one pool of all
-_TRITON_CAPABILITY = (8, 0)  # bf16 tensor cores, and asynchronous copies to shared memory, which the tile sizes count on
-
-CheckCall = Callable[[int, Continuation | None], None]  # (denoising steps, continuation) -> raises ConfigError for a call that the engine cannot do
 
 
 class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
 
-    continues = frozenset({"rtc", "prefix"})
     precision = ""
 
-    def __init__(self, name: str, model: FusedModel, stages: Stages | None = None, check_call: CheckCall | None = None) -> None:
-        """stages: the model's own, or those compiled."""
-        self.name, self.model, self.stages = name, model, stages or model.stages()
+    def __init__(self, name: str, model: FusedModel, stages: Stages | None = None, continues: frozenset[str] = frozenset({"rtc", "prefix"})) -> None:
+        """stages: the model's own, or those compiled. continues: without `rtc` where layers have no gradient."""
+        self.name, self.model, self.stages, self.continues = name, model, stages or model.stages(), continues
         self.device, self.dtype = model.device, model.dtype
         self.warming_up = False
-        self._check_call = check_call
         self._prepared: OrderedDict[CallShape, tuple[StaticCall, CapturedGraph | None]] = OrderedDict()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: tuple[int, int] | None = None
@@ -62,12 +56,10 @@ class GraphEngine(Engine):
         """As `Engine.run`, on the host; timed as one stage, `graph`. The first call of a shape records it, which takes seconds (compiling takes
         minutes): warm the policy up with the instruction that it will get. Prompts of unequal length run one after the other, as each would alone.
 
-        Raises ConfigError for a step count or a continuation that the engine cannot do, and for tensors in place of frames.
+        Raises ConfigError for tensors in place of frames.
         """
         if not isinstance(inputs, PolicyInputs):
             raise ConfigError(f"engine '{self.name}' runs from camera frames (PolicyInputs), not from tensors. Measure it with gr00t-fast bench.")
-        if self._check_call is not None:
-            self._check_call(denoising_steps, continuation)
         with timer.stage("graph"):
             if not inputs.padded:
                 return self._run(inputs, noise, denoising_steps, continuation)
@@ -112,13 +104,10 @@ class GraphEngine(Engine):
         """Nothing to do: `run` returns when what it launched has run, and waits for nothing else on the GPU."""
 
 
-def cuda_graph_engine(model: Network, kernels: Kernels = "torch") -> GraphEngine:
-    """`cuda_graph`; kernels="triton": over the hand-written ones. Raises ConfigError for a device that cannot be used, and MissingExtraError without
-    triton."""
+def cuda_graph_engine(model: Network) -> GraphEngine:
+    """`cuda_graph`. Raises ConfigError for a device that cannot be used."""
     check_cuda("cuda_graph", model.device)
-    if kernels == "triton":
-        check_triton("cuda_graph", model.device)
-    return GraphEngine("cuda_graph", fused_model(model, kernels, kernels))
+    return GraphEngine("cuda_graph", fused_model(model))
 
 
 def compiled_engine(model: Network) -> GraphEngine:
@@ -140,14 +129,3 @@ def check_cuda(engine: str, device: torch.device) -> None:
     """Raises ConfigError where `device` is no CUDA GPU."""
     if device.type != "cuda":
         raise ConfigError(f"engine '{engine}' needs a CUDA GPU, but the model is on {device}. Use --device=cuda, or --engine=eager.")
-
-
-def check_triton(engine: str, device: torch.device) -> None:
-    """Raises ConfigError where Triton's kernels cannot run: an older GPU, one that is not NVIDIA's, or no C compiler to load them."""
-    if torch.version.hip is not None:
-        raise ConfigError("the Triton kernels are written for NVIDIA GPUs, but this is a ROCm build of torch. Use --engine=cuda_graph.")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _TRITON_CAPABILITY:
-        needed, got = (".".join(map(str, version)) for version in (_TRITON_CAPABILITY, capability))
-        raise ConfigError(f"the Triton kernels need compute capability {needed}, but this GPU has {got}. Use --engine=cuda_graph.")
-    check_compiler(engine, device.type)

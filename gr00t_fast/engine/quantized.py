@@ -11,7 +11,7 @@ the 8-bit grid. Weights are rounded once, when the layer is made, with one scale
 Where rows are few (a denoising step has 49 per observation) reading the weights is what costs, and only they are rounded (W8A16), with a scale per
 output: nothing to calibrate, half the bytes.
 
-Each product is a function or an operation of engine/ops.py, so that each layer has a twin that differs in nothing else.
+Each product is a function, so that each layer has a twin that differs in nothing else.
 Axis alphabet: R rows (tokens), K input width, N output width. Weights are stored (N, K), as torch stores them.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ _LEFT = ("ada_norm", "out_modulation", "time.linear1", "time.linear2", "vision.c
 
 # fp8 (R, K) and (N, K), their scales (fp32, no axis), bias (N,) or None, the type of the answer -> (R, N)
 Fp8Product = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+# (R, K), fp8 (N, K), fp32 (N,), bias (N,) or None -> (R, N) of the type of the first
+Fp8WeightProduct = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def emulated_fp8_product(rows: Tensor, weight: Tensor, row_scale: Tensor, weight
     """The same up to the order of summation in fp32: products of two E4M3 numbers are exact there."""
     product = (rows.float() @ weight.float().t()) * (row_scale * weight_scale)
     return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def emulated_fp8_weight_product(rows: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """As the kernel of engine/fp8_kernel.py, up to the order of summation."""
+    product = F.linear(rows.float(), weight.float()) * scale
+    return (product if bias is None else product + bias.float()).to(rows.dtype)
 
 
 class Fp8Linear(nn.Module):
@@ -108,18 +116,18 @@ class Fp8Linear(nn.Module):
 class Fp8WeightLinear(nn.Module):
     """W8A16: E4M3 weights (N, K) with a scale per output; inputs as they are."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, product: Fp8WeightProduct = emulated_fp8_weight_product) -> None:
         super().__init__()
-        self.out_features, weight = linear.out_features, linear.weight.detach().float()
+        self._product, self.out_features, weight = product, linear.out_features, linear.weight.detach().float()
         step = _finite(weight.abs().amax(dim=1).clamp_min(_SMALLEST)) / LARGEST
         self.register_buffer("weight", to_fp8(weight / step[:, None]))
         self.register_buffer("weight_scale", step)  # fp32 (N,)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) of any float type -> (..., N) of the same: as the small-M kernel of engine/kernels/gemm.py, whose twin it is."""
-        y = F.linear(x.float(), self.weight.float()) * self.weight_scale
-        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+        """x (..., K) of any float type -> (..., N) of the same."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self._product(rows, self.weight, self.weight_scale, self.bias).reshape(*x.shape[:-1], self.out_features)
 
 
 def inverse_of(scale: InputScale, width: int, device: torch.device) -> Tensor:
@@ -178,33 +186,49 @@ def part_of(name: str) -> str:
 
 
 @torch.no_grad()
-def rounded_layers(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> dict[str, nn.Module]:
-    """The 8-bit layer for each name in `scales`; of those of the DiT weights alone are rounded, with no use for a scale. Layers with one InputScale
-    share its tensor and the scale of their weights. emulated: products are written out instead of the hardware's own.
+def rounded_layers(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The 8-bit layer for each name in `scales`, made when it is asked for; of those of the DiT weights alone are rounded, with no use for a scale.
+    Layers with one InputScale share its tensor and the scale of their weights. emulated: products are written out instead of the hardware's own.
 
-    Raises EngineError for names that are no linear layers of `model`, or scales of another width, CheckpointError for weights that are not finite.
+    Raises EngineError for names that are no linear layers of `model`, or scales of another width, CheckpointError for weights that are not finite,
+    and MissingExtraError without triton, unless emulated.
     """
-    layers, made = linear_layers(model), {}
+    layers = linear_layers(model)
     if unknown := sorted(set(scales) - set(layers)):
         raise EngineError(
             f"the calibration names layers that this network lacks ({', '.join(unknown[:3])}). Calibrate again with gr00t-fast calibrate."
         )
-    shared: dict[int, tuple[Tensor, Tensor]] = {}
+    readers: dict[int, list[nn.Linear]] = {}
     for name, scale in scales.items():
-        linear = layers[name]
         if part_of(name) == WEIGHTS_ONLY:
-            made[name] = Fp8WeightLinear(linear)
             continue
-        if scale.smoothing is not None and scale.smoothing.shape != (linear.in_features,):
+        if scale.smoothing is not None and scale.smoothing.shape != (layers[name].in_features,):
             raise EngineError(
-                f"{name}: the calibration is for {len(scale.smoothing)} inputs, the layer has {linear.in_features}. Calibrate again with "
+                f"{name}: the calibration is for {len(scale.smoothing)} inputs, the layer has {layers[name].in_features}. Calibrate again with "
                 "gr00t-fast calibrate."
             )
-        if id(scale) not in shared:
-            readers = [layers[other] for other, theirs in scales.items() if theirs is scale]
-            shared[id(scale)] = (inverse_of(scale, linear.in_features, linear.weight.device), weight_step_of(readers, scale))
-        made[name] = Fp8Linear(linear, scale, *shared[id(scale)], emulated_fp8_product if emulated else fp8_product)
-    return made
+        readers.setdefault(id(scale), []).append(layers[name])
+    shared = {
+        id(scale): (inverse_of(scale, of[0].in_features, of[0].weight.device), weight_step_of(of, scale))
+        for scale in scales.values()
+        if (of := readers.pop(id(scale), None))
+    }
+    weight_product = emulated_fp8_weight_product
+    if not emulated and any(part_of(name) == WEIGHTS_ONLY for name in scales):
+        from gr00t_fast.engine.fp8_kernel import fp8_weight_product as weight_product  # imports triton
+    for name, scale in scales.items():
+        linear = layers.pop(name)  # which may be dropped by the caller before the next one is made
+        if part_of(name) == WEIGHTS_ONLY:
+            yield name, Fp8WeightLinear(linear, weight_product)
+        else:
+            yield name, Fp8Linear(linear, scale, *shared[id(scale)], emulated_fp8_product if emulated else fp8_product)
+
+
+def round_layers(model: Network, scales: Mapping[str, InputScale]) -> None:
+    """Replace the layers of `scales` in `model` itself, one by one: at no time more than one of them is there in both forms."""
+    for name, layer in rounded_layers(model, scales):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
 
 def with_layers(model: Network, layers: Mapping[str, nn.Module]) -> Network:
@@ -224,7 +248,7 @@ def _replaced(module: nn.Module, layers: Mapping[str, nn.Module], name: str) -> 
 
 def rewritten(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> Network:
     """`model` with the layers of `scales` in 8 bits."""
-    return with_layers(model, rounded_layers(model, scales, emulated))
+    return with_layers(model, dict(rounded_layers(model, scales, emulated)))
 
 
 def weight_bytes(model: nn.Module) -> int:

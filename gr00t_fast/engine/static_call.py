@@ -30,7 +30,7 @@ class CallShape:
 
     frames: tuple[tuple[int, ...], ...]  # (B, H, W, 3) per camera
     prompt_tokens: int
-    image_tokens: int
+    image_positions: tuple[int, ...]  # in the prompt
     denoising_steps: int
     continuation: Literal["rtc", "prefix"] | None = None  # how a chunk continues another one; None: it begins afresh
 
@@ -38,7 +38,7 @@ class CallShape:
     def of(cls, inputs: PolicyInputs, denoising_steps: int, continuation: Continuation | None = None) -> CallShape:
         frames = tuple(view.shape for view in inputs.frames)
         method = None if continuation is None else continuation.method
-        return cls(frames, inputs.input_ids.shape[1], len(inputs.image_positions), denoising_steps, method)
+        return cls(frames, inputs.input_ids.shape[1], tuple(inputs.image_positions.tolist()), denoising_steps, method)
 
     @property
     def batch(self) -> int:
@@ -86,14 +86,14 @@ class StaticCall:
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},
                 "input_ids": (torch.int64, (batch, shape.prompt_tokens)),
-                "image_positions": (torch.int64, (shape.image_tokens,)),
                 "state": (torch.float32, (batch, head.state_dim)),
                 "noise": (torch.float32, size),
                 **continuation,
             },
             model.device,
         )
-        self.tables = model.step_tables(shape.denoising_steps)
+        self._image_positions = torch.tensor(shape.image_positions, device=model.device)
+        self.tables, self.constants = model.step_tables(shape.denoising_steps), model.constants(self.model_inputs(self.pixels()))
         self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
@@ -103,7 +103,6 @@ class StaticCall:
         for index, frames in enumerate(inputs.frames):
             host[f"frames{index}"].numpy()[...] = frames
         host["input_ids"].numpy()[...] = inputs.input_ids
-        host["image_positions"].numpy()[...] = inputs.image_positions
         host["state"].numpy()[...] = inputs.state
         host["noise"].copy_(noise)
         if continuation is not None:
@@ -115,11 +114,11 @@ class StaticCall:
 
     def compute(self) -> None:
         inputs = self.model_inputs(self.pixels())
-        self.actions.copy_(self.stages(inputs, self.noise(), self.tables) if self.shape.continuation is None else self._continued(inputs))
+        self.actions.copy_(self._continued(inputs) if self.shape.continuation else self.stages(inputs, self.constants, self.noise(), self.tables))
 
     def _continued(self, inputs: ModelInputs) -> Tensor:
         """As EagerEngine with a continuation: normalised actions, fp32."""
-        given, condition = self._inputs.device, self.stages.prepare(inputs)
+        given, condition = self._inputs.device, self.stages.prepare(inputs, self.constants)
         # guidance needs the gradient of the velocity, which kernels and compiled stages need not have
         velocity_of = self._model.velocity if self.shape.continuation == "rtc" else self.stages.velocity
 
@@ -134,7 +133,7 @@ class StaticCall:
         return ModelInputs(
             pixel_values=pixels.to(model.dtype),
             input_ids=given["input_ids"],
-            image_positions=given["image_positions"],
+            image_positions=self._image_positions,
             state=given["state"].to(model.dtype),
         )
 

@@ -46,7 +46,7 @@ class TorchNetwork:
         return self.module.get_submodule(name).weight.detach().float().cpu().t()
 
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
-        return rounded_layers(self.module, scales, self._emulated)
+        return dict(rounded_layers(self.module, scales, self._emulated))
 
     def run(self, module: PlainNetwork, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = case.inputs.to(self.module.device, self.module.dtype)

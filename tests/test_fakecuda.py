@@ -1,0 +1,101 @@
+"""What engines ask of a CUDA device, on one that is not there: no recording holds what CUDA refuses, a call is one upload, one launch, one download
+and one wait, a second one allocates nothing, and graphs and memory are the committed figures (benchmarks/results/gpu_graphs.json), which stand in
+for milliseconds until a GPU gives some."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fakecuda
+import pytest
+import torch
+
+if (_why := fakecuda.missing()) is not None:
+    pytest.skip(f"the stand-in for CUDA {_why}", allow_module_level=True)
+
+LIMIT_S = 600  # each takes seconds; Inductor, of a few layers, half a minute
+ONE_CALL = {"memcpyAsync pinned->device": 1, "graph launch": 1, "memcpyAsync device->pinned": 1, "cudaEventSynchronize": 1}
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fakecuda.build(tmp_path_factory.mktemp("fakecuda"))
+
+
+def python(library: Path, *arguments: str, devices: int = 1, **device: float) -> subprocess.CompletedProcess:
+    environment = {**fakecuda.environment(library, **device), "FAKECUDA_DEVICES": str(devices)}
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, cwd=fakecuda.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+@pytest.fixture(scope="module")
+def found(library: Path) -> dict[str, dict[str, Any]]:
+    """Graphs at the published size, and with few layers what Inductor compiles. GR00T_FAST_COMPILE=1: all of it at the published size."""
+    quick = "GR00T_FAST_COMPILE" not in os.environ
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda group: fakecuda.run(library, group, LIMIT_S if quick else 3600), fakecuda.groups(quick))
+        return {name: figures for result in results for name, figures in result.items()}
+
+
+def test_graphs_and_memory_are_the_committed_ones(found: dict[str, dict[str, Any]]) -> None:
+    committed = json.loads(fakecuda.COMMITTED.read_text())
+    if committed["torch"] != (here := torch.__version__):
+        pytest.skip(f"the figures are of torch {committed['torch']}, and this is {here}")
+    assert len(found) >= 12
+    assert found == {name: committed["cases"].get(name) for name in found}, "if it is meant: python tests/fakecuda.py"
+
+
+def test_no_recording_holds_what_cuda_refuses(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: figures["violations"] for name, figures in found.items() if figures["violations"]} == {}
+
+
+def test_a_call_is_one_upload_one_launch_one_download_and_one_wait(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: figures["second_call"] for name, figures in found.items()} == dict.fromkeys(found, ONE_CALL)
+
+
+def test_a_second_call_allocates_nothing(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: figures["second_call_allocations"] for name, figures in found.items()} == dict.fromkeys(found, 0)
+
+
+def test_fp8_is_made_where_both_forms_of_the_weights_have_no_room(library: Path) -> None:
+    """N1.7: 5.7 GB in 16 bits, 3.5 in 8. And what it says of itself: layers of 8 bits have no gradient, which `rtc` needs."""
+    code = "import fakecuda; print(*fakecuda.engine_of('fp8', fakecuda.published_network('n1.7')).continues)"
+    done = python(library, "-c", code, memory_gb=6.5)
+    assert (done.returncode, done.stdout.split()) == (0, ["prefix"]), done.stderr[-2000:]
+
+
+def test_recordings_and_stages_on_the_stand_in(library: Path) -> None:
+    """The tests of tests/on_fakecuda."""
+    done = python(library, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_fakecuda", devices=2)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+# --- the kernel of 8-bit weights
+
+
+def test_in_the_interpreter_the_kernel_computes_what_its_twin_does() -> None:
+    """In a process of its own: a kernel is interpreted or compiled from when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{fakecuda.ROOT}{os.pathsep}{fakecuda.ROOT / 'tests'}"}
+    command = [sys.executable, "-W", "ignore", "tests/fp8_kernel_checks.py", "interpret"]
+    done = subprocess.run(command, cwd=fakecuda.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_for_each_gpu_the_kernel_compiles_and_fits(library: Path) -> None:
+    """At the published sizes. A process for each: Triton 3.6 converts E4M3 for all GPUs as for the first one that a process compiles for."""
+    gpus = {"RTX 4060": (89, 24), "RTX 4090": (89, 128), "H100": (90, 132), "RTX 5090": (120, 170)}
+
+    def compiled(gpu: tuple[int, int]) -> str:
+        done = python(library, "tests/fp8_kernel_checks.py", "compile", capability=gpu[0], multiprocessors=gpu[1])
+        return done.stderr[-2000:] if done.returncode else ""
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        assert dict(zip(gpus, pool.map(compiled, gpus.values()), strict=True)) == dict.fromkeys(gpus, "")
