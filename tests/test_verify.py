@@ -56,6 +56,11 @@ def test_an_fp32_export_passes_stage_by_stage(made: Made, tmp_path: Path, engine
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["verify.json", "verify.md"]
 
 
+def test_too_few_observations_are_told_before_the_export_is_opened(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(made, tmp_path / "out", "--frames=4", path=tmp_path / "no-export") == (1, None)
+    assert "4 frames, expected at least 100" in capsys.readouterr().err
+
+
 def _damaged(made: Made, out: Path, stage: str, factor: float) -> Path:
     """A copy whose manifest is right and one of whose weights is not: as a wrong exporter would make it."""
     out.mkdir()

@@ -83,23 +83,27 @@ def check(config: VerifyConfig) -> None:
 
 
 def run(config: VerifyConfig) -> dict[str, Any]:
-    """Check the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
+    """Check the data and the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.dataset import draw, open_frames
     from gr00t_fast.engine.select import open_engine
     from gr00t_fast.engine.tables import ExportTables
     from gr00t_fast.export.samples import collect_cases
     from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
-    from gr00t_fast.metadata import target_of
+    from gr00t_fast.metadata import read_policy_metadata, target_of
 
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
+    source = config.observations or _SYNTHETIC
+    metadata = read_policy_metadata(checkpoint.path, target.embodiment_tag, target.data_config)
+    frames = open_frames(source, target.data_config, metadata, config.camera_map)
+    draw(frames, config.frames, config.seed, config.allow_few, LEAST)  # too few are told before the export is opened
     size = open_engine(config.engine, directory, target, config.device, config.precision).camera_size  # refused now rather than in ten minutes
     steps = checkpoint.config.head.denoising_steps if config.denoising_steps is None else config.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
     progress, noise_seed = Progress(), (config.seed, 1)  # not the noise of the calibration
-    source = config.observations or _SYNTHETIC
     options = {**observation_options(config), "noise_seed": noise_seed, "camera_size": size}
     cases, sample = collect_cases(target, source, progress=progress, least=LEAST, **options)
     config.out.mkdir(parents=True, exist_ok=True)
