@@ -121,6 +121,7 @@ class Policy(Protocol):
 
     def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Camera -> (width, height) of the frames to come: what `warm_up` is made for. Raises ObservationError for sizes that cannot be used."""
+        return None  # as in `close`
 
     def warm_up(self, instruction: str, prefix_method: str | None = None) -> Mapping[str, float]:
         """Pay first-call costs, with `prefix_method` those of continuing a chunk too; -> `last_timing` of a call such as those to come, or
