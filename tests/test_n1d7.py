@@ -26,7 +26,7 @@ from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
 from gr00t_fast.metadata import target_of
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
-from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view_size
+from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view, view_size
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.random_checkpoint import write_random_checkpoint
 
@@ -372,6 +372,20 @@ def test_a_camera_s_shape_decides_grid_and_tokens(policy: Gr00tPolicy, camera, s
     assert given["image_grid_thw"].tolist() == [[1, *grid]]
     assert (given["input_ids"] == policy.processor.prompts.image_token_id).sum() == tokens
     assert np.isfinite(policy.get_action({**observation(), "video.webcam": frame})["action.single_arm"]).all()
+
+
+@pytest.mark.parametrize("camera", [(640, 480), (641, 479), (333, 777), (1919, 1081), (160, 120)])
+def test_views_are_those_of_lerobot(camera: tuple[int, int]) -> None:
+    """lerobot 0.6's port, whose step needs neither its network nor its processor; byte for byte."""
+    theirs = pytest.importorskip("lerobot.policies.groot.processor_groot", exc_type=ImportError)
+    if not hasattr(theirs, "_transform_n1_7_image_for_vlm_albumentations"):
+        pytest.skip("this lerobot knows N1.5 alone")
+    frame = np.random.default_rng(0).integers(0, 256, (*camera[::-1], 3), dtype=np.uint8)
+    sizes: dict[str, Any] = {"image_crop_size": [230, 230], "image_target_size": [256, 256]}
+    for letterbox, edge, fraction in itertools.product((False, True), (256, 224, 320), (0.95, 0.8)):
+        options = {**sizes, "shortest_image_edge": edge, "crop_fraction": fraction, "letter_box_transform": letterbox}
+        expected = theirs._transform_n1_7_image_for_vlm_albumentations(frame, **options)
+        assert np.array_equal(view(frame, PictureSettings(letterbox, True, edge, fraction, None, None)), expected)
 
 
 @pytest.mark.parametrize(("front", "wrist", "stack"), [((640, 480), (320, 240), True), ((640, 480), (641, 479), False), ((64, 48), (48, 64), False)])

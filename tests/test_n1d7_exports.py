@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def eager(made: Made) -> Gr00tPolicy:
 
 def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None, size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
     generator, lead = np.random.default_rng(seed), () if batch is None else (batch,)
-    frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 1, size[1], size[0], 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 2, size[1], size[0], 3), dtype=np.uint8) for camera in ("front", "wrist")}
     joints = {"state.single_arm": generator.uniform(-30, 30, (*lead, 1, 5)), "state.gripper": generator.uniform(0, 60, (*lead, 1, 1))}
     return {**frames, **joints, LANGUAGE: instruction if batch is None else [instruction, "put the cube into the bowl"][:batch]}
 
@@ -84,7 +85,7 @@ def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path, engine: str) 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_policy_gives_the_eager_actions(made: Made, eager: Gr00tPolicy, engine: str) -> None:
-    """Earlier pictures from earlier calls, instructions of two lengths, other step counts, batches, and a chunk continued by prefix."""
+    """Pictures of two times, instructions of two lengths, other step counts, batches, and a chunk continued by prefix."""
     exported = load_policy(made.checkpoint, engine=engine, engine_path=made.onnx, precision="fp32", device="cpu")
     start = noise_of(eager)
     for steps, words in ((4, "pick it"), (1, "put it all away"), (2, "pick it")):
@@ -136,13 +137,18 @@ def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tm
     policies[1].expect_cameras({"front": (640, 360), "wrist": (640, 360)})
     with pytest.raises(ObservationError, match="--camera_size=640x360"):
         policies[1].warm_up()
+    asked = ["--robot.type=so100_sim", "--robot.cameras={front: {type: sim, width: 64, height: 48}, wrist: {type: sim, width: 64, height: 48}}"]
+    assert main(["doctor", *flags, *asked, "--engine=onnxruntime", f"--engine_path={wide}"]) == 1
+    said = capsys.readouterr().out
+    assert "pictures of 352x256, 88 tokens" in said
+    assert re.search(r"cannot be used\n.*--camera_size=64x48", said)
     out = tmp_path / "int8"
     assert quantise.main([*flags, f"--onnx={wide}", f"--out={out}", "--target=onnxruntime", "--trial_frames=0", *FEW]) == 0
     assert verify.main([*flags, "--engine=onnxruntime", f"--engine_path={wide}", f"--out={tmp_path}", *FEW]) == 0
     recordings = tmp_path / "recordings"
     recordings.mkdir()
-    seen = [observation(seed) for seed in range(4)]
-    np.savez(recordings / "one.npz", **{key: np.concatenate([each[key] for each in seen]) for key in seen[0] if key != LANGUAGE}, **{LANGUAGE: "go"})
+    frames = {key: np.repeat(value[-1:], 4, axis=0) for key, value in eager.example_observation().items() if key != LANGUAGE}
+    np.savez(recordings / "one.npz", **frames, **{LANGUAGE: "go"})
     capsys.readouterr()
     of_data = ["--target=onnxruntime", "--trial_frames=0", f"--observations={recordings}", "--frames=4", "--allow_few"]
     assert quantise.main([*flags, f"--onnx={wide}", f"--out={tmp_path / 'other'}", *of_data]) == 1

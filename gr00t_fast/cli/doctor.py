@@ -28,7 +28,7 @@ from gr00t_fast.cli.doctor_arm import Pictures, Row, arm, failed, take_pictures,
 from gr00t_fast.cli.policy_flags import OutputFlags, PolicyFlags, check_data_config
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute, show
 from gr00t_fast.cli.run_flags import RunConfig
-from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, PreflightError
+from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError, PreflightError
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.optional import install_command
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig
@@ -270,7 +270,8 @@ def checkpoint(config: DoctorConfig) -> Generator[Row, None, int | None]:
     except Gr00tFastError as error:
         yield failed("checkpoint", f"--embodiment_tag={config.embodiment_tag} and --data_config={config.data_config} do not fit", error)
     yield _tokenizer(config, found)
-    yield from _exports(config, found)
+    size = yield from _pictures(config, found)
+    yield from _exports(config, found, size)
     return parameters
 
 
@@ -317,7 +318,28 @@ def _tokenizer(config: DoctorConfig, found: Any) -> Row:
     return Row("ok", "checkpoint", "tokenizer files")
 
 
-def _exports(config: DoctorConfig, found: Any) -> Iterator[Row]:
+def _pictures(config: DoctorConfig, found: Any) -> Generator[Row, None, tuple[int, int] | None]:
+    """What an N1.7 network makes of this robot's cameras: the height and width of its pictures, or None where that is not known."""
+    if found.processor is None or not (cameras := _cameras(config)):
+        return None
+    from gr00t_fast.control.binding import resolve_camera_map
+    from gr00t_fast.processor_n1d7 import MakePictures, token_side
+
+    try:
+        pictures = MakePictures(found.embodiment_n1d7(config.embodiment_tag), token_side(found))
+        mapping = resolve_camera_map(cameras, found.embodiment_n1d7(config.embodiment_tag).cameras, config.camera_map)
+        height, width = pictures.size({policy: (cameras[name].height, cameras[name].width) for name, policy in mapping.items()})
+    except ObservationError as error:
+        yield failed("fit", "these cameras do not go together", error)
+        return None
+    except Gr00tFastError:
+        return None  # said elsewhere
+    tokens = height * width // token_side(found) ** 2
+    yield Row("ok", "fit", f"pictures of {width}x{height}, {tokens} tokens each")
+    return height, width
+
+
+def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None) -> Iterator[Row]:
     """Exports beside the checkpoint, and the one that --engine asks for: whole, and of this checkpoint?"""
     from gr00t_fast.engine.select import CALIBRATED, EXPORTED
     from gr00t_fast.files import MANIFEST_NAME
@@ -330,21 +352,24 @@ def _exports(config: DoctorConfig, found: Any) -> Iterator[Row]:
     beside = {file.parent.resolve() for file in (found.path / "exports").glob(f"*/{MANIFEST_NAME}")}
     for directory in sorted(beside | ({asked} if asked else set())):
         try:
-            yield _export(config, found, directory)
+            yield _export(config, found, directory, picture)
         except Gr00tFastError as error:
             lines = [line.strip() for line in str(error).splitlines()]
             stale = f"{'the engine that --engine asks for, ' if directory == asked else ''}{directory} cannot be used"
             yield Row("fail" if directory == asked else "warn", "exports", stale, " ".join(lines))
 
 
-def _export(config: DoctorConfig, found: Any, directory: Path) -> Row:
-    """Raises EngineError and StaleEngineError."""
-    from gr00t_fast.engine.manifest import Digests, check_manifest, read_manifest, remedy_for
+def _export(config: DoctorConfig, found: Any, directory: Path, picture: tuple[int, int] | None) -> Row:
+    """Raises EngineError, StaleEngineError, and ObservationError for one that is for cameras of another shape."""
+    from gr00t_fast.engine.manifest import Digests, check_manifest, check_picture, read_manifest, remedy_for
     from gr00t_fast.metadata import target_of
 
     target = target_of(found, config.embodiment_tag, config.data_config)
     remedy = remedy_for(directory, target, "to_onnx.py")
     manifest = read_manifest(directory, remedy)
+    if picture is not None:
+        camera = next(iter(_cameras(config).values()))
+        check_picture(manifest.shapes, picture, (camera.width, camera.height), remedy)
     if not found.weight_files:
         return Row("warn", "exports", f"{directory.name}: not compared with the weights, which are not here")
     own = [directory / name for name in manifest.files if (directory / name).is_file()]
