@@ -11,6 +11,7 @@ import os
 import pty
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +25,13 @@ import pytest
 
 from gr00t_fast.cli import calibrate, replay, verify
 from gr00t_fast.contracts import SO100_JOINTS, Observation
+from gr00t_fast.control import dataset_recorder
 from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
+from gr00t_fast.control.session import Session
+from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.files import is_running
 from gr00t_fast.flags import UsageError
 
 pytest.importorskip("lerobot")
@@ -138,6 +143,104 @@ def test_a_data_set_that_exists_is_kept_or_continued(tmp_path: Path) -> None:
             recorder.open(seen(0, (24, 32, 3)), "so100_follower", "degrees", None, {})
         play(opened(recorder), 6)
     assert len(read_back(out)) == 11
+
+
+def test_a_first_episode_of_one_row_can_be_read(tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    with recorder_in(out, []) as recorder:
+        play(opened(recorder), 1)
+        play(recorder, 5)
+    with recorder_in(out, [], append=True) as recorder:
+        play(opened(recorder), 4)
+    assert [int(row["episode_index"]) for row in read_back(out)] == [0] + [1] * 5 + [2] * 4
+
+
+def test_an_episode_that_lasted_longer_than_its_rows_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    with recorder_in(tmp_path / "data", said) as recorder:
+        opened(recorder).begin("lift")
+        for tick in range(9):
+            recorder.add(Observation(np.zeros(6), seen(tick).frames, tick / 10), np.zeros(6))
+        recorder.end(success=None, ended_by="the time limit")
+        recorder.save(success=None, ended_by="the time limit")
+    assert any("9 frames" in line and "0.3 s" in line and "0.8 s" in line for line in said), said
+    assert entries(tmp_path / "data")[0]["duration_s"] == 0.8
+
+
+@pytest.fixture(scope="module")
+def two_episodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "data"
+    with recorder_in(out, []) as recorder:
+        play(opened(recorder), 6)
+        play(recorder, 5)
+    return out
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    return lambda out: [shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink() for name in names] and None
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda out: (out / name).write_text(text) and None
+
+
+def _edit(**values: object) -> Callable[[Path], None]:
+    return lambda out: (out / "meta" / "info.json").write_text(json.dumps({**info(out), **values})) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_edit(total_episodes=1, total_frames=6), "info.json counts 1 episodes"),
+        (_edit(total_episodes=7), "info.json counts 7 episodes"),
+        (_edit(total_frames=9), "info.json counts 9 rows"),
+        (_edit(features=["action"]), "info.json"),
+        (_write("meta/info.json", "[1]"), "info.json"),
+        (_write("meta/info.json", "{"), "JSON"),
+        (_remove("data"), "data/"),
+        (lambda out: next((out / "data").rglob("*.parquet")).write_bytes(b"PAR1"), "Parquet|parquet|magic"),
+        (lambda out: next((out / "data").rglob("*.parquet")).unlink(), "data/"),
+        (_remove("videos"), "videos/"),
+        (lambda out: next((out / "videos").rglob("*.mp4")).unlink(), "videos/"),
+        (_remove("meta/episodes"), "meta/episodes has 0"),
+        (lambda out: sorted((out / "meta" / "episodes").rglob("*.parquet"))[-1].unlink(), "meta/episodes has 1"),
+        (_remove("meta/tasks.parquet"), "tasks.parquet"),
+        (_write(ROLLOUTS, "{"), "JSON"),
+        (_write(ROLLOUTS, '{"episodes": [1]}'), "rollouts.json"),
+    ],
+)
+def test_a_damaged_data_set_is_not_continued(two_episodes: Path, tmp_path: Path, damage: Callable[[Path], None], named: str) -> None:
+    """Before the checkpoint is loaded, and nothing in it is changed."""
+    out = tmp_path / "data"
+    shutil.copytree(two_episodes, out)
+    recorder_in(out, [], append=True)
+    damage(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=f"--record_append: .*data is damaged.*({named}).*another directory"):
+        recorder_in(out, [], append=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_writing_process_that_hangs_is_told_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a network directory that is gone: neither the pause between episodes nor the end of the run waits for ever."""
+    out, said = tmp_path / "data", []
+    with recorder_in(out, said) as recorder:
+        play(opened(recorder), 5)
+        settled(recorder)
+        monkeypatch.setattr(dataset_recorder, "_SILENT_S", 1.0)
+        stop = StopSignals()
+        session = Session(stop, None, recorder, said.append)
+        process = recorder.process
+        os.kill(process, signal.SIGSTOP)
+        began_s = time.monotonic()
+        play(recorder, 3)
+        until(lambda: not session.waits)
+        assert "not answered for 1 s" in (stop.reason or "")
+        assert stop.exit_code == 1
+    assert time.monotonic() - began_s < 10
+    assert any(recorder.failure in line for line in said)
+    assert not is_running(process)
+    assert len(read_back(out)) == 5
 
 
 @pytest.mark.parametrize("what", ["a file", "other files"])

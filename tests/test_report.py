@@ -164,6 +164,19 @@ def test_the_plot_marks_where_episodes_begin(tmp_path: Path, monkeypatch: pytest
     assert marked_s == [bench.loop.trace.arrays()["time_s"][tick] for tick in (15, 30)] * 6
 
 
+def test_the_plot_does_not_join_what_was_measured_before_and_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=3.0)
+    bench.loop.run()
+    drawn: dict[str, np.ndarray] = {}
+    monkeypatch.setattr(Axes, "plot", lambda self, times_s, values, *_, label, **__: drawn.update({label: np.stack([times_s, values])}))
+    plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees")
+    gaps = np.isnan(drawn["measured"]).all(axis=0)
+    assert np.flatnonzero(gaps).tolist() == [15], "before the second episode, and at no ordinary tick"
+    assert np.array_equal(drawn["measured"][0, ~gaps], bench.loop.trace.arrays()["time_s"])
+
+
 def frames_of(number: int) -> Observation:
     front, wrist = np.full((48, 64, 3), number, np.uint8), np.full((50, 33, 3), 255 - number, np.uint8)
     return Observation(np.zeros(6), {"front": front, "wrist": wrist}, 0.0)

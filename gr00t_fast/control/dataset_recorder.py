@@ -24,7 +24,7 @@ import numpy as np
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control import dataset_writer
 from gr00t_fast.control.binding import joints_of_parts
-from gr00t_fast.control.dataset_writer import SUCCESS, Slots, features
+from gr00t_fast.control.dataset_writer import SUCCESS, Slots, check_whole, features, tidy_up
 from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError
 from gr00t_fast.optional import install_command, require
 
@@ -32,8 +32,10 @@ QUEUE_S = 3.0  # of ticks that may wait for the other process
 _QUEUE_BYTES, _LEAST_SLOTS = 512 << 20, 8
 _LEAST_FREE_BYTES = 200 << 20  # a few minutes of one camera
 _START_S = 120.0  # importing lerobot and torch takes 5 s, on a busy machine with a cold disk ten times that
-_FINISH_S = 120.0
+_SILENT_S = 30.0  # so long may the other process leave everything unanswered; saving an episode takes about 1 s
+_END_S = 10.0  # and so long may it take to end
 _TELL_AFTER_S = 2.0
+_SLOWER = 1.1  # an episode that took so many times what its rows say is told
 
 
 def dataset_directory(name: str) -> Path:
@@ -92,6 +94,8 @@ class DatasetRecorder:
         self._state = "idle"  # idle, recording, ended
         self._deciding = 0  # episodes sent to be saved or dropped that were not confirmed yet
         self._ready = self._opened = self._gone = False
+        self._heard_s = 0.0  # when the other process last answered, or owed no answer
+        self._ticks_s: tuple[float, float] | None = None  # when the episode's first and latest tick were seen
 
     def _check_place(self) -> None:
         if self.out.exists() and not self.out.is_dir():
@@ -101,6 +105,14 @@ class DatasetRecorder:
             raise ConfigError(f"--record={self.out} exists already. Name another one, or add --record_append=true to continue that data set.")
         if there and not (self.out / "meta" / "info.json").is_file():
             raise ConfigError(f"--record={self.out} holds files but no LeRobotDataset (no meta/info.json). Name another directory.")
+        if rescued := tidy_up(self.out):
+            self._echo(f"{self.out}: {rescued} episode(s) of an interrupted recording were completed.")
+        if there:
+            try:
+                check_whole(self.out)
+            except Exception as error:  # whatever is wrong with its files, no row may be added to them
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                raise ConfigError(f"--record_append: {self.out} is damaged and was left as it is: {why}. Record into another directory.") from error
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.out.parent):
@@ -206,7 +218,7 @@ class DatasetRecorder:
             modality=modality,
             facts=dict(facts),
         )
-        self._wait(lambda: self._opened, _FINISH_S, "the recording process did not answer")
+        self._wait(lambda: self._opened, _START_S, "the recording process did not answer")
 
     def _wait(self, done: Callable[[], bool], limit_s: float, what: str) -> None:
         """Raises RecordingError when it is not done in time, or never will be."""
@@ -234,7 +246,7 @@ class DatasetRecorder:
             return
         self._lost_before = self.lost_ticks
         self._send(do="begin", task=task)
-        self._state = "recording"
+        self._state, self._ticks_s = "recording", None
 
     def add(self, observation: Observation, commanded: np.ndarray) -> None:
         """A tick: what was seen, and what was sent (J,) then. Ticks for which there is no room are left out and counted."""
@@ -247,6 +259,7 @@ class DatasetRecorder:
                 got = "nothing" if frame is None else f"{frame.shape[1]}x{frame.shape[0]}"
                 self._stop(f"camera '{name}' delivers {got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
                 return
+        self._ticks_s = (self._ticks_s[0] if self._ticks_s else observation.time_s, observation.time_s)
         if not self._free:
             self.lost_ticks += 1
             return
@@ -258,12 +271,16 @@ class DatasetRecorder:
     def end(self, **outcome: Any) -> None:
         """The episode's last tick has been. `outcome`: JSON-ready facts, `success` (True, False or None) among them."""
         if self._state == "recording":
-            self._send(do="end", **outcome, lost_ticks=self.lost_ticks - self._lost_before)
+            self._send(do="end", **outcome, **self._figures())
             self._state = "ended"
 
     def save(self, **outcome: Any) -> None:
         """The ended episode is to be part of the data set, with this outcome."""
-        self._decide(do="save", **outcome, lost_ticks=self.lost_ticks - self._lost_before)
+        self._decide(do="save", **outcome, **self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        first_s, last_s = self._ticks_s or (0.0, 0.0)
+        return {"lost_ticks": self.lost_ticks - self._lost_before, "duration_s": round(last_s - first_s, 3)}
 
     def discard(self) -> None:
         """The ended episode is to be forgotten."""
@@ -292,17 +309,18 @@ class DatasetRecorder:
             self.save(success=None, ended_by="error")
         began_s, told = time.monotonic(), False
         try:
-            while self.busy and time.monotonic() - began_s < _FINISH_S:
+            while self.busy:
                 if not told and time.monotonic() - began_s > _TELL_AFTER_S:
                     told = True
                     self._echo("saving the last episode ...")
                 select.select([self._process.stdout], [self._process.stdin] if self._unsent else [], [], 0.1)
-            if self._deciding and not self._gone:
-                self.failure = f"the last episode was not saved within {_FINISH_S:.0f} s"
         finally:
             self._process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_FINISH_S)
+                try:
+                    self._process.wait(_END_S)
+                finally:  # one that does not end, or Ctrl-C: it is not left behind
+                    self._process.kill()
             self._process.stdout.close()
         if self._opened:
             self._echo(f"{len(self.episodes)} episode(s) recorded into {self.out}")
@@ -330,14 +348,21 @@ class DatasetRecorder:
             pass
         except OSError:  # gone: why, it has said on its other pipe
             self._unsent.clear()
+        if not self._deciding and (self._slots is None or len(self._free) == len(self._slots.pictures)):
+            self._heard_s = time.monotonic()
         try:
             while said := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._heard_s = time.monotonic()
                 *lines, self._unread = (self._unread + said).split(b"\n")
                 for line in lines:
                     self._take(json.loads(line))
                 if self._gone:
                     return
         except BlockingIOError:
+            if time.monotonic() - self._heard_s > _SILENT_S:
+                self._process.kill()
+                why = f"has not answered for {_SILENT_S:.0f} s (a network directory that is gone, a disk that hangs?) and was ended"
+                self._fail(f"the recording process {why}: the last episode is lost. Episodes saved before are whole.")
             return
         self._fail(f"the recording process has ended: {self._last_words() or 'it was killed'}. Episodes saved before are whole.")
 
@@ -346,15 +371,17 @@ class DatasetRecorder:
             self._free.append(answer["free"])
         elif "ready" in answer:
             self._ready = True
-            if answer["rescued"]:
-                self._echo(f"{self.out}: {answer['rescued']} episode(s) of an interrupted recording were completed.")
         elif "opened" in answer:
             self._opened = True
         elif "saved" in answer:
             self._deciding -= 1
             if answer["saved"] is not None:
                 self.episodes.append(answer["saved"])
-                self._echo(f"episode {answer['saved']} recorded: {answer['frames']} frames")
+                rows_s, lasted_s = (answer["frames"] - 1) / self._fps, answer["duration_s"]
+                slow = f": {rows_s:.1f} s at {self._fps:g} frames a second; it lasted {lasted_s:.1f} s, with ticks missed or inferences waited for"
+                self._echo(
+                    f"episode {answer['saved']} recorded: {answer['frames']} frames{slow if lasted_s > _SLOWER * rows_s + 1 / self._fps else ''}"
+                )
         else:
             self._fail(_explained(str(answer["error"]), self.out))
 

@@ -140,6 +140,8 @@ class Episode:
     def save(self, outcome: Mapping[str, Any]) -> int:
         """Returns the episode's number. Raises what lerobot and the file system raise; the data set is then as it was."""
         self._write(self._last, solved=bool(outcome.get("success")))
+        if self.rows == 1:
+            _make_statistics_of_one_picture(self._dataset, self._last)
         number = int(self._dataset.meta.total_episodes)
         self._dataset.save_episode()
         self._close()
@@ -183,11 +185,29 @@ class Episode:
             modality.write_text(json.dumps(self._header["modality"], indent=2) + "\n")
 
 
+def _encoder(dataset: Any) -> Any:
+    return getattr(getattr(dataset, "writer", None), "_streaming_encoder", None) or getattr(dataset, "_streaming_encoder", None)
+
+
+def _make_statistics_of_one_picture(dataset: Any, row: Mapping[str, np.ndarray]) -> None:
+    """lerobot's encoder makes none of an episode of one row; a data set whose first episode has none cannot be read once there is a second one."""
+    stats, encoder = require("lerobot.datasets.compute_stats", "robot"), _encoder(dataset)
+    finish = getattr(encoder, "finish_episode", None)
+
+    def of_picture(picture: np.ndarray) -> Any:
+        found = stats.RunningQuantileStats()
+        found.update(stats.auto_downsample_height_width(picture.transpose(2, 0, 1)).transpose(1, 2, 0))  # channels come last in the batch
+        return found.get_statistics()
+
+    if finish is not None:  # there are cameras
+        encoder.finish_episode = lambda: {key: (path, of_picture(row[key])) for key, (path, _) in finish().items()}
+
+
 def _let_encoders_catch_up(dataset: Any) -> None:
     """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
-    encoder = getattr(getattr(dataset, "writer", None), "_streaming_encoder", None) or getattr(dataset, "_streaming_encoder", None)
+    queues = getattr(_encoder(dataset), "_frame_queues", {})
     end_s = time.monotonic() + _ENCODER_PATIENCE_S
-    while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in getattr(encoder, "_frame_queues", {}).values()):
+    while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in queues.values()):
         time.sleep(0.002)
 
 
@@ -229,6 +249,46 @@ def tidy_up(out: Path) -> int:
             rescued += 1
         shutil.rmtree(found, ignore_errors=True)
     return rescued
+
+
+def check_whole(out: Path) -> None:
+    """Whether a recording can go on in the data set `out`: its counts agree and every file that they name is there. Raises ValueError that names the
+    file, and what pyarrow and the file system raise."""
+    parquet = require("pyarrow.parquet", "recordings")
+    info = json.loads((out / "meta" / "info.json").read_text(encoding="utf-8"))
+    columns = info.get("features") if isinstance(info, dict) else None
+    if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
+        raise ValueError("meta/info.json has no map of features")
+    for name in (ROLLOUTS, "meta/stats.json"):
+        told = json.loads((out / name).read_text(encoding="utf-8")) if (out / name).exists() else {}
+        episodes = told.get("episodes", []) if isinstance(told, dict) else None
+        if not isinstance(episodes, list) or not all(isinstance(each, dict) and "episode" in each for each in episodes):
+            raise ValueError(f"{name} is no map, or has an entry without an episode")
+    parquet.read_metadata(out / "meta" / "tasks.parquet")
+    entries = [entry for file in sorted((out / "meta" / "episodes").glob("*/*.parquet")) for entry in _entries(parquet, file)]
+    numbers = sorted(entry["episode_index"] for entry in entries)
+    if numbers != list(range(len(numbers))) or not numbers or len(numbers) != info.get("total_episodes"):
+        raise ValueError(f"meta/info.json counts {info.get('total_episodes')} episodes, meta/episodes has {len(numbers)}")
+    videos = [name for name, column in columns.items() if column.get("dtype") == "video"]
+    rows: dict[str, int] = {}
+    for entry in entries:
+        place = {"chunk_index": entry["data/chunk_index"], "file_index": entry["data/file_index"]}
+        rows[file] = rows.get(file := info["data_path"].format(**place), 0) + entry["length"]
+        for name in videos:
+            place = {"chunk_index": entry[f"videos/{name}/chunk_index"], "file_index": entry[f"videos/{name}/file_index"]}
+            if not (out / info["video_path"].format(video_key=name, **place)).is_file():
+                raise ValueError(f"{info['video_path'].format(video_key=name, **place)} of episode {entry['episode_index']} is missing")
+    for file, count in rows.items():
+        if (found := parquet.read_metadata(out / file).num_rows) != count:
+            raise ValueError(f"{file} has {found} rows, meta/episodes counts {count}")
+    if sum(rows.values()) != info.get("total_frames"):
+        raise ValueError(f"meta/info.json counts {info.get('total_frames')} rows, meta/episodes {sum(rows.values())}")
+
+
+def _entries(parquet: Any, file: Path) -> list[dict[str, Any]]:
+    """Of the episodes, without their statistics."""
+    names = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
+    return parquet.read_table(file, columns=names).to_pylist()
 
 
 def _sync(directory: Path) -> None:
@@ -312,7 +372,7 @@ class Writer:
             return
         number = episode.save(outcome)
         self._episode = None
-        self.answer(saved=number, frames=episode.rows)
+        self.answer(saved=number, frames=episode.rows, duration_s=outcome.get("duration_s", 0.0))
 
     def _on_discard(self) -> None:
         self._drop()
@@ -337,7 +397,7 @@ def main(argv: Sequence[str]) -> int:
         writer = Writer(Path(argv[0]), int(argv[1]), answers)
         try:
             _quiet()
-            writer.answer(ready=True, rescued=tidy_up(writer._out))
+            writer.answer(ready=True)
             writer.serve(iter(sys.stdin.readline, ""))
         except Exception as error:  # whatever it was: the run is told, and lands
             writer.answer(error=f"{type(error).__name__}: {error}".splitlines()[0][:300])

@@ -438,6 +438,7 @@ def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
     from matplotlib.figure import Figure
 
     data = trace.arrays()
+    measured_s, measured = _with_gaps(data["time_s"], data["measured"], data["episode"])
     joints = len(trace.joint_names)
     figure = Figure(figsize=(11, 1.7 * joints), layout="constrained")
     FigureCanvasAgg(figure)
@@ -448,7 +449,7 @@ def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
         for start_s in data["time_s"][_later_episodes(data["episode"])]:
             axis.axvline(start_s, color="tab:red", linestyle="--", linewidth=1.0, zorder=0)
         axis.step(data["time_s"], data["commanded"][:, index], where="post", label="commanded", linewidth=1.2)
-        axis.plot(data["time_s"], data["measured"][:, index], label="measured", linewidth=1.2)
+        axis.plot(measured_s, measured[:, index], label="measured", linewidth=1.2)
         axis.set_ylabel(name.replace("_", "\n"), fontsize=8)
         axis.grid(axis="y", alpha=0.3)
     axes[0].legend(loc="upper right", ncols=2, fontsize=8)
@@ -458,6 +459,14 @@ def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _with_gaps(time_s: np.ndarray, values: np.ndarray, episode: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times (T,) and values (T, J) with NaN, which no line crosses, before each episode and after each pause."""
+    intervals_s = np.diff(time_s)
+    pauses = np.flatnonzero(intervals_s > 2 * np.median(intervals_s)) + 1 if len(intervals_s) else []
+    places = np.union1d(pauses, _later_episodes(episode)).astype(int)
+    return np.insert(time_s, places, np.nan), np.insert(values, places, np.nan, axis=0)
 
 
 def _later_episodes(episode: np.ndarray) -> np.ndarray:

@@ -95,13 +95,13 @@ class Session:
     @property
     def waits(self) -> bool:
         """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
+        busy = self._recorder is not None and self._recorder.busy
         self._end_with_the_recording()
-        saving = self._recorder is not None and self._recorder.busy
-        if saving:
+        if busy:
             self._watch_saving()
         else:
             self._saving_since_s, self._told_saving = None, False
-        return self.typing or saving
+        return self.typing or busy
 
     def _watch_saving(self) -> None:
         """A recorder that hangs must not keep the arm powered for ever."""
