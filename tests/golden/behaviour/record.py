@@ -1,0 +1,288 @@
+"""What the product does, as bytes: recorded before a refactoring, recorded again after each step, and compared.
+
+    python tests/golden/behaviour/record.py [--only=actions,control,bus,wire,exports,dataset]
+    git diff --stat tests/golden/behaviour
+
+Each section writes one JSON file beside this script: a name for every array, file or message, with its digest and, of arrays, shape and first values.
+A difference is a change of behaviour, and the commit that makes it says why. Actions and exports depend on the processor and on the versions of the
+libraries: on another machine record the commit before the work first. Golden checkpoints are looked for in GR00T_FAST_SHARED, or beside the project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+SHARED = Path(os.environ.get("GR00T_FAST_SHARED") or ROOT.parent / "shared")
+DEMO = ROOT / "checkpoints" / "so100-sim-reach"
+FPS = 30.0
+Record = tuple[str, Any]
+
+
+def digest(value: Any) -> Any:
+    """Arrays: shape, digest of the bytes, first values. Bytes: length and digest. Others as they are."""
+    if isinstance(value, np.ndarray):
+        shown = [repr(number) for number in value.ravel()[:3].tolist()]
+        return {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": hashlib.sha256(value.tobytes()).hexdigest()[:16], "begins": shown}
+    if isinstance(value, bytes):
+        return {"bytes": len(value), "sha256": hashlib.sha256(value).hexdigest()[:16]}
+    return value
+
+
+# Actions of every engine that runs without a GPU
+
+
+def actions() -> Iterator[Record]:
+    with tempfile.TemporaryDirectory() as directory:
+        for family, processor, cases in (
+            ("golden", "eagle2_hg_model", {"so100": "so100", "so100_dualcam": "so100_dualcam"}),
+            ("golden_n1d7", "qwen3_vl_processor", dict.fromkeys(sorted(p.name for p in (SHARED / "golden_n1d7").glob("so101*")))),
+        ):
+            for case, data_config in cases.items():
+                yield from _case_actions(SHARED / family / case, SHARED / processor, data_config, Path(directory) / case)
+
+
+def _case_actions(case: Path, processor: Path, data_config: str | None, exports: Path) -> Iterator[Record]:
+    from gr00t_fast import load_policy
+
+    with np.load(case / "observation.npz") as file:
+        recorded = dict(file)
+    instruction = str(recorded.get("instruction", "Place the block in the bowl"))
+    with np.load(case / "expected.npz") as file:
+        noise = file["noise"]
+    observation: dict[str, Any] = {key: value for key, value in recorded.items() if key.startswith(("video.", "state."))}
+    observation["annotation.human.task_description"] = [instruction]
+    common = {"data_config": data_config, "processor_path": processor, "device": "cpu"}
+    engines: dict[str, dict[str, Any]] = {"eager fp32": {"precision": "fp32"}, "eager bf16": {"precision": "bf16"}}
+    for name, path in _exported(case, common, exports).items():
+        engines[name] = {"engine": name.split()[0], "engine_path": path}
+    for name, options in engines.items():
+        policy = load_policy(case / "checkpoint", **common, **options)
+        for steps in (1, 4):
+            policy.denoising_steps = steps
+            for key, value in policy.get_action(observation, noise=noise).items():
+                yield f"{case.name}/{name}/{steps} steps/{key}", value
+        for method in sorted(policy.continues):
+            yield from _continued(policy, observation, noise, f"{case.name}/{name}/{method}", method)
+
+
+def _continued(policy: Any, observation: dict[str, Any], noise: np.ndarray, name: str, method: str) -> Iterator[Record]:
+    from gr00t_fast.contracts import ActionPrefix
+
+    batched = any(value.ndim == 5 for key, value in observation.items() if key.startswith("video."))
+    single = {key: value[0] if batched and isinstance(value, np.ndarray) else value for key, value in observation.items()}
+    before = policy.get_action(single, noise=noise)
+    prefix = ActionPrefix({key: rows[4:] for key, rows in before.items()}, 3, method)
+    for key, value in policy.get_action(single, noise=-noise, prefix=prefix).items():
+        yield f"{name}/{key}", value
+
+
+def _exported(case: Path, common: dict[str, Any], out: Path) -> dict[str, Path]:
+    flags = [f"--model_path={case / 'checkpoint'}", f"--processor_path={common['processor_path']}"]
+    flags += [f"--data_config={common['data_config']}"] if common["data_config"] else []
+    flags += _picture_flags(case)
+    program("export", "onnx", *flags, f"--out={out / 'onnx'}", "--denoising_steps=1,4")
+    made = {"onnxruntime fp32": out / "onnx", "openvino fp32": out / "onnx"}
+    if case.name not in ("so100", "so101"):  # one of each network: quantising takes most of the time
+        return made
+    program(
+        "quantise", *flags, f"--onnx={out / 'onnx'}", f"--out={out / 'int8'}", "--target=onnxruntime", "--observations=random:0", "--trial_frames=0"
+    )
+    return made | {"onnxruntime int8": out / "int8"}
+
+
+def _picture_flags(case: Path) -> list[str]:
+    """Exports of N1.7 are made for one size of picture."""
+    return []
+
+
+def program(*arguments: str) -> None:
+    """A command of the product, as a user calls it. Raises RuntimeError with what it said."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "gr00t_fast", *arguments], capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"gr00t-fast {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+
+
+def exports() -> Iterator[Record]:
+    """Files of an export of the demo's network: graphs and weights by their bytes, the manifest without what a run stamps on it."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "onnx"
+        program("export", "onnx", f"--model_path={DEMO}", "--data_config=so100", f"--out={out}")
+        for file in sorted(path for path in out.rglob("*") if path.is_file()):
+            if file.suffix == ".json":
+                yield f"onnx/{file.relative_to(out)}", sorted(json.loads(file.read_text()))
+            elif file.suffix != ".md":
+                yield f"onnx/{file.relative_to(out)}", file.read_bytes()
+
+
+# The control loop in virtual time, with the demo's network
+
+
+def control() -> Iterator[Record]:
+    from control_fakes import FakeClock, FakeRobot
+    from test_threaded import ClockWorker
+
+    from gr00t_fast import load_policy
+    from gr00t_fast.contracts import SO100_JOINTS
+    from gr00t_fast.control.binding import RobotBinding
+    from gr00t_fast.control.controller import SyncController
+    from gr00t_fast.control.loop import ControlLoop, LoopOptions
+    from gr00t_fast.control.signals import StopSignals
+    from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+
+    policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
+    known = policy.metadata
+    for name, smoothing in (("sync", None), ("threaded", "none"), ("rtc", "rtc"), ("prefix", "prefix")):
+        clock, policy.last_timing = FakeClock(), {}
+        policy.seed(0) if hasattr(policy, "seed") else None
+        robot = FakeRobot(clock, {"front": (64, 48)})
+        binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
+        if smoothing is None:
+            controller: Any = SyncController(policy, binding, "reach", clock, 8)
+        else:
+            worker = ClockWorker(clock, 0.2)
+            controller = ThreadedController(policy, binding, "reach", clock, FPS, OverlapOptions(smoothing=smoothing), worker=worker)
+        options = LoopOptions(FPS, episodes=2, timeout_s=2.0, seed=0)
+        ControlLoop(robot, controller, options, clock, StopSignals(), echo=lambda line: None).run()
+        yield f"{name}/times_s", np.array([time_s for time_s, _ in robot.sent])
+        yield f"{name}/goals", np.array([goal for _, goal in robot.sent])
+
+
+# Writes on the servo bus
+
+FAULTS = (None, "silent:servo=3", "unplug", "unplug:at_s=0.01,for_s=0.3", "error:servo=3,bits=32", "error:servo=3,bits=4", "delay:ms=30")
+
+
+def bus() -> Iterator[Record]:
+    import pytest
+    from arm_bench import make_arm
+
+    from gr00t_fast.robots.feetech_bus import VirtualBus
+    from gr00t_fast.robots.feetech_bus.servo import Servo
+
+    writes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:
+        plain = Servo.write
+
+        def noted(servo: Servo, register: int, data: bytes) -> Any:
+            writes.append(f"{servo.id} {int(register)} {bytes(data).hex()}")
+            return plain(servo, register, data)
+
+        patch.setattr(Servo, "write", noted)
+        for fault in FAULTS:
+            writes.clear()
+            with VirtualBus(seed=3) as virtual:
+                arm = make_arm(virtual, Path(directory), reconnect_s=0.6)
+                yield f"{fault}/outcome", _driven(arm, virtual, fault, writes)
+                yield f"{fault}/torque", list(virtual.torque().values()) if virtual.device else "unplugged"
+                goals = [write for write in writes if write.split()[1] == "42"]
+                yield f"{fault}/configuration", digest("\n".join(w for w in writes if w.split()[1] not in ("42", "40", "55")).encode())
+                if fault is None:
+                    yield "goals", goals
+
+
+def _driven(arm: Any, virtual: Any, fault: str | None, writes: list[str]) -> str:
+    from gr00t_fast.errors import Gr00tFastError
+
+    outcome = "ran"
+    try:
+        arm.connect()
+        arm.reset()
+        start = arm.observe().joints
+        if fault:
+            virtual.inject(fault)
+        end_s = time.monotonic() + (4.0 if fault and "bits=4" in fault else 0.5)
+        tick = 0
+        while time.monotonic() < end_s:
+            arm.observe()
+            if tick < 10:
+                arm.send(start + 0.5 * tick)
+            tick += 1
+            time.sleep(1 / FPS)
+    except Gr00tFastError as error:
+        outcome = f"{type(error).__name__}: {str(error).split('.')[0]}"
+    report = arm.land()
+    return f"{outcome.replace(virtual.port, 'PORT')}; safe={report.safe}"
+
+
+# Messages of both dialects
+
+
+def wire() -> Iterator[Record]:
+    from gr00t_fast.contracts import ModalityConfig
+    from gr00t_fast.serving import wire as form
+
+    numbers = np.random.default_rng(0)
+    frames = numbers.integers(0, 256, (1, 1, 6, 8, 3), dtype=np.uint8)
+    state = numbers.standard_normal((1, 1, 5)).astype(np.float32)
+    flat = {"video.webcam": frames, "state.single_arm": state, "annotation.human.task_description": ["pick"]}
+    nested = {"video": {"webcam": frames}, "state": {"single_arm": state}, "language": {"annotation.human.task_description": [["pick"]]}}
+    configs = {"video": ModalityConfig([0], ["video.webcam"]), "action": ModalityConfig(list(range(16)), ["action.single_arm"])}
+    for name, n1d7, message in (("n1.5", False, flat), ("n1.7", True, nested)):
+        request = {"endpoint": "get_action", "data": message}
+        yield f"{name}/request", form.encode(request, n1d7)
+        yield f"{name}/modality", form.encode(form.modality_config_message(configs, n1d7), n1d7)
+        back = form.decode(form.encode(request, n1d7))
+        yield f"{name}/decoded", json.dumps(sorted(_flattened(back)))
+    yield "json", form.to_json(flat)
+
+
+def _flattened(value: Any, path: str = "") -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flattened(inner, f"{path}/{key}")
+    else:
+        yield f"{path} {json.dumps(digest(value)) if isinstance(value, np.ndarray) else value!r}"
+
+
+# A recorded data set
+
+
+def dataset() -> Iterator[Record]:
+    import pyarrow.parquet as parquet
+    from test_recording import opened, play, recorder_in, settled
+
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "data"
+        with recorder_in(out, []) as recorder:
+            opened(recorder)
+            for ticks, task in ((12, "lift"), (5, "put down")):
+                play(recorder, ticks, task)
+                settled(recorder)
+        yield "files", sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+        info = json.loads((out / "meta" / "info.json").read_text())
+        yield "info", {key: value for key, value in info.items() if key not in ("codebase_version",)}
+        for file in sorted(out.rglob("data/**/*.parquet")):
+            for name, column in parquet.read_table(file).to_pydict().items():
+                yield f"{file.name}/{name}", np.asarray(column)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {section.__name__: section for section in (actions, exports, control, bus, wire, dataset)}
+
+
+def main(arguments: list[str]) -> None:
+    chosen = [name for argument in arguments if argument.startswith("--only=") for name in argument.removeprefix("--only=").split(",")]
+    for name in chosen or SECTIONS:
+        began_s = time.monotonic()
+        found = {key: digest(value) for key, value in SECTIONS[name]()}
+        (HERE / f"{name}.json").write_text(json.dumps(found, indent=0) + "\n")
+        print(f"{name}: {len(found)} records in {time.monotonic() - began_s:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
