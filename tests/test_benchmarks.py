@@ -17,9 +17,7 @@ from benchmarks import (
     ab_server,
     act_resolution,
     bench_engines,
-    bench_load,
     bench_policy,
-    chunk_continuity,
     control_architectures,
     evaluate,
     inference_profiler,
@@ -38,9 +36,7 @@ from gr00t_fast.random_checkpoint import network_config, network_config_n1d7
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROGRAMS = (
-    bench_load,
     bench_policy,
-    chunk_continuity,
     control_architectures,
     evaluate,
     inference_profiler,
@@ -144,8 +140,6 @@ def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.Ca
     assert bench_policy.main([*common, "--size=tiny", "--rounds=2", "--cameras=2", "--reference=false"]) == 0
     assert {"vision", "language", "refine", "denoise"} < json.loads((tmp_path / "bench_policy.json").read_text())["floor_ms"].keys()
     path = tmp_path / "checkpoint-tiny-n1.7"
-    assert bench_load.main([f"--model_path={path}", "--precision=fp32", "--rounds=1", f"--out={tmp_path}"]) == 0
-    assert json.loads((tmp_path / "bench_load.json").read_text())["first_action_s"]["count"] == 1
     assert inference_profiler.main([*common[1:], f"--model_path={path}", "--rounds=50"]) == 0
     assert json.loads((tmp_path / "inference_profiler.json").read_text())["advice"][0]["actions_per_chunk"] == 16
     capsys.readouterr()
