@@ -83,11 +83,14 @@ def _remove(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Whether there is a process of this number that has not ended: one that was killed keeps its number until its parent asks for it."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True  # another user's
-    return True
+    try:
+        return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:  # gone by now, or a system without /proc
+        return not Path("/proc/self/stat").exists()

@@ -32,9 +32,11 @@ def _has_cuda() -> bool:
 
 
 def pytest_configure() -> None:
-    """Ctrl-C as on a terminal, for the tests and for the programs that they start: a script's background job has it ignored."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals as on a terminal, for the tests and for the programs that they start: a script's background job has Ctrl-C ignored, nohup SIGHUP."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

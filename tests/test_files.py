@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.files import atomic_write, whole_directory
+from gr00t_fast.files import atomic_write, is_running, whole_directory
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -48,3 +48,14 @@ def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     for path, overwrite, told in ((out, False, "--overwrite"), (out / "manifest.json", True, "is a file")):
         with pytest.raises(ConfigError, match=told), whole_directory(path, overwrite):
             pytest.fail("nothing is done before it is refused")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux to tell a process that has ended from one that runs")
+def test_a_process_that_nobody_asked_for_after_its_end_is_not_running() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert is_running(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and keeps its number
+    assert not is_running(process.pid)
+    process.communicate()
+    assert not is_running(process.pid)
