@@ -219,7 +219,10 @@ def test_parts_that_are_something_else_than_joint_positions(checkpoint: Path, ke
 def test_statistics_that_were_rounded_or_estimated_are_taken(checkpoint: Path) -> None:
     for name, value in (("q01", -0.01), ("q99", 60.01)):
         edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [value])
-    assert open_checkpoint(checkpoint).embodiment("new_embodiment").statistics["state.gripper"]["q99"] == [60.01]
+    for name, value in (("min", 0.0), ("max", 0.0), ("q01", 4e-16), ("q99", 4e-14)):  # always 0: lerobot's estimate
+        edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.action.gripper.{name}", [value])
+    statistics = open_checkpoint(checkpoint).embodiment("new_embodiment").statistics
+    assert (statistics["state.gripper"]["q99"], statistics["action.gripper"]["q99"]) == ([60.01], [4e-14])
 
 
 def test_a_deviation_that_is_nan_is_refused_where_it_is_used(checkpoint: Path) -> None:

@@ -427,6 +427,7 @@ PADDING, NOT = (json.dumps({"eval_image_transform": f"ReplayCompose([\n  {step}S
         (False, _trained(final_processor_config__json=PADDING), "auto", True, True, "final_processor_config.json"),
         (True, _trained(final_processor_config__json=NOT), "auto", False, True, "final_processor_config.json"),
         (False, _trained(final_processor_config__json=PADDING), "never", False, True, "--letterbox=never"),
+        (False, _trained(final_processor_config__json='{"eval_image_transform": null}'), "auto", False, False, "letter_box_transform"),
         (False, _trained(final_model_config__json="{}"), "auto", True, True, "final_model_config.json"),
         (False, _trained(final_model_config__json='{"letter_box_transform": false}'), "auto", False, True, "letter_box_transform"),
         (False, _trained(config__yaml="data:\n  video_backend: torchcodec\n"), "auto", True, True, "config.yaml"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -677,6 +678,29 @@ def test_no_client_holds_more_than_its_share() -> None:
     work.run()
     assert refused == ["greedy 2", "greedy 5", "greedy 1", "greedy 4"]
     assert done == ["greedy 0", "other 0", "large", "greedy 3", "other 1", "greedy's third connection"]
+
+
+def test_a_host_that_always_waits_has_its_turns_beside_hosts_that_ask_again_at_once() -> None:
+    """A robot thinks for as long as one inference of another takes."""
+    work, served, thinking = InferenceQueue(RequestLog(), 100), Counter(), []
+    hosts = {name: Connection(name[0], ignore) for name in ("a1", "a2", "b", "c")}
+
+    def ask(name: str) -> None:
+        def answer(outcome: object) -> None:
+            served[name] += 1
+            thinking.append(name)
+            if served.total() == 60:
+                work.stop()
+            elif served.total() < 60 and len(thinking) > 1:
+                ask(thinking.pop(0))
+
+        work.submit(lambda: None, answer, hosts[name])
+
+    for name in hosts:
+        ask(name)
+    work.run()
+    assert served["a1"] + served["a2"] >= 18, served
+    assert min(served["b"], served["c"]) >= 18, served
 
 
 def test_the_budget_is_given_back() -> None:

@@ -14,9 +14,11 @@ from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
 # Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
 EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
-# Smaller ones come first. The tolerance, a share of the larger of |min| and |max|, is for figures that were rounded or estimated.
+# Smaller ones come first. The tolerance, a share of the larger of |min| and |max|, is for figures that were rounded or estimated; the absolute one
+# for a joint that was always 0: quantiles that lerobot estimates from a histogram are then some 1e-14.
 _ORDER = (("min", "q01"), ("q99", "max"))
 _ORDER_TOLERANCE = 1e-3
+_ORDER_SLACK = 1e-6
 _LARGEST = 1e6  # no joint value in any unit; a chosen limit
 
 
@@ -68,7 +70,7 @@ def parse_metadata(raw: Mapping[str, Any], tag: str) -> EmbodimentMetadata:
 
 def _unsupported(kind: str, told: Mapping[str, Any], width: int) -> str:
     if kind == "action" and told.get("absolute", True) is not True:
-        return f"absolute is {shown(told['absolute'])}: its values are differences, which no arm may get as positions"
+        return f"absolute is {shown(told['absolute'])}, expected true: an arm may not get differences as positions"
     if told.get("rotation_type") is not None:
         return f"rotation_type is {shown(told['rotation_type'])}: rotations are not computed here"
     if told.get("shape", [width]) != [width]:
@@ -92,7 +94,7 @@ def part_statistics(where: str, values: Mapping[str, Any], dimensions: int = 1) 
             raise ValueError(f"{where}.{name} exceeds {_LARGEST:g}: no joint value")
     if "std" in arrays and (arrays["std"] < 0).any():
         raise ValueError(f"{where}.std is negative")
-    slack = _ORDER_TOLERANCE * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
+    slack = _ORDER_SLACK + _ORDER_TOLERANCE * np.maximum(np.abs(arrays["min"]), np.abs(arrays["max"]))
     for low, high, tolerance in (("min", "max", 0.0), ("q01", "q99", 0.0), *((*pair, slack) for pair in _ORDER)):
         if low in arrays and high in arrays and (arrays[low] > arrays[high] + tolerance).any():
             raise ValueError(f"{where}.{low} exceeds {where}.{high}")

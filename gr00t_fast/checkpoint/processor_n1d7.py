@@ -230,7 +230,8 @@ def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Let
             pipeline = str(parse_json(processor)["eval_image_transform"])  # as text; the padding step of either kind is called LetterBox...
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(TRAINING_FILES[0], f"cannot be read as JSON ({error!r})") from error
-        return Letterbox("LetterBox" in pipeline, f"it was trained so, by {TRAINING_FILES[0]}", True)
+        if any(step in pipeline for step in ("LetterBox", "Resize", "SmallestMaxSize")):  # else it is no list of steps
+            return Letterbox("LetterBox" in pipeline, f"it was trained so, by {TRAINING_FILES[0]}", True)
     if model is not None and "letter_box_transform" not in model:
         return Letterbox(True, f"it was trained before the flag counted: {TRAINING_FILES[1]} does not have it", True)
     if settings is not None and re.search(r"^\s+video_backend:", settings, re.MULTILINE):
@@ -363,7 +364,8 @@ class _Reader:
             if rep == "ABSOLUTE" and name in self._statistics["relative_action"]:
                 raise CheckpointError(
                     f"{PROCESSOR_FILE} says that action part '{name}' is absolute, but {STATISTICS_FILE} has statistics of it in relative_action. "
-                    "Are both files of one checkpoint?"
+                    f"Take both files from one checkpoint. If it was trained with absolute values, delete relative_action.{name} there: training "
+                    "copies what an earlier one left beside the data set."
                 )
             if rep == "RELATIVE" and self._settings["use_relative_action"]:
                 yield self._relative(name, width, mode, config, steps)

@@ -88,7 +88,7 @@ class InferenceQueue:
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
         self._waiting: list[_Job] = []
         self._running_bytes = 0
-        self._served_s: dict[str, float] = {}  # when a call of a host that waits was taken for the last time
+        self._served_s: dict[str, float] = {}  # when a call of a host was taken for the last time, for as long as a call may wait
         self._request_log, self._limit_bytes, self._max_waiting, self._max_wait_s = traffic, limit_bytes, max_waiting, max_wait_s
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # never taken by `stop`: a signal handler may interrupt whoever holds it
@@ -163,11 +163,12 @@ class InferenceQueue:
         return max(len(jobs) / self._max_waiting, sum(each.size_bytes for each in jobs) / self._limit_bytes)
 
     def _next(self) -> _Job | None:
-        self._served_s = {host: self._served_s.get(host, 0.0) for host in map(_host, self._waiting)}
-        job = min(self._waiting, key=lambda each: (each.client.suspect, self._served_s[_host(each)]), default=None)
+        now_s = time.monotonic()
+        self._served_s = {host: time_s for host, time_s in self._served_s.items() if now_s - time_s < self._max_wait_s}
+        job = min(self._waiting, key=lambda each: (each.client.suspect, self._served_s.get(_host(each), 0.0)), default=None)
         if job is not None:
             self._waiting.remove(job)
-            self._served_s[_host(job)], self._running_bytes = time.monotonic(), job.size_bytes
+            self._served_s[_host(job)], self._running_bytes = now_s, job.size_bytes
         return job
 
     def stop(self) -> None:
