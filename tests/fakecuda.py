@@ -61,7 +61,8 @@ def groups(quick: bool) -> list[list[Case]]:
     found = []
     for network in ("n1.5", "n1.7"):
         case = functools.partial(Case, network, "cuda_graph")
-        found.append([Case(network, "compiled", short=True), Case(network, "fp8", short=True)])
+        short = functools.partial(Case, network, short=True)
+        found.append([short("compiled"), short("compiled", cameras=2), short("compiled", continuation="rtc"), short("fp8"), short("fp8", cameras=2)])
         found.append([case(), case(cameras=2), case(continuation="prefix"), case(continuation="rtc")])
         if network == "n1.7":
             found[-1].append(case(wide=True))
