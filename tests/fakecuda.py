@@ -213,7 +213,6 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
 
 def figures(engine: Any, case: Case, device: Device) -> dict[str, Any]:
     """Of a first call, which records the graph, and of a second one with other contents."""
-    import torch
 
     device.reset()
     call(engine, case)
