@@ -254,8 +254,8 @@ def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.Monkey
 def window_of(directory: Path, imshow: str) -> None:
     """An OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture."""
     (directory / "cv2.py").write_text(
-        "import json, time\nfrom pathlib import Path\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
-        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    Path({str(directory / 'shown')!r}).write_text(json.dumps(shown))\n"
+        "import time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
+        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(directory / 'shown')!r}, 'a').write('.')\n"
         f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
     )
 
@@ -274,8 +274,9 @@ def test_a_window_that_stalls_delays_nothing_and_shows_the_present(tmp_path: Pat
             if quits.is_set():
                 break
         assert quits.wait(20), "q stops the run"
-    assert np.percentile(took_s, 95) < 1e-3
-    assert len(json.loads((tmp_path / "shown").read_text())) < 10, "what it is too slow for is left out"
+    assert np.median(took_s) < 1e-3
+    assert max(took_s) < 1.0, "a window that stalls for 1.5 s"
+    assert 2 <= len((tmp_path / "shown").read_text()) < 10, "what it is too slow for is left out"
     assert said == []
 
 
