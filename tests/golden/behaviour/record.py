@@ -68,7 +68,9 @@ def _case_actions(case: Path, processor: Path, data_config: str | None, exports:
     observation["annotation.human.task_description"] = [instruction]
     common = {"data_config": data_config, "processor_path": processor, "device": "cpu"}
     engines: dict[str, dict[str, Any]] = {"eager fp32": {"precision": "fp32"}, "eager bf16": {"precision": "bf16"}}
-    for name, path in _exported(case, common, exports).items():
+    height, width = next(value.shape[-3:-1] for key, value in observation.items() if key.startswith("video."))
+    size = [] if data_config else [f"--camera_size={width}x{height}"]  # an export of N1.7 is made for one shape of camera
+    for name, path in _exported(case, common, size, exports).items():
         engines[name] = {"engine": name.split()[0], "engine_path": path}
     for name, options in engines.items():
         policy = load_policy(case / "checkpoint", **common, **options)
@@ -91,11 +93,10 @@ def _continued(policy: Any, observation: dict[str, Any], noise: np.ndarray, name
         yield f"{name}/{key}", value
 
 
-def _exported(case: Path, common: dict[str, Any], out: Path) -> dict[str, Path]:
+def _exported(case: Path, common: dict[str, Any], size: list[str], out: Path) -> dict[str, Path]:
     flags = [f"--model_path={case / 'checkpoint'}", f"--processor_path={common['processor_path']}"]
     flags += [f"--data_config={common['data_config']}"] if common["data_config"] else []
-    flags += _picture_flags(case)
-    program("export", "onnx", *flags, f"--out={out / 'onnx'}", "--denoising_steps=1,4")
+    program("export", "onnx", *flags, *size, f"--out={out / 'onnx'}", "--denoising_steps=1,4")
     made = {"onnxruntime fp32": out / "onnx", "openvino fp32": out / "onnx"}
     if case.name not in ("so100", "so101"):  # one of each network: quantising takes most of the time
         return made
@@ -103,11 +104,6 @@ def _exported(case: Path, common: dict[str, Any], out: Path) -> dict[str, Path]:
         "quantise", *flags, f"--onnx={out / 'onnx'}", f"--out={out / 'int8'}", "--target=onnxruntime", "--observations=random:0", "--trial_frames=0"
     )
     return made | {"onnxruntime int8": out / "int8"}
-
-
-def _picture_flags(case: Path) -> list[str]:
-    """Exports of N1.7 are made for one size of picture."""
-    return []
 
 
 def program(*arguments: str) -> None:
@@ -125,7 +121,7 @@ def exports() -> Iterator[Record]:
         program("export", "onnx", f"--model_path={DEMO}", "--data_config=so100", f"--out={out}")
         for file in sorted(path for path in out.rglob("*") if path.is_file()):
             if file.suffix == ".json":
-                yield f"onnx/{file.relative_to(out)}", sorted(json.loads(file.read_text()))
+                yield f"onnx/{file.relative_to(out)}", sorted(key.replace(str(ROOT), "PROJECT") for key in json.loads(file.read_text()))
             elif file.suffix != ".md":
                 yield f"onnx/{file.relative_to(out)}", file.read_bytes()
 
