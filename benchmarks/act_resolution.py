@@ -47,9 +47,8 @@ from benchmarks.lib.program import (
 )
 from benchmarks.lib.work import Work, measure_ceilings
 from gr00t_fast.engine import select_device
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.optional import require
 
 _MEGABYTE = 1e6
 _NOTES = (

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_smolvla, observation_of
 from benchmarks.lib.program import Size, size_text
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.measurement import peak_rss_bytes
-from gr00t_fast.optional import require
 
 # ResNet18 is the published one in either; the transformer around it is smaller here.
 SMALL_ACT = {"dim_model": 128, "n_heads": 4, "dim_feedforward": 512, "n_encoder_layers": 2, "n_vae_encoder_layers": 2}

@@ -103,11 +103,11 @@ class LaboratoryBench(Bench):
         return self.policy(fp8_engine(self.network(self.dtype), calibration))
 
     def _calibration(self, model: Network) -> Calibration:
+        from gr00t_fast.console import Progress
         from gr00t_fast.engine.fp8 import has_product
         from gr00t_fast.export.calibrate import Settings, calibrate
         from gr00t_fast.export.networks import TorchNetwork
         from gr00t_fast.export.samples import case_of, transforms_only
-        from gr00t_fast.progress import Progress
 
         options, head = self.options, model.config.head
         common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}

@@ -44,10 +44,9 @@ from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.engine import check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import percentiles
+from gr00t_fast.measurement import StageTimer, percentiles
 from gr00t_fast.metadata import target_of
 from gr00t_fast.model import ModelInputs, network
-from gr00t_fast.timing import StageTimer
 
 # Tokens before the first picture, between two, and in all beside pictures. "Place the block in the bowl" with one picture: N1.5 288 ids, N1.7 77.
 _TOKENS_N1D5, _TOKENS_N1D7 = (14, 0, 32), (4, 2, 13)

@@ -29,9 +29,8 @@ from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.errors import ConfigError, closest, require
 from gr00t_fast.metadata import read_policy_metadata
-from gr00t_fast.optional import require
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig, servo_lag_ms
 from gr00t_fast.robots.so100_sim.robot import SimArm
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation

@@ -50,10 +50,9 @@ from benchmarks.closed_loop import (
 from benchmarks.lib.program import drawing, figure, finish, markdown_table, provenance, read_flags, write_csv
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine.manifest import sha256
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, wilson_interval
-from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.rendering import write_video
 from gr00t_fast.robots.so100_sim.scene import scene_xml
 from gr00t_fast.robots.so100_sim.simulation import MAX_BLOCK_SPEED_M_S, Simulation

@@ -29,8 +29,7 @@ from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
 from gr00t_fast.control.safety import SafetyOptions
 from gr00t_fast.control.threaded import OverlapOptions, Smoothing, ThreadedController, WhenLate
-from gr00t_fast.errors import ConfigError, ObservationError, closest
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, ObservationError, closest, require
 
 _JOINT_STATE = "sensor_msgs/msg/JointState"  # rosbags' spelling of sensor_msgs/JointState
 Columns = tuple[tuple[str, ...], np.ndarray, np.ndarray]

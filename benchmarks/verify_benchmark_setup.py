@@ -24,8 +24,7 @@ import torch
 from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, PUBLISHED_DISK_GB, PUBLISHED_MEMORY_GB, Setting, observation_of
 from benchmarks.lib.program import count_of, provenance, read_flags
 from gr00t_fast.engine import select_device
-from gr00t_fast.errors import Gr00tFastError, attempt
-from gr00t_fast.optional import install_command
+from gr00t_fast.errors import Gr00tFastError, attempt, install_command
 
 _PACKAGES = {"lerobot": "robot", "num2words": "bench", "diffusers": "bench", "transformers": "bench", "matplotlib": "plots"}
 

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.strict_json import read_json, read_text
+from gr00t_fast.files import read_json, read_text
 
 T = TypeVar("T")
 Kind = Literal["text", "path", "bool", "choice", "whole", "number", "list", "yaml"]

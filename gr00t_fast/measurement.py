@@ -1,4 +1,4 @@
-"""What every report and benchmark says about itself: percentiles, and the machine, versions and commit behind a figure."""
+"""Figures and where they come from: stages of a call in milliseconds, percentiles, and the machine, versions and commit behind a figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,27 @@ _PACKAGES = (
     *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless"),
     *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt_rtx", "tensorrt"),
 )
+
+
+class StageTimer:
+    """Collects stage durations of one call. `synchronise` is called at each stage's end, so that asynchronous GPU work is counted where it ran."""
+
+    def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
+        self.stages_ms: dict[str, float] = {}
+        self._synchronise = synchronise or (lambda: None)
+        self._start_s = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self._synchronise()
+        self.stages_ms[name] = self.stages_ms.get(name, 0.0) + (time.perf_counter() - start_s) * 1e3
+
+    def finish(self) -> dict[str, float]:
+        """The stages and their `total`, which includes what lay between them."""
+        self._synchronise()
+        return {**self.stages_ms, "total": (time.perf_counter() - self._start_s) * 1e3}
 
 
 def percentiles(samples: Iterable[float]) -> dict[str, float] | None:

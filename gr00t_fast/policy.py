@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.console import byte_bar
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.data_config import DataConfig
 from gr00t_fast.engine import (
@@ -38,12 +39,11 @@ from gr00t_fast.engine import (
 )
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.metadata import target_of
 from gr00t_fast.processor import Processor, Transform
 from gr00t_fast.processor_n1d7 import processor_n1d7
-from gr00t_fast.progress import byte_bar
 from gr00t_fast.prompt import PromptEncoder, find_tokenizer
-from gr00t_fast.timing import StageTimer
 
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
 _WARM_UP_INSTRUCTION = "Place the block in the bowl"

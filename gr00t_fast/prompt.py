@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
-from gr00t_fast.strict_json import check_tokenizer_file, read_json
+from gr00t_fast.files import check_tokenizer_file, read_json
 
 PROMPT_STYLES = ("plain", "nvidia")
 IMAGE_TOKEN = "<IMG_CONTEXT>"

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
-from gr00t_fast.strict_json import read_json
+from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.files import read_json
 
 _STATE, _ACTION = "observation.state", "action"
 _COLUMNS = [_STATE, _ACTION, "episode_index", "frame_index"]

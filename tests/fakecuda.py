@@ -197,7 +197,7 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     import torch
 
     from gr00t_fast.engine import Continuation, PolicyInputs
-    from gr00t_fast.timing import StageTimer
+    from gr00t_fast.measurement import StageTimer
 
     size, tokens = ((480, 640), 256) if case.network == "n1.5" else ((256, 352), 88) if case.wide else ((256, 256), 64)
     head, images, generator = engine.model.config.head, tokens * case.cameras, np.random.default_rng(seed)

@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "optional", "tensorrt_library", "timing", "flags")
-BASE += ("measurement", "config_n1d7", "history", "nested", "console", "strict_json", "files", "recordings")
-POLICY = ("prompt", "progress", "dataset", "observation", "transforms", "pictures_n1d7", "joints_n1d7", "metadata", "processor")
+BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "tensorrt_library", "flags")
+BASE += ("measurement", "config_n1d7", "history", "nested", "console", "files", "recordings")
+POLICY = ("prompt", "dataset", "observation", "transforms", "pictures_n1d7", "joints_n1d7", "metadata", "processor")
 POLICY += ("processor_n1d7", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
 PROGRAMS = ("cli", "random_checkpoint", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
 LAYERS = (BASE, ("model",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
 ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "metadata", "transforms")}
-# Installed with the core. Everything else third-party goes through gr00t_fast.optional, inside a function.
+# Installed with the core. Everything else third-party goes through gr00t_fast.errors, inside a function.
 CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "draccus", "yaml"})
 FLAG_PACKAGES = frozenset({"draccus", "yaml"})  # at import time only where flags are declared: a policy must load without them
 FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config"})
@@ -128,7 +128,7 @@ def package_violations(sources: Sources) -> list[str]:
             if package in sys.stdlib_module_names or package in ("gr00t_fast", "__future__"):
                 continue
             if package not in CORE_PACKAGES:
-                found.append(f"{module}:{line}: imports {package} at import time; use gr00t_fast.optional.require inside a function")
+                found.append(f"{module}:{line}: imports {package} at import time; use gr00t_fast.errors.require inside a function")
             elif package in FLAG_PACKAGES and module not in FLAG_MODULES:
                 found.append(f"{module}:{line}: imports {package}; only modules that declare flags do")
             elif unit_of(module) == "model" and package != "torch":

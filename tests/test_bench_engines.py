@@ -19,8 +19,8 @@ from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.graph import GraphEngine
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.random_checkpoint import network_config, random_network
-from gr00t_fast.timing import StageTimer
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"

@@ -17,6 +17,7 @@ from benchmarks.closed_loop import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli import calibrate as program
 from gr00t_fast.cli.policy_flags import parse_with
+from gr00t_fast.console import Progress
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.calibration import SCALES_NAME, read_calibration
@@ -33,7 +34,6 @@ from gr00t_fast.export.samples import Case, collect_cases, digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.policy import load_policy
-from gr00t_fast.progress import Progress
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
 FEW = ("--calibration=random:0", "--frames=4", "--allow_few", "--device=cpu")

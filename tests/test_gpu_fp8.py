@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.console import Progress
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.dataset import RandomFrames
 from gr00t_fast.engine import Target
@@ -33,7 +34,6 @@ from gr00t_fast.export.networks import TorchNetwork
 from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
-from gr00t_fast.progress import Progress
 
 pytestmark = pytest.mark.gpu
 

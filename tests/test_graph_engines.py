@@ -29,9 +29,9 @@ from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
 from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
 from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten, round_layers
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Condition, Network
 from gr00t_fast.random_checkpoint import write_random_checkpoint
-from gr00t_fast.timing import StageTimer
 
 SIZES = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(3, 4, 12), vision=(32, 64, 2, 2))
 CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 100 degrees

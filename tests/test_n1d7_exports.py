@@ -25,8 +25,8 @@ from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import linear_layers, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.export.samples import network_inputs
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.random_checkpoint import write_random_checkpoint
-from gr00t_fast.timing import StageTimer
 
 for package in ("onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")

@@ -316,6 +316,6 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
 
 
 def _timer():
-    from gr00t_fast.timing import StageTimer
+    from gr00t_fast.measurement import StageTimer
 
     return StageTimer()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import gr00t_fast
-from gr00t_fast import optional
+from gr00t_fast import errors
 
 ROOT = Path(__file__).parent.parent
 # Audit hooks see every thread of the process; a refused connection is tried again by nobody. The sender's thread gets a moment.
@@ -24,7 +24,7 @@ WATCHED = """if True:
             print("AUDIT", event, arguments, flush=True)
             raise OSError("not allowed here")
     sys.addaudithook(note)
-    from gr00t_fast.optional import require
+    from gr00t_fast.errors import require
     openvino = require("openvino", "openvino")
     openvino.Core().available_devices
     from openvino.tools import ovc
@@ -57,15 +57,15 @@ def test_the_advice_fits_this_environment(lerobot: str | None, python: tuple[int
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(sys, "version_info", python)
-    command = optional.install_command("sim")
+    command = errors.install_command("sim")
     assert shlex.split(command.partition(" (")[0]) == ["pip", "install", "-e", ".[sim]", "-c", pins]
     assert re.search(r"^lerobot==", (ROOT / pins).read_text(), re.MULTILINE)
 
 
 def test_a_wheel_gets_no_advice_about_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optional, "_ROOT", tmp_path)
-    assert optional.install_command("sim") == "pip install 'gr00t_fast[sim]'"
-    assert optional.install_command() == "pip install 'gr00t_fast'"
+    monkeypatch.setattr(errors, "_ROOT", tmp_path)
+    assert errors.install_command("sim") == "pip install 'gr00t_fast[sim]'"
+    assert errors.install_command() == "pip install 'gr00t_fast'"
 
 
 def test_a_type_checker_sees_the_signatures_behind_the_lazy_names(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from random_networks import TINY
 from torch import Tensor
 
 from gr00t_fast.cli import quantise as program
+from gr00t_fast.console import Progress
 from gr00t_fast.dataset import textured_picture
 from gr00t_fast.engine import open_engine
 from gr00t_fast.engine.manifest import read_manifest
@@ -29,8 +30,7 @@ from gr00t_fast.export.networks import GraphNetwork, RoundedMatMul
 from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
 from gr00t_fast.export.samples import Case, collect_cases
 from gr00t_fast.export.verify import ActionError
-from gr00t_fast.progress import Progress
-from gr00t_fast.timing import StageTimer
+from gr00t_fast.measurement import StageTimer
 
 K, N, ROWS = 24, 16, 10
 

@@ -11,8 +11,8 @@ from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.static_call import CallShape, PackedBuffers, StaticCall
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00tN1d5, ModelInputs
-from gr00t_fast.timing import StageTimer
 
 FRAME = (60, 80)  # height, width
 

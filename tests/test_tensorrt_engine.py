@@ -34,9 +34,9 @@ from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
 from gr00t_fast.engine.tensorrt import LoadedStage, RunStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import StepTables
 from gr00t_fast.policy import load_policy
-from gr00t_fast.timing import StageTimer
 
 ROOT = Path(__file__).parent.parent
 has_gpu = library.gpu_capability() is not None

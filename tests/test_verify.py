@@ -13,10 +13,10 @@ from exports import target_for
 from random_networks import TINY
 
 from gr00t_fast.cli import verify as program
+from gr00t_fast.console import Progress
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
 from gr00t_fast.export.samples import Case, collect_cases
 from gr00t_fast.export.verify import Verification, action_error, joints
-from gr00t_fast.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def test_nan_passes_no_limit(cases: list[Case]) -> None:
 
 
 def test_long_work_tells_how_far_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("gr00t_fast.progress.TELL_EVERY_S", -1.0)
+    monkeypatch.setattr("gr00t_fast.console.TELL_EVERY_S", -1.0)
     with Progress().bar("calibrating", 4) as tick:
         for _ in range(4):
             tick()

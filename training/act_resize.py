@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.lib.program import execute, size_of
-from gr00t_fast.errors import ConfigError, ObservationError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, ObservationError, require
 
 if TYPE_CHECKING:
     from lerobot.configs.types import PipelineFeatureType, PolicyFeature

@@ -29,8 +29,7 @@ from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.dataset_recorder import modality_of
 from gr00t_fast.control.dataset_writer import MODALITY, features
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.so100_sim.scene import Task
 from gr00t_fast.robots.so100_sim.scripted_expert import expert
 from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation

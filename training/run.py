@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.program import check_counts, drawing
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import atomic_write
-from gr00t_fast.optional import require
 
 # --- updates ------------------------------------------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.lib.program import check_counts, execute
-from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.scene import PAN_AXIS_XY_M
 from gr00t_fast.robots.so100_sim.scripted_expert import GraspKinematics
 from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gr00t_fast.optional import require
+from gr00t_fast.errors import require
 
 JOINTS = 6
 PUBLISHED_MEMORY_GB, PUBLISHED_DISK_GB = 12, 6  # the largest arm (GR00T) in fp32 with its peak while loading; its random checkpoint

@@ -292,7 +292,7 @@ def conditions(result: Result) -> str:
 @contextmanager
 def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4), **options: Any) -> Iterator[Any]:
     """Axes (rows, columns) to draw on; a titled picture at `path` afterwards. Raises MissingExtraError without matplotlib."""
-    from gr00t_fast.optional import require
+    from gr00t_fast.errors import require
 
     require("matplotlib", "plots").use("Agg")
     import matplotlib.pyplot as plt

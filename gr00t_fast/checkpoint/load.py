@@ -36,8 +36,8 @@ from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.config import PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.config_n1d7 import BACKBONE_FILE, MODEL_TYPE, PUBLISHED_BACKBONE, config_n1d7
 from gr00t_fast.errors import CheckpointError, ConfigError
+from gr00t_fast.files import read_json
 from gr00t_fast.model import Network, network
-from gr00t_fast.strict_json import read_json
 
 log = logging.getLogger(__name__)
 _READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores

@@ -16,7 +16,7 @@ import numpy as np
 from gr00t_fast.checkpoint.embodiment import STATISTICS, check_std, part_statistics
 from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX, Letterbox
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
-from gr00t_fast.strict_json import parse_json, read_text
+from gr00t_fast.files import parse_json, read_text
 
 PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE = "processor_config.json", "statistics.json", "embodiment_id.json"
 PROCESSOR_FILES = (PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE)

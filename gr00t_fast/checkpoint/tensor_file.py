@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.errors import CheckpointError
-from gr00t_fast.strict_json import LFS_POINTER, LFS_REMEDY, parse_json
+from gr00t_fast.files import LFS_POINTER, LFS_REMEDY, parse_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _LENGTH_BYTES = 8

@@ -28,9 +28,8 @@ from gr00t_fast.cli.doctor_arm import Pictures, Row, arm, failed, take_pictures,
 from gr00t_fast.cli.policy_flags import OutputFlags, PolicyFlags, check_data_config
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute, show
 from gr00t_fast.cli.run_flags import RunConfig
-from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError, PreflightError
+from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError, PreflightError, install_command
 from gr00t_fast.flags import UsageError, help_text, parse_flags
-from gr00t_fast.optional import install_command
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig
 
 # What a run with these flags needs -> (module, extra that brings it).

@@ -21,11 +21,10 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import check_free
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import peak_rss_bytes
-from gr00t_fast.optional import require
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.manifest import Manifest

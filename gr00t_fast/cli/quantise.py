@@ -21,13 +21,12 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_OK, end_on_sigterm, show
+from gr00t_fast.console import Progress
 from gr00t_fast.dataset import MIN_FRAMES
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.measurement import git_commit, machine, peak_rss_bytes, versions
-from gr00t_fast.optional import require
-from gr00t_fast.progress import Progress
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.manifest import Target

@@ -16,8 +16,8 @@ from typing import Any
 
 from gr00t_fast.cli.policy_flags import PolicyFlags, check_at_least_one, check_checkpoint_flags, check_device, parse_with, policy_options
 from gr00t_fast.cli.program import EXIT_OK, execute
+from gr00t_fast.errors import require
 from gr00t_fast.flags import UsageError, help_text
-from gr00t_fast.optional import require
 from gr00t_fast.serving.connections import check_port_free
 
 _USAGE = "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]"

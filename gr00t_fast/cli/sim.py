@@ -10,10 +10,9 @@ from typing import Literal
 import numpy as np
 
 from gr00t_fast.cli.policy_flags import run_command
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import UsageError, setting
-from gr00t_fast.optional import require
 from gr00t_fast.robots.so100_sim.rendering import write_video
 from gr00t_fast.robots.so100_sim.scene import Task
 from gr00t_fast.robots.so100_sim.scripted_expert import expert

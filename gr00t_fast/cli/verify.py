@@ -23,9 +23,9 @@ from gr00t_fast.cli.policy_flags import (
     run_command,
 )
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, show
+from gr00t_fast.console import Progress
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, machine, versions
-from gr00t_fast.progress import Progress
 
 LEAST = 100  # observations
 

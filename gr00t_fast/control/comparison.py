@@ -18,7 +18,7 @@ from gr00t_fast.control.html_report import flat
 from gr00t_fast.control.report import SCHEMA, SCHEMA_VERSION
 from gr00t_fast.control.safety import GRIPPER
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.strict_json import read_json
+from gr00t_fast.files import read_json
 
 COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes

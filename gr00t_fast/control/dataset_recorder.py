@@ -25,8 +25,7 @@ from gr00t_fast.contracts import Observation
 from gr00t_fast.control import dataset_writer
 from gr00t_fast.control.binding import joints_of_parts
 from gr00t_fast.control.dataset_writer import SUCCESS, Slots, check_whole, features, tidy_up
-from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError
-from gr00t_fast.optional import install_command, require
+from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
 
 QUEUE_S = 3.0  # of ticks that may wait for the other process
 _QUEUE_BYTES, _LEAST_SLOTS = 512 << 20, 8

@@ -28,8 +28,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from gr00t_fast.errors import require
 from gr00t_fast.files import is_running
-from gr00t_fast.optional import require
 
 ROLLOUTS = "meta/rollouts.json"  # of each episode what lerobot has no place for
 MODALITY = "meta/modality.json"  # NVIDIA's name for which columns are which part

@@ -28,8 +28,7 @@ import numpy as np
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control.recorder import desktop_obstacle, display_obstacle
 from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.errors import ConfigError, MissingExtraError
-from gr00t_fast.optional import install_command
+from gr00t_fast.errors import ConfigError, MissingExtraError, install_command
 
 WINDOW = "window"  # what `--display` without a value means
 DEFAULT_PORT = 9876  # rerun's own

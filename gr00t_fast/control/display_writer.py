@@ -27,7 +27,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from gr00t_fast.control.recorder import side_by_side
-from gr00t_fast.optional import require
+from gr00t_fast.errors import require
 
 APPLICATION = "gr00t_fast"
 _NICENESS = 10  # the control loop comes first

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.control.trace import RunTrace
-from gr00t_fast.optional import require
+from gr00t_fast.errors import require
 
 _WIDTH_PX = 640  # of a camera's picture; larger ones are made smaller
 _STYLE = """

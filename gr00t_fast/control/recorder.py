@@ -17,8 +17,7 @@ import numpy as np
 
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, require
 
 QUEUE_FRAMES = 60  # two seconds at 30 Hz (110 MB at 640x480 and two cameras); a slower encoder drops frames instead of delaying the arm
 _GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"  # a palette of the clip's own 256 colours

@@ -26,9 +26,8 @@ from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.recorder import FirstAndLast, VideoRecorder
 from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.control.trace import RunTrace
-from gr00t_fast.errors import ConfigError, MissingExtraError
+from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
-from gr00t_fast.optional import install_command, require
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 _LEGEND = (

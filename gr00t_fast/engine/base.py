@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.timing import StageTimer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gr00t_fast.engine.base import Engine, Inputs
 from gr00t_fast.engine.continuation import Continuation, denoise_towards
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Condition, Network, StepTables
-from gr00t_fast.timing import StageTimer
 
 
 class EagerEngine(Engine):

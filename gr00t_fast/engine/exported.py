@@ -18,8 +18,8 @@ from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.manifest import Manifest, check_picture
 from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs, StepTables
-from gr00t_fast.timing import StageTimer
 
 STAGES = ("vision", "language", "denoise_step")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gr00t_fast.optional import require
+from gr00t_fast.errors import require
 
 triton = require("triton", "triton")
 tl = require("triton.language", "triton")

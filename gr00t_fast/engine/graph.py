@@ -21,8 +21,8 @@ from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Network
-from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
 _KEPT_RECORDINGS = 8  # each holds its own buffers; intermediate results are in one pool of all

@@ -21,8 +21,7 @@ from typing import Any
 from gr00t_fast.checkpoint import Checkpoint
 from gr00t_fast.data_config import DataConfig, check_trained_cameras
 from gr00t_fast.errors import EngineError, ObservationError, StaleEngineError
-from gr00t_fast.files import MANIFEST_NAME, atomic_write
-from gr00t_fast.strict_json import read_json
+from gr00t_fast.files import MANIFEST_NAME, atomic_write, read_json
 
 FORMAT = 1
 # Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.

@@ -14,8 +14,7 @@ from torch import Tensor
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
-from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, EngineError, require
 
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16: NumPy has no such type
 _ELEMENTS = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: _BFLOAT16}

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from gr00t_fast.engine.exported import STAGES, ExportedEngine
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, read_manifest, remedy_for
-from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, EngineError, require
 
 KIND = "openvino"
 _ARITHMETIC = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

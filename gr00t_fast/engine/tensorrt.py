@@ -31,8 +31,8 @@ from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_
 from gr00t_fast.engine.tables import EMBEDDING, TABLES_NAME
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.files import atomic_write
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs, StepTables
-from gr00t_fast.timing import StageTimer
 
 log = logging.getLogger(__name__)
 KIND = "tensorrt"

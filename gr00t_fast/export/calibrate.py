@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gr00t_fast.console import Progress
 from gr00t_fast.engine.quantized import InputScale, with_layers
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import Case
 from gr00t_fast.export.verify import ActionError, action_error
-from gr00t_fast.progress import Progress
 
 T = TypeVar("T")
 NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits

@@ -27,12 +27,11 @@ from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.engine.tables import EMBEDDING, MODULATION, TABLES_NAME, TAU
-from gr00t_fast.errors import CheckpointError, ConfigError, closest
+from gr00t_fast.errors import CheckpointError, ConfigError, closest, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
 from gr00t_fast.model import ModelInputs, Network
-from gr00t_fast.optional import require
 
 KIND = "onnx"
 USUAL_STEPS = (1, 2, 4, 8)

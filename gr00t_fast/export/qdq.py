@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.engine.quantized import InputScale
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, require
 
 
 @dataclass(frozen=True)

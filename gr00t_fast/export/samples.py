@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.console import Progress
 from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.engine import Continuation, Engine, PolicyInputs
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.errors import EngineError
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
-from gr00t_fast.progress import Progress
-from gr00t_fast.timing import StageTimer
 
 JointTargets = Callable[[np.ndarray], np.ndarray]  # normalised actions (1, H, A) -> float64 (1, rows, J) in joint units
 

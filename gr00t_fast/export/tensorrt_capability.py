@@ -12,8 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import install_command, require
+from gr00t_fast.errors import ConfigError, install_command, require
 from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
 
 ANY, AUTO = "any", "auto"

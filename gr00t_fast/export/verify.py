@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import load_model
+from gr00t_fast.console import Progress
 from gr00t_fast.engine.exported import ExportedEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.export.graphs import plain_outputs
 from gr00t_fast.export.samples import Case
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs, Network, StepTables
-from gr00t_fast.progress import Progress
-from gr00t_fast.timing import StageTimer
 
 _FP32_STAGE_LIMIT = 1e-5  # relative L2: rounding of another order of operations, and no more
 # p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree

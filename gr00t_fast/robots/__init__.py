@@ -14,7 +14,7 @@ def check_ready(config: RobotConfig) -> None:
 
     Raises RobotError, or MissingExtraError for cameras of `type: sim` without MuJoCo.
     """
-    from gr00t_fast.optional import require
+    from gr00t_fast.errors import require
     from gr00t_fast.robots.config import SO100FollowerConfig, rendered
 
     if isinstance(config, SO100FollowerConfig):

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
 
 _OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown to lerobot

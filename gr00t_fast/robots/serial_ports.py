@@ -8,8 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from gr00t_fast.errors import RobotError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import RobotError, require
 
 try:
     import fcntl

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import RobotError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import RobotError, require
 from gr00t_fast.robots.feetech_bus.protocol import Instruction, Request, StatusParser, decode_signed, encode_request, from_word
 from gr00t_fast.robots.feetech_bus.servo import MODEL_STS3215, JointCalibration, Register
 from gr00t_fast.robots.lerobot_glue import TICKS

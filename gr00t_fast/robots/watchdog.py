@@ -16,8 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from gr00t_fast.errors import RobotError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import RobotError, require
 from gr00t_fast.robots.watchdog_process import CALL, DISMISS
 
 log = logging.getLogger(__name__)

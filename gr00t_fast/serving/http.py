@@ -23,9 +23,8 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import Gr00tFastError, ServerError, WireError
+from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
 from gr00t_fast.nested import flat_observation, is_nested
-from gr00t_fast.optional import require
 from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connection, Connections, is_local, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,

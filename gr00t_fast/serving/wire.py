@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import Letterbox, ModalityConfig, PartStatistics, PolicyMetadata
-from gr00t_fast.errors import WireError
-from gr00t_fast.optional import require
-from gr00t_fast.strict_json import parse_json
+from gr00t_fast.errors import WireError, require
+from gr00t_fast.files import parse_json
 
 MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.

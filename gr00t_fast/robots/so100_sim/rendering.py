@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.so100_sim.appearance import gather, scene_parts, shade_table, wood
 
 # --- rasteriser ---------------------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, closest, require
 
 Task = Literal["reach", "place"]
 

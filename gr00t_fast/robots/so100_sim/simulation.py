@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.optional import require
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.so100_sim.rendering import Pinhole, Pose, SceneRenderer
 from gr00t_fast.robots.so100_sim.scene import (
     BLOCK_HALF_M,
