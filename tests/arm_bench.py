@@ -16,9 +16,12 @@ from gr00t_fast.robots.so100_follower import SO100FollowerArm
 
 
 def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
-    """An arm whose calibration file agrees with the bus's servos."""
+    """An arm whose calibration file agrees with the bus's servos.
+
+    Its watchdog is patient: what it ends is the process of the tests, when a busy machine stands still for a second.
+    """
     save_calibration(bus.calibration, directory / "test.json")
-    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, **options}))
+    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, "watchdog_s": 60.0, **options}))
 
 
 def true_joints(bus: VirtualBus) -> np.ndarray:
