@@ -32,8 +32,8 @@ from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, closest, require
 from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig, servo_lag_ms
-from gr00t_fast.robots.so100_sim.robot import SimArm
-from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
+from gr00t_fast.robots.sim.robot import SimArm
+from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 
 Scene = Literal["still", "moving"]
 ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "server", "roll_forward"]

@@ -53,9 +53,9 @@ from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.flags import setting
 from gr00t_fast.measurement import git_commit, wilson_interval
-from gr00t_fast.robots.so100_sim.rendering import write_video
-from gr00t_fast.robots.so100_sim.scene import scene_xml
-from gr00t_fast.robots.so100_sim.simulation import MAX_BLOCK_SPEED_M_S, Simulation
+from gr00t_fast.robots.sim.rendering import write_video
+from gr00t_fast.robots.sim.scene import scene_xml
+from gr00t_fast.robots.sim.simulation import MAX_BLOCK_SPEED_M_S, Simulation
 from training.samples import FIRST_LAYOUT_SEED
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, LandingReport
 from gr00t_fast.robots.config import SO100FollowerConfig
-from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
-from gr00t_fast.robots.feetech_bus.servo import to_units
-from gr00t_fast.robots.so100_follower import SO100FollowerArm
+from gr00t_fast.robots.so100 import SO100FollowerArm
+from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.virtual_bus.servo import to_units
 
 
 def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:

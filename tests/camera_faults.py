@@ -19,8 +19,8 @@ from virtual_camera import READS_FAIL, READS_HANG, RUNNING, SLOW, set_state, wri
 
 from gr00t_fast.errors import Gr00tFastError
 from gr00t_fast.robots.config import CameraConfig, OpenCVCameraConfig
-from gr00t_fast.robots.feetech_bus import VirtualBus
-from gr00t_fast.robots.so100_follower import SO100FollowerArm
+from gr00t_fast.robots.so100 import SO100FollowerArm
+from gr00t_fast.robots.virtual_bus import VirtualBus
 
 BLUE_BGR = np.zeros((48, 64, 3), np.uint8)
 BLUE_BGR[..., 0] = 250

@@ -230,8 +230,8 @@ def test_a_calibration_that_rounds_gate_without_up_is_refused(tiny: Path, half: 
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Episodes of the scripted expert, every third tick, in two directories: to calibrate with, and to compare on."""
     pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
-    from gr00t_fast.robots.so100_sim.scripted_expert import expert
-    from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
+    from gr00t_fast.robots.sim.expert import expert
+    from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 
     simulation, directories = Simulation("reach", 0), []
     for name, seeds in (("calibration", range(500, 508)), ("held_out", range(600, 612))):

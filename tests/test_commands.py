@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
 FORMER = [
     *(["export/to_onnx.py"], ["export/to_tensorrt.py"], ["export/quantise.py"], ["export/calibrate.py"], ["export/verify.py"]),
-    *(["so100_inference_optimized.py"], ["-m", "gr00t_fast.serving"], ["-m", "gr00t_fast.robots.feetech_bus"], ["-m", "gr00t_fast.robots.so100_sim"]),
+    *(["so100_inference_optimized.py"], ["-m", "gr00t_fast.serving"]),
     *(["-m", "gr00t_fast", "run"], ["-m", "gr00t_fast.random_checkpoint"]),
 ]
 

@@ -19,8 +19,8 @@ import virtual_camera
 from gr00t_fast.cli import doctor as program
 from gr00t_fast.cli.main import main
 from gr00t_fast.engine.device import select_precision
-from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
-from gr00t_fast.robots.feetech_bus.servo import JointCalibration, Register
+from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.virtual_bus.servo import JointCalibration, Register
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.random_checkpoint import write_random_checkpoint
-from gr00t_fast.robots.feetech_bus.control import send_command
+from gr00t_fast.robots.virtual_bus.control import send_command
 
 pytest.importorskip("lerobot")
 pytestmark = pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs a C compiler for the virtual camera (apt install gcc)")
@@ -75,7 +75,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     write_random_checkpoint(directory / "n1d7", "tiny", network="n1.7", frame_offsets=(-15, 0))
     _answers(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA), float("nan"))
     _answers(write_random_checkpoint(directory / "pushing", "tiny", resolution=CAMERA), 100.0)
-    command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
+    command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
     bus = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Virtual servo bus" in bus.stdout.readline()
     yield Stand(directory, bus)

@@ -22,9 +22,9 @@ from arm_bench import assert_landed, make_arm, true_joints
 
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import SO100FollowerConfig
-from gr00t_fast.robots.feetech_bus import Register, Servo, VirtualBus
-from gr00t_fast.robots.servo_state import POLL_EVERY_S, SELDOM_AFTER
-from gr00t_fast.robots.so100_follower import SO100FollowerArm
+from gr00t_fast.robots.motor_state import POLL_EVERY_S, SELDOM_AFTER
+from gr00t_fast.robots.so100 import SO100FollowerArm
+from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
 
@@ -412,7 +412,7 @@ def test_an_arm_that_fell_in_a_dip_of_the_supply_is_not_switched_on_again(tmp_pa
 @pytest.mark.parametrize("fault", [None, "silent:servo=2,on=write,register=21"])
 def test_one_servo_that_loses_its_power_does_not_cost_the_others_theirs(fault: str | None, tmp_path: Path) -> None:
     """With an arm that can fall, found powered; and where another servo cannot be configured. On a USB adapter with 4 ms of latency."""
-    simulation = pytest.importorskip("gr00t_fast.robots.so100_sim.simulation")
+    simulation = pytest.importorskip("gr00t_fast.robots.sim.simulation")
     with VirtualBus(plant=simulation.ScenePlant(), usb_latency_ms=4.0) as bus:
         switched_off = []
         for servo in bus.servos:

@@ -22,10 +22,10 @@ import pytest
 from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.feetech_bus import Fault, Register, Servo, VirtualBus, default_calibration, load_calibration, save_calibration
-from gr00t_fast.robots.feetech_bus import protocol as p
-from gr00t_fast.robots.feetech_bus.faults import KINDS
-from gr00t_fast.robots.feetech_bus.servo import HALF_RANGE_DEG, MAX_SPEED, from_units, to_units
+from gr00t_fast.robots.virtual_bus import Fault, Register, Servo, VirtualBus, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.virtual_bus import protocol as p
+from gr00t_fast.robots.virtual_bus.faults import KINDS
+from gr00t_fast.robots.virtual_bus.servo import HALF_RANGE_DEG, MAX_SPEED, from_units, to_units
 
 READ_POSITION = p.sync_read(Register.PRESENT_POSITION, 2, range(1, 7))
 
@@ -201,7 +201,7 @@ def test_calibration_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_the_default_calibration_covers_the_simulated_arm() -> None:
-    units = pytest.importorskip("gr00t_fast.robots.so100_sim.units")
+    units = pytest.importorskip("gr00t_fast.robots.sim.scene")
     body = [HALF_RANGE_DEG[joint] for joint in SO100_JOINTS[:-1]]
     np.testing.assert_array_equal(units.LIMITS_DEG[:-1, 1], body)
 
@@ -351,7 +351,7 @@ def test_a_fault_that_is_misspelt(spec: str, text: str) -> None:
 
 
 def test_every_kind_is_documented() -> None:
-    from gr00t_fast.robots.feetech_bus import faults
+    from gr00t_fast.robots.virtual_bus import faults
 
     assert all(f"    {kind}:" in (faults.__doc__ or "") for kind in KINDS)
 
@@ -429,7 +429,7 @@ def test_a_plant_moves_the_arm() -> None:
 
 def test_the_simulated_arm_behind_the_servos() -> None:
     pytest.importorskip("mujoco")
-    plant = pytest.importorskip("gr00t_fast.robots.so100_sim.simulation")
+    plant = pytest.importorskip("gr00t_fast.robots.sim.simulation")
     with VirtualBus(plant=plant.ScenePlant(task="place", seed=0)) as bus:
         pan, values = bus.servos[0], bus.calibration["shoulder_pan"]
         start_deg = to_units("shoulder_pan", values, pan.position)
@@ -548,7 +548,7 @@ def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path, str]]:
     """The bus as a program of its own; its link and its first words."""
     link = tmp_path / "so100"
     arguments = ["--link", str(link), "--write_calibration", str(tmp_path / "cal"), "--id", "virtual"]
-    command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+    command = [sys.executable, "-m", "gr00t_fast", "bus", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     words = [process.stdout.readline()]
     while words[-1] and "--send state" not in words[-1]:
@@ -560,7 +560,7 @@ def program(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, Path, str]]:
 
 def send(control: Path, command: str) -> subprocess.CompletedProcess:
     arguments = ["--control", str(control), "--send", command]
-    return subprocess.run([sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments], capture_output=True, text=True, timeout=20)
+    return subprocess.run([sys.executable, "-m", "gr00t_fast", "bus", *arguments], capture_output=True, text=True, timeout=20)
 
 
 def test_lerobot_connects_to_the_program_without_a_prompt(program: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,7 +603,7 @@ def test_a_second_program_leaves_the_first_alone(program: tuple, tmp_path: Path)
     process, link, _ = program
     device = os.readlink(link)
     for arguments in (["--link", str(link), "--control", str(tmp_path / "c")], ["--link", str(tmp_path / "p"), "--control", f"{link}.ctl"]):
-        command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+        command = [sys.executable, "-m", "gr00t_fast", "bus", *arguments]
         second = subprocess.run(command, capture_output=True, text=True, timeout=20)
         assert (second.returncode, second.stderr.count("\n")) == (1, 1)
         assert "another virtual bus" in second.stderr
@@ -612,7 +612,7 @@ def test_a_second_program_leaves_the_first_alone(program: tuple, tmp_path: Path)
     process.kill()  # a dead bus leaves everything lying about, and is in nobody's way
     process.wait()
     arguments = ["--link", str(link)]
-    third = subprocess.Popen([sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments], stdout=subprocess.PIPE, text=True)
+    third = subprocess.Popen([sys.executable, "-m", "gr00t_fast", "bus", *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert third.stdout.readline().startswith("Virtual servo bus")
         assert send(Path(f"{link}.ctl"), "quit").returncode == 0
@@ -623,7 +623,7 @@ def test_a_second_program_leaves_the_first_alone(program: tuple, tmp_path: Path)
 
 def test_the_program_refuses_bad_input(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", *arguments]
+        command = [sys.executable, "-m", "gr00t_fast", "bus", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=20)
 
     link = str(tmp_path / "port")

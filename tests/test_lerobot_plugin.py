@@ -26,7 +26,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, PreflightError
 from gr00t_fast.random_checkpoint import write_random_checkpoint
-from gr00t_fast.robots.feetech_bus.control import send_command
+from gr00t_fast.robots.virtual_bus.control import send_command
 
 pytest.importorskip("lerobot")
 pytest.importorskip("datasets", reason="lerobot's programs need its datasets: pip install 'gr00t_fast[robot]'")
@@ -181,7 +181,7 @@ def bus(tmp_path: Path) -> Iterator[Path]:
     virtual_camera.build_plugin(tmp_path)
     picture = np.random.default_rng(0).integers(0, 255, (CAMERA[1], CAMERA[0], 3), dtype=np.uint8)
     virtual_camera.write_camera(tmp_path, 0, picture)
-    command = [sys.executable, "-m", "gr00t_fast.robots.feetech_bus", f"--link={tmp_path / 'port'}", f"--write_calibration={tmp_path}"]
+    command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={tmp_path / 'port'}", f"--write_calibration={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Virtual servo bus" in process.stdout.readline()
     yield tmp_path

@@ -35,8 +35,8 @@ from gr00t_fast.control.session import Session
 from gr00t_fast.control.signals import SAME_STOP_S, StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
-from gr00t_fast.robots.feetech_bus import Register, VirtualBus
-from gr00t_fast.robots.so100_sim.simulation import ScenePlant
+from gr00t_fast.robots.sim.simulation import ScenePlant
+from gr00t_fast.robots.virtual_bus import Register, VirtualBus
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 

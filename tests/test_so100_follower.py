@@ -27,12 +27,12 @@ from arm_bench import assert_landed, make_arm, true_joints
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
-from gr00t_fast.robots import check_ready, make_robot, serial_ports
+from gr00t_fast.robots import check_ready, lerobot_glue, make_robot
 from gr00t_fast.robots import config as ours
-from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower, to_lerobot_config
-from gr00t_fast.robots.servo_state import JumpGuard
-from gr00t_fast.robots.so100_follower import SO100FollowerArm
+from gr00t_fast.robots.motor_state import JumpGuard
+from gr00t_fast.robots.so100 import SO100FollowerArm
+from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
 
 
 @pytest.fixture
@@ -456,8 +456,8 @@ def test_a_real_port_is_exclusive(real: bool, arm: SO100FollowerArm, bus: Virtua
     """A pseudo-terminal, which the virtual bus keeps open, never; here one stands for a real port."""
     descriptor = arm._follower.bus.port_handler.ser.fileno()
     if real:
-        monkeypatch.setattr(serial_ports, "_PTYS", ("/nowhere/",))
-        serial_ports.lock_port(descriptor, bus.port)
+        monkeypatch.setattr(lerobot_glue, "_PTYS", ("/nowhere/",))
+        lerobot_glue.lock_port(descriptor, bus.port)
     tells_exclusive = 0x80045440  # TIOCGEXCL, of Linux
     assert struct.unpack("i", fcntl.ioctl(descriptor, tells_exclusive, bytes(4))) == (real,)
 

@@ -19,8 +19,8 @@ pytest.importorskip("mujoco")
 from benchmarks.closed_loop import reach_for_still_blocks
 from gr00t_fast import load_policy
 from gr00t_fast.measurement import wilson_interval
-from gr00t_fast.robots.so100_sim.scripted_expert import GraspKinematics
-from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
+from gr00t_fast.robots.sim.expert import GraspKinematics
+from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
 from training import record, samples, train
 from training.network import INSTRUCTIONS, draw_times, item_tables, small_tokenizer
 from training.run import Options

@@ -29,7 +29,7 @@ from arm_bench import make_arm
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.feetech_bus import Register, VirtualBus, save_calibration
+from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
 

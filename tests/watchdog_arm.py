@@ -31,7 +31,7 @@ from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.robots.config import SO100FollowerConfig
-from gr00t_fast.robots.so100_follower import SO100FollowerArm
+from gr00t_fast.robots.so100 import SO100FollowerArm
 
 READY_AFTER = 10  # targets
 

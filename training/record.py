@@ -30,10 +30,9 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.dataset_recorder import modality_of
 from gr00t_fast.control.dataset_writer import MODALITY, features
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.robots.so100_sim.scene import Task
-from gr00t_fast.robots.so100_sim.scripted_expert import expert
-from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
-from gr00t_fast.robots.so100_sim.units import GRIPPER
+from gr00t_fast.robots.sim.expert import expert
+from gr00t_fast.robots.sim.scene import GRIPPER, Task
+from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 from training.run import StopRequest
 from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
 

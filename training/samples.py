@@ -26,10 +26,9 @@ from benchmarks.lib.program import check_counts, execute
 from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.robots.so100_sim.scene import PAN_AXIS_XY_M
-from gr00t_fast.robots.so100_sim.scripted_expert import GraspKinematics
-from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
-from gr00t_fast.robots.so100_sim.units import GRIPPER, LIMITS_DEG, degrees_to_radians
+from gr00t_fast.robots.sim.expert import GraspKinematics
+from gr00t_fast.robots.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians
+from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
 from training.run import load_undisturbed
 
 # --- labels: what the expert would do next ------------------------------------------------------------------------------------------------------

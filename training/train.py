@@ -38,7 +38,7 @@ from gr00t_fast.engine import select_device
 from gr00t_fast.measurement import git_commit, machine, versions
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.prompt import IMAGE_TOKEN, PromptEncoder
-from gr00t_fast.robots.so100_sim.units import GRIPPER
+from gr00t_fast.robots.sim.scene import GRIPPER
 from gr00t_fast.transforms import ActionTransform, StateTransform
 from training.network import EMBODIMENT_TAG, INSTRUCTIONS, Batch, BlockFinder, configuration, losses, new_network, small_tokenizer, write_checkpoint
 from training.run import Options, Run, TrainingConfig, pursue, stopped_from_outside

@@ -17,11 +17,11 @@ from gr00t_fast.cli.policy_flags import run_command
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, setting
-from gr00t_fast.robots.feetech_bus import faults as fault_kinds
-from gr00t_fast.robots.feetech_bus.bus import VirtualBus
-from gr00t_fast.robots.feetech_bus.control import ControlSocket, send_command
-from gr00t_fast.robots.feetech_bus.faults import Fault
-from gr00t_fast.robots.feetech_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.virtual_bus import faults as fault_kinds
+from gr00t_fast.robots.virtual_bus.bus import VirtualBus
+from gr00t_fast.robots.virtual_bus.control import ControlSocket, send_command
+from gr00t_fast.robots.virtual_bus.faults import Fault
+from gr00t_fast.robots.virtual_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
 
 _CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 
@@ -88,7 +88,7 @@ def make_plant(task: str | None, seed: int) -> Plant | None:
     """The MuJoCo scene behind the servos, or None. MuJoCo is imported only here."""
     if task is None:
         return None
-    from gr00t_fast.robots.so100_sim.simulation import ScenePlant
+    from gr00t_fast.robots.sim.simulation import ScenePlant
 
     return ScenePlant(task=task, seed=seed)
 

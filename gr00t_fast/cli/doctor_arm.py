@@ -42,10 +42,9 @@ def arm(robot: RobotConfig | None) -> Iterator[Row]:
     """Port, servos and calibration file of a real arm. Nothing is written to the servos."""
     if not isinstance(robot, SO100FollowerConfig):
         return
-    from gr00t_fast.robots.feetech_bus.servo import load_calibration
-    from gr00t_fast.robots.lerobot_glue import calibrate_command, calibration_file, check_calibration_exists
-    from gr00t_fast.robots.serial_ports import check_port
+    from gr00t_fast.robots.lerobot_glue import calibrate_command, calibration_file, check_calibration_exists, check_port
     from gr00t_fast.robots.servo_check import judge, look
+    from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
     calibration, path = None, calibration_file(robot)
     try:
@@ -127,7 +126,7 @@ def take_pictures(robot: RobotConfig | None) -> Pictures:
 
 
 def _no_picture(name: str, shot: _Shot) -> Row:
-    from gr00t_fast.robots.serial_ports import programs_using
+    from gr00t_fast.robots.lerobot_glue import programs_using
 
     if shot.problem is not None:
         return shot.problem

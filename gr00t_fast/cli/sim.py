@@ -13,10 +13,10 @@ from gr00t_fast.cli.policy_flags import run_command
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import UsageError, setting
-from gr00t_fast.robots.so100_sim.rendering import write_video
-from gr00t_fast.robots.so100_sim.scene import Task
-from gr00t_fast.robots.so100_sim.scripted_expert import expert
-from gr00t_fast.robots.so100_sim.simulation import TICK_S, Simulation
+from gr00t_fast.robots.sim.expert import expert
+from gr00t_fast.robots.sim.rendering import write_video
+from gr00t_fast.robots.sim.scene import Task
+from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 
 
 @dataclass(kw_only=True)

@@ -20,8 +20,7 @@ def check_ready(config: RobotConfig) -> None:
     if isinstance(config, SO100FollowerConfig):
         if rendered(config.cameras):
             require("mujoco", "sim")
-        from gr00t_fast.robots.lerobot_glue import check_calibration_exists
-        from gr00t_fast.robots.serial_ports import check_port
+        from gr00t_fast.robots.lerobot_glue import check_calibration_exists, check_port
 
         check_port(config.port)
         check_calibration_exists(config)
@@ -33,11 +32,11 @@ def make_robot(config: RobotConfig) -> Robot:
     from gr00t_fast.robots.config import SO100FollowerConfig, SO100SimConfig
 
     if isinstance(config, SO100FollowerConfig):
-        from gr00t_fast.robots.so100_follower import SO100FollowerArm
+        from gr00t_fast.robots.so100 import SO100FollowerArm
 
         return SO100FollowerArm(config)
     if isinstance(config, SO100SimConfig):
-        from gr00t_fast.robots.so100_sim.robot import SimArm
+        from gr00t_fast.robots.sim.robot import SimArm
 
         return SimArm(config)
     raise ConfigError(f"no arm is known for a configuration of type {type(config).__name__}; expected so100_follower, so101_follower or so100_sim.")

@@ -12,12 +12,11 @@ from typing import Any
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError, require
-from gr00t_fast.robots.feetech_bus.protocol import Instruction, Request, StatusParser, decode_signed, encode_request, from_word
-from gr00t_fast.robots.feetech_bus.servo import MODEL_STS3215, JointCalibration, Register
-from gr00t_fast.robots.lerobot_glue import TICKS
-from gr00t_fast.robots.serial_ports import lock_port
-from gr00t_fast.robots.servo_link import LINK_LOST, error_names
-from gr00t_fast.robots.servo_state import OUTSIDE_DEG
+from gr00t_fast.robots.bus import LINK_LOST, error_names
+from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
+from gr00t_fast.robots.motor_state import OUTSIDE_DEG
+from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, StatusParser, decode_signed, encode_request, from_word
+from gr00t_fast.robots.virtual_bus.servo import MODEL_STS3215, JointCalibration, Register
 
 BAUD_RATE = 1_000_000
 ANSWER_S = 0.06  # as long as the SDK of the driver waits

@@ -168,8 +168,8 @@ def bus() -> Iterator[Record]:
     import pytest
     from arm_bench import make_arm
 
-    from gr00t_fast.robots.feetech_bus import VirtualBus
-    from gr00t_fast.robots.feetech_bus.servo import Servo
+    from gr00t_fast.robots.virtual_bus import VirtualBus
+    from gr00t_fast.robots.virtual_bus.servo import Servo
 
     writes: list[str] = []
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as directory:

@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.robots.so100_sim.rendering import Pinhole, Pose, SceneRenderer
-from gr00t_fast.robots.so100_sim.scene import (
+from gr00t_fast.robots.sim.rendering import Pinhole, Pose, SceneRenderer
+from gr00t_fast.robots.sim.scene import (
     BLOCK_HALF_M,
     BOWL_HEIGHT_M,
     BOWL_RADIUS_M,
+    LIMITS_DEG,
     TIMESTEP_S,
     Layout,
     Task,
     block_path,
     build_scene,
+    check_joints,
+    degrees_to_radians,
+    radians_to_degrees,
     sample_layout,
 )
-from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, check_joints, degrees_to_radians, radians_to_degrees
 
 # Where an episode starts, lerobot degrees: gripper over the table, camera on the far side of the fingers, jaw a little open.
 HOME_DEG = np.array([0.0, -20.0, 20.0, 75.0, -90.0, 10.0])
@@ -241,7 +244,7 @@ class Simulation:
 
 
 class ScenePlant:
-    """What `feetech_bus.VirtualBus(plant=...)` drives: servos' set-points in, the positions physics makes of them out.
+    """What `VirtualBus(plant=...)` drives: servos' set-points in, the positions physics makes of them out.
 
     `simulation` may be drawn from another thread meanwhile. Positions and targets are lerobot degrees, the gripper 0..100.
     """

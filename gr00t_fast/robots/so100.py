@@ -1,7 +1,7 @@
 """The real SO-100 (and SO-101) arm: lerobot's unmodified driver with retries, reconnection, health checks and a landing that always completes.
 
 `SO100FollowerArm` owns one lerobot `SO100Follower`. It calls the parts of its `connect`, `get_observation` and `disconnect` one by one,
-because a failure in the middle of those leaves ports open, motors holding, or a person asked to press ENTER. `servo_link` guards the line.
+because a failure in the middle of those leaves ports open, motors holding, or a person asked to press ENTER. `bus` guards the line.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import numpy as np
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
 from gr00t_fast.errors import CameraError, ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import lerobot_glue as glue
-from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
-from gr00t_fast.robots.serial_ports import check_port, lock_port, ports_message
-from gr00t_fast.robots.servo_link import (
+from gr00t_fast.robots.bus import (
     EXCHANGE_FAILED,
     LATE_ANSWER_S,
     LINK_LOST,
@@ -35,7 +33,9 @@ from gr00t_fast.robots.servo_link import (
     release_torque,
     undisturbed,
 )
-from gr00t_fast.robots.servo_state import JumpGuard, MotorPower, PerMinute, ServoHealth
+from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
+from gr00t_fast.robots.lerobot_glue import check_port, lock_port, ports_message
+from gr00t_fast.robots.motor_state import JumpGuard, MotorPower, PerMinute, ServoHealth
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -489,7 +489,7 @@ class RenderedCameras:
     def __init__(self, cameras: Mapping[str, SimCameraConfig], unit: JointUnit) -> None:
         """Loads the scene, and draws once so that the first tick is as quick as the next. Raises MissingExtraError without MuJoCo, ConfigError for
         a picture size or view that cannot be drawn."""
-        from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, Simulation
+        from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
 
         self._cameras, self._unit = cameras, unit
         self._simulation = Simulation("place", 0)
@@ -499,7 +499,7 @@ class RenderedCameras:
     def frames(self, joints: np.ndarray, while_drawing: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
         `while_drawing` is called several times meanwhile."""
-        from gr00t_fast.robots.so100_sim.units import to_degrees
+        from gr00t_fast.robots.sim.scene import to_degrees
 
         drawing = self._pool.submit(self._draw, to_degrees(joints, self._unit))
         while not wait([drawing], timeout=0.1).done:

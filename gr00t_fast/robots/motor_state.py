@@ -11,8 +11,8 @@ import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads
 from gr00t_fast.errors import RobotError
+from gr00t_fast.robots.bus import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
 from gr00t_fast.robots.lerobot_glue import GRIPPER, TICKS
-from gr00t_fast.robots.servo_link import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
 
 # Refuses joint readings that no arm can have produced.
 #

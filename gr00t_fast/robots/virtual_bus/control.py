@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import Gr00tFastError, RobotError, closest
-from gr00t_fast.robots.feetech_bus.bus import VirtualBus
+from gr00t_fast.robots.virtual_bus.bus import VirtualBus
 
 LONGEST_SOCKET_PATH = 100  # the kernel's limit is 108 bytes on Linux, 104 on macOS
 

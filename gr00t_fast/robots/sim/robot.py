@@ -17,13 +17,13 @@ import numpy as np
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, LandingReport, Observation
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import CameraConfig, SimCameraConfig, SO100FollowerConfig, SO100SimConfig
-from gr00t_fast.robots.so100_sim.simulation import CAMERA_VIEWS, ScenePlant, Simulation
-from gr00t_fast.robots.so100_sim.units import LIMITS_DEG, check_joints, from_degrees, to_degrees, units_per_deg
+from gr00t_fast.robots.sim.scene import LIMITS_DEG, check_joints, from_degrees, to_degrees, units_per_deg
+from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, ScenePlant, Simulation
 
 if TYPE_CHECKING:
-    from gr00t_fast.robots.feetech_bus import VirtualBus
-    from gr00t_fast.robots.feetech_bus.servo import Calibration
-    from gr00t_fast.robots.so100_follower import SO100FollowerArm
+    from gr00t_fast.robots.so100 import SO100FollowerArm
+    from gr00t_fast.robots.virtual_bus import VirtualBus
+    from gr00t_fast.robots.virtual_bus.servo import Calibration
 
 # --- drives -------------------------------------------------------------------------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ class BusDrive:
         self.simulation = Simulation(config.task, 0)  # replaced by that of each episode's plant
 
     def begin(self, seed: int) -> None:
-        from gr00t_fast.robots.feetech_bus import VirtualBus, save_calibration
-        from gr00t_fast.robots.so100_follower import SO100FollowerArm
+        from gr00t_fast.robots.so100 import SO100FollowerArm
+        from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
 
         self._close()
         plant = ScenePlant(self._config.task, seed, self._config.servo_lag_ms)
@@ -157,7 +157,7 @@ class BusDrive:
         return self._arm
 
     def _calibration(self) -> Calibration:
-        from gr00t_fast.robots.feetech_bus import default_calibration, load_calibration
+        from gr00t_fast.robots.virtual_bus import default_calibration, load_calibration
 
         if (self._config.id is None) != (self._config.calibration_dir is None):
             raise ConfigError("a calibration for the simulated servos needs both --robot.id and --robot.calibration_dir; give both or neither.")

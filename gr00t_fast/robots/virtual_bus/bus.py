@@ -23,9 +23,9 @@ from pathlib import Path
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.feetech_bus.faults import Fault, FaultTable, Reply, addressed
-from gr00t_fast.robots.feetech_bus.protocol import BROADCAST_ID, Instruction, Request, RequestParser, Status, encode_status
-from gr00t_fast.robots.feetech_bus.servo import Calibration, Gearbox, Plant, Register, Servo, default_calibration
+from gr00t_fast.robots.virtual_bus.faults import Fault, FaultTable, Reply, addressed
+from gr00t_fast.robots.virtual_bus.protocol import BROADCAST_ID, Instruction, Request, RequestParser, Status, encode_status
+from gr00t_fast.robots.virtual_bus.servo import Calibration, Gearbox, Plant, Register, Servo, default_calibration
 
 STEP_S = 0.005  # how often the mechanics move on; a 30 Hz loop cannot see finer
 BYTE_S = 10e-6  # ten bits at 1 Mb/s
@@ -64,7 +64,7 @@ class VirtualBus:
         self._gearbox = Gearbox(self.servos, self.calibration, plant)
         self._faults = FaultTable(faults, seed)
         self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
-        self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="feetech_bus_")
+        self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="virtual_bus_")
         self._link = Path(link) if link else Path(self._own_directory.name) / "port"
         self._claim = LinkClaim(self._link)
         self._terminal: _Terminal | None = None
@@ -103,7 +103,7 @@ class VirtualBus:
             self._claim.give_back()
             raise
         self._faults.start(time.monotonic())
-        self._thread = threading.Thread(target=self._run, name="feetech_bus", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="virtual_bus", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

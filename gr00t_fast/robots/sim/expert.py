@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.so100_sim.scene import BOWL_HEIGHT_M, PAN_AXIS_XY_M
-from gr00t_fast.robots.so100_sim.simulation import HOME_DEG, TICK_S, Simulation
-from gr00t_fast.robots.so100_sim.units import GRIPPER, LIMITS_DEG, degrees_to_radians, radians_to_degrees
+from gr00t_fast.robots.sim.scene import BOWL_HEIGHT_M, GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians, radians_to_degrees
+from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
 
 # --- inverse kinematics -------------------------------------------------------------------------------------------------------------------------
 

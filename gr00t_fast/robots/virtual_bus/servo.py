@@ -16,7 +16,7 @@ from typing import Protocol
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.feetech_bus.protocol import ErrorBit, decode_signed, encode_signed, from_word, to_word
+from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, decode_signed, encode_signed, from_word, to_word
 
 MODEL_STS3215 = 777
 FIRMWARE = (3, 10)
