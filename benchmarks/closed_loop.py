@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -31,15 +31,15 @@ from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, closest, require
 from gr00t_fast.metadata import read_policy_metadata
-from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig, servo_lag_ms
+from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.robot import SimArm
 from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 
 Scene = Literal["still", "moving"]
-ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "server", "roll_forward"]
+ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "server"]
 SCENES: tuple[Scene, ...] = get_args(Scene)
 CONTROLLERS: tuple[ControllerName, ...] = get_args(ControllerName)
-LATENCIES_MS, ROLL_LATENCIES_MS = (0, 50, 200, 800), (0, 100, 200, 400, 800)
+LATENCIES_MS = (0, 50, 200, 800)
 STEPS = (1, 2, 4, 8)
 HORIZONS = (4, 8, 16)
 DEFAULT_ENGINE = "eager:fp32"
@@ -98,19 +98,7 @@ def precision_study(scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cel
     return [Cell(scene, "sync", 0, 4, 8, engine) for scene in scenes for engine in dict.fromkeys((DEFAULT_ENGINE, "eager:bf16", *engines))]
 
 
-def roll_forward_study(scenes: Sequence[Scene]) -> list[Cell]:
-    """Does it help to give the network the joints where the arm will be? resume is threaded where chunks last, and can play where threaded cannot."""
-    arms = [("sync", 8, ROLL_LATENCIES_MS), ("threaded", 16, ROLL_LATENCIES_MS[:4]), ("resume", 16, ROLL_LATENCIES_MS[3:])]
-    arms += [("roll_forward", 16, ROLL_LATENCIES_MS)]
-    return [
-        Cell(scene, controller, latency_ms, action_horizon=horizon)
-        for scene in scenes
-        for controller, horizon, latencies_ms in arms
-        for latency_ms in latencies_ms
-    ]
-
-
-STUDIES = ("latency", "steps", "precision", "roll_forward")
+STUDIES = ("latency", "steps", "precision")
 
 
 def cells_of_studies(studies: Iterable[str], scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
@@ -119,7 +107,6 @@ def cells_of_studies(studies: Iterable[str], scenes: Sequence[Scene], engines: S
         "latency": lambda: latency_study(scenes),
         "steps": lambda: steps_study(scenes),
         "precision": lambda: precision_study(scenes, engines),
-        "roll_forward": lambda: roll_forward_study(scenes),
     }
     return list(dict.fromkeys(cell for study in studies for cell in made[study]()))
 
@@ -149,10 +136,8 @@ def check(cells: Sequence[Cell], trained_horizon: int) -> None:
 
 
 def references_of(cell: Cell) -> list[Cell]:
-    """The cells that `cell` may be compared with, layout by layout, the first choice first: with what it adds one thing to, a loop that thinks ahead
-    with one that waits as long, others with the defaults."""
-    if cell.controller == "roll_forward":
-        return [replace(cell, controller="threaded"), replace(cell, controller="resume")]
+    """The cells that `cell` may be compared with, layout by layout, the first choice first: a loop that thinks ahead with one that waits as
+    long, others with the defaults."""
     return [Cell(cell.scene, "sync", cell.latency_ms) if cell.controller != "sync" else Cell(cell.scene)]
 
 
@@ -350,8 +335,6 @@ class EpisodeRunner:
             smoothing="rtc" if cell.controller == "rtc" else "none",
             when_late="resume" if cell.controller == "resume" else "hold",
             max_hold_s=None,
-            roll_forward=cell.controller == "roll_forward",
-            servo_lag_s=servo_lag_ms(arm.arm.config) / 1000,
         )
         moving = ThreadedController(policy, binding, self._instruction, clock, metadata.fps, overlap, cell.action_horizon, worker)
         if cell.controller != "auto":

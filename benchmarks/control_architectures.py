@@ -203,7 +203,7 @@ def as_table(result: Mapping[str, Any]) -> str:
     recording = result["recording"]
     regime = (
         f"Recording: {recording['source']}, {recording['seconds']:.1f} s, {len(recording['joints'])} joints. {result['fps']:g} Hz, "
-        f"think again at {result['chunk_threshold']:g} of a chunk, chunk error {result['chunk_noise_deg']:g} deg, arm time constant "
+        f"chunk error {result['chunk_noise_deg']:g} deg, arm time constant "
         f"{result['arm_time_constant_s']:g} s, {result['trials']} trials, {result['time']}."
     )
     columns = ("scene", "delay", "actions per chunk", "architecture", *(heading for heading, _, _ in _COLUMNS))
@@ -496,9 +496,7 @@ class Config(Flags):
     latency_ms: list[str] = field(default_factory=lambda: ["0", "800"])  # of an inference, or measured:FILE[#PLACE] (percentiles in ms in a JSON)
     fps: float = 50.0  # control rate
     actions_per_chunk: list[int] = field(default_factory=lambda: [50, 100])  # the further ones run where the one before cannot bridge the latency
-    chunk_threshold: float = flag(0.5, former=("chunk_size_threshold",))  # think again when this part of a chunk is left (threaded, server)
     when_late: Literal["hold", "resume"] = "hold"  # for threaded and server, see ChunkBuffer
-    smoothing: Literal["none", "ensemble"] = "none"  # for threaded and server
     chunk_noise_deg: float = 1.0  # standard deviation of a chunk's error at its end (a choice, not measured)
     arm_time_constant_s: float = DEFAULT_TIME_CONSTANT_S  # of the arm's first-order lag
     max_speed_deg_s: float = 300.0  # the loop's own limit; 6 degrees per tick at 50 Hz
@@ -530,8 +528,6 @@ def checked(config: Config) -> Config:
     check_counts(config, "rounds", "jobs", "actions_per_chunk")
     if config.fps <= 0 or config.arm_time_constant_s <= 0:
         raise ConfigError("--fps and --arm_time_constant_s must be positive.")
-    if config.when_late == "resume" and config.smoothing != "none":
-        raise ConfigError("--smoothing=ensemble averages actions that are due at the same tick; with --when_late=resume they are not. Leave one out.")
     default = [name for name in ARCHITECTURES if not (config.virtual and name == "server")]
     return replace(config, architectures=config.architectures or default)
 

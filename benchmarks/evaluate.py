@@ -291,7 +291,7 @@ def _jerk_episodes(result: Result) -> str:
     return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
 
 
-_COLOURS = {"sync": "C3", "threaded": "C0", "auto": "C5", "resume": "C4", "rtc": "C1", "server": "C2", "roll_forward": "C6"}
+_COLOURS = {"sync": "C3", "threaded": "C0", "auto": "C5", "resume": "C4", "rtc": "C1", "server": "C2"}
 _MARKS = {4: "v", 8: "o", 16: "s"}
 Row = Mapping[str, Any]
 
@@ -441,7 +441,7 @@ _LEAST_EPISODE_S, _LONGEST_EPISODE_S = 0.5, 600.0
 class Config:
     model_path: Path = ROOT / "checkpoints" / "so100-sim-reach"  # a one-camera network trained in this simulator; default: the demo's
     full: bool = False  # all studies, 200 layouts unless said otherwise
-    study: list[Literal["latency", "steps", "precision", "roll_forward"]] | None = None  # default: latency, where no setting is given
+    study: list[Literal["latency", "steps", "precision"]] | None = None  # default: latency, where no setting is given
     episodes: int | None = setting(None, former=("seeds",))  # layouts per setting; default: 20
     first_seed: int = 0  # of the layouts; training used other ones
     scenes: list[Scene] | None = None  # default: both

@@ -1,4 +1,4 @@
-"""How many actions a chunk must have, and when to think again, from measured latency.
+"""How many actions a chunk must have, from measured latency.
 
     python benchmarks/inference_profiler.py --model_path=DIR --fps=30
     python benchmarks/inference_profiler.py --latency_ms=measured:outputs/bench_policy/bench_policy.json --fps=50
@@ -7,7 +7,6 @@ An observation is `delay` ticks old when its actions arrive: delay = ceil(p99 of
 must never run out needs
 
     actions per chunk >= 2 * delay + margin      (delay rows are over on arrival, delay more play while the next chunk is made)
-    think again when (delay + margin) / actions per chunk are left      (the chunk_threshold of the threaded controller)
 
 `sync` is enough when an inference and 8 ms more fit between two ticks: the loop also reads and writes the servo bus (about 4 ms) and fetches the
 frames there. The margin is 4 ticks: one for the tick an answer arrives in, the rest for threads that
@@ -54,14 +53,14 @@ _INSTRUCTION = "Place the block in the bowl"
 
 @dataclass(frozen=True)
 class Advice:
-    """Settings for one control rate. `action_horizon` None: play all; `chunk_threshold` None: no setting keeps the arm moving."""
+    """Settings for one control rate. `action_horizon` None: play all. `bridges`: whether such chunks keep the arm moving."""
 
     fps: float
     delay_ticks: int
     needed_actions_per_chunk: int
     actions_per_chunk: int
     controller: str
-    chunk_threshold: float | None
+    bridges: bool
     action_horizon: int | None
     sync_is_enough: bool
     sync_pause_ticks_per_chunk: int
@@ -106,7 +105,7 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
         needed,
         actions_per_chunk,
         "threaded" if bridges and not sync else "sync",
-        round((delay + BRIDGE_MARGIN_TICKS) / actions_per_chunk, 3) if bridges else None,
+        bridges,
         None,  # the tail of a chunk is a reserve for the one inference in a hundred that takes longer
         sync,
         0 if sync else delay,
@@ -158,7 +157,7 @@ def _finite(fields: dict[str, Any]) -> dict[str, Any]:
 def as_table(result: dict[str, Any]) -> str:
     p = result["latency_ms"]
     names = {"delay, ticks": "delay_ticks", "needed actions": "needed_actions_per_chunk", "has": "actions_per_chunk", "controller": "controller"}
-    names |= {"chunk_threshold": "chunk_threshold", "highest fps without pauses": "highest_fps_without_pauses"}
+    names |= {"highest fps without pauses": "highest_fps_without_pauses"}
     rows = [(f"{row['fps']:g}", *("-" if row[key] is None else row[key] for key in names.values())) for row in result["advice"]]
     measured = f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})"
     reasons = "\n".join(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])

@@ -28,7 +28,7 @@ from gr00t_fast.control.controller import CallResult, Controller, PolicyRunner, 
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
 from gr00t_fast.control.safety import SafetyOptions
-from gr00t_fast.control.threaded import OverlapOptions, Smoothing, ThreadedController, WhenLate
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController, WhenLate
 from gr00t_fast.errors import ConfigError, ObservationError, closest, require
 
 _JOINT_STATE = "sensor_msgs/msg/JointState"  # rosbags' spelling of sensor_msgs/JointState
@@ -492,8 +492,6 @@ class Setup:
 
     recording: Recording
     fps: float
-    chunk_threshold: float
-    smoothing: Smoothing
     when_late: WhenLate
     chunk_noise_deg: float
     arm_time_constant_s: float
@@ -562,7 +560,7 @@ def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, 
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
     when_late: WhenLate = "resume" if cell.architecture == "threaded_resume" else setup.when_late
-    options = OverlapOptions(setup.chunk_threshold, "none" if when_late == "resume" else setup.smoothing, when_late, max_hold_s=None)
+    options = OverlapOptions(when_late=when_late, max_hold_s=None)
     return ThreadedController(policy, binding, _INSTRUCTION, clock, setup.fps, options, worker=worker)
 
 

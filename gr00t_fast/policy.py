@@ -297,7 +297,7 @@ class Gr00tPolicy(Policy):
         with timer.stage("preprocess"):
             known = self.processor.known_rows(prefix, inputs)
             if known and prefix.method not in self.engine.continues:
-                possible = ", ".join((*sorted(self.engine.continues), "none", "ensemble"))
+                possible = ", ".join((*sorted(self.engine.continues), "none"))
                 raise ConfigError(
                     f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
                 )

@@ -185,17 +185,6 @@ def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> 
     assert run.starved == 0
 
 
-@pytest.mark.parametrize(("inference_ms", "overlaps"), [(20, False), (200, True), (495, True), (520, False)])
-def test_roll_forward_bridges_longer_inferences_and_is_used_where_the_arm_moves(inference_ms: int, overlaps: bool) -> None:
-    """One action is over when such a chunk arrives: 16 of them bridge 15 ticks."""
-    run = Run(inference_ms, inference_ms, overlap=OverlapOptions(roll_forward=True, servo_lag_s=1 / FPS), timeout_s=5.0).play()
-    assert run.auto.overlaps is overlaps
-    assert run.starved == 0
-    assert run.auto.summary().get("roll_forward", False) is overlaps
-    if not overlaps and inference_ms > 100:
-        assert "17 actions would" in run.said[0]
-
-
 def test_a_flag_about_overlap_decides() -> None:
     run = Run(20, 20, asked="smoothing").play()
     assert run.auto.summary()["kind"] == "threaded"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gr00t_fast.contracts import ActionChunk
-from gr00t_fast.control.chunk_buffer import DELAY_WINDOW, ENSEMBLE_DECAY, Admission, ChunkBuffer, DelayEstimate, TimedChunk
+from gr00t_fast.control.chunk_buffer import DELAY_WINDOW, Admission, ChunkBuffer, DelayEstimate, TimedChunk
 
 
 def chunk(observed: int, rows: int = 16, episode: int = 0) -> TimedChunk:
@@ -25,16 +23,6 @@ def test_enters_at_the_action_that_is_due_now() -> None:
     assert buffer.offer(chunk(10), 14) is Admission.ENTERED
     due = buffer.due(14)
     assert (due.target[0], due.age_ticks, due.starved) == (14, 4, False)
-
-
-def test_a_rolled_chunk_counts_from_the_tick_whose_pose_the_policy_was_told() -> None:
-    buffer, rolled = ChunkBuffer(), replace(chunk(13), observed=10, rolled=3)  # its rows are meant for ticks 13, 14 ...
-    with pytest.raises(RuntimeError, match="due at 13"):
-        buffer.offer(rolled, 12)
-    assert buffer.offer(rolled, 15) is Admission.ENTERED
-    due = buffer.due(15)
-    assert (due.target[0], due.row, due.age_ticks) == (15, 2, 5)
-    assert [buffer.planned(tick)[0] for tick in (16, 28, 40)] == [16, 28, 28]
 
 
 def test_skipped_ticks_skip_their_actions() -> None:
@@ -79,15 +67,12 @@ def test_targets_go_out_in_order() -> None:
 
 def test_what_is_left() -> None:
     buffer = ChunkBuffer()
-    assert (buffer.rows_left(0), buffer.leftover(0)) == (0, {})
+    assert buffer.leftover(0) == {}
     buffer.offer(chunk(0), 2)
-    assert buffer.rows_left(2) == 13
-    assert buffer.fraction_left(7) == 0.5
     left = buffer.leftover(10)
     assert left["action.single_arm"][:, 0].tolist() == [10, 11, 12, 13, 14, 15]
     assert left["action.gripper"].shape == (6, 1)
     assert buffer.leftover(16) == {}
-    assert buffer.rows_left(40) == 0
 
 
 def test_resuming_goes_on_where_the_arm_stopped() -> None:
@@ -157,40 +142,6 @@ def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, i
             tick += 1
         tick += missed
     assert plain.starved_ticks == resuming.starved_ticks == 0
-
-
-def test_ensembling_averages_what_covers_the_tick() -> None:
-    buffer = ChunkBuffer(ensemble=True)
-    buffer.offer(chunk(0, rows=8), 0)
-    buffer.due(0)
-    buffer.offer(chunk(4, rows=8), 5)
-    target = buffer.due(5).target  # observations 0 and 4, the oldest weighs most
-    assert target[0] == pytest.approx(5)
-    assert target[1] == pytest.approx(4 * np.exp(-ENSEMBLE_DECAY) / (1 + np.exp(-ENSEMBLE_DECAY)))
-    assert buffer.due(8).target[1] == 4  # the first has run out
-    assert buffer.due(12).starved
-    assert buffer.due(13).target[1] == 4
-
-
-def test_one_chunk_of_nan_does_not_spoil_the_average() -> None:
-    buffer, bad = ChunkBuffer(ensemble=True), []
-    for tick in range(40):
-        if tick % 2 == 0:
-            offered = chunk(tick)
-            if tick == 20:
-                offered.chunk.targets[:] = np.nan
-            buffer.offer(offered, tick)
-        target = buffer.due(tick).target
-        if np.isfinite(target).all():
-            assert target[0] == pytest.approx(tick)
-        else:
-            bad.append(tick)
-    assert bad == []
-    buffer.reset()
-    offered = chunk(40, episode=1)
-    offered.chunk.targets[:] = np.nan
-    buffer.offer(offered, 40)
-    assert not np.isfinite(buffer.due(40).target).any()  # nothing else covers the tick: the safety filter holds
 
 
 class TestDelayEstimate:

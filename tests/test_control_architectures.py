@@ -34,7 +34,7 @@ FPS = 50.0
 
 
 def setup_of(**changes: object) -> Setup:
-    base = Setup(made_up(0).cut(0.0, 5.0), FPS, 0.5, "none", "hold", 0.0, 0.06, 6.0 * FPS, 0, True)
+    base = Setup(made_up(0).cut(0.0, 5.0), FPS, "hold", 0.0, 0.06, 6.0 * FPS, 0, True)
     return replace(base, **changes)
 
 
@@ -306,7 +306,6 @@ def test_the_study_writes_what_it_promises(tmp_path: Path, capsys: pytest.Captur
         (["--virtual", "--latency_ms", "1000", "--architectures", "threaded", "--actions_per_chunk", "20"], "all would be over"),
         (["--virtual", "--latency_ms", "0", "--architectures", "threaded_resume"], "nothing to run"),
         (["--virtual", "--rounds", "0"], "must be at least 1"),
-        (["--when_late", "resume", "--smoothing", "ensemble"], "Leave one out"),
     ],
 )
 def test_flags_that_cannot_work_are_explained(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +321,7 @@ def test_what_the_profiler_advises_keeps_the_arm_moving(p99_s: float, fps: float
     advice = inference_profiler.advise(p99_s, fps, horizon)
     assert advice.controller == "threaded"
     assert advice.needed_actions_per_chunk <= horizon
-    motion = play("threaded", horizon, str(p99_s), fps=fps, chunk_threshold=advice.chunk_threshold)
+    motion = play("threaded", horizon, str(p99_s), fps=fps)
     assert frozen_ticks(motion) == 0
     assert motion.finished
 
@@ -342,10 +341,10 @@ def test_the_profiler_says_when_sync_is_enough_and_when_nothing_is() -> None:
     slow = inference_profiler.advise(0.8, 50, 16)
     assert not slow.sync_is_enough
     assert slow.controller == "sync"
-    assert slow.chunk_threshold is None
+    assert not slow.bridges
     assert "84 are needed" in slow.reason
     assert slow.highest_fps_without_pauses == pytest.approx(7.5)
-    assert inference_profiler.advise(0.8, 7.5, 16).chunk_threshold is not None
+    assert inference_profiler.advise(0.8, 7.5, 16).bridges
     with pytest.raises(ConfigError):
         inference_profiler.advise(float("nan"), 50, 16)
 
@@ -356,7 +355,7 @@ def test_at_the_highest_rate_that_is_advised_the_arm_does_not_pause(p99_s: float
     highest = inference_profiler.advise(p99_s, 30, horizon).highest_fps_without_pauses
     for fps, pauses in ((highest, False), (highest + 0.11, True)):  # a tenth is what rounding down may cost
         advice = inference_profiler.advise(p99_s, fps, horizon)
-        assert (advice.chunk_threshold is None and not advice.sync_is_enough) == pauses
+        assert (not advice.bridges and not advice.sync_is_enough) == pauses
     assert inference_profiler.advise(0.13, 30, 16).highest_fps_without_pauses == 46.1
 
 

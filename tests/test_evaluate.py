@@ -42,17 +42,6 @@ def test_an_episode_is_the_same_whatever_was_played_before() -> None:
     assert played(LATE) == first
 
 
-def test_roll_forward_without_latency_is_threaded() -> None:
-    cell = Cell("moving", "threaded", 0, 1, 16)
-    assert played(replace(cell, controller="roll_forward")) == played(cell)
-
-
-def test_a_chunk_too_short_for_threaded_plays_rolled_forward() -> None:
-    report = play(Job(SETTINGS, Cell("moving", "roll_forward", 800, 1, 16), (3,)))
-    assert report.refused is None
-    assert report.outcomes[0].starved_ticks > 0
-
-
 def test_servos_that_lag_as_real_ones_take_longer() -> None:
     own, lagging = (play(Job(replace(SETTINGS, servo_lag_ms=lag_ms), Cell("still", "sync", 0, 1, 8), (3,))).outcomes[0] for lag_ms in (None, 200.0))
     assert own.solved_s is not None

@@ -107,7 +107,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
-@pytest.mark.parametrize("controller", ["sync", "threaded", "server"])
+@pytest.mark.parametrize("controller", ["sync", "threaded"])
 def test_the_program_drives_the_arm_from_a_server(world: World, controller: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ArithmeticPolicy()
     with running(PolicyServer(policy, port=0, api_token="s3cret")) as server:
@@ -153,13 +153,13 @@ def test_facts_of_our_server_go_through_the_preflight_check(world: World, capsys
 
 def test_a_server_that_tells_no_facts_is_refused_unless_waved_through(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     with reference.Server(ArithmeticPolicy()) as server:
-        assert world.run(server, "--controller=server") == 1
+        assert world.run(server, "--controller=threaded") == 1
         error = capsys.readouterr().err
         assert "cannot be checked: joint units and ranges, camera resolution, embodiment" in error
         assert "--model_path=" in error
         assert "--preflight=warn" in error
         assert world.robot.calls == []
-        assert world.run(server, "--preflight=warn", "--controller=server") == 0
+        assert world.run(server, "--preflight=warn", "--controller=threaded") == 0
     assert "WARNING: ignored at your wish: the policy server does not say" in capsys.readouterr().out
     assert len(world.robot.sent) >= 5
 
@@ -175,7 +175,7 @@ def test_an_older_server_that_leaves_out_the_axis_of_a_single_joint(style: str) 
 
 def test_the_arm_moves_from_an_older_server(world: World) -> None:
     with reference.Server(ArithmeticPolicy(), squeezes=True) as server:
-        assert world.run(server, "--preflight=warn", "--controller=server") == 0
+        assert world.run(server, "--preflight=warn", "--controller=threaded") == 0
     assert len(world.robot.sent) >= 5
 
 
@@ -191,7 +191,7 @@ def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_facts_come_from_the_metadata_beside_a_server_that_tells_none(world: World, metadata: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with reference.Server(ArithmeticPolicy()) as server:
-        assert world.run(server, f"--model_path={metadata}", "--controller=server", "--preflight=warn") == 0
+        assert world.run(server, f"--model_path={metadata}", "--controller=threaded", "--preflight=warn") == 0
         shapes = {request["data"]["video.webcam"].shape for request in server.requests if request.get("endpoint") == "get_action"}
     assert shapes == {(1, 1, 48, 64, 3)}  # a batch of one; the arm's camera has 40x32, and a reference server refuses what training did not see
     printed = capsys.readouterr().out
@@ -288,7 +288,6 @@ def test_the_style_goes_with_a_server() -> None:
 # --- the command line --------------------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "controller without address": (["--model_path=m", "--controller=server"], "--controller=server needs the policy server's address"),
     "token without a server": (["--model_path=m", "--api_token=x"], "--api_token needs --server"),
     "timeout without a server": (["--model_path=m", "--server_timeout_s=1"], "--server_timeout_s needs --server"),
     "no network at all": ([], "Or infer on a policy server"),
@@ -305,7 +304,7 @@ BAD = {
     "steps of a network elsewhere": (["--server=tcp://a:1", "--denoising_steps=2"], "--denoising_steps is for a network in this process"),
     "device of a network elsewhere": (["--server=tcp://a:1", "--device=cpu"], "--device is for a network in this process"),
     "data config without metadata": (["--server=tcp://a:1", "--data_config=so100_dualcam"], "belongs on the command line of the policy server"),
-    "smoothing without overlap": (["--server=tcp://a:1", "--controller=sync", "--smoothing=rtc"], "needs --controller=threaded (or server)"),
+    "smoothing without overlap": (["--server=tcp://a:1", "--controller=sync", "--smoothing=rtc"], "--smoothing=rtc needs --controller"),
 }  # fmt: skip
 
 
@@ -322,14 +321,14 @@ def test_mistakes_on_the_command_line(case: str, capsys: pytest.CaptureFixture[s
     "address", ["tcp://127.0.0.1:5555", "tcp://[::1]:5555", "tcp://[fe80::1%eth0]:1", "tcp://my-robot.local:65535", "ipc:///tmp/x.sock"]
 )
 def test_addresses(address: str) -> None:
-    config = cli.parse([*SIM, f"--server={address}", "--controller=server", "--smoothing=rtc"])
+    config = cli.parse([*SIM, f"--server={address}", "--controller=threaded", "--smoothing=rtc"])
     assert (config.server, config.model_path, config.server_timeout_s, config.server_reconnect_s) == (address, "", 5.0, 30.0)
 
 
 def test_metadata_flags_and_presets_go_with_a_server() -> None:
     cli.parse([*SIM, "--server=tcp://a:1", "--model_path=m", "--data_config=so100_dualcam", "--embodiment_tag=gr1"])
     preset = Path(__file__).parent.parent / "configs" / "so100_sim.yaml"
-    assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=server"]).server == "tcp://a:1"
+    assert cli.parse([f"--config_path={preset}", "--server=tcp://a:1", "--controller=threaded"]).server == "tcp://a:1"
 
 
 def test_a_token_is_in_no_report() -> None:
@@ -351,5 +350,5 @@ def test_a_token_in_a_file_is_not_in_the_process_list(tmp_path: Path) -> None:
 
 def test_help_says_how_to_stop_and_how_to_reach_a_server() -> None:
     text = cli.help_text()
-    for words in ("--server=", "--api_token=", "--server_timeout_s=", "--server_reconnect_s=", "sync|threaded|server", "Ctrl-\\", "Ctrl-Z"):
+    for words in ("--server=", "--api_token=", "--server_timeout_s=", "--server_reconnect_s=", "auto|sync|threaded", "Ctrl-\\", "Ctrl-Z"):
         assert words in text

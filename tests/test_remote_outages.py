@@ -147,11 +147,11 @@ def replaced(*flags: str) -> Run:
 def hanging() -> Run:
     with ServerProcess() as server:
         stop, go_on = (partial(server.process.send_signal, number) for number in (signal.SIGSTOP, signal.SIGCONT))
-        return Run(server, "--controller=server", "--server_timeout_s=0.5", timeout_s=5.0).play((0.4, stop), (2.0, go_on))
+        return Run(server, "--controller=threaded", "--server_timeout_s=0.5", timeout_s=5.0).play((0.4, stop), (2.0, go_on))
 
 
-SYNC, SERVER = ("--controller=sync", "--action_horizon=8"), ("--controller=server",)
-CONTROLLERS = (SYNC, SERVER, (*SERVER, "--when_late=resume"), ("--controller=threaded", "--smoothing=rtc", "--chunk_threshold=0.3"))
+SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
+CONTROLLERS = (SYNC, MOVING, (*MOVING, "--when_late=resume"), (*MOVING, "--smoothing=rtc"))
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ def scenarios() -> dict[Any, Future]:
     """Name -> what came of it."""
     with ThreadPoolExecutor(16) as pool:
         futures: dict[Any, Future] = {("restarted", flags): pool.submit(killed_and_restarted, *flags) for flags in CONTROLLERS}
-        futures |= {("for good", flags): pool.submit(killed_for_good, *flags) for flags in (SYNC, SERVER)}
-        futures |= {("replaced", flags): pool.submit(replaced, *flags) for flags in (SYNC, SERVER)}
+        futures |= {("for good", flags): pool.submit(killed_for_good, *flags) for flags in (SYNC, MOVING)}
+        futures |= {("replaced", flags): pool.submit(replaced, *flags) for flags in (SYNC, MOVING)}
         futures["hanging"] = pool.submit(hanging)
         wait(futures.values())
     return futures
@@ -194,7 +194,7 @@ def test_the_arm_holds_while_its_server_is_killed_and_goes_on_when_it_is_back(sc
     assert max(map(len, text.splitlines())) < 130
 
 
-@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
     run, killed_s = scenarios["for good", flags].result()
     assert "has been away for" in str(run.error)
@@ -204,7 +204,7 @@ def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: di
     assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("error", True)
 
 
-@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 def test_another_policy_behind_the_same_address_ends_the_run(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
     """Its metadata have not been through the pre-flight check."""
     run: Run = scenarios["replaced", flags].result()
@@ -229,7 +229,7 @@ def test_a_server_stopped_and_started_by_hand_is_an_outage_too() -> None:
     """Ctrl-C at the server: requests that wait are refused with a reason instead of losing their connection."""
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(running(PolicyServer(ArithmeticPolicy(), port=0)))
-        run = Run(first, "--controller=server", timeout_s=3.0)
+        run = Run(first, "--controller=threaded", timeout_s=3.0)
 
         def start() -> None:
             give_up_s = time.monotonic() + 5
@@ -265,7 +265,7 @@ def test_refusals_that_pass_and_one_that_does_not(reason: str, passes: bool) -> 
         assert isinstance(caught.value, ServerUnreachableError) is passes
 
 
-@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 def test_ctrl_c_lands_at_once_whatever_the_server_does(flags: tuple[str, ...], how: int) -> None:
     with ServerProcess() as server:
@@ -281,7 +281,7 @@ def test_ctrl_c_lands_at_once_whatever_the_server_does(flags: tuple[str, ...], h
     assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("SIGINT", True)
 
 
-@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 def test_a_server_that_stays_away_at_the_first_plan_is_an_error_and_nothing_moves(flags: tuple[str, ...]) -> None:
     with ServerProcess() as server:
         run = Run(server, *flags, "--server_timeout_s=0.5", "--server_reconnect_s=1", timeout_s=60.0)
@@ -294,7 +294,7 @@ def test_a_server_that_stays_away_at_the_first_plan_is_an_error_and_nothing_move
     assert len(run.said) == 1
 
 
-@pytest.mark.parametrize("flags", [SYNC, SERVER], ids=" ".join)
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 def test_a_run_goes_on_after_an_outage_between_two_episodes(flags: tuple[str, ...]) -> None:
     with contextlib.ExitStack() as servers:
         first = servers.enter_context(ServerProcess())
@@ -370,7 +370,7 @@ def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
 # Where a signal falls into a finaliser or a weak reference, Python says that it ignores the exception; that it is raised again is what is tested.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_is_obeyed_while_an_episode_waits_for_its_server() -> None:
-    for flags in (SYNC, SERVER):
+    for flags in (SYNC, MOVING):
         with ServerProcess() as server:
             run = Run(server, *flags, "--server_timeout_s=0.5", "--server_reconnect_s=60", timeout_s=None)
             server.kill()
@@ -421,7 +421,7 @@ def test_the_whole_program_outlives_a_server_with_a_network(tmp_path: Path) -> N
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(_program(*server))
         _read_until(first, "Server is ready")
-        policy = (f"--server=tcp://127.0.0.1:{port}", "--controller=server", "--server_reconnect_s=60")
+        policy = (f"--server=tcp://127.0.0.1:{port}", "--controller=threaded", "--server_reconnect_s=60")
         program = stack.enter_context(_program("so100_inference_optimized.py", *arm, *policy))
         _read_until(program, "Direct inference time")
         time.sleep(0.5)

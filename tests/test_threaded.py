@@ -171,8 +171,7 @@ def play(
             controller.see(observation(tick), tick)
             if controller._entered is not None:
                 account.enter(int(controller._entered.targets[0, 0]), tick + 1)
-            busy_or_supplied = worker.busy or (options.chunk_threshold is not None and controller._buffer.rows_left(tick) > 0)
-            assert busy_or_supplied, "nobody thinks and nothing is left: the arm would stand for ever"
+            assert worker.busy, "nobody thinks: the arm would stand for ever"
         except ZeroDivisionError as error:
             policy.recognise(error)
             controller.reset()
@@ -184,7 +183,7 @@ def play(
 def check(
     account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy
 ) -> None:
-    note, smoothing = controller.note, controller.options.smoothing
+    note = controller.note
     if planned is not None:
         assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
         account.origin, account.row, account.tick, account.held = tick, 0, tick, set()
@@ -202,11 +201,6 @@ def check(
     account.origin = observed
     account.row = account.row_at(observed, tick)
     assert target[2] == pytest.approx(policy.resets), "from an episode that is over"
-    if smoothing == "ensemble":  # each prediction is for this tick, so their average is too
-        assert target[0] + target[1] == pytest.approx(tick, abs=0.01)
-        assert tick - account.horizon < target[0] <= observed + 0.01
-        assert np.isfinite(target).all() or observed in policy.unusable
-        return
     assert (target[0], target[1]) == (observed, account.row), "not the action that is due now"
     assert np.isfinite(target).all() == (target[3] == 0)
 
@@ -215,9 +209,8 @@ EVENT = st.sampled_from(["ok"] * 12 + ["lost", "lost", "crash", "nan"])
 DELAY = st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(20, 150))
 SKIP = st.sampled_from([1] * 10 + [2, 7])
 OVERLAP = st.builds(
-    lambda threshold, join: OverlapOptions(threshold, *join, (UnreachableError,), max_hold_s=None),
-    st.one_of(st.none(), st.floats(0, 1)),
-    st.sampled_from([("none", "hold"), ("none", "resume"), ("rtc", "hold"), ("prefix", "hold"), ("ensemble", "hold")]),
+    lambda join: OverlapOptions(*join, (UnreachableError,), max_hold_s=None),
+    st.sampled_from([("none", "hold"), ("none", "resume"), ("rtc", "hold"), ("prefix", "hold")]),
 )
 
 
@@ -244,128 +237,6 @@ def test_a_million_virtual_ticks() -> None:
     print(f"{total.ticks} virtual ticks, {total.starved} of them starved")
     assert total.ticks >= TICKS
     assert 0 < total.starved < total.ticks
-
-
-# --- roll_forward -------------------------------------------------------------------------------------------------------------------------
-
-
-class Planner(FakePolicy):
-    """Moves joint 0 from where it is told the arm stands, each time at another speed; joint 1 tells the row, joint 2 the call."""
-
-    def get_action(self, observation: dict, noise: object = None, prefix: object = None) -> dict[str, np.ndarray]:
-        call, told = len(self.seen), observation["state.single_arm"][0, 0]
-        self.seen.append(observation)
-        arm = np.zeros((self.horizon, 5), np.float32)
-        arm[:, 0] = told + (1 + call * call % 7) * (-1) ** call * np.arange(1, self.horizon + 1)
-        arm[:, 1], arm[:, 2] = np.arange(self.horizon), call
-        return {"action.single_arm": arm, "action.gripper": np.zeros((self.horizon, 1), np.float32)}
-
-    def told(self, call: int) -> float:
-        return self.seen[call]["state.single_arm"][0, 0]
-
-
-def play_lagging(delays: list[int], lag_ticks: int, ticks: int, roll_forward: bool = True) -> tuple[Planner, np.ndarray, np.ndarray, list[dict]]:
-    """An arm that is where its target was `lag_ticks` ago. -> the policy, targets (T, J), poses of joint 0 at each tick (T,), and the summary."""
-    policy, worker, options = Planner(FakeClock()), VirtualWorker(delays), OverlapOptions(roll_forward=roll_forward, servo_lag_s=lag_ticks / FPS)
-    controller = ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
-    controller.reset()
-    controller.plan(observation(0))
-    targets = [np.zeros(6)] * lag_ticks
-    for tick in range(ticks):
-        worker.now = 2 * tick
-        targets.append(controller.next_target(tick))
-        worker.now += 1
-        controller.see(Observation(np.asarray(targets[tick], float), FRAMES, tick / FPS), tick)
-    poses = np.array(targets)[:ticks, 0]
-    return policy, np.array(targets[lag_ticks:]), poses, controller.summary()
-
-
-@settings(max_examples=60, deadline=None, database=None)
-@given(delays=st.lists(st.integers(0, 40), min_size=1, max_size=12), lag_ticks=st.integers(1, 6))
-def test_the_policy_is_told_where_the_arm_is_when_its_chunk_begins(delays: list[int], lag_ticks: int) -> None:
-    """Whether the chunk then came early, in time or late: the row that plays and the pose that was told belong together."""
-    policy, targets, poses, summary = play_lagging(delays, lag_ticks, 200)
-    for tick in np.flatnonzero(np.diff(targets[:, 2])) + 1:  # where a chunk enters
-        call, row = int(targets[tick, 2]), int(targets[tick, 1])
-        if row or targets[tick - 1, 1] < policy.horizon - 1:  # else it came early, and there was nothing to play until its tick
-            assert policy.told(call) == pytest.approx(poses[tick - row], abs=1e-3)
-    assert summary["roll_forward"] is True
-    assert summary["chunks_expired"] == summary["chunks_stale"] == 0 or max(delays) > 20
-    if min(delays) > 4:
-        assert summary["rolled_forward_ticks"]["p50"] >= 1
-
-
-def test_after_one_slow_inference_no_chunk_is_kept_waiting_while_the_arm_has_nothing_to_play() -> None:
-    _, _, _, summary = play_lagging([4, 4, 4, 100, *[4] * 100], 3, 200)
-    assert 30 < summary["starved_ticks"] < 40  # 50 ticks, of which 16 actions bridge some
-
-
-def test_without_it_the_policy_is_told_where_the_arm_was() -> None:
-    policy, targets, poses, summary = play_lagging([11], 3, 100, roll_forward=False)
-    entered = np.flatnonzero(np.diff(targets[:, 2])) + 1
-    assert set(targets[entered, 1]) == {6}
-    assert [policy.told(int(targets[tick, 2])) for tick in entered] == pytest.approx([poses[tick - 6] for tick in entered])
-    assert summary["roll_forward"] is False
-
-
-def test_a_straight_plan_stays_straight_and_a_change_of_mind_is_no_jump() -> None:
-    """An arm one tick behind, an inference of 6 ticks. The policy goes one degree per tick from where it is told; later on the other way."""
-    steps = {}
-    for roll_forward in (False, True):
-        bench = ThreadedBench(delay_s=0.19, overlap=OverlapOptions(roll_forward=roll_forward, servo_lag_s=1 / FPS))
-        forth, seen = np.arange(1, 17)[:, None] * np.ones(6), bench.policy.seen
-        bench.policy.on_action = lambda targets, forth=forth, seen=seen: targets - 2 * forth if len(seen) > 8 else targets
-        bench.loop.run()
-        assert bench.loop.controller.summary()["starved_ticks"] == 0
-        steps[roll_forward] = np.diff(np.array([target[0] for _, target in bench.robot.sent]))
-    turn = int(np.argmin(steps[True]))
-    assert 40 < turn < 70
-    assert steps[True][:turn] == pytest.approx(np.ones(turn), abs=1e-4)
-    assert steps[True][turn] == pytest.approx(-3, abs=1e-3)  # two actions from where the arm is, which is one behind: as without latency
-    assert steps[True][turn + 1 :] == pytest.approx(-np.ones(len(steps[True]) - turn - 1), abs=1e-4)
-    assert steps[False].min() < -10  # told where the arm was, the policy begins its new way six ticks ago
-
-
-def test_without_latency_it_changes_nothing() -> None:
-    with_it, without = (play_lagging([0], 3, 100, roll_forward)[1] for roll_forward in (True, False))
-    assert np.array_equal(with_it, without)
-
-
-def test_a_plan_that_is_not_finite_is_not_rolled() -> None:
-    policy, worker = ScriptedPolicy(["ok", "nan"], 16), VirtualWorker([9])
-    told, answer = [], policy.get_action
-
-    def get_action(seen: dict, **options: object) -> dict[str, np.ndarray]:
-        told.append(seen["state.single_arm"])
-        return answer(seen, **options)
-
-    policy.get_action = get_action
-    controller = overlapping(policy, OverlapOptions(roll_forward=True), worker)
-    controller.plan(observation(0))
-    play_ticks(controller, worker, 60)
-    assert policy.unusable
-    assert len(told) > 8
-    assert np.isfinite(told).all()
-
-
-def test_a_chunk_that_no_latency_can_use_up_is_not_refused() -> None:
-    """An inference longer than a chunk: the arm holds its last action until the next begins, where it stands."""
-    bench = ThreadedBench(delay_s=0.8, overlap=OverlapOptions(roll_forward=True, servo_lag_s=1 / FPS))
-    bench.loop.run()
-    steps = np.diff(np.array([target[0] for _, target in bench.robot.sent]))
-    assert steps.min() >= 0, "it goes back"
-    assert steps.max() <= 2.001, "it jumps to where a plan of long ago would be now"
-    assert bench.loop.controller.summary()["chunks_expired"] == 1  # the first: this policy does not tell beforehand how long it takes
-    assert "roll_forward" in as_text(build_report(bench.loop, {}))
-
-
-def test_a_policy_that_reads_earlier_joints_cannot_be_rolled() -> None:
-    modality = modality_config()
-    modality["state"].delta_indices[:] = [-5, 0]
-    known = policy_metadata()
-    remembering = RobotBinding(modality, known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"}, FPS)
-    with pytest.raises(ConfigError, match="earlier"):
-        ThreadedController(FakePolicy(FakeClock()), remembering, "go", FakeClock(), FPS, OverlapOptions(roll_forward=True))
 
 
 def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
@@ -409,24 +280,6 @@ def test_nothing_to_rely_on_gives_no_prefix() -> None:
     play_ticks(controller, worker, 9)
     assert worker.calls > 3
     assert policy.prefixes == []
-
-
-@pytest.mark.parametrize(("threshold", "rows_left_at_submit"), [(0.5, 8), (0.0, 4), (1.0, 12)])
-def test_the_next_inference_starts_at_the_threshold_but_early_enough(threshold: float, rows_left_at_submit: int) -> None:
-    policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
-    controller = overlapping(policy, OverlapOptions(threshold), worker)
-    controller.plan(observation(0))
-    started = []
-    for tick in range(80):
-        worker.now = 2 * tick
-        controller.next_target(tick)
-        worker.now += 1
-        calls, left = worker.calls, controller._buffer.rows_left(tick)
-        controller.see(observation(tick), tick)
-        if worker.calls > calls:
-            started.append(left)
-    assert started[-1] == rows_left_at_submit
-    assert controller.summary()["starved_ticks"] <= (1 if threshold == 0.0 else 0)  # the first arrives before its delay is known
 
 
 class ThreadedBench:
@@ -610,22 +463,9 @@ def test_a_policy_that_cannot_continue_is_refused(smoothing: str) -> None:
         ThreadedController(PlainPolicy(clock), binding(), "go", clock, FPS, OverlapOptions(smoothing=smoothing))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"chunk_threshold": 1.5},
-        {"chunk_threshold": -0.1},
-        {"chunk_threshold": float("nan")},
-        {"when_late": "resume", "smoothing": "rtc"},
-        {"roll_forward": True, "smoothing": "rtc"},
-        {"roll_forward": True, "smoothing": "prefix"},
-        {"roll_forward": True, "smoothing": "ensemble"},
-        {"roll_forward": True, "when_late": "resume"},
-    ],
-)
-def test_options_that_make_no_sense(options: dict) -> None:
+def test_options_that_make_no_sense() -> None:
     with pytest.raises(ConfigError):
-        OverlapOptions(**options)
+        OverlapOptions(when_late="resume", smoothing="rtc")
 
 
 class TestThread:
@@ -783,18 +623,13 @@ def usage_error(*flags: str) -> str:
 
 
 def test_flags() -> None:
-    config = cli.parse([*_FLAGS, "--controller=threaded", "--chunk_threshold=0.5"])
-    assert (config.controller, config.chunk_threshold, config.smoothing, config.when_late) == ("threaded", 0.5, "none", "hold")
-    assert "--controller=threaded" in usage_error("--controller=sync", "--smoothing=rtc")
-    assert "0 to 1" in usage_error("--controller=threaded", "--chunk_threshold=2")
+    config = cli.parse([*_FLAGS, "--controller=threaded", "--smoothing=prefix"])
+    assert (config.controller, config.smoothing, config.when_late) == ("threaded", "prefix", "hold")
+    assert "--controller=" in usage_error("--controller=sync", "--smoothing=rtc")
     assert "exclude" in usage_error("--controller=threaded", "--smoothing=rtc", "--when_late=resume")
-    assert cli.parse([*_FLAGS, "--roll_forward"]).roll_forward is True
-    assert "--roll_forward" in usage_error("--roll_forward", "--controller=sync")
-    assert "--smoothing=rtc" in usage_error("--roll_forward", "--controller=threaded", "--smoothing=rtc")
-    assert "--when_late=resume" in usage_error("--roll_forward", "--when_late=resume")
     assert cli.parse([*_FLAGS, "--max_hold_s=5"]).max_hold_s == 5.0
     assert "from 0.05" in usage_error("--controller=threaded", "--max_hold_s=0")
     assert cli.parse([*_FLAGS, "--controller=threaded", "--max_hold_s=null"]).max_hold_s is None
     assert "rtc" in usage_error("--controller=threaded", "--smoothing=rct")
-    for flag in ("--controller=", "--roll_forward", "--chunk_threshold=", "--smoothing=", "--when_late=", "--max_hold_s="):
+    for flag in ("--controller=", "--smoothing=", "--when_late=", "--max_hold_s="):
         assert flag in cli.help_text()

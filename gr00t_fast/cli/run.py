@@ -47,7 +47,6 @@ from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
 from gr00t_fast.files import check_kept, read_json
 from gr00t_fast.recordings import read_recordings
-from gr00t_fast.robots.config import servo_lag_ms
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
 
@@ -270,8 +269,7 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
     waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
     if config.controller == "sync":
         return waiting
-    lag_s = servo_lag_ms(config.robot) / 1000
-    overlap = OverlapOptions(config.chunk_threshold, config.smoothing, config.when_late, recoverable, hold_s, config.roll_forward, lag_s)
+    overlap = OverlapOptions(config.smoothing, config.when_late, recoverable, hold_s)
     moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
     if config.controller != "auto":
         return moving

@@ -53,11 +53,9 @@ class RunConfig(OutputFlags, PolicyFlags):
     api_token: str | None = None  # secret that the policy server asks for
     server_timeout_s: float = 5.0  # how long an answer of the policy server may take
     server_reconnect_s: float = 30.0  # how long the arm holds its pose for a policy server that is away before the run ends
-    controller: Literal["auto", "sync", "threaded", "server"] = "auto"  # sync: wait for inferences; threaded, server: overlap; auto: what suits
-    chunk_threshold: float | None = None  # threaded: infer again when this part of a chunk is left, 0 to 1; default: as soon as idle
-    smoothing: Literal["none", "rtc", "prefix", "ensemble"] = "none"  # threaded: how a chunk joins the one before
+    controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: the arm waits for inferences; threaded: it moves meanwhile; auto: what suits
+    smoothing: Literal["none", "rtc", "prefix"] = "none"  # threaded: how a chunk joins the one before
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
-    roll_forward: bool = False  # threaded: give the network the joints where the arm will be when the chunk begins, not where it was
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
@@ -201,8 +199,6 @@ def _validate_policy(config: RunConfig) -> None:
     if config.server:
         _validate_server(config)
         return
-    if config.controller == "server":
-        raise UsageError("--controller=server needs the policy server's address: --server=tcp://127.0.0.1:5555.")
     if given := _given(config, "api_token", "server_timeout_s", "server_reconnect_s"):
         raise UsageError(f"--{given[0]} needs --server=tcp://HOST:PORT: it is about a policy server.")
     if not config.model_path.strip():
@@ -255,20 +251,14 @@ def validate_pose(config: Any, name: str, words: tuple[str, ...]) -> None:
 
 def _validate_controller(config: RunConfig) -> None:
     if config.controller == "sync" and (name := overlap_asked(config)):
-        raise UsageError(f"--{name}={getattr(config, name)} needs --controller=threaded (or server): only there inference overlaps the motion.")
-    if config.chunk_threshold is not None and not 0 <= config.chunk_threshold <= 1:
-        raise UsageError(f"--chunk_threshold={config.chunk_threshold} must be from 0 to 1: the part of a chunk that is left.")
-    if config.roll_forward and config.controller == "sync":
-        raise UsageError("--roll_forward needs --controller=auto, threaded or server: an arm that waits for the network is where it was seen.")
-    if config.roll_forward and (given := _given(config, "smoothing", "when_late")):
-        raise UsageError(f"--roll_forward and --{given[0]}={getattr(config, given[0])} exclude each other: each joins chunks in a way of its own.")
+        raise UsageError(f"--{name}={getattr(config, name)} needs --controller=auto or threaded: only there inference overlaps the motion.")
     if config.when_late == "resume" and config.smoothing != "none":
         raise UsageError(f"--when_late=resume and --smoothing={config.smoothing} exclude each other: smoothing joins actions due at the same tick.")
 
 
 def overlap_asked(config: RunConfig) -> str | None:
     """The first flag given that only means something where inference overlaps the motion."""
-    return next(iter(_given(config, "chunk_threshold", "smoothing", "when_late")), None)
+    return next(iter(_given(config, "smoothing", "when_late")), None)
 
 
 def _validate_cameras(robot: RobotConfig) -> None:

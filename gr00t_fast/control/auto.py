@@ -24,10 +24,9 @@ _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
 _BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
 
 
-def bridged_ticks(horizon: int, roll_forward: bool) -> int:
-    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does; where
-    the policy is told of the pose to come, only one is over."""
-    return horizon - 1 if roll_forward else horizon // 2
+def _bridged_ticks(horizon: int) -> int:
+    """The longest inference that chunks of `horizon` actions bridge: as many actions are over when a chunk arrives as play until the next does."""
+    return horizon // 2
 
 
 class AutoController:
@@ -82,17 +81,13 @@ class AutoController:
         takes = f"an inference {takes} {inference_ms:.0f} ms {when}"
         if inference_ms <= tick_ms:
             return self._waiting, f"{takes}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected"
-        if ticks <= self._bridged_ticks(self._horizon):
+        if ticks <= _bridged_ticks(self._horizon):
             return self._moving, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
         return self._waiting, f"{takes}, which {self._too_short(ticks)}"
 
-    def _bridged_ticks(self, horizon: int) -> int:
-        return bridged_ticks(horizon, self._moving.options.roll_forward)
-
     def _too_short(self, ticks: int) -> str:
-        needed = ticks + 1 if self._moving.options.roll_forward else 2 * ticks
-        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {needed} actions would)"
-        return f"{short}; leave out --action_horizon" if ticks <= self._bridged_ticks(self._trained_horizon) else short
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
+        return f"{short}; leave out --action_horizon" if ticks <= _bridged_ticks(self._trained_horizon) else short
 
     # The Controller protocol
 
@@ -135,7 +130,7 @@ class AutoController:
                 if self.overlaps:
                     self._moving.take_over(chunk)
             return
-        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
+        bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * _bridged_ticks(self._horizon))  # within a tick there is no pause to be saved
         self._bridged = self._bridged + 1 if bridged else 0
         if chunk is not None and self._bridged == self._bridged_needed:
             reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
@@ -150,7 +145,7 @@ class AutoController:
         target = self._chosen.next_target(tick)
         if self.overlaps and self._overlap_asked is None and self._moving.note.starved:
             ticks = self._moving.usual_delay_ticks(_MEASURED_DELAYS)
-            if ticks > self._bridged_ticks(self._horizon):
+            if ticks > _bridged_ticks(self._horizon):
                 self._waiting.take_over(target)
                 self._choose(self._waiting, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
         return target

@@ -126,10 +126,6 @@ class RobotBinding:
         for history in self._histories.values():
             history.add(observation.time_s, observation)
 
-    def reads_earlier(self, modality: str) -> bool:
-        """Whether the policy reads earlier observations of `video` or `state` too."""
-        return modality in self._histories
-
     def reset(self) -> None:
         """An episode begins: what was seen before it is forgotten."""
         for history in self._histories.values():

@@ -210,11 +210,10 @@ def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
     if controller["kind"] != "threaded":
         return []
     rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
-    rows["rolled forward"] = "rolled_forward_ticks"
     lines = [
         f"overlapped     starved ticks {controller['starved_ticks']}; chunks: {controller['chunks_entered']} entered, "
         f"{controller['chunks_expired']} expired, {controller['chunks_stale']} stale, {controller['lost_inferences']} lost; "
-        f"smoothing {controller['smoothing']}" + (", roll_forward" if controller["roll_forward"] else "")
+        f"smoothing {controller['smoothing']}"
     ]
     for name, key in rows.items():
         if row := controller[key]:

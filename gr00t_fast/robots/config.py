@@ -93,12 +93,6 @@ class SO100SimConfig(RobotConfig):
     disable_torque_on_disconnect: bool = True
 
 
-def servo_lag_ms(robot: RobotConfig | None) -> float:
-    """By how much a joint in motion trails its target: 4 to 6 ticks of 30 Hz were measured on a real SO-101, 90 to 103 ms are what the simulation's
-    motors have unless told otherwise."""
-    return (robot.servo_lag_ms or 100.0) if isinstance(robot, SO100SimConfig) else 167.0
-
-
 def rendered(cameras: Mapping[str, CameraConfig]) -> dict[str, SimCameraConfig]:
     """Those that are drawn, not filmed."""
     return {name: camera for name, camera in cameras.items() if isinstance(camera, SimCameraConfig)}

@@ -307,7 +307,7 @@ class RemotePolicy(Policy):
                 raise
             raise ConfigError(
                 f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
-                "Use --smoothing=none or ensemble, or serve with python -m gr00t_fast.serving."
+                "Use --smoothing=none, or serve with python -m gr00t_fast.serving."
             ) from error
 
     def _check_answer(self, actions: Mapping[str, np.ndarray]) -> None:
