@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import torch
 
 from benchmarks.lib.program import checkpoint_of, finish, provenance
+from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
 from benchmarks.stage_calls import measure_stages
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
@@ -38,7 +39,6 @@ from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Network
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.random_checkpoint import random_network, write_random_checkpoint
 
 REFERENCE = "reference"
 _USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=full] [--engines NAME ...] [--flag=value ...]"

@@ -154,10 +154,10 @@ def published_network(version: str, short: bool = False) -> Any:
     """bf16, on the device, with the published vocabulary. Its weights are whatever lies there: nothing is computed."""
     import torch
 
+    from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
     from gr00t_fast.config import ModelConfig
     from gr00t_fast.config_n1d7 import config_n1d7
     from gr00t_fast.model import network
-    from gr00t_fast.random_checkpoint import network_config, network_config_n1d7
 
     if version == "n1.5":
         config, backbone = network_config("full", published_vocabulary=True)

@@ -16,7 +16,7 @@ BASE += ("measurement", "config_n1d7", "history", "nested", "console", "files", 
 POLICY = ("prompt", "dataset", "observation", "transforms", "pictures_n1d7", "joints_n1d7", "metadata", "processor")
 POLICY += ("processor_n1d7", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
-PROGRAMS = ("cli", "random_checkpoint", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
+PROGRAMS = ("cli", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
 LAYERS = (BASE, ("model",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
 ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "metadata", "transforms")}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gr00t_fast import random_checkpoint as rc
+from benchmarks.lib import random_checkpoint as rc
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.config import ModelConfig
 from gr00t_fast.config_n1d7 import BACKBONE_FILE, config_n1d7

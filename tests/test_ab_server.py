@@ -21,11 +21,11 @@ from serving_fakes import ArithmeticPolicy
 from benchmarks import ab_server
 from benchmarks.ab_host import Addresses, Policies, ServerProcess, running
 from benchmarks.ab_server import Arm, Config, DisagreementError, Setup, make_plan, measure, paired, resolved
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from benchmarks.lib.reference import ReferencePreprocessing
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 OURS = Setup("none", "ours", "eager", 4)
 LEVELS = ("transport", "preprocessing", "engine", "steps")

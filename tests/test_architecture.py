@@ -88,7 +88,7 @@ def test_the_arrow_rule_refuses(sources: dict[str, str], module: str, line: str)
         ("gr00t_fast.serving.server", "from gr00t_fast.policy import load_policy\nfrom gr00t_fast.contracts import Policy"),
         ("gr00t_fast.cli", "from gr00t_fast.robots.config import RobotConfig\nfrom gr00t_fast import load_policy"),
         ("gr00t_fast.control.report", "from gr00t_fast import __version__"),
-        ("benchmarks.one", "from benchmarks import two\nfrom gr00t_fast.random_checkpoint import write"),
+        ("benchmarks.one", "from benchmarks import two\nfrom benchmarks.lib.random_checkpoint import write"),
         ("some_script", "from gr00t_fast.control.loop import ControlLoop\nfrom gr00t_fast.engine import ENGINES"),
     ],
 )

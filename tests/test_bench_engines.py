@@ -12,6 +12,7 @@ from random_networks import random_inputs
 
 from benchmarks import bench_engines, stage_calls
 from benchmarks.bench_engines import LaboratoryBench
+from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast import load_policy
 from gr00t_fast.cli.comparison import random_noise, random_observations, ratio, within_limit
@@ -20,7 +21,6 @@ from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.random_checkpoint import network_config, random_network
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"

@@ -25,6 +25,7 @@ from benchmarks import (
     simple_benchmark,
 )
 from benchmarks.lib.program import PolicyFlags, checkpoint_of, conditions, count_of, finish, in_processes, read_flags, without_machine_paths
+from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.checkpoint import open_checkpoint
@@ -32,7 +33,6 @@ from gr00t_fast.config import ModelConfig
 from gr00t_fast.config_n1d7 import config_n1d7
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import network
-from gr00t_fast.random_checkpoint import network_config, network_config_n1d7
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROGRAMS = (

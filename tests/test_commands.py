@@ -22,7 +22,7 @@ TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
 FORMER = [
     *(["export/to_onnx.py"], ["export/to_tensorrt.py"], ["export/quantise.py"], ["export/calibrate.py"], ["export/verify.py"]),
     *(["so100_inference_optimized.py"], ["-m", "gr00t_fast.serving"]),
-    *(["-m", "gr00t_fast", "run"], ["-m", "gr00t_fast.random_checkpoint"]),
+    *(["-m", "gr00t_fast", "run"], ["-m", "benchmarks.lib.random_checkpoint"]),
 ]
 
 

@@ -23,8 +23,8 @@ import pytest
 import virtual_camera
 from safetensors.torch import load_file, save_file
 
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.robots.virtual_bus.control import send_command
 
 pytest.importorskip("lerobot")

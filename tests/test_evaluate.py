@@ -16,8 +16,8 @@ pytest.importorskip("mujoco")
 from benchmarks import evaluate
 from benchmarks.closed_loop import Cell, Job, Outcome, Report, Settings, play, reports, runner_of
 from benchmarks.evaluate import EpisodeLog, difference, newcombe_interval
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "so100-sim-reach"
 SETTINGS = Settings(str(CHECKPOINT), "Reach the block", 0.06, 3.0, 0, "cpu")

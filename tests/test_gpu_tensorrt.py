@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
@@ -21,7 +22,6 @@ from gr00t_fast.errors import EngineError, ObservationError
 from gr00t_fast.export.tensorrt import BuildOptions, build_engines
 from gr00t_fast.export.tensorrt_capability import rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 0.05  # of the displacement: 16-bit against fp32, as in test_gpu.py

@@ -22,10 +22,10 @@ import torch
 import virtual_camera
 from random_networks import TINY, write_network
 
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, PreflightError
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 from gr00t_fast.robots.virtual_bus.control import send_command
 
 pytest.importorskip("lerobot")

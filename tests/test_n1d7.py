@@ -14,6 +14,7 @@ import pytest
 import torch
 from random_networks import edit_json, write_network
 
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import ActionPart, PictureSettings, load_model, open_checkpoint
 from gr00t_fast.cli.run import main
@@ -28,7 +29,6 @@ from gr00t_fast.metadata import target_of
 from gr00t_fast.model.vision_qwen import patches_of, picture_values
 from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view, view_size
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 TAG, LANGUAGE = "new_embodiment", "annotation.human.task_description"
 MODALITIES = f"processor_kwargs.modality_configs.{TAG}"

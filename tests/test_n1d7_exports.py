@@ -15,6 +15,7 @@ import torch
 from exports import target_for
 from random_networks import edit_json
 
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli import calibrate, export_onnx, export_tensorrt, quantise, verify
 from gr00t_fast.cli.main import main
@@ -26,7 +27,6 @@ from gr00t_fast.engine.quantized import linear_layers, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.export.samples import network_inputs
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.random_checkpoint import write_random_checkpoint
 
 for package in ("onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from gr00t_fast import load_policy, random_checkpoint
+from benchmarks.lib import random_checkpoint
+from benchmarks.lib.random_checkpoint import _write_tokenizer, checkpoint_in, main, network_config, write_random_checkpoint
+from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.model import Gr00tN1d5
 from gr00t_fast.prompt import IMAGE_TOKEN
-from gr00t_fast.random_checkpoint import _write_tokenizer, checkpoint_in, main, network_config, write_random_checkpoint
 
 
 @pytest.fixture(scope="module")

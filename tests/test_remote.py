@@ -182,7 +182,7 @@ def test_the_arm_moves_from_an_older_server(world: World) -> None:
 @pytest.fixture(scope="module")
 def metadata(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small files of a checkpoint, without its weights."""
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
+    from benchmarks.lib.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(tmp_path_factory.mktemp("metadata") / "checkpoint", "tiny", resolution=(64, 48))
     (checkpoint / "model.safetensors").unlink()

@@ -406,7 +406,7 @@ def _program(*command: str) -> Iterator[subprocess.Popen[str]]:
 def test_the_whole_program_outlives_a_server_with_a_network(tmp_path: Path) -> None:
     """Simulated arm and random network, each in its own process; the server is killed, started again, and Ctrl-C ends it all."""
     pytest.importorskip("mujoco")
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
+    from benchmarks.lib.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", resolution=(64, 48))
     with socket.create_server(("127.0.0.1", 0)) as probe:

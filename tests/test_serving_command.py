@@ -67,8 +67,8 @@ def free_port() -> int:
 
 
 def test_a_checkpoint_is_served_from_the_command_line_over_both_protocols(tmp_path: Path) -> None:
+    from benchmarks.lib.random_checkpoint import write_random_checkpoint
     from gr00t_fast.policy import load_policy
-    from gr00t_fast.random_checkpoint import write_random_checkpoint
 
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", size="tiny")
     seen = observation(size=(480, 640))

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.lib.random_checkpoint import network_config
 from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.checkpoint.rename import Layout, published_shapes, sources_of
 from gr00t_fast.config import ModelConfig
@@ -31,7 +32,6 @@ from gr00t_fast.model.action_head import ActionHead, Condition
 from gr00t_fast.model.dit import DiT
 from gr00t_fast.model.layers import CategoryLinear
 from gr00t_fast.prompt import IMAGE_TOKEN, render_prompt
-from gr00t_fast.random_checkpoint import network_config
 
 # --- sizes, tokenizer, first weights ------------------------------------------------------------------------------------------------------------
 

@@ -160,8 +160,8 @@ def build_smolvla(setting: Setting) -> Arm:
 
 
 def build_gr00t(setting: Setting) -> Arm:
+    from benchmarks.lib.random_checkpoint import checkpoint_in
     from gr00t_fast.policy import load_policy
-    from gr00t_fast.random_checkpoint import checkpoint_in
 
     data_config = "so100" if len(setting.cameras) == 1 else "so100_dualcam"
     path = checkpoint_in(setting.scratch, "gr00t", "full" if setting.published else "tiny", data_config, setting.seed)

@@ -155,7 +155,7 @@ def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 4
     cameras. Raises ConfigError."""
     if arguments.model_path:
         return Path(arguments.model_path)
-    from gr00t_fast.random_checkpoint import SO100_CONFIGS, checkpoint_in
+    from benchmarks.lib.random_checkpoint import SO100_CONFIGS, checkpoint_in
 
     asked = getattr(arguments, "data_config", None)
     data_config = asked if asked in SO100_CONFIGS else "so100"  # a class of the user's own names cameras; loading says if so100 has them not

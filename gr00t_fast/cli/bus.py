@@ -125,7 +125,7 @@ def _a_run(flags: str, scene: bool) -> list[str]:
     """Without a scene the servos come up in the middle of their ranges, not where the imagined recordings began: hence --preflight=warn."""
     flags += "" if scene else " --preflight=warn"
     return [
-        f"python -m gr00t_fast.random_checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
+        f"python -m benchmarks.lib.random_checkpoint --size=demo --overwrite --out={_CHECKPOINT}",
         f'gr00t-fast run {flags} --robot.cameras="{{webcam: {{type: sim}}}}" --model_path={_CHECKPOINT} '
         '--lang_instruction="Place the block in the bowl" --timeout=10',
     ]

@@ -1,7 +1,7 @@
 """Write a checkpoint with random weights in NVIDIA's published format: for demonstrations, tests and timing where no real one is at hand.
 
-    python -m gr00t_fast.random_checkpoint --size=demo --out=outputs/demo/checkpoint
-    python -m gr00t_fast.random_checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
+    python -m benchmarks.lib.random_checkpoint --size=demo --out=outputs/demo/checkpoint
+    python -m benchmarks.lib.random_checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
 
 It carries a small tokenizer of its own (every byte is a token), so nothing is downloaded. What it does with an arm means nothing.
 """
@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 written, 1 error, 2 bad flag, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
     if "--help" in words or "-h" in words:
-        print(help_text(RandomCheckpointConfig, "usage: python -m gr00t_fast.random_checkpoint --out=DIR [--flag=value ...]"))
+        print(help_text(RandomCheckpointConfig, "usage: python -m benchmarks.lib.random_checkpoint --out=DIR [--flag=value ...]"))
         return 0
     try:
         config, _ = parse_flags(RandomCheckpointConfig, words)
