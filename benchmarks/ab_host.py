@@ -261,7 +261,7 @@ class Policies:
     def _with_reference_preprocessing(self, engine: str, denoising_steps: int) -> Any:
         """Where the reference's engine runs behind it, nothing of ours is loaded."""
         from benchmarks.lib.reference import ReferencePreprocessingPolicy
-        from gr00t_fast.data_config import load_data_config
+        from gr00t_fast.inputs.data_config import load_data_config
 
         if engine == REFERENCE:
             network = self._reference()

@@ -66,9 +66,9 @@ from benchmarks.lib.program import (
     write_csv,
 )
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import DataConfig, load_data_config
 from gr00t_fast.errors import ConfigError, Gr00tFastError, ServerError, ServerUnreachableError
 from gr00t_fast.flags import setting
+from gr00t_fast.inputs.data_config import DataConfig, load_data_config
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving import PolicyClient
 

@@ -31,13 +31,13 @@ from benchmarks.stage_calls import measure_stages
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.calibration import Calibration
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.model import Network
+from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy
 
 REFERENCE = "reference"
@@ -75,7 +75,7 @@ class LaboratoryBench(Bench):
         path = options.out / f"random-{options.size}-{options.network}"
         return write_random_checkpoint(path, options.size, options.data_config or DEFAULT_DATA_CONFIG, weights=False, network=options.network)
 
-    def network(self, dtype: torch.dtype, meta: bool = False) -> Network:
+    def network(self, dtype: torch.dtype, meta: bool = False) -> Gr00t:
         if meta or not self._on_device:
             return super().network(dtype, meta)
         config = open_checkpoint(self.path, with_weights=False).config
@@ -102,7 +102,7 @@ class LaboratoryBench(Bench):
         calibration = self._calibration(model)
         return self.policy(fp8_engine(self.network(self.dtype), calibration))
 
-    def _calibration(self, model: Network) -> Calibration:
+    def _calibration(self, model: Gr00t) -> Calibration:
         from gr00t_fast.console import Progress
         from gr00t_fast.engine.fp8 import has_product
         from gr00t_fast.export.calibrate import Settings, calibrate

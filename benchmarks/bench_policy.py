@@ -41,12 +41,12 @@ from benchmarks.lib.program import (
 )
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
-from gr00t_fast.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.engine import check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer, percentiles
-from gr00t_fast.metadata import target_of
-from gr00t_fast.model import ModelInputs, network
+from gr00t_fast.model import Gr00t, ModelInputs
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 
 # Tokens before the first picture, between two, and in all beside pictures. "Place the block in the bowl" with one picture: N1.5 288 ids, N1.7 77.
 _TOKENS_N1D5, _TOKENS_N1D7 = (14, 0, 32), (4, 2, 13)
@@ -157,7 +157,7 @@ def _load(path: Path, arguments: Config):
             raise ConfigError(f"--cameras={arguments.cameras}: the export is made for {trained}. Give both alike.")
         engine = open_engine(arguments.engine, arguments.engine_path, target, arguments.device, arguments.precision)
         with torch.device("meta"):
-            return engine, network(checkpoint.config).to(engine.dtype), engine.device, engine.dtype
+            return engine, Gr00t(checkpoint.config).to(engine.dtype), engine.device, engine.dtype
     device = select_device(arguments.device)
     dtype = select_precision(arguments.precision, device)
     model = load_model(checkpoint, arguments.embodiment_tag, device, dtype)

@@ -20,7 +20,7 @@ from benchmarks.lib.latency import VirtualWorker, play_until
 from benchmarks.lib.program import in_processes
 from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast import load_policy
-from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
 from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
@@ -28,9 +28,8 @@ from gr00t_fast.control.controller import Controller, SyncController
 from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, closest, require
-from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.robot import SimArm
 from gr00t_fast.robots.sim.simulation import TICK_S, Simulation

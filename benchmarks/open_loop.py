@@ -37,11 +37,11 @@ from benchmarks import open_loop_verdict as study
 from benchmarks.lib.program import PolicyFlags, Result, check_counts, conditions, count_of, figure, finish, markdown_table, provenance, read_flags
 from benchmarks.lib.program import write_csv as write_table
 from benchmarks.open_loop_verdict import Chunk, Compared, Episode, Finding, Recorded, Rollout, Verdict
-from gr00t_fast.data_config import load_data_config
+from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.dataset import LeRobotFrames
 from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.metadata import read_policy_metadata
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 _MOST_FRAMES_DRAWN = 900  # beyond, chunks are too narrow to be seen; the CSV has all

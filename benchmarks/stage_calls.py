@@ -15,7 +15,7 @@ from gr00t_fast.engine.capture import CapturedGraph
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.measurement import percentiles
-from gr00t_fast.model import network
+from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy
 
 _SLEEP_CYCLES = 2_000_000  # some milliseconds in which the host gets ahead: an event would else wait for the launch of what it measures
@@ -53,7 +53,7 @@ def measure_stages(policy: Gr00tPolicy, observation: dict[str, Any], rounds: int
     times = in_turns(calls, rounds, engine.device)
     ceilings = before.best(measure_ceilings(engine.device, engine.dtype))
     with torch.device("meta"):
-        plain = network(engine.model.config).to(engine.dtype)
+        plain = Gr00t(engine.model.config).to(engine.dtype)
     tokens, image_tokens = raw.input_ids.shape[1], len(raw.image_positions)
     work = stage_work(plain, tokens, image_tokens, len(raw.frames), policy.denoising_steps)
     found: dict[str, Any] = {name: {"time_ms": percentiles(taken)} for name, taken in times.items()}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gr00t_fast.contracts import ActionChunk, Observation
-    from gr00t_fast.data_config import DataConfig
     from gr00t_fast.errors import Gr00tFastError
+    from gr00t_fast.inputs.data_config import DataConfig
     from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 __version__ = "0.1.0"

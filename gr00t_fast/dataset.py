@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ConfigError, closest, require
+from gr00t_fast.inputs.data_config import DataConfig
 
 MIN_FRAMES = 128  # fewer do not show an activation's range
 MIN_EPISODES = 8  # neighbouring frames are nearly the same picture: frames of few episodes count for few

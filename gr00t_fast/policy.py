@@ -23,7 +23,6 @@ from torch import Tensor
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import byte_bar
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
-from gr00t_fast.data_config import DataConfig
 from gr00t_fast.engine import (
     Engine,
     PolicyInputs,
@@ -38,12 +37,13 @@ from gr00t_fast.engine import (
     warming_up,
 )
 from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
+from gr00t_fast.inputs.data_config import DataConfig
+from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.metadata import target_of
 from gr00t_fast.processor import Processor, Transform
 from gr00t_fast.processor_n1d7 import processor_n1d7
-from gr00t_fast.prompt import PromptEncoder, find_tokenizer
 
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
 _WARM_UP_INSTRUCTION = "Place the block in the bowl"

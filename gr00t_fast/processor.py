@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from gr00t_fast.checkpoint import EMBODIMENT_ROWS, Checkpoint, EmbodimentMetadata
-from gr00t_fast.checkpoint.embodiment import CameraMetadata
+from gr00t_fast.checkpoint.metadata import policy_metadata_of
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PolicyMetadata
-from gr00t_fast.data_config import DataConfig, check_trained_cameras
 from gr00t_fast.engine import Continuation, PolicyInputs, prefix_weights
-from gr00t_fast.metadata import policy_metadata_of
+from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras
+from gr00t_fast.inputs.embodiment import CameraMetadata
+from gr00t_fast.inputs.images import to_trained_size
+from gr00t_fast.inputs.observation import CheckedObservation, check_pixels, parse_observation, parse_prefix
+from gr00t_fast.inputs.prompt import PromptEncoder
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform, reference_inputs
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.observation import CheckedObservation, check_pixels, parse_observation, parse_prefix
-from gr00t_fast.prompt import PromptEncoder
-from gr00t_fast.transforms import ActionTransform, StateTransform, reference_inputs, to_trained_size
 
 log = logging.getLogger(__name__)
 _MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repeat buckets

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7
+from gr00t_fast.checkpoint.metadata import data_config_of, policy_metadata_of_n1d7
 from gr00t_fast.contracts import ModalityConfig, PolicyMetadata
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
-from gr00t_fast.metadata import data_config_of, policy_metadata_of_n1d7
-from gr00t_fast.model.vision_qwen import patches_of, picture_values
-from gr00t_fast.observation import CheckedObservation, parse_observation
-from gr00t_fast.pictures_n1d7 import Size, accepted_size, picture, view_size
+from gr00t_fast.inputs.images import Size, accepted_size, picture, view_size
+from gr00t_fast.inputs.observation import CheckedObservation, parse_observation
+from gr00t_fast.inputs.prompt import PromptEncoderN1d7, find_tokenizer
+from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7
+from gr00t_fast.model.vision import patches_of, picture_values
 from gr00t_fast.processor import EncodePrompts, NormaliseState, Processor
-from gr00t_fast.prompt import PromptEncoderN1d7, find_tokenizer
 
 EXAMPLE_CAMERA = (640, 480)  # width and height; a checkpoint does not say what its cameras delivered
 _MAX_ASPECT = 8  # of a frame that is not padded: the longer side by the shorter; a chosen limit, the widest cameras have less than 4

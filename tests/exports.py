@@ -9,13 +9,13 @@ from random_networks import random_inputs, random_inputs_n1d7
 from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.engine import Target
+from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
 from gr00t_fast.export.onnx import Options, export_onnx, shapes_of
-from gr00t_fast.metadata import target_of
-from gr00t_fast.model import ModelInputs, Network
+from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 
 
 def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "new_embodiment") -> Target:
@@ -44,7 +44,7 @@ def layout_of(config: ModelConfig, inputs: ModelInputs, longest: int = 96) -> La
 
 
 @torch.inference_mode()
-def stages_of(model: Network, inputs: ModelInputs, noise: Tensor, steps: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def stages_of(model: Gr00t, inputs: ModelInputs, noise: Tensor, steps: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Stage -> (inputs, outputs) of one observation, in the graphs' names and shapes, from the plain model; denoise_step is the last Euler step,
     where the actions differ most from the noise."""
     known, condition = plain_outputs(model, inputs)

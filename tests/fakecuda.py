@@ -155,9 +155,8 @@ def published_network(version: str, short: bool = False) -> Any:
     import torch
 
     from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
-    from gr00t_fast.config import ModelConfig
-    from gr00t_fast.config_n1d7 import config_n1d7
-    from gr00t_fast.model import network
+    from gr00t_fast.model import Gr00t
+    from gr00t_fast.networks import n1d5, n1d7
 
     if version == "n1.5":
         config, backbone = network_config("full", published_vocabulary=True)
@@ -172,7 +171,7 @@ def published_network(version: str, short: bool = False) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            made = network((ModelConfig.from_dicts if version == "n1.5" else config_n1d7)(config, backbone))
+            made = Gr00t((n1d5.read_config if version == "n1.5" else n1d7.read_config)(config, backbone))
             return made.requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(torch.float32)

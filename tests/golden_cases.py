@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model import Gr00t, ModelInputs
 
 REDUCED_DIR = Path(__file__).parent / "golden"
 
@@ -104,7 +104,7 @@ class Stages:
 
 
 @torch.inference_mode()
-def run_stages(model: Gr00tN1d5, inputs: ModelInputs, noise: Tensor, steps: tuple[int, ...] = STEPS) -> Stages:
+def run_stages(model: Gr00t, inputs: ModelInputs, noise: Tensor, steps: tuple[int, ...] = STEPS) -> Stages:
     vision = model.encode_vision(inputs.pixel_values)
     backbone = model.encode_language(inputs, vision)
     vl = model.head.refine(backbone, inputs.key_mask)
@@ -119,7 +119,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def matrix_library_is_regular(model: Gr00tN1d5) -> bool:
+def matrix_library_is_regular(model: Gr00t) -> bool:
     """Whether a product's element has the same bits however rows and columns are grouped into calls, for the groupings in which we differ.
 
     Ours fuses projections and computes the last tokens only. Elsewhere than on x86 with AVX-512 the kernels' results were seen to depend even on

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7, load_model, open_checkpoint
-from gr00t_fast.model import Gr00tN1d7, ModelInputs
+from gr00t_fast.model import Gr00t, ModelInputs
 
 TAG = "new_embodiment"
 STEPS = (1, 2, 4, 8)
@@ -27,7 +27,7 @@ class GoldenN1d7:
 
     checkpoint: Checkpoint
     embodiment: EmbodimentN1d7
-    model: Gr00tN1d7
+    model: Gr00t
     observation: Mapping[str, np.ndarray]
     arrays: Mapping[str, np.ndarray]
 

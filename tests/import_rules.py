@@ -11,15 +11,13 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "config", "data_config", "nvidia_config", "tensorrt_library", "flags")
-BASE += ("measurement", "config_n1d7", "history", "nested", "console", "files", "recordings")
-POLICY = ("prompt", "dataset", "observation", "transforms", "pictures_n1d7", "joints_n1d7", "metadata", "processor")
-POLICY += ("processor_n1d7", "policy")
+BASE = ("errors", "contracts", "tensorrt_library", "flags", "measurement", "console", "files", "recordings")
+POLICY = ("dataset", "processor", "processor_n1d7", "policy")
 ENDS = ("serving", "control", "robots")  # do not know each other
 PROGRAMS = ("cli", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
-LAYERS = (BASE, ("model",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
+LAYERS = (BASE, ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
-ONLY = {"model": ("config",), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "metadata", "transforms")}
+ONLY = {"model": (), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "checkpoint", "inputs")}
 # Installed with the core. Everything else third-party goes through gr00t_fast.errors, inside a function.
 CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "draccus", "yaml"})
 FLAG_PACKAGES = frozenset({"draccus", "yaml"})  # at import time only where flags are declared: a policy must load without them

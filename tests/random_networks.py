@@ -15,10 +15,11 @@ import torch
 
 from benchmarks.lib import random_checkpoint as rc
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.config import ModelConfig
-from gr00t_fast.config_n1d7 import BACKBONE_FILE, config_n1d7
-from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.model import ModelInputs, Network
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.model import Gr00t, ModelInputs
+from gr00t_fast.model.config import ModelConfig
+from gr00t_fast.networks import n1d5, n1d7
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE
 
 PICTURE = (64, 48)  # width and height of the imagined training videos
 
@@ -77,7 +78,7 @@ def write_network(
     write_json(directory / "experiment_cfg" / "metadata.json", rc._metadata(data_config, resolution))
     rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
     with contextlib.redirect_stderr(io.StringIO()):
-        rc._write_weights(directory, ModelConfig.from_dicts(config, eagle), seed, dtype, shard_bytes)
+        rc._write_weights(directory, n1d5.read_config(config, eagle), seed, dtype, shard_bytes)
     return directory
 
 
@@ -123,7 +124,7 @@ def write_network_n1d7(
         write_json(directory / name, content)
     config, backbone = (json.loads((directory / name).read_text()) for name in ("config.json", BACKBONE_FILE))  # lists, as files hold them
     with contextlib.redirect_stderr(io.StringIO()):
-        rc._write_weights(directory, config_n1d7(config, backbone), seed, dtype, shard_bytes)
+        rc._write_weights(directory, n1d7.read_config(config, backbone), seed, dtype, shard_bytes)
     return directory
 
 
@@ -146,7 +147,7 @@ def edit_json(file: Path, dotted: str, value: Any) -> None:
     file.write_text(json.dumps(raw))
 
 
-def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Network:
+def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str = "new_embodiment") -> Gr00t:
     return load_model(open_checkpoint(checkpoint), tag, torch.device("cpu"), dtype)
 
 

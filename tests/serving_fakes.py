@@ -20,8 +20,8 @@ import zmq
 from control_fakes import policy_metadata
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
-from gr00t_fast.data_config import load_data_config
-from gr00t_fast.observation import parse_observation
+from gr00t_fast.inputs.data_config import load_data_config
+from gr00t_fast.inputs.observation import parse_observation
 
 HORIZON = 16
 WIDTHS = {"state.single_arm": 5, "state.gripper": 1}

@@ -24,8 +24,8 @@ from benchmarks.ab_server import Arm, Config, DisagreementError, Setup, make_pla
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from benchmarks.lib.reference import ReferencePreprocessing
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError
+from gr00t_fast.inputs.data_config import load_data_config
 
 OURS = Setup("none", "ours", "eager", 4)
 LEVELS = ("transport", "preprocessing", "engine", "steps")

@@ -12,7 +12,7 @@ from random_networks import Sizes, observation, write_network
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.prompt import PromptEncoder
+from gr00t_fast.inputs.prompt import PromptEncoder
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
 EQUAL = ["pick a", "pick b", "pick c", "pick d"]

@@ -16,11 +16,11 @@ from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast import load_policy
 from gr00t_fast.cli.comparison import random_noise, random_observations, ratio, within_limit
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.measurement import StageTimer
+from gr00t_fast.networks import n1d5
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -86,7 +86,7 @@ def test_stages_are_measured_against_their_floor(tmp_path: Path) -> None:
 
 def test_a_random_network_is_made_where_it_runs() -> None:
     """As the one that is written: of order one from end to end, with the same number of weights."""
-    config = ModelConfig.from_dicts(*network_config("tiny", published_vocabulary=False))
+    config = n1d5.read_config(*network_config("tiny", published_vocabulary=False))
     model = random_network(config, torch.device("cpu"), torch.float32)
     inputs, noise = random_inputs(config)
     actions = EagerEngine(model).run(inputs, noise, 2, StageTimer())

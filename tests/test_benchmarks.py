@@ -29,10 +29,9 @@ from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.config import ModelConfig
-from gr00t_fast.config_n1d7 import config_n1d7
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.model import network
+from gr00t_fast.model import Gr00t
+from gr00t_fast.networks import n1d5, n1d7
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PROGRAMS = (
@@ -151,16 +150,16 @@ def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("config", "tokens", "pictures", "gflop", "weight_gb", "floor_ms"),
     [
-        (lambda: ModelConfig.from_dicts(*network_config("full", published_vocabulary=True)), (288, 256), 1, 887, 5.93, 1.43),
-        (lambda: config_n1d7(*network_config_n1d7("full", published_vocabulary=True)), (79, 64), 1, 619, 9.74, 2.04),
-        (lambda: config_n1d7(*network_config_n1d7("full", published_vocabulary=True)), (145, 128), 2, 935, 9.74, 2.21),
+        (lambda: n1d5.read_config(*network_config("full", published_vocabulary=True)), (288, 256), 1, 887, 5.93, 1.43),
+        (lambda: n1d7.read_config(*network_config_n1d7("full", published_vocabulary=True)), (79, 64), 1, 619, 9.74, 2.04),
+        (lambda: n1d7.read_config(*network_config_n1d7("full", published_vocabulary=True)), (145, 128), 2, 935, 9.74, 2.21),
     ],
     ids=["n1.5", "n1.7", "n1.7, two pictures"],
 )
 def test_the_work_of_the_published_networks(config, tokens: tuple[int, int], pictures: int, gflop: float, weight_gb: float, floor_ms: float) -> None:
     """Four steps in bf16, and the floor on an H200, as docs/results.md has them; counted by hand, apart from this code, for N1.7."""
     with torch.device("meta"):
-        work = stage_work(network(config()).to(torch.bfloat16), *tokens, pictures, 4).values()
+        work = stage_work(Gr00t(config()).to(torch.bfloat16), *tokens, pictures, 4).values()
     assert sum(each.flop for each in work) / 1e9 == pytest.approx(gflop, rel=0.01)
     assert sum(each.weight_bytes for each in work) / 1e9 == pytest.approx(weight_gb, rel=0.01)
     assert sum(each.floor_ms(Ceilings(989e12, 4.8e12)) for each in work) == pytest.approx(floor_ms, rel=0.01)

@@ -32,7 +32,7 @@ from gr00t_fast.export.calibrate import Settings, Trials, record, scales_of
 from gr00t_fast.export.networks import TorchNetwork
 from gr00t_fast.export.samples import Case, collect_cases, digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import load_policy
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
@@ -266,7 +266,7 @@ class Trained:
     def trials(self, cases: list[Case], steps: int) -> Trials:
         return Trials(TorchNetwork(self.model, steps, emulated=True), cases, {})
 
-    def rounded(self, parts: tuple[str, ...] = tuple(PARTS)) -> Gr00tN1d5:
+    def rounded(self, parts: tuple[str, ...] = tuple(PARTS)) -> Gr00t:
         """Every layer of `parts`."""
         scales, _ = scales_of(self.network, self.statistics, Settings("fp8", "torch", 4), parts, Progress())
         return rewritten(self.model, scales, emulated=True)

@@ -14,10 +14,9 @@ import torch
 from random_networks import TINY, Sizes, edit_json, load_network, observation, write_network
 
 from gr00t_fast import load_policy
-from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.errors import CheckpointError, ConfigError
-from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.serving.wire import metadata_to_message
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.data_config import DATA_CONFIGS, DataConfig, check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig, check_trained_cameras, load_data_config
 
 
 @pytest.mark.parametrize(

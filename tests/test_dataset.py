@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from random_networks import PICTURE, write_network
 
+from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.dataset import MIN_EPISODES, RandomFrames, draw, open_frames, read, textured_picture
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 CONFIG = DATA_CONFIGS["so100"]
 

@@ -10,7 +10,6 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import Progress
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.dataset import RandomFrames
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.calibration import Calibration
@@ -33,6 +32,7 @@ from gr00t_fast.export.calibrate import Settings, calibrate
 from gr00t_fast.export.networks import TorchNetwork
 from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 pytestmark = pytest.mark.gpu

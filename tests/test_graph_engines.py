@@ -31,7 +31,7 @@ from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
 from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten, round_layers
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import Condition, Network
+from gr00t_fast.model import Condition, Gr00t
 
 SIZES = Sizes(language=(48, 96, 2, 4, 2, 16), vl=(2, 4, 12), dit=(3, 4, 12), vision=(32, 64, 2, 2))
 CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 100 degrees
@@ -231,7 +231,7 @@ def test_compiled_on_a_cpu(tmp_path: Path, precision: str) -> None:
 
 
 @pytest.fixture(scope="module", params=["n1.5", "n1.7"])
-def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Network:
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     directory = tmp_path_factory.mktemp("traced")
     return load_network(write_network(directory, SIZES) if request.param == "n1.5" else write_network_n1d7(directory))
 
@@ -242,7 +242,7 @@ def traced(fused: FusedModel, any_length: bool) -> Stages:
     return compiled(fused.stages(), any_length, backend="eager")
 
 
-def rounded(model: Network) -> Network:
+def rounded(model: Gr00t) -> Gr00t:
     scales = {name: InputScale(8.0) for name in linear_layers(model)}
     up = {name: scales[name.replace("mlp.up", "mlp.gate")] for name in scales if name.startswith("language") and name.endswith("mlp.up")}
     return rewritten(model, scales | up, emulated=True)
@@ -257,7 +257,7 @@ def rounded(model: Network) -> Network:
     ],
     ids=["compiled on a GPU", "compiled on a CPU", "fp8"],
 )
-def test_every_stage_is_traced_whole(network: Network, make, any_length: bool, mode) -> None:
+def test_every_stage_is_traced_whole(network: Gr00t, make, any_length: bool, mode) -> None:
     """In what the engines call them in; twice where a caller has chosen a default device, which is a TorchFunctionMode: dynamo cannot trace all of
     torch's methods in one (Tensor.unflatten is such a method)."""
     fused = fused_model(make(network))

@@ -13,9 +13,9 @@ from random_networks import observation, write_network
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.observation import MAX_BATCH, MAX_INSTRUCTION_CHARACTERS
+from gr00t_fast.inputs.observation import MAX_BATCH, MAX_INSTRUCTION_CHARACTERS
+from gr00t_fast.inputs.prompt import MAX_TEXT_TOKENS
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.prompt import MAX_TEXT_TOKENS
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES
 
 TASK = "annotation.human.task_description"

@@ -13,7 +13,6 @@ from exports import target_for
 from random_networks import edit_json, write_network
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import load_data_config
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import (
     MANIFEST_NAME,
@@ -27,6 +26,7 @@ from gr00t_fast.engine.manifest import (
     sha256_of_json,
 )
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
+from gr00t_fast.inputs.data_config import load_data_config
 
 REMEDY = "python export/somehow.py"
 

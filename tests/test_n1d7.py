@@ -14,20 +14,20 @@ import pytest
 import torch
 from random_networks import edit_json, write_network
 
-from benchmarks.lib.random_checkpoint import write_random_checkpoint
+from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG_N1D7, write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import ActionPart, PictureSettings, load_model, open_checkpoint
 from gr00t_fast.cli.run import main
-from gr00t_fast.config import QwenVisionConfig
-from gr00t_fast.config_n1d7 import DEFAULTS, PUBLISHED_BACKBONE, PUBLISHED_CONFIG_N1D7, config_n1d7
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.engine.manifest import Digests, Target
+from gr00t_fast.engine.manifest import Digests, Target, target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
-from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
-from gr00t_fast.metadata import target_of
-from gr00t_fast.model.vision_qwen import patches_of, picture_values
-from gr00t_fast.pictures_n1d7 import _interpolated, accepted_size, picture, view, view_size
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.images import _interpolated, accepted_size, picture, view, view_size
+from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
+from gr00t_fast.model.config import QwenVisionConfig
+from gr00t_fast.model.vision import patches_of, picture_values
+from gr00t_fast.networks import n1d7
+from gr00t_fast.networks.n1d7 import DEFAULTS, PUBLISHED_BACKBONE
 from gr00t_fast.policy import Gr00tPolicy
 
 TAG, LANGUAGE = "new_embodiment", "annotation.human.task_description"
@@ -326,7 +326,7 @@ def test_sizes_and_patches_are_those_of_the_reference_s_image_processor(size: tu
 
 
 def open_vision() -> QwenVisionConfig:
-    return config_n1d7(PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE).vision
+    return n1d7.read_config(PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE).vision
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (480, 640), (300, 200), (256, 256), (1080, 1920)])

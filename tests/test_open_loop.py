@@ -28,10 +28,10 @@ from benchmarks.open_loop_verdict import (
     Recorded,
     judge,
 )
-from gr00t_fast.data_config import DATA_CONFIGS
+from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.dataset import LeRobotFrames
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
 NAMES = ("pan", "gripper")

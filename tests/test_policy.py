@@ -15,9 +15,9 @@ from random_networks import TINY, edit_json, observation, write_network
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
 from gr00t_fast.control.trace import summary
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import Engine
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 TASK = "annotation.human.task_description"
 LOAD = {"device": "cpu", "precision": "fp32"}
@@ -521,7 +521,7 @@ def test_no_gradients_are_kept(policy: Gr00tPolicy) -> None:
     ],
 )
 def test_a_data_config_that_cannot_be_used_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
-    from gr00t_fast.data_config import load_data_config
+    from gr00t_fast.inputs.data_config import load_data_config
 
     module = f"broken_{abs(hash(source))}"
     (tmp_path / f"{module}.py").write_text(source)
@@ -532,7 +532,7 @@ def test_a_data_config_that_cannot_be_used_is_explained(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("spec", [":Y", "..x:Y", "x:"])
 def test_a_malformed_data_config_is_refused(spec: str) -> None:
-    from gr00t_fast.data_config import load_data_config
+    from gr00t_fast.inputs.data_config import load_data_config
 
     with pytest.raises(ConfigError, match="module:ClassName"):
         load_data_config(spec)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from benchmarks.lib.random_checkpoint import byte_tokenizer, write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
-from gr00t_fast.prompt import HUB_PROCESSOR, IMAGE_TOKEN, PromptEncoder, find_tokenizer, load_tokenizer, render_prompt
+from gr00t_fast.inputs.prompt import HUB_PROCESSOR, IMAGE_TOKEN, PromptEncoder, find_tokenizer, load_tokenizer, render_prompt
 
 # fmt: off
 TEXTS = [

@@ -33,7 +33,7 @@ from gr00t_fast.engine.quantized import (
 )
 from gr00t_fast.errors import CheckpointError, EngineError
 from gr00t_fast.export.calibrate import InputStatistics, choose_scale
-from gr00t_fast.model import Gr00tN1d5
+from gr00t_fast.model import Gr00t
 
 CPU = torch.device("cpu")
 SIZES = [(1, 64, 32), (16, 64, 32), (17, 96, 48), (49, 256, 112), (33, 24, 20), (5, 30, 7)]  # the last two need padding in every direction
@@ -159,17 +159,17 @@ def test_inputs_that_are_always_zero_are_no_division_by_zero() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00tN1d5:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     return load_network(write_network(tmp_path_factory.mktemp("eight_bit"), TINY))
 
 
-def scales_for(model: Gr00tN1d5) -> dict[str, InputScale]:
+def scales_for(model: Gr00t) -> dict[str, InputScale]:
     """Gate and up read one tensor."""
     found = {name: InputScale(8.0) for name in linear_layers(model)}
     return found | {name: found[name.replace("mlp.up", "mlp.gate")] for name in found if name.startswith("language") and name.endswith("mlp.up")}
 
 
-def test_every_layer_that_runs_per_observation_is_found(model: Gr00tN1d5) -> None:
+def test_every_layer_that_runs_per_observation_is_found(model: Gr00t) -> None:
     """But the keys and values of the DiT, which are read once, and its last layer, which is multiplied with the decoder's."""
     found = linear_layers(model)
     vision_layers, language_layers, dit_layers, vl_layers = TINY.vision[2], TINY.language[2], TINY.dit[0], TINY.vl[0]
@@ -178,7 +178,7 @@ def test_every_layer_that_runs_per_observation_is_found(model: Gr00tN1d5) -> Non
     assert not any("ada_norm" in name or "time" in name for name in found)
 
 
-def test_a_rewritten_network_shares_all_but_the_replaced_layers(model: Gr00tN1d5) -> None:
+def test_a_rewritten_network_shares_all_but_the_replaced_layers(model: Gr00t) -> None:
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     scales = {name: scale for name, scale in scales_for(model).items() if part_of(name) in ("vision", "dit")}
     made = rewritten(model, scales, emulated=True)
@@ -190,7 +190,7 @@ def test_a_rewritten_network_shares_all_but_the_replaced_layers(model: Gr00tN1d5
     assert isinstance(made.head.dit.blocks[0].mlp.up, Fp8WeightLinear)
     assert isinstance(model.head.dit.blocks[0].mlp.up, nn.Linear)
     assert made.dtype == model.dtype
-    assert isinstance(made, Gr00tN1d5)
+    assert isinstance(made, Gr00t)
 
 
 def test_memory_shrinks_once_the_plain_network_is_dropped(tmp_path) -> None:
@@ -212,7 +212,7 @@ def test_memory_shrinks_once_the_plain_network_is_dropped(tmp_path) -> None:
     assert fused.dtype == torch.bfloat16
 
 
-def test_a_rewritten_network_gives_nearly_the_same_actions(model: Gr00tN1d5) -> None:
+def test_a_rewritten_network_gives_nearly_the_same_actions(model: Gr00t) -> None:
     inputs, noise = random_inputs(model.config)
     tables = model.head.step_tables(2)
     with torch.inference_mode():
@@ -222,7 +222,7 @@ def test_a_rewritten_network_gives_nearly_the_same_actions(model: Gr00tN1d5) -> 
     assert 1e-5 < error < 0.4  # random weights, scales by guess: rounded, and still this network
 
 
-def test_scales_of_another_network_are_refused(model: Gr00tN1d5) -> None:
+def test_scales_of_another_network_are_refused(model: Gr00t) -> None:
     with pytest.raises(EngineError, match=r"layers that this network lacks \(head.dit.blocks.99.mlp.up\).*gr00t-fast calibrate"):
         rewritten(model, {"head.dit.blocks.99.mlp.up": InputScale(1.0)})
     name = next(iter(linear_layers(model)))
@@ -254,7 +254,7 @@ def test_shapes_strides_and_types_are_those_that_cuda_takes(dtype: torch.dtype, 
     assert set(called) == {"cuda"}
 
 
-def test_the_engine_refuses_what_it_cannot_run(model: Gr00tN1d5, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_refuses_what_it_cannot_run(model: Gr00t, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"engine 'fp8' needs a CUDA GPU of compute capability 8.9 .* but the device is cpu"):
         fp8_engine(model, Calibration({}))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 6))

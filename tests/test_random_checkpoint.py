@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from benchmarks.lib import random_checkpoint
-from benchmarks.lib.random_checkpoint import _write_tokenizer, checkpoint_in, main, network_config, write_random_checkpoint
+from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG, _write_tokenizer, checkpoint_in, main, network_config, write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.model import Gr00tN1d5
-from gr00t_fast.prompt import IMAGE_TOKEN
+from gr00t_fast.inputs.prompt import IMAGE_TOKEN
+from gr00t_fast.model import Gr00t
+from gr00t_fast.networks import n1d5
+from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_the_published_sizes() -> None:
     config, eagle = network_config("full", published_vocabulary=True)
     assert config == PUBLISHED_CONFIG
     with torch.device("meta"):
-        model = Gr00tN1d5(ModelConfig.from_dicts(config, eagle))
+        model = Gr00t(n1d5.read_config(config, eagle))
 
     def millions(*prefixes: str) -> float:
         return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes)) / 1e6

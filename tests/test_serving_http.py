@@ -15,7 +15,7 @@ import nvidia_style_service as reference
 import pytest
 from serving_fakes import ArithmeticPolicy, Mutator, assert_same, observation, running
 
-from gr00t_fast.nested import flat_observation, nested_observation
+from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer
 from gr00t_fast.serving import http as module
 from gr00t_fast.serving.connections import MAX_CONNECTIONS

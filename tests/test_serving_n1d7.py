@@ -21,7 +21,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.cli.run import main as run
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import WireError
-from gr00t_fast.nested import flat_observation, nested_observation
+from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import connect
 from gr00t_fast.serving.wire import decode, encode

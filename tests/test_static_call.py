@@ -12,22 +12,22 @@ from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.static_call import CallShape, PackedBuffers, StaticCall
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
+from gr00t_fast.model import Gr00t, ModelInputs
 
 FRAME = (60, 80)  # height, width
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00tN1d5:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     return load_network(write_network(tmp_path_factory.mktemp("network")))
 
 
 @pytest.fixture(scope="module")
-def fused(model: Gr00tN1d5) -> FusedModel:
+def fused(model: Gr00t) -> FusedModel:
     return FusedModel(model)
 
 
-def raw_inputs(model: Gr00tN1d5, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[PolicyInputs, ModelInputs, torch.Tensor]:
+def raw_inputs(model: Gr00t, batch: int = 1, cameras: int = 1, seed: int = 0) -> tuple[PolicyInputs, ModelInputs, torch.Tensor]:
     """The same observations as bytes on the host and as the tensors that the eager engine takes."""
     inputs, noise = random_inputs(model.config, batch, cameras, seed=seed)
     frames = [np.random.default_rng((seed, index)).integers(0, 256, (batch, *FRAME, 3), dtype=np.uint8) for index in range(cameras)]
@@ -51,7 +51,7 @@ def displacement_error(got: torch.Tensor, expected: torch.Tensor, noise: torch.T
 
 
 @pytest.mark.parametrize(("batch", "cameras", "steps"), [(1, 1, 4), (1, 2, 1), (3, 1, 2)])
-def test_a_static_call_gives_the_eager_actions(model: Gr00tN1d5, fused: FusedModel, batch: int, cameras: int, steps: int) -> None:
+def test_a_static_call_gives_the_eager_actions(model: Gr00t, fused: FusedModel, batch: int, cameras: int, steps: int) -> None:
     raw, inputs, noise = raw_inputs(model, batch, cameras)
     call = StaticCall(fused, CallShape.of(raw, steps))
     expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.config import ModelConfig
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine.continuation import Continuation, prefix_weights
 from gr00t_fast.engine.eager import EagerEngine
@@ -34,8 +32,10 @@ from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files
 from gr00t_fast.engine.tensorrt import LoadedStage, RunStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import StepTables
+from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.policy import load_policy
 
 ROOT = Path(__file__).parent.parent

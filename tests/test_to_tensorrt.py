@@ -13,10 +13,10 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli import export_onnx, export_tensorrt
 from gr00t_fast.cli.policy_flags import parse_with
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine.manifest import Digests, Target, read_manifest
 from gr00t_fast.export import tensorrt
 from gr00t_fast.export.tensorrt import UP_TO_DATE, SourceOptions
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 ROOT = Path(__file__).parent.parent

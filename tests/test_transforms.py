@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from gr00t_fast.checkpoint.embodiment import CameraMetadata, EmbodimentMetadata
-from gr00t_fast.data_config import DATA_CONFIGS, NORMALISATIONS
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, NORMALISATIONS
+from gr00t_fast.inputs.embodiment import CameraMetadata, EmbodimentMetadata
+from gr00t_fast.inputs.images import to_trained_size
+from gr00t_fast.inputs.transforms import ActionTransform, Normaliser, StateTransform
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.transforms import ActionTransform, Normaliser, StateTransform, to_trained_size
 
 SIZES = [(480, 640), (720, 1280), (224, 224), (236, 236), (100, 131), (97, 61), (1080, 1920), (240, 320), (21, 43)]
 ONE_LEVEL = 1 / 127.5 + 1e-6  # truncation makes 254 of some of the averages over 255s, as it does in the reference

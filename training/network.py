@@ -24,14 +24,13 @@ from torch.nn import functional as F
 
 from benchmarks.lib.random_checkpoint import network_config
 from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
-from gr00t_fast.checkpoint.rename import Layout, published_shapes, sources_of
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.model import Gr00tN1d5, ModelInputs
-from gr00t_fast.model.action_head import ActionHead, Condition
-from gr00t_fast.model.dit import DiT
+from gr00t_fast.inputs.prompt import IMAGE_TOKEN, render_prompt
+from gr00t_fast.model import Gr00t, ModelInputs
+from gr00t_fast.model.action_head import ActionHead, Condition, DiT
+from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.layers import CategoryLinear
-from gr00t_fast.prompt import IMAGE_TOKEN, render_prompt
+from gr00t_fast.networks.weights import Layout, published_shapes, sources_of
 
 # --- sizes, tokenizer, first weights ------------------------------------------------------------------------------------------------------------
 
@@ -84,9 +83,9 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def new_network(config: ModelConfig, seed: int) -> Gr00tN1d5:
+def new_network(config: ModelConfig, seed: int) -> Gr00t:
     """Trainable, fp32, on the CPU, with first weights from `seed`."""
-    model = Gr00tN1d5(config)
+    model = Gr00t(config)
     generator = torch.Generator().manual_seed(seed)
     initialise(model, generator)
     with torch.no_grad():
@@ -141,7 +140,7 @@ def grid_positions(side: int, width: int) -> Tensor:
 # --- the published format -----------------------------------------------------------------------------------------------------------------
 
 
-def published_tensors(model: Gr00tN1d5, dtype: torch.dtype) -> dict[str, Tensor]:
+def published_tensors(model: Gr00t, dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's weights under their published names; of the per-embodiment ones only our row is not zero. The way back of checkpoint/load.py."""
     tensors: dict[str, Tensor] = {}
     row = EMBODIMENT_ROWS[EMBODIMENT_TAG]
@@ -157,9 +156,7 @@ def published_tensors(model: Gr00tN1d5, dtype: torch.dtype) -> dict[str, Tensor]
     return tensors
 
 
-def write_checkpoint(
-    out: Path, model: Gr00tN1d5, dicts: tuple[dict[str, Any], dict[str, Any]], metadata: Mapping[str, Any], dtype: torch.dtype
-) -> None:
+def write_checkpoint(out: Path, model: Gr00t, dicts: tuple[dict[str, Any], dict[str, Any]], metadata: Mapping[str, Any], dtype: torch.dtype) -> None:
     """A directory that `gr00t_fast.load_policy` opens. `dicts` as from `configuration`."""
     eagle = out / "eagle2_hg_model"
     eagle.mkdir(parents=True, exist_ok=True)
@@ -228,7 +225,7 @@ class Batch:
     generator: torch.Generator
 
 
-def losses(model: Gr00tN1d5, finder: BlockFinder, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
+def losses(model: Gr00t, finder: BlockFinder, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
     """Mean squared error of the velocity over the arm's own joints, and the block finder's loss."""
     inputs, head = batch.inputs, model.head
     features = head.refine(model.encode_language(inputs, model.encode_vision(inputs.pixel_values)))  # (B, S, D)

@@ -31,15 +31,15 @@ from torch import Tensor
 
 from benchmarks.lib.program import check_counts, execute
 from gr00t_fast.checkpoint.embodiment import parse_metadata
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.engine import select_device
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.prompt import IMAGE_TOKEN, PromptEncoder
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.measurement import git_commit, machine, versions
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.prompt import IMAGE_TOKEN, PromptEncoder
+from gr00t_fast.networks import n1d5
 from gr00t_fast.robots.sim.scene import GRIPPER
-from gr00t_fast.transforms import ActionTransform, StateTransform
 from training.network import EMBODIMENT_TAG, INSTRUCTIONS, Batch, BlockFinder, configuration, losses, new_network, small_tokenizer, write_checkpoint
 from training.run import Options, Run, TrainingConfig, pursue, stopped_from_outside
 from training.samples import FPS, IMAGE_SIZE, RESOLUTION, Samples, load_samples
@@ -113,7 +113,7 @@ class Trainer(Run):
     def __init__(self, samples: Samples, options: Options, device: torch.device) -> None:
         tokenizer = small_tokenizer()
         self.dicts, self.metadata = configuration(tokenizer, IMAGE_SIZE), metadata_of(samples)
-        self.config = ModelConfig.from_dicts(*self.dicts)
+        self.config = n1d5.read_config(*self.dicts)
         vision = self.config.vision
         self.prompts = PromptEncoder(tokenizer, 1, vision.tokens, tokenizer.token_to_id(IMAGE_TOKEN), "plain")
         self.data = TrainingSet.of(samples, self.metadata, self.config.head.state_dim)

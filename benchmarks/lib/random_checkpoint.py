@@ -24,15 +24,97 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, published_shapes
-from gr00t_fast.config import PUBLISHED_CONFIG, PUBLISHED_EAGLE, ModelConfig, QwenVisionConfig
-from gr00t_fast.config_n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE, PUBLISHED_CONFIG_N1D7, config_n1d7
 from gr00t_fast.contracts import SO100_JOINTS, NetworkName
-from gr00t_fast.data_config import DATA_CONFIGS
 from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.flags import UsageError, help_text, parse_flags
-from gr00t_fast.model import Network, network
-from gr00t_fast.prompt import IMAGE_TOKEN, IMAGE_TOKEN_N1D7
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.prompt import IMAGE_TOKEN, IMAGE_TOKEN_N1D7
+from gr00t_fast.model import Gr00t
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.networks import n1d5, n1d7
+from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE, DEFAULTS, MODEL_TYPE, PUBLISHED_BACKBONE
+from gr00t_fast.networks.weights import UNUSED_PREFIXES, published_shapes
+
+# Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
+PUBLISHED_CONFIG: dict[str, Any] = {
+    "model_type": "gr00t_n1_5",
+    "architectures": ["GR00T_N1_5"],
+    "action_dim": 32,
+    "action_horizon": 16,
+    "hidden_size": 2048,
+    "compute_dtype": "bfloat16",
+    "model_dtype": "float32",
+    "torch_dtype": "bfloat16",
+    "backbone_cfg": {
+        "eagle_path": None,
+        "load_bf16": False,
+        "project_to_dim": None,
+        "reproject_vision": False,
+        "select_layer": 12,
+        "tune_llm": False,
+        "tune_visual": True,
+        "use_flash_attention": True,
+    },
+    "action_head_cfg": {
+        "action_dim": 32,
+        "action_horizon": 16,
+        "add_pos_embed": True,
+        "backbone_embedding_dim": 2048,
+        "diffusion_model_cfg": {
+            "attention_head_dim": 48,
+            "cross_attention_dim": 2048,
+            "dropout": 0.2,
+            "final_dropout": True,
+            "interleave_self_attention": True,
+            "norm_type": "ada_norm",
+            "num_attention_heads": 32,
+            "num_layers": 16,
+            "output_dim": 1024,
+            "positional_embeddings": None,
+        },
+        "hidden_size": 1024,
+        "input_embedding_dim": 1536,
+        "max_action_dim": 32,
+        "max_state_dim": 64,
+        "model_dtype": "float32",
+        "noise_beta_alpha": 1.5,
+        "noise_beta_beta": 1.0,
+        "noise_s": 0.999,
+        "num_inference_timesteps": 4,
+        "num_target_vision_tokens": 32,
+        "num_timestep_buckets": 1000,
+        "tune_diffusion_model": True,
+        "tune_projector": True,
+        "use_vlln": True,
+        "vl_self_attention_cfg": {
+            "attention_head_dim": 64,
+            "dropout": 0.2,
+            "final_dropout": True,
+            "num_attention_heads": 32,
+            "num_layers": 4,
+            "positional_embeddings": None,
+        },
+    },
+}
+
+# The published network's config.json, to build a checkpoint of the same shape from.
+PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
+    "model_type": MODEL_TYPE,
+    "architectures": ["Gr00tN1d7"],
+    "model_name": "nvidia/Cosmos-Reason2-2B",
+    **{key: value for key, value in DEFAULTS.items() if not isinstance(value, dict | None)},
+    "select_layer": 16,
+    "diffusion_model_cfg": {**DEFAULTS["diffusion_model_cfg"], "num_layers": 32},
+    "vl_self_attention_cfg": {
+        "attention_head_dim": 64,
+        "dropout": 0.2,
+        "final_dropout": True,
+        "num_attention_heads": 32,
+        "num_layers": 4,
+        "positional_embeddings": None,
+    },
+}
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
 _SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN_N1D7)
@@ -117,7 +199,7 @@ def _files_n1d5(size: str, data_config: str, resolution: tuple[int, int], publis
     """Files by name, the network, and where its tokenizer lies."""
     config, eagle = network_config(size, published_vocabulary)
     files = {"config.json": config, "eagle2_hg_model/config.json": eagle, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
-    return files, ModelConfig.from_dicts(config, eagle), "eagle2_hg_model/tokenizer.json"
+    return files, n1d5.read_config(config, eagle), "eagle2_hg_model/tokenizer.json"
 
 
 def _files_n1d7(size: str, data_config: str, frame_offsets: tuple[int, ...], published_vocabulary: bool) -> tuple[dict[str, Any], ModelConfig, str]:
@@ -127,7 +209,7 @@ def _files_n1d7(size: str, data_config: str, frame_offsets: tuple[int, ...], pub
     files = {"config.json": config, "processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
     if size != "full":
         files[BACKBONE_FILE] = backbone
-    return files, config_n1d7(config, backbone), "tokenizer.json"
+    return files, n1d7.read_config(config, backbone), "tokenizer.json"
 
 
 def checkpoint_in(
@@ -306,7 +388,7 @@ def _write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype
 
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = network(config)
+        model = Gr00t(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes.update(published_shapes(name, tuple(parameter.shape), config))
@@ -351,10 +433,10 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
 
 
-def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Network:
+def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Gr00t:
     """A network of such weights, made where it runs: on a GPU in a second, without a file. On another device the numbers are others."""
     with torch.device("meta"):
-        model = network(config).to(dtype)
+        model = Gr00t(config).to(dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.contracts import ModalityConfig, Policy
-from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import CheckpointError, ObservationError, require
+from gr00t_fast.inputs.data_config import DataConfig
+from gr00t_fast.inputs.prompt import IMAGE_TOKEN, find_tokenizer
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.prompt import IMAGE_TOKEN, find_tokenizer
-from gr00t_fast.transforms import ActionTransform, StateTransform
 
 _VISION = "backbone.eagle_model.vision_model."
 _LANGUAGE = "backbone.eagle_model.language_model."

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from benchmarks.lib.reference import ReferenceEngine, read_weights
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.config_n1d7 import BACKBONE_FILE, CONFIG_FILE
 from gr00t_fast.errors import MissingExtraError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
-from gr00t_fast.model.vision_qwen import patches_of
+from gr00t_fast.model.vision import patches_of
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE, CONFIG_FILE
 
 
 class SecondReferenceN1d7(nn.Module):

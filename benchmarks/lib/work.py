@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gr00t_fast.config import ModelConfig
-from gr00t_fast.model import Gr00tN1d7, Network
+from gr00t_fast.model import Gr00t
+from gr00t_fast.model.config import ModelConfig
+from gr00t_fast.model.vision import QwenVisionTower
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Ceilings:
         return Ceilings(max(self.flop_per_s, other.flop_per_s), max(self.bytes_per_s, other.bytes_per_s))
 
 
-def stage_work(model: Network, prompt_tokens: int, image_tokens: int, pictures: int, steps: int) -> dict[str, Work]:
+def stage_work(model: Gr00t, prompt_tokens: int, image_tokens: int, pictures: int, steps: int) -> dict[str, Work]:
     """Work of one inference of one observation, by the stage names of the engines. image_tokens: of all pictures, among the prompt's."""
     c: ModelConfig = model.config
     v, la, h = c.vision, c.language, c.head
-    joined = v.merge_size**2 if isinstance(model, Gr00tN1d7) else 1  # patches that become one token
-    mergers = [model.vision.merger, *model.vision.deepstack_mergers] if isinstance(model, Gr00tN1d7) else []
+    joined = v.merge_size**2 if isinstance(model.vision, QwenVisionTower) else 1  # patches that become one token
+    mergers = [model.vision.merger, *model.vision.deepstack_mergers] if isinstance(model.vision, QwenVisionTower) else []
     patches = image_tokens * joined
     seen = {"all": prompt_tokens, "text": prompt_tokens - image_tokens, "image": image_tokens}  # by cross-attending blocks
     sequence = 1 + h.future_tokens + h.action_horizon

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gr00t_fast.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Difference, Located, merge, read_adapter
 from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS, EmbodimentMetadata, parse_metadata
+from gr00t_fast.checkpoint.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, Difference, Located, merge, read_adapter
 from gr00t_fast.checkpoint.processor_n1d7 import (
     EMBODIMENT_FILE,
     PROCESSOR_FILE,
@@ -31,13 +31,15 @@ from gr00t_fast.checkpoint.processor_n1d7 import (
     letterbox_of,
     processor_directory,
 )
-from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES, Layout, published_shapes, sources_of
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
-from gr00t_fast.config import PUBLISHED_EAGLE, ModelConfig
-from gr00t_fast.config_n1d7 import BACKBONE_FILE, MODEL_TYPE, PUBLISHED_BACKBONE, config_n1d7
 from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.files import read_json
-from gr00t_fast.model import Network, network
+from gr00t_fast.model import Gr00t
+from gr00t_fast.model.config import ModelConfig
+from gr00t_fast.networks import n1d5, n1d7
+from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE, MODEL_TYPE, PUBLISHED_BACKBONE
+from gr00t_fast.networks.weights import UNUSED_PREFIXES, Layout, published_shapes, sources_of
 
 log = logging.getLogger(__name__)
 _READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores
@@ -112,7 +114,7 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     is_n1d7 = raw.get("model_type") == MODEL_TYPE
     backbone_file = base / (BACKBONE_FILE if is_n1d7 else "eagle2_hg_model/config.json")
     backbone = _read_json(backbone_file) if backbone_file.exists() else PUBLISHED_BACKBONE if is_n1d7 else PUBLISHED_EAGLE
-    config = config_n1d7(raw, backbone) if is_n1d7 else ModelConfig.from_dicts(raw, backbone)
+    config = n1d7.read_config(raw, backbone) if is_n1d7 else n1d5.read_config(raw, backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
     if is_n1d7:
         files = _processor_files(path, raw, letterbox)
@@ -129,7 +131,7 @@ def load_model(
     dtype: torch.dtype,
     progress: Progress | None = None,
     only: tuple[str, ...] = ("",),
-) -> Network:
+) -> Gr00t:
     """Build and fill the network. One CheckpointError lists all missing, extra and mis-shaped tensors.
 
     Parameters whose names do not begin with one of `only` stay on the meta device, without memory: for work on a part of the network.
@@ -138,7 +140,7 @@ def load_model(
     if row >= rows:
         raise CheckpointError(f"embodiment_tag '{embodiment_tag}' selects row {row} of the per-embodiment weights; by config.json there are {rows}.")
     with _WithoutInitialisation(), torch.device("meta"):
-        model = network(checkpoint.config)
+        model = Gr00t(checkpoint.config)
     with ExitStack() as stack:
         own = checkpoint.adapter.files if checkpoint.adapter else ()
         files = [stack.enter_context(TensorFile(path)) for path in checkpoint.weight_files if path not in own]
@@ -191,7 +193,7 @@ def _download(repo_id: str, with_weights: bool, revision: str | None) -> Path:
 
     weights = ["model*.safetensors*", ADAPTER_WEIGHTS] if with_weights else []
     patterns = ["config.json", *weights, ADAPTER_CONFIG, "experiment_cfg/metadata.json", "eagle2_hg_model/*"]
-    beside = (*PROCESSOR_FILES, *_TOKENIZER_FILES)  # in the root or in the subdirectory, as gr00t_fast.prompt looks for them
+    beside = (*PROCESSOR_FILES, *_TOKENIZER_FILES)  # in the root or in the subdirectory, as gr00t_fast.inputs.prompt looks for them
     patterns += [BACKBONE_FILE, *beside, *(f"{SUBDIRECTORY}/{file}" for file in beside), *TRAINING_FILES]
     try:
         path = Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
@@ -252,7 +254,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-def _check_names_and_shapes(model: Network, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
+def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[TensorFile]) -> Located:
     """Compare the files' headers with what the network needs, before a byte of weights is read."""
     located: Located = {name: (file, entry) for file in files for name, entry in file.entries.items()}
     needed: dict[str, tuple[int, ...]] = {}
@@ -315,7 +317,7 @@ def _fill(reads: list[_Read], progress: Progress | None) -> None:
 
 
 def _plan(
-    model: Network,
+    model: Gr00t,
     located: Located,
     differences: dict[str, Difference],
     row: int,

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gr00t_fast.checkpoint.embodiment import STATISTICS, check_std, part_statistics
 from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX, Letterbox
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
 from gr00t_fast.files import parse_json, read_text
+from gr00t_fast.inputs.embodiment import STATISTICS, ActionPart, EmbodimentN1d7, PictureSettings, StatePart, Statistics, check_std, part_statistics
 
 PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE = "processor_config.json", "statistics.json", "embodiment_id.json"
 PROCESSOR_FILES = (PROCESSOR_FILE, STATISTICS_FILE, EMBODIMENT_FILE)
@@ -67,80 +67,6 @@ _ASSUMED = {"model_type": "qwen", "use_tactile": False}
 _MODALITY_KEYS = {"delta_indices", "modality_keys", "sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"}
 _MOST_HISTORY = 1000  # steps back; a chosen limit
 _EEF_WIDTHS = {"XYZ_ROT6D": 9, "XYZ_ROTVEC": 6}
-
-Pose = Literal["XYZ_ROT6D", "XYZ_ROTVEC"]
-Statistics = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """How a frame becomes the picture that the network's processor gets.
-
-    letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`; else torchvision's bilinear,
-    crop to `crop_size`, size `target_size`, both (height, width).
-    """
-
-    letterbox: bool
-    albumentations: bool
-    edge: int
-    crop_fraction: float
-    crop_size: tuple[int, int] | None
-    target_size: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class StatePart:
-    """name without prefix; width D; mode: what the values become. low and high, or mean and deviation, float64 (D,); none for sin_cos."""
-
-    name: str
-    width: int
-    mode: Literal["min_max", "mean_std", "sin_cos"]
-    low: np.ndarray
-    high: np.ndarray
-
-
-@dataclass(frozen=True)
-class ActionPart:
-    """name without prefix; width D. low and high, or mean and deviation, float64 (D,), of a relative part (horizon, D).
-
-    reference: the state part that a relative action counts from, None for an absolute one. pose: a relative action that is a pose, composed with the
-    reference's; None: it is added.
-    """
-
-    name: str
-    width: int
-    mode: Literal["min_max", "mean_std"]
-    low: np.ndarray
-    high: np.ndarray
-    reference: str | None = None
-    pose: Pose | None = None
-
-
-@dataclass(frozen=True)
-class EmbodimentN1d7:
-    """One embodiment of an N1.7 checkpoint. Names are without prefix; `statistics` by key (`state.gripper`), float64 (D,)."""
-
-    tag: str
-    row: int
-    cameras: tuple[str, ...]
-    frame_offsets: tuple[int, ...]  # steps before the observation, 0 the observation itself
-    state_offsets: tuple[int, ...]
-    state: tuple[StatePart, ...]
-    action: tuple[ActionPart, ...]
-    action_steps: int
-    language_key: str
-    pictures: PictureSettings
-    letterbox: Letterbox
-    formalize_language: bool
-    clip_state: bool
-    exclude_state: bool
-    state_dim: int  # padded width of one time step
-    statistics: Mapping[str, Statistics]
-    action_configs: list[dict[str, Any]] | None = None  # as the file has them
-
-    @property
-    def pictures_per_observation(self) -> int:
-        return len(self.cameras) * len(self.frame_offsets)
 
 
 def processor_directory(checkpoint: Path) -> Path:

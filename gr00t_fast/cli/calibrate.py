@@ -98,10 +98,10 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
     from gr00t_fast.checkpoint import load_model, open_checkpoint
     from gr00t_fast.engine import select_device, select_precision
     from gr00t_fast.engine.fp8 import has_product
+    from gr00t_fast.engine.manifest import target_of
     from gr00t_fast.export.calibrate import Settings, calibrate
     from gr00t_fast.export.networks import TorchNetwork
     from gr00t_fast.export.samples import collect_cases
-    from gr00t_fast.metadata import target_of
 
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     target = target_of(checkpoint, config.embodiment_tag, config.data_config)

@@ -25,7 +25,7 @@ from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Missing
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.flags import UsageError
 from gr00t_fast.measurement import peak_rss_bytes, percentiles
-from gr00t_fast.model import Network, network
+from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 ARMS = (*ENGINES, *CALIBRATED, *EXPORTED)
@@ -50,7 +50,7 @@ class Bench:
         """Raises CheckpointError and ConfigError where the small files or the observations do not fit."""
         self.options, self.device, self.dtype = options, device, dtype
         self.path = self._checkpoint()
-        self._shared: Network | None = None
+        self._shared: Gr00t | None = None
         self.camera_sizes: dict[str, tuple[int, int]] = {}
         self.observations = self._observations(self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))))
         self.camera_sizes = camera_sizes_in(self.observations[0])
@@ -62,15 +62,15 @@ class Bench:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network(torch.bfloat16, meta=True).parameters())
 
-    def network(self, dtype: torch.dtype, meta: bool = False) -> Network:
+    def network(self, dtype: torch.dtype, meta: bool = False) -> Gr00t:
         """meta: without memory."""
         if meta:
             with torch.device("meta"):
-                return network(open_checkpoint(self.path, with_weights=False).config).to(dtype)
+                return Gr00t(open_checkpoint(self.path, with_weights=False).config).to(dtype)
         return load_model(open_checkpoint(self.path), self.options.embodiment_tag, self.device, dtype)
 
     @property
-    def shared(self) -> Network:
+    def shared(self) -> Gr00t:
         if self._shared is None:
             self._shared = self.network(self.dtype)
         return self._shared

@@ -291,7 +291,7 @@ def _parameters(found: Any) -> int | None:
 
 
 def _training(config: DoctorConfig, found: Any) -> Iterator[Row]:
-    from gr00t_fast.metadata import read_policy_metadata
+    from gr00t_fast.checkpoint import read_policy_metadata
 
     metadata = read_policy_metadata(found.path, config.embodiment_tag, config.data_config, letterbox=config.letterbox)
     cameras = ", ".join(f"'{name}'" + (f" {size[0]}x{size[1]}" if size else "") for name, size in metadata.resolutions.items())
@@ -304,7 +304,7 @@ def _training(config: DoctorConfig, found: Any) -> Iterator[Row]:
 
 
 def _tokenizer(config: DoctorConfig, found: Any) -> Row:
-    from gr00t_fast.prompt import find_tokenizer
+    from gr00t_fast.inputs.prompt import find_tokenizer
 
     try:
         find_tokenizer(config.processor_path, found.base, n1d7=found.processor is not None, offline=True)
@@ -360,8 +360,7 @@ def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None) 
 
 def _export(config: DoctorConfig, found: Any, directory: Path, picture: tuple[int, int] | None) -> Row:
     """Raises EngineError, StaleEngineError, and ObservationError for one that is for cameras of another shape."""
-    from gr00t_fast.engine.manifest import Digests, check_manifest, check_picture, read_manifest, remedy_for
-    from gr00t_fast.metadata import target_of
+    from gr00t_fast.engine.manifest import Digests, check_manifest, check_picture, read_manifest, remedy_for, target_of
 
     target = target_of(found, config.embodiment_tag, config.data_config)
     remedy = remedy_for(directory, target, "to_onnx.py")
@@ -419,7 +418,7 @@ def _metadata(config: DoctorConfig) -> Any:
     """None where there is no checkpoint, or one with faults: they were said."""
     if not config.model_path.strip():
         return None
-    from gr00t_fast.metadata import read_policy_metadata
+    from gr00t_fast.checkpoint import read_policy_metadata
 
     try:
         return read_policy_metadata(config.model_path, config.embodiment_tag, config.data_config, config.revision, config.letterbox)

@@ -85,9 +85,9 @@ def run(config: ExportOnnxConfig) -> Manifest:
     import torch
 
     from gr00t_fast.checkpoint import open_checkpoint
+    from gr00t_fast.engine.manifest import target_of
     from gr00t_fast.export.onnx import Options, export_onnx
     from gr00t_fast.export.samples import transforms_only
-    from gr00t_fast.metadata import target_of
 
     for package in ("onnx", "onnxscript"):
         require(package, "export")

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar
 
 from gr00t_fast.cli.program import execute
 from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
-from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.flags import UsageError, help_text, parse_flags, setting
+from gr00t_fast.inputs.data_config import load_data_config
 
 C = TypeVar("C")
 # The words of gr00t_fast.engine.select and .device, which import torch; a test compares them.

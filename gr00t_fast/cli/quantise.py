@@ -94,10 +94,9 @@ def check(config: QuantiseConfig) -> None:
 def run(config: QuantiseConfig) -> dict[str, Any]:
     """Check everything small, calibrate, write. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import open_checkpoint
-    from gr00t_fast.engine.manifest import check_manifest, remedy_for
+    from gr00t_fast.engine.manifest import check_manifest, remedy_for, target_of
     from gr00t_fast.export.calibrate import Settings, build_report, write_report
     from gr00t_fast.export.quantize import write_quantised_export
-    from gr00t_fast.metadata import target_of
 
     require("onnx", "export")
     if config.target != "tensorrt":  # its files are ONNX

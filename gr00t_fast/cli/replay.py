@@ -29,10 +29,10 @@ from gr00t_fast.control.dataset_recorder import dataset_directory
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG
 from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
-from gr00t_fast.data_config import load_data_config
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
 from gr00t_fast.flags import UsageError, parse_flags
+from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.robots.config import RobotConfig
 
 _PARTS = {"single_arm": 5, "gripper": 1}

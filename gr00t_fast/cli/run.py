@@ -43,9 +43,9 @@ from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
-from gr00t_fast.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
 from gr00t_fast.files import check_kept, read_json
+from gr00t_fast.inputs.data_config import check_trained_cameras, load_data_config
 from gr00t_fast.recordings import read_recordings
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")

@@ -21,9 +21,9 @@ from gr00t_fast.control.keys import keys_obstacle
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS
 from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
-from gr00t_fast.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags, setting
+from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.robots.config import RobotConfig, SimCameraConfig, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import check_numbers
 

@@ -28,12 +28,11 @@ from gr00t_fast.cli.tune import TuneConfig
 from gr00t_fast.dataset import open_frames
 from gr00t_fast.engine import EXPORTED, select_device, select_precision
 from gr00t_fast.engine.fp8 import has_product
-from gr00t_fast.engine.manifest import check_manifest, read_manifest
+from gr00t_fast.engine.manifest import check_manifest, read_manifest, target_of
 from gr00t_fast.errors import EngineError, Gr00tFastError, install_command
 from gr00t_fast.export.samples import transforms_only
 from gr00t_fast.flags import CONFIG_FLAG, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
-from gr00t_fast.metadata import target_of
 from gr00t_fast.policy import Gr00tPolicy
 from gr00t_fast.tensorrt_library import installed
 

@@ -6,14 +6,17 @@ A robot has cameras with names of its own and joints in motor order; a policy wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ModalityConfig, Observation
 from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError, closest
-from gr00t_fast.history import History
+
+T = TypeVar("T")
 
 
 def without_prefix(key: str) -> str:
@@ -88,6 +91,38 @@ def joints_of_parts(widths: Mapping[str, int], joint_names: tuple[str, ...], wha
     named = {part: joint_names.index(part) for part, width in widths.items() if width == 1 and part in joint_names}
     rest = iter([index for index in range(len(joint_names)) if index not in named.values()])
     return {part: [named[part]] if part in named else [next(rest) for _ in range(width)] for part, width in widths.items()}
+
+
+class History(Generic[T]):
+    """Remembers values by time and finds those that a policy's offsets ask for. Time is in any unit. One thread may add while another looks."""
+
+    def __init__(self, offsets: Sequence[float], tolerance: float) -> None:
+        """offsets: 0 and before it, ascending. tolerance: by how much a value may be later than an offset says, and still be taken for it."""
+        self._offsets, self._tolerance = tuple(offsets), tolerance
+        self._lock, self._kept = threading.Lock(), deque[tuple[float, T]]()
+
+    @property
+    def size(self) -> int:
+        return len(self._offsets)
+
+    def add(self, time: float, value: T) -> None:
+        """Times ascend; a value for a time that is already there replaces it. What no offset can reach any more is forgotten."""
+        with self._lock:
+            while self._kept and self._kept[-1][0] >= time:
+                self._kept.pop()
+            self._kept.append((time, value))
+            while len(self._kept) > 1 and self._kept[1][0] <= time + self._offsets[0]:
+                self._kept.popleft()
+
+    def at(self, time: float) -> list[T]:
+        """One value for each offset: the latest not after `time` + offset, or the first one. Raises IndexError for an empty history."""
+        with self._lock:
+            kept = list(self._kept)
+        return [next((value for when, value in reversed(kept) if when <= time + offset + self._tolerance), kept[0][1]) for offset in self._offsets]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
 
 
 class RobotBinding:

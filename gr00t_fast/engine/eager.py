@@ -8,14 +8,14 @@ from torch import Tensor
 from gr00t_fast.engine.base import Engine, Inputs
 from gr00t_fast.engine.continuation import Continuation, denoise_towards
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import Condition, Network, StepTables
+from gr00t_fast.model import Condition, Gr00t, StepTables
 
 
 class EagerEngine(Engine):
     name = "eager"
     continues = frozenset({"rtc", "prefix"})
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: Gr00t) -> None:
         self.model, self.device, self.dtype = model, model.device, model.dtype
         self._tables: dict[int, StepTables] = {}
 

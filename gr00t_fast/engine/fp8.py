@@ -20,7 +20,7 @@ from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import round_layers
 from gr00t_fast.errors import EngineError
-from gr00t_fast.model import Network
+from gr00t_fast.model import Gr00t
 
 NAME = "fp8"
 _CAPABILITY = (8, 9)  # from which tensor cores have the format
@@ -36,7 +36,7 @@ def prepare(name: str, directory: Path, target: Target, device: torch.device) ->
     return functools.partial(fp8_engine, calibration=read_calibration(directory, target))
 
 
-def fp8_engine(model: Network, calibration: Calibration) -> GraphEngine:
+def fp8_engine(model: Gr00t, calibration: Calibration) -> GraphEngine:
     """`model` itself gets 8-bit layers, one after the other, so that its 16-bit weights are never held beside all of the 8-bit ones.
 
     Raises EngineError for a GPU that lacks the format, or a calibration of another network; MissingExtraError without triton, ConfigError without a

@@ -27,13 +27,12 @@ from torch import Tensor, nn
 
 from gr00t_fast.engine import ops
 from gr00t_fast.engine.ops import Norm
-from gr00t_fast.model import Condition, Gr00tN1d7, ModelInputs, Network, StepTables
-from gr00t_fast.model.action_head import ActionHead, euler_step_in_one, integrate, other_positions
-from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS
-from gr00t_fast.model.gr00t_n1d7 import prompt_rotary
+from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
+from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, ActionHead, euler_step_in_one, integrate, other_positions
+from gr00t_fast.model.gr00t import prompt_rotary
 from gr00t_fast.model.language import QwenBlock
 from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
-from gr00t_fast.model.vision_qwen import PatchMerger, one_frame_patches, one_frame_weight
+from gr00t_fast.model.vision import PatchMerger, one_frame_patches, one_frame_weight
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Stages:
     velocity: Callable[[Tensor, Condition, Tensor, Tensor], Tensor]
 
     def __call__(self, inputs: ModelInputs, constants: Constants, noise: Tensor, tables: StepTables) -> Tensor:
-        """As Gr00tN1d5.forward: noise (B, H, A) -> normalised actions (B, H, A)."""
+        """As Gr00t.forward: noise (B, H, A) -> normalised actions (B, H, A)."""
         return self.denoise(noise, self.prepare(inputs, constants), tables)
 
     def prepare(self, inputs: ModelInputs, constants: Constants) -> Condition:
@@ -117,7 +116,7 @@ def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
 class FusedModel(nn.Module):
     """Linear layers may be those of engine/quantized.py."""
 
-    def __init__(self, model: Network) -> None:
+    def __init__(self, model: Gr00t) -> None:
         """The weights of `model` are moved into joined matrices: their values do not change."""
         super().__init__()
         self.config = model.config
@@ -152,7 +151,7 @@ class FusedModel(nn.Module):
     # --- towers ---------------------------------------------------------------------------------------------------------------------------
 
     def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
-        """As Gr00tN1d5.encode_vision: (B, C, 3, h, w) -> (B, V, D)."""
+        """As Gr00t.encode_vision: (B, C, 3, h, w) -> (B, V, D)."""
         tower, p = self.vision, self.vision.patch_embedding.kernel_size[0]
         b, c, channels, height, width = pixel_values.shape
         patches = pixel_values.reshape(b * c, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (I, rows, columns, 3, p, p)
@@ -161,7 +160,7 @@ class FusedModel(nn.Module):
         return ops.linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
 
     def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
-        """As Gr00tN1d5.encode_language: input_ids (B, S) -> (B, S, D)."""
+        """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
         return self._decoded(input_ids, vision_tokens, (), constants)
 
     def _decoded(self, input_ids: Tensor, tokens: Tensor, deepstack: Sequence[Tensor], constants: Constants) -> Tensor:
@@ -286,7 +285,7 @@ class FusedModelN1d7(FusedModel):
         return Constants(cos, sin, positions, text, patches)
 
     def encode_vision(self, pixel_values: Tensor, constants: Constants) -> Tensor:
-        """As Gr00tN1d7.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
+        """As Gr00t.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
         tower, pictures, (places, cos, sin) = self.vision, pixel_values.flatten(0, 1), constants.patches
         patches = one_frame_patches(pictures, tower.config).flatten(2)  # (I, T, 3 p p)
         x = ops.linear(self.patches, patches) + places  # (I, T, D)
@@ -306,14 +305,14 @@ class FusedModelN1d7(FusedModel):
         return ops.linear(merger.down, nn.functional.gelu(ops.linear(merger.up, normed)))
 
     def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
-        """As Gr00tN1d7.encode_language: input_ids (B, S) -> (B, S, D)."""
+        """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
         tokens, *deepstack = vision_tokens
         return self._decoded(input_ids, tokens, deepstack, constants)
 
 
-def fused_model(model: Network) -> FusedModel:
+def fused_model(model: Gr00t) -> FusedModel:
     """Of either network."""
-    return (FusedModelN1d7 if isinstance(model, Gr00tN1d7) else FusedModel)(model)
+    return (FusedModelN1d7 if model.config.language.mrope_sections is not None else FusedModel)(model)
 
 
 def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
 from gr00t_fast.engine.static_call import CallShape, StaticCall
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import Network
+from gr00t_fast.model import Gr00t
 
 log = logging.getLogger(__name__)
 _KEPT_RECORDINGS = 8  # each holds its own buffers; intermediate results are in one pool of all
@@ -104,13 +104,13 @@ class GraphEngine(Engine):
         """Nothing to do: `run` returns when what it launched has run, and waits for nothing else on the GPU."""
 
 
-def cuda_graph_engine(model: Network) -> GraphEngine:
+def cuda_graph_engine(model: Gr00t) -> GraphEngine:
     """`cuda_graph`. Raises ConfigError for a device that cannot be used."""
     check_cuda("cuda_graph", model.device)
     return GraphEngine("cuda_graph", fused_model(model))
 
 
-def compiled_engine(model: Network) -> GraphEngine:
+def compiled_engine(model: Gr00t) -> GraphEngine:
     """`compiled`: on a CUDA GPU, or on a CPU, where it needs a C++ compiler, and memory for a second copy of the weights, packed as the matrix
     products want them. Raises ConfigError for another device, or without the compiler."""
     check_compiled("compiled", model.device)

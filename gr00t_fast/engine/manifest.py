@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gr00t_fast.checkpoint import Checkpoint
-from gr00t_fast.data_config import DataConfig, check_trained_cameras
+from gr00t_fast.checkpoint.metadata import checked_data_config
 from gr00t_fast.errors import EngineError, ObservationError, StaleEngineError
 from gr00t_fast.files import MANIFEST_NAME, atomic_write, read_json
+from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras
 
 FORMAT = 1
 # Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.
@@ -71,6 +72,12 @@ class Target:
         common |= {} if self.letterbox == "auto" else {"letterbox": self.letterbox}
         said = (f"--{name}={value}" for name, value in common.items() if value is not None)
         return shlex.join([*PROGRAMS.get(program, (program,)), *said, *flags])
+
+
+def target_of(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> Target:
+    """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises as `checked_data_config`."""
+    name = given if given is None or isinstance(given, str) else "module:ClassName"
+    return Target(checkpoint, checkpoint.tag_of(embodiment_tag), checked_data_config(checkpoint, embodiment_tag, given), name)
 
 
 @dataclass(frozen=True)

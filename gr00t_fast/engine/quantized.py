@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr00t_fast.errors import CheckpointError, EngineError
-from gr00t_fast.model import Network
+from gr00t_fast.model import Gr00t
 
 LARGEST = 448.0  # of E4M3 without infinity (Micikevicius et al. 2022)
 _SMALLEST = 1e-6  # a scale of what is always zero: any will do, but not zero
@@ -172,7 +172,7 @@ def _padded(weight: Tensor) -> Tensor:
 # --- the network --------------------------------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: Network) -> dict[str, nn.Linear]:
+def linear_layers(model: Gr00t) -> dict[str, nn.Linear]:
     """Name -> layer, of all that can be done in 8 bits, in the order of the network: those that run for an observation and are worth it."""
     return {
         name: module
@@ -186,7 +186,7 @@ def part_of(name: str) -> str:
 
 
 @torch.no_grad()
-def rounded_layers(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> Iterator[tuple[str, nn.Module]]:
+def rounded_layers(model: Gr00t, scales: Mapping[str, InputScale], emulated: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The 8-bit layer for each name in `scales`, made when it is asked for; of those of the DiT weights alone are rounded, with no use for a scale.
     Layers with one InputScale share its tensor and the scale of their weights. emulated: products are written out instead of the hardware's own.
 
@@ -224,14 +224,14 @@ def rounded_layers(model: Network, scales: Mapping[str, InputScale], emulated: b
             yield name, Fp8Linear(linear, scale, *shared[id(scale)], emulated_fp8_product if emulated else fp8_product)
 
 
-def round_layers(model: Network, scales: Mapping[str, InputScale]) -> None:
+def round_layers(model: Gr00t, scales: Mapping[str, InputScale]) -> None:
     """Replace the layers of `scales` in `model` itself, one by one: at no time more than one of them is there in both forms."""
     for name, layer in rounded_layers(model, scales):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
 
 
-def with_layers(model: Network, layers: Mapping[str, nn.Module]) -> Network:
+def with_layers(model: Gr00t, layers: Mapping[str, nn.Module]) -> Gr00t:
     """A network of the same weights with `layers` in the places that their names say; `model` itself stays as it is."""
     return _replaced(model, layers, "")
 
@@ -246,7 +246,7 @@ def _replaced(module: nn.Module, layers: Mapping[str, nn.Module], name: str) -> 
     return twin
 
 
-def rewritten(model: Network, scales: Mapping[str, InputScale], emulated: bool = False) -> Network:
+def rewritten(model: Gr00t, scales: Mapping[str, InputScale], emulated: bool = False) -> Gr00t:
     """`model` with the layers of `scales` in 8 bits."""
     return with_layers(model, dict(rounded_layers(model, scales, emulated)))
 

@@ -14,7 +14,7 @@ from gr00t_fast.engine.base import Engine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.graph import check_compiled, check_cuda, compiled_engine, cuda_graph_engine
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.model import Network
+from gr00t_fast.model import Gr00t
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.exported import ExportedEngine
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MakeEngine = Callable[..., Engine]  # from what `make_engine` takes after the name
 # Engines over the torch model ...
-ENGINES: dict[str, Callable[[Network], Engine]] = {
+ENGINES: dict[str, Callable[[Gr00t], Engine]] = {
     "eager": EagerEngine,
     "cuda_graph": cuda_graph_engine,
     "compiled": compiled_engine,
@@ -46,7 +46,7 @@ _FORMER = {
 }
 
 
-def make_engine(name: str, model: Network) -> Engine:
+def make_engine(name: str, model: Gr00t) -> Engine:
     """An engine over the torch model; `auto` is eager."""
     check_engine(name)
     if name not in ("auto", *ENGINES):

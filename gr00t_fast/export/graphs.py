@@ -33,15 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr00t_fast.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.engine.fused import FoldedEncoder, folded_decoder
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS
-from gr00t_fast.model import Condition, ModelInputs, Network, StepTables
-from gr00t_fast.model.action_head import euler_step
-from gr00t_fast.model.dit import DIT_NORM_EPS, OUTPUT_NORM_EPS, Context, context_of
-from gr00t_fast.model.gr00t_n1d7 import prompt_rotary
+from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
+from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, Context, context_of, euler_step
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.model.gr00t import prompt_rotary
 from gr00t_fast.model.layers import Rotary, SelfAttention, merge_heads, rotary_tables, rotate, split_heads
-from gr00t_fast.model.vision_qwen import one_frame_patches, one_frame_weight
+from gr00t_fast.model.vision import one_frame_patches, one_frame_weight
 
 _MASKED = -30000.0  # added to a score, its exponential is 0 in every format; finite in fp16, and for tools that measure ranges
 
@@ -82,7 +81,7 @@ def needs_spans(config: ModelConfig) -> bool:
 class GraphSpec:
     """How to build one graph and which of the network's parameters it needs (prefixes of their names)."""
 
-    build: Callable[[Network, Layout], nn.Module]
+    build: Callable[[Gr00t, Layout], nn.Module]
     parameters: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -150,7 +149,7 @@ def make_exportable(module: nn.Module) -> nn.Module:
 class VisionGraph(nn.Module):
     """pixel_values (1, C, 3, h, w) -> tokens (1, V, width of the language model)."""
 
-    def __init__(self, model: Network, layout: Layout) -> None:
+    def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
         del layout
         tower = model.vision
@@ -175,7 +174,7 @@ class VisionGraph(nn.Module):
 class QwenVisionGraph(nn.Module):
     """pixel_values (1, C, 3, h, w) -> tokens (1, V, width of the language model), and deepstack (E, V, same width) where the network has that."""
 
-    def __init__(self, model: Network, layout: Layout) -> None:
+    def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
         tower, self.config = model.vision, model.vision.config
         rows, columns = layout.height // self.config.patch_size, layout.width // self.config.patch_size
@@ -203,7 +202,7 @@ class LanguageGraph(nn.Module):
     """embeddings (1, S, C), deepstack (E, V, C) of some networks -> backbone_features (1, S, C), vl_features (1, S, C), and for each context keys and
     values (X, N, its tokens, K). S may vary up to `max_tokens`."""
 
-    def __init__(self, model: Network, layout: Layout) -> None:
+    def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
         language, dit, config = model.language, model.head.dit, model.config
         self.heads, self.spans = config.head.dit.num_heads, layout.spans
@@ -308,7 +307,7 @@ class DenoiseStepGraph(nn.Module):
     for each context keys and values (X, N, its tokens, K) -> next_actions (1, H, A).
     """
 
-    def __init__(self, model: Network, layout: Layout) -> None:
+    def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
         del layout
         head = model.head
@@ -356,7 +355,7 @@ def _per_block(keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return ((keys[index : index + 1], values[index : index + 1]) for index in range(keys.shape[0]))
 
 
-def graph_tables(model: Network, steps: int) -> StepTables:
+def graph_tables(model: Gr00t, steps: int) -> StepTables:
     """The tables that `denoise_step` takes, for `steps` Euler steps: tau (steps, D) already through the action encoder's second layer, its biases
     included; modulation (steps, L + 1, 2, D) as the plain model's. To be made before `DenoiseStepGraph` is, which takes the model apart."""
     return FoldedEncoder.of(model.head).step_tables(model.head.step_tables(steps))
@@ -415,7 +414,7 @@ def graphs_of(config: ModelConfig) -> dict[str, GraphSpec]:
     }
 
 
-def plain_outputs(model: Network, inputs: ModelInputs) -> tuple[dict[str, Tensor], Condition]:
+def plain_outputs(model: Gr00t, inputs: ModelInputs) -> tuple[dict[str, Tensor], Condition]:
     """What the graphs `vision` and `language` put out, by the plain model, for a batch of one; and what its denoising steps have in common."""
     head, positions = model.head, inputs.image_positions
     seen = model.encode_vision(inputs.pixel_values)

@@ -18,7 +18,7 @@ from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import Case
-from gr00t_fast.model import Network as PlainNetwork
+from gr00t_fast.model import Gr00t as PlainNetwork
 from gr00t_fast.model.layers import CategoryLinear
 
 

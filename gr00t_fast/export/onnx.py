@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.engine.device import PRECISIONS
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.engine.tables import EMBEDDING, MODULATION, TABLES_NAME, TAU
@@ -31,7 +30,8 @@ from gr00t_fast.errors import CheckpointError, ConfigError, closest, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
-from gr00t_fast.model import ModelInputs, Network
+from gr00t_fast.model import Gr00t, ModelInputs
+from gr00t_fast.model.config import ModelConfig
 
 KIND = "onnx"
 USUAL_STEPS = (1, 2, 4, 8)
@@ -174,7 +174,7 @@ def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], di
     (directory / TABLES_NAME).chmod(0o644)  # the library makes it private; whoever runs the robot shall read it
 
 
-def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Network:
+def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Gr00t:
     model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), dtype, only=only)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not torch.isfinite(parameter).all():

@@ -32,6 +32,7 @@ from gr00t_fast.engine.manifest import (
     read_manifest,
     remedy_for,
     sha256_of_json,
+    target_of,
     varying_sizes,
 )
 from gr00t_fast.engine.tables import TABLES_NAME
@@ -39,7 +40,6 @@ from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt_capability import check_capabilities, check_precisions, describe, parse_capabilities, precisions_of
 from gr00t_fast.export.tensorrt_stage import OnPhase, Range, Request, run_stage
 from gr00t_fast.files import atomic_write
-from gr00t_fast.metadata import target_of
 
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 _RECORD_NAME, _TIMING_CACHE_NAME = ".built.json", ".timing_cache"

@@ -24,7 +24,7 @@ from gr00t_fast.engine.manifest import Target
 from gr00t_fast.export.graphs import plain_outputs
 from gr00t_fast.export.samples import Case
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import ModelInputs, Network, StepTables
+from gr00t_fast.model import Gr00t, ModelInputs, StepTables
 
 _FP32_STAGE_LIMIT = 1e-5  # relative L2: rounding of another order of operations, and no more
 # p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree
@@ -91,7 +91,7 @@ def record_reference(target: Target, cases: Sequence[Case], steps: int, files: R
             tick()
 
 
-def _plain_outputs(model: Network, case: Case, tables: StepTables) -> dict[str, Tensor]:
+def _plain_outputs(model: Gr00t, case: Case, tables: StepTables) -> dict[str, Tensor]:
     found, condition = plain_outputs(model, case.inputs)
     return {**found, "actions": model.head.denoise(case.noise, condition, tables)}
 

@@ -1,30 +1,38 @@
-"""GR00T N1.5 whole: pictures, prompt and state in, normalised action chunk out.
+"""GR00T whole: pictures, prompt and state in, normalised action chunk out. One class for all networks: what differs is in their ModelConfig.
 
-    pixels -> VisionTower -> tokens \
-    prompt ids -> embedding ---------> LanguageModel -> ActionHead.refine -> ActionHead.condition -> denoise -> actions
-    state -----------------------------------------------------------------/
+    pixels -> vision tower -> tokens, deepstack \\
+    prompt ids -> embedding ---------------------> LanguageModel -> ActionHead.refine -> ActionHead.condition -> denoise -> actions
+    state ------------------------------------------------------------------------------/
 
-Axis alphabet: B batch, C cameras, S prompt tokens (image tokens included), V image tokens in a prompt, H horizon, A padded action width, D width.
+N1.7 has another vision tower than N1.5, positions of the prompt's tokens on three axes (`mrope_sections`), image features added behind the language
+model's first layers (deepstack), features before its final norm (`final_norm`), and a diffusion transformer whose blocks see the text or the pictures
+(`attend_text_every`).
+Axis alphabet: B batch, C pictures (cameras x times), S prompt tokens (image tokens included), V image tokens in a prompt, H horizon,
+A padded action width, D width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from gr00t_fast.config import ModelConfig
 from gr00t_fast.model.action_head import ActionHead, StepTables
-from gr00t_fast.model.language import LanguageModel
-from gr00t_fast.model.vision import VisionTower, pixel_values
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, VisionConfig
+from gr00t_fast.model.language import LanguageModel, mrope_tables, prompt_positions
+from gr00t_fast.model.layers import Rotary
+from gr00t_fast.model.vision import QwenVisionTower, VisionTower, picture_values, pixel_values
+
+_TOWERS = {VisionConfig: VisionTower, QwenVisionConfig: QwenVisionTower}
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """One batch, on the model's device, floats in the model's dtype.
 
-    pixel_values (B, C, 3, 224, 224) in [-1, 1]; input_ids int64 (B, S); image_positions int64 (V,), the places of the image tokens,
+    pixel_values (B, C, 3, h, w) in [-1, 1]; input_ids int64 (B, S); image_positions int64 (V,), the places of the image tokens,
     the same in every prompt because pictures come first; state (B, state_dim);
     prompt_mask bool (B, S), False on padding, or None when all prompts are equally long.
     """
@@ -47,38 +55,56 @@ class ModelInputs:
         return None if self.prompt_mask is None else self.prompt_mask[:, None, None, :]
 
 
-class Gr00tN1d5(nn.Module):
+def prompt_rotary(config: ModelConfig, tokens: int, image_positions: Tensor, picture: Sequence[int], dtype: torch.dtype) -> Rotary:
+    """cos and sin (tokens, K) of prompts with image tokens at image_positions (V,), of pictures of (height, width) pixels each. The prompts of a
+    batch have their pictures in the same places, so they share positions; so do prompts of other lengths."""
+    language, side = config.language, config.vision.token_side
+    rows, columns = (pixels // side for pixels in picture)
+    positions = prompt_positions(tokens, image_positions, rows, columns)
+    return mrope_tables(positions, language.head_dim, language.rope_theta, language.mrope_sections, dtype)
+
+
+class Gr00t(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision = VisionTower(config.vision, config.language.hidden_size)
+        self.vision = _TOWERS[type(config.vision)](config.vision, config.language.hidden_size)
         self.language = LanguageModel(config.language)
         self.head = ActionHead(config.head, config.language.hidden_size)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision.connector.weight.dtype
+        return self.language.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.vision.connector.weight.device
+        return self.language.embedding.weight.device
 
     def to_pixels(self, frames: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) at the training videos' resolution -> fp32 (B, 3, h, w), on the frames' device."""
-        return pixel_values(frames, self.config.vision.image_size)
+        """uint8 (B, H, W, 3), as `PolicyInputs` has them -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device."""
+        size = self.config.vision.image_size
+        return picture_values(frames) if size is None else pixel_values(frames, size)
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
-        """All cameras of all observations in one call: (B, C, 3, h, w) -> (B, V, D)."""
-        tokens = self.vision(pixel_values.flatten(0, 1))  # (B C, T, D)
-        return tokens.reshape(pixel_values.shape[0], -1, tokens.shape[-1])
+        """All pictures of all observations in one call: (B, C, 3, h, w) -> (B, V, D), with deepstack (1 + deepstack, B, V, D)."""
+        tokens = self.vision(pixel_values.flatten(0, 1))  # ([1 + deepstack,] B C, T, D)
+        return tokens.reshape(*tokens.shape[:-3], pixel_values.shape[0], -1, tokens.shape[-1])
+
+    def rotary(self, inputs: ModelInputs) -> Rotary | None:
+        """Tables of the prompt's positions, where they are others than 0, 1, ... S - 1."""
+        if self.config.language.mrope_sections is None:
+            return None
+        return prompt_rotary(self.config, inputs.input_ids.shape[1], inputs.image_positions, inputs.pixel_values.shape[-2:], self.dtype)
 
     def encode_language(self, inputs: ModelInputs, vision_tokens: Tensor) -> Tensor:
         """Put the image tokens in their places in the prompt and run the decoder: -> backbone features (B, S, D)."""
-        embeddings = self.language.embedding(inputs.input_ids)  # (B, S, D)
-        return self.language(embeddings.index_copy(1, inputs.image_positions, vision_tokens))
+        tokens, *deepstack = vision_tokens if vision_tokens.dim() == 4 else (vision_tokens,)
+        embeddings = self.language.embedding(inputs.input_ids).index_copy(1, inputs.image_positions, tokens)  # (B, S, D)
+        return self.language(embeddings, self.rotary(inputs), deepstack, inputs.image_positions)
 
     def forward(self, inputs: ModelInputs, noise: Tensor, tables: StepTables) -> Tensor:
         """noise (B, H, A) -> normalised actions (B, H, A)."""
         features = self.encode_language(inputs, self.encode_vision(inputs.pixel_values))  # (B, S, D)
         vl_features = self.head.refine(features, inputs.key_mask)  # (B, S, D)
-        return self.head.denoise(noise, self.head.condition(vl_features, inputs.state, inputs.key_mask), tables)
+        condition = self.head.condition(vl_features, inputs.state, inputs.key_mask, inputs.image_positions)
+        return self.head.denoise(noise, condition, tables)

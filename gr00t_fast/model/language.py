@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr00t_fast.config import LanguageConfig
+from gr00t_fast.model.config import LanguageConfig
 from gr00t_fast.model.layers import Rotary, merge_heads, rotary_frequencies, rotary_tables, rotate, split_heads, tables_of
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
-from gr00t_fast.nested import flat_actions, flat_observation, is_nested, nested_observation
+from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, ModalityConfigN1d7, decode, metadata_from_message
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket

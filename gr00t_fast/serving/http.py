@@ -3,7 +3,7 @@
     GET  /health                                    -> {"status": "healthy", "model": "GR00T"}
     POST /act     {"observation": {...}}            -> {"action.<part>": array, ...}
     POST /act     {"encoded": "<the same as text>"} -> likewise, for clients that cannot nest arrays
-                  an observation in N1.7's nested form (gr00t_fast/nested.py) -> likewise
+                  an observation in N1.7's nested form (gr00t_fast/inputs/observation.py) -> likewise
     errors        {"detail": "<reason>"} with status 400, 401, 403, 404, 408, 413, 500 or 503
 
 NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` gets 401 when a token is set.
@@ -24,7 +24,7 @@ from typing import Any
 
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
-from gr00t_fast.nested import flat_observation, is_nested
+from gr00t_fast.inputs.observation import flat_observation, is_nested
 from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connection, Connections, is_local, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,

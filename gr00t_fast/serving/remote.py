@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
-from gr00t_fast.metadata import read_policy_metadata
+from gr00t_fast.inputs.images import to_trained_size
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN, UNAUTHORISED
 from gr00t_fast.serving.wire import metadata_to_message
-from gr00t_fast.transforms import to_trained_size
 
 # NVIDIA's server is not warmed up: its first inference sets up the GPU and compiles kernels.
 _FIRST_ANSWER_S = 60.0

@@ -20,7 +20,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError, WireError
-from gr00t_fast.nested import flat_observation, is_nested, nested_actions
+from gr00t_fast.inputs.observation import flat_observation, is_nested, nested_actions
 from gr00t_fast.serving.connections import ACCEPTED_AT_ONCE, Connections, is_local, listen_on, listen_on_tcp, widen
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from gr00t_fast.data_config import DATA_CONFIGS, DataConfig
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig
 
 FIGURES = Path(__file__).with_suffix(".npz")
 BATCH, HORIZON, WIDTH = 3, 4, 32

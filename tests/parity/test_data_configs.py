@@ -11,9 +11,9 @@ from golden import data_configs as golden
 from random_networks import write_json, write_network
 
 from gr00t_fast import load_policy
-from gr00t_fast.checkpoint.embodiment import EmbodimentMetadata
-from gr00t_fast.data_config import DATA_CONFIGS, load_data_config
-from gr00t_fast.transforms import ActionTransform, StateTransform
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, load_data_config
+from gr00t_fast.inputs.embodiment import EmbodimentMetadata
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 
 cases = pytest.mark.parametrize(("seed", "name"), list(enumerate(golden.CASES)), ids=list(golden.CASES))
 

@@ -28,15 +28,15 @@ from golden_cases import Golden, load_case, matrix_library_is_regular, reduced, 
 from random_networks import load_network
 from torch import Tensor
 
-import gr00t_fast.model.dit as dit
+import gr00t_fast.model.action_head as dit
 from benchmarks.lib.reference import REFERENCE_HEAD, SecondReference
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.data_config import DATA_CONFIGS
-from gr00t_fast.model import Gr00tN1d5, StepTables
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
+from gr00t_fast.model import Gr00t, StepTables
 from gr00t_fast.model.vision import pixel_values
-from gr00t_fast.prompt import PromptEncoder, find_tokenizer
-from gr00t_fast.transforms import ActionTransform, StateTransform
 
 ASKED = 1e-4  # relative L2
 ASKED_ACTION = 0.005  # of the joint range
@@ -57,7 +57,7 @@ def reduced_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @functools.cache
-def _network(checkpoint: Path) -> Gr00tN1d5:
+def _network(checkpoint: Path) -> Gr00t:
     return load_network(checkpoint)
 
 
@@ -86,7 +86,7 @@ def ours(golden: Golden, reduced_checkpoints: dict[str, Path], shared_or_none: P
 # --- how well a case is conditioned --------------------------------------------------------------------------------------------------
 
 
-def _nearly_equal_runs(model: Gr00tN1d5, golden: Golden, steps: int, precision: torch.dtype) -> list[Tensor]:
+def _nearly_equal_runs(model: Gr00t, golden: Golden, steps: int, precision: torch.dtype) -> list[Tensor]:
     """Results for inputs that differ by fp32 rounding: in the vision-language features, and in the last bit of one time frequency.
 
     The latter is real: exp() of this processor and the correctly rounded one differ in one of the 128 entries, which at time 500 is felt.

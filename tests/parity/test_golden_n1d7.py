@@ -23,12 +23,12 @@ from torch import Tensor
 from gr00t_fast import load_policy
 from gr00t_fast.engine.fused import fused_model
 from gr00t_fast.engine.graph import GraphEngine
-from gr00t_fast.joints_n1d7 import ActionTransformN1d7, StateTransformN1d7
+from gr00t_fast.inputs.images import view
+from gr00t_fast.inputs.prompt import PromptEncoderN1d7, find_tokenizer
+from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7
 from gr00t_fast.model.language import mrope_tables, prompt_positions
 from gr00t_fast.model.layers import rotary_tables
-from gr00t_fast.pictures_n1d7 import view
 from gr00t_fast.policy import Gr00tPolicy
-from gr00t_fast.prompt import PromptEncoderN1d7, find_tokenizer
 
 CASES = ("so101", "so101_dual", "so101_no_letterbox", "so101_dual_no_letterbox", "so101_letterbox_flag")
 STAGE = 1e-5  # relative L2, and of the largest value

@@ -24,7 +24,7 @@ from random_networks import SizesN1d7, cast, load_network, random_inputs_n1d7, w
 from torch import Tensor
 
 from benchmarks.lib.reference_n1d7 import SecondReferenceN1d7
-from gr00t_fast.model import Gr00tN1d7, ModelInputs
+from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.language import prompt_positions
 
 for _package in ("transformers", "diffusers", "lerobot.policies.groot.groot_n1_7"):
@@ -53,13 +53,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_network_n1d7(root / name, sizes, seed=number) for number, (name, (sizes, *_)) in enumerate(SHAPES.items())}
 
 
-def _inputs(model: Gr00tN1d7, shape: str, batch: int, seed: int = 0) -> tuple[ModelInputs, Tensor]:
+def _inputs(model: Gr00t, shape: str, batch: int, seed: int = 0) -> tuple[ModelInputs, Tensor]:
     _, pictures, grid = SHAPES[shape]
     return random_inputs_n1d7(model.config, batch, pictures, grid, seed=seed)
 
 
 @torch.inference_mode()
-def _stages(model: Gr00tN1d7, inputs: ModelInputs, noise: Tensor) -> list[Tensor]:
+def _stages(model: Gr00t, inputs: ModelInputs, noise: Tensor) -> list[Tensor]:
     """Vision (1 + deepstack, B, V, D), backbone, refined, and actions of each step count."""
     vision = model.encode_vision(inputs.pixel_values)
     backbone = model.encode_language(inputs, vision)
@@ -68,9 +68,7 @@ def _stages(model: Gr00tN1d7, inputs: ModelInputs, noise: Tensor) -> list[Tensor
     return [vision, backbone, vl, *(model.head.denoise(noise, condition, model.head.step_tables(steps)) for steps in STEPS)]
 
 
-def _stages_of_reference(
-    reference: SecondReferenceN1d7, shape: str, model: Gr00tN1d7, inputs: ModelInputs, noise: Tensor, given=None
-) -> list[Tensor]:
+def _stages_of_reference(reference: SecondReferenceN1d7, shape: str, model: Gr00t, inputs: ModelInputs, noise: Tensor, given=None) -> list[Tensor]:
     """Each stage of the reference, from `given` (our stages) or, when None, from its own."""
     sizes, _, grid = SHAPES[shape]
     patches = model.vision.patches(inputs.pixel_values.flatten(0, 1)).flatten(0, 1)

@@ -10,18 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gr00t_fast.config import (
-    ActionHeadConfig,
-    LanguageConfig,
-    ModelConfig,
-    QwenVisionConfig,
-    TransformerConfig,
-    look_up,
-    need,
-    positive,
-    switch,
-)
 from gr00t_fast.errors import CheckpointError, closest, shown
+from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, QwenVisionConfig, TransformerConfig
+from gr00t_fast.networks.n1d5 import look_up, need, positive, switch
 
 MODEL_TYPE = "Gr00tN1d7"
 CONFIG_FILE, BACKBONE_FILE = "config.json", "backbone_config.json"
@@ -130,26 +121,9 @@ PUBLISHED_BACKBONE: dict[str, Any] = {
         "deepstack_visual_indexes": [5, 11, 17],
     },
 }
-# The published network's config.json, to build a checkpoint of the same shape from.
-PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
-    "model_type": MODEL_TYPE,
-    "architectures": ["Gr00tN1d7"],
-    "model_name": "nvidia/Cosmos-Reason2-2B",
-    **{key: value for key, value in DEFAULTS.items() if not isinstance(value, dict | None)},
-    "select_layer": 16,
-    "diffusion_model_cfg": {**DEFAULTS["diffusion_model_cfg"], "num_layers": 32},
-    "vl_self_attention_cfg": {
-        "attention_head_dim": 64,
-        "dropout": 0.2,
-        "final_dropout": True,
-        "num_attention_heads": 32,
-        "num_layers": 4,
-        "positional_embeddings": None,
-    },
-}
 
 
-def config_n1d7(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
+def read_config(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
     """From the checkpoint's `config.json` and its `backbone_config.json` (PUBLISHED_BACKBONE where there is none). Raises CheckpointError."""
     _refuse_unknown(config, {*DEFAULTS, *_ASSUMED, *_WITHOUT_EFFECT}, CONFIG_FILE)
     values = {**DEFAULTS, **config}

@@ -7,120 +7,27 @@ computation in a way this implementation does not cover are refused here, by nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from gr00t_fast.errors import CheckpointError, closest, shown
+from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, TransformerConfig, VisionConfig
 
 
-@dataclass(frozen=True)
-class VisionConfig:
-    """SigLIP-2 tower and the one-layer connector behind it."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    patch_size: int
-    image_size: int
-    layer_norm_eps: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per camera: one per patch (no pixel shuffle)."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """Qwen3 decoder cut to its first `num_layers` layers."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    vocab_size: int
-    image_token_id: int
-    final_norm: bool = True  # whether features are taken behind the final norm
-    mrope_sections: tuple[int, int, int] | None = None  # frequencies for time, row and column; None: tokens have one position
-
-
-@dataclass(frozen=True)
-class QwenVisionConfig:
-    """Qwen3-VL's tower, its merger and its deepstack mergers."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    patch_size: int
-    frames_per_patch: int  # of a video; a picture is repeated as often
-    merge_size: int  # patches per side that become one token
-    grid: int  # learnt positions per side
-    deepstack: tuple[int, ...]  # blocks whose output is given to the language model too
-    layer_norm_eps: float = 1e-6
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Width and depth of the diffusion transformer, or of the self-attention over vision-language tokens."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-
-    @property
-    def width(self) -> int:
-        return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class ActionHeadConfig:
-    """Flow-matching head: state and action encoders, diffusion transformer, action decoder."""
-
-    action_dim: int
-    state_dim: int
-    action_horizon: int
-    hidden_size: int  # inner width of the per-embodiment encoders and decoder
-    future_tokens: int
-    max_positions: int
-    embodiments: int
-    denoising_steps: int
-    timestep_buckets: int
-    output_dim: int
-    use_vlln: bool
-    dit: TransformerConfig
-    vl_attention: TransformerConfig
-    attend_text_every: int | None = None  # one in so many cross-attending blocks sees the text, the others the pictures; None: each sees all
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that decides a tensor's shape. The kind of `vision` tells the network: VisionConfig is N1.5's, QwenVisionConfig N1.7's."""
-
-    vision: VisionConfig | QwenVisionConfig
-    language: LanguageConfig
-    head: ActionHeadConfig
-
-    @classmethod
-    def from_dicts(cls, config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelConfig:
-        """Build from the checkpoint's `config.json` and Eagle's `config.json`. Raises CheckpointError."""
-        if config.get("model_type") != "gr00t_n1_5":
-            raise CheckpointError(
-                f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5' or 'Gr00tN1d7'. "
-                "This library runs GR00T N1.5 and N1.7; N1.6 and others have another network."
-            )
-        head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
-        _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
-        _refuse_unknown(backbone, _BACKBONE_KEYS, "backbone_cfg")
-        built = cls(_vision(eagle), _language(eagle, backbone), _head(config, head))
-        _refuse_other_computation(config, eagle)
-        _check_widths(built, config)
-        return built
+def read_config(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelConfig:
+    """Build from the checkpoint's `config.json` and Eagle's `config.json`. Raises CheckpointError."""
+    if config.get("model_type") != "gr00t_n1_5":
+        raise CheckpointError(
+            f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5' or 'Gr00tN1d7'. "
+            "This library runs GR00T N1.5 and N1.7; N1.6 and others have another network."
+        )
+    head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
+    _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
+    _refuse_unknown(backbone, _BACKBONE_KEYS, "backbone_cfg")
+    built = ModelConfig(_vision(eagle), _language(eagle, backbone), _head(config, head))
+    _refuse_other_computation(config, eagle)
+    _check_widths(built, config)
+    return built
 
 
 # What an absent key means (the default of the reference's class), and the value that this implementation computes with; any other would need other
@@ -360,67 +267,5 @@ PUBLISHED_EAGLE: dict[str, Any] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "vocab_size": 151680,
-    },
-}
-
-# Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
-PUBLISHED_CONFIG: dict[str, Any] = {
-    "model_type": "gr00t_n1_5",
-    "architectures": ["GR00T_N1_5"],
-    "action_dim": 32,
-    "action_horizon": 16,
-    "hidden_size": 2048,
-    "compute_dtype": "bfloat16",
-    "model_dtype": "float32",
-    "torch_dtype": "bfloat16",
-    "backbone_cfg": {
-        "eagle_path": None,
-        "load_bf16": False,
-        "project_to_dim": None,
-        "reproject_vision": False,
-        "select_layer": 12,
-        "tune_llm": False,
-        "tune_visual": True,
-        "use_flash_attention": True,
-    },
-    "action_head_cfg": {
-        "action_dim": 32,
-        "action_horizon": 16,
-        "add_pos_embed": True,
-        "backbone_embedding_dim": 2048,
-        "diffusion_model_cfg": {
-            "attention_head_dim": 48,
-            "cross_attention_dim": 2048,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "interleave_self_attention": True,
-            "norm_type": "ada_norm",
-            "num_attention_heads": 32,
-            "num_layers": 16,
-            "output_dim": 1024,
-            "positional_embeddings": None,
-        },
-        "hidden_size": 1024,
-        "input_embedding_dim": 1536,
-        "max_action_dim": 32,
-        "max_state_dim": 64,
-        "model_dtype": "float32",
-        "noise_beta_alpha": 1.5,
-        "noise_beta_beta": 1.0,
-        "noise_s": 0.999,
-        "num_inference_timesteps": 4,
-        "num_target_vision_tokens": 32,
-        "num_timestep_buckets": 1000,
-        "tune_diffusion_model": True,
-        "tune_projector": True,
-        "use_vlln": True,
-        "vl_self_attention_cfg": {
-            "attention_head_dim": 64,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "num_attention_heads": 32,
-            "num_layers": 4,
-            "positional_embeddings": None,
-        },
     },
 }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from gr00t_fast.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 
 _V = "backbone.eagle_model.vision_model.vision_model."
 _L = "backbone.eagle_model.language_model.model."

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr00t_fast.checkpoint.rename import UNUSED_PREFIXES
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.errors import CheckpointError
+from gr00t_fast.networks.weights import UNUSED_PREFIXES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gr00t_fast.checkpoint import PictureSettings
+from gr00t_fast.inputs.embodiment import PictureSettings
 
 Size = tuple[int, int]  # height and width
 
@@ -108,3 +108,17 @@ def _interpolated(image: np.ndarray, size: Size, mode: str) -> np.ndarray:
         return image
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
+
+
+def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 (B, H, W, 3) of any size -> (B, height, width, 3): what a camera of the training videos' resolution would have delivered.
+
+    The reference refuses other sizes, so the kernel is our choice: area averaging where pixels are lost, bilinear elsewhere.
+    """
+    if frames.shape[1:3] == (height, width):
+        return frames
+    import cv2  # here, because importing it changes the environment of the process
+
+    shrinks = frames.shape[1] > height and frames.shape[2] > width
+    kernel = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.stack([cv2.resize(frame, (width, height), interpolation=kernel) for frame in frames])

@@ -15,7 +15,7 @@ from typing import Any
 
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, refused_class, stand_ins
+from gr00t_fast.inputs.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, refused_class, stand_ins
 
 # The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")

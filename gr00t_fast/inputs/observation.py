@@ -6,16 +6,15 @@ Axis alphabet: B batch, T times, H and W height and width, D joint values.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, ActionPrefix
-from gr00t_fast.data_config import DataConfig
 from gr00t_fast.errors import ObservationError, closest
-from gr00t_fast.nested import flat_observation, is_nested
+from gr00t_fast.inputs.data_config import DataConfig
 
 # An error shows the beginning of a value: it may travel to a client and into a log.
 _SHOWN = reprlib.Repr()
@@ -195,3 +194,45 @@ def _agree(values: Mapping[str, Any], what: str) -> Any:
     if any(value != first for value in values.values()):
         raise ObservationError(f"observation: expected all pictures and states {what}, got {dict(values)}.")
     return first
+
+
+_MODALITIES = ("video", "state", "language")
+
+
+def is_nested(observation: Any) -> bool:
+    return isinstance(observation, Mapping) and all(isinstance(observation.get(modality), Mapping) for modality in _MODALITIES)
+
+
+def flat_observation(observation: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a nested one. What makes no sense is left for the policy to name."""
+    flat = {f"{modality}.{key}": value for modality in ("video", "state") for key, value in observation[modality].items()}
+    for key, value in observation["language"].items():
+        one_each = isinstance(value, list | tuple) and all(isinstance(item, list | tuple) and len(item) == 1 for item in value)
+        flat[key] = [item[0] for item in value] if one_each else value
+    return flat
+
+
+def nested_observation(observation: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Of a flat one, and whether that was batched; states as float32, as NVIDIA's strict check wants them."""
+    nested: dict[str, dict[str, Any]] = {modality: {} for modality in _MODALITIES}
+    batched = any(key.startswith("state.") and np.ndim(value) == 3 for key, value in observation.items())
+    for key, value in observation.items():
+        modality, _, name = key.partition(".")
+        if modality in ("video", "state"):
+            array = np.asarray(value, np.float32) if modality == "state" else np.asarray(value)
+            nested[modality][name] = array if batched else array[None]
+        else:
+            nested["language"][key] = [[str(text)] for text in ([value] if isinstance(value, str) else _texts(value))]
+    return nested, batched
+
+
+def _texts(value: Any) -> Sequence[Any]:
+    return np.asarray(value).ravel().tolist()
+
+
+def nested_actions(actions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key.removeprefix("action."): value for key, value in actions.items()}
+
+
+def flat_actions(actions: Mapping[str, Any], batched: bool) -> dict[str, Any]:
+    return {f"action.{key}": value if batched or np.ndim(value) != 3 else value[0] for key, value in actions.items()}

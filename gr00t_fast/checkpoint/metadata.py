@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gr00t_fast.checkpoint import Checkpoint, EmbodimentMetadata, EmbodimentN1d7, open_checkpoint
+from gr00t_fast.checkpoint.load import Checkpoint, open_checkpoint
+from gr00t_fast.checkpoint.processor_n1d7 import EmbodimentN1d7
 from gr00t_fast.contracts import PartStatistics, PolicyMetadata
-from gr00t_fast.data_config import DataConfig, check_trained_cameras, load_data_config
-from gr00t_fast.engine.manifest import Target
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.transforms import ActionTransform, StateTransform
+from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras, load_data_config
+from gr00t_fast.inputs.embodiment import EmbodimentMetadata
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 
 _STATISTICS = (("min", "min"), ("max", "max"), ("q01", "min"), ("q99", "max"))  # name, and what stands for it in files that lack it
 
@@ -44,12 +45,6 @@ def checked_data_config(checkpoint: Checkpoint, embodiment_tag: str, given: str 
     if given is not None:
         check_data_config(load_data_config(given), own)
     return own
-
-
-def target_of(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> Target:
-    """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises as `checked_data_config`."""
-    name = given if given is None or isinstance(given, str) else "module:ClassName"
-    return Target(checkpoint, checkpoint.tag_of(embodiment_tag), checked_data_config(checkpoint, embodiment_tag, given), name)
 
 
 def policy_metadata_of(

@@ -1,0 +1,1 @@
+"""Pixels, joints and words to what a network reads, and its answer back to joint values."""
