@@ -26,7 +26,7 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, PreflightError
-from gr00t_fast.robots.virtual_bus.control import send_command
+from gr00t_fast.robots.virtual_bus.bus import send_command
 
 pytest.importorskip("lerobot")
 pytest.importorskip("datasets", reason="lerobot's programs need its datasets: pip install 'gr00t_fast[robot]'")

@@ -385,7 +385,7 @@ SMALL = {"front": SimCameraConfig(width=64, height=48), "hand": SimCameraConfig(
 def test_sim_arm_is_a_robot_on_a_virtual_clock():
     clock = FakeClock()
     arm = SimArm(SO100SimConfig(cameras=SMALL), clock)
-    for early in (arm.observe, lambda: arm.joint_limits):
+    for early in (arm.observe, arm.reset):
         with pytest.raises(RobotError, match="connect"):
             early()
     arm.connect()
@@ -457,8 +457,6 @@ def test_sim_arm_refuses_what_it_cannot_be():
         SimArm(SO100SimConfig(cameras={"front": OpenCVCameraConfig()}))
     with pytest.raises(ConfigError, match="front, wrist"):
         SimArm(SO100SimConfig(cameras={"front": SimCameraConfig(view="top")}))
-    with pytest.raises(ConfigError, match="real time"):
-        SimArm(SO100SimConfig(through_bus=True), FakeClock())
 
 
 def test_inference_latency_passes_in_the_simulation():
@@ -468,31 +466,6 @@ def test_inference_latency_passes_in_the_simulation():
     time.sleep(0.3)
     assert 5 < arm.observe().joints[0] < 41
     arm.land()
-
-
-def test_sim_arm_through_the_servo_bus():
-    """lerobot's driver, the virtual servos and the physics together: the same motion as without the bus."""
-    pytest.importorskip("lerobot")
-    pytest.importorskip("scservo_sdk")
-    arm = SimArm(SO100SimConfig(cameras=SMALL, through_bus=True))
-    try:
-        arm.connect()
-        arm.reset(seed=1)
-        np.testing.assert_allclose(arm.joint_limits, LIMITS_DEG, atol=0.1)
-        np.testing.assert_allclose(arm.observe().joints, HOME_DEG, atol=1)
-        arm.send(HOME_DEG + [15, 0, 0, 0, 0, 30])
-        time.sleep(1.0)
-        seen = arm.observe()
-        np.testing.assert_allclose(seen.joints, HOME_DEG + [15, 0, 0, 0, 0, 30], atol=2)
-        np.testing.assert_allclose(seen.joints, arm.simulation.joints_deg, atol=0.5)
-        assert seen.frames["hand"].shape == (48, 48, 3)
-        simulation = arm.simulation
-    finally:
-        report = arm.land()
-    assert report.safe, report.problems
-    assert not simulation.torque_on.any()
-    with pytest.raises(RobotError, match="connect"):
-        arm.observe()
 
 
 # --- program ---------------------------------------------------------------------------------------------------------------------------------
@@ -552,5 +525,3 @@ def test_a_carried_block_stays_where_objects_may_lie_and_keeps_its_speed():
     assert still.block_m[:2] == pytest.approx(Simulation("reach", 4, 0.2).block_m[:2])
     with pytest.raises(ConfigError, match="speed"):
         Simulation("place", 4, 0.2)
-    with pytest.raises(ConfigError, match="through_bus"):
-        SimArm(SO100SimConfig(task="reach", through_bus=True, block_speed_m_s=0.1))

@@ -18,8 +18,7 @@ from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, setting
 from gr00t_fast.robots.virtual_bus import faults as fault_kinds
-from gr00t_fast.robots.virtual_bus.bus import VirtualBus
-from gr00t_fast.robots.virtual_bus.control import ControlSocket, send_command
+from gr00t_fast.robots.virtual_bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.robots.virtual_bus.faults import Fault
 from gr00t_fast.robots.virtual_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
 

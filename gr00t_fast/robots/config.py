@@ -89,7 +89,6 @@ class SO100SimConfig(RobotConfig):
     use_degrees: bool = True
     block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
     servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
-    through_bus: bool = False  # drive the simulated motors with lerobot's driver over the virtual servo bus
     disable_torque_on_disconnect: bool = True
 
 

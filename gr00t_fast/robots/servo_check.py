@@ -15,7 +15,7 @@ from gr00t_fast.errors import RobotError, require
 from gr00t_fast.robots.bus import LINK_LOST, error_names
 from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
 from gr00t_fast.robots.motor_state import OUTSIDE_DEG
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, StatusParser, decode_signed, encode_request, from_word
+from gr00t_fast.robots.virtual_bus.protocol import Instruction, PacketParser, Request, Status, decode_signed, from_word
 from gr00t_fast.robots.virtual_bus.servo import MODEL_STS3215, JointCalibration, Register
 
 BAUD_RATE = 1_000_000
@@ -103,14 +103,14 @@ def _word(memory: bytearray, address: int) -> int:
 
 def _read(line: Any, servo_id: int, address: int, length: int) -> tuple[bytes, int] | None:
     """The bytes and the error byte, or None."""
-    request = encode_request(Request(servo_id, Instruction.READ, bytes((address, length))))
+    request = Request(servo_id, Instruction.READ, bytes((address, length))).encode()
     for _ in range(TRIES):
         line.reset_input_buffer()
         line.write(request)
-        parser, give_up_s, late = StatusParser(), time.monotonic() + ANSWER_S, False
+        parser, give_up_s, late = PacketParser(Status), time.monotonic() + ANSWER_S, False
         while not late:
             late = time.monotonic() >= give_up_s  # what came while this thread did not run is read all the same
-            for status in parser.statuses(line.read(max(1, line.in_waiting))):
+            for status in parser.feed(line.read(max(1, line.in_waiting))):
                 if status.servo_id == servo_id and len(status.params) == length:
                     return status.params, status.error
     return None

@@ -1,4 +1,4 @@
-"""The virtual bus itself: six servos behind a pseudo-terminal, served by one thread.
+"""The virtual bus itself: six servos behind a pseudo-terminal, served by one thread, and its control socket.
 
     with VirtualBus() as bus:
         robot = SO100Follower(SO100FollowerConfig(port=bus.port, ...))
@@ -11,20 +11,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import heapq
+import json
 import os
 import select
 import tempfile
 import threading
 import time
 import tty
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import IO
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import RobotError
+from gr00t_fast.errors import Gr00tFastError, RobotError, closest
 from gr00t_fast.robots.virtual_bus.faults import Fault, FaultTable, Reply, addressed
-from gr00t_fast.robots.virtual_bus.protocol import BROADCAST_ID, Instruction, Request, RequestParser, Status, encode_status
+from gr00t_fast.robots.virtual_bus.protocol import BROADCAST_ID, Instruction, PacketParser, Request, Status
 from gr00t_fast.robots.virtual_bus.servo import Calibration, Gearbox, Plant, Register, Servo, default_calibration
 
 STEP_S = 0.005  # how often the mechanics move on; a 30 Hz loop cannot see finer
@@ -66,13 +69,12 @@ class VirtualBus:
         self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
         self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="virtual_bus_")
         self._link = Path(link) if link else Path(self._own_directory.name) / "port"
-        self._claim = LinkClaim(self._link)
+        self._claim: IO[str] | None = None  # from start to close
         self._terminal: _Terminal | None = None
         self._lock = threading.Lock()  # between the thread and the callers of inject, unplug, replug, push
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._cycle = 0  # rounds of the thread so far
-        self._watched: dict[int, Callable[[], None]] = {}
         self._replug_at_s: float | None = None
 
     @property
@@ -96,11 +98,11 @@ class VirtualBus:
 
     def start(self) -> None:
         """Create the port and begin to answer. Raises RobotError when the link belongs to a living bus, or cannot be placed."""
-        self._claim.take()
+        self._claim = claim(self._link)
         try:
             self.replug()
         except BaseException:
-            self._claim.give_back()
+            self._give_back()
             raise
         self._faults.start(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="virtual_bus", daemon=True)
@@ -112,7 +114,7 @@ class VirtualBus:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
         self.unplug()
-        self._claim.give_back()
+        self._give_back()
         if self._own_directory is not None:
             self._own_directory.cleanup()
 
@@ -158,13 +160,25 @@ class VirtualBus:
         """Torque_Enable of each joint."""
         return {joint: servo.registers[Register.TORQUE_ENABLE] for joint, servo in zip(SO100_JOINTS, self.servos, strict=True)}
 
-    def watch(self, descriptor: int, ready: Callable[[], None]) -> None:
-        """Call `ready` from the bus thread whenever `descriptor` becomes readable (the control socket)."""
-        self._watched[descriptor] = ready
+    def state(self) -> dict:
+        """Torque, position and goal registers of every joint, and whether the cable is in."""
+        joints = {
+            joint: {
+                "id": servo.id,
+                "torque": int(servo.torque),
+                "position": servo.position,
+                "goal": round(servo.goal_encoder() - servo.homing_offset),
+            }
+            for joint, servo in zip(SO100_JOINTS, self.servos, strict=True)
+        }
+        return {"port": self.port, "device": self.device, "requests": self.requests, "joints": joints}
 
-    def unwatch(self, descriptor: int) -> None:
-        """Undo `watch`."""
-        self._watched.pop(descriptor, None)
+    def _give_back(self) -> None:
+        """Let the next bus have the link."""
+        claimed, self._claim = self._claim, None
+        if claimed is not None:
+            Path(claimed.name).unlink(missing_ok=True)  # first: who waits for the lock of a removed file asks anew
+            claimed.close()
 
     def _run(self) -> None:
         try:
@@ -188,12 +202,8 @@ class VirtualBus:
         terminal = self._terminal
         if terminal is not None and terminal.due_s is not None:
             until_s = min(until_s, terminal.due_s)
-        descriptors = [*self._watched, *([terminal.master] if terminal else [])]
         with contextlib.suppress(OSError, ValueError):  # the terminal was unplugged by another thread meanwhile
-            ready, _, _ = select.select(descriptors, [], [], max(0.0, until_s - time.monotonic()))
-            for descriptor in ready:
-                if callback := self._watched.get(descriptor):
-                    callback()
+            select.select([terminal.master] if terminal else [], [], [], max(0.0, until_s - time.monotonic()))
 
     def _serve(self, terminal: _Terminal) -> None:
         terminal.flush_due(time.monotonic())
@@ -252,10 +262,9 @@ class _Terminal:
         tty.setraw(self._slave)  # before anyone learns the path: a cooked terminal would echo our answers back as requests
         os.set_blocking(self.master, False)
         self.device = os.ttyname(self._slave)
-        self._parser = RequestParser()
+        self._parser = PacketParser(Request)
         self._last_byte_s = 0.0
-        self._out: list[tuple[float, int, bytes]] = []
-        self._sent = 0
+        self._out: deque[tuple[float, bytes]] = deque()
         self._last_due_s = 0.0
 
     @property
@@ -263,7 +272,7 @@ class _Terminal:
         """When the next answer has to leave."""
         return self._out[0][0] if self._out else None
 
-    def requests(self, now_s: float) -> list:
+    def requests(self, now_s: float) -> list[Request]:
         """Whatever arrived since the last call, parsed."""
         try:
             data = os.read(self.master, 65536)
@@ -273,18 +282,17 @@ class _Terminal:
             self._last_byte_s = now_s
         elif self._parser.waiting and now_s - self._last_byte_s > GAP_S:
             self._parser.abandon()
-        return self._parser.requests(data) if data else []
+        return self._parser.feed(data)
 
     def send(self, data: bytes, due_s: float) -> None:
         """Queue an answer; a delayed one holds up those behind it, as on a wire."""
         self._last_due_s = max(self._last_due_s, due_s)
-        self._sent += 1
-        heapq.heappush(self._out, (self._last_due_s, self._sent, data))
+        self._out.append((self._last_due_s, data))
 
     def flush_due(self, now_s: float) -> None:
         """Write the answers whose time has come; what a full buffer refuses is lost, as on a wire nobody reads."""
         while self._out and self._out[0][0] <= now_s:
-            data = heapq.heappop(self._out)[2]
+            data = self._out.popleft()[1]
             try:
                 os.write(self.master, data)
             except OSError as error:
@@ -301,88 +309,32 @@ class _Terminal:
 
 
 def answer(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    """Let the servos obey one request. Returns their answers in the order they go over the line; an unknown instruction has none."""
-    handler = _HANDLERS.get(request.instruction)
-    return handler(request, servos) if handler else []
-
-
-def _ping(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    return [_reply(servo) for servo in _listening(request, servos)]  # a broadcast ping is answered by all, in order of id
-
-
-def _read(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    if len(request.params) != 2:
-        return []
-    return [_reply(servo, servo.read(*request.params)) for servo in _unicast(request, servos)]
-
-
-def _write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    return _obey(request, servos, lambda servo: servo.write(request.params[0], request.params[1:]), at_least=2)
-
-
-def _reg_write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    return _obey(request, servos, lambda servo: servo.write_later(request.params[0], request.params[1:]), at_least=2)
-
-
-def _action(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    return _obey(request, servos, lambda servo: servo.action(), at_least=0)
-
-
-def _sync_read(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    if request.servo_id != BROADCAST_ID or len(request.params) < 3:
-        return []
+    """Let the servos obey one request. Returns their answers in the order they go over the line; a malformed or unknown request has none."""
+    params, to_all = request.params, request.servo_id == BROADCAST_ID
     by_id = {servo.id: servo for servo in servos}
-    address, length = request.params[:2]
-    return [_reply(by_id[servo_id], by_id[servo_id].read(address, length)) for servo_id in addressed(request) if servo_id in by_id]
-
-
-def _sync_write(request: Request, servos: Sequence[Servo]) -> list[Reply]:
-    if request.servo_id != BROADCAST_ID or len(request.params) < 2:
-        return []
-    address, length = request.params[:2]
-    by_id = {servo.id: servo for servo in servos}
-    body = request.params[2:]
-    for start in range(0, len(body) - length, length + 1):
-        servo = by_id.get(body[start])
-        if servo is not None:
-            servo.write(address, body[start + 1 : start + 1 + length])
+    named = [by_id[servo_id] for servo_id in (sorted(by_id) if addressed(request) == [BROADCAST_ID] else addressed(request)) if servo_id in by_id]
+    match request.instruction:
+        case Instruction.PING:
+            return [_reply(servo) for servo in named]
+        case Instruction.READ if len(params) == 2 and not to_all:
+            return [_reply(servo, servo.read(*params)) for servo in named]
+        case Instruction.SYNC_READ if len(params) >= 3 and to_all:
+            return [_reply(servo, servo.read(params[0], params[1])) for servo in named]
+        case Instruction.WRITE if len(params) >= 2:
+            replies = [_reply(servo) for servo in named]  # before acting: a change of id is acknowledged under the old one
+            for servo in named:
+                servo.write(params[0], params[1:])
+            return [reply for servo, reply in zip(named, replies, strict=True) if servo.answers_writes and not to_all]
+        case Instruction.SYNC_WRITE if len(params) >= 2 and to_all:
+            address, length = params[:2]
+            for start in range(2, len(params) - length, length + 1):
+                if servo := by_id.get(params[start]):
+                    servo.write(address, params[start + 1 : start + 1 + length])
     return []
 
 
-def _obey(request: Request, servos: Sequence[Servo], act: Callable[[Servo], None], at_least: int) -> list[Reply]:
-    if len(request.params) < at_least:
-        return []
-    replies = []
-    for servo in _listening(request, servos):
-        reply = _reply(servo)  # before acting: a change of id is acknowledged under the old one
-        act(servo)
-        if request.servo_id != BROADCAST_ID and servo.answers_writes:
-            replies.append(reply)
-    return replies
-
-
-def _listening(request: Request, servos: Sequence[Servo]) -> list[Servo]:
-    listening = [servo for servo in servos if request.servo_id in (servo.id, BROADCAST_ID)]
-    return sorted(listening, key=lambda servo: servo.id)
-
-
-def _unicast(request: Request, servos: Sequence[Servo]) -> list[Servo]:
-    return [servo for servo in servos if servo.id == request.servo_id]
-
-
 def _reply(servo: Servo, params: bytes = b"") -> Reply:
-    return Reply(servo.id, encode_status(Status(servo.id, servo.registers[Register.STATUS], params)))
-
-
-_HANDLERS: dict[int, Callable[[Request, Sequence[Servo]], list[Reply]]] = {
-    Instruction.PING: _ping,
-    Instruction.READ: _read,
-    Instruction.WRITE: _write,
-    Instruction.REG_WRITE: _reg_write,
-    Instruction.ACTION: _action,
-    Instruction.SYNC_READ: _sync_read,
-    Instruction.SYNC_WRITE: _sync_write,
-}
+    return Reply(servo.id, Status(servo.id, servo.registers[Register.STATUS], params).encode())
 
 
 # The name under which a bus can be found: a symbolic link that one living bus owns, and that a dead one leaves to the next.
@@ -391,42 +343,28 @@ _HANDLERS: dict[int, Callable[[Request, Sequence[Servo]], list[Reply]]] = {
 _TERMINALS = ("/dev/pts/", "/dev/ttys")  # pseudo-terminals on Linux and macOS: all that a bus ever points its link at
 
 
-class LinkClaim:
-    """The right to a link, from `take` to `give_back`. It ends with the process, so a killed bus does not block the next one.
+def claim(link: Path) -> IO[str]:
+    """The right to a link: a locked file beside it, which ends with the process, so that a killed bus does not block the next one. The link itself
+    tells nothing: the terminal of a dead bus may belong to somebody else by now.
 
-    A lock on a file beside the link and not a look at the link itself: the terminal of a dead bus may belong to somebody else by now.
+    Raises RobotError when a living bus has the link, or something that no bus has made is in its place.
     """
-
-    def __init__(self, link: Path) -> None:
-        self._link = link
-        self._lock = link.with_name(f".{link.name}.lock")
-        self._descriptor: int | None = None
-
-    def take(self) -> None:
-        """Raises RobotError when a living bus has the link, or something that no bus has made is in its place."""
-        _check_replaceable(self._link)
-        while self._descriptor is None:
-            try:
-                descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-            except OSError as error:
-                raise RobotError(f"the link {self._link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
-            if not _locked(descriptor):
-                os.close(descriptor)
-                raise RobotError(
-                    f"another virtual bus is running at {self._link}. Use that one, end it (Ctrl-C, or --link={self._link} --send=quit), "
-                    "or choose another --link."
-                )
-            if _is_still_at(self._lock, descriptor):
-                self._descriptor = descriptor
-            else:
-                os.close(descriptor)
-
-    def give_back(self) -> None:
-        """Let the next bus have the link. Calling it again is harmless."""
-        if self._descriptor is not None:
-            self._lock.unlink(missing_ok=True)  # first: who waits for the lock of a removed file asks anew
-            os.close(self._descriptor)
-            self._descriptor = None
+    _check_replaceable(link)
+    try:
+        file = link.with_name(f".{link.name}.lock").open("w")
+    except OSError as error:
+        raise RobotError(f"the link {link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise RobotError(
+            f"another virtual bus is running at {link}. Use that one, end it (Ctrl-C, or --link={link} --send=quit), or choose another --link."
+        ) from error
+    if os.fstat(file.fileno()).st_nlink:
+        return file
+    file.close()  # its owner has removed it in between: the next bus would find another file
+    return claim(link)
 
 
 def place_link(link: Path, target: str) -> None:
@@ -449,17 +387,99 @@ def _check_replaceable(link: Path) -> None:
         raise RobotError(f"the link {link} cannot be placed: a file that is not a link is already there. Choose another path.")
 
 
-def _locked(descriptor: int) -> bool:
+# Steering a running bus from another shell.
+
+
+_COMMAND_S = 5.0  # a client that says nothing for so long makes room for the next
+
+
+class ControlSocket:
+    """A Unix socket that takes commands as text and answers each in JSON, one client after the other, in a thread of its own:
+
+    inject SPEC | clear | unplug | replug | power-cycle | push JOINT DEGREES | state | quit
+    """
+
+    def __init__(self, bus: VirtualBus, path: Path, quit_program: Callable[[], None]) -> None:
+        """Raises RobotError when the socket cannot be made. `quit_program` is called by the command `quit`."""
+        self._bus, self._quit = bus, quit_program
+        self._listener = _listen(path)
+        threading.Thread(target=self._serve, name="virtual_bus-control", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file."""
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client = self._listener.accept()
+            except OSError:  # closed
+                return
+            with client, contextlib.suppress(EOFError, OSError):  # a client that went away does not need its answer
+                self._converse(client)
+
+    def _converse(self, client: Connection) -> None:
+        while client.poll(_COMMAND_S):
+            line = client.recv_bytes(4096).decode(errors="replace").strip()
+            client.send_bytes(json.dumps({"ok": None} if line == "quit" else self._answer(line)).encode())
+            if line == "quit":  # after the answer, which the end of the program would cut off
+                self._quit()
+
+    def _answer(self, line: str) -> dict:
+        command, _, argument = line.partition(" ")
+        actions: dict[str, Callable[[], object]] = {
+            "inject": lambda: self._bus.inject(argument.strip()),
+            "clear": self._bus.clear,
+            "unplug": self._bus.unplug,
+            "replug": self._bus.replug,
+            "power-cycle": self._bus.power_cycle,
+            "push": lambda: self._push(argument),
+            "state": self._bus.state,
+        }
+        if command not in actions:
+            return {"error": f"unknown command '{command}'; expected one of {', '.join([*actions, 'quit'])}.{closest(command, [*actions, 'quit'])}"}
+        try:
+            return {"ok": actions[command]()}
+        except Gr00tFastError as error:
+            return {"error": str(error)}
+
+    def _push(self, argument: str) -> None:
+        joint, _, degrees = argument.partition(" ")
+        if joint not in SO100_JOINTS:
+            raise RobotError(f"push needs a joint and degrees, got '{argument}'.{closest(joint, SO100_JOINTS)}")
+        try:
+            self._bus.push(joint, float(degrees))
+        except ValueError as error:
+            raise RobotError(f"push needs a number of degrees, got '{degrees}'.") from error
+
+
+def send_command(path: Path, command: str) -> dict:
+    """Send one command to a running bus; returns its answer. Raises RobotError when no bus listens at `path`."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        with Client(str(path), family="AF_UNIX") as client:
+            client.send_bytes(command.encode())
+            if not client.poll(_COMMAND_S):
+                raise TimeoutError("it took the command and said nothing")
+            return json.loads(client.recv_bytes())
+    except (OSError, EOFError, ValueError) as error:
+        raise RobotError(f"no virtual bus answers at the control socket {path} ({error}). Start one with --link first.") from error
+
+
+def _listen(path: Path) -> Listener:
+    try:
+        if path.is_socket() and not _is_served(path):  # that of a bus that was killed
+            path.unlink()
+        return Listener(str(path), family="AF_UNIX")
+    except OSError as error:
+        raise RobotError(
+            f"the control socket {path} cannot be made: {error.strerror or error}. If another virtual bus listens there, end it "
+            f"(--control={path} --send=quit); else choose another --control."
+        ) from error
+
+
+def _is_served(path: Path) -> bool:
+    try:
+        Client(str(path), family="AF_UNIX").close()
+    except ConnectionRefusedError:
         return False
     return True
-
-
-def _is_still_at(path: Path, descriptor: int) -> bool:
-    """Whether the locked file is the one that the next bus will find: its owner may have removed it in between."""
-    try:
-        return os.stat(path).st_ino == os.fstat(descriptor).st_ino
-    except FileNotFoundError:
-        return False

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, Request, Status, encode_status, to_word
+from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, Request, Status, to_word
 from gr00t_fast.robots.virtual_bus.servo import Register
 
 Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug", "blocked"]
@@ -150,9 +150,9 @@ class FaultTable:
         if fault.kind == "checksum":
             return data[:-1] + bytes((data[-1] ^ 0x55,))
         if fault.kind == "no_data":
-            return encode_status(Status(data[2], data[4]))
+            return Status(data[2], data[4]).encode()
         if fault.kind == "error":
-            return encode_status(Status(data[2], data[4] | fault.bits, data[5:-1]))
+            return Status(data[2], data[4] | fault.bits, data[5:-1]).encode()
         if fault.kind == "wrong_model":
             return _with_model(data, request, fault.model)
         if fault.kind == "loss":
@@ -195,9 +195,9 @@ def addressed(request: Request) -> list[int]:
 
 
 def touched_registers(request: Request) -> range:
-    """The addresses a request reads or writes; empty for PING and ACTION."""
+    """The addresses a request reads or writes; empty for PING."""
     params = request.params
-    if request.instruction in (Instruction.WRITE, Instruction.REG_WRITE) and params:
+    if request.instruction == Instruction.WRITE and params:
         return range(params[0], params[0] + len(params) - 1)
     if request.instruction in (Instruction.READ, Instruction.SYNC_READ, Instruction.SYNC_WRITE) and len(params) >= 2:
         return range(params[0], params[0] + params[1])
@@ -217,7 +217,7 @@ def _with_model(data: bytes, request: Request, model: int) -> bytes:
     for address, byte in zip((Register.MODEL, Register.MODEL + 1), to_word(model), strict=True):
         if address in registers and address - registers[0] < len(payload):
             payload[address - registers[0]] = byte
-    return encode_status(Status(data[2], data[4], bytes(payload)))
+    return Status(data[2], data[4], bytes(payload)).encode()
 
 
 def _option(spec: str, item: str) -> tuple[str, object]:

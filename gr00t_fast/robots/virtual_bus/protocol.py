@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Generic, TypeVar
 
 HEADER = b"\xff\xff"
 BROADCAST_ID = 0xFE
@@ -22,8 +23,6 @@ class Instruction(IntEnum):
     PING = 0x01
     READ = 0x02
     WRITE = 0x03
-    REG_WRITE = 0x04  # like WRITE, but takes effect at the next ACTION
-    ACTION = 0x05
     SYNC_READ = 0x82
     SYNC_WRITE = 0x83
 
@@ -38,6 +37,16 @@ class ErrorBit(IntEnum):
     OVERLOAD = 0x20
 
 
+def checksum(body: Sequence[int]) -> int:
+    """Inverted low byte of the sum of everything between header and checksum."""
+    return ~sum(body) & 0xFF
+
+
+def _frame(servo_id: int, kind: int, params: bytes) -> bytes:
+    body = bytes((servo_id, len(params) + 2, kind)) + params
+    return HEADER + body + bytes((checksum(body),))
+
+
 @dataclass(frozen=True)
 class Request:
     """One well-formed request. `instruction` is an int because a master may send what no servo knows."""
@@ -45,6 +54,10 @@ class Request:
     servo_id: int
     instruction: int
     params: bytes = b""
+
+    def encode(self) -> bytes:
+        """The bytes a master sends."""
+        return _frame(self.servo_id, self.instruction, self.params)
 
 
 @dataclass(frozen=True)
@@ -55,40 +68,27 @@ class Status:
     error: int
     params: bytes = b""
 
-
-def checksum(body: Sequence[int]) -> int:
-    """Inverted low byte of the sum of everything between header and checksum."""
-    return ~sum(body) & 0xFF
-
-
-def frame(servo_id: int, kind: int, params: bytes = b"") -> bytes:
-    """The bytes of a packet; `kind` is the instruction of a request or the error byte of a status."""
-    body = bytes((servo_id, len(params) + 2, kind)) + params
-    return HEADER + body + bytes((checksum(body),))
+    def encode(self) -> bytes:
+        """The bytes a servo answers with."""
+        return _frame(self.servo_id, self.error, self.params)
 
 
-def encode_request(request: Request) -> bytes:
-    """The bytes a master sends."""
-    return frame(request.servo_id, request.instruction, request.params)
+Packet = TypeVar("Packet", Request, Status)
 
 
-def encode_status(status: Status) -> bytes:
-    """The bytes a servo answers with."""
-    return frame(status.servo_id, status.error, status.params)
-
-
-class FrameParser:
-    """Cuts a byte stream into packets and recovers from anything in between.
+class PacketParser(Generic[Packet]):
+    """Cuts a byte stream into packets of one kind and recovers from anything in between.
 
     After a bad checksum it searches again from the byte behind the false header, so that one damaged packet never costs the next one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Packet]) -> None:
+        """`kind`: Request at the servo's end of the line, Status at the master's."""
+        self._kind = kind
         self._buffer = bytearray()
-        self.rejected = 0  # packets whose length or checksum was wrong
 
-    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
-        """Add bytes; return every complete packet as (id, instruction or error byte, params)."""
+    def feed(self, data: bytes) -> list[Packet]:
+        """Add bytes; return every complete packet."""
         self._buffer += data
         packets = []
         while (packet := self._next()) is not None:
@@ -97,16 +97,14 @@ class FrameParser:
 
     def abandon(self) -> None:
         """Forget a packet that stopped half way (a servo does so when the line stays silent)."""
-        if self._buffer:
-            self.rejected += 1
-            self._buffer.clear()
+        self._buffer.clear()
 
     @property
     def waiting(self) -> bool:
         """True while part of a packet has arrived."""
         return bool(self._buffer)
 
-    def _next(self) -> tuple[int, int, bytes] | None:
+    def _next(self) -> Packet | None:
         buffer = self._buffer
         while True:
             self._skip_to_header()
@@ -114,10 +112,9 @@ class FrameParser:
                 return None
             end = buffer[3] + 4
             if 2 <= buffer[3] <= MAX_LENGTH and buffer[end - 1] == checksum(buffer[2 : end - 1]):
-                packet = (buffer[2], buffer[4], bytes(buffer[5 : end - 1]))
+                packet = self._kind(buffer[2], buffer[4], bytes(buffer[5 : end - 1]))
                 del buffer[:end]
                 return packet
-            self.rejected += 1
             del buffer[0]
 
     def _skip_to_header(self) -> None:
@@ -128,22 +125,6 @@ class FrameParser:
         del buffer[:start]
         while buffer.startswith(b"\xff\xff\xff"):  # no id is FF, so the header begins one byte later
             del buffer[0]
-
-
-class RequestParser(FrameParser):
-    """The servo's end of the line."""
-
-    def requests(self, data: bytes) -> list[Request]:
-        """Add bytes; return the complete requests."""
-        return [Request(*packet) for packet in self.feed(data)]
-
-
-class StatusParser(FrameParser):
-    """The master's end of the line (used by tests and tools, not by lerobot)."""
-
-    def statuses(self, data: bytes) -> list[Status]:
-        """Add bytes; return the complete status packets."""
-        return [Status(*packet) for packet in self.feed(data)]
 
 
 def to_word(value: int) -> bytes:

@@ -119,7 +119,6 @@ class Servo:
         """`goal_enables_torque`: a write to Goal_Position also switches torque on, as reported in huggingface/lerobot#3585."""
         self.registers = bytearray(ADDRESS_SPACE)
         self._goal_enables_torque = goal_enables_torque
-        self._pending: tuple[int, bytes] | None = None
         self._deliver()
         self.registers[Register.ID] = servo_id
         if calibration is not None:
@@ -181,23 +180,12 @@ class Servo:
             self._eeprom = bytes(self.registers[:EEPROM_END])
         self._react(touched)
 
-    def write_later(self, address: int, data: bytes) -> None:
-        """REG_WRITE: keep the values until `action`."""
-        self._pending = (address, data)
-
-    def action(self) -> None:
-        """ACTION: carry out the pending REG_WRITE, if there is one."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self.write(*pending)
-
     def power_cycle(self) -> None:
         """Lose everything that was not in EEPROM; torque is off afterwards."""
         self.registers[:] = bytes(ADDRESS_SPACE)
         self._deliver()
         self.registers[:EEPROM_END] = self._eeprom
         self.set_word(Register.TORQUE_LIMIT, self.word(Register.MAX_TORQUE))
-        self._pending = None
         self._power_on()
 
     def goal_encoder(self) -> float:
