@@ -5,7 +5,7 @@ Axis alphabet of this file: H horizon (actions in a chunk), J joints of the arm 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -216,6 +216,7 @@ class Robot(Protocol):
     events: Mapping[str, int]  # faults survived so far, by name: {"read_retry": 3, "reconnect": 1}
     episodes_solved: int | None  # of those that are over; None: the arm cannot tell (a real one)
     success: bool | None  # whether the task is solved now, or was when the arm landed; None: the arm cannot tell
+    check_stop: Callable[[], object]  # raises where the run is to end; called in every wait and between tries. The loop sets it
     rest_pose: np.ndarray | None  # (J,) where it lay before its torque went on; None: not known, or the torque stays on or does not matter
 
     @property

@@ -12,7 +12,7 @@ from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, Modali
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController, Worker
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.pacer import StopSignals
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30

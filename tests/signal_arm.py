@@ -15,8 +15,7 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 
 
 def main(path: str, mode: str) -> int:

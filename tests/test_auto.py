@@ -17,9 +17,9 @@ from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
-from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
 FPS = 30.0

@@ -16,8 +16,8 @@ from control_fakes import LIMITS, Bench
 from gr00t_fast.cli import run_flags
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.pacer import SAME_STOP_S
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
-from gr00t_fast.control.signals import SAME_STOP_S
 from gr00t_fast.errors import CameraError, ConfigError, InferenceTimeoutError, PreflightError, RobotError, UnsafeActionError
 from gr00t_fast.recordings import read_recordings
 
@@ -105,6 +105,18 @@ def disk_full(run: Bench) -> None:
     run.loop.observers = [type("Full", (), {"see": fails(OSError(28, "No space left on device"))})]
 
 
+def closed_terminal(run: Bench) -> None:
+    """What is printed fails from the first word of the put-down on."""
+    echo = run.loop.echo
+    run.loop.echo = lambda line: (echo(line), fails(OSError(5, "closed"))() if "put down" in line else None)
+    after(run, 10, lambda: run.stop.request("Esc"))
+
+
+def suspended_meanwhile(run: Bench) -> None:
+    """A lid that is closed once the arm is on its way down."""
+    run.clock.suspended_s = lambda: 60.0 if len(run.robot.sent) > 40 else 0.0
+
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDS = {
     "the time limit": (lambda run: None, None),
@@ -116,6 +128,8 @@ ENDS = {
     "rows of NaN": (answers(lambda targets: targets * np.nan), UnsafeActionError),
     "a camera": (camera_gone, CameraError),
     "a full disk": (disk_full, OSError),
+    "a terminal that is gone": (closed_terminal, None),
+    "suspended on its way": (suspended_meanwhile, None),
 }
 
 
@@ -177,6 +191,20 @@ def test_one_stop_that_is_delivered_twice_is_one_stop() -> None:
     assert run.stop.exit_code == 129
 
 
+def test_a_stop_after_a_key_that_ended_the_run_takes_the_torque_off() -> None:
+    run = lying()
+    run.robot.on_send = lambda: {10: lambda: run.stop.request("Esc"), 15: send_late}.get(len(run.robot.sent), lambda: None)()
+
+    def send_late() -> None:
+        time.sleep(SAME_STOP_S)
+        send(signal.SIGINT)()
+
+    with run.stop:
+        run.loop.run()
+    assert len(run.robot.sent) == 16
+    assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
+
+
 def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
     run = bench(HOME, "start")
     run.robot.rest_pose = np.array(START)
@@ -197,9 +225,11 @@ def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered() -> None:
         run.robot.pose[1] = pose[1]
 
     run.robot._move = stuck
+    run.robot.rest_pose = np.array((110.0, *START[1:]))  # further than a joint may be blocked in an episode
     run.loop.run()
     assert run.robot.calls[-1] == "land"
     assert run.clock.now_s() - 100 < 12
+    np.testing.assert_allclose(run.sent()[-1][[0, 2, 3, 4, 5]], run.robot.rest_pose[[0, 2, 3, 4, 5]])
     assert max(abs(sent[1] - pose[1]) for _, sent in run.robot.sent) <= 15, "its goal stays near"
     assert [line for line in run.said if "WARNING" in line and "shoulder_lift" in line]
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,9 @@ from gr00t_fast.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report, verdict
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
-from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
 
@@ -431,133 +429,65 @@ def test_after_an_outage_steps_are_limited_from_where_the_arm_is(event: str) -> 
     assert np.abs(robot.sent[index][1] - pose).max() <= STEP + 1e-9
 
 
-# Where a signal falls into a finaliser or a weak reference, Python says that it ignores the exception; that it is raised again is what is tested.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestStopSignals:
-    """The handler's rules, with signals raised in this process."""
+    """Signals raised in this process."""
 
-    def test_raises_at_once_when_armed_and_restores_the_handlers(self) -> None:
+    def test_a_signal_is_remembered_and_seen_by_who_looks(self) -> None:
         before = signal.getsignal(signal.SIGTERM)
         with StopSignals() as stop:
-            with pytest.raises(StopRequested) as caught, stop.armed():
-                signal.raise_signal(signal.SIGTERM)
-            assert (caught.value.exit_code, caught.value.reason, stop.exit_code) == (143, "SIGTERM", 143)
+            stop.check()
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(StopRequested) as caught:
+                stop.check()
+        assert (caught.value.exit_code, caught.value.reason, stop.exit_code) == (143, "SIGTERM", 143)
         assert signal.getsignal(signal.SIGTERM) is before
 
-    def test_is_remembered_outside_and_raised_at_the_next_chance(self) -> None:
-        with StopSignals() as stop:
-            signal.raise_signal(signal.SIGINT)
-            with pytest.raises(StopRequested), stop.armed():
-                pytest.fail("must not get here")
-            signal.raise_signal(signal.SIGINT)  # while landing: nothing
-            assert stop.exit_code == 130
-
-    @pytest.mark.parametrize(("signals", "finished"), [(1, True), (2, False)])
-    def test_an_atomic_block_is_finished_unless_a_second_signal_comes(self, signals: int, finished: bool) -> None:
+    @pytest.mark.parametrize("when", ["inside", "before", "swallowed"])
+    def test_while_nothing_is_powered_it_raises_at_once(self, when: str) -> None:
         done = []
 
-        def transfer(stop: StopSignals) -> None:
-            with stop.armed(), stop.atomic():
-                for _ in range(signals):
-                    signal.raise_signal(signal.SIGINT)
-                done.append(True)
-
-        with StopSignals() as stop, pytest.raises(StopRequested):
-            transfer(stop)
-        assert done == [True] * finished
-        if hasattr(signal, "getitimer"):
-            assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-
-    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
-    def test_an_atomic_block_that_waits_for_a_lost_cable_is_left_soon(self) -> None:
-        def wait(stop: StopSignals) -> None:
-            with stop.armed(), stop.atomic():
+        def load(stop: StopSignals) -> None:
+            if when == "before":
                 signal.raise_signal(signal.SIGINT)
-                time.sleep(5)
+            with stop.at_once():
+                done.append("began")
+                with contextlib.suppress(KeyboardInterrupt) if when == "swallowed" else contextlib.nullcontext():
+                    signal.raise_signal(signal.SIGINT)
+            done.append("went on")
 
-        before, began_s = signal.getsignal(signal.SIGALRM), time.perf_counter()
-        with StopSignals() as stop, pytest.raises(StopRequested):
-            wait(stop)
-        assert 0.4 < time.perf_counter() - began_s < 4
-        assert signal.getsignal(signal.SIGALRM) is before
-
-    @pytest.mark.parametrize("name", ["SIGQUIT", "SIGTSTP"])
-    def test_keys_that_would_end_or_freeze_the_program_land_instead(self, name: str) -> None:
-        if not hasattr(signal, name):
-            pytest.skip("POSIX only")
-        with StopSignals() as stop, pytest.raises(StopRequested, match=name), stop.armed():
-            signal.raise_signal(getattr(signal, name))
-
-    def test_an_exception_swallowed_by_a_library_is_raised_again_by_check(self) -> None:
-        done = []
-
-        def library(stop: StopSignals) -> None:
-            with stop.armed():
-                with contextlib.suppress(BaseException):  # what a __del__ or a C callback does to exceptions
-                    signal.raise_signal(signal.SIGTERM)
-                done.append("swallowed")
-                stop.check()
-                done.append("not stopped")
-
-        with StopSignals() as stop, pytest.raises(StopRequested):
-            library(stop)
-        assert done == ["swallowed"]
-
-    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
-    @pytest.mark.parametrize("swallow", ["finaliser", "weak reference", "bare except"])
-    def test_a_request_that_is_lost_where_it_lands_is_raised_again(self, swallow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        ignored = []
-        monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: ignored.append(unraisable.exc_type))
-
-        class Garbage:
-            def __del__(self) -> None:
-                if swallow == "finaliser":
-                    signal.raise_signal(signal.SIGTERM)
-
-        def library(stop: StopSignals) -> None:
-            with stop.armed():
-                garbage = Garbage()
-                references = [weakref.ref(garbage, lambda _: signal.raise_signal(signal.SIGTERM) if swallow == "weak reference" else None)]
-                del garbage
-                if swallow == "bare except":
-                    with contextlib.suppress(BaseException):
-                        signal.raise_signal(signal.SIGTERM)
-                assert (stop.requested, len(references)) == (True, 1)
-                time.sleep(10)
-
-        began_s = time.perf_counter()
         with StopSignals() as stop:
             with pytest.raises(StopRequested):
-                library(stop)
-            assert time.perf_counter() - began_s < 6
-            assert len(ignored) == (swallow != "bare except")
-            time.sleep(0.6)  # outside `armed` nothing is raised any more
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+                load(stop)
+            assert done == ([] if when == "before" else ["began"])
+            time.sleep(SAME_STOP_S)
+            signal.raise_signal(signal.SIGINT)  # outside nothing is raised
 
-    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="POSIX only")
-    def test_nothing_is_raised_after_armed_has_been_left(self) -> None:
-        """Signals at any instant of entering, leaving and of the blocks themselves; the code after `armed` is never interrupted."""
-        landed, give_up_s = 0, time.perf_counter() + 3.0
-        for number in range(400):
-            if time.perf_counter() > give_up_s:
-                break
-            with StopSignals() as stop:
-                timer = threading.Timer(0.0002 * (number % 7), signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-                timer.start()
-                try:
-                    with stop.armed():
-                        while True:
-                            with stop.atomic():
-                                sum(range(20))
-                            stop.check()
-                except StopRequested:
-                    pass
-                finally:
-                    for _ in range(50):
-                        sum(range(20))
-                    landed += 1
-                timer.join()
-        assert landed > 20
+    @pytest.mark.parametrize("first", ["signal", "request", "none"])
+    def test_a_further_stop_cuts_the_orderly_end_short(self, first: str) -> None:
+        """Copies within SAME_STOP_S are the same stop; what the program asks for again before it is obeyed is, too."""
+        with StopSignals() as stop:
+            if first == "signal":
+                signal.raise_signal(signal.SIGHUP)
+            elif first == "request":
+                stop.request("the disk is full", 1)
+            stop.request("and again", 1) if first != "none" else None
+            stop.obeyed()
+            if first != "none":
+                signal.raise_signal(signal.SIGHUP)
+                time.sleep(SAME_STOP_S)
+            stop.check()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(StopRequested):
+                stop.check()
+        assert (stop.reason, stop.exit_code) == {"signal": ("SIGHUP", 129), "request": ("the disk is full", 1), "none": ("SIGINT", 130)}[first]
+
+    @pytest.mark.parametrize("name", ["SIGQUIT", "SIGTSTP"])
+    def test_keys_that_would_end_or_freeze_the_program_stop_it_in_order(self, name: str) -> None:
+        if not hasattr(signal, name):
+            pytest.skip("POSIX only")
+        with StopSignals() as stop:
+            signal.raise_signal(getattr(signal, name))
+        assert stop.reason == name
 
     @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX only")
     def test_a_closed_terminal_stops_too_unless_ignored_on_purpose(self) -> None:
@@ -569,7 +499,7 @@ class TestStopSignals:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with StopSignals() as stop:
                 signal.raise_signal(signal.SIGHUP)
-                assert not stop.requested
+                assert stop.reason is None
         finally:
             signal.signal(signal.SIGHUP, before)
 
@@ -629,11 +559,10 @@ class TestRealSignals:
         assert [event for _, event in log][-2:] == ["landed", "ended by SIGINT"]
         assert when(log, "landed") - when(log, "landing") >= 0.6
 
-    @pytest.mark.parametrize(("signals", "before_landing"), [(1, "sent"), (2, "send")])
-    def test_a_transfer_is_finished_before_landing_unless_a_second_signal_comes(self, tmp_path: Path, signals: int, before_landing: str) -> None:
-        got, log, signalled_s = run_and_signal(tmp_path, "send", "send", *[signal.SIGTERM] * signals)
+    def test_a_transfer_is_finished_before_landing(self, tmp_path: Path) -> None:
+        got, log, signalled_s = run_and_signal(tmp_path, "send", "send", signal.SIGTERM)
         assert got == 143
-        assert [event for _, event in log][-4:] == [before_landing, "landing", "landed", "ended by SIGTERM"]
+        assert [event for _, event in log][-4:] == ["sent", "landing", "landed", "ended by SIGTERM"]
         assert when(log, "landed") - signalled_s < 0.5
 
 

@@ -30,9 +30,8 @@ from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.signals import SAME_STOP_S, StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
 from gr00t_fast.robots.sim.simulation import ScenePlant
@@ -168,6 +167,12 @@ def signals(*numbers: int) -> Callable[[Stand], None]:
     return act
 
 
+def cable_out_and_stop(stand: Stand, for_s: float) -> None:
+    stand.bus.inject(f"unplug:for_s={for_s}")
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def answers(act: Callable[[np.ndarray], np.ndarray]) -> Callable[[Stand], None]:
     return lambda stand: setattr(stand, "answer", act)
 
@@ -220,6 +225,7 @@ PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exceptio
     "bad line": (lambda stand: stand.bus.inject("flip:rate=0.005"), {"timeout_s": 2.5}, 0),
     "cable out and in again": (lambda stand: stand.bus.inject("unplug:for_s=0.3"), {"timeout_s": 2.5}, 0),
 }
+PUT_DOWN["a stop while the cable is out"] = (lambda stand: cable_out_and_stop(stand, 1.0), {}, 130)
 AT_ONCE = {
     "second stop": (signals(signal.SIGINT, signal.SIGINT), 130),
     "servo silent": (lambda stand: stand.bus.inject("silent:servo=3"), RobotError),
@@ -262,6 +268,24 @@ def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: 
         assert ended_as(stand, error, expected), (error, stand.said)
         assert stand.away_deg > NEAR_DEG, "it does not take the time to move"
         assert not stand.powered
+
+
+def test_a_second_stop_does_not_wait_for_a_cable(tmp_path: Path) -> None:
+    with standing(tmp_path) as stand:
+        at_s: list[float] = []
+
+        def act(stand: Stand) -> None:
+            cable_out_and_stop(stand, 30.0)
+            time.sleep(2 * SAME_STOP_S)
+            os.kill(os.getpid(), signal.SIGINT)
+            at_s.append(time.monotonic())
+
+        stand.arm.config.reconnect_s = 20.0
+        began, land = [], stand.arm.land
+        stand.arm.land = lambda as_found=False: (began.append(time.monotonic()), land(as_found))[1]
+        assert stand.run(act) is None
+        assert began[0] - at_s[0] < 1.0
+        assert stand.stop.exit_code == 130
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -28,8 +28,8 @@ from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import dataset_recorder
 from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
+from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import is_running
 from gr00t_fast.flags import UsageError

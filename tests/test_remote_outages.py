@@ -33,9 +33,8 @@ from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.errors import ServerError, ServerUnreachableError
 from gr00t_fast.serving import PolicyServer
 from gr00t_fast.serving.remote import connect

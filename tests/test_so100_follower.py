@@ -559,7 +559,6 @@ def test_ctrl_c_while_landing_does_not_leave_motors_holding(arm: SO100FollowerAr
 
     arm._follower.bus.write = write_once_interrupted
     report = arm.land()
-    assert any("SIGINT came while landing" in problem for problem in report.problems)
     assert report.safe
 
 

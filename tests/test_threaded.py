@@ -24,10 +24,9 @@ from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import HoldLimit, ThreadWorker, thread_left_running
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
-from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 

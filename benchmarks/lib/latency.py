@@ -15,8 +15,7 @@ import numpy as np
 from gr00t_fast.contracts import Clock, Observation, Robot
 from gr00t_fast.control.controller import CallResult, Controller
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import VirtualClock
-from gr00t_fast.control.signals import StopSignals
+from gr00t_fast.control.pacer import StopSignals, VirtualClock
 from gr00t_fast.errors import ConfigError
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from gr00t_fast import console
 from gr00t_fast.console import CLOSED_TERMINAL, Console
-from gr00t_fast.control.signals import SIGNAL_EXIT_BASE, StopRequested
+from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
 from gr00t_fast.errors import Gr00tFastError, exit_code_of, is_output_lost, tell_lost_output
 from gr00t_fast.flags import UsageError
 

@@ -33,13 +33,12 @@ from gr00t_fast.control.display import Display, display_target, window_target
 from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.keys import Keys, keys_obstacle
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.report import Outputs
 from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.signals import StopSignals
 from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
@@ -88,7 +87,7 @@ def _drive(
     config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], recording: contextlib.ExitStack, facts: RecordedFacts
 ) -> int:
     stop, say = StopSignals(), voice(config)
-    with stop, stop.armed():
+    with stop, stop.at_once():
         check_free(config)
         robot = build_robot(config)
         recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None

@@ -1,4 +1,4 @@
-"""The control loop: observe, infer, send, wait - then put the arm down, and always land.
+"""The control loop: observe, infer, send, wait - then put the arm down and release it.
 
 It knows neither the network nor the servo bus: targets come from a Controller, the arm is a Robot, time is a Clock.
 """
@@ -19,10 +19,9 @@ from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import GAP_S, Controller
 from gr00t_fast.control.homing import ARRIVED_DEG, Move, Poses
-from gr00t_fast.control.pacer import Pacer
+from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
 from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.signals import StopRequested, StopSignals
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
 from gr00t_fast.errors import CameraError, ConfigError, ObservationError, RobotError, UnsafeActionError
 
@@ -94,6 +93,7 @@ class ControlLoop:
         self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
         self.session = session or Session(self.stop)
+        robot.check_stop = self.stop.check
         self._sleeps = _ShortSleeps(clock, self._look_between)
         self.pacer = Pacer(options.fps, self._sleeps)
         self.cameras = None if options.camera_fault is None else CameraWatch(options.camera_fault, echo)
@@ -102,7 +102,7 @@ class ControlLoop:
         self.safety: SafetyFilter | None = None  # needs the calibrated limits, known once connected
         self._end_s = float("inf")
         self._loop_began_s: float | None = None
-        self._with_frames = True  # until the arm is put down
+        self._putting_down = False
         self._outages = 0
         self._lost = False  # what was planned before is no place to hold
         self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
@@ -123,7 +123,7 @@ class ControlLoop:
                     raise
                 as_found = self._put_down()
             finally:
-                self.trace.landing = self.robot.land(as_found)  # outside `armed`: no signal can cut it short
+                self.trace.landing = self.robot.land(as_found)
                 self.trace.ended_s = self.clock.now_s()
                 self.session.end(self.trace.ended_by, self.robot.success)
                 self.session.settle()
@@ -134,40 +134,36 @@ class ControlLoop:
 
     def _until_stopped(self) -> None:
         try:
-            with self.stop.armed(), _few_garbage_collections():
+            with _few_garbage_collections():
                 self._connect()
                 self._play()
                 self.trace.ended_by = "done"
         except StopRequested as request:
             self.trace.ended_by = request.reason
-        except Exception as error:
-            if not _interrupted(error):
-                raise
-            self.trace.ended_by = str(self.stop.reason)
 
     def _put_down(self, error: BaseException | None = None) -> bool:
         """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures. A fault of
         the bus, and a further stop: the torque goes off at once. Returns whether an arm that was found powered is to be left so."""
+        self.stop.obeyed()
+        self.echo = _unfailing(self.echo)
         if isinstance(error, RobotError) and not isinstance(error, CameraError):
             return False
-        self.stop.obeyed()
         rest = self.options.poses.rest
         pose = self.robot.rest_pose if rest == "start" else rest
         try:
-            with self.stop.armed():
-                if pose is None or not self.trace.moved:
-                    return True
-                self._with_frames = False
-                self.safety.protect()
-                self._say_put_down(error)
-                self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
+            self.stop.check()
+            if pose is None or not self.trace.moved:
+                return True
+            self._putting_down = True
+            self.safety.protect()
+            self._say_put_down(error)
+            self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
         except StopRequested:
             self.echo("stopped once more: the torque goes off now, where the arm is")
         except Exception as trouble:
-            if not _interrupted(trouble):
-                if error is None and not isinstance(trouble, UnsafeActionError):
-                    raise
-                self.echo(f"WARNING: the arm is let go on its way: {trouble}")
+            if error is None and not isinstance(trouble, UnsafeActionError):
+                raise
+            self.echo(f"WARNING: the arm is let go on its way: {trouble}")
         return False
 
     def _say_put_down(self, error: BaseException | None) -> None:
@@ -198,7 +194,8 @@ class ControlLoop:
             if (blocked := self.safety.stall.count > stalls).any() and not last:
                 names = ", ".join(np.array(robot.joint_names)[blocked])
                 raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
-            self.session.poll()
+            with suppress(OSError) if last else nullcontext():  # a closed terminal
+                self.session.poll()
             pacer.wait()
             self.stop.check()
         if (away := move.away(observation.joints)).any():
@@ -206,7 +203,8 @@ class ControlLoop:
             self.echo(f"WARNING: the arm has not quite reached {what}: {names}. Is something in its way?")
 
     def _connect(self) -> None:
-        self.robot.connect()
+        with self.stop.at_once():
+            self.robot.connect()
         self.robot.keep_alive()
         self.safety = SafetyFilter(
             self.robot.joint_limits,
@@ -214,11 +212,12 @@ class ControlLoop:
             self.options.safety,
             fps=self.options.fps,
             units_per_deg=self.robot.units_per_deg,
-            echo=self.echo,
+            echo=lambda line: self.echo(line),
         )
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
         observation = self.robot.observe()
-        self.on_connected(observation)
+        with self.stop.at_once():
+            self.on_connected(observation)
         if observation.loads is None and self.options.safety.stall.enabled:
             self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
         self.trace.began_s, self._suspended_s = self.clock.now_s(), self.clock.suspended_s()
@@ -372,8 +371,7 @@ class ControlLoop:
         return observation
 
     def _look(self) -> Observation:
-        with self.stop.atomic():
-            observation = self.robot.observe(self._with_frames)
+        observation = self.robot.observe(with_frames=not self._putting_down)
         if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages, self._lost = self._outage_count(), True
             self.safety.start(observation.joints)
@@ -382,9 +380,10 @@ class ControlLoop:
         return observation
 
     def _held_up(self) -> bool:
-        """Whether the connection was lost since the last look, or that was long ago. Raises UnsafeActionError when the machine was suspended."""
+        """Whether the connection was lost since the last look, or that was long ago. Raises UnsafeActionError when the machine was suspended: the arm
+        is put down then."""
         suspended_s, self._suspended_s = self._suspended_s, self.clock.suspended_s()
-        if (slept_s := self._suspended_s - suspended_s) > GAP_S:
+        if (slept_s := self._suspended_s - suspended_s) > GAP_S and not self._putting_down:
             raise UnsafeActionError(
                 f"the machine was suspended for {slept_s:.0f} s in the middle of the run, and what was planned before is over. Look at the scene "
                 "and start again; 'systemd-inhibit gr00t-fast run ...' keeps a laptop awake."
@@ -396,6 +395,7 @@ class ControlLoop:
         self.robot.keep_alive()
         observation = self._look()
         self._send_again()
+        self.stop.check()
         return observation
 
     def _send_again(self) -> None:
@@ -426,6 +426,7 @@ class ControlLoop:
             return None
         if self.options.tell_inferences:
             self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
+        self.stop.check()
         self._check_over()
         self.trace.stages_ms["infer"].append(1000 * (self.clock.now_s() - began_s))
         return chunk
@@ -457,8 +458,7 @@ class ControlLoop:
 
     def _transmit(self, commanded: np.ndarray) -> None:
         self.trace.moved, self._again_due = True, False
-        with self.stop.atomic():
-            self.robot.send(commanded)
+        self.robot.send(commanded)
 
     def _close_loop(self) -> None:
         """Report the loop that just ended: one inference and its chunk, played to the end."""
@@ -487,10 +487,14 @@ class ControlLoop:
             self._hold_while(lambda: self.clock.now_s() < end_s, end_s)
 
 
-def _interrupted(error: BaseException) -> bool:
-    """Whether it came from unwinding a StopRequested: a library's lock that the signal handler interrupted is released twice, for example."""
-    context = error.__context__
-    return context is not None and (isinstance(context, StopRequested) or _interrupted(context))
+def _unfailing(echo: Callable[[str], None]) -> Callable[[str], None]:
+    """For words while the arm is put down: a closed terminal is told of when the program ends."""
+
+    def tell(line: str) -> None:
+        with suppress(Exception):
+            echo(line)
+
+    return tell
 
 
 class _ShortSleeps:

@@ -1,4 +1,4 @@
-"""Absolute-deadline pacing of the control loop.
+"""When the control loop acts, and when it ends: absolute deadlines, and the request to stop.
 
 Deadlines are `origin + k * period`, so an early or late tick never shifts the ones after it (a sleep of one period per tick drifts by the
 work done in it). A deadline that has gone by is skipped, not caught up: two targets in quick succession would be a jump.
@@ -7,8 +7,13 @@ work done in it). A deadline that has gone by is skipped, not caught up: two tar
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 
 from gr00t_fast.contracts import Clock
 from gr00t_fast.errors import ConfigError
@@ -148,3 +153,103 @@ class Pacer:
     def _periods_since(self, tick: int) -> float:
         """How long ago the deadline of `tick` was, in periods; negative when it is still to come."""
         return (self._clock.now_s() - self._origin_s) * self.fps - tick
+
+
+# Stopping on Ctrl-C, SIGTERM or a closed terminal. A signal sets a flag; the loop, and whatever waits, retries or sleeps, looks at it. Inference
+# runs in a thread of its own, so that nothing native holds up the main one, and no exception comes out of the middle of a transfer.
+
+# Exit code of a program ended by a signal, by shell convention: 128 + number (Ctrl-C 130, SIGTERM 143).
+SIGNAL_EXIT_BASE = 128
+# SIGHUP: the terminal or the ssh connection went away. SIGQUIT and SIGTSTP (Ctrl-\, Ctrl-Z) would end or freeze the program with the motors
+# holding. All but the first two are absent on Windows.
+_STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
+SAME_STOP_S = 0.3  # a closed terminal, make and uv deliver a stop twice within milliseconds: one stop; a person is slower, or presses a third time
+
+
+class StopRequested(KeyboardInterrupt):  # not an Exception: what survives faults must not swallow it
+    """The run is to end now. `reason` for the report, `exit_code` for the shell."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.exit_code = exit_code
+
+
+class StopSignals:
+    """Takes note of stops: signals while used as a context manager (main thread only), and `request`. Handlers are restored on exit."""
+
+    def __init__(self) -> None:
+        self._first: tuple[str, int] | None = None
+        self._first_s = 0.0
+        self._stops = self._obeyed = 0  # 2: a further one has come
+        self._raises = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP_SIGNALS:
+                if not _ignored_on_purpose(number):
+                    self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    @property
+    def exit_code(self) -> int | None:
+        """What to exit with because of the first stop, or None when there was none."""
+        return None if self._first is None else self._first[1]
+
+    @property
+    def reason(self) -> str | None:
+        """Why the end was requested, if it was."""
+        return None if self._first is None else self._first[0]
+
+    def request(self, reason: str, exit_code: int = 0) -> None:
+        """Ask for the end from the program itself (a key press, another thread)."""
+        if self._first is None or self._obeyed:
+            self._note(reason, exit_code)
+
+    def check(self) -> None:
+        """Raise StopRequested if a stop has come that has not been obeyed."""
+        if self._stops > self._obeyed and self._first is not None:
+            raise StopRequested(*self._first)
+
+    def obeyed(self) -> None:
+        """The orderly end begins, which may take a while: from now on `check` raises for a further stop, also for one that has come already.
+        `reason` and `exit_code` stay the first one's."""
+        self._raises, self._obeyed = False, min(1, self._stops)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises StopRequested wherever the program is, as Ctrl-C does: only where nothing is powered."""
+        self.check()
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+        self.check()  # a library may have swallowed it
+
+    def _note(self, reason: str, exit_code: int) -> bool:
+        """Returns False for a copy of the stop before."""
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first, self._first_s, self._stops = (reason, exit_code), now_s, 1
+            return True
+        if now_s - self._first_s < SAME_STOP_S:
+            return False
+        self._stops = 2
+        return True
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._note(signal.Signals(number).name, SIGNAL_EXIT_BASE + number) and self._raises:
+            raise StopRequested(*self._first)  # type: ignore[misc]  # set by `_note`
+
+
+def _ignored_on_purpose(number: int) -> bool:
+    """Only `nohup` means it. A script's background job (`run.sh` with a `&`) inherits SIGINT and SIGQUIT ignored without anybody having asked for
+    that, and an arm that does not hear them is an arm that moves on."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN

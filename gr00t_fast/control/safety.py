@@ -92,6 +92,7 @@ class SafetyFilter:
         self._blocked_at = np.zeros(len(joint_names))  # where each joint was when it last made progress
         self._told = np.zeros(len(joint_names), bool)  # that it does not follow
         self._held_in_a_row = 0
+        self._ends_when_blocked = True
 
     def _with_recorded_speed(self) -> SafetyOptions:
         recorded, limit = self.options.recorded_units_s, self.options.max_speed_deg_s
@@ -107,7 +108,9 @@ class SafetyFilter:
         return self._last.copy()
 
     def protect(self) -> None:
-        """Following error and stall protection are on from here, also where they were switched off: for a move that nobody may be watching."""
+        """For the move before the torque goes off, which nobody may be watching: following error and stall protection are on, also where they were
+        switched off, and a joint that is blocked does not end it (`Move` has an end in time)."""
+        self._ends_when_blocked = False
         self.options = replace(self.options, max_following_error_deg=self.options.max_following_error_deg or DEFAULT_MAX_FOLLOWING_ERROR_DEG)
         if not self.options.stall.enabled:
             self.options = replace(self.options, stall=StallOptions())
@@ -219,7 +222,7 @@ class SafetyFilter:
                 self._measured_s - self._blocked_since_s[index],
                 f"it is at {self._measured[index]:.1f} and shall go to {self._target[index]:.1f}",
             )
-            if for_s >= BLOCKED_END_S:
+            if for_s >= BLOCKED_END_S and self._ends_when_blocked:
                 raise UnsafeActionError(
                     f"joint {name} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or without "
                     "power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no limit)."

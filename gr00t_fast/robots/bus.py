@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -259,8 +257,6 @@ TRIES_PER_MOTOR = 4
 REOPEN_PAUSE_S = 0.01
 SILENT_S = 0.03  # a line silent for so long has delivered its late answers, which would pass for acknowledgements of later requests
 LONGEST_CHATTER_S = 0.4
-_HELD_OFF = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP", "SIGALRM") if hasattr(signal, name))
-_TIMER = getattr(signal, "SIGALRM", None)
 Torque = Literal["off", "held", "unknown"]
 
 
@@ -278,28 +274,6 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
         problems.append(f"{what}: {type(error).__name__}: {str(error).strip()}")
         return False
     return True
-
-
-@contextlib.contextmanager
-def undisturbed(problems: list[str]) -> Iterator[None]:
-    """Hold off Ctrl-C, SIGTERM and their like: a second one must not leave motors holding. They are noted in `problems`, then dropped; so is the
-    timer that repeats an earlier one (control/signals.py)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-
-    def note(number: int, _frame: object) -> None:
-        if number != _TIMER:
-            problems.append(f"{signal.Signals(number).name} came while landing; the landing went on")
-
-    before = {number: signal.getsignal(number) for number in _HELD_OFF if signal.getsignal(number) is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def release_torque(bus: Any, link: ServoLink, patience_s: float, problems: list[str]) -> dict[str, Torque]:

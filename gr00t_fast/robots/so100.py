@@ -31,7 +31,6 @@ from gr00t_fast.robots.bus import (
     close_camera,
     error_names,
     release_torque,
-    undisturbed,
 )
 from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_port, lock_port, ports_message
@@ -81,6 +80,7 @@ class SO100FollowerArm:
         self._port_given_up = False
         self._landing: LandingReport | None = None
         self.rest_pose: np.ndarray | None = None
+        self.check_stop: Callable[[], object] = lambda: None
 
     @property
     def joint_limits(self) -> np.ndarray:
@@ -133,7 +133,7 @@ class SO100FollowerArm:
             taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
             if with_frames and self._rendered is not None:
-                frames |= self._rendered.frames(joints, while_drawing=self._exchanging)
+                frames |= self._rendered.frames(joints, while_drawing=self._waiting)
             goal_deg = None if self._goal is None else self._goal / self.units_per_deg
             self._health.check(time_s, self._power.engaged, joints / self.units_per_deg, goal_deg)
             return Observation(joints, frames, time_s, self._health.loads, ages_s)
@@ -154,10 +154,9 @@ class SO100FollowerArm:
         has not switched it on. Never raises; a second call returns the first report."""
         if self._landing is None:
             report = LandingReport()
-            waited = self._busy.acquire(timeout=0.5)  # a signal handler may land inside observe(): never wait for ourselves
+            waited = self._busy.acquire(timeout=0.5)
             try:
-                with undisturbed(report.problems):
-                    self._land(report, as_found)
+                self._land(report, as_found)
             finally:
                 if waited:
                     self._busy.release()
@@ -212,6 +211,10 @@ class SO100FollowerArm:
         if self._watchdog is not None and self._looped:  # a dead watchdog is reported by keep_alive, not here: landing uses this too
             self._watchdog.beat()
 
+    def _waiting(self) -> None:
+        self._exchanging()
+        self.check_stop()
+
     def _repeat(self, what: str, step: Any) -> None:
         """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
         attempts = max(1, self.config.connect_attempts)
@@ -226,6 +229,7 @@ class SO100FollowerArm:
                 if number == attempts:
                     raise RobotError(self._connect_failure(what, attempts, error)) from error
                 self.events["connect_retry"] += 1
+                self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
 
     def _open_bus(self) -> None:
@@ -269,7 +273,7 @@ class SO100FollowerArm:
         while True:
             asked_s = time.perf_counter()
             try:
-                self._free_link().free()
+                self._ready()
                 reading = self._follower.bus.sync_read("Present_Position")
                 joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
                 readings, first = readings + 1, self._guard.last is None
@@ -295,6 +299,7 @@ class SO100FollowerArm:
             except LINK_LOST as error:
                 self._reconnect(error)
                 give_up_s, problem = time.perf_counter() + READ_PATIENCE_S, ""
+            self.check_stop()
             if time.perf_counter() > give_up_s:
                 raise RobotError(
                     f"no plausible joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
@@ -327,6 +332,7 @@ class SO100FollowerArm:
                     raise CameraError(
                         f"camera '{name}' stopped delivering: {_one_line(error)}. Check its cable; the arm stops without it."
                     ) from error
+            self.check_stop()
             time.sleep(0.005)
 
     # Sending
@@ -344,7 +350,7 @@ class SO100FollowerArm:
         give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
         while True:
             try:
-                self._free_link().free()
+                self._ready()
                 if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._power.restore_if_lost(self._guard.last):
                     self.events["goal_dropped"] += 1  # it was meant for another pose
                 else:
@@ -353,6 +359,7 @@ class SO100FollowerArm:
             except EXCHANGE_FAILED as error:
                 if time.perf_counter() > give_up_s:
                     raise RobotError(f"the goal could not be sent on {self.config.port}: {_one_line(error)}. Check cables and power.") from error
+                self.check_stop()
                 self.events["send_retry"] += 1
                 dark = True
             except LINK_LOST as error:
@@ -385,6 +392,8 @@ class SO100FollowerArm:
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
                         f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
                     ) from cause
+                self._free_link().close_port()  # whoever uses the bus next finds and checks the arm anew
+                self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
         self._guard.forget()
         self.events["reconnect"] += 1
@@ -440,6 +449,12 @@ class SO100FollowerArm:
             raise
         except Exception as error:
             raise RobotError(f"{doing} on {self.config.port} failed: {_one_line(error)}. Check cables and power, then start again.") from error
+
+    def _ready(self) -> None:
+        """Raises OSError where a stop has ended the search for a lost port."""
+        self._free_link().free()
+        if not self._follower.bus.is_connected:
+            raise OSError("the port is not open")
 
     def _free_link(self) -> ServoLink:
         if self._link is None:

@@ -138,7 +138,7 @@ def control() -> Iterator[Record]:
     from gr00t_fast.control.binding import RobotBinding
     from gr00t_fast.control.controller import SyncController
     from gr00t_fast.control.loop import ControlLoop, LoopOptions
-    from gr00t_fast.control.signals import StopSignals
+    from gr00t_fast.control.pacer import StopSignals
     from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
     policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
