@@ -2,26 +2,24 @@
 
     python benchmarks/ab_server.py                                          # random demo weights, made in --out; a few minutes on two cores
     python benchmarks/ab_server.py --model_path=DIR --factors transport steps
-    python benchmarks/ab_server.py --server=tcp://127.0.0.1:5555            # times a GR00T N1.5 inference service that runs there
+    python benchmarks/ab_server.py --model_path=DIR --server=tcp://127.0.0.1:5555     # also times a GR00T N1.5 inference service that runs there
 
-Factors: transport (in process, ipc, tcp; the server is `python -m gr00t_fast.serving` in another process), pre-processing (the reference's CPU
-path, lib/reference.py, or ours), engine (the reference's modules, transformers and lerobot, or ours), denoising steps, and warm-up (a process's
-first calls). In every round each arm is timed once, in random order, with the same observation and noise; only one computes at a time. Arms
-that differ in transport alone must give the same bits, and engines the same actions within a tolerance, or the run ends with an error.
-Differences are paired by round.
+Factors: transport (in process, ipc, tcp; the server is gr00t_fast's in another process), pre-processing (the reference's CPU path,
+lib/reference.py, or ours), engine (the reference's modules, transformers and lerobot, or ours) and denoising steps. In every round each arm is
+timed once, in random order, with the same observation and noise; only one computes at a time. Arms that differ in transport alone must give the
+same bits, and engines the same actions within a tolerance, or the run ends with an error. Differences are paired by round.
 At full size, where weights fit no cache, say --settle=0 and leave ipc out, which would be one more server with 4 GB of weights.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import os
-import random
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise, starmap
 from pathlib import Path
@@ -31,29 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.ab_host import (
-    POLICY_FLAGS,
-    REFERENCE,
-    Addresses,
-    ColdStart,
-    Policies,
-    ServerProcess,
-    available_bytes,
-    cold_start_in_process,
-    cold_start_of_server,
-    example_inputs,
-    makes_pixels,
-    running,
-    thread_variables,
-)
 from benchmarks.lib.program import (
     Flags,
-    Size,
     check_counts,
     checkpoint_of,
-    conditions,
     count_of,
-    drawing,
     finish,
     markdown_table,
     paired_ratio,
@@ -63,26 +43,34 @@ from benchmarks.lib.program import (
     size_of,
     size_text,
     weights_of,
-    write_csv,
 )
+from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.errors import ConfigError, Gr00tFastError, ServerError, ServerUnreachableError
-from gr00t_fast.flags import setting
-from gr00t_fast.inputs.data_config import DataConfig, load_data_config
+from gr00t_fast.contracts import Clock, ModalityConfig, Policy
+from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving import PolicyClient
 
-Factor = Literal["transport", "preprocessing", "engine", "steps", "warm_up"]
+Factor = Literal["transport", "preprocessing", "engine", "steps"]
 Transport = Literal["none", "ipc", "tcp"]
-FACTORS: tuple[Factor, ...] = get_args(Factor)
-TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
-OURS, NONE = "ours", "none"
+OURS, REFERENCE, NONE = "ours", "reference", "none"
 _CONFIDENCE_Z = 2.576  # 99 %: a dozen contrasts are judged in one run
 _ROUNDS_TO_TELL = 8  # with fewer, even all samples together do not enclose the median with 99 % confidence (1 - 2 / 2**8)
+_OBSERVATIONS = 16  # different ones, taken in turn
+_FP32_TOLERANCE = 0.005  # of a joint's range, as tests/parity/ asks of the whole policy
+_HALF_TOLERANCE = 0.2  # the same in 16 bits and where pictures differ by a grey level: random weights amplify both
+_MAX_PIXEL_LEVELS = 1.5  # one level, and the rounding of a narrow number format
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+Inputs = tuple[dict[str, Any], np.ndarray]  # an observation and the noise
+Call = Callable[[dict[str, Any], np.ndarray], np.ndarray]  # of an arm: an observation and noise -> joint targets (H, J)
 
 
 class DisagreementError(Gr00tFastError):
     """Two arms that must give the same actions do not: their times must not be compared."""
+
+
+# --- what is compared ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ class Setup:
     def __str__(self) -> str:
         place = "in process" if self.transport == NONE else f"server, {self.transport}"
         engine = "reference modules" if self.engine == REFERENCE else f"{self.engine} engine"
-        return f"{place}; {self.preprocessing} pre-processing; {engine}; {self.steps} step{'s' * (self.steps > 1)}"
+        return f"{place}; {self.preprocessing} pre-processing; {engine}; {count_of(self.steps, 'step')}"
 
 
 @dataclass(frozen=True)
@@ -114,25 +102,16 @@ class Contrast:
 
     @property
     def change(self) -> str:
-        name = self.factor if self.factor != "preprocessing" else "pre-processing"
         old, new = ("in process" if level == NONE else level for level in (getattr(setup, self.factor) for setup in (self.before, self.after)))
-        return f"{name}: {old} → {new}"
+        return f"{self.factor}: {old} → {new}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """baseline -> ... -> ours one factor at a time, and single factors changed from ours."""
+    """waterfall: baseline -> ... -> ours, one factor at a time; alone: single factors changed from ours."""
 
     waterfall: list[Setup]
     alone: list[Contrast]
-
-    @property
-    def baseline(self) -> Setup:
-        return self.waterfall[0]
-
-    @property
-    def ours(self) -> Setup:
-        return self.waterfall[-1]
 
     @property
     def path(self) -> list[Contrast]:
@@ -144,27 +123,14 @@ class Plan:
         return list(dict.fromkeys([*self.waterfall, *(setup for c in self.alone for setup in (c.before, c.after))]))
 
 
-def make_plan(
-    factors: Sequence[str],
-    transports: Sequence[str],
-    engine: str,
-    plain_engine: str,
-    engines: Sequence[str],
-    steps: int,
-    other_steps: Sequence[int],
-) -> Plan:
-    """`engine`, `steps`: ours; `engines`, `other_steps`: what they are compared with; `plain_engine`: one that takes pixels, around which
-    pre-processing alone is varied. A factor that is left out stays at our level everywhere."""
-    ours = Setup(NONE, OURS, engine, steps)
-    remote = [name for name in reversed(TRANSPORTS) if name in transports and name != NONE] if "transport" in factors else []
-    waterfall = [
-        Setup(
-            remote[0] if remote else NONE,
-            REFERENCE if "preprocessing" in factors else OURS,
-            REFERENCE if "engine" in factors else engine,
-            steps,
-        )
-    ]
+def make_plan(config: Config, ours: Setup, engines: Sequence[str], plain_engine: str) -> Plan:
+    """`engines`: what ours is compared with; `plain_engine`: one that takes pixels, around which pre-processing alone is varied. A factor that is
+    left out stays at our level everywhere."""
+    factors = config.factors
+    remote = [name for name in ("tcp", "ipc") if name in config.transports] if "transport" in factors else []
+    baseline = replace(ours, transport=remote[0] if remote else NONE)
+    baseline = replace(baseline, **{name: REFERENCE for name in ("preprocessing", "engine") if name in factors})
+    waterfall = [baseline]
     for name in ("transport", "preprocessing", "engine"):
         waterfall.append(replace(waterfall[-1], **{name: getattr(ours, name)}))
     alone = [Contrast(replace(ours, transport=name), ours) for name in remote]
@@ -172,165 +138,205 @@ def make_plan(
         plain = replace(ours, engine=plain_engine)
         alone.append(Contrast(replace(plain, preprocessing=REFERENCE), plain))
     if "engine" in factors:
-        alone += [Contrast(replace(ours, engine=name), ours) for name in (REFERENCE, *engines) if name != engine]
+        alone += [Contrast(replace(ours, engine=name), ours) for name in (REFERENCE, *engines) if name != ours.engine]
     if "steps" in factors:
-        alone += [Contrast(ours, replace(ours, steps=count)) for count in other_steps if count != steps]
+        alone += [Contrast(ours, replace(ours, steps=count)) for count in config.other_denoising_steps if count != ours.steps]
     return Plan(list(dict.fromkeys(waterfall)), alone)
 
 
+class Policies:
+    """Policies for one checkpoint that share networks: each is loaded when the first policy needs it. `options` are those of `load_policy`."""
+
+    def __init__(self, model_path: Path, options: dict[str, Any]) -> None:
+        self.model_path, self._options = model_path, options
+        self._products: dict[str, Any] = {}
+        self._reference_engine: Any = None
+
+    @property
+    def ours(self) -> Any:
+        """The product's policy with the engine of the options."""
+        return self._product(self._options["engine"])
+
+    def policy(self, setup: Setup) -> Any:
+        """In this process, whatever the setup's transport. Raises Gr00tFastError."""
+        if setup.preprocessing == REFERENCE:
+            return self._with_reference_preprocessing(setup.engine, setup.steps)
+        policy = copy.copy(self._product(setup.engine))  # the same transforms and network; only the number of steps is this one's own
+        policy.denoising_steps = setup.steps
+        return policy
+
+    def _product(self, engine: str) -> Any:
+        """Our policy around that engine. Engines over the torch model share that of `eager`, where this is the one of the options."""
+        from gr00t_fast.engine import ENGINES, make_engine
+        from gr00t_fast.engine.eager import EagerEngine
+        from gr00t_fast.policy import load_policy
+
+        first = self._options["engine"]
+        if engine not in self._products:
+            if first in self._products and engine == self._products[first].engine.name:
+                return self._products[first]  # what `auto` took
+            over: Any = engine
+            if engine == REFERENCE:
+                over = self._reference()
+            elif engine != first and engine in ENGINES and isinstance(self.ours.engine, EagerEngine):
+                over = make_engine(engine, self.ours.engine.model)
+            self._products[engine] = load_policy(self.model_path, **{**self._options, "engine": over})
+        return self._products[engine]
+
+    def _reference(self) -> Any:
+        from benchmarks.lib.reference import ReferenceEngine
+        from gr00t_fast.engine import select_device, select_precision
+
+        if self._reference_engine is None:
+            device = select_device(self._options["device"])
+            dtype = select_precision(self._options["precision"], device)
+            self._reference_engine = ReferenceEngine(self.model_path, self._options["embodiment_tag"], device, dtype)
+        return self._reference_engine
+
+    def _with_reference_preprocessing(self, engine: str, denoising_steps: int) -> Any:
+        """Where the reference's engine runs behind it, nothing of ours is loaded."""
+        from benchmarks.lib.reference import ReferencePreprocessingPolicy
+
+        if engine == REFERENCE:
+            network = self._reference()
+            place = (network.device, network.dtype)
+        else:
+            product = self._product(engine)
+            if makes_pixels(product.engine):
+                raise ConfigError(f"the engine '{product.engine.name}' makes the pixels itself: no other pre-processing can go before it. Use eager.")
+            network, place = product.engine, (product.device, product.dtype)
+        config, tag = load_data_config(self._options["data_config"]), self._options["embodiment_tag"]
+        return ReferencePreprocessingPolicy(self.model_path, tag, config, self._options["processor_path"], network, place, denoising_steps)
+
+
+def makes_pixels(engine: Any) -> bool:
+    """Whether it takes frames as they are, so that pre-processing is part of it."""
+    from gr00t_fast.engine.graph import GraphEngine
+
+    return isinstance(engine, GraphEngine)
+
+
 @dataclass(frozen=True)
-class Arm:
-    """call: (observation, noise) -> joint targets (H, J). stages: what the last call's parts took, in ms."""
+class SetupRecipe:
+    """A setup's policy, to be made in a server's process."""
 
-    call: Callable[[dict[str, Any], np.ndarray], np.ndarray]
-    stages: Callable[[], dict[str, float]] = dict
+    model_path: Path
+    options: dict[str, Any]
+    setup: Setup
+    threads: int
+
+    def build(self, clock: Clock) -> Any:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        first = "auto" if self.setup.engine == REFERENCE else self.setup.engine
+        return Policies(self.model_path, {**self.options, "engine": first}).policy(self.setup)
 
 
-def targets_of(actions: dict[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
-    """What a control loop sends: action parts side by side, (H, J)."""
-    return np.concatenate([actions[key] for key in keys], axis=-1)
+@dataclass(frozen=True)
+class InstantRecipe:
+    """Answers zeros of these shapes without looking: what is left of a call is transport."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def build(self, clock: Clock) -> Policy:
+        return _InstantPolicy(self.shapes)
+
+
+class _InstantPolicy(Policy):
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._actions = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
+        return self._actions
+
+    def get_modality_config(self) -> dict[str, ModalityConfig]:
+        return {}
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Measurement:
-    """Per arm and counted round the time in ms, and that of its stages; per pair of setups the largest difference of targets in joint units."""
+    """Per arm and counted round the time in ms; per contrast the largest difference of targets in joint units."""
 
     times_ms: dict[Any, list[float]] = field(default_factory=dict)
-    stages_ms: dict[Any, dict[str, list[float]]] = field(default_factory=dict)
-    differences: dict[tuple[Setup, Setup], list[float]] = field(default_factory=dict)
+    differences: dict[Contrast, float] = field(default_factory=dict)
     stopped_early: bool = False
 
-    @property
-    def rounds(self) -> int:
-        return min(map(len, self.times_ms.values()))
 
-    def add(self, name: Any, took_ms: float, stages_ms: dict[str, float]) -> None:
-        self.times_ms[name].append(took_ms)
-        for stage, value in stages_ms.items():
-            self.stages_ms[name].setdefault(stage, []).append(value)
-
-
-def measure(
-    arms: dict[Any, Arm],
-    inputs: Sequence[tuple[dict[str, Any], np.ndarray]],
-    protocol: Config,
-    compare: Mapping[tuple[Setup, Setup], float] = {},
-) -> Measurement:
-    """Time every arm once a round, in random order, on that round's inputs. Raises DisagreementError at the first wrong action. `protocol`: its
-    `rounds` are counted, `warm_up` ones before them are not, and none begins `max_minutes` after the first counted one; that one always is.
-
-    Arms whose setups differ in transport alone must agree bit by bit, in every round. `compare`: pairs whose differences are recorded, with the
-    largest that is allowed in joint units.
-    """
-    result = Measurement({name: [] for name in arms}, {name: {} for name in arms}, {pair: [] for pair in compare})
-    deadline_s = math.inf
-    for number, (order, counted) in enumerate(shuffled_rounds(arms, protocol.rounds, protocol.warm_up, protocol.seed)):
-        if number == protocol.warm_up:
-            deadline_s = time.monotonic() + 60 * protocol.max_minutes  # what was loaded, compiled and warmed up before is not in it
+def measure(arms: Mapping[Any, Call], inputs: Sequence[Inputs], config: Config, limits: Mapping[Contrast, float] = {}) -> Measurement:
+    """Time every arm once a round, in random order, on that round's inputs; only arms that are `Setup`s must agree. Raises DisagreementError at the
+    first wrong action. `limits`: the largest difference that is allowed between the two of a contrast, in joint units."""
+    result, deadline_s = Measurement({name: [] for name in arms}), math.inf
+    for number, (order, counted) in enumerate(shuffled_rounds(arms, config.rounds, config.warm_up, config.seed)):
+        if number == config.warm_up:
+            deadline_s = time.monotonic() + 60 * config.max_minutes  # loading, compiling and warming up are not in it
         elif time.monotonic() > deadline_s:
             result.stopped_early = True
             break
         targets = {}
         for name in order:
-            targets[name], took_ms = _timed(arms[name], inputs[number % len(inputs)], protocol.settle)
-            if counted:
-                result.add(name, took_ms, arms[name].stages())
-        check_agreement(targets)
-        for pair, limit in compare.items():
-            result.differences[pair].append(_difference(targets, pair, limit))
+            targets[name], took_ms = _timed(arms[name], inputs[number % len(inputs)], config.settle)
+            result.times_ms[name] += [took_ms] if counted else []
+        check_agreement({name: values for name, values in targets.items() if isinstance(name, Setup)})
+        for contrast, limit in limits.items():
+            far = _difference(targets, contrast, limit)
+            result.differences[contrast] = max(far, result.differences.get(contrast, 0.0))
     return result
 
 
-def _timed(arm: Arm, inputs: tuple[dict[str, Any], np.ndarray], settle: int) -> tuple[np.ndarray, float]:
+def _timed(call: Call, inputs: Inputs, settle: int) -> tuple[np.ndarray, float]:
     for _ in range(settle):
-        arm.call(*inputs)
+        call(*inputs)
     began_s = time.perf_counter()
-    targets = arm.call(*inputs)
+    targets = call(*inputs)
     return targets, 1e3 * (time.perf_counter() - began_s)
 
 
-def _difference(targets: dict[Any, np.ndarray], pair: tuple[Setup, Setup], limit: float) -> float:
-    far = float(np.abs(targets[pair[0]] - targets[pair[1]]).max())
+def _difference(targets: Mapping[Any, np.ndarray], contrast: Contrast, limit: float) -> float:
+    far = float(np.abs(targets[contrast.before] - targets[contrast.after]).max())
     if far > limit:
         raise DisagreementError(
-            f"'{pair[0]}' and '{pair[1]}' must be the same function, but are {far:.3g} joint units apart; {limit:.3g} are allowed."
+            f"'{contrast.before}' and '{contrast.after}' must be the same function, but are {far:.3g} joint units apart; {limit:.3g} are allowed."
         )
     return far
 
 
-def check_agreement(targets: dict[Any, np.ndarray]) -> None:
+def check_agreement(targets: Mapping[Setup, np.ndarray]) -> None:
     """Setups that differ in transport only give the same bits. Raises DisagreementError, with how far they are apart."""
     first: dict[Setup, tuple[Setup, np.ndarray]] = {}
-    for arm, values in targets.items():
-        if not isinstance(arm, Setup):
-            continue  # transport alone: its answer means nothing
+    for setup, values in targets.items():
         if not np.isfinite(values).all():
-            raise DisagreementError(f"{arm}: the actions are not finite.")
-        other, expected = first.setdefault(replace(arm, transport=NONE), (arm, values))
-        if values.shape != expected.shape or not np.array_equal(values, expected):
+            raise DisagreementError(f"{setup}: the actions are not finite.")
+        other, expected = first.setdefault(replace(setup, transport=NONE), (setup, values))
+        if not np.array_equal(values, expected):
             far = float(np.abs(values - expected).max()) if values.shape == expected.shape else math.inf
             raise DisagreementError(
-                f"the same observation and noise gave different actions, at most {far:.3g} joint units apart, in '{arm}' and '{other}'. Transport "
+                f"the same observation and noise gave different actions, at most {far:.3g} joint units apart, in '{setup}' and '{other}'. Transport "
                 "must not change a bit: do both run the same code, weights, device and thread count?"
             )
 
 
-def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """Differences round by round in ms: quartiles, and a 99 % confidence interval of the median that assumes no distribution."""
-    differences = np.sort(np.asarray(before) - np.asarray(after))
-    low, high = _median_interval(len(differences))
-    p25, median, p75 = np.percentile(differences, (25, 50, 75))
-    values = {"median": median, "p25": p25, "p75": p75, "median_low": differences[low], "median_high": differences[high]}
-    return {name: round(float(value), 3) for name, value in values.items()} | {"rounds": len(differences)}
+def action_limits(plan: Plan, ours: Any) -> dict[Contrast, float]:
+    """The largest difference allowed, in joint units; other step counts are other actions."""
+    least = min(float((part.max - part.min).min()) for part in ours.metadata.action_statistics.values())
+    exact = str(ours.dtype) == "torch.float32"
+    limits = {"engine": (_FP32_TOLERANCE if exact else _HALF_TOLERANCE) * least, "preprocessing": _HALF_TOLERANCE * least, "steps": math.inf}
+    return {contrast: limits[contrast.factor] for contrast in (*plan.path, *plan.alone) if contrast.factor != "transport"}
 
 
-def ratio_text(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} times (quartiles {ratio['p25']:.2f} to {ratio['p75']:.2f}, paired by round)"
-
-
-def _median_interval(count: int) -> tuple[int, int]:
-    """Ranks between which the median lies with 99 % confidence (binomial, normal approximation); all of a few samples."""
-    half = _CONFIDENCE_Z * math.sqrt(count) / 2
-    low = max(math.floor(count / 2 - half), 0)
-    return low, count - 1 - low
-
-
-def resolved(worth: dict[str, float]) -> bool:
-    """Whether the difference can be told from none at all."""
-    return worth["rounds"] >= _ROUNDS_TO_TELL and (worth["median_low"] > 0 or worth["median_high"] < 0)
-
-
-_PUBLISHED_ITEM_BYTES = 2  # checkpoints are published in bf16
-_PROCESS_BYTES = 700_000_000  # interpreter, torch and libraries, beside the weights
-_FP32_TOLERANCE = 0.005  # of a joint's range, as tests/parity/ asks of the whole policy
-_HALF_TOLERANCE = 0.2  # the same in 16 bits and where pictures differ by a grey level: random weights amplify both
-_MAX_PIXEL_LEVELS = 1.5  # one level, and the rounding of a narrow number format
-
-
-def check_memory(plan: Plan, policies: Policies) -> None:
-    """Raises ConfigError when the servers' weights will not fit beside what is loaded. Knows nothing of a GPU's memory."""
-    ours, free = policies.ours, available_bytes()
-    if free is None or ours.device.type != "cpu":
-        return
-    files = open_checkpoint(policies.model_path).weight_files
-    weights = sum(file.stat().st_size for file in files) * ours.dtype.itemsize / _PUBLISHED_ITEM_BYTES
-    servers = sum(setup.transport != NONE for setup in plan.setups)
-    needed = max(servers, 1) * (weights + _PROCESS_BYTES)
-    if needed > free:
-        raise ConfigError(
-            f"{servers} servers need about {needed / 1e9:.1f} GB beside what is loaded; {free / 1e9:.1f} GB are free. Leave servers out, for example "
-            "with --transports none tcp: what transport alone costs is measured without weights."
-        )
-
-
-def pixel_levels_apart(policies: Policies, inputs: tuple[dict[str, Any], np.ndarray]) -> float:
+def pixel_levels_apart(policies: Policies, plain_engine: str, observation: dict[str, Any]) -> float:
     """Largest difference of the two pre-processings in grey levels. Raises DisagreementError beyond one level, or when the prompts differ."""
     import torch
 
     place = torch.device("cpu"), torch.float32
-    plain = "eager" if makes_pixels(policies.ours.engine) else policies.ours.engine.name
-    ours = policies.ours.preprocess(inputs[0]).to(*place)
-    theirs = policies.policy(REFERENCE, plain, 1).preprocessing(inputs[0], *place)
+    ours = policies.ours.preprocess(observation).to(*place)
+    theirs = policies.policy(Setup(NONE, REFERENCE, plain_engine, 1)).preprocessing(observation, *place)
     levels = 127.5 * float((ours.pixel_values - theirs.pixel_values).abs().max())
     same_prompt = ours.input_ids.tolist() == theirs.input_ids.tolist()
     if levels > _MAX_PIXEL_LEVELS or not same_prompt:
@@ -341,391 +347,83 @@ def pixel_levels_apart(policies: Policies, inputs: tuple[dict[str, Any], np.ndar
     return round(levels, 3)
 
 
-def action_limits(plan: Plan, ours: Any) -> dict[tuple[Setup, Setup], float]:
-    """Pairs whose actions are compared, and the largest difference allowed in joint units; other step counts are other actions."""
-    least = min(float((part.max - part.min).min()) for part in ours.metadata.action_statistics.values())
-    exact = str(ours.dtype) == "torch.float32"
-    limits = {"engine": (_FP32_TOLERANCE if exact else _HALF_TOLERANCE) * least, "preprocessing": _HALF_TOLERANCE * least, "steps": math.inf}
-    return {(pair.before, pair.after): limits[pair.factor] for pair in (*plan.path, *plan.alone) if pair.factor != "transport"}
+def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Differences round by round in ms: quartiles, and whether the median can be told from zero with 99 % confidence (ranks: no distribution is
+    assumed)."""
+    differences = np.sort(np.asarray(before) - np.asarray(after))
+    count = len(differences)
+    low = max(math.floor(count / 2 - _CONFIDENCE_Z * math.sqrt(count) / 2), 0)
+    p25, median, p75 = np.percentile(differences, (25, 50, 75))
+    resolved = count >= _ROUNDS_TO_TELL and (differences[low] > 0 or differences[count - 1 - low] < 0)
+    return {name: round(float(value), 3) for name, value in (("median", median), ("p25", p25), ("p75", p75))} | {"resolved": bool(resolved)}
 
 
-_QUIET_LOAD = 0.5  # per CPU; above it, other work takes turns with the arms
-_TITLE = "Policy server against one process, one factor at a time"
+# --- the result ----------------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(plan: Plan, measured: Measurement, cold: Mapping[Setup, ColdStart], commands: Mapping[Setup, list[str]]) -> dict[str, Any]:
-    """The figures as plain values. Times in ms, differences of actions in joint units (degrees; gripper: per cent)."""
+def figures(plan: Plan, measured: Measurement) -> dict[str, Any]:
+    """Times in ms, differences of actions in joint units (degrees; gripper: per cent)."""
     times = measured.times_ms
     latency = {name: percentiles(samples) for name, samples in times.items()}
-    stages = {name: {stage: percentiles(samples)["p50"] for stage, samples in each.items()} for name, each in measured.stages_ms.items()}
 
     def worth(contrast: Contrast) -> dict[str, Any]:
-        before, after = contrast.before, contrast.after
-        found, gaps = paired(times[before], times[after]), measured.differences.get((before, after))
         return {
             "factor": contrast.factor,
             "change": contrast.change,
-            "before": str(before),
-            "after": str(after),
-            "before_p50_ms": latency[before]["p50"],
-            "after_p50_ms": latency[after]["p50"],
-            "worth_ms": found,
-            "resolved": resolved(found),
-            "largest_action_difference": max(gaps) if gaps else 0.0,  # across transports: checked to be none
+            "before_p50_ms": latency[contrast.before]["p50"],
+            "after_p50_ms": latency[contrast.after]["p50"],
+            "worth_ms": paired(times[contrast.before], times[contrast.after]),
+            "largest_action_difference": measured.differences.get(contrast, 0.0),  # across transports: checked to be none
         }
 
-    def arm(setup: Setup) -> dict[str, Any]:
-        command = " ".join(commands[setup][1:3]) if setup in commands else None
-        return {"arm": str(setup), **asdict(setup), "latency_ms": latency[setup], "stages_p50_ms": stages[setup], "server": command}
-
-    probes = [name for kind, name in (key for key in times if isinstance(key, tuple)) if kind == "ping"]
-    ends = times[plan.baseline], times[plan.ours]
+    baseline, ours = plan.waterfall[0], plan.waterfall[-1]
     return {
-        "rounds": measured.rounds,
-        "arms": [arm(setup) for setup in plan.setups],
-        "baseline": str(plan.baseline),
-        "ours": str(plan.ours),
-        "all_factors": paired(*ends),
-        "ratio": paired_ratio(*ends),
-        "speed_up_p50": round(latency[plan.baseline]["p50"] / latency[plan.ours]["p50"], 2),
+        "rounds": len(times[ours]),
+        "stopped_early": measured.stopped_early,
+        "arms": [{"arm": str(setup), **asdict(setup), "latency_ms": latency[setup]} for setup in plan.setups],
+        "others": {name: p for name, p in latency.items() if isinstance(name, str)},
+        "all_factors": paired(times[baseline], times[ours]),
+        "ratio": paired_ratio(times[baseline], times[ours]),
         "waterfall": [worth(contrast) for contrast in plan.path],
         "alone": [worth(contrast) for contrast in plan.alone],
-        "transport_alone": {
-            name: {"message_ms": latency[_PROBE, name], "ping_ms": latency["ping", name], "stages_p50_ms": stages[_PROBE, name]} for name in probes
-        },
-        "cold_start": [_cold(setup, each, latency[setup]["p50"]) for setup, each in cold.items()],
-        "agreement": {
-            "same_bits_across_transports": [str(setup) for setup in plan.setups if setup.transport != NONE],
-            "rounds_checked": measured.rounds,
-        },
     }
 
 
-def _cold(setup: Setup, cold: ColdStart, steady_ms: float) -> dict[str, Any]:
-    first_ms = percentiles(calls[0] for calls in cold.calls_ms)["p50"]
-    return {
-        "arm": str(setup),
-        "served": setup.transport != NONE,
-        "start_to_first_action_s": [round(value, 3) for value in cold.first_action_s],
-        "start_to_ready_s": [round(value, 3) for value in cold.ready_s],
-        "first_calls_ms": [[round(value, 3) for value in calls] for calls in cold.calls_ms],
-        "first_call_p50_ms": first_ms,
-        "steady_p50_ms": steady_ms,
-        "warm_up_worth_ms": round(first_ms - steady_ms, 3),
-    }
-
-
-# --- words -------------------------------------------------------------------------------------------------------------------------------
-
-
-def transport_sentence(name: str, probe: dict[str, Any], result: dict[str, Any]) -> str:
-    pictures = f"{result['cameras']} x {size_text(result['resolution'])}, {result['request_bytes'] / 1e6:.2f} MB"
-    p, ping_ms = probe["message_ms"], probe["ping_ms"]["p50"]
-    costs = f"costs {p['p50']:.2f} ms p50, {p['p95']:.2f} p95."
-    return f"Transport alone over {name} ({pictures}; the policy answers at once) {costs} A ping takes {ping_ms:.2f} ms."
-
-
-def sentences(result: dict[str, Any]) -> list[str]:
-    """What the figures say, and no more; the ratio that was measured in any case."""
-    lines = [transport_sentence(name, probe, result) for name, probe in result["transport_alone"].items()]
-    for row in (row for row in result["alone"] if row["factor"] == "transport"):
-        lines.append(f"Around our policy, {row['change'].replace('transport: ', '')} is worth {_words(row)}.")
-    if not result["waterfall"]:
-        return lines
-    paired_by_round = f"{ratio_text(result['ratio'])} as long as ours; " if result["ratio"] else ""  # the committed run did not note it
-    lines.append(f"The baseline takes {paired_by_round}{result['speed_up_p50']:.2f} times by the arms' p50.")
-    total, largest = result["all_factors"], max(result["waterfall"], key=lambda row: row["worth_ms"]["median"])
-    if not resolved(total):
-        told = f"no difference that {count_of(total['rounds'], 'round')} can tell from zero (median {total['median']:+.2f} ms)"
-    elif total["median"] < 0:
-        told = f"**slower** by {-total['median']:.1f} ms per call {_quartiles(total, 1)}"
-    else:
-        gain = f"{total['median']:.1f} ms less per call {_quartiles(total, 1)}"
-        told = f"{gain}, at the same number of denoising steps. The largest part is {largest['change']}: {_words(largest)}"
-    return [*lines, f"From the baseline to ours: {told}."]
-
-
-def _quartiles(worth: dict[str, Any], digits: int = 2) -> str:
-    return f"(quartiles {worth['p25']:.{digits}f} to {worth['p75']:.{digits}f})"
-
-
-def _words(row: dict[str, Any]) -> str:
-    worth = row["worth_ms"]
-    if not row["resolved"]:
-        return f"nothing that {count_of(worth['rounds'], 'round')} can tell from zero (median {worth['median']:+.2f} ms)"
-    return f"{worth['median']:.2f} ms {_quartiles(worth)}"
-
-
-# --- table -------------------------------------------------------------------------------------------------------------------------------
-
-
-def as_markdown(result: dict[str, Any]) -> str:
-    parts = [f"# {_TITLE}", _regime_text(result), _arms_table({arm["arm"]: arm["latency_ms"] for arm in result["arms"]})]
-    if result["waterfall"]:
-        parts.append("## From the baseline to ours, one factor after the other\n\n" + _worth_table(result["waterfall"], result["arms"][0]))
-    if result["alone"]:
-        parts.append("## Each factor alone, changed from ours\n\n" + _worth_table(result["alone"], None))
-    if result["cold_start"]:
-        parts.append("## Cold start\n\n" + _cold_table(result["cold_start"]))
-    notes = [f"* {line}" for line in [*sentences(result), *_notes(result)]]
-    return "\n\n".join([*parts, "\n".join(notes)])
-
-
-def _regime_text(r: dict[str, Any]) -> str:
-    counted = f"{count_of(r['rounds'], 'round')} after {r['warm_up_rounds']} uncounted"
-    if r["stopped_early"]:
-        counted += f" (**stopped early**: {r['calls_asked']} were asked for, --max_minutes={r['max_minutes']:g})"
-    network = f"{r['weights']} weights ({r['weight_bytes'] / 1e6:,.0f} MB), {r['precision']} on {r['device']}"
-    cameras = f"{r['cameras']} camera(s) of {size_text(r['resolution'])}, {r['threads_per_process']} CPU thread(s) in every process"
-    settled = f", right after {r['settling_calls']} uncounted call(s) of its own" if r["settling_calls"] else ""
-    order = f"every arm once a round in random order{settled}, same observation and noise"
-    return f"{network}, {cameras}. Camera frame to joint targets; {counted}, {order}. Times in ms."
-
-
-def _arms_table(latency_ms: Mapping[str, Mapping[str, float]]) -> str:
-    return markdown_table(
-        ("arm", "p50", "p95", "p99"), [(name, *(f"{p[each]:.2f}" for each in ("p50", "p95", "p99"))) for name, p in latency_ms.items()]
+def as_table(result: dict[str, Any]) -> str:
+    early = " (**stopped early** by --max_minutes)" if result["stopped_early"] else ""
+    regime = (
+        f"{result['weights']} weights, {result['precision']} on {result['device']}, {result['cameras']} camera(s) of "
+        f"{size_text(result['resolution'])}, {count_of(result['threads'], 'CPU thread')} in every process. Camera frame to joint targets; "
+        f"{count_of(result['rounds'], 'round')}{early}, every arm once a round in random order. Times in ms."
     )
+    latency = {arm["arm"]: arm["latency_ms"] for arm in result["arms"]} | result["others"]
+    parts = [
+        regime,
+        markdown_table(("arm", "p50", "p95", "p99"), [(name, *(f"{p[q]:.2f}" for q in ("p50", "p95", "p99"))) for name, p in latency.items()]),
+    ]
+    if result["waterfall"]:
+        parts += ["## From the baseline to ours, one factor after the other", _worth_table(result["waterfall"])]
+        parts.append(
+            "The baseline takes {median:.2f} times as long as ours (quartiles {p25:.2f} to {p75:.2f}, paired by round).".format(**result["ratio"])
+        )
+    if result["alone"]:
+        parts += ["## Each factor alone, changed from ours", _worth_table(result["alone"])]
+    notes = ["Differences of actions are in joint units at equal noise. Fewer denoising steps give other actions: those rows are no free gain."]
+    return "\n\n".join([*parts, "\n".join(f"* {line}" for line in [*notes, *(f"Left out: {reason}" for reason in result["left_out"])])])
 
 
-def _worth_table(rows: list[dict[str, Any]], baseline: dict[str, Any] | None) -> str:
-    columns = ["factor", "p50 before → after", "worth, paired", "quartiles", *(["of the baseline"] if baseline else []), "actions differ by at most"]
+def _worth_table(rows: list[dict[str, Any]]) -> str:
+    columns = ("factor", "p50 before → after", "worth, paired", "quartiles", "actions differ by at most")
     lines = []
     for row in rows:
         worth = row["worth_ms"]
-        told = f"{worth['median']:.2f}" + ("" if row["resolved"] else " (not told from 0)")
-        percent = [f"{100 * worth['median'] / baseline['latency_ms']['p50']:.1f} %"] if baseline else []
-        gap = f"{row['largest_action_difference']:.2g}" if row["factor"] != "transport" else "0 (checked)"
-        levels = f"{row['before_p50_ms']:.2f} → {row['after_p50_ms']:.2f}"
-        lines.append((row["change"], levels, told, f"{worth['p25']:.2f} to {worth['p75']:.2f}", *percent, gap))
+        told = f"{worth['median']:.2f}" + ("" if worth["resolved"] else " (not told from 0)")
+        levels, quartiles = f"{row['before_p50_ms']:.2f} → {row['after_p50_ms']:.2f}", f"{worth['p25']:.2f} to {worth['p75']:.2f}"
+        lines.append((row["change"], levels, told, quartiles, f"{row['largest_action_difference']:.2g}"))
     return markdown_table(columns, lines)
 
 
-def _cold_table(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        starts = row["start_to_first_action_s"]
-        calls = [percentiles(call)["p50"] for call in zip(*row["first_calls_ms"], strict=True)]
-        first = f"{percentiles(starts)['p50']:.2f} ({min(starts):.2f} to {max(starts):.2f}, n={len(starts)})"
-        lines.append((row["arm"], first, ", ".join(f"{call:.0f}" for call in calls), f"{row['steady_p50_ms']:.1f}"))
-    return markdown_table(("arm", "process start → first action, s", "first calls, ms (medians)", "steady p50, ms"), lines)
-
-
-def _notes(r: dict[str, Any]) -> list[str]:
-    agreement, notes = r["agreement"], []
-    if agreement["same_bits_across_transports"]:
-        served = "; ".join(agreement["same_bits_across_transports"])
-        notes.append(f"The same bits as in process in all of {count_of(agreement['rounds_checked'], 'round')}: {served}.")
-    if agreement["pixel_levels_apart"] is not None:
-        notes.append(f"The two pre-processings give pictures {agreement['pixel_levels_apart']:g} grey levels apart, and the same token ids.")
-    random = ", on RANDOM weights: they say nothing about a trained policy." if r["weights"] == "RANDOM" else "."
-    notes += [
-        f"Differences of actions are in joint units (degrees; gripper: per cent) at equal noise{random}",
-        "Fewer denoising steps give other actions: those rows are no free gain.",
-    ]
-    if r["floor_ms"] is not None:
-        notes.append(f"The network's own floor on this machine, by measured arithmetic and memory rates: {r['floor_ms']:.1f} ms.")
-    if r["cold_start"]:
-        notes.append(
-            "Cold starts read files that are in the page cache. A server is started alone, its client runs already; ours warms up before it answers, "
-            "the reference does not, as NVIDIA's does not."
-        )
-    cpus, load = r["machine"]["cpus"] or 1, r["load_average_at_start"]
-    if load > _QUIET_LOAD * cpus:
-        busy = f"**The machine was busy** before the run began (load average {load:.1f} on {cpus} CPUs)"
-        notes.append(f"{busy}: repeat it on a quiet one before quoting a figure.")
-    return notes + [f"Left out: {reason}" for reason in r["left_out"]]
-
-
-def write_samples(measured: Measurement, path: Path) -> None:
-    """One row per round, one column per arm, ms."""
-    names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in measured.times_ms]
-    write_csv(path, names, ([f"{value:.4f}" for value in row] for row in zip(*measured.times_ms.values(), strict=True)))
-
-
-# --- plot --------------------------------------------------------------------------------------------------------------------------------
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    height = 2 + 0.5 * max(len(result["waterfall"]) + 4, len(result["alone"]))
-    title = f"{_TITLE}: {result['cameras']} x {size_text(result['resolution'])}, {result['weights']} weights, {conditions(result)}"
-    with drawing(path, title, 1, 2, (13, height)) as axes:
-        _waterfall(axes[0][0], result)
-        _alone(axes[0][1], result["alone"])
-
-
-def _waterfall(axis: Any, result: dict[str, Any]) -> None:
-    """Levels are p50s, so that the bars close; the worth of a factor in the table is the median of the paired differences."""
-
-    def bar(name: str, high: float, low: float = 0.0, text: str | None = None, **look: Any) -> None:
-        drawn = axis.barh([name], [abs(high - low)], left=[min(low, high)], **look)
-        axis.bar_label(drawn, [f"{high:.1f}" if text is None else text], fontsize=8, padding=3)
-
-    path = result["waterfall"]
-    levels = [*(row["before_p50_ms"] for row in path), path[-1]["after_p50_ms"]] if path else [result["arms"][0]["latency_ms"]["p50"]]
-    bar("baseline", levels[0], color="C7")
-    for row, (before, after) in zip(path, pairwise(levels), strict=True):
-        bar(row["change"], before, after, f"{after - before:+.1f}", color=[_colour(row, before - after)])
-    bar("ours", levels[-1], color="C0")
-    for row in result["alone"]:
-        if row["factor"] == "steps" and row["after_p50_ms"] < levels[-1]:
-            bar(f"ours, {row['change']}\n(other actions)", row["after_p50_ms"], color="C0", alpha=0.4, hatch="//")
-    axis.margins(x=0.12)
-    axis.invert_yaxis()
-    axis.set_xlabel("p50, ms")
-    axis.set_title("from the server baseline to ours, at the same number of steps", fontsize=10)
-
-
-def _alone(axis: Any, rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        worth = row["worth_ms"]
-        spread = [[worth["median"] - worth["p25"]], [worth["p75"] - worth["median"]]]
-        axis.barh([row["change"]], [worth["median"]], xerr=spread, color=[_colour(row, worth["median"])], capsize=3)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.invert_yaxis()
-    axis.set_xlabel("worth per call, ms (paired: median, quartiles)")
-    axis.set_title("each factor alone (pale: not told from 0)", fontsize=10)
-
-
-def _colour(row: dict[str, Any], gain: float) -> Any:
-    """Green saves time, red costs it; pale when it cannot be told from nothing."""
-    return ("C2" if gain >= 0 else "C3", 1.0 if row["resolved"] else 0.35)
-
-
-# --- a service that runs already -----------------------------------------------------------------------------------------------------------
-
-_THEIRS, _OURS = "theirs, served", "ours, in process"
-_PROBE = "transport alone"
-_UNKNOWN = "Unknown endpoint"
-
-
-def run_remote(arguments: Config) -> dict[str, Any]:
-    """Ask what the service takes, and time it. Raises ServerUnreachableError, ServerError and ConfigError."""
-    address, config = arguments.server, load_data_config(arguments.data_config)
-    if not address.startswith(("tcp://", "ipc://")):
-        raise ConfigError(f"--server={address}: expected an address such as tcp://192.168.0.7:5555.")
-    with PolicyClient(address=address, timeout_s=arguments.timeout_s, api_token=arguments.api_token) as client, Addresses() as addresses:
-        missing = _check_service(client, config)
-        ours = _ours(arguments)
-        size = arguments.asked_size or (next(iter(ours.metadata.resolutions.values())) if ours else (640, 480))
-        inputs = [example_inputs(ours.metadata if ours else None, config, (1, 1, 1), size, arguments.seed + k) for k in range(_OBSERVATIONS)]
-        first_ms = []  # whether they are the service's own first calls, it alone knows
-        for _ in range(arguments.first_calls):
-            began_s = time.perf_counter()
-            actions = client.get_action(inputs[0][0])
-            first_ms.append(round(1e3 * (time.perf_counter() - began_s), 3))
-        arms = {_THEIRS: _plain(client)} | ({} if "ping" in missing else {"ping": _ping(client)}) | ({_OURS: _plain(ours)} if ours else {})
-        probe = _instant("tcp", addresses, {key: rows.shape for key, rows in actions.items()}, arguments)
-        with running([probe], arguments.timeout_s):
-            arms |= {f"{_PROBE} tcp, this machine": _plain(probe.client), "probe ping": _ping(probe.client)}
-            measured = measure(arms, inputs, arguments)
-    times = measured.times_ms
-    latency = {name: percentiles(samples) for name, samples in times.items()}
-    about = f"{ours.engine.name} engine, {str(ours.dtype).removeprefix('torch.')} on {ours.device}, {ours.denoising_steps} steps" if ours else None
-    return {
-        "benchmark": "ab_server",
-        "server": address,
-        "missing_endpoints": missing,
-        "cameras": len(config.video_keys),
-        "resolution": list(size),
-        "request_bytes": _bytes_of(inputs[0][0].values()),
-        "rounds": measured.rounds,
-        "calls_asked": arguments.rounds,
-        "stopped_early": measured.stopped_early,
-        "threads_of_ours": arguments.threads,
-        "ours_is": about,
-        "latency_ms": latency,
-        "first_calls_ms": first_ms,
-        "theirs_minus_ours_ms": paired(times[_THEIRS], times[_OURS]) if ours else None,
-        "theirs_over_ours": paired_ratio(times[_THEIRS], times[_OURS]) if ours else None,
-        "transport_alone": {"tcp on this machine": {"message_ms": latency[f"{_PROBE} tcp, this machine"], "ping_ms": latency["probe ping"]}},
-    }
-
-
-def _check_service(client: PolicyClient, config: DataConfig) -> list[str]:
-    """The endpoints it lacks. Raises ServerUnreachableError when nothing answers, ConfigError when it takes other keys than ours."""
-    missing: list[str] = []
-
-    def ask(endpoint: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except ServerError as error:
-            if isinstance(error, ServerUnreachableError) or _UNKNOWN not in str(error):
-                raise
-            missing.append(endpoint)
-
-    if ask("ping", client.ping) is False:
-        raise ServerUnreachableError(f"nothing answers at {client.address}. Is the inference service running there?")
-    asked = ask("get_modality_config", client.get_modality_config)
-    for name, keys in (("video", config.video_keys), ("state", config.state_keys)) if asked is not None else ():
-        theirs = list(asked[name].modality_keys) if name in asked else []
-        if set(theirs) != set(keys):
-            raise ConfigError(
-                f"the service takes {', '.join(theirs) or f'no {name}'}; --data_config has {', '.join(keys)}. Choose the one it serves."
-            )
-    return missing
-
-
-def _ours(arguments: Config) -> Any:
-    """Our policy, warm, when there is a checkpoint."""
-    if arguments.model_path is None:
-        return None
-    import torch
-
-    from gr00t_fast.policy import load_policy
-
-    torch.set_num_threads(arguments.threads)
-    policy = load_policy(arguments.model_path, **arguments.options("denoising_steps", "engine"))
-    policy.warm_up()
-    return policy
-
-
-def _plain(policy: Any) -> Arm:
-    """Asked without noise, which NVIDIA's service does not take."""
-
-    def call(observation: dict[str, Any], noise: np.ndarray) -> np.ndarray:
-        actions = policy.get_action(observation)
-        targets = targets_of({key: np.atleast_2d(rows.T).T for key, rows in actions.items()}, sorted(actions))  # NVIDIA's squeezes (H, 1) to (H,)
-        if not np.isfinite(targets).all():
-            raise DisagreementError("the actions are not finite: a time for them means nothing.")
-        return targets
-
-    return Arm(call, lambda: policy.last_timing)
-
-
-def remote_markdown(r: dict[str, Any]) -> str:
-    stopped = f" (**stopped early**: {r['calls_asked']} were asked for)" if r["stopped_early"] else ""
-    regime = (
-        f"{r['cameras']} camera(s) of {size_text(r['resolution'])}, {count_of(r['rounds'], 'round')}{stopped}, arms in random order. Times in ms."
-    )
-    notes = [f"Our first calls to it took {', '.join(f'{value:.0f}' for value in r['first_calls_ms'])} ms."]
-    if d := r["theirs_minus_ours_ms"]:
-        notes.append(f"Theirs minus ours ({r['ours_is']}): {d['median']:.2f} ms {_quartiles(d)}, paired by round.")
-        notes.append(f"Theirs takes {ratio_text(r['theirs_over_ours'])} as long.")
-    notes += [transport_sentence(name, probe, r) for name, probe in r["transport_alone"].items()]
-    notes.append("Its steps, precision, machine and noise are its own and not known here: this is a comparison of services, not of one factor.")
-    if r["missing_endpoints"]:
-        notes.append(f"It does not know: {', '.join(r['missing_endpoints'])}.")
-    table = _arms_table(r["latency_ms"])
-    return "\n\n".join([f"# The inference service at {r['server']}", regime, table, "\n".join(f"* {note}" for note in notes)])
-
-
-def plot_remote(result: dict[str, Any], path: Path) -> None:
-    latency = result["latency_ms"]
-    ours = f"; ours: {result['ours_is']}" if result["ours_is"] else ""
-    with drawing(
-        path, f"the service at {result['server']}, n = {count_of(result['rounds'], 'round')}{ours}", size=(8, 1.5 + 0.5 * len(latency))
-    ) as axes:
-        middles = [p["p50"] for p in latency.values()]
-        axes[0][0].barh(list(latency), middles, xerr=[[0.0] * len(latency), [p["p95"] - p["p50"] for p in latency.values()]], capsize=3)
-        axes[0][0].invert_yaxis()
-        axes[0][0].set_xlabel("ms: p50, whisker to p95")
-
-
-# --- the program -------------------------------------------------------------------------------------------------------------------------
-
-_OBSERVATIONS = 16  # different ones, taken in turn
-_PATIENCE_S = 600.0  # for a server to load its weights
+# --- the program ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -735,237 +433,133 @@ class Config(Flags):
     embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
     data_config: str | None = None  # default: so100, or so100_dualcam with --cameras=2
     cameras: Literal[1, 2] = 1  # of the random checkpoint
-    resolution: str | None = None  # of the random checkpoint and its cameras: 640x480 (default), 1280x720, ...
+    resolution: str = "640x480"  # of the random checkpoint and its cameras
     processor_path: Path | None = None  # tokenizer files, when the checkpoint has none
-    factors: list[Factor] = field(default_factory=lambda: list(FACTORS))  # what to vary; the rest stays as ours is
-    transports: list[Transport] = field(default_factory=lambda: list(TRANSPORTS))  # each but none is one more server with weights
+    factors: list[Factor] = field(default_factory=lambda: list(get_args(Factor)))  # what to vary; the rest stays as ours is
+    transports: list[Transport] = field(default_factory=lambda: list(get_args(Transport)))  # each but none is one more server with weights
     denoising_steps: int | None = None  # of all arms but those that vary it; default: the checkpoint's own
-    other_denoising_steps: list[int] = setting(default_factory=lambda: [2, 1, 8], former=("steps",))  # that ours is compared with
+    other_denoising_steps: list[int] = field(default_factory=lambda: [2, 1, 8])  # that ours is compared with
     engine: str = "auto"  # ours
     engines: list[str] | None = None  # engines to compare with it; default: all that this machine can run
     precision: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU
     threads: int = 1  # CPU threads of every process, clients and servers alike
-    rounds: int = setting(200, former=("calls",))  # counted calls of each arm
+    rounds: int = 200  # counted calls of each arm
     warm_up: int = 3  # rounds before them that are not counted
     settle: int = 1  # uncounted calls of the same arm before each counted one
-    cold_starts: int = 3  # fresh processes per arm, when warm_up is among the factors
-    first_calls: int = 5  # calls timed in each fresh process
-    max_minutes: float = 5.0  # begin no further counted round after that long; loading, cold starts and warm-up are not in it
-    server: str | None = None  # address of a running GR00T N1.5 inference service to time instead, e.g. tcp://192.168.0.7:5555
+    max_minutes: float = 5.0  # begin no further counted round after that long; loading and warm-up are not in it
+    server: str | None = None  # address of a running GR00T N1.5 inference service to time beside, e.g. tcp://192.168.0.7:5555
     api_token: str | None = None  # of that service
-    timeout_s: float = 60.0  # of one call
-    out: Path = Path("outputs/ab_server")  # directory for JSON, table, samples and plot
+    out: Path = Path("outputs/ab_server")  # directory for JSON and table
 
-    @property
-    def asked_size(self) -> Size | None:
-        return size_of(self.resolution) if self.resolution else None
-
-    def options(self, *more: str) -> dict[str, Any]:
-        """For `load_policy`: those that all processes share, and `more`."""
-        return {name: getattr(self, name) for name in (*POLICY_FLAGS, *more)}
+    def options(self) -> dict[str, Any]:
+        """For `load_policy`."""
+        return {name: getattr(self, name) for name in ("embodiment_tag", "data_config", "device", "engine", "precision", "processor_path", "seed")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = read_flags(Config, argv, __doc__)
     config.data_config = config.data_config or {1: "so100", 2: "so100_dualcam"}[config.cameras]
-    os.environ.update(thread_variables(config.threads))  # before torch is imported
-    before = signal.signal(signal.SIGTERM, _interrupt)  # so that the servers are ended, too
-    try:
-        work, as_table, draw = (run_remote, remote_markdown, plot_remote) if config.server else (run, as_markdown, plot)
-        return finish("ab_server", config, lambda given: _checked(work, given), as_table, draw)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(config.threads)))  # before torch is imported; the servers inherit them
+    return finish("ab_server", config, run, as_table)
 
 
-def _checked(work: Callable[[Config], dict[str, Any]], config: Config) -> dict[str, Any]:
-    check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds", "cold_starts", "first_calls")
+def run(config: Config) -> dict[str, Any]:
+    """Load, start the servers, call in turn, and end the servers. Raises Gr00tFastError."""
+    check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds")
     check_counts(config, "warm_up", "settle", least=0)
-    return work(config) | provenance(config.seed)
-
-
-def run(arguments: Config) -> dict[str, Any]:
-    """Load, time cold starts, start the servers, call in turn, and end the servers. Raises Gr00tFastError."""
-    import torch
-
-    began_s, load = time.monotonic(), os.getloadavg()[0]
-    torch.set_num_threads(arguments.threads)
-    weights = weights_of(arguments)
-    if arguments.model_path is None:
-        arguments = replace(arguments, model_path=checkpoint_of(arguments, arguments.size, arguments.asked_size or (640, 480)))
-    policies = Policies(arguments.model_path, arguments.options("engine"))
+    weights = weights_of(config)
+    model_path = checkpoint_of(config, config.size, size_of(config.resolution))
+    policies = Policies(model_path, config.options())
     ours = policies.ours
-    steps = arguments.denoising_steps or ours.denoising_steps
-    engines, left_out = _other_engines(policies, arguments)
+    engines, left_out = _other_engines(policies, config)
     plain = "eager" if makes_pixels(ours.engine) else ours.engine.name
-    plan = make_plan(arguments.factors, arguments.transports, ours.engine.name, plain, engines, steps, arguments.other_denoising_steps)
-    check_memory(plan, policies)
-    inputs = _inputs(policies, arguments)
-    levels_apart = pixel_levels_apart(policies, inputs[0]) if "preprocessing" in arguments.factors else None
-    arms: dict[Any, Arm] = {setup: _arm(policies.policy(*levels_of(setup)), ours) for setup in plan.setups if setup.transport == NONE}
-    with Addresses() as addresses:
-        cold = _cold_starts(plan, addresses, inputs, arguments)
-        servers = {setup: _server(setup, addresses, arguments) for setup in plan.setups if setup.transport != NONE}
-        shapes = {key: rows.shape for key, rows in ours.get_action(*inputs[0]).items()}
-        remote = [name for name in arguments.transports if name != NONE and "transport" in arguments.factors]
-        probes = {name: _instant(name, addresses, shapes, arguments) for name in remote}
-        with running([*servers.values(), *probes.values()], _PATIENCE_S):
-            arms |= {setup: _arm(server.client, ours) for setup, server in servers.items()}
-            arms |= {(_PROBE, name): _arm(server.client, ours) for name, server in probes.items()}
-            arms |= {("ping", name): _ping(server.client) for name, server in probes.items()}
-            measured = measure(arms, inputs, arguments, action_limits(plan, ours))
-    write_samples(measured, arguments.out / "ab_server_samples.csv")
-    result = evaluate(plan, measured, cold, {setup: server.command for setup, server in servers.items()})
-    result["agreement"]["pixel_levels_apart"] = levels_apart
+    plan = make_plan(config, Setup(NONE, OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps), engines, plain)
+    inputs = _inputs(policies, config)
+    levels = pixel_levels_apart(policies, plain, inputs[0][0]) if "preprocessing" in config.factors else None
+    with ExitStack() as servers:
+        arms = _arms(plan, policies, config, inputs[0], servers)
+        measured = measure(arms, inputs, config, action_limits(plan, ours))
     return {
         "benchmark": "ab_server",
         "weights": weights,
-        "weight_bytes": sum(file.stat().st_size for file in arguments.model_path.glob("model*.safetensors")),
         "device": str(ours.device),
         "precision": str(ours.dtype).removeprefix("torch."),
-        "engine": ours.engine.name,
-        "denoising_steps": steps,
         "cameras": len(ours.metadata.resolutions),
         "resolution": list(next(iter(ours.metadata.resolutions.values()))),
-        "threads_per_process": arguments.threads,
-        "request_bytes": _bytes_of((*inputs[0][0].values(), inputs[0][1])),
-        "calls_asked": arguments.rounds,
-        "warm_up_rounds": arguments.warm_up,
-        "settling_calls": arguments.settle,
-        "max_minutes": arguments.max_minutes,
-        "stopped_early": measured.stopped_early,
-        "load_average_at_start": round(load, 2),
-        **result,
+        "threads": config.threads,
+        "pixel_levels_apart": levels,
+        **figures(plan, measured),
         "left_out": left_out,
-        "floor_ms": _floor_ms(ours, steps),
-        "minutes": round((time.monotonic() - began_s) / 60, 2),
+        **provenance(config.seed),
     }
 
 
-def levels_of(setup: Setup) -> tuple[str, str, int]:
-    return setup.preprocessing, setup.engine, setup.steps
+def _arms(plan: Plan, policies: Policies, config: Config, inputs: Inputs, servers: ExitStack) -> dict[Any, Call]:
+    """Every setup; the transports by themselves; and the service that runs elsewhere."""
+    keys = policies.ours.get_modality_config()["action"].modality_keys
+    shapes = {key: rows.shape for key, rows in policies.ours.get_action(*inputs).items()}
+    arms: dict[Any, Call] = {}
+    for setup in plan.setups:
+        if setup.transport == NONE:
+            arms[setup] = _call(policies.policy(setup), keys)
+        else:
+            recipe = SetupRecipe(policies.model_path, config.options(), setup, config.threads)
+            arms[setup] = _call(servers.enter_context(ServedPolicy(recipe, setup.transport)), keys)
+    for name in dict.fromkeys(setup.transport for setup in plan.setups if setup.transport != NONE):
+        arms[f"transport alone, {name}"] = _call(servers.enter_context(ServedPolicy(InstantRecipe(shapes), name)), keys)
+    if config.server:
+        service = servers.enter_context(PolicyClient(address=config.server, api_token=config.api_token))
+        arms[f"the service at {config.server}"] = _call(service, keys, with_noise=False)  # which NVIDIA's does not take
+    return arms
 
 
-def _bytes_of(values: Iterable[Any]) -> int:
-    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+def _call(policy: Any, keys: Sequence[str], with_noise: bool = True) -> Call:
+    """A policy of this process or a client to one -> what a control loop sends: action parts side by side, (H, J)."""
+
+    def call(observation: dict[str, Any], noise: np.ndarray) -> np.ndarray:
+        actions = policy.get_action(observation, noise) if with_noise else policy.get_action(observation)
+        return np.concatenate([np.atleast_2d(actions[key].T).T for key in keys], axis=-1)  # NVIDIA's squeezes (H, 1) to (H,)
+
+    return call
 
 
-# --- what runs where ---------------------------------------------------------------------------------------------------------------------
-
-
-def _other_engines(policies: Policies, arguments: Config) -> tuple[list[str], list[str]]:
+def _other_engines(policies: Policies, config: Config) -> tuple[list[str], list[str]]:
     """Names of further engines that run here, and why others do not. One that was asked for by name must."""
     from gr00t_fast.engine import ENGINES, EXPORTED
 
-    if "engine" not in arguments.factors:
+    if "engine" not in config.factors:
         return [], []
-    policies.policy(OURS, REFERENCE, 1)  # now, so that what is missing is said before anything takes long
+    policies.policy(Setup(NONE, OURS, REFERENCE, 1))  # now, so that what is missing is said before anything takes long
     exports = policies.model_path / "exports"
-    possible = arguments.engines if arguments.engines is not None else [*ENGINES, *(name for name in EXPORTED if (exports / name).is_dir())]
     usable, left_out = [], []
-    for name in possible:
+    for name in config.engines if config.engines is not None else [*ENGINES, *(name for name in EXPORTED if (exports / name).is_dir())]:
         try:
-            policies.policy(OURS, name, 1)
+            policies.policy(Setup(NONE, OURS, name, 1))
             usable.append(name)
         except Gr00tFastError as error:
-            if arguments.engines is not None:
+            if config.engines is not None:
                 raise
             left_out.append(f"engine {name}: {error}")
     return usable, left_out
 
 
-def _arm(policy: Any, ours: Any) -> Arm:
-    """A policy of this process or a client to one."""
-    keys = ours.get_modality_config()["action"].modality_keys
-    return Arm(lambda observation, noise: targets_of(policy.get_action(observation, noise), keys), lambda: getattr(policy, "last_timing", {}))
-
-
-def _ping(client: PolicyClient) -> Arm:
-    def call(observation: dict[str, Any], noise: np.ndarray) -> np.ndarray:
-        if not client.ping():
-            raise ServerUnreachableError(f"the server at {client.address} stopped answering.")
-        return np.empty(0)
-
-    return Arm(call)
-
-
-def _server(setup: Setup, addresses: Addresses, arguments: Config) -> ServerProcess:
-    address = addresses.new(setup.transport)
-    flags = [*_flags(arguments), f"--engine={setup.engine}", f"--denoising_steps={setup.steps}", f"--address={address}"]
-    if setup.preprocessing == OURS and setup.engine != REFERENCE:
-        command = [sys.executable, "-m", "gr00t_fast.serving", *flags]
-    else:
-        command = [sys.executable, "-m", "benchmarks.ab_host", *flags, f"--preprocessing={setup.preprocessing}", f"--threads={arguments.threads}"]
-    kind = "ours" if "gr00t_fast.serving" in command else "baseline"
-    return ServerProcess(command, address, arguments.threads, arguments.out / f"server-{kind}-{setup.transport}.log", arguments.timeout_s)
-
-
-def _flags(arguments: Config) -> list[str]:
-    given = {"model_path": arguments.model_path, **arguments.options()}
-    return [f"--{name}={value}" for name, value in given.items() if value is not None]
-
-
-def _instant(transport: str, addresses: Addresses, shapes: Mapping[str, Sequence[int]], arguments: Config) -> ServerProcess:
-    """A server that answers at once with actions of these shapes: the same messages, and nothing but transport."""
-    address = addresses.new(transport)
-    command = [sys.executable, "-m", "benchmarks.ab_host", f"--answer={json.dumps(shapes)}", f"--address={address}"]
-    return ServerProcess(command, address, arguments.threads, arguments.out / f"server-instant-{transport}.log", arguments.timeout_s)
-
-
-def _cold_starts(plan: Plan, addresses: Addresses, inputs: list[tuple[dict[str, Any], np.ndarray]], arguments: Config) -> dict[Setup, ColdStart]:
-    """Process start to first action of the ends of the comparison, in process and served; one process at a time, in random order."""
-    if "warm_up" not in arguments.factors:
-        return {}
-    wanted = (plan.baseline, replace(plan.baseline, transport=NONE), plan.ours, replace(plan.ours, transport=plan.baseline.transport))
-    ends = [setup for setup in dict.fromkeys(wanted) if setup in plan.setups]
-    cold, shuffled = {setup: ColdStart() for setup in ends}, random.Random(arguments.seed)
-    file, log = arguments.out / "inputs.npz", arguments.out / "cold.log"
-    np.savez(file, **inputs[0][0], noise=inputs[0][1])
-    began_s = time.monotonic()
-    for repeat in range(arguments.cold_starts):
-        for setup in shuffled.sample(ends, len(ends)):
-            if repeat and time.monotonic() > began_s + 60 * arguments.max_minutes:
-                return cold
-            print(f"cold start {repeat + 1}/{arguments.cold_starts}: {setup}", file=sys.stderr)
-            if setup.transport != NONE:
-                cold_start_of_server(_server(setup, addresses, arguments), inputs[0], arguments.first_calls, _PATIENCE_S, cold[setup])
-                continue
-            flags = [*_flags(arguments), f"--preprocessing={setup.preprocessing}", f"--engine={setup.engine}", f"--denoising_steps={setup.steps}"]
-            own = [f"--inputs={file}", f"--calls={arguments.first_calls}", f"--threads={arguments.threads}"]
-            cold_start_in_process([sys.executable, "-m", "benchmarks.ab_host", *flags, *own], arguments.threads, log, cold[setup])
-    return cold
-
-
-# --- what they get -----------------------------------------------------------------------------------------------------------------------
-
-
-def _inputs(policies: Policies, arguments: Config) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """Frames of the size that training saw: the reference takes no other."""
+def _inputs(policies: Policies, config: Config) -> list[Inputs]:
+    """Random pictures of the size that training saw (the reference takes no other), joints in their range, and noise. Never zeros: they can run
+    faster."""
     metadata, head = policies.ours.metadata, open_checkpoint(policies.model_path).config.head
-    sizes = set(metadata.resolutions.values())
-    if arguments.asked_size is not None and sizes != {arguments.asked_size}:
-        trained = ", ".join(f"{w}x{h}" for w, h in sizes)
-        raise ConfigError(f"--resolution={arguments.resolution}: this checkpoint was trained with {trained}. Leave the flag out.")
-    if len(sizes) != 1:
-        raise ConfigError(f"the cameras of this checkpoint differ in resolution ({sorted(sizes)}); the comparison needs one for all.")
-    (size,), shape = sizes, (1, head.action_horizon, head.action_dim)
-    config = load_data_config(arguments.data_config)
-    return [example_inputs(metadata, config, shape, size, arguments.seed + number) for number in range(_OBSERVATIONS)]
-
-
-def _floor_ms(ours: Any, steps: int) -> float | None:
-    """What the network alone could not undercut on this machine, by measured arithmetic and memory rates; None for an export, whose work differs."""
-    from benchmarks.lib.work import measure_ceilings, stage_work
-
-    if not hasattr(ours.engine, "model"):
-        return None
-    ceilings, images = measure_ceilings(ours.device, ours.dtype), len(ours.metadata.resolutions)
-    image_tokens = images * ours.engine.model.config.vision.tokens
-    works = stage_work(ours.engine.model, image_tokens + 32, image_tokens, images, steps).values()  # 32: a short instruction and the template
-    return round(sum(work.floor_ms(ceilings) for work in works), 3)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    if len(set(metadata.resolutions.values())) != 1:
+        raise ConfigError(f"the cameras of this checkpoint differ in resolution ({metadata.resolutions}); the comparison needs one for all.")
+    (width, height), keys = next(iter(metadata.resolutions.values())), load_data_config(config.data_config)
+    found = []
+    for number in range(_OBSERVATIONS):
+        generator = np.random.default_rng(config.seed + number)
+        observation: dict[str, Any] = {keys.language_key: ["Place the block in the bowl"]}
+        observation |= {key: generator.integers(0, 256, (1, height, width, 3), dtype=np.uint8) for key in keys.video_keys}
+        for key in keys.state_keys:
+            statistics = metadata.state_statistics[key.partition(".")[2]]
+            observation[key] = generator.uniform(statistics.min, statistics.max)[None]
+        found.append((observation, generator.standard_normal((1, head.action_horizon, head.action_dim), dtype=np.float32)))
+    return found
 
 
 if __name__ == "__main__":

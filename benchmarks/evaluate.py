@@ -13,149 +13,432 @@ there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-import cv2
 import numpy as np
 
-from benchmarks.closed_loop import (
-    FACTORS,
-    SCENES,
-    STUDIES,
-    Cell,
-    ControllerName,
-    Outcome,
-    Report,
-    Scene,
-    Settings,
-    cells_of_studies,
-    check,
-    check_playable,
-    jobs_of,
-    product_of,
-    references_of,
-    reports,
-    runner_of,
-)
-from benchmarks.lib.program import drawing, figure, finish, markdown_table, provenance, read_flags, write_csv
-from gr00t_fast.checkpoint import open_checkpoint
+from benchmarks.lib.latency import VirtualWorker, play_until
+from benchmarks.lib.program import check_counts, drawing, figure, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast import load_policy
+from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
+from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
+from gr00t_fast.control.auto import AutoController
+from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
+from gr00t_fast.control.controller import Controller, SyncController
+from gr00t_fast.control.loop import LoopOptions
+from gr00t_fast.control.pacer import VirtualClock
+from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.flags import setting
-from gr00t_fast.measurement import git_commit, wilson_interval
-from gr00t_fast.robots.sim.rendering import write_video
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.measurement import wilson_interval
+from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots.sim.robot import SimArm
 from gr00t_fast.robots.sim.scene import scene_xml
-from gr00t_fast.robots.sim.simulation import MAX_BLOCK_SPEED_M_S, Simulation
+from gr00t_fast.robots.sim.simulation import TICK_S
 from training.samples import FIRST_LAYOUT_SEED
+
+Scene = Literal["still", "moving"]
+ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc"]
+Study = Literal["latency", "steps", "precision"]
+EMBODIMENT_TAG, DATA_CONFIG = "new_embodiment", "so100"  # what training/ writes, and the simulation shows
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- settings ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One setting. action_horizon: actions of a chunk that may play. latency_ms is injected, and all there is: computing takes no simulated time.
+
+    engine: NAME[:PRECISION][=DIRECTORY of an export], as in `eager:bf16` or `openvino:int8=outputs/exports/int8`.
+    """
+
+    scene: Scene = "still"
+    controller: ControllerName = "sync"
+    latency_ms: int = 0
+    denoising_steps: int = 4
+    action_horizon: int = 8
+    engine: str = "eager:fp32"
+
+    @property
+    def reference(self) -> Cell:
+        """What it is compared with: a loop that thinks ahead with one that waits as long, others with the defaults."""
+        return Cell(self.scene, "sync", self.latency_ms) if self.controller != "sync" else Cell(self.scene)
+
+
+FACTORS = tuple(field.name for field in fields(Cell))
+
+
+def cells_of_study(study: Study, scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
+    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; resume and rtc could
+    differ from threaded only where chunks come late or overlap for long. steps: fewer denoising steps, longer chunks. precision: number formats."""
+    if study == "steps":
+        return [Cell(scene, "sync", 0, steps, horizon) for scene in scenes for steps in (1, 2, 4, 8) for horizon in (4, 8, 16)]
+    if study == "precision":
+        return [Cell(scene, engine=engine) for scene in scenes for engine in dict.fromkeys(("eager:fp32", "eager:bf16", *engines))]
+    all_ms = (0, 50, 200, 800)
+    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("resume", 16, all_ms[2:]), ("rtc", 16, all_ms[2:3])]
+    return [Cell(scene, name, ms, action_horizon=horizon) for scene in scenes for name, horizon, latencies_ms in arms for ms in latencies_ms]
+
+
+def cells_of(config: Config) -> list[Cell]:
+    """The product of the settings given, or the cells of the studies. Raises ConfigError."""
+    values_of = (config.scenes, config.controllers, config.latency_ms, config.denoising_steps, config.action_horizon, config.engines)
+    given = dict(zip(FACTORS, values_of, strict=True))
+    named = {name: values for name, values in given.items() if values}
+    studies = config.study or (get_args(Study) if config.full else ())
+    if studies and set(named) - {"scene", "engine"}:
+        raise ConfigError("a study has settings of its own; leave out --study and --full, or the settings. --scenes and --engines go with both.")
+    scenes = config.scenes or list(get_args(Scene))
+    if studies or not set(named) - {"scene"}:
+        cells = [cell for study in studies or ("latency",) for cell in cells_of_study(study, scenes, config.engines or ())]
+    else:
+        named["scene"] = scenes
+        cells = [Cell(**dict(zip(named, values, strict=True))) for values in itertools.product(*named.values())]
+    check_counts(config, "latency_ms", least=0)
+    check_counts(config, "denoising_steps", "action_horizon")
+    trained = open_checkpoint(config.model_path).config.head.action_horizon
+    if any(cell.action_horizon > trained for cell in cells):
+        raise ConfigError(f"this checkpoint predicts {trained} actions; more of them cannot play. Lower --action_horizon.")
+    return list(dict.fromkeys(cells))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all episodes of an evaluation share. servo_lag_ms: as SO100SimConfig."""
+
+    model_path: str
+    instruction: str = "Reach the block"
+    block_speed_m_s: float = 0.06
+    episode_s: float = 10.0
+    noise_seed: int = 0
+    device: str = "cpu"
+    servo_lag_ms: float | None = None
+
+
+# --- an episode ----------------------------------------------------------------------------------------------------------------------------
+
+_SOLVED, _TAIL_S = "solved", 0.5  # an episode goes on for a moment after success
+_MOVING_DEG = 0.1  # per tick, by any joint: 3 degrees per second
+_BODY = slice(0, 5)  # all joints but the gripper, which is in per cent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an episode went. solved_s: simulated time of success, None without one within the episode. jerk_rms_deg_s3: of the five joints, measured at
+    30 Hz until success, over the ticks in which the arm moves, so that waiting does not count as smooth. starved_ticks: targets held for want of
+    actions, the tail included."""
+
+    seed: int
+    solved_s: float | None
+    jerk_rms_deg_s3: float | None
+    inferences: int
+    starved_ticks: int
+
+
+class LatePolicy(Policy):
+    """A policy whose answers take `latency_ms` of simulated time. Inference k of an episode starts from the same noise in every cell."""
+
+    continues = frozenset({"rtc", "prefix"})
+
+    def __init__(self, policy: Any, noise_shape: tuple[int, int], clock: VirtualClock, latency_ms: float, seed: tuple[int, int]) -> None:
+        self._policy, self._noise_shape, self._clock, self._latency_s = policy, noise_shape, clock, latency_ms / 1000
+        self._rng, self.inferences = np.random.default_rng(seed), 0
+
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        drawn = self._rng.standard_normal((1, *self._noise_shape), np.float32) if noise is None else noise
+        continued = {} if prefix is None else {"prefix": prefix}
+        actions = self._policy.get_action(observation, noise=drawn, **continued)
+        self.inferences += 1
+        self._clock.time_s += self._latency_s
+        return actions
+
+    def get_modality_config(self) -> Any:
+        return self._policy.get_modality_config()
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def warm_up(self, instruction: str, prefix_method: str | None = None) -> dict[str, float]:
+        """Nothing to warm; what an inference will take."""
+        return {"total": 1000 * self._latency_s}
+
+
+class LazyFrames(Mapping[str, np.ndarray]):
+    """Pictures drawn when they are looked at: most ticks need none. In simulated time the scene does not move on before, since whoever asks for an
+    inference gets it at once."""
+
+    def __init__(self, arm: SimArm) -> None:
+        self._arm = arm
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        camera = self._arm.config.cameras[name]
+        return self._arm.simulation.render(camera.view, camera.width, camera.height)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arm.config.cameras)
+
+    def __len__(self) -> int:
+        return len(self._arm.config.cameras)
+
+
+class ConnectedArm:
+    """A Robot over an arm that stays connected from episode to episode: building the world takes longer than playing in it."""
+
+    name = "so100_sim"
+    episodes_solved = success = rest_pose = None
+
+    def __init__(self, clock: Clock, resolution: tuple[int, int], block_speed_m_s: float, servo_lag_ms: float | None) -> None:
+        """resolution: (width, height) of the one camera. Raises ConfigError for a lag that cannot be."""
+        cameras = {"front": SimCameraConfig(*resolution)}
+        world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=block_speed_m_s, servo_lag_ms=servo_lag_ms)
+        self.arm = SimArm(world, clock)
+        self.arm.connect()
+        self.joint_names, self.joint_unit = self.arm.joint_names, self.arm.joint_unit
+        self.joint_limits, self.cameras, self.events = self.arm.joint_limits, self.arm.cameras, self.arm.events
+        self.watch: Callable[[], None] | None = None  # of the episode that comes
+
+    def connect(self) -> None:
+        """Connected already."""
+
+    @property
+    def units_per_deg(self) -> np.ndarray:
+        return self.arm.units_per_deg
+
+    def keep_alive(self) -> None:
+        """Nothing is powered."""
+
+    def reset(self, seed: int | None = None) -> None:
+        self.arm.reset(seed)
+        self.arm.simulation.watch = self.watch  # not before: what is left of the episode before is none of its business
+
+    def observe(self, with_frames: bool = True) -> Observation:
+        seen = self.arm.observe(with_frames=False)
+        return Observation(seen.joints, LazyFrames(self.arm) if with_frames else {}, seen.time_s)
+
+    def send(self, targets: np.ndarray) -> None:
+        self.arm.send(targets)
+
+    def land(self, as_found: bool = False) -> LandingReport:
+        return LandingReport()
+
+
+class EpisodeTrace:
+    """Notes the joints at every tick of the simulation until success, whatever the loop is doing."""
+
+    def __init__(self, arm: ConnectedArm, episode_s: float) -> None:
+        self._simulation, self._episode_s = arm.arm.simulation, episode_s
+        self.joints_deg: list[np.ndarray] = []
+        self.solved_s: float | None = None
+
+    def __call__(self) -> None:
+        if self.solved_s is None:
+            self.joints_deg.append(self._simulation.joints_deg)
+            # a loop that waits may finish its last inference after the time is up: the world is still judged by its own clock
+            if self._simulation.success and self._simulation.time_s <= self._episode_s:
+                self.solved_s = self._simulation.time_s
+
+    def over(self, observation: Observation) -> bool:
+        return self.solved_s is not None and self._simulation.time_s >= self.solved_s + _TAIL_S
+
+    @property
+    def jerk_rms(self) -> float | None:
+        """Root mean square of the third difference (deg/s^3) where the arm moves. None where it never does."""
+        joints_deg = np.array(self.joints_deg)[:, _BODY]  # (N, J)
+        moving = (np.abs(np.diff(joints_deg, axis=0)) > _MOVING_DEG).any(axis=1)  # (N - 1,)
+        jerk = np.diff(joints_deg, n=3, axis=0) / TICK_S**3  # (N - 3, J)
+        counted = jerk[moving[:-2] | moving[1:-1] | moving[2:]]
+        return float(np.sqrt(np.mean(counted**2))) if len(counted) else None
+
+
+class EpisodeRunner:
+    """The simulated arm before a block that lies still or moves, for policies to drive. `metadata` are those of the checkpoint."""
+
+    def __init__(self, metadata: Any, noise_shape: tuple[int, int], settings: Settings) -> None:
+        """noise_shape: trained horizon and padded action width. Raises ConfigError for a checkpoint of several cameras."""
+        if len(metadata.resolutions) != 1:
+            raise ConfigError(f"the evaluation shows one camera, from the front; this checkpoint wants {', '.join(metadata.resolutions)}.")
+        self._metadata, self._noise_shape, self._settings = metadata, noise_shape, settings
+        self._arms: dict[Scene, tuple[VirtualClock, ConnectedArm]] = {}
+
+    def play(self, policy: Any, cell: Cell, seed: int) -> Outcome:
+        """One episode. Raises ConfigError where a controller cannot bridge the latency."""
+        settings, (clock, arm) = self._settings, self._arm(cell)
+        clock.time_s = 0.0  # the same instants, to the last bit, whatever was played before
+        late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, (seed, settings.noise_seed))
+        arm.watch = trace = EpisodeTrace(arm, settings.episode_s)
+        options = LoopOptions(self._metadata.fps, timeout_s=settings.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
+        try:
+            loop = play_until(trace.over, _SOLVED, arm, self._controller(cell, late, arm, clock), options, clock)
+        finally:
+            arm.watch = arm.arm.simulation.watch = None
+        solved_s = None if trace.solved_s is None else round(trace.solved_s, 4)
+        return Outcome(seed, solved_s, trace.jerk_rms, late.inferences, int(loop.trace.arrays()["starved"].sum()))
+
+    def _arm(self, cell: Cell) -> tuple[VirtualClock, ConnectedArm]:
+        if cell.scene not in self._arms:
+            clock, speed_m_s = VirtualClock(), self._settings.block_speed_m_s if cell.scene == "moving" else 0.0
+            (resolution,) = self._metadata.resolutions.values()
+            self._arms[cell.scene] = clock, ConnectedArm(clock, resolution, speed_m_s, self._settings.servo_lag_ms)
+        return self._arms[cell.scene]
+
+    def _controller(self, cell: Cell, policy: LatePolicy, arm: ConnectedArm, clock: VirtualClock) -> Controller:
+        metadata, instruction = self._metadata, self._settings.instruction
+        cameras = resolve_camera_map(arm.cameras, metadata.resolutions, None)
+        binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
+        worker = VirtualWorker(clock)
+        waiting = SyncController(policy, binding, instruction, clock, cell.action_horizon, max_hold_s=None, worker=worker)
+        if cell.controller == "sync":
+            return waiting
+        overlap = OverlapOptions(
+            smoothing="rtc" if cell.controller == "rtc" else "none",
+            when_late="resume" if cell.controller == "resume" else "hold",
+            max_hold_s=None,
+        )
+        moving = ThreadedController(policy, binding, instruction, clock, metadata.fps, overlap, cell.action_horizon, worker)
+        if cell.controller != "auto":
+            return moving
+        auto = AutoController(waiting, moving, metadata.fps, cell.action_horizon, metadata.trained_horizon, lambda line: None)
+        auto.warm_up()
+        return auto
+
+
+def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:
+    """Does a policy do the task at all? Episodes of 2.5 s without latency, the block at rest."""
+    runner = EpisodeRunner(policy.metadata, noise_shape, Settings("", episode_s=2.5))
+    return [runner.play(policy, Cell(action_horizon=action_horizon), seed) for seed in seeds]
+
+
+# --- many of them --------------------------------------------------------------------------------------------------------------------------
+
+_EPISODES_PER_JOB = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of some episodes of a cell; `refused` says why none of it can be played."""
+
+    cell: Cell
+    outcomes: tuple[Outcome, ...]
+    refused: str | None = None
+
+
+class Player:
+    """The policies and the arms of one process: weights and worlds are made once."""
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # a core per process, and the same sums in every process
+        head = open_checkpoint(settings.model_path).config.head
+        metadata = read_policy_metadata(settings.model_path, EMBODIMENT_TAG, DATA_CONFIG)
+        self._settings, self._policies = settings, {}
+        self._runner = EpisodeRunner(metadata, (head.action_horizon, head.action_dim), settings)
+
+    def play(self, cell: Cell, seeds: Sequence[int]) -> Report:
+        policy = self._policy(cell)
+        try:
+            return Report(cell, tuple(self._runner.play(policy, cell, seed) for seed in seeds))
+        except ConfigError as error:  # the controller says so before the arm moves: a chunk that is over before it arrives
+            return Report(cell, (), str(error))
+
+    def _policy(self, cell: Cell) -> Any:
+        if cell.engine not in self._policies:
+            words, _, directory = cell.engine.partition("=")
+            name, _, precision = words.partition(":")
+            options = {"precision": precision if precision and not directory else "auto", "engine_path": directory or None}  # exports bring theirs
+            self._policies[cell.engine] = load_policy(self._settings.model_path, engine=name, device=self._settings.device, seed=0, **options)
+        policy = self._policies[cell.engine]
+        policy.denoising_steps = cell.denoising_steps
+        return policy
+
+
+_players: dict[Settings, Player] = {}  # of this process
+
+
+def play(settings: Settings, cell: Cell, seeds: Sequence[int]) -> Report:
+    """Run in a process of the pool."""
+    if settings not in _players:
+        _players[settings] = Player(settings)
+    return _players[settings].play(cell, seeds)
 
 
 class EpisodeLog:
-    """DIRECTORY/episodes.jsonl: its first line says under which conditions the episodes were played; the others are one episode each,
-    or the commit of a run that began there."""
+    """DIRECTORY/episodes.jsonl: its first line says under which conditions the episodes were played, each other one is a report."""
 
-    def __init__(self, directory: Path, conditions: Mapping[str, Any], commit: str | None = None) -> None:
+    def __init__(self, directory: Path, conditions: Mapping[str, Any]) -> None:
         """Reads what is there. Raises ConfigError when it was played under other conditions, or is damaged before its last line."""
         self.path = directory / "episodes.jsonl"
-        self._outcomes: dict[Cell, dict[int, Outcome]] = defaultdict(dict)
+        self.outcomes: dict[Cell, dict[int, Outcome]] = {}
         self.refused: dict[Cell, str] = {}
-        self.commits: list[str | None] = []  # under which the episodes were played, oldest first
-        if self.path.exists():
-            self._read(dict(conditions))
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"conditions": dict(conditions)}) + "\n", encoding="utf-8")
-        self._commit = commit
+        first = json.dumps({"conditions": conditions})
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else [first + "\n"]
+        if lines[0].strip() != first:
+            raise ConfigError(f"{self.path} holds episodes of another checkpoint or other settings. Remove it, or choose another --out.")
+        whole = [line for line in lines if line.endswith("\n")]  # the run was killed while it wrote the last one: it is played again
+        try:
+            for line in whole[1:]:
+                found = json.loads(line)
+                self._note(Report(Cell(**found["cell"]), tuple(Outcome(**each) for each in found["outcomes"]), found["refused"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.path} is damaged ({type(error).__name__}: {error}). Remove it, or choose another --out.") from error
+        self.path.write_text("".join(whole), encoding="utf-8")
 
-    def missing(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[tuple[Cell, list[int]]]:
-        """What has yet to be played."""
-        wanted = [(cell, [seed for seed in seeds if seed not in self._outcomes[cell]]) for cell in cells if cell not in self.refused]
-        return [(cell, left) for cell, left in wanted if left]
-
-    def outcomes(self, cell: Cell, seeds: Sequence[int]) -> list[Outcome]:
-        return [self._outcomes[cell][seed] for seed in seeds if seed in self._outcomes[cell]]
+    def missing(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[tuple[Cell, tuple[int, ...]]]:
+        """What has yet to be played, in pieces. Cells take turns, so that a run that is cut short has some of each."""
+        left = {cell: [seed for seed in seeds if seed not in self.outcomes.get(cell, {})] for cell in cells if cell not in self.refused}
+        starts = range(0, max(map(len, left.values()), default=0), _EPISODES_PER_JOB)
+        pieces = [(cell, tuple(some[start : start + _EPISODES_PER_JOB])) for start in starts for cell, some in left.items()]
+        return [piece for piece in pieces if piece[1]]
 
     def add(self, report: Report) -> None:
-        lines = report.lines()
-        if self._commit not in self.commits:
-            self.commits.append(self._commit)
-            lines.insert(0, {"commit": self._commit})
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in lines)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(report)) + "\n")
         self._note(report)
 
     def _note(self, report: Report) -> None:
         if report.refused is not None:
-            self.refused.setdefault(report.cell, report.refused)
-        self._outcomes[report.cell].update({outcome.seed: outcome for outcome in report.outcomes})
+            self.refused[report.cell] = report.refused
+        self.outcomes.setdefault(report.cell, {}).update({outcome.seed: outcome for outcome in report.outcomes})
 
-    def _read(self, conditions: dict[str, Any]) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):  # the run was killed while it wrote: that episode is played again
-            self.path.write_text("".join(lines[:-1]), encoding="utf-8")
-            lines = lines[:-1]
-        try:
-            found, *entries = [json.loads(line) for line in lines]
-            played = found["conditions"]
-            for entry in entries:
-                if "commit" in entry:
-                    self.commits.append(entry["commit"])
-                    continue
-                cell = Cell(**entry["cell"])
-                outcomes = (Outcome(**entry["outcome"]),) if "outcome" in entry else ()
-                self._note(Report(cell, outcomes, entry.get("refused")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self.path} is damaged ({type(error).__name__}: {error}). Remove it, or choose another --out.") from error
-        if played != conditions:
-            changed = [name for name in conditions if played.get(name) != conditions[name]]
-            raise ConfigError(f"{self.path} holds episodes played with other {', '.join(changed)}. Remove it, or choose another --out.")
 
+# --- figures -------------------------------------------------------------------------------------------------------------------------------
 
 _RESAMPLES = 4000
 
 
-def figures_of(outcomes: Sequence[Outcome], episode_s: float, deadlines_s: Sequence[float]) -> dict[str, Any]:
-    """Success within the episode and within each deadline, time to success, smoothness. JSON-ready.
-
-    mean_time_s counts an episode without success as the whole episode (a restricted mean), so that slow and failed ones both show and none is left
-    out; median_time_s is None where half the episodes or more fail.
-    """
-    times_s = times_of(outcomes, math.inf)
+def figures_of(outcomes: Mapping[int, Outcome], episode_s: float, deadlines_s: Sequence[float]) -> dict[str, Any]:
+    """Success within the episode and within each deadline, time to success, smoothness. JSON-ready. mean_time_s counts an episode without success as
+    the whole episode (a restricted mean), so that slow and failed ones both show and none is left out."""
+    times_s, jerks = times_of(outcomes), [each.jerk_rms_deg_s3 for each in outcomes.values() if each.jerk_rms_deg_s3 is not None]
     bounded_s = np.minimum(times_s, episode_s)
-    median_s = float(np.median(times_s))
     return {
         "episodes": len(outcomes),
         "success": rate_of(np.isfinite(times_s)),
         "within": {f"{deadline_s:g}": rate_of(times_s <= deadline_s) for deadline_s in deadlines_s},
         "mean_time_s": round(float(bounded_s.mean()), 3),
-        "mean_time_95_s": _bootstrapped_mean(bounded_s),
-        "median_time_s": round(median_s, 3) if math.isfinite(median_s) else None,
-        **_jerk_of(outcomes),
-        "median_end_distance_mm": round(1000 * float(np.median([outcome.end_distance_m for outcome in outcomes])), 1),
-        "median_tip_path_m": round(float(np.median([outcome.tip_path_m for outcome in outcomes])), 3),
-        "mean_inferences": round(float(np.mean([outcome.inferences for outcome in outcomes])), 2),
-        "mean_starved_ticks": round(float(np.mean([outcome.starved_ticks for outcome in outcomes])), 2),
-        "failed_seeds": [outcome.seed for outcome in outcomes if outcome.solved_s is None],
+        "mean_time_95_s": mean_interval(bounded_s),
+        "median_jerk_deg_s3": round(float(np.median(jerks)), 1) if jerks else None,
+        "mean_inferences": round(float(np.mean([each.inferences for each in outcomes.values()])), 2),
+        "mean_starved_ticks": round(float(np.mean([each.starved_ticks for each in outcomes.values()])), 2),
+        "failed_seeds": [each.seed for each in outcomes.values() if each.solved_s is None],
     }
 
 
-def _jerk_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    noted = [outcome.jerk_rms_deg_s3 for outcome in outcomes if outcome.jerk_rms_deg_s3 is not None]
-    return {"median_jerk_deg_s3": round(float(np.median(noted)), 1) if noted else None, "episodes_with_jerk": len(noted)}
-
-
-def times_of(outcomes: Sequence[Outcome], without: float) -> np.ndarray:
-    """(n,) seconds to success, by seed; `without` where there was none."""
-    return np.array([without if outcome.solved_s is None else outcome.solved_s for outcome in sorted(outcomes, key=lambda outcome: outcome.seed)])
+def times_of(outcomes: Mapping[int, Outcome]) -> np.ndarray:
+    """(n,) seconds to success, by seed; infinite where there was none."""
+    return np.array([math.inf if outcomes[seed].solved_s is None else outcomes[seed].solved_s for seed in sorted(outcomes)])
 
 
 def rate_of(solved: np.ndarray) -> dict[str, Any]:
@@ -163,286 +446,99 @@ def rate_of(solved: np.ndarray) -> dict[str, Any]:
     return {"successes": int(solved.sum()), "rate": round(float(solved.mean()), 4), "wilson_95": [round(low, 4), round(high, 4)]}
 
 
-def difference(outcomes: Sequence[Outcome], reference: Sequence[Outcome], episode_s: float) -> dict[str, Any] | None:
-    """`outcomes` minus `reference` on the seeds that both have: success rate (Newcombe's interval for paired rates), and mean time."""
-    both = {outcome.seed for outcome in outcomes} & {outcome.seed for outcome in reference}
-    if not both:
-        return None
-    ours, theirs = (times_of([outcome for outcome in arm if outcome.seed in both], math.inf) for arm in (outcomes, reference))
-    lost, won = int((np.isinf(ours) & np.isfinite(theirs)).sum()), int((np.isfinite(ours) & np.isinf(theirs)).sum())
-    seconds = np.minimum(ours, episode_s) - np.minimum(theirs, episode_s)
-    low, high = newcombe_interval(int(np.isfinite(ours).sum()), int(np.isfinite(theirs).sum()), lost, won, len(both))
-    return {
-        "seeds": len(both),
-        "rate": round((won - lost) / len(both), 4),
-        "rate_95": [round(low, 4), round(high, 4)],
-        "lost": lost,
-        "won": won,
-        "mean_time_s": round(float(seconds.mean()), 3),
-        "mean_time_95_s": _bootstrapped_mean(seconds),
-    }
+def difference(outcomes: Mapping[int, Outcome], reference: Mapping[int, Outcome], episode_s: float) -> dict[str, Any]:
+    """`outcomes` minus `reference`, paired by layout: success rate and mean time, with 95 % intervals."""
+    ours_s, theirs_s = (times_of({seed: arm[seed] for seed in outcomes.keys() & reference.keys()}) for arm in (outcomes, reference))
+    rate = np.isfinite(ours_s).astype(float) - np.isfinite(theirs_s)
+    seconds = np.minimum(ours_s, episode_s) - np.minimum(theirs_s, episode_s)
+    found = {"seeds": len(rate), "rate": round(float(rate.mean()), 4), "rate_95": mean_interval(rate)}
+    return found | {"mean_time_s": round(float(seconds.mean()), 3), "mean_time_95_s": mean_interval(seconds)}
 
 
-def newcombe_interval(ours: int, theirs: int, lost: int, won: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a difference of paired rates (Newcombe 1998, method 10). ours, theirs: successes of `trials`; lost, won: pairs in which only
-    they, only we succeeded. The correlation is corrected for continuity, so that the interval has a width also where no pair differs."""
-    rates = ours / trials, theirs / trials
-    intervals = wilson_interval(ours, trials), wilson_interval(theirs, trials)
-    both, neither = ours - won, trials - ours - lost
-    spread = math.sqrt(ours * (trials - ours) * theirs * (trials - theirs))
-    agreement = both * neither - won * lost
-    corrected = agreement if agreement < 0 else max(agreement - trials / 2, 0.0)
-    correlation = corrected / spread if spread else 0.0
-    below, above = [(rate - low, high - rate) for rate, (low, high) in zip(rates, intervals, strict=True)]
-
-    def apart(first: float, second: float) -> float:
-        return math.sqrt(max(0.0, first**2 - 2 * correlation * first * second + second**2))
-
-    centre = rates[0] - rates[1]
-    return centre - apart(below[0], above[1]), centre + apart(below[1], above[0])
-
-
-def _bootstrapped_mean(values: np.ndarray) -> list[float]:
-    """Percentile bootstrap over episodes; the same resamples for the same number of episodes."""
+def mean_interval(values: np.ndarray) -> list[float]:
+    """95 % of the mean: percentile bootstrap over episodes; the same resamples for the same number of episodes."""
     picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
     return [round(float(bound), 3) for bound in np.percentile(values[picks].mean(axis=1), (2.5, 97.5))]
 
 
-Result = Mapping[str, Any]
-_SETTING = ("block", "controller", "latency ms", "steps", "actions", "engine")
-
-
-def as_table(result: Result) -> str:
-    deadlines = result["deadlines_s"]
-    within = (f"within {deadline:g} s" for deadline in deadlines)
-    compared = ("against", "success, points (95 %)", "time s (95 %)")
-    columns = (*_SETTING, "success % (95 %)", *within, "mean time s (95 %)", *compared, "jerk 1000 deg/s^3", "inferences")
-    table = markdown_table(columns, [_line(row, deadlines) for row in result["rows"]], len(columns))
-    return "\n".join([_preface(result), "", table, "", *_notes(result)])
-
-
-def _preface(result: Result) -> str:
-    return (
-        f"Reach, {result['seeds']} layouts unseen in training, the same layouts and noise in every row; {result['episode_s']:g} s at "
-        f"30 Hz; the moving block goes {100 * result['block_speed_m_s']:g} cm/s; joints trail their targets by {_lag(result)}. Simulated time: an "
-        "inference takes the latency given and nothing more."
+def as_table(result: Mapping[str, Any]) -> str:
+    deadlines = [f"{deadline:g}" for deadline in result["deadlines_s"]]
+    columns = (
+        "block",
+        "controller",
+        "latency ms",
+        "steps",
+        "actions",
+        "engine",
+        "success % (95 %)",
+        *(f"within {deadline} s" for deadline in deadlines),
     )
+    columns += ("mean time s (95 %)", "against sync: points (95 %)", "s (95 %)", "jerk 1000 deg/s^3", "inferences")
+    lag = "the motors' own, about 100 ms" if result["servo_lag_ms"] is None else f"{result['servo_lag_ms']:g} ms"
+    preface = (
+        f"Reach, {result['episodes']} layouts unseen in training, the same layouts and noise in every row; {result['episode_s']:g} s at 30 Hz; the "
+        f"moving block goes {100 * result['block_speed_m_s']:g} cm/s; joints trail their targets by {lag}. Simulated time: an inference takes the "
+        f"latency given and nothing more. Mean time counts an episode without success as {result['episode_s']:g} s. Against: the same layouts with "
+        "sync, 8 actions, 4 steps, fp32, at the same latency (of sync: at none)."
+    )
+    reasons = dict.fromkeys(f"Cannot run: {row['refused']}" for row in result["rows"] if "refused" in row)
+    table = markdown_table(columns, [_line(row, deadlines) for row in result["rows"]], len(columns))
+    return "\n\n".join([preface, table, *reasons])
 
 
-def _lag(result: Result) -> str:
-    return "90 to 103 ms, the motors' own" if result["servo_lag_ms"] is None else f"{result['servo_lag_ms']:g} ms"
-
-
-def _line(row: Result, deadlines: Sequence[float]) -> list[object]:
-    setting = [row["scene"], row["controller"], row["latency_ms"], row["denoising_steps"], row["action_horizon"], row["engine"].partition("=")[0]]
+def _line(row: Mapping[str, Any], deadlines: Sequence[str]) -> list[object]:
+    setting = [*(row[factor] for factor in FACTORS[:-1]), row["engine"].partition("=")[0]]
     if "refused" in row:
-        return [*setting, "cannot run", *["-"] * (len(deadlines) + 6)]
-    low, high = row["mean_time_95_s"]
-    jerk = row["median_jerk_deg_s3"]
+        return [*setting, "cannot run", *["-"] * (len(deadlines) + 5)]
+    against, jerk = row["against"], row["median_jerk_deg_s3"]
     return [
         *setting,
-        _rate(row["success"]),
-        *(_rate(row["within"][f"{deadline:g}"]) for deadline in deadlines),
-        f"{row['mean_time_s']:.2f} ({low:.2f}-{high:.2f})",
-        *_against(row),
+        *(_percent(rate["rate"], rate["wilson_95"]) for rate in (row["success"], *(row["within"][deadline] for deadline in deadlines))),
+        _seconds(row),
+        *((_percent(against["rate"], against["rate_95"]), _seconds(against)) if against else ("-", "-")),
         figure(jerk and jerk / 1000, 1),
         f"{row['mean_inferences']:.1f}",
     ]
 
 
-def _against(row: Result) -> list[str]:
-    """What is compared, and the differences of success and of mean time, paired by layout."""
-    against = row["against"]
-    if against is None:
-        return ["-", "-", "-"]
-    low, high = against["rate_95"]
-    faster, slower = against["mean_time_95_s"]
-    return [
-        f"{against['controller']}, {against['action_horizon']} actions, {against['latency_ms']} ms",
-        f"{100 * against['rate']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        f"{against['mean_time_s']:+.2f} ({faster:+.2f} to {slower:+.2f})",
-    ]
+def _percent(rate: float, interval: Sequence[float]) -> str:
+    return f"{100 * rate:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
-def _rate(rate: Result) -> str:
-    low, high = rate["wilson_95"]
-    return f"{100 * rate['rate']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+def _seconds(row: Mapping[str, Any]) -> str:
+    return f"{row['mean_time_s']:.2f} ({row['mean_time_95_s'][0]:.2f} to {row['mean_time_95_s'][1]:.2f})"
 
 
-def _notes(result: Result) -> list[str]:
-    notes = [
-        f"Mean time counts an episode without success as {result['episode_s']:g} s. Against: the same layouts, 4 steps, fp32. "
-        f"Jerk: median over {_jerk_episodes(result)} episodes, while the arm moves, at 30 Hz, without the gripper."
-    ]
-    reasons = dict.fromkeys(row["refused"] for row in result["rows"] if "refused" in row)
-    notes += [f"Cannot run: {reason}" for reason in reasons]
-    if any(row["controller"] == "server" for row in result["rows"]):
-        notes.append(
-            "server: threaded, each observation and chunk over ZeroMQ to another process. The transport's own time is not simulated time, so "
-            "this row shows that the way through a server changes no action; what it costs in time, ab_server measures."
-        )
-    if any(row["controller"] == "rtc" for row in result["rows"]):
-        notes.append("rtc: real-time chunking at the latency given; its denoising steps cost more than plain ones, which is not charged here.")
-    return notes
-
-
-def _jerk_episodes(result: Result) -> str:
-    counts = sorted({row["episodes_with_jerk"] for row in result["rows"] if "refused" not in row})
-    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0] if counts else 0)
-
-
-_COLOURS = {"sync": "C3", "threaded": "C0", "auto": "C5", "resume": "C4", "rtc": "C1", "server": "C2"}
-_MARKS = {4: "v", 8: "o", 16: "s"}
-Row = Mapping[str, Any]
-
-
-def plot_latency(result: Row, path: Path) -> None:
-    """Success within a deadline and time to success against latency, a column per scene; nothing where the rows hold fewer than two latencies."""
-    rows, deadline_s = result["rows"], result["deadlines_s"][0]
-    like = max(rows, key=lambda row: _latencies_of(rows, row))
-    rows = [row for row in rows if all(row[name] == like[name] for name in ("denoising_steps", "engine"))]
-    arms = dict.fromkeys((row["controller"], row["action_horizon"]) for row in rows if _latencies_of(rows, row) > 1)
-    lines = {}
-    for controller, horizon in arms:
-        longest = horizon == max(h for c, h in arms if c == controller)
-        style = {"color": _COLOURS[controller], "marker": _MARKS.get(horizon, "o"), "ls": "-" if longest else "--"}
-        mine = [row for row in rows if (row["controller"], row["action_horizon"]) == (controller, horizon)]
-        lines[f"{controller}, {horizon} actions"] = mine, style
-    across = ("latency_ms", "latency of an inference (ms)")
-    _plot_grid(result, lines, across, lambda row: row["within"][f"{deadline_s:g}"], f"success within {deadline_s:g} s (%)", path)
-
-
-def plot_steps(result: Row, path: Path) -> None:
-    """Success and time to success against denoising steps, a line per horizon; nothing where the rows hold fewer than two step counts."""
-    rows = [row for row in result["rows"] if row["controller"] == "sync" and row["latency_ms"] == 0 and row["engine"] == result["rows"][0]["engine"]]
-    lines = {}
-    for index, horizon in enumerate(sorted({row["action_horizon"] for row in rows})):
-        mine = [row for row in rows if row["action_horizon"] == horizon]
-        lines[f"{horizon} actions"] = mine, {"color": f"C{index}", "marker": _MARKS.get(horizon, "o")}
-    said = f"success within {result['episode_s']:g} s (%)"
-    _plot_grid(result, lines, ("denoising_steps", "denoising steps"), lambda row: row["success"], said, path)
-
-
-def _plot_grid(
-    result: Row,
-    lines: Mapping[str, tuple[Sequence[Row], Mapping[str, Any]]],
-    across: tuple[str, str],
-    rate_of_row: Callable[[Row], Row],
-    said: str,
-    path: Path,
-) -> None:
-    """Success above, time to success below, a column per scene. lines: rows and look of each; across: factor and label."""
-    rows, (factor, label) = [row for mine, _ in lines.values() for row in mine], across
-    values, scenes = sorted({row[factor] for row in rows}), list(dict.fromkeys(row["scene"] for row in rows))
-    if len(values) < 2:
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Success within the first deadline against latency, a panel per scene; nothing where the rows hold fewer than two latencies."""
+    rows = [row for row in result["rows"] if "refused" not in row and (row["denoising_steps"], row["engine"]) == (4, "eager:fp32")]
+    scenes, deadline = list(dict.fromkeys(row["scene"] for row in rows)), f"{result['deadlines_s'][0]:g}"
+    if len({row["latency_ms"] for row in rows}) < 2:
         return
-    engine = rows[0]["engine"].partition("=")[0]
-    title = f"{result['checkpoint']}, {engine} in simulated time, n = {result['seeds']} layouts per point, 95 % intervals"
-    with drawing(path, title, 2, len(scenes), (6 * len(scenes), 7), sharex=True, sharey="row") as axes:
-        for column, scene in enumerate(scenes):
-            for index, (name, (mine, look)) in enumerate(lines.items()):
-                points = {row[factor]: row for row in mine if row["scene"] == scene}
-                shift = 0.06 * (index - (len(lines) - 1) / 2)  # bars of different arms beside each other
-                style = {"ms": 4, "capsize": 2, "lw": 1, **look}
-                _draw(axes[0][column], values, points, shift, name, style, lambda row: _rate_points(rate_of_row(row)))
-                _draw(axes[1][column], values, points, shift, name, style, lambda row: (row["mean_time_s"], *row["mean_time_95_s"]))
-            axes[0][column].set_title(f"{scene} block")
-            axes[1][column].set_xticks(range(len(values)), [str(value) for value in values])
-            axes[1][column].set_xlabel(label)
-        axes[0][0].set_ylabel(said)
-        axes[0][0].set_ylim(-3, 103)
-        axes[1][0].set_ylabel(f"mean time to success (s; {result['episode_s']:g} without)")
-        axes[1][0].set_ylim(bottom=0)
-        axes[0][0].legend(fontsize=8, loc="lower left")
+    title = f"{result['checkpoint']}, simulated time, n = {result['episodes']} layouts per point"
+    with drawing(path, title, 1, len(scenes), (6 * len(scenes), 4), sharey=True) as axes:
+        for axis, scene in zip(axes[0], scenes, strict=True):
+            for arm in dict.fromkeys((row["controller"], row["action_horizon"]) for row in rows):
+                mine = [row for row in rows if (row["scene"], row["controller"], row["action_horizon"]) == (scene, *arm)]
+                points = [(row["latency_ms"], 100 * row["within"][deadline]["rate"]) for row in mine]
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"{arm[0]}, {arm[1]} actions")
+            axis.set_title(f"{scene} block")
+            axis.set_xlabel("latency of an inference (ms)")
+        axes[0][0].set_ylabel(f"success within {deadline} s (%)")
+        axes[0][0].legend(fontsize=8)
 
 
-def _latencies_of(rows: Iterable[Row], like: Row) -> int:
-    same = ("scene", "controller", "action_horizon", "denoising_steps", "engine")
-    return len({row["latency_ms"] for row in rows if all(row[name] == like[name] for name in same)})
+# --- the program ---------------------------------------------------------------------------------------------------------------------------
 
-
-def _rate_points(rate: Mapping[str, Any]) -> tuple[float, float, float]:
-    return 100 * rate["rate"], 100 * rate["wilson_95"][0], 100 * rate["wilson_95"][1]
-
-
-def _draw(axis: Any, places: Sequence[int], rows: Mapping[int, Row], shift: float, label: str, style: Mapping[str, Any], value_of: Any) -> None:
-    """One line with 95 % intervals; where an arm cannot run at all, its line ends."""
-    found = [(index + shift, *value_of(rows[place])) for index, place in enumerate(places) if place in rows and "refused" not in rows[place]]
-    if found:
-        xs, ys, lows, highs = zip(*found, strict=True)
-        below, above = [y - low for y, low in zip(ys, lows, strict=True)], [high - y for y, high in zip(ys, highs, strict=True)]
-        axis.errorbar(xs, ys, yerr=(below, above), label=label, **style)
-    axis.grid(alpha=0.3)
-
-
-_WIDTH, _HEIGHT, _COLUMNS = 320, 240, 3
-_WHITE, _GREEN = (255, 255, 255), (60, 230, 60)
-
-
-class _Camera:
-    """Draws the scene at every tick, and says from when on the task was solved."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self.frames: list[np.ndarray] = []
-
-    def __call__(self, simulation: Simulation) -> None:
-        frame = np.ascontiguousarray(simulation.render("front", _WIDTH, _HEIGHT, samples=2))
-        _write(frame, self._title, 18, _WHITE)
-        reached = simulation.success
-        _write(frame, f"{simulation.time_s:.1f} s" + (" reached" if reached else ""), _HEIGHT - 10, _GREEN if reached else _WHITE)
-        self.frames.append(frame)
-
-
-def _write(frame: np.ndarray, text: str, row: int, colour: tuple[int, int, int]) -> None:
-    cv2.putText(frame, text, (8, row), cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, 1, cv2.LINE_AA)
-
-
-def write_videos(settings: Settings, cells: Sequence[Cell], seeds: Sequence[int], out: Path) -> Iterator[Path]:
-    """One mp4 per scene, latency, step count and seed; its panels are the controllers, horizons and engines. Yields each as it is written."""
-    groups: dict[tuple[object, ...], list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.scene, cell.latency_ms, cell.denoising_steps), []).append(cell)
-    for (scene, latency_ms, steps), members in groups.items():
-        for seed in seeds:
-            panels = [frames for cell in members if (frames := _film(settings, cell, seed))]
-            if panels:
-                path = out / f"{scene}_{latency_ms}ms_{steps}steps_seed{seed}.mp4"
-                write_video(path, list(_side_by_side(panels)))
-                yield path
-
-
-def _film(settings: Settings, cell: Cell, seed: int) -> list[np.ndarray]:
-    policies, runner = runner_of(settings)
-    camera = _Camera(f"{cell.controller}, {cell.action_horizon} actions, {cell.latency_ms} ms, {cell.engine.partition('=')[0]}")
-    try:
-        runner.play(policies.of(cell), cell, seed, settings.noise_seed, camera)
-    except ConfigError:  # the table says why this arm cannot run
-        return []
-    return camera.frames
-
-
-def _side_by_side(panels: Sequence[list[np.ndarray]]) -> Iterator[np.ndarray]:
-    """Pictures of all panels; one that is over keeps its last."""
-    blank = np.zeros_like(panels[0][0])
-    columns = min(_COLUMNS, len(panels))
-    for tick in range(max(map(len, panels))):
-        now = [frames[min(tick, len(frames) - 1)] for frames in panels]
-        now += [blank] * (-len(now) % columns)
-        yield np.vstack([np.hstack(now[row : row + columns]) for row in range(0, len(now), columns)])
-
-
-ROOT = Path(__file__).resolve().parent.parent
-_SEEDS, _SEEDS_FULL = 20, 200
-_LEAST_EPISODE_S, _LONGEST_EPISODE_S = 0.5, 600.0
+_EPISODES, _EPISODES_FULL = 20, 200
 
 
 @dataclass
 class Config:
     model_path: Path = ROOT / "checkpoints" / "so100-sim-reach"  # a one-camera network trained in this simulator; default: the demo's
     full: bool = False  # all studies, 200 layouts unless said otherwise
-    study: list[Literal["latency", "steps", "precision"]] | None = None  # default: latency, where no setting is given
-    episodes: int | None = setting(None, former=("seeds",))  # layouts per setting; default: 20
+    study: list[Study] | None = None  # default: latency, where no setting is given
+    episodes: int | None = None  # layouts per setting; default: 20
     first_seed: int = 0  # of the layouts; training used other ones
     scenes: list[Scene] | None = None  # default: both
     controllers: list[ControllerName] | None = None  # who drives the arm
@@ -456,17 +552,10 @@ class Config:
     deadlines_s: list[float] = field(default_factory=lambda: [1.0, 2.0])  # success is also counted within these; the first is plotted
     lang_instruction: str = "Reach the block"  # what the policy is told
     jobs: int = os.cpu_count() or 1  # processes; default: one per core
-    ray: str | None = None  # address: play on the machines of a Ray cluster; local: a Ray of its own on this one
-    videos: int = 0  # film the first N layouts, all arms of a setting side by side
     device: str = "cpu"  # of the torch engines
     seed: int = 0  # of the noise
     json: bool = False  # also print the result as one line of JSON, the last of the output
-    out: Path = ROOT / "outputs" / "evaluate"  # directory for episodes, JSON, tables and plots
-
-    def factors(self) -> dict[str, list[Any] | None]:
-        """What was given of each factor of a cell."""
-        given = (self.scenes, self.controllers, self.latency_ms, self.denoising_steps, self.action_horizon, self.engines)
-        return dict(zip(FACTORS, given, strict=True))
+    out: Path = ROOT / "outputs" / "evaluate"  # directory for episodes, JSON, table and plot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -475,45 +564,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     return finish("evaluate", config, run, as_table, plot, interrupted=interrupted)
 
 
-def run(arguments: Config) -> dict[str, Any]:
-    cells, seeds = cells_of(arguments), seeds_of(arguments)
-    settings = Settings(
-        str(arguments.model_path),
-        arguments.lang_instruction,
-        arguments.block_speed_m_s,
-        arguments.episode_s,
-        arguments.seed,
-        arguments.device,
-        arguments.servo_lag_ms,
-    )
-    check_playable(settings.model_path)
-    log = EpisodeLog(arguments.out, {**asdict(settings), "model_path": digests_of(arguments.model_path)}, git_commit())
-    jobs = jobs_of(settings, log.missing(cells, seeds))
-    bar = require("tqdm", "sim").tqdm(total=sum(len(job.seeds) for job in jobs), unit=" episodes")
-    with bar:
-        for report in reports(jobs, arguments.jobs, arguments.ray):
+def run(config: Config) -> dict[str, Any]:
+    cells, seeds = cells_of(config), seeds_of(config)
+    settings = settings_of(config)
+    log = EpisodeLog(config.out, {**asdict(settings), "model_path": digests_of(config.model_path)})
+    jobs = [(settings, *piece) for piece in log.missing(cells, seeds)]
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes to come share the cores among them
+    with require("tqdm", "sim").tqdm(total=sum(len(job[2]) for job in jobs), unit=" episodes") as bar:
+        for job, report in in_processes(play, jobs, config.jobs):
             log.add(report)
-            bar.update(len(report.outcomes))
-    if arguments.videos:
-        playable = [cell for cell in cells if cell not in log.refused]
-        for path in write_videos(settings, playable, seeds[: arguments.videos], arguments.out):
-            print(f"wrote {path}", file=sys.stderr)
-    rows = rows_of(cells, seeds, log, arguments)
-    write_rows(rows, arguments.out / "evaluate.csv")
+            bar.update(len(job[2]))
     return {
         "benchmark": "evaluate",
-        "checkpoint": arguments.model_path.name,
-        "seeds": len(seeds),
+        "checkpoint": config.model_path.name,
+        "episodes": len(seeds),
         "first_seed": seeds[0],
-        "episode_s": arguments.episode_s,
-        "deadlines_s": arguments.deadlines_s,
-        "block_speed_m_s": arguments.block_speed_m_s,
-        "servo_lag_ms": arguments.servo_lag_ms,
-        "instruction": arguments.lang_instruction,
-        "rows": rows,
-        "episodes_played_by": log.commits,
-        **provenance(arguments.seed),
+        "episode_s": config.episode_s,
+        "deadlines_s": config.deadlines_s,
+        "block_speed_m_s": config.block_speed_m_s,
+        "servo_lag_ms": config.servo_lag_ms,
+        "instruction": config.lang_instruction,
+        "rows": [row_of(cell, seeds, log, config) for cell in cells],
+        **provenance(config.seed),
     }
+
+
+def row_of(cell: Cell, seeds: Sequence[int], log: EpisodeLog, config: Config) -> dict[str, Any]:
+    """`against` compares it, layout by layout, with its reference, where that was played."""
+    if cell in log.refused:
+        return asdict(cell) | {"refused": log.refused[cell]}
+    played, other = ({seed: found[seed] for seed in seeds if seed in found} for found in (log.outcomes[cell], log.outcomes.get(cell.reference, {})))
+    against = difference(played, other, config.episode_s) if other and cell.reference != cell else None
+    return asdict(cell) | figures_of(played, config.episode_s, config.deadlines_s) | {"against": against}
+
+
+def settings_of(config: Config) -> Settings:
+    """Checked before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator
+    cannot be told."""
+    wanted, checkpoint = DATA_CONFIGS[DATA_CONFIG].video_keys, open_checkpoint(config.model_path)
+    known = EMBODIMENT_TAG in checkpoint.raw_metadata
+    if not known or not set(wanted) <= set(checkpoint.embodiment(EMBODIMENT_TAG).cameras):
+        raise ConfigError(
+            f"--model_path={config.model_path}: expected a network with the embodiment {EMBODIMENT_TAG} and the camera {', '.join(wanted)} that was "
+            "trained in this simulator, as checkpoints/so100-sim-reach."
+        )
+    read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
+    scene_xml("reach", config.servo_lag_ms)
+    shared = (config.block_speed_m_s, config.episode_s, config.seed, config.device, config.servo_lag_ms)
+    return Settings(str(config.model_path), config.lang_instruction, *shared)
 
 
 def digests_of(model_path: Path) -> dict[str, str]:
@@ -523,72 +621,14 @@ def digests_of(model_path: Path) -> dict[str, str]:
     return {str(file.relative_to(directory)): sha256(file) for file in files}
 
 
-def cells_of(arguments: Config) -> list[Cell]:
-    """The product of the settings given, or the cells of the studies. Raises ConfigError."""
-    given = arguments.factors()
-    studies = arguments.study or (STUDIES if arguments.full else ())
-    settings = [factor for factor in FACTORS if factor != "scene" and given[factor]]
-    scenes = given["scene"] or SCENES
-    if studies and set(settings) - {"engine"}:
-        raise ConfigError("a study has settings of its own; leave out --study and --full, or the settings. --scenes and --engines go with both.")
-    if studies or not settings:
-        cells = cells_of_studies(studies or STUDIES[:1], scenes, given["engine"] or ())
-    else:
-        cells = product_of(given | {"scene": scenes})
-    check(cells, open_checkpoint(arguments.model_path).config.head.action_horizon)
-    return cells
-
-
-def seeds_of(arguments: Config) -> list[int]:
-    count = arguments.episodes if arguments.episodes is not None else _SEEDS_FULL if arguments.full else _SEEDS
-    if count < 1 or not 0 <= arguments.first_seed <= FIRST_LAYOUT_SEED - count:
-        raise ConfigError(f"layouts are held out below seed {FIRST_LAYOUT_SEED}; got {count} from {arguments.first_seed} on.")
-    if not _LEAST_EPISODE_S <= arguments.episode_s <= _LONGEST_EPISODE_S or not all(0 < s <= arguments.episode_s for s in arguments.deadlines_s):
-        raise ConfigError(
-            f"--episode_s must be from {_LEAST_EPISODE_S:g} to {_LONGEST_EPISODE_S:g} and --deadlines_s above 0 and at most as long; "
-            f"got {arguments.episode_s} and {arguments.deadlines_s}."
-        )
-    if min(arguments.jobs - 1, arguments.videos, arguments.seed) < 0:
-        raise ConfigError("--jobs must be at least 1, --videos and --seed not negative.")
-    if not 0 < arguments.block_speed_m_s <= MAX_BLOCK_SPEED_M_S:
-        raise ConfigError(f"--block_speed_m_s must be above 0 and at most {MAX_BLOCK_SPEED_M_S}; got {arguments.block_speed_m_s}.")
-    if arguments.servo_lag_ms is not None:
-        scene_xml("reach", arguments.servo_lag_ms)  # before processes begin
-    return list(range(arguments.first_seed, arguments.first_seed + count))
-
-
-def rows_of(cells: Sequence[Cell], seeds: Sequence[int], log: EpisodeLog, arguments: Config) -> list[dict[str, Any]]:
-    """A row per cell; `against` compares it, layout by layout, with the first of `references_of` it that was played."""
-    rows = []
-    for cell in cells:
-        row = asdict(cell)
-        if cell in log.refused:
-            rows.append(row | {"refused": log.refused[cell]})
-            continue
-        outcomes = log.outcomes(cell, seeds)
-        other = next((other for other in references_of(cell) if other != cell and log.outcomes(other, seeds)), None)
-        row |= figures_of(outcomes, arguments.episode_s, arguments.deadlines_s)
-        against = difference(outcomes, log.outcomes(other, seeds), arguments.episode_s) if other else None
-        rows.append(row | {"against": against and {**asdict(other), **against}})
-    return rows
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    figures = ("mean_time_s", "median_time_s", "median_jerk_deg_s3")
-    columns = (*FACTORS, "episodes", "successes", *figures)
-    found = (row for row in rows if "refused" not in row)
-    write_csv(
-        path,
-        columns,
-        [(*(row[each] for each in FACTORS), row["episodes"], row["success"]["successes"], *(row[each] for each in figures)) for row in found],
-    )
-
-
-def plot(result: Result, path: Path) -> None:
-    """Those for which there are enough settings."""
-    for name, draw in (("latency.png", plot_latency), ("steps.png", plot_steps)):
-        path.with_name(name).unlink(missing_ok=True)  # of an earlier run with other settings
-        draw(result, path.with_name(name))
+def seeds_of(config: Config) -> list[int]:
+    check_counts(config, "episodes", "jobs")
+    check_counts(config, "first_seed", "seed", "deadlines_s", least=0)
+    check_counts(config, "episode_s", least=0.5)
+    count = config.episodes or (_EPISODES_FULL if config.full else _EPISODES)
+    if config.first_seed > FIRST_LAYOUT_SEED - count:
+        raise ConfigError(f"layouts are held out below seed {FIRST_LAYOUT_SEED}; got {count} from {config.first_seed} on.")
+    return list(range(config.first_seed, config.first_seed + count))
 
 
 if __name__ == "__main__":

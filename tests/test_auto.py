@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from control_fakes import FakeClock, FakePolicy, FakeRobot
 
-from benchmarks.closed_loop import Cell, EpisodeRunner
+from benchmarks.evaluate import Cell, EpisodeRunner, Settings
 from benchmarks.lib.latency import VirtualWorker
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS
@@ -203,7 +203,7 @@ def test_episodes_after_the_first_keep_the_choice() -> None:
 def test_the_demo_network_at_200_ms_never_freezes_after_its_first_chunk() -> None:
     """Played by the product's loop in the simulated world, the network's own answers 200 ms late."""
     policy = load_policy(str(DEMO), precision="fp32", device="cpu", seed=0)
-    runner = EpisodeRunner(policy.metadata, (16, 32), "Reach the block", 0.0, episode_s=2.0)
+    runner = EpisodeRunner(policy.metadata, (16, 32), Settings("", episode_s=2.0))
     outcomes = {name: runner.play(policy, Cell(controller=name, latency_ms=200, action_horizon=16), seed=9_000_001) for name in ("auto", "threaded")}
     assert outcomes["auto"] == outcomes["threaded"]
     assert outcomes["auto"].starved_ticks == 0

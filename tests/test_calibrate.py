@@ -13,7 +13,7 @@ from exports import target_for
 from random_networks import TINY, edit_json, load_network, write_network
 from safetensors.torch import load_file, save_file
 
-from benchmarks.closed_loop import reach_for_still_blocks
+from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli import calibrate as program
 from gr00t_fast.cli.policy_flags import parse_with

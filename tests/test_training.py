@@ -16,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("mujoco")
-from benchmarks.closed_loop import reach_for_still_blocks
+from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast import load_policy
 from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots.sim.expert import GraspKinematics

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import secrets
+import tempfile
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from benchmarks.lib.program import end_with_parent
 from gr00t_fast.contracts import Clock, Policy
@@ -15,7 +16,7 @@ from gr00t_fast.errors import Gr00tFastError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
 
-_START_TIMEOUT_S, _END_TIMEOUT_S = 60.0, 5.0
+_START_TIMEOUT_S, _END_TIMEOUT_S, _CALL_TIMEOUT_S = 600.0, 5.0, 60.0  # to load the weights, to end, for an inference
 
 
 class Recipe(Protocol):
@@ -27,11 +28,14 @@ class Recipe(Protocol):
 class ServedPolicy:
     """Context manager: starts the server, gives a client that is connected to it, and ends both."""
 
-    def __init__(self, spec: Recipe) -> None:
+    def __init__(self, recipe: Recipe, transport: Literal["tcp", "ipc"] = "tcp") -> None:
         self._token = secrets.token_hex(8)
+        self._directory = tempfile.TemporaryDirectory(prefix="gr00t-")  # short: an ipc path may have some hundred bytes only
+        address = f"ipc://{Path(self._directory.name) / 'server'}" if transport == "ipc" else None
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(spec, self._token, self._theirs), name="policy-server", daemon=True)
+        arguments = (recipe, self._token, address, self._theirs)
+        self._process = context.Process(target=_serve, args=arguments, name="policy-server", daemon=True)
         self._client: PolicyClient | None = None
 
     def __enter__(self) -> PolicyClient:
@@ -39,23 +43,23 @@ class ServedPolicy:
         self._process.start()
         self._theirs.close()  # else nobody would notice that the process has died
         try:
-            self._client = PolicyClient(port=self._port(), api_token=self._token)
+            self._client = PolicyClient(address=self._address(), timeout_s=_CALL_TIMEOUT_S, api_token=self._token)
             self._client.get_modality_config()  # connected now: the first inference shall not pay for it
         except BaseException:
             self._end()
             raise
         return self._client
 
-    def _port(self) -> int:
+    def _address(self) -> str:
         try:
-            port = self._ours.recv() if self._ours.poll(_START_TIMEOUT_S) else f"no answer within {_START_TIMEOUT_S:g} s"
+            told = self._ours.recv() if self._ours.poll(_START_TIMEOUT_S) else f"no answer within {_START_TIMEOUT_S:g} s"
         except EOFError:
-            port = "its process ended"
-        if not isinstance(port, int):
-            raise ServerError(f"the policy server did not start: {port}. Its own messages are above.")
-        return port
+            told = "its process ended"
+        if "://" not in told.partition(" ")[0]:
+            raise ServerError(f"the policy server did not start: {told}. Its own messages are above.")
+        return told
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -67,14 +71,15 @@ class ServedPolicy:
             self._process.kill()
             self._process.join()
         self._ours.close()
+        self._directory.cleanup()
 
 
-def _serve(spec: Recipe, token: str, connection: Connection) -> None:
+def _serve(recipe: Recipe, token: str, address: str | None, connection: Connection) -> None:
     end_with_parent()
     try:
-        server = PolicyServer(spec.build(MonotonicClock()), port=0, api_token=token)
+        server = PolicyServer(recipe.build(MonotonicClock()), port=0, address=address, api_token=token)
     except Gr00tFastError as error:
         connection.send(str(error))
         return
-    connection.send(server.port)
+    connection.send(server.address)
     server.run()
