@@ -25,9 +25,9 @@ from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import CallResult, Controller, PolicyRunner, SyncController, ThreadWorker, TickNote, Worker
+from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.control.safety import SafetyOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController, WhenLate
 from gr00t_fast.errors import ConfigError, ObservationError, closest, require
 

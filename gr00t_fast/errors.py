@@ -146,6 +146,14 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{match[0]}'?" if match else ""
 
 
+def check_ranges(options: object, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for a field outside its range; fields are called as the flags that set them. None and "auto" are no numbers and pass."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value not in (None, "auto") and not low <= value <= high:
+            raise ConfigError(f"--{name}={value:g} must be from {low:g} to {high:g}.")
+
+
 def shown(value: object) -> str:
     """The beginning of a value, for an error: it may come from a hostile file."""
     try:

@@ -16,10 +16,10 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
 FPS = 30.0

@@ -18,10 +18,10 @@ from control_fakes import TICK_S, Bench, FakeClock, FakePolicy, FakeRobot
 from gr00t_fast.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report, verdict
-from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
 

@@ -28,9 +28,9 @@ from control_fakes import FakeClock, FakePolicy
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
-from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
+from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
@@ -89,7 +89,7 @@ class Stand:
         else:
             source = ThreadedController(policy, binding, "go", self.clock, 30.0, OverlapOptions(max_hold_s=0.5))
         source.warm_up()
-        options = {"poses": Poses(speed_deg_s=SPEED_DEG_S), "timeout_s": 6.0, **options}
+        options = {"poses": Poses(home_speed_deg_s=SPEED_DEG_S), "timeout_s": 6.0, **options}
         recorder: Any = HungRecorder() if options.pop("recorder_hangs", False) else None
         self.session = Session(self.stop, recorder=recorder, now_s=lambda: 100 * self.clock.now_s(), echo=self.said.append)  # its patience is short
         self.loop = ControlLoop(

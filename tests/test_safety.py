@@ -7,7 +7,7 @@ import pytest
 from control_fakes import LIMITS
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.safety import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
+from gr00t_fast.control.limits import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
@@ -49,13 +49,10 @@ def test_a_leap_becomes_a_ramp_relative_to_the_last_command() -> None:
     assert safety.speed_limited.tolist() == [0, 0, 2, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("clamp", "sent", "counted"), [(True, [110, -110, 0, 0, 0, 100], [1, 1, 0, 0, 0, 1]), (False, [500, -500, 0, 0, 0, 101], [0] * 6)]
-)
-def test_clamps_to_limits_unless_told_not_to_and_counts_per_joint(clamp: bool, sent: list[float], counted: list[int]) -> None:
-    safety = started(max_speed_deg_s=None, clamp_to_limits=clamp)
-    assert safety(np.array([500.0, -500.0, 0, 0, 0, 101.0])).tolist() == sent
-    assert safety.clamped.tolist() == counted
+def test_clamps_to_limits_and_counts_per_joint() -> None:
+    safety = started(max_speed_deg_s=None)
+    assert safety(np.array([500.0, -500.0, 0, 0, 0, 101.0])).tolist() == [110, -110, 0, 0, 0, 100]
+    assert safety.clamped.tolist() == [1, 1, 0, 0, 0, 1]
 
 
 def test_an_arm_outside_its_range_is_led_back_not_thrown() -> None:

@@ -10,10 +10,9 @@ from control_fakes import LIMITS, TICK_S, Bench
 
 from gr00t_fast.cli import replay, run_flags
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
-from gr00t_fast.control.homing import Poses
+from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
+from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
-from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
@@ -27,7 +26,7 @@ class Arm:
 
     def __init__(self, **options: object) -> None:
         self.said: list[str] = []
-        safety = SafetyOptions(stall=StallOptions(**options), max_speed_deg_s=None)
+        safety = SafetyOptions(max_speed_deg_s=None, **options)
         self.safety = SafetyFilter(LIMITS, SO100_JOINTS, safety, fps=30.0, units_per_deg=np.ones(6), echo=self.said.append)
         self.safety.start(START)
         self.joints, self.goal = START.copy(), START.copy()
@@ -39,7 +38,7 @@ class Arm:
 
     @property
     def held(self) -> list[str]:
-        return [name for name, held in zip(SO100_JOINTS, self.safety.stall.held, strict=True) if held]
+        return [name for name, held in zip(SO100_JOINTS, self.safety.blocked.held, strict=True) if held]
 
     def play(self, target: np.ndarray, ticks: int = 1) -> np.ndarray:
         """Returns the last goal (J,)."""
@@ -84,7 +83,7 @@ def stalled(joint: int = ELBOW, degrees: float = 60.0) -> Arm:
     arm = Arm()
     arm.blocked[joint] = True
     arm.play(ahead(joint, degrees), ticks=45)
-    assert arm.safety.stall.held[joint]
+    assert arm.safety.blocked.held[joint]
     return arm
 
 
@@ -123,14 +122,14 @@ def test_every_stall_is_counted_and_timed() -> None:
         arm.play(ahead(ELBOW, -1))
         arm.play(ahead(ELBOW, 60), ticks=45)
     arm.play(ahead(ELBOW, -1))
-    stall = arm.safety.stall
+    stall = arm.safety.blocked
     assert stall.count.tolist() == [0, 0, 3, 0, 0, 0]
     assert 0.3 < stall.total_s[ELBOW] < (arm.ticks - began + 45) * TICK_S
     assert len(arm.said) == 6
 
 
 def test_current_counts_as_load_does() -> None:
-    arm = Arm(load_percent=None)
+    arm = Arm(stall_load_percent=None)
     arm.blocked[ELBOW] = True
     arm.play(ahead(ELBOW, 60), ticks=60)
     assert not arm.held
@@ -200,7 +199,7 @@ def test_one_reading_is_none_however_old_it_gets() -> None:
         arm.play(ahead(ELBOW, 60), ticks=300)
     except UnsafeActionError as error:
         assert "elbow_flex" in str(error), "the limit for arms without such readings"  # noqa: PT017
-    assert arm.safety.stall.count[ELBOW] == 0
+    assert arm.safety.blocked.count[ELBOW] == 0
 
 
 def test_a_push_now_and_then_is_none() -> None:
@@ -240,7 +239,7 @@ def test_a_servo_that_always_reports_full_load_does_not_stop_an_arm_that_follows
     assert not arm.said
 
 
-@pytest.mark.parametrize("options", [{"after_s": None}, {"load_percent": None, "current_ma": None}])
+@pytest.mark.parametrize("options", [{"stall_after_s": None}, {"stall_load_percent": None, "stall_current_ma": None}])
 def test_without_limits_the_joint_pushes_on_until_the_run_ends(options: dict) -> None:
     arm = Arm(**options)
     arm.blocked[ELBOW] = True
@@ -249,10 +248,10 @@ def test_without_limits_the_joint_pushes_on_until_the_run_ends(options: dict) ->
     assert arm.goal[ELBOW] == 15.0
 
 
-@pytest.mark.parametrize("options", [{"after_s": 0}, {"load_percent": -1}, {"current_ma": float("nan")}])
+@pytest.mark.parametrize("options", [{"stall_after_s": 0}, {"stall_load_percent": -1}, {"stall_current_ma": float("nan")}])
 def test_options_must_make_sense(options: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
-        StallOptions(**options)
+        SafetyOptions(**options)
 
 
 # In the loop
@@ -313,7 +312,7 @@ def test_an_arm_that_waits_for_inferences_does_not_push_meanwhile(horizon: int) 
     goals, infer = [], run.policy.get_action
 
     def get_action(*args: object, **options: object) -> dict[str, np.ndarray]:
-        if run.loop.safety.stall.held[ELBOW]:
+        if run.loop.safety.blocked.held[ELBOW]:
             goals.append(run.sent()[-1][ELBOW])
         return infer(*args, **options)
 

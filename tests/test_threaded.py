@@ -23,10 +23,10 @@ from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import HoldLimit, ThreadWorker, thread_left_running
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 

@@ -26,9 +26,9 @@ from control_fakes import FakeClock, FakePolicy
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import SyncController
-from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
@@ -83,7 +83,7 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
     else:
         source = ThreadedController(policy, binding, "go", clock, 30.0)
     source.warm_up()
-    loop = ControlLoop(arm, source, LoopOptions(30.0, timeout_s=timeout_s, poses=Poses(speed_deg_s=180.0)), clock, echo=lambda line: None)
+    loop = ControlLoop(arm, source, LoopOptions(30.0, timeout_s=timeout_s, poses=Poses(home_speed_deg_s=180.0)), clock, echo=lambda line: None)
     loop.run()
     return 0 if loop.trace.landing.safe else 3
 

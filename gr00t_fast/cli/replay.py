@@ -27,8 +27,7 @@ from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validat
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_recorder import dataset_directory
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
-from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG
-from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
+from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
 from gr00t_fast.flags import UsageError, parse_flags
@@ -52,12 +51,11 @@ class ReplayConfig(OutputFlags):
     approach_deg_s: float = 30.0  # how fast the arm goes to where the episode begins
     rest: list[float] | str | None = "start"  # move slowly there before the torque goes off: where the arm lay, or six joint values; null: nowhere
     seed: int | None = None  # of a simulated scene
-    clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350; null: no limit
-    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
-    stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
-    stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
-    stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
+    max_following_error_deg: float | None = SafetyOptions.max_following_error_deg  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = SafetyOptions.stall_load_percent  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = SafetyOptions.stall_current_ma  # or draws so much; null: not judged by that
+    stall_after_s: float | None = SafetyOptions.stall_after_s  # for so long; then it is held where it stands; null: no stall protection
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the recording contradict each other
     record: str = ""  # write the replay as a LeRobotDataset v3 of its own, as in `gr00t-fast run`
     record_append: bool = False  # add it to the data set of --record that is there

@@ -30,16 +30,15 @@ from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import Controller, SyncController, ThreadWorker
 from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.display import Display, display_target, window_target
-from gr00t_fast.control.homing import Poses
 from gr00t_fast.control.keys import Keys, keys_obstacle
+from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
+from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.report import Outputs
-from gr00t_fast.control.safety import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.stall import StallOptions
 from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
@@ -236,15 +235,16 @@ def control_loop(
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     controller = build_controller(config, policy, binding, clock, fps)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
-    automatic = config.max_speed_deg_s == "auto"
-    recorded = tuple(recordings.fastest_units_s.tolist()) if automatic and recordings else None
-    limit_deg_s = DEFAULT_MAX_SPEED_DEG_S if automatic else config.max_speed_deg_s
-    stall = StallOptions(config.stall_load_percent, config.stall_current_ma, config.stall_after_s)
-    safety = SafetyOptions(config.clamp_to_limits, limit_deg_s, config.max_following_error_deg, config.max_held_ticks, recorded, stall)
-    begin = tuple(recordings.begin.tolist()) if recordings else None
-    home = begin if config.home == "recordings" else config.home and tuple(config.home)
-    rest = {"recordings": begin, "home": home, "start": "start"}[config.rest] if isinstance(config.rest, str) else config.rest and tuple(config.rest)
-    poses = Poses(home, rest, config.home_speed_deg_s)
+    safety = SafetyOptions(
+        config.max_speed_deg_s,
+        config.max_following_error_deg,
+        config.max_held_ticks,
+        config.stall_load_percent,
+        config.stall_current_ma,
+        config.stall_after_s,
+        recordings and tuple(recordings.fastest_units_s.tolist()),
+    )
+    poses = Poses(config.home, config.rest, config.home_speed_deg_s).resolved(recordings and tuple(recordings.begin.tolist()))
     options = LoopOptions(
         fps,
         config.episodes,

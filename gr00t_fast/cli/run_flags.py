@@ -16,11 +16,10 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S
 from gr00t_fast.control.display import WINDOW, display_target
-from gr00t_fast.control.homing import DEFAULT_HOME_SPEED_DEG_S, SPEEDS_DEG_S
 from gr00t_fast.control.keys import keys_obstacle
+from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.pacer import FPS_RANGE
-from gr00t_fast.control.safety import DEFAULT_MAX_FOLLOWING_ERROR_DEG, DEFAULT_MAX_HELD_TICKS
-from gr00t_fast.control.stall import DEFAULT_STALL_AFTER_S, DEFAULT_STALL_CURRENT_MA, DEFAULT_STALL_LOAD_PERCENT
+from gr00t_fast.control.poses import SPEEDS_DEG_S, Poses
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags, setting
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
@@ -62,18 +61,17 @@ class RunConfig(OutputFlags, PolicyFlags):
     timeout: float | None = None  # seconds per episode; default: until Ctrl-C
     episodes: int = 1  # how many times to play
     reset_time_s: float | None = None  # how long the arm holds its pose between episodes, for you to put things back; default: 10, simulated 0
-    clamp_to_limits: bool = True  # keep targets within the calibrated range of each joint
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
     home: list[float] | str | None = None  # move slowly to "[0, -90, 90, 60, 0, 10]", or to where the `recordings` begin, before each episode
     rest: list[float] | str | None = "start"  # so before its torque goes off; start: where it lay; or six values, `recordings`, `home`, null
-    home_speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S  # how fast the arm moves to these poses
-    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
-    stall_load_percent: float | None = DEFAULT_STALL_LOAD_PERCENT  # a joint that stands still before its goal and pushes so hard is blocked
-    stall_current_ma: float | None = DEFAULT_STALL_CURRENT_MA  # or draws so much; null: not judged by that
-    stall_after_s: float | None = DEFAULT_STALL_AFTER_S  # for so long; then it is held where it stands; null: no stall protection
+    home_speed_deg_s: float = Poses.home_speed_deg_s  # how fast the arm moves to these poses
+    max_following_error_deg: float | None = SafetyOptions.max_following_error_deg  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = SafetyOptions.stall_load_percent  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = SafetyOptions.stall_current_ma  # or draws so much; null: not judged by that
+    stall_after_s: float | None = SafetyOptions.stall_after_s  # for so long; then it is held where it stands; null: no stall protection
     camera_fault: CameraFault = "warn"  # one that is blank, shows noise, always the same picture, or old ones: warn says it, land ends the run
-    max_held_ticks: int = DEFAULT_MAX_HELD_TICKS  # NaN or infinite targets in a row that are held before the run ends
+    max_held_ticks: int = SafetyOptions.max_held_ticks  # NaN or infinite targets in a row that are held before the run ends
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although robot and checkpoint contradict each other
     dry_run: bool = False  # connect, check, infer once, send nothing
     show_images: bool = False  # live window of the cameras (q stops)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.control.html_report import flat
+from gr00t_fast.control.limits import GRIPPER
 from gr00t_fast.control.report import SCHEMA, SCHEMA_VERSION
-from gr00t_fast.control.safety import GRIPPER
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
 

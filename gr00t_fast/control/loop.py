@@ -18,9 +18,9 @@ import numpy as np
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import GAP_S, Controller
-from gr00t_fast.control.homing import ARRIVED_DEG, Move, Poses
+from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
-from gr00t_fast.control.safety import SafetyFilter, SafetyOptions
+from gr00t_fast.control.poses import ARRIVED_DEG, Move, Pose, Poses
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
 from gr00t_fast.errors import CameraError, ConfigError, ObservationError, RobotError, UnsafeActionError
@@ -171,27 +171,27 @@ class ControlLoop:
         ending, further = (f"the run ends ({cause})", "Ctrl-C again") if cause else ("the run ends", "Ctrl-C")
         self.echo(f"{ending}: the arm is put down. {further} takes the torque off at once, wherever the arm is.")
 
-    def _go_to(self, pose: tuple[float, ...] | None, what: str, last: bool = False) -> None:
+    def _go_to(self, pose: Pose | None, what: str, last: bool = False) -> None:
         """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
         UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, has an end in time, and a blocked joint does not keep
         the others."""
         if pose is None:
             return
         poses, robot = self.options.poses, self.robot
-        observation, stalls = self._observe(), self.safety.stall.count.copy()
-        speed_deg_s = min(poses.speed_deg_s, self.safety.options.max_speed_deg_s or math.inf)
+        observation, stalls = self._observe(), self.safety.blocked.count.copy()
+        speed_deg_s = min(poses.home_speed_deg_s, self.safety.max_speed_deg_s)
         move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, speed_deg_s, self.options.fps, robot.units_per_deg)
         pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
         end_s = self.clock.now_s() + move.longest_s if last else math.inf
         if move.ticks:
             self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
-        while self.clock.now_s() < end_s and not move.over(self.safety.last, observation.joints, self.safety.stall.held):
+        while self.clock.now_s() < end_s and not move.over(self.safety.last, observation.joints, self.safety.blocked.held):
             robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
             for observer in () if last else self.observers:
                 observer.see(observation)
-            if (blocked := self.safety.stall.count > stalls).any() and not last:
+            if (blocked := self.safety.blocked.count > stalls).any() and not last:
                 names = ", ".join(np.array(robot.joint_names)[blocked])
                 raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
             with suppress(OSError) if last else nullcontext():  # a closed terminal
@@ -218,7 +218,7 @@ class ControlLoop:
         observation = self.robot.observe()
         with self.stop.at_once():
             self.on_connected(observation)
-        if observation.loads is None and self.options.safety.stall.enabled:
+        if observation.loads is None and self.options.safety.finds_stalls:
             self.echo(f"no stall protection: {self.robot.name} does not measure how hard its motors push (--stall_after_s)")
         self.trace.began_s, self._suspended_s = self.clock.now_s(), self.clock.suspended_s()
 
@@ -371,7 +371,7 @@ class ControlLoop:
         return observation
 
     def _look(self) -> Observation:
-        observation = self.robot.observe(with_frames=not self._putting_down)
+        observation = self.robot.observe(not self._putting_down)
         if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target
             self._outages, self._lost = self._outage_count(), True
             self.safety.start(observation.joints)

@@ -21,10 +21,10 @@ import numpy as np
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.display import Display
 from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
+from gr00t_fast.control.limits import SafetyFilter
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.recorder import FirstAndLast, VideoRecorder
-from gr00t_fast.control.safety import SafetyFilter
 from gr00t_fast.control.trace import RunTrace
 from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
@@ -131,7 +131,7 @@ def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
         "following_limited": _per_joint(safety.joint_names, safety.following_limited),
         "stalled": {
             name: {"times": int(times), "total_s": round(float(total_s), 3)}
-            for name, times, total_s in zip(safety.joint_names, safety.stall.count, safety.stall.total_s, strict=True)
+            for name, times, total_s in zip(safety.joint_names, safety.blocked.count, safety.blocked.total_s, strict=True)
             if times
         },
         "options": asdict(safety.options),

@@ -5,43 +5,60 @@ No network has a part in it. The targets pass through the same limits as a polic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr00t_fast.control.safety import GRIPPER
-from gr00t_fast.errors import ConfigError, PreflightError
+from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.control.limits import GRIPPER
+from gr00t_fast.errors import ConfigError, PreflightError, check_ranges
 
-DEFAULT_HOME_SPEED_DEG_S = 30.0  # a third of a turn in four seconds: slow enough to see where it goes
 SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
 ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
 SPEEDS_DEG_S = (1.0, 180.0)  # slower, a move would take minutes to hours; faster, it is no slow move
 _SLOWEST = 0.2  # of the speed asked for
 _LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 3.0  # a move that must end in time: a busy machine misses ticks
 _SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
+Pose = Sequence[float]  # (J,) in the arm's units
 
 
 @dataclass(frozen=True)
 class Poses:
-    """Joints (J,) in the arm's units, None: do not move there. `home`: before and between episodes. `rest`: before the torque goes off; "start": to
-    where the arm lay when the torque went on, for there it lies without, too (Robot.rest_pose)."""
+    """Where the arm goes without the network; fields are flags. None: nowhere. `home`: before and between episodes. `rest`: before the torque goes
+    off; "start": to where the arm lay when the torque went on, for there it lies without, too (Robot.rest_pose). "recordings": where these begin."""
 
-    home: tuple[float, ...] | None = None
-    rest: tuple[float, ...] | Literal["start"] | None = "start"
-    speed_deg_s: float = DEFAULT_HOME_SPEED_DEG_S
+    home: Pose | str | None = None
+    rest: Pose | str | None = "start"
+    home_speed_deg_s: float = 30.0  # a third of a turn in four seconds: slow enough to see where it goes
 
     def __post_init__(self) -> None:
-        if not SPEEDS_DEG_S[0] <= self.speed_deg_s <= SPEEDS_DEG_S[1]:
-            raise ConfigError(f"--home_speed_deg_s must be from {SPEEDS_DEG_S[0]:g} to {SPEEDS_DEG_S[1]:g}, got {self.speed_deg_s}.")
+        check_ranges(self, home_speed_deg_s=SPEEDS_DEG_S)
+        for name, words in (("home", ("recordings",)), ("rest", ("start", "recordings", "home"))):
+            pose = getattr(self, name)
+            if isinstance(pose, str) and pose not in words:
+                raise ConfigError(
+                    f"--{name}={pose} is no known pose. Give six joint values, --{name}='[0, -90, 90, 60, 0, 10]', or {' or '.join(words)}."
+                )
+            if pose is not None and not isinstance(pose, str) and not (len(pose) == len(SO100_JOINTS) and all(map(math.isfinite, pose))):
+                raise ConfigError(f"--{name}={list(pose)} needs {len(SO100_JOINTS)} finite numbers: {', '.join(SO100_JOINTS)}.")
+        if self.rest == "home" and self.home is None:
+            raise ConfigError("--rest=home needs --home=.")
+
+    def resolved(self, begin: Pose | None) -> Poses:
+        """With joint values instead of "recordings" and "home". `begin`: where the recordings begin, if there are any. Raises ConfigError."""
+        if begin is None and "recordings" in (self.home, self.rest):
+            raise ConfigError("--home=recordings and --rest=recordings need --recordings=DIR, the data set behind the checkpoint.")
+        home = begin if self.home == "recordings" else self.home
+        rest = begin if self.rest == "recordings" else home if self.rest == "home" else self.rest
+        return replace(self, home=home, rest=rest)
 
     def check(self, limits: np.ndarray, joint_names: tuple[str, ...], units_per_deg: np.ndarray) -> None:
-        """Raises PreflightError for a pose with a wrong number of joints, or one that the calibrated arm cannot take; `limits` (J, 2)."""
+        """Raises PreflightError for a pose that the calibrated arm cannot take; `limits` (J, 2)."""
         for flag, pose in (("home", self.home), ("rest", self.rest)):
-            if pose is None or pose == "start":
+            if pose is None or isinstance(pose, str):
                 continue
-            if len(pose) != len(joint_names) or not np.isfinite(pose).all():
-                raise PreflightError(f"--{flag} needs {len(joint_names)} finite numbers ({', '.join(joint_names)}), got {list(pose)}.")
             slack = _SLACK_DEG * units_per_deg
             outside = [
                 f"{name} {value:g}, calibrated {low:.0f} to {high:.0f}"
@@ -57,7 +74,7 @@ class Move:
 
     def __init__(
         self,
-        pose: tuple[float, ...],
+        pose: Pose,
         start: np.ndarray,
         limits: np.ndarray,
         joint_names: tuple[str, ...],

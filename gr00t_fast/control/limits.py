@@ -1,0 +1,331 @@
+"""Limits on every target before it is sent: range, speed, following error, blocked joints, NaN. Pure functions of numbers: no clock, no robot.
+
+Axis alphabet of this file: J joints of the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gr00t_fast.contracts import MotorLoads
+from gr00t_fast.errors import ConfigError, UnsafeActionError, check_ranges
+
+# One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
+# ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).
+DEFAULT_MAX_SPEED_DEG_S = 350.0
+RECORDED_SPEED_TIMES = 1.5
+# How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
+# moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old. The rest of a larger step follows as the joint comes after
+# (`again`).
+DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
+LAG_S = 0.3
+SHORTEST_S = 0.02  # between two readings that tell a speed: over less, the encoder's steps (0.09 degrees) would pass for one
+GRIPPER = "gripper"  # stalls against what it holds, and lerobot halves its torque
+
+AHEAD_DEG = 3.0  # gravity and friction leave a servo so far from its goal
+STILL_DEG = 1.0
+FREE_DEG = 3.0  # so far towards its goal, a blocked joint moves again
+BLOCKED_WARN_S, BLOCKED_END_S = 2.0, 5.0  # without readings of the motors' push; with them a joint is found sooner
+
+
+@dataclass(frozen=True)
+class SafetyOptions:
+    """What is limited besides NaN and the calibrated range; fields are flags. None switches a limit off.
+
+    recorded_units_s: the fastest that each joint's target changed in the recordings (J,), joint units a second: where the speed limit is "auto",
+    RECORDED_SPEED_TIMES the fastest of them is the limit if that is less than 350 degrees a second.
+    """
+
+    max_speed_deg_s: float | Literal["auto"] | None = "auto"
+    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG
+    # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
+    max_held_ticks: int = 10
+    # An STS3215 drives its motor with gain * 0.166 per radian of error (Rhoban's project bam, with an oscilloscope): at lerobot's gain of 16 a goal
+    # that is ahead by the following error limit of 15 degrees makes 70 %, and its own protection trips at 80 % for 2 s. An SO-101 stretched out
+    # level, the worst case of gravity, needs about 45 % (0.39 kg, centre at 0.22 m, of 1.9 Nm at 7.4 V: an estimate, no arm was measured).
+    stall_load_percent: float | None = 60.0
+    stall_current_ma: float | None = 1500.0  # 60 % of an STS3215's stall current (2.4 to 2.7 A)
+    stall_after_s: float | None = 0.7  # a start from rest takes 0.2 s; a suspect is asked every 0.4 s, so that it is found within 1.2 s
+    recorded_units_s: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what makes no sense, generously: beyond, the arm would stand still or push for days."""
+        check_ranges(self, max_speed_deg_s=(1.0, 1e4), max_following_error_deg=(1.0, 360.0), max_held_ticks=(0, 1e6))
+        check_ranges(self, stall_load_percent=(5.0, 100.0), stall_current_ma=(50.0, 1e4), stall_after_s=(0.05, 60.0))
+
+    @property
+    def finds_stalls(self) -> bool:
+        """Whether joints are held that push hard and stand still, where the robot measures how hard its motors push."""
+        return self.stall_after_s is not None and (self.stall_load_percent is not None or self.stall_current_ma is not None)
+
+    def speed_limit_deg_s(self, units_per_deg: np.ndarray) -> float:
+        """Degrees of the shaft a second; infinite without a limit."""
+        if self.max_speed_deg_s is None:
+            return np.inf
+        if self.max_speed_deg_s != "auto":
+            return self.max_speed_deg_s
+        fastest_deg_s = 0.0 if self.recorded_units_s is None else float(np.max(self.recorded_units_s / units_per_deg))
+        return min(DEFAULT_MAX_SPEED_DEG_S, RECORDED_SPEED_TIMES * fastest_deg_s or np.inf)
+
+
+class SafetyFilter:
+    """Passes targets on, changed as little as safety asks, and counts every change.
+
+    held_ticks: targets with NaN or infinity, replaced by the last one sent.
+    clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed. blocked: which joints are, and were.
+    """
+
+    def __init__(
+        self,
+        limits: np.ndarray,
+        joint_names: tuple[str, ...],
+        options: SafetyOptions | None = None,
+        *,
+        fps: float,
+        units_per_deg: np.ndarray,
+        echo: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
+        second; `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
+        self.options = options or SafetyOptions()
+        self.joint_names = joint_names
+        self._limits = _checked_limits(limits, joint_names)
+        self._units_per_deg, self._echo = np.asarray(units_per_deg, np.float64), echo
+        self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
+        self._step = self.max_speed_deg_s / fps * self._units_per_deg  # (J,) joint units a tick
+        self._following_deg = self.options.max_following_error_deg
+        self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
+        self.held_ticks = 0
+        self.clamped = np.zeros(len(joint_names), np.int64)
+        self.speed_limited = np.zeros(len(joint_names), np.int64)
+        self.following_limited = np.zeros(len(joint_names), np.int64)
+        self._last: np.ndarray | None = None
+        self._measured = np.zeros(len(joint_names))
+        self._measured_s: float | None = None
+        self._speed = np.zeros(len(joint_names))  # measured, joint units a second
+        self._speed_from, self._speed_from_s = self._measured, -np.inf
+        self._goal, self._target = np.zeros(len(joint_names)), np.zeros(len(joint_names))  # of this tick: within the speed limit, and before it
+        self._held_in_a_row = 0
+
+    @property
+    def last(self) -> np.ndarray:
+        """The last target that was let through (J,), or the measured pose at `start`. Raises RuntimeError before `start`."""
+        if self._last is None:
+            raise RuntimeError("SafetyFilter.start(measured) must come before the first target")
+        return self._last.copy()
+
+    def protect(self) -> None:
+        """For the move before the torque goes off, which nobody may be watching: following error and stall protection are on, also where they were
+        switched off, and a joint that is blocked does not end it (`Move` has an end in time)."""
+        self._following_deg = self._following_deg or DEFAULT_MAX_FOLLOWING_ERROR_DEG
+        options = self.options if self.options.finds_stalls else SafetyOptions()
+        self.blocked.protect(options)
+
+    def start(self, measured: np.ndarray, goal: np.ndarray | None = None) -> None:
+        """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it, or to the `goal` (J,) that the motors
+        still have (a gripper squeezes what it holds). Raises UnsafeActionError."""
+        measured = self._checked_shape(measured, "the measured pose")
+        if not np.isfinite(measured).all():
+            raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
+        self._measured = measured
+        self._last = self._goal = self._target = measured if goal is None else goal
+        self._measured_s, self._speed = None, np.zeros_like(measured)
+        self._speed_from_s = -np.inf
+        self._held_in_a_row = 0
+        self.blocked.reset()
+
+    def measured(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> bool:
+        """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found.
+        Returns whether the last goal should be another one now, `again`."""
+        measured = self._checked_shape(joints, "the measured pose")
+        if time_s - self._speed_from_s >= SHORTEST_S:
+            self._speed = (measured - self._speed_from) / (time_s - self._speed_from_s)  # 0 for the first one
+            self._speed_from, self._speed_from_s = measured, time_s
+        self._measured, self._measured_s = measured, time_s
+        if self._last is None:
+            return False
+        found = np.zeros(len(measured), bool) if loads is None else self.blocked.find(measured, self._last, loads, time_s)
+        self._last, self._goal = np.where(found, measured, self._last), np.where(found, measured, self._goal)
+        return bool(found.any()) or not np.array_equal(self._within_reach(self._goal), self._last)
+
+    def again(self) -> np.ndarray:
+        """The goal (J,) float64 of the last target once more, after a look between two: as near to it as the joints are by now. Raises
+        UnsafeActionError as for a target."""
+        self._last = self._within_reach(self._goal)
+        if self._measured_s is not None:
+            self.blocked.watch(self._measured, self._target, self._last != self._goal, self._measured_s)
+        return self._last.copy()
+
+    def __call__(self, target: np.ndarray) -> np.ndarray:
+        """Return the target (J,) float64 that may be sent.
+
+        Raises UnsafeActionError for a wrong shape, when more than `max_held_ticks` targets in a row were not finite, and when a joint has been
+        blocked for BLOCKED_END_S.
+        """
+        last = self.last
+        target = self._checked_shape(target, "a target")
+        if not np.isfinite(target).all():
+            return self._hold(target)
+        self._held_in_a_row = 0
+        inside = np.clip(target, self._limits[:, 0], self._limits[:, 1])
+        self.clamped += inside != target
+        self._target = self.blocked.hold(inside)
+        too_fast = np.abs(self._target - last) > self._step
+        self.speed_limited += too_fast
+        # the unchanged ones exactly, without the rounding of a sum
+        self._goal = np.where(too_fast, last + np.copysign(self._step, self._target - last), self._target)
+        sent = self.again()
+        self.following_limited += sent != self._goal
+        return sent
+
+    def _hold(self, target: np.ndarray) -> np.ndarray:
+        self.held_ticks += 1
+        self._held_in_a_row += 1
+        if self._held_in_a_row > self.options.max_held_ticks:
+            bad = [name for name, value in zip(self.joint_names, target, strict=True) if not np.isfinite(value)]
+            raise UnsafeActionError(
+                f"the policy returned NaN or infinite targets for {', '.join(bad)} in {self._held_in_a_row} ticks in a row "
+                f"(held at most {self.options.max_held_ticks}, --max_held_ticks); none was sent. "
+                "Check the checkpoint and its statistics, or try --precision=fp32."
+            )
+        return self.last
+
+    def _within_reach(self, goal: np.ndarray) -> np.ndarray:
+        """Bound the following error."""
+        if self._following_deg is None:
+            return goal
+        lag = np.maximum(0.0, self._speed * np.sign(goal - self._measured)) * LAG_S  # while it moves towards its goal
+        most = self._following_deg * self._units_per_deg + lag
+        return np.clip(goal, self._measured - most, self._measured + most)
+
+    def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:
+        values = np.array(values, np.float64)
+        if values.shape != (len(self.joint_names),):
+            raise UnsafeActionError(f"{what} has shape {values.shape}, expected ({len(self.joint_names)},): one number per joint. Nothing was sent.")
+        return values
+
+
+def _checked_limits(limits: np.ndarray, joint_names: tuple[str, ...]) -> np.ndarray:
+    limits = np.array(limits, np.float64)
+    if limits.shape != (len(joint_names), 2) or not np.isfinite(limits).all() or (limits[:, 0] >= limits[:, 1]).any():
+        raise ConfigError(
+            f"joint limits must be finite pairs (low, high) for {', '.join(joint_names)}, got {limits.tolist()}. Calibrate the arm again."
+        )
+    return limits
+
+
+class BlockedJoints:
+    """Joints that do not come nearer to their goals. The gripper is exempt.
+
+    Where the motors tell how hard they push (load or current), a joint that does so for a while, with its goal ahead of it, and stands still is held
+    where it stands. (One that is sped up pushes hard and moves; one that carries a weight pushes hard and is near its goal; one that waits does not
+    push.) Where they do not, or push less, a joint whose goal is held back and that makes no progress is warned of, and ends the run.
+
+    held: bool (J,), which are held now. count, total_s: (J,), how often each was, and how long in all.
+    """
+
+    def __init__(self, joint_names: tuple[str, ...], options: SafetyOptions, units_per_deg: np.ndarray, echo: Callable[[str], None]) -> None:
+        """`units_per_deg` (J,); `echo` is told when a joint is held, when it is free, and when it does not follow."""
+        self._names, self._options, self._echo, self._ends_run = joint_names, options, echo, True
+        self._ahead, self._still, self._free = (degrees * units_per_deg for degrees in (AHEAD_DEG, STILL_DEG, FREE_DEG))
+        self._judged = np.array([name != GRIPPER for name in joint_names])
+        joints = len(joint_names)
+        self.held: np.ndarray = np.zeros(joints, bool)
+        self.count: np.ndarray = np.zeros(joints, np.int64)
+        self.total_s = np.zeros(joints)
+        self._at, self._way = np.zeros(joints), np.zeros(joints)  # where each stands still, and on which side its goal is
+        self._hard_since_s, self._late_since_s = np.full((2, joints), np.nan)  # when it was first found pushing hard there, and held back
+        self._late_at = np.zeros(joints)  # where each was when it last made progress
+        self._told = np.zeros(joints, bool)  # that it does not follow
+        self._began_s = np.zeros(joints)
+        self.reset()
+
+    def reset(self) -> None:
+        """The arm begins anew from where it is: nothing is held, and readings so far prove nothing."""
+        self._release(self.held, "the arm begins anew")
+        self._hard_since_s[:] = self._late_since_s[:] = np.nan
+        self._read_s: np.ndarray | None = None
+        self._now_s: float | None = None
+
+    def protect(self, options: SafetyOptions) -> None:
+        """As SafetyFilter.protect."""
+        self._options, self._ends_run = options, False
+
+    def find(self, measured: np.ndarray, goal: np.ndarray, loads: MotorLoads, now_s: float) -> np.ndarray:
+        """`measured` and `goal` (J,) at `now_s`. Returns which joints (J,) have just been found blocked: their goal is to be where they stand."""
+        if self._now_s is not None:
+            self.total_s[self.held] += now_s - self._now_s
+        self._now_s = now_s
+        self._release(self.held & (self._way * (measured - self._at) >= self._free), "it moves")
+        way = np.sign(goal - measured)
+        pushing = np.abs(goal - measured) >= self._ahead
+        same = pushing & (way == self._way) & (np.abs(measured - self._at) < self._still)
+        begins = ~same & ~self.held
+        self._at, self._way = np.where(begins, measured, self._at), np.where(begins, way, self._way)
+        self._hard_since_s[begins] = np.nan
+        if loads.time_s is self._read_s or not self._options.finds_stalls:
+            return np.zeros_like(self.held)
+        # An old reading says nothing about the present: only those that are new since the last look count, and it takes two.
+        new = np.zeros_like(self.held) if self._read_s is None else (loads.time_s > self._read_s) | (np.isnan(self._read_s) & ~np.isnan(loads.time_s))
+        self._read_s = loads.time_s
+        hard = self._pushes_hard(loads)
+        self._hard_since_s[new & ~hard] = np.nan
+        first = new & hard & pushing & np.isnan(self._hard_since_s)
+        self._hard_since_s[first] = loads.time_s[first]
+        found = new & hard & pushing & self._judged & ~self.held & (loads.time_s - self._hard_since_s >= self._options.stall_after_s)
+        for index in np.flatnonzero(found):
+            self._hold(index, measured[index], goal[index], loads, now_s)
+        return found
+
+    def _pushes_hard(self, loads: MotorLoads) -> np.ndarray:
+        limits = self._options.stall_load_percent, self._options.stall_current_ma
+        percent, current_ma = (np.inf if limit is None else limit for limit in limits)
+        return (loads.percent >= percent) | (loads.current_ma >= current_ma)
+
+    def hold(self, target: np.ndarray) -> np.ndarray:
+        """The target (J,) with held joints where they stand; one whose target is on the other side of that follows it again."""
+        self._release(self.held & (self._way * (target - self._at) < 0), "its target turned back")
+        return np.where(self.held, self._at, target)
+
+    def watch(self, measured: np.ndarray, target: np.ndarray, limited: np.ndarray, now_s: float) -> None:
+        """`limited` (J,): which goals are held back, near the joint. Raises UnsafeActionError for a joint that has made no progress for
+        BLOCKED_END_S."""
+        progress = (measured - self._late_at) * np.sign(target - measured)
+        begins = ~limited | np.isnan(self._late_since_s) | (progress >= self._free)
+        self._late_at = np.where(begins, measured, self._late_at)
+        self._late_since_s = np.where(begins, np.where(limited, now_s, np.nan), self._late_since_s)
+        self._told &= ~begins
+        for index in np.flatnonzero(self._judged & (now_s - self._late_since_s >= BLOCKED_WARN_S)):
+            at = f"it is at {measured[index]:.1f} and shall go to {target[index]:.1f}"
+            if now_s - self._late_since_s[index] >= BLOCKED_END_S and self._ends_run:
+                raise UnsafeActionError(
+                    f"joint {self._names[index]} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or "
+                    "without power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no "
+                    "limit)."
+                )
+            if not self._told[index]:
+                self._told[index] = True
+                self._echo(
+                    f"WARNING: joint {self._names[index]} does not follow: {at}. Its goal is held within --max_following_error_deg of it; is it "
+                    "blocked?"
+                )
+
+    def _hold(self, index: int, at: float, goal: float, loads: MotorLoads, now_s: float) -> None:
+        self.held[index], self._at[index], self._began_s[index] = True, at, now_s
+        self.count[index] += 1
+        told = ((loads.percent[index], "% of its drive"), (loads.current_ma[index], "mA"))
+        pushes = " and ".join(f"{value:.0f} {unit}" for value, unit in told if np.isfinite(value))
+        self._echo(
+            f"WARNING: joint {self._names[index]} is blocked: it stands at {at:.1f}, its goal is {goal:.1f}, and its motor pushes with {pushes}. "
+            "It is held where it is until it moves or its target turns back; free it (--stall_after_s=null: push on)."
+        )
+
+    def _release(self, which: np.ndarray, why: str) -> None:
+        for index in np.flatnonzero(which):
+            self.held[index], self._hard_since_s[index] = False, np.nan
+            for_s = 0.0 if self._now_s is None else self._now_s - self._began_s[index]
+            self._echo(f"joint {self._names[index]} follows its target again after {for_s:.1f} s: {why}")
