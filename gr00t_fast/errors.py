@@ -86,7 +86,12 @@ class WireError(Gr00tFastError, ValueError):
 
 
 class ServerError(Gr00tFastError, RuntimeError):
-    """A policy server refused a request or cannot serve; the message carries its reason."""
+    """A policy server refused a request or cannot serve; the message carries its reason, and `code` its kind, where a program may have to know it:
+    busy, stopping, replaced, unauthorised or unknown_endpoint."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class ServerUnreachableError(ServerError):

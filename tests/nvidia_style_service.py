@@ -174,7 +174,8 @@ def http_post(url: str, message: Any, headers: dict[str, str] | None = None) -> 
         with urllib.request.urlopen(request, timeout=20) as response:
             return response.status, json_numpy_read(response.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+        said = error.read()
+        return error.code, json.loads(said) if said.startswith(b"{") else said
 
 
 def json_numpy_text(message: Any) -> str:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import nvidia_style_service as reference
 import pytest
 from control_fakes import Bench, FakeClock, FakeRobot, policy_metadata
 from serving_fakes import ROOT, ArithmeticPolicy, ServerProcess, observation, running
@@ -38,7 +37,7 @@ from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.errors import ServerError, ServerUnreachableError
 from gr00t_fast.serving import PolicyServer
 from gr00t_fast.serving.remote import connect
-from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN
+from gr00t_fast.serving.wire import BUSY, STOPPING
 
 FPS = 30.0
 HORIZON = 16
@@ -245,21 +244,21 @@ def test_a_server_stopped_and_started_by_hand_is_an_outage_too() -> None:
 
 
 class Refuses(ArithmeticPolicy):
-    reason: str | None = None
+    code = ""
 
     def get_action(self, *args: Any, **options: Any) -> dict[str, np.ndarray]:
-        if self.reason is not None:
-            raise ServerError(self.reason)
+        if self.calls:
+            raise ServerError("not now", self.code)
         return super().get_action(*args, **options)
 
 
-@pytest.mark.parametrize(("reason", "passes"), [(SHUTTING_DOWN, True), (f"{BUSY}128 requests are waiting.", True), ("out of memory", False)])
-def test_refusals_that_pass_and_one_that_does_not(reason: str, passes: bool) -> None:
+@pytest.mark.parametrize(("code", "passes"), [(STOPPING, True), (BUSY, True), ("", False)])
+def test_refusals_that_pass_and_one_that_does_not(code: str, passes: bool) -> None:
     policy = Refuses()
-    with reference.Server(policy) as server, closing(connect(address_of(server), None, 5.0, 30.0)) as remote:
+    policy.code = code
+    with running(PolicyServer(policy, port=0)) as server, closing(connect(address_of(server), None, 5.0, 30.0)) as remote:
         remote.get_action(observation())
-        policy.reason = reason
-        with pytest.raises(ServerError, match=reason) as caught:
+        with pytest.raises(ServerError, match="not now") as caught:
             remote.get_action(observation())
         assert isinstance(caught.value, ServerUnreachableError) is passes
 

@@ -18,7 +18,7 @@ from gr00t_fast.cli.policy_flags import PolicyFlags, check_at_least_one, check_c
 from gr00t_fast.cli.program import EXIT_OK, execute
 from gr00t_fast.errors import require
 from gr00t_fast.flags import UsageError, help_text
-from gr00t_fast.serving.connections import check_port_free
+from gr00t_fast.serving.server import check_port_free
 
 _USAGE = "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]"
 _EXITS = "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading"
@@ -81,7 +81,7 @@ def serve(config: ServeConfig) -> int:
     """Load, warm up, and answer until a signal or a client with the token ends it. Raises Gr00tFastError."""
     logging.basicConfig(level=logging.DEBUG if config.verbose else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, _interrupt)
-    require("uvicorn" if config.http else "msgpack", "serving")
+    require("uvicorn" if config.http else "zmq", "serving")
     if not config.address:
         check_port_free(config.host, config.port)
     from gr00t_fast.policy import load_policy  # imports torch

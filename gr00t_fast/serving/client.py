@@ -1,11 +1,12 @@
 """A `Policy` whose network runs behind a ZeroMQ socket, ours or NVIDIA's GR00T N1.5 inference service.
 
-Every call ends within `timeout_s`. A REQ socket that lost its answer is useless, so it is thrown away and made anew ("lazy pirate"), both
-after a time-out and as soon as the connection is seen to break; in the second case the request is sent again while there is time.
+Every call ends within `timeout_s`. ZeroMQ numbers the requests (REQ_CORRELATE; every REP and ROUTER server sends the number back with its answer), so
+a late answer is not taken for the next request's. A connection that breaks is seen at once; the request is sent again while there is time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from types import TracebackType
@@ -16,13 +17,24 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError, require
 from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
-from gr00t_fast.serving.wire import MAX_MESSAGE_BYTES, Encoder, ModalityConfigN1d7, decode, metadata_from_message
+from gr00t_fast.serving.wire import (
+    MAX_MESSAGE_BYTES,
+    UNAUTHORISED,
+    UNAUTHORISED_TEXT,
+    UNKNOWN_ENDPOINT,
+    UNKNOWN_ENDPOINT_TEXT,
+    Encoder,
+    ModalityConfigN1d7,
+    decode,
+    metadata_from_message,
+)
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
 PING_TIMEOUT_S = 2.0
 # A machine that vanished without closing its connections is noticed after this long. Answered by ZeroMQ itself, also while a server computes.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _RECONNECT_MS = 50
+_CODES_OF_TEXTS = {UNAUTHORISED_TEXT: UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: UNKNOWN_ENDPOINT}
 
 
 class PolicyClient(Policy):
@@ -52,8 +64,7 @@ class PolicyClient(Policy):
         self.address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
         self.last_timing = {}
-        self.reconnects = 0  # sockets thrown away so far
-        self._disconnects = 0  # connections that broke between two calls; ZeroMQ made them anew
+        self.connection = 0  # another number whenever it broke: what answers now may be another server than before
         self._encoder = Encoder()
         self._n1d7: bool | None = None  # whether the server speaks N1.7's protocol, once it was asked
         self._context = self._zmq.Context()
@@ -109,11 +120,6 @@ class PolicyClient(Policy):
         """As `Policy.reset`; our server has nothing to reset, being everybody's. NVIDIA's N1.5 server has no such endpoint: that is no error."""
         self._call_extension("reset")
 
-    @property
-    def connection(self) -> int:
-        """Another number whenever the connection broke: what answers now may be another server than before."""
-        return self.reconnects + self._disconnects
-
     def ping(self, timeout_s: float = PING_TIMEOUT_S) -> bool:
         """True when the server answers in time. Raises ServerError when it answers with a refusal (a wrong token)."""
         try:
@@ -147,7 +153,7 @@ class PolicyClient(Policy):
         try:
             return self._call(endpoint)
         except ServerError as error:
-            if isinstance(error, ServerUnreachableError) or "Unknown endpoint" not in str(error):
+            if error.code != UNKNOWN_ENDPOINT:
                 raise
             return None
 
@@ -167,33 +173,30 @@ class PolicyClient(Policy):
         stages_s = {"encode": sent_s - began_s, "server": answered_s - sent_s, "decode": time.monotonic() - answered_s}
         self.last_timing = {name: 1000 * seconds for name, seconds in stages_s.items()}
         if isinstance(reply, dict) and "error" in reply:
-            raise ServerError(f"the policy server at {self.address} refused {endpoint}: {reply['error']}")
+            raise ServerError(f"the policy server at {self.address} refused {endpoint}: {reply['error']}", _code(reply))
         return reply
 
     def _exchange(self, request: memoryview, deadline_s: float, resend: bool) -> bytes:
-        """Send and wait; a broken connection is made anew and, with `resend`, the request sent again until the deadline."""
-        done = False
-        try:
-            while True:
-                intact = not self._forget_events()
-                answer = self._wait(deadline_s) if (intact or resend) and self._send(request) else None
-                if answer is not None:
-                    done = True
-                    return answer
-                self._check_deadline(deadline_s)
-                if not resend:
-                    raise ServerUnreachableError(f"the connection to the policy server at {self.address} broke.")
-                self._reconnect()
-                time.sleep(
-                    min(_RECONNECT_MS / 1000, max(deadline_s - time.monotonic(), 0))
-                )  # a server that ends every connection must not be hammered
-        finally:
-            if not done:  # timed out or interrupted: a late answer must not be taken for the next request's
-                self._reconnect()
+        """Send and wait. With `resend`, a request whose connection broke is sent again until the deadline."""
+        broke = self._count_breaks()
+        while True:
+            if broke and not resend:
+                raise ServerUnreachableError(f"the connection to the policy server at {self.address} broke.")
+            if broke:  # a server that ends every connection must not be hammered
+                time.sleep(min(_RECONNECT_MS / 1000, max(deadline_s - time.monotonic(), 0)))
+            if not self._sent(request):
+                self._drop_socket()
+                self._connect()
+                self._sent(request)
+            answer = self._wait(deadline_s)
+            if answer is not None:
+                return answer
+            broke = self._count_breaks()
 
-    def _send(self, request: memoryview) -> bool:
-        """False when the socket has no way to send: ZeroMQ gave the connection up because the other end does not speak its protocol."""
+    def _sent(self, request: memoryview) -> bool:
+        """False when ZeroMQ gave up the other end, which speaks another protocol, or still holds a request that it could not send."""
         try:
+            self._socket.poll(0, self._zmq.POLLOUT)  # ZeroMQ looks at what became of the request before
             self._socket.send(request, self._zmq.NOBLOCK, copy=False)
         except self._zmq.Again:
             return False
@@ -204,31 +207,31 @@ class PolicyClient(Policy):
         while True:
             ready = dict(self._poller.poll(max(math.ceil(1000 * (deadline_s - time.monotonic())), 0)))
             if self._socket in ready:
-                return self._socket.recv(self._zmq.NOBLOCK)
+                with contextlib.suppress(self._zmq.Again):  # an earlier request's answer
+                    return self._socket.recv(self._zmq.NOBLOCK)
+            if time.monotonic() >= deadline_s:
+                raise ServerUnreachableError(
+                    f"no answer from the policy server at {self.address} in time. Is it running there (gr00t-fast serve), does it accept "
+                    "messages of this size, and is the time-out longer than an inference (--server_timeout_s of a run, timeout_s of PolicyClient)?"
+                )
             if self._monitor in ready:
                 return None
-            self._check_deadline(deadline_s)
 
-    def _check_deadline(self, deadline_s: float) -> None:
-        if time.monotonic() >= deadline_s:
-            raise ServerUnreachableError(
-                f"no answer from the policy server at {self.address} in time. Is it running there (gr00t-fast serve), does it accept "
-                "messages of this size, and is the time-out longer than an inference (--server_timeout_s of a run, timeout_s of PolicyClient)?"
-            )
-
-    def _forget_events(self) -> int:
-        """How often the connection broke since it was last looked at."""
-        count = 0
+    def _count_breaks(self) -> bool:
+        """Whether the connection broke since it was last looked at."""
+        before = self.connection
         while self._monitor.poll(0):
             self._monitor.recv_multipart()
-            count += 1
-        self._disconnects += count
-        return count
+            self.connection += 1
+        return self.connection > before
 
     def _connect(self) -> None:
         zmq = self._zmq
         self._socket = self._context.socket(zmq.REQ)
         for option, value in (
+            (zmq.REQ_RELAXED, 1),
+            (zmq.REQ_CORRELATE, 1),
+            (zmq.SNDHWM, 1),
             (zmq.LINGER, 0),
             (zmq.IPV6, 1),
             (zmq.MAXMSGSIZE, self._max_bytes),
@@ -237,7 +240,7 @@ class PolicyClient(Policy):
             (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
         ):
             self._socket.setsockopt(option, value)
-        events_address = f"inproc://events-{id(self)}-{self.reconnects}"
+        events_address = f"inproc://events-{id(self._socket)}"
         self._socket.monitor(events_address, zmq.EVENT_DISCONNECTED)
         self._monitor = self._context.socket(zmq.PAIR)
         self._monitor.setsockopt(zmq.RCVHWM, 0)  # ZeroMQ's own thread, which writes, would block when it is full
@@ -246,11 +249,6 @@ class PolicyClient(Policy):
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(self.address)
-
-    def _reconnect(self) -> None:
-        self._drop_socket()
-        self.reconnects += 1
-        self._connect()
 
     def _drop_socket(self) -> None:
         self._socket.disable_monitor()  # first: ZeroMQ's own thread blocks for ever when it reports to a reader that is gone
@@ -285,6 +283,12 @@ def _actions_n1d7(reply: Any, batched: bool) -> dict[str, np.ndarray]:
     if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], dict):
         raise WireError(f"get_action: expected actions and info from the server, got {type(reply).__name__}.")
     return _actions(flat_actions(reply[0], batched))
+
+
+def _code(reply: dict[str, Any]) -> str:
+    """Of an error; NVIDIA's servers tell theirs by the text alone."""
+    codes = (code for text, code in _CODES_OF_TEXTS.items() if text in str(reply["error"]))
+    return str(reply.get("code", "")) or next(codes, "")
 
 
 def _kind(value: Any) -> str:

@@ -18,8 +18,7 @@ from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, Pol
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
 from gr00t_fast.inputs.images import to_trained_size
 from gr00t_fast.serving.client import PolicyClient
-from gr00t_fast.serving.service import BUSY, SHUTTING_DOWN, UNAUTHORISED
-from gr00t_fast.serving.wire import metadata_to_message
+from gr00t_fast.serving.wire import BUSY, STOPPING, UNAUTHORISED, UNKNOWN_ENDPOINT, metadata_to_message
 
 # NVIDIA's server is not warmed up: its first inference sets up the GPU and compiles kernels.
 _FIRST_ANSWER_S = 60.0
@@ -71,7 +70,7 @@ def _greet(client: PolicyClient) -> None:
     try:
         answers = client.ping(client.timeout_s)
     except ServerError as error:
-        if UNAUTHORISED not in str(error):
+        if error.code != UNAUTHORISED:
             raise
         raise ServerError(f"{error}. Give the token that the server was started with: --api_token=...") from error
     if not answers:
@@ -303,7 +302,7 @@ class RemotePolicy(Policy):
         try:
             self._check_answer(self._infer(observation, prefix=prefix))
         except ServerError as error:
-            if "Unknown endpoint" not in str(error):
+            if error.code != UNKNOWN_ENDPOINT:
                 raise
             raise ConfigError(
                 f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
@@ -341,4 +340,4 @@ def _unsqueezed(actions: Mapping[str, np.ndarray], widths: Mapping[str, int]) ->
 
 def _may_pass(error: ServerError) -> bool:
     """Unreachable, stopping (somebody starts it again) or overloaded."""
-    return isinstance(error, ServerUnreachableError) or SHUTTING_DOWN in str(error) or BUSY in str(error)
+    return isinstance(error, ServerUnreachableError) or error.code in (BUSY, STOPPING)

@@ -1,30 +1,30 @@
 """Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5 and N1.7 services. No sockets here.
 
-    request    {"endpoint": str, "data": {...}, "api_token": str}      reply    {...}, or {"error": str}
+    request    {"endpoint": str, "data": {...}, "api_token": str}      reply    {...}, or {"error": str, "code": str, only from ours}
     array      {"__ndarray_class__": true, "as_npy": bytes of a .npy file}
     config     {"__ModalityConfig_class__": true, "as_json": '{"delta_indices": [0], "modality_keys": ["video.webcam"]}'}
 
-    N1.7       data of get_action: {"observation": nested (nested.py), "options"}      reply    [actions, info]
+    N1.7       data of get_action: {"observation": nested (inputs/observation.py), "options"}      reply    [actions, info]
     array      {b"nd": true, b"type": "<f4", b"kind": b"", b"shape": [...], b"data": bytes}, as msgpack_numpy writes it
     config     {"__ModalityConfig__": true, "as_json": {"delta_indices": [0], "modality_keys": ["webcam"], ...}}
 
 Both are read wherever they come; which one is written, the writer says.
 
 Whoever reaches the port can send anything, so reading trusts nothing: no pickle, no sizes taken on faith, and memory in proportion to
-the message. The header of a .npy file is matched against the one form that numpy writes instead of being evaluated.
+the message.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from gr00t_fast.errors import WireError, require
 from gr00t_fast.files import parse_json
 
 MAX_MESSAGE_BYTES = 48 * 2**20  # a batch of eight with two 1280x720 cameras takes 44 MB
+# Codes beside the text of an error, for programs: NVIDIA's clients read the text alone.
+BUSY, STOPPING, REPLACED, UNAUTHORISED, UNKNOWN_ENDPOINT = "busy", "stopping", "replaced", "unauthorised", "unknown_endpoint"
+UNAUTHORISED_TEXT, UNKNOWN_ENDPOINT_TEXT = "Unauthorized: Invalid API token", "Unknown endpoint"  # as NVIDIA's server words them
 # A valid message has some ten containers. msgpack reserves 8 bytes per element that a list *claims*, for each of up to 1024 open lists.
 _MAX_CONTAINERS = 512
 _MAX_ELEMENTS, _MAX_ELEMENTS_IN_ALL = 2048, 8192  # of one list or map; a text of two letters takes three bytes here and sixty in memory
@@ -40,9 +43,9 @@ _MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
 _ARRAY_N1D7, _CONFIG_N1D7 = b"nd", "__ModalityConfig__"
 _PREFIXED = ("video", "state", "action")  # modalities whose keys have the modality's name in front in N1.5 and not in N1.7
-_NPY_MAGIC = b"\x93NUMPY"
-_NPY_HEADER = re.compile(rb"\{'descr': '([<>|=]?)([biufUS])(\d{1,9})', 'fortran_order': (True|False), 'shape': \(([\d, ]{0,200})\),? ?\} *\n?")
-_DTYPE = re.compile(r"[<>|=]?[biufUS]\d{1,9}")
+_KINDS = "biufUS"  # of numpy's dtypes: bool, numbers and text
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_MAX_HEADER_CHARACTERS, _MAX_DTYPE_CHARACTERS = 512, 16
 _MAX_DIMENSIONS, _MAX_SIZE = 8, 2**32
 _LAST_CHARACTER, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)  # of Unicode
 
@@ -123,7 +126,7 @@ class Encoder:
 
 
 def _array_n1d7(array: np.ndarray) -> dict[Any, Any]:
-    if array.dtype.kind not in "biufUS":
+    if array.dtype.kind not in _KINDS:
         raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
     array = np.ascontiguousarray(array) if array.ndim else array
     numbers = array.data.cast("B") if array.ndim and array.size and array.dtype.kind != "U" else array.tobytes()
@@ -133,7 +136,7 @@ def _array_n1d7(array: np.ndarray) -> dict[Any, Any]:
 def npy_parts(array: np.ndarray) -> tuple[bytes, Any]:
     """Header and numbers as `np.save` writes them, the numbers without a copy where possible. Raises WireError for object arrays and structured
     dtypes."""
-    if array.dtype.kind not in "biufUS":
+    if array.dtype.kind not in _KINDS:
         raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
@@ -211,53 +214,46 @@ def npy_array(data: Any) -> np.ndarray:
     """The array in the bytes of a .npy file (format 1 or 2). Raises WireError unless header and length agree exactly."""
     if not isinstance(data, bytes):
         raise WireError(f"as_npy: expected the bytes of a .npy file, got {type(data).__name__}.")
-    start, header = _npy_header(data)
-    found = _NPY_HEADER.fullmatch(header)
-    if found is None:
-        raise WireError("as_npy: the header is not one that numpy writes for an array of numbers, bool or text (object arrays are refused).")
-    order, kind, width, fortran, dimensions = (group.decode() for group in found.groups())
-    shape = tuple(int(size) for size in dimensions.split(",") if size.strip().isdigit())
-    return array_from_bytes(memoryview(data)[start:], f"{order}{kind}{width}", shape, "F" if fortran == "True" else "C")
-
-
-def _npy_header(data: bytes) -> tuple[int, bytes]:
-    """Offset of the numbers, and the header text."""
-    length_bytes = {(1, 0): 2, (2, 0): 4}.get(tuple(data[6:8])) if data.startswith(_NPY_MAGIC) else None
-    if length_bytes is None:
-        raise WireError("as_npy: expected a .npy file of format 1.0 or 2.0.")
-    begin = 8 + length_bytes
-    end = begin + int.from_bytes(data[8:begin], "little")
-    return end, data[begin : min(end, begin + 4096)]
-
-
-def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
-    """An array in native byte order from raw bytes, read-only where it shares their memory. Raises WireError unless the bytes are exactly what
-    dtype and shape need."""
+    file = io.BytesIO(data)
     try:
-        wire_type = np.dtype(dtype) if _DTYPE.fullmatch(dtype) else None  # np.dtype evaluates other texts as lists of fields
-    except TypeError:
-        wire_type = None
-    if wire_type is None:
-        raise WireError(f"dtype {dtype[:80]!r} is not accepted; expected numbers, bool or text, such as '<f4'.")
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+        shape, is_fortran, dtype = read_header(file, max_header_size=_MAX_HEADER_CHARACTERS)
+    except Exception as error:  # numpy parses the header as Python, which fails in a dozen ways
+        raise WireError(f"as_npy: expected a .npy file of format 1.0 or 2.0: {str(error)[:200]}.") from error
+    return array_from_bytes(memoryview(data)[file.tell() :], dtype, shape, "F" if is_fortran else "C")
+
+
+def array_from_bytes(data: Any, dtype: Any, shape: tuple[int, ...], order: Literal["C", "F"] = "C") -> np.ndarray:
+    """An array in native byte order from raw bytes, read-only where it shares their memory. `dtype`: as numpy writes it, or its text. Raises
+    WireError unless the bytes are exactly what dtype and shape need."""
+    wire_type = _dtype(dtype)
     if wire_type.kind in "US" and len(data) > _MAX_TEXT_ARRAY_BYTES:
         raise WireError(f"an array of text has {len(data)} bytes; at most {_MAX_TEXT_ARRAY_BYTES} are accepted.")
-    if not wire_type.itemsize or len(shape) > _MAX_DIMENSIONS or not all(0 <= size <= _MAX_SIZE for size in shape):
-        raise WireError(
-            f"an array of dtype {dtype} with {len(shape)} dimensions is not accepted: at most {_MAX_DIMENSIONS}, none negative or absurd."
-        )
+    if len(shape) > _MAX_DIMENSIONS or not all(0 <= size <= _MAX_SIZE for size in shape):
+        raise WireError(f"an array with {len(shape)} dimensions is not accepted: at most {_MAX_DIMENSIONS}, each from 0 to {_MAX_SIZE}.")
     count = math.prod(shape)
     if len(data) != count * wire_type.itemsize:
-        raise WireError(f"an array of dtype {dtype} and shape {shape} takes {count * wire_type.itemsize} bytes, but {len(data)} came.")
+        raise WireError(f"an array of dtype {wire_type} and shape {shape} takes {count * wire_type.itemsize} bytes, but {len(data)} came.")
     try:
         if not count:
             return np.empty(shape, wire_type.newbyteorder("="))
         flat = np.frombuffer(data, wire_type)
         flat = flat.astype(wire_type.newbyteorder("="), copy=not flat.flags.aligned)  # a header of odd length shifts the numbers
     except ValueError as error:  # an empty shape beyond the address space
-        raise WireError(f"an array of dtype {dtype} and shape {shape} cannot be made: {error}.") from error
+        raise WireError(f"an array of dtype {wire_type} and shape {shape} cannot be made: {error}.") from error
     if wire_type.kind == "U" and not _is_unicode(flat.view(np.uint32)):
-        raise WireError(f"an array of dtype {dtype} holds numbers that are no characters.")
+        raise WireError(f"an array of dtype {wire_type} holds numbers that are no characters.")
     return flat.reshape(shape, order=order)
+
+
+def _dtype(given: Any) -> np.dtype:
+    """Raises WireError for another than numbers, bool and text."""
+    dtype = None
+    with contextlib.suppress(Exception):  # numpy evaluates texts with commas, which fails in a dozen ways
+        dtype = np.dtype(given) if len(str(given)) <= _MAX_DTYPE_CHARACTERS else None
+    if dtype is None or dtype.kind not in _KINDS or not dtype.itemsize:
+        raise WireError(f"dtype {str(given)[:80]!r} is not accepted; expected numbers, bool or text, such as '<f4'.")
+    return dtype
 
 
 def _is_unicode(codes: np.ndarray) -> bool:
@@ -300,7 +296,7 @@ def to_json(message: Any) -> bytes:
 
 
 def _as_json_array(value: Any) -> dict[str, Any]:
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufUS":
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in _KINDS:
         return {_JSON_ARRAY: base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str, "shape": value.shape}
     raise WireError(f"the protocol carries numbers, text and numpy arrays, not {type(value).__name__}.")
 
@@ -334,8 +330,6 @@ def _from_json_array(value: dict[str, Any]) -> Any:
 
 
 # `PolicyMetadata` as a message of plain maps, lists, text and numbers, and back; for the endpoint `get_facts`, which NVIDIA's server lacks.
-#
-# Reading trusts nothing: what is checked against these metadata is an arm.
 
 
 def metadata_to_message(metadata: PolicyMetadata) -> dict[str, Any]:
@@ -352,54 +346,19 @@ def _plain(value: Any) -> Any:
 
 
 def metadata_from_message(message: Any) -> PolicyMetadata:
-    """Raises WireError that names the field unless every fact is of the right form."""
-    read = _FieldReader(message)
-    state_widths, action_widths = (read.map(f"{modality}_widths", _count) for modality in ("state", "action"))
-    return PolicyMetadata(
-        embodiment_tag=read.one("embodiment_tag", _text),
-        resolutions=read.map("resolutions", _resolution),
-        fps=read.one("fps", _rate),
-        state_widths=state_widths,
-        action_widths=action_widths,
-        state_statistics=read.statistics("state_statistics", state_widths),
-        action_statistics=read.statistics("action_statistics", action_widths),
-        trained_horizon=read.one("trained_horizon", _count),
-        letterbox=read.one("letterbox", _letterbox),
-    )
-
-
-def _letterbox(value: Any) -> Letterbox | None:
-    if value is None:
-        return None
-    if not all(isinstance(value[name], bool) for name in ("pads", "known")):
-        raise ValueError("no answer")
-    return Letterbox(value["pads"], _text(value["why"]), value["known"])
-
-
-class _FieldReader:
-    """Fields of a message, each through a function that raises ValueError or TypeError for what it cannot take."""
-
-    def __init__(self, message: Any) -> None:
-        self._message = message if isinstance(message, dict) else {}
-
-    def one(self, name: str, take: Callable[[Any], Any]) -> Any:
-        value = self._message.get(name)
+    """Raises WireError that names the field unless every fact is of the right form: what is checked against these metadata is an arm."""
+    facts: dict[str, Any] = {}
+    for name, read in _FACTS.items():
+        value = message.get(name) if isinstance(message, dict) else None
         try:
-            return take(value)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            facts[name] = read(value)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise WireError(f"get_facts: the server's '{name}' makes no sense: {str(value)[:80]}. Do both ends have the same version?") from error
-
-    def map(self, name: str, take: Callable[[Any], Any]) -> dict[str, Any]:
-        return self.one(name, lambda value: {_text(key): take(item) for key, item in _filled(value).items()})
-
-    def statistics(self, name: str, widths: Mapping[str, int]) -> dict[str, PartStatistics]:
-        return self.one(name, lambda value: {part: _statistics(value[part], width) for part, width in widths.items()})
-
-
-def _filled(value: Any) -> dict[Any, Any]:
-    if not isinstance(value, dict) or not value:
-        raise ValueError("no map, or nothing in it")
-    return value
+    for modality in ("state", "action"):
+        widths = {part: known.min.size for part, known in facts[f"{modality}_statistics"].items()}
+        if widths != facts[f"{modality}_widths"]:
+            raise WireError(f"get_facts: the server's '{modality}_statistics' are of {widths} numbers, not of {facts[f'{modality}_widths']}.")
+    return PolicyMetadata(**facts)
 
 
 def _text(value: Any) -> str:
@@ -414,13 +373,6 @@ def _count(value: Any) -> int:
     return value
 
 
-def _resolution(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    width, height = value
-    return _count(width), _count(height)
-
-
 def _rate(value: Any) -> float | None:
     if value is None:
         return None
@@ -429,8 +381,47 @@ def _rate(value: Any) -> float | None:
     return float(value)
 
 
-def _statistics(value: Any, width: int) -> PartStatistics:
+def _resolution(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    width, height = value
+    return _count(width), _count(height)
+
+
+def _statistics(value: Any) -> PartStatistics:
     arrays = {name: np.asarray(value[name], np.float64) for name in ("min", "max", "q01", "q99")}
-    if any(array.shape != (width,) or not np.isfinite(array).all() for array in arrays.values()):
-        raise ValueError(f"expected {width} finite numbers")
+    if any(array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError("no finite numbers of one length")
     return PartStatistics(**arrays)
+
+
+def _letterbox(value: Any) -> Letterbox | None:
+    if value is None:
+        return None
+    if not all(isinstance(value[name], bool) for name in ("pads", "known")):
+        raise ValueError("no answer")
+    return Letterbox(value["pads"], _text(value["why"]), value["known"])
+
+
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """Reads a map with something in it."""
+
+    def read_all(value: Any) -> dict[str, Any]:
+        if not value:
+            raise ValueError("nothing")
+        return {_text(key): read(item) for key, item in value.items()}
+
+    return read_all
+
+
+_FACTS: dict[str, Callable[[Any], Any]] = {
+    "embodiment_tag": _text,
+    "resolutions": _each(_resolution),
+    "fps": _rate,
+    "state_widths": _each(_count),
+    "action_widths": _each(_count),
+    "state_statistics": _each(_statistics),
+    "action_statistics": _each(_statistics),
+    "trained_horizon": _count,
+    "letterbox": _letterbox,
+}
