@@ -56,18 +56,22 @@ class Case:
 
 
 def groups(quick: bool) -> list[list[Case]]:
-    """What is committed, by process: what ran before in one is seen in what the next engine reserves. quick: without Inductor at the published size.
-    The engine that changes the model comes last."""
+    """What is committed, by process: what ran before in one is seen in what the next engine reserves. The engine that changes the model comes last.
+
+    quick: without Inductor at the published size, and with it one compiled engine per network; fp8 is compiled, and has other layers besides.
+    """
     found = []
     for network in ("n1.5", "n1.7"):
         case = functools.partial(Case, network, "cuda_graph")
-        short = functools.partial(Case, network, short=True)
-        found.append([short("compiled"), short("compiled", cameras=2), short("compiled", continuation="rtc"), short("fp8"), short("fp8", cameras=2)])
-        found.append([case(), case(cameras=2), case(continuation="prefix"), case(continuation="rtc")])
+        compiled, fp8 = (functools.partial(Case, network, engine, short=True) for engine in ("compiled", "fp8"))
+        recorded = [case(), case(cameras=2), case(continuation="prefix"), case(continuation="rtc")]
+        if quick:
+            found += [[compiled(), compiled(continuation="rtc")] if network == "n1.5" else [fp8()], recorded]
+        else:
+            found.append([compiled(), compiled(cameras=2), compiled(continuation="rtc"), fp8(), fp8(cameras=2)])
+            found += [recorded, [Case(network, "compiled"), Case(network, "fp8")]]
         if network == "n1.7":
-            found[-1].append(case(wide=True))
-        if not quick:
-            found.append([Case(network, "compiled"), Case(network, "fp8")])
+            recorded.append(case(wide=True))
     return found
 
 
