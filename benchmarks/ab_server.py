@@ -211,7 +211,7 @@ class Policies:
 
 def makes_pixels(engine: Any) -> bool:
     """Whether it takes frames as they are, so that pre-processing is part of it."""
-    from gr00t_fast.engine.graph import GraphEngine
+    from gr00t_fast.engine.cuda_graph import GraphEngine
 
     return isinstance(engine, GraphEngine)
 

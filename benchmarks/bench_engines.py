@@ -32,8 +32,8 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
-from gr00t_fast.engine.calibration import Calibration
-from gr00t_fast.engine.graph import GraphEngine
+from gr00t_fast.engine.cuda_graph import GraphEngine
+from gr00t_fast.engine.fp8 import Calibration
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles

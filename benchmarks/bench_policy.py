@@ -41,7 +41,7 @@ from benchmarks.lib.program import (
 )
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
-from gr00t_fast.engine import check_engine, make_engine, open_engine, runs_from_files, select_device, select_precision
+from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer, percentiles
@@ -150,7 +150,7 @@ def _load(path: Path, arguments: Config):
     from gr00t_fast.checkpoint import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(path)
-    if runs_from_files(arguments.engine):
+    if arguments.engine in EXPORTED:
         target = target_of(checkpoint, arguments.embodiment_tag, arguments.data_config)
         trained = len(target.data_config.video_keys)
         if trained != arguments.cameras:

@@ -11,9 +11,7 @@ import torch
 from benchmarks.lib.program import show_progress
 from benchmarks.lib.work import Ceilings, measure_ceilings, stage_work
 from gr00t_fast.engine import PolicyInputs
-from gr00t_fast.engine.capture import CapturedGraph
-from gr00t_fast.engine.graph import GraphEngine
-from gr00t_fast.engine.static_call import CallShape, StaticCall
+from gr00t_fast.engine.cuda_graph import CallShape, CapturedGraph, GraphEngine, StaticCall
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy

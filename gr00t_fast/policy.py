@@ -24,6 +24,7 @@ from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import byte_bar
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.engine import (
+    EXPORTED,
     Engine,
     PolicyInputs,
     Target,
@@ -31,12 +32,11 @@ from gr00t_fast.engine import (
     check_own_engine,
     open_engine,
     prepare_engine,
-    runs_from_files,
     select_device,
     select_precision,
     warming_up,
 )
-from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig
@@ -100,7 +100,7 @@ def load_policy(
 
     if own is not None:
         return policy(own)
-    if runs_from_files(name):  # an export has a precision, and its runtime says which devices it can use
+    if name in EXPORTED:  # an export has a precision, and its runtime says which devices it can use
         return policy(open_engine(name, engine_path, target, device, precision))
     where = select_device(device)
     dtype = select_precision(precision, where)

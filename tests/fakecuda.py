@@ -183,8 +183,7 @@ def published_network(version: str, short: bool = False) -> Any:
 
 def engine_of(name: str, model: Any) -> Any:
     from gr00t_fast.engine import make_engine, quantized
-    from gr00t_fast.engine.calibration import Calibration
-    from gr00t_fast.engine.fp8 import fp8_engine
+    from gr00t_fast.engine.fp8 import Calibration, fp8_engine
 
     if name != "fp8":
         return make_engine(name, model)

@@ -59,7 +59,7 @@ def test_every_required_package_is_brought_by_the_extra_that_the_message_names(s
         ("gr00t_fast.model.action_head", "from gr00t_fast.engine import eager"),
         ("gr00t_fast.model.action_head", "from gr00t_fast.errors import ConfigError"),  # the model knows only its configuration
         ("gr00t_fast.errors", "import torch; import gr00t_fast.model"),
-        ("gr00t_fast.checkpoint.load", "def f():\n    from gr00t_fast.engine.select import ENGINES"),
+        ("gr00t_fast.checkpoint.load", "def f():\n    from gr00t_fast.engine.choose import ENGINES"),
         ("gr00t_fast.engine.eager", "from gr00t_fast.policy import load_policy"),
         ("gr00t_fast.engine.eager", "from gr00t_fast import load_policy"),
         ("gr00t_fast.engine.eager", "import gr00t_fast.policy"),

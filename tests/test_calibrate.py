@@ -20,11 +20,10 @@ from gr00t_fast.cli.policy_flags import parse_with
 from gr00t_fast.console import Progress
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
-from gr00t_fast.engine.calibration import SCALES_NAME, read_calibration
+from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fp8 import prepare
+from gr00t_fast.engine.fp8 import SCALES_NAME, prepare, read_calibration
 from gr00t_fast.engine.fused import FusedModel
-from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError

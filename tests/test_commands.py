@@ -79,9 +79,9 @@ def test_the_former_names_still_work(words: list[str]) -> None:
 
 
 def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
-    from gr00t_fast.engine.device import PRECISIONS
+    from gr00t_fast.engine.base import PRECISIONS
+    from gr00t_fast.engine.choose import CALIBRATED, ENGINES, EXPORTED
     from gr00t_fast.engine.quantized import PARTS
-    from gr00t_fast.engine.select import CALIBRATED, ENGINES, EXPORTED
 
     assert set(typing.get_args(policy_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
     assert set(typing.get_args(policy_flags.ExportedName)) == set(EXPORTED)

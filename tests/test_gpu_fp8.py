@@ -12,9 +12,8 @@ from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import RandomFrames
 from gr00t_fast.engine import Target
-from gr00t_fast.engine.calibration import Calibration
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fp8 import fp8_engine, has_product
+from gr00t_fast.engine.fp8 import Calibration, fp8_engine, has_product
 from gr00t_fast.engine.quantized import (
     Fp8Linear,
     Fp8WeightLinear,

@@ -24,10 +24,9 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
-from gr00t_fast.engine.compilers import check_compiler
+from gr00t_fast.engine.cuda_graph import GraphEngine, check_compiler, compiled, cuda_graph_engine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fused import FusedModel, Stages, compiled, fused_model
-from gr00t_fast.engine.graph import GraphEngine, cuda_graph_engine
+from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
 from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten, round_layers
 from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
 from gr00t_fast.measurement import StageTimer

@@ -20,7 +20,7 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli import calibrate, export_onnx, export_tensorrt, quantise, verify
 from gr00t_fast.cli.main import main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.calibration import read_calibration
+from gr00t_fast.engine.fp8 import read_calibration
 from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import linear_layers, rewritten

@@ -418,8 +418,6 @@ def test_another_resolution_is_resized_and_told_once(checkpoint: Path, noise: np
         ("device", "meta", ConfigError, "device 'meta' is not supported"),
         ("precision", "fp8", ConfigError, "unknown precision 'fp8'"),
         ("engine", "eagr", ConfigError, "unknown engine 'eagr'. Did you mean 'eager'"),
-        ("engine", "int8", ConfigError, "'int8' is gone. Use openvino"),
-        ("engine", "triton", ConfigError, "Use cuda_graph"),
         ("engine", "cuda_graph", ConfigError, "'cuda_graph' needs a CUDA GPU"),
         ("engine", "compiled", ConfigError, "compiler.*CXX=no-such-compiler"),
         ("prompt_style", "bracketed", ConfigError, "unknown prompt_style"),

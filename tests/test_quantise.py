@@ -20,9 +20,9 @@ from gr00t_fast.cli import quantise as program
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import textured_picture
 from gr00t_fast.engine import open_engine
+from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import InputScale
-from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.calibrate import NEGLIGIBLE, Group, InputStatistics, choose_scale, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear

@@ -13,8 +13,7 @@ from random_networks import TINY, load_network, random_inputs, write_network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gr00t_fast.engine.calibration import Calibration
-from gr00t_fast.engine.fp8 import check_gpu, fp8_engine
+from gr00t_fast.engine.fp8 import Calibration, check_gpu, fp8_engine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.quantized import (
     PARTS,

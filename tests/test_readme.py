@@ -22,7 +22,7 @@ import pytest
 import gr00t_fast
 from gr00t_fast import flags
 from gr00t_fast.cli import main as command
-from gr00t_fast.engine import select
+from gr00t_fast.engine import choose
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -219,7 +219,7 @@ def test_readme_is_a_page_with_a_light_picture() -> None:
 @pytest.mark.parametrize("name", ["README.md", "docs/engines.md"])
 def test_engines_are_those_that_can_be_chosen(name: str) -> None:
     table = re.search(r"\| `--engine=` \|.*?\n\n", TEXTS[name], flags=re.DOTALL).group()
-    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {*select.ENGINES, *select.CALIBRATED, *select.EXPORTED}
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {*choose.ENGINES, *choose.CALIBRATED, *choose.EXPORTED}
 
 
 def test_every_subcommand_is_named() -> None:

@@ -8,9 +8,9 @@ import torch
 from random_networks import load_network, random_inputs, write_network
 
 from gr00t_fast.engine import PolicyInputs
+from gr00t_fast.engine.cuda_graph import CallShape, PackedBuffers, StaticCall
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
-from gr00t_fast.engine.static_call import CallShape, PackedBuffers, StaticCall
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t, ModelInputs
 

@@ -120,7 +120,7 @@ def run(config: CalibrateConfig) -> dict[str, Any]:
 
 
 def _write(config: CalibrateConfig, target: Target, out: Path, result: CalibrationResult, settings: Settings, data: dict[str, Any]) -> dict[str, Any]:
-    from gr00t_fast.engine.calibration import Calibration, write_calibration
+    from gr00t_fast.engine.fp8 import Calibration, write_calibration
     from gr00t_fast.engine.manifest import Digests
     from gr00t_fast.export.calibrate import build_report, write_report
 

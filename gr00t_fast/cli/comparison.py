@@ -18,9 +18,9 @@ from gr00t_fast.cli.bench import BenchConfig
 from gr00t_fast.cli.policy_flags import camera_size
 from gr00t_fast.dataset import draw, open_frames, read
 from gr00t_fast.engine import CALIBRATED, EXPORTED, make_engine, warming_up
-from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.base import PRECISIONS
+from gr00t_fast.engine.choose import ENGINES
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.select import ENGINES
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, MissingExtraError, closest
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.flags import UsageError

@@ -193,7 +193,7 @@ def gpu(torch: Any, parameters: int | None) -> Iterator[Row]:
         advice = "The network runs on the CPU; gr00t-fast bench says how fast."
         yield Row("warn", "GPU", f"torch {torch.__version__} sees no GPU", advice)
         if (free := _available_bytes()) is not None:
-            from gr00t_fast.engine.device import select_precision
+            from gr00t_fast.engine.choose import select_precision
 
             dtype = select_precision("auto", torch.device("cpu"))
             precision = "bf16" if dtype == torch.bfloat16 else "fp32"
@@ -340,7 +340,7 @@ def _pictures(config: DoctorConfig, found: Any) -> Generator[Row, None, tuple[in
 
 def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None) -> Iterator[Row]:
     """Exports beside the checkpoint, and the one that --engine asks for: whole, and of this checkpoint?"""
-    from gr00t_fast.engine.select import CALIBRATED, EXPORTED
+    from gr00t_fast.engine.choose import CALIBRATED, EXPORTED
     from gr00t_fast.files import MANIFEST_NAME
 
     asked = None

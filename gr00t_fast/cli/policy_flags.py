@@ -18,7 +18,7 @@ from gr00t_fast.flags import UsageError, help_text, parse_flags, setting
 from gr00t_fast.inputs.data_config import load_data_config
 
 C = TypeVar("C")
-# The words of gr00t_fast.engine.select and .device, which import torch; a test compares them.
+# The words of gr00t_fast.engine.choose and .device, which import torch; a test compares them.
 ExportedName = Literal["onnxruntime", "openvino", "tensorrt"]
 EngineName = Literal["auto", "eager", "cuda_graph", "compiled", "fp8", "onnxruntime", "openvino", "tensorrt"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]

@@ -127,8 +127,8 @@ def run(config: QuantiseConfig) -> dict[str, Any]:
 def _calibrate(
     config: QuantiseConfig, target: Target, settings: Settings, shapes: Mapping[str, Any], remedy: str
 ) -> tuple[CalibrationResult, dict[str, Any]]:
+    from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.engine.manifest import check_picture
-    from gr00t_fast.engine.tables import ExportTables
     from gr00t_fast.export.calibrate import calibrate
     from gr00t_fast.export.networks import GraphNetwork
     from gr00t_fast.export.samples import collect_cases

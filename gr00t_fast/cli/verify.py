@@ -86,9 +86,9 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """Check the data and the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
     from gr00t_fast.dataset import draw, open_frames
+    from gr00t_fast.engine.choose import open_engine
+    from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.engine.manifest import target_of
-    from gr00t_fast.engine.select import open_engine
-    from gr00t_fast.engine.tables import ExportTables
     from gr00t_fast.export.samples import collect_cases
     from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
 

@@ -1,10 +1,7 @@
 """Ways to run the network: over the plain torch model, or over files exported from it. Same noise, same actions."""
 
 from gr00t_fast.engine.base import Engine, PolicyInputs, check_own_engine, warming_up
-from gr00t_fast.engine.continuation import Continuation, prefix_weights
-from gr00t_fast.engine.device import select_device, select_precision
-from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.select import (
+from gr00t_fast.engine.choose import (
     CALIBRATED,
     ENGINES,
     EXPORTED,
@@ -12,8 +9,11 @@ from gr00t_fast.engine.select import (
     make_engine,
     open_engine,
     prepare_engine,
-    runs_from_files,
+    select_device,
+    select_precision,
 )
+from gr00t_fast.engine.continuation import Continuation, prefix_weights
+from gr00t_fast.engine.manifest import Target
 
 __all__ = [
     "CALIBRATED",
@@ -29,7 +29,6 @@ __all__ = [
     "open_engine",
     "prefix_weights",
     "prepare_engine",
-    "runs_from_files",
     "select_device",
     "select_precision",
     "warming_up",

@@ -20,6 +20,8 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class PolicyInputs:
@@ -86,6 +88,7 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype
     continues: frozenset[str] = frozenset()  # methods of Continuation that `run` can do
+    warming_up: bool = False  # set by the policy while a first call may take seconds without a warning
 
     def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
         """noise (B, H, A) -> normalised actions (B, H, A), of any float type and on any device. With `continuation` a chunk that continues another
@@ -108,16 +111,8 @@ def check_own_engine(engine: Any) -> None:
         )
 
 
-@runtime_checkable
-class Prepares(Protocol):
-    """An engine that takes seconds or more to prepare what it has not met yet: a prompt of another length, another step count."""
-
-    name: str
-    warming_up: bool  # set by the policy
-
-
-def tell_new(log: logging.Logger, engine: Prepares, what: str) -> None:
-    """That `engine` prepares `what` now: aloud, unless it is warming up, because the arm waits for it."""
+def tell_new(log: logging.Logger, engine: Engine, what: str) -> None:
+    """Log that `engine` prepares `what` now, as a warning unless it is warming up: a run gets no actions meanwhile."""
     if engine.warming_up:
         log.info("preparing %s for %s", engine.name, what)
     else:
@@ -127,9 +122,6 @@ def tell_new(log: logging.Logger, engine: Prepares, what: str) -> None:
 @contextmanager
 def warming_up(engine: Engine) -> Iterator[None]:
     """Inside, `engine` prepares what is new to it without a warning."""
-    if not isinstance(engine, Prepares):
-        yield
-        return
     engine.warming_up = True
     try:
         yield

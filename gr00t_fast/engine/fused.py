@@ -7,11 +7,11 @@ actions by rounding alone, and tests compare every stage with the plain one:
   cross-attending blocks. The model's own weights become views of the joined ones: nothing is held twice.
 * No nonlinearity lies between the action encoder's first two layers, nor between the transformer's last and the decoder's first: each pair is
   one matrix (the only new weights, some 4 MB). What the time adds to the action encoder is tabulated per step.
-* AdaLN's scale and shift are the weight and bias of the norm itself; a residual, and the norm that follows it, are one operation of `ops`.
+* AdaLN's scale and shift are the weight and bias of the norm itself; a residual, and the norm that follows it, are one operation.
 * Queries and keys are normed and rotated in one go. Tables of positions, the same for every observation of a shape, are made once (`Constants`).
 * Patches without overlap are rows of a product, not a convolution. The last block's end runs on the action tokens alone.
 
-Nothing is masked: prompts have their exact length, and a batch has prompts of one length (engine/graph.py sees to it).
+Nothing is masked: prompts have their exact length, and a batch has prompts of one length (engine/cuda_graph.py sees to it).
 Axis alphabet: I images, B batch, C cameras, V image tokens, S prompt tokens, H horizon, A padded action width, D width, N heads, K head dim.
 """
 
@@ -20,13 +20,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gr00t_fast.engine import ops
-from gr00t_fast.engine.ops import Norm
 from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, ActionHead, euler_step_in_one, integrate, other_positions
 from gr00t_fast.model.gr00t import prompt_rotary
@@ -155,9 +154,9 @@ class FusedModel(nn.Module):
         tower, p = self.vision, self.vision.patch_embedding.kernel_size[0]
         b, c, channels, height, width = pixel_values.shape
         patches = pixel_values.reshape(b * c, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (I, rows, columns, 3, p, p)
-        x = ops.linear(self.patches, patches.reshape(b * c, -1, channels * p * p)) + tower.position_embedding.weight  # (I, T, D)
+        x = linear(self.patches, patches.reshape(b * c, -1, channels * p * p)) + tower.position_embedding.weight  # (I, T, D)
         _, normed = self._pre_norm_blocks(x, tower.blocks, tower.norm)
-        return ops.linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
+        return linear(tower.connector, normed).reshape(b, -1, self.config.language.hidden_size)
 
     def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
         """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
@@ -167,43 +166,43 @@ class FusedModel(nn.Module):
         """As LanguageModel.forward, with image tokens (B, V, D) in their places."""
         x = self.language.embedding(input_ids).index_copy(1, constants.image_positions, tokens)  # (B, S, D)
         model = self.language
-        normed = ops.norm(x, Norm.of(model.blocks[0].norm1))
+        normed = norm(x, Norm.of(model.blocks[0].norm1))
         followings = [*(block.norm1 for block in model.blocks[1:]), model.norm]
         for index, (block, head_norm, gate_up, following) in enumerate(zip(model.blocks, self.head_norms, self.gate_up, followings, strict=True)):
             attention = block.attention
-            qkv = ops.linear(attention.qkv, normed)
-            q, k, v = ops.normed_rotated(qkv, attention.heads, head_norm, constants.cos, constants.sin, attention.q_norm.eps)
+            qkv = linear(attention.qkv, normed)
+            q, k, v = normed_rotated(qkv, attention.heads, head_norm, constants.cos, constants.sin, attention.q_norm.eps)
             attended = merge_heads(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
-            x, normed = ops.linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
-            gate, up = ops.linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
+            x, normed = linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
+            gate, up = linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
             inner = nn.functional.silu(gate) * up
             if index < len(deepstack) or isinstance(following, nn.Identity):
-                x = x + ops.linear(block.mlp.down, inner)
+                x = x + linear(block.mlp.down, inner)
                 x = x.index_add(1, constants.image_positions, deepstack[index]) if index < len(deepstack) else x
-                normed = x if isinstance(following, nn.Identity) else ops.norm(x, Norm.of(following))
+                normed = x if isinstance(following, nn.Identity) else norm(x, Norm.of(following))
             else:
-                x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
+                x, normed = linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
         return normed
 
     def refine(self, features: Tensor) -> Tensor:
         """As ActionHead.refine: (B, S, C) -> (B, S, C)."""
         head = self.head
-        x = features if isinstance(head.vlln, nn.Identity) else ops.norm(features, Norm.of(head.vlln))
+        x = features if isinstance(head.vlln, nn.Identity) else norm(features, Norm.of(head.vlln))
         return self._pre_norm_blocks(x, head.vl_blocks, None)[0]
 
     def _pre_norm_blocks(self, x: Tensor, blocks: Sequence[PreNormBlock], final: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         """x (B, T, D) through `blocks` -> the result, and its norm by `final` (the result itself without one)."""
         if not len(blocks):
-            return x, x if final is None else ops.norm(x, Norm.of(final))
-        normed = ops.norm(x, Norm.of(blocks[0].norm1))
+            return x, x if final is None else norm(x, Norm.of(final))
+        normed = norm(x, Norm.of(blocks[0].norm1))
         for block, following in zip(blocks, [*(later.norm1 for later in blocks[1:]), final], strict=True):
-            attended = ops.self_attention(block.attention.qkv, normed, block.attention.heads)
-            x, normed = ops.linear_add_norm(block.attention.out, attended, x, Norm.of(block.norm2))
-            inner = ops.linear(block.mlp.up, normed, "gelu")
+            attended = self_attention(block.attention.qkv, normed, block.attention.heads)
+            x, normed = linear_add_norm(block.attention.out, attended, x, Norm.of(block.norm2))
+            inner = linear(block.mlp.up, normed, "gelu")
             if following is None:
-                x = normed = x + ops.linear(block.mlp.down, inner)
+                x = normed = x + linear(block.mlp.down, inner)
             else:
-                x, normed = ops.linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
+                x, normed = linear_add_norm(block.mlp.down, inner, x, Norm.of(following))
         return x, normed
 
     # --- action head ----------------------------------------------------------------------------------------------------------------------
@@ -221,28 +220,28 @@ class FusedModel(nn.Module):
 
     def _keys_values(self, layer: nn.Module, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of the blocks whose keys and values `layer` holds side by side: context (B, S, C) -> pairs of (B, N, S, K)."""
-        parts = ops.linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
+        parts = linear(layer, context).split(self.head.dit.width, dim=-1)  # keys, values of the first block, of the second, ...
         heads = [split_heads(part, self.head.config.dit.num_heads) for part in parts]  # (B, N, S, K)
         return list(zip(heads[::2], heads[1::2], strict=True))
 
     def velocity(self, actions: Tensor, condition: Condition, time: Tensor, modulation: Tensor) -> Tensor:
         """actions (B, H, A), time (D,) and modulation (blocks + 1, 2, D) of `step_tables` -> (B, H, A)."""
         horizon, blocks, cross = actions.shape[1], self.head.dit.blocks, iter(condition.cross)
-        mixed = ops.linear(self.encode, actions.contiguous(), "silu", bias=time)  # (B, H, D)
-        tokens = ops.linear(self.w3, mixed, residual=self.places[:horizon])  # (B, H, D)
+        mixed = linear(self.encode, actions.contiguous(), "silu", bias=time)  # (B, H, D)
+        tokens = linear(self.w3, mixed, residual=self.places[:horizon])  # (B, H, D)
         x = torch.cat((condition.prefix, tokens), dim=1)  # (B, 1 + F + H, D)
-        normed = ops.norm(x, _modulated(modulation, 0, len(blocks)))
+        normed = norm(x, _modulated(modulation, 0, len(blocks)))
         for index, block in enumerate(blocks):
             attention, mlp = block.attention, block.mlp
             if block.crosses:
-                attended = ops.cross_attention(attention.q, normed, *next(cross))
+                attended = cross_attention(attention.q, normed, *next(cross))
             else:
-                attended = ops.self_attention(attention.qkv, normed, attention.heads)
+                attended = self_attention(attention.qkv, normed, attention.heads)
             if index == len(blocks) - 1:  # the other tokens are not looked at again
                 attended, x = attended[:, -horizon:].contiguous(), x[:, -horizon:].contiguous()
-            x, normed = ops.linear_add_norm(attention.out, attended, x, Norm(DIT_NORM_EPS))
-            x, normed = ops.linear_add_norm(mlp.down, ops.linear(mlp.up, normed, "gelu"), x, _modulated(modulation, index + 1, len(blocks)))
-        return ops.linear(self.layer2, ops.linear(self.decode, normed, "relu"))
+            x, normed = linear_add_norm(attention.out, attended, x, Norm(DIT_NORM_EPS))
+            x, normed = linear_add_norm(mlp.down, linear(mlp.up, normed, "gelu"), x, _modulated(modulation, index + 1, len(blocks)))
+        return linear(self.layer2, linear(self.decode, normed, "relu"))
 
     # --- packing --------------------------------------------------------------------------------------------------------------------------
 
@@ -288,21 +287,21 @@ class FusedModelN1d7(FusedModel):
         """As Gr00t.encode_vision: (B, C, 3, h, w) -> (1 + deepstack, B, V, D)."""
         tower, pictures, (places, cos, sin) = self.vision, pixel_values.flatten(0, 1), constants.patches
         patches = one_frame_patches(pictures, tower.config).flatten(2)  # (I, T, 3 p p)
-        x = ops.linear(self.patches, patches) + places  # (I, T, D)
-        normed, tokens = ops.norm(x, Norm.of(tower.blocks[0].norm1)), []
+        x = linear(self.patches, patches) + places  # (I, T, D)
+        normed, tokens = norm(x, Norm.of(tower.blocks[0].norm1)), []
         for index, (block, following) in enumerate(zip(tower.blocks, [*(b.norm1 for b in tower.blocks[1:]), tower.merger.norm], strict=True)):
-            q, k, v = (split_heads(part, block.attention.heads) for part in ops.linear(block.attention.qkv, normed).chunk(3, dim=-1))
+            q, k, v = (split_heads(part, block.attention.heads) for part in linear(block.attention.qkv, normed).chunk(3, dim=-1))
             attended = nn.functional.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)  # (I, N, T, K)
-            x, normed = ops.linear_add_norm(block.attention.out, merge_heads(attended), x, Norm.of(block.norm2))
-            x, normed = ops.linear_add_norm(block.mlp.down, ops.linear(block.mlp.up, normed, "gelu"), x, Norm.of(following))
+            x, normed = linear_add_norm(block.attention.out, merge_heads(attended), x, Norm.of(block.norm2))
+            x, normed = linear_add_norm(block.mlp.down, linear(block.mlp.up, normed, "gelu"), x, Norm.of(following))
             if index in tower.config.deepstack:
                 merger = tower.deepstack_mergers[len(tokens)]
-                tokens.append(self._merged(merger, ops.norm(x.reshape(len(x), -1, merger.joined), Norm.of(merger.norm))))
+                tokens.append(self._merged(merger, norm(x.reshape(len(x), -1, merger.joined), Norm.of(merger.norm))))
         stacked = torch.stack([self._merged(tower.merger, normed.reshape(len(x), -1, tower.merger.joined)), *tokens])  # (1 + deepstack, I, V, D)
         return stacked.reshape(len(stacked), pixel_values.shape[0], -1, stacked.shape[-1])
 
     def _merged(self, merger: PatchMerger, normed: Tensor) -> Tensor:
-        return ops.linear(merger.down, nn.functional.gelu(ops.linear(merger.up, normed)))
+        return linear(merger.down, nn.functional.gelu(linear(merger.up, normed)))
 
     def encode_language(self, input_ids: Tensor, vision_tokens: Tensor, constants: Constants) -> Tensor:
         """As Gr00t.encode_language: input_ids (B, S) -> (B, S, D)."""
@@ -324,45 +323,6 @@ def signed(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, N, T, K) by tables of `signed`."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-def compiled(stages: Stages, any_length: bool = True, **options: Any) -> Stages:
-    """The stages through torch.compile, with `options`, when they are first called: one denoising step is compiled once and called N times. Whole
-    graphs only: a break costs launches.
-
-    any_length: compiled once for prompts of every length; otherwise once more for each length, which lets Inductor pack fp32 weights on a CPU.
-    """
-    return Stages(**{name: _Compiled(stage, name, any_length, options) for name, stage in vars(stages).items()})
-
-
-class _Compiled:
-    """One stage. What has to be set while it is traced goes with it, so that nobody can call it without."""
-
-    def __init__(self, stage: Callable[..., Any], name: str, any_length: bool, options: dict[str, Any]) -> None:
-        self._stage = torch.compile(stage, fullgraph=True, dynamic=None if any_length else False, **options)
-        self._lengths = _PROMPT_AXES.get(name) if any_length else None
-        self._freezing = not any_length
-
-    def __call__(self, *arguments: Any) -> Any:
-        import torch._dynamo.config as dynamo
-        import torch._inductor.config as inductor
-
-        for tensor, axis in self._lengths(*arguments) if self._lengths else ():
-            torch._dynamo.mark_dynamic(tensor, axis)
-        # Freezing makes constants of weights, which Inductor packs for a CPU: as an option of torch.compile it comes too late. And the usual limit
-        # of 8 versions is for programs that compile by accident: here each is a prompt length, a batch size or a way to continue.
-        with dynamo.patch(recompile_limit=_MOST_VERSIONS, accumulated_recompile_limit=_MOST_VERSIONS), inductor.patch(freezing=self._freezing):
-            return self._stage(*arguments)
-
-
-_MOST_VERSIONS = 10_000
-# Where the arguments of a stage have the prompt's length.
-_PROMPT_AXES: dict[str, Callable[..., list[tuple[Tensor, int]]]] = {
-    "encode_language": lambda input_ids, _, constants: [(input_ids, 1), (constants.cos, 0), (constants.sin, 0)],
-    "refine": lambda features: [(features, 1)],
-    "condition": lambda features, _, constants: [(features, 1), *([] if constants.text_positions is None else [(constants.text_positions, 0)])],
-    "velocity": lambda _, condition, *__: [(tensor, 2) for pair in condition.cross for tensor in pair],
-}
 
 
 def joined(layers: Sequence[nn.Module]) -> nn.Module:
@@ -406,3 +366,86 @@ def _per_head(block: QwenBlock) -> Tensor:
     """(N + M, K): the weight of the norm of each query head, then of each key head."""
     attention = block.attention
     return torch.cat((attention.q_norm.weight.expand(attention.heads, -1), attention.k_norm.weight.expand(attention.kv_heads, -1)))
+
+
+# --- operations: few launches each, on any device; differentiable where autograd records; each keeps the dtype of `x`
+# Axis alphabet: B batch, T tokens, S keys, D width, N query heads, M key/value heads, K head dim.
+
+Activation = Literal["gelu", "silu", "relu"]
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda x: x,
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+_IN_THE_PRODUCT = ("gelu", "relu")  # what cuBLASLt computes in the epilogue of a product
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = normalised(x) * scale + shift. scale and shift (D,) or None; `centred`: LayerNorm, else RMSNorm."""
+
+    eps: float
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    centred: bool = True
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm | nn.RMSNorm) -> Norm:
+        """The norm that a module of the model holds."""
+        layer = isinstance(module, nn.LayerNorm)
+        return cls(module.eps, module.weight, module.bias if layer else None, layer)
+
+
+def norm(x: Tensor, spec: Norm) -> Tensor:
+    """x (..., D) -> the same shape."""
+    width = (x.shape[-1],)
+    if not spec.centred:
+        return F.rms_norm(x, width, spec.scale, spec.eps)
+    return F.layer_norm(x, width, spec.scale, spec.shift, spec.eps)
+
+
+def linear(layer: nn.Module, x: Tensor, activation: Activation | None = None, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """activation(layer(x)) + residual: x (B, T, D) -> (B, T, out). `bias` (out,): instead of the layer's own, of a plain nn.Linear."""
+    if type(layer) is not nn.Linear:
+        y = ACTIVATIONS[activation](layer(x))
+    else:
+        bias = layer.bias if bias is None else bias
+        # A CPU computes the other GELU here (erf), and autograd has no formula for it
+        if activation in _IN_THE_PRODUCT and bias is not None and x.is_cuda and not torch.is_grad_enabled():
+            rows = x.reshape(-1, x.shape[-1])
+            y = torch._addmm_activation(bias, rows, layer.weight.t(), use_gelu=activation == "gelu").reshape(*x.shape[:-1], -1)
+        else:
+            y = ACTIVATIONS[activation](F.linear(x, layer.weight, bias))
+    return y if residual is None else y + residual
+
+
+def linear_add_norm(layer: nn.Module, h: Tensor, x: Tensor, spec: Norm) -> tuple[Tensor, Tensor]:
+    """x + layer(h), and its norm: h (B, T, in), x (B, T, D)."""
+    x = x + linear(layer, h)
+    return x, norm(x, spec)
+
+
+def self_attention(qkv: nn.Module, x: Tensor, heads: int) -> Tensor:
+    """x (B, T, D) -> (B, T, D), heads merged and not yet projected."""
+    q, k, v = (split_heads(part, heads) for part in linear(qkv, x).chunk(3, dim=-1))  # (B, N, T, K)
+    return merge_heads(F.scaled_dot_product_attention(q, k, v))
+
+
+def cross_attention(q: nn.Module, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """x (B, T, D), keys and values (B, N, S, K) -> (B, T, D), heads merged and not yet projected."""
+    return merge_heads(F.scaled_dot_product_attention(split_heads(linear(q, x), keys.shape[1]), keys, values))
+
+
+def normed_rotated(qkv: Tensor, heads: int, head_norm: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, S, (N + 2 M) K) -> q (B, N, S, K), k and v (B, M, S, K): queries and keys normed head by head and rotated.
+
+    head_norm (N + M, K): the norm's weight of each query head, then of each key head; cos and sin (S, K), sin with the sign of the rotation.
+    """
+    width, kv_heads = cos.shape[-1], head_norm.shape[0] - heads
+    qk, v = qkv.split(((heads + kv_heads) * width, kv_heads * width), dim=-1)
+    qk = F.rms_norm(qk.reshape(*qk.shape[:2], -1, width), (width,), eps=eps) * head_norm  # (B, S, N + M, K)
+    qk = qk.transpose(1, 2)  # (B, N + M, S, K)
+    qk = torch.addcmul(qk * cos, qk.roll(width // 2, dims=-1), sin)  # halves rotated against each other, as model.layers.rotate does
+    q, k = qk.split((heads, kv_heads), dim=1)
+    return q, k, split_heads(v, kv_heads)

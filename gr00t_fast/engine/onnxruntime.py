@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError, require

@@ -22,13 +22,11 @@ from torch import Tensor
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint.tensor_file import TensorFile
-from gr00t_fast.engine.base import Inputs, tell_new
-from gr00t_fast.engine.capture import CapturedGraph
+from gr00t_fast.engine.base import PRECISIONS, Inputs, tell_new
 from gr00t_fast.engine.continuation import Continuation
-from gr00t_fast.engine.device import PRECISIONS
-from gr00t_fast.engine.exported import STAGES, ExportedEngine, check_precision
+from gr00t_fast.engine.cuda_graph import CapturedGraph
+from gr00t_fast.engine.exported import EMBEDDING, STAGES, TABLES_NAME, ExportedEngine, check_precision
 from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
-from gr00t_fast.engine.tables import EMBEDDING, TABLES_NAME
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.files import atomic_write
 from gr00t_fast.measurement import StageTimer

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, part_of, rounded_layers
-from gr00t_fast.engine.tables import ExportTables
 from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded

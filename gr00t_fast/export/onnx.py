@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.engine.device import PRECISIONS
+from gr00t_fast.engine.base import PRECISIONS
+from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
-from gr00t_fast.engine.tables import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
 from gr00t_fast.files import whole_directory

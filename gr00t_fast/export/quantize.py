@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import Manifest, describe_files
 from gr00t_fast.engine.quantized import InputScale
-from gr00t_fast.engine.tables import TABLES_NAME
 from gr00t_fast.export.calibrate import CalibrationResult, Settings
 from gr00t_fast.export.qdq import write_stage
 from gr00t_fast.measurement import versions

@@ -22,6 +22,7 @@ from typing import Any
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import (
     TEXT_TOKENS,
     TOKENS,
@@ -35,7 +36,6 @@ from gr00t_fast.engine.manifest import (
     target_of,
     varying_sizes,
 )
-from gr00t_fast.engine.tables import TABLES_NAME
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt_capability import check_capabilities, check_precisions, describe, parse_capabilities, precisions_of
 from gr00t_fast.export.tensorrt_stage import OnPhase, Range, Request, run_stage

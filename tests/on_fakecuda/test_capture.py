@@ -13,7 +13,7 @@ from fakecuda import ROOT, Device
 from torch import Tensor
 
 from gr00t_fast import load_policy
-from gr00t_fast.engine.capture import CapturedGraph
+from gr00t_fast.engine.cuda_graph import CapturedGraph
 
 SECOND = torch.device("cuda", 1)
 

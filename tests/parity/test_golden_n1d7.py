@@ -21,8 +21,8 @@ from random_networks import edit_json
 from torch import Tensor
 
 from gr00t_fast import load_policy
+from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.fused import fused_model
-from gr00t_fast.engine.graph import GraphEngine
 from gr00t_fast.inputs.images import view
 from gr00t_fast.inputs.prompt import PromptEncoderN1d7, find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7

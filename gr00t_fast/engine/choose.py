@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gr00t_fast.engine.base import Engine
+from gr00t_fast.engine.base import PRECISIONS, Engine
+from gr00t_fast.engine.cuda_graph import check_compiled, check_cuda, compiled_engine, cuda_graph_engine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.graph import check_compiled, check_cuda, compiled_engine, cuda_graph_engine
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00t
 
@@ -38,12 +38,6 @@ EXPORTED = {
 }
 # ... and engines over the torch model with a calibration in `engine_path`: these are `prepare(name, directory, Target, device)` of their engine.
 CALIBRATED = {"fp8": "gr00t_fast.engine.fp8:prepare"}
-# Names of earlier versions, and what to use in their place.
-_FORMER = {
-    "int8": "openvino (INT8 on a CPU), tensorrt (INT8 on a GPU) or fp8",
-    "triton": "cuda_graph",
-    "onnxruntime_tensorrt": "tensorrt",
-}
 
 
 def make_engine(name: str, model: Gr00t) -> Engine:
@@ -82,17 +76,48 @@ def _directory(name: str, engine_path: str | Path | None, target: Target) -> Pat
     return target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
 
 
-def runs_from_files(name: str) -> bool:
-    return name in EXPORTED
-
-
 def check_engine(name: str, engine_path: str | Path | None = None) -> None:
     """Raises ConfigError for an unknown name, or a path for an engine that takes none: to be asked before gigabytes are read."""
     known = (*ENGINES, *CALIBRATED, *EXPORTED)
-    if name in _FORMER:
-        raise ConfigError(f"the engine '{name}' is gone. Use {_FORMER[name]} in its place.")
     if name not in ("auto", *known):
         raise ConfigError(f"unknown engine '{name}'.{closest(name, known)} Expected auto or one of: {', '.join(known)}.")
     if engine_path is not None and name not in (*CALIBRATED, *EXPORTED):
         takers = ", ".join((*EXPORTED, *CALIBRATED))
         raise ConfigError(f"engine_path={engine_path} is for an engine with files of its own ({takers}); engine is '{name}'.")
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"unknown device '{name}'.{closest(name, ('auto', 'cuda', 'cpu', 'mps'))} Expected auto, cuda, cuda:N, cpu or mps."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device '{name}' was asked for, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA GPUs. Use --device=cpu."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device 'mps' was asked for, but torch {torch.__version__} has no MPS here. Use --device=cpu.")
+    if device.type not in ("cuda", "cpu", "mps"):
+        raise ConfigError(f"device '{name}' is not supported. Expected auto, cuda, cuda:N, cpu or mps.")
+    return device
+
+
+def select_precision(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16, the format NVIDIA trains and runs in, where the device computes in it; else fp32."""
+    if name == "auto":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    if name not in PRECISIONS:
+        raise ConfigError(f"unknown precision '{name}'.{closest(name, PRECISIONS)} Expected auto or one of: {', '.join(PRECISIONS)}.")
+    return PRECISIONS[name]
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # on a CPU without bf16 dot products the conversion costs more than the saved bandwidth
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
