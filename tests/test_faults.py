@@ -25,6 +25,7 @@ from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.motor_state import POLL_EVERY_S, SELDOM_AFTER
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus
+from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
 
@@ -248,12 +249,11 @@ def test_a_late_answer_does_not_pass_for_the_next_one(tmp_path: Path) -> None:
         arm.reset()
         here = arm.observe().joints
         driver = arm._follower.bus
-        driver.packet_handler.txPacket(driver.port_handler, [0, 0, 2, 4, 2, 56, 2, 0])  # nobody reads this answer
-        arm._link.free()
+        driver.line.write(Request(2, Instruction.READ, bytes((56, 2))).encode())  # nobody reads this answer
         time.sleep(0.05)
         np.testing.assert_allclose(arm.observe().joints, here, atol=0.2)
         assert arm.events["stale_bytes"] == 1
-        assert driver.port_handler.ser.in_waiting == 0, "dropped, not left for the next request"
+        assert driver.line.in_waiting == 0, "dropped, not left for the next request"
         assert arm.events["read_retry"] == 0
         assert_landed(bus, arm, arm.land())
 
@@ -266,8 +266,7 @@ def test_answers_still_under_way_do_not_disturb_the_landing(tmp_path: Path) -> N
         arm.send(arm.observe().joints)
         bus.inject("delay:ms=190,on=read,count=1")
         driver = arm._follower.bus
-        driver.packet_handler.txPacket(driver.port_handler, [0, 0, 1, 4, 2, 40, 1, 0])  # its answer comes while servo 1 is asked to let go
-        arm._link.free()
+        driver.line.write(Request(1, Instruction.READ, bytes((40, 1))).encode())  # its answer comes while servo 1 is asked to let go
         report = arm.land()
         assert report.safe, report.problems
         assert_landed(bus, arm, report)
@@ -555,17 +554,15 @@ def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
         arm = make_arm(bus, tmp_path)
         arm.connect()
         arm.reset()
-        handler = arm._follower.bus.port_handler
-        original = handler.readPort
+        line = arm._follower.bus.line
 
         def interrupted(length: int) -> bytes:
-            handler.readPort = original
+            del line.read
             raise KeyboardInterrupt
 
-        handler.readPort = interrupted
+        line.read = interrupted
         with pytest.raises(KeyboardInterrupt):
             arm.observe()
-        assert handler.is_using, "the SDK's busy mark is left behind by the interruption"
         assert_landed(bus, arm, arm.land())
 
 

@@ -548,18 +548,19 @@ def test_a_reading_that_jumps_and_stays_is_believed_and_said(arm: SO100FollowerA
 
 
 def test_ctrl_c_while_landing_does_not_leave_motors_holding(arm: SO100FollowerArm, bus: VirtualBus) -> None:
+    """Also where nobody takes note of signals, and each is a KeyboardInterrupt."""
     arm.reset()
-    write, interrupted = arm._follower.bus.write, []
+    ask, interrupted = arm._bus.ask, []
 
-    def write_once_interrupted(*args: object, **options: object) -> None:
+    def ask_once_interrupted(*args: object, **options: object) -> object:
         if not interrupted:
             interrupted.append(True)
             os.kill(os.getpid(), 2)
-        write(*args, **options)
+        return ask(*args, **options)
 
-    arm._follower.bus.write = write_once_interrupted
-    report = arm.land()
-    assert report.safe
+    arm._bus.ask = ask_once_interrupted
+    assert arm.land().safe
+    assert interrupted
 
 
 def test_a_connection_interrupted_half_way_closes_everything(arm: SO100FollowerArm, monkeypatch: pytest.MonkeyPatch) -> None:

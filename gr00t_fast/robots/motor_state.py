@@ -11,8 +11,8 @@ import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.bus import EXCHANGE_FAILED, LINK_LOST, ServoLink, error_names
-from gr00t_fast.robots.lerobot_glue import GRIPPER, TICKS
+from gr00t_fast.robots.bus import EXCHANGE_FAILED, LINK_LOST, ServoState, error_names
+from gr00t_fast.robots.lerobot_glue import GRIPPER
 
 # Refuses joint readings that no arm can have produced.
 #
@@ -94,9 +94,10 @@ class PerMinute:
 class ServoHealth:
     """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts. loads: as last answered."""
 
-    def __init__(self, link: ServoLink, events: Counter[str], restore_settings: Callable[[str], None]) -> None:
-        """`restore_settings` writes what the servo of a joint forgets with its power."""
-        self._link, self._events, self._restore = link, events, restore_settings
+    def __init__(self, bus: Any, events: Counter[str], restore_settings: Callable[[str], None]) -> None:
+        """bus: a `bus.Guard`. `restore_settings` writes what the servo of a joint forgets with its power."""
+        self._bus, self._events, self._restore = bus, events, restore_settings
+        self._states: dict[int, ServoState] = {}  # by id, as last answered
         self._accelerations: dict[int, int] = {}  # by id, as first seen while holding: another one after a reset
         self._shows_goals: set[int] = set()  # ids of servos that were seen to have a goal as it was sent
         self._foreign = PerMinute(FOREIGN_GOALS)
@@ -117,8 +118,13 @@ class ServoHealth:
         if now_s >= self._next_poll_s:
             self._next_poll_s = now_s + (POLL_EVERY_S if self._missed < SELDOM_AFTER else SELDOM_S)
             self._poll(holding, now_s, self._whom(joints_deg, goal_deg))
-        for servo_id, bits in self._link.error_bits.items():
-            self._judge(servo_id, bits | self._link.status_bits.get(servo_id, 0), now_s)
+        for servo_id in self._bus.error_bits:
+            self._judge(servo_id, self._error_bits(servo_id), now_s)
+
+    def _error_bits(self, servo_id: int) -> int:
+        """Of its newest status packet, and of its status register when last polled."""
+        state = self._states.get(servo_id)
+        return self._bus.error_bits.get(servo_id, 0) | (state.error_bits if state is not None else 0)
 
     def _whom(self, joints_deg: np.ndarray, goal_deg: np.ndarray | None) -> int:
         """The joint to be asked: in turn, and in between the one that stands still furthest from its goal."""
@@ -135,21 +141,23 @@ class ServoHealth:
 
     def _poll(self, holding: bool, now_s: float, joint: int) -> None:
         servo_id = joint + 1
-        answered = self._answered(lambda: self._link.poll_status(servo_id, self._tell_loads))
-        if not answered and self._missed == SELDOM_AFTER - 1 and np.isnan(self.loads.time_s).all():
-            answered = self._answered(lambda: self._link.poll_status(servo_id, loads=False))
-            self._tell_loads = not answered
-            if answered:
+        state = self._answered(lambda: self._bus.poll(servo_id, self._tell_loads))
+        if state is None and self._missed == SELDOM_AFTER - 1 and np.isnan(self.loads.time_s).all():
+            state = self._answered(lambda: self._bus.poll(servo_id, loads=False))
+            self._tell_loads = state is None
+            if state is not None:
                 log.warning("the servos do not answer for their load and current: blocked joints are not found (no stall protection)")
+        answered = state is not None
         self._silent[joint] = not answered
-        if answered:
-            self.loads = _with_load(self.loads, joint, *self._link.loads[servo_id], now_s)
-        if answered and holding:
-            self._demand_torque(servo_id)
-            self._demand_settings(servo_id, now_s)
-        if self._missed >= SELDOM_AFTER and holding and self._answered(self._link.poll_torque):
-            for each in range(1, len(SO100_JOINTS) + 1):
-                self._demand_torque(each)
+        if state is not None:
+            self._states[servo_id] = state
+            self.loads = _with_load(self.loads, joint, state.load_percent, state.current_ma, now_s)
+            if holding:
+                self._demand_torque(servo_id, state.torque)
+                self._demand_settings(servo_id, state, now_s)
+        if self._missed >= SELDOM_AFTER and holding:
+            for name, torque in (self._answered(lambda: self._bus.sync_read("Torque_Enable")) or {}).items():
+                self._demand_torque(self._bus.motors[name].id, torque)
         self._missed = 0 if answered else self._missed + 1
         if not answered:
             self._events["status_poll_missed"] += 1
@@ -160,30 +168,28 @@ class ServoHealth:
             )
 
     @staticmethod
-    def _answered(poll: Callable[[], bool]) -> bool:
+    def _answered(poll: Callable[[], Any]) -> Any:
         try:
             return poll()
         except (*EXCHANGE_FAILED, *LINK_LOST):  # type: ignore[misc]  # the next joint reading meets the same line, and handles it
-            return False
+            return None
 
-    def _demand_torque(self, servo_id: int) -> None:
+    def _demand_torque(self, servo_id: int, torque: int) -> None:
         """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
-        overload = (self._link.error_bits.get(servo_id, 0) | self._link.status_bits.get(servo_id, 0)) & _OVERLOAD
-        if not self._link.torque[servo_id] and not overload:
+        if not torque and not self._error_bits(servo_id) & _OVERLOAD:
             raise RobotError(
                 f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "
                 "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
 
-    def _demand_settings(self, servo_id: int, now_s: float) -> None:
+    def _demand_settings(self, servo_id: int, state: ServoState, now_s: float) -> None:
         """A servo that was reset has forgotten what this run wrote (the next goal switched it on again); another program writes other goals."""
-        joint, goal = SO100_JOINTS[servo_id - 1], self._link.goals[servo_id]
-        acceleration = self._link.accelerations[servo_id]
-        if self._accelerations.setdefault(servo_id, acceleration) != acceleration:
+        joint = SO100_JOINTS[servo_id - 1]
+        if self._accelerations.setdefault(servo_id, state.acceleration) != state.acceleration:
             self._events["servo_reset"] += 1
             log.warning("servo %d (%s) was reset while it held, and is on again; check the power supply (voltage, current, plug)", servo_id, joint)
-            self._answered(lambda: bool(self._restore(joint)))
-        elif any(abs(goal - sent) <= SAME_GOAL_TICKS for sent in self._link.sent_goals[servo_id]):
+            self._answered(lambda: self._restore(joint))
+        elif any(abs(state.goal - sent) <= SAME_GOAL_TICKS for sent in self._bus.sent_goals[servo_id]):
             self._shows_goals.add(servo_id)
         elif servo_id in self._shows_goals:
             self._events["foreign_goal"] += 1
@@ -214,48 +220,32 @@ def _with_load(loads: MotorLoads, joint: int, percent: float, current_ma: float,
     return MotorLoads(percents, currents_ma, times_s)
 
 
-# Switches the motors on without a leap, and finds out whether they have lost their torque since.
+# Motors that have lost their torque.
 #
 # A servo whose supply dips comes back without torque, and the next goal switches it on again: an arm that fell meanwhile would leap back.
 
 
 FELL_DEG = 20.0  # motors found without torque are switched on again only if the arm moved less
-# A servo clamps its goal to the calibrated range: one that stands outside is moved to the border at full speed as soon as it is switched on.
-# So much, less than a tick of ordinary motion, is tolerated: readings and stops are not exact.
-OUTSIDE_DEG = 4.0
-
-
 ACCELERATION = 254  # lerobot's configure_motors() writes it; of all that is configured, only this does not outlast the servo's power
 
 
 class MotorPower:
-    """The torque of one arm. `engaged` is whether this run has switched it on (or tried to)."""
+    """Finds and restores torque that was lost, over a `bus.Guard`."""
 
-    def __init__(self, follower: Any, units_per_deg: np.ndarray, events: Counter[str], how_to_calibrate: str) -> None:
-        """Replaces the bus object's `enable_torque` and `disable_torque`; touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
-        self._follower, self._fell, self._events = follower, FELL_DEG * units_per_deg, events
-        self._how_to_calibrate = how_to_calibrate
-        self._enable_torque = follower.bus.enable_torque
-        # lerobot's configure() begins with disable_torque() and ends with enable_torque(): servos that hold go on holding in between
-        follower.bus.disable_torque, follower.bus.enable_torque = self._unlock, self._hold_here
-        self.engaged = False
-
-    def engage(self) -> None:
-        """Configure the servos and hold the arm where it is. Raises what the driver raises."""
-        self.engaged = True  # before the first write: whatever goes wrong in it, landing has motors to switch off
-        self._follower.configure()
+    def __init__(self, bus: Any, units_per_deg: np.ndarray, events: Counter[str]) -> None:
+        """Touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
+        self._bus, self._fell, self._events = bus, FELL_DEG * units_per_deg, events
 
     def restore_if_lost(self, before: np.ndarray | None) -> bool:
         """Ask every motor whether it holds; those that do not are switched on again where they are, and then it returns True.
 
         before: (6,) the joints while all still held. Raises RobotError when the arm moved further than FELL_DEG from there.
         """
-        bus = self._follower.bus
-        lost = [joint for joint, on in bus.sync_read("Torque_Enable").items() if not on] if self.engaged else []
+        lost = [joint for joint, on in self._bus.sync_read("Torque_Enable").items() if not on]
         if not lost:
             return False
         self._check_not_fallen(before)
-        self._hold_here(lost)
+        self._bus.enable_torque(lost)
         for joint in lost:
             self.restore_settings(joint)
         self._check_not_fallen(before)
@@ -266,46 +256,17 @@ class MotorPower:
     def restore_settings(self, joint: str) -> None:
         """Write what a servo forgets with its power. Raises what the driver raises."""
         for name in ("Maximum_Acceleration", "Acceleration"):
-            self._follower.bus.write(name, joint, ACCELERATION)
+            self._bus.write(name, joint, ACCELERATION)
 
     def _check_not_fallen(self, before: np.ndarray | None) -> None:
-        now = self._follower.bus.sync_read("Present_Position")
+        now = self._bus.sync_read("Present_Position")
         if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > self._fell):
             raise RobotError(
                 f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
                 "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
 
-    def _unlock(self, motors: Any = None, num_retry: int = 0) -> None:
-        """Only the lock of the permanent settings: on this servo it is no condition for writing them that the torque is off."""
-        for motor in motors or self._follower.bus.motors:
-            self._follower.bus.write("Lock", motor, 0, num_retry=num_retry)
-
     def stop_pushing(self) -> None:
         """Goals become where the joints stand: one that is held up shall not push for ever. The gripper goes on holding what it holds."""
-        bus = self._follower.bus
-        positions = bus.sync_read("Present_Position", normalize=False)
-        bus.sync_write("Goal_Position", {joint: positions[joint] for joint in SO100_JOINTS[:GRIPPER]}, normalize=False)
-
-    def _hold_here(self, motors: Any = None, num_retry: int = 0) -> None:
-        """First make the present position the goal, else the arm leaps to an old one. Raises RobotError for a joint outside its calibrated range."""
-        bus = self._follower.bus
-        positions = bus.sync_read("Present_Position", motors, normalize=False)
-        self._check_inside(positions)
-        for motor, position in positions.items():
-            bus.write("Goal_Position", motor, position, normalize=False)
-        self._enable_torque(motors, num_retry)
-
-    def _check_inside(self, positions: dict[str, int]) -> None:
-        outside = []
-        for joint, position in positions.items():
-            calibration = self._follower.bus.calibration[joint]
-            beyond_deg = max(calibration.range_min - position, position - calibration.range_max) * 360 / TICKS
-            if beyond_deg > OUTSIDE_DEG:
-                outside.append(f"{joint} by {beyond_deg:.0f} degrees")
-        if outside:
-            raise RobotError(
-                f"the arm stands outside its calibrated range: {', '.join(outside)}. Switching it on would throw it to the border, so it stays "
-                "without power. Move the joint back into its range by hand and start again; if the range is wrong, calibrate again: "
-                f"{self._how_to_calibrate}"
-            )
+        positions = self._bus.sync_read("Present_Position", normalize=False)
+        self._bus.sync_write("Goal_Position", {joint: positions[joint] for joint in SO100_JOINTS[:GRIPPER]}, normalize=False)

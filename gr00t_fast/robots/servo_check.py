@@ -5,21 +5,17 @@ lerobot's driver is not used: importing it takes five seconds, and it stops at t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError, require
-from gr00t_fast.robots.bus import LINK_LOST, error_names
+from gr00t_fast.robots.bus import BAUD_RATE, LINK_LOST, OUTSIDE_DEG, WAIT_S, error_names, exchange
 from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
-from gr00t_fast.robots.motor_state import OUTSIDE_DEG
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, PacketParser, Request, Status, decode_signed, from_word
+from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, Status, decode_signed, from_word
 from gr00t_fast.robots.virtual_bus.servo import MODEL_STS3215, JointCalibration, Register
 
-BAUD_RATE = 1_000_000
-ANSWER_S = 0.06  # as long as the SDK of the driver waits
 TRIES = 2
 _BLOCKS = ((0, 6), (9, 24), (40, 31))  # (address, bytes): who it is, what it was set to, how it is now
 WARM_C = 55  # a joint that holds a load for minutes gets there; the servo itself lets go at its limit, 70 as delivered
@@ -61,7 +57,7 @@ def look(port: str, ids: Sequence[int] = tuple(range(1, len(SO100_JOINTS) + 1)))
     cannot be used, MissingExtraError without pyserial."""
     serial = require("serial", "robot")
     try:
-        with serial.Serial(port, BAUD_RATE, timeout=0.002) as line:
+        with serial.Serial(port, BAUD_RATE, timeout=WAIT_S) as line:
             lock_port(line.fileno(), port)
             return {servo_id: _facts(line, servo_id) for servo_id in ids}
     except LINK_LOST as error:
@@ -76,8 +72,8 @@ def _facts(line: Any, servo_id: int) -> ServoFacts | None:
         answer = _read(line, servo_id, address, length)
         if answer is None:
             return None
-        memory[address : address + length] = answer[0]
-        errors |= answer[1]
+        memory[address : address + length] = answer.params
+        errors |= answer.error
     errors |= memory[Register.STATUS]
     return ServoFacts(
         id=servo_id,
@@ -101,18 +97,12 @@ def _word(memory: bytearray, address: int) -> int:
     return from_word(memory[address : address + 2])
 
 
-def _read(line: Any, servo_id: int, address: int, length: int) -> tuple[bytes, int] | None:
-    """The bytes and the error byte, or None."""
-    request = Request(servo_id, Instruction.READ, bytes((address, length))).encode()
+def _read(line: Any, servo_id: int, address: int, length: int) -> Status | None:
     for _ in range(TRIES):
         line.reset_input_buffer()
-        line.write(request)
-        parser, give_up_s, late = PacketParser(Status), time.monotonic() + ANSWER_S, False
-        while not late:
-            late = time.monotonic() >= give_up_s  # what came while this thread did not run is read all the same
-            for status in parser.feed(line.read(max(1, line.in_waiting))):
-                if status.servo_id == servo_id and len(status.params) == length:
-                    return status.params, status.error
+        found, _ = exchange(line, Request(servo_id, Instruction.READ, bytes((address, length))), [servo_id], length)
+        if servo_id in found:
+            return found[servo_id]
     return None
 
 

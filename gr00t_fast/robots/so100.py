@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from enum import Enum
 from typing import Any
 from weakref import WeakSet
 
@@ -25,16 +25,16 @@ from gr00t_fast.robots.bus import (
     EXCHANGE_FAILED,
     LATE_ANSWER_S,
     LINK_LOST,
-    ServoLink,
     attempt,
     broadcast_torque_off,
-    close_camera,
     error_names,
+    guarded,
     release_torque,
 )
-from gr00t_fast.robots.config import SimCameraConfig, SO100FollowerConfig, rendered
+from gr00t_fast.robots.config import SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_port, lock_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, MotorPower, PerMinute, ServoHealth
+from gr00t_fast.robots.sim.robot import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,16 @@ RETRY_PAUSE_S = 0.05
 RECONNECTS = 5  # within a minute; a cable that comes and goes more often holds an arm that nobody controls
 LAND_REOPEN_S = 1.0  # a port that vanished just before landing gets so long to come back
 LONGEST_BLIND_S = 0.1  # before a goal that comes later after the last reading than this, the motors are asked whether they still hold
+
+
+class Stage(Enum):
+    """How far a run has got with the arm; that is what landing has to undo."""
+
+    APART = "nothing is open"
+    OPENED = "the port is ours; not all servos have answered"
+    SEEN = "all servos have answered, and it is known whether they were powered"
+    ENGAGED = "this run has switched them on, or has tried to"
+    LANDED = "landed"
 
 
 class SO100FollowerArm:
@@ -66,21 +76,16 @@ class SO100FollowerArm:
         self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
         self.events: Counter[str] = Counter()
         self._busy = threading.Lock()
+        self._stage = Stage.APART
         self._follower: Any = None  # lerobot's SO100Follower
-        self._link: ServoLink | None = None
+        self._bus: Any = None  # its bus, guarded
         self._limits: np.ndarray | None = None
         self._scale: np.ndarray | None = None
-        self._power: MotorPower | None = None
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
-        self._goal: np.ndarray | None = None  # the last one that was sent
-        self._watchdog: Watchdog | None = None  # while the motors may be on
-        self._looped = False  # whether a control loop has given a sign of life
-        self._owned = False  # whether the port is, or was, locked by us
-        self._found_on: bool | None = None  # whether the servos were powered before this run; None: not known
-        self._port_given_up = False
+        self._watchdog: Watchdog | None = None  # while connected, unless there is to be none
         self._landing: LandingReport | None = None
-        self.rest_pose: np.ndarray | None = None
         self.check_stop: Callable[[], object] = lambda: None
+        self.rest_pose: np.ndarray | None = None
 
     @property
     def joint_limits(self) -> np.ndarray:
@@ -99,7 +104,6 @@ class SO100FollowerArm:
     def keep_alive(self) -> None:
         """A control loop's sign of life. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
         other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog has ended or is frozen."""
-        self._looped = True
         if self._watchdog is not None and not self._watchdog.beat():
             raise RobotError(
                 "the watchdog process, which takes the torque off when this program is stuck, has ended or is frozen. Start the run again."
@@ -107,10 +111,12 @@ class SO100FollowerArm:
 
     def connect(self) -> None:
         """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
-        if self._follower is not None and self._landing is None:
+        if self._stage not in (Stage.APART, Stage.LANDED):
             raise RobotError("the arm is already connected. Call land() before connecting again.")
-        self._landing, self._follower, self._power, self._port_given_up = None, None, None, False
-        self._looped, self._owned, self._found_on, self._goal, self.rest_pose = False, False, None, None, None
+        self._stage, self._follower, self._landing, self._watchdog, self.rest_pose = Stage.APART, None, None, None, None
+        self._goal: np.ndarray | None = None  # the last one that was sent
+        self._found_on = False  # whether the servos were powered before this run
+        self._reopen_s = LAND_REOPEN_S
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -135,7 +141,7 @@ class SO100FollowerArm:
             if with_frames and self._rendered is not None:
                 frames |= self._rendered.frames(joints, while_drawing=self._waiting)
             goal_deg = None if self._goal is None else self._goal / self.units_per_deg
-            self._health.check(time_s, self._power.engaged, joints / self.units_per_deg, goal_deg)
+            self._health.check(time_s, self._stage is Stage.ENGAGED, joints / self.units_per_deg, goal_deg)
             return Observation(joints, frames, time_s, self._health.loads, ages_s)
 
     def send(self, targets: np.ndarray) -> None:
@@ -154,12 +160,13 @@ class SO100FollowerArm:
         has not switched it on. Never raises; a second call returns the first report."""
         if self._landing is None:
             report = LandingReport()
-            waited = self._busy.acquire(timeout=0.5)
+            waited = self._busy.acquire(timeout=0.5)  # never wait for a thread that hangs inside observe()
             try:
                 self._land(report, as_found)
             finally:
                 if waited:
                     self._busy.release()
+                self._stage = Stage.LANDED
             self._landing = report
         return self._landing
 
@@ -171,12 +178,16 @@ class SO100FollowerArm:
             self._rendered = RenderedCameras(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
-        self._link = ServoLink(follower.bus, self.events, self._exchanging, tries=1 + self.config.num_read_retries).install()
+        tries, how_to_calibrate = 1 + self.config.num_read_retries, glue.calibrate_command(self.config)
+        bus = follower.bus = self._bus = guarded(follower.bus, self.events, self._exchanging, tries, how_to_calibrate)
         self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
         self._guard = JumpGuard(self._scale)
-        self._power = MotorPower(follower, self._scale, self.events, glue.calibrate_command(self.config))
-        self._health = ServoHealth(self._link, self.events, self._power.restore_settings)
+        self._power = MotorPower(bus, self._scale, self.events)
+        self._health = ServoHealth(bus, self.events, self._power.restore_settings)
         self._reconnects = PerMinute(RECONNECTS)
+        if self.config.watchdog_s is not None:
+            servo_ids = [motor.id for motor in bus.motors.values()]
+            self._watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
         self._follower = follower  # last: what lands an arm that has one needs the others
         self._repeat("finding the servos", self._open_bus)
         self._repeat("asking the servos whether they are powered", self._see_power)
@@ -185,31 +196,30 @@ class SO100FollowerArm:
         for name, camera in follower.cameras.items():
             self._open_camera(name, camera)
         self._read_joints()
-        self._link.late_answer_s = LATE_ANSWER_S
+        bus.late_answer_s = LATE_ANSWER_S
 
     def _see_power(self) -> None:
         """An arm that is powered already was left so by a program that ended without landing it, or that was told to hold."""
-        self._link.poll_torque()
-        self._found_on = any(self._link.torque.values())
+        self._found_on = any(self._bus.sync_read("Torque_Enable").values())
+        self._stage = Stage.SEEN
         if self._found_on:
             self.events["found_powered"] += 1
             log.warning("the arm on %s was powered already: an earlier program has left it so", self.config.port)
 
     def _engage(self) -> None:
-        if self._power.engaged:
+        if self._stage is Stage.ENGAGED:
             return
-        if self.config.watchdog_s is not None and self._watchdog is None:
-            servo_ids = [motor.id for motor in self._follower.bus.motors.values()]
-            self._watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
+        if self._watchdog is not None:
             self._watchdog.start()
         if not self._found_on and self.config.disable_torque_on_disconnect:
             self.rest_pose = self._read_joints()[0]
-        self._repeat("configuring the servos", self._power.engage)
+        self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
+        self._repeat("configuring the servos", self._follower.configure)
         self._read_joints()
 
     def _exchanging(self) -> None:
-        if self._watchdog is not None and self._looped:  # a dead watchdog is reported by keep_alive, not here: landing uses this too
-            self._watchdog.beat()
+        if self._watchdog is not None:
+            self._watchdog.exchanging()
 
     def _waiting(self) -> None:
         self._exchanging()
@@ -219,7 +229,6 @@ class SO100FollowerArm:
         """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
         attempts = max(1, self.config.connect_attempts)
         for number in range(1, attempts + 1):
-            self._free_link().free()
             try:
                 step()
                 return
@@ -233,21 +242,20 @@ class SO100FollowerArm:
                 time.sleep(RETRY_PAUSE_S)
 
     def _open_bus(self) -> None:
-        bus = self._follower.bus
-        if bus.is_connected:
-            self._free_link().close_port()
+        self._bus.close()
         try:
-            bus.connect(handshake=False)
-            lock_port(bus.port_handler.ser.fileno(), self.config.port)
-            self._owned = True
-            bus._handshake()  # are all servos there, of the right model and one firmware
+            self._bus.open()
+            lock_port(self._bus.line.fileno(), self.config.port)
+            if self._stage is Stage.APART:
+                self._stage = Stage.OPENED
+            self._bus.check_servos()
         except BaseException:
-            self._free_link().close_port()
+            self._bus.close()
             raise
 
     def _connect_failure(self, what: str, attempts: int, error: Exception) -> str:
         message = f"{what} on {self.config.port} failed {attempts} times: {_one_line(error)}. "
-        complaints = {servo: error_names(bits) for servo, bits in self._free_link().error_bits.items() if bits}
+        complaints = {servo: error_names(bits) for servo, bits in self._bus.error_bits.items() if bits}
         if complaints:
             named = "; ".join(f"servo {servo} reports {', '.join(names)}" for servo, names in complaints.items())
             return message + f"{named}. Relieve the joint, then switch the arm's power off and on."
@@ -273,14 +281,14 @@ class SO100FollowerArm:
         while True:
             asked_s = time.perf_counter()
             try:
-                self._ready()
-                reading = self._follower.bus.sync_read("Present_Position")
+                self._bus.check_open()
+                reading = self._bus.sync_read("Present_Position")
                 joints, time_s = np.array([reading[joint] for joint in SO100_JOINTS], dtype=np.float64), time.perf_counter()
                 readings, first = readings + 1, self._guard.last is None
                 if self._guard.accepts(joints, asked_s, time_s):
                     if self._guard.jumped:
                         self._say_jump(before, joints)
-                    if trouble == self._trouble() or not self._power.restore_if_lost(before):
+                    if trouble == self._trouble() or not self._restored(before):
                         self._read_s = time_s
                         return joints, time_s
                     trouble = self._trouble()
@@ -305,6 +313,10 @@ class SO100FollowerArm:
                     f"no plausible joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
                     f"{self._slowness()}Check cables and power of the servos."
                 )
+
+    def _restored(self, before: np.ndarray | None) -> bool:
+        """Whether motors that this run has switched on had lost their torque, and hold again."""
+        return self._stage is Stage.ENGAGED and self._power.restore_if_lost(before)
 
     def _say_jump(self, before: np.ndarray, joints: np.ndarray) -> None:
         self.events["reading_jumped"] += 1
@@ -350,8 +362,8 @@ class SO100FollowerArm:
         give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
         while True:
             try:
-                self._ready()
-                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._power.restore_if_lost(self._guard.last):
+                self._bus.check_open()
+                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._restored(self._guard.last):
                     self.events["goal_dropped"] += 1  # it was meant for another pose
                 else:
                     glue.send_goals(self._follower, goals)
@@ -381,18 +393,18 @@ class SO100FollowerArm:
             try:
                 self._open_bus()
                 glue.check_calibration_in_servos(self._follower, self.config)
-                self._power.restore_if_lost(self._guard.last)
+                self._restored(self._guard.last)
                 break
             except Gr00tFastError:
                 raise
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
                 if time.perf_counter() > give_up_s:
-                    self._port_given_up = True
+                    self._reopen_s = 0.0
                     raise RobotError(
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
                         f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
                     ) from cause
-                self._free_link().close_port()  # whoever uses the bus next finds and checks the arm anew
+                self._bus.close()  # whoever uses the bus next finds and checks the arm anew
                 self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
         self._guard.forget()
@@ -402,28 +414,25 @@ class SO100FollowerArm:
     # Landing
 
     def _land(self, report: LandingReport, as_found: bool) -> None:
-        follower, link = self._follower, self._link
-        if follower is None or link is None:
+        follower, bus = self._follower, self._bus
+        if follower is None:
             report.port_closed = report.cameras_closed = True
             return
-        touched = self._power.engaged or self._found_on
-        holds = not self.config.disable_torque_on_disconnect or (self._found_on and (as_found or not self._power.engaged))
-        if self._owned and not holds and self._found_on is None:
-            broadcast_torque_off(follower.bus, link)  # they have not all answered, perhaps for want of power: nothing is claimed about them
-        elif self._owned and not holds:
-            patience_s = 0.0 if self._port_given_up else LAND_REOPEN_S
-            report.torque = release_torque(follower.bus, link, patience_s, report.problems)
-        elif touched:
-            if self._power.engaged:
+        engaged = self._stage is Stage.ENGAGED
+        holds = not self.config.disable_torque_on_disconnect or (self._found_on and (as_found or not engaged))
+        if self._stage is Stage.OPENED and not holds:
+            broadcast_torque_off(bus)  # they have not all answered, perhaps for want of power: nothing is claimed about them
+        elif self._stage in (Stage.SEEN, Stage.ENGAGED) and not holds:
+            report.torque = release_torque(bus, self._reopen_s, report.problems)
+        elif engaged or self._found_on:
+            if engaged:
                 attempt("holding the arm where it stands", self._power.stop_pushing, report.problems)
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
-        attempt("closing the port", link.close_port, report.problems)
-        report.port_closed = not follower.bus.is_connected
-        watchdog, self._watchdog = self._watchdog, None
-        if watchdog is not None and "unknown" in report.torque.values():
-            watchdog.call()  # it goes on trying for a while: a cable may be put back
-        elif watchdog is not None:
-            watchdog.dismiss()
+        attempt("closing the port", bus.close, report.problems)
+        report.port_closed = not bus.is_connected
+        watchdog, self._watchdog = self._watchdog, None  # not before: it is fed by the exchanges above
+        if watchdog is not None:
+            watchdog.end("unknown" in report.torque.values())
         closed = [close_camera(name, camera, report.problems) for name, camera in follower.cameras.items()]
         report.cameras_closed = all(closed)
 
@@ -432,7 +441,7 @@ class SO100FollowerArm:
     @contextlib.contextmanager
     def _alone(self, doing: str) -> Iterator[None]:
         """The bus is for one thread at a time, and only between connect and land."""
-        if self._follower is None or self._landing is not None:
+        if self._stage in (Stage.APART, Stage.LANDED):
             raise RobotError(f"cannot {doing}: the arm is not connected. Call connect() first.")
         if not self._busy.acquire(blocking=False):
             raise RobotError(f"cannot {doing}: another thread is using the arm. Its bus takes one thread at a time.")
@@ -449,17 +458,6 @@ class SO100FollowerArm:
             raise
         except Exception as error:
             raise RobotError(f"{doing} on {self.config.port} failed: {_one_line(error)}. Check cables and power, then start again.") from error
-
-    def _ready(self) -> None:
-        """Raises OSError where a stop has ended the search for a lost port."""
-        self._free_link().free()
-        if not self._follower.bus.is_connected:
-            raise OSError("the port is not open")
-
-    def _free_link(self) -> ServoLink:
-        if self._link is None:
-            raise RobotError("the arm is not connected. Call connect() first.")
-        return self._link
 
 
 def _spec(camera: Any) -> CameraSpec:
@@ -494,33 +492,13 @@ def _hook(arguments: threading.ExceptHookArgs) -> None:
         _previous_hook(arguments)
 
 
-# `type: sim` cameras of a real (or virtual) servo bus: pictures for an arm that has no camera, so that a whole run can be tried on a desk.
-
-
-class RenderedCameras:
-    """Draws the simulated scene with its arm in the pose that the servos report. The objects on the table stay where they are: no physics runs
-    here, and nothing of the real surroundings is in the picture."""
-
-    def __init__(self, cameras: Mapping[str, SimCameraConfig], unit: JointUnit) -> None:
-        """Loads the scene, and draws once so that the first tick is as quick as the next. Raises MissingExtraError without MuJoCo, ConfigError for
-        a picture size or view that cannot be drawn."""
-        from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
-
-        self._cameras, self._unit = cameras, unit
-        self._simulation = Simulation("place", 0)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gr00t_fast-drawing")
-        self._draw(HOME_DEG)
-
-    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
-        `while_drawing` is called several times meanwhile."""
-        from gr00t_fast.robots.sim.scene import to_degrees
-
-        drawing = self._pool.submit(self._draw, to_degrees(joints, self._unit))
-        while not wait([drawing], timeout=0.1).done:
-            while_drawing()
-        return drawing.result()
-
-    def _draw(self, joints_deg: np.ndarray) -> dict[str, np.ndarray]:
-        self._simulation.place_arm(joints_deg)
-        return {name: self._simulation.render(camera.view, camera.width, camera.height) for name, camera in self._cameras.items()}
+def close_camera(name: str, camera: Any, problems: list[str]) -> bool:
+    """Stop a lerobot camera and its thread. A thread alive at exit can abort the interpreter, so it is looked at."""
+    thread = getattr(camera, "thread", None)
+    if thread is None and not camera.is_connected:
+        return True
+    closed = attempt(f"closing camera '{name}'", camera.disconnect, problems)
+    if thread is not None and thread.is_alive():
+        problems.append(f"camera '{name}': its reading thread is stuck in the capture driver; unplug the camera")
+        return False
+    return closed

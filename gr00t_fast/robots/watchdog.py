@@ -29,7 +29,7 @@ UNANSWERED_S, UNANSWERED_BEATS = 1.5, 8
 
 
 class Watchdog:
-    """Watches from `start` to `dismiss`. From the first `beat` on it expects one every `limit_s`; without any it only watches for the end of
+    """Watches from `start` to `end`. From the first `beat` on it expects one every `limit_s`; without any it only watches for the end of
     this process."""
 
     def __init__(self, port: str, servo_ids: list[int], limit_s: float, holds: bool) -> None:
@@ -38,10 +38,13 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
         self._last_s = -math.inf
         self._lives = True
+        self._expected = False  # whether heartbeats are promised
         self._unanswered: list[float] = []  # when the beats since its last answer were sent
 
     def start(self) -> None:
-        """Returns once it watches. Raises RobotError when it does not within START_S."""
+        """Returns once it watches; a second call does nothing. Raises RobotError when it does not within START_S."""
+        if self._process is not None:
+            return
         if os.name != "posix":
             log.warning("there is no watchdog on this system: a program that is killed or crashes leaves the arm powered")
             return
@@ -61,7 +64,7 @@ class Watchdog:
         except BaseException:  # a signal, too: it must not take the end of its input for the end of this program
             if self._process is not None:
                 self._process.kill()
-            self.dismiss()
+            self.end()
             raise
 
     @staticmethod
@@ -74,7 +77,17 @@ class Watchdog:
             raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
 
     def beat(self) -> bool:
-        """Heartbeat. Returns False once the watchdog process has ended, or no longer answers."""
+        """Heartbeat of a control loop. Returns False once the watchdog process has ended, or no longer answers."""
+        self._expected = True
+        return self._beat()
+
+    def exchanging(self) -> None:
+        """Heartbeat of an exchange with the servos, where heartbeats are expected. A watchdog that has ended is reported by `beat`, not here:
+        landing exchanges, too."""
+        if self._expected:
+            self._beat()
+
+    def _beat(self) -> bool:
         now_s = time.monotonic()
         if self._process is None or now_s - self._last_s < _BEAT_EVERY_S:
             return self._lives
@@ -89,30 +102,18 @@ class Watchdog:
         self._lives &= len(self._unanswered) <= UNANSWERED_BEATS or now_s - self._unanswered[0] <= UNANSWERED_S
         return self._lives
 
-    def dismiss(self) -> None:
-        """The arm has landed. Never raises."""
+    def end(self, powered: bool = False) -> None:
+        """The arm has landed. `powered`: it could not be; the other process goes on trying for a while, a cable may be put back. Never raises."""
         process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(OSError):
-            os.write(process.stdin.fileno(), DISMISS)
-        self._leave(process)
-
-    def call(self) -> None:
-        """The arm could not be landed from here: let the other process go on trying for a while. Never raises."""
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(OSError):
-                os.write(process.stdin.fileno(), CALL)
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-    @staticmethod
-    def _leave(process: subprocess.Popen[bytes]) -> None:
+            os.write(process.stdin.fileno(), CALL if powered else DISMISS)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
+        if powered:
+            return
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:

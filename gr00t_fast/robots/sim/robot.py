@@ -1,10 +1,11 @@
-"""`--robot.type=so100_sim`: the simulated arm as a Robot, with cameras that look at the scene."""
+"""`--robot.type=so100_sim`: the simulated arm as a Robot; and the rendered cameras of a real one."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, Lan
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import CameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.scene import LIMITS_DEG, check_joints, from_degrees, to_degrees, units_per_deg
-from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, Simulation
+from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, HOME_DEG, Simulation
 
 MAX_CATCH_UP_S = 10.0  # after a longer pause (a debugger, a suspended machine) the arm continues from here; it came to rest long before
 
@@ -154,3 +155,31 @@ def _check_camera(name: str, camera: CameraConfig) -> None:
         raise ConfigError(f"camera '{name}': view must be one of {', '.join(CAMERA_VIEWS)}, but it is '{camera.view}'.")
     if not (0 < camera.width <= 4096 and 0 < camera.height <= 4096):
         raise ConfigError(f"camera '{name}': width and height must be within 1..4096 pixels, but they are {camera.width}x{camera.height}.")
+
+
+# `type: sim` cameras of a real (or virtual) servo bus: pictures for an arm that has no camera, so that a whole run can be tried on a desk.
+
+
+class RenderedCameras:
+    """Draws the simulated scene with its arm in the pose that the servos report. The objects on the table stay where they are: no physics runs
+    here, and nothing of the real surroundings is in the picture."""
+
+    def __init__(self, cameras: Mapping[str, SimCameraConfig], unit: JointUnit) -> None:
+        """Loads the scene, and draws once so that the first tick is as quick as the next. Raises MissingExtraError without MuJoCo, ConfigError for
+        a picture size or view that cannot be drawn."""
+        self._cameras, self._unit = cameras, unit
+        self._simulation = Simulation("place", 0)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gr00t_fast-drawing")
+        self._draw(HOME_DEG)
+
+    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
+        `while_drawing` is called several times meanwhile."""
+        drawing = self._pool.submit(self._draw, to_degrees(joints, self._unit))
+        while not wait([drawing], timeout=0.1).done:
+            while_drawing()
+        return drawing.result()
+
+    def _draw(self, joints_deg: np.ndarray) -> dict[str, np.ndarray]:
+        self._simulation.place_arm(joints_deg)
+        return {name: self._simulation.render(camera.view, camera.width, camera.height) for name, camera in self._cameras.items()}

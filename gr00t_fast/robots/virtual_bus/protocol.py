@@ -86,6 +86,7 @@ class PacketParser(Generic[Packet]):
         """`kind`: Request at the servo's end of the line, Status at the master's."""
         self._kind = kind
         self._buffer = bytearray()
+        self.rejected = 0  # packets whose length or checksum was wrong
 
     def feed(self, data: bytes) -> list[Packet]:
         """Add bytes; return every complete packet."""
@@ -115,6 +116,7 @@ class PacketParser(Generic[Packet]):
                 packet = self._kind(buffer[2], buffer[4], bytes(buffer[5 : end - 1]))
                 del buffer[:end]
                 return packet
+            self.rejected += 1
             del buffer[0]
 
     def _skip_to_header(self) -> None:
