@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,21 @@ def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerA
     """
     save_calibration(bus.calibration, directory / "test.json")
     return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, "watchdog_s": 60.0, **options}))
+
+
+@contextlib.contextmanager
+def connected(directory: Path, bus: VirtualBus | None = None, engaged: bool = True, **options: Any) -> Iterator[tuple[VirtualBus, SO100FollowerArm]]:
+    """A bus, and an arm on it that is connected and (`engaged`) switched on; landed at the end, and that is checked."""
+    with bus or VirtualBus() as bus:
+        arm = make_arm(bus, directory, **options)
+        arm.connect()
+        try:
+            if engaged:
+                arm.reset()
+            yield bus, arm
+        finally:
+            report = arm.land()
+        assert_landed(bus, arm, report)
 
 
 def true_joints(bus: VirtualBus) -> np.ndarray:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ import pytest
 pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 
-from arm_bench import assert_landed, make_arm, true_joints
+from arm_bench import assert_landed, connected, make_arm, true_joints
 
+from gr00t_fast.contracts import MotorLoads
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.motor_state import POLL_EVERY_S, SELDOM_AFTER
@@ -112,28 +114,17 @@ def test_fault(row: Row, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["delay:ms=60,register=65,on=read", "silent:register=65,on=read"])
 def test_torque_is_watched_also_where_the_status_register_is_not_answered_in_time(fault: str, tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         bus.inject(fault)
-        give_up_s = time.monotonic() + 60
-        while arm.events["status_poll_missed"] < 4:
-            assert time.monotonic() < give_up_s
-            arm.observe()
-            time.sleep(0.01)
+        look_until(arm, lambda: arm.events["status_poll_missed"] >= 4)
         bus.servos[4].write(Register.TORQUE_ENABLE, b"\0")
         with pytest.raises(RobotError, match=r"servo 5 \(wrist_roll\) lost its torque"):
-            _look_until(arm, give_up_s)
-        assert_landed(bus, arm, arm.land())
+            look_until(arm, lambda: False)
 
 
 @pytest.mark.parametrize("fault", [None, "blocked:servo=3"])
 def test_the_load_is_read_without_a_further_request_and_most_often_of_who_stands_still(fault: str | None, tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         target = arm.observe().joints + 12
         if fault:
             bus.inject(fault)
@@ -154,44 +145,31 @@ def test_the_load_is_read_without_a_further_request_and_most_often_of_who_stands
         else:
             assert each[2] <= others + 1
         assert np.nanmax(read[-1].percent[[0, 1, 3, 4, 5]]) < 5
-        assert_landed(bus, arm, arm.land())
 
 
 def test_a_blocked_servo_that_does_not_tell_its_load_is_not_asked_more_often_than_in_turn(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         bus.inject("blocked:servo=3")
         bus.inject(f"silent:servo=3,register={int(Register.STATUS)},on=read")
         arm.send(arm.observe().joints + 12)
         began_s = time.monotonic()
-        _look_until(arm, began_s + 4)
+        observe_for(arm, 4)
         assert 0 < arm.events["status_poll_missed"] <= (time.monotonic() - began_s) / (6 * POLL_EVERY_S) + 2
-        assert_landed(bus, arm, arm.land())
 
 
 def test_servos_that_answer_no_reading_as_far_as_the_current_are_asked_for_their_status_alone(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
+    with connected(tmp_path, engaged=False) as (bus, arm):
         bus.inject(f"silent:register={int(Register.PRESENT_CURRENT)},on=read")
         arm.reset()
-        give_up_s = time.monotonic() + 60
-        while np.isnan((loads := arm.observe().loads).time_s).any():
-            assert time.monotonic() < give_up_s, "somebody is not asked"
-            time.sleep(0.01)
+        loads = all_loads(arm)
         assert arm.events["status_poll_missed"] == SELDOM_AFTER - 1, "no further one, each of which costs 70 ms"
         assert np.isnan(loads.percent).all()
-        assert_landed(bus, arm, arm.land())
 
 
 @pytest.mark.parametrize(("load", "current"), [(b"\xff\xff", b"\xff\xff"), (b"\xff\x03", b"\xfe\xff")])
 def test_a_load_that_no_servo_can_have_is_none(load: bytes, current: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers that read as ones, or that hold a negative number as its two's complement."""
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
+    with connected(tmp_path, engaged=False) as (bus, arm):
         read = Servo.read
 
         def lies(servo: Servo, address: int, length: int) -> bytes:
@@ -200,18 +178,27 @@ def test_a_load_that_no_servo_can_have_is_none(load: bytes, current: bytes, tmp_
             return read(servo, address, length)
 
         monkeypatch.setattr(Servo, "read", lies)
-        give_up_s = time.monotonic() + 60
-        while np.isnan((loads := arm.observe().loads).time_s).any():
-            assert time.monotonic() < give_up_s
-            time.sleep(0.01)
+        loads = all_loads(arm)
         assert np.isnan([loads.percent, loads.current_ma]).all()
-        assert_landed(bus, arm, arm.land())
 
 
-def _look_until(arm: SO100FollowerArm, end_s: float) -> None:
-    while time.monotonic() < end_s:
+def look_until(arm: SO100FollowerArm, done: Callable[[], bool]) -> None:
+    give_up_s = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < give_up_s
         arm.observe()
         time.sleep(0.01)
+
+
+def all_loads(arm: SO100FollowerArm) -> MotorLoads:
+    """The first observation for which every servo has been asked."""
+    look_until(arm, lambda: not np.isnan(arm.observe().loads.time_s).any())
+    return arm.observe().loads
+
+
+def observe_for(arm: SO100FollowerArm, seconds: float) -> None:
+    end_s = time.monotonic() + seconds
+    look_until(arm, lambda: time.monotonic() > end_s)
 
 
 def wait_for_replug(bus: VirtualBus) -> None:
@@ -224,11 +211,7 @@ def wait_for_replug(bus: VirtualBus) -> None:
 
 def test_landing_switches_the_others_off_at_once_while_one_is_silent(tmp_path: Path) -> None:
     def takes_s() -> float:
-        with VirtualBus() as bus:
-            arm = make_arm(bus, tmp_path)
-            arm.connect()
-            arm.reset()
-            arm.send(arm.observe().joints)
+        with connected(tmp_path) as (bus, arm):
             bus.inject("silent:servo=1")
             landing = threading.Thread(target=arm.land)
             began_s = time.monotonic()
@@ -242,34 +225,18 @@ def test_landing_switches_the_others_off_at_once_while_one_is_silent(tmp_path: P
     assert any(takes_s() < 0.1 for _ in range(4)), "a silent servo alone takes 0.2 s"  # a busy neighbour may disturb one
 
 
-def test_a_late_answer_does_not_pass_for_the_next_one(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
-        here = arm.observe().joints
-        driver = arm._follower.bus
-        driver.line.write(Request(2, Instruction.READ, bytes((56, 2))).encode())  # nobody reads this answer
+def test_late_answers_pass_neither_for_the_next_one_nor_for_an_acknowledgement(tmp_path: Path) -> None:
+    with connected(tmp_path) as (bus, arm):
+        here, line = arm.observe().joints, arm._bus.line
+        line.write(Request(2, Instruction.READ, bytes((56, 2))).encode())  # nobody reads this answer
         time.sleep(0.05)
         np.testing.assert_allclose(arm.observe().joints, here, atol=0.2)
-        assert arm.events["stale_bytes"] == 1
-        assert driver.line.in_waiting == 0, "dropped, not left for the next request"
-        assert arm.events["read_retry"] == 0
-        assert_landed(bus, arm, arm.land())
-
-
-def test_answers_still_under_way_do_not_disturb_the_landing(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
-        arm.send(arm.observe().joints)
+        assert (arm.events["stale_bytes"], arm.events["read_retry"]) == (1, 0)
+        assert line.in_waiting == 0, "dropped, not left for the next request"
         bus.inject("delay:ms=190,on=read,count=1")
-        driver = arm._follower.bus
-        driver.line.write(Request(1, Instruction.READ, bytes((40, 1))).encode())  # its answer comes while servo 1 is asked to let go
+        line.write(Request(1, Instruction.READ, bytes((40, 1))).encode())  # its answer comes while servo 1 is asked to let go
         report = arm.land()
         assert report.safe, report.problems
-        assert_landed(bus, arm, report)
 
 
 def run(bus: VirtualBus, arm: SO100FollowerArm, row: Row) -> None:
@@ -290,24 +257,17 @@ def run(bus: VirtualBus, arm: SO100FollowerArm, row: Row) -> None:
 
 
 def test_torque_that_was_not_acknowledged_is_reported_as_unknown(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         bus.inject("silent:servo=3")
         report = arm.land()
         assert report.torque["elbow_flex"] == "unknown"
         assert [joint for joint, state in report.torque.items() if state == "off"] == [j for j in arm.joint_names if j != "elbow_flex"]
         assert any("elbow_flex (id 3)" in problem for problem in report.problems)
         assert not report.safe
-        assert_landed(bus, arm, report)
 
 
 def test_a_port_that_is_gone_is_reported_with_what_to_do(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=0.1)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path, reconnect_s=0.1) as (bus, arm):
         bus.unplug()
         with pytest.raises(RobotError, match="did not come back"):
             arm.observe()
@@ -315,7 +275,6 @@ def test_a_port_that_is_gone_is_reported_with_what_to_do(tmp_path: Path) -> None
         assert not report.safe
         assert set(report.torque.values()) == {"unknown"}
         assert "torque could NOT be switched off" in report.problems[0]
-        assert_landed(bus, arm, report)
 
 
 def test_connecting_again_works_after_a_failed_connection(tmp_path: Path) -> None:
@@ -328,84 +287,52 @@ def test_connecting_again_works_after_a_failed_connection(tmp_path: Path) -> Non
         arm.connect()
         arm.reset()
         arm.observe()
-        assert_landed(bus, arm, arm.land())
 
 
-def test_power_lost_with_the_cable_out_holds_the_arm_where_it_is(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=2)
-        arm.connect()
-        arm.reset()
-        before = arm.observe().joints
-        bus.unplug()
-        bus.power_cycle()
-        threading.Timer(0.1, bus.replug).start()
-        np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
-        assert arm.events["torque_restored"] == 1
-        assert set(bus.torque().values()) == {1}
-        assert_landed(bus, arm, arm.land())
+def out_of_power(bus: VirtualBus, sag_deg: float) -> None:
+    bus.power_cycle()
+    bus.push("shoulder_lift", sag_deg)
 
 
-def test_an_arm_that_fell_while_away_is_not_switched_on_again(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=2)
-        arm.connect()
-        arm.reset()
-        bus.unplug()
-        bus.power_cycle()
-        bus.push("shoulder_lift", -40)
-        threading.Timer(0.1, bus.replug).start()
-        with pytest.raises(RobotError, match="lost power"):
-            arm.observe()
-        assert_landed(bus, arm, arm.land())
+def cable_out(bus: VirtualBus, sag_deg: float) -> None:
+    """The supply fails while the cable is out."""
+    bus.unplug()
+    out_of_power(bus, sag_deg)
+    threading.Timer(0.1, bus.replug).start()
 
 
-def observe_for(arm: SO100FollowerArm, seconds: float) -> None:
-    give_up_s = time.monotonic() + seconds
-    while time.monotonic() < give_up_s:
-        arm.observe()
-        time.sleep(0.01)
-
-
-def brown_out(bus: VirtualBus, sag_deg: float) -> threading.Thread:
-    """The servos lose their supply for 0.25 s while USB stays alive, and the arm sags."""
+def brown_out(bus: VirtualBus, sag_deg: float) -> None:
+    """The servos lose their supply for 0.25 s while USB stays alive."""
     bus.inject("silent:for_s=0.25")
-
-    def fall() -> None:
-        time.sleep(0.1)
-        bus.power_cycle()
-        bus.push("shoulder_lift", sag_deg)
-
-    falling = threading.Thread(target=fall)
-    falling.start()
-    return falling
+    threading.Timer(0.1, out_of_power, (bus, sag_deg)).start()
 
 
-def test_a_short_dip_of_the_supply_is_survived_where_the_arm_is(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.send(arm.observe().joints)
-        falling = brown_out(bus, -10)
-        sagged = arm.observe().joints
-        falling.join()
-        assert arm.events["torque_restored"] == 1
-        assert set(bus.torque().values()) == {1}
-        np.testing.assert_allclose(sagged, true_joints(bus), atol=0.3)
-        assert_landed(bus, arm, arm.land())
+def unseen(bus: VirtualBus, sag_deg: float) -> None:
+    """Between two requests, during a long inference."""
+    time.sleep(0.15)
+    out_of_power(bus, sag_deg)
 
 
-def test_an_arm_that_fell_in_a_dip_of_the_supply_is_not_switched_on_again(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.send(arm.observe().joints)
-        falling = brown_out(bus, -40)
-        with pytest.raises(RobotError, match="lost power for a moment"):
-            arm.observe()
-        falling.join()
-        assert set(bus.torque().values()) == {0}
-        assert_landed(bus, arm, arm.land())
+@pytest.mark.parametrize("sag_deg", [-10.0, -40.0])
+@pytest.mark.parametrize("dip", [cable_out, brown_out, unseen])
+def test_a_dip_of_the_supply_is_survived_where_the_arm_is_unless_it_fell(
+    dip: Callable[[VirtualBus, float], None], sag_deg: float, tmp_path: Path
+) -> None:
+    with connected(tmp_path, reconnect_s=2) as (bus, arm):
+        here = arm.observe().joints
+        arm.send(here)
+        arm.observe()
+        dip(bus, sag_deg)
+        look = (lambda: arm.send(here)) if dip is unseen else arm.observe
+        if sag_deg < -20:
+            with pytest.raises(RobotError, match="lost power"):
+                look()
+            assert set(bus.torque().values()) == {0}
+        else:
+            look()
+            np.testing.assert_allclose(true_joints(bus), here + [0, sag_deg, 0, 0, 0, 0], atol=0.3)
+            assert arm.events["torque_restored"] == 1
+            assert set(bus.torque().values()) == {1}
 
 
 @pytest.mark.parametrize("fault", [None, "silent:servo=2,on=write,register=21"])
@@ -435,41 +362,19 @@ def test_one_servo_that_loses_its_power_does_not_cost_the_others_theirs(fault: s
         assert set(bus.torque().values()) == {1}
         assert [servo.registers[Register.ACCELERATION] for servo in bus.servos] == accelerations
         np.testing.assert_allclose(true_joints(bus), before, atol=8)
-        assert_landed(bus, arm, arm.land())
-
-
-def test_a_dip_during_a_long_inference_is_found_before_the_next_goal(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        here = arm.observe().joints
-        arm.send(here)
-        arm.observe()
-        time.sleep(0.15)
-        bus.power_cycle()
-        bus.push("shoulder_lift", -40)
-        with pytest.raises(RobotError, match="lost power for a moment"):
-            arm.send(here)
-        assert set(bus.torque().values()) == {0}
-        assert_landed(bus, arm, arm.land())
 
 
 def test_torque_lost_without_any_outage_is_found_by_the_poll(tmp_path: Path) -> None:
-    with VirtualBus(goal_enables_torque=False) as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
+    with connected(tmp_path, VirtualBus(goal_enables_torque=False), engaged=False) as (bus, arm):
         arm.send(arm.observe().joints)
         bus.servos[3].registers[Register.TORQUE_ENABLE] = 0
         with pytest.raises(RobotError, match=r"servo 4 \(wrist_flex\) lost its torque"):
             observe_for(arm, 3.0)
-        assert_landed(bus, arm, arm.land())
 
 
 def test_a_servo_that_is_reset_between_two_requests_is_told_and_set_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It never falls silent, and the next goal switches it on again."""
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
+    with connected(tmp_path, engaged=False) as (bus, arm):
         here = arm.observe().joints
         arm.send(here)
         observe_for(arm, 1.5)
@@ -484,13 +389,10 @@ def test_a_servo_that_is_reset_between_two_requests_is_told_and_set_up_again(tmp
         assert len({servo.registers[Register.ACCELERATION] for servo in bus.servos}) == 1
         observe_for(arm, 1.5)
         assert (arm.events["servo_reset"], arm.events["foreign_goal"]) == (1, 0)
-        assert_landed(bus, arm, arm.land())
 
 
 def test_goals_of_another_program_are_told_and_end_the_run_when_they_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
+    with connected(tmp_path, engaged=False) as (bus, arm):
         here = arm.observe().joints
         arm.send(here)
         observe_for(arm, 1.5)
@@ -507,14 +409,10 @@ def test_goals_of_another_program_are_told_and_end_the_run_when_they_go_on(tmp_p
             drive_both()
         assert arm.events["foreign_goal"] == 3
         assert caplog.text.count("another program") == 2
-        assert_landed(bus, arm, arm.land())
 
 
 def test_a_cable_that_comes_and_goes_ends_the_run(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
 
         def flap() -> None:
             for _ in range(20):
@@ -526,20 +424,15 @@ def test_a_cable_that_comes_and_goes_ends_the_run(tmp_path: Path) -> None:
             flap()
         assert arm.events["reconnect"] == 5
         wait_for_replug(bus)
-        assert_landed(bus, arm, arm.land())
 
 
 def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=2)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path, reconnect_s=2) as (bus, arm):
         bus.unplug()
         bus.servos[2].set_word(Register.MIN_POSITION, 5)
         threading.Timer(0.1, bus.replug).start()
         with pytest.raises(RobotError, match=r"elbow_flex\.range_min: file \d+, servo 5"):
             arm.observe()
-        assert_landed(bus, arm, arm.land())
 
 
 def test_port_absent(tmp_path: Path) -> None:
@@ -550,10 +443,7 @@ def test_port_absent(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         line = arm._follower.bus.line
 
         def interrupted(length: int) -> bytes:
@@ -563,14 +453,10 @@ def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
         line.read = interrupted
         with pytest.raises(KeyboardInterrupt):
             arm.observe()
-        assert_landed(bus, arm, arm.land())
 
 
 def test_two_threads(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         bus.inject("delay:ms=40,count=1")
         first = threading.Thread(target=arm.observe)
         first.start()
@@ -579,44 +465,31 @@ def test_two_threads(tmp_path: Path) -> None:
             arm.observe()
         first.join()
         arm.observe()
-        assert_landed(bus, arm, arm.land())
 
 
 @pytest.mark.parametrize("bad", [np.full(6, np.nan), np.full(6, np.inf), np.zeros(5), np.zeros((1, 6)), {}])
-def test_goals_that_no_motor_can_take_are_refused(bad: object, tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+def test_goals_that_no_motor_can_take_are_refused(bad: Any, tmp_path: Path) -> None:
+    with connected(tmp_path) as (bus, arm):
         goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
         with pytest.raises(RobotError, match=r"6 finite joint targets|failed"):
             arm.send(bad)
         assert [servo.word(Register.GOAL_POSITION) for servo in bus.servos] == goals
-        assert_landed(bus, arm, arm.land())
 
 
 @pytest.mark.parametrize("wild", [1e6, -500.0])
 def test_goals_out_of_range_stay_inside_the_calibration(wild: float, tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path) as (bus, arm):
         arm.send(np.full(6, wild))
         arm.observe()  # the sync write is not acknowledged; the answer to this one comes after it
         for servo, values in zip(bus.servos, bus.calibration.values(), strict=True):
             assert values.range_min <= servo.word(Register.GOAL_POSITION) <= values.range_max
         assert arm.events["target_clipped"] == 1
-        assert_landed(bus, arm, arm.land())
 
 
 def test_step_limit_of_the_driver(tmp_path: Path) -> None:
-    with VirtualBus() as bus:
-        arm = make_arm(bus, tmp_path, max_relative_target=5)
-        arm.connect()
-        arm.reset()
+    with connected(tmp_path, max_relative_target=5) as (bus, arm):
         arm.send(np.full(6, 45.0))
         arm.observe()
         assert abs(bus.servos[0].word(Register.GOAL_POSITION) - 2047) * 360 / 4095 < 6
-        assert_landed(bus, arm, arm.land())
         with pytest.raises(ConfigError, match="must name"):
             make_arm(bus, tmp_path, max_relative_target={"gripper": 5.0})

@@ -56,6 +56,7 @@ class SimArm:
         self.episodes_solved = 0  # of those that are over
         self._solved = False  # of the last one that is
         self._landing: LandingReport | None = None
+        self.check_stop: Callable[[], object] = lambda: None  # nothing here waits
 
     @property
     def joint_limits(self) -> np.ndarray:
