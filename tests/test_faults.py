@@ -169,7 +169,7 @@ def test_servos_that_answer_no_reading_as_far_as_the_current_are_asked_for_their
 @pytest.mark.parametrize(("load", "current"), [(b"\xff\xff", b"\xff\xff"), (b"\xff\x03", b"\xfe\xff")])
 def test_a_load_that_no_servo_can_have_is_none(load: bytes, current: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers that read as ones, or that hold a negative number as its two's complement."""
-    with connected(tmp_path, engaged=False) as (bus, arm):
+    with connected(tmp_path, engaged=False) as (_, arm):
         read = Servo.read
 
         def lies(servo: Servo, address: int, length: int) -> bytes:
@@ -443,7 +443,7 @@ def test_port_absent(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
-    with connected(tmp_path) as (bus, arm):
+    with connected(tmp_path) as (_, arm):
         line = arm._follower.bus.line
 
         def interrupted(length: int) -> bytes:

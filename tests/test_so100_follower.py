@@ -27,7 +27,7 @@ from arm_bench import assert_landed, make_arm, true_joints
 from gr00t_fast.cli.run_flags import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
-from gr00t_fast.robots import check_ready, lerobot_glue, make_robot
+from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower, to_lerobot_config
 from gr00t_fast.robots.motor_state import JumpGuard
@@ -561,6 +561,17 @@ def test_ctrl_c_while_landing_does_not_leave_motors_holding(arm: SO100FollowerAr
     arm._bus.ask = ask_once_interrupted
     assert arm.land().safe
     assert interrupted
+
+
+def test_a_landing_that_is_broken_off_is_said_and_can_be_repeated(arm: SO100FollowerArm, bus: VirtualBus, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(so100, "release_torque", lambda *_: 1 / 0)
+        report = arm.land()
+    assert "ZeroDivisionError" in report.problems[0]
+    assert not report.safe
+    assert set(bus.torque().values()) == {1}
+    assert arm.land().safe
 
 
 def test_a_connection_interrupted_half_way_closes_everything(arm: SO100FollowerArm, monkeypatch: pytest.MonkeyPatch) -> None:

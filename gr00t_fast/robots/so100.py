@@ -157,18 +157,19 @@ class SO100FollowerArm:
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Torque off (or held, as configured), port closed, cameras closed. An arm that was found powered stays so with `as_found`, or when this run
-        has not switched it on. Never raises; a second call returns the first report."""
-        if self._landing is None:
-            report = LandingReport()
-            waited = self._busy.acquire(timeout=0.5)  # never wait for a thread that hangs inside observe()
-            try:
-                self._land(report, as_found)
-            finally:
-                if waited:
-                    self._busy.release()
-                self._stage = Stage.LANDED
-            self._landing = report
-        return self._landing
+        has not switched it on. Never raises; a second call returns the first report, unless the first was broken off."""
+        if self._landing is not None:
+            return self._landing
+        report = LandingReport()
+        waited = self._busy.acquire(timeout=0.5)  # never wait for a thread that hangs inside observe()
+        try:
+            landed = attempt("landing", lambda: self._land(report, as_found), report.problems)
+        finally:
+            if waited:
+                self._busy.release()
+        if landed:  # else the next call tries again
+            self._landing, self._stage = report, Stage.LANDED
+        return report
 
     # Connecting
 
