@@ -86,8 +86,9 @@ class WireError(Gr00tFastError, ValueError):
 
 
 class ServerError(Gr00tFastError, RuntimeError):
-    """A policy server refused a request or cannot serve; the message carries its reason, and `code` its kind, where a program may have to know it:
-    busy, stopping, replaced, unauthorised or unknown_endpoint."""
+    """A policy server refused a request or cannot serve; the message carries its reason, and `code` its kind, where a program may have to know it."""
+
+    BUSY, STOPPING, REPLACED, UNAUTHORISED, UNKNOWN_ENDPOINT = "busy", "stopping", "replaced", "unauthorised", "unknown_endpoint"
 
     def __init__(self, message: str, code: str = "") -> None:
         super().__init__(message)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zmq
 from control_fakes import policy_metadata
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
@@ -120,37 +119,6 @@ class ServerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-
-
-class EchoProcess:
-    """The least that a round trip of these bytes can cost here: a ZeroMQ socket in another process that answers without looking."""
-
-    PROGRAM = """if True:
-        import zmq
-        socket = zmq.Context().socket(zmq.REP)
-        print(socket.bind_to_random_port("tcp://127.0.0.1"), flush=True)
-        while True:
-            socket.recv(copy=False)
-            socket.send(bytes(1000))
-        """
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", self.PROGRAM], stdout=subprocess.PIPE, text=True)
-        self.socket = zmq.Context.instance().socket(zmq.REQ)
-        self.socket.connect(f"tcp://127.0.0.1:{int(self.process.stdout.readline())}")
-
-    def __enter__(self) -> EchoProcess:
-        return self
-
-    def __call__(self, message: bytes) -> None:
-        self.socket.send(message, copy=False)
-        self.socket.recv()
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close(0)
-        self.process.kill()
-        self.process.wait(10)
-        self.process.stdout.close()
 
 
 class Mutator:

@@ -1,4 +1,4 @@
-"""Server and client over ZeroMQ: NVIDIA-style partners in both directions, queues, hostile messages, lost partners, and what the detour costs."""
+"""Server and client over ZeroMQ: NVIDIA-style partners in both directions, queues, hostile messages, and lost partners."""
 
 from __future__ import annotations
 
@@ -19,19 +19,16 @@ import nvidia_style_service as reference
 import psutil
 import pytest
 import zmq
-from serving_fakes import HORIZON, ArithmeticPolicy, EchoProcess, Mutator, ServerProcess, assert_same, observation, running
+from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, assert_same, observation, running
 
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.server import MAX_REASON_CHARACTERS, InferenceQueue, RequestLog, check_port_free, same_token
-from gr00t_fast.serving.wire import BUSY, REPLACED, STOPPING, encode
+from gr00t_fast.serving.server import InferenceQueue, RequestLog, check_port_free, same_token
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 FUZZ_BATCH = 100
 MAX_GROWTH_BYTES = 24e6
-MAX_OVERHEAD_MS = 2.0
-MAX_OVERHEAD_ECHOES = 5.0
 DUALCAM = ("front", "wrist")
 
 
@@ -53,6 +50,8 @@ def server(policy: ArithmeticPolicy) -> Iterator[PolicyServer]:
 @pytest.mark.parametrize("batch", [None, 1, 3])
 def test_reference_client_gets_the_actions_of_our_policy(data_config: str, cameras: tuple[str, ...], batch: int | None) -> None:
     seen = observation(batch, cameras)
+    if batch == 3:
+        seen["annotation.human.task_description"] = np.array(seen["annotation.human.task_description"])
     with running(PolicyServer(ArithmeticPolicy(data_config), port=0)) as server, reference.Client(server.port) as client:
         assert client.call("ping", requires_input=False) == {"status": "ok", "message": "Server is running"}
         config = client.call("get_modality_config", requires_input=False)
@@ -61,11 +60,6 @@ def test_reference_client_gets_the_actions_of_our_policy(data_config: str, camer
         actions = client.get_action(seen)
     assert_same(actions, ArithmeticPolicy(data_config).get_action(seen))
     assert actions["action.single_arm"].shape == ((HORIZON, 5) if batch is None else (batch, HORIZON, 5))
-
-
-def test_instructions_may_be_an_array_of_text(server: PolicyServer) -> None:
-    with reference.Client(server.port) as client:
-        client.get_action(observation(2, **{"annotation.human.task_description": np.array(["pick", "place it"])}))
 
 
 def test_a_missing_endpoint_means_get_action_and_missing_data_is_explained(server: PolicyServer) -> None:
@@ -159,6 +153,37 @@ def test_answers_that_are_no_actions_are_refused(answer: dict[str, Any], policy:
         client.get_action(observation())
 
 
+@pytest.mark.parametrize("batch", [None, 3])
+def test_an_instruction_travels_as_a_list(batch: int | None) -> None:
+    handling = reference.InputHandling(ArithmeticPolicy())
+    with reference.Server(handling) as server, PolicyClient(port=server.port) as client:
+        actions = client.get_action(observation(batch, **{"annotation.human.task_description": "pick: the cube"}))
+        assert server.requests[-1]["data"]["annotation.human.task_description"] == ["pick: the cube"] * (batch or 1)
+    assert_same(actions, ArithmeticPolicy().get_action(observation(batch)))
+    assert handling.prompts == ["['pick: the cube']" if batch is None else "pick: the cube"]
+
+
+@pytest.mark.parametrize("other", [np.float32, np.int64, list])
+def test_states_travel_as_float64(other: type) -> None:
+    """A service that has seen one type takes no other until it is started again."""
+    seen = observation()
+    changed = {key: value.tolist() if other is list else value.astype(other) for key, value in seen.items() if key.startswith("state.")}
+    with reference.Server(reference.InputHandling(ArithmeticPolicy())) as server, PolicyClient(port=server.port) as client:
+        client.get_action({**seen, **changed})
+        client.get_action(seen)
+        with reference.Client(server.port) as nvidias:
+            assert_same(nvidias.get_action(seen), ArithmeticPolicy().get_action(seen))
+
+
+def test_a_state_without_numbers_is_not_sent() -> None:
+    policy = ArithmeticPolicy()
+    with reference.Server(policy) as server, PolicyClient(port=server.port) as client:
+        for value in ("up", [[1.0], [2.0, 3.0]]):
+            with pytest.raises(ObservationError, match="state.gripper"):
+                client.get_action(observation(**{"state.gripper": value}))
+    assert policy.calls == 0
+
+
 # --- our client and our server -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,9 +238,9 @@ def test_addresses_that_cannot_be_used(server: PolicyServer, policy: ArithmeticP
     for kind in (PolicyServer, HttpPolicyServer):
         with pytest.raises(ServerError, match="cannot listen"):
             kind(policy, port=server.port)
-        with pytest.raises(ServerError, match="cannot serve on host"):
+        with pytest.raises(ServerError, match="cannot listen on .*no.such.host"):
             kind(policy, host="no.such.host.invalid", port=0)
-    with pytest.raises(ServerError, match="from 0 to 65535"):
+    with pytest.raises(ServerError, match="cannot listen"):
         PolicyServer(policy, port=70000)
     with pytest.raises(ServerError, match="cannot listen"):
         check_port_free("127.0.0.1", server.port)
@@ -231,19 +256,6 @@ def test_addresses_that_cannot_be_used(server: PolicyServer, policy: ArithmeticP
 
 def waiting(seconds: float) -> dict[str, Any]:
     return observation(**{"annotation.human.task_description": [f"wait {seconds}"]})
-
-
-def test_fifty_clients_at_once_get_their_own_answers(server: PolicyServer, policy: ArithmeticPolicy) -> None:
-    def three_calls(number: int) -> None:
-        with reference.Client(server.port) as client:
-            for call in range(3):
-                seen = observation(**{"state.gripper": np.array([[100.0 * number + call]])})
-                assert_same(client.get_action(seen), ArithmeticPolicy().get_action(seen))
-
-    with ThreadPoolExecutor(50) as pool:
-        list(pool.map(three_calls, range(50)))
-    assert policy.calls == 150
-    assert len(policy.threads) == 1
 
 
 def test_pings_are_answered_during_an_inference(server: PolicyServer) -> None:
@@ -410,18 +422,6 @@ def test_the_reason_of_a_refusal_does_not_grow_with_the_request(
     assert max((len(record.getMessage()) for record in caplog.records), default=0) < 2000
 
 
-def test_whatever_a_policy_raises_travels_in_short(server: PolicyServer, policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (KeyError, ObservationError):
-
-        def fail(seen: Any, error: type[Exception] = error) -> None:
-            raise error("x" * 1_000_000)
-
-        monkeypatch.setattr(policy, "get_action", fail)
-        with reference.Client(server.port) as client, pytest.raises(RuntimeError, match=r"xxx \.\.\.$") as caught:
-            client.get_action(observation())
-        assert len(str(caught.value)) < MAX_REASON_CHARACTERS + 50
-
-
 def test_each_client_has_one_place_whose_later_request_takes_that_of_an_earlier_one(server: PolicyServer, policy: ArithmeticPolicy) -> None:
     with dealer_of(server) as eager, ThreadPoolExecutor(1) as pool, PolicyClient(port=server.port) as polite:
         for number in range(20):
@@ -433,7 +433,7 @@ def test_each_client_has_one_place_whose_later_request_takes_that_of_an_earlier_
         assert_same(answer.result(), ArithmeticPolicy().get_action(observation()))
     assert policy.calls == 3
     assert sum("action.gripper" in reply for reply in replies) == 2
-    assert sum(reply.get("code") == REPLACED for reply in replies) == 18
+    assert sum(reply.get("code") == ServerError.REPLACED for reply in replies) == 18
 
 
 @pytest.mark.parametrize("kind", ["zmq", "http"])
@@ -477,7 +477,7 @@ def test_requests_that_wait_take_a_bounded_number_of_bytes() -> None:
             client.close()
         with reference.Client(server.port) as client:
             client.get_action(observation(**large))
-    busy = sum(reply.get("code") == BUSY for reply in replies)
+    busy = sum(reply.get("code") == ServerError.BUSY for reply in replies)
     assert 4 <= busy <= 12 - 2  # 10 MB hold two requests at once; a slow machine may send the last ones when the first is answered
     assert policy.calls == 12 - busy + 1
 
@@ -518,7 +518,7 @@ def test_clients_take_turns_in_the_order_in_which_they_came() -> None:
     for client in ("a", "b", "a", "c", "a"):
         work.submit(client)
     work.queue.forget(lambda client: client == "c")
-    assert work.run() == [("a", REPLACED), ("a", REPLACED), ("a", "done"), ("b", "done"), ("last", None)]
+    assert work.run() == [("a", ServerError.REPLACED), ("a", ServerError.REPLACED), ("a", "done"), ("b", "done"), ("last", None)]
 
 
 def test_places_and_bytes_are_bounded_and_given_back() -> None:
@@ -528,13 +528,13 @@ def test_places_and_bytes_are_bounded_and_given_back() -> None:
     for client, size_bytes in (("c", 3), ("a", 7)):
         with pytest.raises(ServerError, match="busy: 2 requests") as caught:
             work.submit(client, size_bytes=size_bytes)
-        assert caught.value.code == BUSY
+        assert caught.value.code == ServerError.BUSY
     work.submit("a", size_bytes=6)
     work.submit("c")
     with pytest.raises(ServerError, match="busy: 3"):
         work.submit("d")
     work.queue.forget(lambda client: client == "c")
-    assert work.run() == [("a", REPLACED), ("a", "done"), ("b", "ZeroDivisionError"), ("last", None)]
+    assert work.run() == [("a", ServerError.REPLACED), ("a", "done"), ("b", "ZeroDivisionError"), ("last", None)]
     with pytest.raises(ServerError, match="shutting down"):
         work.submit("late")
 
@@ -543,10 +543,10 @@ def test_old_requests_are_not_computed_and_those_that_wait_at_the_end_are_refuse
     old, ended = Work(max_wait_s=0.05), Work()
     old.submit("a")
     time.sleep(0.1)
-    assert old.run() == [("a", BUSY), ("last", None)]
+    assert old.run() == [("a", ServerError.BUSY), ("last", None)]
     for client in ("a", "b"):
         ended.submit(client, ended.queue.stop)
-    assert ended.run() == [("a", None), ("b", STOPPING), ("last", STOPPING)]
+    assert ended.run() == [("a", None), ("b", ServerError.STOPPING), ("last", ServerError.STOPPING)]
 
 
 def test_submitting_and_stopping_at_once_loses_no_call() -> None:
@@ -578,33 +578,3 @@ def test_the_log_has_one_line_per_interval(caplog: pytest.LogCaptureFixture) -> 
     traffic.served(5.0)
     assert "1 requests served, p50 5.0 ms" in caplog.records[-1].message
     assert "refused, the last one because: 'garbage'" in caplog.records[-1].message
-
-
-# --- what it costs -----------------------------------------------------------------------------------------------------------------------
-
-
-def overhead_ms(calls: int = 100, size: tuple[int, int] = (480, 640)) -> np.ndarray:
-    """(calls, 2): additional time of a call through a server in another process, and a round trip of the same bytes with nothing done to them.
-    In process, through the server, echo, in turn and on the same observation."""
-    seen, direct, times_ms = observation(size=size), ArithmeticPolicy(), np.empty((calls, 3))
-    message = encode({"endpoint": "get_action", "data": seen})
-    with ServerProcess() as server, PolicyClient(port=server.port) as client, EchoProcess() as echo:
-        ways = (lambda: direct.get_action(seen), lambda: client.get_action(seen), lambda: echo(message))
-        for row in [*np.empty((10, 3)), *times_ms]:
-            for column, call in enumerate(ways):
-                began_s = time.perf_counter()
-                call()
-                row[column] = 1000 * (time.perf_counter() - began_s)
-    return np.stack((times_ms[:, 1] - times_ms[:, 0], times_ms[:, 2]), axis=1)
-
-
-def test_the_detour_over_the_server_costs_little() -> None:
-    """At most 2 ms, or what a slow machine makes of that: the bare echo takes a third of a millisecond on a quiet one. Of the undisturbed calls: each
-    needs two processes to be woken in turn, and beside a busy neighbour most of them wait for a core."""
-    seen = []
-    for _ in range(4):
-        overhead, echo = np.percentile(overhead_ms(), 10, axis=0)
-        seen.append((round(float(overhead), 2), round(float(echo), 2)))
-        if overhead <= max(MAX_OVERHEAD_MS, MAX_OVERHEAD_ECHOES * echo):
-            return
-    pytest.fail(f"10th percentile of (overhead, echo) {seen} ms; expected at most {MAX_OVERHEAD_MS} ms or {MAX_OVERHEAD_ECHOES} echoes")

@@ -19,9 +19,7 @@ from gr00t_fast.errors import ConfigError, ObservationError, ServerError, Server
 from gr00t_fast.inputs.observation import flat_actions, flat_observation, is_nested, nested_observation
 from gr00t_fast.serving.wire import (
     MAX_MESSAGE_BYTES,
-    UNAUTHORISED,
     UNAUTHORISED_TEXT,
-    UNKNOWN_ENDPOINT,
     UNKNOWN_ENDPOINT_TEXT,
     Encoder,
     ModalityConfigN1d7,
@@ -34,7 +32,7 @@ PING_TIMEOUT_S = 2.0
 # A machine that vanished without closing its connections is noticed after this long. Answered by ZeroMQ itself, also while a server computes.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _RECONNECT_MS = 50
-_CODES_OF_TEXTS = {UNAUTHORISED_TEXT: UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: UNKNOWN_ENDPOINT}
+_CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: ServerError.UNKNOWN_ENDPOINT}
 
 
 class PolicyClient(Policy):
@@ -153,7 +151,7 @@ class PolicyClient(Policy):
         try:
             return self._call(endpoint)
         except ServerError as error:
-            if error.code != UNKNOWN_ENDPOINT:
+            if error.code != ServerError.UNKNOWN_ENDPOINT:
                 raise
             return None
 

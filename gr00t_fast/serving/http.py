@@ -34,7 +34,7 @@ from gr00t_fast.serving.server import (
     reason_of,
     same_token,
 )
-from gr00t_fast.serving.wire import BUSY, STOPPING, UNAUTHORISED_TEXT, from_json, to_json
+from gr00t_fast.serving.wire import UNAUTHORISED_TEXT, from_json, to_json
 
 MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carries more
 MAX_CONNECTIONS = 256  # further requests are answered with 503
@@ -151,7 +151,7 @@ class HttpPolicyServer(PolicyServerBase):
                 if len(body) > MAX_BODY_BYTES:
                     raise _too_large()
                 if self._bodies_bytes > BUDGET_MESSAGES * MAX_BODY_BYTES:
-                    raise ServerError("busy: too many requests are being read. Try again later.", BUSY)
+                    raise ServerError("busy: too many requests are being read. Try again later.", ServerError.BUSY)
                 if not event.get("more_body"):
                     return body
         finally:
@@ -194,7 +194,7 @@ def _too_large() -> _RefusedError:
 def _status(error: Exception) -> int:
     if isinstance(error, _RefusedError):
         return error.status
-    if isinstance(error, ServerError) and error.code in (BUSY, STOPPING):
+    if isinstance(error, ServerError) and error.code in (ServerError.BUSY, ServerError.STOPPING):
         return 503
     return 400 if isinstance(error, Gr00tFastError) else 500
 

@@ -18,12 +18,12 @@ from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, ModalityConfig, Pol
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, ServerUnreachableError
 from gr00t_fast.inputs.images import to_trained_size
 from gr00t_fast.serving.client import PolicyClient
-from gr00t_fast.serving.wire import BUSY, STOPPING, UNAUTHORISED, UNKNOWN_ENDPOINT, metadata_to_message
+from gr00t_fast.serving.wire import metadata_to_message
 
 # NVIDIA's server is not warmed up: its first inference sets up the GPU and compiles kernels.
 _FIRST_ANSWER_S = 60.0
 _WARM_UP_CALLS, _WARM_UP_INSTRUCTION = 2, "Place the block in the bowl"
-_SIGN_OF_LIFE_S = 1.0  # how long each call waits while the server is away; the end of the program may have to wait for one
+_PING_S = 1.0  # how long each call waits while the server is away; the end of the program may have to wait for one
 _RETRY_S = 0.2  # between two attempts at an episode's start: a server that is there but refuses must not be hammered
 _GREY = 127
 _Answer = TypeVar("_Answer")
@@ -70,7 +70,7 @@ def _greet(client: PolicyClient) -> None:
     try:
         answers = client.ping(client.timeout_s)
     except ServerError as error:
-        if error.code != UNAUTHORISED:
+        if error.code != ServerError.UNAUTHORISED:
             raise
         raise ServerError(f"{error}. Give the token that the server was started with: --api_token=...") from error
     if not answers:
@@ -171,7 +171,7 @@ class RemotePolicy(Policy):
         observation = self._at_trained_size(observation)
 
         def ask() -> dict[str, np.ndarray]:
-            self._wait_for_sign_of_life()
+            self._ping_while_away()
             self._check_same_policy()
             return self._infer(observation, noise=noise, prefix=prefix)
 
@@ -249,13 +249,13 @@ class RemotePolicy(Policy):
                 resized[key] = flat.reshape(*frames.shape[:-3], *flat.shape[1:])
         return resized
 
-    def _wait_for_sign_of_life(self) -> None:
-        """While the server is away, wait a little for a sign of life. Raises ServerUnreachableError even when there is one: the observation
-        from before the wait is old by then, and the next call brings a newer one."""
+    def _ping_while_away(self) -> None:
+        """While the server is away, ask it first. Raises ServerUnreachableError even when it answers: the observation from before the wait is old
+        by then, and the next call brings a newer one."""
         if self._away_since_s is None or self._answers_again:
             self._answers_again = False  # should this call fail, the next one pings again
             return
-        self._answers_again = self._client.ping(min(_SIGN_OF_LIFE_S, self._timeout_s))
+        self._answers_again = self._client.ping(min(_PING_S, self._timeout_s))
         raise ServerUnreachableError(f"the policy server at {self.address} {'answers again' if self._answers_again else 'is still away'}.")
 
     def _check_same_policy(self) -> None:
@@ -302,7 +302,7 @@ class RemotePolicy(Policy):
         try:
             self._check_answer(self._infer(observation, prefix=prefix))
         except ServerError as error:
-            if error.code != UNKNOWN_ENDPOINT:
+            if error.code != ServerError.UNKNOWN_ENDPOINT:
                 raise
             raise ConfigError(
                 f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
@@ -340,4 +340,4 @@ def _unsqueezed(actions: Mapping[str, np.ndarray], widths: Mapping[str, int]) ->
 
 def _may_pass(error: ServerError) -> bool:
     """Unreachable, stopping (somebody starts it again) or overloaded."""
-    return isinstance(error, ServerUnreachableError) or error.code in (BUSY, STOPPING)
+    return isinstance(error, ServerUnreachableError) or error.code in (ServerError.BUSY, ServerError.STOPPING)

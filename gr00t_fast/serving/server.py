@@ -33,13 +33,8 @@ from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError, Wir
 from gr00t_fast.inputs.observation import flat_observation, is_nested, nested_actions
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving.wire import (
-    BUSY,
     MAX_MESSAGE_BYTES,
-    REPLACED,
-    STOPPING,
-    UNAUTHORISED,
     UNAUTHORISED_TEXT,
-    UNKNOWN_ENDPOINT,
     UNKNOWN_ENDPOINT_TEXT,
     decode,
     encode,
@@ -117,15 +112,15 @@ class InferenceQueue:
         """
         with self._lock:
             if self._stopping.is_set():
-                raise ServerError("the server is shutting down.", STOPPING)
+                raise ServerError("the server is shutting down.", ServerError.STOPPING)
             replaced = self._waiting.get(client)
             others_bytes = self._running_bytes + sum(job.size_bytes for job in self._waiting.values() if job is not replaced)
             if (replaced is None and len(self._waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
-                raise ServerError(f"busy: {len(self._waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", BUSY)
+                raise ServerError(f"busy: {len(self._waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", ServerError.BUSY)
             self._waiting[client] = _Job(call, answer, time.monotonic(), size_bytes)
             self._wake.put(None)
         if replaced is not None:
-            replaced.answer(None, ServerError("a later request of the same client took its place.", REPLACED))
+            replaced.answer(None, ServerError("a later request of the same client took its place.", ServerError.REPLACED))
 
     def forget(self, gone: Callable[[Any], bool]) -> None:
         """Drop, without an answer, the waiting calls of clients for which `gone` is true."""
@@ -145,7 +140,7 @@ class InferenceQueue:
         with self._lock:  # a `submit` that had seen no `stop` has queued its job by now, and later ones are refused
             left, self._waiting = self._waiting, {}
         for job in left.values():
-            job.answer(None, ServerError("the server is shutting down.", STOPPING))
+            job.answer(None, ServerError("the server is shutting down.", ServerError.STOPPING))
 
     def stop(self) -> None:
         """End `run` after the call in progress. From any thread and from signal handlers."""
@@ -157,7 +152,7 @@ class InferenceQueue:
         began_s = time.monotonic()
         try:
             if began_s - job.arrived_s > self._max_wait_s:
-                raise ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", BUSY)
+                raise ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", ServerError.BUSY)
             result = job.call()
             self._requests.served(1000 * (time.monotonic() - began_s))
         except Exception as failure:  # noqa: BLE001 - a bug or a device failure in one request must reach its client and not end the service
@@ -263,25 +258,12 @@ class PolicyServerBase(ABC):
             self._queue.stop()
 
 
-def numeric_host(host: str, port: int) -> tuple[socket.AddressFamily, str]:
-    """Family and numeric address of a host to bind (`*` means all). Raises ServerError when the name is unknown."""
-    if not 0 <= port <= 65535:
-        raise ServerError(f"port must be from 0 to 65535, got {port}.")
-    try:
-        family, _, _, _, address = socket.getaddrinfo("0.0.0.0" if host == "*" else host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise ServerError(
-            f"cannot serve on host '{host}', port {port}: {error}. Use an address of this machine: 127.0.0.1, or 0.0.0.0 for all."
-        ) from error
-    return family, str(address[0])
-
-
 def listen_on_tcp(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 picks a free one. Raises ServerError."""
-    family, address = numeric_host(host, port)
+    """A listening socket; port 0 picks a free one, host * means all. Raises ServerError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=512)
-    except OSError as error:
+        return socket.create_server(("0.0.0.0" if host == "*" else host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
         raise _cannot_listen(f"{host}:{port}", error) from error
 
 
@@ -290,10 +272,9 @@ def check_port_free(host: str, port: int) -> None:
     listen_on_tcp(host, port).close()
 
 
-def _cannot_listen(place: str, error: Any) -> ServerError:
-    return ServerError(
-        f"cannot listen on {place}: {error.strerror or error}. Another server may be running there; choose another --port or --address."
-    )
+def _cannot_listen(place: str, error: Exception) -> ServerError:
+    reason = getattr(error, "strerror", None) or error
+    return ServerError(f"cannot listen on {place}: {reason}. Give an address of this machine that no other server has: --host, --port.")
 
 
 def _is_local(address: str) -> bool:
@@ -325,9 +306,7 @@ class PolicyServer(PolicyServerBase):
         # answered by the talking thread, which must not touch the policy
         self._modality_config = encode(modality_config_message(policy.get_modality_config(), n1d7=policy.network == "n1.7"))
         self._metadata = None if policy.metadata is None else encode(metadata_to_message(policy.metadata))
-        if not address:
-            _, numeric = numeric_host(host, port)
-            address = f"tcp://[{numeric}]:{port}" if ":" in numeric else f"tcp://{numeric}:{port}"
+        address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         self._context = self._zmq.Context()
         self._answers: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()  # of the inference thread; a socket belongs to one thread
         self._wake_talker, self._woken = socket.socketpair()
@@ -359,7 +338,7 @@ class PolicyServer(PolicyServerBase):
             self._router.setsockopt(option, value)
         self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         try:
-            _check_file(address)
+            _check_place(address)
             self._router.bind(address)
         except (OSError, zmq.ZMQError) as error:
             raise _cannot_listen(address, error) from error
@@ -421,7 +400,7 @@ class PolicyServer(PolicyServerBase):
         if not isinstance(request, dict):
             raise WireError(f'expected a map with "endpoint" and "data", got {type(request).__name__}.')
         if not same_token(request.get("api_token"), self._token):
-            raise ServerError(UNAUTHORISED_TEXT, UNAUTHORISED)
+            raise ServerError(UNAUTHORISED_TEXT, ServerError.UNAUTHORISED)
         endpoint = request.get("endpoint", "get_action")
         if not isinstance(endpoint, str):
             raise WireError(f"endpoint: expected text, got {type(endpoint).__name__}.")
@@ -464,7 +443,7 @@ class PolicyServer(PolicyServerBase):
             request = _string_keyed(data, "data")
             observation, options = _observation(request.get("observation"), "observation"), _options(request)
             return lambda: self._policy.get_action(observation, **options), False
-        raise ServerError(f"{UNKNOWN_ENDPOINT_TEXT}: {endpoint[:80]}", UNKNOWN_ENDPOINT)
+        raise ServerError(f"{UNKNOWN_ENDPOINT_TEXT}: {endpoint[:80]}", ServerError.UNKNOWN_ENDPOINT)
 
     def _kill(self) -> bytes:
         if self._token is None:
@@ -486,9 +465,13 @@ def _error_message(error: Exception) -> bytes:
     return encode({"error": reason_of(error)} | ({"code": code} if code else {}))
 
 
-def _check_file(address: str) -> None:
-    """ZeroMQ removes whatever file is in the way. Raises OSError for one that is no socket, and where another server listens."""
+def _check_place(address: str) -> None:
+    """ZeroMQ takes port 70000 for 4464, and removes whatever file is in the way. Raises ServerError where it cannot, and OSError where it must not
+    listen."""
     transport, _, place = address.partition("://")
+    host, _, port = place.rpartition(":")
+    if transport == "tcp" and port.isdigit():
+        check_port_free(host.strip("[]"), int(port))
     if transport != "ipc" or place.startswith("@") or not os.path.exists(place):
         return
     if not stat.S_ISSOCK(os.stat(place).st_mode):
