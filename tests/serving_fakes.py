@@ -121,74 +121,54 @@ class ServerProcess:
         self.kill()
 
 
+WORDS = (
+    b"endpoint",
+    b"data",
+    b"api_token",
+    b"__ndarray_class__",
+    b"as_npy",
+    b"as_json",
+    b"get_action",
+    b"ping",
+    b"NUMPY",
+    b"'descr'",
+    b"|u1",
+    b"<f8",
+)
+TYPES = (0xC4, 0xC5, 0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xC1)  # of msgpack
+BOMBS = (b"\x91", b"\x81\xa1a", b"\xdd\x00\x0f\xff\xff", b"\xdc\x07\xff", b"\x80")
+
+
 class Mutator:
     """Valid messages with mistakes: damaged, cut, spliced, with lengths that lie, with bombs, or pure noise."""
 
     def __init__(self, seeds: list[bytes], seed: int = 0) -> None:
         self.seeds, self.random = seeds, random.Random(seed)
-        self._ways = (self._flip, self._cut, self._splice, self._insert, self._lie, self._repeat, self._noise, self._bomb, self._rename)
 
     def next(self) -> bytes:
         data = self.random.choice(self.seeds)
         for _ in range(self.random.choice((1, 1, 1, 2, 5))):
-            data = self.random.choice(self._ways)(data)
+            data = self._changed(data)
         return data
 
-    def _place(self, data: bytes) -> int:
-        return self.random.randrange(len(data)) if data else 0
-
-    def _flip(self, data: bytes) -> bytes:
-        changed = bytearray(data or b"\0")
-        for _ in range(self.random.choice((1, 1, 4, 32))):
-            changed[self._place(changed)] ^= 1 << self.random.randrange(8)
-        return bytes(changed)
-
-    def _cut(self, data: bytes) -> bytes:
-        return data[: self._place(data)] if self.random.random() < 0.7 else data[self._place(data) :]
-
-    def _splice(self, data: bytes) -> bytes:
-        other = self.random.choice(self.seeds)
-        return data[: self._place(data)] + other[self._place(other) :]
-
-    def _insert(self, data: bytes) -> bytes:
-        place = self._place(data)
-        return data[:place] + self.random.randbytes(self.random.choice((1, 2, 8, 64))) + data[place:]
-
-    def _lie(self, data: bytes) -> bytes:
-        """Another type byte, and a length that the message does not have."""
-        place = self._place(data)
-        head = bytes([self.random.choice((0xC4, 0xC5, 0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xC1))])
-        return data[:place] + head + self.random.choice((b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", self.random.randbytes(4))) + data[place + 5 :]
-
-    def _repeat(self, data: bytes) -> bytes:
-        begin, end = sorted((self._place(data), self._place(data)))
-        return data[:end] + data[begin:end] * self.random.choice((1, 2, 8)) + data[end:]
-
-    def _noise(self, data: bytes) -> bytes:
-        return self.random.randbytes(self.random.choice((0, 1, 7, 100, 1000)))
-
-    def _bomb(self, data: bytes) -> bytes:
-        return (
-            self.random.choice((b"\x91", b"\x81\xa1a", b"\xdd\x00\x0f\xff\xff", b"\xdc\x07\xff", b"\x80")) * self.random.choice((10, 600, 2000))
-            + data
+    def _changed(self, data: bytes) -> bytes:
+        choose, bytes_ = self.random.choice, self.random.randbytes
+        other = choose(self.seeds)
+        begin, end = sorted(self.random.randrange(len(data) + 1) for _ in range(2))
+        length = choose((b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", bytes_(4)))
+        ways = (
+            lambda: data[:begin],
+            lambda: data[begin:],
+            lambda: data[:begin] + bytes_(1) + data[begin + 1 :],
+            lambda: data[:begin] + other[self.random.randrange(len(other)) :],
+            lambda: data[:begin] + bytes_(choose((1, 2, 8, 64))) + data[begin:],
+            lambda: data[:begin] + bytes([choose(TYPES)]) + length + data[begin + 5 :],
+            lambda: data[:end] + data[begin:end] * choose((1, 2, 8)) + data[end:],
+            lambda: bytes_(choose((0, 1, 7, 100, 1000))),
+            lambda: choose(BOMBS) * choose((10, 600, 2000)) + data,
+            lambda: data.replace(choose(WORDS), choose((*WORDS, b"|O8", b"kill", b""))),
         )
-
-    def _rename(self, data: bytes) -> bytes:
-        words = (
-            b"endpoint",
-            b"data",
-            b"api_token",
-            b"__ndarray_class__",
-            b"as_npy",
-            b"as_json",
-            b"get_action",
-            b"ping",
-            b"NUMPY",
-            b"'descr'",
-            b"|u1",
-            b"<f8",
-        )
-        return data.replace(self.random.choice(words), self.random.choice((*words, b"|O8", b"kill", b"")))
+        return choose(ways)()
 
 
 def main(kind: str, port: str, token: str = "", fps: str = "30") -> None:

@@ -19,7 +19,7 @@ from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import WireError
 from gr00t_fast.serving import wire
 
-FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 5000)
+FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 ARRAYS = {
     "frame": np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3),
     "state": np.linspace(-1, 1, 5)[None],
