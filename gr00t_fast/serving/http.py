@@ -75,6 +75,7 @@ class HttpPolicyServer(PolicyServerBase):
             proxy_headers=False,  # would believe whoever calls from this machine
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=_IDLE_S,
+            backlog=64,  # asyncio accepts as many before it turns to its clients again
             timeout_graceful_shutdown=_STOP_S,
         )
         self._uvicorn = uvicorn.Server(config)

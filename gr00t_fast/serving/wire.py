@@ -105,6 +105,8 @@ class Encoder:
 
     def _to_wire(self, value: Any) -> dict[str, Any]:
         if isinstance(value, np.ndarray):
+            if value.dtype.kind not in _KINDS:
+                raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {value.dtype}.")
             return _array_n1d7(value) if self._n1d7 else {_ARRAY: True, "as_npy": self._npy(value)}
         if isinstance(value, ModalityConfig):
             content = {"delta_indices": list(value.delta_indices), "modality_keys": list(value.modality_keys)}
@@ -124,18 +126,13 @@ class Encoder:
 
 
 def _array_n1d7(array: np.ndarray) -> dict[Any, Any]:
-    if array.dtype.kind not in _KINDS:
-        raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
     array = np.ascontiguousarray(array) if array.ndim else array
     numbers = array.data.cast("B") if array.ndim and array.size and array.dtype.kind != "U" else array.tobytes()
     return {_ARRAY_N1D7: True, b"type": array.dtype.str, b"kind": b"", b"shape": list(array.shape), b"data": numbers}
 
 
 def npy_parts(array: np.ndarray) -> tuple[bytes, Any]:
-    """Header and numbers as `np.save` writes them, the numbers without a copy where possible. Raises WireError for object arrays and structured
-    dtypes."""
-    if array.dtype.kind not in _KINDS:
-        raise WireError(f"the protocol carries arrays of numbers, bool and text, not dtype {array.dtype}.")
+    """Header and numbers as `np.save` writes them, the numbers without a copy where possible."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
