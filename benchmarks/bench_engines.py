@@ -3,10 +3,10 @@
     python benchmarks/bench_engines.py --model_path=checkpoints/so100-sim-reach
     python benchmarks/bench_engines.py --model_path=DIR --observations=./my-lerobot-dataset                  # errors on what your arm saw
     python benchmarks/bench_engines.py --model_path=DIR --engines eager openvino=exports/openvino-int8  # these two; the export lies there
-    python benchmarks/bench_engines.py --size=full --device=cuda --stages --rounds=1000                 # random weights, made on the GPU
+    python benchmarks/bench_engines.py --size=full --device=cuda --rounds=1000                          # random weights, made on the GPU
     python benchmarks/bench_engines.py --network=n1.7                                                    # random weights of N1.7's network
 
-`gr00t-fast bench` compares them; this adds networks with random weights, stages against their floor, calls at a rate, and more to compare with:
+`gr00t-fast bench` compares them; this adds networks with random weights, calls at a rate, and more to compare with:
 `fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action head
 behind our pre-processing).
 """
@@ -27,12 +27,10 @@ import torch
 
 from benchmarks.lib.program import checkpoint_of, finish, provenance
 from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
-from benchmarks.stage_calls import measure_stages
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
-from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.fp8 import Calibration
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
@@ -51,7 +49,6 @@ class BenchEnginesConfig(BenchConfig):
     network: NetworkName = "n1.5"  # with random weights; a --model_path tells its own
     size: Literal["tiny", "demo", "full"] = "demo"  # of the network with random weights
     calibration_frames: int = 16  # random ones, for fp8 without a calibration; they tell speed and little else
-    stages: bool = False  # also each stage against its floor
     at_hz: float = 0.0  # also calls at this rate, idle in between as in a control loop; 0: none
     at_hz_seconds: float = 20.0  # how long
     out: Path = Path("outputs/bench_engines")  # directory for JSON and table
@@ -149,9 +146,6 @@ def _compare(options: BenchEnginesConfig, device: torch.device, dtype: torch.dty
     if options.at_hz:
         for name, arm in found["engines"].items():
             arm["at_hz_ms"] = percentiles(paced(policies[name], options))
-    for name, arm in found["engines"].items():
-        if options.stages and isinstance(policies[name].engine, GraphEngine):
-            arm |= measure_stages(policies[name], bench.observations[0], min(options.rounds, 100), options.seed)
     return found
 
 
@@ -169,16 +163,9 @@ def as_table(result: dict[str, Any]) -> str:
 
 
 def _more_rows(result: dict[str, Any], arm: Mapping[str, Any]) -> list[str]:
-    rows = []
-    if arm.get("at_hz_ms"):
-        rows.append(f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {arm['at_hz_ms']['p50']:.3f}, p99 {arm['at_hz_ms']['p99']:.3f} ms")
-    rows += [_stage_row(stage, f) for stage, f in arm.get("stages", {}).items()]
-    return rows + ([f"{'':<18} floor of all stages {arm['floor_ms']:.3f} ms {arm['ceilings']}"] if "stages" in arm else [])
-
-
-def _stage_row(stage: str, f: dict[str, Any]) -> str:
-    floor = f"floor {f['floor_ms']:.3f} ms, {f['gflop']:.1f} GFLOP, {f['weight_mb']:.0f} MB" if "floor_ms" in f else ""
-    return f"    {stage:<14} p50 {f['time_ms']['p50']:>9.3f} ms  {floor}".rstrip()
+    if not arm.get("at_hz_ms"):
+        return []
+    return [f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {arm['at_hz_ms']['p50']:.3f}, p99 {arm['at_hz_ms']['p99']:.3f} ms"]
 
 
 if __name__ == "__main__":

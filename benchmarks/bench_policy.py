@@ -28,8 +28,6 @@ from benchmarks.lib.program import (
     RandomFlags,
     check_counts,
     checkpoint_of,
-    conditions,
-    drawing,
     figure,
     finish,
     markdown_table,
@@ -60,11 +58,11 @@ class Config(RandomFlags):
     rounds: int = 20  # turns of each arm
     warm_up: int = 2  # rounds before them that are not counted
     reference: bool = True  # time the reference modules too
-    out: Path = Path("outputs/bench_policy")  # directory for JSON, table and plot
+    out: Path = Path("outputs/bench_policy")  # directory for JSON and table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("bench_policy", read_flags(Config, argv, __doc__), run, as_table, plot)
+    return finish("bench_policy", read_flags(Config, argv, __doc__), run, as_table)
 
 
 def run(arguments: Config) -> dict[str, Any]:
@@ -195,22 +193,6 @@ def as_table(result: dict[str, Any]) -> str:
             )
         )
     return "\n".join([*lines, f"The total is {result['total_over_floor']}x the floor of this machine {result['ceilings']}."])
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    stages = ["vision", "language", "vision+language", "refine", "denoise", "refine+denoise"]
-    bars = {**result["times_ms"], "floor": {stage: {"p50": value} for stage, value in result["floor_ms"].items()}}
-    with drawing(path, f"one inference: {conditions(result)}", size=(8, 1.4 + 0.7 * len(bars))) as axes:
-        axis = axes[0][0]
-        for arm, values in bars.items():
-            left = 0.0
-            for stage in (stage for stage in stages if stage in values):
-                axis.barh(arm, values[stage]["p50"], left=left, color=f"C{stages.index(stage)}", label=stage)
-                left += values[stage]["p50"]
-        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.legend(handles.values(), handles.keys(), loc="best", fontsize=8)
-        axis.set_xlabel("p50 (ms)")
-        axis.invert_yaxis()
 
 
 if __name__ == "__main__":

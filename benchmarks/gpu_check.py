@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in five steps that stand alone and fit ten minutes each, on a machine where nothing can be installed.
 
     python -m benchmarks.gpu_check --step A    # correctness: the tests marked gpu; 5 minutes at most
-    python -m benchmarks.gpu_check --step B    # cuda_graph: error, 1000 calls, stages against the floor; 10 minutes at most
+    python -m benchmarks.gpu_check --step B    # cuda_graph: error, 1000 calls; 10 minutes at most
     python -m benchmarks.gpu_check --step C    # fp8; 10 minutes at most
     python -m benchmarks.gpu_check --step D    # compiled; 10 minutes at most
     python -m benchmarks.gpu_check --step E    # TensorRT where it is installed; 4 minutes at most
@@ -203,7 +203,7 @@ def _engines(name: str, device: str, scratch: Path, limit_s: float, *flags: str,
 def _graphs(device: str, size: str, scratch: Path) -> list[Part]:
     engines = ("eager", "cuda_graph") if device == "cuda" else ("eager",)
     reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
-    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=20", "--stages", "--at_hz=30")
+    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=20", "--at_hz=30")
     trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
     return [
         _engines("trained", device, scratch, 120.0, "--engines", *engines, *reference, *trained),
@@ -217,13 +217,13 @@ def _fp8(device: str, size: str, scratch: Path) -> list[Part]:
     full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=4")
     return [
         _engines("fp8 trained", device, scratch, 130.0, "--engines", "eager", "fp8", *trained, needs_gpu=True),
-        _engines("fp8 full", device, scratch, _COMPILING_S, "--engines", "eager", "cuda_graph", "fp8", *full, "--stages", needs_gpu=True),
+        _engines("fp8 full", device, scratch, _COMPILING_S, "--engines", "eager", "cuda_graph", "fp8", *full, needs_gpu=True),
     ]
 
 
 def _compiled(device: str, size: str, scratch: Path) -> list[Part]:
     trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
-    full = (f"--size={size}", "--rounds=1000", "--frames=4", "--stages")
+    full = (f"--size={size}", "--rounds=1000", "--frames=4")
     return [
         _engines("compiled trained", device, scratch, 130.0, "--engines", "eager", "compiled", *trained),
         _engines("compiled full", device, scratch, _COMPILING_S, "--engines", "eager", "cuda_graph", "compiled", *full, needs_gpu=True),
@@ -397,10 +397,6 @@ def _measured(outcome: Outcome) -> Iterator[str]:
         for steps, times in engine["times_ms"].items():
             error = f"error p99 {engine['error_deg']['p99']:.3f}{'' if engine['within_limit'] else ' ABOVE ITS LIMIT'}"
             yield f"  {outcome.name}: {name}, {steps} steps: p50 {times['p50']:.3f} p95 {times['p95']:.3f} p99 {times['p99']:.3f} ms, {error}"
-        stages = {stage: f for stage, f in engine.get("stages", {}).items() if "floor_ms" in f}
-        if stages:
-            cells = (f"{stage} {f['time_ms']['p50']:.3f} ({f['floor_ms']:.3f})" for stage, f in stages.items())
-            yield f"    ms (floor): {', '.join(cells)}"
     for name, reason in outcome.result.get("refused", {}).items():
         yield f"  {outcome.name}: {name} cannot be used: {reason}"
 

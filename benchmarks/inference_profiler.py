@@ -33,8 +33,6 @@ from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_ac
 from benchmarks.lib.program import (
     RandomFlags,
     checkpoint_of,
-    conditions,
-    drawing,
     finish,
     markdown_table,
     provenance,
@@ -164,20 +162,6 @@ def as_table(result: dict[str, Any]) -> str:
     return "\n\n".join([measured, markdown_table(("fps", *names), rows), reasons])
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Needed actions by control rate, against what the policy has."""
-    with drawing(path, f"actions a chunk must have: {result['weights']}, {conditions(result)}", size=(6, 3.7)) as axes:
-        axis, rates = axes[0][0], np.arange(1, 101)
-        for name in ("p50", "p99"):
-            delays = np.ceil(result["latency_ms"][name] / 1000 * rates - 1e-9).astype(int)
-            axis.plot(rates, [needed_actions(int(delay)) for delay in delays], label=f"needed at the {name} latency")
-        axis.axhline(result["advice"][0]["actions_per_chunk"], color="k", linewidth=1, linestyle="--", label="actions per chunk")
-        axis.set_xlabel("control rate (Hz)")
-        axis.set_ylabel("actions per chunk")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-
-
 @dataclass
 class Config(RandomFlags):
     latency_ms: str | None = None  # instead of measuring: milliseconds, or measured:FILE[#PLACE] (percentiles in a benchmark's JSON)
@@ -186,11 +170,11 @@ class Config(RandomFlags):
     rounds: int = 100  # timed calls, at least 50
     warm_up: int = 3  # calls before them that are not counted
     processor_path: Path | None = None  # directory with the tokenizer's files; default: looked up
-    out: Path = Path("outputs/inference_profiler")  # directory for JSON, table and plot
+    out: Path = Path("outputs/inference_profiler")  # directory for JSON and table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("inference_profiler", read_flags(Config, argv, __doc__), run, as_table, plot)
+    return finish("inference_profiler", read_flags(Config, argv, __doc__), run, as_table)
 
 
 if __name__ == "__main__":

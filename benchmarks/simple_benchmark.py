@@ -10,13 +10,11 @@ uint8 frames and joints and end with an action on the host.
 Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own, and minutes after the
 one before. What the machine does meanwhile is in the ratios; on a busy one only large ratios mean something. lerobot's arms are select_action on
 converted frames: the pre- and postprocessor that lerobot's loop runs at every tick are left out, GR00T's own are in its refill (`NOTES`). A policy
-that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1. Files are written as each policy ends: a run
-that was interrupted leaves the finished ones, marked as unfinished.
+that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,25 +28,9 @@ import numpy as np
 import torch
 
 from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, Arm, Setting, observation_of
-from benchmarks.lib.program import (
-    Flags,
-    check_counts,
-    drawing,
-    end_with_parent,
-    figure,
-    finish,
-    in_processes,
-    markdown_table,
-    provenance,
-    read_flags,
-    show_progress,
-    size_of,
-    write_csv,
-    write_json,
-)
+from benchmarks.lib.program import Flags, check_counts, figure, finish, in_processes, markdown_table, provenance, read_flags, size_of
 from gr00t_fast.engine import select_device, select_precision
 from gr00t_fast.errors import Gr00tFastError
-from gr00t_fast.flags import setting as flag
 from gr00t_fast.measurement import peak_rss_bytes, percentiles
 
 CONTROL_HZ = 30.0
@@ -56,7 +38,7 @@ Name = Literal["act", "diffusion", "diffusion_ddim", "smolvla", "gr00t"]
 _OBSERVATIONS = 8  # different ones in turn
 _WARM_UP_CALLS = 2
 _KINDS, _FIGURES = ("step", "refill", "all"), ("mean", "median", "min", "max", "p95", "p99")
-# What one policy can fail with: counted or told, since its fault must not hide the others' figures.
+# What one policy can fail with: told in its row, since its fault must not hide the others' figures.
 _FAULTS = (Gr00tFastError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError, OSError, MemoryError)
 NOTES = (
     "policies ran one after the other, each in a process of its own, not in turns: what the machine did meanwhile is in the ratios between them",
@@ -67,71 +49,69 @@ NOTES = (
 )
 
 
-def run(arguments: Config) -> dict[str, Any]:
-    """Writes what there is as each policy ends. An interrupt ends it with those that are finished; it is raised where none is."""
-    check_counts(arguments, "rounds", "threads")
-    device = select_device(arguments.device)
+@dataclass
+class Config(Flags):
+    policies: list[Name] = field(default_factory=lambda: list(BUILDERS))  # which to measure
+    published: bool = False  # the published sizes instead of small networks
+    rounds: int = 210  # calls per policy, one action each
+    max_minutes: float = 10.0  # at most this long per policy, without building it; what was cut is said
+    cameras: Literal[1, 2] = 2  # pictures of one observation
+    resolution: str = "640x480"  # of the cameras, WIDTHxHEIGHT
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of SmolVLA's language model and GR00T; the others run in fp32
+    out: Path = Path("outputs/simple_benchmark")  # directory for JSON and table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return finish("simple_benchmark", read_flags(Config, argv, __doc__), run, as_table, exit_code=exit_code)
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    return 0 if all(policy["success_rate"] == 1.0 for policy in result["policies"].values()) else 1
+
+
+def run(config: Config) -> dict[str, Any]:
+    check_counts(config, "rounds", "threads")
+    device = select_device(config.device)
     setting = Setting(
-        published=arguments.published,
-        cameras=("front", "wrist")[: arguments.cameras],
-        resolution=size_of(arguments.resolution),
+        published=config.published,
+        cameras=("front", "wrist")[: config.cameras],
+        resolution=size_of(config.resolution),
         device=device,
-        dtype=select_precision(arguments.precision, device),
-        scratch=arguments.out,
-        seed=arguments.seed,
+        dtype=select_precision(config.precision, device),
+        scratch=config.out,
+        seed=config.seed,
     )
-    policies: dict[str, dict[str, Any]] = {}
-    unfinished = list(dict.fromkeys(arguments.policies))
-    result = {
+    return {
         "benchmark": "simple_benchmark",
-        "unfinished": unfinished,
         "published_sizes": setting.published,
         "device": str(device),
         "dtype_asked": str(setting.dtype).removeprefix("torch."),
         "cameras": len(setting.cameras),
         "resolution": list(setting.resolution),
         "control_hz": CONTROL_HZ,
-        "policies": policies,
+        "policies": {name: measure_alone(name, setting, config) for name in dict.fromkeys(config.policies)},
         "notes": NOTES,
         **provenance(setting.seed),
     }
-    while unfinished:
-        try:
-            policies[unfinished[0]] = measure_alone(unfinished[0], setting, arguments)
-        except KeyboardInterrupt:
-            if not policies:
-                raise
-            break
-        del unfinished[0]
-        keep(result, arguments.out)
-    return result
 
 
-def measure_alone(name: str, setting: Setting, arguments: Config) -> dict[str, Any]:
+def measure_alone(name: str, setting: Setting, config: Config) -> dict[str, Any]:
     """`measure` in a process of its own; a row without figures, with the reason, where that failed or the process died."""
+    print(f"{name} ...", file=sys.stderr)
     try:
-        ((_, row),) = in_processes(measure, [(name, setting, arguments)], 1, _child_begins)
+        ((_, row),) = in_processes(measure, [(name, setting, config)], 1)
         return row
     except _FAULTS as error:
         reason = f"not measured: {type(error).__name__}: {error}"
-        print(f"{name}: {reason}", file=sys.stderr)
-        told = ("network", "dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s")
-        absent = (*told, "step_ms", "refill_ms", "all_ms", "amortised_ms_per_tick")
+        absent = ("network", "dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s", "step_ms", "refill_ms", "all_ms")
+        absent += ("amortised_ms_per_tick",)
         return {"name": name, **dict.fromkeys(absent), "success_rate": 0.0, "failures": [reason], "stopped_early": False}
 
 
-def _child_begins() -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # so that half a checkpoint and other scratch are removed on the way out
-    end_with_parent()
-
-
-def measure(name: str, setting: Setting, arguments: Config) -> dict[str, Any]:
+def measure(name: str, setting: Setting, config: Config) -> dict[str, Any]:
     """Build, warm up and time one policy; in a process that does nothing else."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     generator = np.random.default_rng(setting.seed)
     observations = [observation_of(setting, generator) for _ in range(_OBSERVATIONS)]
     before, began_s = memory_bytes(setting.device), time.perf_counter()
@@ -141,7 +121,7 @@ def measure(name: str, setting: Setting, arguments: Config) -> dict[str, Any]:
         arm.reset()
         arm.act(observation)
     arm.reset()
-    times, failures, stopped_early = time_calls(arm, observations, arguments)
+    times, failures, stopped_early = time_calls(arm, observations, config)
     return {
         "name": name,
         "network": arm.name,
@@ -150,9 +130,7 @@ def measure(name: str, setting: Setting, arguments: Config) -> dict[str, Any]:
         "actions_per_chunk": arm.actions_per_chunk,
         "memory_bytes": memory_bytes(setting.device) - before,
         "build_s": round(built_s, 2),
-        "step_ms": statistics_of(times["step"]),
-        "refill_ms": statistics_of(times["refill"]),
-        "all_ms": statistics_of(times["step"] + times["refill"]),
+        **{f"{kind}_ms": statistics_of(times["step"] + times["refill"] if kind == "all" else times[kind]) for kind in _KINDS},
         "amortised_ms_per_tick": amortised_ms(times, arm.actions_per_chunk),
         "success_rate": round(1 - len(failures) / max(sum(map(len, times.values())) + len(failures), 1), 4),
         "failures": failures[:5],
@@ -160,12 +138,12 @@ def measure(name: str, setting: Setting, arguments: Config) -> dict[str, Any]:
     }
 
 
-def time_calls(arm: Arm, observations: list[dict[str, Any]], arguments: Config) -> tuple[dict[str, list[float]], list[str], bool]:
+def time_calls(arm: Arm, observations: list[dict[str, Any]], config: Config) -> tuple[dict[str, list[float]], list[str], bool]:
     """ms of each call, by what it was. A call that raises or gives anything but finite joints is a failure, and is told."""
     times: dict[str, list[float]] = {"step": [], "refill": []}
     failures: list[str] = []
-    deadline_s = time.monotonic() + 60 * arguments.max_minutes
-    for number in range(arguments.rounds):
+    deadline_s = time.monotonic() + 60 * config.max_minutes
+    for number in range(config.rounds):
         kind = "step" if arm.waiting else "refill"
         began_s = time.perf_counter()
         try:
@@ -178,8 +156,7 @@ def time_calls(arm: Arm, observations: list[dict[str, Any]], arguments: Config) 
             if action.shape == (JOINTS,) and np.isfinite(action).all():
                 times[kind].append(taken_ms)
             else:
-                failures.append(f"call {number}: {'NaN or infinity' if action.shape == (JOINTS,) else f'an action of shape {action.shape}'}")
-        show_progress(arm.name, number + 1, arguments.rounds)
+                failures.append(f"call {number}: expected {JOINTS} finite joints, got {action}")
         if time.monotonic() > deadline_s:
             return times, failures, True
     return times, failures, False
@@ -202,16 +179,13 @@ def amortised_ms(times: dict[str, list[float]], chunk: int) -> float | None:
 
 def memory_bytes(device: torch.device) -> int:
     """On a GPU the peak that torch allocated; on a CPU the peak resident size of the process, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_rss_bytes()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss_bytes()
 
 
 def as_table(result: dict[str, Any]) -> str:
-    policies = list(result["policies"].values())
-    labels = [p["name"] + "*" * p["stopped_early"] for p in policies]
     calls, facts = [], []
-    for label, p in zip(labels, policies, strict=True):
+    for p in result["policies"].values():
+        label = p["name"] + "*" * p["stopped_early"]
         for kind in _KINDS:
             found = p[f"{kind}_ms"] or {"count": 0}
             calls.append((label, kind, found["count"], *(figure(found.get(name)) for name in _FIGURES)))
@@ -219,11 +193,8 @@ def as_table(result: dict[str, Any]) -> str:
         sizes = (f"{p['parameters']:,}", f"{p['memory_bytes'] / 1e6:.0f}", p["actions_per_chunk"]) if built else ("-", "-", "-")
         network = f"{p['network']}, {p['dtype']}" if built else "not measured"
         facts.append((label, network, *sizes, figure(p["amortised_ms_per_tick"]), f"{100 * p['success_rate']:.1f}%"))
-    parts = [f"UNFINISHED: interrupted before {', '.join(result['unfinished'])}"] if result["unfinished"] else []
-    parts.append(markdown_table(("policy", "call", "count", *(f"{name}, ms" for name in _FIGURES)), calls, 2))
+    parts = [markdown_table(("policy", "call", "count", *(f"{name}, ms" for name in _FIGURES)), calls, 2)]
     parts.append(markdown_table(("policy", "network", "parameters", "memory MB", "chunk", "ms per tick", "success"), facts, 2))
-    if any(p["stopped_early"] for p in policies):
-        parts.append("\\* stopped by --max_minutes before all --rounds calls were made")
     return "\n\n".join([*parts, "\n".join(f"* {line}" for line in sentences(result))])
 
 
@@ -248,68 +219,9 @@ def sentences(result: dict[str, Any]) -> Iterator[str]:
             ticks = p["refill_ms"]["median"] * result["control_hz"] / 1000
             yield f"{p['name']}: a refill takes {ticks:.1f} ticks at {result['control_hz']:g} Hz{': the arm waits' if ticks > 1 else ''}"
         if p["stopped_early"]:
-            yield f"{p['name']}: stopped by --max_minutes after {p['all_ms']['count'] if p['all_ms'] else 0} calls"
+            yield f"{p['name']}*: stopped by --max_minutes before all --rounds calls were made"
         yield from (f"{p['name']}: {failure}" for failure in p["failures"])
     yield from (f"note: {note}" for note in result["notes"])
-
-
-def keep(result: dict[str, Any], out: Path) -> None:
-    """What is finished so far; the plot comes once all is."""
-    result["ratios"] = ratios(result)
-    (out / "simple_benchmark.md").write_text(as_table(result) + "\n")
-    write_json(out / "simple_benchmark.json", result)
-    found = ((p["name"], kind, p[f"{kind}_ms"]) for p in result["policies"].values() for kind in _KINDS)
-    rows = [(name, kind, *(calls[key] for key in ("count", *_FIGURES))) for name, kind, calls in found if calls]
-    rows += [(name, "not measured yet", 0) for name in result["unfinished"]]
-    write_csv(out / "simple_benchmark.csv", ("policy", "call", "count", *(f"{name}_ms" for name in _FIGURES)), rows)
-    (out / "simple_benchmark.png").unlink(missing_ok=True)  # of an earlier run
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    if result["unfinished"]:
-        return
-    policies = list(result["policies"].values())
-    size = "published sizes" if result["published_sizes"] else "small networks"
-    calls = ", ".join(str(p["all_ms"]["count"]) for p in policies if p["all_ms"])
-    with drawing(path, f"one action, {size}, random weights, on {result['device']}, n = {calls} calls", size=(8, 4)) as axes:
-        axis, places = axes[0][0], np.arange(len(policies))
-        for offset, kind in enumerate(("step", "refill")):
-            values = [(p[f"{kind}_ms"] or {}).get("median", np.nan) for p in policies]
-            axis.bar(places + 0.3 * (offset - 1), values, 0.3, label=f"{kind}, median")
-        amortised = [np.nan if p["amortised_ms_per_tick"] is None else p["amortised_ms_per_tick"] for p in policies]
-        axis.bar(places + 0.3, amortised, 0.3, label="per tick, chunk played out")
-        axis.axhline(1000 / result["control_hz"], color="k", lw=0.8, ls="--", label=f"one tick at {result['control_hz']:g} Hz")
-        axis.set_xticks(places, [p["name"] for p in policies])
-        axis.set_yscale("log")
-        axis.set_ylabel("ms")
-        axis.legend(fontsize=8)
-
-
-@dataclass
-class Config(Flags):
-    policies: list[Name] = field(default_factory=lambda: list(BUILDERS))  # which to measure
-    published: bool = False  # the published sizes instead of small networks
-    rounds: int = flag(210, former=("steps",))  # calls per policy, one action each
-    max_minutes: float = flag(10.0, former=("minutes",))  # at most this long per policy, without building it; what was cut is said
-    cameras: Literal[1, 2] = 2  # pictures of one observation
-    resolution: str = "640x480"  # of the cameras, WIDTHxHEIGHT
-    precision: Literal["auto", "fp32", "bf16"] = flag("fp32", former=("dtype",))  # of SmolVLA's language model and GR00T; the others run in fp32
-    out: Path = Path("outputs/simple_benchmark")  # directory for JSON, CSV, table and plot
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = read_flags(Config, argv, __doc__)
-    nothing = "interrupted before a policy was finished: nothing was written"
-    return finish("simple_benchmark", config, run, as_table, plot, lambda result: exit_code(result, config.out), nothing)
-
-
-def exit_code(result: dict[str, Any], out: Path) -> int:
-    done, left = len(result["policies"]), len(result["unfinished"])
-    if left:
-        told = f"{done} of {done + left} policies are in {out / 'simple_benchmark.json'}, marked as unfinished, and in .csv and .md"
-        print(f"interrupted: {told}", file=sys.stderr)
-        return 130
-    return 0 if all(policy["success_rate"] == 1.0 for policy in result["policies"].values()) else 1
 
 
 if __name__ == "__main__":

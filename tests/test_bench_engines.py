@@ -10,15 +10,13 @@ import pytest
 import torch
 from random_networks import random_inputs
 
-from benchmarks import bench_engines, stage_calls
+from benchmarks import bench_engines
 from benchmarks.bench_engines import LaboratoryBench
 from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast import load_policy
 from gr00t_fast.cli.comparison import random_noise, random_observations, ratio, within_limit
-from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.networks import n1d5
 
@@ -73,15 +71,6 @@ def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pyt
     assert "needs a CUDA GPU" in result["refused"]["fp8"]
     assert "gr00t-fast export tensorrt" in result["refused"]["tensorrt"]
     assert "openvino cannot be used here" in (tmp_path / "bench_engines.md").read_text()
-
-
-def test_stages_are_measured_against_their_floor(tmp_path: Path) -> None:
-    policy = load_policy(TRAINED, device="cpu", precision="fp32", engine="eager")
-    fused = load_policy(TRAINED, engine=GraphEngine("fused", FusedModel(policy.engine.model)))
-    found = stage_calls.measure_stages(fused, fused.example_observation(), 2, 0)
-    assert list(found["stages"]) == ["pixels", "vision", "language", "refine", "denoise"]
-    assert all(stage["time_ms"]["count"] == 2 for stage in found["stages"].values())
-    assert found["floor_ms"] == pytest.approx(sum(stage["floor_ms"] for stage in found["stages"].values() if "floor_ms" in stage))
 
 
 def test_a_random_network_is_made_where_it_runs() -> None:

@@ -306,10 +306,6 @@ def drawing(path: Path, title: str, rows: int = 1, columns: int = 1, size: tuple
         plt.close(figure)
 
 
-def write_json(path: Path, result: Result) -> None:
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
 def finish(
     name: str,
     arguments: Any,
@@ -318,11 +314,9 @@ def finish(
     plot: Callable[[Result, Path], None] | None = None,
     exit_code: Callable[[Result], int] = lambda result: 0,
     interrupted: str = "interrupted: no result",
-    table_file: str | None = None,
-    told: Callable[[Result], Result] = lambda result: result,
 ) -> int:
-    """Run, print the table, and leave NAME.json, NAME.md (or `table_file`) and NAME.png in --out; with --json the result, as `told` shortens it, is
-    the last line. Returns the exit code. Without matplotlib, as on a bare GPU machine, there is no picture."""
+    """Run, print the table, and leave NAME.json, NAME.md and NAME.png in --out; with --json the result is the last line.
+    Returns the exit code. Without matplotlib, as on a bare GPU machine, there is no picture."""
     if getattr(arguments, "threads", None):
         import torch
 
@@ -341,8 +335,8 @@ def finish(
         return code
     table = as_table(result)
     print(table)
-    write_json(arguments.out / f"{name}.json", result)
-    (arguments.out / (table_file or f"{name}.md")).write_text(table + "\n", encoding="utf-8")
+    (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
     if plot is not None:
         try:
             plot(result, arguments.out / f"{name}.png")
@@ -350,5 +344,5 @@ def finish(
             print(f"no plot: {error}", file=sys.stderr)
     print(f"written to {arguments.out}", file=sys.stderr)
     if getattr(arguments, "json", True):
-        print(json.dumps(told(result)))
+        print(json.dumps(result))
     return exit_code(result)
