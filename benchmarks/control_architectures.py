@@ -50,11 +50,11 @@ from benchmarks.lib.program import (
 from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import CallResult, Controller, PolicyRunner, SyncController, ThreadWorker, TickNote, Worker
+from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, TickNote
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.control.worker import CallResult, ThreadWorker, Worker
 from gr00t_fast.errors import ConfigError, ObservationError, closest, require
 
 Architecture = Literal["sync", "threaded", "server", "threaded_resume", "naive_async"]
@@ -236,7 +236,7 @@ QUEUE_DEPTH = 5  # of the buffered loop that this baseline stands for
 
 
 class FifoController:
-    """A Controller. Thinks whenever the queue has room; what waited in the queue is played although the world has moved on."""
+    """In place of a ChunkController. Thinks whenever the queue has room; what waited in the queue is played although the world has moved on."""
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
@@ -465,16 +465,15 @@ def run_trial(setup: Setup, cell: Cell, trial: int) -> Motion:
     return _motion(setup, cell, loop, arm)
 
 
-def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock, worker: Worker) -> Controller:
-    """The product's controllers as their users get them, and the one baseline."""
+def make_controller(setup: Setup, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock, worker: Worker) -> ChunkController | FifoController:
+    """The product's controller as its users get them, and the one baseline."""
     widths = {"joints": len(setup.recording.joint_names), MARKER: 1}
     binding = RobotBinding(policy.get_modality_config(), widths, widths, arm.joint_names, {CAMERA: CAMERA})
-    if cell.architecture == "sync":
-        return SyncController(policy, binding, _INSTRUCTION, clock, max_hold_s=None, worker=worker)
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
-    options = OverlapOptions(when_late="resume" if cell.architecture == "threaded_resume" else "hold", max_hold_s=None)
-    return ThreadedController(policy, binding, _INSTRUCTION, clock, setup.fps, options, worker=worker)
+    when_late = "resume" if cell.architecture == "threaded_resume" else "hold"
+    options = ControllerOptions("sync" if cell.architecture == "sync" else "threaded", when_late=when_late, max_hold_s=None)
+    return ChunkController(policy, binding, _INSTRUCTION, clock, setup.fps, options, worker)
 
 
 def _motion(setup: Setup, cell: Cell, loop: ControlLoop, arm: FollowerArm) -> Motion:

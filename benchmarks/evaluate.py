@@ -32,12 +32,10 @@ from benchmarks.lib.program import check_counts, drawing, figure, finish, in_pro
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
-from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import Controller, SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
@@ -293,25 +291,21 @@ class EpisodeRunner:
             self._arms[cell.scene] = clock, ConnectedArm(clock, resolution, speed_m_s, self._settings.servo_lag_ms)
         return self._arms[cell.scene]
 
-    def _controller(self, cell: Cell, policy: LatePolicy, arm: ConnectedArm, clock: VirtualClock) -> Controller:
+    def _controller(self, cell: Cell, policy: LatePolicy, arm: ConnectedArm, clock: VirtualClock) -> ChunkController:
         metadata, instruction = self._metadata, self._settings.instruction
         cameras = resolve_camera_map(arm.cameras, metadata.resolutions, None)
         binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
-        worker = VirtualWorker(clock)
-        waiting = SyncController(policy, binding, instruction, clock, cell.action_horizon, max_hold_s=None, worker=worker)
-        if cell.controller == "sync":
-            return waiting
-        overlap = OverlapOptions(
-            smoothing="rtc" if cell.controller == "rtc" else "none",
-            when_late="resume" if cell.controller == "resume" else "hold",
-            max_hold_s=None,
+        overlap = ControllerOptions(
+            cell.controller if cell.controller in ("sync", "auto") else "threaded",
+            "rtc" if cell.controller == "rtc" else "none",
+            "resume" if cell.controller == "resume" else "hold",
+            None,
+            cell.action_horizon,
         )
-        moving = ThreadedController(policy, binding, instruction, clock, metadata.fps, overlap, cell.action_horizon, worker)
-        if cell.controller != "auto":
-            return moving
-        auto = AutoController(waiting, moving, metadata.fps, cell.action_horizon, metadata.trained_horizon, lambda line: None)
-        auto.warm_up()
-        return auto
+        controller = ChunkController(policy, binding, instruction, clock, metadata.fps, overlap, VirtualWorker(clock))
+        if cell.controller == "auto":
+            controller.warm_up()
+        return controller
 
 
 def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:

@@ -73,14 +73,6 @@ class InferenceTimeoutError(Gr00tFastError, RuntimeError):
     """Inference in this process has given the arm nothing to do for longer than it may hold its pose."""
 
 
-class InferenceTooLongError(ConfigError):
-    """An inference takes so many ticks that nothing of its chunk would be left to play."""
-
-    def __init__(self, message: str, ticks: int) -> None:
-        super().__init__(message)
-        self.ticks = ticks
-
-
 class WireError(Gr00tFastError, ValueError):
     """A message between policy client and server is damaged, too large, or holds what the protocol does not carry."""
 

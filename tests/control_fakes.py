@@ -10,9 +10,10 @@ import numpy as np
 from benchmarks.lib.latency import VirtualWorker
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController, Worker
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.control.worker import Worker
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30
@@ -161,20 +162,28 @@ class Bench:
     """A loop with its fakes at hand."""
 
     def __init__(
-        self, inference_s: float = 0.0, horizon: int | None = 8, policy_horizon: int = 16, worker: Worker | None = None, **options: object
+        self,
+        inference_s: float = 0.0,
+        horizon: int | None = 8,
+        policy_horizon: int = 16,
+        worker: Worker | None = None,
+        recoverable: tuple = (),
+        **options: object,
     ) -> None:
         self.clock = FakeClock()
         self.robot = FakeRobot(self.clock)
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
         known = self.policy.metadata
         binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
-        controller = SyncController(self.policy, binding, "pick: the cube", self.clock, horizon, worker=worker or VirtualWorker(self.clock))
+        fps, control = options.pop("fps", 30.0), ControllerOptions("sync", action_horizon=horizon)
+        worker = worker or VirtualWorker(self.clock)
+        controller = ChunkController(
+            self.policy, binding, "pick: the cube", self.clock, fps, control, worker or VirtualWorker(self.clock), recoverable
+        )
         self.said: list[str] = []
         self.stop = StopSignals()
         options.setdefault("timeout_s", 1.0)
-        self.loop = ControlLoop(
-            self.robot, controller, LoopOptions(options.pop("fps", 30.0), **options), self.clock, self.stop, echo=self.said.append
-        )
+        self.loop = ControlLoop(self.robot, controller, LoopOptions(fps, **options), self.clock, self.stop, echo=self.said.append)
 
     def sent(self) -> np.ndarray:
         return np.array([targets for _, targets in self.robot.sent])

@@ -13,7 +13,7 @@ from control_fakes import FakeClock, FakePolicy, FakeRobot
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 
@@ -52,7 +52,7 @@ def main(path: str, mode: str) -> int:
         policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {"front": "webcam"}
     )
     with StopSignals() as stop:
-        loop = ControlLoop(robot, SyncController(policy, binding, "go", clock), LoopOptions(30.0), clock, stop)
+        loop = ControlLoop(robot, ChunkController(policy, binding, "go", clock, 30.0, ControllerOptions("sync")), LoopOptions(30.0), clock, stop)
         trace = loop.run()
     note(f"ended by {trace.ended_by}")
     return stop.exit_code or 0

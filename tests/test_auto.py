@@ -13,14 +13,12 @@ from benchmarks.evaluate import Cell, EpisodeRunner, Settings
 from benchmarks.lib.latency import VirtualWorker
 from gr00t_fast import load_policy
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
 FPS = 30.0
 DEMO = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
@@ -36,15 +34,14 @@ class TimedPolicy(FakePolicy):
 
 
 class Run:
-    """A loop with an AutoController whose policy takes `inference_ms` of virtual time and says at warm-up that it takes `told_ms`."""
+    """A loop whose controller chooses, and whose policy takes `inference_ms` of virtual time and says at warm-up that it takes `told_ms`."""
 
     def __init__(
         self,
         inference_ms: float,
         told_ms: float | None,
         horizon: int = 16,
-        asked: str | None = None,
-        overlap: OverlapOptions | None = None,
+        when_late: str = "hold",
         **options: object,
     ) -> None:
         self.clock = FakeClock()
@@ -53,10 +50,8 @@ class Run:
         known = self.policy.metadata
         binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
         self.said: list[str] = []
-        worker = VirtualWorker(self.clock)
-        waiting = SyncController(self.policy, binding, "go", self.clock, horizon, worker=worker)
-        moving = ThreadedController(self.policy, binding, "go", self.clock, FPS, overlap or OverlapOptions(), horizon, worker)
-        self.auto = AutoController(waiting, moving, FPS, horizon, 16, self.said.append, asked)
+        control = ControllerOptions("auto", when_late=when_late, action_horizon=horizon)
+        self.auto = ChunkController(self.policy, binding, "go", self.clock, FPS, control, VirtualWorker(self.clock), echo=self.said.append)
         options.setdefault("timeout_s", 3.0)
         self.loop = ControlLoop(
             self.robot, self.auto, LoopOptions(FPS, camera_fault=None, **options), self.clock, StopSignals(), echo=lambda line: None
@@ -186,9 +181,9 @@ def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> 
 
 
 def test_a_flag_about_overlap_decides() -> None:
-    run = Run(20, 20, asked="smoothing").play()
+    run = Run(20, 20, when_late="resume").play()
     assert run.auto.summary()["kind"] == "threaded"
-    assert "--smoothing" in run.said[0]
+    assert "--when_late" in run.said[0]
 
 
 def test_episodes_after_the_first_keep_the_choice() -> None:

@@ -17,7 +17,7 @@ from control_fakes import TICK_S, Bench, FakeClock, FakePolicy, FakeRobot
 
 from gr00t_fast.contracts import SO100_JOINTS, LandingReport, Observation
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopRequested, StopSignals
@@ -285,6 +285,32 @@ def test_a_dry_run_sends_nothing_and_shows_by_joint_what_would_have_been_sent() 
     assert not bench.loop.trace.moved
 
 
+def test_a_policy_that_is_away_is_asked_again_at_every_tick_while_the_arm_holds() -> None:
+    """But for the first chunk: there is nothing to hold yet."""
+    bench = Bench(timeout_s=2.0, recoverable=(ConnectionError,))
+    plain, away = bench.policy.on_action, range(3, 13)
+
+    def lost_between(targets: np.ndarray) -> np.ndarray:
+        if len(bench.policy.seen) in away:
+            bench.clock.advance(0.05)
+            raise ConnectionError("away")
+        return plain(targets)
+
+    bench.policy.on_action = lost_between
+    trace = bench.loop.run()
+    data, sent = trace.arrays(), bench.sent()
+    first, last = np.flatnonzero(data["starved"])[[0, -1]]
+    assert data["starved"].sum() == 10 == last - first + 1
+    assert (sent[first - 1 : last + 1] == sent[first - 1]).all()
+    assert (np.diff(sent[last:, 0])[1:] == 1).all()
+    report = build_report(bench.loop, {})
+    assert (report["controller"]["starved_ticks"], report["controller"]["lost_inferences"]) == (10, 10)
+    away = range(1000)
+    bench.loop.controller.reset()
+    with pytest.raises(ConnectionError):
+        bench.loop.controller.plan(bench.robot.observe())
+
+
 def test_the_time_limit_holds_in_the_middle_of_an_inference() -> None:
     """Real time for once: the loop's thread waits for a call that hangs."""
     robot, policy, hangs = FakeRobot(FakeClock()), FakePolicy(FakeClock()), threading.Event()
@@ -292,7 +318,7 @@ def test_the_time_limit_holds_in_the_middle_of_an_inference() -> None:
     metadata = policy.metadata
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, SO100_JOINTS, {"front": "webcam"})
     clock = MonotonicClock()
-    controller = SyncController(policy, binding, "go", clock, 4, max_hold_s=None)
+    controller = ChunkController(policy, binding, "go", clock, 30.0, ControllerOptions("sync", max_hold_s=None, action_horizon=4))
     loop = ControlLoop(robot, controller, LoopOptions(30.0, timeout_s=1.0), clock, StopSignals(), echo=lambda line: None)
     trace = loop.run()
     assert trace.ended_by == "done"

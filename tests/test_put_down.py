@@ -27,12 +27,11 @@ from control_fakes import FakeClock, FakePolicy
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
 from gr00t_fast.robots.sim.simulation import ScenePlant
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus
@@ -84,10 +83,8 @@ class Stand:
         policy.on_action = lambda targets: self.answer(self._towards(targets[0]))
         known = policy.metadata
         binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {})
-        if controller == "sync":
-            source: Any = SyncController(policy, binding, "go", self.clock, 8, max_hold_s=0.5)
-        else:
-            source = ThreadedController(policy, binding, "go", self.clock, 30.0, OverlapOptions(max_hold_s=0.5))
+        control = ControllerOptions(controller, max_hold_s=0.5, action_horizon=8 if controller == "sync" else None)
+        source = ChunkController(policy, binding, "go", self.clock, 30.0, control)
         source.warm_up()
         options = {"poses": Poses(home_speed_deg_s=SPEED_DEG_S), "timeout_s": 6.0, **options}
         recorder: Any = HungRecorder() if options.pop("recorder_hangs", False) else None

@@ -22,12 +22,12 @@ from virtual_worker import VirtualWorker
 from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import SO100_JOINTS, ActionPrefix, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import HoldLimit, ThreadWorker, thread_left_running
+from gr00t_fast.control.controller import ChunkController, ControllerOptions, HoldLimit
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
+from gr00t_fast.control.worker import ThreadWorker, thread_left_running
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
@@ -94,11 +94,11 @@ def observation(tick: int) -> Observation:
     return Observation(np.array([tick, 0, 0, 0, 0, 0], float), FRAMES, 0.0)
 
 
-def overlapping(policy: Policy, options: OverlapOptions | None = None, worker: VirtualWorker | None = None) -> ThreadedController:
-    return ThreadedController(policy, binding(), "go", FakeClock(), FPS, options, worker=worker)
+def overlapping(policy: Policy, options: ControllerOptions | None = None, worker: VirtualWorker | None = None) -> ChunkController:
+    return ChunkController(policy, binding(), "go", FakeClock(), FPS, options or ControllerOptions("threaded"), worker, (UnreachableError,))
 
 
-def play_ticks(controller: ThreadedController, worker: VirtualWorker, ticks: int) -> None:
+def play_ticks(controller: ChunkController, worker: VirtualWorker, ticks: int) -> None:
     """A target at the beginning of each tick, an observation in its middle."""
     for tick in range(ticks):
         worker.now = 2 * tick
@@ -137,11 +137,11 @@ class Account:
 
 
 def play(
-    script: list[str], delays: list[int], skips: list[int], resets: list[int], horizon: int, options: OverlapOptions, ticks: int
-) -> tuple[Account, ThreadedController]:
+    script: list[str], delays: list[int], skips: list[int], resets: list[int], horizon: int, options: ControllerOptions, ticks: int
+) -> tuple[Account, ChunkController]:
     """Run `ticks` targets in virtual time and check each one. Restarts (of the episode, or after a crash) go on with the same objects."""
     policy, worker, clock = ScriptedPolicy(script, horizon), VirtualWorker(delays), FakeClock()
-    controller = ThreadedController(policy, binding(), "go", clock, FPS, options, worker=worker)
+    controller = ChunkController(policy, binding(), "go", clock, FPS, options, worker, (UnreachableError,))
     account, skip, gap = Account(horizon, resumes=options.when_late == "resume"), itertools.cycle(skips), itertools.cycle(resets)
     controller.reset()
     tick, next_reset, newest = 0, next(gap), -1
@@ -179,9 +179,7 @@ def play(
     return account, controller
 
 
-def check(
-    account: Account, controller: ThreadedController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy
-) -> None:
+def check(account: Account, controller: ChunkController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy) -> None:
     note = controller.note
     if planned is not None:
         assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
@@ -208,7 +206,7 @@ EVENT = st.sampled_from(["ok"] * 12 + ["lost", "lost", "crash", "nan"])
 DELAY = st.one_of(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(20, 150))
 SKIP = st.sampled_from([1] * 10 + [2, 7])
 OVERLAP = st.builds(
-    lambda join: OverlapOptions(*join, (UnreachableError,), max_hold_s=None),
+    lambda join: ControllerOptions("threaded", *join, max_hold_s=None),
     st.sampled_from([("none", "hold"), ("none", "resume"), ("rtc", "hold"), ("prefix", "hold")]),
 )
 
@@ -240,7 +238,7 @@ def test_a_million_virtual_ticks() -> None:
 
 def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
     policy, worker = ScriptedPolicy(["ok"], 16), VirtualWorker([5])
-    controller = overlapping(policy, OverlapOptions(smoothing="rtc"), worker)
+    controller = overlapping(policy, ControllerOptions("threaded", smoothing="rtc"), worker)
     controller.reset()
     controller.plan(observation(0))
     play_ticks(controller, worker, 60)
@@ -260,7 +258,7 @@ def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
             return {"total": 120.0}
 
     policy, worker = Warmed(["ok"], 16), VirtualWorker([0, 0, *[5] * 6, 13, *[5] * 50])
-    controller = overlapping(policy, OverlapOptions(smoothing="rtc"), worker)
+    controller = overlapping(policy, ControllerOptions("threaded", smoothing="rtc"), worker)
     controller.warm_up()
     controller.reset()
     controller.plan(observation(0))
@@ -274,7 +272,7 @@ def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
 
 def test_nothing_to_rely_on_gives_no_prefix() -> None:
     policy, worker = ScriptedPolicy(["nan"], 16), VirtualWorker([2])
-    controller = overlapping(policy, OverlapOptions(smoothing="prefix"), worker)
+    controller = overlapping(policy, ControllerOptions("threaded", smoothing="prefix"), worker)
     controller.plan(observation(0))
     play_ticks(controller, worker, 9)
     assert worker.calls > 3
@@ -282,14 +280,15 @@ def test_nothing_to_rely_on_gives_no_prefix() -> None:
 
 
 class ThreadedBench:
-    """The control loop around a ThreadedController whose worker follows the loop's virtual clock."""
+    """The control loop around a ChunkController whose worker follows the loop's virtual clock."""
 
-    def __init__(self, delay_s: float, horizon: int = 16, overlap: OverlapOptions | None = None, **options: object) -> None:
+    def __init__(self, delay_s: float, horizon: int = 16, overlap: ControllerOptions | None = None, **options: object) -> None:
         self.clock = FakeClock()
         self.robot, self.policy = FakeRobot(self.clock), FakePolicy(FakeClock(), 0.0, horizon)
         self.worker = ClockWorker(self.clock, delay_s)
         self.said: list[str] = []
-        controller = ThreadedController(self.policy, binding(), "go", self.clock, FPS, overlap, worker=self.worker, echo=self.said.append)
+        overlap = overlap or ControllerOptions("threaded")
+        controller = ChunkController(self.policy, binding(), "go", self.clock, FPS, overlap, self.worker, echo=self.said.append)
         options.setdefault("timeout_s", 3.0)
         self.stop = StopSignals()
         self.loop = ControlLoop(self.robot, controller, LoopOptions(FPS, **options), self.clock, self.stop, echo=self.said.append)
@@ -345,7 +344,7 @@ def test_resuming_executes_more_of_each_chunk_where_chunks_are_too_short() -> No
     """An inference of 12 ticks and 16 actions: catching up leaves out what was due while the arm held."""
     summaries = {}
     for when_late in ("hold", "resume"):
-        bench = ThreadedBench(delay_s=0.4, overlap=OverlapOptions(when_late=when_late), timeout_s=6.0)
+        bench = ThreadedBench(delay_s=0.4, overlap=ControllerOptions("threaded", when_late=when_late), timeout_s=6.0)
         bench.loop.run()
         summaries[when_late] = bench.loop.controller.summary()
     assert summaries["hold"]["starved_ticks"] > 80
@@ -355,7 +354,7 @@ def test_resuming_executes_more_of_each_chunk_where_chunks_are_too_short() -> No
 
 @pytest.mark.parametrize("max_hold_s", [5.0, None])
 def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: float | None) -> None:
-    bench = ThreadedBench(delay_s=0.1, overlap=OverlapOptions(max_hold_s=max_hold_s), timeout_s=20.0)
+    bench = ThreadedBench(delay_s=0.1, overlap=ControllerOptions("threaded", max_hold_s=max_hold_s), timeout_s=20.0)
     bench.robot.on_send = lambda: len(bench.robot.sent) == 60 and setattr(bench.worker, "delay_s", 1e9)
     if max_hold_s is None:
         bench.loop.run()
@@ -375,7 +374,7 @@ def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: floa
 @pytest.mark.parametrize("starved", [False, True], ids=["while a chunk plays", "while the arm holds"])
 def test_a_cable_that_was_out_is_no_inference_that_hangs(starved: bool) -> None:
     """For 3 s, with an inference of 13 ticks and 16 actions; the arm has sagged when it is back, and holds there until there is a new chunk."""
-    bench = ThreadedBench(delay_s=0.42, overlap=OverlapOptions(max_hold_s=2.0), timeout_s=8.0)
+    bench = ThreadedBench(delay_s=0.42, overlap=ControllerOptions("threaded", max_hold_s=2.0), timeout_s=8.0)
     robot, out, sagged = bench.robot, [], []
 
     def unplug() -> None:
@@ -442,8 +441,7 @@ def test_episodes_start_afresh() -> None:
 def test_a_lost_inference_is_survived_only_where_that_was_said() -> None:
     for recoverable, survives in (((), False), ((UnreachableError,), True)):
         policy, worker = ScriptedPolicy(["ok", "lost", "lost", "ok"], 4), VirtualWorker([2])
-        options = OverlapOptions(recoverable=recoverable)
-        controller = overlapping(policy, options, worker)
+        controller = ChunkController(policy, binding(), "go", FakeClock(), FPS, ControllerOptions("threaded"), worker, recoverable)
         controller.plan(observation(0))
 
         with contextlib.nullcontext() if survives else pytest.raises(UnreachableError):
@@ -459,12 +457,12 @@ class PlainPolicy(FakePolicy):
 def test_a_policy_that_cannot_continue_is_refused(smoothing: str) -> None:
     clock = FakeClock()
     with pytest.raises(ConfigError, match="PlainPolicy"):
-        ThreadedController(PlainPolicy(clock), binding(), "go", clock, FPS, OverlapOptions(smoothing=smoothing))
+        ChunkController(PlainPolicy(clock), binding(), "go", clock, FPS, ControllerOptions("threaded", smoothing=smoothing))
 
 
 def test_options_that_make_no_sense() -> None:
     with pytest.raises(ConfigError):
-        OverlapOptions(when_late="resume", smoothing="rtc")
+        ControllerOptions("threaded", when_late="resume", smoothing="rtc")
 
 
 class TestThread:
@@ -491,7 +489,7 @@ class TestThread:
                 policy.reset()
 
         sleepy = Sleepy(["ok"], 40)
-        controller = overlapping(sleepy, OverlapOptions(recoverable=(UnreachableError,)))
+        controller = overlapping(sleepy)
         account, last = Account(40), None
         for tick in range(3000):
             if tick % 700 == 0:
@@ -540,7 +538,7 @@ class TestThread:
             def reset(self):
                 seen.append(threading.current_thread())
 
-        controller = ThreadedController(Watched(FakeClock()), binding(), "go", FakeClock(), FPS)
+        controller = ChunkController(Watched(FakeClock()), binding(), "go", FakeClock(), FPS, ControllerOptions("threaded"))
         controller.warm_up()
         controller.reset()
         controller.plan(observation(0))
@@ -550,7 +548,9 @@ class TestThread:
         controller.close(1.0)
 
     def test_too_few_actions(self) -> None:
-        controller = ThreadedController(FakePolicy(FakeClock(), horizon=8), binding(), "go", FakeClock(), FPS, action_horizon=16)
+        controller = ChunkController(
+            FakePolicy(FakeClock(), horizon=8), binding(), "go", FakeClock(), FPS, ControllerOptions("threaded", action_horizon=16)
+        )
         with pytest.raises(UnsafeActionError, match="--action_horizon"):
             controller.plan(observation(0))
         controller.close(1.0)
@@ -562,7 +562,7 @@ class TestThread:
         land = robot.land
         robot.land = lambda *_: landed_s.append(time.monotonic()) or land()
         policy.on_action = lambda targets: release.wait(60) and targets if len(policy.seen) > 1 else targets
-        controller = ThreadedController(policy, binding(), "go", clock, FPS)
+        controller = ChunkController(policy, binding(), "go", clock, FPS, ControllerOptions("threaded"))
         loop = ControlLoop(robot, controller, LoopOptions(FPS, timeout_s=0.3), clock, StopSignals(), echo=lambda line: None)
         began_s = time.monotonic()
         loop.run()
@@ -579,10 +579,10 @@ class TestThread:
         release = threading.Event()
         policy = FakePolicy(FakeClock())
         policy.on_action = lambda targets: release.wait(20) and targets
-        controller = ThreadedController(policy, binding(), "go", MonotonicClock(), FPS, OverlapOptions(max_hold_s=0.1))
+        controller = ChunkController(policy, binding(), "go", MonotonicClock(), FPS, ControllerOptions("threaded", max_hold_s=0.1))
         for _ in range(2):  # the second meets what the first left behind
             controller.reset()
-            with pytest.raises(InferenceTimeoutError, match="first chunk"):
+            with pytest.raises(InferenceTimeoutError, match="--max_hold_s"):
                 controller.plan(observation(0))
         release.set()
         assert controller.close(5.0)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gr00t_fast.control.controller import CallResult
+from gr00t_fast.control.worker import CallResult
 
 
 class VirtualWorker:

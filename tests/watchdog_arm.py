@@ -25,11 +25,10 @@ from control_fakes import FakeClock, FakePolicy
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import SyncController
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.poses import Poses
-from gr00t_fast.control.threaded import ThreadedController
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 
@@ -78,10 +77,7 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
     )
     clock.sleep_until_s = troubled("wait", clock.sleep_until_s)
     binding = RobotBinding(policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {})
-    if controller == "sync":
-        source: Any = SyncController(policy, binding, "go", clock, 8)
-    else:
-        source = ThreadedController(policy, binding, "go", clock, 30.0)
+    source = ChunkController(policy, binding, "go", clock, 30.0, ControllerOptions(controller, action_horizon=8 if controller == "sync" else None))
     source.warm_up()
     loop = ControlLoop(arm, source, LoopOptions(30.0, timeout_s=timeout_s, poses=Poses(home_speed_deg_s=180.0)), clock, echo=lambda line: None)
     loop.run()

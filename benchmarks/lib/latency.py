@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import Clock, Observation, Robot
-from gr00t_fast.control.controller import CallResult, Controller
+from gr00t_fast.control.controller import ChunkController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals, VirtualClock
+from gr00t_fast.control.worker import CallResult
 from gr00t_fast.errors import ConfigError
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
@@ -105,7 +106,7 @@ _ROUNDING_S = 1e-9  # a call that ends at a tick is in time for it, whatever the
 
 
 def play_until(
-    over: Callable[[Observation], bool], reason: str, arm: Robot, controller: Controller, options: LoopOptions, clock: Clock
+    over: Callable[[Observation], bool], reason: str, arm: Robot, controller: ChunkController, options: LoopOptions, clock: Clock
 ) -> ControlLoop:
     """The product's loop, ended for `reason` where `over` says so of what was observed. Raises KeyboardInterrupt after Ctrl-C, which ends it in good
     order and is to end the study too."""

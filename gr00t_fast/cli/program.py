@@ -128,7 +128,7 @@ def leave(code: int) -> NoReturn:
     code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
     if console.stuck():
         os._exit(code)
-    worker: ModuleType | None = sys.modules.get("gr00t_fast.control.controller")  # imports numpy; without it no inference can be running
+    worker: ModuleType | None = sys.modules.get("gr00t_fast.control.worker")  # without it no inference can be running
     if worker is None or not worker.thread_left_running():
         sys.exit(code)
     sys.stdout.flush()

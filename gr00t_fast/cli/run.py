@@ -23,11 +23,10 @@ from gr00t_fast.cli.contact_sheet import write_dry_run
 from gr00t_fast.cli.doctor_arm import check_camera_devices
 from gr00t_fast.cli.policy_flags import policy_options
 from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute_queued
-from gr00t_fast.cli.run_flags import RunConfig, help_text, max_hold_s, overlap_asked, parse, reset_time_s, settings_of
+from gr00t_fast.cli.run_flags import RunConfig, help_text, max_hold_s, parse, reset_time_s, settings_of
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
-from gr00t_fast.control.auto import AutoController
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import Controller, SyncController, ThreadWorker
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.display import Display, display_target, window_target
 from gr00t_fast.control.keys import Keys, keys_obstacle
@@ -39,7 +38,6 @@ from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.report import Outputs
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
-from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 from gr00t_fast.control.trace import summary
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
 from gr00t_fast.files import check_kept, read_json
@@ -260,22 +258,11 @@ def control_loop(
     return ControlLoop(robot, controller, options, clock, stop, connected, outputs.observers, echo=voice(config), session=session)
 
 
-def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> Controller:
+def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> ChunkController:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
+    options = ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
     recoverable = (ServerUnreachableError,) if config.server else ()
-    hold_s, echo = max_hold_s(config), None if config.server else voice(config)  # the client of a server tells its own
-    worker = ThreadWorker()
-    waiting = SyncController(policy, binding, config.lang_instruction, clock, config.action_horizon, recoverable, hold_s, worker)
-    if config.controller == "sync":
-        return waiting
-    overlap = OverlapOptions(config.smoothing, config.when_late, recoverable, hold_s)
-    moving = ThreadedController(policy, binding, config.lang_instruction, clock, fps, overlap, config.action_horizon, worker, echo)
-    if config.controller != "auto":
-        return moving
-    trained = policy.metadata.trained_horizon
-    return AutoController(
-        waiting, moving, fps, config.action_horizon or policy.action_horizon or trained, trained, voice(config), overlap_asked(config)
-    )
+    return ChunkController(policy, binding, config.lang_instruction, clock, fps, options, recoverable=recoverable, echo=voice(config))
 
 
 def check_checkpoint(config: RunConfig) -> None:

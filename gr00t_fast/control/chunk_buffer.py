@@ -25,15 +25,17 @@ DELAY_WINDOW, DELAY_QUANTILE = 20, 0.9
 
 @dataclass(frozen=True)
 class TimedChunk:
-    """A chunk and where it belongs. `actions` is the policy's own answer, rows aligned with `chunk.targets`: the next inference may continue it."""
+    """A chunk and where it belongs. `actions` is the policy's own answer, rows aligned with `chunk.targets`: the next inference may continue it.
+    `horizon`: how many rows may play; None: all."""
 
     chunk: ActionChunk
     observed: int
     episode: int
     actions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    horizon: int | None = None
 
     def __len__(self) -> int:
-        return len(self.chunk.targets)
+        return len(self.chunk.targets) if self.horizon is None else self.horizon
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,14 @@ class ChunkBuffer:
         if starved:
             self.starved_ticks += 1
             if self._last_target is None:  # the chunk ran out before anything was sent; its end is the nearest to the present
-                self._last_target = self._chunk.chunk.targets[-1]
+                self._last_target = self._chunk.chunk.targets[len(self._chunk) - 1]
         else:
             self._last_target = self._chunk.chunk.targets[row]
         return DueTarget(self._last_target, tick - self._chunk.observed, starved, row)
+
+    def covers(self, tick: int) -> bool:
+        """Whether a row is left for `tick`."""
+        return self._chunk is not None and tick - self._origin < len(self._chunk)
 
     def leftover(self, tick: int) -> dict[str, np.ndarray]:
         """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""

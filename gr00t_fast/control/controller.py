@@ -1,26 +1,27 @@
-"""Sources of targets for the control loop, which asks for one target per tick, whether or not inference overlaps the motion.
+"""Source of targets for the control loop, which asks for one per tick: when to infer, and whether the arm moves meanwhile.
 
-`SyncController` observes, infers and then plays the chunk. `ThreadedController` (threaded.py), which infers while the arm moves, has the same
-protocol: `needs_observation` is true once, and every later observation comes through `see`. Both run the policy in a `ThreadWorker`; `AutoController`
-(auto.py) chooses between them.
+The policy runs in a worker's thread. Where inference and motion overlap, the worker makes the next chunk while the arm plays one; else the arm plays
+its chunk, and waits for the next. Which row is due is decided in chunk_buffer.py. Time is counted in control ticks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import threading
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, Clock, Observation, Policy
+from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
+from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, TimedChunk
 from gr00t_fast.control.pacer import FPS_RANGE
-from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError
+from gr00t_fast.control.worker import CallResult, ThreadWorker, Worker, value_of, wait_with_keep_alive
+from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
+from gr00t_fast.measurement import percentiles
 
 # How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
 # torque off within three seconds.
@@ -32,15 +33,403 @@ _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
 # A loop that was held up for so long (a cable that was out, a program that was stopped) looks at the arm anew, and what was planned before is over.
 GAP_S = 0.5
 _STALE_S = GAP_S + 1 / FPS_RANGE[0]  # a chunk may wait for its tick
+_MEASURED_DELAYS = 3  # so many late ones in a row are no spike
+# To move again takes so many inferences in a row that are well within what a chunk bridges; each time twice as many, so that a machine that is busy
+# now and then does not change the way the arm moves again and again.
+_BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
+
+
+@dataclass(frozen=True)
+class ControllerOptions:
+    """Whether and how inference and motion overlap; fields are flags. The defaults play each action at its tick.
+
+    controller: sync: the arm waits for each inference; threaded: it moves meanwhile; auto: threaded where that helps and a chunk bridges it.
+    smoothing: how a chunk joins the one before: the policy continues it (see Policy.continues).
+    when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
+    see ChunkBuffer.
+    max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or SLOWEST_TIMES the slowest inference so far where that
+    is longer (HoldLimit); None: no limit (the policy has one of its own).
+    action_horizon: rows of a chunk that may play; None: all the policy returns.
+    """
+
+    controller: Literal["auto", "sync", "threaded"] = "auto"
+    smoothing: Literal["none", "rtc", "prefix"] = "none"
+    when_late: Literal["hold", "resume"] = "hold"
+    max_hold_s: float | None = DEFAULT_MAX_HOLD_S
+    action_horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what excludes each other or makes no sense."""
+        check_ranges(self, max_hold_s=(0.05, 3600.0), action_horizon=(1, 1e6))
+        if self.when_late == "resume" and self.smoothing != "none":
+            raise ConfigError(f"--when_late=resume and --smoothing={self.smoothing} exclude each other: smoothing joins actions of one tick.")
+        if self.controller == "sync" and (name := self.overlap_asked):
+            raise ConfigError(f"--{name}={getattr(self, name)} needs --controller=auto or threaded: only there inference overlaps the motion.")
+
+    @property
+    def overlap_asked(self) -> str | None:
+        """The flag, if one is given, that only means something while inference and motion overlap."""
+        return "smoothing" if self.smoothing != "none" else "when_late" if self.when_late != "hold" else None
+
+    @property
+    def prefix_method(self) -> str | None:
+        return None if self.smoothing == "none" else self.smoothing
+
+
+@dataclass(frozen=True)
+class TickNote:
+    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, the chunk
+    that it is the first of, if that came in while the arm moved, and its row in the playing chunk."""
+
+    age_ticks: int = 0
+    starved: bool = False
+    entered: ActionChunk | None = None
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class PolicyRunner:
+    """A policy with what turns its answer into targets for one arm and one instruction."""
+
+    policy: Policy
+    binding: RobotBinding
+    instruction: str
+    clock: Clock
+
+    def warm_up(self, prefix_method: str | None = None) -> Mapping[str, float]:
+        """As `Policy.warm_up`, with the run's instruction."""
+        return self.policy.warm_up(self.instruction, prefix_method)
+
+    def infer(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
+        """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
+        began_s = self.clock.now_s()
+        actions = self.policy.get_action(self.binding.policy_observation(observation, self.instruction), **options)
+        inference_ms = 1000 * (self.clock.now_s() - began_s)
+        return self.binding.action_chunk(actions, inference_ms, self.policy.last_timing), actions
+
+
+class ChunkController:
+    """One thread calls it. Ticks are the pacer's, counted from the episode's begin. The policy, its reset included, runs in the worker only.
+
+    note: on the target last returned. overlaps: whether inference goes on while the arm moves.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        binding: RobotBinding,
+        instruction: str,
+        clock: Clock,
+        fps: float,
+        options: ControllerOptions | None = None,
+        worker: Worker | None = None,
+        recoverable: tuple[type[Exception], ...] = (),
+        echo: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`recoverable`: errors of the policy after which the arm holds and the next observation is tried (a server that restarts, which tells of
+        waiting itself); others end the run. `echo` is told what `auto` chooses and why, and when the arm holds for long. Raises ConfigError."""
+        self.options = options or ControllerOptions()
+        if self.options.prefix_method and self.options.smoothing not in policy.continues:
+            raise ConfigError(
+                f"--smoothing={self.options.smoothing} needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
+                "Use --engine=eager, or --smoothing=none."
+            )
+        self.note = TickNote()
+        self.overlaps = self.options.controller == "threaded"
+        self._runner = PolicyRunner(policy, binding, instruction, clock)
+        self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
+        self._worker = worker or ThreadWorker()
+        self._buffer = ChunkBuffer(resume=self.options.when_late == "resume")
+        # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
+        self._delay = DelayEstimate(1.0 if self.options.prefix_method else DELAY_QUANTILE)
+        self._watch = HoldLimit(fps, self.options.max_hold_s, None if recoverable else echo)
+        self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
+        self._planned_s: float | None = None  # when, until the next target
+        self._tick = 0  # of the last target, or the last observation since
+        self._entered: ActionChunk | None = None
+        self._reset_policy = False
+        self._lost_inferences = 0
+        self._delays, self._estimates = array("q"), array("q")
+        self._left_running = False
+        # of `auto`
+        self._reason = ""
+        self._bridged, self._bridged_needed = 0, _BRIDGED_INFERENCES  # inferences in a row, while waiting for them
+        self._pausing_ms: list[float] | None = None  # inferences in a row that took longer than a tick, where there was to be no pause
+
+    @property
+    def needs_observation(self) -> bool:
+        """True when the next target can only come from a new observation: the loop observes and calls `plan` before the next target."""
+        if self._planned_s is not None:
+            return self._clock.now_s() - self._planned_s > _STALE_S
+        return self._buffer.empty or (not self.overlaps and not self._buffer.covers(self._tick + 1))
+
+    @property
+    def instruction(self) -> str:
+        """What the robot shall do."""
+        return self._runner.instruction
+
+    def warm_up(self) -> Mapping[str, float]:
+        """Pay first-call costs in the worker's thread, for thread pools and library handles belong to a thread; returns what `Policy.warm_up` does,
+        and raises what it raises.
+
+        The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
+        self._worker.submit(lambda: self._runner.warm_up(self.options.prefix_method))
+        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))  # type: ignore[arg-type]  # without a limit there is an outcome
+        self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
+        if self.options.prefix_method and "total" in timing_ms:
+            self._delay.add(self._ticks_of(timing_ms["total"]))
+        if self.options.controller == "auto":
+            self._choose_by(timing_ms.get("total"), "took", "at warm-up")
+        return timing_ms
+
+    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
+        """Another instruction for the episodes to come; between episodes only. Pays the first-call costs of it, `keep_alive` as in `plan`. Raises
+        InferenceTimeoutError when that takes longer than ten minutes."""
+        self._drop_what_runs(keep_alive)
+        runner = dataclasses.replace(self._runner, instruction=instruction)
+        self._worker.submit(lambda: runner.warm_up(self.options.prefix_method))
+        value_of(self._waited_for(keep_alive, "the policy still makes itself ready for the new instruction", _WARM_UP_LIMIT_S))
+        self._runner = runner
+
+    def reset(self) -> None:
+        """An episode begins. What the last one left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
+        self._buffer.reset()
+        self._runner.binding.reset()
+        self._watch.reset()
+        self._first = self._planned_s = self._entered = None
+        self._reset_policy = True
+
+    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
+        """Make targets from an observation, while the arm stands still; may take as long as an inference. `keep_alive` is called several times a
+        second meanwhile; what it raises ends the wait. Returns the chunk that comes next; None when the policy failed in a way that may pass: the
+        next target holds the last one (the first of an episode raises: there is nothing to hold yet).
+
+        Raises what the policy raises, InferenceTimeoutError when no chunk comes within `max_hold_s`, and, where the arm is to move meanwhile,
+        ConfigError when the very first inference takes so long that nothing of a later chunk would be left to play."""
+        self._runner.binding.remember(observation)
+        self._drop_what_runs(keep_alive)
+        self._submit(observation, tick=0, prefix=None)
+        try:
+            timed: TimedChunk = value_of(self._waited_for(keep_alive, "the next chunk is not there"))
+        except self._recoverable:
+            if self._buffer.empty:
+                raise
+            self._lost_inferences += 1
+            self._planned_s, self._bridged = self._clock.now_s(), 0
+            return None
+        self._first, self._planned_s = timed, self._clock.now_s()
+        chunk = timed.chunk
+        self._watch.inferred(chunk.inference_ms / 1000)
+        if self.overlaps:
+            ticks = self._ticks_of(chunk.inference_ms)
+            if not self._delays and self.options.when_late == "hold" and ticks >= len(timed):  # later ones are no reason to end a run: a spike passes
+                self._too_late(ticks, len(timed))
+            self._note_delay(ticks)
+        elif self.options.controller == "auto":
+            self._reconsider(chunk)
+        return chunk
+
+    def see(self, observation: Observation, tick: int) -> None:
+        """Take note of an observation made at `tick`, after its target, while targets are still left."""
+        self._runner.binding.remember(observation)
+        self._tick = max(self._tick, tick)
+        if self.overlaps:
+            self._collect(tick + 1)  # this tick's target is out
+            if not self._worker.busy:
+                self._submit(observation, tick, self._prefix(tick))
+
+    def next_target(self, tick: int) -> np.ndarray:
+        """The target (J,) of this tick: the first row when the arm has waited for a chunk, then one a tick. Rows of missed ticks are over; where all
+        are, the last target is held. Raises what the policy raised in the meantime, and InferenceTimeoutError."""
+        if self._first is not None:
+            self._buffer.offer(dataclasses.replace(self._first, observed=tick), tick)
+            self._first = None
+        self._planned_s, self._tick = None, tick
+        if self.overlaps:
+            self._collect(tick)
+        due = self._buffer.due(tick)
+        self.note = TickNote(due.age_ticks, due.starved, self._entered, due.row)
+        self._entered = None
+        if self.overlaps:
+            self._watch(tick, due.starved)
+            self._give_way(due.starved)
+        return due.target
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for the report, JSON-ready; `kind` says whether the arm waits for inferences (sync) or moves meanwhile (threaded)."""
+        admissions = self._buffer.admissions
+        return {
+            "kind": "threaded" if self.overlaps else "sync",
+            "smoothing": self.options.smoothing,
+            "when_late": self.options.when_late,
+            "starved_ticks": self._buffer.starved_ticks,
+            "chunks_entered": admissions[Admission.ENTERED],
+            "chunks_stale": admissions[Admission.STALE],
+            "chunks_expired": admissions[Admission.EXPIRED],
+            "lost_inferences": self._lost_inferences,
+            "delay_ticks": percentiles(self._delays),
+            "delay_estimate_ticks": percentiles(self._estimates),
+            "inference_left_running": self._left_running,
+            **({"chosen_because": self._reason} if self.options.controller == "auto" else {}),
+            **self._runner.policy.summary(),
+        }
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more observations; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
+        ended = self._worker.close(timeout_s)
+        self._left_running = not ended
+        return ended
+
+    # Inference
+
+    def _waited_for(self, keep_alive: Callable[[], None], why: str, limit_s: float | None = None) -> CallResult:
+        limit_s = limit_s or self._watch.limit_s
+        outcome = wait_with_keep_alive(self._worker, self._clock, limit_s, keep_alive)
+        if outcome is None:
+            raise timed_out(limit_s or 0.0, why)
+        return outcome
+
+    def _drop_what_runs(self, keep_alive: Callable[[], None]) -> None:
+        """An inference of an episode that is over, or one that took too long."""
+        if self._worker.busy:
+            outcome = self._waited_for(keep_alive, "an inference of the last episode still runs")
+            if not isinstance(outcome.error, self._recoverable):
+                value_of(outcome)
+
+    def _ticks_of(self, duration_ms: float) -> int:
+        return math.ceil(duration_ms / 1000 * self._fps)
+
+    def _submit(self, observation: Observation, tick: int, prefix: ActionPrefix | None) -> None:
+        runner, episode, reset, self._reset_policy = self._runner, self._buffer.episode, self._reset_policy, False
+        options, horizon = {} if prefix is None else {"prefix": prefix}, self.options.action_horizon
+
+        def infer() -> TimedChunk:
+            if reset:
+                runner.policy.reset()
+            chunk, actions = runner.infer(observation, **options)
+            if horizon is not None and len(chunk.targets) < horizon:
+                raise UnsafeActionError(
+                    f"the policy returned {len(chunk.targets)} actions, fewer than the {horizon} to be executed (--action_horizon). "
+                    "Load the policy with the same action horizon."
+                )
+            return TimedChunk(chunk, tick, episode, {key: values[:horizon] for key, values in actions.items()}, horizon)
+
+        self._worker.submit(infer)
+
+    def _prefix(self, tick: int) -> ActionPrefix | None:
+        """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
+        left = self._buffer.leftover(tick) if self.options.prefix_method else {}
+        if not left or not all(np.isfinite(values).all() for values in left.values()):
+            return None
+        rows = min(len(values) for values in left.values())
+        return ActionPrefix(left, min(self._delay.ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
+
+    def _collect(self, tick: int) -> None:
+        """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
+        outcome = self._worker.poll()
+        if outcome is None:
+            return
+        if isinstance(outcome.error, self._recoverable):
+            self._lost_inferences += 1
+            return
+        timed: TimedChunk = value_of(outcome)
+        self._watch.inferred(timed.chunk.inference_ms / 1000)
+        if timed.episode == self._buffer.episode:
+            self._note_delay(tick - timed.observed)
+        if self._buffer.offer(timed, tick) is Admission.ENTERED:
+            self._entered = timed.chunk
+
+    def _note_delay(self, ticks: int) -> None:
+        self._delay.add(ticks)
+        self._delays.append(ticks)
+        self._estimates.append(self._delay.ticks)
+
+    def _too_late(self, ticks: int, horizon: int) -> None:
+        if self.options.controller == "auto":
+            self._choose(False, f"an inference took {ticks} ticks, which {self._too_short(ticks)}")
+            return
+        raise ConfigError(
+            f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
+            "arrives. Leave --action_horizon out if it was given, or use --controller=sync or auto (the arm waits), --when_late=resume (it "
+            "stops and goes on), a lower --fps or a faster device."
+        )
+
+    # What `auto` chooses: after warm-up, from how long an inference takes; again when inferences take longer than a tick after all; waiting, when
+    # they turn out too long for the chunks; and moving again when they are bridged.
+
+    def _choose(self, overlaps: bool, reason: str) -> None:
+        self.overlaps, self._reason, self._pausing_ms = overlaps, reason, None
+        does = "the arm moves while the next chunk is computed" if overlaps else "the arm waits for each inference"
+        self._echo(f"controller: {does}, because {reason} (--controller=auto)")
+
+    def _choose_by(self, inference_ms: float | None, takes: str, when: str) -> None:
+        self._choose(*self._choice(inference_ms, takes, when))
+        short = inference_ms is not None and inference_ms <= 1000 / self._fps
+        self._pausing_ms = [] if short and not self.overlaps else None
+
+    def _choice(self, inference_ms: float | None, takes: str, when: str) -> tuple[bool, str]:
+        if (asked := self.options.overlap_asked) is not None:
+            return True, f"--{asked} asks for it"
+        if inference_ms is None:
+            return True, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them"
+        tick_ms, ticks = 1000 / self._fps, self._ticks_of(inference_ms)
+        takes = f"an inference {takes} {inference_ms:.0f} ms {when}"
+        if inference_ms <= tick_ms:
+            return False, f"{takes}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected"
+        if ticks <= self._bridged_ticks:
+            return True, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
+        return False, f"{takes}, which {self._too_short(ticks)}"
+
+    @property
+    def _trained_horizon(self) -> int:
+        metadata = self._runner.policy.metadata
+        return 0 if metadata is None else metadata.trained_horizon
+
+    @property
+    def _horizon(self) -> int:
+        """Actions of a chunk that may play."""
+        return self.options.action_horizon or self._runner.policy.action_horizon or self._trained_horizon
+
+    @property
+    def _bridged_ticks(self) -> int:
+        """The longest inference that chunks bridge: as many actions are over when a chunk arrives as play until the next does."""
+        return self._horizon // 2
+
+    def _too_short(self, ticks: int) -> str:
+        short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
+        return f"{short}; leave out --action_horizon" if ticks <= self._trained_horizon // 2 else short
+
+    def _reconsider(self, chunk: ActionChunk) -> None:
+        """After a chunk that the arm waited for."""
+        takes_ticks = chunk.inference_ms / 1000 * self._fps
+        if self._pausing_ms is not None:
+            self._pausing_ms = [*self._pausing_ms, chunk.inference_ms] if takes_ticks > 1 else []
+            if len(self._pausing_ms) == _MEASURED_DELAYS:
+                self._choose_by(max(self._pausing_ms), "takes up to", "in this run")
+        else:
+            bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks)  # within a tick there is no pause to be saved
+            self._bridged = self._bridged + 1 if bridged else 0
+            if self._bridged == self._bridged_needed:
+                reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
+                self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
+                self._choose(True, reason)
+        if self.overlaps:
+            self._note_delay(self._ticks_of(chunk.inference_ms))
+
+    def _give_way(self, starved: bool) -> None:
+        """To waiting, where the arm holds because inferences have become too long."""
+        if not starved or self.options.controller != "auto" or self.options.overlap_asked or len(self._delays) < _MEASURED_DELAYS:
+            return
+        ticks = min(self._delays[-_MEASURED_DELAYS:])
+        if ticks > self._bridged_ticks:
+            self._choose(False, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
 
 
 class HoldLimit:
     """Ends a run whose arm has held its pose for too long because no action is left (an inference hangs or is too slow)."""
 
     def __init__(self, fps: float, max_hold_s: float | None, echo: Callable[[str], None] | None) -> None:
-        """`max_hold_s` None: no end. `echo` None: says nothing. Raises ConfigError unless the time is positive and finite."""
-        if max_hold_s is not None and not (math.isfinite(max_hold_s) and max_hold_s > 0):
-            raise ConfigError(f"max_hold_s must be a positive number of seconds (or null for no limit), got {max_hold_s}.")
+        """`max_hold_s` None: no end. `echo` None: says nothing."""
         self._fps, self._max_hold_s, self._echo = fps, max_hold_s, echo
         self._slowest_s = 0.0
         self.reset()
@@ -90,359 +479,3 @@ def timed_out(limit_s: float, why: str) -> InferenceTimeoutError:
         f"{why}, because inference hangs or comes too late. Check the device (nvidia-smi, dmesg); for one that pauses now and then give a longer "
         "--max_hold_s, or null for no limit."
     )
-
-
-@dataclass(frozen=True)
-class TickNote:
-    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, the chunk
-    that it is the first of, if that came in while the arm moved, and its row in the playing chunk."""
-
-    age_ticks: int = 0
-    starved: bool = False
-    entered: ActionChunk | None = None
-    row: int = 0
-
-
-class Controller(Protocol):
-    """Source of targets for the control loop. One thread calls it. Ticks are the pacer's, counted from the episode's begin."""
-
-    note: TickNote  # on the target last returned
-
-    @property
-    def needs_observation(self) -> bool:
-        """True when the next target can only come from a new observation: the loop observes and calls `plan` before the next target."""
-
-    def warm_up(self) -> Mapping[str, float]:
-        """Pay first-call costs, in the thread that will run the policy; returns what `Policy.warm_up` does."""
-
-    @property
-    def instruction(self) -> str:
-        """What the robot shall do."""
-
-    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
-        """Another instruction for the episodes to come; between episodes only. Pays the first-call costs of it, `keep_alive` as in `plan`."""
-
-    def reset(self) -> None:
-        """Forget the last episode."""
-
-    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
-        """Make targets from an observation; may take as long as an inference. `keep_alive` is called several times a second meanwhile; what it raises
-        ends the wait. Returns the chunk that comes next; None when the policy failed in
-        a way that may pass: the next target holds the last one."""
-
-    def see(self, observation: Observation, tick: int) -> None:
-        """Take note of an observation made at `tick`, after its target, while targets are still left."""
-
-    def next_target(self, tick: int) -> np.ndarray:
-        """The target (J,) of this tick. Raises what the policy raised in the meantime."""
-
-    def summary(self) -> dict[str, Any]:
-        """Figures for the report, JSON-ready; `kind` names the controller."""
-
-    def close(self, timeout_s: float) -> bool:
-        """Take no more observations; called once the arm has landed. Never raises. False when an inference still runs after `timeout_s`."""
-
-
-@dataclass(frozen=True)
-class PolicyRunner:
-    """A policy with what turns its answer into targets for one arm and one instruction."""
-
-    policy: Policy
-    binding: RobotBinding
-    instruction: str
-    clock: Clock
-
-    def warm_up(self, prefix_method: str | None = None) -> Mapping[str, float]:
-        """As `Policy.warm_up`, with the run's instruction."""
-        return self.policy.warm_up(self.instruction, prefix_method)
-
-    def instructed(
-        self, instruction: str, worker: Worker, limit_s: float | None, keep_alive: Callable[[], None], prefix_method: str | None = None
-    ) -> PolicyRunner:
-        """The same with another instruction, warmed up in `worker`, where an inference may be under way that ends within `limit_s`. Raises
-        InferenceTimeoutError when it does not, or when the warm-up takes longer than ten minutes."""
-        if worker.busy and wait_with_keep_alive(worker, self.clock, limit_s, keep_alive) is None:
-            raise timed_out(limit_s or 0.0, "an inference of the last episode still runs")
-        runner = dataclasses.replace(self, instruction=instruction)
-        worker.submit(lambda: runner.warm_up(prefix_method))
-        if (result := wait_with_keep_alive(worker, self.clock, _WARM_UP_LIMIT_S, keep_alive)) is None:
-            raise timed_out(_WARM_UP_LIMIT_S, "the policy still makes itself ready for the new instruction")
-        value_of(result)
-        return runner
-
-    def infer(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
-        """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
-        began_s = self.clock.now_s()
-        actions = self.policy.get_action(self.binding.policy_observation(observation, self.instruction), **options)
-        inference_ms = 1000 * (self.clock.now_s() - began_s)
-        return self.binding.action_chunk(actions, inference_ms, self.policy.last_timing), actions
-
-
-def check_horizon(action_horizon: int | None) -> None:
-    """Raises ConfigError when it is not positive."""
-    if action_horizon is not None and action_horizon < 1:
-        raise ConfigError(f"action_horizon must be at least 1, got {action_horizon}.")
-
-
-def check_length(chunk: ActionChunk, action_horizon: int | None) -> None:
-    """Raises UnsafeActionError when the policy returned fewer actions than are to be executed."""
-    if action_horizon is not None and len(chunk.targets) < action_horizon:
-        raise UnsafeActionError(
-            f"the policy returned {len(chunk.targets)} actions, fewer than the {action_horizon} to be executed (--action_horizon). "
-            "Load the policy with the same action horizon."
-        )
-
-
-class SyncController:
-    """Executes the first `action_horizon` actions of a chunk, then infers again while the arm waits.
-
-    The policy runs in a worker's thread: the loop's thread handles signals and feeds the watchdog while native code runs.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        binding: RobotBinding,
-        instruction: str,
-        clock: Clock,
-        action_horizon: int | None = None,
-        recoverable: tuple[type[Exception], ...] = (),
-        max_hold_s: float | None = DEFAULT_MAX_HOLD_S,
-        worker: Worker | None = None,
-    ) -> None:
-        """`action_horizon=None` plays all the policy returns; `recoverable` and `max_hold_s` as in OverlapOptions. Raises ConfigError when a number
-        makes no sense."""
-        check_horizon(action_horizon)
-        self._runner = PolicyRunner(policy, binding, instruction, clock)
-        self._horizon, self._recoverable = action_horizon, recoverable
-        self._worker, self._clock = worker or ThreadWorker(), clock
-        self._watch = HoldLimit(1.0, max_hold_s, None)
-        self._left_running = False
-        self._targets: np.ndarray = np.empty((0, 0), np.float32)
-        self._next = 0
-        self._first_tick = 0  # of the first target
-        self._planned_s = 0.0
-        self._last: np.ndarray | None = None
-        self._starved = False
-        self._reset_policy = False
-        self._lost_inferences = 0
-        self.note = TickNote()
-
-    @property
-    def needs_observation(self) -> bool:
-        return self._next >= len(self._targets) or (self._next == 0 and self._clock.now_s() - self._planned_s > _STALE_S)
-
-    def warm_up(self) -> Mapping[str, float]:
-        self._worker.submit(self._runner.warm_up)
-        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))  # type: ignore[arg-type]  # without a limit there is an outcome
-        self.expect(timing_ms.get("total", 0.0) / 1000)
-        return timing_ms
-
-    def expect(self, inference_s: float) -> None:
-        """An inference has been seen to take so long: the arm will wait accordingly."""
-        self._watch.inferred(inference_s)
-
-    def take_over(self, target: np.ndarray) -> None:
-        """In the middle of an episode, from a controller of the same worker: the next target needs an observation; `target` (J,) was the last one."""
-        self._targets, self._next, self._last = self._targets[:0], 0, target
-
-    @property
-    def instruction(self) -> str:
-        return self._runner.instruction
-
-    def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
-        self._runner = self._runner.instructed(instruction, self._worker, self._watch.limit_s, keep_alive)
-
-    def reset(self) -> None:
-        self._reset_policy = True
-        self._runner.binding.reset()
-        self._targets, self._next, self._last = self._targets[:0], 0, None
-
-    def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
-        """Raises a recoverable error too at the first chunk of an episode: there is nothing to hold yet. Raises InferenceTimeoutError when the arm
-        has waited for too long."""
-        self._runner.binding.remember(observation)
-        try:
-            chunk = self._chunk(observation, keep_alive)
-        except self._recoverable:
-            if self._last is None:
-                raise
-            self._lost_inferences += 1
-            self._targets, self._next, self._starved, self._planned_s = self._last[None], 0, True, self._clock.now_s()
-            return None
-        self._watch.inferred(chunk.inference_ms / 1000)
-        check_length(chunk, self._horizon)
-        self._targets, self._next, self._starved, self._planned_s = chunk.targets[: self._horizon], 0, False, self._clock.now_s()
-        return chunk
-
-    def _chunk(self, observation: Observation, keep_alive: Callable[[], None]) -> ActionChunk:
-        if (
-            self._worker.busy and wait_with_keep_alive(self._worker, self._clock, self._watch.limit_s, keep_alive) is None
-        ):  # of an episode that is over
-            raise timed_out(self._watch.limit_s or 0.0, "an inference of the last episode still runs")
-        reset, self._reset_policy = self._reset_policy, False
-
-        def infer() -> ActionChunk:
-            if reset:
-                self._runner.policy.reset()
-            return self._runner.infer(observation)[0]
-
-        self._worker.submit(infer)
-        outcome = wait_with_keep_alive(self._worker, self._clock, self._watch.limit_s, keep_alive)
-        if outcome is None:
-            raise timed_out(self._watch.limit_s or 0.0, "the next chunk is not there")
-        return value_of(outcome)
-
-    def see(self, observation: Observation, tick: int) -> None:
-        """Only remembered: the next plan brings its own observation. The rows up to `tick` are over."""
-        self._runner.binding.remember(observation)
-        if self._next > 0:
-            self._next = max(self._next, tick + 1 - self._first_tick)
-
-    def next_target(self, tick: int) -> np.ndarray:
-        """The first row when the arm has waited for it, then one a tick. Those of missed ticks are over; where all are, the last target is held."""
-        if self._next == 0:
-            self._first_tick = tick
-        row = tick - self._first_tick
-        self._next = row + 1
-        over = row >= len(self._targets)
-        self.note = TickNote(age_ticks=row, starved=self._starved or over, row=row)
-        if not over or self._last is None:
-            self._last = self._targets[min(row, len(self._targets) - 1)]
-        return self._last
-
-    def summary(self) -> dict[str, Any]:
-        figures = {"lost_inferences": self._lost_inferences, "inference_left_running": self._left_running}
-        return {"kind": "sync", **figures, **self._runner.policy.summary()}
-
-    def close(self, timeout_s: float) -> bool:
-        ended = self._worker.close(timeout_s)
-        self._left_running = not ended
-        return ended
-
-
-# One thread that runs one call at a time, and hands back what came of it.
-
-
-THREAD_NAME = "gr00t_fast-inference"
-KEEP_ALIVE_EVERY_S = 0.1
-_in_a_call: set[threading.Thread] = set()
-
-
-@dataclass(frozen=True)
-class CallResult:
-    """What a call returned, or what it raised."""
-
-    value: Any = None
-    error: BaseException | None = None
-
-
-class Worker(Protocol):
-    """Where inference runs. Tests and simulations of slow networks use one without a thread."""
-
-    @property
-    def busy(self) -> bool:
-        """True from `submit` until the outcome has been taken by `poll` or `wait`."""
-
-    def submit(self, call: Callable[[], Any]) -> None:
-        """Start a call. Raises RuntimeError while busy."""
-
-    def poll(self) -> CallResult | None:
-        """The outcome if it is there; never waits."""
-
-    def wait(self, timeout_s: float | None = None) -> CallResult | None:
-        """Wait for the outcome; None when it is not there after `timeout_s` (the call goes on, and the worker stays busy)."""
-
-    def close(self, timeout_s: float) -> bool:
-        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
-
-
-class ThreadWorker:
-    """A daemon thread, started with the first call. All methods belong to one other thread.
-
-    Daemon, because a call may hang for ever (a driver, a network connection) and must not keep the program from ending.
-    """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        self._results: SimpleQueue[CallResult] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self.busy = False
-
-    def submit(self, call: Callable[[], Any]) -> None:
-        if self.busy or self._closed:
-            raise RuntimeError("the inference thread is " + ("closed" if self._closed else "busy; take its outcome first"))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
-            self._thread.start()
-        self.busy = True
-        self._calls.put(call)
-
-    def poll(self) -> CallResult | None:
-        if not self.busy:
-            return None
-        try:
-            outcome = self._results.get_nowait()
-        except Empty:
-            return None
-        self.busy = False
-        return outcome
-
-    def wait(self, timeout_s: float | None = None) -> CallResult | None:
-        """A signal handler may raise out of this; the call then goes on and `close` waits for it."""
-        if not self.busy:
-            raise RuntimeError("nothing was submitted to the inference thread")
-        try:
-            outcome = self._results.get(timeout=timeout_s)
-        except Empty:
-            return None
-        self.busy = False
-        return outcome
-
-    def close(self, timeout_s: float) -> bool:
-        if not self._closed:
-            self._closed = True
-            self._calls.put(None)
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
-            _in_a_call.add(threading.current_thread())
-            outcome = _result_of(call)
-            _in_a_call.discard(threading.current_thread())
-            self._results.put(outcome)
-            del call, outcome  # they hold an observation
-
-
-def wait_with_keep_alive(worker: Worker, clock: Clock, limit_s: float | None, keep_alive: Callable[[], None] = lambda: None) -> CallResult | None:
-    """Wait for the worker's outcome at most `limit_s` of `clock` (None: for ever), with `keep_alive` called several times a second. None when it is
-    not there by then."""
-    end_s = math.inf if limit_s is None else clock.now_s() + limit_s
-    while True:
-        keep_alive()
-        outcome = worker.wait(max(0.0, min(KEEP_ALIVE_EVERY_S, end_s - clock.now_s())))
-        if outcome is not None or clock.now_s() >= end_s:
-            return outcome
-
-
-def value_of(outcome: CallResult) -> Any:
-    """What the call returned. Raises what it raised."""
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value
-
-
-def _result_of(call: Callable[[], Any]) -> CallResult:
-    try:
-        return CallResult(value=call())
-    except BaseException as error:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
-        return CallResult(error=error)
-
-
-def thread_left_running() -> bool:
-    """Whether some inference still runs in a thread that could not be joined."""
-    return bool(_in_a_call)

@@ -100,9 +100,9 @@ class SafetyFilter:
         self._following_deg = self.options.max_following_error_deg
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
         self.held_ticks = 0
-        self.clamped = np.zeros(len(joint_names), np.int64)
-        self.speed_limited = np.zeros(len(joint_names), np.int64)
-        self.following_limited = np.zeros(len(joint_names), np.int64)
+        self.clamped: np.ndarray = np.zeros(len(joint_names), np.int64)
+        self.speed_limited: np.ndarray = np.zeros(len(joint_names), np.int64)
+        self.following_limited: np.ndarray = np.zeros(len(joint_names), np.int64)
         self._last: np.ndarray | None = None
         self._measured = np.zeros(len(joint_names))
         self._measured_s: float | None = None
@@ -240,7 +240,7 @@ class BlockedJoints:
         self._at, self._way = np.zeros(joints), np.zeros(joints)  # where each stands still, and on which side its goal is
         self._hard_since_s, self._late_since_s = np.full((2, joints), np.nan)  # when it was first found pushing hard there, and held back
         self._late_at = np.zeros(joints)  # where each was when it last made progress
-        self._told = np.zeros(joints, bool)  # that it does not follow
+        self._told: np.ndarray = np.zeros(joints, bool)  # that it does not follow
         self._began_s = np.zeros(joints)
         self.reset()
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
-from gr00t_fast.control.controller import GAP_S, Controller
+from gr00t_fast.control.controller import GAP_S, ChunkController
 from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
 from gr00t_fast.control.poses import ARRIVED_DEG, Move, Pose, Poses
@@ -74,7 +74,7 @@ class ControlLoop:
     def __init__(
         self,
         robot: Robot,
-        controller: Controller,
+        controller: ChunkController,
         options: LoopOptions,
         clock: Clock,
         stop: StopSignals | None = None,

@@ -128,7 +128,7 @@ class Pacer:
         An early plan waits for the deadline. A pause shorter than half a period keeps the grid. After a longer one the arm is at rest and
         nothing is in phase with the old grid, so a new one begins now: the first interval has its full length.
         """
-        if self._tick == 0:  # the first plan of an episode: nothing has moved yet, so nothing pauses
+        if self.tick == 0:  # the first plan of an episode: nothing has moved yet, so nothing pauses
             self.start()
             return 0.0
         pause = self._periods_since(self._tick)

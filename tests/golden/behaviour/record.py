@@ -137,10 +137,9 @@ def control() -> Iterator[Record]:
     from gr00t_fast import load_policy
     from gr00t_fast.contracts import SO100_JOINTS
     from gr00t_fast.control.binding import RobotBinding
-    from gr00t_fast.control.controller import SyncController
+    from gr00t_fast.control.controller import ChunkController, ControllerOptions
     from gr00t_fast.control.loop import ControlLoop, LoopOptions
     from gr00t_fast.control.pacer import StopSignals
-    from gr00t_fast.control.threaded import OverlapOptions, ThreadedController
 
     policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
     known = policy.metadata
@@ -150,10 +149,10 @@ def control() -> Iterator[Record]:
         robot = FakeRobot(clock, {"front": (64, 48)})
         binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
         if smoothing is None:
-            controller: Any = SyncController(policy, binding, "reach", clock, 8)
+            controller: Any = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("sync", action_horizon=8))
         else:
             worker = ClockWorker(clock, 0.2)
-            controller = ThreadedController(policy, binding, "reach", clock, FPS, OverlapOptions(smoothing=smoothing), worker=worker)
+            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), worker)
         options = LoopOptions(FPS, episodes=2, timeout_s=2.0, seed=0)
         ControlLoop(robot, controller, options, clock, StopSignals(), echo=lambda line: None).run()
         yield f"{name}/times_s", np.array([time_s for time_s, _ in robot.sent])
