@@ -15,7 +15,7 @@ from benchmarks.bench_engines import LaboratoryBench
 from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast import load_policy
-from gr00t_fast.cli.comparison import random_noise, random_observations, ratio, within_limit
+from gr00t_fast.cli.comparison import random_noise, random_observations, within_limit
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.networks import n1d5
@@ -115,14 +115,6 @@ def test_limits() -> None:
     # where the plain model amplifies rounding too an engine in the same format is held against it
     errors |= {"eager": {"p99": 2.0}, "cuda_graph": {"p99": 2.9}, "fp8": {"p99": 2.0}}
     assert kept() == [True, True, False, False]
-
-
-def test_ratios_are_paired_by_round() -> None:
-    """A disturbed round hits both: the median of pairs does not move."""
-    times = {"eager": [10.0, 20.0, 400.0], "graph": [5.0, 10.0, 200.0]}
-    assert ratio(times, "eager", "graph") == {"median": 2.0, "p25": 2.0, "p75": 2.0}
-    assert ratio(times, "reference", "graph") is None
-    assert ratio(times, "eager", "eager") is None
 
 
 def test_observations_are_random_and_repeatable() -> None:

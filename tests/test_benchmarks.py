@@ -149,16 +149,3 @@ def test_an_interrupt_while_processes_begin_ends_them() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(in_processes(time.sleep, jobs(), 1))
     assert time.monotonic() - began_s < 300
-
-
-def ignore_interrupts() -> None:
-    """A process in which the first request to end is lost, as one raised inside code that ignores exceptions."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-def test_a_process_that_loses_the_first_request_is_asked_again() -> None:
-    running = in_processes(time.sleep, [(0.0,), (600.0,)], 2, ignore_interrupts)
-    next(running)
-    began_s = time.monotonic()
-    running.close()
-    assert time.monotonic() - began_s < 300
