@@ -16,7 +16,7 @@ from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 from gr00t_fast.cli import run as script
 from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.dataset_recorder import DatasetRecorder
+from gr00t_fast.control.recorder import DatasetRecorder
 from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.flags import flags_of
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
 
 def page_of(bench: Bench, out: Path) -> Page:
-    outputs = Outputs(out, None, 30.0)
+    outputs = Outputs(out)
     bench.loop.observers = outputs.observers
     with outputs:
         bench.loop.run()
@@ -89,7 +89,7 @@ def test_what_a_user_typed_is_text(tmp_path: Path) -> None:
 
 def test_a_run_that_played_nothing_leaves_no_page(tmp_path: Path) -> None:
     bench = Bench(dry_run=True)
-    outputs = Outputs(tmp_path, None, 30.0)
+    outputs = Outputs(tmp_path)
     bench.loop.run()
     outputs.write(bench.loop, {}, [])
     assert (tmp_path / "report.json").is_file()

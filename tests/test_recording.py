@@ -25,10 +25,10 @@ import pytest
 
 from gr00t_fast.cli import calibrate, replay, verify
 from gr00t_fast.contracts import SO100_JOINTS, Observation
-from gr00t_fast.control import dataset_recorder
-from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.control import recorder as recording
 from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
 from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.session import Session
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import is_running
@@ -227,7 +227,7 @@ def test_a_writing_process_that_hangs_is_told_and_ended(tmp_path: Path, monkeypa
     with recorder_in(out, said) as recorder:
         play(opened(recorder), 5)
         settled(recorder)
-        monkeypatch.setattr(dataset_recorder, "_SILENT_S", 1.0)
+        monkeypatch.setattr(recording, "_SILENT_S", 1.0)
         stop = StopSignals()
         session = Session(stop, None, recorder, said.append)
         process = recorder.process
@@ -419,6 +419,13 @@ def test_the_whole_circle(tmp_path: Path) -> None:
     assert np.array_equal(np.stack([row["action"].numpy() for row in late]), run["commanded"].astype(np.float32))
     assert np.array_equal(np.stack([row["observation.state"].numpy() for row in late]), run["measured"].astype(np.float32))
     assert "recording into" not in finished(run_command(*flags[:3]), code=1)  # it exists
+
+    person = Person(run_command("--timeout=20", f"--record={tmp_path / 'interrupted'}"))
+    person.wait_for("Loop 2:")
+    person.press(b"\x03")  # Ctrl-C reaches every process of the terminal
+    person.wait_for("1 episode(s) recorded")
+    assert person.process.wait(PATIENCE_S) == 130
+    assert entries(tmp_path / "interrupted")[0]["frames"] == len(read_back(tmp_path / "interrupted")) > 0
 
     said = finished(command("replay", f"--dataset={out}", "--episode=2", f"--record={tmp_path / 'replayed'}"))
     assert "ended by the end of the recording" in said

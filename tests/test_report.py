@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from control_fakes import TICK_S, Bench
 
-from gr00t_fast.contracts import SO100_JOINTS, LandingReport, Observation
-from gr00t_fast.control import recorder
-from gr00t_fast.control.display import Display, DisplayTarget, window_target
-from gr00t_fast.control.recorder import VideoRecorder, display_obstacle, side_by_side
+from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, plot_joints, save_run, write_report
-from gr00t_fast.errors import ConfigError, MissingExtraError
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
 
@@ -137,7 +130,7 @@ def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--out"):
         write_report(report_of(bench), tmp_path / "file" / "out")
     with pytest.raises(ConfigError, match="--out"):
-        Outputs(tmp_path / "file" / "out", None, 30.0)
+        Outputs(tmp_path / "file" / "out")
 
 
 def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
@@ -177,117 +170,7 @@ def test_the_plot_does_not_join_what_was_measured_before_and_after_a_pause(tmp_p
     assert np.array_equal(drawn["measured"][0, ~gaps], bench.loop.trace.arrays()["time_s"])
 
 
-def frames_of(number: int) -> Observation:
-    front, wrist = np.full((48, 64, 3), number, np.uint8), np.full((50, 33, 3), 255 - number, np.uint8)
-    return Observation(np.zeros(6), {"front": front, "wrist": wrist}, 0.0)
-
-
-@pytest.mark.parametrize(("suffix", "magic"), [(".mp4", b"ftyp"), (".gif", b"GIF89a")])
-def test_video(tmp_path: Path, suffix: str, magic: bytes) -> None:
-    path = tmp_path / "new" / f"run{suffix}"
-    with VideoRecorder(path, 30.0) as video:
-        for number in range(30):
-            video.see(frames_of(number))
-    assert video.error is None
-    assert magic in path.read_bytes()[:16]
-
-
-def test_a_failing_encoder_never_disturbs_the_run(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with VideoRecorder(tmp_path / "file" / "run.mp4", 30.0) as video:
-        for number in range(100):
-            video.see(frames_of(number))
-    assert video.error
-
-
-def test_an_encoder_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "_FINISH_S", 0.3)
-    video = VideoRecorder(tmp_path / "run.mp4", 30.0)
-    began_s = time.monotonic()
-    with video:
-        video.see(frames_of(0))
-        while video._process is None:
-            time.sleep(0.01)
-        os.kill(video._process.pid, signal.SIGSTOP)
-        for number in range(200):
-            video.see(frames_of(number))
-    assert time.monotonic() - began_s < 5
-    assert "was killed" in video.error
-    assert video._process.wait(5) == -signal.SIGKILL
-
-
 def test_settings_that_are_no_json_numbers_are_written_as_text(bench: Bench, tmp_path: Path) -> None:
     report = build_report(bench.loop, {"reconnect_s": float("inf"), "path": "a\udcffb"})
     loaded = json.loads(write_report(report, tmp_path)[0].read_text())
     assert loaded["settings"] == {"reconnect_s": "inf", "path": "a\udcffb"}
-
-
-def test_side_by_side_has_even_sizes() -> None:
-    assert side_by_side(frames_of(0).frames).shape == (48, 96, 3)
-
-
-def test_video_suffix_and_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\.mp4 or \.gif"):
-        VideoRecorder(tmp_path / "run.avi", 30.0)
-    monkeypatch.setitem(__import__("sys").modules, "imageio_ffmpeg", None)
-    with pytest.raises(MissingExtraError, match=r"\[plots\]"):
-        VideoRecorder(tmp_path / "run.mp4", 30.0)
-
-
-def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder.sys, "platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    said: list[str] = []
-    assert window_target(said.append) is None
-    assert len(said) == 1
-    assert "--video=run.mp4" in said[0]
-
-
-def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    cv2 = pytest.importorskip("cv2")
-    monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
-    assert "pip install opencv-python" in display_obstacle()
-
-
-def window_of(directory: Path, imshow: str) -> None:
-    """An OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture."""
-    (directory / "cv2.py").write_text(
-        "import time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
-        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(directory / 'shown')!r}, 'a').write('.')\n"
-        f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
-    )
-
-
-def test_a_window_that_stalls_delays_nothing_and_shows_the_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    window_of(tmp_path, "time.sleep(1.5)")
-    said: list[str] = []
-    quits, took_s = threading.Event(), []
-    with Display(DisplayTarget(images=True), "go", "degrees", SO100_JOINTS, ["front"], 30.0, said.append, quits.set) as view:
-        for number in range(400):
-            began_s = time.perf_counter()
-            view.see(frames_of(number % 256))
-            took_s.append(time.perf_counter() - began_s)
-            time.sleep(0.01)
-            if quits.is_set():
-                break
-        assert quits.wait(20), "q stops the run"
-    assert np.median(took_s) < 1e-3
-    assert max(took_s) < 1.0, "a window that stalls for 1.5 s"
-    assert 2 <= len((tmp_path / "shown").read_text()) < 10, "what it is too slow for is left out"
-    assert said == []
-
-
-def test_a_window_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    window_of(tmp_path, "raise error('no window system')")
-    said: list[str] = []
-    with Display(DisplayTarget(images=True), "go", "degrees", SO100_JOINTS, ["front"], 30.0, said.append) as view:
-        for number in range(20):
-            view.see(frames_of(number))
-            time.sleep(0.05)
-    assert len(said) == 1
-    assert "--show_images" in said[0]
-    assert "no window system" in said[0]

@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.dataset_recorder import modality_of
 from gr00t_fast.control.dataset_writer import MODALITY, features
+from gr00t_fast.control.recorder import modality_of
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.scene import GRIPPER, Task

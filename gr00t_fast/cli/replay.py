@@ -25,9 +25,9 @@ from gr00t_fast.cli.program import execute_queued
 from gr00t_fast.cli.run import RecordedFacts, drive
 from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_pose, validate_range, validate_robot
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
-from gr00t_fast.control.dataset_recorder import dataset_directory
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.limits import SafetyOptions
+from gr00t_fast.control.recorder import dataset_directory
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
 from gr00t_fast.flags import UsageError, parse_flags

@@ -27,18 +27,19 @@ from gr00t_fast.cli.run_flags import RunConfig, help_text, max_hold_s, parse, re
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
-from gr00t_fast.control.dataset_recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.display import Display, display_target, window_target
 from gr00t_fast.control.keys import Keys, keys_obstacle
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
+from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.report import Outputs
+from gr00t_fast.control.rerun_view import display_target, display_view
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import summary
+from gr00t_fast.control.views import View, video_view, window_view
 from gr00t_fast.errors import ConfigError, ServerUnreachableError
 from gr00t_fast.files import check_kept, read_json
 from gr00t_fast.inputs.data_config import check_trained_cameras, load_data_config
@@ -93,20 +94,18 @@ def _drive(
         led = config.home is not None or not policy.computes  # a replay begins where the episode did
         preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
         fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-        outputs = Outputs(
-            config.out,
-            config.video,
-            fps,
-            config.quiet,
-            config.json,
-            displays(config, robot, fps, say, lambda: stop.request("window closed")),
-        )
+        outputs = Outputs(config.out, views(config, robot, fps, lambda: stop.request("window closed")), config.quiet, config.json)
         keys = keys_of_session(config)
         session = Session(stop, keys, recorder, echo=say)
-        connected = preflight.connected
+        begin = [preflight.connected, outputs.prepare]
         if recorder is not None:
             recorder.set_rate(fps)
-            connected = _and_open_recording(connected, recorder, config, policy, robot, facts)
+            begin.append(opening(recorder, config, policy, robot, facts))
+
+        def connected(observation: Observation) -> None:
+            for step in begin:
+                step(observation)
+
         loop = control_loop(config, policy, robot, fps, stop, connected, outputs, session)
         if policy.computes:
             say("warming up ...")
@@ -164,11 +163,15 @@ def _connect(config: RunConfig) -> Any:
     )
 
 
-def displays(config: RunConfig, robot: Robot, fps: float, say: Callable[[str], None], on_quit: Callable[[], None]) -> list[Display]:
-    """Raises MissingExtraError without rerun, ConfigError for a file that cannot be written."""
-    targets = [display_target(config.display, config.out), window_target(say) if config.show_images else None]
-    what = (config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, fps, say, on_quit)
-    return [Display(target, *what) for target in targets if target is not None]
+def views(config: RunConfig, robot: Robot, fps: float, on_quit: Callable[[], None]) -> list[View]:
+    """Raises MissingExtraError without imageio-ffmpeg or rerun, ConfigError for a file that cannot be written."""
+    say, target = voice(config), display_target(config.display, config.out)
+    found = [
+        None if config.video is None else video_view(config.video, fps, say),
+        None if target is None else display_view(target, config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, say),
+        window_view(say, on_quit) if config.show_images else None,
+    ]
+    return [view for view in found if view is not None]
 
 
 def build_robot(config: RunConfig) -> Robot:
@@ -200,21 +203,15 @@ def keys_of_session(config: RunConfig) -> Keys | None:
     return None
 
 
-def _and_open_recording(
-    check: Callable[[Observation], None], recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot, facts: RecordedFacts
-) -> Callable[[Observation], None]:
-    """`check` of the first observation, and then the data set with the columns that it shows."""
+def opening(recorder: DatasetRecorder, config: RunConfig, policy: Any, robot: Robot, facts: RecordedFacts) -> Callable[[Observation], None]:
+    """What opens the data set with the columns that the first observation shows."""
     metadata = policy.metadata
     names = facts.cameras if facts.cameras is not None else resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
     names = {camera: names[camera] for camera in robot.cameras if camera in names}
     names |= {camera: camera for camera in robot.cameras if camera not in names and camera not in names.values()}
     modality = modality_of(metadata.state_widths, metadata.action_widths, robot.joint_names, names)
 
-    def connected(observation: Observation) -> None:
-        check(observation)
-        recorder.open(observation, robot.name, robot.joint_unit, modality, facts.of_episode)
-
-    return connected
+    return lambda observation: recorder.open(observation, robot.name, robot.joint_unit, modality, facts.of_episode)
 
 
 def control_loop(

@@ -15,11 +15,11 @@ from gr00t_fast.cli.policy_flags import OutputFlags, PolicyFlags, check_at_least
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S
-from gr00t_fast.control.display import WINDOW, display_target
 from gr00t_fast.control.keys import keys_obstacle
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.poses import SPEEDS_DEG_S, Poses
+from gr00t_fast.control.rerun_view import WINDOW, display_target
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import UsageError, parse_flags, setting
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG

@@ -1,13 +1,8 @@
-"""The process beside a run that writes its LeRobotDataset v3 with lerobot's own writer; dataset_recorder.py is its other end.
-
-Encoding, lerobot and torch live here, so that nothing of them takes time from the control loop: this process has an interpreter lock of its own, a
-lower priority, and outlives a run that is killed.
+"""The process beside a run that writes its LeRobotDataset v3 with lerobot's own writer; recorder.py is its other end.
 
 Each episode is written into a directory beside the data set and moved into it when it is whole, in an order in which the data set can be read at
 any instant. So a full disk, a camera that fails or a crash costs at most the episode in progress. What a crash leaves is tidied up by the next
 recording into the same data set: an episode whose move had begun is moved to its end, anything else is removed.
-
-Commands come as JSON lines on stdin, pictures through shared memory (`SLOTS_FD`); answers are JSON lines on stdout.
 """
 
 from __future__ import annotations
@@ -15,19 +10,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import mmap
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from gr00t_fast.contracts import Observation
+from gr00t_fast.control.sink import Tell
 from gr00t_fast.errors import require
 from gr00t_fast.files import is_running
 
@@ -35,7 +30,6 @@ ROLLOUTS = "meta/rollouts.json"  # of each episode what lerobot has no place for
 MODALITY = "meta/modality.json"  # NVIDIA's name for which columns are which part
 _FACTS = ("meta/tasks.parquet", "meta/stats.json", ROLLOUTS, MODALITY, "meta/info.json")  # replaced, the one that counts last
 _MOVING = ".moving"  # lies in a whole episode's directory while its files are moved
-_NICENESS = 10
 _ENCODER_QUEUE = 60  # frames of a camera; 55 MB at 640x480
 _ENCODER_PATIENCE_S = 5.0
 # H.264: half the processor time of lerobot's default (AV1) at 640x480, plays everywhere. And SVT-AV1, run by root, gives its thread a real-time
@@ -44,19 +38,32 @@ _CODEC = "h264"
 SUCCESS = "next.success"
 
 
-def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, int]], success: bool = False) -> dict[str, Any]:
-    """Columns of a data set as lerobot's own recorder names them; `cameras`: name -> (height, width). `success`: true in the last row of an episode
-    that was solved."""
+@dataclass(frozen=True)
+class Header:
+    """What all episodes of a recording have in common. cameras: name -> shape of its pictures. facts: JSON-ready, for meta/rollouts.json."""
+
+    fps: int
+    joints: tuple[str, ...]
+    cameras: Mapping[str, tuple[int, ...]]
+    joint_unit: str
+    robot_type: str
+    modality: Mapping[str, Any] | None
+    facts: Mapping[str, Any]
+
+
+def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]], success: bool = False) -> dict[str, Any]:
+    """Columns of a data set as lerobot's own recorder names them; `cameras`: name -> (height, width, ...). `success`: true in the last row of an
+    episode that was solved."""
     vector = {"dtype": "float32", "shape": (len(joints),), "names": [f"{joint}.pos" for joint in joints]}
     names = ["height", "width", "channels"]
-    pictures = {f"observation.images.{name}": {"dtype": "video", "shape": (*size, 3), "names": names} for name, size in cameras.items()}
+    pictures = {f"observation.images.{name}": {"dtype": "video", "shape": (*size[:2], 3), "names": names} for name, size in cameras.items()}
     outcome = {SUCCESS: {"dtype": "bool", "shape": (1,), "names": None}} if success else {}
     return {"observation.state": vector, "action": vector, **pictures, **outcome}
 
 
 def create(root: Path, fps: int, columns: Mapping[str, Any], robot_type: str) -> Any:
     """An empty LeRobotDataset to write into `root`, which must not be there. Raises MissingExtraError without lerobot."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
     dataset = _dataset_class()
     return dataset.create(f"local/{root.name}", fps, dict(columns), root=root, robot_type=robot_type, **_encoding(dataset.create))
 
@@ -98,16 +105,13 @@ def _copy_facts(before: Path, root: Path) -> None:
             shutil.copyfile(file, target)
 
 
-# --- an episode, from its first row until it is part of the data set ---------------------------------------------------------------------------
-
-
 class Episode:
-    """Rows of one episode in a directory beside the data set `out`. `save` or `discard` ends it."""
+    """Rows of one episode, in a directory beside the data set `out` until it is whole. `save` or `discard` ends it."""
 
-    def __init__(self, out: Path, header: Mapping[str, Any], task: str) -> None:
+    def __init__(self, out: Path, header: Header, task: str) -> None:
         self._out, self._header, self._task = out, header, task
-        self._columns = features(header["joints"], header["cameras"], success=True)
-        self._beside = _beside(out)
+        self._columns = features(header.joints, header.cameras, success=True)
+        self._beside = out.with_name(f".{out.name}.recording-{os.getpid()}")
         self._beside.mkdir(parents=True)
         self._root = self._beside / out.name
         try:
@@ -119,14 +123,15 @@ class Episode:
         self.rows = 0
 
     def _open(self) -> Any:
+        fps, robot_type = self._header.fps, self._header.robot_type
         if not _is_dataset(self._out):
-            return create(self._root, self._header["fps"], self._columns, self._header["robot_type"])
-        known = json.loads((self._out / "meta" / "info.json").read_text())["features"]
+            return create(self._root, fps, self._columns, robot_type)
+        known = _read_map(self._out, "meta/info.json")["features"]
         self._columns = {name: column for name, column in self._columns.items() if name in known}
-        return _continue(self._root, self._out, self._header["fps"], self._columns, self._header["robot_type"])
+        return _continue(self._root, self._out, fps, self._columns, robot_type)
 
     def add(self, row: Mapping[str, np.ndarray]) -> None:
-        """Pictures are copied."""
+        """Copies the row."""
         if self._last is not None:
             self._write(self._last, solved=False)
         self._last = {name: np.array(value) for name, value in row.items()}
@@ -144,7 +149,7 @@ class Episode:
             _make_statistics_of_one_picture(self._dataset, self._last)
         number = int(self._dataset.meta.total_episodes)
         self._dataset.save_episode()
-        self._close()
+        self._dataset.finalize()
         self._check_videos()
         self._add_facts(number, outcome)
         _sync(self._root)
@@ -159,11 +164,8 @@ class Episode:
     def discard(self) -> None:
         with contextlib.suppress(Exception):  # whatever is wrong with it, it is removed
             self._dataset.clear_episode_buffer()
-            self._close()
+            self._dataset.finalize()
         shutil.rmtree(self._beside, ignore_errors=True)
-
-    def _close(self) -> None:
-        self._dataset.finalize()
 
     def _check_videos(self) -> None:
         """lerobot's encoder leaves frames out when it cannot keep up: every later picture would belong to another row."""
@@ -175,14 +177,13 @@ class Episode:
                 raise RuntimeError(f"{file.name} has {found} pictures of {self.rows}: the video encoder could not keep up")
 
     def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
-        file = self._root / ROLLOUTS
-        told = json.loads(file.read_text()) if file.is_file() else {"program": "gr00t-fast", "episodes": []}
-        entry = {"episode": number, "frames": self.rows, "task": self._task, **outcome, **self._header["facts"]}
+        header, file, modality = self._header, self._root / ROLLOUTS, self._root / MODALITY
+        told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
+        entry = {"episode": number, "frames": self.rows, "task": self._task, **outcome, **header.facts}
         told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
-        file.write_text(json.dumps({**told, "joint_unit": self._header["joint_unit"]}, indent=1) + "\n")
-        modality = self._root / MODALITY
-        if self._header["modality"] and not modality.is_file():
-            modality.write_text(json.dumps(self._header["modality"], indent=2) + "\n")
+        file.write_text(json.dumps({**told, "joint_unit": header.joint_unit}, indent=1) + "\n")
+        if header.modality and not modality.is_file():
+            modality.write_text(json.dumps(header.modality, indent=2) + "\n")
 
 
 def _encoder(dataset: Any) -> Any:
@@ -211,15 +212,18 @@ def _let_encoders_catch_up(dataset: Any) -> None:
         time.sleep(0.002)
 
 
-# --- directories --------------------------------------------------------------------------------------------------------------------------------
+# Directories
 
 
 def _is_dataset(out: Path) -> bool:
     return (out / "meta" / "info.json").is_file()
 
 
-def _beside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.recording-{os.getpid()}")
+def _read_map(out: Path, name: str) -> dict[str, Any]:
+    found = json.loads((out / name).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return found
 
 
 def move_into(out: Path, root: Path) -> None:
@@ -254,30 +258,25 @@ def tidy_up(out: Path) -> int:
 def check_whole(out: Path) -> None:
     """Whether a recording can go on in the data set `out`: its counts agree and every file that they name is there. Raises ValueError that names the
     file, and what pyarrow and the file system raise."""
-    parquet = require("pyarrow.parquet", "recordings")
-    info = json.loads((out / "meta" / "info.json").read_text(encoding="utf-8"))
-    columns = info.get("features") if isinstance(info, dict) else None
-    if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
+    parquet, info = require("pyarrow.parquet", "recordings"), _read_map(out, "meta/info.json")
+    if not isinstance(info.get("features"), dict):
         raise ValueError("meta/info.json has no map of features")
-    for name in (ROLLOUTS, "meta/stats.json"):
-        told = json.loads((out / name).read_text(encoding="utf-8")) if (out / name).exists() else {}
-        episodes = told.get("episodes", []) if isinstance(told, dict) else None
-        if not isinstance(episodes, list) or not all(isinstance(each, dict) and "episode" in each for each in episodes):
-            raise ValueError(f"{name} is no map, or has an entry without an episode")
+    for name in (name for name in (ROLLOUTS, "meta/stats.json") if (out / name).exists()):
+        if not all(isinstance(entry, dict) and "episode" in entry for entry in _read_map(out, name).get("episodes", [])):
+            raise ValueError(f"{name} has an entry without an episode")
     parquet.read_metadata(out / "meta" / "tasks.parquet")
     entries = [entry for file in sorted((out / "meta" / "episodes").glob("*/*.parquet")) for entry in _entries(parquet, file)]
     numbers = sorted(entry["episode_index"] for entry in entries)
-    if numbers != list(range(len(numbers))) or not numbers or len(numbers) != info.get("total_episodes"):
+    if not numbers or numbers != list(range(info.get("total_episodes", 0))):
         raise ValueError(f"meta/info.json counts {info.get('total_episodes')} episodes, meta/episodes has {len(numbers)}")
-    videos = [name for name, column in columns.items() if column.get("dtype") == "video"]
     rows: dict[str, int] = {}
     for entry in entries:
-        place = {"chunk_index": entry["data/chunk_index"], "file_index": entry["data/file_index"]}
-        rows[file] = rows.get(file := info["data_path"].format(**place), 0) + entry["length"]
-        for name in videos:
-            place = {"chunk_index": entry[f"videos/{name}/chunk_index"], "file_index": entry[f"videos/{name}/file_index"]}
-            if not (out / info["video_path"].format(video_key=name, **place)).is_file():
-                raise ValueError(f"{info['video_path'].format(video_key=name, **place)} of episode {entry['episode_index']} is missing")
+        file = info["data_path"].format(**_place(entry, "data"))
+        rows[file] = rows.get(file, 0) + entry["length"]
+        for name in (name for name, column in info["features"].items() if column.get("dtype") == "video"):
+            video = info["video_path"].format(video_key=name, **_place(entry, f"videos/{name}"))
+            if not (out / video).is_file():
+                raise ValueError(f"{video} of episode {entry['episode_index']} is missing")
     for file, count in rows.items():
         if (found := parquet.read_metadata(out / file).num_rows) != count:
             raise ValueError(f"{file} has {found} rows, meta/episodes counts {count}")
@@ -291,6 +290,10 @@ def _entries(parquet: Any, file: Path) -> list[dict[str, Any]]:
     return parquet.read_table(file, columns=names).to_pylist()
 
 
+def _place(entry: Mapping[str, Any], what: str) -> dict[str, int]:
+    return {part: entry[f"{what}/{part}"] for part in ("chunk_index", "file_index")}
+
+
 def _sync(directory: Path) -> None:
     """A power cut after this loses none of the files."""
     for file in [path for path in directory.rglob("*") if path.is_file()]:
@@ -298,119 +301,57 @@ def _sync(directory: Path) -> None:
             os.fsync(opened.fileno())
 
 
-# --- the process --------------------------------------------------------------------------------------------------------------------------------
+# The process
 
 
-class Slots:
-    """Shared memory with room for the pictures of `count` ticks. Both ends make the same views of it."""
+class DatasetWriter:
+    """What the recorder asks for, done in order. An episode that is cut off because the run was killed is saved: `ended_by` says it."""
 
-    def __init__(self, fd: int, cameras: Mapping[str, tuple[int, int]], count: int) -> None:
-        sizes = {name: height * width * 3 for name, (height, width) in cameras.items()}
-        self.slot_bytes = sum(sizes.values())
-        flags = {"flags": mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)} if hasattr(mmap, "MAP_SHARED") else {}
-        self._memory = mmap.mmap(fd, max(1, count * self.slot_bytes), **flags)
-        pixels = np.frombuffer(self._memory, np.uint8)
-        self.pictures: list[dict[str, np.ndarray]] = []
-        for slot in range(count):
-            at, views = slot * self.slot_bytes, {}
-            for name, (height, width) in cameras.items():
-                views[name] = pixels[at : at + sizes[name]].reshape(height, width, 3)
-                at += sizes[name]
-            self.pictures.append(views)
-
-
-class Writer:
-    """What the other end says, done in order."""
-
-    def __init__(self, out: Path, slots_fd: int, answers: IO[str]) -> None:
-        self._out, self._fd, self._answers = out, slots_fd, answers
-        self._header: dict[str, Any] = {}
-        self._slots: Slots | None = None
+    def __init__(self, tell: Tell, out: Path) -> None:
+        """Imports lerobot, whose progress bars are off."""
+        self._tell, self._out = tell, out
+        self._header: Header | None = None
         self._episode: Episode | None = None
-        self._ended: dict[str, Any] | None = None  # how the episode ended whose fate is not decided yet
-        self._joints = 0
+        self._ended: dict[str, Any] = {}  # how the episode ended whose fate is not decided yet
+        self._cache = tempfile.TemporaryDirectory(prefix="gr00t_fast-")
+        os.environ["HF_DATASETS_CACHE"] = self._cache.name  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
+        _dataset_class()
+        require("datasets", "robot").disable_progress_bars()
 
-    def answer(self, **values: Any) -> None:
-        with contextlib.suppress(OSError):  # the run was killed; what it has recorded is still saved
-            self._answers.write(json.dumps(values) + "\n")
-            self._answers.flush()
+    def __enter__(self) -> DatasetWriter:
+        return self
 
-    def serve(self, commands: Iterator[str]) -> None:
-        """Until the commands end. An episode that was cut off by that is saved too: `ended_by` says it."""
-        with contextlib.ExitStack() as left:
-            left.callback(self._drop)
-            for line in commands:
-                command = json.loads(line)
-                getattr(self, f"_on_{command.pop('do')}")(**command)
-            if self._episode is not None and self._episode.rows:
-                self._on_save(**(self._ended or {"success": None, "ended_by": "the program was killed"}))
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None and self._episode is not None:
+                self.save(self._ended)
+        finally:
+            self.discard()
+            self._cache.cleanup()
 
-    def _on_open(self, **header: Any) -> None:
+    def open(self, header: Header) -> None:
         self._header = header
-        self._slots = Slots(self._fd, header["cameras"], header["slots"])
-        self._joints = len(header["joints"])
-        self.answer(opened=True)
 
-    def _on_begin(self, task: str) -> None:
-        self._drop()
-        self._episode, self._ended = Episode(self._out, self._header, task), None
+    def begin(self, task: str) -> None:
+        self.discard()
+        self._episode = Episode(self._out, self._header, task)
+        self._ended = {"success": None, "ended_by": "the program was killed"}
 
-    def _on_row(self, slot: int, values: list[float]) -> None:
-        numbers = np.array(values, np.float32)
-        pictures = {f"observation.images.{name}": picture for name, picture in self._slots.pictures[slot].items()}
-        self._episode.add({"observation.state": numbers[: self._joints], "action": numbers[self._joints :], **pictures})
-        self.answer(free=slot)
+    def add(self, observation: Observation, commanded: np.ndarray) -> None:
+        pictures = {f"observation.images.{name}": picture for name, picture in observation.frames.items()}
+        self._episode.add({"observation.state": observation.joints.astype(np.float32), "action": commanded.astype(np.float32), **pictures})
 
-    def _on_end(self, **outcome: Any) -> None:
+    def end(self, outcome: dict[str, Any]) -> None:
         self._ended = outcome
 
-    def _on_save(self, **outcome: Any) -> None:
-        episode = self._episode
-        if episode is None or not episode.rows:
-            self._drop()
-            self.answer(saved=None, frames=0)
-            return
-        number = episode.save(outcome)
-        self._episode = None
-        self.answer(saved=number, frames=episode.rows, duration_s=outcome.get("duration_s", 0.0))
+    def save(self, outcome: dict[str, Any]) -> None:
+        if self._episode.rows:
+            number = self._episode.save(outcome)
+            self._tell("saved", {"lost_ticks": 0, "duration_s": 0.0, **outcome, "episode": number, "frames": self._episode.rows})
+            self._episode = None
+        self.discard()
 
-    def _on_discard(self) -> None:
-        self._drop()
-        self.answer(saved=None, frames=0)
-
-    def _drop(self) -> None:
+    def discard(self) -> None:
         episode, self._episode = self._episode, None
         if episode is not None:
             episode.discard()
-
-
-def main(argv: Sequence[str]) -> int:
-    """`argv`: the data set's directory and the file descriptor of the shared memory."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # of the terminal or the user for the run; this process ends when its input does
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not for the other end
-    with contextlib.suppress(OSError):
-        os.nice(_NICENESS)
-    with tempfile.TemporaryDirectory(prefix="gr00t_fast-") as cache:
-        os.environ["HF_DATASETS_CACHE"] = cache  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
-        writer = Writer(Path(argv[0]), int(argv[1]), answers)
-        try:
-            _quiet()
-            writer.answer(ready=True)
-            writer.serve(iter(sys.stdin.readline, ""))
-        except Exception as error:  # whatever it was: the run is told, and lands
-            writer.answer(error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-            raise
-    return 0
-
-
-def _quiet() -> None:
-    """lerobot imported, its progress bars and the encoder's messages off."""
-    _dataset_class()
-    with contextlib.suppress(AttributeError):
-        require("datasets", "robot").disable_progress_bars()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

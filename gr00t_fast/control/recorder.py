@@ -1,151 +1,285 @@
-"""Observers of the control loop: a video file, and the first and last frames. Neither delays a tick or raises into the loop."""
+"""`--record`: a run's episodes become a LeRobotDataset v3. This is the run's end, which costs the control loop a copy of the pictures per tick; the
+other end is a process of its own (dataset_writer.py)."""
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
+import json
 import os
-import queue
-import subprocess
-import sys
+import shutil
 import tempfile
-import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import Observation
-from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.control.binding import joints_of_parts
+from gr00t_fast.control.dataset_writer import SUCCESS, DatasetWriter, Header, check_whole, features, tidy_up
+from gr00t_fast.control.sink import Sink
+from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
 
-QUEUE_FRAMES = 60  # two seconds at 30 Hz (110 MB at 640x480 and two cameras); a slower encoder drops frames instead of delaying the arm
-_GIF_FILTER = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse"  # a palette of the clip's own 256 colours
-_H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]  # plays everywhere; 16: hardly to be told from the original
-# How long a finished run waits for the encoder's backlog; a GIF is only encoded once its palette, and so its last frame, is known.
-_FINISH_S, _GIF_FINISH_S_PER_FRAME = 5.0, 0.1
-_GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
+QUEUE_S = 3.0  # of ticks that may wait for the other process
+_LEAST_FREE_BYTES = 200 << 20  # a few minutes of one camera
+_START_S = 120.0  # importing lerobot and torch takes 5 s, on a busy machine with a cold disk ten times that
+_SILENT_S = 30.0  # so long may the other process leave everything unanswered; saving an episode takes about 1 s
+_END_S = 10.0  # and so long may it take to end
+_TELL_AFTER_S = 2.0
+_SLOWER = 1.1  # an episode that took so many times what its rows say is told
+_DISK_FULL = ("No space left", "Errno 28", "Disk quota", "File too large")
+_WHOLE = "Episodes saved before are whole."
+_BY_LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every data set
 
 
-def side_by_side(frames: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return all frames in one uint8 RGB picture, cut at the bottom to the lowest and to even sizes (what H.264 needs)."""
-    height = min(frame.shape[0] for frame in frames.values())
-    picture = np.concatenate([frame[:height] for frame in frames.values()], axis=1)
-    return np.ascontiguousarray(picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2])
+def dataset_directory(name: str) -> Path:
+    """Where a data set called `name` lies: lerobot's place for `user/name`, unless there is a directory `user` here; else a path."""
+    path = Path(name).expanduser()
+    parts = name.split("/")
+    if len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~") and not Path(parts[0]).is_dir():
+        cache = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+        return Path(os.environ.get("HF_LEROBOT_HOME") or cache / "lerobot").expanduser() / name
+    return path
 
 
-class VideoRecorder:
-    """Writes every observation's frames to an .mp4 or .gif, encoding in a thread of its own. Use as a context manager."""
+def modality_of(
+    state_widths: Mapping[str, int], action_widths: Mapping[str, int], joint_names: tuple[str, ...], camera_map: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """`meta/modality.json`, by which programs of NVIDIA and of this project find a policy's parts and cameras. `camera_map` {robot: policy}. None
+    when a part's joints are not next to each other."""
+    told: dict[str, Any] = {}
+    for kind, widths in (("state", state_widths), ("action", action_widths)):
+        told[kind] = {}
+        for part, joints in joints_of_parts(widths, joint_names, kind).items():
+            if joints != list(range(joints[0], joints[0] + len(joints))):
+                return None
+            told[kind][part] = {"start": joints[0], "end": joints[-1] + 1}
+    told["video"] = {policy: {"original_key": f"observation.images.{robot}"} for robot, policy in camera_map.items()}
+    told["annotation"] = {"human.task_description": {"original_key": "task_index"}}
+    return told
 
-    def __init__(self, path: Path, fps: float) -> None:
-        """Raises ConfigError for another suffix, MissingExtraError without imageio-ffmpeg. Nothing is written before the first frame."""
-        if path.suffix.lower() not in (".mp4", ".gif"):
-            raise ConfigError(f"--video: '{path}' must end in .mp4 or .gif.")
-        self._ffmpeg = require("imageio_ffmpeg", "plots")
-        self.path = path
-        self.dropped_frames = 0
-        self.error: str | None = None  # why encoding ended early, if it did
-        self._every = max(1, round(fps / _GIF_FPS)) if path.suffix.lower() == ".gif" else 1
-        self._fps = fps / self._every
-        self._seen = 0
-        # SimpleQueue leaves no lock behind when a signal handler raises out of it
-        self._queue: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._encode, name="video", daemon=True)
 
-    def __enter__(self) -> VideoRecorder:
-        self._thread.start()
+class DatasetRecorder:
+    """Writes episodes into the data set `out`. Use as a context manager around the run; all methods belong to the loop's thread.
+
+    `begin`, `add` at each tick, `end`, then `save` or `discard`; an episode that was ended and not decided is saved. None of these waits: `busy` is
+    true while an episode is being saved. `failure` says why nothing more is recorded, if that happened; `echo` has told it.
+    """
+
+    def __init__(self, out: Path, append: bool, joint_names: tuple[str, ...], echo: Callable[[str], None] = print) -> None:
+        """Raises ConfigError for a place that cannot be written, that holds something else, or a data set that is not continued with `append`;
+        MissingExtraError without lerobot."""
+        require("lerobot", "robot")
+        if importlib.util.find_spec("datasets") is None:  # with lerobot 0.6 an extra of its own
+            raise MissingExtraError(f"--record writes with lerobot's own writer, which needs its data set packages: {install_command('robot')}")
+        self.out, self._append, self._joints, self._echo = out.absolute(), append, joint_names, echo
+        self._fps = 0.0
+        self._check_place()
+        self.failure: str | None = None
+        self.episodes: list[int] = []  # numbers of those saved
+        self._sink: Sink | None = None
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._state = "idle"  # idle, recording, ended
+        self._lost_before = 0  # ticks, in the episodes before the present one
+        self._ticks_s: tuple[float, float] | None = None  # when the episode's first and latest tick were seen
+
+    def _check_place(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--record={self.out} is a file. Name a directory that is not there yet.")
+        there = self.out.is_dir() and any(self.out.iterdir())
+        if there and not self._append:
+            raise ConfigError(f"--record={self.out} exists already. Name another one, or add --record_append=true to continue that data set.")
+        if there and not (self.out / "meta" / "info.json").is_file():
+            raise ConfigError(f"--record={self.out} holds files but no LeRobotDataset (no meta/info.json). Name another directory.")
+        if rescued := tidy_up(self.out):
+            self._echo(f"{self.out}: {rescued} episode(s) of an interrupted recording were completed.")
+        if there:
+            try:
+                check_whole(self.out)
+            except Exception as error:  # whatever is wrong with its files, no row may be added to them
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                raise ConfigError(f"--record_append: {self.out} is damaged and was left as it is: {why}. Record into another directory.") from error
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.out.parent):
+                pass
+            free = shutil.disk_usage(self.out.parent).free
+        except OSError as error:
+            raise ConfigError(f"--record: cannot write to '{self.out.parent}': {error}. Name a place that can be written.") from error
+        if free < _LEAST_FREE_BYTES:
+            raise ConfigError(
+                f"--record: the disk of '{self.out.parent}' has {free >> 20} MB left, less than {_LEAST_FREE_BYTES >> 20}. Free some space."
+            )
+
+    def set_rate(self, fps: float) -> None:
+        """Ticks a second of the run. Raises ConfigError where the data set cannot have that rate."""
+        if not float(fps).is_integer():
+            raise ConfigError(f"--record: a LeRobotDataset has a whole number of frames a second, the run {fps:g}. Give --fps={round(fps)}.")
+        self._fps = fps
+        self._check_continued()
+
+    def _check_continued(self, cameras: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Raises ConfigError where rows of this run would be of another kind than those that are there."""
+        if not (self.out / "meta" / "info.json").is_file():
+            return
+        info = json.loads((self.out / "meta" / "info.json").read_text(encoding="utf-8"))
+        there, wanted = info["features"], features(self._joints, cameras or {})
+        pairs = [("version", str(info.get("codebase_version"))[:2], "v3"), ("frames a second", info.get("fps"), self._fps)]
+        pairs += [(name, _kind(there.get(name)), _kind(column)) for name, column in wanted.items()]
+        if cameras is not None:
+            pairs += [(name, "there", "missing") for name in there if name not in (*wanted, SUCCESS, *_BY_LEROBOT)]
+        if differences := [f"its {name} is {known}, this run's {here}" for name, known, here in pairs if known != here]:
+            raise ConfigError(f"--record_append: {self.out} cannot be continued: {'; '.join(differences)}. Record into another directory.")
+
+    # The other process
+
+    @property
+    def process(self) -> int | None:
+        """Its number, once it was started."""
+        return None if self._sink is None else self._sink.process
+
+    @property
+    def lost_ticks(self) -> int:
+        """For which there was no room, in all episodes."""
+        return 0 if self._sink is None else self._sink.dropped
+
+    def __enter__(self) -> DatasetRecorder:
+        """Starts it, `wait_until_ready` waits: it imports lerobot while the checkpoint is loaded."""
+        self._sink = Sink(DatasetWriter, self.out, on_answer=self._take)
+        self._sink.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """Wait for the encoder, but not for one that hangs: that is killed, and `error` says so."""
-        limit_s = _FINISH_S + (_GIF_FINISH_S_PER_FRAME * self._seen / self._every if self.path.suffix.lower() == ".gif" else 0.0)
-        if not self._finished(limit_s):
-            self.error = f"the encoder did not finish within {limit_s:.0f} s and was killed"
-            if self._process is not None:
-                self._process.kill()
-            self._finished(1.0)  # the thread is a daemon: whatever it does now, it does not hold up the program
+    def wait_until_ready(self) -> None:
+        """Raises RecordingError when the other process does not start."""
+        self._sink.ready.wait(_START_S)
+        self._check_alive(self._sink.ready.is_set())
 
-    def _finished(self, limit_s: float) -> bool:
-        self._queue.put(None)
-        self._thread.join(limit_s)
-        return not self._thread.is_alive()
+    def _check_alive(self, answered: bool) -> None:
+        if self.failure is not None:
+            raise RecordingError(self.failure)
+        if not answered:
+            raise RecordingError(f"the recording process did not answer within {_START_S:.0f} s. Try again, or run without --record.")
 
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-        self._seen += 1
-        if self.error or not observation.frames or (self._seen - 1) % self._every:
+    def open(self, observation: Observation, robot_type: str, joint_unit: str, modality: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> None:
+        """Fixes the columns by the first observation. `facts` go into meta/rollouts.json with each episode. Raises
+        ConfigError when the data set to continue has other columns, RecordingError when the other process does not answer."""
+        sizes = {name: frame.shape for name, frame in observation.frames.items()}
+        self._check_continued({name: shape[:2] for name, shape in sizes.items()})
+        self._sizes = sizes
+        self._sink.slots = round(QUEUE_S * self._fps)
+        self._sink.prepare(observation)
+        self._sink.call("open", Header(int(self._fps), self._joints, sizes, joint_unit, robot_type, modality, dict(facts)))
+        self._check_alive(self._sink.wait(_START_S))
+
+    # Episodes
+
+    @property
+    def busy(self) -> bool:
+        """Whether an episode is being saved. Gives up on a process that does nothing any more."""
+        if self._sink.silent_s > _SILENT_S:
+            self._sink.kill()
+            why = f"has not answered for {_SILENT_S:.0f} s (a network directory that is gone, a disk that hangs?) and was ended"
+            self._fail(f"the recording process {why}: the last episode is lost. {_WHOLE}")
+        return self.failure is None and self._sink.pending
+
+    def begin(self, task: str) -> None:
+        """An episode of the instruction `task` begins."""
+        if self.failure is None:
+            self._lost_before = self.lost_ticks
+            self._sink.call("begin", task)
+            self._state, self._ticks_s = "recording", None
+
+    def add(self, observation: Observation, commanded: np.ndarray) -> None:
+        """A tick: what was seen, and what was sent (J,) then. Ticks for which there is no room are left out and counted."""
+        if self._state != "recording" or self.failure is not None:
             return
-        if self._queue.qsize() >= QUEUE_FRAMES:
-            self.dropped_frames += 1
-        else:
-            self._queue.put(side_by_side(observation.frames))
+        for name, size in self._sizes.items():
+            frame = observation.frames.get(name)
+            if frame is None or frame.shape != size:
+                got = "nothing" if frame is None else f"{frame.shape[1]}x{frame.shape[0]}"
+                self.save(success=None, ended_by=f"camera '{name}' delivers {got}")
+                self._fail(f"camera '{name}' delivers {got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
+                return
+        self._ticks_s = (self._ticks_s[0] if self._ticks_s else observation.time_s, observation.time_s)
+        self._sink.put(observation, commanded)
+        _ = self.busy
 
-    def _encode(self) -> None:
+    def end(self, **outcome: Any) -> None:
+        """The episode's last tick has been. `outcome`: JSON-ready facts, `success` (True, False or None) among them."""
+        if self._state == "recording":
+            self._sink.call("end", self._with_figures(outcome))
+            self._state = "ended"
+
+    def save(self, **outcome: Any) -> None:
+        """The ended episode is to be part of the data set, with this outcome."""
+        if self._state != "idle":
+            self._state = "idle"
+            self._sink.call("save", self._with_figures(outcome))
+
+    def discard(self) -> None:
+        """The ended episode is to be forgotten."""
+        if self._state != "idle":
+            self._state = "idle"
+            self._sink.call("discard")
+
+    def _with_figures(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        first_s, last_s = self._ticks_s or (0.0, 0.0)
+        return {**outcome, "lost_ticks": self.lost_ticks - self._lost_before, "duration_s": round(last_s - first_s, 3)}
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until what was ended is saved, and says so. May be called again. `failure` says what went wrong."""
+        if not self._sink.running:
+            return
+        self.save(success=None, ended_by="error")
+        tell_at_s = time.monotonic() + _TELL_AFTER_S
         try:
-            with tempfile.TemporaryFile() as complaints:
-                while (picture := self._queue.get()) is not None:
-                    if self._process is None:
-                        self._process = self._start(picture, complaints)
-                    try:
-                        self._process.stdin.write(picture)
-                    except OSError:  # it went away; why, it has said itself
-                        break
-                if self._process is not None:
-                    self._close(complaints)
-        except (OSError, ValueError, RuntimeError) as error:  # disk full, unwritable path, encoder gone: the run goes on without a video
-            self.error = self.error or f"{type(error).__name__}: {error}"
-            while self._queue.get() is not None:
-                pass
+            while self.busy:
+                if time.monotonic() > tell_at_s:
+                    tell_at_s = float("inf")
+                    self._echo("saving the last episode ...")
+                time.sleep(0.02)
+        finally:
+            self._sink.close(_END_S if self._sizes else 0.0)  # where nothing was recorded there is nothing to wait for
+        if self._sizes:
+            self._echo(f"{len(self.episodes)} episode(s) recorded into {self.out}")
 
-    def _close(self, complaints: IO[bytes]) -> None:
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        code = self._process.wait()
-        if code:
-            complaints.seek(0)
-            said = complaints.read().decode(errors="replace").strip()
-            raise RuntimeError(f"ffmpeg ended with code {code}: {said or 'without a message'}")
+    @property
+    def warnings(self) -> list[str]:
+        """For the report."""
+        lost = [f"the recording lacks {self.lost_ticks} ticks: encoder or disk were slower than the loop."] if self.lost_ticks else []
+        return [*lost, *([self.failure] if self.failure else [])]
 
-    def _start(self, picture: np.ndarray, complaints: IO[bytes]) -> subprocess.Popen[bytes]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{picture.shape[1]}x{picture.shape[0]}", "-r", f"{self._fps:.4f}", "-i", "-"]
-        codec = ["-filter_complex", _GIF_FILTER, "-c:v", "gif"] if self.path.suffix.lower() == ".gif" else _H264
-        command = [self._ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, "-an", *codec, str(self.path.absolute())]
-        # a session of its own: Ctrl-C in the terminal is for the arm, the encoder ends when its input does
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=complaints, bufsize=0, start_new_session=True)
+    # What the other process says
 
+    def _take(self, what: str, value: Any) -> None:
+        if what == "saved":
+            self.episodes.append(value["episode"])
+            self._echo(self._told(value))
+        elif what == "error":
+            full = f"the disk of {self.out.parent} is full ({value}). Free some space" if any(sign in value for sign in _DISK_FULL) else value
+            self._fail(f"{full}. {_WHOLE}")
+        elif self.failure is None:
+            self._fail(f"the recording process has ended: it was killed (exit code {value}). {_WHOLE}")
 
-class FirstAndLast:
-    """Keeps the first and the last frames of a run, for its report."""
+    def _told(self, saved: Mapping[str, Any]) -> str:
+        rows_s, lasted_s, lost = (saved["frames"] - 1) / self._fps, saved["duration_s"], saved["lost_ticks"]
+        told = f"episode {saved['episode']} recorded: {saved['frames']} frames"
+        if lasted_s > _SLOWER * rows_s + 1 / self._fps:
+            told += f": {rows_s:.1f} s at {self._fps:g} frames a second; it lasted {lasted_s:.1f} s, with ticks missed or inferences waited for"
+        return told + (f"\nWARNING: it lacks {lost} ticks: encoder or disk are slower than the loop" if lost else "")
 
-    def __init__(self) -> None:
-        self.first: Mapping[str, np.ndarray] = {}
-        self.last: Mapping[str, np.ndarray] = {}
-
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-        self.first = self.first or observation.frames
-        self.last = observation.frames or self.last
+    def _fail(self, why: str) -> None:
+        self.failure = f"the recording has ended: {why}"
+        self._echo(f"WARNING: {self.failure}")
 
 
-def desktop_obstacle() -> str | None:
-    """Return why no program can open a window here, or None."""
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        return "there is no display (DISPLAY is not set)."
-    return None
-
-
-def display_obstacle() -> str | None:
-    """Return why no window of OpenCV can be opened here and what to do about it, or None."""
-    if obstacle := desktop_obstacle():
-        return f"{obstacle} Run it on a desktop or with 'ssh -X', or record with --video=run.mp4."
-    try:
-        import cv2
-    except ImportError:
-        return "OpenCV is not installed. Install it with: pip install opencv-python"
-    gui = next((line.split(":", 1)[1].strip() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")), "")
-    if gui == "NONE":
-        return (
-            "this OpenCV was built without windows (opencv-python-headless, which lerobot installs). Replace it with: "
-            "pip uninstall -y opencv-python-headless && pip install opencv-python"
-        )
-    return None
+def _kind(column: Mapping[str, Any] | None) -> str:
+    """Shape and names of joints, to be compared and shown."""
+    if not column:
+        return "missing"
+    names = f" ({', '.join(column.get('names') or ())})" if column["dtype"] == "float32" else ""
+    return " x ".join(map(str, column["shape"])) + names

@@ -18,14 +18,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.display import Display
+from gr00t_fast.contracts import LandingReport, Observation
 from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
 from gr00t_fast.control.limits import SafetyFilter
 from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.pacer import Pacer
-from gr00t_fast.control.recorder import FirstAndLast, VideoRecorder
-from gr00t_fast.control.trace import RunTrace
+from gr00t_fast.control.trace import RunTrace, TickRecord
+from gr00t_fast.control.views import View, check_writable
 from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 
@@ -287,45 +286,34 @@ def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
 class Outputs:
     """Observers during the run and files after it. Use as a context manager around the run."""
 
-    def __init__(
-        self,
-        out: Path | None,
-        video: Path | None,
-        fps: float,
-        quiet: bool = False,
-        as_json: bool = False,
-        displays: Sequence[Display] = (),
-    ) -> None:
+    def __init__(self, out: Path | None, views: Sequence[View] = (), quiet: bool = False, as_json: bool = False) -> None:
         """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error.
 
-        Raises ConfigError when `out` or `video` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
-        self._out, self._quiet, self._as_json = out, quiet, as_json
+        Raises ConfigError when `out` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
+        self._out, self._views, self._quiet, self._as_json = out, views, quiet, as_json
         if out is not None:
-            _check_writable(out, "--out")
+            check_writable(out, "--out")
             if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
                 raise MissingExtraError(f"--out draws joints.png with matplotlib, which is not installed: {install_command('plots')}")
-        self._video = VideoRecorder(video, fps) if video is not None else None
-        if video is not None:
-            _check_writable(video.parent, "--video")
-            if video.is_dir():
-                raise ConfigError(f"--video: '{video}' is a directory. Name a file in a directory that can be written.")
-        self._displays = displays
         self._pictures = FirstAndLast() if out is not None else None
         self._stack = ExitStack()
 
     @property
     def observers(self) -> list[Observer]:
-        return [observer for observer in (self._video, *self._displays, self._pictures) if observer is not None]
+        return [*self._views, *([self._pictures] if self._pictures else [])]
 
     def __enter__(self) -> Outputs:
-        if self._video is not None:
-            self._stack.enter_context(self._video)
-        for display in self._displays:
-            self._stack.enter_context(display)
+        for view in self._views:
+            self._stack.enter_context(view)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+    def prepare(self, observation: Observation) -> None:
+        """The first observation, before the arm moves."""
+        for view in self._views:
+            view.sink.prepare(observation)
 
     def write(
         self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
@@ -343,8 +331,7 @@ class Outputs:
                 print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
 
     def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], notes: Sequence[str]) -> None:
-        shown = [warning for display in self._displays for warning in display.warnings]
-        report = build_report(loop, settings, [*warnings, *self._video_warnings(), *shown], notes=notes)
+        report = build_report(loop, settings, [*warnings, *(warning for view in self._views for warning in view.warnings)], notes=notes)
         with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
             try:
                 self._say(verdict(report) + "\n" if self._quiet else _for_terminal(loop, report))
@@ -353,9 +340,7 @@ class Outputs:
             except OSError as error:
                 told.callback(_raise, error)
             paths = self._write_files(loop, report)
-        if self._video is not None and self._video.error is None and self._video.path.exists():
-            paths.append(self._video.path)
-        paths += [display.path for display in self._displays if display.path is not None and display.path.exists()]
+        paths += [view.written for view in self._views if view.written is not None]
         if paths:
             self._say("wrote " + ", ".join(str(path) for path in paths) + "\n")
 
@@ -383,13 +368,17 @@ class Outputs:
         path.write_text(page, encoding="utf-8")
         return path
 
-    def _video_warnings(self) -> list[str]:
-        if self._video is None:
-            return []
-        warnings = [f"the video ended early: {self._video.error}"] if self._video.error else []
-        if self._video.dropped_frames:
-            warnings.append(f"the video lacks {self._video.dropped_frames} frames: the encoder was slower than the loop.")
-        return warnings
+
+class FirstAndLast:
+    """Keeps the first and the last frames of a run."""
+
+    def __init__(self) -> None:
+        self.first: Mapping[str, np.ndarray] = {}
+        self.last: Mapping[str, np.ndarray] = {}
+
+    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
+        self.first = self.first or observation.frames
+        self.last = observation.frames or self.last
 
 
 def _for_terminal(loop: ControlLoop, report: Mapping[str, Any]) -> str:
@@ -401,16 +390,6 @@ def _for_terminal(loop: ControlLoop, report: Mapping[str, Any]) -> str:
 
 def _raise(error: BaseException) -> NoReturn:
     raise error
-
-
-def _check_writable(directory: Path, flag: str) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".write_probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"{flag}: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
 
 
 # The recorded run as a picture (commanded against measured, joint by joint) and as files for other programs.

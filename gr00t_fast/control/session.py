@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import Observation
-from gr00t_fast.control.dataset_recorder import DatasetRecorder
 from gr00t_fast.control.keys import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
 from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.control.recorder import DatasetRecorder
 
 HELP = "keys: right arrow ends the episode, left arrow plays it again, s success, f failure, Esc stops; between episodes t: another instruction"
 _REPEAT_S = 0.7  # a key that is held down repeats sooner, first after up to 0.5 s

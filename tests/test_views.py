@@ -1,0 +1,382 @@
+"""What looks on at a run: what a video, a window and rerun's own reader show of it, and what a view that is missing, hangs or goes away costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from gr00t_fast.contracts import SO100_JOINTS, Observation
+from gr00t_fast.control import views
+from gr00t_fast.control.rerun_view import DisplayTarget, display_target, display_view
+from gr00t_fast.control.trace import TickRecord
+from gr00t_fast.control.views import QUEUED_TICKS, View, side_by_side, video_view, window_obstacle, window_view
+from gr00t_fast.errors import ConfigError, MissingExtraError
+from gr00t_fast.files import is_running
+
+rerun = pytest.importorskip("rerun")
+
+SIZE = (64, 48)
+FPS = 30.0
+
+
+def tick_of(index: int) -> tuple[Observation, TickRecord]:
+    """Numbers that tell the tick; a front camera that grows brighter, in red only."""
+    joints = np.arange(6) + index / 10
+    frame = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
+    frame[:, :, 0] = 5 * index % 250
+    ahead = (joints + 1 + np.arange(4)[:, None]).astype(np.float32)
+    record = TickRecord(index, index // 20, index / FPS, ahead[0], joints + 1, ahead, 50.0 + index, 3, False, 0.25, index // 10)
+    return Observation(joints, {"front": frame}, 1000.0 + index / FPS), record
+
+
+def display_to(target: DisplayTarget, said: list[str] | None = None) -> View:
+    return display_view(target, "pick: the cube", "degrees", SO100_JOINTS, ["front"], (said if said is not None else []).append)
+
+
+def play(view: View, ticks: range, pause_s: float = 0.0) -> None:
+    for index in ticks:
+        view.see(*tick_of(index))
+        time.sleep(pause_s)
+
+
+def rows_of(path: Path, index: str = "tick") -> list[dict[str, Any]]:
+    dataframe = pytest.importorskip("rerun.dataframe", reason="rerun-sdk 0.26 has this reader; later ones have another")
+    recording = dataframe.load_recording(path)
+    return recording.view(index=index, contents="/**").select().read_all().to_pylist()
+
+
+def scalar(row: dict[str, Any], entity: str) -> float | None:
+    found = row[f"/{entity}:Scalars:scalars"]
+    return None if found is None else found[0]
+
+
+@pytest.fixture
+def port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def viewer(port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """rerun's own server, which takes what a viewer takes and needs no window."""
+    name = "rerun.exe" if os.name == "nt" else "rerun"
+    program = Path(rerun.__file__).parent.parent / "rerun_cli" / name
+    if not program.exists():
+        pytest.skip("this build of rerun-sdk comes without its viewer")
+    log = (tmp_path / "viewer.log").open("wb")
+    with log, subprocess.Popen([program, "--serve-grpc", "--port", str(port), "--bind", "127.0.0.1"], stdout=log, stderr=log) as process:
+        end_s = time.monotonic() + 20
+        while not _answers(port):
+            assert time.monotonic() < end_s, (tmp_path / "viewer.log").read_text()
+            time.sleep(0.1)
+        yield process
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def target_at(port: int, rrd: Path | None = None) -> DisplayTarget:
+    return DisplayTarget("127.0.0.1", port, f"rerun+http://127.0.0.1:{port}/proxy", rrd=rrd)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("false", None),
+        ("window", ("127.0.0.1", 9876, True, "out/display.rrd")),
+        ("true", ("127.0.0.1", 9876, True, "out/display.rrd")),
+        ("laptop:9000", ("laptop", 9000, False, "out/display.rrd")),
+        ("laptop", ("laptop", 9876, False, "out/display.rrd")),
+        ("rerun+https://10.0.0.7:9876/proxy", ("10.0.0.7", 9876, False, "out/display.rrd")),
+        ("[::1]:9876", ("::1", 9876, False, "out/display.rrd")),
+        ("a/run.rrd", (None, 9876, False, "a/run.rrd")),
+    ],
+)
+def test_what_a_value_means(text: str | None, expected: tuple[str | None, int, bool, str] | None) -> None:
+    found = display_target(text, Path("out"))
+    assert found is None if expected is None else (found.host, found.port, found.spawn, str(found.rrd)) == expected
+    if text and "laptop" in text:
+        assert found.url == f"rerun+http://laptop:{found.port}/proxy"
+    elif text and "://" in text:
+        assert found.url == text
+
+
+@pytest.mark.parametrize("text", ["http://laptop:9000/", "laptop:port", "laptop:0", "laptop:70000", "a b", "run.mp4/"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--display"):
+        display_target(text, None)
+
+
+def test_a_missing_package_and_a_file_that_cannot_be_written_are_errors_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("directory.rrd", "directory.mp4"):
+        (tmp_path / name).mkdir()
+    for path in (tmp_path / "file" / "run.rrd", tmp_path / "directory.rrd"):
+        with pytest.raises(ConfigError, match="--display"):
+            display_to(DisplayTarget(rrd=path))
+    for path in (tmp_path / "file" / "run.mp4", tmp_path / "directory.mp4", tmp_path / "run.avi"):
+        with pytest.raises(ConfigError, match="--video"):
+            video_view(path, FPS)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "rerun" else found(name, *rest))
+    with pytest.raises(MissingExtraError, match=r"\[display\]"):
+        display_to(DisplayTarget(rrd=tmp_path / "run.rrd"))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(MissingExtraError, match=r"\[plots\]"):
+        video_view(tmp_path / "run.mp4", FPS)
+
+
+def test_reruns_reader_finds_every_tick(tmp_path: Path) -> None:
+    """Also between episodes, where only the cameras and the measured joints go on."""
+    path, ticks = tmp_path / "run.rrd", 40
+    with display_to(DisplayTarget(rrd=path)) as view:
+        play(view, range(ticks))
+        for index in range(ticks, ticks + 3):
+            view.see(tick_of(index)[0])
+    assert view.warnings == []
+    assert view.written == path
+    rows = rows_of(path)
+    assert [row["tick"] for row in rows] == list(range(ticks))
+    for index, row in enumerate(rows):
+        joints = np.arange(6) + index / 10
+        assert row["time"].total_seconds() == pytest.approx(index / FPS, abs=1e-5)
+        assert [scalar(row, f"joints/{joint}/measured") for joint in SO100_JOINTS] == pytest.approx(joints, abs=1e-5)
+        assert [scalar(row, f"joints/{joint}/commanded") for joint in SO100_JOINTS] == pytest.approx(joints + 1, abs=1e-5)
+        assert scalar(row, "timing/inference_ms") == pytest.approx(50 + index)
+        assert scalar(row, "timing/missed_ticks") == index // 10
+        picture = cv2.imdecode(np.array(row["/cameras/front:EncodedImage:blob"][0], np.uint8), cv2.IMREAD_COLOR)
+        assert picture.shape == (SIZE[1], SIZE[0], 3)
+        assert picture[:, :, 2].mean() == pytest.approx(5 * index % 250, abs=4), "red is OpenCV's last channel"
+        curves = np.array(row["/chunk:LineStrips2D:strips"])  # (J, L, 2)
+        assert curves[:, :, 1] == pytest.approx(-(joints + 1 + np.arange(4)[:, None]).T, abs=1e-4)
+    assert [row["/events:TextLog:text"] for row in rows if row["/events:TextLog:text"]] == [["episode 1"], ["episode 2"]]
+    rows = rows_of(path, index="time")
+    assert [row["time"].total_seconds() for row in rows] == pytest.approx([index / FPS for index in range(ticks + 3)], abs=1e-5)
+    assert [scalar(row, "joints/gripper/measured") for row in rows] == pytest.approx([5 + index / 10 for index in range(ticks + 3)], abs=1e-5)
+    assert [scalar(row, "joints/gripper/commanded") is None for row in rows] == [False] * ticks + [True] * 3
+
+
+def test_a_viewer_that_is_missing_is_one_message(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers, or no program can open a window here; the recording goes on."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    for target, named in ((target_at(port, tmp_path / "run.rrd"), f"127.0.0.1:{port}"), (display_target("window", tmp_path), "--display=HOST:PORT")):
+        said: list[str] = []
+        with display_to(target, said) as view:
+            play(view, range(30))
+        assert len(said) == 1
+        assert named in said[0]
+        assert said == view.warnings, "it stands in the report, too"
+        assert len(rows_of(target.rrd)) == 30
+
+
+def test_a_viewer_that_goes_away_is_one_message_and_the_recording_goes_on(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    with display_to(target_at(port, tmp_path / "run.rrd"), said) as view:
+        play(view, range(30), 1 / FPS)
+        assert said == []
+        viewer.kill()
+        viewer.wait()
+        play(view, range(30, 90), 1 / FPS)
+    assert len(said) == 1
+    assert "went away" in said[0]
+    assert len(rows_of(tmp_path / "run.rrd")) == 90
+
+
+def test_a_viewer_that_hangs_delays_nothing(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
+    with display_to(target_at(port, tmp_path / "run.rrd")) as view:
+        play(view, range(10), 1 / FPS)
+        viewer.send_signal(signal.SIGSTOP)
+        play(view, range(10, 70), 1 / FPS)
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 8
+    assert len(rows_of(tmp_path / "run.rrd")) == 70
+
+
+def test_a_process_that_takes_nothing_costs_ticks_and_no_time(tmp_path: Path) -> None:
+    frame, ticks, durations_s = np.zeros((480, 640, 3), np.uint8), 3 * QUEUED_TICKS, []
+    with display_to(DisplayTarget(rrd=tmp_path / "run.rrd")) as view:
+        os.kill(view.sink.process, signal.SIGSTOP)
+        for index in range(ticks):
+            observation, record = Observation(np.zeros(6), {"front": frame}, index / FPS), tick_of(index)[1]
+            view.sink.prepare(observation)
+            began_s = time.perf_counter()
+            view.see(observation, record)
+            durations_s.append(time.perf_counter() - began_s)
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 15, "it is ended, not waited for"
+    assert np.median(durations_s) < 1e-3
+    assert np.median(durations_s[:QUEUED_TICKS]) < 2e-3, "those that are copied"
+    assert view.sink.dropped == ticks - QUEUED_TICKS
+    assert any(f"lacks {view.sink.dropped} of {ticks} ticks" in text for text in view.warnings)
+    assert any("did not finish" in text for text in view.warnings)
+    assert view.written is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_ends_the_recording_and_not_the_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "run.rrd").symlink_to("/dev/full")
+    with display_to(DisplayTarget(rrd=tmp_path / "run.rrd"), said) as view:
+        play(view, range(60), 1 / FPS)
+    assert len(said) == 1, said
+    assert "run.rrd" in said[0]
+    assert view.warnings[0] == said[0]
+
+
+def frames_of(number: int) -> Observation:
+    front, wrist = np.full((48, 64, 3), number, np.uint8), np.full((50, 33, 3), 255 - number, np.uint8)
+    return Observation(np.zeros(6), {"front": front, "wrist": wrist}, 0.0)
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [(".mp4", b"ftyp"), (".gif", b"GIF89a")])
+def test_video(tmp_path: Path, suffix: str, magic: bytes) -> None:
+    path = tmp_path / "new" / f"run{suffix}"
+    with video_view(path, FPS) as view:
+        for number in range(30):
+            view.see(frames_of(number))
+    assert view.warnings == []
+    assert magic in path.read_bytes()[:16]
+    assert side_by_side(frames_of(0).frames).shape == (48, 96, 3), "even sizes"
+
+
+def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    with video_view(tmp_path / "gone" / "run.mp4", FPS, said.append) as view:
+        (tmp_path / "gone").rmdir()
+        for number in range(100):
+            view.see(frames_of(number))
+    assert "No such file" in said[0]
+    assert view.warnings[0] == said[0]
+    monkeypatch.setattr(views, "_FINISH_S", 0.5)
+    with video_view(tmp_path / "run.mp4", FPS) as view:
+        view.see(frames_of(0))
+        while not (encoders := children(view.sink.process)):
+            time.sleep(0.01)
+        os.kill(encoders[0], signal.SIGSTOP)
+        for number in range(200):
+            view.see(frames_of(number))
+        began_s = time.monotonic()
+    assert time.monotonic() - began_s < 5
+    assert "did not finish" in view.warnings[0]
+    assert view.written is None
+    assert not is_running(encoders[0])
+
+
+def children(process: int) -> list[int]:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("looks processes up in /proc")
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    said: list[str] = []
+    assert window_view(said.append) is None
+    assert len(said) == 1
+    assert "--video=run.mp4" in said[0]
+
+
+def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
+    assert "pip install opencv-python" in window_obstacle()
+
+
+def window_of(directory: Path, imshow: str) -> None:
+    """An OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture. And a desktop."""
+    (directory / "cv2.py").write_text(
+        "import time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
+        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(directory / 'shown')!r}, 'a').write('.')\n"
+        f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
+    )
+
+
+def test_a_window_that_stalls_delays_nothing_and_shows_the_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "window_obstacle", lambda: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    window_of(tmp_path, "time.sleep(1.5)")
+    said: list[str] = []
+    quits, took_s = threading.Event(), []
+    with window_view(said.append, quits.set) as view:
+        for number in range(400):
+            began_s = time.perf_counter()
+            view.see(frames_of(number % 256))
+            took_s.append(time.perf_counter() - began_s)
+            time.sleep(0.01)
+            if quits.is_set():
+                break
+        assert quits.wait(20), "q stops the run"
+    assert np.median(took_s) < 1e-3
+    assert max(took_s) < 1.0, "a window that stalls for 1.5 s"
+    assert 2 <= len((tmp_path / "shown").read_text()) < 10, "what it is too slow for is left out"
+    assert said == []
+
+
+def test_a_window_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "window_obstacle", lambda: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    window_of(tmp_path, "raise error('no window system')")
+    said: list[str] = []
+    with window_view(said.append) as view:
+        for number in range(20):
+            view.see(frames_of(number))
+            time.sleep(0.05)
+    assert len(said) == 1
+    assert "--show_images" in said[0]
+    assert "no window system" in said[0]
+
+
+def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
+    """The program with the simulated arm; the viewer goes away in the middle."""
+    pytest.importorskip("mujoco")
+    root = Path(__file__).parent.parent
+    command = [
+        *(sys.executable, "-m", "gr00t_fast", "run", "--config_path=configs/so100_sim.yaml", "--model_path=checkpoints/so100-sim-reach"),
+        *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=100"),
+        *(f"--out={tmp_path}", f"--display=127.0.0.1:{port}"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Loop 2"):
+                viewer.kill()
+            if line.startswith("--display:"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130, "".join(said)
+    told = [line for line in said if line.startswith("--display:")]
+    assert len(told) == 1, told
+    assert "went away" in told[0]
+    report = (tmp_path / "report.txt").read_text()
+    assert "went away" in report, "in the report, too"
+    data = np.load(tmp_path / "run.npz")
+    rows = {row["tick"]: row for row in rows_of(tmp_path / "display.rrd")}
+    assert "lacks" in report or set(rows) == set(range(len(data["time_s"])))
+    for number, row in rows.items():
+        assert [scalar(row, f"joints/{joint}/commanded") for joint in SO100_JOINTS] == pytest.approx(data["commanded"][number], abs=1e-3)
