@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from control_fakes import Bench
 
-from gr00t_fast.control.report import Outputs
+from gr00t_fast.control.outputs import Outputs
 
 pytest.importorskip("matplotlib")
 HOSTILE = "<script>alert('x')</script> & \udcff"

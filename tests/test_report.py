@@ -10,7 +10,8 @@ import pytest
 from control_fakes import TICK_S, Bench
 
 from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, plot_joints, save_run, write_report
+from gr00t_fast.control.outputs import Outputs, joints_figure, save_run, write_report
+from gr00t_fast.control.report import SCHEMA, as_text, build_report
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
@@ -73,23 +74,11 @@ def test_says_what_ran_where(bench: Bench) -> None:
 
 def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
     text = as_text(report_of(bench, warnings=["look out"]))
-    for word in (
-        "observe",
-        "infer",
-        "infer/network",
-        "send",
-        "wait",
-        "loop",
-        "wrist_roll",
-        "gripper",
-        "missed ticks",
-        "p99",
-        "read_retry 2",
-    ):
+    stages = ("observe", "infer", "infer/network", "send", "wait", "loop", "tick error", "pause per chunk")
+    for word in (*stages, "wrist_roll", "gripper", "missed ticks", "p99", "read_retry 2", "look out"):
         assert word in text
-    assert "warning: look out" in text
     assert "ended by the time limit" in text
-    for word in ("pause/chunk:", "wait:", "infer/refine:", "speed-lim.:", "follow-lim.:", "track:"):
+    for word in ("pause per chunk:", "wait:", "infer/refine:", "speed-limited:", "following-limited:", "tracking:"):
         assert word in text, f"{word} is explained nowhere"
     assert "torque off; safe" in text
     assert max(map(len, text.splitlines())) < 120
@@ -143,31 +132,18 @@ def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
     header, *rows = csv.read_text().splitlines()
     assert len(rows) == len(bench.robot.sent)
     assert len(header.split(",")) == len(rows[0].split(",")) == 20
-    assert plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot_marks_where_episodes_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    bench = Bench(episodes=3, timeout_s=0.5)
-    bench.loop.run()
-    marked_s = []
-    monkeypatch.setattr(Axes, "axvline", lambda self, x, **style: marked_s.append(x) if style.get("linestyle") == "--" else None)
-    plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees")
-    assert marked_s == [bench.loop.trace.arrays()["time_s"][tick] for tick in (15, 30)] * 6
-
-
-def test_the_plot_does_not_join_what_was_measured_before_and_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
+def test_the_plot_marks_episodes_and_joins_nothing_across_a_pause(tmp_path: Path) -> None:
     bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=3.0)
     bench.loop.run()
-    drawn: dict[str, np.ndarray] = {}
-    monkeypatch.setattr(Axes, "plot", lambda self, times_s, values, *_, label, **__: drawn.update({label: np.stack([times_s, values])}))
-    plot_joints(bench.loop.trace, tmp_path / "joints.png", "degrees")
-    gaps = np.isnan(drawn["measured"]).all(axis=0)
+    times_s = bench.loop.trace.arrays()["time_s"]
+    lines = joints_figure(bench.loop.trace, "degrees").axes[0].lines
+    assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == "--"] == [times_s[15]]
+    (measured,) = (line for line in lines if line.get_label() == "measured")
+    gaps = np.isnan(measured.get_ydata())
     assert np.flatnonzero(gaps).tolist() == [15], "before the second episode, and at no ordinary tick"
-    assert np.array_equal(drawn["measured"][0, ~gaps], bench.loop.trace.arrays()["time_s"])
+    assert np.array_equal(measured.get_xdata()[~gaps], times_s)
 
 
 def test_settings_that_are_no_json_numbers_are_written_as_text(bench: Bench, tmp_path: Path) -> None:

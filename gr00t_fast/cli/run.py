@@ -30,11 +30,11 @@ from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.keys import Keys, keys_obstacle
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.report import Outputs
 from gr00t_fast.control.rerun_view import display_target, display_view
 from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gr00t_fast.control.html_report import flat
 from gr00t_fast.control.limits import GRIPPER
-from gr00t_fast.control.report import SCHEMA, SCHEMA_VERSION
+from gr00t_fast.control.report import SCHEMA, SCHEMA_VERSION, Section, cell, flat, text_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
 
@@ -24,7 +23,31 @@ COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
 _REPORT = "report.json"
 _STILL_UNITS = 0.05  # a tick at which no target changes by more is one at which the arm is told to stand still
+_LIMITS = ("clamped", "speed_limited", "following_limited")
 Figures = dict[str, Any]
+# Group -> what a figure is called -> its place in a report. The others are worked out.
+_FIGURES = {
+    "outcome": {
+        "episodes": "run.episodes",
+        "episodes solved": "run.episodes_solved",
+        "duration (s)": "run.duration_s",
+        "ended by": "run.ended_by",
+    },
+    "timing": {
+        "ticks": "run.ticks",
+        "rate, first to last target (Hz)": "run.achieved_hz",
+        "missed ticks": "pacing.missed_ticks",
+        "ticks waiting for inference": "pacing.waiting_for_inference_ticks",
+        "starved ticks": "controller.starved_ticks",
+        "tick error p50 (ms)": "pacing.tick_error_ms.p50",
+        "tick error p99 (ms)": "pacing.tick_error_ms.p99",
+        "inference p50 (ms)": "stages_ms.{infer}.p50",
+        "inference p99 (ms)": "stages_ms.{infer}.p99",
+        "pause per chunk p50 (ms)": "pacing.pause_per_chunk_ms.p50",
+        "pause per chunk p99 (ms)": "pacing.pause_per_chunk_ms.p99",
+        "age of actions p50 (ticks)": "controller.target_age_ticks.p50",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -42,16 +65,11 @@ def read_run(directory: Path) -> RecordedRun:
     file = directory / _REPORT
     try:
         report = read_json(file)
-    except FileNotFoundError as error:
-        raise ConfigError(f"'{directory}' holds no report.json. Name a directory that was --out of gr00t-fast run.") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"'{file}' cannot be read: {error}. Name another run.") from error
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        raise ConfigError(f"'{file}' is not the report of a run (schema {SCHEMA}). Name a directory that was --out of gr00t-fast run.")
-    if report.get("schema_version") != SCHEMA_VERSION:
-        raise ConfigError(
-            f"'{file}' has schema_version {report.get('schema_version')}, expected {SCHEMA_VERSION}: it is of another version. Run again."
-        )
+        raise ConfigError(f"'{file}' cannot be read: {error}. Name a directory that was --out of gr00t-fast run.") from error
+    schema = (report.get("schema"), report.get("schema_version")) if isinstance(report, dict) else None
+    if schema != (SCHEMA, SCHEMA_VERSION):
+        raise ConfigError(f"'{file}' is no report of this version ({SCHEMA} {SCHEMA_VERSION}): {schema}. Name a run of this version, or run again.")
     arrays: dict[str, np.ndarray] = {}
     if (recorded := directory / "run.npz").is_file():
         try:
@@ -85,50 +103,22 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[st
 
 
 def _figures(run: RecordedRun) -> dict[str, Figures]:
-    report = run.report
-    played, pacing, stages, controller = report["run"], report["pacing"], report["stages_ms"], report["controller"]
-    safety, landing = report["safety"] or {}, report["landing"]
-    return {
-        "outcome": {
-            "episodes": played["episodes"],
-            "episodes solved": played["episodes_solved"],
-            "duration (s)": played["duration_s"],
-            "ended by": played["ended_by"],
-            "landing": None if landing is None else "safe" if landing["safe"] else "NOT SAFE",
-            "faults survived": sum(report["events"].values()),
-            "warnings": len(report["warnings"]),
-        },
-        "timing": {
-            "ticks": played["ticks"],
-            "rate, first to last target (Hz)": played["achieved_hz"],
-            "missed ticks": pacing["missed_ticks"],
-            "ticks waiting for inference": pacing["waiting_for_inference_ticks"],
-            "starved ticks": controller["starved_ticks"],
-            "tick error p50 (ms)": _of(pacing["tick_error_ms"], "p50"),
-            "tick error p99 (ms)": _of(pacing["tick_error_ms"], "p99"),
-            "inference p50 (ms)": _of(stages.get("infer/total") or stages.get("infer"), "p50"),
-            "inference p99 (ms)": _of(stages.get("infer/total") or stages.get("infer"), "p99"),
-            "pause per chunk p50 (ms)": _of(pacing["pause_per_chunk_ms"], "p50"),
-            "pause per chunk p99 (ms)": _of(pacing["pause_per_chunk_ms"], "p99"),
-            "age of actions p50 (ticks)": _of(controller["target_age_ticks"], "p50"),
-        },
-        "motion": _motion(run),
-        "safety": {
-            "clamped steps": _sum(safety.get("clamped")),
-            "speed-limited steps": _sum(safety.get("speed_limited")),
-            "following-limited steps": _sum(safety.get("following_limited")),
-            "stalls": sum(row["times"] for row in safety.get("stalled", {}).values()),
-            "held ticks (NaN)": safety.get("held_ticks"),
-        },
+    report, safety, landing = run.report, run.report["safety"] or {}, run.report["landing"]
+    facts = flat(report)
+    infer = "infer/total" if report["stages_ms"].get("infer/total") else "infer"
+    found = {group: {name: facts.get(path.format(infer=infer)) for name, path in rows.items()} for group, rows in _FIGURES.items()}
+    found["outcome"] |= {
+        "landing": None if landing is None else "safe" if landing["safe"] else "NOT SAFE",
+        "faults survived": sum(report["events"].values()),
+        "warnings": len(report["warnings"]),
     }
-
-
-def _of(row: Mapping[str, float] | None, name: str) -> float | None:
-    return None if row is None else row[name]
-
-
-def _sum(by_joint: Mapping[str, int] | None) -> int | None:
-    return None if by_joint is None else sum(by_joint.values())
+    found["motion"] = _motion(run)
+    found["safety"] = {f"{name.replace('_', '-')} steps": sum(safety[name].values()) if safety else None for name in _LIMITS}
+    found["safety"] |= {
+        "stalls": sum(row["times"] for row in safety.get("stalled", {}).values()),
+        "held ticks (NaN)": safety.get("held_ticks"),
+    }
+    return found
 
 
 def _motion(run: RecordedRun) -> Figures:
@@ -169,37 +159,31 @@ def _largest(values: np.ndarray) -> float | None:
 
 def as_table(comparison: Mapping[str, Any]) -> str:
     """For people: figures in three columns (first, second, change), then whatever else differs."""
-    first, second = comparison["runs"]
-    lines = [f"first   {first}", f"second  {second}"]
+    found = [Section("runs", (), list(zip(("first", "second"), comparison["runs"], strict=True)))]
     for group, rows in comparison["figures"].items():
-        lines += ["", f"{group:<42}{'first':>16}{'second':>16}{'change':>12}"]
-        lines += [f"  {name:<40}{_cell(a):>16}{_cell(b):>16}{_change(a, b):>12}" for name, (a, b) in rows.items()]
+        changes = [(name, _short(first), _short(second), _change(first, second)) for name, (first, second) in rows.items()]
+        found.append(Section(group, (group, "first", "second", "change"), changes))
     for group in ("settings", "machine", "versions"):
-        lines += ["", f"{group} that differ" if comparison[group] else f"{group}: the same"]
-        lines += [f"  {name}: {_shown(a)} -> {_shown(b)}" for name, (a, b) in comparison[group].items()]
-    return "\n".join(lines)
+        rows = [(f"{name}:", f"{_set(a)} -> {_set(b)}") for name, (a, b) in comparison[group].items()]
+        found.append(Section(group, (), rows, [] if rows else [f"{group}: the same"]))
+    return text_of(found)
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
     """One line."""
     figures = comparison["figures"]
-    told = [_pair("solved", figures["outcome"]["episodes solved"]), _pair("missed ticks", figures["timing"]["missed ticks"])]
-    told += [_pair("tick error p99", figures["timing"]["tick error p99 (ms)"], " ms"), f"{len(comparison['settings'])} settings differ"]
-    return "; ".join(told)
+    pairs = {"solved": figures["outcome"]["episodes solved"], "missed ticks": figures["timing"]["missed ticks"]}
+    pairs["tick error p99 (ms)"] = figures["timing"]["tick error p99 (ms)"]
+    told = [f"{name} {cell(first)} -> {cell(second)}" for name, (first, second) in pairs.items()]
+    return "; ".join([*told, f"{len(comparison['settings'])} settings differ"])
 
 
-def _pair(name: str, values: Sequence[Any], unit: str = "") -> str:
-    return f"{name} {_cell(values[0])} -> {_cell(values[1])}{unit}"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}"
-    text = "-" if value is None else str(value)
+def _short(value: Any) -> str:
+    text = cell(value)
     return text if len(text) <= 15 else text[:12] + "..."
 
 
-def _shown(value: Any) -> str:
+def _set(value: Any) -> str:
     return "not set" if value is None else str(value)
 
 

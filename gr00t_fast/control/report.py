@@ -1,42 +1,49 @@
-"""What a run was like, as a dictionary for JSON and as aligned text for people.
+"""What a run was like: one dictionary of facts, which is its report.json, and from that one list of sections, which are text and a page for people.
 
 Percentiles are over all samples of the run (numpy's linear interpolation). Times in milliseconds, joints in the arm's own unit.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
+import base64
+import html
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gr00t_fast.contracts import LandingReport, Observation
-from gr00t_fast.control.html_report import html_report, rates, stalled_text, timing_plot
-from gr00t_fast.control.limits import SafetyFilter
-from gr00t_fast.control.loop import ControlLoop, Observer
-from gr00t_fast.control.pacer import Pacer
-from gr00t_fast.control.trace import RunTrace, TickRecord
-from gr00t_fast.control.views import View, check_writable
-from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 
+if TYPE_CHECKING:
+    from gr00t_fast.control.limits import SafetyFilter
+    from gr00t_fast.control.loop import ControlLoop
+    from gr00t_fast.control.pacer import Pacer
+    from gr00t_fast.control.trace import RunTrace
+
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
-_LEGEND = (
-    "pause/chunk: the arm stood still for a new chunk. wait: idle until the next tick; counted twice where a chunk begins.",
+_PERCENTILES = ("p50", "p95", "p99", "max")
+_STAGES = (
+    "pause per chunk: the arm stood still for a new chunk. wait: idle until the next tick; counted twice where a chunk begins.",
     "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
-    "clamped: target beyond the calibrated range. speed-lim.: faster than --max_speed_deg_s. All three count ticks.",
-    "follow-lim.: further ahead of the joint than --max_following_error_deg.",
-    "track: distance from a target to the pose one tick later.",
+)
+_LIMITS = (
+    "clamped: target beyond the calibrated range. speed-limited: faster than --max_speed_deg_s. following-limited: further",
+    "ahead of the joint than --max_following_error_deg. All three count ticks. tracking: from a target to the pose one tick later.",
 )
 _SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
+_WIDTH_PX = 640  # of a camera's picture; larger ones are made smaller
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; margin: .5rem 0 } th, td { padding: .15rem .8rem; text-align: right; font-variant-numeric: tabular-nums }
+th { font-weight: 600; border-bottom: 1px solid #8888 } th:first-child, td:first-child { text-align: left } td.text { text-align: left }
+img { max-width: 100%; background: #fff } figure { display: inline-block; margin: 0 1rem 1rem 0; max-width: 46% } figcaption { font-size: .85rem }
+.warning { border-left: 4px solid #d22; padding-left: .6rem } .scroll { overflow-x: auto }
+"""
 
 
 def build_report(
@@ -59,7 +66,7 @@ def build_report(
         "safety": _safety(loop.safety),
         "tracking_error": _tracking(trace, loop.robot.joint_unit),
         "events": dict(trace.events),
-        "landing": _landing(trace.landing),
+        "landing": None if trace.landing is None else {**asdict(trace.landing), "safe": trace.landing.safe},
         "warnings": list(warnings),
         "notes": list(notes),
         "settings": dict(settings),
@@ -146,8 +153,76 @@ def _tracking(trace: RunTrace, unit: str) -> dict[str, Any]:
     return {"unit": unit, "joints": {name: percentiles(errors[:, index]) for index, name in enumerate(trace.joint_names)}}
 
 
-def _landing(landing: LandingReport | None) -> dict[str, Any] | None:
-    return None if landing is None else {**asdict(landing), "safe": landing.safe}
+# For people
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table. Without columns its rows are names and what is said of them. `notes` explain its words."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    notes: Sequence[str] = ()
+
+
+def sections(report: Mapping[str, Any]) -> list[Section]:
+    """Of a report as `build_report` makes it."""
+    return [Section("run", (), list(_run_rows(report))), _stages(report), *_joints(report), Section("controller", (), _controller_rows(report))]
+
+
+def _run_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    run, pacing, landing, safety = report["run"], report["pacing"], report["landing"], report["safety"]
+    inferences = f"{run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s)"
+    yield "run", f"{inferences}, {run['duration_s']:.1f} s, ended by {_ending(run)}"
+    yield "instruction", report["settings"].get("lang_instruction") or "none"
+    if run["episodes_solved"] is not None:
+        yield "task", f"solved in {run['episodes_solved']} of {run['episodes']} episode(s)"
+    asked = f"(asked: {run['target_hz']:g})"
+    yield "rate", f"{cell(run['achieved_hz'])} Hz from first to last target, {cell(run['playback_hz'])} within chunks {asked}"
+    yield "missed ticks", f"{pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference"
+    if safety is not None:
+        yield "held ticks", f"{safety['held_ticks']}, because the target was NaN or infinite"
+    if stalled := (safety or {}).get("stalled"):
+        yield "blocked joints", ", ".join(f"{name} {row['times']} time(s), {row['total_s']:.1f} s" for name, row in stalled.items())
+    if report["events"]:
+        yield "faults survived", ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items()))
+    yield from (("warning", warning) for warning in report["warnings"])
+    if report["controller"].get("inference_left_running"):
+        yield "warning", "an inference was still running when the program ended; the arm had been released before."
+    yield from (("note", note) for note in report["notes"])
+    if landing is not None:
+        states = ", ".join(sorted(set(landing["torque"].values())) or ["not reported"])
+        yield "landing", f"torque {states}; {'safe' if landing['safe'] else 'NOT SAFE: ' + '; '.join(landing['problems'])}"
+
+
+def _stages(report: Mapping[str, Any]) -> Section:
+    pacing = report["pacing"]
+    stages = {**report["stages_ms"], "tick error": pacing["tick_error_ms"], "pause per chunk": pacing["pause_per_chunk_ms"]}
+    rows = [(stage, row["count"], *(row[key] for key in _PERCENTILES)) for stage, row in stages.items() if row]
+    return Section("times", ("stage (ms)", "count", *_PERCENTILES), rows, _STAGES)
+
+
+def _joints(report: Mapping[str, Any]) -> Iterator[Section]:
+    safety, tracking = report["safety"], report["tracking_error"]
+    if safety is None:
+        return
+    limits = ("clamped", "speed_limited", "following_limited")
+    rows = [
+        (name, *(safety[limit][name] for limit in limits), *((row or {}).get(key) for key in ("p50", "p95", "max")))
+        for name, row in tracking["joints"].items()
+    ]
+    columns = (f"joint ({tracking['unit']})", *(limit.replace("_", "-") for limit in limits), "tracking p50", "p95", "max")
+    yield Section("joints", columns, rows, _LIMITS)
+
+
+def _controller_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shown = {name: value for name, value in report["controller"].items() if value is not None}
+    return [(name.replace("_", " "), _listed(value)) for name, value in shown.items()]
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(f"{key} {cell(item)}" for key, item in value.items()) if isinstance(value, Mapping) else cell(value)
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -159,293 +234,95 @@ def verdict(report: Mapping[str, Any]) -> str:
     return f"{run['episodes']} episode(s){solved}, {ticks}, ended by {_ending(run)}; landing {safe}"
 
 
-def as_text(report: Mapping[str, Any]) -> str:
-    """The report for people."""
-    lines = [*_text_run(report), "", *_text_stages(report), "", *_text_joints(report), *_text_tail(report)]
-    return "\n".join(lines) + "\n"
-
-
-def _text_run(report: Mapping[str, Any]) -> list[str]:
-    run, pacing = report["run"], report["pacing"]
-    pause, error = pacing["pause_per_chunk_ms"], pacing["tick_error_ms"]
-    lines = [
-        f"run            {run['ticks']} ticks, {run['inferences']} inferences, {run['episodes']} episode(s), "
-        f"{run['duration_s']:.1f} s, ended by {_ending(run)}",
-        f"rate           {rates(run)}",
-        f"missed ticks   {pacing['missed_ticks']} during playback, {pacing['waiting_for_inference_ticks']} while waiting for inference",
-    ]
-    if run["episodes_solved"] is not None:
-        lines.insert(1, f"task           solved in {run['episodes_solved']} of {run['episodes']} episode(s)")
-    if error:
-        lines.append(f"tick error     p50 {error['p50']:.2f}, p95 {error['p95']:.2f}, p99 {error['p99']:.2f} ms")
-    lines += _text_controller(report["controller"])
-    if pause:
-        lines.append(f"pause/chunk    p50 {pause['p50']:.1f}, p95 {pause['p95']:.1f}, p99 {pause['p99']:.1f} ms")
-    return lines
-
-
 def _ending(run: Mapping[str, Any]) -> str:
     """`done` in words: nothing but its time limit ends a run that moves the arm."""
-    return run["ended_by"] if run["ended_by"] != "done" else "itself: a dry run" if run["inferences"] and not run["ticks"] else "the time limit"
+    if run["ended_by"] != "done":
+        return run["ended_by"]
+    return "itself: a dry run" if run["inferences"] and not run["ticks"] else "the time limit"
 
 
-def _text_controller(controller: Mapping[str, Any]) -> list[str]:
-    chosen = controller.get("chosen_because")
-    lines = [f"controller     {controller['kind']}, chosen because {chosen}"] if chosen else []
-    return [*lines, *_text_server(controller), *_text_overlap(controller)]
+def as_text(report: Mapping[str, Any]) -> str:
+    """The report for a terminal."""
+    return text_of(sections(report))
 
 
-def _text_server(controller: Mapping[str, Any]) -> list[str]:
-    server = controller.get("server")
-    if server is None:
-        return []
-    away = f"outages {server['outages']}, {server['away_s']:.1f} s in all; {server['reconnects']} reconnects"
-    return [
-        f"server         {server['address']}: {away}, {controller['lost_inferences']} lost inferences, {controller['starved_ticks']} starved ticks"
-    ]
+def text_of(found: Sequence[Section]) -> str:
+    """Sections below each other, columns aligned."""
+    return "\n".join("".join(line.rstrip() + "\n" for line in _lines(section)) for section in found)
 
 
-def _text_overlap(controller: Mapping[str, Any]) -> list[str]:
-    if controller["kind"] != "threaded":
-        return []
-    rows = {"action age": "target_age_ticks", "chunk delay": "delay_ticks", "estimate": "delay_estimate_ticks"}
-    lines = [
-        f"overlapped     starved ticks {controller['starved_ticks']}; chunks: {controller['chunks_entered']} entered, "
-        f"{controller['chunks_expired']} expired, {controller['chunks_stale']} stale, {controller['lost_inferences']} lost; "
-        f"smoothing {controller['smoothing']}"
-    ]
-    for name, key in rows.items():
-        if row := controller[key]:
-            lines.append(f"{name:<15}p50 {row['p50']:.1f}, p95 {row['p95']:.1f}, p99 {row['p99']:.1f}, max {row['max']:.0f} ticks")
-    if controller["inference_left_running"]:
-        lines.append("warning: an inference was still running when the program ended; the arm had landed before.")
-    return lines
+def _lines(section: Section) -> Iterator[str]:
+    if not section.columns:
+        yield from (f"{name:<15} {text}" for name, text in section.rows)
+    else:
+        table = [[cell(value) for value in row] for row in (section.columns, *section.rows)]
+        widths = [max(len(row[column]) for row in table) for column in range(len(section.columns))]
+        for first, *others in table:
+            yield f"{first:<{max(widths[0], 24)}}" + "".join(f"{text:>{max(width + 2, 10)}}" for text, width in zip(others, widths[1:], strict=True))
+    yield from section.notes
 
 
-def _text_stages(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'stage':<24}{'count':>8}{'p50 ms':>10}{'p95 ms':>10}{'p99 ms':>10}{'max ms':>10}"]
-    for stage, row in report["stages_ms"].items():
-        if row:
-            lines.append(f"{stage:<24}{row['count']:>8}" + "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "p99", "max")))
-    return lines
+def as_page(report: Mapping[str, Any], plots: Sequence[tuple[str, bytes]], frames: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> str:
+    """The report for a browser: a file that loads nothing and needs no network. `plots` (title, PNG); `frames` (when, camera -> RGB uint8)."""
+    made = {"command": report["command_line"], "commit": report["git_commit"], **report["machine"], **report["versions"]}
+    tables = [*sections(report), Section("settings", (), list(flat(report["settings"]).items())), Section("made with", (), list(made.items()))]
+    shown = [f"<h2>{_escaped(title)}</h2>{_image(png, 'png', title)}" for title, png in plots]
+    body = [f"<h1>{_escaped(verdict(report))}</h1>", *map(_table, tables[:-2]), *shown, *_pictures(frames), *map(_table, tables[-2:])]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{_escaped(verdict(report))}</title><style>{_STYLE}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _text_joints(report: Mapping[str, Any]) -> list[str]:
-    safety, tracking = report["safety"], report["tracking_error"]
-    if safety is None:
-        return []
-    lines = [f"{'joint':<24}{'clamped':>8}{'speed-lim.':>11}{'follow-lim.':>12}{'track p50':>10}{'p95':>10}{'max':>10}  ({tracking['unit']})"]
-    for name, clamped in safety["clamped"].items():
-        row = tracking["joints"][name]
-        errors = "".join(f"{row[key]:>10.2f}" for key in ("p50", "p95", "max")) if row else f"{'-':>10}" * 3
-        lines.append(f"{name:<24}{clamped:>8}{safety['speed_limited'][name]:>11}{safety['following_limited'][name]:>12}{errors}")
-    return [*lines, f"targets held because NaN or infinite: {safety['held_ticks']}", "", *_LEGEND]
+def _table(section: Section) -> str:
+    head = "".join(f"<th>{_escaped(name)}</th>" for name in section.columns)
+    kind = "" if section.columns else ' class="text"'
+    rows = [("warning" if row[0] == "warning" else "", "".join(f"<td{kind}>{_escaped(value)}</td>" for value in row)) for row in section.rows]
+    body = "".join(f'<tr class="{name}">{cells}</tr>' for name, cells in [("", head), *rows] if cells)
+    notes = "".join(f"<p>{_escaped(note)}</p>" for note in section.notes)
+    return f'<h2>{_escaped(section.title)}</h2><div class="scroll"><table>{body}</table></div>{notes}'
 
 
-def _text_tail(report: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if stalled := stalled_text(report):
-        lines.append(f"joints found blocked and held where they stood: {stalled}")
-    if report["events"]:
-        lines.append("faults survived: " + ", ".join(f"{name} {count}" for name, count in sorted(report["events"].items())))
-    lines += [f"warning: {warning}" for warning in report["warnings"]] + [f"note: {note}" for note in report["notes"]]
-    landing = report["landing"]
-    if landing:
-        states = sorted(set(landing["torque"].values())) or ["not reported"]
-        lines.append(f"landing: torque {', '.join(states)}; {'safe' if landing['safe'] else 'NOT SAFE: ' + '; '.join(landing['problems'])}")
-    return lines
+def _pictures(frames: Sequence[tuple[str, Mapping[str, np.ndarray]]]) -> Iterator[str]:
+    if any(cameras for _, cameras in frames):
+        yield "<h2>cameras</h2>"
+    for when, cameras in frames:
+        for name, frame in cameras.items():
+            yield f"<figure>{_image(_jpeg(frame), 'jpeg', f'{name}, {when}')}<figcaption>{_escaped(f'{name}, {when}')}</figcaption></figure>"
 
 
-_UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}  # a path may hold bytes that are no text; as \\udcNN it is valid JSON still
+def _jpeg(frame: np.ndarray) -> bytes:
+    import cv2  # changes the environment when it is imported
+
+    height, width = frame.shape[:2]
+    if width > _WIDTH_PX:
+        frame = cv2.resize(frame, (_WIDTH_PX, max(1, round(height * _WIDTH_PX / width))), interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", frame[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()  # RGB -> BGR
 
 
-def _strict(value: Any) -> Any:
-    """JSON knows no infinity and no NaN; a setting may be one (`--robot.reconnect_s=.inf`): as text then."""
-    if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def _image(content: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{_escaped(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
-def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write report.json and report.txt into `directory`; returns their paths. Raises ConfigError when it cannot be written."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        as_json, text = directory / "report.json", directory / "report.txt"
-        as_json.write_text(json.dumps(_strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", **_UTF8)
-        text.write_text(as_text(report), **_UTF8)
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
-    return [as_json, text]
+def _escaped(value: Any) -> str:
+    return html.escape(cell(value)).encode("utf-8", "backslashreplace").decode()
 
 
-# The report on the terminal and the files of a run (--out, --video). Missing packages and directories raise before the arm is touched.
+def cell(value: Any) -> str:
+    """As it is shown in a table."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}"
+    return "-" if value is None else str(value)
 
 
-class Outputs:
-    """Observers during the run and files after it. Use as a context manager around the run."""
-
-    def __init__(self, out: Path | None, views: Sequence[View] = (), quiet: bool = False, as_json: bool = False) -> None:
-        """quiet: of the report, print one line. as_json: print it as one line of JSON on standard output, all else on standard error.
-
-        Raises ConfigError when `out` cannot be written, MissingExtraError without a needed package: before the arm is touched."""
-        self._out, self._views, self._quiet, self._as_json = out, views, quiet, as_json
-        if out is not None:
-            check_writable(out, "--out")
-            if importlib.util.find_spec("matplotlib") is None:  # found, not imported: that costs 0.3 s and is not needed yet
-                raise MissingExtraError(f"--out draws joints.png with matplotlib, which is not installed: {install_command('plots')}")
-        self._pictures = FirstAndLast() if out is not None else None
-        self._stack = ExitStack()
-
-    @property
-    def observers(self) -> list[Observer]:
-        return [*self._views, *([self._pictures] if self._pictures else [])]
-
-    def __enter__(self) -> Outputs:
-        for view in self._views:
-            self._stack.enter_context(view)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    def prepare(self, observation: Observation) -> None:
-        """The first observation, before the arm moves."""
-        for view in self._views:
-            view.sink.prepare(observation)
-
-    def write(
-        self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
-    ) -> None:
-        """Print the report, `warnings` and `notes` once more in it, and write the files. Raises ConfigError when the disk refuses; with `failing`,
-        when the run's own error is on its way to the user, that is only a warning."""
-        try:
-            self._write(loop, settings, warnings, notes)
-        except Exception as error:
-            if not failing:
-                raise
-            if isinstance(error, BrokenPipeError):
-                return  # it is what ended the run, and said as that
-            with suppress(OSError):  # whatever it was, it must not take the place of the error that ended the run
-                print(f"WARNING: the report of the run could not be written: {error}", file=sys.stderr, flush=True)
-
-    def _write(self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], notes: Sequence[str]) -> None:
-        report = build_report(loop, settings, [*warnings, *(warning for view in self._views for warning in view.warnings)], notes=notes)
-        with ExitStack() as told:  # the terminal may be gone (SIGHUP): the files are written all the same, and then that is raised
-            try:
-                self._say(verdict(report) + "\n" if self._quiet else _for_terminal(loop, report))
-                if self._as_json:
-                    print(json.dumps(_strict(report), allow_nan=False), flush=True)
-            except OSError as error:
-                told.callback(_raise, error)
-            paths = self._write_files(loop, report)
-        paths += [view.written for view in self._views if view.written is not None]
-        if paths:
-            self._say("wrote " + ", ".join(str(path) for path in paths) + "\n")
-
-    def _say(self, text: str) -> None:
-        print(text, end="", flush=True, file=sys.stderr if self._as_json else sys.stdout)
-
-    def _write_files(self, loop: ControlLoop, report: Mapping[str, Any]) -> list[Path]:
-        if self._out is None or not (loop.trace.episodes or loop.trace.moved):  # a start that was refused leaves nothing behind
-            return []
-        paths = write_report(report, self._out)
-        if len(loop.trace):
-            try:
-                paths += save_run(loop.trace, self._out)
-                paths.append(plot_joints(loop.trace, self._out / "joints.png", loop.robot.joint_unit))
-                paths.append(self._write_html(loop, report))
-            except OSError as error:
-                raise ConfigError(f"--out: cannot write to '{self._out}': {error}. The report itself is there.") from error
-        return paths
-
-    def _write_html(self, loop: ControlLoop, report: Mapping[str, Any]) -> Path:
-        plots = [("joints", (self._out / "joints.png").read_bytes()), ("pace", timing_plot(loop.trace, loop.pacer.fps))]
-        frames = [("first", self._pictures.first), ("last", self._pictures.last)] if self._pictures is not None else []
-        page = html_report(report, verdict(report), as_text(report), plots, frames)
-        path = self._out / "report.html"
-        path.write_text(page, encoding="utf-8")
-        return path
-
-
-class FirstAndLast:
-    """Keeps the first and the last frames of a run."""
-
-    def __init__(self) -> None:
-        self.first: Mapping[str, np.ndarray] = {}
-        self.last: Mapping[str, np.ndarray] = {}
-
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-        self.first = self.first or observation.frames
-        self.last = observation.frames or self.last
-
-
-def _for_terminal(loop: ControlLoop, report: Mapping[str, Any]) -> str:
-    """The report; where nothing was played there is nothing to report but that."""
-    if loop.trace.moved or loop.trace.ended_by == "done":
-        return "\n" + as_text(report)
-    return "The arm was not moved: the run ended before the first target was sent.\n"
-
-
-def _raise(error: BaseException) -> NoReturn:
-    raise error
-
-
-# The recorded run as a picture (commanded against measured, joint by joint) and as files for other programs.
-
-
-def save_run(trace: RunTrace, directory: Path) -> list[Path]:
-    """Write run.npz (arrays of `RunTrace.arrays` and joint_names) and run.csv (one line per tick) into `directory`; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    data = trace.arrays()
-    npz, csv = directory / "run.npz", directory / "run.csv"
-    np.savez_compressed(npz, joint_names=np.array(trace.joint_names), **data)
-    columns = [f"{kind}.{name}" for kind in ("measured", "target", "commanded") for name in trace.joint_names]
-    table = np.column_stack([data["time_s"], data["episode"], data["measured"], data["target"], data["commanded"]])
-    np.savetxt(csv, table, fmt="%.5f", delimiter=",", header=",".join(["time_s", "episode", *columns]), comments="")
-    return [npz, csv]
-
-
-def plot_joints(trace: RunTrace, path: Path, unit: str) -> Path:
-    """Draw one panel per joint over time, begins of chunks and episodes as vertical lines; returns `path`. Raises MissingExtraError without
-    matplotlib."""
-    require("matplotlib", "plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # the object interface: no global state, no display
-    from matplotlib.figure import Figure
-
-    data = trace.arrays()
-    measured_s, measured = _with_gaps(data["time_s"], data["measured"], data["episode"])
-    joints = len(trace.joint_names)
-    figure = Figure(figsize=(11, 1.7 * joints), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(joints, 1, sharex=True, squeeze=False)[:, 0]
-    for index, (axis, name) in enumerate(zip(axes, trace.joint_names, strict=True)):
-        for start_s in data["time_s"][data["chunk_starts"]]:
-            axis.axvline(start_s, color="0.85", linewidth=0.8, zorder=0)
-        for start_s in data["time_s"][_later_episodes(data["episode"])]:
-            axis.axvline(start_s, color="tab:red", linestyle="--", linewidth=1.0, zorder=0)
-        axis.step(data["time_s"], data["commanded"][:, index], where="post", label="commanded", linewidth=1.2)
-        axis.plot(measured_s, measured[:, index], label="measured", linewidth=1.2)
-        axis.set_ylabel(name.replace("_", "\n"), fontsize=8)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].legend(loc="upper right", ncols=2, fontsize=8)
-    episodes = ", red lines: a new episode" if trace.episodes > 1 else ""
-    axes[0].set_title(f"joints ({unit}; gripper in per cent), grey lines: a new chunk{episodes}", fontsize=9)
-    axes[-1].set_xlabel("time (s)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _with_gaps(time_s: np.ndarray, values: np.ndarray, episode: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times (T,) and values (T, J) with NaN, which no line crosses, before each episode and after each pause."""
-    intervals_s = np.diff(time_s)
-    pauses = np.flatnonzero(intervals_s > 2 * np.median(intervals_s)) + 1 if len(intervals_s) else []
-    places = np.union1d(pauses, _later_episodes(episode)).astype(int)
-    return np.insert(time_s, places, np.nan), np.insert(values, places, np.nan, axis=0)
-
-
-def _later_episodes(episode: np.ndarray) -> np.ndarray:
-    """Ticks at which an episode begins, but for the first; `episode` int64 (T,)."""
-    return np.flatnonzero(np.diff(episode)) + 1
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as --config_path and the command line write them."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
