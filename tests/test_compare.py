@@ -86,7 +86,7 @@ def test_jerk_of_known_motion(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_table_is_for_people(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = compare("--runs", *map(str, runs), capsys=capsys)
     assert code == 0
-    for word in ("missed ticks", "denoising_steps: 4 -> 2", "not set -> 1", "machine: the same", "speed-limited steps"):
+    for word in ("missed ticks", "denoising_steps:  4 -> 2", "not set -> 1", "machine: the same", "speed-limited steps"):
         assert word in out
     code, out, _ = compare(*map(str, runs), "--quiet", capsys=capsys)
     assert len(out.splitlines()) == 1

@@ -30,8 +30,9 @@ _STAGES = (
     "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
 )
 _LIMITS = (
-    "clamped: target beyond the calibrated range. speed-limited: faster than --max_speed_deg_s. following-limited: further",
-    "ahead of the joint than --max_following_error_deg. All three count ticks. tracking: from a target to the pose one tick later.",
+    "clamped: target beyond the calibrated range. speed-limited: faster than --max_speed_deg_s.",
+    "following-limited: further ahead of the joint than --max_following_error_deg. All three count ticks.",
+    "tracking: distance from a target to the pose one tick later.",
 )
 _SECRET_FLAGS, _HIDDEN = ("__api_token",), "(hidden)"  # dashes and underscores are the same to the flags
 _WIDTH_PX = 640  # of a camera's picture; larger ones are made smaller
@@ -253,7 +254,8 @@ def text_of(found: Sequence[Section]) -> str:
 
 def _lines(section: Section) -> Iterator[str]:
     if not section.columns:
-        yield from (f"{name:<15} {text}" for name, text in section.rows)
+        width = max((len(name) for name, _ in section.rows), default=0)
+        yield from (f"{name:<{min(width, 24)}}  {text}" for name, text in section.rows)
     else:
         table = [[cell(value) for value in row] for row in (section.columns, *section.rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(section.columns))]
