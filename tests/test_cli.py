@@ -498,7 +498,7 @@ def test_preflight_warnings_are_printed_and_reported(world: World, tmp_path: Pat
     assert any("gr1" in warning for warning in warnings)
     assert any("ASPECT RATIO" in warning for warning in warnings)
     printed = capsys.readouterr().out
-    assert [printed.count("frames are resized"), printed.count("note: camera 'front' is the policy's")] == [2, 2]
+    assert [printed.count("frames are resized"), printed.count("camera 'front' is the policy's")] == [2, 2]
     first, motion, again = printed.index("frames are resized"), printed.index("Direct inference"), printed.rindex("frames are resized")
     assert first < motion < again  # said once more after all the lines that may have buried it
     assert "frames are resized" in (tmp_path / "report.txt").read_text()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 _PERCENTILES = ("p50", "p95", "p99", "max")
 _STAGES = (
-    "pause per chunk: the arm stood still for a new chunk. wait: idle until the next tick; counted twice where a chunk begins.",
+    "pause per chunk: the arm stood still for a new chunk. wait: until the next tick; counted twice where a chunk begins.",
     "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
 )
 _LIMITS = (
