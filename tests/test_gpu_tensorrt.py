@@ -18,8 +18,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import Target, read_manifest
 from gr00t_fast.errors import EngineError, ObservationError
-from gr00t_fast.export.tensorrt import BuildOptions, build_engines
-from gr00t_fast.export.tensorrt_capability import rtx_capabilities
+from gr00t_fast.export.tensorrt import BuildOptions, build_engines, rtx_capabilities
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 

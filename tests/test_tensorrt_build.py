@@ -1,9 +1,11 @@
-"""Engines for TensorRT-RTX, really built: it needs no GPU. Running them does: see test_gpu_tensorrt.py."""
+"""`gr00t-fast export tensorrt`: engines for TensorRT-RTX, really built; it needs no GPU. Running them does: see test_gpu_tensorrt.py."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,166 +14,171 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from random_networks import write_network
 from tiny_graphs import IMAGE_TOKENS, MAX_TOKENS, STAGES, WIDTH, write_export, write_graph
 
 from gr00t_fast import tensorrt_library as library
-from gr00t_fast.engine.manifest import read_manifest
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.cli import export_tensorrt
+from gr00t_fast.engine.manifest import Digests, Target, read_manifest
 from gr00t_fast.errors import ConfigError, EngineError
-from gr00t_fast.export.tensorrt import UP_TO_DATE, BuildOptions, as_table, build_engines, check_feasible, prompt_profiles
-from gr00t_fast.export.tensorrt_capability import check_precisions, parse_capabilities, precisions_of
-from gr00t_fast.export.tensorrt_stage import Request, check_plan, run_stage
+from gr00t_fast.export.tensorrt import (
+    BuildOptions,
+    Request,
+    build_engines,
+    build_stage,
+    check_feasible,
+    check_plan,
+    check_precisions,
+    parse_capabilities,
+    precisions_of,
+    prompt_profiles,
+    run_alone,
+)
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 RTX = library.RTX
 ROOT = Path(__file__).parent.parent
-without_gpu = pytest.mark.skipif(library.gpu_capability() is not None, reason="says what happens where no CUDA driver is")
 
 
-def silent(*_: object) -> None:
-    """No progress shown."""
+def request(graph: Path, capabilities: tuple[str, ...] = (), **tokens: tuple[int, int, int]) -> Request:
+    return Request(graph, graph.with_suffix(".engine"), RTX, capabilities, (tokens,) if tokens else ())
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(graphs, engines) of a small export; tests that change them copy them first."""
-    graphs, out = tmp_path_factory.mktemp("graphs"), tmp_path_factory.mktemp("engines") / "out"
-    write_export(graphs)
-    build_engines(BuildOptions(graphs, out, RTX, "any"), "make it so")
-    return graphs, out
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.fixture
-def copy(built: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
-    for name, source in zip(("graphs", "engines"), built, strict=True):
-        (tmp_path / name).mkdir()
-        for file in source.iterdir():
-            (tmp_path / name / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "graphs", tmp_path / "engines"
+def identity_of(checkpoint: Path, directory: Path) -> dict:
+    return Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100").identity(Digests(directory))
 
 
-def reasons(graphs: Path, out: Path, **options: object) -> dict[str, str]:
-    _, rows = build_engines(BuildOptions(graphs, out, RTX, **{"compute_capability": "any", **options}), "again")
-    return {row.name: row.reason for row in rows}
+@pytest.fixture(scope="module")
+def graphs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("graphs")
+    return write_export(directory, identity=identity_of(checkpoint, directory))
 
 
-# what is built, and what is not
+def run(checkpoint: Path, out: Path, *flags: str) -> int:
+    target = [f"--model_path={checkpoint}", f"--out={out}", f"--builder={RTX}", "--compute_capability=any"]
+    return export_tensorrt.main([*target, *flags])
 
 
-def test_every_stage_becomes_an_engine_and_the_manifest_describes_it(built: tuple[Path, Path]) -> None:
-    _, out = built
-    manifest = read_manifest(out, "")
-    assert (manifest.kind, manifest.precision, manifest.command) == ("tensorrt", "fp16", "make it so")
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("engines") / "out"
+    assert run(checkpoint, out, f"--onnx={graphs}") == 0
+    return out
+
+
+def test_every_stage_becomes_an_engine_and_the_manifest_describes_it(checkpoint: Path, built: Path) -> None:
+    manifest = read_manifest(built, "")
+    assert (manifest.kind, manifest.precision) == ("tensorrt", "fp16")
+    assert manifest.identity == identity_of(checkpoint, built), "what an engine is checked against when it is loaded"
     assert set(manifest.files) == {*(f"{name}.engine" for name in STAGES), "tables.safetensors"}
     assert manifest.details["builder_version"] == trt.__version__
     assert manifest.details["profiles"] == [{"tokens": [IMAGE_TOKENS + 1, 12, MAX_TOKENS]}]
     for name, entry in manifest.stages.items():
         facts = entry["build"]
-        assert facts["bytes"] == (out / entry["file"]).stat().st_size == manifest.files[entry["file"]]["bytes"]
+        assert facts["bytes"] == (built / entry["file"]).stat().st_size == manifest.files[entry["file"]]["bytes"]
         assert facts["layers"] >= 5, f"{name}: two products, their weights and what lies between"
         assert 1e7 < facts["peak_memory_bytes"] < 4e9
         assert facts["check"]["parsed"] is True
+        if library.gpu_capability() is None:
+            assert facts["check"]["deserialised"] is None
     assert manifest.stages["language"]["build"]["inputs"]["embeddings"]["shape"] == [1, -1, WIDTH]
-    assert not list(out.glob(".*.partial-*"))
 
 
-@without_gpu
-def test_without_a_driver_the_check_says_how_far_it_went(built: tuple[Path, Path]) -> None:
-    check = read_manifest(built[1], "").stages["vision"]["build"]["check"]
-    assert check == {"parsed": True, "deserialised": None, "reason": "no CUDA driver here"}
+def test_engines_that_are_there_are_replaced_when_asked(
+    checkpoint: Path, graphs: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(checkpoint, built, f"--onnx={graphs}") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    out = shutil.copytree(built, tmp_path / "engines")
+    assert run(checkpoint, out, f"--onnx={graphs}", "--json", "--overwrite", "--max_text_tokens=20") == 0
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)["stages"]) == set(STAGES)
+    assert [line.split()[0] for line in captured.err.splitlines() if line.split()[0] in ("stage", *STAGES)] == ["stage", *STAGES]
+    assert read_manifest(out, "").shapes["max_tokens"] == IMAGE_TOKENS + 20
 
 
-def test_nothing_is_built_twice(built: tuple[Path, Path]) -> None:
-    assert reasons(*built) == dict.fromkeys(STAGES, UP_TO_DATE)
+def test_without_graphs_they_are_exported(checkpoint: Path, tmp_path: Path) -> None:
+    """In a process of their own, with the flags that both commands know."""
+    more = ("--lang_instruction=pick: the cube", "--denoising_steps=3", "--max_text_tokens=99")
+    assert run(checkpoint, tmp_path / "engines", *more) == 0
+    exported, manifest = (read_manifest(tmp_path / name, "") for name in ("engines-onnx", "engines"))
+    assert (exported.precision, exported.kind, manifest.kind) == ("fp16", "onnx", "tensorrt")
+    assert 3 in manifest.denoising_steps
+    assert manifest.shapes["max_tokens"] == exported.shapes["max_tokens"] == exported.shapes["image_tokens"] + 99
 
 
-def test_only_the_stage_whose_graph_changed_is_built_again(copy: tuple[Path, Path], tmp_path: Path) -> None:
-    graphs, out = copy
-    other = write_export(tmp_path / "other", seed=7)
-    for end in ("", ".data"):
-        (graphs / f"language.onnx{end}").write_bytes((other / f"language.onnx{end}").read_bytes())
-    raw = json.loads((graphs / "manifest.json").read_text())
-    raw["files"] |= {name: entry for name, entry in json.loads((other / "manifest.json").read_text())["files"].items() if "language" in name}
-    (graphs / "manifest.json").write_text(json.dumps(raw))
-    assert reasons(graphs, out) == {"vision": UP_TO_DATE, "language": "other graph", "denoise_step": UP_TO_DATE}
+def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "engines-onnx").mkdir()
+    (tmp_path / "engines-onnx" / "mine").write_text("")
+    assert run(checkpoint, tmp_path / "engines") == 1
+    assert "engines-onnx exists and is not empty" in capsys.readouterr().err
+    assert not (tmp_path / "engines").exists()
 
 
-def test_a_truncated_engine_is_built_again(copy: tuple[Path, Path]) -> None:
-    engine = copy[1] / "vision.engine"
-    engine.write_bytes(engine.read_bytes()[:-100])
-    assert reasons(*copy) == {"vision": "damaged", "language": UP_TO_DATE, "denoise_step": UP_TO_DATE}
+# what is refused
 
 
-def test_an_engine_of_other_lengths_or_gpus_is_stale(copy: tuple[Path, Path]) -> None:
-    seen = reasons(*copy, max_text_tokens=20, compute_capability="8.6")
-    assert seen["language"] == "other GPUs, prompt lengths"
-    assert read_manifest(copy[1], "").shapes["max_tokens"] == IMAGE_TOKENS + 20
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--onnx=GRAPHS", "--model_path=OTHER"], 1, ["other weights", "gr00t-fast export onnx"]),
+        (["--onnx=GRAPHS", "--max_text_tokens=99"], 1, ["--max_text_tokens", "1 to 36"]),
+        (["--onnx=GRAPHS", "--precision=bf16", "--denoising_steps=3"], 2, ["--precision, --denoising_steps", "--onnx"]),
+        (["--onnx=NOWHERE"], 1, ["NOWHERE", "gr00t-fast export onnx"]),
+        (["--precision=bf16", "--compute_capability=7.5"], 1, ["bf16 needs 8.0 or newer"]),
+        (["--builder=tensorrt", "--compute_capability=8.6,8.9"], 1, ["builds for the GPU it runs on"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_left(
+    checkpoint: Path, graphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], code: int, said: list[str]
+) -> None:
+    if "--model_path=OTHER" in flags:
+        flags = [flag.replace("OTHER", str(write_network(tmp_path / "OTHER", seed=3))) for flag in flags]
+    assert run(checkpoint, tmp_path / "out" / "engines", *(flag.replace("GRAPHS", str(graphs)) for flag in flags)) == code
+    error = capsys.readouterr().err
+    assert all(word in error for word in said), error
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_record_only_costs_time(copy: tuple[Path, Path]) -> None:
-    (copy[1] / ".built.json").write_text("{")
-    assert set(reasons(*copy).values()) == {"not built yet"}
-
-
-def test_the_table_has_a_line_per_stage(built: tuple[Path, Path]) -> None:
-    _, rows = build_engines(BuildOptions(*built, RTX, "any"), "again")
-    table = as_table(rows).splitlines()
-    assert [line.split()[0] for line in table] == ["stage", *STAGES]
-    assert all(line.endswith(UP_TO_DATE) for line in table[1:])
-
-
-# graphs that are refused
-
-
-def test_the_directory_of_another_export_is_refused(copy: tuple[Path, Path]) -> None:
-    """Its manifest would be replaced, and the graphs lost with it."""
-    graphs, _ = copy
-    before = (graphs / "manifest.json").read_bytes()
-    with pytest.raises(ConfigError, match="kind 'onnx'.*another --out"):
-        build_engines(BuildOptions(graphs, graphs, RTX, "any"), "")
-    assert (graphs / "manifest.json").read_bytes() == before
-
-
-def test_altered_graphs_are_refused(copy: tuple[Path, Path]) -> None:
-    weights = copy[0] / "vision.onnx.data"
+def test_altered_graphs_and_those_of_another_runtime_are_refused(tmp_path: Path) -> None:
+    altered = write_export(tmp_path / "altered")
+    weights = altered / "vision.onnx.data"
     weights.write_bytes(bytes(len(weights.read_bytes())))
-    with pytest.raises(EngineError, match=r"vision\.onnx\.data.*altered.*gr00t-fast export onnx"):
-        build_engines(BuildOptions(*copy, RTX, "any"), "")
+    other = write_export(tmp_path / "other", quantised="int8", runtime="onnxruntime")
+    for graphs, said in ((altered, r"vision\.onnx\.data.*altered"), (other, r"quantised for onnxruntime.*--target=tensorrt")):
+        with pytest.raises(EngineError, match=said):
+            build_engines(BuildOptions(graphs, tmp_path / "out", RTX, "any"), "")
+    assert not (tmp_path / "out").exists()
 
 
-def test_graphs_quantised_for_another_runtime_are_refused(tmp_path: Path) -> None:
-    graphs = write_export(tmp_path / "graphs", quantised="int8", runtime="onnxruntime")
-    with pytest.raises(EngineError, match=r"quantised for onnxruntime.*--target=tensorrt"):
-        build_engines(BuildOptions(graphs, tmp_path / "out", RTX, "any"), "")
-
-
-def test_a_directory_without_graphs_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"gr00t-fast export onnx"):
-        build_engines(BuildOptions(tmp_path, tmp_path / "out", RTX, "any"), "")
-
-
-def test_a_parser_error_names_the_node(tmp_path: Path) -> None:
-    write_graph(tmp_path / "odd.onnx", *STAGES["vision"], "fp16", 0, operator="NoSuchOperator")
-    with pytest.raises(EngineError, match=r"odd\.onnx: node 'between' \(NoSuchOperator\)"):
-        run_stage(Request(str(tmp_path / "odd.onnx"), str(tmp_path / "odd.engine"), RTX, (), ()), silent)
+@pytest.mark.parametrize(
+    ("inputs", "precision", "operator", "capabilities", "said"),
+    [
+        (STAGES["vision"], "fp16", "NoSuchOperator", (), r"odd\.onnx: node 'between' \(NoSuchOperator\)"),
+        (({"x": [1, "people", WIDTH]}, {"y": [1, "people", WIDTH]}), "fp16", None, (), r"input 'x' varies along axis 1 \('people'\)"),
+        (STAGES["vision"], "fp32", None, ("7.5",), r"cannot build odd\.onnx: .*Turing.*FP32"),
+    ],
+)
+def test_the_parsers_and_the_builders_own_words_come_through(
+    tmp_path: Path, inputs: tuple, precision: str, operator: str | None, capabilities: tuple[str, ...], said: str
+) -> None:
+    write_graph(tmp_path / "odd.onnx", *inputs, precision, 0, **({"operator": operator} if operator else {}))
+    with pytest.raises(EngineError, match=said):
+        build_stage(request(tmp_path / "odd.onnx", capabilities, tokens=(1, 2, 3)))
     assert not (tmp_path / "odd.engine").exists()
 
 
-def test_an_unknown_varying_size_is_refused(tmp_path: Path) -> None:
-    write_graph(tmp_path / "odd.onnx", {"x": [1, "people", WIDTH]}, {"y": [1, "people", WIDTH]}, "fp16", 0)
-    with pytest.raises(EngineError, match=r"input 'x' varies along axis 1 \('people'\)"):
-        run_stage(Request(str(tmp_path / "odd.onnx"), str(tmp_path / "odd.engine"), RTX, (), ({"tokens": (1, 2, 3)},)), silent)
-
-
-def test_the_builders_own_words_come_through(tmp_path: Path) -> None:
-    write_graph(tmp_path / "wide.onnx", *STAGES["vision"], "fp32", 0)
-    with pytest.raises(EngineError, match=r"cannot build wide\.onnx: .*Turing.*FP32"):
-        run_stage(Request(str(tmp_path / "wide.onnx"), str(tmp_path / "wide.engine"), RTX, ("7.5",), ()), silent)
-
-
 @pytest.mark.parametrize("damage", [lambda plan: plan[:-1], lambda plan: b"none" + plan[4:], lambda plan: plan[:64] + bytes(len(plan) - 64)])
-def test_a_damaged_plan_is_not_read_back(built: tuple[Path, Path], damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_plan_is_not_read_back(built: Path, damage: Callable[[bytes], bytes]) -> None:
     """Cut short, without its tag, without its table of sections: the library notices each of them without a GPU."""
-    plan = (built[1] / "vision.engine").read_bytes()
+    plan = (built / "vision.engine").read_bytes()
     assert check_plan(trt, plan)["parsed"]
     with pytest.raises(EngineError, match="does not recognise the engine"):
         check_plan(trt, damage(plan))
@@ -187,33 +194,21 @@ def test_targets_are_read(text: str, expected: tuple[str, ...]) -> None:
     assert parse_capabilities(text, RTX) == expected
 
 
-@pytest.mark.parametrize(("text", "match"), [("ada", "'ada' is none"), ("", "is empty"), ("8", "'8' is none")])
-def test_other_words_are_no_targets(text: str, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        parse_capabilities(text, RTX)
-
-
-def test_tensorrt_builds_for_one_gpu_only() -> None:
-    with pytest.raises(ConfigError, match="builds for the GPU it runs on"):
-        parse_capabilities("8.6,8.9", library.STANDARD)
-
-
-@pytest.mark.parametrize("capability", ["9.0", "8.7"])
-def test_gpus_that_rtx_does_not_know_are_sent_to_tensorrt(capability: str) -> None:
-    with pytest.raises(ConfigError, match=f"got {capability} .*--builder=tensorrt "):
-        check_feasible(RTX, capability)
-
-
 @pytest.mark.parametrize(
-    ("precision", "capability", "match"),
+    ("capability", "precision", "match"),
     [
-        ("bf16", "7.5", r"bf16 needs 8\.0 or newer \(Ampere\).*--precision=fp16"),
-        ("fp8", "8.6", r"fp8 needs 8\.9 or newer.*INT8"),
-        ("fp8", "any", r"any GPU.*--compute_capability=8\.9,12\.0"),
-        ("fp32", "7.5", "no fp32 matrix products for Turing"),
+        ("ada", None, "'ada' is none"),
+        ("", None, "is empty"),
+        ("8", None, "'8' is none"),
+        ("9.0", None, "got 9.0 .*--builder=tensorrt "),
+        ("8.7", None, "got 8.7 .*--builder=tensorrt "),
+        ("7.5", "bf16", r"bf16 needs 8\.0 or newer \(Ampere\).*--precision=fp16"),
+        ("8.6", "fp8", r"fp8 needs 8\.9 or newer.*INT8"),
+        ("any", "fp8", r"any GPU.*--compute_capability=8\.9,12\.0"),
+        ("7.5", "fp32", "no fp32 matrix products for Turing"),
     ],
 )
-def test_a_format_the_gpu_lacks_is_refused_before_building(precision: str, capability: str, match: str) -> None:
+def test_what_the_gpu_or_library_lacks_is_refused_before_building(capability: str, precision: str | None, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         check_feasible(RTX, capability, precision)
 
@@ -232,7 +227,7 @@ def test_number_formats_are_read_from_the_graph(tmp_path: Path, precision: str, 
 @pytest.mark.parametrize(("quantised", "capabilities"), [("int8", ("8.6",)), ("fp8", ("8.9", "12.0"))])
 def test_eight_bit_graphs_build(tmp_path: Path, quantised: str, capabilities: tuple[str, ...]) -> None:
     write_graph(tmp_path / "g.onnx", *STAGES["language"], "bf16", 0, quantised)
-    facts = run_stage(Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, capabilities, ({"tokens": (5, 12, 40)},)), silent)
+    facts = build_stage(request(tmp_path / "g.onnx", capabilities, tokens=(5, 12, 40)))
     assert facts["bytes"] == (tmp_path / "g.engine").stat().st_size
 
 
@@ -242,7 +237,7 @@ def test_the_refusal_and_the_builder_agree(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         check_precisions({"fp8"}, ("8.6",), RTX, "vision")
     with pytest.raises(EngineError, match="fp8"):
-        run_stage(Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, ("8.6",), ()), silent)
+        build_stage(request(tmp_path / "g.onnx", ("8.6",)))
 
 
 # prompt lengths
@@ -250,71 +245,62 @@ def test_the_refusal_and_the_builder_agree(tmp_path: Path) -> None:
 SHAPES = {"image_tokens": 256, "max_tokens": 512, "prompt_buckets": [290, 320, 512]}
 
 
-def test_tensorrt_gets_a_range_per_bucket_and_they_meet() -> None:
+def test_tensorrt_gets_a_range_per_bucket_and_rtx_one_tuned_for_the_usual_prompt() -> None:
     profiles = [profile["tokens"] for profile in prompt_profiles(SHAPES, None, one=False)]
     assert profiles == [(257, 290, 290), (291, 320, 320), (321, 512, 512)]
-
-
-def test_rtx_gets_one_range_tuned_for_the_usual_prompt() -> None:
     assert prompt_profiles(SHAPES, 100, one=True) == ({"tokens": (257, 290, 356)},)
     assert prompt_profiles(SHAPES, 20, one=True) == ({"tokens": (257, 276, 276)},)
+    for most in (0, -1, 257):
+        with pytest.raises(ConfigError, match="from 1 to 256"):
+            prompt_profiles(SHAPES, most, one=True)
 
 
-@pytest.mark.parametrize("most", [0, -1, 257])
-def test_a_length_that_was_not_exported_is_refused(most: int) -> None:
-    with pytest.raises(ConfigError, match="from 1 to 256"):
-        prompt_profiles(SHAPES, most, one=True)
+# the process of its own
 
 
-# interruption
+def die(_: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_stops_at_once_and_keeps_what_is_done(tmp_path: Path) -> None:
-    graphs = write_export(tmp_path / "graphs")
-    program = (
-        "import sys\nfrom pathlib import Path\nfrom gr00t_fast.export.tensorrt import *\n"
-        "show = BuildEvents(stage=lambda name, *_: print(name, flush=True))\n"
-        f"build_engines(BuildOptions(Path({str(graphs)!r}), Path({str(tmp_path / 'out')!r}), 'tensorrt_rtx', 'any'), '', show)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert child.stdout.readline() == "vision\n"
-        assert child.stdout.readline() == "language\n"
-        child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=60) != 0
-    finally:
-        child.kill()
-        child.stdout.close()
-    out = tmp_path / "out"
-    assert (out / "vision.engine").is_file()
-    assert not list(out.glob(".*.partial-*"))
-    assert not (out / "manifest.json").exists()
-    assert reasons(graphs, out)["vision"] == UP_TO_DATE
+def sleep(directory: Path, seconds: float) -> None:
+    (directory / "began").write_text(str(os.getpid()))
+    time.sleep(seconds)
+    (directory / "ended").touch()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_builder_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dying = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    monkeypatch.setattr("gr00t_fast.export.tensorrt_stage.BUILDER", dying)
-    with pytest.raises(EngineError, match=r"building g\.onnx ended with code -9.*ran out of memory"):
-        run_stage(Request("g.onnx", str(tmp_path / "g.engine"), RTX, (), ()), silent)
+def test_a_process_that_is_killed_is_reported() -> None:
+    with pytest.raises(EngineError, match=r"die g\.onnx ended with code -9.*ran out of memory"):
+        run_alone(die, "g.onnx")
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_process_ends_with_its_parent(tmp_path: Path, number: int) -> None:
+    program = f"from pathlib import Path; from test_tensorrt_build import *; run_alone(sleep, Path({str(tmp_path)!r}), 100.0)"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    until(lambda: (tmp_path / "began").exists() and (tmp_path / "began").read_text())
+    child = int((tmp_path / "began").read_text())
+    parent.send_signal(number)
+    assert parent.wait(timeout=60) != 0
+    until(lambda: not Path(f"/proc/{child}").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z")
+    assert not (tmp_path / "ended").exists()
+
+
+def until(true: Callable[[], object], limit_s: float = 60.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def test_progress_is_told(tmp_path: Path) -> None:
-    write_graph(tmp_path / "g.onnx", *STAGES["language"], "fp16", 0)
-    seen: list[str] = []
-    request = Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, (), ({"tokens": (5, 12, 40)},))
-    run_stage(request, lambda name, done: seen.append(name or ""))
-    assert [name for name in seen if name in ("parsing", "writing", "checking")] == ["parsing", "writing", "checking"]
+    from gr00t_fast.export.tensorrt import build
 
-
-def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
-    """Its standard input closed, it ends without finishing, and leaves no file."""
     write_graph(tmp_path / "g.onnx", *STAGES["language"], "fp16", 0)
-    request = Request(str(tmp_path / "g.onnx"), str(tmp_path / "g.engine"), RTX, (), ({"tokens": (5, 12, 40)},))
-    command = [sys.executable, "-m", "gr00t_fast.export.tensorrt_stage"]
-    start_s = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, input=request.to_json() + "\n", capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1, f"it should have been cut short, took {time.monotonic() - start_s:.1f} s: {done.stdout}"
-    assert not (tmp_path / "g.engine").exists()
+    seen: list[tuple[str, float]] = []
+    run_alone(build, request(tmp_path / "g.onnx", tokens=(5, 12, 40)), tell=lambda *phase: seen.append(phase))
+    assert (seen[0], seen[-1]) == (("parsing", 0.0), ("checking", 1.0))
+    assert len(seen) > 2

@@ -177,7 +177,7 @@ def _calibrate(config: TuneConfig, out: Path) -> object:
 
 
 def _build(config: TuneConfig, onnx: Path, out: Path) -> object:
-    return export_tensorrt.run(export_tensorrt.ExportTensorRTConfig(**_common(config), out=out, onnx=onnx))
+    return export_tensorrt.run(export_tensorrt.ExportTensorRTConfig(**_common(config), out=out, onnx=onnx, overwrite=True))
 
 
 def make_all(
