@@ -144,39 +144,22 @@ def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, i
     assert plain.starved_ticks == resuming.starved_ticks == 0
 
 
-class TestDelayEstimate:
-    def test_the_maximum_of_the_window(self) -> None:
-        estimate = DelayEstimate(1.0)
-        for ticks in [3] * DELAY_WINDOW + [6]:
-            estimate.add(ticks)
-        assert estimate.ticks == 6
-        for ticks in [3] * DELAY_WINDOW:
-            assert estimate.ticks == 6
-            estimate.add(ticks)
-        assert estimate.ticks == 3
-
-    def test_nothing_measured(self) -> None:
-        assert DelayEstimate().ticks == 0
-
-    def test_the_worst_of_the_first_few(self) -> None:
-        estimate = DelayEstimate()
-        for ticks in (3, 5, 4):
-            estimate.add(ticks)
-        assert estimate.ticks == 5
-
-    def test_a_spike_is_ignored_and_two_are_forgotten(self) -> None:
-        estimate = DelayEstimate()
-        for ticks in [3] * DELAY_WINDOW + [90, 80]:
-            estimate.add(ticks)
-        assert estimate.ticks == 3
-        estimate.add(70)
-        assert estimate.ticks == 70
-        for _ in range(DELAY_WINDOW):
-            estimate.add(3)
-        assert estimate.ticks == 3
-
-    def test_a_lasting_change_is_noticed(self) -> None:
-        estimate = DelayEstimate()
-        for ticks in [3] * DELAY_WINDOW + [6, 6, 6]:
-            estimate.add(ticks)
-        assert estimate.ticks == 6
+@pytest.mark.parametrize(
+    ("quantile", "measured", "estimate"),
+    [
+        (0.9, [], 0),
+        (0.9, [3, 5, 4], 5),  # the worst of the first few
+        (0.9, [3] * DELAY_WINDOW + [90, 80], 3),  # spikes are no change
+        (0.9, [3] * DELAY_WINDOW + [90, 80, 70], 70),
+        (0.9, [90, 80, 70] + [3] * DELAY_WINDOW, 3),  # and are forgotten
+        (0.9, [3] * DELAY_WINDOW + [6, 6, 6], 6),
+        (1.0, [3] * DELAY_WINDOW + [6], 6),
+        (1.0, [6] + [3] * (DELAY_WINDOW - 1), 6),
+        (1.0, [6] + [3] * DELAY_WINDOW, 3),
+    ],
+)
+def test_the_delay_is_a_high_quantile_of_the_last_few(quantile: float, measured: list[int], estimate: int) -> None:
+    delay = DelayEstimate(quantile)
+    for ticks in measured:
+        delay.add(ticks)
+    assert delay.ticks == estimate

@@ -117,6 +117,11 @@ def suspended_meanwhile(run: Bench) -> None:
     run.clock.suspended_s = lambda: 60.0 if len(run.robot.sent) > 40 else 0.0
 
 
+def cable_out_meanwhile(run: Bench) -> None:
+    """For longer than the move may take."""
+    after(run, 35, lambda: (run.clock.advance(30.0), run.robot.events.update(reconnect=1)))
+
+
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ENDS = {
     "the time limit": (lambda run: None, None),
@@ -130,6 +135,7 @@ ENDS = {
     "a full disk": (disk_full, OSError),
     "a terminal that is gone": (closed_terminal, None),
     "suspended on its way": (suspended_meanwhile, None),
+    "a cable out on its way": (cable_out_meanwhile, None),
 }
 
 

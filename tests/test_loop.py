@@ -23,7 +23,7 @@ from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report, verdict
 from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.errors import ConfigError, PreflightError, RobotError, UnsafeActionError
+from gr00t_fast.errors import PreflightError, RobotError, UnsafeActionError
 
 STEP = DEFAULT_MAX_SPEED_DEG_S * TICK_S  # how far a target may go in a tick
 
@@ -224,11 +224,6 @@ def test_a_policy_that_returns_too_few_actions() -> None:
     with pytest.raises(UnsafeActionError, match="--action_horizon"):
         bench.loop.run()
     assert bench.robot.sent == []
-
-
-def test_action_horizon_must_be_positive() -> None:
-    with pytest.raises(ConfigError):
-        Bench(horizon=0)
 
 
 def raising(error: BaseException):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from control_fakes import LIMITS, TICK_S, Bench
 
-from gr00t_fast.cli import replay, run_flags
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
 from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
 from gr00t_fast.control.poses import Poses
@@ -356,21 +355,3 @@ def test_a_blocked_way_to_rest_lands_after_the_others_have_arrived() -> None:
     assert run.loop.trace.ended_by == "done"
     assert [line for line in run.said if "not quite" in line and "elbow_flex" in line]
     assert run.robot.calls[-1] == "land"
-
-
-# Flags
-
-RUN = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
-REPLAY = ["--robot.type=so100_sim", "--dataset=d"]
-
-
-@pytest.mark.parametrize("flag", ["--stall_load_percent=0", "--stall_load_percent=150", "--stall_current_ma=-5", "--stall_after_s=0"])
-def test_flags_that_mean_nothing_are_usage_errors(flag: str) -> None:
-    for parse, flags in ((run_flags.parse, RUN), (replay.parse, REPLAY)):
-        with pytest.raises(run_flags.UsageError, match=flag.split("=")[0]):
-            parse([*flags, flag])
-
-
-def test_flags() -> None:
-    config = run_flags.parse([*RUN, "--stall_load_percent=80", "--stall_current_ma=null", "--stall_after_s=null"])
-    assert (config.stall_load_percent, config.stall_current_ma, config.stall_after_s) == (80.0, None, None)
