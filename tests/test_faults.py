@@ -6,6 +6,7 @@ Either way the arm lands: torque register 0 on every servo that can be reached, 
 
 from __future__ import annotations
 
+import fcntl
 import threading
 import time
 from collections.abc import Callable
@@ -275,6 +276,21 @@ def test_a_port_that_is_gone_is_reported_with_what_to_do(tmp_path: Path) -> None
         assert not report.safe
         assert set(report.torque.values()) == {"unknown"}
         assert "torque could NOT be switched off" in report.problems[0]
+
+
+def test_a_port_that_another_program_has_taken_meanwhile_is_left_to_it(tmp_path: Path) -> None:
+    with VirtualBus() as bus:
+        arm = make_arm(bus, tmp_path)
+        arm.connect()
+        arm.reset()
+        bus.unplug()
+        bus.replug()
+        with open(bus.port, "rb", buffering=0) as rival:
+            fcntl.flock(rival, fcntl.LOCK_EX)
+            report = arm.land()
+            assert set(report.torque.values()) == {"unknown"}
+            time.sleep(0.5)  # the watchdog, too, leaves it alone
+            assert set(bus.torque().values()) == {1}
 
 
 def test_connecting_again_works_after_a_failed_connection(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from enum import IntEnum
 from typing import Any, Literal
 
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.lerobot_glue import TICKS
+from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
 from gr00t_fast.robots.virtual_bus.protocol import Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
 
 try:
@@ -115,6 +115,7 @@ class Guard:
     sent_goals: id -> the newest goals sent, as in the register. late_answer_s: how long a missed answer may still come.
     """
 
+    port: str
     motors: dict[str, Any]
     calibration: dict[str, Any]
     port_handler: Any
@@ -137,9 +138,15 @@ class Guard:
         return self.port_handler.ser
 
     def open(self) -> None:
-        """Open the port; nobody is asked. Raises one of LINK_LOST."""
+        """Open the port and mark it as ours; nobody is asked. Raises one of LINK_LOST, RobotError when another program has taken it."""
+        self.close()
         self.port_handler.openPort()
-        self.line.timeout, self.line.write_timeout = WAIT_S, WRITE_S
+        try:
+            lock_port(self.line.fileno(), self.port)
+            self.line.timeout, self.line.write_timeout = WAIT_S, WRITE_S
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the port whatever state it is in; `open` works again afterwards."""
@@ -343,7 +350,8 @@ def attempt(what: str, step: Callable[[], Any], problems: list[str]) -> bool:
 def release_torque(bus: Any, patience_s: float, problems: list[str]) -> dict[str, Torque]:
     """Torque off on every motor. Returns how each joint was left; `problems` gets a line for each that is unknown.
 
-    A port that vanished, before or in the middle, is given `patience_s` to come back: motors keep their power, and hold, without it.
+    A port that vanished, before or in the middle, is given `patience_s` to come back: motors keep their power, and hold, without it. One that another
+    program has taken meanwhile is left to it.
     """
     give_up_s = time.monotonic() + patience_s
     while _line_is_open(bus, give_up_s):
@@ -352,7 +360,7 @@ def release_torque(bus: Any, patience_s: float, problems: list[str]) -> dict[str
         if "unknown" not in torque.values() or _is_there(bus):
             problems.extend(trouble)
             return torque
-    problems.append(f"{bus.port} is gone: torque could NOT be switched off")
+    problems.append(f"{bus.port} is gone, or another program has taken it: torque could NOT be switched off")
     return dict.fromkeys(bus.motors, "unknown")
 
 
@@ -417,7 +425,6 @@ def _line_is_open(bus: Any, give_up_s: float) -> bool:
     while True:
         if _is_there(bus):
             return True
-        bus.close()
         if not attempt("reopening the port", bus.open, []):
             if time.monotonic() > give_up_s:
                 return False

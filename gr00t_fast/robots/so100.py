@@ -32,7 +32,7 @@ from gr00t_fast.robots.bus import (
     release_torque,
 )
 from gr00t_fast.robots.config import SO100FollowerConfig, rendered
-from gr00t_fast.robots.lerobot_glue import check_port, lock_port, ports_message
+from gr00t_fast.robots.lerobot_glue import check_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, MotorPower, PerMinute, ServoHealth
 from gr00t_fast.robots.sim.robot import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
@@ -228,7 +228,7 @@ class SO100FollowerArm:
 
     def _repeat(self, what: str, step: Any) -> None:
         """Do a step of connecting up to `connect_attempts` times; a slow bus may miss an answer now and then."""
-        attempts = max(1, self.config.connect_attempts)
+        attempts = self.config.connect_attempts
         for number in range(1, attempts + 1):
             try:
                 step()
@@ -243,12 +243,10 @@ class SO100FollowerArm:
                 time.sleep(RETRY_PAUSE_S)
 
     def _open_bus(self) -> None:
-        self._bus.close()
+        self._bus.open()
+        if self._stage is Stage.APART:
+            self._stage = Stage.OPENED
         try:
-            self._bus.open()
-            lock_port(self._bus.line.fileno(), self.config.port)
-            if self._stage is Stage.APART:
-                self._stage = Stage.OPENED
             self._bus.check_servos()
         except BaseException:
             self._bus.close()

@@ -58,7 +58,7 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    left_on, alone = release(serial, port, ids) if mode == "off" else stop_pushing(serial, port, ids)
+    left_on, alone = release(serial, port, ids, trouble == CALLED) if mode == "off" else stop_pushing(serial, port, ids)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
@@ -106,9 +106,10 @@ def has_ended(limit_s: float) -> bool:
     return False
 
 
-def release(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
-    """Torque off. Returns the ids of the servos that did not confirm it, and whether the port was ours alone. Ends when a new run takes the port."""
-    give_up_s, left_on, alone, had = time.monotonic() + PATIENCE_S, ids, True, False
+def release(serial, port: str, ids: list[int], had: bool) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+    """Torque off. Returns the ids of the servos that did not confirm it, and whether the port was ours alone. Ends when a new run takes the port,
+    which it has once the port was given up by the program (`had`) or by this one."""
+    give_up_s, left_on, alone = time.monotonic() + PATIENCE_S, ids, True
     while True:
         with contextlib.suppress(OSError, ValueError, *_termios_error()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
             alone = locked(line)
