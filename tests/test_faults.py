@@ -303,6 +303,7 @@ def test_connecting_again_works_after_a_failed_connection(tmp_path: Path) -> Non
         arm.connect()
         arm.reset()
         arm.observe()
+        assert_landed(bus, arm, arm.land())
 
 
 def out_of_power(bus: VirtualBus, sag_deg: float) -> None:
@@ -378,6 +379,7 @@ def test_one_servo_that_loses_its_power_does_not_cost_the_others_theirs(fault: s
         assert set(bus.torque().values()) == {1}
         assert [servo.registers[Register.ACCELERATION] for servo in bus.servos] == accelerations
         np.testing.assert_allclose(true_joints(bus), before, atol=8)
+        assert_landed(bus, arm, arm.land())
 
 
 def test_torque_lost_without_any_outage_is_found_by_the_poll(tmp_path: Path) -> None:

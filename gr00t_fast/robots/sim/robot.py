@@ -18,18 +18,6 @@ from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, HOME_DEG, Simulation
 MAX_CATCH_UP_S = 10.0  # after a longer pause (a debugger, a suspended machine) the arm continues from here; it came to rest long before
 
 
-class WallClock:
-    """Real time; `contracts.Clock`."""
-
-    def now_s(self) -> float:
-        """Monotonic seconds."""
-        return time.perf_counter()
-
-    def sleep_until_s(self, deadline_s: float) -> None:
-        """Wait coarsely."""
-        time.sleep(max(0.0, deadline_s - time.perf_counter()))
-
-
 class SimArm:
     """`contracts.Robot` for the simulated arm. Time passes in it as on `clock` (default: real time): physics is advanced to the clock's present
     whenever the arm is read or told something, so that whatever takes time between two calls, such as inference, lets the old targets act on."""
@@ -48,7 +36,7 @@ class SimArm:
             name: CameraSpec(camera.width, camera.height, float(camera.fps)) for name, camera in config.cameras.items()
         }
         self.events: Counter[str] = Counter()
-        self._clock = clock or WallClock()
+        self._clock = clock
         self._simulation: Simulation | None = None  # while connected
         self._last_s = 0.0  # when physics was last advanced, on the clock
         self._next_seed = 0
@@ -101,7 +89,7 @@ class SimArm:
         seed = self._next_seed if seed is None else seed
         self._end_episode()
         self.simulation.reset(seed)
-        self._last_s = self._clock.now_s()
+        self._last_s = self._now_s()
         self._next_seed = seed + 1
 
     def observe(self, with_frames: bool = True) -> Observation:
@@ -132,8 +120,11 @@ class SimArm:
                 self._simulation = None
         return self._landing
 
+    def _now_s(self) -> float:
+        return time.perf_counter() if self._clock is None else self._clock.now_s()
+
     def _catch_up(self) -> None:
-        now_s = self._clock.now_s()
+        now_s = self._now_s()
         self.simulation.advance(min(max(0.0, now_s - self._last_s), MAX_CATCH_UP_S))
         self._last_s = now_s
 

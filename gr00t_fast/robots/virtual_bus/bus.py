@@ -111,7 +111,7 @@ class VirtualBus:
     def close(self) -> None:
         """Stop answering, close the terminal, remove the link. Calling it again is harmless."""
         self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join(timeout=5)
         self.unplug()
         self._give_back()
@@ -136,8 +136,6 @@ class VirtualBus:
             cycle = self._cycle
         # A thread inside select() still holds the closed terminal; it is gone for the driver once that call has returned.
         while self._cycle == cycle and self._thread is not None and self._thread.is_alive():
-            if self._thread is threading.current_thread():
-                return
             time.sleep(0.0005)
 
     def replug(self) -> None:
