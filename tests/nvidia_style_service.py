@@ -55,6 +55,8 @@ def unpack(data: bytes) -> Any:
 class Client:
     """REQ client. `patience_ms` is a convenience of the tests: the reference's client has none."""
 
+    pack, unpack = staticmethod(pack), staticmethod(unpack)
+
     def __init__(self, port: int, api_token: str | None = None, patience_ms: int = 20_000) -> None:
         self.api_token = api_token
         self.socket = zmq.Context.instance().socket(zmq.REQ)
@@ -68,8 +70,8 @@ class Client:
             request["data"] = data
         if self.api_token:
             request["api_token"] = self.api_token
-        self.socket.send(pack(request))
-        reply = unpack(self.socket.recv())
+        self.socket.send(self.pack(request))
+        reply = self.unpack(self.socket.recv())
         if "error" in reply:
             raise RuntimeError(f"Server error: {reply['error']}")
         return reply
@@ -89,6 +91,8 @@ class Client:
 
 class Server:
     """REP server around any policy, in a thread while used as a context manager."""
+
+    pack, unpack = staticmethod(pack), staticmethod(unpack)
 
     def __init__(self, policy: Any, api_token: str | None = None, damage: Callable[[bytes], bytes] = bytes, squeezes: bool = False) -> None:
         """`squeezes`: answers to a single observation without axes of length one, as older versions do."""
@@ -111,12 +115,12 @@ class Server:
     def _run(self) -> None:
         while self.running:
             if self.socket.poll(50):
-                self.socket.send(self.damage(pack(self._reply(self.socket.recv()))))
+                self.socket.send(self.damage(self.pack(self._reply(self.socket.recv()))))
         self.socket.close()
 
     def _reply(self, message: bytes) -> Any:
         try:
-            request = unpack(message)
+            request = self.unpack(message)
             self.requests.append(request)
             if self.api_token is not None and request.get("api_token") != self.api_token:
                 return {"error": "Unauthorized: Invalid API token"}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import msgpack
 import numpy as np
 import nvidia_style_service as n1d5
 import pytest
-import zmq
 from serving_fakes import HORIZON, ArithmeticPolicy, assert_same, observation, running
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
@@ -46,63 +42,38 @@ def unpack(data: bytes) -> Any:
     return msgpack.unpackb(data, object_hook=special)
 
 
-@contextmanager
-def client_of(port: int) -> Iterator[Callable[..., Any]]:
-    """NVIDIA's N1.7 client: a function of endpoint and data."""
-    with zmq.Context.instance().socket(zmq.REQ) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVTIMEO, 20_000)
-        socket.connect(f"tcp://localhost:{port}")
+class Client(n1d5.Client):
+    """NVIDIA's N1.7 client."""
 
-        def call(endpoint: str, data: Any = None) -> Any:
-            socket.send(pack({"endpoint": endpoint} | ({} if data is None else {"data": data})))
-            return unpack(socket.recv())
-
-        yield call
+    pack, unpack = staticmethod(pack), staticmethod(unpack)
 
 
-@contextmanager
-def server_of(policy: ArithmeticPolicy, requests: list[Any]) -> Iterator[int]:
-    """NVIDIA's N1.7 server around a flat policy, strict about what it gets; its port."""
-    socket, going = zmq.Context.instance().socket(zmq.REP), True
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+class Server(n1d5.Server):
+    """NVIDIA's N1.7 server around a flat policy, strict about what it gets."""
 
-    def answer(request: dict[str, Any]) -> Any:
-        endpoint, data = request["endpoint"], request.get("data")
-        if endpoint == "ping":
-            return {"status": "ok", "message": "Server is running"}
-        if endpoint == "reset":
-            return {}
-        if endpoint == "get_modality_config":
-            configs = policy.get_modality_config()
-            bare = {name: [key.removeprefix(f"{name}.") for key in config.modality_keys] for name, config in configs.items()}
-            unset = dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
-            as_json = {name: {"delta_indices": config.delta_indices, "modality_keys": bare[name], **unset} for name, config in configs.items()}
-            return {name: {"__ModalityConfig__": True, "as_json": value} for name, value in as_json.items()}
-        if endpoint != "get_action":
-            return {"error": f"Unknown endpoint: {endpoint}"}
+    pack, unpack = staticmethod(pack), staticmethod(unpack)
+
+    def __init__(self, policy: ArithmeticPolicy) -> None:
+        super().__init__(policy)
+        self.policy = policy
+        self.endpoints |= {"reset": (dict, False), "get_action": (self._act, True), "get_modality_config": (self._configs, False)}
+
+    def _configs(self) -> dict[str, Any]:
+        unset = dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
+        found = {}
+        for name, config in self.policy.get_modality_config().items():
+            keys = [key.removeprefix(f"{name}.") for key in config.modality_keys]
+            found[name] = {"__ModalityConfig__": True, "as_json": {"delta_indices": config.delta_indices, "modality_keys": keys, **unset}}
+        return found
+
+    def _act(self, data: dict[str, Any]) -> list[Any]:
         seen = data["observation"]
         assert set(data) == {"observation", "options"}
         assert all(value.dtype == np.uint8 and value.ndim == 5 for value in seen["video"].values())
         assert all(value.dtype == np.float32 and value.ndim == 3 for value in seen["state"].values())
         assert all(isinstance(text, str) for texts in seen["language"].values() for (text,) in texts)
-        actions = policy.get_action(flat_observation(seen))
+        actions = self.policy.get_action(flat_observation(seen))
         return [{key.removeprefix("action."): value for key, value in actions.items()}, {}]
-
-    def run() -> None:
-        while going:
-            if socket.poll(20):
-                requests.append(unpack(socket.recv()))
-                socket.send(pack(answer(requests[-1])))
-        socket.close(0)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield port
-    finally:
-        going = False
-        thread.join()
 
 
 def served(data_config: str = "so100") -> ArithmeticPolicy:
@@ -115,15 +86,16 @@ def served(data_config: str = "so100") -> ArithmeticPolicy:
 def test_nvidia_s_client_gets_the_actions_of_our_policy(batch: int | None) -> None:
     seen = observation(batch, ("front", "wrist"))
     nested, _ = nested_observation(seen)
-    with running(PolicyServer(served("so100_dualcam"), port=0)) as server, client_of(server.port) as call:
-        assert call("ping")["status"] == "ok"
-        config = call("get_modality_config")
+    with running(PolicyServer(served("so100_dualcam"), port=0)) as server, Client(server.port) as nvidias:
+        assert nvidias.call("ping", requires_input=False)["status"] == "ok"
+        config = nvidias.call("get_modality_config", requires_input=False)
         assert config["video"] == {"__ModalityConfig__": True, "as_json": {"delta_indices": [0], "modality_keys": ["front", "wrist"]}}
-        actions, info = call("get_action", {"observation": nested, "options": None})
-        assert call("reset", {"options": None}) == {"status": "ok"}
-        assert "state.gripper" in call("get_action", {"observation": {**nested, "state": {}}, "options": None})["error"]
-        told = call("get_action", {"observation": seen, "options": None})["error"]
-        assert all(word in told for word in ('"video": {', "nested", "video.front"))
+        actions, info = nvidias.call("get_action", {"observation": nested, "options": None})
+        assert nvidias.call("reset", {"options": None}) == {"status": "ok"}
+        with pytest.raises(RuntimeError, match=r"state\.gripper"):
+            nvidias.call("get_action", {"observation": {**nested, "state": {}}, "options": None})
+        with pytest.raises(RuntimeError, match=r'"video": \{.* nested .*video\.front'):
+            nvidias.call("get_action", {"observation": seen, "options": None})
     assert info == {}
     expected = ArithmeticPolicy("so100_dualcam").get_action(flat_observation(nested))
     assert {f"action.{key}" for key in actions} == set(expected)
@@ -134,18 +106,18 @@ def test_nvidia_s_client_gets_the_actions_of_our_policy(batch: int | None) -> No
 
 def test_both_dialects_on_one_socket() -> None:
     seen = observation(None, ("webcam",))
-    with running(PolicyServer(served(), port=0)) as server, client_of(server.port) as call, n1d5.Client(server.port) as older:
-        actions, _ = call("get_action", {"observation": nested_observation(seen)[0], "options": {}})
+    with running(PolicyServer(served(), port=0)) as server, Client(server.port) as nvidias, n1d5.Client(server.port) as older:
+        actions, _ = nvidias.call("get_action", {"observation": nested_observation(seen)[0], "options": {}})
         flat = older.get_action(seen)
     np.testing.assert_allclose(actions["gripper"][0], flat["action.gripper"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [None, 2])
 def test_our_client_gets_the_actions_of_nvidia_s_server(batch: int | None) -> None:
-    seen, requests = observation(batch, ("webcam",)), []
-    with server_of(served(), requests) as port, PolicyClient(port=port) as unasked, PolicyClient(port=port) as client:
+    seen = observation(batch, ("webcam",))
+    with Server(served()) as server, PolicyClient(port=server.port) as unasked, PolicyClient(port=server.port) as client:
         first = [unasked.get_action(seen), unasked.get_action(nested_observation(seen)[0])]
-        assert [request["endpoint"] for request in requests] == ["get_modality_config", "get_action", "get_action"]
+        assert [request["endpoint"] for request in server.requests] == ["get_modality_config", "get_action", "get_action"]
         assert client.get_modality_config() == ArithmeticPolicy().get_modality_config()
         assert client.get_metadata() is None
         client.reset()
@@ -178,10 +150,12 @@ def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path) -> None:
         assert (remote.metadata.fps, remote.metadata.resolutions) == (None, {"webcam": None})
         assert remote.get_modality_config()["video"].delta_indices == [-2, 0]
         remote.close()
-        with PolicyClient(port=server.port) as client, client_of(server.port) as call:
+        with PolicyClient(port=server.port) as client, Client(server.port) as nvidias:
             actions = client.get_modality_config()["action"].action_configs
             assert (
-                actions == policy.get_modality_config()["action"].action_configs == call("get_modality_config")["action"]["as_json"]["action_configs"]
+                actions
+                == policy.get_modality_config()["action"].action_configs
+                == nvidias.call("get_modality_config", requires_input=False)["action"]["as_json"]["action_configs"]
             )
             assert [each["rep"] for each in actions] == ["RELATIVE", "ABSOLUTE"]
             assert client.get_action(seen)["action.single_arm"].shape == (16, 5)
