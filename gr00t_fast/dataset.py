@@ -313,8 +313,7 @@ class LeRobotFrames:
             asked = type(error).__module__.split(".")[0] in ("requests", "huggingface_hub")  # lerobot looks there for what it does not find here
             reason = "it looks for files on the hub that are missing here" if asked else f"{type(error).__name__}: {error}".splitlines()[0][:200]
             mend = (
-                contradiction(self._path, self._info)
-                or "A file of data/, meta/ or videos/ is missing or damaged: copy the whole data set, or record it again."
+                "A file is missing or damaged, or meta/info.json describes other columns than data/ has. Copy the data set again, or record it again."
             )
             raise ConfigError(f"{self.name}: lerobot cannot open it ({reason}). {mend}") from error
 
@@ -338,31 +337,26 @@ class LeRobotFrames:
         """Part of `state` or `action` -> column of the data set, and the part's place in it. Raises ConfigError where they do not fit."""
         widths = self._metadata.state_widths if kind == "state" else self._metadata.action_widths
         told, column = self._modality.get(kind, {}), "observation.state" if kind == "state" else "action"
+        if absent := [part for part in widths if told and part not in told]:
+            raise ConfigError(f"{self.name}: meta/modality.json names no {kind} part '{absent[0]}', only {', '.join(told)}. Add its start and end.")
         spans, start = {}, 0
         for part, width in widths.items():
-            if told and part not in told:
-                raise ConfigError(
-                    f"{self.name}: meta/modality.json names no {kind} part '{part}', only {', '.join(told)}; the policy reads {', '.join(widths)}. "
-                    "Add it with its start and end."
-                )
             entry = told.get(part) or {"start": start, "end": start + width}
             spans[part] = (entry.get("original_key") or column, slice(entry["start"], entry["end"]))
             start += width
-        self._check_spans(kind, widths, spans, whole=not told)
+            self._check_span(f"{kind}.{part}", width, *spans[part])
+        count = (self._features[column].get("shape") or [start])[0] if not told else start
+        if count != start:
+            raise ConfigError(f"{self.name}: {column} has {count} values, the policy {dict(widths)}. Expected as many, or a meta/modality.json.")
         return spans
 
-    def _check_spans(self, kind: str, widths: Mapping[str, int], spans: Mapping[str, tuple[str, slice]], whole: bool) -> None:
-        for part, (column, span) in spans.items():
-            if column not in self._features:
-                raise ConfigError(f"{self.name}: no column '{column}' for {kind}.{part}; it has {', '.join(self._features)}.")
-            count = (self._features[column].get("shape") or [sum(widths.values())])[0]
-            if whole and sum(widths.values()) != count:
-                raise ConfigError(f"{self.name}: {column} has {count} values, the policy {dict(widths)}. Expected as many, or a modality.json.")
-            if not (span.start >= 0 and span.stop - span.start == widths[part] and span.stop <= count):
-                raise ConfigError(
-                    f"{self.name}: meta/modality.json places {kind}.{part} at {span.start} to {span.stop} of {column}, which has {count} values; "
-                    f"the checkpoint's {part} has {widths[part]}."
-                )
+    def _check_span(self, part: str, width: int, column: str, span: slice) -> None:
+        if column not in self._features:
+            raise ConfigError(f"{self.name}: no column '{column}' for {part}; it has {', '.join(self._features)}.")
+        count = (self._features[column].get("shape") or [span.stop])[0]
+        if not (span.start >= 0 and span.stop - span.start == width and span.stop <= count):
+            place = f"{part} at {span.start} to {span.stop} of {column}, which has {count} values"
+            raise ConfigError(f"{self.name}: meta/modality.json places {place}; the checkpoint's has {width}.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -392,35 +386,3 @@ def conversion(path: Path, version: str) -> str:
     place = path.absolute()
     flags = f"--root={shlex.quote(str(place.parent))} --repo-id={shlex.quote(place.name)} --push-to-hub=false"
     return f"Convert it in its place (the old one stays as {place.name}_old): python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 {flags}"
-
-
-def contradiction(path: Path, info: Mapping[str, Any]) -> str | None:
-    """Where meta/info.json describes other columns than the files of data/ have: it is another data set's, or was edited. None when it does not."""
-    file = next(iter(sorted(path.glob(re.sub(r"\{[^}]*\}", "*", info.get("data_path") or "no data_path")))), None)
-    row = _first_row(file) if file else None
-    if row is None:
-        return None
-    told = []
-    for column, feature in info["features"].items():
-        shape, value = feature.get("shape") or [], row.get(column)
-        if feature.get("dtype") == "video":
-            continue
-        if column not in row:
-            told.append(f"{column}, which they have not")
-        elif len(shape) == 1 and isinstance(value, list) and len(value) != shape[0]:
-            told.append(f"{column} with {shape[0]} values, they hold {len(value)}")
-    if not told:
-        return None
-    return (
-        f"meta/info.json does not fit the files of data/: it describes {'; '.join(told)}. Is it of another data set or robot, or was it edited? "
-        "Put back the one that was recorded with them."
-    )
-
-
-def _first_row(file: Path) -> dict[str, Any] | None:
-    """None when the file is damaged or empty; that is another fault."""
-    try:
-        batches = require("pyarrow.parquet", "recordings").ParquetFile(file).iter_batches(batch_size=1)
-        return next((batch.to_pylist()[0] for batch in batches if len(batch)), None)
-    except (OSError, ValueError):
-        return None

@@ -299,7 +299,7 @@ def _another_robot(path: Path) -> None:
         (lambda path: (path / "meta/info.json").write_text("{"), r"info\.json: cannot be read"),
         (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.1")), r"v2\.1, expected v3.* --repo-id=damaged --push"),
         (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.0")), "bring it to v2.1 first"),
-        (_another_robot, r"info\.json does not fit.*observation\.state with 7 values, they hold 6.*of another data set or robot"),
+        (_another_robot, r"lerobot cannot open it.*meta/info\.json describes other columns"),
         (_edit("meta/info.json", lambda info: info["features"].pop("observation.state")), r"no column 'observation\.state' for state\.single_arm"),
         (_edit("meta/modality.json", lambda told: told["state"].pop("gripper")), "names no state part 'gripper'"),
         (_edit("meta/modality.json", lambda told: told["state"]["gripper"].update(end=9)), r"state\.gripper at 5 to 9"),
