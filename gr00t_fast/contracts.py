@@ -228,7 +228,7 @@ class Robot(Protocol):
         """(J,) how much each joint's reading changes when its shaft turns by a degree. Valid after `connect`."""
 
     def keep_alive(self) -> None:
-        """The control loop's sign of life, several times a second from `connect` to `land`. Raises RobotError when the arm must land at once."""
+        """The control loop's heartbeat, several times a second from `connect` to `land`. Raises RobotError when the arm must land at once."""
 
     def connect(self) -> None:
         """Open bus and cameras, switch torque on. Raises RobotError, never prompts; on error everything is closed again."""

@@ -70,7 +70,7 @@ class SO100FollowerConfig(RobotConfig):
     position_d_coefficient: int = 32  # their derivative gain
     connect_attempts: int = 3  # a slow bus may miss a reply now and then
     reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
-    watchdog_s: float | None = 1.0  # without a sign of life for so long, a process beside the program ends it and takes the torque off; null: never
+    watchdog_s: float | None = 1.0  # without a heartbeat for so long, a process beside the program ends it and takes the torque off; null: never
 
 
 @RobotConfig.register_subclass("so101_follower")

@@ -102,7 +102,7 @@ class SO100FollowerArm:
         return self._scale
 
     def keep_alive(self) -> None:
-        """A control loop's sign of life. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
+        """A control loop's heartbeat. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
         other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog has ended or is frozen."""
         if self._watchdog is not None and not self._watchdog.beat():
             raise RobotError(

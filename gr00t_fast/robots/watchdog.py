@@ -38,7 +38,7 @@ class Watchdog:
         self._process: subprocess.Popen[bytes] | None = None
         self._last_s = -math.inf
         self._lives = True
-        self._expected = False  # whether heartbeats are promised
+        self._expected = False  # whether there are to be heartbeats
         self._unanswered: list[float] = []  # when the beats since its last answer were sent
 
     def start(self) -> None:

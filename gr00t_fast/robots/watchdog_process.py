@@ -5,11 +5,11 @@ It imports nothing of this package.
     python watchdog_process.py PORT off|hold DIRECTORY ID [ID ...]      # DIRECTORY: where pyserial is
 
 Standard input carries the heartbeat, written by the program that drives the arm: little-endian float32, each the number of seconds within which
-the next one will come (infinity: no promise). NaN dismisses the watchdog: the arm has landed. A negative number asks it to go on with what the
+the next one will come (infinity: at no time). NaN dismisses the watchdog: the arm has landed. A negative number asks it to go on with what the
 program could not do itself. The end of the input without either means that the program is gone. "ready" on standard output once everything that
 is needed is loaded, and a byte for what is heard each time: a watchdog that is frozen is noticed by its silence.
 
-When the program is gone, or breaks its promise, the torque is taken off all servos: by a write to all of them, repeated, then read back from
+When the program is gone, or a heartbeat stays away, the torque is taken off all servos: by a write to all of them, repeated, then read back from
 each; with `hold`, goals become where the joints stand. A program that is still there but silent is killed first, else it would go on sending goals
 when it wakes up, and each goal switches the torque on again.
 """
@@ -66,10 +66,10 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
 
 
 def wait_for_trouble() -> tuple[str, float]:
-    """What came, and the seconds without a sign of life."""
-    buffer, promised_s, heard_s = b"", math.inf, time.monotonic()
+    """What came, and the seconds without a heartbeat."""
+    buffer, awaited_s, heard_s = b"", math.inf, time.monotonic()
     while True:
-        wait_s = None if math.isinf(promised_s) else max(0.0, heard_s + promised_s - time.monotonic())
+        wait_s = None if math.isinf(awaited_s) else max(0.0, heard_s + awaited_s - time.monotonic())
         if not (readable(wait_s) or readable(SECOND_LOOK_S)):
             return SILENT, time.monotonic() - heard_s
         data = os.read(0, 65536)
@@ -78,12 +78,12 @@ def wait_for_trouble() -> tuple[str, float]:
         buffer += data
         whole = len(buffer) // 4 * 4
         if whole:
-            promises = struct.unpack(f"<{whole // 4}f", buffer[:whole])
-            if any(map(math.isnan, promises)):
+            limits_s = struct.unpack(f"<{whole // 4}f", buffer[:whole])
+            if any(map(math.isnan, limits_s)):
                 return DISMISSED, 0.0
-            if min(promises) < 0:
+            if min(limits_s) < 0:
                 return CALLED, 0.0
-            promised_s, heard_s, buffer = promises[-1], time.monotonic(), buffer[whole:]
+            awaited_s, heard_s, buffer = limits_s[-1], time.monotonic(), buffer[whole:]
         say(b".")
 
 
@@ -174,7 +174,7 @@ def packet(servo: int, instruction: int, *parameters: int) -> bytes:
 
 
 def cause(trouble: str, port: str, silent_s: float) -> str:
-    silent = f"the program that drives the arm on {port} gave no sign of life for {silent_s:.1f} s"
+    silent = f"the program that drives the arm on {port} sent no heartbeat for {silent_s:.1f} s"
     return {
         SILENT: f"{silent} and was ended",
         UNENDING: f"{silent} and could not be ended: end it by hand before it goes on",
