@@ -23,9 +23,8 @@ from gr00t_fast.robots.sim.expert import GraspKinematics
 from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
 from training import record, samples, train
 from training.network import INSTRUCTIONS, draw_times, item_tables, small_tokenizer
-from training.run import Options
 from training.samples import HORIZON, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees, expert_chunk, waypoints
-from training.train import Trainer, TrainingSet
+from training.train import Options, Trainer, TrainingSet
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "so100-sim-reach"

@@ -33,8 +33,7 @@ from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.scene import GRIPPER, Task
 from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
-from training.run import StopRequest
-from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
+from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION, StopRequest
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
 RECORDING = "meta/recording.json"

@@ -11,6 +11,7 @@ interrupted run, and a higher --count adds to what is there; a directory holds s
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,35 @@ from gr00t_fast.model.vision import pixel_values
 from gr00t_fast.robots.sim.expert import GraspKinematics
 from gr00t_fast.robots.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians
 from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
-from training.run import load_undisturbed
+
+# --- Ctrl-C ------------------------------------------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM are noted, not raised: the work ends after the step that is under way, so that what is saved is whole."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.reason = signal.Signals(number).name
+
+
+def load_undisturbed(module: str, extra: str) -> None:
+    """Import before the work what it will want, with Ctrl-C raised afterwards: the initialisation of a C library turns it into an ImportError."""
+    with StopRequest() as stop:
+        require(module, extra)
+    if stop.reason:
+        raise KeyboardInterrupt
+
 
 # --- labels: what the expert would do next ------------------------------------------------------------------------------------------------------
 
