@@ -82,7 +82,7 @@ class ExportedEngine(Engine):
                 condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"])
             with timer.stage("denoise"):
                 fixed = {"state": inputs.state[one], **condition}
-                chunks.append(self._denoise(noise[one], fixed, tables, continuation and continuation.item(item)))
+                chunks.append(self.denoise(noise[one], fixed, tables, continuation and continuation.item(item)))
         return torch.cat(chunks)
 
     def tables(self, steps: int) -> StepTables:
@@ -120,7 +120,9 @@ class ExportedEngine(Engine):
         """Embeddings (1, S, width) with the image tokens in their places."""
         return self._tables.embed(ids).to(self.device).index_copy(1, image_positions, tokens)
 
-    def _denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, continuation: Continuation | None) -> Tensor:
+    def denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, continuation: Continuation | None = None) -> Tensor:
+        """noise (1, H, A) -> normalised actions (1, H, A). fixed: the inputs of denoise_step that all steps share, of the export's dtype."""
+
         def step(actions: Tensor, index: int, size: float) -> Tensor:
             of_step = {"tau": tables.tau[index], "modulation": tables.modulation[index]}
             length = torch.full((1,), size, dtype=self.dtype, device=self.device)

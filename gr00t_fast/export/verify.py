@@ -140,13 +140,9 @@ def _stage_outputs(
 
 def _denoise(engine: ExportedEngine, inputs: ModelInputs, noise: Tensor, steps: int, files: ReferenceOutputs, index: int) -> Tensor:
     """All steps with the plain model's keys and values: (1, H, A) fp32."""
-    tables, place = engine.tables(steps), {"device": engine.device, "dtype": engine.dtype}
+    place = {"device": engine.device, "dtype": engine.dtype}
     fixed = {"state": inputs.state, **{name: files.load(index, name).to(**place) for name in engine.handed_on["language"]}}
-    actions, step_size = noise.to(**place), torch.full((1,), 1.0 / steps, **place)
-    for tau, modulation in zip(tables.tau, tables.modulation, strict=True):
-        step = {"actions": actions, **fixed, "tau": tau.contiguous(), "modulation": modulation.contiguous(), "step_size": step_size}
-        (actions,) = engine.runtime.run_stage("denoise_step", step, ("next_actions",))
-    return actions.float().cpu()
+    return engine.denoise(noise.to(**place), fixed, engine.tables(steps)).float().cpu()
 
 
 def format_of(engine: ExportedEngine) -> str:
