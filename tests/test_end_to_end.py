@@ -227,11 +227,11 @@ def _signal(number: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
 
 _OTHERS = tuple(joint for joint in SO100_JOINTS if joint != "elbow_flex")
 OUTCOMES = {
-    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "landing: torque off", flags=())),
-    "SIGTERM": (_signal(signal.SIGTERM), Outcome(143, "landing: torque off", flags=())),
+    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "torque off; safe", flags=())),
+    "SIGTERM": (_signal(signal.SIGTERM), Outcome(143, "torque off; safe", flags=())),
     "servo silent for good": (_bus("inject silent:servo=3"), Outcome(1, "error:", torque_off=_OTHERS, flags=())),
-    "bad checksums now and then": (_bus("inject flip:rate=0.002"), Outcome(0, "landing: torque off", event="read_retry")),
-    "cable out and in again": (_bus("unplug", "replug"), Outcome(0, "landing: torque off", event="reconnect", flags=("--timeout=6",))),
+    "bad checksums now and then": (_bus("inject flip:rate=0.002"), Outcome(0, "torque off; safe", event="read_retry")),
+    "cable out and in again": (_bus("unplug", "replug"), Outcome(0, "torque off; safe", event="reconnect", flags=("--timeout=6",))),
     "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:", flags=())),
     "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", flags=())),
 }
@@ -243,7 +243,7 @@ def test_a_network_that_answers_nan_never_gets_the_arm(stand: Stand) -> None:
     assert program.returncode == 1, said
     assert "the network answers NaN" in said
     assert "Traceback" not in said
-    assert "landing:" not in said  # found before the arm was connected
+    assert "torque off" not in said  # found before the arm was connected
     assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
 
 

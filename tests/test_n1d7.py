@@ -163,7 +163,7 @@ def test_exports_of_n1d5_from_before_still_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "change", "code", "says"),
     [
-        (("--controller=threaded", "--smoothing=rtc"), None, 0, "landing: torque off"),
+        (("--controller=threaded", "--smoothing=rtc"), None, 0, "torque off; safe"),
         ((), ("statistics.json", f"{TAG}.state.single_arm", 0.01), 1, "radians"),
         (("--robot.cameras={top: {type: sim, width: 64, height: 48}}",), None, 1, "no camera of the robot provides 'front', 'wrist'"),
     ],
