@@ -357,8 +357,8 @@ def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: subprocess.Popen[bytes
     root = Path(__file__).parent.parent
     command = [
         *(sys.executable, "-m", "gr00t_fast", "run", "--config_path=configs/so100_sim.yaml", "--model_path=checkpoints/so100-sim-reach"),
-        *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=100"),
-        *(f"--out={tmp_path}", f"--display=127.0.0.1:{port}"),
+        *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=60"),
+        *(f"--out={tmp_path}", f"--display=127.0.0.1:{port}", "--controller=sync"),  # which tells its loops, on a busy machine too
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
