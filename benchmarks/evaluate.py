@@ -595,14 +595,13 @@ def row_of(cell: Cell, seeds: Sequence[int], log: EpisodeLog, config: Config) ->
 def settings_of(config: Config) -> Settings:
     """Checked before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator
     cannot be told."""
-    wanted, checkpoint = DATA_CONFIGS[DATA_CONFIG].video_keys, open_checkpoint(config.model_path)
-    known = EMBODIMENT_TAG in checkpoint.raw_metadata
-    if not known or not set(wanted) <= set(checkpoint.embodiment(EMBODIMENT_TAG).cameras):
+    try:
+        read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
+    except ConfigError as error:
         raise ConfigError(
-            f"--model_path={config.model_path}: expected a network with the embodiment {EMBODIMENT_TAG} and the camera {', '.join(wanted)} that was "
-            "trained in this simulator, as checkpoints/so100-sim-reach."
-        )
-    read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
+            f"--model_path={config.model_path}: expected a network with the embodiment {EMBODIMENT_TAG} and the camera "
+            f"{', '.join(DATA_CONFIGS[DATA_CONFIG].video_keys)} that was trained in this simulator, as checkpoints/so100-sim-reach. {error}"
+        ) from error
     scene_xml("reach", config.servo_lag_ms)
     shared = (config.block_speed_m_s, config.episode_s, config.seed, config.device, config.servo_lag_ms)
     return Settings(str(config.model_path), config.lang_instruction, *shared)

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load_policy": "policy",
     "Gr00tPolicy": "policy",
-    "DataConfig": "data_config",
+    "DataConfig": "inputs.data_config",
     "Observation": "contracts",
     "ActionChunk": "contracts",
     "Gr00tFastError": "errors",

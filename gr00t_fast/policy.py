@@ -20,17 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.checkpoint import load_model, open_checkpoint
+from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
 from gr00t_fast.console import byte_bar
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
 from gr00t_fast.engine import (
     EXPORTED,
+    Continuation,
     Engine,
     PolicyInputs,
-    Target,
     check_engine,
     check_own_engine,
     open_engine,
+    prefix_weights,
     prepare_engine,
     select_device,
     select_precision,
@@ -40,11 +41,13 @@ from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig
-from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
+from gr00t_fast.inputs.embodiment import Embodiment
+from gr00t_fast.inputs.processor import Processor, Transform
+from gr00t_fast.inputs.prompt import find_tokenizer
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.processor import Processor, Transform
-from gr00t_fast.processor_n1d7 import processor_n1d7
+from gr00t_fast.model.config import ModelConfig
 
+_MAX_DENOISING_STEPS = 1000  # one per time bucket of training; more would repeat buckets
 _WARM_UP_CALLS = 3  # allocator, thread pools and lazily built kernels settle within two
 _WARM_UP_INSTRUCTION = "Place the block in the bowl"
 
@@ -90,14 +93,15 @@ def load_policy(
     if own is not None:
         check_own_engine(own)
     checkpoint = open_checkpoint(model_path, with_weights=own is None, revision=revision, letterbox=letterbox)
-    target = target_of(checkpoint, embodiment_tag, data_config)
-    processor = _processor(target, processor_path, prompt_style)
-    steps = check_denoising_steps(checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps, processor)
-    horizon = check_action_horizon(action_horizon, processor)
+    target, tokenizer = target_of(checkpoint, embodiment_tag, data_config), find_tokenizer(checkpoint.network.prompt, processor_path, checkpoint.base)
+    processor = checkpoint.network.processor(checkpoint.config, target.embodiment, tokenizer, prompt_style)
+    steps = checkpoint.config.head.denoising_steps if denoising_steps is None else denoising_steps
 
     def policy(ready: Engine) -> Gr00tPolicy:
-        return Gr00tPolicy(processor, ready, steps, horizon, seed, name=str(model_path))
+        return Gr00tPolicy(checkpoint, processor, ready, steps, action_horizon, seed, name=str(model_path))
 
+    check_denoising_steps(steps, checkpoint.config)  # before weights are read
+    check_action_horizon(action_horizon, target.embodiment)
     if own is not None:
         return policy(own)
     if name in EXPORTED:  # an export has a precision, and its runtime says which devices it can use
@@ -108,17 +112,6 @@ def load_policy(
     with byte_bar("weights") as progress:
         model = load_model(checkpoint, embodiment_tag, where, dtype, progress)
     return policy(over(model))
-
-
-def _processor(target: Target, processor_path: Any, prompt_style: str) -> Processor:
-    """Of the checkpoint's network. Raises ConfigError and CheckpointError."""
-    checkpoint, config = target.checkpoint, target.data_config
-    if checkpoint.processor is not None:
-        return processor_n1d7(checkpoint, target.embodiment_tag, processor_path, prompt_style)
-    metadata = checkpoint.embodiment(target.embodiment_tag)
-    tokens, image_token_id = checkpoint.config.vision.tokens, checkpoint.config.language.image_token_id
-    tokenizer = find_tokenizer(processor_path, checkpoint.base)
-    return Processor(checkpoint, metadata, config, PromptEncoder(tokenizer, len(config.video_keys), tokens, image_token_id, prompt_style))
 
 
 def _check_words(**arguments: object) -> None:
@@ -135,18 +128,18 @@ def _whole(value: object) -> int | None:
         return None
 
 
-def check_denoising_steps(steps: int, processor: Processor) -> int:
+def check_denoising_steps(steps: int, config: ModelConfig) -> int:
     """Raises ConfigError."""
-    most, number = processor.max_denoising_steps, _whole(steps)
+    most, number = min(_MAX_DENOISING_STEPS, config.head.timestep_buckets), _whole(steps)
     if number is None or not 1 <= number <= most:
         raise ConfigError(f"denoising_steps must be a whole number from 1 to {most}, got {steps!r}.")
     return number
 
 
-def check_action_horizon(horizon: int | None, processor: Processor) -> int:
+def check_action_horizon(horizon: int | None, embodiment: Embodiment) -> int:
     """None: the data configuration's. Raises ConfigError."""
-    trained = processor.max_horizon
-    number = processor.default_horizon if horizon is None else _whole(horizon)
+    trained = embodiment.trained_horizon
+    number = embodiment.default_horizon if horizon is None else _whole(horizon)
     if number is None or not 1 <= number <= trained:
         raise ConfigError(
             f"action_horizon must be from 1 to {trained}, the number of actions this checkpoint was trained to predict; got {horizon!r}."
@@ -158,10 +151,13 @@ class Gr00tPolicy(Policy):
     """A network in this process: `get_action` is `preprocess`, `infer` and `postprocess`, which can be called alone. Not thread-safe: one thread
     calls it."""
 
-    def __init__(self, processor: Processor, engine: Engine, steps: int, action_horizon: int, seed: int | None, name: str = "") -> None:
-        """name: of the checkpoint, for `repr`."""
-        self.processor, self.engine, self.name = processor, engine, name
-        self._denoising_steps, self._action_horizon = steps, action_horizon
+    def __init__(
+        self, checkpoint: Checkpoint, processor: Processor, engine: Engine, steps: int, action_horizon: int | None, seed: int | None, name: str = ""
+    ) -> None:
+        """name: of the checkpoint, for `repr`. Raises ConfigError for steps or a horizon that cannot be used."""
+        self.checkpoint, self.processor, self.engine, self.name = checkpoint, processor, engine, name
+        self.metadata = processor.embodiment.metadata
+        self.denoising_steps, self.action_horizon = steps, action_horizon
         if (size := getattr(engine, "camera_size", None)) is not None:  # an export is for one shape of camera
             processor.expect_cameras(dict.fromkeys(self.metadata.resolutions, size))
         self._generator = torch.Generator()  # on the CPU, so that a seed means the same noise on every device
@@ -197,7 +193,7 @@ class Gr00tPolicy(Policy):
 
     @denoising_steps.setter
     def denoising_steps(self, steps: int) -> None:
-        self._denoising_steps = check_denoising_steps(steps, self.processor)
+        self._denoising_steps = check_denoising_steps(steps, self.checkpoint.config)
 
     @property
     def action_horizon(self) -> int:
@@ -206,11 +202,11 @@ class Gr00tPolicy(Policy):
 
     @action_horizon.setter
     def action_horizon(self, horizon: int | None) -> None:
-        self._action_horizon = check_action_horizon(horizon, self.processor)
+        self._action_horizon = check_action_horizon(horizon, self.processor.embodiment)
 
     @property
     def network(self) -> str:
-        return self.processor.name
+        return self.checkpoint.network.name
 
     @property
     def continues(self) -> frozenset[str]:
@@ -230,11 +226,6 @@ class Gr00tPolicy(Policy):
     def prompt_style(self) -> str:
         return self.processor.prompts.style
 
-    @property
-    def metadata(self) -> PolicyMetadata:
-        """What the checkpoint says about the robot it was trained on, for the pre-flight check."""
-        return self.processor.metadata
-
     def describe(self) -> list[str]:
         """As `Policy.describe`."""
         return [f"{self.engine.name} on {self.device}", self.precision, f"{self.denoising_steps} denoising steps", *self.processor.describe()]
@@ -244,7 +235,8 @@ class Gr00tPolicy(Policy):
         self.processor.expect_cameras(sizes)
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
-        return self.processor.modality_config()
+        embodiment = self.processor.embodiment
+        return embodiment.data_config.modality_config(embodiment.action_configs)
 
     @property
     def modality_config(self) -> dict[str, ModalityConfig]:
@@ -252,14 +244,16 @@ class Gr00tPolicy(Policy):
         return self.get_modality_config()
 
     def apply_transforms(self, observation: dict[str, Any]) -> dict[str, Tensor]:
-        """What the network reads, by the names of NVIDIA's method (transforms.reference_inputs): for a look at it. Raises ObservationError."""
-        return self.processor.reference_inputs(self.preprocess(observation), self.device)
+        """What the network reads, by the names of NVIDIA's method: for a look at it. Raises ObservationError."""
+        inputs, checkpoint = self.preprocess(observation), self.checkpoint
+        pixels = inputs.to(self.device, torch.float32).pixel_values
+        return checkpoint.network.reference_inputs(inputs, self.processor.embodiment, checkpoint.config, pixels)
 
     def unapply_transforms(self, action: dict[str, Any]) -> dict[str, np.ndarray]:
         """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units; of N1.7 those that
         the embodiment has, relative ones from `"state"`, the `state.<part>` (B, T, D) that they count from."""
         chunk = np.asarray(torch.as_tensor(action["action"]).float().cpu())
-        return self.processor.unapplied(chunk, action.get("state", {}))
+        return self.processor.action(chunk[:, : self.processor.embodiment.trained_horizon], action.get("state"))
 
     def reset(self) -> None:
         """Begin an episode: a seeded policy repeats its noise from the start. Nothing else is kept from call to call."""
@@ -301,7 +295,7 @@ class Gr00tPolicy(Policy):
                 raise ConfigError(
                     f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
                 )
-            options = {"continuation": self.processor.continuation(known, prefix, inputs)} if known else {}
+            options = {"continuation": self._continuation(known, prefix, inputs)} if known else {}
             start = self._noise(noise, inputs.batch)  # last: a refused observation uses up no noise
         answer = self.engine.run(inputs, start, self._denoising_steps, timer, **options)
         expected = (inputs.batch, *self.chunk_shape)
@@ -321,7 +315,7 @@ class Gr00tPolicy(Policy):
         Raises UnsafeActionError when one is NaN or infinite.
         """
         with (timer or StageTimer()).stage("postprocess"):
-            actions = self.processor.joint_targets(chunk[:, : self.action_horizon], inputs)
+            actions = self.processor.action(chunk[:, : self.action_horizon], inputs.raw_state)
             for key, rows in self.processor.known_rows(prefix, inputs).items():  # exactly, without what guidance leaves and normalising rounds
                 committed = min(prefix.inference_delay, self._action_horizon)
                 actions[key][:, :committed] = rows[:, :committed]
@@ -332,6 +326,15 @@ class Gr00tPolicy(Policy):
                     + ("The weights are damaged." if self.dtype == torch.float32 else "Numbers overflow that fit in fp32: try --precision=fp32.")
                 )
             return actions if inputs.batched else {key: value[0] for key, value in actions.items()}
+
+    def _continuation(self, known: Mapping[str, np.ndarray], prefix: ActionPrefix, inputs: PolicyInputs) -> Continuation:
+        """Normalised and padded, on the host. Dimensions beyond the arm's own carry no weight: nothing is known of them."""
+        horizon, width = self.chunk_shape
+        rows = torch.from_numpy(self.processor.action.normalised(known, inputs.raw_state))  # (B, L, widths together)
+        actions, weights = torch.zeros(inputs.batch, horizon, width), torch.zeros(horizon, width)
+        actions[:, : rows.shape[1], : rows.shape[2]] = rows
+        weights[:, : rows.shape[2]] = prefix_weights(horizon, prefix.inference_delay, rows.shape[1])[:, None]
+        return Continuation(actions, weights, prefix.method)
 
     def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
         """Run until the first-call costs are paid, with `prefix_method` those of continuing a chunk too; returns the last call's timing.

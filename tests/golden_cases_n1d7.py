@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.checkpoint import Checkpoint, EmbodimentN1d7, load_model, open_checkpoint
+from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
+from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t, ModelInputs
 
 TAG = "new_embodiment"
@@ -26,7 +27,7 @@ class GoldenN1d7:
     """One case: its checkpoint, what was observed, and what came out of each of the reference's stages."""
 
     checkpoint: Checkpoint
-    embodiment: EmbodimentN1d7
+    embodiment: Embodiment
     model: Gr00t
     observation: Mapping[str, np.ndarray]
     arrays: Mapping[str, np.ndarray]
@@ -57,14 +58,14 @@ class GoldenN1d7:
     def flat_observation(self) -> dict:
         """What `get_action` takes, batched."""
         frames = {key: value for key, value in self.observation.items() if key.startswith("video.")}
-        return {**frames, **self.state, self.embodiment.language_key: [str(self.observation["instruction"])]}
+        return {**frames, **self.state, self.embodiment.data_config.language_key: [str(self.observation["instruction"])]}
 
 
 def load_golden(case: Path) -> GoldenN1d7:
     checkpoint = open_checkpoint(case / "checkpoint")
     model = load_model(checkpoint, TAG, torch.device("cpu"), torch.float32)
     with np.load(case / "observation.npz") as observation, np.load(case / "expected.npz") as arrays:
-        return GoldenN1d7(checkpoint, checkpoint.embodiment_n1d7(TAG), model, dict(observation), dict(arrays))
+        return GoldenN1d7(checkpoint, checkpoint.embodiment(TAG), model, dict(observation), dict(arrays))
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.engine.manifest import Digests, Target
+from gr00t_fast.engine.manifest import Digests, target_of
 from gr00t_fast.errors import CheckpointError, ConfigError
 
 DIT = "action_head.model.transformer_blocks"
@@ -125,7 +125,7 @@ def test_a_policy_on_an_adapter(base: Path, tmp_path: Path) -> None:
     assert policies[0].trained_horizon == policies[1].trained_horizon
     identities = []
     for path in (adapter, changed):
-        target = Target(open_checkpoint(path), "new_embodiment", load_policy(path, **options).processor.data_config, "so100")
+        target = target_of(open_checkpoint(path), "new_embodiment", "so100")
         identities.append(target.identity(Digests(tmp_path)))
     assert identities[0] != identities[1]
 

@@ -16,9 +16,9 @@ from random_networks import Sizes, SizesN1d7, load_network, write_network, write
 from safetensors.torch import load_file, save_file
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.errors import CheckpointError
+from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"

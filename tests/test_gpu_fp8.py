@@ -11,9 +11,9 @@ import torch
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import RandomFrames
-from gr00t_fast.engine import Target
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fp8 import Calibration, fp8_engine, has_product
+from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.engine.quantized import (
     Fp8Linear,
     Fp8WeightLinear,
@@ -87,7 +87,7 @@ def plain() -> Gr00tPolicy:
 @pytest.fixture(scope="module")
 def calibration(plain: Gr00tPolicy) -> Calibration:
     needs()
-    target, progress = Target(open_checkpoint(TRAINED), TAG, DATA_CONFIGS["so100"], "so100"), Progress()
+    target, progress = target_of(open_checkpoint(TRAINED), TAG, "so100"), Progress()
     cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, progress=progress, allow_few=True)
     network = TorchNetwork(plain.engine.model, 4, emulated=False)
     return Calibration(calibrate(network, cases, Settings("fp8", "torch", 4, limit=1.0, trial_samples=8), progress).scales)

@@ -16,10 +16,9 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.manifest import Target, read_manifest
+from gr00t_fast.engine.manifest import read_manifest, target_of
 from gr00t_fast.errors import EngineError, ObservationError
 from gr00t_fast.export.tensorrt import BuildOptions, build_engines, rtx_capabilities
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +51,7 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     from gr00t_fast.export.samples import network_inputs, transforms_only
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
-    target = Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100")
+    target = target_of(open_checkpoint(checkpoint), "new_embodiment", "so100")
     policy = transforms_only(checkpoint)
     export_onnx(target, Options(graphs, "fp16", (), network_inputs(policy, policy.example_observation()), 256), "test")
     build_engines(BuildOptions(graphs, out, builder), "test")

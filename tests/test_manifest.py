@@ -24,9 +24,9 @@ from gr00t_fast.engine.manifest import (
     remedy_for,
     sha256,
     sha256_of_json,
+    target_of,
 )
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.inputs.data_config import load_data_config
 
 REMEDY = "python export/somehow.py"
 
@@ -196,7 +196,7 @@ def test_stages_outside_the_checked_files_are_damage(export: Path, checkpoint: P
 
 
 def test_a_target_with_foreign_cameras_is_refused_with_the_flag(checkpoint: Path, export: Path) -> None:
-    foreign = Target(open_checkpoint(checkpoint), "new_embodiment", load_data_config("so100_dualcam"), "so100_dualcam")
+    foreign = target_of(open_checkpoint(checkpoint), "new_embodiment", "so100_dualcam")
     with pytest.raises(ConfigError, match="--data_config=so100"):
         foreign.identity(Digests(export))
 

@@ -16,14 +16,14 @@ from random_networks import edit_json, write_network
 
 from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG_N1D7, write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.checkpoint import ActionPart, PictureSettings, load_model, open_checkpoint
+from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.run import main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.manifest import Digests, Target, target_of
+from gr00t_fast.engine.manifest import Digests, target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.embodiment import ImageSettings
 from gr00t_fast.inputs.images import _interpolated, accepted_size, picture, view, view_size
-from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7, _absolute, _matrix, _relative
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform, _absolute, _matrix, _relative
 from gr00t_fast.model.config import QwenVisionConfig
 from gr00t_fast.model.vision import patches_of, picture_values
 from gr00t_fast.networks import n1d7
@@ -146,7 +146,7 @@ def test_data_configs_and_tags_that_do_not_fit_are_refused(tiny: Path) -> None:
 
 def test_exports_of_n1d5_from_before_still_fit(tmp_path: Path) -> None:
     """What configurations have got for N1.7 is no part of an export's identity."""
-    target = Target(open_checkpoint(write_network(tmp_path / "n1d5")), TAG, DATA_CONFIGS["so100"], "so100")
+    target = target_of(open_checkpoint(write_network(tmp_path / "n1d5")), TAG, "so100")
     assert set(target.identity(Digests(tmp_path))["data_config"]) == {
         "video_keys",
         "state_keys",
@@ -263,7 +263,7 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
 def test_files_that_do_not_fit_are_refused_by_name(tiny: Path, file: str, key: str, value: Any, message: str) -> None:
     edit_json(tiny / file, key, value)
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(tiny).embodiment_n1d7(TAG)
+        open_checkpoint(tiny).embodiment(TAG)
 
 
 def test_a_deviation_that_is_nan_is_refused_where_it_is_used(tiny: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_deviation_that_is_nan_is_refused_where_it_is_used(tiny: Path) -> None
     for kind, part in parts[1::2]:
         edit_json(tiny / "processor_config.json", f"{MODALITIES}.{kind}.mean_std_embedding_keys", [part])
         with pytest.raises(CheckpointError, match=f"{kind}.{part} .* std holds NaN"):
-            open_checkpoint(tiny).embodiment_n1d7(TAG)
+            open_checkpoint(tiny).embodiment(TAG)
         edit_json(tiny / "processor_config.json", f"{MODALITIES}.{kind}.mean_std_embedding_keys", None)
 
 
@@ -307,7 +307,7 @@ def test_the_processor_s_files_may_lie_in_a_directory_of_their_own(tiny: Path) -
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------
 
-AREA = PictureSettings(False, True, 256, 0.95, None, None)
+AREA = ImageSettings(False, True, 256, 0.95, None, None)
 PADDED = replace(AREA, letterbox=True)
 
 
@@ -338,7 +338,7 @@ def test_pictures_as_torchvision_makes_them(shape: tuple[int, int]) -> None:
     sizes = ((230, 230), (256, 256)), ((230, 200), (256, 320)), ((300, 300), (256, 256))
     for (crop, target), letterbox in itertools.product(sizes, (True, False)):
         reference = v2.Compose([v2.ToImage(), *([pad] if letterbox else []), v2.Resize(target), v2.CenterCrop(crop), v2.Resize(target)])
-        made = picture(frame, PictureSettings(letterbox, False, 256, 1.0, crop, target), 32)
+        made = picture(frame, ImageSettings(letterbox, False, 256, 1.0, crop, target), 32)
         assert np.array_equal(made, reference(torch.from_numpy(frame).permute(2, 0, 1)).permute(1, 2, 0).numpy())
 
 
@@ -385,7 +385,7 @@ def test_views_are_those_of_lerobot(camera: tuple[int, int]) -> None:
     for letterbox, edge, fraction in itertools.product((False, True), (256, 224, 320), (0.95, 0.8)):
         options = {**sizes, "shortest_image_edge": edge, "crop_fraction": fraction, "letter_box_transform": letterbox}
         expected = theirs._transform_n1_7_image_for_vlm_albumentations(frame, **options)
-        assert np.array_equal(view(frame, PictureSettings(letterbox, True, edge, fraction, None, None)), expected)
+        assert np.array_equal(view(frame, ImageSettings(letterbox, True, edge, fraction, None, None)), expected)
 
 
 @pytest.mark.parametrize(("front", "wrist", "stack"), [((640, 480), (320, 240), True), ((640, 480), (641, 479), False), ((64, 48), (48, 64), False)])
@@ -478,29 +478,29 @@ def test_another_picture_size_gives_another_number_of_tokens(tiny: Path) -> None
 def _embodiment(checkpoint: Path, **settings: Any):
     for key, value in settings.items():
         edit_json(checkpoint / "processor_config.json", f"processor_kwargs.{key}", value)
-    return open_checkpoint(checkpoint).embodiment_n1d7(TAG)
+    return open_checkpoint(checkpoint).embodiment(TAG)
 
 
 def test_state_kinds(tiny: Path) -> None:
     edit_json(tiny / "processor_config.json", f"{MODALITIES}.state.mean_std_embedding_keys", ["gripper"])
     edit_json(tiny / "processor_config.json", f"{MODALITIES}.state.sin_cos_embedding_keys", ["single_arm"])
     state = {"state.single_arm": np.full((1, 1, 5), 1000.0), "state.gripper": np.full((1, 1, 1), 45.0)}
-    plain = StateTransformN1d7(_embodiment(tiny))(state)
+    plain = StateTransform(_embodiment(tiny))(state)
     assert plain[0, :6].tolist() == [1.0] * 5 + [1.0], "clipped, and (45 - 30) / 15"
-    assert StateTransformN1d7(_embodiment(tiny, clip_outliers=False))(state)[0, 0] > 1
-    angles = StateTransformN1d7(_embodiment(tiny, apply_sincos_state_encoding=True))(state)
+    assert StateTransform(_embodiment(tiny, clip_outliers=False))(state)[0, 0] > 1
+    angles = StateTransform(_embodiment(tiny, apply_sincos_state_encoding=True))(state)
     np.testing.assert_allclose(angles[0, :11], [math.sin(1000)] * 5 + [math.cos(1000)] * 5 + [1.0], rtol=1e-5)
-    assert not StateTransformN1d7(_embodiment(tiny, exclude_state=True))(state).any()
+    assert not StateTransform(_embodiment(tiny, exclude_state=True))(state).any()
     edit_json(tiny / "statistics.json", f"{TAG}.state.gripper.std", [0.0])
-    assert StateTransformN1d7(_embodiment(tiny, exclude_state=False))(state)[0, 10] == 45, "as it is where nothing varied"
+    assert StateTransform(_embodiment(tiny, exclude_state=False))(state)[0, 10] == 45, "as it is where nothing varied"
 
 
 def test_actions_are_absolute_without_relative_action(tiny: Path) -> None:
     state = {"state.single_arm": np.full((1, 1, 5), 10.0), "state.gripper": np.zeros((1, 1, 1))}
     chunk = np.zeros((1, 16, 132), np.float32)
-    relative = ActionTransformN1d7(_embodiment(tiny))(chunk, state)["action.single_arm"]
+    relative = ActionTransform(_embodiment(tiny))(chunk, state)["action.single_arm"]
     assert np.array_equal(relative, np.full((1, 16, 5), 10.0)), "no motion"
-    absolute = ActionTransformN1d7(_embodiment(tiny, use_relative_action=False))(chunk, state)["action.single_arm"]
+    absolute = ActionTransform(_embodiment(tiny, use_relative_action=False))(chunk, state)["action.single_arm"]
     np.testing.assert_allclose(absolute[0, 0], [0, -20, 20, 67.5, -90], atol=1e-4)
 
 
@@ -508,7 +508,6 @@ def test_actions_are_absolute_without_relative_action(tiny: Path) -> None:
 def test_poses_are_composed_and_taken_apart(pose: str) -> None:
     generator = np.random.default_rng(0)
     width = 9 if pose == "XYZ_ROT6D" else 6
-    part = ActionPart("eef", width, "min_max", np.zeros(width), np.ones(width), "eef", pose)
 
     def random_pose(*lead: int) -> np.ndarray:
         values = generator.uniform(-1.5, 1.5, (*lead, width))
@@ -517,12 +516,12 @@ def test_poses_are_composed_and_taken_apart(pose: str) -> None:
         return values
 
     moves, reference = random_pose(2, 4), random_pose(2)
-    absolute = _absolute(moves, reference, part)
+    absolute = _absolute(moves, reference, pose)
     found, base, expected = (_matrix(values, pose) for values in (absolute, reference[:, None], moves))
     np.testing.assert_allclose(found[..., :3], base[..., :3] @ expected[..., :3], atol=1e-9)
     np.testing.assert_allclose(found[..., 3], (base[..., :3] @ expected[..., 3:])[..., 0] + base[..., 3], atol=1e-9)
-    np.testing.assert_allclose(_matrix(_relative(absolute, reference, part), pose), expected, atol=1e-9)
+    np.testing.assert_allclose(_matrix(_relative(absolute, reference, pose), pose), expected, atol=1e-9)
     half_turn = np.zeros((1, 1, 6))
     half_turn[..., 3] = math.pi
     if pose == "XYZ_ROTVEC":
-        np.testing.assert_allclose(np.abs(_absolute(half_turn, np.zeros((1, 6)), part)), half_turn, atol=1e-9)
+        np.testing.assert_allclose(np.abs(_absolute(half_turn, np.zeros((1, 6)), pose)), half_turn, atol=1e-9)

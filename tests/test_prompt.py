@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer
 from benchmarks.lib.random_checkpoint import byte_tokenizer, write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
-from gr00t_fast.inputs.prompt import HUB_PROCESSOR, IMAGE_TOKEN, PromptEncoder, find_tokenizer, load_tokenizer, render_prompt
+from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer, load_tokenizer
+from gr00t_fast.networks.n1d5 import IMAGE_TOKEN, PROMPT, render_prompt
 
 # fmt: off
 TEXTS = [
@@ -73,11 +74,11 @@ def test_random_strings_equal_those_of_transformers(qwen, ours: Tokenizer) -> No
 
 
 def test_the_whole_prompt_equals_that_of_transformers(qwen, ours: Tokenizer) -> None:
-    encode = PromptEncoder(ours, 2, 256, 151669, "plain")
+    encode = PromptEncoder(PROMPT, ours, 2, 151669, "plain")
     for text in TEXTS:
         expected = qwen(render_prompt(text, 2, 256), add_special_tokens=False)["input_ids"]
-        assert encode(text).tolist() == expected, ascii(text[:40])
-    assert len(PromptEncoder(ours, 1, 256, 151669, "plain")("Place the block in the bowl")) == 288
+        assert encode(text, 256).tolist() == expected, ascii(text[:40])
+    assert len(PromptEncoder(PROMPT, ours, 1, 151669, "plain")("Place the block in the bowl", 256)) == 288
 
 
 # --- rendering -----------------------------------------------------------------------------------------------------------------------
@@ -96,16 +97,13 @@ def test_the_template() -> None:
     [("Do it", "['Do it']"), ("don't", '["don\'t"]'), ('say "x"', "['say \"x\"']"), ("new\nline", "['new\\nline']"), ("émoji 🤖", "['émoji 🤖']")],
 )
 def test_style_nvidia_prints_a_list(instruction: str, printed: str) -> None:
-    assert render_prompt(instruction, 1, 1, "nvidia") == render_prompt(printed, 1, 1)
+    assert _encoder(style="nvidia").text(instruction, 1) == _encoder().text(printed, 1)
     assert str(np.array([instruction])) == printed  # what the reference's client path does to it
 
 
 def test_an_unknown_style() -> None:
-    with pytest.raises(ConfigError, match="unknown prompt_style 'plane'. Did you mean 'plain'"):
-        render_prompt("x", 1, 1, "plane")
-    tokenizer = byte_tokenizer()
-    with pytest.raises(ConfigError, match="unknown prompt_style"):  # when the encoder is made, not at the first inference
-        PromptEncoder(tokenizer, 1, 1, tokenizer.token_to_id(IMAGE_TOKEN), "NVIDIA")
+    with pytest.raises(ConfigError, match="prompt_style 'plane'.*'plain'"):  # when the encoder is made, not at the first inference
+        _encoder(style="plane")
 
 
 # --- the encoder ---------------------------------------------------------------------------------------------------------------------
@@ -127,16 +125,16 @@ class _Counting:
 
 def _encoder(tokenizer: object = None, style: str = "plain") -> PromptEncoder:
     tokenizer = tokenizer or byte_tokenizer()
-    return PromptEncoder(tokenizer, 2, 5, tokenizer.token_to_id(IMAGE_TOKEN), style)
+    return PromptEncoder(PROMPT, tokenizer, 2, tokenizer.token_to_id(IMAGE_TOKEN), style)
 
 
 def test_an_instruction_is_tokenised_once() -> None:
     tokenizer = _Counting()
     encode = _encoder(tokenizer)
-    first = encode("a")
-    assert encode("a") is first
+    first = encode("a", 5)
+    assert encode("a", 5) is first
     assert tokenizer.calls == 1
-    encode("b")
+    encode("b", 5)
     assert tokenizer.calls == 2
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 1  # what is remembered cannot be spoilt
@@ -144,21 +142,21 @@ def test_an_instruction_is_tokenised_once() -> None:
 
 def test_what_is_remembered_is_bounded() -> None:
     encode = _encoder()
-    kept = encode("first").copy()
+    kept = encode("first", 5).copy()
     for number in range(3 * PromptEncoder._REMEMBERED):
-        encode(str(number))
+        encode(str(number), 5)
     assert len(encode._known) <= PromptEncoder._REMEMBERED
-    assert np.array_equal(encode("first"), kept)
+    assert np.array_equal(encode("first", 5), kept)
 
 
 def test_image_tokens_in_the_instruction_are_refused() -> None:
     with pytest.raises(ObservationError, match=r"contains the image token <IMG_CONTEXT> \(2 times\)"):
-        _encoder()(f"look at {IMAGE_TOKEN}{IMAGE_TOKEN}")
+        _encoder()(f"look at {IMAGE_TOKEN}{IMAGE_TOKEN}", 5)
 
 
 def test_a_tokenizer_of_another_network() -> None:
     with pytest.raises(CheckpointError, match=r"<IMG_CONTEXT> has id \d+, the network expects 151669.*--processor_path"):
-        PromptEncoder(byte_tokenizer(), 1, 1, 151669, "plain")
+        PromptEncoder(PROMPT, byte_tokenizer(), 1, 151669, "plain")
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text], ids=lambda text: ascii(text[:20]))
@@ -197,20 +195,20 @@ def test_the_given_path_goes_before_the_checkpoint(checkpoint: Path, tmp_path: P
     other.add_tokens([AddedToken("block")])
     (tmp_path / "given").mkdir()
     other.save(str(tmp_path / "given" / "tokenizer.json"))
-    assert find_tokenizer(tmp_path / "given", checkpoint).get_vocab_size() == other.get_vocab_size()
-    assert find_tokenizer(None, checkpoint).get_vocab_size() == byte_tokenizer().get_vocab_size()
+    assert find_tokenizer(PROMPT, tmp_path / "given", checkpoint).get_vocab_size() == other.get_vocab_size()
+    assert find_tokenizer(PROMPT, None, checkpoint).get_vocab_size() == byte_tokenizer().get_vocab_size()
     assert no_hub == []
 
 
 def test_a_given_path_without_a_tokenizer_is_an_error_even_if_the_checkpoint_has_one(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"):
-        find_tokenizer(tmp_path / "nowhere", checkpoint)
+        find_tokenizer(PROMPT, tmp_path / "nowhere", checkpoint)
 
 
 def test_the_hub_comes_last_and_its_failure_is_explained(tmp_path: Path, no_hub: list[str]) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer files: none in .*eagle2_hg_model.*no network.*--processor_path"):
-        find_tokenizer(None, tmp_path)
-    assert no_hub == [HUB_PROCESSOR]
+        find_tokenizer(PROMPT, None, tmp_path)
+    assert no_hub == [PROMPT.hub]
 
 
 @pytest.mark.parametrize(("network", "place"), [("n1.5", "eagle2_hg_model"), ("n1.5", "."), ("n1.7", "."), ("n1.7", "processor")])
@@ -231,7 +229,7 @@ def test_a_hub_id_has_the_tokenizer_that_its_path_has(network: str, place: str, 
         return str(tmp_path / "c0ffee")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    by_path, by_id = (load_policy(name, device="cpu").processor.prompts("pick").tolist() for name in (repository, "someone/checkpoint"))
+    by_path, by_id = (load_policy(name, device="cpu").processor.prompts("pick", 1).tolist() for name in (repository, "someone/checkpoint"))
     assert by_id == by_path
 
 

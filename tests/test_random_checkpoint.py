@@ -15,10 +15,9 @@ from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG, _write_tokenizer,
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.inputs.prompt import IMAGE_TOKEN
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5
-from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
+from gr00t_fast.networks.n1d5 import IMAGE_TOKEN, PUBLISHED_EAGLE
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +129,7 @@ def test_the_published_tokenizer(tmp_path: Path, eagle_dir: Path) -> None:
     assert not (checkpoint / "eagle2_hg_model" / "tokenizer.json").exists()
     assert open_checkpoint(checkpoint).config.language.image_token_id == 151669
     policy = load_policy(checkpoint, device="cpu", precision="bf16", processor_path=eagle_dir)
-    assert len(policy.processor.prompts("Place the block in the bowl")) == 288
+    assert len(policy.processor.prompts("Place the block in the bowl", 256)) == 288
 
 
 def test_the_full_size_reads_any_instruction_without_other_files(tmp_path: Path) -> None:

@@ -28,11 +28,10 @@ from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine.continuation import Continuation, prefix_weights
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.exported import STAGES
-from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files, varying_sizes
+from gr00t_fast.engine.manifest import Digests, Manifest, Target, describe_files, target_of, varying_sizes
 from gr00t_fast.engine.tensorrt import LoadedStage, RunStage, StageProgram, TensorRTEngine, check_capability, check_version, cuda_device, stage_shapes
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import StepTables
 from gr00t_fast.model.config import ModelConfig
@@ -205,7 +204,7 @@ def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> 
     manifest["details"]["builder_version"] = trt.__version__
     (engines / "manifest.json").write_text(json.dumps(manifest))
     stand_in_for_cuda(monkeypatch, GraphModules(checkpoint, LAYOUT))
-    return TensorRTEngine(engines, target_of(checkpoint), "cuda", "auto")
+    return TensorRTEngine(engines, target_for(checkpoint), "cuda", "auto")
 
 
 def distance(got: Tensor, expected: Tensor, noise: Tensor) -> float:
@@ -289,8 +288,8 @@ def test_a_prompt_beyond_the_longest_is_refused(opened: TensorRTEngine, checkpoi
 # refusals, in the order in which they are checked
 
 
-def target_of(checkpoint: Path, data_config: str = "so100") -> Target:
-    return Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS[data_config], data_config)
+def target_for(checkpoint: Path, data_config: str = "so100") -> Target:
+    return target_of(open_checkpoint(checkpoint), "new_embodiment", data_config)
 
 
 @pytest.fixture
@@ -305,7 +304,7 @@ def engines(checkpoint: Path, tmp_path: Path) -> Path:
     Manifest(
         kind="tensorrt",
         precision="fp16",
-        identity=target_of(checkpoint).identity(Digests(directory)),
+        identity=target_for(checkpoint).identity(Digests(directory)),
         shapes={"cameras": 1, "image_tokens": 16, "max_tokens": 64},
         denoising_steps=(4,),
         stages=stages,
@@ -320,7 +319,7 @@ def engines(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def open_it(directory: Path, checkpoint: Path, device: str = "auto", precision: str = "auto", data_config: str = "so100") -> TensorRTEngine:
-    return TensorRTEngine(directory, target_of(checkpoint, data_config), device, precision)
+    return TensorRTEngine(directory, target_for(checkpoint, data_config), device, precision)
 
 
 def test_no_engines_at_all_names_the_command(checkpoint: Path, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_what_is_written_is_what_was_trained(trainer: Trainer, tmp_path: Path) -
     policy = load_policy(tmp_path, device="cpu", precision="fp32")
     got = policy.get_action({"video.webcam": frame[None], **state, "annotation.human.task_description": [INSTRUCTIONS[0]]}, noise=noise)
     one = Samples(as_the_network_sees(frame)[None], HOME_DEG[None].astype(np.float32), np.zeros((1, HORIZON, 6)), np.zeros((1, 2)))
-    inputs = TrainingSet.of(one, trainer.metadata, 64).batch(np.arange(1), trainer.prompts, INSTRUCTIONS[0], torch.Generator(), CPU).inputs
+    inputs = (
+        TrainingSet.of(one, trainer.metadata, trainer.config).batch(np.arange(1), trainer.prompts, INSTRUCTIONS[0], torch.Generator(), CPU).inputs
+    )
     with torch.no_grad():
         expected = trainer.model(inputs, noise, trainer.model.head.step_tables(4))[0, :, :6].numpy()
     statistics = trainer.metadata["new_embodiment"]["statistics"]["action"]

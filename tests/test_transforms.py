@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.inputs.data_config import DATA_CONFIGS, NORMALISATIONS
-from gr00t_fast.inputs.embodiment import CameraMetadata, EmbodimentMetadata
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig
+from gr00t_fast.inputs.embodiment import Embodiment, Part
 from gr00t_fast.inputs.images import to_trained_size
 from gr00t_fast.inputs.transforms import ActionTransform, Normaliser, StateTransform
 from gr00t_fast.model.vision import pixel_values
+from gr00t_fast.networks import n1d5
+from gr00t_fast.networks.n1d5 import ARITHMETIC, PUBLISHED_EAGLE, MetadataFile
 
 SIZES = [(480, 640), (720, 1280), (224, 224), (236, 236), (100, 131), (97, 61), (1080, 1920), (240, 320), (21, 43)]
 ONE_LEVEL = 1 / 127.5 + 1e-6  # truncation makes 254 of some of the averages over 255s, as it does in the reference
@@ -134,96 +137,78 @@ STATISTICS = {
 VALUES = np.array([[-100.0, 30.0, 5.0], [0.0, 15.0, 5.0], [250.0, -7.5, 9.0]])
 
 
-def _normalised(mode: str) -> np.ndarray:
-    return Normaliser(mode, STATISTICS, "state.arm").forward(VALUES)
+def normaliser(mode: str, key: str = "state.arm") -> Normaliser:
+    low, high = {"q99": ("q01", "q99"), "mean_std": ("mean", "std")}.get(mode, ("min", "max"))
+    return Normaliser(Part(key, mode, STATISTICS[low], STATISTICS[high], STATISTICS, clip=mode == "q99"), ARITHMETIC)
 
 
-def test_min_max() -> None:
-    np.testing.assert_allclose(_normalised("min_max"), [[-1, 1, 0], [0, 0, 0], [2.5, -1.5, 0]], atol=1e-12)  # outside the range is not clipped
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("min_max", VALUES, [[-1, 1, 0], [0, 0, 0], [2.5, -1.5, 0]]),  # outside the range is not clipped
+        ("q99", VALUES, [[-1, 1, 1], [-1 + 180 / 185, 0, 1], [1, -1, 1]]),  # clipped; a constant stays raw within the clip
+        ("mean_std", VALUES, [[-2.75, 2.25, 5], [-0.25, 0.375, 5], [6, -19.5 / 8, 9]]),
+        ("binary", np.array([[0.0, 0.5, 0.51]]), [[0, 0, 1]]),
+        ("sin_cos", np.array([[0.0, np.pi / 2, -np.pi / 6]]), [[0, 1, -0.5, 1, 0, 3**0.5 / 2]]),  # all sines, then all cosines
+        ("none", VALUES, VALUES),
+    ],
+)
+def test_states_are_normalised(mode: str, values: np.ndarray, expected: list[list[float]]) -> None:
+    np.testing.assert_allclose(normaliser(mode).forward(values), expected, atol=1e-12)
 
 
-def test_q99_clips_and_leaves_constants_raw_within_the_clip() -> None:
-    np.testing.assert_allclose(_normalised("q99"), [[-1, 1, 1], [-1 + 180 / 185, 0, 1], [1, -1, 1]], atol=1e-12)
-
-
-def test_mean_std() -> None:
-    np.testing.assert_allclose(_normalised("mean_std"), [[-2.75, 2.25, 5], [-0.25, 0.375, 5], [6, -19.5 / 8, 9]], atol=1e-12)
-
-
-def test_binary() -> None:
-    normaliser = Normaliser("binary", {"min": np.zeros(1), "max": np.ones(1)}, "state.gripper")
-    assert normaliser.forward(np.array([[0.0], [0.5], [0.51], [9.0]])).ravel().tolist() == [0, 0, 1, 1]
-    assert normaliser.inverse(np.array([[0.4], [0.6]])).ravel().tolist() == [0, 1]
-
-
-def test_sin_cos_gives_all_sines_then_all_cosines() -> None:
-    normaliser = Normaliser("sin_cos", STATISTICS, "state.arm")
-    radians = np.array([[0.0, np.pi / 2, -np.pi / 6]])
-    assert (normaliser.width, normaliser.network_width) == (3, 6)
-    np.testing.assert_allclose(normaliser.forward(radians), [[0, 1, -0.5, 1, 0, 3**0.5 / 2]], atol=1e-15)
-
-
-def test_none_leaves_values_as_they_are() -> None:
-    normaliser = Normaliser("none", STATISTICS, "action.arm")
-    np.testing.assert_array_equal(normaliser.forward(VALUES), VALUES)
-    np.testing.assert_array_equal(normaliser.inverse(VALUES), VALUES.astype(np.float32))
-
-
-@pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std"])
+@pytest.mark.parametrize("mode", ["min_max", "q99", "mean_std", "none"])
 def test_the_inverse_undoes(mode: str) -> None:
-    normaliser = Normaliser(mode, STATISTICS, "action.arm")
     inside = np.array([[-80.0, 3.0, 5.0], [0.0, 15.0, 5.0], [94.0, 28.5, 5.0]])
-    back = normaliser.inverse(normaliser.forward(inside))
+    back = normaliser(mode).inverse(normaliser(mode).forward(inside).astype(np.float32))
     assert back.dtype == np.float32
     moving = 3 if mode != "mean_std" else 2  # a joint without spread comes back as its mean plus 0 x the raw value
     np.testing.assert_allclose(back[:, :moving], inside[:, :moving], atol=1e-4)
     np.testing.assert_allclose(back[:, 2], 5)
 
 
-def test_modes_need_their_statistics() -> None:
-    short = {name: STATISTICS[name] for name in ("min", "max")}
-    for mode, absent in (("q99", "q01, q99"), ("mean_std", "mean, std")):
-        with pytest.raises(ConfigError, match=f"state.arm: normalisation '{mode}' needs the statistics {absent}"):
-            Normaliser(mode, short, "state.arm")
-    assert {mode for mode in NORMALISATIONS if Normaliser(mode, STATISTICS, "state.arm")} == set(NORMALISATIONS)
-
-
-@pytest.fixture
-def metadata() -> EmbodimentMetadata:
-    part = {name: STATISTICS[name] for name in STATISTICS}
+def embodiment(config: DataConfig = DATA_CONFIGS["so100"], statistics: dict[str, np.ndarray] = STATISTICS, width: int = 8) -> Embodiment:
+    part = {name: values.tolist() for name, values in statistics.items()}
     one = {name: values[:1] for name, values in part.items()}
-    statistics = {"state.single_arm": part, "state.gripper": one, "action.single_arm": part, "action.gripper": one}
-    return EmbodimentMetadata("new_embodiment", statistics, {"video.webcam": CameraMetadata(640, 480, 30.0)})
+    video = {"webcam": {"resolution": [640, 480], "fps": 30.0}}
+    raw = {"statistics": {kind: {"single_arm": part, "gripper": one} for kind in ("state", "action")}, "modalities": {"video": video}}
+    published = n1d5.read_config(PUBLISHED_CONFIG, PUBLISHED_EAGLE)
+    sizes = replace(published, head=replace(published.head, state_dim=width, action_dim=width))
+    return MetadataFile({"new_embodiment": raw}, sizes).embodiment("new_embodiment", config)
 
 
-def test_state_is_joined_in_order_and_padded(metadata: EmbodimentMetadata) -> None:
-    transform = StateTransform(DATA_CONFIGS["so100"], metadata, 8)
-    assert transform.widths == {"state.single_arm": 3, "state.gripper": 1}
-    state = transform({"state.gripper": np.array([[50.0]]), "state.single_arm": np.array([[100.0, 0.0, 5.0]])})
+@pytest.mark.parametrize(("mode", "absent"), [("q99", "q01, q99"), ("mean_std", "mean, std")])
+def test_modes_need_their_statistics(mode: str, absent: str) -> None:
+    config = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": mode})
+    with pytest.raises(ConfigError, match=f"state.single_arm.*'{mode}'.*{absent}"):
+        embodiment(config, {name: STATISTICS[name] for name in ("min", "max")})
+
+
+def test_state_is_joined_in_order_and_padded() -> None:
+    state = StateTransform(embodiment())({"state.gripper": np.array([[[50.0]]]), "state.single_arm": np.array([[[100.0, 0.0, 5.0]]])})
     assert state.dtype == np.float32
     np.testing.assert_allclose(state, [[1, -1, 0, 0.5, 0, 0, 0, 0]])
 
 
-def test_actions_are_split_in_order(metadata: EmbodimentMetadata) -> None:
-    actions = ActionTransform(DATA_CONFIGS["so100"], metadata, 8)(np.broadcast_to([1.0, -1.0, 0.3, 0.5, 7, 7, 7, 7], (2, 4, 8)))
+def test_actions_are_split_in_order() -> None:
+    actions = ActionTransform(embodiment())(np.broadcast_to([1.0, -1.0, 0.3, 0.5, 7, 7, 7, 7], (2, 4, 8)))
     assert {key: value.shape for key, value in actions.items()} == {"action.single_arm": (2, 4, 3), "action.gripper": (2, 4, 1)}
     np.testing.assert_allclose(actions["action.single_arm"][1, 3], [100, 0, 5])
     np.testing.assert_allclose(actions["action.gripper"][0, 0], [50])
 
 
-def test_a_state_of_sines_and_cosines_takes_twice_the_room(metadata: EmbodimentMetadata) -> None:
+def test_a_state_of_sines_and_cosines_takes_twice_the_room() -> None:
     turned = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": "sin_cos"})
-    transform = StateTransform(turned, metadata, 8)
-    assert transform.widths == {"state.single_arm": 3, "state.gripper": 1}, "an observation has the joints themselves"
-    state = transform({"state.gripper": np.array([[50.0]]), "state.single_arm": np.array([[0.0, np.pi / 2, np.pi]])})
+    found = embodiment(turned)
+    assert found.state_widths == {"state.single_arm": 3, "state.gripper": 1}, "an observation has the joints themselves"
+    state = StateTransform(found)({"state.gripper": np.array([[[50.0]]]), "state.single_arm": np.array([[[0.0, np.pi / 2, np.pi]]])})
     np.testing.assert_allclose(state, [[0, 1, 0, 1, 0, -1, 0.5, 0]], atol=1e-7)
     with pytest.raises(ConfigError, match="7 values together; the network takes 6"):
-        StateTransform(turned, metadata, 6)
+        embodiment(turned, width=6)
 
 
-def test_parts_that_do_not_fit_the_checkpoint(metadata: EmbodimentMetadata) -> None:
+def test_parts_that_do_not_fit_the_checkpoint() -> None:
     with pytest.raises(ConfigError, match="4 values together; the network takes 3"):
-        ActionTransform(DATA_CONFIGS["so100"], metadata, 3)
-    other = replace(DATA_CONFIGS["so100"], state_keys=("state.left_arm", "state.gripper"))
-    with pytest.raises(ConfigError, match=r"reads state.left_arm, but this checkpoint has statistics for .*state.single_arm"):
-        StateTransform(other, metadata, 8)
+        embodiment(width=3)
+    with pytest.raises(ConfigError, match=r"state.left_arm.*state.single_arm"):
+        embodiment(replace(DATA_CONFIGS["so100"], state_keys=("state.left_arm", "state.gripper")))

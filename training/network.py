@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.lib.random_checkpoint import network_config
-from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.inputs.prompt import IMAGE_TOKEN, render_prompt
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import ActionHead, Condition, DiT
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.layers import CategoryLinear
+from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, WEIGHTS, render_prompt
 from gr00t_fast.networks.weights import Layout, published_shapes, sources_of
 
 # --- sizes, tokenizer, first weights ------------------------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ def small_tokenizer() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCABULARY - len(_SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1, show_progress=False
     )
-    prompts = [render_prompt(text, cameras=1, tokens_per_camera=0) for text in (*INSTRUCTIONS, "Place the block in the bowl")]
+    prompts = [render_prompt(text, images=1, tokens=0) for text in (*INSTRUCTIONS, "Place the block in the bowl")]
     for token in _SPECIAL_TOKENS:
         prompts = [prompt.replace(token, " ") for prompt in prompts]
     tokenizer.train_from_iterator(prompts, trainer)
@@ -145,9 +144,9 @@ def published_tensors(model: Gr00t, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     row = EMBODIMENT_ROWS[EMBODIMENT_TAG]
     for name, parameter in model.named_parameters():
-        shapes, start = published_shapes(name, tuple(parameter.shape), model.config), 0
+        shapes, start = published_shapes(WEIGHTS, name, tuple(parameter.shape), model.config), 0
         for source, shape in shapes.items():
-            if sources_of(name, model.config).layout is Layout.CATEGORY:
+            if sources_of(WEIGHTS, name).layout is Layout.CATEGORY:
                 tensors[source] = torch.zeros(shape, dtype=dtype)
                 tensors[source][row] = parameter.detach().cpu()
             else:

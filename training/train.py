@@ -34,16 +34,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.program import check_counts, drawing, execute
-from gr00t_fast.checkpoint.embodiment import parse_metadata
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
-from gr00t_fast.inputs.prompt import IMAGE_TOKEN, PromptEncoder
+from gr00t_fast.inputs.prompt import PromptEncoder
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.measurement import git_commit, machine, versions
-from gr00t_fast.model import ModelInputs
+from gr00t_fast.model import ModelConfig, ModelInputs
 from gr00t_fast.networks import n1d5
 from gr00t_fast.robots.sim.scene import GRIPPER
 from training.network import EMBODIMENT_TAG, INSTRUCTIONS, Batch, BlockFinder, configuration, losses, new_network, small_tokenizer, write_checkpoint
@@ -84,14 +83,15 @@ class TrainingSet:
     states: Tensor
     actions: Tensor
     block: Tensor
+    image_tokens: int
 
     @classmethod
-    def of(cls, samples: Samples, metadata: dict[str, Any], padded_state: int) -> TrainingSet:
-        known, config = parse_metadata(metadata, EMBODIMENT_TAG), DATA_CONFIGS[DATA_CONFIG]
+    def of(cls, samples: Samples, metadata: dict[str, Any], config: ModelConfig) -> TrainingSet:
+        embodiment = n1d5.MetadataFile(metadata, config).embodiment(EMBODIMENT_TAG, DATA_CONFIGS[DATA_CONFIG])
         joints, chunks = samples.joints.astype(np.float64), samples.chunks
-        states = StateTransform(config, known, padded_state)({f"state.{part}": joints[:, columns] for part, columns in _PARTS.items()})
-        actions = ActionTransform(config, known, len(SO100_JOINTS)).normalised({f"action.{p}": chunks[..., c] for p, c in _PARTS.items()})
-        return cls(samples.pictures, torch.from_numpy(states), torch.from_numpy(actions), torch.from_numpy(samples.block))
+        states = StateTransform(embodiment)({f"state.{part}": joints[:, columns] for part, columns in _PARTS.items()})
+        actions = ActionTransform(embodiment).normalised({f"action.{p}": chunks[..., c] for p, c in _PARTS.items()}, {})
+        return cls(samples.pictures, torch.from_numpy(states), torch.from_numpy(actions), torch.from_numpy(samples.block), config.vision.tokens)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -100,7 +100,7 @@ class TrainingSet:
         """One instruction for the whole batch, so that no prompt is padded."""
         pictures = torch.from_numpy(self.pictures[rows]).to(device)
         pixels = (pictures.permute(0, 3, 1, 2).float() - 127.5) / 127.5  # as model.vision.pixel_values ends
-        ids = torch.from_numpy(prompts(instruction).copy())
+        ids = torch.from_numpy(prompts(instruction, self.image_tokens).copy())
         positions = (ids == prompts.image_token_id).nonzero().squeeze(1)
         chosen = torch.from_numpy(rows)
         inputs = ModelInputs(pixels[:, None], ids.expand(len(rows), -1).to(device), positions.to(device), self.states[chosen].to(device))
@@ -139,8 +139,8 @@ class Trainer:
         self.dicts, self.metadata = configuration(tokenizer, IMAGE_SIZE), metadata_of(samples)
         self.config = n1d5.read_config(*self.dicts)
         vision = self.config.vision
-        self.prompts = PromptEncoder(tokenizer, 1, vision.tokens, tokenizer.token_to_id(IMAGE_TOKEN), "plain")
-        self.data = TrainingSet.of(samples, self.metadata, self.config.head.state_dim)
+        self.prompts = PromptEncoder(n1d5.PROMPT, tokenizer, 1, tokenizer.token_to_id(n1d5.IMAGE_TOKEN), "plain")
+        self.data = TrainingSet.of(samples, self.metadata, self.config)
         self.model = new_network(self.config, options.seed).to(device)
         torch.manual_seed(options.seed)  # of the finder's first weights
         self.finder = BlockFinder(self.config.language.hidden_size, vision.image_size // vision.patch_size).to(device)
@@ -367,7 +367,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(load_samples([config.samples]), options, select_device(config.device))
-    held_out = TrainingSet.of(load_samples([config.held_out]), trainer.metadata, trainer.config.head.state_dim) if config.held_out else None
+    held_out = TrainingSet.of(load_samples([config.held_out]), trainer.metadata, trainer.config) if config.held_out else None
     reason, log = pursue(trainer, config, held_out)
     trainer.write_checkpoint(config.out / "checkpoint", {"bf16": torch.bfloat16, "fp32": torch.float32}[config.precision])
     log.plot(config.out / "loss.png")

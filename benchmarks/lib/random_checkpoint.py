@@ -28,13 +28,12 @@ from gr00t_fast.contracts import SO100_JOINTS, NetworkName
 from gr00t_fast.errors import ConfigError, attempt, exit_code_of
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
-from gr00t_fast.inputs.prompt import IMAGE_TOKEN, IMAGE_TOKEN_N1D7
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.networks import n1d5, n1d7
 from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE, DEFAULTS, MODEL_TYPE, PUBLISHED_BACKBONE
-from gr00t_fast.networks.weights import UNUSED_PREFIXES, published_shapes
+from gr00t_fast.networks.weights import published_shapes
 
 # Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
 PUBLISHED_CONFIG: dict[str, Any] = {
@@ -116,8 +115,8 @@ PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
     },
 }
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<img>", "</img>")
-_SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN_N1D7)
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", n1d5.IMAGE_TOKEN, "<img>", "</img>")
+_SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", n1d7.IMAGE_TOKEN)
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
 # Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent), around the simulated arm's first pose.
 _RANGES_DEG = {
@@ -270,7 +269,7 @@ def network_config(size: str, published_vocabulary: bool) -> tuple[dict[str, Any
     config["backbone_cfg"]["select_layer"] = layers
     if not published_vocabulary:
         tokenizer = byte_tokenizer()
-        text["vocab_size"], eagle["image_token_index"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN)
+        text["vocab_size"], eagle["image_token_index"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(n1d5.IMAGE_TOKEN)
     return config, eagle
 
 
@@ -298,7 +297,7 @@ def sized_config_n1d7(sizes: Mapping[str, Any], published_vocabulary: bool = Fal
     config.update(select_layer=text["num_hidden_layers"], max_num_embodiments=16, max_seq_len=64)
     if not published_vocabulary:
         tokenizer = byte_tokenizer(_SPECIAL_TOKENS_N1D7)
-        text["vocab_size"], backbone["image_token_id"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(IMAGE_TOKEN_N1D7)
+        text["vocab_size"], backbone["image_token_id"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(n1d7.IMAGE_TOKEN)
     return config, backbone
 
 
@@ -316,7 +315,7 @@ def _write_tokenizer(path: Path, image_token_id: int, special_tokens: tuple[str,
     """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
     content = json.loads(byte_tokenizer(special_tokens).to_str())
     for token in content["added_tokens"]:
-        if token["content"] in (IMAGE_TOKEN, IMAGE_TOKEN_N1D7):
+        if token["content"] in (n1d5.IMAGE_TOKEN, n1d7.IMAGE_TOKEN):
             token["id"] = image_token_id
         content["model"]["vocab"][token["content"]] = token["id"]
     _write_json(path, content)
@@ -389,18 +388,19 @@ def _write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Gr00t(config)
-    shapes: dict[str, tuple[int, ...]] = {}
+    is_qwen = isinstance(config.vision, QwenVisionConfig)
+    weights, shapes = (n1d7 if is_qwen else n1d5).WEIGHTS, {}
     for name, parameter in model.named_parameters():
-        shapes.update(published_shapes(name, tuple(parameter.shape), config))
-    if isinstance(config.vision, QwenVisionConfig):  # the final norm that published files hold and nothing reads
-        return {**shapes, f"{UNUSED_PREFIXES[-1]}weight": (config.language.hidden_size,)}
+        shapes.update(published_shapes(weights, name, tuple(parameter.shape), config))
+    if is_qwen:  # the final norm that published files hold and nothing reads
+        return {**shapes, f"{n1d7.UNUSED[-1]}weight": (config.language.hidden_size,)}
     return {**shapes, **_pooling_head_shapes(config)}
 
 
 def _pooling_head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """SigLIP's pooling head: published files hold it although the policy never uses it."""
     width, inner = config.vision.hidden_size, config.vision.intermediate_size
-    prefix = UNUSED_PREFIXES[0]
+    prefix = n1d5.UNUSED[0]
     shapes = {"probe": (1, 1, width), "attention.in_proj_weight": (3 * width, width), "attention.in_proj_bias": (3 * width,)}
     for name, rows, columns in (("attention.out_proj", width, width), ("mlp.fc1", inner, width), ("mlp.fc2", width, inner)):
         shapes.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})

@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
-from gr00t_fast.checkpoint.embodiment import EMBODIMENT_ROWS
 from gr00t_fast.contracts import ModalityConfig, Policy
 from gr00t_fast.errors import CheckpointError, ObservationError, require
 from gr00t_fast.inputs.data_config import DataConfig
-from gr00t_fast.inputs.prompt import IMAGE_TOKEN, find_tokenizer
+from gr00t_fast.inputs.prompt import find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
+from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, PROMPT
 
 _VISION = "backbone.eagle_model.vision_model."
 _LANGUAGE = "backbone.eagle_model.language_model."
@@ -150,7 +150,7 @@ _PLACE = re.compile(r"<image-(\d+)>")
 
 def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device, dtype: torch.dtype) -> ReferenceEngine:
     """Of the checkpoint's network. Raises MissingExtraError without the packages that it needs, CheckpointError without files that it reads."""
-    if open_checkpoint(checkpoint, with_weights=False).processor is None:
+    if open_checkpoint(checkpoint, with_weights=False).network.name == "n1.5":
         return ReferenceEngine(checkpoint, embodiment_tag, device, dtype)
     from benchmarks.lib.reference_n1d7 import ReferenceEngineN1d7
 
@@ -196,8 +196,8 @@ class ReferencePreprocessing:
         require("lerobot", "robot")  # brings torchvision
         from torchvision.transforms import v2
 
-        metadata = checkpoint.embodiment(embodiment_tag)
-        sizes = {(metadata.cameras[key].height, metadata.cameras[key].width) for key in config.video_keys}
+        embodiment = checkpoint.embodiment(embodiment_tag, config)
+        sizes = {(embodiment.cameras[key].height, embodiment.cameras[key].width) for key in config.video_keys}
         if len(sizes) != 1:
             raise CheckpointError(f"the reference takes cameras of one resolution only; this checkpoint was trained with {sorted(sizes)}.")
         ((self._height, self._width),) = sizes
@@ -207,10 +207,10 @@ class ReferencePreprocessing:
         half = [0.5] * 3
         self._images = transformers.SiglipImageProcessorFast(do_resize=False, image_mean=half, image_std=half)
         self._tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=find_tokenizer(processor_path, checkpoint.base), pad_token="<|endoftext|>", padding_side="left"
+            tokenizer_object=find_tokenizer(PROMPT, processor_path, checkpoint.base), pad_token="<|endoftext|>", padding_side="left"
         )
         self._image_text, self._image_token_id = IMAGE_TOKEN * vision.tokens, checkpoint.config.language.image_token_id
-        self._state = StateTransform(config, metadata, checkpoint.config.head.state_dim)
+        self._state = StateTransform(embodiment)
 
     def __call__(self, observation: dict[str, Any], device: torch.device, dtype: torch.dtype) -> ModelInputs:
         """Unbatched `video.*` (1, H, W, 3), `state.*` (1, D), instruction as [str]. Raises ObservationError for another frame size."""
@@ -261,12 +261,12 @@ class ReferencePreprocessingPolicy(Policy):
         denoising_steps: int,
     ) -> None:
         checkpoint = open_checkpoint(checkpoint_path)
-        head, metadata = checkpoint.config.head, checkpoint.embodiment(embodiment_tag)
+        head = checkpoint.config.head
         self.engine, self.denoising_steps = engine, denoising_steps
         self._device, self._dtype = place
         self._config, self._shape = config, (1, head.action_horizon, head.action_dim)
         self.preprocessing = ReferencePreprocessing(checkpoint, embodiment_tag, config, processor_path)
-        self._action = ActionTransform(config, metadata, head.action_dim)
+        self._action = ActionTransform(checkpoint.embodiment(embodiment_tag, config))
 
     def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
         """As `Policy.get_action`, for one unbatched observation. noise: (1, H, A)."""

@@ -1,4 +1,4 @@
-"""A fine-tune that is kept as low-rank differences to a base checkpoint: LoRA, in the files that the peft library writes.
+"""A fine-tune that is kept as low-rank deltas to a base checkpoint: LoRA, in the files that the peft library writes.
 
     adapter_config.json          what it is, and of which checkpoint
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, in) and .lora_B.weight (out, r); modules trained as a whole under
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.errors import CheckpointError
-from gr00t_fast.networks.weights import UNUSED_PREFIXES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -38,7 +37,7 @@ _WITHOUT_EFFECT = {
 # Those that are understood with these values only. Other ways to initialise (pissa, olora, loftq) change the base weights too.
 _UNDERSTOOD = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
 
-Located = dict[str, tuple[TensorFile, TensorEntry]]
+TensorIndex = dict[str, tuple[TensorFile, TensorEntry]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LoraDelta:
     """What is added to one published matrix."""
 
     file: TensorFile
@@ -129,12 +128,13 @@ def _merge_command(adapter: Adapter) -> str:
     )
 
 
-def merge(adapter: Adapter, file: TensorFile, base: Located) -> tuple[Located, dict[str, Difference]]:
+def merge(adapter: Adapter, file: TensorFile, base: TensorIndex, unused: tuple[str, ...]) -> tuple[TensorIndex, dict[str, LoraDelta]]:
     """Where each published tensor comes from, whole modules replaced, and what is added to the others, by published name.
 
-    `base`: the base checkpoint's tensors. Raises CheckpointError that lists all tensors of the adapter which fit none of them.
+    base: the base checkpoint's tensors. unused: prefixes of those that nothing reads. Raises CheckpointError that lists all tensors of the adapter
+    which fit none of them.
     """
-    located, differences, faults = dict(base), {}, []
+    located, deltas, faults = dict(base), {}, []
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in file.entries.items():
         published = name.removeprefix(_PREFIX)
@@ -143,23 +143,23 @@ def merge(adapter: Adapter, file: TensorFile, base: Located) -> tuple[Located, d
             modules.setdefault(published.removesuffix(_SIDES[side]), {})[side] = entry
         elif published in base and entry.shape == base[published][1].shape:
             located[published] = (file, entry)
-        elif not published.startswith(UNUSED_PREFIXES):
+        elif not published.startswith(unused):
             faults.append(f"{name} {list(entry.shape)}")
     for module, sides in modules.items():
         weight = f"{module}.weight"
-        if weight.startswith(UNUSED_PREFIXES):
+        if weight.startswith(unused):
             continue
         shapes = {side: entry.shape for side, entry in sides.items()}
         if weight not in base or not _fits(shapes, base[weight][1].shape):
             faults.append(f"{module} {', '.join(f'{side} {list(shape)}' for side, shape in shapes.items())}")
             continue
-        differences[weight] = Difference(file, sides["A"], sides["B"], adapter.scale_of(module, shapes["A"][0]))
+        deltas[weight] = LoraDelta(file, sides["A"], sides["B"], adapter.scale_of(module, shapes["A"][0]))
     if faults or not file.entries:
         raise CheckpointError(
             f"{adapter.weights} does not fit the checkpoint that it is for ({adapter.base}): {'; '.join(faults[:8]) or 'it holds no tensors'}"
             f"{f' and {len(faults) - 8} more' if len(faults) > 8 else ''}. Check base_model_name_or_path in {ADAPTER_CONFIG}."
         )
-    return located, differences
+    return located, deltas
 
 
 def _fits(sides: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]) -> bool:

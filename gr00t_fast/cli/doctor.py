@@ -261,7 +261,7 @@ def checkpoint(config: DoctorConfig) -> Generator[Row, None, int | None]:
         found = open_checkpoint(config.model_path, letterbox=config.letterbox) if whole else found
         parameters = _parameters(found)
         size = f", {parameters / 1e6:.0f} million parameters in {len(found.weight_files)} files" if parameters else ", weights not looked at"
-        yield Row("ok", "checkpoint", f"{found.path}: GR00T {'N1.5' if found.processor is None else 'N1.7'}{size}")
+        yield Row("ok", "checkpoint", f"{found.path}: {found.network.title}{size}")
     except Gr00tFastError as error:
         yield failed("checkpoint", f"{config.model_path} is incomplete", error)
     try:
@@ -307,33 +307,33 @@ def _tokenizer(config: DoctorConfig, found: Any) -> Row:
     from gr00t_fast.inputs.prompt import find_tokenizer
 
     try:
-        find_tokenizer(config.processor_path, found.base, n1d7=found.processor is not None, offline=True)
+        find_tokenizer(found.network.prompt, config.processor_path, found.base, offline=True)
     except CheckpointError as error:
         if config.processor_path is not None or "fetching" not in str(error):
             return failed("checkpoint", "no usable tokenizer files", error)
-        where = found.base if found.processor is not None else found.base / "eagle2_hg_model"
+        where = found.base / found.network.prompt.folders[0]
         advice = "A run fetches them from the hub, which takes the internet; or copy them there, or give --processor_path."
         return Row("warn", "checkpoint", f"no tokenizer files in {where}, nor in the hub's cache", advice)
     return Row("ok", "checkpoint", "tokenizer files")
 
 
 def _pictures(config: DoctorConfig, found: Any) -> Generator[Row, None, tuple[int, int] | None]:
-    """What an N1.7 network makes of this robot's cameras: the height and width of its pictures, or None where that is not known."""
-    if found.processor is None or not (cameras := _cameras(config)):
+    """Height and width of the pictures that are made of this robot's cameras, where a network's follow them; None where that is not known."""
+    if found.network.fixed_images or not (cameras := _cameras(config)):
         return None
     from gr00t_fast.control.binding import resolve_camera_map
-    from gr00t_fast.processor_n1d7 import MakePictures, token_side
 
     try:
-        pictures = MakePictures(found.embodiment_n1d7(config.embodiment_tag), token_side(found))
-        mapping = resolve_camera_map(cameras, found.embodiment_n1d7(config.embodiment_tag).cameras, config.camera_map)
-        height, width = pictures.size({policy: (cameras[name].height, cameras[name].width) for name, policy in mapping.items()})
+        embodiment = found.embodiment(config.embodiment_tag, config.data_config)
+        images = found.network.images(embodiment, found.config)
+        mapping = resolve_camera_map(cameras, embodiment.metadata.resolutions, config.camera_map)
+        height, width = images.size({policy: (cameras[name].height, cameras[name].width) for name, policy in mapping.items()})
     except ObservationError as error:
         yield failed("fit", "these cameras do not go together", error)
         return None
     except Gr00tFastError:
         return None  # said elsewhere
-    tokens = height * width // token_side(found) ** 2
+    tokens = images.tokens_of((height, width))
     yield Row("ok", "fit", f"pictures of {width}x{height}, {tokens} tokens each")
     return height, width
 

@@ -60,7 +60,7 @@ def work(config: TuneConfig, path: Path | None) -> int:
     began_s = time.perf_counter()
     settings = parse_flags(RunConfig, [f"--{CONFIG_FLAG}={path}"])[0] if path is not None and path.exists() else RunConfig()
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
-    if checkpoint.processor is not None and config.camera_size is None:
+    if not checkpoint.network.fixed_images and config.camera_size is None:
         config = replace(config, camera_size=_camera_size(config, checkpoint))
     device = select_device(config.device)
     dtype = select_precision(config.precision, device)

@@ -6,68 +6,20 @@ Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.inputs.processor import PolicyInputs
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class PolicyInputs:
-    """One batch on the host, checked and transformed; no tensor is made yet.
-
-    frames: one uint8 (B, H, W, 3) per camera, at the training videos' resolution; input_ids int64 (B, S), padded on the right; lengths int64 (B,);
-    image_positions int64 (V,), the same in every prompt because pictures come first; state float32 (B, P), normalised. to_pixels: what makes the
-    network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state: `state.<part>`
-    (B, T, D) as observed, where actions are relative to it. camera_size: width and height of the first camera's frames, where they decide the
-    size of the pictures.
-    """
-
-    frames: Sequence[np.ndarray]
-    input_ids: np.ndarray
-    lengths: np.ndarray
-    image_positions: np.ndarray
-    state: np.ndarray
-    to_pixels: Callable[[Tensor], Tensor]
-    batched: bool = True
-    raw_state: Mapping[str, np.ndarray] = field(default_factory=dict)
-    camera_size: tuple[int, int] | None = None
-
-    @property
-    def batch(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def padded(self) -> bool:
-        return bool((self.lengths != self.input_ids.shape[1]).any())
-
-    def item(self, index: int) -> PolicyInputs:
-        """One of the batch alone, its prompt without padding."""
-        one, tokens = slice(index, index + 1), int(self.lengths[index])
-        frames = [frames[one] for frames in self.frames]
-        raw_state = {key: values[one] for key, values in self.raw_state.items()}
-        given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
-        return replace(self, frames=frames, **given)
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs:
-        """The network's tensors. Bytes are uploaded; pixels are made of them on the device."""
-        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
-        frames = (torch.from_numpy(np.require(each, requirements=("C", "W"))).to(device) for each in self.frames)
-        pixels = torch.stack([self.to_pixels(each) for each in frames], dim=1)  # (B, C, 3, h, w)
-        mask = torch.from_numpy(np.arange(self.input_ids.shape[1]) < self.lengths[:, None]).to(device) if self.padded else None
-        ids, positions, state = (torch.from_numpy(each).to(device) for each in (self.input_ids, self.image_positions, self.state))
-        return ModelInputs(pixels.to(dtype), ids, positions, state.to(dtype), mask)
 
 
 class Inputs(Protocol):

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from gr00t_fast.checkpoint import Checkpoint
-from gr00t_fast.checkpoint.metadata import checked_data_config
 from gr00t_fast.errors import EngineError, ObservationError, StaleEngineError
 from gr00t_fast.files import MANIFEST_NAME, atomic_write, read_json
-from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras
+from gr00t_fast.inputs.data_config import DataConfig
+from gr00t_fast.inputs.embodiment import Embodiment
 
 FORMAT = 1
 # Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.
@@ -42,29 +42,35 @@ class Target:
     """What an export is made for, and later has to fit."""
 
     checkpoint: Checkpoint
-    embodiment_tag: str
-    data_config: DataConfig
+    embodiment: Embodiment
     data_config_name: str | None = None  # as on the command line, if it was said there
+
+    @property
+    def embodiment_tag(self) -> str:
+        return self.embodiment.tag
+
+    @property
+    def data_config(self) -> DataConfig:
+        return self.embodiment.data_config
 
     def identity(self, digests: Digests) -> dict[str, Any]:
         """Content, not names or dates: the same checkpoint elsewhere has the same identity. Raises OSError when a weight file cannot be read."""
-        trained = self.checkpoint.trained_cameras(self.embodiment_tag)
-        check_trained_cameras(self.data_config, trained)
-        files = self.checkpoint.weight_files
+        files, embodiment = self.checkpoint.weight_files, self.embodiment
+        cameras = {key: embodiment.cameras[key] for key in self.data_config.video_keys}
         return {
             "weights": dict(zip((file.name for file in files), digests.of(files), strict=True)),
             "config": sha256_of_json(_without_later_fields(asdict(self.checkpoint.config))),
-            "metadata": sha256_of_json(self.checkpoint.record_of(self.embodiment_tag)),
-            "embodiment_tag": self.embodiment_tag,
-            "cameras": [[key, *trained[key]] for key in self.data_config.video_keys],
+            "metadata": sha256_of_json(embodiment.record),
+            "embodiment_tag": embodiment.tag,
+            "cameras": [[key, camera.width, camera.height] if camera else [key] for key, camera in cameras.items()],
             "data_config": _plain(self.data_config),
-            **({} if self.checkpoint.processor is None else {"letterbox": self.checkpoint.processor.letterbox.pads}),
+            **({} if embodiment.letterbox is None else {"letterbox": embodiment.letterbox.pads}),
         }
 
     @property
     def letterbox(self) -> str:
         """As of `load_policy`."""
-        return "auto" if self.checkpoint.processor is None else self.checkpoint.processor.asked
+        return self.checkpoint.letterbox
 
     def command(self, program: str, *flags: str) -> str:
         """The command line that makes an export for this target: `program` is the name that manifests record."""
@@ -75,9 +81,9 @@ class Target:
 
 
 def target_of(checkpoint: Checkpoint, embodiment_tag: str, given: str | DataConfig | None) -> Target:
-    """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises as `checked_data_config`."""
+    """What exports of `checkpoint` are made for. given: a data configuration, as of `load_policy`. Raises ConfigError and CheckpointError."""
     name = given if given is None or isinstance(given, str) else "module:ClassName"
-    return Target(checkpoint, checkpoint.tag_of(embodiment_tag), checked_data_config(checkpoint, embodiment_tag, given), name)
+    return Target(checkpoint, checkpoint.embodiment(embodiment_tag, given), name)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def case_of(policy: Gr00tPolicy, observation: dict[str, Any], noise: np.ndarray)
     state = given.raw_state  # kept alone: frames are large
 
     def joint_targets(actions: np.ndarray) -> np.ndarray:
-        targets = processor.unapplied(actions[:, : processor.max_horizon], state)
+        targets = processor.action(actions[:, : processor.embodiment.trained_horizon], state)
         return np.concatenate(list(targets.values()), axis=-1).astype(np.float64)
 
     return Case(given.to(torch.device("cpu"), torch.float32), torch.from_numpy(noise), joint_targets)

@@ -66,12 +66,12 @@ class DataConfig:
     def normalisation_of(self, key: str) -> str:
         return self.normalisation.get(key, DEFAULT_NORMALISATION)
 
-    def modality_config(self) -> dict[str, ModalityConfig]:
-        """The same information in the form NVIDIA's clients ask a server for."""
+    def modality_config(self, action_configs: list[dict[str, Any]] | None = None) -> dict[str, ModalityConfig]:
+        """The same information in the form NVIDIA's clients ask a server for. action_configs: as of ModalityConfig."""
         return {
             "video": ModalityConfig(list(self.video_indices), list(self.video_keys)),
             "state": ModalityConfig(list(self.state_indices), list(self.state_keys)),
-            "action": ModalityConfig(list(self.action_indices), list(self.action_keys)),
+            "action": ModalityConfig(list(self.action_indices), list(self.action_keys), action_configs),
             "language": ModalityConfig([0], [self.language_key]),
         }
 

@@ -1,17 +1,22 @@
-"""What one embodiment's observations and actions look like, as its checkpoint says."""
+"""What one embodiment's observations and actions look like, as its checkpoint says: read once, when a checkpoint is opened for a policy.
+
+Axis alphabet: H horizon, D joint values of a part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import Letterbox
+from gr00t_fast.contracts import Letterbox, PartStatistics, PolicyMetadata
 from gr00t_fast.errors import CheckpointError
+from gr00t_fast.inputs.data_config import DataConfig
 
 STATISTICS = ("min", "max", "mean", "std", "q01", "q99")
+_STANDS_FOR = {"q01": "min", "q99": "max"}  # in files that lack it
 # Smaller ones come first. The tolerance, a share of the larger of |min| and |max|, is for figures that were rounded or estimated; the absolute one
 # for a joint that was always 0: quantiles that lerobot estimates from a histogram are then some 1e-14.
 _ORDER = (("min", "q01"), ("q99", "max"))
@@ -19,13 +24,12 @@ _ORDER_TOLERANCE = 1e-3
 _ORDER_SLACK = 1e-6
 _LARGEST = 1e6  # no joint value in any unit; a chosen limit
 
-
 Pose = Literal["XYZ_ROT6D", "XYZ_ROTVEC"]
-Statistics = Mapping[str, np.ndarray]
+Statistics = Mapping[str, np.ndarray]  # name of STATISTICS -> float64 (D,)
 
 
 @dataclass(frozen=True)
-class CameraMetadata:
+class Camera:
     """Resolution and rate that training saw."""
 
     width: int
@@ -34,22 +38,8 @@ class CameraMetadata:
 
 
 @dataclass(frozen=True)
-class EmbodimentMetadata:
-    """One embodiment's entry. Statistics are float64 (D,), by key (`state.single_arm`, `action.gripper`, ...) and name (`min`, `q99`, ...)."""
-
-    tag: str
-    statistics: Mapping[str, Mapping[str, np.ndarray]]
-    cameras: Mapping[str, CameraMetadata]  # by key: `video.webcam`
-    unsupported: Mapping[str, str] = field(default_factory=dict)  # by key: what `modalities` says of the part that is not computed here
-
-    def width_of(self, key: str) -> int:
-        """Number of dimensions of a state or action part."""
-        return len(self.statistics[key]["min"])
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """How a frame becomes the picture that the network's processor gets.
+class ImageSettings:
+    """How a frame becomes the image that the network's processor gets (N1.7).
 
     letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`; else torchvision's bilinear,
     crop to `crop_size`, size `target_size`, both (height, width).
@@ -64,58 +54,122 @@ class PictureSettings:
 
 
 @dataclass(frozen=True)
-class StatePart:
-    """name without prefix; width D; mode: what the values become. low and high, or mean and deviation, float64 (D,); none for sin_cos."""
+class Arithmetic:
+    """How a network's reference rounds, as data: other roundings are other inputs.
 
-    name: str
-    width: int
-    mode: Literal["min_max", "mean_std", "sin_cos"]
-    low: np.ndarray
-    high: np.ndarray
+    forward: type in which joint values are taken and scaled values are given. inverse: type in which actions are restored. close: a joint is
+    constant where its statistics are close, else where they are equal. clip_actions: normalised actions are clipped to [-1, 1] before they are
+    restored. keep_constant: an action whose deviation is 0 is given as the network has it, else as its mean.
+    """
+
+    forward: type[np.floating[Any]]
+    inverse: type[np.floating[Any]]
+    close: bool
+    clip_actions: bool
+    keep_constant: bool
 
 
 @dataclass(frozen=True)
-class ActionPart:
-    """name without prefix; width D. low and high, or mean and deviation, float64 (D,), of a relative part (horizon, D).
+class Part:
+    """One state or action part. mode: of data_config.NORMALISATIONS. low and high, or mean and deviation, float64 (D,), of a relative action (H, D).
 
-    reference: the state part that a relative action counts from, None for an absolute one. pose: a relative action that is a pose, composed with the
-    reference's; None: it is added.
+    clip: whether a normalised state is clipped to [-1, 1]. reference: key of the state that a relative action counts from, None for an absolute one.
+    pose: a relative action that is a pose, composed with the reference's; None: it is added.
     """
 
-    name: str
-    width: int
-    mode: Literal["min_max", "mean_std"]
+    key: str  # with its prefix, `state.gripper`
+    mode: str
     low: np.ndarray
     high: np.ndarray
+    statistics: Statistics
+    clip: bool = False
     reference: str | None = None
     pose: Pose | None = None
 
+    @property
+    def name(self) -> str:
+        return bare(self.key)
+
+    @property
+    def width(self) -> int:
+        """Number of joint values D."""
+        return self.low.shape[-1]
+
+    @property
+    def network_width(self) -> int:
+        """Number of values that the network reads of them."""
+        return 2 * self.width if self.mode == "sin_cos" else self.width
+
 
 @dataclass(frozen=True)
-class EmbodimentN1d7:
-    """One embodiment of an N1.7 checkpoint. Names are without prefix; `statistics` by key (`state.gripper`), float64 (D,)."""
+class Embodiment:
+    """One embodiment of a checkpoint.
+
+    data_config: keys, the times that are read, the language key. cameras: key -> what training saw, None where the checkpoint does not say.
+    trained_horizon: how many actions can be returned. state_width: padded width of one time. record: what the small files say of it, as it stands
+    there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.7.
+    """
 
     tag: str
     row: int
-    cameras: tuple[str, ...]
-    frame_offsets: tuple[int, ...]  # steps before the observation, 0 the observation itself
-    state_offsets: tuple[int, ...]
-    state: tuple[StatePart, ...]
-    action: tuple[ActionPart, ...]
-    action_steps: int
-    language_key: str
-    pictures: PictureSettings
-    letterbox: Letterbox
-    formalize_language: bool
-    clip_state: bool
-    exclude_state: bool
-    state_dim: int  # padded width of one time step
-    statistics: Mapping[str, Statistics]
-    action_configs: list[dict[str, Any]] | None = None  # as the file has them
+    data_config: DataConfig
+    cameras: Mapping[str, Camera | None]
+    state: tuple[Part, ...]
+    action: tuple[Part, ...]
+    arithmetic: Arithmetic
+    trained_horizon: int
+    state_width: int
+    record: Any
+    images: ImageSettings | None = None
+    letterbox: Letterbox | None = None
+    formalize_language: bool = False
+    exclude_state: bool = False
+    action_configs: list[dict[str, Any]] | None = None
 
     @property
-    def pictures_per_observation(self) -> int:
-        return len(self.cameras) * len(self.frame_offsets)
+    def default_horizon(self) -> int:
+        """How many actions are returned unless others are asked for."""
+        return min(self.trained_horizon, len(self.data_config.action_indices))
+
+    @property
+    def images_per_observation(self) -> int:
+        return len(self.data_config.video_keys) * len(self.data_config.video_indices)
+
+    @property
+    def state_widths(self) -> dict[str, int]:
+        """Key -> number of values."""
+        return {part.key: part.width for part in self.state}
+
+    @property
+    def action_widths(self) -> dict[str, int]:
+        return {part.key: part.width for part in self.action}
+
+    @property
+    def metadata(self) -> PolicyMetadata:
+        """For the pre-flight check."""
+        cameras = {bare(key): self.cameras[key] for key in self.data_config.video_keys}
+        first = next(iter(cameras.values()))
+        return PolicyMetadata(
+            embodiment_tag=self.tag,
+            fps=None if first is None else first.fps,
+            resolutions={name: None if camera is None else (camera.width, camera.height) for name, camera in cameras.items()},
+            state_widths={part.name: part.width for part in self.state},
+            action_widths={part.name: part.width for part in self.action},
+            state_statistics={part.name: _range(part.statistics) for part in self.state},
+            action_statistics={part.name: _range(part.statistics) for part in self.action},
+            trained_horizon=self.trained_horizon,
+            letterbox=self.letterbox,
+        )
+
+
+def bare(key: str) -> str:
+    """`video.webcam` -> `webcam`."""
+    return key.split(".", 1)[1]
+
+
+def _range(statistics: Statistics) -> PartStatistics:
+    found = {name: statistics.get(name, statistics[_STANDS_FOR.get(name, name)]) for name in ("min", "max", "q01", "q99")}
+    return PartStatistics(**found)
 
 
 def part_statistics(where: str, values: Mapping[str, Any], dimensions: int = 1) -> dict[str, np.ndarray]:

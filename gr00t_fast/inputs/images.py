@@ -1,38 +1,152 @@
-"""From a camera's frame to the picture that N1.7's network reads, as the reference's processor makes it: bytes throughout, on the CPU.
+"""From a camera's frame to the image that a network reads: bytes throughout, on the CPU.
 
-A frame is padded to a square with black, if the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized
-again; then it is brought to a size that Qwen3-VL's image processor accepts. Axis alphabet: H and W height and width, h and w those of the result.
-"""
+N1.5 resizes frames to the training videos' resolution (the crop to 224 x 224 follows on the device). N1.7 pads a frame to a square with black, if
+the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized again; then it is brought to a size that
+Qwen3-VL's image processor accepts. Axis alphabet: B batch, T times, C images (times x cameras, time-major), H and W height and width, h and w those
+of the result."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gr00t_fast.inputs.embodiment import PictureSettings
+from gr00t_fast.errors import ObservationError
+from gr00t_fast.inputs.embodiment import Camera, Embodiment, ImageSettings
+from gr00t_fast.inputs.observation import CheckedObservation, check_pixels
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # height and width
 
+EXAMPLE_CAMERA = (640, 480)  # width and height, where a checkpoint does not say what its cameras delivered
 # Qwen3-VL's image processor (preprocessor_config.json of the published one): how many pixels a picture may have.
 _MIN_PIXELS, _MAX_PIXELS = 65_536, 16_777_216
+_MAX_ASPECT = 8  # of a frame that is not padded: the longer side by the shorter; a chosen limit, the widest cameras have less than 4
 
 
-def picture(frame: np.ndarray, settings: PictureSettings, multiple: int) -> np.ndarray:
+class ImageTransform(Protocol):
+    """Frames of a checked observation -> `frames` of PolicyInputs, one uint8 (B, h, w, 3) for each image."""
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]: ...
+
+    def tokens(self, observation: CheckedObservation) -> int:
+        """Of one image."""
+
+    def example_size(self, key: str) -> tuple[int, int]:
+        """Width and height of a camera's frames, for warm-up and timing."""
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Key -> (width, height) of the frames to come. Raises ObservationError for sizes that do not go together."""
+
+
+class ResizeFrames:
+    """Frames of any size -> the training videos' resolution."""
+
+    def __init__(self, cameras: Mapping[str, Camera], tokens: int) -> None:
+        """tokens: of one image."""
+        self._cameras, self._tokens = cameras, tokens
+        self._told: set[str] = set()
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
+        sizes = [self._cameras[key].width * self._cameras[key].height for key in observation.frames]
+        check_pixels(observation.batch * sum(sizes), "at the size of the training videos")
+        return {"frames": [self._resized(key, frames[:, 0]) for key, frames in observation.frames.items()]}
+
+    def tokens(self, observation: CheckedObservation) -> int:
+        return self._tokens
+
+    def example_size(self, key: str) -> tuple[int, int]:
+        return self._cameras[key].width, self._cameras[key].height
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """All sizes can be used."""
+
+    def _resized(self, key: str, frames: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3)."""
+        camera, (height, width) = self._cameras[key], frames.shape[1:3]
+        if (height, width) != (camera.height, camera.width) and key not in self._told:
+            self._told.add(key)
+            log.info("%s is %dx%d, training saw %dx%d: resizing every frame", key, width, height, camera.width, camera.height)
+        return to_trained_size(frames, camera.width, camera.height)
+
+    def __repr__(self) -> str:
+        return f"ResizeFrames({', '.join(f'{key}: {camera.width}x{camera.height}' for key, camera in self._cameras.items())})"
+
+
+class FitImages:
+    """Frames, one (B, T, H, W, 3) for each camera -> C images (B, h, w, 3), all of one size, which that of the frames decides."""
+
+    def __init__(self, embodiment: Embodiment, multiple: int) -> None:
+        """multiple: pixels per side of a token."""
+        self._settings, self._multiple = embodiment.images, multiple
+        self._expected = dict.fromkeys(embodiment.data_config.video_keys, EXAMPLE_CAMERA)
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
+        cameras = list(observation.frames.values())
+        self._size_in(observation)  # refuses what does not go together before it is resized
+        height, width = cameras[0].shape[2:4]
+        times = range(cameras[0].shape[1])
+        images = [np.stack([picture(item[time], self._settings, self._multiple) for item in frames]) for time in times for frames in cameras]
+        return {"frames": images, "camera_size": (width, height)}
+
+    def tokens(self, observation: CheckedObservation) -> int:
+        return self.tokens_of(self._size_in(observation))
+
+    def tokens_of(self, size: Size) -> int:
+        return (size[0] // self._multiple) * (size[1] // self._multiple)
+
+    def example_size(self, key: str) -> tuple[int, int]:
+        return self._expected[key]
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        expected = {**self._expected, **sizes}
+        self.size({key: (height, width) for key, (width, height) in expected.items()})
+        self._expected = expected
+
+    def _size_in(self, observation: CheckedObservation) -> Size:
+        return self.size({key: frames.shape[2:4] for key, frames in observation.frames.items()})
+
+    def size(self, frames: Mapping[str, Size]) -> Size:
+        """(h, w) of all images, from each camera's (height, width). Raises ObservationError for views that the reference cannot stack."""
+        settings, told = self._settings, _sizes(frames)
+        if not settings.letterbox and settings.albumentations and any(max(size) > _MAX_ASPECT * min(size) for size in frames.values()):
+            raise ObservationError(f"cameras: expected pictures at most {_MAX_ASPECT} times as long as wide, got {told}.")
+        views = {camera: view_size(*size, settings) for camera, size in frames.items()}
+        if len(set(views.values())) > 1:
+            raise ObservationError(
+                f"cameras: expected views of one size once they are resized, got {_sizes(views)} of {told}: this checkpoint's pictures are not "
+                "padded to a square, and NVIDIA's code refuses these as well. Set all cameras to one shape (all 640x480, or all 1280x720 and "
+                "640x360), as in the recordings; or, if it was trained on padded pictures, say --letterbox=always."
+            )
+        return accepted_size(*next(iter(views.values())), self._multiple)
+
+    def __repr__(self) -> str:
+        return f"FitImages({self._settings})"
+
+
+def _sizes(frames: Mapping[str, Size]) -> str:
+    return ", ".join(f"{key.removeprefix('video.')} {width}x{height}" for key, (height, width) in frames.items())
+
+
+def picture(frame: np.ndarray, settings: ImageSettings, multiple: int) -> np.ndarray:
     """uint8 (H, W, 3) RGB -> uint8 (h, w, 3), both sides multiples of `multiple`."""
     made = view(frame, settings)
     return _interpolated(made, accepted_size(*made.shape[:2], multiple), "bicubic")
 
 
-def view(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
+def view(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """uint8 (H, W, 3) RGB -> uint8 (h, w, 3): what the reference stacks, so that all views of an observation must have one size."""
     frame = _letterboxed(frame) if settings.letterbox else frame
     return _by_area(frame, settings) if settings.albumentations else _by_torchvision(frame, settings)
 
 
-def view_size(height: int, width: int, settings: PictureSettings) -> Size:
+def view_size(height: int, width: int, settings: ImageSettings) -> Size:
     """(h, w) of `view` for a frame of that size."""
     if not settings.albumentations:
         return settings.target_size
@@ -73,7 +187,7 @@ def _letterboxed(frame: np.ndarray) -> np.ndarray:
     return padded
 
 
-def _by_area(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
+def _by_area(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
     import cv2  # here, because importing it changes the environment of the process
 
     def resized(image: np.ndarray) -> np.ndarray:
@@ -87,7 +201,7 @@ def _by_area(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
     return resized(np.ascontiguousarray(whole[top : top + height, left : left + width]))
 
 
-def _by_torchvision(frame: np.ndarray, settings: PictureSettings) -> np.ndarray:
+def _by_torchvision(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """Resize, CenterCrop, Resize of torchvision on bytes."""
     whole = _interpolated(frame, settings.target_size, "bilinear")
     cropped = np.zeros((*settings.crop_size, 3), np.uint8)  # a crop larger than the picture is padded with black

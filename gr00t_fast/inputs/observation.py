@@ -27,11 +27,10 @@ MAX_INSTRUCTION_CHARACTERS = 2048
 
 @dataclass(frozen=True)
 class CheckedObservation:
-    """A checked observation. frames: key -> uint8 (B, H, W, 3); state: key -> float64 (B, D); one instruction per item.
+    """A checked observation. frames: key -> uint8 (B, T, H, W, 3); state: key -> float64 (B, T, D); one instruction per item.
 
-    Where a policy reads more than the present: (B, T, H, W, 3) and (B, T, D), T as many as it reads. brackets: the reference prints what is left of
-    the texts' array when it has taken the batch apart, and adds the batch axis itself to a single observation: 0 for a list of texts in a batch, 1
-    for `[["..."]]` in a batch and for a single observation.
+    T is as many times as the policy reads. brackets: the reference prints what is left of the texts' array when it has taken the batch apart, and
+    adds the batch axis itself to a single observation: 0 for a list of texts in a batch, 1 for `[["..."]]` in a batch and for a single observation.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -110,8 +109,8 @@ def _prefix_rows(key: str, value: Any, width: int, batched: bool, batch: int) ->
     return rows.astype(np.float32)
 
 
-def _frames(key: str, value: Any, times: int = 1) -> tuple[np.ndarray, bool]:
-    """-> (B, H, W, 3), of several times (B, T, H, W, 3), and whether it came batched."""
+def _frames(key: str, value: Any, times: int) -> tuple[np.ndarray, bool]:
+    """-> (B, T, H, W, 3), and whether it came batched."""
     array = _array(key, value, "uint8 RGB pixels")
     if array.dtype != np.uint8:
         raise ObservationError(f"{key}: expected uint8 RGB pixels 0..255, got {array.dtype}. Convert the frame before passing it.")
@@ -124,8 +123,8 @@ def _frames(key: str, value: Any, times: int = 1) -> tuple[np.ndarray, bool]:
     return _in_time(key, array if batched else array[None], times), batched
 
 
-def _state(key: str, value: Any, width: int, times: int = 1) -> tuple[np.ndarray, bool]:
-    """-> float64 (B, D), of several times (B, T, D), and whether it came batched."""
+def _state(key: str, value: Any, width: int, times: int) -> tuple[np.ndarray, bool]:
+    """-> float64 (B, T, D), and whether it came batched."""
     array = _array(key, value, f"numbers of shape (1, {width})")
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
         raise ObservationError(f"{key}: expected numbers of shape (1, {width}), got dtype {array.dtype}.")
@@ -147,14 +146,14 @@ def _array(key: str, value: Any, expected: str) -> np.ndarray:
 
 
 def _in_time(key: str, array: np.ndarray, times: int) -> np.ndarray:
-    """(B, T, ...) -> (B, ...) where the policy reads the present only, else as it is."""
+    """`array` (B, T, ...), of which T is `times`."""
     if len(array) > MAX_BATCH:
         raise ObservationError(f"{key}: a batch of {len(array)}, expected at most {MAX_BATCH} in one call. Use several calls.")
     if array.shape[1] != times:
         expected = "one time step" if times == 1 else f"{times} time steps, the oldest first and the present one last"
         reads = "The checkpoint reads the present only." if times == 1 else "Keep the earlier ones: get_modality_config says which (delta_indices)."
         raise ObservationError(f"{key}: expected {expected}, got {array.shape[1]}. {reads}")
-    return array[:, 0] if times == 1 else array
+    return array
 
 
 def _instructions(key: str, value: Any, batch: int) -> tuple[list[str], int]:

@@ -23,7 +23,7 @@ from gr00t_fast.model.action_head import ActionHead, StepTables
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig, VisionConfig
 from gr00t_fast.model.language import LanguageModel, mrope_tables, prompt_positions
 from gr00t_fast.model.layers import Rotary
-from gr00t_fast.model.vision import QwenVisionTower, VisionTower, picture_values, pixel_values
+from gr00t_fast.model.vision import QwenVisionTower, VisionTower, pixels_of
 
 _TOWERS = {VisionConfig: VisionTower, QwenVisionConfig: QwenVisionTower}
 
@@ -82,8 +82,7 @@ class Gr00t(nn.Module):
 
     def to_pixels(self, frames: Tensor) -> Tensor:
         """uint8 (B, H, W, 3), as `PolicyInputs` has them -> fp32 (B, 3, h, w) in [-1, 1], on the frames' device."""
-        size = self.config.vision.image_size
-        return picture_values(frames) if size is None else pixel_values(frames, size)
+        return pixels_of(self.config.vision)(frames)
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """All pictures of all observations in one call: (B, C, 3, h, w) -> (B, V, D), with deepstack (1 + deepstack, B, V, D)."""

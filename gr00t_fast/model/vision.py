@@ -6,6 +6,9 @@ Axis alphabet: I images, T patches, D width, L language width.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +60,11 @@ class VisionTower(nn.Module):
 
 
 _ROTARY_THETA = 10_000.0
+
+
+def pixels_of(config: VisionConfig | QwenVisionConfig) -> Callable[[Tensor], Tensor]:
+    """What makes a tower's pixels, fp32 (B, 3, h, w) in [-1, 1], of uint8 (B, H, W, 3) on their device."""
+    return picture_values if config.image_size is None else functools.partial(pixel_values, image_size=config.image_size)
 
 
 def picture_values(pictures: Tensor) -> Tensor:

@@ -1,70 +1,37 @@
-"""Sizes of the network, read from a checkpoint's own files and checked once.
+"""GR00T N1.5: SigLIP-2, Qwen3-1.7B's first layers, and an action head; data configurations of the user's, and metadata.json.
 
-The published checkpoint says nothing about the backbone's sizes: they are in Eagle's configuration, a separate file. Fields that would change the
-computation in a way this implementation does not cover are refused here, by name, instead of being ignored.
+config.json                         the action head's sizes
+eagle2_hg_model/config.json         the backbone's, where a checkpoint carries them (Eagle 2.5)
+experiment_cfg/metadata.json        statistics, camera resolutions and rates, for each embodiment
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from gr00t_fast.errors import CheckpointError, closest, shown
-from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, TransformerConfig, VisionConfig
+import numpy as np
+import torch
+from torch import Tensor
 
+from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
+from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
+from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras, load_data_config
+from gr00t_fast.inputs.embodiment import Arithmetic, Camera, Embodiment, Part, Statistics, check_std, part_statistics
+from gr00t_fast.inputs.images import ResizeFrames
+from gr00t_fast.inputs.processor import PolicyInputs, left_padded
+from gr00t_fast.inputs.prompt import PromptForm
+from gr00t_fast.model.config import ActionHeadConfig, ModelConfig, VisionConfig
+from gr00t_fast.networks.spec import NetworkSpec, Section, check_head, expect, read_object, read_qwen3, read_transformer
+from gr00t_fast.networks.weights import HEAD, linear, norm, qwen3, rows
 
-def read_config(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelConfig:
-    """Build from the checkpoint's `config.json` and Eagle's `config.json`. Raises CheckpointError."""
-    if config.get("model_type") != "gr00t_n1_5":
-        raise CheckpointError(
-            f"config.json says model_type '{config.get('model_type')}', expected 'gr00t_n1_5' or 'Gr00tN1d7'. "
-            "This library runs GR00T N1.5 and N1.7; N1.6 and others have another network."
-        )
-    head, backbone = _section(config, "action_head_cfg"), _section(config, "backbone_cfg")
-    _refuse_unknown(head, _HEAD_KEYS, "action_head_cfg")
-    _refuse_unknown(backbone, _BACKBONE_KEYS, "backbone_cfg")
-    built = ModelConfig(_vision(eagle), _language(eagle, backbone), _head(config, head))
-    _refuse_other_computation(config, eagle)
-    _check_widths(built, config)
-    return built
+# Sizes. Fields that would change the computation in a way this implementation does not cover are refused by name.
 
-
-# What an absent key means (the default of the reference's class), and the value that this implementation computes with; any other would need other
-# code. Paths are dotted keys in config.json ...
-_ASSUMED: dict[str, tuple[Any, Any]] = {
-    "action_head_cfg.add_pos_embed": (True, True),
-    "action_head_cfg.diffusion_model_cfg.norm_type": ("ada_norm", "ada_norm"),
-    "action_head_cfg.diffusion_model_cfg.interleave_self_attention": (False, True),
-    "action_head_cfg.diffusion_model_cfg.positional_embeddings": ("sinusoidal", None),
-    "action_head_cfg.diffusion_model_cfg.activation_fn": ("gelu-approximate", "gelu-approximate"),
-    "action_head_cfg.diffusion_model_cfg.attention_bias": (True, True),
-    "action_head_cfg.diffusion_model_cfg.norm_elementwise_affine": (False, False),
-    "action_head_cfg.diffusion_model_cfg.norm_eps": (1e-5, 1e-5),
-    "action_head_cfg.vl_self_attention_cfg.positional_embeddings": ("sinusoidal", None),
-    "action_head_cfg.vl_self_attention_cfg.activation_fn": ("gelu-approximate", "gelu-approximate"),
-    "action_head_cfg.vl_self_attention_cfg.attention_bias": (True, True),
-    "backbone_cfg.project_to_dim": (1536, None),
-    "backbone_cfg.reproject_vision": (False, False),
-}
-# ... and in Eagle's config.json.
-_ASSUMED_EAGLE: dict[str, tuple[Any, Any]] = {
-    "use_pixel_shuffle": (True, False),
-    "mlp_connector_layers": (2, 1),
-    "select_layer": (-4, -1),
-    "text_config.model_type": ("qwen3", "qwen3"),
-    "text_config.hidden_act": ("silu", "silu"),
-    "text_config.attention_bias": (False, False),
-    "text_config.rope_scaling": (None, None),
-    "text_config.use_sliding_window": (False, False),
-    "vision_config.hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),
-    "vision_config.num_channels": (3, 3),
-}
-_TRANSFORMER_KEYS = {
-    *("attention_head_dim", "cross_attention_dim", "dropout", "final_dropout", "interleave_self_attention", "norm_type", "norm_eps"),
-    *("num_attention_heads", "num_layers", "output_dim", "positional_embeddings", "activation_fn", "attention_bias", "compute_dtype"),
-    *("norm_elementwise_affine", "max_num_positional_embeddings", "upcast_attention", "num_embeds_ada_norm"),
-}
+CONFIG_FILE, BACKBONE_FILE = "config.json", "eagle2_hg_model/config.json"
+METADATA_FILE = "experiment_cfg/metadata.json"
+_MOST_VISION_TOKENS = 4096
 _HEAD_KEYS = {
     *("action_dim", "action_horizon", "add_pos_embed", "backbone_embedding_dim", "diffusion_model_cfg", "hidden_size", "input_embedding_dim"),
     *("max_action_dim", "max_state_dim", "model_dtype", "noise_beta_alpha", "noise_beta_beta", "noise_s", "num_inference_timesteps"),
@@ -74,175 +41,19 @@ _HEAD_KEYS = {
 _BACKBONE_KEYS = {
     *("eagle_path", "load_bf16", "project_to_dim", "reproject_vision", "select_layer", "tune_llm", "tune_visual", "use_flash_attention"),
 }
-
-
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if not isinstance(config.get(name), Mapping):
-        raise CheckpointError(f"config.json has no '{name}' section. Expected the config.json that NVIDIA's N1.5 training writes.")
-    return config[name]
-
-
-def _refuse_unknown(section: Mapping[str, Any], known: Iterable[str], name: str) -> None:
-    for key in section:
-        if key not in known:
-            raise CheckpointError(
-                f"config.json: unknown key '{key}' in {name}.{closest(key, known)} It may change the computation, so it is refused."
-            )
-    for part in ("diffusion_model_cfg", "vl_self_attention_cfg"):
-        if isinstance(section.get(part), Mapping):  # one that is absent or no section is reported where it is read
-            _refuse_unknown(section[part], _TRANSFORMER_KEYS, f"{name}.{part}")
-
-
-def _refuse_other_computation(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> None:
-    for source, assumed, file in ((config, _ASSUMED, "config.json"), (eagle, _ASSUMED_EAGLE, "eagle2_hg_model/config.json")):
-        for path, (absent, computed) in assumed.items():
-            value = look_up(source, path, default=...)
-            if (absent if value is ... else value) != computed:
-                found = f"not given, which means {absent!r} to the reference" if value is ... else shown(value)
-                raise CheckpointError(f"{file}: {path} is {found}; this implementation computes with {computed!r} only.")
-
-
-def look_up(source: Mapping[str, Any], path: str, default: Any) -> Any:
-    node: Any = source
-    for key in path.split("."):
-        if not isinstance(node, Mapping) or key not in node:
-            return default
-        node = node[key]
-    return node
-
-
-def need(section: Mapping[str, Any], key: str, where: str) -> int:
-    value = section.get(key)
-    most = _MOST.get(key, _MOST_OTHERWISE)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise CheckpointError(f"{where}: '{key}' must be a whole number from 1 to {most}, got {shown(value)}. The file is incomplete or damaged.")
-    return value
-
-
-# Ten times the published sizes or more. What is larger is damage, and building such a network would take hours or all memory before the weights
-# showed it.
-_MOST_OTHERWISE = 2**18  # widths, vocabulary
-_MOST = {"num_hidden_layers": 256, "num_layers": 256, "image_size": 2048, "patch_size": 2048, "action_horizon": 4096, "max_num_embodiments": 4096}
-_MOST |= {"num_target_vision_tokens": 4096, "num_timestep_buckets": 10_000, "action_dim": 4096, "max_state_dim": 4096, "max_seq_len": 2**16}
-_MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 4096, "attention_head_dim": 4096}
-_MOST |= {"num_heads": 1024, "depth": 256, "select_layer": 256, "temporal_patch_size": 16, "spatial_merge_size": 16, "state_history_length": 64}
-_MOST_VISION_TOKENS = 4096
-
-
-def positive(section: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    """`default`: of the reference's class, which files that leave the key out mean."""
-    value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-        raise CheckpointError(f"{where}: '{key}' must be a positive number, got {shown(value)}. The file is incomplete or damaged.")
-    return float(value)
-
-
-def switch(section: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
-    value = section.get(key, default)
-    if not isinstance(value, bool):
-        raise CheckpointError(f"{where}: '{key}' must be true or false, got {shown(value)}. The file is incomplete or damaged.")
-    return value
-
-
-def _eagle_section(eagle: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    if not isinstance(eagle.get(name), Mapping):
-        raise CheckpointError(f"eagle2_hg_model/config.json has no '{name}' section. Expected Eagle's config.json.")
-    return eagle[name]
-
-
-def _vision(eagle: Mapping[str, Any]) -> VisionConfig:
-    section, where = _eagle_section(eagle, "vision_config"), "eagle2_hg_model/config.json vision_config"
-    return VisionConfig(
-        hidden_size=need(section, "hidden_size", where),
-        intermediate_size=need(section, "intermediate_size", where),
-        num_layers=need(section, "num_hidden_layers", where),
-        num_heads=need(section, "num_attention_heads", where),
-        patch_size=need(section, "patch_size", where),
-        image_size=need(section, "image_size", where),
-        layer_norm_eps=positive(section, "layer_norm_eps", 1e-6, where),
-    )
-
-
-def _language(eagle: Mapping[str, Any], backbone: Mapping[str, Any]) -> LanguageConfig:
-    section, where = _eagle_section(eagle, "text_config"), "eagle2_hg_model/config.json text_config"
-    select_layer = backbone.get("select_layer")
-    available = need(section, "num_hidden_layers", where)
-    if isinstance(select_layer, bool) or not isinstance(select_layer, int) or not 0 < select_layer <= available:
-        raise CheckpointError(f"config.json: backbone_cfg.select_layer must be between 1 and {available}, got {select_layer!r}.")
-    return LanguageConfig(
-        hidden_size=need(section, "hidden_size", where),
-        intermediate_size=need(section, "intermediate_size", where),
-        num_layers=select_layer,
-        num_heads=need(section, "num_attention_heads", where),
-        num_kv_heads=need(section, "num_key_value_heads", where),
-        head_dim=need(section, "head_dim", where),
-        rms_norm_eps=positive(section, "rms_norm_eps", 1e-6, where),
-        rope_theta=positive(section, "rope_theta", 1e4, where),
-        vocab_size=need(section, "vocab_size", where),
-        image_token_id=need(eagle, "image_token_index", "eagle2_hg_model/config.json"),
-    )
-
-
-def _head(config: Mapping[str, Any], head: Mapping[str, Any]) -> ActionHeadConfig:
-    where = "config.json action_head_cfg"
-    use_vlln, vl_attention = switch(head, "use_vlln", True, where), _transformer(head, "vl_self_attention_cfg")
-    return ActionHeadConfig(
-        action_dim=need(head, "action_dim", where),
-        state_dim=need(head, "max_state_dim", where),
-        action_horizon=need(head, "action_horizon", where),
-        hidden_size=need(head, "hidden_size", where),
-        future_tokens=need(head, "num_target_vision_tokens", where),
-        max_positions=need({"max_seq_len": 1024, **head}, "max_seq_len", where),  # the reference's default; published files leave it out
-        embodiments=need({"max_num_embodiments": 32, **head}, "max_num_embodiments", where),  # likewise
-        denoising_steps=need(head, "num_inference_timesteps", where),
-        timestep_buckets=need(head, "num_timestep_buckets", where),
-        output_dim=need(_section(head, "diffusion_model_cfg"), "output_dim", f"{where}.diffusion_model_cfg"),
-        use_vlln=use_vlln,
-        dit=_transformer(head, "diffusion_model_cfg"),
-        vl_attention=vl_attention if use_vlln else replace(vl_attention, num_layers=0),  # the reference's switch turns off both
-    )
-
-
-def _transformer(head: Mapping[str, Any], name: str) -> TransformerConfig:
-    section, where = _section(head, name), f"config.json action_head_cfg.{name}"
-    return TransformerConfig(*(need(section, key, where) for key in ("num_layers", "num_attention_heads", "attention_head_dim")))
-
-
-def _check_widths(config: ModelConfig, raw: Mapping[str, Any]) -> None:
-    """The parts must fit together; a mismatch here would otherwise show as a puzzling shape error in the middle of the network."""
-    width = config.language.hidden_size
-    head = raw["action_head_cfg"]
-    dit_cfg = head["diffusion_model_cfg"]
-    pairs = {
-        "action_head_cfg.backbone_embedding_dim": (head.get("backbone_embedding_dim", width), width),
-        "diffusion_model_cfg.cross_attention_dim": (dit_cfg.get("cross_attention_dim", width), width),
-        "vl_self_attention_cfg heads x head_dim": (config.head.vl_attention.width, width),
-        "action_head_cfg.input_embedding_dim": (head.get("input_embedding_dim", config.head.dit.width), config.head.dit.width),
-        "diffusion_model_cfg.output_dim": (config.head.output_dim, config.head.hidden_size),
-        "action_head_cfg.max_action_dim": (head.get("max_action_dim", config.head.action_dim), config.head.action_dim),
-        "action_dim": (raw.get("action_dim", config.head.action_dim), config.head.action_dim),
-        "action_horizon": (raw.get("action_horizon", config.head.action_horizon), config.head.action_horizon),
-    }
-    for name, (got, expected) in pairs.items():
-        if got != expected:
-            raise CheckpointError(f"config.json: {name} is {shown(got)}, expected {expected} from the rest of the configuration.")
-    language, vision = config.language, config.vision
-    conditions = {
-        "vision_config.hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,
-        "text_config.num_attention_heads is a multiple of num_key_value_heads": language.num_heads % language.num_kv_heads == 0,
-        f"vision_config.image_size is at least patch_size and gives at most {_MOST_VISION_TOKENS} patches": 0 < vision.tokens <= _MOST_VISION_TOKENS,
-        "text_config.head_dim is even": language.head_dim % 2 == 0,
-        "action_head_cfg.input_embedding_dim is even": config.head.dit.width % 2 == 0,
-        "action_head_cfg.max_seq_len is at least action_horizon": config.head.max_positions >= config.head.action_horizon,
-        "action_head_cfg.num_timestep_buckets is at least num_inference_timesteps": config.head.timestep_buckets >= config.head.denoising_steps,
-        "image_token_index is below text_config.vocab_size": language.image_token_id < language.vocab_size,
-    }
-    for condition, holds in conditions.items():
-        if not holds:
-            raise CheckpointError(f"config.json and eagle2_hg_model/config.json: expected that {condition}, which is not so.")
-
-
-# Sizes of the published backbone (Eagle 2.5: SigLIP-2 so400m/14 at 224 and Qwen3-1.7B), for checkpoints that do not carry Eagle's config.json.
+_HEAD_SIZES = {
+    **{name: name for name in ("action_dim", "action_horizon", "hidden_size")},
+    "state_dim": "max_state_dim",
+    "future_tokens": "num_target_vision_tokens",
+    "denoising_steps": "num_inference_timesteps",
+    "timestep_buckets": "num_timestep_buckets",
+}
+_VISION_SIZES = {
+    **{name: name for name in ("hidden_size", "intermediate_size", "patch_size", "image_size")},
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
+# The published backbone (SigLIP-2 so400m/14 at 224 and Qwen3-1.7B).
 PUBLISHED_EAGLE: dict[str, Any] = {
     "image_token_index": 151669,
     "mlp_connector_layers": 1,
@@ -269,3 +80,230 @@ PUBLISHED_EAGLE: dict[str, Any] = {
         "vocab_size": 151680,
     },
 }
+
+
+def read_config(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelConfig:
+    """From the checkpoint's `config.json` and Eagle's. Raises CheckpointError."""
+    whole, backbone = Section(config, CONFIG_FILE), Section(eagle, BACKBONE_FILE)
+    section = whole.section("backbone_cfg")
+    section.refuse_unknown(_BACKBONE_KEYS)
+    section.refuse_other({"project_to_dim": (1536, None), "reproject_vision": (False, False)})
+    backbone.refuse_other({"use_pixel_shuffle": (True, False), "mlp_connector_layers": (2, 1), "select_layer": (-4, -1)})
+    text = backbone.section("text_config")
+    text.refuse_other({"model_type": ("qwen3", "qwen3"), "rope_scaling": (None, None), "use_sliding_window": (False, False)})
+    language = read_qwen3(text, section.whole("select_layer"), backbone.whole("image_token_index"), text.positive("rope_theta", 1e4))
+    built = ModelConfig(_vision(backbone.section("vision_config")), language, _head(whole.section("action_head_cfg"), language.hidden_size))
+    whole.refuse_different({"action_dim": built.head.action_dim, "action_horizon": built.head.action_horizon})
+    check_head(built, f"{CONFIG_FILE} action_head_cfg")
+    return built
+
+
+def _vision(section: Section) -> VisionConfig:
+    section.refuse_other({"hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"), "num_channels": (3, 3)})
+    vision = VisionConfig(**section.wholes(_VISION_SIZES), layer_norm_eps=section.positive("layer_norm_eps", 1e-6))
+    conditions = {
+        "hidden_size is a multiple of num_attention_heads": vision.hidden_size % vision.num_heads == 0,
+        f"image_size is at least patch_size and gives at most {_MOST_VISION_TOKENS} patches": 0 < vision.tokens <= _MOST_VISION_TOKENS,
+    }
+    expect(section.where, conditions)
+    return vision
+
+
+def _head(section: Section, width: int) -> ActionHeadConfig:
+    section.refuse_unknown(_HEAD_KEYS)
+    section.refuse_other({"add_pos_embed": (True, True)})
+    dit_section, use_vlln = section.section("diffusion_model_cfg"), section.switch("use_vlln", True)
+    dit, vl_attention = read_transformer(dit_section, is_dit=True), read_transformer(section.section("vl_self_attention_cfg"))
+    dit_section.refuse_different({"cross_attention_dim": width})
+    head = ActionHeadConfig(
+        **section.wholes(_HEAD_SIZES),
+        max_positions=section.whole("max_seq_len", 1024),
+        embodiments=section.whole("max_num_embodiments", 32),
+        output_dim=dit_section.whole("output_dim"),
+        use_vlln=use_vlln,
+        dit=dit,
+        vl_attention=vl_attention if use_vlln else replace(vl_attention, num_layers=0),  # the reference's switch turns off both
+    )
+    section.refuse_different({"backbone_embedding_dim": width, "input_embedding_dim": dit.width, "max_action_dim": head.action_dim})
+    return head
+
+
+# Names of the weights
+
+_V = "backbone.eagle_model.vision_model.vision_model."
+_L = "backbone.eagle_model.language_model.model."
+_SIGLIP = f"{_V}encoder.layers.{{i}}."
+WEIGHTS = {
+    **linear("vision.patch_embedding", f"{_V}embeddings.patch_embedding"),
+    "vision.position_embedding.weight": rows(f"{_V}embeddings.position_embedding.weight"),
+    **linear("vision.blocks.{i}.norm1", f"{_SIGLIP}layer_norm1"),
+    **linear("vision.blocks.{i}.attention.qkv", *(f"{_SIGLIP}self_attn.{x}_proj" for x in "qkv")),
+    **linear("vision.blocks.{i}.attention.out", f"{_SIGLIP}self_attn.out_proj"),
+    **linear("vision.blocks.{i}.norm2", f"{_SIGLIP}layer_norm2"),
+    **linear("vision.blocks.{i}.mlp.up", f"{_SIGLIP}mlp.fc1"),
+    **linear("vision.blocks.{i}.mlp.down", f"{_SIGLIP}mlp.fc2"),
+    **linear("vision.norm", f"{_V}post_layernorm"),
+    **linear("vision.connector", "backbone.eagle_model.mlp1.0"),
+    **qwen3(_L),
+    **norm("language.norm", f"{_L}norm"),
+    **HEAD,
+}
+# SigLIP's pooling head, and the language head (tied to the embedding).
+UNUSED = (f"{_V}head.", "backbone.eagle_model.language_model.lm_head.")
+
+# What the checkpoint was trained on
+
+# Row of the per-embodiment weights that each tag selects (NVIDIA's EMBODIMENT_TAG_MAPPING).
+EMBODIMENT_ROWS = {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}
+# The reference normalises states in float64 and restores actions in float32.
+ARITHMETIC = Arithmetic(forward=np.float64, inverse=np.float32, close=False, clip_actions=False, keep_constant=False)
+_STATISTICS_OF = {"min_max": ("min", "max"), "q99": ("q01", "q99"), "mean_std": ("mean", "std")}  # low and high, or mean and deviation
+
+
+@dataclass(frozen=True)
+class MetadataFile:
+    """metadata.json: what the training data looked like, for each embodiment. Which parts and cameras are read, a data configuration says."""
+
+    raw: Mapping[str, Any]
+    config: ModelConfig
+
+    @property
+    def tags(self) -> Collection[str]:
+        return self.raw.keys()
+
+    def row_of(self, tag: str) -> int:
+        if tag not in self.raw or tag not in EMBODIMENT_ROWS:
+            usable = [name for name in self.raw if name in EMBODIMENT_ROWS]
+            has = ", ".join(f"--embodiment_tag={name}" for name in usable) or f"none that is known, only {', '.join(self.raw) or 'nothing'}"
+            what = "this checkpoint has no statistics for embodiment_tag" if tag in EMBODIMENT_ROWS else "unknown embodiment_tag"
+            raise ConfigError(f"{what} '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
+        return EMBODIMENT_ROWS[tag]
+
+    def embodiment(self, tag: str, data_config: DataConfig | None) -> Embodiment:
+        row, head, config = self.row_of(tag), self.config.head, load_data_config(data_config)
+        cameras, statistics, unsupported = self._entry(tag)
+        check_trained_cameras(config, cameras)
+        if unknown := [key for key in (*config.state_keys, *config.action_keys) if key not in statistics]:
+            raise ConfigError(
+                f"the data config reads {', '.join(unknown)}, but this checkpoint has statistics for {', '.join(sorted(statistics))} only. "
+                "Choose the data_config it was trained with."
+            )
+        parts = {key: _part(key, config, statistics[key], unsupported[key]) for key in (*config.state_keys, *config.action_keys)}
+        state, action = (tuple(parts[key] for key in keys) for keys in (config.state_keys, config.action_keys))
+        for keys, found, width in ((config.state_keys, state, head.state_dim), (config.action_keys, action, head.action_dim)):
+            if (total := sum(part.network_width for part in found)) > width:
+                raise ConfigError(f"the data config's {', '.join(keys)} have {total} values together; the network takes {width}.")
+        return Embodiment(tag, row, config, cameras, state, action, ARITHMETIC, head.action_horizon, head.state_dim, self.raw[tag])
+
+    def _entry(self, tag: str) -> tuple[dict[str, Camera], dict[str, Statistics], dict[str, str]]:
+        """Cameras and statistics by key, and what `modalities` says of parts that is not computed here. Raises CheckpointError."""
+        try:
+            entry = self.raw[tag]
+            cameras = {f"video.{name}": _camera(values) for name, values in entry["modalities"]["video"].items()}
+            parts = [(kind, part, values) for kind in ("state", "action") for part, values in entry["statistics"][kind].items()]
+            statistics = {f"{kind}.{part}": part_statistics(f"{kind}.{part}", values) for kind, part, values in parts}
+            told = {(kind, part): entry["modalities"].get(kind, {}).get(part, {}) for kind, part, _ in parts}
+            unsupported = {
+                f"{kind}.{part}": _unsupported(kind, said, len(statistics[f"{kind}.{part}"]["min"])) for (kind, part), said in told.items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(f"{METADATA_FILE}: the entry '{tag}' is incomplete or damaged ({error!r}).") from error
+        return cameras, statistics, unsupported
+
+
+def _unsupported(kind: str, told: Mapping[str, Any], width: int) -> str:
+    if kind == "action" and told.get("absolute", True) is not True:
+        return f"absolute is {shown(told['absolute'])}, expected true: an arm may not get differences as positions"
+    if told.get("rotation_type") is not None:
+        return f"rotation_type is {shown(told['rotation_type'])}: rotations are not computed here"
+    if told.get("shape", [width]) != [width]:
+        return f"shape is {shown(told['shape'])}, but its statistics have {width} values"
+    return ""
+
+
+def _camera(values: Mapping[str, Any]) -> Camera:
+    width, height = values["resolution"]
+    fps = float(values["fps"])
+    fits = min(width, height) >= MIN_FRAME_PX and max(width, height) <= MAX_FRAME_PX and width * height <= MAX_PIXELS
+    if not (fits and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
+        limits = f"{MIN_FRAME_PX} to {MAX_FRAME_PX} each way and at most {MAX_PIXELS} in all"
+        raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, {limits}")
+    return Camera(int(width), int(height), fps)
+
+
+def _part(key: str, config: DataConfig, statistics: Statistics, unsupported: str) -> Part:
+    if unsupported:
+        raise CheckpointError(f"{METADATA_FILE}: of {key}, {unsupported}.")
+    mode = config.normalisation_of(key)
+    names = _STATISTICS_OF.get(mode, ("min", "max"))  # the other modes compute without them, and take the width from them
+    if absent := [name for name in names if name not in statistics]:
+        raise ConfigError(f"{key}: normalisation '{mode}' needs the statistics {', '.join(absent)}, which metadata.json does not have.")
+    low, high = (statistics[name] for name in names)
+    return Part(key, mode, low, check_std(key, high), statistics, clip=mode == "q99")
+
+
+def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> MetadataFile:
+    if letterbox != "auto":
+        raise ConfigError(f"letterbox '{letterbox}' is for GR00T N1.7; {path} is a GR00T N1.5 checkpoint. Leave --letterbox out.")
+    return MetadataFile(read_object(path / METADATA_FILE, nan=True), sizes)
+
+
+# Pictures and prompts
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+
+
+def images(embodiment: Embodiment, config: ModelConfig) -> ResizeFrames:
+    return ResizeFrames({key: embodiment.cameras[key] for key in embodiment.data_config.video_keys}, config.vision.tokens)
+
+
+def render_prompt(instruction: str, images: int, tokens: int) -> str:
+    """Eagle's chat template."""
+    blocks = "".join(f"<image {k}><img>{IMAGE_TOKEN * tokens}</img>" for k in range(1, images + 1))
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    return f"{system}{blocks}{instruction}<|im_end|>\n<|im_start|>assistant\n"
+
+
+PROMPT = PromptForm(
+    image_token=IMAGE_TOKEN,
+    render=render_prompt,
+    lists_texts=True,
+    folders=("eagle2_hg_model", ""),
+    hub="lerobot/eagle2hg-processor-groot-n1p5",
+    whose="Eagle",
+    installed="model/backbone/eagle2_hg_model",
+)
+
+
+def reference_inputs(inputs: PolicyInputs, embodiment: Embodiment, config: ModelConfig, pixels: Tensor) -> dict[str, Tensor]:
+    """pixels fp32 (B, C, 3, h, w) -> state (B, 1, P) and state_mask, eagle_input_ids (B, S) and eagle_attention_mask, eagle_pixel_values
+    (B x C, 3, h, w) and eagle_image_sizes (B x C, 2), embodiment_id (B,)."""
+    pictures, states = pixels.flatten(0, 1), torch.from_numpy(inputs.state)[:, None]
+    ids, mask = left_padded(inputs, padding_id=0)
+    return {
+        "state": states,
+        "state_mask": (torch.arange(states.shape[-1]) < sum(part.network_width for part in embodiment.state)).expand_as(states),
+        "eagle_input_ids": ids,
+        "eagle_attention_mask": mask,
+        "eagle_pixel_values": pictures,
+        "eagle_image_sizes": torch.tensor(pictures.shape[-2:]).expand(len(pictures), 2),
+        "embodiment_id": torch.full((inputs.batch,), embodiment.row),
+    }
+
+
+N1D5 = NetworkSpec(
+    name="n1.5",
+    model_type="gr00t_n1_5",
+    backbone_file=BACKBONE_FILE,
+    published_backbone=PUBLISHED_EAGLE,
+    read_config=read_config,
+    weights=WEIGHTS,
+    unused_weights=UNUSED,
+    read_files=read_files,
+    images=images,
+    prompt=PROMPT,
+    reference_inputs=reference_inputs,
+    download=(METADATA_FILE, "eagle2_hg_model/*"),
+    fixed_images=True,
+    nested=False,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from golden import data_configs as golden
 from random_networks import write_json, write_network
 
 from gr00t_fast import load_policy
+from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.inputs.data_config import DATA_CONFIGS, load_data_config
-from gr00t_fast.inputs.embodiment import EmbodimentMetadata
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
+from gr00t_fast.networks.n1d5 import MetadataFile
 
 cases = pytest.mark.parametrize(("seed", "name"), list(enumerate(golden.CASES)), ids=list(golden.CASES))
 
@@ -23,20 +25,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_network(tmp_path_factory.mktemp("configs"))
 
 
-def _ours(name: str, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _ours(checkpoint: Path, name: str, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """State and actions."""
     config = golden.CASES[name]
     statistics = golden.statistics_of(config, seed)
     states, output = golden.values_of(config, statistics, seed)
-    metadata = EmbodimentMetadata("new_embodiment", statistics, {})
-    state = StateTransform(config, metadata, 64)({key: values[:, 0] for key, values in states.items()})
-    return state, ActionTransform(config, metadata, golden.WIDTH)(output)
+    sizes = open_checkpoint(checkpoint).config
+    sizes = replace(sizes, head=replace(sizes.head, state_dim=64, action_dim=golden.WIDTH))
+    embodiment = MetadataFile({"new_embodiment": golden.metadata_of(config, statistics)}, sizes).embodiment("new_embodiment", config)
+    return StateTransform(embodiment)(states), ActionTransform(embodiment)(output)
 
 
 @cases
-def test_equal_to_the_recorded_figures(seed: int, name: str) -> None:
+def test_equal_to_the_recorded_figures(checkpoint: Path, seed: int, name: str) -> None:
     """Bit for bit: the reference computes states in float64 and rounds them to the network's type, actions in float32."""
-    state, actions = _ours(name, seed)
+    state, actions = _ours(checkpoint, name, seed)
     with np.load(golden.FIGURES) as figures:
         theirs = figures[f"{name}/state"][:, 0].astype(np.float32)
         np.testing.assert_array_equal(state[:, : theirs.shape[1]], theirs)

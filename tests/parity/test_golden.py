@@ -37,6 +37,7 @@ from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.model import Gr00t, StepTables
 from gr00t_fast.model.vision import pixel_values
+from gr00t_fast.networks.n1d5 import PROMPT
 
 ASKED = 1e-4  # relative L2
 ASKED_ACTION = 0.005  # of the joint range
@@ -174,11 +175,11 @@ def test_velocities_given_the_recorded_actions(golden: Golden, reduced_checkpoin
 def test_state_and_actions_in_joint_units(golden: Golden) -> None:
     """The transforms alone: the recorded state and actions from the recorded joints and normalised actions."""
     config, checkpoint = DATA_CONFIGS[golden.case], open_checkpoint(golden.checkpoint)
-    metadata = checkpoint.embodiment("new_embodiment")
-    state = StateTransform(config, metadata, 64)({key: golden.arrays[key] for key in config.state_keys})
+    embodiment = checkpoint.embodiment("new_embodiment", golden.case)
+    state = StateTransform(embodiment)({key: golden.arrays[key] for key in config.state_keys})
     assert np.array_equal(state, golden.arrays["in.state"][:, 0].astype(np.float32))
     for steps in STEPS:
-        actions = ActionTransform(config, metadata, 32)(golden.action_pred(steps).numpy())
+        actions = ActionTransform(embodiment)(golden.action_pred(steps).numpy())
         assert list(actions) == list(config.action_keys)
         for key, value in actions.items():
             assert value.dtype == np.float32
@@ -240,8 +241,8 @@ def _policy(shared: Path, case: str, style: str):
 @pytest.mark.parametrize(("case", "style"), EVERY)
 def test_prompt_ids(shared_dir: Path, eagle_dir: Path, case: str, style: str) -> None:
     golden = load_case(case, style, Path(), shared_dir)
-    encode = PromptEncoder(find_tokenizer(eagle_dir, Path()), len(CASES[case]), 256, 151669, style)
-    assert np.array_equal(encode(str(golden.arrays["annotation.human.task_description"][0])), golden.inputs.input_ids[0].numpy())
+    encode = PromptEncoder(PROMPT, find_tokenizer(PROMPT, eagle_dir, Path()), len(CASES[case]), 151669, style)
+    assert np.array_equal(encode(str(golden.arrays["annotation.human.task_description"][0]), 256), golden.inputs.input_ids[0].numpy())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,10 +24,11 @@ from gr00t_fast import load_policy
 from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.fused import fused_model
 from gr00t_fast.inputs.images import view
-from gr00t_fast.inputs.prompt import PromptEncoderN1d7, find_tokenizer
-from gr00t_fast.inputs.transforms import ActionTransformN1d7, StateTransformN1d7
+from gr00t_fast.inputs.prompt import PromptEncoder, find_tokenizer
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.model.language import mrope_tables, prompt_positions
 from gr00t_fast.model.layers import rotary_tables
+from gr00t_fast.networks.n1d7 import PROMPT
 from gr00t_fast.policy import Gr00tPolicy
 
 CASES = ("so101", "so101_dual", "so101_no_letterbox", "so101_dual_no_letterbox", "so101_letterbox_flag")
@@ -58,33 +59,34 @@ def test_pictures_from_raw_frames_are_equal(case: Path) -> None:
     golden = _golden(case)
     embodiment = golden.embodiment
     made = [
-        view(golden.observation[f"video.{camera}"][0, time], embodiment.pictures)
-        for time in range(len(embodiment.frame_offsets))
-        for camera in embodiment.cameras
+        view(golden.observation[camera][0, time], embodiment.images)
+        for time in range(len(embodiment.data_config.video_indices))
+        for camera in embodiment.data_config.video_keys
     ]
     assert np.array_equal(np.stack(made), golden.arrays["images_256"])
 
 
 def test_prompt_ids_and_positions_are_equal(case: Path, qwen_dir: Path) -> None:
     golden, embodiment = _golden(case), _golden(case).embodiment
-    encode = PromptEncoderN1d7(find_tokenizer(qwen_dir, case), embodiment.pictures_per_observation, 151655, "plain", embodiment.formalize_language)
+    tokenizer = find_tokenizer(PROMPT, qwen_dir, case)
+    encode = PromptEncoder(PROMPT, tokenizer, embodiment.images_per_observation, 151655, "plain", embodiment.formalize_language)
     instruction, (rows, columns) = str(golden.observation["instruction"]), golden.grid
-    assert encode.text(instruction, 0, 1) == str(golden.arrays["prompt"])
-    ids = encode(instruction, tokens_per_camera=rows * columns // 4)
+    assert encode.text(instruction, 1) == str(golden.arrays["prompt"])
+    ids = encode(instruction, rows * columns // 4)
     assert np.array_equal(ids[None], golden.arrays["in.input_ids"])
     assert np.array_equal((ids == 151655)[None], golden.arrays["image_mask"])
     positions = prompt_positions(len(ids), golden.inputs.image_positions, rows // 2, columns // 2)
     assert np.array_equal(positions[:, None].numpy(), golden.arrays["position_ids"])
     padding = golden.arrays["batch.input_ids"][1] == 151643
-    assert np.array_equal(encode("go", tokens_per_camera=rows * columns // 4), golden.arrays["batch.input_ids"][1][~padding])
+    assert np.array_equal(encode("go", rows * columns // 4), golden.arrays["batch.input_ids"][1][~padding])
 
 
 def test_state_and_actions_in_joint_units_are_equal(case: Path) -> None:
     golden = _golden(case)
     state = {key: golden.observation[key] for key in golden.state}
-    assert np.array_equal(StateTransformN1d7(golden.embodiment)(state), golden.arrays["in.state"][:, 0])
+    assert np.array_equal(StateTransform(golden.embodiment)(state), golden.arrays["in.state"][:, 0])
     for steps in STEPS:
-        actions = ActionTransformN1d7(golden.embodiment)(golden.arrays[f"action_pred.{steps}"][:, : golden.embodiment.action_steps], state)
+        actions = ActionTransform(golden.embodiment)(golden.arrays[f"action_pred.{steps}"][:, : golden.embodiment.trained_horizon], state)
         for key, value in actions.items():
             assert value.dtype == np.float32
             assert np.array_equal(value, golden.arrays[f"{key}.{steps}"])
@@ -161,7 +163,7 @@ def test_actions_from_raw_frames(case: Path, qwen_dir: Path, engine: str) -> Non
     for steps in STEPS if engine == "eager" else (4,):
         policy.denoising_steps = steps
         actions = policy.get_action(golden.flat_observation(), noise=golden.arrays["noise"])
-        assert list(actions) == [f"action.{part.name}" for part in golden.embodiment.action]
+        assert list(actions) == [part.key for part in golden.embodiment.action]
         for key, value in actions.items():
             expected = golden.arrays[f"{key}.{steps}"]
             assert (value.shape, value.dtype) == (expected.shape, np.float32)
@@ -195,7 +197,10 @@ def test_a_batch_of_unequal_prompts_gives_each_its_own_actions(case: Path, qwen_
     both = {key: [*one[key], "go"] if isinstance(value, list) else np.concatenate([value, value]) for key, value in one.items()}
     noise = golden.arrays["noise"]
     together = policy.get_action(both, noise=np.concatenate([noise, noise]))
-    alone = [policy.get_action({**one, golden.embodiment.language_key: [text]}, noise=noise) for text in both[golden.embodiment.language_key]]
+    alone = [
+        policy.get_action({**one, golden.embodiment.data_config.language_key: [text]}, noise=noise)
+        for text in both[golden.embodiment.data_config.language_key]
+    ]
     for key, value in together.items():
         assert np.abs(value - np.concatenate([each[key] for each in alone])).max() < ACTIONS
         assert np.abs(value[1] - golden.arrays[f"{key}.4"][0]).max() > 10 * ACTIONS, "the other prompt"

@@ -1,0 +1,174 @@
+"""From an observation to what goes into an engine, and from an engine's actions to joint targets: all that a network needs around it.
+
+Axis alphabet: B batch, T times, C images, S prompt tokens, V image tokens, H horizon, D joint values of a part, A padded action width, P padded state
+width, L rows of a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.inputs.embodiment import Embodiment
+from gr00t_fast.inputs.images import ImageTransform
+from gr00t_fast.inputs.observation import CheckedObservation, parse_observation, parse_prefix
+from gr00t_fast.inputs.prompt import PromptEncoder
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
+from gr00t_fast.model import ModelInputs
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """One batch on the host, checked and transformed; no tensor is made yet.
+
+    frames: one uint8 (B, H, W, 3) per image, of the size that the network's pixels are made from; input_ids int64 (B, S), padded on the right;
+    lengths int64 (B,); image_positions int64 (V,), the same in every prompt because images come first; state float32 (B, P), normalised. to_pixels:
+    what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state:
+    `state.<part>` (B, T, D) as observed, which relative actions count from. camera_size: width and height of the first camera's frames, where they
+    decide the
+    size of the images.
+    """
+
+    frames: Sequence[np.ndarray]
+    input_ids: np.ndarray
+    lengths: np.ndarray
+    image_positions: np.ndarray
+    state: np.ndarray
+    to_pixels: Callable[[Tensor], Tensor]
+    batched: bool = True
+    raw_state: Mapping[str, np.ndarray] = field(default_factory=dict)
+    camera_size: tuple[int, int] | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def padded(self) -> bool:
+        return bool((self.lengths != self.input_ids.shape[1]).any())
+
+    def item(self, index: int) -> PolicyInputs:
+        """One of the batch alone, its prompt without padding."""
+        one, tokens = slice(index, index + 1), int(self.lengths[index])
+        frames = [frames[one] for frames in self.frames]
+        raw_state = {key: values[one] for key, values in self.raw_state.items()}
+        given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
+        return replace(self, frames=frames, **given)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs:
+        """The network's tensors. Bytes are uploaded; pixels are made of them on the device."""
+        # copied only where a view is read-only or strided: torch warns of memory that it could but must not write
+        frames = (torch.from_numpy(np.require(each, requirements=("C", "W"))).to(device) for each in self.frames)
+        pixels = torch.stack([self.to_pixels(each) for each in frames], dim=1)  # (B, C, 3, h, w)
+        mask = torch.from_numpy(np.arange(self.input_ids.shape[1]) < self.lengths[:, None]).to(device) if self.padded else None
+        ids, positions, state = (torch.from_numpy(each).to(device) for each in (self.input_ids, self.image_positions, self.state))
+        return ModelInputs(pixels.to(dtype), ids, positions, state.to(dtype), mask)
+
+
+class Transform(Protocol):
+    """One step of the pre-processing: fields of PolicyInputs from a checked observation."""
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]: ...
+
+
+class EncodePrompts:
+    """Instructions -> ids (B, S) padded on the right, lengths (B,), places of the image tokens (V,)."""
+
+    def __init__(self, prompts: PromptEncoder, image_tokens: Callable[[CheckedObservation], int]) -> None:
+        """image_tokens: of one image."""
+        self._prompts, self._image_tokens = prompts, image_tokens
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
+        tokens = self._image_tokens(observation)
+        encoded = [self._prompts(instruction, tokens, observation.brackets) for instruction in observation.instructions]
+        lengths = np.array([len(ids) for ids in encoded])
+        padded = np.zeros((len(encoded), lengths.max()), dtype=np.int64)
+        for row, ids in zip(padded, encoded, strict=True):
+            row[: len(ids)] = ids
+        # images precede the instruction: their places are the same for every item
+        return {"input_ids": padded, "lengths": lengths, "image_positions": np.flatnonzero(encoded[0] == self._prompts.image_token_id)}
+
+    def __repr__(self) -> str:
+        return f"EncodePrompts(style={self._prompts.style!r})"
+
+
+class NormaliseState:
+    """State parts -> one normalised, padded vector."""
+
+    def __init__(self, embodiment: Embodiment) -> None:
+        self._modes = {part.key: part.mode for part in embodiment.state}
+        self._state = StateTransform(embodiment)
+
+    def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
+        return {"state": self._state(observation.state), "raw_state": observation.state}
+
+    def __repr__(self) -> str:
+        return f"NormaliseState({self._modes})"
+
+
+class Processor:
+    """Built, and so checked, before weights are read. `transforms`: what happens to an observation, in order."""
+
+    def __init__(
+        self,
+        embodiment: Embodiment,
+        images: ImageTransform,
+        prompts: PromptEncoder,
+        to_pixels: Callable[[Tensor], Tensor],
+        chunk_shape: tuple[int, int],
+    ) -> None:
+        """to_pixels: as of PolicyInputs. chunk_shape: trained horizon and padded action width of the network."""
+        self.embodiment, self.data_config, self.prompts, self.chunk_shape = embodiment, embodiment.data_config, prompts, chunk_shape
+        self.transforms: list[Transform] = [images, EncodePrompts(prompts, images.tokens), NormaliseState(embodiment)]
+        self.action = ActionTransform(embodiment)
+        self._images, self._to_pixels = images, to_pixels
+
+    def describe(self) -> list[str]:
+        """What is done with an observation and is not the same for all checkpoints, for a line before the start."""
+        letterbox = self.embodiment.letterbox
+        if letterbox is None:
+            return []
+        return [f"pictures {'padded to a square' if letterbox.pads else 'in the shape of the cameras'} ({letterbox.why})"]
+
+    def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """As `Policy.expect_cameras`."""
+        self._images.expect_cameras({f"video.{camera}": size for camera, size in sizes.items()})
+
+    def __call__(self, observation: Mapping[str, Any]) -> PolicyInputs:
+        """Raises ObservationError."""
+        checked = parse_observation(observation, self.data_config, self.embodiment.state_widths)
+        fields: dict[str, Any] = {}
+        for transform in self.transforms:
+            fields |= transform(checked)
+        return PolicyInputs(**fields, to_pixels=self._to_pixels, batched=checked.batched)
+
+    def known_rows(self, prefix: ActionPrefix | None, inputs: PolicyInputs) -> dict[str, np.ndarray]:
+        """`action.<part>` -> float32 (B, L, D) of a prefix; empty when there is nothing to continue. Raises ObservationError."""
+        embodiment = self.embodiment
+        return {} if prefix is None else parse_prefix(prefix, embodiment.action_widths, inputs.batched, inputs.batch, embodiment.trained_horizon)
+
+    def example_observation(self, instruction: str) -> dict[str, Any]:
+        """An observation of the right form: mid-grey pictures, joints in the middle of their range."""
+        config = self.data_config
+        observation: dict[str, Any] = {config.language_key: [instruction]}
+        for key in config.video_keys:
+            width, height = self._images.example_size(key)
+            observation[key] = np.full((len(config.video_indices), height, width, 3), 127, dtype=np.uint8)
+        for part in self.embodiment.state:
+            middle = (part.statistics["min"] + part.statistics["max"]) / 2
+            observation[part.key] = np.stack([middle] * len(config.state_indices))
+        return observation
+
+
+def left_padded(inputs: PolicyInputs, padding_id: int) -> tuple[Tensor, Tensor]:
+    """Ids int64 (B, S) and mask (B, S) as references have them, padded on the left."""
+    lengths, longest = inputs.lengths, inputs.input_ids.shape[1]
+    padded = np.where(np.arange(longest) < lengths[:, None], inputs.input_ids, padding_id)
+    ids = np.stack([np.roll(row, longest - length) for row, length in zip(padded, lengths, strict=True)])
+    return torch.from_numpy(ids), torch.from_numpy((np.arange(longest) >= longest - lengths[:, None]).astype(np.int64))

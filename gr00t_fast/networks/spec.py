@@ -1,0 +1,253 @@
+"""What a network's description holds, and how its configuration files are read: strictly, by tables.
+
+A published network is one file of this folder, which exports a NetworkSpec. `gr00t_fast.networks.NETWORKS` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from gr00t_fast.contracts import NetworkName
+from gr00t_fast.errors import CheckpointError, closest, shown
+from gr00t_fast.files import read_json
+from gr00t_fast.inputs.data_config import DataConfig
+from gr00t_fast.inputs.embodiment import Embodiment
+from gr00t_fast.inputs.images import ImageTransform
+from gr00t_fast.inputs.processor import PolicyInputs, Processor
+from gr00t_fast.inputs.prompt import PromptEncoder, PromptForm
+from gr00t_fast.model.config import LanguageConfig, ModelConfig, TransformerConfig
+from gr00t_fast.model.vision import pixels_of
+from gr00t_fast.networks.weights import Sources
+
+
+class EmbodimentFiles(Protocol):
+    """The small files of a checkpoint that say what it was trained on."""
+
+    @property
+    def tags(self) -> Collection[str]:
+        """Embodiments that they know, as they write them."""
+
+    def row_of(self, tag: str) -> int:
+        """The row of the per-embodiment weights. Raises ConfigError for an unknown tag, CheckpointError for damaged files."""
+
+    def embodiment(self, tag: str, data_config: DataConfig | None) -> Embodiment:
+        """data_config: None for the checkpoint's own, or its network's usual one. Raises as `row_of`, and ConfigError for a data configuration that
+        does not fit."""
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """All that is special about a published network outside of gr00t_fast.model, whose flags are in ModelConfig.
+
+    name: as reports and clients know it; model_type: what its config.json says. backbone_file: where a checkpoint says the backbone's sizes, and
+    published_backbone: what they are where it does not. read_config: config.json and the backbone's -> sizes. weights: the published tensors of each
+    parameter; unused_weights: prefixes of tensors that files hold and nothing reads. read_files: directory, config.json, sizes, and what was asked
+    about letterboxing -> the files about embodiments. images: how frames become images. reference_inputs: what a network reads by its reference's
+    names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. nested: NVIDIA's
+    clients of it
+    speak the nested form.
+    """
+
+    name: NetworkName
+    model_type: str
+    backbone_file: str
+    published_backbone: Mapping[str, Any]
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
+    weights: Mapping[str, Sources]
+    unused_weights: tuple[str, ...]
+    read_files: Callable[[Path, Mapping[str, Any], ModelConfig, str], EmbodimentFiles]
+    images: Callable[[Embodiment, ModelConfig], ImageTransform]
+    prompt: PromptForm
+    reference_inputs: Callable[[PolicyInputs, Embodiment, ModelConfig, Tensor], dict[str, Tensor]]
+    download: tuple[str, ...]
+    fixed_images: bool
+    nested: bool
+
+    @property
+    def title(self) -> str:
+        return f"GR00T {self.name.upper()}"
+
+    def processor(self, config: ModelConfig, embodiment: Embodiment, tokenizer: Tokenizer, prompt_style: str) -> Processor:
+        """Raises ConfigError for an unknown style, CheckpointError for a tokenizer of another network."""
+        images = self.images(embodiment, config)
+        image_token = config.language.image_token_id
+        prompts = PromptEncoder(self.prompt, tokenizer, embodiment.images_per_observation, image_token, prompt_style, embodiment.formalize_language)
+        return Processor(embodiment, images, prompts, pixels_of(config.vision), (config.head.action_horizon, config.head.action_dim))
+
+
+def read_object(path: Path, nan: bool = False) -> dict[str, Any]:
+    """A file's JSON object. nan: whether numbers may be NaN; whoever uses them decides. Raises CheckpointError."""
+    try:
+        loaded = read_json(path, nan)
+    except FileNotFoundError as error:
+        below = sorted({file.parent for file in path.parent.glob("*/model*.safetensors*")})
+        meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
+        raise CheckpointError(
+            f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) "
+            f"processor_config.json, statistics.json, embodiment_id.json.{meant}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(loaded).__name__}.")
+    return loaded
+
+
+def damaged(file: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{file}: {why}. Copy or download the checkpoint again.")
+
+
+# Ten times the published sizes or more. What is larger is damage, and building such a network would take hours or all memory before the weights
+# showed it.
+_MOST_OTHERWISE = 2**18  # widths, vocabulary
+_MOST = {"num_hidden_layers": 256, "num_layers": 256, "image_size": 2048, "patch_size": 2048, "action_horizon": 4096, "max_num_embodiments": 4096}
+_MOST |= {"num_target_vision_tokens": 4096, "num_timestep_buckets": 10_000, "action_dim": 4096, "max_state_dim": 4096, "max_seq_len": 2**16}
+_MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 4096, "attention_head_dim": 4096}
+_MOST |= {"num_heads": 1024, "depth": 256, "select_layer": 256, "temporal_patch_size": 16, "spatial_merge_size": 16, "state_history_length": 64}
+_REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a configuration file. `absent`, below: what a file that leaves a key out means, the default of the reference's class.
+
+    Every method raises CheckpointError that names file and key.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def section(self, name: str) -> Section:
+        if not isinstance(self.values.get(name), Mapping):
+            raise CheckpointError(f"{self.where} has no '{name}' section. Expected what NVIDIA's training writes.")
+        return Section(self.values[name], f"{self.where} {name}")
+
+    def whole(self, key: str, absent: Any = _REQUIRED, most: int | None = None) -> int:
+        value, most = self.values.get(key, absent), most or _MOST.get(key, _MOST_OTHERWISE)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise self._wrong(key, f"a whole number from 1 to {most}", value)
+        return value
+
+    def wholes(self, names: Mapping[str, str]) -> dict[str, int]:
+        """names: field of a dataclass of sizes -> key."""
+        return {field: self.whole(key) for field, key in names.items()}
+
+    def positive(self, key: str, absent: float) -> float:
+        value = self.values.get(key, absent)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+            raise self._wrong(key, "a positive number", value)
+        return float(value)
+
+    def switch(self, key: str, absent: bool) -> bool:
+        value = self.values.get(key, absent)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false", value)
+        return value
+
+    def refuse_unknown(self, known: Iterable[str]) -> None:
+        """Keys that may change the computation."""
+        known = set(known)
+        for key in self.values:
+            if key not in known:
+                raise CheckpointError(f"{self.where}: unknown key '{key}'.{closest(key, known)} It may change the computation, so it is refused.")
+
+    def refuse_other(self, computed: Mapping[str, tuple[Any, Any]]) -> None:
+        """computed: key -> what an absent one means, and the value that this implementation computes with; any other would need other code."""
+        for key, (absent, value) in computed.items():
+            if self.values.get(key, absent) != value:
+                found = shown(self.values[key]) if key in self.values else f"not given, which means {absent!r} to the reference"
+                raise CheckpointError(f"{self.where}: {key} is {found}; this implementation computes with {value!r} only.")
+
+    def refuse_different(self, expected: Mapping[str, Any]) -> None:
+        """Sizes that are written twice, where they are given. Parts that do not fit together would show as a puzzling shape error in the network."""
+        for key, value in expected.items():
+            if self.values.get(key, value) != value:
+                raise CheckpointError(f"{self.where}: {key} is {shown(self.values[key])}, expected {value} from the rest of the configuration.")
+
+    def _wrong(self, key: str, expected: str, value: Any) -> CheckpointError:
+        found = "nothing" if value is _REQUIRED else shown(value)
+        return CheckpointError(f"{self.where}: '{key}' must be {expected}, got {found}. The file is incomplete or damaged.")
+
+
+def expect(files: str, conditions: Mapping[str, bool]) -> None:
+    """Raises CheckpointError for the first condition that does not hold."""
+    for condition, holds in conditions.items():
+        if not holds:
+            raise CheckpointError(f"{files}: expected that {condition}, which is not so.")
+
+
+# What all networks have: diffusers' transformers in the action head, and Qwen3 as the language model.
+
+_COMPUTED_BY_TRANSFORMERS: dict[str, tuple[Any, Any]] = {
+    "positional_embeddings": ("sinusoidal", None),
+    "activation_fn": ("gelu-approximate", "gelu-approximate"),
+    "attention_bias": (True, True),
+}
+_COMPUTED_BY_THE_DIT: dict[str, tuple[Any, Any]] = {
+    "norm_type": ("ada_norm", "ada_norm"),
+    "norm_elementwise_affine": (False, False),
+    "norm_eps": (1e-5, 1e-5),
+    "interleave_self_attention": (False, True),
+}
+_TRANSFORMER_KEYS = {
+    *("attention_head_dim", "cross_attention_dim", "dropout", "final_dropout", "num_attention_heads", "num_layers", "output_dim", "compute_dtype"),
+    *("max_num_positional_embeddings", "upcast_attention", "num_embeds_ada_norm", *_COMPUTED_BY_TRANSFORMERS, *_COMPUTED_BY_THE_DIT),
+}
+
+
+def read_transformer(section: Section, is_dit: bool = False) -> TransformerConfig:
+    section.refuse_unknown(_TRANSFORMER_KEYS)
+    section.refuse_other(_COMPUTED_BY_TRANSFORMERS | (_COMPUTED_BY_THE_DIT if is_dit else {}))
+    return TransformerConfig(**section.wholes({"num_layers": "num_layers", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}))
+
+
+_QWEN3_SIZES = {
+    **{name: name for name in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")},
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+
+
+def read_qwen3(section: Section, num_layers: int, image_token_id: int, rope_theta: float, **others: Any) -> LanguageConfig:
+    """num_layers: how many of the decoder's layers are used. others: further fields of LanguageConfig."""
+    section.refuse_other({"hidden_act": ("silu", "silu"), "attention_bias": (False, False)})
+    if num_layers > (available := section.whole("num_hidden_layers")):
+        raise CheckpointError(f"{section.where}: select_layer of config.json must be between 1 and {available}, got {num_layers}.")
+    config = LanguageConfig(
+        **section.wholes(_QWEN3_SIZES),
+        num_layers=num_layers,
+        rms_norm_eps=section.positive("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        image_token_id=image_token_id,
+        **others,
+    )
+    expect(
+        section.where,
+        {
+            "num_attention_heads is a multiple of num_key_value_heads": config.num_heads % config.num_kv_heads == 0,
+            "head_dim is even": config.head_dim % 2 == 0,
+            "the image token's id is below vocab_size": image_token_id < config.vocab_size,
+        },
+    )
+    return config
+
+
+def check_head(config: ModelConfig, where: str) -> None:
+    """What must hold of an action head in any network. Raises CheckpointError."""
+    head, width = config.head, config.language.hidden_size
+    expect(
+        where,
+        {
+            f"heads x head_dim of vl_self_attention_cfg is {width}": head.vl_attention.num_layers == 0 or head.vl_attention.width == width,
+            f"diffusion_model_cfg.output_dim is hidden_size ({head.hidden_size})": head.output_dim == head.hidden_size,
+            "input_embedding_dim is even": head.dit.width % 2 == 0,
+            "max_seq_len is at least action_horizon": head.max_positions >= head.action_horizon,
+            "num_timestep_buckets is at least num_inference_timesteps": head.timestep_buckets >= head.denoising_steps,
+        },
+    )
