@@ -389,7 +389,8 @@ def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Gr00t(config)
     is_qwen = isinstance(config.vision, QwenVisionConfig)
-    weights, shapes = (n1d7 if is_qwen else n1d5).WEIGHTS, {}
+    weights = (n1d7 if is_qwen else n1d5).WEIGHTS
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes.update(published_shapes(weights, name, tuple(parameter.shape), config))
     if is_qwen:  # the final norm that published files hold and nothing reads

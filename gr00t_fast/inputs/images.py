@@ -3,7 +3,8 @@
 N1.5 resizes frames to the training videos' resolution (the crop to 224 x 224 follows on the device). N1.7 pads a frame to a square with black, if
 the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized again; then it is brought to a size that
 Qwen3-VL's image processor accepts. Axis alphabet: B batch, T times, C images (times x cameras, time-major), H and W height and width, h and w those
-of the result."""
+of the result.
+"""
 
 from __future__ import annotations
 

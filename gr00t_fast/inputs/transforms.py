@@ -38,6 +38,8 @@ class Normaliser:
             return values
         if mode == "binary":
             return (values > 0.5).astype(np.float32)
+        low: np.ndarray
+        high: np.ndarray
         low, high = (statistics.astype(arithmetic.inverse) for statistics in self._statistics(values))
         if mode == "mean_std":
             restored = (values * high + low).astype(np.float32)
@@ -98,7 +100,8 @@ class ActionTransform:
 
         Raises ObservationError where actions are relative to a part that `state` lacks.
         """
-        result, start = {}, 0
+        result: dict[str, np.ndarray] = {}
+        start = 0
         for each in self._parts:
             part = each.part
             values = each.inverse(actions[..., start : start + part.width].astype(np.float32))
@@ -116,7 +119,8 @@ class ActionTransform:
         """
         joined = []
         for each in self._parts:
-            part, values = each.part, actions[each.part.key].astype(np.float64)
+            part = each.part
+            values: np.ndarray = actions[part.key].astype(np.float64)
             if part.reference is not None:
                 values = _relative(values, _present(part.reference, state).astype(np.float64), part.pose)
             joined.append(each.exact(values))

@@ -195,7 +195,7 @@ class MetadataFile:
                 raise ConfigError(f"the data config's {', '.join(keys)} have {total} values together; the network takes {width}.")
         return Embodiment(tag, row, config, cameras, state, action, ARITHMETIC, head.action_horizon, head.state_dim, self.raw[tag])
 
-    def _entry(self, tag: str) -> tuple[dict[str, Camera], dict[str, Statistics], dict[str, str]]:
+    def _entry(self, tag: str) -> tuple[Mapping[str, Camera], Mapping[str, Statistics], Mapping[str, str]]:
         """Cameras and statistics by key, and what `modalities` says of parts that is not computed here. Raises CheckpointError."""
         try:
             entry = self.raw[tag]
@@ -253,8 +253,9 @@ def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letter
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
 
-def images(embodiment: Embodiment, config: ModelConfig) -> ResizeFrames:
-    return ResizeFrames({key: embodiment.cameras[key] for key in embodiment.data_config.video_keys}, config.vision.tokens)
+def images(embodiment: Embodiment, config: Any) -> ResizeFrames:
+    trained = {key: camera for key in embodiment.data_config.video_keys if (camera := embodiment.cameras[key]) is not None}
+    return ResizeFrames(trained, config.vision.tokens)
 
 
 def render_prompt(instruction: str, images: int, tokens: int) -> str:

@@ -157,7 +157,8 @@ def read_config(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> Model
 
 def _vision(section: Section) -> QwenVisionConfig:
     section.refuse_other({"hidden_act": ("gelu_pytorch_tanh", "gelu_pytorch_tanh"), "in_channels": (3, 3)})
-    depth, positions, deepstack = section.whole("depth"), section.whole("num_position_embeddings"), section.values.get("deepstack_visual_indexes")
+    depth, positions = section.whole("depth"), section.whole("num_position_embeddings")
+    deepstack: Any = section.values.get("deepstack_visual_indexes")
     is_list = isinstance(deepstack, list) and all(type(index) is int and 0 <= index < depth for index in deepstack)
     if not is_list or sorted(set(deepstack)) != deepstack:
         expected = f"blocks from 0 to {depth - 1} in order"
@@ -572,10 +573,11 @@ def _image_settings(settings: Mapping[str, Any], letterbox: bool) -> ImageSettin
     crop, target = size("image_crop_size"), size("image_target_size")
     edge, fraction = settings["shortest_image_edge"], settings["crop_fraction"]
     if settings["use_albumentations"]:
-        if (edge is None and target is None) or (fraction is None and (crop is None or target is None)):
+        if target is not None:
+            edge = target[0] if edge is None else edge
+            fraction = crop[0] / target[0] if fraction is None and crop is not None else fraction
+        if edge is None or fraction is None:
             raise ValueError("shortest_image_edge, or crop_fraction, and the sizes that stand for them are null")
-        edge = target[0] if edge is None else edge
-        fraction = crop[0] / target[0] if fraction is None else fraction
         if type(edge) is not int or not MIN_FRAME_PX <= edge <= MAX_FRAME_PX or not 0 < float(fraction) <= 1:
             raise ValueError(f"shortest_image_edge {shown(edge)}, crop_fraction {shown(fraction)}")
         return ImageSettings(letterbox, True, edge, float(fraction), crop, target)
@@ -632,7 +634,7 @@ PROMPT = PromptForm(
 )
 
 
-def reference_inputs(inputs: PolicyInputs, embodiment: Embodiment, config: ModelConfig, pixels: Tensor) -> dict[str, Tensor]:
+def reference_inputs(inputs: PolicyInputs, embodiment: Embodiment, config: Any, pixels: Tensor) -> dict[str, Tensor]:
     """pixels fp32 (B, C, 3, h, w) -> input_ids (B, S) and attention_mask, pixel_values (patches of all pictures, 1536), image_grid_thw (B x C, 3),
     state (B, T, P), embodiment_id (B,)."""
     pictures, patch = pixels.flatten(0, 1), config.vision.patch_size

@@ -50,8 +50,7 @@ class NetworkSpec:
     parameter; unused_weights: prefixes of tensors that files hold and nothing reads. read_files: directory, config.json, sizes, and what was asked
     about letterboxing -> the files about embodiments. images: how frames become images. reference_inputs: what a network reads by its reference's
     names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. nested: NVIDIA's
-    clients of it
-    speak the nested form.
+    clients of it speak the nested form.
     """
 
     name: NetworkName
@@ -134,7 +133,7 @@ class Section:
             raise self._wrong(key, f"a whole number from 1 to {most}", value)
         return value
 
-    def wholes(self, names: Mapping[str, str]) -> dict[str, int]:
+    def wholes(self, names: Mapping[str, str]) -> dict[str, Any]:
         """names: field of a dataclass of sizes -> key."""
         return {field: self.whole(key) for field, key in names.items()}
 
