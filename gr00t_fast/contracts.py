@@ -99,7 +99,7 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
-    network: NetworkName | None = None  # whose form of messages clients that ask what it reads understand; None: N1.5's
+    nested: bool = False  # whether NVIDIA's clients of it speak the nested form (N1.7's), else the flat one
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of

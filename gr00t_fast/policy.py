@@ -205,8 +205,8 @@ class Gr00tPolicy(Policy):
         self._action_horizon = check_action_horizon(horizon, self.processor.embodiment)
 
     @property
-    def network(self) -> str:
-        return self.checkpoint.network.name
+    def nested(self) -> bool:
+        return self.checkpoint.network.nested
 
     @property
     def continues(self) -> frozenset[str]:

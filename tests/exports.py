@@ -23,9 +23,15 @@ def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "
 
 
 def make_export(
-    checkpoint: Path, out: Path, data_config: str | None = "so100", precision: str = "fp32", text_tokens: int = 20, longest: int = 256
+    checkpoint: Path,
+    out: Path,
+    data_config: str | None = "so100",
+    precision: str = "fp32",
+    text_tokens: int = 20,
+    longest: int = 256,
+    tag: str = "new_embodiment",
 ) -> Path:
-    target = target_for(checkpoint, data_config)
+    target = target_for(checkpoint, data_config, tag)
     usual, _ = inputs_for(target.checkpoint.config, len(target.data_config.video_keys), text_tokens)
     export_onnx(target, Options(out, precision, (3,), usual, longest), "made by a test")
     return out

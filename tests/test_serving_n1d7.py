@@ -78,7 +78,7 @@ class Server(n1d5.Server):
 
 def served(data_config: str = "so100") -> ArithmeticPolicy:
     policy = ArithmeticPolicy(data_config)
-    policy.network = "n1.7"
+    policy.nested = True
     return policy
 
 

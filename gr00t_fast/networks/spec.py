@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import CheckpointError, closest, shown
 from gr00t_fast.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
@@ -53,7 +52,7 @@ class NetworkSpec:
     clients of it speak the nested form.
     """
 
-    name: NetworkName
+    name: str
     model_type: str
     backbone_file: str
     published_backbone: Mapping[str, Any]

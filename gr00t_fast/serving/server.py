@@ -304,7 +304,7 @@ class PolicyServer(PolicyServerBase):
         """
         self._zmq, self._max_bytes = require("zmq", "serving"), max_message_bytes
         # answered by the talking thread, which must not touch the policy
-        self._modality_config = encode(modality_config_message(policy.get_modality_config(), n1d7=policy.network == "n1.7"))
+        self._modality_config = encode(modality_config_message(policy.get_modality_config(), n1d7=policy.nested))
         self._metadata = None if policy.metadata is None else encode(metadata_to_message(policy.metadata))
         address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         self._context = self._zmq.Context()
