@@ -116,5 +116,5 @@ def test_wrong_batches_are_refused(policy: Gr00tPolicy) -> None:
 def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -> None:
     """The batch shares one list of image positions: no instruction may move them."""
     encode: PromptEncoder = policy.processor.prompts
-    places = [np.flatnonzero(encode(text) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
+    places = [np.flatnonzero(encode(text, 4) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
     assert all(np.array_equal(places[0], other) for other in places)

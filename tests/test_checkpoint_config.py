@@ -38,28 +38,32 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
     ("key", "value", "pattern"),
     [
         ("model_type", "gr00t_n1_6", r"'gr00t_n1_6', expected 'gr00t_n1_5'.*N1.6"),
-        ("model_type", ..., "model_type 'None'"),
+        ("model_type", ..., "model_type None"),
         ("action_head_cfg", ..., "no 'action_head_cfg' section"),
         ("backbone_cfg", 3, "no 'backbone_cfg' section"),
         ("action_head_cfg.diffusion_model_cfg", None, "no 'diffusion_model_cfg' section"),
         ("action_head_cfg.vl_self_attention_cfg", [], "no 'vl_self_attention_cfg' section"),
-        ("action_head_cfg.use_vln", True, "unknown key 'use_vln' in action_head_cfg. Did you mean 'use_vlln'"),
-        ("action_head_cfg.diffusion_model_cfg.num_layer", 2, r"'num_layer' in action_head_cfg.diffusion_model_cfg. Did you mean 'num_layers'"),
-        ("backbone_cfg.tune_lm", True, "'tune_lm' in backbone_cfg. Did you mean 'tune_llm'"),
+        ("action_head_cfg.use_vln", True, "action_head_cfg: unknown key 'use_vln'. Did you mean 'use_vlln'"),
+        (
+            "action_head_cfg.diffusion_model_cfg.num_layer",
+            2,
+            r"action_head_cfg.diffusion_model_cfg: unknown key 'num_layer'. Did you mean 'num_layers'",
+        ),
+        ("backbone_cfg.tune_lm", True, "backbone_cfg: unknown key 'tune_lm'. Did you mean 'tune_llm'"),
         ("action_head_cfg.diffusion_model_cfg.norm_type", "layer_norm", "norm_type is 'layer_norm'; .* 'ada_norm' only"),
         ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
         ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
         # an absent key means the default of the reference's class
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", ..., "interleave_self_attention is not given, which means False"),
-        ("action_head_cfg.diffusion_model_cfg.positional_embeddings", ..., "diffusion_model_cfg.positional_embeddings .*'sinusoidal'"),
-        ("action_head_cfg.vl_self_attention_cfg.positional_embeddings", ..., "vl_self_attention_cfg.positional_embeddings .*'sinusoidal'"),
+        ("action_head_cfg.diffusion_model_cfg.positional_embeddings", ..., "diffusion_model_cfg: positional_embeddings .*'sinusoidal'"),
+        ("action_head_cfg.vl_self_attention_cfg.positional_embeddings", ..., "vl_self_attention_cfg: positional_embeddings .*'sinusoidal'"),
         ("backbone_cfg.project_to_dim", ..., "project_to_dim .*1536"),
         # said in two places
         ("action_dim", 16, "action_dim is 16, expected 32"),
         ("action_horizon", 8, "action_horizon is 8, expected 16"),
-        ("backbone_cfg.select_layer", 99, "select_layer must be between 1 and 1, got 99"),
-        ("backbone_cfg.select_layer", -1, "select_layer must be between"),
+        ("backbone_cfg.select_layer", 99, "select_layer .* between 1 and 1, got 99"),
+        ("backbone_cfg.select_layer", -1, "select_layer.* got -1"),
         ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a whole number from 1 to 4096, got 0"),
         ("action_head_cfg.action_horizon", "16", "got '16'"),
         ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a whole number from 1"),
@@ -71,7 +75,7 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Path:
         ("action_head_cfg.backbone_embedding_dim", 2048, "backbone_embedding_dim is 2048, expected 32"),
         ("action_head_cfg.input_embedding_dim", 1536, "input_embedding_dim is 1536, expected 32"),
         ("action_head_cfg.max_action_dim", 16, "max_action_dim is 16, expected 32"),
-        ("action_head_cfg.vl_self_attention_cfg.num_attention_heads", 3, "heads x head_dim is 24, expected 32"),
+        ("action_head_cfg.vl_self_attention_cfg.num_attention_heads", 3, "vl_self_attention_cfg .*24, expected 32"),
     ],
 )
 def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: object, pattern: str) -> None:
@@ -87,7 +91,7 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
         ("use_pixel_shuffle", ..., "use_pixel_shuffle is not given, which means True"),
         ("mlp_connector_layers", ..., "mlp_connector_layers is not given, which means 2"),
         ("select_layer", ..., "select_layer is not given, which means -4"),
-        ("text_config.model_type", "qwen2", "text_config.model_type is 'qwen2'; .* 'qwen3' only"),
+        ("text_config.model_type", "qwen2", "text_config: model_type is 'qwen2'; .* 'qwen3' only"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling"),
         ("vision_config", ..., "no 'vision_config' section"),
         ("text_config", "qwen3", "no 'text_config' section"),
@@ -96,7 +100,7 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
         ("vision_config.num_attention_heads", 5, "multiple of num_attention_heads"),
         ("text_config.rope_theta", "1e6", "'rope_theta' must be a positive number, got '1e6'"),
         ("text_config.rms_norm_eps", float("nan"), "NaN is no number"),
-        ("image_token_index", 200_000, "image_token_index is below"),
+        ("image_token_index", 200_000, "image token's id is below vocab_size"),
         ("image_token_index", ..., "'image_token_index' must be a whole number from 1"),
     ],
 )
@@ -113,7 +117,7 @@ def test_an_absent_rope_theta_means_the_library_s_default(checkpoint: Path) -> N
 
 def test_sizes_of_the_published_network_are_the_default(checkpoint: Path) -> None:
     (checkpoint / "eagle2_hg_model" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="backbone_embedding_dim is 32, expected 2048"):
+    with pytest.raises(CheckpointError, match="is 32, expected 2048"):
         open_checkpoint(checkpoint)  # a small network without its sizes is not silently read as something else
 
 
@@ -220,8 +224,8 @@ def test_statistics_that_were_rounded_or_estimated_are_taken(checkpoint: Path) -
         edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [value])
     for name, value in (("min", 0.0), ("max", 0.0), ("q01", 4e-16), ("q99", 4e-14)):  # always 0: lerobot's estimate
         edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.action.gripper.{name}", [value])
-    statistics = open_checkpoint(checkpoint).embodiment("new_embodiment").statistics
-    assert (statistics["state.gripper"]["q99"], statistics["action.gripper"]["q99"]) == ([60.01], [4e-14])
+    metadata = open_checkpoint(checkpoint).embodiment("new_embodiment").metadata
+    assert (metadata.state_statistics["gripper"].q99, metadata.action_statistics["gripper"].q99) == ([60.01], [4e-14])
 
 
 def test_a_deviation_that_is_nan_is_refused_where_it_is_used(checkpoint: Path) -> None:

@@ -141,7 +141,7 @@ def test_data_configs_and_tags_that_do_not_fit_are_refused(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="unknown embodiment_tag 'gr1'.*--embodiment_tag=new_embodiment"):
         load_policy(tiny, embodiment_tag="gr1", device="cpu")
     checkpoint = open_checkpoint(tiny)
-    assert target_of(checkpoint, "NEW_EMBODIMENT", None) == target_of(checkpoint, TAG, None), "names of NVIDIA's EmbodimentTag are in capitals"
+    assert target_of(checkpoint, "NEW_EMBODIMENT", None).embodiment_tag == TAG, "names of NVIDIA's EmbodimentTag are in capitals"
 
 
 def test_exports_of_n1d5_from_before_still_fit(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
     for key in ("select_layer", "num_timestep_buckets", "attend_text_every_n_blocks"):
         raw.pop(key, None)
     (tiny / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(CheckpointError, match="select_layer must be between 1 and 3, got 12"):
+    with pytest.raises(CheckpointError, match="select_layer .*1 and 3, got 12"):
         open_checkpoint(tiny)
     edit_json(tiny / "config.json", "select_layer", 3)
     head = open_checkpoint(tiny).config.head
@@ -228,17 +228,17 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
     [
         ("config.json", "select_layers", 3, "unknown key 'select_layers'.*Did you mean 'select_layer'"),
         ("config.json", "use_tactile", True, "use_tactile is True"),
-        ("config.json", "diffusion_model_cfg.positional_embeddings", ..., "positional_embeddings is 'sinusoidal'"),
+        ("config.json", "diffusion_model_cfg.positional_embeddings", ..., "positional_embeddings .*'sinusoidal'"),
         ("config.json", "diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
         ("config.json", "input_embedding_dim", 33, "input_embedding_dim is 33, expected 32"),
         ("config.json", "max_num_embodiments", 10, "selects row 10 .* there are 10"),
-        ("config.json", "max_state_dim", 131, "max_state_dim is 132, but the network's is 131"),
+        ("config.json", "max_state_dim", 131, "max_state_dim is 132, expected 131"),
         ("backbone_config.json", "text_config.rope_scaling.mrope_interleaved", False, "mrope_interleaved"),
         ("backbone_config.json", "text_config.rope_scaling.mrope_section", [2, 2, 1], "half of head_dim"),
         ("backbone_config.json", "vision_config.deepstack_visual_indexes", [1, 0], "deepstack_visual_indexes"),
         ("backbone_config.json", "vision_config.num_position_embeddings", 35, "square"),
         ("processor_config.json", "processor_kwargs.use_percentile", True, "unknown key 'use_percentile'"),
-        ("processor_config.json", "processor_kwargs.formalize_language", 1, "formalize_language must be true or false"),
+        ("processor_config.json", "processor_kwargs.formalize_language", 1, "'formalize_language' must be true or false"),
         ("processor_config.json", f"{MODALITIES}.action.delta_indices", [1, 2], "action delta_indices"),
         ("processor_config.json", f"{MODALITIES}.video.delta_indices", [0, -15], "video delta_indices"),
         ("processor_config.json", f"{MODALITIES}.state.delta_indices", [-1, 0], "state_history_length"),
@@ -253,7 +253,7 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
         ("processor_config.json", f"{MODALITIES}.action.action_configs", None, "'single_arm' is absolute, but statistics.json"),
         ("processor_config.json", f"{MODALITIES}.action.action_configs", [{"rep": "ABSOLUTE"}] * 2, "'single_arm' is absolute, but statistics.json"),
         ("processor_config.json", f"{MODALITIES}.action.action_configs", [{"rep": "DELTA"}] * 2, "'single_arm' has rep DELTA"),
-        ("processor_config.json", "processor_kwargs.max_action_horizon", 16, "max_action_horizon is 16, but the network's is 40"),
+        ("processor_config.json", "processor_kwargs.max_action_horizon", 16, "max_action_horizon is 16, expected 40"),
         ("statistics.json", f"{TAG}.action.gripper.max", [1e30], "action.gripper.max exceeds"),
         ("statistics.json", f"{TAG}.action.gripper.max", [50.0], "action.gripper.q99 exceeds action.gripper.max"),
         ("statistics.json", f"{TAG}.action.gripper.min", [40.0], "action.gripper.min exceeds action.gripper.q01"),
@@ -457,7 +457,7 @@ def test_words_and_files_about_letterboxing_that_are_wrong(tiny: Path, tmp_path:
     with pytest.raises(ConfigError, match="N1.5 checkpoint.*--letterbox"):
         load_policy(write_network(tmp_path / "n1d5"), letterbox="never")
     edit_json(tiny / "processor_config.json", "processor_kwargs.letter_box_transform", "no")
-    with pytest.raises(CheckpointError, match="letter_box_transform must be true or false"):
+    with pytest.raises(CheckpointError, match="'letter_box_transform' must be true or false"):
         load_policy(tiny)
     (tiny / "experiment_cfg").mkdir()
     (tiny / "experiment_cfg" / "final_processor_config.json").write_text('{"eval_image_transform": ')

@@ -84,7 +84,7 @@ def test_one_per_size_data_config_and_seed(tmp_path: Path) -> None:
     written_ns = (first / "model.safetensors").stat().st_mtime_ns
     other = checkpoint_in(tmp_path, "checkpoint", "tiny", "so100_dualcam", seed=1)
     assert (first.name, other.name) == ("checkpoint-tiny", "checkpoint-tiny-so100_dualcam-seed1")
-    assert set(open_checkpoint(other).embodiment("new_embodiment").cameras) == {"video.front", "video.wrist"}
+    assert set(open_checkpoint(other).embodiment("new_embodiment", "so100_dualcam").cameras) == {"video.front", "video.wrist"}
     assert checkpoint_in(tmp_path, "checkpoint", "tiny") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == written_ns
 

@@ -172,15 +172,19 @@ class MetadataFile:
         return self.raw.keys()
 
     def row_of(self, tag: str) -> int:
-        if tag not in self.raw or tag not in EMBODIMENT_ROWS:
-            usable = [name for name in self.raw if name in EMBODIMENT_ROWS]
-            has = ", ".join(f"--embodiment_tag={name}" for name in usable) or f"none that is known, only {', '.join(self.raw) or 'nothing'}"
-            what = "this checkpoint has no statistics for embodiment_tag" if tag in EMBODIMENT_ROWS else "unknown embodiment_tag"
-            raise ConfigError(f"{what} '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
+        if tag not in EMBODIMENT_ROWS:
+            raise self._unusable(tag, "unknown embodiment_tag")
         return EMBODIMENT_ROWS[tag]
+
+    def _unusable(self, tag: str, what: str) -> ConfigError:
+        usable = [name for name in self.raw if name in EMBODIMENT_ROWS]
+        has = ", ".join(f"--embodiment_tag={name}" for name in usable) or f"none that is known, only {', '.join(self.raw) or 'nothing'}"
+        return ConfigError(f"{what} '{tag}'.{closest(tag, usable)} This checkpoint has: {has}.")
 
     def embodiment(self, tag: str, data_config: DataConfig | None) -> Embodiment:
         row, head, config = self.row_of(tag), self.config.head, load_data_config(data_config)
+        if tag not in self.raw:
+            raise self._unusable(tag, "this checkpoint has no statistics for embodiment_tag")
         cameras, statistics, unsupported = self._entry(tag)
         check_trained_cameras(config, cameras)
         if unknown := [key for key in (*config.state_keys, *config.action_keys) if key not in statistics]:

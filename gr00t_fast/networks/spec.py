@@ -124,7 +124,7 @@ class Section:
     def section(self, name: str) -> Section:
         if not isinstance(self.values.get(name), Mapping):
             raise CheckpointError(f"{self.where} has no '{name}' section. Expected what NVIDIA's training writes.")
-        return Section(self.values[name], f"{self.where} {name}")
+        return Section(self.values[name], f"{self.where}{'.' if ' ' in self.where else ' '}{name}")  # file, then a dotted path
 
     def whole(self, key: str, absent: Any = _REQUIRED, most: int | None = None) -> int:
         value, most = self.values.get(key, absent), most or _MOST.get(key, _MOST_OTHERWISE)
@@ -239,10 +239,13 @@ def read_qwen3(section: Section, num_layers: int, image_token_id: int, rope_thet
 def check_head(config: ModelConfig, where: str) -> None:
     """What must hold of an action head in any network. Raises CheckpointError."""
     head, width = config.head, config.language.hidden_size
+    if head.vl_attention.num_layers and head.vl_attention.width != width:
+        raise CheckpointError(
+            f"{where}: vl_self_attention_cfg has heads x head_dim {head.vl_attention.width}, expected {width}, the backbone's width."
+        )
     expect(
         where,
         {
-            f"heads x head_dim of vl_self_attention_cfg is {width}": head.vl_attention.num_layers == 0 or head.vl_attention.width == width,
             f"diffusion_model_cfg.output_dim is hidden_size ({head.hidden_size})": head.output_dim == head.hidden_size,
             "input_embedding_dim is even": head.dit.width % 2 == 0,
             "max_seq_len is at least action_horizon": head.max_positions >= head.action_horizon,
