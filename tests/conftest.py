@@ -49,6 +49,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("moves a real SO-100: clear its surroundings and set SO100_PORT=/dev/ttyACM0")
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint of N1.5 for `so100`, for all tests together: one that changes it makes a copy."""
+    from random_networks import write_network
+
+    return write_network(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture(autouse=True)
 def ordinary_priority() -> Iterator[None]:
     """A test that leaves the process with a real-time priority makes later ones fail: whatever they wait for gets no processor."""

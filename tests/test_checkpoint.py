@@ -26,15 +26,10 @@ DECODER = "action_head.action_decoder.layer2.b"
 PROJECTION = "backbone.eagle_model.mlp1.0.weight"
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("pristine"))
-
-
 @pytest.fixture
-def checkpoint(pristine: Path, tmp_path: Path) -> Path:
+def checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
 def _change(checkpoint: Path, change) -> None:
@@ -50,9 +45,9 @@ def _parameters(checkpoint: Path, dtype: torch.dtype = torch.bfloat16, tag: str 
 # --- complete files ------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_weight_arrives_where_the_table_says(pristine: Path) -> None:
+def test_every_weight_arrives_where_the_table_says(checkpoint: Path) -> None:
     """Independently of the table's code: concatenation in the order q, k, v; k, v; one row of per-embodiment weights."""
-    published, ours = load_file(pristine / WEIGHTS), _parameters(pristine)
+    published, ours = load_file(checkpoint / WEIGHTS), _parameters(checkpoint)
     row = EMBODIMENT_ROWS["new_embodiment"]
     qwen = "backbone.eagle_model.language_model.model.layers.0.self_attn."
     siglip = "backbone.eagle_model.vision_model.vision_model.encoder.layers.0.self_attn."
@@ -71,19 +66,19 @@ def test_every_weight_arrives_where_the_table_says(pristine: Path) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def test_all_of_the_file_is_used_but_the_unused(pristine: Path) -> None:
+def test_all_of_the_file_is_used_but_the_unused(checkpoint: Path) -> None:
     """Element counts agree: nothing is read twice, nothing left out."""
-    published = load_file(pristine / WEIGHTS)
+    published = load_file(checkpoint / WEIGHTS)
     per_embodiment = sum(t.numel() for n, t in published.items() if n.endswith((".W", ".b")))
     unused = sum(t.numel() for n, t in published.items() if ".vision_model.head." in n)
     expected = sum(t.numel() for t in published.values()) - unused - per_embodiment * 31 // 32
-    assert sum(p.numel() for p in _parameters(pristine).values()) == expected
+    assert sum(p.numel() for p in _parameters(checkpoint).values()) == expected
 
 
-def test_sharded_and_single_files_are_the_same_network(pristine: Path, tmp_path: Path) -> None:
+def test_sharded_and_single_files_are_the_same_network(checkpoint: Path, tmp_path: Path) -> None:
     sharded = write_network(tmp_path, shard_bytes=60_000)
     assert len(list(sharded.glob("model-*.safetensors"))) > 5
-    one, many = _parameters(pristine), _parameters(sharded)
+    one, many = _parameters(checkpoint), _parameters(sharded)
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
 
@@ -116,8 +111,8 @@ def test_unused_tensors_are_ignored(checkpoint: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_network_is_frozen_and_in_inference_mode(pristine: Path) -> None:
-    model = load_network(pristine)
+def test_the_network_is_frozen_and_in_inference_mode(checkpoint: Path) -> None:
+    model = load_network(checkpoint)
     assert not model.training
     assert not any(p.requires_grad or p.is_meta for p in model.parameters())
 

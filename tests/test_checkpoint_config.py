@@ -20,15 +20,10 @@ from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.serving.wire import metadata_to_message
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("pristine"))
-
-
 @pytest.fixture
-def checkpoint(pristine: Path, tmp_path: Path) -> Path:
+def checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(pristine, tmp_path / "checkpoint"))
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
 # --- configuration -------------------------------------------------------------------------------------------------------------------
@@ -407,6 +402,6 @@ def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.Monkey
         open_checkpoint("a/b")
 
 
-def test_the_sizes_of_a_random_checkpoint_are_what_was_asked(pristine: Path) -> None:
-    config = open_checkpoint(pristine).config
+def test_the_sizes_of_a_random_checkpoint_are_what_was_asked(checkpoint: Path) -> None:
+    config = open_checkpoint(checkpoint).config
     assert (config.head.action_horizon, config.head.dit.num_layers, config.language.num_kv_heads) == (TINY.horizon, TINY.dit[0], TINY.language[4])

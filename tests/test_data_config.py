@@ -291,3 +291,14 @@ def test_a_class_that_cannot_be_read_gets_the_one_to_write(loaded: Callable, bod
 def test_a_class_for_nvidia_without_a_modality_config(loaded: Callable) -> None:
     with pytest.raises(ConfigError, match="modality_config"):
         loaded("class Mine:\n    video_keys = ['video.a']\n    def transform(self): pass\n", "Mine")
+
+
+@pytest.mark.parametrize("spec", [":Y", "..x:Y", "x:"])
+def test_a_malformed_name_is_refused(spec: str) -> None:
+    with pytest.raises(ConfigError, match="module:ClassName"):
+        load_data_config(spec)
+
+
+def test_a_module_that_cannot_be_imported_is_explained(loaded: Callable) -> None:
+    with pytest.raises(ConfigError, match="SyntaxError"):
+        loaded("def broken(:\n", "Mine")

@@ -24,11 +24,6 @@ LOAD = {"device": "cpu", "precision": "fp32"}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
 def loaded(checkpoint: Path) -> Gr00tPolicy:
     return load_policy(checkpoint, **LOAD, seed=0)
 
@@ -508,32 +503,6 @@ def test_no_gradients_are_kept(policy: Gr00tPolicy) -> None:
     policy.get_action(observation())
     assert torch.is_grad_enabled(), "the caller's mode is left as it was"
     assert all(parameter.grad is None for parameter in policy.engine.model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("def broken(:\n", "SyntaxError"),
-        ("class Config:\n    def __init__(self): raise RuntimeError('no')\n", "RuntimeError: no"),
-        ("class Config:\n    video_keys = state_keys = action_keys = ['x']\n    state_target_rotations = {'state.a': 'rotation_6d'}\n", "rotations"),
-    ],
-)
-def test_a_data_config_that_cannot_be_used_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
-    from gr00t_fast.inputs.data_config import load_data_config
-
-    module = f"broken_{abs(hash(source))}"
-    (tmp_path / f"{module}.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=says):
-        load_data_config(f"{module}:Config")
-
-
-@pytest.mark.parametrize("spec", [":Y", "..x:Y", "x:"])
-def test_a_malformed_data_config_is_refused(spec: str) -> None:
-    from gr00t_fast.inputs.data_config import load_data_config
-
-    with pytest.raises(ConfigError, match="module:ClassName"):
-        load_data_config(spec)
 
 
 @pytest.mark.parametrize("name", ["model_path", "device", "precision", "embodiment_tag", "engine"])
