@@ -61,7 +61,7 @@ class ArithmeticPolicy(Policy):
         brightness = sum(10.0**place * frames.reshape(parsed.batch, -1).mean(1) for place, frames in enumerate(parsed.frames.values()))
         offset = brightness + (0 if noise is None else float(np.sum(noise)))
         steps = np.arange(HORIZON)[None, :, None] + offset[:, None, None]
-        actions = {key.replace("state", "action"): (value[:, None] + steps).astype(np.float32) for key, value in parsed.state.items()}
+        actions = {key.replace("state", "action"): (value + steps).astype(np.float32) for key, value in parsed.state.items()}
         return actions if parsed.batched else {key: value[0] for key, value in actions.items()}
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
