@@ -20,7 +20,7 @@ from tiny_graphs import IMAGE_TOKENS, MAX_TOKENS, STAGES, WIDTH, write_export, w
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli import export_tensorrt
-from gr00t_fast.engine.manifest import Digests, Target, read_manifest
+from gr00t_fast.engine.manifest import Digests, read_manifest, target_of
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt import (
     BuildOptions,
@@ -35,7 +35,6 @@ from gr00t_fast.export.tensorrt import (
     prompt_profiles,
     run_alone,
 )
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 RTX = library.RTX
@@ -52,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def identity_of(checkpoint: Path, directory: Path) -> dict:
-    return Target(open_checkpoint(checkpoint), "new_embodiment", DATA_CONFIGS["so100"], "so100").identity(Digests(directory))
+    return target_of(open_checkpoint(checkpoint), "new_embodiment", "so100").identity(Digests(directory))
 
 
 @pytest.fixture(scope="module")

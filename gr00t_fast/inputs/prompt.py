@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
 from gr00t_fast.files import check_tokenizer_file, read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PROMPT_STYLES = ("plain", "nvidia")
 MAX_TEXT_TOKENS = 512  # a chosen limit: twice what an image has; SO-100 instructions take 30 to 50
@@ -109,6 +112,8 @@ def find_tokenizer(form: PromptForm, processor_path: str | Path | None, checkpoi
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Build the tokenizer from `tokenizer.json`, or from the slow format's vocab, merges and added tokens. Raises CheckpointError."""
+    from tokenizers import Tokenizer  # here: opening a checkpoint, and exports, need no tokenizer
+
     try:
         if (directory / "tokenizer.json").exists():
             check_tokenizer_file(directory / "tokenizer.json")
@@ -125,6 +130,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _from_slow_files(directory: Path) -> Tokenizer:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     for name in ("vocab.json", "merges.txt"):
         check_tokenizer_file(directory / name)
     tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))

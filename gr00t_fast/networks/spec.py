@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from gr00t_fast.errors import CheckpointError, closest, shown
@@ -23,6 +22,9 @@ from gr00t_fast.inputs.prompt import PromptEncoder, PromptForm
 from gr00t_fast.model.config import LanguageConfig, ModelConfig, TransformerConfig
 from gr00t_fast.model.vision import pixels_of
 from gr00t_fast.networks.weights import Sources
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class EmbodimentFiles(Protocol):
