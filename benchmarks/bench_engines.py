@@ -28,7 +28,7 @@ import torch
 from benchmarks.lib.program import checkpoint_of, finish, provenance
 from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.cli.comparison import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
+from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.fp8 import Calibration
@@ -52,6 +52,9 @@ class BenchEnginesConfig(BenchConfig):
     at_hz: float = 0.0  # also calls at this rate, idle in between as in a control loop; 0: none
     at_hz_seconds: float = 20.0  # how long
     out: Path = Path("outputs/bench_engines")  # directory for JSON and table
+
+    def needs_checkpoint(self) -> bool:
+        return False
 
 
 class LaboratoryBench(Bench):

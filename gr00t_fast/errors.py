@@ -7,18 +7,12 @@ packages: a missing one is explained by the pip extra that brings it.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import errno
 import importlib
-import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
-
-T = TypeVar("T")
 
 _ROOT = Path(__file__).parent.parent  # of the clone
 _HEAD_CHARACTERS, _TAIL_CHARACTERS, _SHOWN_CHARACTERS = 4000, 1000, 80
@@ -159,43 +153,3 @@ def shown(value: object) -> str:
     except ValueError:  # a whole number of thousands of digits
         return "a huge number"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} ..."
-
-
-def attempt(work: Callable[[], T], interrupted: str) -> tuple[T | None, int]:
-    """For programs: the result of `work` and 0, or None and an exit code once the reason has been said on stderr. Bugs keep their traceback."""
-    try:
-        return work(), 0
-    except Gr00tFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return None, 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return None, 130
-
-
-def exit_code_of(program: Callable[[], int]) -> int:
-    """For programs: what `program` returns, or what `tell_lost_output` does when its output cannot be written."""
-    try:
-        code = program()
-        sys.stdout.flush()
-    except OSError as error:
-        if not is_output_lost(error):
-            raise
-        return tell_lost_output(error)
-    return code
-
-
-def is_output_lost(error: OSError) -> bool:
-    """Whether it came from writing: a pipe whose reader left, a full disk, a terminal that is gone."""
-    return isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
-
-
-def tell_lost_output(error: OSError) -> int:
-    """Says so on stderr and returns exit code 1."""
-    with contextlib.suppress(OSError):  # it may have been stderr too
-        reader_left = isinstance(error, BrokenPipeError)
-        reason = "nobody reads this program's output any more (a closed pipe, as with `| head`)"
-        print(f"error: {reason if reader_left else f'cannot write to the output ({error.strerror})'}; the run has ended.", file=sys.stderr)
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes at exit
-    return 1

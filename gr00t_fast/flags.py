@@ -1,12 +1,13 @@
 """The command line of every program here: flags from a dataclass.
 
     @dataclass(kw_only=True)
-    class BenchConfig:
+    class BenchConfig(Flags):
         '''What the program does, in a paragraph; printed by --help.'''
+
+        GROUP = "timing"  # heading in --help of the fields that this class declares
 
         out: Path  # directory to make; a field without a default is required
         rounds: int = 100  # timed calls of each engine
-        engines: list[str] = setting(default_factory=list, former=("arms",))  # which; a former spelling is understood, with a note
 
     config, notes = parse_flags(BenchConfig, argv)      # raises UsageError: one line that names flag, value and remedy; exit code 2
     print(help_text(BenchConfig, "usage: ..."))         # every flag with its values, default and the comment behind its field
@@ -15,10 +16,8 @@ One dialect: `--name=value`, `--name value`, bare `--switch` and `--no-switch`, 
 the flag again; sizes are `--name 640 480` or `--name=640x480`. Text and paths are taken literally, mappings are YAML. `--config_path` names a YAML
 file, or the report of an earlier run, that comes below the command line.
 
-Simple fields (text, paths, numbers, choices, lists of them) are read here, with the standard library alone: programs that measure a bare GPU machine
-need no packages for their flags. Fields of other types, such as a robot with its cameras, are decoded by draccus, whose traps are avoided: it reads
-every flag as YAML (`--lang_instruction=yes` becomes 'True', `--robot.id=007` '7'), accepts abbreviated flags and explains some
-mistakes with a traceback.
+A field that is a dataclass contributes its fields as flags; one that is a `Choice`, such as a robot, contributes `<field>.type` and
+`<field>.<setting>` of all its classes. Everything is read with the standard library; YAML is imported when a value or a file needs it.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.files import read_json, read_text
@@ -49,8 +48,9 @@ _WIDTH, _INDENT = 92, 34
 
 _ADDRESS = "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run."
 _IN_THE_EXPORT = "That is chosen when the engine is made: gr00t-fast export tensorrt --precision."
-# Flags of Isaac-GR00T's scripts (eval_lerobot.py, eval_gr00t_so100.py, inference_service.py), and what is in their place here.
-_NVIDIA_FLAGS = {
+_DATA_SET = "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name."
+# Flags of Isaac-GR00T's scripts and of lerobot's programs, and what is in their place here; a name that ends in a dot stands for what begins with it.
+_FLAGS_OF_OTHERS = {
     **dict.fromkeys(("policy_host", "policy_port", "host", "port", "client"), _ADDRESS),
     "server": "This program is the server: leave the flag out.",
     "http_server": "HTTP is spoken by gr00t-fast serve --http.",
@@ -62,10 +62,6 @@ _NVIDIA_FLAGS = {
     "actions_to_execute": "A run's length is given in seconds: --timeout=SECONDS.",
     "cam_idx": 'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".',
     "record_imgs": "Use --video=FILE.mp4.",
-}
-_DATA_SET = "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name."
-# The same of lerobot-record, lerobot-replay and lerobot-rollout; a name that ends in a dot stands for what begins with it.
-_LEROBOT_FLAGS = {
     **dict.fromkeys(("policy.path", "policy.pretrained_path"), "Use --model_path=DIR."),
     "policy.type": "The checkpoint says which network it is: --model_path=DIR is enough.",
     "policy.": "Settings of the network are flags of their own, such as --device and --denoising_steps.",
@@ -89,14 +85,55 @@ class UsageError(ConfigError):
     """A flag or configuration file that cannot be understood; programs exit with code 2."""
 
 
-def setting(
-    default: Any = MISSING, *, default_factory: Any = MISSING, former: Sequence[str] = (), bare: Any = None, whole_words: bool = False
-) -> Any:
+class Flags:
+    """Base of configurations. COMMON: names that --help shows, the rest under --help-all; empty: all."""
+
+    GROUP: ClassVar[str] = "flags"
+    COMMON: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> None:
+        """Raises ConfigError for values that cannot be used, alone or together. Overridden, it calls `super().check()`."""
+
+    def notes(self) -> list[str]:
+        """What the user should know of these settings."""
+        return []
+
+
+class Choice:
+    """Base of dataclasses that a configuration chooses between by `type`."""
+
+    RENAMED: ClassVar[Mapping[str, str]] = {}  # names that a choice had elsewhere -> its name here, for the error message
+    _known: ClassVar[dict[str, type]]
+
+    def __init_subclass__(cls) -> None:
+        if Choice in cls.__bases__:
+            cls._known = {}
+
+    @classmethod
+    def register_subclass(cls, name: str) -> Callable[[type[T]], type[T]]:
+        """A class decorator."""
+
+        def register(subclass: type[T]) -> type[T]:
+            cls._known[name] = subclass
+            return subclass
+
+        return register
+
+    @classmethod
+    def get_known_choices(cls) -> Mapping[str, type]:
+        return cls._known
+
+    @classmethod
+    def get_choice_name(cls, subclass: type) -> str:
+        return next(name for name, known in cls._known.items() if known is subclass)
+
+
+def setting(default: Any = MISSING, *, default_factory: Any = MISSING, bare: Any = None, whole_words: bool = False) -> Any:
     """A field of a configuration with more to it than a type and a default.
 
-    former: names that the flag had. bare: what `--name` without a value means. whole_words: of a list, a value is one item, commas and all.
+    bare: what `--name` without a value means. whole_words: of a list, a value is one item, commas and all.
     """
-    metadata = {"former": tuple(former), "bare": bare, "whole_words": whole_words}
+    metadata = {"bare": bare, "whole_words": whole_words}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -104,98 +141,114 @@ def setting(
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: its dotted name, how its value is read, and for fields of a choice class which `type`s have it (empty: all)."""
+    """One flag: its dotted name, the type of its value, and for fields of a `Choice` which `type`s have it (empty: all)."""
 
     name: str
-    kind: Kind
     hint: Any
     default: Any  # MISSING: required
     help: str
+    group: str = "flags"
     owners: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names a choice had elsewhere, for the error message
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `setting`
 
     @property
-    def choices(self) -> tuple[Any, ...]:
-        """Of a choice, or of a list of choices."""
-        hint = _without_none(_item_hint(self.hint) if self.kind == "list" else self.hint)
-        return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    def kind(self) -> Kind:
+        return _kind(self.hint)
 
 
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
-    """Return the decoded configuration and notes for the user. Raises UsageError with one line that names flag, value and remedy.
+    """Return the checked configuration and notes for the user. Raises UsageError with one line that names flag, value and remedy.
 
     file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for `not_from_file`.
     """
     table = {flag.name: flag for flag in flags_of(config_class)}
-    also = {} if file_of is None else {flag.name: flag for flag in flags_of(file_of)}
-    notes: list[str] = []
-    given = _read_command_line(argv, table, notes)
+    given = _read_command_line(argv, table)
     path = given.pop(CONFIG_FLAG, None)
-    from_file = _read_file(path, {**also, **table}, notes) if path is not None else {}
+    also = {} if file_of is None else {flag.name: flag for flag in flags_of(file_of)}
+    from_file = {} if path is None else _read_file(path, {**also, **table})
     from_file = {name: value for name, value in from_file.items() if name in table and not (also and name in not_from_file)}
-    notes += _let_new_type_win(from_file, given, table)
+    notes = _let_new_type_win(from_file, given, table)
     settings = {**from_file, **given}
     _check_owners(settings, table)
-    return _decode(config_class, settings, table), notes
+    try:
+        config = _build(config_class, settings, table)
+        if isinstance(config, Flags):
+            config.check()
+            notes += config.notes()
+    except UsageError:
+        raise
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    return config, notes
 
 
 def flags_of(config_class: type) -> Iterator[Flag]:
-    """Every flag of a dataclass; a field that is a draccus choice class contributes `<field>.type` and the fields of all its classes."""
-    yield Flag(CONFIG_FLAG, "path", Path, None, "YAML file with any of these settings, or report.json of an earlier run; flags win")
-    for name, hint, default, text, extra in _fields(config_class):
-        inner = _without_none(hint)
-        if _is_registry(inner):
-            yield from _choice_flags(name, inner)
+    """Every flag of a dataclass."""
+    yield from _flags_below(config_class)
+    yield Flag(CONFIG_FLAG, Path, None, "YAML file with any of these settings, or report.json of an earlier run; flags win", "outputs")
+
+
+def _flags_below(config_class: type) -> Iterator[Flag]:
+    for flag in _fields(config_class):
+        inner = _without_none(flag.hint)
+        if _is_choice(inner):
+            yield from _choice_flags(flag, inner)
+        elif dataclasses.is_dataclass(inner):
+            yield from _flags_below(typing.cast(type, inner))
         else:
-            yield Flag(name, _kind(hint), hint, default, text, extra=extra)
+            yield flag
 
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The configuration as JSON-ready values that `--config_path` reads again: the inverse of `parse_flags`."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, Choice)
+        found |= settings_of(value) if nested else {field.name: _plain(value)}
+    return found
 
 
-def help_text(config_class: type, usage: str, epilog: str = "") -> str:
-    """Usage, what the dataclass says about the program, and all flags with values, defaults and meaning; those of a choice class apart."""
-    flags = list(flags_of(config_class))
-    groups = {flag.name.partition(".")[0] for flag in flags if "." in flag.name}
+def help_text(config_class: type, usage: str, epilog: str = "", everything: bool = False) -> str:
+    """Usage, what the dataclass says about the program, and its flags in groups; `everything`: those too that few need."""
+    flags, common = list(flags_of(config_class)), getattr(config_class, "COMMON", ())
+    shown = [flag for flag in flags if everything or not common or flag.name in common]
     doc = config_class.__doc__ or ""
     about = "" if doc.startswith(f"{config_class.__name__}(") else inspect.cleandoc(doc)  # what dataclass writes where there is none
     lines = [usage, "", *([about, ""] if about else [])]
-    lines.append("flags (--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2):")
-    lines += [line for flag in flags if "." not in flag.name for line in _help_lines(flag, 0)]
-    for group in sorted(groups):
-        members = [flag for flag in flags if flag.name.startswith(f"{group}.")]
-        types_known = max(len(flag.owners) for flag in members)
-        lines += ["", f"{group}:", *(line for flag in members for line in _help_lines(flag, types_known))]
+    lines.append("--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2")
+    for group in dict.fromkeys(flag.group for flag in shown):
+        members = [flag for flag in shown if flag.group == group]
+        most_types = max(len(flag.owners) for flag in members)
+        lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
+    if len(shown) < len(flags):
+        lines.append(f"{len(flags) - len(shown)} more flags: --help-all")
     return "\n".join([*lines, *(["", epilog] if epilog else [])])
 
 
 # --- from a dataclass to flags ------------------------------------------------------------------------------------------------------------
 
 
-def _choice_flags(prefix: str, registry: Any) -> Iterator[Flag]:
-    classes = registry.get_known_choices()
-    renamed = getattr(registry, "RENAMED", {})
-    yield Flag(f"{prefix}.type", "choice", Literal[tuple(sorted(classes))], None, f"which {prefix}", renamed=renamed)
-    merged: dict[str, Flag] = {}
+def _choice_flags(field: Flag, base: type[Choice]) -> Iterator[Flag]:
+    classes, merged = base.get_known_choices(), dict[str, Flag]()
+    yield dataclasses.replace(
+        field, name=f"{field.name}.type", hint=Literal[tuple(sorted(classes))], help=f"which {field.name}", renamed=base.RENAMED
+    )
     for type_name, choice_class in classes.items():
-        for name, hint, default, text, extra in _fields(choice_class):
-            known = merged.get(name)
-            owners = (*(known.owners if known else ()), type_name)
-            merged[name] = dataclasses.replace(known or Flag(f"{prefix}.{name}", _kind(hint), hint, default, text, extra=extra), owners=owners)
-            if text and not merged[name].help:
-                merged[name] = dataclasses.replace(merged[name], help=text)
+        for flag in _fields(choice_class):
+            known = merged.get(flag.name, dataclasses.replace(flag, name=f"{field.name}.{flag.name}", group=field.group))
+            merged[flag.name] = dataclasses.replace(known, owners=(*known.owners, type_name), help=known.help or flag.help)
     yield from merged.values()
 
 
-def _fields(config_class: type) -> Iterator[tuple[str, Any, Any, str, Mapping[str, Any]]]:
+def _fields(config_class: type) -> Iterator[Flag]:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        text = next((text for each in config_class.__mro__ if (text := _comments(each).get(field.name))), "")
-        yield field.name, hints[field.name], default, text, field.metadata
+        declaring = next(each for each in config_class.__mro__ if field.name in inspect.get_annotations(each))
+        group = getattr(declaring, "GROUP", "flags")
+        yield Flag(field.name, hints[field.name], default, _comments(declaring).get(field.name, ""), group, extra=field.metadata)
 
 
 @functools.cache
@@ -205,19 +258,15 @@ def _comments(config_class: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(config_class))
     except (OSError, TypeError):  # no source at hand: flags without help
         return {}
-    behind = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    behind = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    fields = [node for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
-    return {node.target.id: behind.get(node.end_lineno or 0, behind.get(node.lineno, "")) for node in fields if isinstance(node.target, ast.Name)}
+    fields = [node for node in body if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(node.target): behind.get(node.end_lineno or 0, behind.get(node.lineno, "")) for node in fields}
 
 
-def _is_registry(hint: Any) -> bool:
-    """Whether it is one of draccus' choice classes."""
-    return isinstance(hint, type) and hasattr(hint, "get_known_choices")
+def _is_choice(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Choice)
 
 
 def _kind(hint: Any) -> Kind:
@@ -225,17 +274,13 @@ def _kind(hint: Any) -> Kind:
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
     if origin is Literal:
         return "choice"
-    if origin in (list, tuple) and all(_kind(each) not in ("list", "yaml") for each in arguments if each is not Ellipsis):
+    if origin in (list, tuple):
         return "list"
     if origin in (typing.Union, types.UnionType):  # a number, or a word in its place
         rest = [each for each in arguments if typing.get_origin(each) is not Literal and each is not type(None)]
-        return _kind(rest[0]) if len(rest) == 1 and rest[0] in (int, float) else "yaml"
+        return _kind(rest[0]) if len(rest) == 1 else "yaml"
     kinds: dict[Any, Kind] = {str: "text", Path: "path", bool: "bool", int: "whole", float: "number"}
-    return kinds.get(inner, "yaml") if isinstance(inner, type) else "yaml"
-
-
-def _item_hint(hint: Any) -> Any:
-    return typing.get_args(_without_none(hint))[0]
+    return kinds.get(inner, "yaml")
 
 
 def _without_none(hint: Any) -> Any:
@@ -246,33 +291,31 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _takes_none(hint: Any) -> bool:
-    return hint is Any or type(None) in typing.get_args(hint)
-
-
 def _words_of(hint: Any) -> tuple[Any, ...]:
-    """`float | Literal["auto"]` -> ("auto",)."""
-    return tuple(word for each in typing.get_args(hint) if typing.get_origin(each) is Literal for word in typing.get_args(each))
+    """`Literal["a", "b"]` -> ("a", "b"), also of a list of them; `float | Literal["auto"]` -> ("auto",)."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return tuple(word for each in typing.get_args(hint) for word in _words_of(each))
 
 
-def _help_lines(flag: Flag, types_known: int) -> list[str]:
+def _help_lines(flag: Flag, most_types: int) -> list[str]:
     head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
-    only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < types_known else ""
+    only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
     body = textwrap.wrap(f"{flag.help}{default}{only}", _WIDTH)
     if len(head) < _INDENT and body:
-        body[0] = f"{head:<{_INDENT}}{body[0]}"
-        return [body[0], *(" " * _INDENT + line for line in body[1:])]
+        head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
     return [head, *(" " * _INDENT + line for line in body)]
 
 
 def _values(flag: Flag) -> str:
-    one = {"text": "TEXT", "path": "PATH", "bool": "true|false", "whole": "N", "number": "X", "yaml": "VALUE"}
-    words = "|".join(map(str, flag.choices))
+    one = {"text": "TEXT", "path": "PATH", "bool": "true|false", "whole": "N", "number": "X", "yaml": "YAML"}
+    words, inner = "|".join(map(str, _words_of(flag.hint))), _without_none(flag.hint)
     if flag.kind == "list":
-        item = words or one[_kind(_item_hint(flag.hint))]
-        fixed = typing.get_args(_without_none(flag.hint)) if typing.get_origin(_without_none(flag.hint)) is tuple else ()
-        return "x".join([item] * len(fixed)) if fixed and Ellipsis not in fixed else f"{item},.."
-    return words or "|".join([one[flag.kind], *map(str, _words_of(flag.hint))])
+        arguments = typing.get_args(inner)
+        item = words or one[_kind(arguments[0])]
+        fixed = typing.get_origin(inner) is tuple and Ellipsis not in arguments
+        return "x".join([item] * len(arguments)) if fixed else f"{item},.."
+    return words if flag.kind == "choice" else "|".join(filter(None, (one[flag.kind], words)))
 
 
 def _shown_default(flag: Flag) -> str:
@@ -286,14 +329,10 @@ def _shown_default(flag: Flag) -> str:
     return f" [{str(flag.default).lower() if isinstance(flag.default, bool) else flag.default}]"
 
 
-# --- from the command line and a file to values -------------------------------------------------------------------------------------------
+# --- the command line and a file ----------------------------------------------------------------------------------------------------------
 
 
-class _Nothing:
-    """No value behind a flag."""
-
-
-def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], notes: list[str]) -> dict[str, Any]:
+def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag]) -> dict[str, Any]:
     """Name -> value. The last one wins; of a list they add up."""
     given: dict[str, Any] = {}
     words = list(argv)
@@ -303,55 +342,43 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], notes: li
             meant = f" Did you mean --model_path={word}?" if "model_path" in table and Path(word).exists() else ""
             raise UsageError(f"unexpected argument '{word}': flags begin with '--'; a value with spaces needs quotes.{meant}")
         written, equals, value = word[2:].partition("=")
-        flag, negated = _flag_of(written, table, notes)
+        flag, negated = _flag_of(written, table)
         if flag.kind == "list":
-            texts = [value, *_following_values(flag, words, least=0)] if equals else _following_values(flag, words)
-            given[flag.name] = given.get(flag.name, []) + [each for text in texts for each in _list_words(flag, text)]
+            texts = [value] if equals else []
+            while words and not words[0].startswith("--"):
+                texts.append(words.pop(0))
+            given[flag.name] = [*given.get(flag.name, []), *(each for text in texts for each in _list_words(flag, text))]
+            if not texts:
+                raise UsageError(f"--{flag.name} needs values: --{flag.name}=A,B.")
         elif negated:
             if equals:
                 raise UsageError(f"--{written} takes no value.")
             given[flag.name] = False
         else:
-            text = value if equals else _following_value(flag, words)
-            given[flag.name] = flag.extra.get("bare") if isinstance(text, _Nothing) else _value(flag, text)
-    return {name: _value(table[name], value) if table[name].kind == "list" else value for name, value in given.items()}
+            given[flag.name] = _from_text(flag, value) if equals else _following_value(flag, words)
+    return {name: _value(f"--{name}", table[name], value) if table[name].kind == "list" else value for name, value in given.items()}
 
 
-def _flag_of(written: str, table: Mapping[str, Flag], notes: list[str]) -> tuple[Flag, bool]:
+def _flag_of(written: str, table: Mapping[str, Flag]) -> tuple[Flag, bool]:
     """The flag, and whether it is said with `no`."""
     name = written.replace("-", "_")
     if name in table:
         return table[name], False
     if name.startswith("no_") and (positive := table.get(name[3:])) and positive.kind == "bool":
         return positive, True
-    for flag in table.values():
-        if name in flag.extra.get("former", ()):
-            notes.append(f"--{written} is called --{flag.name} now.")
-            return flag, False
-    if name in _NVIDIA_FLAGS:
-        raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's scripts. {_NVIDIA_FLAGS[name]}")
-    if lerobot := _LEROBOT_FLAGS.get(name) or _LEROBOT_FLAGS.get(name.partition(".")[0] + "."):
-        raise UsageError(f"unknown flag '--{written}', which is one of lerobot's programs. {lerobot}")
-    raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help.")
+    if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
+        raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
+    raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help-all.")
 
 
-def _following_value(flag: Flag, words: list[str]) -> str | _Nothing:
+def _following_value(flag: Flag, words: list[str]) -> Any:
     if flag.kind == "bool" and (not words or words[0].lower() not in (*_TRUE, *_FALSE)):
-        return "true"
-    if not words or words[0].startswith("--"):
-        if flag.extra.get("bare") is not None:
-            return _Nothing()
+        return True
+    if words and not words[0].startswith("--"):
+        return _from_text(flag, words.pop(0))
+    if flag.extra.get("bare") is None:
         raise UsageError(f"--{flag.name} needs a value: --{flag.name}=VALUE.")
-    return words.pop(0)
-
-
-def _following_values(flag: Flag, words: list[str], least: int = 1) -> list[str]:
-    found: list[str] = []
-    while words and not words[0].startswith("--"):
-        found.append(words.pop(0))
-    if len(found) < least:
-        raise UsageError(f"--{flag.name} needs values: --{flag.name}=A,B.")
-    return found
+    return flag.extra["bare"]
 
 
 def _list_words(flag: Flag, text: str) -> list[str]:
@@ -359,139 +386,26 @@ def _list_words(flag: Flag, text: str) -> list[str]:
     if flag.extra.get("whole_words"):
         return [text]
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    numbers = _kind(_item_hint(flag.hint)) in ("whole", "number")
+    numbers = _kind(typing.get_args(_without_none(flag.hint))[0]) in ("whole", "number")
     return [each.strip() for each in re.split(r"[,x]" if numbers else ",", inner) if each.strip()]
 
 
-def _value(flag: Flag, text: Any) -> Any:
-    """The value that a text stands for; of a list, the texts of its items."""
-    if flag.kind == "yaml":
-        return _yaml_value(flag, text)
-    return _typed(flag, flag.hint, text)
-
-
-def _typed(flag: Flag, hint: Any, raw: Any) -> Any:
-    """`raw`, a text or what a file holds, as a value of a simple type. Raises UsageError."""
-    kind, inner = _kind(hint), _without_none(hint)
-    if raw is None:
-        if _takes_none(hint):
-            return None
-        raise UsageError(f"--{flag.name} needs a value.")
-    if kind == "list":
-        return _typed_list(flag, inner, raw)
-    if kind == "text":
-        return raw
-    if kind == "path":
-        if not str(raw).strip():
-            raise UsageError(f"--{flag.name} is empty; it needs a path.")
-        return Path(raw)
-    if kind == "bool":
-        if str(raw).lower() not in (*_TRUE, *_FALSE):
-            raise UsageError(f"--{flag.name}={raw} is neither true nor false.")
-        return str(raw).lower() in _TRUE
-    if kind == "choice":
-        return _choice(flag, inner, str(raw))
-    if str(raw).lower() in _NULL and _takes_none(hint):
-        return None
-    if str(raw) in map(str, _words_of(hint)):
-        return str(raw)
-    return _number(flag, kind, raw, _words_of(hint))
-
-
-def _typed_list(flag: Flag, hint: Any, raw: Any) -> Any:
-    arguments = typing.get_args(hint)
-    if not isinstance(raw, list | tuple):
-        raw = _list_words(flag, raw) if isinstance(raw, str) else [raw]
-    values = [_typed(flag, arguments[0], each) for each in raw]
-    if typing.get_origin(hint) is list:
-        return values
-    if Ellipsis not in arguments and len(values) != len(arguments):
-        raise UsageError(f"--{flag.name} takes {len(arguments)} values, as in --{flag.name}={_values(flag)}; it got {len(values)}.")
-    return tuple(values)
-
-
-def _number(flag: Flag, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:
-    what, example = ("whole number", "8") if kind == "whole" else ("number", "30")
-    try:
-        if isinstance(raw, bool):
-            raise ValueError
-        if kind == "whole":
-            if isinstance(raw, float):
-                raise ValueError
-            return int(raw)
-        return float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", str(raw).lower()))
-    except ValueError:
-        or_word = f", or one of {', '.join(map(str, words))}" if words else ""
-        raise UsageError(f"--{flag.name}: '{raw}' is not a {what}; write it as in --{flag.name}={example}{or_word}.") from None
-
-
-def _choice(flag: Flag, hint: Any, text: str) -> Any:
-    choices = typing.get_args(hint)
-    for choice in choices:  # a choice may be a number
-        if str(choice) == text:
-            return choice
-    words = [str(choice) for choice in choices]
-    meant = f" It is called {flag.renamed[text]} now." if text in flag.renamed else closest(text, words)
-    raise UsageError(f"--{flag.name}={text} is not one of {', '.join(words)}.{meant}")
-
-
-def _yaml_value(flag: Flag, text: str) -> Any:
+def _from_text(flag: Flag, text: str) -> Any:
+    """The value that is written on the command line; not of a list."""
+    if flag.kind != "yaml":
+        return _value(f"--{flag.name}", flag, text)
     import yaml
 
     if not text.strip():
         raise UsageError(f"--{flag.name} is empty; it needs a value.")
     try:
-        value = yaml.load(text, _strict_loader())
+        return _value(f"--{flag.name}", flag, yaml.load(text, _strict_loader()))
     except yaml.YAMLError as error:
-        raise UsageError(
-            f"--{flag.name}: cannot read '{text}' as YAML ({_one_line(str(getattr(error, 'problem', error)))}). Check the braces."
-        ) from error
-    _check_items(f"--{flag.name}", flag, value)
-    return value
+        problem = _one_line(str(getattr(error, "problem", error)))
+        raise UsageError(f"--{flag.name}: cannot read '{text}' as YAML ({problem}). Check the braces.") from error
 
 
-def _check_items(where: str, flag: Flag, value: Any) -> None:
-    hint = _without_none(flag.hint)
-    if typing.get_origin(hint) is dict and typing.get_args(hint) == (str, str):
-        _check_names(where, value)
-    else:
-        _check_choice_items(where, flag, value)
-
-
-def _check_names(where: str, value: Any) -> None:
-    """A mapping of names: what YAML makes of `a=b` and of `{a:b}` explains itself to nobody."""
-    if isinstance(value, dict) and all(isinstance(name, str | int) for pair in value.items() for name in pair):
-        return
-    without_space = isinstance(value, dict) and any(":" in str(name) and item is None for name, item in value.items())
-    hint = " YAML wants a space after the colon." if without_space else ""
-    raise UsageError(f'{where}: expected names in braces, e.g. "{{front: webcam}}", got {value!r}.{hint}')
-
-
-def _check_choice_items(where: str, flag: Flag, value: Any) -> None:
-    """A mapping of named choice classes, e.g. cameras: explain the usual slips (`type:opencv` without the space) better than draccus."""
-    args = typing.get_args(_without_none(flag.hint))
-    if len(args) != 2 or not _is_registry(args[1]):
-        return
-    classes = args[1].get_known_choices()
-    example = "{ front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30} }"
-    if not isinstance(value, dict):
-        raise UsageError(f'{where}: expected names with settings, e.g. "{example}", got {value!r}.')
-    for name, item in value.items():
-        if not isinstance(item, dict) or "type" not in item:
-            raise UsageError(
-                f"{where}: '{name}' has no 'type' (one of {', '.join(classes)}; YAML wants a space after the colon), e.g. \"{example}\"."
-            )
-        if item["type"] not in classes:
-            raise UsageError(
-                f"{where}: '{name}' has the unknown type '{item['type']}'.{closest(str(item['type']), classes)} Known: {', '.join(classes)}."
-            )
-        known = [field.name for field in dataclasses.fields(classes[item["type"]])]
-        for key in item:
-            if key != "type" and key not in known:
-                raise UsageError(f"{where}: '{name}' has the unknown setting '{key}'.{closest(str(key), known)} Known: {', '.join(known)}.")
-
-
-def _read_file(path: Path, table: Mapping[str, Flag], notes: list[str]) -> dict[str, Any]:
+def _read_file(path: Path, table: Mapping[str, Flag]) -> dict[str, Any]:
     """A configuration file's settings by dotted name."""
     content = _content_of(path)
     if not isinstance(content, dict):
@@ -500,35 +414,20 @@ def _read_file(path: Path, table: Mapping[str, Flag], notes: list[str]) -> dict[
         content = content["settings"]  # of a run's report
     settings = {}
     for written, value in _flatten(content, table):
+        flag = table.get(written)
         if written == CONFIG_FLAG:
             raise UsageError(f"{path}: {CONFIG_FLAG} cannot stand in a file; one file does not read another.")
-        former = next((flag for flag in table.values() if written in flag.extra.get("former", ())), None)
-        if former is not None:
-            notes.append(f"{path}: {written} is called {former.name} now.")
-        flag = former or table.get(written)
         if flag is None:
-            raise UsageError(f"unknown setting '{written}' in {path}.{closest(written, table)} See --help.")
-        if flag.kind in ("text", "path") and not isinstance(value, str | None):
-            raise UsageError(f"{path}: YAML reads {written} as {value!r} ({type(value).__name__}); put the text in quotes.")
-        if flag.kind == "yaml":
-            if value is not None:
-                _check_items(f"{path}: {written}", flag, value)
-            settings[flag.name] = value
-        else:
-            settings[flag.name] = None if value is None and flag.default is None else _typed(flag, flag.hint, value)
+            raise UsageError(f"unknown setting '{written}' in {path}.{closest(written, table)} See --help-all.")
+        settings[written] = None if value is None and flag.default is None else _value(f"{path}: {written}", flag, value)
     return settings
 
 
 def _content_of(path: Path) -> Any:
-    if path.suffix == ".json":
-        try:
-            return read_json(path)
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(str(error))}.") from error
     import yaml
 
     try:
-        return yaml.load(read_text(path), _strict_loader())
+        return read_json(path) if path.suffix == ".json" else yaml.load(read_text(path), _strict_loader())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(str(error))}.") from error
 
@@ -548,7 +447,7 @@ def _strict_loader() -> Any:
     import yaml
 
     class StrictLoader(yaml.SafeLoader):
-        """Plain values only. draccus' own loader imports Python objects (`!!python/name`) and reads other files (`!include`)."""
+        """Plain values only: no Python objects, no references, each name once."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):  # ten of them, each for ten of the next, are more than any memory holds
@@ -563,6 +462,123 @@ def _strict_loader() -> Any:
             return found
 
     return StrictLoader
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- values -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _value(where: str, flag: Flag, raw: Any) -> Any:
+    """`raw`, a text of the command line or what YAML holds, as a value of the flag's type. Raises UsageError that begins with `where`."""
+    if flag.kind == "list" and isinstance(raw, str):
+        raw = _list_words(flag, raw)
+    return _typed(where, flag.hint, raw, flag.renamed)
+
+
+def _typed(where: str, hint: Any, raw: Any, renamed: Mapping[str, str]) -> Any:
+    inner = _without_none(hint)
+    kind, takes_none = _kind(hint), hint is Any or type(None) in typing.get_args(hint)
+    if raw is None or (kind in ("whole", "number") and str(raw).lower() in _NULL):
+        if takes_none:
+            return None
+        raise UsageError(f"{where} needs a value.")
+    if kind == "choice":
+        return _chosen_word(where, _words_of(inner), raw, renamed)
+    if kind in ("whole", "number"):
+        return str(raw) if str(raw) in map(str, _words_of(hint)) else _number(where, kind, raw, _words_of(hint))
+    if kind == "list":
+        return _typed_list(where, inner, raw)
+    if kind == "bool":
+        if str(raw).lower() not in (*_TRUE, *_FALSE):
+            raise UsageError(f"{where}={raw} is neither true nor false.")
+        return str(raw).lower() in _TRUE
+    if kind in ("text", "path"):
+        if not isinstance(raw, str):
+            raise UsageError(f"{where}: YAML reads it as {raw!r} ({type(raw).__name__}); put the text in quotes.")
+        if kind == "path" and not raw.strip():
+            raise UsageError(f"{where} is empty; it needs a path.")
+        return Path(raw) if kind == "path" else raw
+    return _structured(where, inner, raw)
+
+
+def _structured(where: str, hint: Any, raw: Any) -> Any:
+    """A mapping, one of several types, or a `Choice`."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is dict and isinstance(raw, dict) and not _is_choice(arguments[1]):
+        _check_names(where, raw)
+        return {str(name): _typed(f"{where}.{name}", arguments[1], str(item) if arguments[1] is str else item, {}) for name, item in raw.items()}
+    if typing.get_origin(hint) is dict:
+        if not isinstance(raw, dict):
+            example = "{front: {type: opencv, index_or_path: 0}}" if _is_choice(arguments[1]) else "{front: webcam}"
+            what = "names with settings" if _is_choice(arguments[1]) else "names in braces"
+            raise UsageError(f'{where}: expected {what}, e.g. "{example}", got {raw!r}.')
+        return {str(name): _chosen(f"{where}.{name}", arguments[1], item) for name, item in raw.items()}
+    failures = []
+    for each in arguments:  # the first type that fits
+        fits = isinstance(raw, list | dict) == (_kind(each) in ("list", "yaml"))
+        try:
+            if fits and each is not type(None):
+                return _typed(where, each, raw, {})
+        except UsageError as error:
+            failures.append(error)
+    raise failures[0] if failures else UsageError(f"{where}: {raw!r} cannot be used; see --help-all.")
+
+
+def _check_names(where: str, raw: Mapping[Any, Any]) -> None:
+    """What YAML makes of `{a:b}` explains itself to nobody."""
+    if any(":" in str(name) and item is None for name, item in raw.items()):
+        raise UsageError(f'{where}: got {dict(raw)!r}. YAML wants a space after the colon, e.g. "{{front: webcam}}".')
+    if not all(isinstance(name, str | int) for name in raw):
+        raise UsageError(f'{where}: expected names in braces, e.g. "{{front: webcam}}", got {dict(raw)!r}.')
+
+
+def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
+    """One of a Choice's classes from a mapping with `type`."""
+    classes = base.get_known_choices()
+    if not isinstance(raw, dict) or "type" not in raw:
+        raise UsageError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
+    chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"], base.RENAMED)]
+    known = {flag.name: flag for flag in _fields(chosen)}
+    values = {}
+    for key, value in raw.items():
+        if key != "type" and key not in known:
+            raise UsageError(f"{where} has the unknown setting '{key}'.{closest(str(key), known)} Known: {', '.join(known)}.")
+        if key != "type":
+            values[key] = _value(f"{where}.{key}", known[key], value)
+    return chosen(**values)
+
+
+def _typed_list(where: str, hint: Any, raw: Any) -> Any:
+    arguments = typing.get_args(hint)
+    values = [_typed(where, arguments[0], each, {}) for each in (raw if isinstance(raw, list | tuple) else [raw])]
+    if typing.get_origin(hint) is list:
+        return values
+    if Ellipsis not in arguments and len(values) != len(arguments):
+        raise UsageError(f"{where} takes {len(arguments)} values, as in {'x'.join(['N'] * len(arguments))}; it got {len(values)}.")
+    return tuple(values)
+
+
+def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:
+    what = "whole number such as 8" if kind == "whole" else "number such as 30"
+    try:
+        if isinstance(raw, bool) or (kind == "whole" and isinstance(raw, float)):
+            raise ValueError
+        return int(raw) if kind == "whole" else float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", str(raw).lower()))
+    except (ValueError, TypeError):
+        or_word = f", or one of {', '.join(map(str, words))}" if words else ""
+        raise UsageError(f"{where}: '{raw}' is not a {what}{or_word}.") from None
+
+
+def _chosen_word(where: str, choices: Sequence[Any], raw: Any, renamed: Mapping[str, str]) -> Any:
+    for choice in choices:  # a choice may be a number
+        if str(choice) == str(raw):
+            return choice
+    words = [str(choice) for choice in choices]
+    meant = f" It is called {renamed[raw]} now." if raw in renamed else closest(str(raw), words)
+    raise UsageError(f"{where}={raw} is not one of {', '.join(words)}.{meant}")
 
 
 # --- from values to the dataclass ---------------------------------------------------------------------------------------------------------
@@ -589,81 +605,31 @@ def _check_owners(settings: Mapping[str, Any], table: Mapping[str, Flag]) -> Non
         type_flag = table[name.split(".", 1)[0] + ".type"]
         chosen = settings.get(type_flag.name)
         if chosen is None:
-            raise UsageError(f"--{type_flag.name} is missing; choose from {', '.join(map(str, type_flag.choices))}.")
-        if chosen in type_flag.choices and chosen not in flag.owners:
+            raise UsageError(f"--{type_flag.name} is missing; choose from {', '.join(_words_of(type_flag.hint))}.")
+        if chosen not in flag.owners:
             raise UsageError(f"--{name} does not apply to --{type_flag.name}={chosen}, only to {', '.join(flag.owners)}.")
 
 
-def _decode(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag]) -> T:
-    missing = [flag for flag in table.values() if flag.default is MISSING and not flag.owners and flag.name not in settings]
-    if missing:
-        raise UsageError(f"--{missing[0].name} is missing: {missing[0].help or 'see --help'}.")
-    hints = typing.get_type_hints(config_class)
+def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag]) -> T:
     values: dict[str, Any] = {}
-    for name, value in settings.items():
-        field, _, rest = name.partition(".")
-        if rest:
-            values.setdefault(field, {})[rest] = value
-        else:
-            values[field] = value
-    for name, value in values.items():
-        if name not in table or (table[name].kind == "yaml" and typing.get_args(_without_none(hints[name])) != (str, str)):
-            values[name] = _decoded(name, hints[name], value)
+    for flag in _fields(config_class):
+        inner = _without_none(flag.hint)
+        if _is_choice(inner):
+            of_choice = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{flag.name}.")}
+            if of_choice:
+                values[flag.name] = inner.get_known_choices()[of_choice.pop("type")](**of_choice)
+        elif dataclasses.is_dataclass(inner):
+            values[flag.name] = _build(typing.cast(type, inner), settings, table)
+        elif flag.name in settings:
+            values[flag.name] = settings[flag.name]
+        elif flag.default is MISSING:
+            raise UsageError(f"--{flag.name} is missing: {flag.help or 'see --help'}.")
     return config_class(**values)
 
 
-def _decoded(name: str, hint: Any, value: Any) -> Any:
-    """A field of a type that draccus knows about."""
-    import draccus
-
-    _teach_literals()
-    try:
-        return draccus.decode(hint, draccus.utils.deflatten(value) if isinstance(value, dict) else value)
-    except draccus.utils.ParsingError as error:
-        raise UsageError(_explained(name, error)) from error
-
-
-@functools.cache
-def _teach_literals() -> None:
-    """draccus has no decoder for typing.Literal."""
-    import draccus
-
-    def decode(hint: Any, raw_value: Any, path: Sequence[str]) -> Any:
-        choices = typing.get_args(hint)
-        if raw_value not in choices:
-            expected = ", ".join(map(str, choices))
-            raise draccus.utils.DecodingError(path, f"'{raw_value}' is not one of {expected}.{closest(str(raw_value), map(str, choices))}")
-        return raw_value
-
-    draccus.decode.register(Literal, decode, include_subclasses=True)
-
-
-def _explained(name: str, error: Any) -> str:
-    """draccus' message without its wrapping: `--robot.cameras.front.fps: Couldn't parse '29.97' into an int`."""
-    path, text = [name, *getattr(error, "key_path", ())], _one_line(getattr(error, "message", None) or str(error))
-    one_type = re.fullmatch(r"Could not decode the value into any of the given types: \w+: (?:`([\w.]+)`: )?(.*)", text)  # `X | None`
-    if one_type:
-        path += [one_type[1]] if one_type[1] else []
-        text = one_type[2]
-    if unread := re.match(r"Couldn't parse '(.*)' into an? (int|float)$", text):
-        what, example = ("whole number", "8") if unread[2] == "int" else ("number", "30")
-        dotted = ".".join(path)
-        written = f"--{dotted}={example}" if dotted.count(".") < 2 else f"{dotted.rpartition('.')[2]}: {example}"  # deeper: within braces
-        text = f"'{unread[1]}' is not a {what}; write it as in {written}."
-    cause = f" ({_one_line(str(error.__cause__))})" if error.__cause__ is not None and "Couldn't instantiate" in text else ""
-    return f"--{'.'.join(path)}: {text}{cause}"
-
-
-def _one_line(text: str) -> str:
-    plain = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
-    return " ".join(plain.replace("\\n", " ").split())
-
-
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        registry: Any = type(value)
-        chosen = {"type": registry.get_choice_name(registry)} if _is_registry(registry) else {}
-        return {**chosen, **settings_of(value)}
+    if isinstance(value, Choice):
+        return {"type": type(value).get_choice_name(type(value)), **{name: _plain(each) for name, each in vars(value).items()}}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import numpy as np
 from gr00t_fast.errors import ConfigError
 
 _PACKAGES = (
-    *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "draccus", "mujoco-core", "opencv-python-headless"),
+    *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "mujoco-core", "opencv-python-headless"),
     *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt_rtx", "tensorrt"),
 )
 
@@ -119,3 +120,13 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None  # git is not installed, or the repository has no commit yet
+
+
+def command_line() -> str:
+    """Of this program, as a shell would need it."""
+    return shlex.join(sys.argv)
+
+
+def provenance() -> dict[str, Any]:
+    """Where a result comes from."""
+    return {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": command_line()}

@@ -19,8 +19,8 @@ LAYERS = (BASE, ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engin
 # Narrower than the layers: the only units of this project that these may import, besides themselves.
 ONLY = {"model": (), "control": BASE, "robots": BASE, "serving": (*BASE, "policy", "checkpoint", "inputs")}
 # Installed with the core. Everything else third-party goes through gr00t_fast.errors, inside a function.
-CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "draccus", "yaml"})
-FLAG_PACKAGES = frozenset({"draccus", "yaml"})  # at import time only where flags are declared: a policy must load without them
+CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "yaml"})
+FLAG_PACKAGES = frozenset({"yaml"})  # at import time only where flags are declared: a policy must load without them
 FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config"})
 OUTSIDE = ("benchmarks", "export", "scripts", "training")
 SCRIPT = "a script"

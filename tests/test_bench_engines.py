@@ -15,7 +15,7 @@ from benchmarks.bench_engines import LaboratoryBench
 from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast import load_policy
-from gr00t_fast.cli.comparison import random_noise, random_observations, within_limit
+from gr00t_fast.cli.bench import random_noise, random_observations, within_limit
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.networks import n1d5

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.cli import calibrate as program
-from gr00t_fast.cli.policy_flags import parse_with
+from gr00t_fast.cli import export
 from gr00t_fast.console import Progress
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
@@ -53,7 +52,7 @@ def calibrated(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(checkpoint: Path, out: Path, *flags: str) -> int:
-    return program.main([f"--model_path={checkpoint}", f"--out={out}", "--denoising_steps=2", *flags])
+    return export.calibrate([f"--model_path={checkpoint}", f"--out={out}", "--denoising_steps=2", *flags])
 
 
 def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
@@ -108,7 +107,7 @@ def test_what_was_written_is_what_is_read(tiny: Path, calibrated: Path) -> None:
     assert set(found.scales) == set(linear_layers(load_network(tiny)))
     assert found.scales["language.blocks.0.mlp.gate"] is found.scales["language.blocks.0.mlp.up"]
     assert len(manifest.quantisation["calibration"]["digest"]) == 64
-    again = parse_with(program.CalibrateConfig, ["--model_path=x", *manifest.flags], program.check)  # the message that names the command can be typed
+    again = export.calibrate.parse(["--model_path=x", *manifest.flags])  # the message that names the command can be typed
     assert (again.denoising_steps, again.frames, again.observations) == (2, 4, "random:0")
 
 
@@ -165,7 +164,7 @@ def test_damaged_scales_are_refused(tiny: Path, calibrated: Path, tmp_path: Path
 def test_what_cannot_be_done_is_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], code: int, message: str
 ) -> None:
-    assert program.main([f"--model_path={tiny}", f"--out={tmp_path / 'out'}", *flags]) == code
+    assert export.calibrate([f"--model_path={tiny}", f"--out={tmp_path / 'out'}", *flags]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -302,7 +301,7 @@ def test_fewer_denoising_steps_are_covered(trained: Trained) -> None:
 
 def test_opting_layers_out_lowers_the_error_on_other_observations(trained: Trained, recordings: tuple[Path, Path], tmp_path: Path) -> None:
     flags = [f"--calibration={recordings[0]}", "--allow_few", "--limit=0.7", "--device=cpu", "--trial_frames=6", "--parts", "vision", "dit"]
-    assert program.main([f"--model_path={TRAINED}", f"--out={tmp_path / 'fp8'}", *flags]) == 0
+    assert export.calibrate([f"--model_path={TRAINED}", f"--out={tmp_path / 'fp8'}", *flags]) == 0
     calibration = read_calibration(tmp_path / "fp8", target_for(TRAINED))
     everything = trained.plain.error_of(trained.rounded(("vision", "dit")), PARTS)
     chosen = trained.plain.error_of(rewritten(trained.model, calibration.scales, emulated=True), PARTS)

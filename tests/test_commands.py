@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gr00t_fast.cli import calibrate, doctor, policy_flags
+from gr00t_fast.cli import doctor, export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, main
-from gr00t_fast.cli.run_flags import parse, settings_of
-from gr00t_fast.flags import parse_flags
+from gr00t_fast.cli.run import parse, settings_of
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -83,10 +82,10 @@ def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None
     from gr00t_fast.engine.choose import CALIBRATED, ENGINES, EXPORTED
     from gr00t_fast.engine.quantized import PARTS
 
-    assert set(typing.get_args(policy_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
-    assert set(typing.get_args(policy_flags.ExportedName)) == set(EXPORTED)
-    assert typing.get_args(policy_flags.PrecisionName) == tuple(PRECISIONS)
-    assert typing.get_args(calibrate.PartName) == tuple(PARTS)
+    assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
+    assert set(typing.get_args(shared_flags.ExportedName)) == set(EXPORTED)
+    assert typing.get_args(shared_flags.ExportPrecision) == tuple(PRECISIONS)
+    assert typing.get_args(export.PartName) == tuple(PARTS)
 
 
 def test_a_report_can_be_played_again(tmp_path: Path) -> None:
@@ -118,8 +117,7 @@ def test_the_doctor_tells_what_is_missing_and_what_is_there(capsys: pytest.Captu
 
 
 def test_the_doctor_reads_no_weights() -> None:
-    config, _ = parse_flags(doctor.DoctorConfig, ["--model_path=/nowhere"])
-    (row,) = doctor.checkpoint(config)
+    (row,) = doctor.checkpoint(doctor.main.parse(["--model_path=/nowhere"]))
     assert row.state == "fail"
 
 

@@ -27,7 +27,7 @@ import sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
 from gr00t_fast.cli import run as script
 from control_fakes import FakeClock, FakePolicy, FakeRobot
-from gr00t_fast.cli.program import leave
+from gr00t_fast.cli.main import leave
 robot = FakeRobot(FakeClock())
 land = robot.land
 def talk():

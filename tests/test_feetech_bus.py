@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr00t_fast.cli import run_flags as cli
+from gr00t_fast.cli import run as cli
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.virtual_bus import Fault, Register, Servo, VirtualBus, default_calibration, faults, load_calibration, save_calibration

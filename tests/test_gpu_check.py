@@ -12,7 +12,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.bench_engines import BenchEnginesConfig
 from benchmarks.gpu_check import Outcome, Part, parts_of, run_part
-from gr00t_fast.cli import export_tensorrt
+from gr00t_fast.cli import export
 from gr00t_fast.flags import parse_flags
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_every_command_is_understood_by_its_program(step: str, device: str, tmp_
     for part in parts_of(step, device, "full", tmp_path):
         script, *flags = part.command
         builds = script == "export/to_tensorrt.py"
-        parsed, _ = parse_flags(export_tensorrt.ExportTensorRTConfig if builds else BenchEnginesConfig, flags)
+        parsed, _ = parse_flags(export.TensorRTConfig if builds else BenchEnginesConfig, flags)
         assert builds or parsed.device == device
         assert not parsed.model_path or (ROOT / parsed.model_path / "config.json").is_file()
         assert parsed.out.is_relative_to(tmp_path), "what need not be kept"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from control_fakes import LIMITS, Bench
 
-from gr00t_fast.cli import run_flags
+from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import SAME_STOP_S
@@ -316,21 +316,21 @@ ABSURD = ["--home_speed_deg_s=1e-6", "--max_speed_deg_s=1e-6", "--max_following_
 
 @pytest.mark.parametrize("words", [*([word] for word in MEANINGLESS + ABSURD), ["--home_speed_deg_s=20", "--rest=null"]])
 def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
-    with pytest.raises(run_flags.UsageError, match=words[0].split("=")[0]):
-        run_flags.parse([*FLAGS, *words])
+    with pytest.raises(run.UsageError, match=words[0].split("=")[0]):
+        run.parse([*FLAGS, *words])
 
 
 def test_flags() -> None:
-    config = run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
+    config = run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
     assert (config.home, config.rest, config.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
-    assert run_flags.parse(FLAGS).rest == "start"
-    assert run_flags.parse([*FLAGS, "--rest=null"]).rest is None
+    assert run.parse(FLAGS).rest == "start"
+    assert run.parse([*FLAGS, "--rest=null"]).rest is None
 
 
 def test_a_dry_run_says_that_it_goes_to_no_pose(capsys: pytest.CaptureFixture[str]) -> None:
-    run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--home_speed_deg_s=20"])
+    run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--home_speed_deg_s=20"])
     assert "dry run" not in capsys.readouterr().err
-    run_flags.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home", "--dry_run"])
+    run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home", "--dry_run"])
     said = capsys.readouterr().err
     assert "--home and --rest" in said
     assert "dry run" in said

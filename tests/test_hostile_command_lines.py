@@ -66,19 +66,3 @@ def test_a_full_disk_as_output_is_said(command: list[str]) -> None:
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_the_gpl_package_that_draccus_requires_is_not_used(tmp_path: Path) -> None:
-    """pyyaml-include: the README says that nothing here imports it."""
-    (tmp_path / "config.yaml").write_text("port: 6000\n")
-    code = f"""if True:
-        import sys
-        sys.modules["yamlinclude"] = None
-        from gr00t_fast.cli.serve import parse
-        from gr00t_fast.cli import run_flags as cli
-        parse(["--config_path={tmp_path / "config.yaml"}", "--model_path=x", "--seed=3"])
-        cli.parse(["--robot.type=so100_sim", "--model_path=x", "--lang_instruction=y", "--camera_map={{a: b}}"])
-        print("done")
-        """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "done\n", done.stderr

@@ -17,7 +17,7 @@ from random_networks import edit_json
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.cli import calibrate, export_onnx, export_tensorrt, quantise, verify
+from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.fp8 import read_calibration
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     directory = tmp_path_factory.mktemp("n1d7")
     options: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
     checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **options)
-    assert export_onnx.main([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}"]) == 0
+    assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}"]) == 0
     return Made(checkpoint, directory / "onnx")
 
 
@@ -76,7 +76,7 @@ def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path, engine: str) -> None:
     flags = [f"--model_path={made.checkpoint}", f"--engine={engine}", f"--engine_path={made.onnx}", "--precision=fp32", f"--out={tmp_path}"]
-    assert verify.main([*flags, *FEW]) == 0
+    assert export.verify([*flags, *FEW]) == 0
     result = json.loads((tmp_path / "verify.json").read_text())
     assert set(result["relative_l2"]) == OUTPUTS
     assert all(0 < figures["max"] < 1e-5 for figures in result["relative_l2"].values())
@@ -122,7 +122,7 @@ def test_an_export_of_other_statistics_or_for_other_prompts_is_refused(made: Mad
 def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """16:9 beside the usual 4:3: other grids, tokens and positions; each refuses the other's cameras and names the export to make."""
     wide, flags = tmp_path / "wide", [f"--model_path={made.checkpoint}"]
-    assert export_onnx.main([*flags, f"--out={wide}", "--camera_size=640x360"]) == 0
+    assert export.onnx([*flags, f"--out={wide}", "--camera_size=640x360"]) == 0
     shapes = read_manifest(wide, "").shapes
     assert (shapes["camera_size"], shapes["picture"], shapes["image_tokens"]) == ([640, 360], [256, 448], 4 * 112)
     assert read_manifest(made.onnx, "").shapes["camera_size"] == [640, 480]
@@ -143,17 +143,17 @@ def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tm
     assert "pictures of 352x256, 88 tokens" in said
     assert re.search(r"cannot be used\n.*--camera_size=64x48", said)
     out = tmp_path / "int8"
-    assert quantise.main([*flags, f"--onnx={wide}", f"--out={out}", "--target=onnxruntime", "--trial_frames=0", *FEW]) == 0
-    assert verify.main([*flags, "--engine=onnxruntime", f"--engine_path={wide}", f"--out={tmp_path}", *FEW]) == 0
+    assert export.quantise([*flags, f"--onnx={wide}", f"--out={out}", "--target=onnxruntime", "--trial_frames=0", *FEW]) == 0
+    assert export.verify([*flags, "--engine=onnxruntime", f"--engine_path={wide}", f"--out={tmp_path}", *FEW]) == 0
     recordings = tmp_path / "recordings"
     recordings.mkdir()
     frames = {key: np.repeat(value[-1:], 4, axis=0) for key, value in eager.example_observation().items() if key != LANGUAGE}
     np.savez(recordings / "one.npz", **frames, **{LANGUAGE: "go"})
     capsys.readouterr()
     of_data = ["--target=onnxruntime", "--trial_frames=0", f"--observations={recordings}", "--frames=4", "--allow_few"]
-    assert quantise.main([*flags, f"--onnx={wide}", f"--out={tmp_path / 'other'}", *of_data]) == 1
+    assert export.quantise([*flags, f"--onnx={wide}", f"--out={tmp_path / 'other'}", *of_data]) == 1
     assert "--camera_size=" in capsys.readouterr().err
-    assert export_onnx.main([*flags, f"--out={tmp_path / 'x'}", "--camera_size=640"]) == 2
+    assert export.onnx([*flags, f"--out={tmp_path / 'x'}", "--camera_size=640"]) == 2
     assert "--camera_size=640" in capsys.readouterr().err
     with pytest.raises(StaleEngineError, match=r"letterbox: made for False, here True(.|\n)*--letterbox=always"):
         load_policy(made.checkpoint, engine="onnxruntime", engine_path=wide, device="cpu", letterbox="always")
@@ -163,7 +163,7 @@ def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tm
 def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path: Path, engine: str) -> None:
     out = tmp_path / "int8"
     flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={out}", f"--target={engine}", "--trial_frames=2"]
-    assert quantise.main([*flags, *FEW]) == 0
+    assert export.quantise([*flags, *FEW]) == 0
     report = json.loads((out / "quantisation.json").read_text())
     assert "synthetic observations" in str(report["calibration"]["warnings"])
     assert report["action_error_on_trial_samples"]["rms"] > 0
@@ -179,7 +179,7 @@ def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path
 def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPolicy, tmp_path: Path) -> None:
     """What a GPU would run, with products of 8 bits written out: the fused network is the rewritten one."""
     out = tmp_path / "fp8"
-    assert calibrate.main([f"--model_path={made.checkpoint}", f"--out={out}", "--device=cpu", "--trial_frames=0", *FEW]) == 0
+    assert export.calibrate([f"--model_path={made.checkpoint}", f"--out={out}", "--device=cpu", "--trial_frames=0", *FEW]) == 0
     calibration = read_calibration(out, target_for(made.checkpoint, None))
     model = eager.engine.model
     assert 0 < len(calibration.scales) <= len(linear_layers(model))
@@ -197,7 +197,7 @@ def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPol
 def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
     flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={tmp_path / 'engines'}", "--builder=tensorrt_rtx"]
-    assert export_tensorrt.main([*flags, "--compute_capability=any", "--json"]) == 0
+    assert export.tensorrt([*flags, "--compute_capability=any", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     manifest, (profile,) = read_manifest(tmp_path / "engines", ""), result["profiles"]
     spans, images = manifest.shapes["image_spans"], manifest.shapes["image_tokens"]
@@ -212,9 +212,9 @@ def test_doctor_and_tune_know_its_exports(made: Made, tmp_path: Path, capsys: py
     exports = tmp_path / "exports"
     exports.mkdir()
     (exports / "onnx-fp32").symlink_to(made.onnx)
-    few = ["--frames=8", "--rounds=10", "--allow_few", "--trial_frames=0", "--max_minutes=15", f"--out={tmp_path / 'out'}"]
+    few = ["--frames=4", "--rounds=5", f"--out={tmp_path / 'out'}"]
     words = ["tune", f"--model_path={made.checkpoint}", "--observations=random:0", "--engines=eager,onnxruntime", "--device=cpu"]
-    assert main([*words, f"--exports={exports}", "--calibration_frames=4", *few, "--json"]) == 0
+    assert main([*words, f"--exports={exports}", *few, "--json"]) == 0
     told = capsys.readouterr()
     result = json.loads(told.out)
     assert set(result["engines"]) == {"eager", "onnxruntime fp32", "onnxruntime int8"}

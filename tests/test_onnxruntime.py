@@ -300,7 +300,7 @@ def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint:
     ],
 )
 def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str) -> None:
-    from gr00t_fast.cli.export_onnx import main
+    from gr00t_fast.cli.export import onnx as main
 
     arguments = _program(checkpoint, tmp_path / "out")[2:]
     assert main([*arguments, *flags]) != 0

@@ -12,7 +12,7 @@ import pytest
 from random_networks import TINY, observation, write_network
 
 from gr00t_fast import load_policy
-from gr00t_fast.cli import quantise as program
+from gr00t_fast.cli import export
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.openvino import choose_arithmetic
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
@@ -38,7 +38,7 @@ def made(tiny_export: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     checkpoint, onnx = tiny_export
     directory = tmp_path_factory.mktemp("openvino")
     flags = [f"--model_path={checkpoint}", f"--onnx={onnx}", f"--out={directory / 'int8'}", "--target=openvino", f"--denoising_steps={STEPS}"]
-    assert program.main([*flags, "--calibration=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
+    assert export.quantise([*flags, "--calibration=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
     return Made(checkpoint, onnx, directory / "int8")
 
 

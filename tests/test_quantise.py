@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from random_networks import TINY
 from torch import Tensor
 
-from gr00t_fast.cli import quantise as program
+from gr00t_fast.cli import export
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import textured_picture
 from gr00t_fast.engine import open_engine
@@ -48,7 +48,7 @@ def made(tiny_export: tuple[Path, Path]) -> Made:
 
 def _run(made: Made, out: Path, *flags: str) -> int:
     common = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={out}", "--denoising_steps=2"]
-    return program.main([*common, *flags])
+    return export.quantise([*common, *flags])
 
 
 FEW = ("--calibration=random:0", "--frames=4", "--allow_few")

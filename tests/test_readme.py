@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md, CHANGELOG.md and docs/ say what is so: commands parse with their own parsers, files, links, flags and names exist."""
+"""README.md, CONTRIBUTING.md, CHANGELOG.md, docs/ and the Dockerfile say what is so: commands parse with their own parsers; what is named exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import import_rules
 import pytest
 
 import gr00t_fast
@@ -29,41 +28,29 @@ DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "checkpoints/so100-sim-reach/README.md", *DOCS)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 TEXTS["CHANGELOG.md"] = re.sub(r"### Removed.*?(?=\n## |\Z)", "", TEXTS["CHANGELOG.md"], flags=re.DOTALL)  # what is gone is no longer checked
-README = TEXTS["README.md"]
-BENCHMARKS = {name: TEXTS[name] for name in ("docs/benchmarks.md", "docs/benchmarks.zh.md")}
-PROGRAMS = ("make ", "python ", "pip ", "gr00t-fast ", "lerobot-")
 FOREIGN = {"docs/coming_from.md"}  # the first column of its tables has flags of other programs
-DECODE, ARGPARSE_PARSE = flags._decode, argparse.ArgumentParser.parse_args
+LATER_SCRIPTS = {"lerobot-rollout"}  # of lerobot 0.6; tests/test_lerobot_plugin.py runs it where it is installed
+BUILD, ARGPARSE_PARSE = flags._build, argparse.ArgumentParser.parse_args
 
 
 def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def lines_to_type() -> list[str]:
-    """Of all pages, each once: the lines of bash blocks, and the commands in the benchmarks' tables."""
-    lines = "\n".join(block for text in TEXTS.values() for block in blocks("bash", text)).replace("\\\n", " ").splitlines()
-    lines += [line for text in BENCHMARKS.values() for line in commands_in_tables(text)]
-    return [line for line in dict.fromkeys(lines) if shlex.split(line, comments=True)]
-
-
-def commands_in_tables(text: str) -> list[str]:
-    return re.findall(r"`((?:python|gr00t-fast) [^`]+)`", "\n".join(line for line in text.splitlines() if line.startswith("|")))
-
-
-def commands_in_sentences() -> list[str]:
-    """Those in backticks, which may leave out flags that are required."""
-    found = [code for text in TEXTS.values() for code in re.findall(r"`([^`\n]+)`", without_blocks(text)) if code.startswith(PROGRAMS)]
-    return [code for code in dict.fromkeys(found) if " " in code and code not in lines_to_type() and "-c " not in code]
-
-
 def without_blocks(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def test_there_are_commands_to_check() -> None:
-    assert {shlex.split(line)[0] for line in lines_to_type()} >= {"make", "python", "pip", "gr00t-fast", "lerobot-calibrate"}
-    assert len(commands_in_sentences()) > 10
+def lines_to_type() -> list[str]:
+    """Of all pages, each once: the lines of bash blocks."""
+    lines = "\n".join(block for text in TEXTS.values() for block in blocks("bash", text)).replace("\\\n", " ").splitlines()
+    return [line for line in dict.fromkeys(lines) if shlex.split(line, comments=True)]
+
+
+def setup() -> configparser.ConfigParser:
+    found = configparser.ConfigParser()
+    found.read(ROOT / "setup.cfg", encoding="utf-8")
+    return found
 
 
 @pytest.mark.parametrize("line", lines_to_type())
@@ -71,29 +58,14 @@ def test_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line, comments=True)
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "pip" and "./plugins/" in line:
+        assert (ROOT / line.split()[-1] / "pyproject.toml").is_file()
     elif words[0] == "pip":
-        check_pip(line)
+        assert set(re.search(r"\[(.*)\]", line).group(1).split(",")) <= set(setup()["options.extras_require"])
     elif words[0].startswith("lerobot-"):
-        check_lerobot(words)
+        assert words[0] in {point.name for point in importlib.metadata.distribution("lerobot").entry_points} | LATER_SCRIPTS
     else:
         check_parses(words, monkeypatch)
-
-
-def check_pip(line: str) -> None:
-    if "./plugins/" in line:
-        assert (ROOT / line.split()[-1] / "pyproject.toml").is_file()
-        return
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    assert set(re.search(r"\[(.*)\]", line).group(1).split(",")) <= set(setup["options.extras_require"])
-
-
-LATER_SCRIPTS = {"lerobot-rollout"}  # of lerobot 0.6; tests/test_lerobot_plugin.py runs it where it is installed
-
-
-def check_lerobot(words: list[str]) -> None:
-    scripts = {point.name for point in importlib.metadata.distribution("lerobot").entry_points}
-    assert words[0] in scripts | LATER_SCRIPTS
 
 
 class Parsed(BaseException):
@@ -102,18 +74,18 @@ class Parsed(BaseException):
 
 def check_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module, argv = program_of(words)
-    if "--help" in argv:
+    if "--help" in argv or "--help-all" in argv:
         return
 
-    def decode(*args: object) -> None:
-        DECODE(*args)
+    def build(*args: object) -> None:
+        BUILD(*args)
         raise Parsed
 
     def parse_args(*args: object) -> None:
         ARGPARSE_PARSE(*args)
         raise Parsed
 
-    monkeypatch.setattr(flags, "_decode", decode)
+    monkeypatch.setattr(flags, "_build", build)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
@@ -132,38 +104,14 @@ def program_of(words: list[str]) -> tuple[str, list[str]]:
     return words[1].removesuffix(".py").replace("/", "."), words[2:]
 
 
-@pytest.mark.parametrize("code", commands_in_sentences())
-def test_command_in_a_sentence_exists(code: str) -> None:
-    words = shlex.split(code)
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    elif words[0] == "pip":
-        check_pip(code)
-    elif words[0].startswith("lerobot-"):
-        check_lerobot(words)
-    elif words[:3] != ["python", "-m", "pytest"]:
-        named = re.findall(r"(?<!\w)--[a-z_.]+", code)
-        text = help_of(*program_words(words))
-        assert [flag for flag in named if flag != "--help" and not re.search(rf"{re.escape(flag)}\b", text)] == []
-
-
-def program_words(words: list[str]) -> list[str]:
-    """A command without its flags."""
-    return [word for word in words if not word.startswith(("--", "DIR"))]
-
-
 @functools.cache
 def help_of(*program: str) -> str:
     module, argv = program_of(list(program))
+    wish = "--help-all" if program[0] == "gr00t-fast" else "--help"
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        importlib.import_module(module).main([*argv, "--help"])
+        importlib.import_module(module).main([*argv, wish])
     assert text.getvalue(), program
     return text.getvalue()
-
-
-@functools.cache
-def all_help() -> str:
-    return "\n".join(help_of("gr00t-fast", *name.split()) for name in command.COMMANDS)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -171,23 +119,24 @@ def test_flags_exist(name: str) -> None:
     text = without_blocks(TEXTS[name])
     if name in FOREIGN:
         text = re.sub(r"^\|.*?(?<!\\)\|", "", text, flags=re.MULTILINE)
-    if name == "CHANGELOG.md":  # which also names former flags
-        text = re.sub(r"\(was .*?\)", "", text, flags=re.DOTALL).replace("`--max_step_deg`", "")
-    known = all_help() + "".join(
-        help_of("python", f"benchmarks/{path.name}") for path in programs_of_benchmarks() if path.stem in text or name == "CHANGELOG.md"
-    )
+    if name == "CHANGELOG.md":  # which also names what is gone
+        text = re.sub(r"### (Removed|Changed).*?(?=\n##+ |\Z)", "", text, flags=re.DOTALL)
+    programs = [file for file in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
+    known = "\n".join(help_of("gr00t-fast", *words.split()) for words in command.COMMANDS)
+    known += "".join(help_of("python", f"benchmarks/{file.name}") for file in programs if file.stem in text or name == "CHANGELOG.md")
     unknown = [flag for flag in set(re.findall(r"`(--[a-z_]+)", text)) if not re.search(rf"{re.escape(flag)}\b", known)]
     assert set(unknown) <= {"--help", "--name"}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_and_files_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[name]):
         file, _, anchor = target.partition("#")
         path = (ROOT / name).parent / file if file else ROOT / name
         assert path.exists(), target
-        if anchor:
-            assert anchor in anchors(path.read_text(encoding="utf-8")), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+    for file in set(re.findall(r"`((?:tests|benchmarks|configs|docs|gr00t_fast|training|checkpoints|examples|\.ci)/[\w./-]*)`", TEXTS[name])):
+        assert (ROOT / file).exists(), file
 
 
 def anchors(text: str) -> set[str]:
@@ -197,24 +146,12 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_files_exist(name: str) -> None:
-    for file in set(re.findall(r"`((?:tests|benchmarks|configs|docs|gr00t_fast|training|checkpoints|\.ci)/[\w./-]*)`", TEXTS[name])):
-        assert (ROOT / file).exists(), file
-
-
-@pytest.mark.parametrize("name", PAGES)
 def test_python_examples_are_python(name: str) -> None:
     for block in blocks("python", TEXTS[name]):
-        tree = ast.parse(block)
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names)
-
-
-def test_readme_is_a_page_with_a_light_picture() -> None:
-    assert len(README.splitlines()) <= 150
-    assert (ROOT / "docs" / "demo.gif").stat().st_size < 1_500_000
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/engines.md"])
@@ -225,7 +162,7 @@ def test_engines_are_those_that_can_be_chosen(name: str) -> None:
 
 def test_every_subcommand_is_named() -> None:
     for word in {name.split()[0] for name in command.COMMANDS}:
-        assert re.search(rf"`(gr00t-fast )?{word}`", README), word
+        assert re.search(rf"`(gr00t-fast )?{word}`", TEXTS["README.md"]), word
 
 
 def test_arguments_of_load_policy_are_all_described() -> None:
@@ -234,64 +171,18 @@ def test_arguments_of_load_policy_are_all_described() -> None:
     assert sorted(named) == sorted(inspect.signature(gr00t_fast.load_policy).parameters)
 
 
-def test_the_drawn_arrow_is_the_tested_one() -> None:
-    """Each `a <- b` is an import that the rules allow, and the other way they forbid it; every package is drawn."""
-    drawing = blocks("text", TEXTS["CONTRIBUTING.md"])[0]
-    drawn = [[unit.strip() for unit in line.split("<-")] for line in drawing.splitlines()]
-    for lower, upper in ((a, b) for line in drawn for a, b in zip(line, line[1:], strict=False)):
-        lowers = import_rules.BASE if lower == "base" else (lower,)
-        assert any(not against_arrow(upper, each) for each in lowers), f"{upper} may not import {lower}"
-        assert all(against_arrow(each, upper) for each in lowers), f"{lower} may import {upper}"
-    packages = {path.parent.name for path in (ROOT / "gr00t_fast").glob("*/__init__.py")}
-    assert packages <= {unit for line in drawn for unit in line}
-
-
-def against_arrow(importer: str, imported: str) -> list[str]:
-    importer, imported = (unit if unit in import_rules.OUTSIDE and unit != "export" else f"gr00t_fast.{unit}" for unit in (importer, imported))
-    return import_rules.arrow_violations({f"{importer}.part": f"import {imported}.part", f"{imported}.part": ""})
-
-
-def test_one_guess_finds_what_contributing_names() -> None:
-    """A row names `symbol`s and last of all the file that has them."""
-    table = TEXTS["CONTRIBUTING.md"].partition("## Where things live")[2]
-    rows = [row for row in table.splitlines() if row.startswith("|") and "(`" in row.split("|")[1]]
-    assert len(rows) >= 4
-    for row in rows:
-        what, where = row.split("|")[1:3]
-        file = re.findall(r"`(gr00t_fast/[\w/]+\.py)`", where)[-1]
-        for symbol in re.findall(r"\(`(\w+)`\)", what):
-            assert symbol in (ROOT / file).read_text(encoding="utf-8"), f"{symbol} in {file}"
-
-
-def programs_of_benchmarks() -> list[Path]:
-    return [file for file in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")]
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_is_described(name: str) -> None:
-    programs = [file.stem for file in programs_of_benchmarks()]
-    assert "open_loop" in programs
-    assert [program for program in programs if f"`{program}`" not in BENCHMARKS[name]] == []
-
-
-def test_both_languages_have_the_same_commands() -> None:
-    english, chinese = (
-        [[shlex.split(line, comments=True) for line in block.splitlines()] for block in blocks("bash", text)] for text in BENCHMARKS.values()
-    )
-    assert english == chinese
-    english, chinese = (commands_in_tables(text) for text in BENCHMARKS.values())
-    assert english == chinese
-
-
-def test_flags_of_the_policy_benchmark_are_its_own() -> None:
-    text = help_of("python", "benchmarks/simple_benchmark.py")
-    for content in BENCHMARKS.values():
-        section = re.search(r"## simple_benchmark.*?(?=\n## )", content, flags=re.DOTALL).group()
-        named = set(re.findall(r"`(--[a-z_]+)`", section))
-        assert {"--policies", "--published", "--rounds", "--max_minutes"} <= named
-        assert all(re.search(rf"{flag}\b", text) for flag in named - {"--controller"}), named
-
-
 def test_versions_of_the_changelog_are_those_of_the_package() -> None:
     versions = re.findall(r"^## \[([\d.]+)\]", TEXTS["CHANGELOG.md"], flags=re.MULTILINE)
     assert versions[0] == gr00t_fast.__version__
+
+
+def test_what_the_dockerfile_names_is_there_and_goes_to_the_builder() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    sources = [word for words in re.findall(r"^COPY (.+) \S+$", dockerfile, flags=re.MULTILINE) for word in words.split()]
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    read_by_setup = {setup()["metadata"]["long_description"].removeprefix("file: "), setup()["metadata"]["license_files"]}
+    assert {"setup.cfg", "gr00t_fast", "constraints.txt", *read_by_setup} <= set(sources)
+    assert all((ROOT / source).exists() and f"!{source}" in allowed for source in sources)
+    (extras,) = re.findall(r'pip install .*"\.\[(.+)\]"', dockerfile)
+    assert set(extras.split(",")) <= set(setup()["options.extras_require"])
+    assert '"tini", "--", "gr00t-fast"' in dockerfile, "the program must not be the first process"

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gr00t_fast.cli import calibrate, replay, verify
+from gr00t_fast.cli import export, replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import recorder as recording
 from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
@@ -434,12 +434,12 @@ def test_the_whole_circle(tmp_path: Path) -> None:
     open_loop = [sys.executable, "benchmarks/open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", f"--out={tmp_path / 'open_loop'}"]
     subprocess.run(open_loop, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=240)
     few = ("--frames=4", "--allow_few")
-    assert calibrate.main([f"--model_path={CHECKPOINT}", f"--calibration={out}", "--trial_frames=0", f"--out={tmp_path / 'fp8'}", *few]) == 0
+    assert export.calibrate([f"--model_path={CHECKPOINT}", f"--observations={out}", "--trial_frames=0", f"--out={tmp_path / 'fp8'}", *few]) == 0
     finished([sys.executable, "-m", "gr00t_fast", "export", "onnx", f"--model_path={CHECKPOINT}", f"--out={tmp_path / 'onnx'}", "--precision=fp32"])
     engine = ("--engine=onnxruntime", f"--engine_path={tmp_path / 'onnx'}", f"--out={tmp_path / 'verified'}")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        assert verify.main([f"--model_path={CHECKPOINT}", f"--observations={out}", *engine, *few]) == 0
+        assert export.verify([f"--model_path={CHECKPOINT}", f"--observations={out}", *engine, *few]) == 0
     assert not [warning for warning in told if "torchvision" in str(warning.message)], "about which reader lerobot uses"
 
 
@@ -449,7 +449,7 @@ def test_the_whole_circle(tmp_path: Path) -> None:
 )
 def test_flags_of_replay_that_make_no_sense(flags: list[str]) -> None:
     with pytest.raises(UsageError):
-        replay.parse(["--robot.type=so100_sim", *flags])
+        replay.main.parse(["--robot.type=so100_sim", *flags])
 
 
 def test_a_replay_takes_the_file_of_a_run(tmp_path: Path) -> None:
@@ -458,9 +458,9 @@ def test_a_replay_takes_the_file_of_a_run(tmp_path: Path) -> None:
         "robot: {type: so101_follower, port: /dev/ttyACM0, id: black}\nlang_instruction: go\nmodel_path: anywhere\n"
         f"max_speed_deg_s: 100\nstall_after_s: null\nrecord: {tmp_path}/of_the_run\nout: {tmp_path}/out\noverwrite: true\n"
     )
-    config = replay.parse([f"--config_path={file}", "--dataset=d"])
+    config = replay.main.parse([f"--config_path={file}", "--dataset=d"])
     assert (config.robot.port, config.robot.id, config.max_speed_deg_s, config.stall_after_s) == ("/dev/ttyACM0", "black", 100, None)
     assert (config.record, config.out, config.overwrite) == ("", None, False)
     file.write_text("robot: {type: so100_sim}\nmax_speed_deg_s: auto\nlang_instructoin: go\n")
     with pytest.raises(UsageError, match="lang_instruction"):
-        replay.parse([f"--config_path={file}", "--dataset=d"])
+        replay.main.parse([f"--config_path={file}", "--dataset=d"])

@@ -15,8 +15,8 @@ import pytest
 from control_fakes import FakeRobot, policy_metadata
 from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
+from gr00t_fast.cli import run as cli
 from gr00t_fast.cli import run as script
-from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.cli import serve
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.control.pacer import MonotonicClock

@@ -27,8 +27,8 @@ import pytest
 from control_fakes import FakeRobot
 from serving_fakes import ROOT, ArithmeticPolicy, ServerProcess, observation, running
 
+from gr00t_fast.cli import run as cli
 from gr00t_fast.cli import run as script
-from gr00t_fast.cli import run_flags as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, StopSignals

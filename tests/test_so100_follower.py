@@ -24,7 +24,7 @@ pytest.importorskip("scservo_sdk")
 import virtual_camera
 from arm_bench import assert_landed, connected, make_arm, true_joints
 
-from gr00t_fast.cli.run_flags import parse, settings_of
+from gr00t_fast.cli.run import parse, settings_of
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
 from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100

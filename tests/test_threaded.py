@@ -590,7 +590,7 @@ class TestThread:
     def test_a_hanging_inference_does_not_hold_up_the_end_of_the_program(self) -> None:
         program = """
 import sys, threading, time
-from gr00t_fast.cli.program import leave
+from gr00t_fast.cli.main import leave
 from gr00t_fast.control.controller import ThreadWorker
 worker = ThreadWorker()
 worker.submit(lambda: time.sleep(60))

@@ -12,7 +12,7 @@ import pytest
 from exports import target_for
 from random_networks import TINY
 
-from gr00t_fast.cli import verify as program
+from gr00t_fast.cli import export
 from gr00t_fast.console import Progress
 from gr00t_fast.engine.manifest import Manifest, describe_files, read_manifest
 from gr00t_fast.export.samples import Case, collect_cases
@@ -37,7 +37,7 @@ def cases(made: Made) -> list[Case]:
 
 def _run(made: Made, out: Path, *flags: str, engine: str = "onnxruntime", path: Path | None = None) -> tuple[int, dict | None]:
     common = [f"--model_path={made.checkpoint}", f"--engine={engine}", f"--engine_path={path or made.onnx}", f"--out={out}", "--denoising_steps=2"]
-    code = program.main([*common, *flags])
+    code = export.verify([*common, *flags])
     file = out / "verify.json"
     return code, json.loads(file.read_text()) if file.exists() else None
 

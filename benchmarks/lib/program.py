@@ -27,8 +27,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gr00t_fast.cli.main import Command, guarded
 from gr00t_fast.contracts import NetworkName
-from gr00t_fast.errors import ConfigError, MissingExtraError, attempt
+from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
 
@@ -80,7 +81,7 @@ class RandomFlags(PolicyFlags):
 def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str, required: Sequence[str] = ()) -> Config:
     """The command line as `config_class`. `--help` prints `doc` and every flag with its default, and ends the program; a mistake ends it with 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h"} & set(words):
+    if {"--help", "--help-all", "-h"} & set(words):
         print(help_text(config_class, doc.strip()))
         raise SystemExit(0)
     try:
@@ -127,13 +128,11 @@ def execute(
 ) -> int:
     """For a program that writes no report: read the flags, work, and `tell` the result. Returns the exit code, 0 unless `tell` says otherwise; 2 for
     a UsageError, 1 for any other expected error, 130 after Ctrl-C, with `interrupted` said."""
-    from gr00t_fast.cli import program
 
     def run(config: Config) -> int:
         return tell(config, work(config)) or 0
 
-    words = sys.argv[1:] if argv is None else list(argv)
-    return program.execute(lambda given: parse_flags(config_class, given)[0], run, lambda: help_text(config_class, doc.strip()), words, interrupted)
+    return Command(config_class, run, doc.strip(), interrupted=interrupted)(argv)
 
 
 # --- where a result comes from, and what it is measured on ---------------------------------------------------------------------------------
@@ -322,17 +321,20 @@ def finish(
 
         torch.set_num_threads(arguments.threads)
 
-    def run_in_out() -> Result:
+    found: list[Result] = []
+
+    def run_in_out() -> int:
         make_directory(arguments.out)
-        return run(arguments)
+        found.append(run(arguments))
+        return 0
 
     existed = arguments.out.exists()
-    result, code = attempt(run_in_out, interrupted)
-    if result is None:
+    if code := guarded(run_in_out, interrupted):
         if not existed:
             with suppress(OSError):  # something is in it
                 arguments.out.rmdir()
         return code
+    result = found[0]
     table = as_table(result)
     print(table)
     (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

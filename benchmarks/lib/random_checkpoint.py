@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS, NetworkName
-from gr00t_fast.errors import ConfigError, attempt, exit_code_of
-from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.flags import UsageError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
@@ -465,31 +466,23 @@ class RandomCheckpointConfig:
     overwrite: bool = False  # replace the files of a checkpoint that is there
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 written, 1 error, 2 bad flag, 130 interrupted."""
-    words = sys.argv[1:] if argv is None else argv
-    if "--help" in words or "-h" in words:
-        print(help_text(RandomCheckpointConfig, "usage: python -m benchmarks.lib.random_checkpoint --out=DIR [--flag=value ...]"))
-        return 0
-    try:
-        config, _ = parse_flags(RandomCheckpointConfig, words)
-        if config.data_config not in SO100_CONFIGS:
-            raise UsageError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    written, code = attempt(lambda: _write_as_asked(config), "interrupted: no checkpoint was written")
-    if written is not None:
-        print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
-    return code
-
-
-def _write_as_asked(config: RandomCheckpointConfig) -> Path:
+def _write_as_asked(config: RandomCheckpointConfig) -> int:
+    if config.data_config not in SO100_CONFIGS:
+        raise UsageError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
     options: dict[str, Any] = {"max_shard_bytes": config.max_shard_bytes, "network": config.network}
-    return write_random_checkpoint(config.out, config.size, config.data_config, config.resolution, config.seed, **options)
+    written = write_random_checkpoint(config.out, config.size, config.data_config, config.resolution, config.seed, **options)
+    print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
+    return 0
 
+
+main = Command(
+    RandomCheckpointConfig,
+    _write_as_asked,
+    "usage: python -m benchmarks.lib.random_checkpoint --out=DIR [--flag=value ...]",
+    interrupted="interrupted: no checkpoint was written",
+)
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(main())

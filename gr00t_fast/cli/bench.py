@@ -1,86 +1,588 @@
-"""`gr00t-fast bench`: which engine is the fastest here, and whether its actions are right."""
+"""`gr00t-fast bench` and `tune`: which engine is the fastest here, and whether its actions are right.
+
+Engines over one network are opened, compared with the plain model in fp32, and timed in turns. With --make the files that they need are made first.
+torch is imported in the functions that need it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import shlex
+import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from gr00t_fast.cli.policy_flags import (
+import numpy as np
+
+from gr00t_fast.cli import export
+from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
+from gr00t_fast.cli.run import RunConfig
+from gr00t_fast.cli.shared_flags import (
     CameraFlags,
     CheckpointFlags,
+    EngineName,
+    ExportedName,
     ObservationFlags,
     OutputFlags,
-    camera_size,
+    PrecisionName,
     check_at_least_one,
-    check_checkpoint_flags,
     check_device,
-    run_command,
 )
-from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, show
-from gr00t_fast.flags import setting
-from gr00t_fast.measurement import git_commit, machine, versions
+from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
+from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, MissingExtraError, closest, install_command
+from gr00t_fast.flags import UsageError
+from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
+
+if TYPE_CHECKING:
+    import torch
+
+    from gr00t_fast.checkpoint import Checkpoint
+    from gr00t_fast.model import Gr00t
+    from gr00t_fast.policy import Gr00tPolicy
+
+ARMS = tuple(name for name in get_args(EngineName) if name != "auto")
+EXPORTED = get_args(ExportedName)
+UNUSABLE = (ConfigError, EngineError, MissingExtraError, CheckpointError)
+# Where the plain model in the same precision is itself further from fp32 than the limit (a network with random weights amplifies rounding), an
+# engine may be this much further than that.
+_OF_EAGER = 1.5
+_NOT_OF_A_RUN = ("out", "json", "quiet", "verbose", "precision", "seed", "camera_map")  # settings of a run's file that mean something else here
+
+Times = dict[str, list[float]]
+Actions = dict[str, np.ndarray]
+Made = dict[str, tuple[str, Path | None]]  # name in the table -> engine and the directory of its files
 
 
 @dataclass(kw_only=True)
 class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
     """Time get_action of a checkpoint on every engine that can run here, and compare its actions with the plain model's in fp32.
 
-        gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset
+        gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset --make
 
     First eager in fp32 answers all observations: the truth. Then the engines answer the same ones with the same noise; last they take turns at whole
     calls, camera frame to joint targets, in random order: ratios are paired by round. An engine that cannot be used here gets a line that says why;
-    one that was named ends the program. Errors are in joint units: degrees, and per cent for the gripper, in most.
+    one that was named ends the program. Errors are in joint units: degrees, and per cent for the gripper, in most. At the end stand the settings
+    that a run with the fastest engine within its limit takes, to be pasted into its file; --config_path may be that file.
+
+    --make (or `gr00t-fast tune`) first makes the exports and calibrations that engines of this machine need, from your observations, in --exports;
+    those that are there and fit are kept. It takes minutes per engine: --engines says which.
     """
 
+    make: bool = False  # make the files that engines need and that are not there
+    exports: Path | None = None  # directory for what is made; default: exports in the checkpoint's
     engines: list[str] = field(default_factory=list)  # NAME or NAME=DIRECTORY of its files; default: all that work here
     denoising_steps: list[int] = field(default_factory=list)  # step counts to time; default: the checkpoint's own
     frames: int = 100  # how many observations, for the error
     rounds: int = 100  # timed calls of each engine; a GPU deserves 1000
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
-    precision: str = setting("auto", former=("dtype",))  # of the engines over the torch model: auto, fp32, bf16, fp16
+    precision: PrecisionName = "auto"  # of the engines over the torch model
     threads: int | None = None  # CPU threads of torch; default: torch's own choice
     seed: int = 0  # of observations, noise and order
-    out: Path = Path("outputs/bench")  # directory for bench.json and bench.md, which are replaced
+    out: Path | None = None  # directory for bench.json and bench.md, which are replaced; default: outputs/bench, of tune outputs/tune
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        check_device(self.device)
+        check_at_least_one(self, "frames", "rounds", "denoising_steps", "threads")
+        if self.make:
+            self.check_observations()
 
 
-_USAGE = "usage: gr00t-fast bench --model_path=DIR [--observations=DATASET] [--flag=value ...]"
-_EXITS = "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 no engine keeps its limit or an error, 2 bad flag, 130 interrupted."""
-    return run_command(BenchConfig, check, work, (_USAGE, _EXITS), argv, "interrupted: no result")
-
-
-def check(config: BenchConfig) -> None:
-    """Raises UsageError."""
-    check_checkpoint_flags(config)
-    check_device(config.device)
-    check_at_least_one(config, "frames", "rounds", "denoising_steps", "threads")
-    camera_size(config)
-
-
-def work(config: BenchConfig) -> int:
-    """Compare, print, and leave bench.json and bench.md. Raises Gr00tFastError."""
+def run(config: BenchConfig, name: str = "bench") -> int:
+    """Compare, print, and leave NAME.json and NAME.md. Raises Gr00tFastError."""
     import torch
 
-    from gr00t_fast.cli.comparison import Bench, compare, table_rows, verdict, word_of
     from gr00t_fast.engine import select_device, select_precision
 
+    end_on_sigterm()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = select_device(config.device)
     dtype = select_precision(config.precision, device)
-    config.out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be made is found out before the minutes
-    result = {"program": "bench", "device": str(device), "precision": word_of(dtype), **compare(Bench(config, device, dtype))}
+    out = config.out or Path("outputs") / name
+    out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be made is found out before the minutes
+    made, refused = make_all(config, device) if config.make else (None, {})
+    result = {"program": name, "device": str(device), "precision": word_of(dtype), **compare(Bench(config, device, dtype), made)}
     result["engines"] = {name: {key: value for key, value in arm.items() if key != "policy"} for name, arm in result["engines"].items()}
-    result |= {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": shlex.join(sys.argv), "seed": config.seed}
+    result |= {"refused": refused | result["refused"], **provenance(), "seed": config.seed}
     table, judged = "\n".join(table_rows(result)), verdict(result)
-    (config.out / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (config.out / "bench.md").write_text(f"{table}\n{judged}\n", encoding="utf-8")
+    if (best := fastest(result)) is not None:
+        result |= {"winner": best, "settings": settings_for(config, result["engines"][best], word_of(dtype))}
+        judged += "\n" + "\n".join(["for the file of your runs:", *(f"{key}: {json.dumps(value)}" for key, value in result["settings"].items())])
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(f"{table}\n{judged}\n", encoding="utf-8")
     show(result, table, judged, config)
-    return EXIT_OK if any(arm["within_limit"] for arm in result["engines"].values()) else EXIT_ERROR
+    return EXIT_ERROR if best is None else EXIT_OK
+
+
+def run_tune(config: BenchConfig) -> int:
+    """As `run`, with --make."""
+    config.check_observations()
+    return run(replace(config, make=True), "tune")
+
+
+def settings_for(config: BenchConfig, arm: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """What a run with this engine takes."""
+    exported = arm["engine"] in EXPORTED
+    found = {"engine": arm["engine"], "engine_path": arm["directory"], "precision": "auto" if exported else precision}
+    found["device"] = config.device if not exported or arm["engine"] == "tensorrt" else "auto"
+    return found | ({"denoising_steps": config.denoising_steps[0]} if config.denoising_steps else {})
+
+
+# --- making what engines need -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine with its files. `needs` lists directories with their maker, each before what is made from it."""
+
+    name: str
+    engine: str
+    directory: Path | None = None
+    needs: tuple[tuple[Path, Callable[[Path], object]], ...] = ()
+
+
+def make_all(config: BenchConfig, device: torch.device) -> tuple[Made, dict[str, str]]:
+    """The engines whose files are there, made now where they were not; and why others are not."""
+    from gr00t_fast.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
+    if checkpoint.processor is not None and config.camera_size is None:
+        config = replace(config, camera_size=_camera_size(config, checkpoint))
+    refused: dict[str, str] = {}
+    ready: Made = {}
+    for candidate in candidates(config, checkpoint, device, refused):
+        try:
+            for directory, make in candidate.needs:
+                _make(config, checkpoint, directory, make)
+        except Gr00tFastError as error:
+            refused[candidate.name] = " ".join(str(error).split())
+        else:
+            ready[candidate.name] = candidate.engine, candidate.directory
+    return ready, refused
+
+
+def candidates(config: BenchConfig, checkpoint: Checkpoint, device: torch.device, refused: dict[str, str]) -> list[Candidate]:
+    """What this machine may run, with the files to make for it; why others are left out is added to `refused`."""
+    at = config.exports or checkpoint.path / "exports"
+    found = [Candidate("eager", "eager"), Candidate("compiled", "compiled")]
+    if device.type == "cuda":
+        found += [Candidate("cuda_graph", "cuda_graph"), *_on_a_gpu(config, at, device, refused)]
+    elif device.type == "cpu":
+        found += _on_a_cpu(config, at, refused)
+    if wanted := {"eager" if name == "auto" else name for name in config.engines}:
+        found = [each for each in found if each.engine in wanted]
+        refused |= {name: f"not for {device}, or not installed" for name in sorted(wanted - {each.engine for each in found} - set(refused))}
+    return found
+
+
+def _on_a_cpu(config: BenchConfig, at: Path, refused: dict[str, str]) -> Iterator[Candidate]:
+    onnx = (at / "onnx-fp32", partial(_export, config, "fp32"))
+    # OpenVINO runs fp32 files in the arithmetic that it chooses, which the table names
+    for name, extra, with_floats in (("onnxruntime", "export", "onnxruntime fp32"), ("openvino", "openvino", "openvino")):
+        if importlib.util.find_spec(name) is None:
+            refused[name] = f"not installed: {install_command(extra)}"
+            continue
+        int8 = at / f"{name}-int8"
+        yield Candidate(with_floats, name, onnx[0], (onnx,))
+        yield Candidate(f"{name} int8", name, int8, (onnx, (int8, partial(_quantise, config, onnx[0], name))))
+
+
+def _on_a_gpu(config: BenchConfig, at: Path, device: torch.device, refused: dict[str, str]) -> Iterator[Candidate]:
+    from gr00t_fast.engine.fp8 import has_product
+    from gr00t_fast.tensorrt_library import installed
+
+    if has_product(device):
+        yield Candidate("fp8", "fp8", at / "fp8", ((at / "fp8", partial(_calibrate, config)),))
+    else:
+        refused["fp8"] = "this GPU has no 8-bit floating point products (Ada, Hopper and newer do)"
+    if installed():
+        onnx = (at / "onnx-fp16", partial(_export, config, "fp16"))
+        engines = (at / "tensorrt-fp16", partial(_build, config, onnx[0]))
+        yield Candidate("tensorrt fp16", "tensorrt", engines[0], (onnx, engines))
+    else:
+        refused["tensorrt"] = f"not installed: {install_command('tensorrt_rtx')}"
+
+
+def _camera_size(config: BenchConfig, checkpoint: Checkpoint) -> str:
+    """Of the first frame in --observations: what exports are made for."""
+    from gr00t_fast.export.samples import transforms_only
+
+    names = ("embodiment_tag", "data_config", "processor_path", "letterbox")
+    policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})
+    observation = open_frames(str(config.observations), policy.processor.data_config, policy.metadata, config.camera_map)[0]
+    return "{}x{}".format(*next(iter(camera_sizes_in(observation).values())))
+
+
+def _of_data(config: BenchConfig) -> dict[str, Any]:
+    steps = config.denoising_steps[0] if config.denoising_steps else None
+    few = {"frames": min(config.frames, MIN_FRAMES), "trial_frames": min(config.frames, 8), "allow_few": True}
+    return {**_of_checkpoint(config, "observations", "camera_map", "seed"), "denoising_steps": steps, **few}
+
+
+def _of_checkpoint(config: BenchConfig, *more: str) -> dict[str, Any]:
+    return {"model_path": config.model_path, "overwrite": True, **config.options(*more)}
+
+
+def _export(config: BenchConfig, precision: Any, out: Path) -> object:
+    flags = _of_checkpoint(config, "camera_size", "denoising_steps")
+    return export.make_onnx(export.OnnxConfig(**flags, out=out, precision=precision))
+
+
+def _quantise(config: BenchConfig, onnx: Path, target: Any, out: Path) -> object:
+    return export.make_quantised(export.QuantiseConfig(**_of_data(config), onnx=onnx, out=out, target=target))
+
+
+def _calibrate(config: BenchConfig, out: Path) -> object:
+    return export.make_calibration(export.CalibrateConfig(**_of_data(config), out=out, device=config.device))
+
+
+def _build(config: BenchConfig, onnx: Path, out: Path) -> object:
+    return export.make_tensorrt(export.TensorRTConfig(**_of_checkpoint(config), out=out, onnx=onnx))
+
+
+def _make(config: BenchConfig, checkpoint: Checkpoint, directory: Path, make: Callable[[Path], object]) -> None:
+    if _fits(config, checkpoint, directory):
+        tell(config, f"{directory}: is there and fits, kept")
+        return
+    began_s = time.perf_counter()
+    tell(config, f"{directory}: making it ...")
+    make(directory)
+    tell(config, f"{directory}: made in {time.perf_counter() - began_s:.1f} s")
+
+
+def _fits(config: BenchConfig, checkpoint: Checkpoint, directory: Path) -> bool:
+    from gr00t_fast.engine.manifest import check_manifest, read_manifest, target_of
+
+    try:
+        manifest = read_manifest(directory, "")
+        check_manifest(directory, manifest.kind, target_of(checkpoint, config.embodiment_tag, config.data_config), "")
+    except EngineError:
+        return False
+    size = list(config.camera_px() or ())
+    return manifest.shapes.get("camera_size", size) == size and set(config.denoising_steps) <= set(manifest.denoising_steps or config.denoising_steps)
+
+
+# --- the comparison -----------------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One network, from a checkpoint or random and made on the device, whose weights the engines over the torch model share."""
+
+    names: tuple[str, ...] = ARMS
+    compared_with: tuple[str, ...] = ("eager", "cuda_graph")  # whose times are divided by an engine's
+
+    def __init__(self, options: BenchConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises CheckpointError and ConfigError where the small files or the observations do not fit."""
+        import torch
+
+        from gr00t_fast.engine.eager import EagerEngine
+
+        self.options, self.device, self.dtype = options, device, dtype
+        self.path = self._checkpoint()
+        self._shared: Gr00t | None = None
+        self.camera_sizes: dict[str, tuple[int, int]] = {}
+        self.observations = self._observations(self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))))
+        self.camera_sizes = camera_sizes_in(self.observations[0])
+
+    def _checkpoint(self) -> Path:
+        from gr00t_fast.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.options.model_path, revision=self.options.revision).path
+
+    @property
+    def parameters(self) -> int:
+        import torch
+
+        return sum(parameter.numel() for parameter in self.network(torch.bfloat16, meta=True).parameters())
+
+    def network(self, dtype: torch.dtype, meta: bool = False) -> Gr00t:
+        """meta: without memory."""
+        import torch
+
+        from gr00t_fast.checkpoint import load_model, open_checkpoint
+        from gr00t_fast.model import Gr00t
+
+        if meta:
+            with torch.device("meta"):
+                return Gr00t(open_checkpoint(self.path, with_weights=False).config).to(dtype)
+        return load_model(open_checkpoint(self.path), self.options.embodiment_tag, self.device, dtype)
+
+    @property
+    def shared(self) -> Gr00t:
+        if self._shared is None:
+            self._shared = self.network(self.dtype)
+        return self._shared
+
+    def policy(self, engine: Any, **options: Any) -> Gr00tPolicy:
+        """engine: a name, or an object."""
+        from gr00t_fast.policy import load_policy
+
+        own = self.options.options("seed") | {"revision": None}  # self.path is a directory
+        policy = load_policy(self.path, engine=engine, **own, **options)
+        policy.expect_cameras(self.camera_sizes)
+        return policy
+
+    def open(self, name: str, directory: Path | None) -> tuple[Gr00tPolicy, str]:
+        """The policy, and which of ACTION_LIMITS is its. Raises one of `UNUSABLE`."""
+        from gr00t_fast.engine import make_engine
+
+        if name in EXPORTED:
+            policy = self.policy(name, engine_path=directory, device=str(self.device) if name == "tensorrt" else "auto")
+            return policy, policy.precision
+        if name == "fp8":
+            return self.policy(name, engine_path=directory, device=str(self.device), precision=word_of(self.dtype)), name
+        return self.policy(make_engine(name, self.shared)), word_of(self.dtype)
+
+    def _observations(self, policy: Gr00tPolicy) -> list[dict[str, Any]]:
+        """Of --observations, spread over its episodes, or random pictures and joints. Raises ConfigError for a data set of another robot."""
+        options = self.options
+        if options.observations is None:
+            if (size := options.camera_px()) is not None:
+                policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
+            return random_observations(policy, options.seed, options.frames)
+        frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
+        return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
+
+    def answer(self, policy: Gr00tPolicy, index: int) -> Actions:
+        """To observation `index`, with noise of its own."""
+        from gr00t_fast.engine import warming_up
+
+        with warming_up(policy.engine):  # a prompt that it meets for the first time makes no arm wait here
+            return policy.get_action(self.observations[index], noise=random_noise(policy, self.options.seed + index))
+
+    def answers(self, policy: Gr00tPolicy) -> list[Actions]:
+        return [self.answer(policy, index) for index in range(len(self.observations))]
+
+
+def tell(config: BenchConfig, text: str) -> None:
+    """What is being done, on standard error: each part takes seconds to minutes."""
+    if not config.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Name -> engine, policy, limit, seconds of its first calls and memory that it took; name -> why an engine cannot be used here.
+
+    Raises ConfigError for a name that is no engine's, and, where an engine that was named cannot be used, its error. made: opened instead of what
+    --engines names.
+    """
+    named = {} if made is not None else dict(_named(word, bench.names) for word in bench.options.engines)
+    arms, refused = {}, {}
+    for name, (engine, directory) in (made or named or {name: (name, None) for name in bench.names}).items():
+        before = _memory_bytes(bench.device)
+        tell(bench.options, f"{name}: opening and warming up{', which compiles for minutes' if engine == 'compiled' else ''} ...")
+        try:
+            policy, limit = bench.open(engine, directory)
+            first_calls_s = seconds_of(policy.warm_up)
+        except UNUSABLE as error:
+            if named:
+                raise
+            refused[name] = " ".join(str(error).split())
+            continue
+        arms[name] = {"policy": policy, "limit": limit, "first_calls_s": first_calls_s, "arithmetic": limit, "engine": engine}
+        arms[name] |= {"directory": None if directory is None else str(directory), "smoothing": sorted(policy.continues)}
+        arms[name]["memory_bytes"] = max(_memory_bytes(bench.device) - before, 0)
+    return arms, refused
+
+
+def _named(word: str, names: Sequence[str]) -> tuple[str, tuple[str, Path | None]]:
+    name, _, directory = word.partition("=")
+    if name not in names:
+        raise UsageError(f"--engines={word}: unknown engine.{closest(name, names)} Expected some of {', '.join(names)}, as NAME or NAME=DIRECTORY.")
+    return name, (name, Path(directory) if directory else None)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Held now: on the GPU by torch, else by the process."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * 4096 if status.exists() else peak_rss_bytes()
+
+
+def word_of(dtype: torch.dtype) -> str:
+    """`bf16`, ..."""
+    from gr00t_fast.engine.base import PRECISIONS
+
+    return next(word for word, kind in PRECISIONS.items() if kind == dtype)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return round(time.perf_counter() - began_s, 6)
+
+
+def error_of(got: Sequence[Actions], truth: Sequence[Actions]) -> dict[str, float]:
+    """|difference| over all observations, times and joints, in joint units: degrees, per cent for the gripper. NaN where an action is NaN."""
+    gaps = np.concatenate([np.abs(mine[key] - theirs[key]).ravel() for mine, theirs in zip(got, truth, strict=True) for key in theirs])
+    p50, p99 = (float(np.percentile(gaps, share)) for share in (50, 99))
+    return {"p50": p50, "p99": p99, "max": float(gaps.max())}
+
+
+def within_limit(errors: Mapping[str, dict[str, float]], name: str, format: str, dtype: torch.dtype) -> bool:
+    """NaN is no pass."""
+    from gr00t_fast.export.verify import ACTION_LIMITS
+
+    limit = ACTION_LIMITS[format]
+    if format == word_of(dtype) and "eager" in errors and errors["eager"]["p99"] > limit:
+        limit = _OF_EAGER * errors["eager"]["p99"]
+    return bool(errors[name]["p99"] <= limit)
+
+
+def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, options: BenchConfig) -> tuple[Times, Times]:
+    """ms of whole calls, by the clock and of processor time. Each round calls every engine once, in an order of its own: a disturbance hits all
+    alike."""
+    generator, names = np.random.default_rng(options.seed), list(policies)
+    for policy in policies.values():
+        policy.denoising_steps = steps
+        policy.warm_up()
+    observations = random_observations(policies[names[0]], options.seed, 8)
+    times: Times = {name: [] for name in names}
+    busy: Times = {name: [] for name in names}
+    for number in range(options.rounds):
+        observation = observations[number % len(observations)]
+        for name in generator.permutation(names):
+            busy_s = time.process_time()
+            times[name].append(1000 * seconds_of(partial(policies[name].get_action, observation)))
+            busy[name].append(1000 * (time.process_time() - busy_s))
+        show_progress("round", number + 1, options.rounds)
+    return times, busy
+
+
+def ratio(times: Mapping[str, list[float]], of: str, name: str) -> dict[str, float] | None:
+    """How many times as fast as `of` it is, paired by round: median and quartiles. None where `of` did not run."""
+    if of not in times or of == name:
+        return None
+    paired = [theirs / max(mine, 1e-6) for mine, theirs in zip(times[name], times[of], strict=True)]
+    low, high = (float(np.percentile(paired, share)) for share in (25, 75))
+    return {"median": round(statistics.median(paired), 3), "p25": round(low, 3), "p75": round(high, 3)}
+
+
+def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
+    """Errors, times and memory of all engines, JSON-ready but for `policy` of each. Arguments and errors as of `open_arms`."""
+    import torch
+
+    from gr00t_fast.engine.eager import EagerEngine
+
+    options, device, dtype = bench.options, bench.device, bench.dtype
+    tell(options, f"eager in fp32 answers {len(bench.observations)} observations, for the errors of the others ...")
+    truth = bench.answers(bench.policy(EagerEngine(bench.network(torch.float32))))  # freed before the engines come
+    arms, refused = open_arms(bench, made)
+    tell(options, f"{len(arms)} engines answer them ...")
+    for index, arm in enumerate(arms.values()):
+        arm["error_deg"] = error_of(bench.answers(arm["policy"]), truth)
+        show_progress("error", index + 1, len(arms))
+    policies = {name: arm["policy"] for name, arm in arms.items()}
+    for count in options.denoising_steps or [next(iter(policies.values())).denoising_steps]:
+        tell(options, f"timing in turns: {options.rounds} rounds at {count} denoising steps ...")
+        times, busy = take_turns(policies, count, options)
+        for name, arm in arms.items():
+            arm.setdefault("times_ms", {})[str(count)] = percentiles(times[name])
+            ratios = {of: ratio(times, of, name) for of in bench.compared_with}
+            # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
+            ratios |= {"eager_in_processor_time": ratio(busy, "eager", name)} if device.type == "cpu" else {}
+            arm.setdefault("times_as_fast_as", {})[str(count)] = ratios
+    errors = {name: arm["error_deg"] for name, arm in arms.items()}
+    for name, arm in arms.items():
+        arm["within_limit"] = within_limit(errors, name, arm["limit"], dtype)
+    return {
+        "network": bench.path.name,
+        "parameters": bench.parameters,
+        "cameras": len(next(iter(policies.values())).metadata.resolutions),
+        "observations": len(truth),
+        "of": Path(options.observations).name if options.observations else "random pictures and joints",
+        "rounds": min(len(each) for each in times.values()),
+        "engines": arms,
+        "refused": refused,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def table_rows(result: Mapping[str, Any], after: Callable[[Mapping[str, Any]], list[str]] = lambda arm: []) -> list[str]:
+    """A row per engine and step count; `after`: more rows below an engine's."""
+    rows = [f"{result['network']}, {result['precision']} on {result['device']}; errors in joint units over {result['observations']} observations of"]
+    rows += [f"{result['of']}, against eager fp32", ""]
+    rows += [f"{'engine':<18} {'steps':>5} {'p50 ms':>9} {'p95':>9} {'p99':>9} {'x eager':>8} {'error p99':>9} {'max':>9} {'MB':>7}  verdict"]
+    for name, arm in result["engines"].items():
+        for steps, t in arm["times_ms"].items():
+            faster = arm["times_as_fast_as"][steps]["eager"]
+            judged = "within its limit" if arm["within_limit"] else "ERROR ABOVE ITS LIMIT: do not use it"
+            judged += "" if arm["smoothing"] else ", no --smoothing"
+            e, of = arm["error_deg"], "-" if faster is None else f"{faster['median']:.2f}"
+            cells = f"{t['p50']:>9.3f} {t['p95']:>9.3f} {t['p99']:>9.3f} {of:>8} {e['p99']:>9.4f} {e['max']:>9.4f} {arm['memory_bytes'] / 1e6:>7.0f}"
+            rows.append(f"{name:<18} {steps:>5} {cells}  {arm['arithmetic']}, {judged}")
+        rows += after(arm)
+    return [*rows, "", *(f"{name} cannot be used here: {reason}" for name, reason in result["refused"].items())]
+
+
+def fastest(result: Mapping[str, Any], apart_from: str = "") -> str | None:
+    """The engine with the smallest median whose error is within its limit."""
+    able = {name: next(iter(arm["times_ms"].values()))["p50"] for name, arm in result["engines"].items() if arm["within_limit"]}
+    return min((name for name in able if name != apart_from), key=lambda name: able[name], default=None)
+
+
+def verdict(result: Mapping[str, Any], apart_from: str = "") -> str:
+    """The fastest engine whose error is within its limit."""
+    if (best := fastest(result, apart_from)) is None:
+        return "no engine keeps its limit on the error here"
+    steps, times = next(iter(result["engines"][best]["times_ms"].items()))
+    return f"fastest within its limit: {best}, {times['p50']:.3f} ms at {steps} steps"
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """One line on a terminal, nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def camera_sizes_in(observation: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Camera -> (width, height)."""
+    frames = {key.removeprefix("video."): value.shape for key, value in observation.items() if key.startswith("video.")}
+    return {camera: (shape[-2], shape[-3]) for camera, shape in frames.items()}
+
+
+def random_observations(policy: Gr00tPolicy, seed: int, count: int) -> list[dict[str, Any]]:
+    """Unbatched, with the example's instruction: random pictures, joints anywhere in their training range. Never zeros: they can run faster."""
+    generator, example, metadata = np.random.default_rng(seed), policy.example_observation(), policy.metadata
+    found = []
+    for _ in range(count):
+        observation = dict(example)
+        for key, value in example.items():
+            modality, _, name = key.partition(".")
+            if modality == "video":
+                observation[key] = generator.integers(0, 256, value.shape, dtype=np.uint8)
+            elif modality == "state":
+                ranges = metadata.state_statistics[name]
+                observation[key] = np.asarray(generator.uniform(ranges.min, ranges.max))[None]
+        found.append(observation)
+    return found
+
+
+def random_noise(policy: Gr00tPolicy, seed: int) -> np.ndarray:
+    """fp32 (1, H, A)."""
+    return np.random.default_rng(seed).standard_normal((1, *policy.chunk_shape)).astype(np.float32)
+
+
+_EXITS = "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted"
+_INTERRUPTED = "interrupted: no result; exports that were finished are kept"
+main = Command(
+    BenchConfig,
+    run,
+    "usage: gr00t-fast bench --model_path=DIR [--observations=DATASET] [--make] [--flag=value ...]",
+    _EXITS,
+    _INTERRUPTED,
+    file_of=RunConfig,
+    not_from_file=_NOT_OF_A_RUN,
+)
+tune = replace(main, work=run_tune, usage="usage: gr00t-fast tune --model_path=DIR --observations=DATASET [--flag=value ...]")

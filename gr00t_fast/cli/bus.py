@@ -7,16 +7,14 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from gr00t_fast.cli.policy_flags import run_command
-from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK
+from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.flags import UsageError, setting
+from gr00t_fast.flags import Flags, UsageError, setting
 from gr00t_fast.robots.virtual_bus import faults as fault_kinds
 from gr00t_fast.robots.virtual_bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.robots.virtual_bus.faults import Fault
@@ -26,7 +24,7 @@ _CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 
 
 @dataclass(kw_only=True)
-class BusConfig:
+class BusConfig(Flags):
     """Six virtual STS3215 servos of an SO-100 on a pseudo-terminal that any lerobot program can open. Runs until Ctrl-C or SIGTERM."""
 
     link: Path | None = None  # where to put the port (a symbolic link, removed at exit); required without --send
@@ -44,23 +42,15 @@ class BusConfig:
     send: str | None = None  # send a command to the bus at --control and exit (try 'state' or 'inject silent:servo=3')
     verbose: bool = False  # full tracebacks
 
-
-_USAGE = "usage: gr00t-fast bus --link=PATH [--write_calibration=DIR] [--scene] [--fault=SPEC ...] [--flag=value ...]"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 ended as asked, 1 error, 2 bad flag."""
-    return run_command(BusConfig, check, work, (_USAGE, fault_kinds.__doc__ or ""), argv)
-
-
-def check(config: BusConfig) -> None:
-    """Raises UsageError; fills in where the control socket is."""
-    if config.link is None and (config.send is None or config.control is None):
-        raise UsageError("--link=PATH is missing (with --send: --link or --control of the running bus).")
-    if config.usb_latency_ms < 0:
-        raise UsageError(f"--usb_latency_ms={config.usb_latency_ms:g} must not be negative.")
-    if config.control is None and config.link is not None:
-        config.control = config.link.with_name(config.link.name + ".ctl")
+    def check(self) -> None:
+        """Raises UsageError; fills in where the control socket is."""
+        super().check()
+        if self.link is None and (self.send is None or self.control is None):
+            raise UsageError("--link=PATH is missing (with --send: --link or --control of the running bus).")
+        if self.usb_latency_ms < 0:
+            raise UsageError(f"--usb_latency_ms={self.usb_latency_ms:g} must not be negative.")
+        if self.control is None and self.link is not None:
+            self.control = self.link.with_name(self.link.name + ".ctl")
 
 
 def work(config: BusConfig) -> int:
@@ -159,3 +149,11 @@ def serve(config: BusConfig) -> int:
         finally:
             control.close()
     return 0
+
+
+main = Command(
+    BusConfig,
+    work,
+    "usage: gr00t-fast bus --link=PATH [--write_calibration=DIR] [--scene] [--fault=SPEC ...] [--flag=value ...]",
+    fault_kinds.__doc__ or "",
+)

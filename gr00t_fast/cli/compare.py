@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from gr00t_fast.cli.policy_flags import OutputFlags, run_command
-from gr00t_fast.cli.program import EXIT_OK, show
+from gr00t_fast.cli.main import EXIT_OK, Command, show
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.control.comparison import as_table, compare_runs, read_run, verdict
 from gr00t_fast.flags import UsageError, setting
 
@@ -25,9 +25,26 @@ class CompareConfig(OutputFlags):
 
     runs: list[Path] = setting(default_factory=list, whole_words=True)  # the two directories; they may also come first, without the flag
 
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if len(self.runs) != 2:
+            raise UsageError(f"expected two directories of runs, got {len(self.runs)}: gr00t-fast compare RUN RUN.")
 
-_USAGE = "usage: gr00t-fast compare RUN RUN [--flag=value ...]"
-_EXITS = "exit codes: 0 compared, 1 a directory that holds no run, 2 bad flag."
+
+def work(config: CompareConfig) -> int:
+    first, second = config.runs
+    comparison = compare_runs(read_run(first), read_run(second))
+    show(comparison, as_table(comparison), verdict(comparison), config)
+    return EXIT_OK
+
+
+_compare = Command(
+    CompareConfig,
+    work,
+    "usage: gr00t-fast compare RUN RUN [--flag=value ...]",
+    "exit codes: 0 compared, 1 a directory that holds no run, 2 bad flag.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,16 +53,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     directories = list(takewhile(lambda word: not word.startswith("-"), words))
     if directories:
         words = ["--runs", *directories, *words[len(directories) :]]
-    return run_command(CompareConfig, _check, _work, (_USAGE, _EXITS), words)
-
-
-def _check(config: CompareConfig) -> None:
-    if len(config.runs) != 2:
-        raise UsageError(f"expected two directories of runs, got {len(config.runs)}: gr00t-fast compare RUN RUN.")
-
-
-def _work(config: CompareConfig) -> int:
-    first, second = config.runs
-    comparison = compare_runs(read_run(first), read_run(second))
-    show(comparison, as_table(comparison), verdict(comparison), config)
-    return EXIT_OK
+    return _compare(words)

@@ -25,11 +25,11 @@ from typing import Any
 
 from gr00t_fast.cli.contact_sheet import SHEET_NAME, write_pictures
 from gr00t_fast.cli.doctor_arm import Pictures, Row, arm, failed, take_pictures, titles
-from gr00t_fast.cli.policy_flags import OutputFlags, PolicyFlags, check_data_config
-from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute, show
-from gr00t_fast.cli.run_flags import RunConfig
+from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
+from gr00t_fast.cli.run import RunConfig
+from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, ObservationError, PreflightError, install_command
-from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.flags import UsageError
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig
 
 # What a run with these flags needs -> (module, extra that brings it).
@@ -41,7 +41,7 @@ _EXTRAS = {
     "engine onnxruntime, exports": ("onnxruntime", "export"),
     "engine openvino": ("openvino", "openvino"),
 }
-_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "draccus", "opencv-python-headless")
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "opencv-python-headless")
 
 
 @dataclass(kw_only=True)
@@ -61,31 +61,22 @@ class DoctorConfig(OutputFlags, PolicyFlags):
     out: Path | None = None  # directory for a picture of each camera, all of them on one sheet (cameras.png), doctor.json and doctor.txt; replaced
     robot: RobotConfig | None = None
 
+    def needs_checkpoint(self) -> bool:
+        """The machine and the arm can be looked at without."""
+        return False
 
-_USAGE = "usage: gr00t-fast doctor [--model_path=DIR] [--robot.type=... --robot.port=...] [--flag=value ...]"
-_EXITS = "exit codes: 0 nothing that the given flags need is missing or wrong, 1 something is, 2 bad flag"
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if self.out is not None and self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"--out={self.out} is a file; it needs a directory.")
+
+
 _NOT_OF_A_RUN = ("out", "json", "quiet", "verbose")  # settings of a run's file that are about what the run leaves
 _TELL_EVERY_S = 2.0
 _GIB = 2**30
 _WORKING_BYTES = _GIB  # activations, scratch and the CUDA context: a round figure above what has been measured
 _READ_AT_MOST_BYTES = 512 * 2**20  # of weights, to compare an export with them: more takes seconds
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 nothing is missing, 1 something is, 2 bad flag."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    return execute(parse, work, partial(help_text, DoctorConfig, _USAGE, _EXITS), words)
-
-
-def parse(argv: Sequence[str]) -> DoctorConfig:
-    """Raises UsageError."""
-    config, notes = parse_flags(DoctorConfig, argv, file_of=RunConfig, not_from_file=_NOT_OF_A_RUN)
-    check_data_config(config.data_config)
-    if config.out is not None and config.out.exists() and not config.out.is_dir():
-        raise UsageError(f"--out={config.out} is a file; it needs a directory.")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return config
 
 
 def work(config: DoctorConfig) -> int:
@@ -430,3 +421,13 @@ def _compiler() -> bool:
     from shutil import which
 
     return any(which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+main = Command(
+    DoctorConfig,
+    work,
+    "usage: gr00t-fast doctor [--model_path=DIR] [--robot.type=... --robot.port=...] [--flag=value ...]",
+    "exit codes: 0 nothing that the given flags need is missing or wrong, 1 something is, 2 bad flag",
+    file_of=RunConfig,
+    not_from_file=_NOT_OF_A_RUN,
+)

@@ -1,33 +1,113 @@
-"""`gr00t-fast COMMAND [--flag=value ...]`: the table of subcommands. A subcommand's module is imported when it is asked for."""
+"""`gr00t-fast COMMAND [--flag=value ...]`: the table of subcommands, and the one way in which each begins and ends.
+
+A subcommand is a dataclass of flags that check themselves, and a function that works and returns the exit code. Its module is imported when it is
+asked for.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
-from gr00t_fast.cli.program import EXIT_OK, EXIT_USAGE, leave, print_help
-from gr00t_fast.errors import closest, exit_code_of
+from gr00t_fast import console
+from gr00t_fast.console import CLOSED_TERMINAL, Console
+from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
+from gr00t_fast.errors import Gr00tFastError, closest
+from gr00t_fast.flags import UsageError, help_text, parse_flags
 
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 NAME = "gr00t-fast"
-# The words of a subcommand -> its module under gr00t_fast.cli, whose `main(argv)` returns an exit code; and its line in --help.
+# The words of a subcommand -> its module under gr00t_fast.cli and the Command in it; and its line in --help.
 COMMANDS = {
-    "run": ("run", "drive an arm with a checkpoint, or with a policy server"),
-    "replay": ("replay", "play the actions of a recorded episode on an arm"),
-    "compare": ("compare", "set two runs side by side"),
-    "doctor": ("doctor", "say what is installed, what can run here, and what is missing"),
-    "export onnx": ("export_onnx", "write a checkpoint as ONNX graphs"),
-    "export tensorrt": ("export_tensorrt", "build TensorRT engines"),
-    "quantise": ("quantise", "make an 8-bit version of an ONNX export"),
-    "calibrate": ("calibrate", "make the scales of the engine fp8"),
-    "verify": ("verify", "compare an exported engine with the plain model"),
-    "tune": ("tune", "make, check and time every engine that runs here, and write the best into your config file"),
-    "bench": ("bench", "time every engine that runs here, and check its actions"),
-    "serve": ("serve", "answer policy clients over ZeroMQ or HTTP"),
-    "bus": ("bus", "virtual servo bus of an SO-100 on a pseudo-terminal"),
-    "sim": ("sim", "show the simulated scene, solved by a scripted expert"),
+    "run": ("run:main", "drive an arm with a checkpoint, or with a policy server"),
+    "replay": ("replay:main", "play the actions of a recorded episode on an arm"),
+    "eval": ("eval:main", "compare a checkpoint's actions with those of a recorded data set"),
+    "compare": ("compare:main", "set two runs side by side"),
+    "doctor": ("doctor:main", "say what is installed, what can run here, and what is missing"),
+    "export onnx": ("export:onnx", "write a checkpoint as ONNX graphs"),
+    "export tensorrt": ("export:tensorrt", "build TensorRT engines"),
+    "quantise": ("export:quantise", "make an 8-bit version of an ONNX export"),
+    "calibrate": ("export:calibrate", "make the scales of the engine fp8"),
+    "verify": ("export:verify", "compare an exported engine with the plain model"),
+    "bench": ("bench:main", "time every engine that runs here, and check its actions"),
+    "tune": ("bench:tune", "bench --make: make the engines that can run here, then compare them"),
+    "serve": ("serve:main", "answer policy clients over ZeroMQ or HTTP"),
+    "bus": ("bus:main", "virtual servo bus of an SO-100 on a pseudo-terminal"),
+    "sim": ("sim:main", "show the simulated scene, solved by a scripted expert"),
 }
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Command(Generic[C]):
+    """A program: called with a command line, it returns the exit code.
+
+    Every Gr00tFastError becomes one message on stderr and exit code 1, or 2 for a UsageError; Ctrl-C gives 130 and says `interrupted`; bugs keep
+    their traceback. `--verbose` among the flags shows the traceback of expected errors too.
+    """
+
+    flags: type[C]
+    work: Callable[[C], int]
+    usage: str  # first lines of --help
+    epilog: str = ""  # last lines of --help
+    interrupted: str = "interrupted"
+    file_of: type | None = None  # whose --config_path files are read too ...
+    not_from_file: Sequence[str] = ()  # ... but for these settings
+    drives_arm: bool = False  # a terminal that takes no output holds up nothing
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        words = sys.argv[1:] if argv is None else list(argv)
+        if {"--help", "-h", "--help-all"} & set(words):
+            return _ending(lambda: _print_help(help_text(self.flags, self.usage, self.epilog, "--help-all" in words)))
+        return _queued(lambda: self._guarded(words)) if self.drives_arm else _ending(lambda: self._guarded(words))
+
+    def parse(self, argv: Sequence[str]) -> C:
+        """The checked configuration; notes go to stderr. Raises UsageError."""
+        config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return config
+
+    def _guarded(self, words: Sequence[str]) -> int:
+        def program() -> int:
+            config = self.parse(words)
+            verbose = getattr(config, "verbose", False)
+            return guarded(lambda: self.work(config), self.interrupted, verbose)
+
+        return guarded(program, self.interrupted, "--verbose" in words)
+
+
+def guarded(program: Callable[[], int], interrupted: str = "interrupted", verbose: bool = False) -> int:
+    """What `program` returns, or the exit code of the error that it raises, which is printed. verbose: with its traceback, which bugs always have."""
+    try:
+        return program()
+    except Gr00tFastError as error:
+        if verbose:
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
+    except StopRequested as request:  # before the arm was connected, or the loop would have handled it
+        print(f"stopped by {request.reason}", file=sys.stderr)
+        return request.exit_code
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return EXIT_CTRL_C
+    except Exception as error:
+        if isinstance(error, OSError) and _is_output_lost(error):
+            raise
+        traceback.print_exception(error)
+        return EXIT_ERROR
 
 
 def entry_point() -> NoReturn:
@@ -38,18 +118,33 @@ def entry_point() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: that of the subcommand; 0 for --help, 2 for a word that is no subcommand."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("--help", "-h", "help"):
-        return exit_code_of(lambda: print_help(help_text())) if words else _refuse("which command?", "")
+    if not words:
+        return _refuse("which command?", "")
+    if words[0] in ("--help", "-h", "help"):
+        return _ending(lambda: _print_help(overview()))
     if words[0] == "--version":
-        return exit_code_of(_print_version)
+        return _ending(_print_version)
     for count in (1, 2):
-        if found := COMMANDS.get(" ".join(words[:count])):
-            return importlib.import_module(f"gr00t_fast.cli.{found[0]}").main(words[count:])
+        if (name := " ".join(words[:count])) in COMMANDS:
+            return command(name)(words[count:])
     of_a_group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if of_a_group and ("--help" in words[1:] or "-h" in words[1:]):
-        return exit_code_of(lambda: print_help(help_text(of_a_group)))
+        return _ending(lambda: _print_help(overview(of_a_group)))
     asked = " ".join(words[: 2 if of_a_group else 1])
     return _refuse(f"unknown command '{asked}'.", closest(asked, COMMANDS))
+
+
+def command(name: str) -> Callable[[Sequence[str]], int]:
+    """`export onnx` -> what it runs."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found: Callable[[Sequence[str]], int] = getattr(importlib.import_module(f"gr00t_fast.cli.{module}"), attribute)
+    return found
+
+
+def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """The subcommands with a line each."""
+    rows = [f"  {name:<18}{COMMANDS[name][1]}" for name in names]
+    return "\n".join([f"usage: {NAME} COMMAND [--flag=value ...]", "", *rows, "", f"{NAME} COMMAND --help lists a command's flags."])
 
 
 def _refuse(what: str, meant: str) -> int:
@@ -64,7 +159,94 @@ def _print_version() -> int:
     return EXIT_OK
 
 
-def help_text(names: Sequence[str] = tuple(COMMANDS)) -> str:
-    """The subcommands with a line each."""
-    rows = [f"  {name:<18}{COMMANDS[name][1]}" for name in names]
-    return "\n".join([f"usage: {NAME} COMMAND [--flag=value ...]", "", *rows, "", f"{NAME} COMMAND --help lists a command's flags."])
+def _print_help(text: str) -> int:
+    """A reader that has seen enough, as with `| head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard_output()
+    return EXIT_OK
+
+
+class OutputWishes(Protocol):
+    """`--json` and `--quiet`."""
+
+    json: bool
+    quiet: bool
+
+
+def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWishes) -> None:
+    """The result for people: table and verdict on standard output; `--quiet` leaves the verdict, `--json` makes it one line of JSON."""
+    text = verdict if wishes.quiet else "\n".join(filter(None, (table, verdict)))
+    print(text, file=sys.stderr if wishes.json else sys.stdout, flush=True)
+    if wishes.json:
+        print(json.dumps(result), flush=True)
+
+
+# --- how a program ends -------------------------------------------------------------------------------------------------------------------
+
+
+def _ending(program: Callable[[], int]) -> int:
+    """What `program` returns, or 1 when its output cannot be written."""
+    try:
+        code = program()
+        sys.stdout.flush()
+    except OSError as error:
+        if not _is_output_lost(error):
+            raise
+        return _tell_lost_output(error)
+    return code
+
+
+def _queued(program: Callable[[], int]) -> int:
+    """As `_ending`; output goes through a queue."""
+    queued = Console()
+    try:
+        with queued:
+            code = program()
+    except OSError as error:
+        if error is not queued.failure:
+            raise
+        code = EXIT_ERROR
+    if queued.failure is None:
+        return code
+    lost = _tell_lost_output(queued.failure)  # the arm has been put down by now
+    return SIGNAL_EXIT_BASE + signal.SIGHUP if queued.failure.errno in CLOSED_TERMINAL else code or lost
+
+
+def _is_output_lost(error: OSError) -> bool:
+    """Whether it came from writing: a pipe whose reader left, a full disk, a terminal that is gone."""
+    return isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
+
+
+def _tell_lost_output(error: OSError) -> int:
+    reason = f"cannot write to the output ({error.strerror})"
+    if isinstance(error, BrokenPipeError):
+        reason = "nobody reads this program's output any more (a closed pipe, as with `| head`)"
+    with contextlib.suppress(OSError):  # it may have been stderr too
+        print(f"error: {reason}; the run has ended.", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        _discard_output()  # or the interpreter complains when it flushes at exit
+    return EXIT_ERROR
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def end_on_sigterm() -> None:
+    """As an exit, so that what is half written is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGNAL_EXIT_BASE + signal.SIGTERM))
+
+
+def leave(code: int) -> NoReturn:
+    """End the program. An inference that hangs, or a terminal that takes no output, must not hold it up: the interpreter cannot end while native
+    code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
+    if console.stuck():
+        os._exit(code)
+    worker: ModuleType | None = sys.modules.get("gr00t_fast.control.worker")  # without it no inference can be running
+    if worker is None or not worker.thread_left_running():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -11,28 +11,24 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from gr00t_fast import flags
-from gr00t_fast.cli.policy_flags import OutputFlags
-from gr00t_fast.cli.program import execute_queued
-from gr00t_fast.cli.run import RecordedFacts, drive
-from gr00t_fast.cli.run_flags import EPILOG, RunConfig, validate_limits, validate_pose, validate_range, validate_robot
+from gr00t_fast.cli.main import Command
+from gr00t_fast.cli.run import EXITS, RecordedFacts, RunConfig, drive
+from gr00t_fast.cli.shared_flags import ArmFlags, RunOutputFlags, SafetyFlags
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
-from gr00t_fast.control.limits import SafetyOptions
+from gr00t_fast.control.poses import SPEEDS_DEG_S, Poses
 from gr00t_fast.control.recorder import dataset_directory
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, check_ranges
 from gr00t_fast.files import read_json
-from gr00t_fast.flags import UsageError, parse_flags
+from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.inputs.data_config import load_data_config
-from gr00t_fast.robots.config import RobotConfig
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column
@@ -40,55 +36,36 @@ _OUTPUTS = ("out", "overwrite", "video", "record", "record_append", "json", "qui
 
 
 @dataclass(kw_only=True)
-class ReplayConfig(OutputFlags):
-    """Play the actions of a recorded episode on an arm: the same loop, limits, watchdog and landing as a run.
+class EpisodeFlags(Flags):
+    """Which episode, and how the arm gets to its beginning."""
 
-    --config_path may be the file of your runs: its robot and limits count, what it says of outputs does not.
-    """
+    GROUP = "episode"
 
     dataset: str = ""  # a LeRobotDataset v3: its directory, or user/name in lerobot's cache; required
     episode: int = 0  # which one, counted from 0
     approach_deg_s: float = 30.0  # how fast the arm goes to where the episode begins
     rest: list[float] | str | None = "start"  # move slowly there before the torque goes off: where the arm lay, or six joint values; null: nowhere
     seed: int | None = None  # of a simulated scene
-    max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350; null: no limit
-    max_following_error_deg: float | None = SafetyOptions.max_following_error_deg  # how far a goal may be ahead of a joint at rest; null: no limit
-    stall_load_percent: float | None = SafetyOptions.stall_load_percent  # a joint that stands still before its goal and pushes so hard is blocked
-    stall_current_ma: float | None = SafetyOptions.stall_current_ma  # or draws so much; null: not judged by that
-    stall_after_s: float | None = SafetyOptions.stall_after_s  # for so long; then it is held where it stands; null: no stall protection
-    preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the recording contradict each other
-    record: str = ""  # write the replay as a LeRobotDataset v3 of its own, as in `gr00t-fast run`
-    record_append: bool = False  # add it to the data set of --record that is there
-    show_images: bool = False  # live window of the cameras (q stops)
-    out: Path | None = None  # directory for report.json, report.txt, joints.png, run.npz, run.csv
-    overwrite: bool = False  # replace the files of an earlier run in --out, and the file of --video
-    video: Path | None = None  # record the cameras to this .mp4 or .gif
-    robot: RobotConfig | None = None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes as of `gr00t-fast run`."""
-    return execute_queued(parse, run, help_text, sys.argv[1:] if argv is None else list(argv))
+@dataclass(kw_only=True)
+class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmFlags):
+    """Play the actions of a recorded episode on an arm: the same loop, limits, watchdog and end as a run.
 
+    --config_path may be the file of your runs: its robot and limits count, what it says of outputs does not.
+    """
 
-def parse(argv: Sequence[str]) -> ReplayConfig:
-    """Return the checked configuration. Raises UsageError."""
-    config, notes = parse_flags(ReplayConfig, list(argv), file_of=RunConfig, not_from_file=_OUTPUTS)
-    validate_robot(config.robot)
-    validate_limits(config)
-    validate_pose(config, "rest", ("start",))
-    if not config.dataset:
-        raise UsageError("--dataset is missing: the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote.")
-    if config.episode < 0:
-        raise UsageError(f"--episode={config.episode} must not be negative: the first is 0.")
-    validate_range(config, "approach_deg_s")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return config
-
-
-def help_text() -> str:
-    return flags.help_text(ReplayConfig, "usage: gr00t-fast replay --robot.type=... --dataset=DIR [--episode=N] [--flag=value ...]", EPILOG)
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if isinstance(self.rest, str) and self.rest != "start":
+            raise UsageError(f"--rest={self.rest}: give six joint values, start, or null.")
+        Poses(rest=self.rest)
+        if not self.dataset:
+            raise UsageError("--dataset is missing: the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote.")
+        if self.episode < 0:
+            raise UsageError(f"--episode={self.episode} must not be negative: the first is 0.")
+        check_ranges(self, approach_deg_s=SPEEDS_DEG_S)
 
 
 def run(config: ReplayConfig) -> int:
@@ -221,5 +198,12 @@ def _check_unit(directory: Path, robot: Robot) -> None:
         raise ConfigError(f"{directory} was recorded in {unit}, the arm is set to {robot.joint_unit}. Use --robot.use_degrees={wanted}.")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = Command(
+    ReplayConfig,
+    run,
+    "usage: gr00t-fast replay --robot.type=... --dataset=DIR [--episode=N] [--flag=value ...]",
+    EXITS,
+    file_of=RunConfig,
+    not_from_file=_OUTPUTS,
+    drives_arm=True,
+)

@@ -13,25 +13,26 @@ in the functions that need them: `--help` and every mistake on the command line 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gr00t_fast import flags
 from gr00t_fast.cli.contact_sheet import write_dry_run
 from gr00t_fast.cli.doctor_arm import check_camera_devices
-from gr00t_fast.cli.policy_flags import policy_options
-from gr00t_fast.cli.program import EXIT_ERROR, EXIT_OK, execute_queued
-from gr00t_fast.cli.run_flags import RunConfig, help_text, max_hold_s, parse, reset_time_s, settings_of
+from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
+from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, check_at_least_one
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
+from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
 from gr00t_fast.control.keys import Keys, keys_obstacle
-from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.outputs import Outputs
-from gr00t_fast.control.pacer import MonotonicClock, StopSignals
+from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
@@ -40,12 +41,170 @@ from gr00t_fast.control.session import HELP as KEYS_HELP
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import summary
 from gr00t_fast.control.views import View, video_view, window_view
-from gr00t_fast.errors import ConfigError, ServerUnreachableError
+from gr00t_fast.errors import ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept, read_json
-from gr00t_fast.inputs.data_config import check_trained_cameras, load_data_config
+from gr00t_fast.flags import Flags, UsageError
+from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG, check_trained_cameras, load_data_config
 from gr00t_fast.recordings import read_recordings
+from gr00t_fast.robots.config import SO100FollowerConfig
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
+_SIMULATED_MAX_HOLD_S = 30.0
+_RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
+HIDDEN = "(hidden)"  # in a report, in place of a secret
+_SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
+EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal put the arm down and end the run; a second one takes its torque off at once.
+exit codes: 0 done, 1 error (the arm has been put down), 2 a flag that cannot be understood; 128 + signal when stopped:
+129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."""
+
+
+@dataclass(kw_only=True)
+class ServerFlags(Flags):
+    """A policy server, instead of a network in this process."""
+
+    GROUP = "checkpoint"
+
+    server: str = ""  # infer on this policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's
+    api_token: str | None = None  # secret that the policy server asks for
+    server_timeout_s: float = 5.0  # how long an answer of the policy server may take
+    server_reconnect_s: float = 30.0  # how long the arm holds its pose for a policy server that is away before the run ends
+
+
+@dataclass(kw_only=True)
+class TaskFlags(Flags):
+    """What is to be done."""
+
+    GROUP = "task"
+
+    lang_instruction: str = ""  # what the robot shall do, taken literally; required
+    camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
+    timeout: float | None = None  # seconds per episode; default: until Ctrl-C
+    episodes: int = 1  # how many times to play
+    reset_time_s: float | None = None  # how long the arm holds its pose between episodes, for you to put things back; default: 10, simulated 0
+    dry_run: bool = False  # connect, check, infer once, send nothing
+
+
+@dataclass(kw_only=True)
+class MotionFlags(Flags):
+    """When the network is asked, and where the arm goes by itself."""
+
+    GROUP = "motion"
+
+    fps: float | None = None  # control rate; default: the rate at which the training data was recorded
+    controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
+    smoothing: Literal["none", "rtc", "prefix"] = "none"  # threaded: how a chunk joins the one before
+    when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
+    max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
+    recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
+    home: list[float] | str | None = None  # before each episode, move slowly to "[0, -90, 90, 60, 0, 10]" or where the `recordings` begin
+    rest: list[float] | str | None = "start"  # before the torque goes off; start: where it lay; or as --home, `home`, null
+    home_speed_deg_s: float = Poses.home_speed_deg_s  # how fast the arm moves to these poses
+
+
+@dataclass(kw_only=True)
+class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, ServerFlags, PolicyFlags):
+    """Drive an arm with GR00T. Whatever can fail comes before the arm gets torque."""
+
+    COMMON = (
+        *("model_path", "embodiment_tag", "data_config", "denoising_steps", "action_horizon", "device", "engine", "server"),
+        *("robot.type", "robot.port", "robot.id", "robot.cameras", "lang_instruction", "camera_map", "timeout", "episodes", "dry_run"),
+        *("controller", "home", "rest", "max_speed_deg_s", "out", "record", "video", "display", "config_path"),
+    )
+    or_else = " Or infer on a policy server: --server=tcp://HOST:PORT."
+
+    def needs_checkpoint(self) -> bool:
+        """A policy server has its own."""
+        return not self.server
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        self._check_task()
+        self._check_server()
+        self._check_motion()
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"--seed={self.seed} must not be negative.")
+        if self.record and self.dry_run:
+            raise UsageError("--record and --dry_run exclude each other: a dry run sends nothing, so there is nothing to record.")
+
+    def notes(self) -> list[str]:
+        moves = [f"--{name}" for name in self.given("home", "rest")]
+        said = f"{' and '.join(moves)}: a dry run sends nothing, the arm does not move there."
+        return [*super().notes(), *([said] if self.dry_run and moves else [])]
+
+    def given(self, *names: str) -> list[str]:
+        """Those that are not at their default."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+    def _check_task(self) -> None:
+        if not self.lang_instruction.strip():
+            example = '--lang_instruction="Pick up the cube"'
+            raise UsageError(f"--lang_instruction is missing or empty. Say what to do, in the words of the training data: {example}.")
+        try:
+            self.lang_instruction.encode()
+        except UnicodeEncodeError:
+            said = f"--lang_instruction={self.lang_instruction!a} holds bytes that are no UTF-8 text."
+            raise UsageError(f"{said} Type it in a UTF-8 terminal.") from None
+        check_at_least_one(self, "episodes")
+        check_ranges(self, reset_time_s=(0.0, 3600.0))
+        if self.fps is not None and not FPS_RANGE[0] <= self.fps <= FPS_RANGE[1]:
+            raise UsageError(f"--fps={self.fps:g} must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what cameras and the servo bus can do.")
+        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout >= 1 / (self.fps or FPS_RANGE[1])):
+            raise UsageError(f"--timeout={self.timeout:g} must be a number of seconds, at least one tick: the arm would not move.")
+        if self.episodes > 1 and self.timeout is None and (why := keys_obstacle()):
+            raise UsageError(f"--episodes={self.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
+
+    def _check_server(self) -> None:
+        """Either a network in this process or a policy server."""
+        if not self.server:
+            if given := self.given("api_token", "server_timeout_s", "server_reconnect_s"):
+                raise UsageError(f"--{given[0]} needs --server=tcp://HOST:PORT: it is about a policy server.")
+            return
+        found = _SERVER.fullmatch(self.server)
+        if found is None or (found["port"] and not 1 <= int(found["port"]) <= 65535):
+            what = "is no address of a policy server. Expected tcp://HOST:PORT or ipc://PATH, e.g. tcp://127.0.0.1:5555."
+            raise UsageError(f"--server={self.server} {what}")
+        if self.api_token == HIDDEN:
+            raise UsageError("--api_token was left out of the report that --config_path reads: give it again.")
+        if self.api_token is not None and not self.api_token:
+            raise UsageError("--api_token is empty; leave the flag out for a server that asks for none.")
+        check_ranges(self, server_timeout_s=(0.05, 600.0), server_reconnect_s=(0.05, 3600.0))
+        if self.given("max_hold_s"):
+            raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
+        telling = ("embodiment_tag",) if self.data_config == DEFAULT_DATA_CONFIG else ("embodiment_tag", "data_config")
+        of_the_server = ("denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox")
+        if given := self.given(*of_the_server, *(() if self.model_path.strip() else telling)):
+            only = " Here it only says how to read the metadata of --model_path, for a server that does not tell it." if given[0] in telling else ""
+            raise UsageError(f"--{given[0]} belongs on the command line of the policy server.{only}")
+
+    def _check_motion(self) -> None:
+        controller_options(self)
+        poses = Poses(self.home, self.rest, self.home_speed_deg_s)
+        if self.recordings is None:
+            poses.resolved(None)
+        if self.given("home_speed_deg_s") and self.home is None and self.rest is None:
+            raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
+
+
+def settings_of(config: RunConfig) -> dict[str, object]:
+    """The configuration as JSON-ready values that --config_path reads again, but for secrets."""
+    return flags.settings_of(config) | ({} if config.api_token is None else {"api_token": HIDDEN})
+
+
+def reset_time_s(config: RunConfig) -> float:
+    """The flag, or its default: nobody has to put the simulated scene back."""
+    if config.reset_time_s is not None:
+        return config.reset_time_s
+    return _RESET_TIME_S if isinstance(config.robot, SO100FollowerConfig) else 0.0
+
+
+def max_hold_s(config: RunConfig) -> float | None:
+    """The flag, or its default: a simulated arm harms nobody while a busy machine thinks, and a policy server has a limit of its own."""
+    if config.server:
+        return None
+    if config.max_hold_s == "auto":
+        return DEFAULT_MAX_HOLD_S if isinstance(config.robot, SO100FollowerConfig) else _SIMULATED_MAX_HOLD_S
+    return config.max_hold_s
 
 
 @dataclass(frozen=True)
@@ -55,11 +214,6 @@ class RecordedFacts:
 
     of_episode: Mapping[str, Any]
     cameras: Mapping[str, str] | None = None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 error with the arm landed, 2 bad flag, 128 + signal when stopped."""
-    return execute_queued(parse, run, help_text, sys.argv[1:] if argv is None else list(argv))
 
 
 def run(config: RunConfig) -> int:
@@ -142,7 +296,7 @@ def load(config: RunConfig) -> Any:
         return _connect(config)
     from gr00t_fast.policy import load_policy
 
-    return load_policy(config.model_path, **policy_options(config))
+    return load_policy(config.model_path, **config.policy_options())
 
 
 def _connect(config: RunConfig) -> Any:
@@ -230,15 +384,7 @@ def control_loop(
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     controller = build_controller(config, policy, binding, clock, fps)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
-    safety = SafetyOptions(
-        config.max_speed_deg_s,
-        config.max_following_error_deg,
-        config.max_held_ticks,
-        config.stall_load_percent,
-        config.stall_current_ma,
-        config.stall_after_s,
-        recordings and tuple(recordings.fastest_units_s.tolist()),
-    )
+    safety = config.safety_options(recordings and tuple(recordings.fastest_units_s.tolist()))
     poses = Poses(config.home, config.rest, config.home_speed_deg_s).resolved(recordings and tuple(recordings.begin.tolist()))
     options = LoopOptions(
         fps,
@@ -257,9 +403,14 @@ def control_loop(
 
 def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> ChunkController:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
-    options = ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
+    options = controller_options(config)
     recoverable = (ServerUnreachableError,) if config.server else ()
     return ChunkController(policy, binding, config.lang_instruction, clock, fps, options, recoverable=recoverable, echo=voice(config))
+
+
+def controller_options(config: RunConfig) -> ControllerOptions:
+    """Raises ConfigError."""
+    return ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
 
 
 def check_checkpoint(config: RunConfig) -> None:
@@ -321,3 +472,13 @@ def announce_landing(landing: LandingReport | None, say: Callable[[str], None] =
 def exit_code(stop: StopSignals, landing: LandingReport) -> int:
     """0 when the run ended by itself, 128 + signal when it was stopped; 1 when the arm may still be powered, whatever else happened."""
     return stop.exit_code or EXIT_OK if landing.safe else EXIT_ERROR
+
+
+main = Command(
+    RunConfig,
+    run,
+    "usage: gr00t-fast run --robot.type=... --model_path=... --lang_instruction=... [--flag=value ...]",
+    EXITS,
+    drives_arm=True,
+)
+parse = main.parse

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gr00t_fast.cli.policy_flags import PolicyFlags, check_at_least_one, check_checkpoint_flags, check_device, parse_with, policy_options
-from gr00t_fast.cli.program import EXIT_OK, execute
+from gr00t_fast.cli.main import EXIT_OK, Command
+from gr00t_fast.cli.shared_flags import PolicyFlags
 from gr00t_fast.errors import require
-from gr00t_fast.flags import UsageError, help_text
+from gr00t_fast.flags import UsageError
 from gr00t_fast.serving.server import check_port_free
 
-_USAGE = "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]"
-_EXITS = "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading"
 _MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
 
 
@@ -37,32 +32,19 @@ class ServeConfig(PolicyFlags):
     host_names: str = ""  # --http: names by which clients call this machine besides its own and its addresses, separated by commas
     verbose: bool = False  # full tracebacks and debug messages
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 stopped as asked, 1 error, 2 bad flag, 130 interrupted while loading."""
-    return execute(parse, serve, partial(help_text, ServeConfig, _USAGE, _EXITS), sys.argv[1:] if argv is None else list(argv))
-
-
-def parse(argv: Sequence[str]) -> ServeConfig:
-    """Return the checked configuration. Raises UsageError."""
-    return parse_with(ServeConfig, argv, check)
-
-
-def check(config: ServeConfig) -> None:
-    """Raises UsageError."""
-    check_checkpoint_flags(config)
-    check_device(config.device)
-    check_at_least_one(config, "denoising_steps", "action_horizon")
-    if not 1 <= config.port <= 65535:
-        raise UsageError(f"--port={config.port} must be from 1 to 65535.")
-    if config.api_token is not None and not config.api_token:
-        raise UsageError("--api_token is empty; leave the flag out to serve every client.")
-    if config.http and config.address:
-        raise UsageError(f"--address={config.address} is for ZeroMQ; with --http use --host and --port.")
-    if config.host_names and not config.http:
-        raise UsageError(f"--host_names={config.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
-    if config.address:
-        _check_address(config.address)
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if not 1 <= self.port <= 65535:
+            raise UsageError(f"--port={self.port} must be from 1 to 65535.")
+        if self.api_token is not None and not self.api_token:
+            raise UsageError("--api_token is empty; leave the flag out to serve every client.")
+        if self.http and self.address:
+            raise UsageError(f"--address={self.address} is for ZeroMQ; with --http use --host and --port.")
+        if self.host_names and not self.http:
+            raise UsageError(f"--host_names={self.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
+        if self.address:
+            _check_address(self.address)
 
 
 def _check_address(address: str) -> None:
@@ -86,7 +68,7 @@ def serve(config: ServeConfig) -> int:
         check_port_free(config.host, config.port)
     from gr00t_fast.policy import load_policy  # imports torch
 
-    policy = load_policy(config.model_path, **policy_options(config))
+    policy = load_policy(config.model_path, **config.policy_options())
     logging.info("warming up")
     policy.warm_up()
     server = _server(config, policy)
@@ -123,3 +105,12 @@ def _stop_on_signals(server: Any) -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+main = Command(
+    ServeConfig,
+    serve,
+    "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]",
+    "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading",
+)
+parse = main.parse

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.cli.policy_flags import run_command
+from gr00t_fast.cli.main import Command
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.files import check_kept
-from gr00t_fast.flags import UsageError, setting
+from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.rendering import write_video
 from gr00t_fast.robots.sim.scene import Task
@@ -20,34 +20,25 @@ from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
 
 
 @dataclass(kw_only=True)
-class SimConfig:
+class SimConfig(Flags):
     """Watch the scripted expert solve a scene: TASK_SEED.mp4 or .gif, and .png."""
 
     out: Path  # directory for the files
     overwrite: bool = False  # replace the files of an earlier run
     task: Task = "place"  # what stands on the table
     seed: int = 0  # where the objects lie
-    video_format: Literal["mp4", "gif", "both"] = setting("mp4", former=("format",))  # of the video
+    video_format: Literal["mp4", "gif", "both"] = "mp4"  # of the video
     height: int = 360  # of the video in pixels; both cameras side by side
     xml: bool = False  # also write the scene as MuJoCo XML, for MuJoCo's own viewer
     verbose: bool = False  # full tracebacks
 
-
-_USAGE = "usage: gr00t-fast sim --out=DIR [--task=reach] [--flag=value ...]"
-_EXITS = "exit codes: 0 the expert solved the scene, 1 it did not, or an error; 2 bad flag"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 the expert solved the scene, 1 it did not or an error, 2 bad flag."""
-    return run_command(SimConfig, check, run, (_USAGE, _EXITS), argv)
-
-
-def check(config: SimConfig) -> None:
-    """Raises UsageError."""
-    if not 48 <= config.height <= 1080 or config.height % 6:
-        raise UsageError(f"--height={config.height} must be 48 to 1080 and divisible by 6 (4:3 pictures of even width).")
-    if config.seed < 0:
-        raise UsageError(f"--seed={config.seed} must not be negative.")
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if not 48 <= self.height <= 1080 or self.height % 6:
+            raise UsageError(f"--height={self.height} must be 48 to 1080 and divisible by 6 (4:3 pictures of even width).")
+        if self.seed < 0:
+            raise UsageError(f"--seed={self.seed} must not be negative.")
 
 
 def play(simulation: Simulation, height: int) -> Iterator[np.ndarray]:
@@ -84,3 +75,11 @@ def run(config: SimConfig) -> int:
     verdict = f"solved after {solved_s:.1f} s" if solved_s else "NOT solved"
     print(f"{verdict}: {', '.join(map(str, [*written, picture]))}")
     return 0 if solved_s else 1
+
+
+main = Command(
+    SimConfig,
+    run,
+    "usage: gr00t-fast sim --out=DIR [--task=reach] [--flag=value ...]",
+    "exit codes: 0 the expert solved the scene, 1 it did not, or an error; 2 bad flag",
+)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import draccus
+from gr00t_fast.flags import Choice
 
 
 @dataclass
-class CameraConfig(draccus.ChoiceRegistry):
+class CameraConfig(Choice):
     """A camera by `type`; width, height and fps are what it is asked to deliver."""
 
     width: int = 640
@@ -46,7 +46,7 @@ class SimCameraConfig(CameraConfig):
 
 
 @dataclass
-class RobotConfig(draccus.ChoiceRegistry):
+class RobotConfig(Choice):
     """An arm by `type`."""
 
     RENAMED: ClassVar[dict[str, str]] = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's names before version 0.2

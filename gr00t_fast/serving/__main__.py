@@ -1,6 +1,6 @@
 """`python -m gr00t_fast.serving` is `gr00t-fast serve`."""
 
-from gr00t_fast.cli.program import leave
+from gr00t_fast.cli.main import leave
 from gr00t_fast.cli.serve import main
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""Flags that several subcommands have, each written once: the checkpoint, the engine, where observations come from, what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
+from gr00t_fast.control.camera_watch import CameraFault
+from gr00t_fast.control.limits import SafetyOptions
+from gr00t_fast.control.rerun_view import WINDOW, display_target
+from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.flags import Flags, UsageError, setting
+from gr00t_fast.inputs.data_config import load_data_config
+from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, rendered
+from gr00t_fast.robots.lerobot_glue import check_numbers
+
+# The words of gr00t_fast.engine, which imports torch; a test compares them.
+ExportedName = Literal["onnxruntime", "openvino", "tensorrt"]
+EngineName = Literal["auto", "eager", "cuda_graph", "compiled", "fp8", "onnxruntime", "openvino", "tensorrt"]
+ExportPrecision = Literal["fp32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+_SIZE = re.compile(r"(\d+)x(\d+)")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+DATA_SETS = "a LeRobotDataset or recordings directory, or random:SEED (which says nothing about trained weights)"
+
+
+@dataclass(kw_only=True)
+class CheckpointFlags(Flags):
+    """Which checkpoint, and how its data is read: options of load_policy."""
+
+    GROUP = "checkpoint"
+
+    model_path: str = ""  # directory of the checkpoint, or its name on the Hugging Face hub; required
+    revision: str | None = None  # commit, tag or branch of a --model_path on the hub; without a commit the weights may be others tomorrow
+    embodiment_tag: str = "new_embodiment"  # which category weights and statistics of the checkpoint
+    data_config: str | None = None  # N1.5: a name of NVIDIA's (so100, so100_dualcam, ...) or module:ClassName; default: so100
+    processor_path: Path | None = None  # directory with the tokenizer files; default: looked up
+    prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients and server put around the instruction
+    letterbox: Literal["auto", "always", "never"] = "auto"  # whether an N1.7 checkpoint was trained on padded pictures; auto: its files tell
+
+    def check(self) -> None:
+        """Raises UsageError without importing torch."""
+        super().check()
+        if self.needs_checkpoint() and not self.model_path.strip():
+            raise UsageError(f"--model_path is missing: the directory of a GR00T checkpoint, or its name on the Hugging Face hub.{self.or_else}")
+        if self.model_path.strip():
+            check_data_config(self.data_config)
+
+    def needs_checkpoint(self) -> bool:
+        """Whether there is nothing to do without one."""
+        return True
+
+    or_else: ClassVar[str] = ""  # what to do without a checkpoint
+
+    def options(self, *more: str) -> dict[str, Any]:
+        """These by name, but for model_path, and `more` of the configuration."""
+        names = [field.name for field in dataclasses.fields(CheckpointFlags) if field.name != "model_path"]
+        return {name: getattr(self, name) for name in (*names, *more)}
+
+
+@dataclass(kw_only=True)
+class PolicyFlags(CheckpointFlags):
+    """How the network runs: the other options of load_policy."""
+
+    denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
+    action_horizon: int | None = None  # actions played per inference; default: all that the checkpoint predicts
+    device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
+    precision: PrecisionName = "auto"  # number format of the network
+    engine: EngineName = "auto"  # auto is eager; fp8, onnxruntime, openvino and tensorrt need files (docs/engines.md)
+    engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
+    seed: int | None = None  # makes the noise, and a simulated scene, repeatable
+
+    def check(self) -> None:
+        """Raises UsageError without importing torch."""
+        super().check()
+        check_device(self.device)
+        check_at_least_one(self, "denoising_steps", "action_horizon")
+
+    def policy_options(self) -> dict[str, Any]:
+        """The keyword arguments of load_policy."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(PolicyFlags) if field.name != "model_path"}
+
+
+@dataclass(kw_only=True)
+class CameraFlags(Flags):
+    """What the cameras deliver, where neither a robot nor a data set tells it."""
+
+    camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        self.camera_px()
+
+    def camera_px(self) -> tuple[int, int] | None:
+        """Width and height. Raises UsageError."""
+        if self.camera_size is None:
+            return None
+        found = _SIZE.fullmatch(self.camera_size)
+        if found is None or not all(MIN_FRAME_PX <= int(side) <= MAX_FRAME_PX for side in found.groups()):
+            raise UsageError(f"--camera_size={self.camera_size}: expected WIDTHxHEIGHT in pixels, such as 640x480.")
+        return int(found[1]), int(found[2])
+
+
+@dataclass(kw_only=True)
+class ObservationFlags(Flags):
+    """Where observations come from."""
+
+    observations: str | None = None  # a LeRobotDataset or recordings directory, or random:SEED
+    camera_map: dict[str, str] = dataclasses.field(default_factory=dict)  # which camera of the data set is which of the policy: "{front: webcam}"
+
+    def check_observations(self) -> None:
+        """Raises UsageError where they are not said."""
+        if self.observations is None:
+            raise UsageError(f"--observations is missing: {DATA_SETS}.")
+
+
+@dataclass(kw_only=True)
+class OutputFlags(Flags):
+    """What is printed."""
+
+    GROUP = "outputs"
+
+    json: bool = False  # print the result as one line of JSON on standard output, and the table on standard error
+    quiet: bool = False  # print the verdict, warnings and errors only
+    verbose: bool = False  # full tracebacks
+
+
+@dataclass(kw_only=True)
+class ArmFlags(Flags):
+    """The arm, and what is checked before it may move."""
+
+    GROUP = "arm"
+
+    robot: RobotConfig | None = None
+    preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the data contradict each other
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if self.robot is None:
+            raise UsageError(f"--robot.type is missing; choose from {', '.join(sorted(RobotConfig.get_known_choices()))}.")
+        for name, camera in getattr(self.robot, "cameras", {}).items():
+            for size in ("width", "height", "fps"):
+                if (value := getattr(camera, size)) <= 0:
+                    raise UsageError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
+        if isinstance(self.robot, SO100FollowerConfig):
+            if not self.robot.port.strip():
+                device = "/dev/ttyACM0 (Linux) or /dev/tty.usbmodem... (macOS)"
+                raise UsageError(f"--robot.port is missing: the arm's serial device, e.g. {device}. `lerobot-find-port` finds it.")
+            check_numbers(self.robot)
+
+    def notes(self) -> list[str]:
+        """A policy that looks at pictures of another world moves the arm blindly: right for a virtual bus, wrong for an arm of metal."""
+        drawn = ", ".join(rendered(getattr(self.robot, "cameras", {})))
+        if not drawn or not isinstance(self.robot, SO100FollowerConfig):
+            return super().notes()
+        what = f"camera {drawn} has type sim: it draws the simulated scene with the arm where its servos say it is, and shows nothing real."
+        return [*super().notes(), f"{what} Meant for the virtual servo bus; a real camera is {{type: opencv, ...}}."]
+
+
+@dataclass(kw_only=True)
+class SafetyFlags(Flags):
+    """What limits the motion: SafetyOptions, and what is watched beside it."""
+
+    GROUP = "safety"
+
+    max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
+    max_following_error_deg: float | None = SafetyOptions.max_following_error_deg  # how far a goal may be ahead of a joint at rest; null: no limit
+    stall_load_percent: float | None = SafetyOptions.stall_load_percent  # a joint that stands still before its goal and pushes so hard is blocked
+    stall_current_ma: float | None = SafetyOptions.stall_current_ma  # a joint that draws so much meanwhile is blocked too; null: not judged by that
+    max_held_ticks: int = SafetyOptions.max_held_ticks  # NaN or infinite targets in a row that are held before the run ends
+    camera_fault: CameraFault = "warn"  # one that is blank, shows noise, always the same picture, or old ones: warn says it, land ends the run
+    stall_after_s: float | None = SafetyOptions.stall_after_s  # how long it is blocked before it is held where it stands; null: no protection
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        self.safety_options()
+
+    def safety_options(self, recorded_units_s: tuple[float, ...] | None = None) -> SafetyOptions:
+        """`recorded_units_s`: as of SafetyOptions. Raises ConfigError."""
+        names = [field.name for field in dataclasses.fields(SafetyOptions) if field.name != "recorded_units_s"]
+        return SafetyOptions(**{name: getattr(self, name) for name in names}, recorded_units_s=recorded_units_s)
+
+
+@dataclass(kw_only=True)
+class RunOutputFlags(OutputFlags):
+    """What a run leaves."""
+
+    GROUP = "outputs"
+
+    out: Path | None = None  # directory for report.html, report.json, report.txt, joints.png, run.npz, run.csv
+    overwrite: bool = False  # replace the files of an earlier run in --out, and the file of --video
+    video: Path | None = None  # record the cameras to this .mp4 or .gif
+    record: str = ""  # write the run as a LeRobotDataset v3: a directory, or user/name in lerobot's cache
+    record_append: bool = False  # add the episodes to the data set of --record that is there
+    show_images: bool = False  # live window of the cameras (q stops)
+    display: str | None = setting(None, bare=WINDOW)  # show the run in rerun: in a window here, at HOST:PORT, or in FILE.rrd; kept with --out
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        if self.record_append and not self.record:
+            raise UsageError("--record_append needs --record=DIR: the data set to continue.")
+        if self.video is not None and self.video.suffix.lower() not in (".mp4", ".gif"):
+            raise UsageError(f"--video={self.video} must end in .mp4 or .gif.")
+        display_target(self.display, self.out)
+
+
+def check_data_config(name: str | None) -> None:
+    """Raises UsageError for a name that is none."""
+    try:
+        load_data_config(name)
+    except ConfigError as error:
+        raise UsageError(f"--data_config={name}: {error}") from error
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError."""
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")
+
+
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Of numbers that count something; None and an empty list are no numbers. Raises UsageError."""
+    for name in names:
+        value = getattr(config, name)
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each < 1:
+                raise UsageError(f"--{name}={each} must be at least 1.")

@@ -1,0 +1,58 @@
+"""`gr00t-fast bench --make` and `tune`: what is made, what can win, and what is told to paste."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gr00t_fast.cli.bench import fastest
+from gr00t_fast.cli.main import main
+
+TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
+
+
+def test_an_engine_whose_error_is_above_its_limit_never_wins() -> None:
+    def arm(ms: float, within: bool) -> dict[str, object]:
+        return {"within_limit": within, "times_ms": {"4": {"p50": ms}}}
+
+    arms = {"eager": arm(9, True), "quick": arm(5, True), "wrong": arm(1, False)}
+    assert fastest({"engines": arms}) == "quick"
+    assert fastest({"engines": arms}, apart_from="quick") == "eager"
+    assert fastest({"engines": {"wrong": arms["wrong"]}}) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [([], "--model_path"), ([f"--model_path={TRAINED}"], "--observations"), ([f"--model_path={TRAINED}", "--rounds=0"], "--rounds")],
+)
+def test_mistakes_on_the_command_line(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *words]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_what_is_needed_is_made_once_and_the_settings_of_the_fastest_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason="needs the extra export")
+    shutil.copytree(TRAINED, tmp_path / "checkpoint")
+    file = tmp_path / "my.yaml"
+    file.write_text(f"robot: {{type: so100_sim}}\nlang_instruction: go\nmodel_path: {tmp_path / 'checkpoint'}\n")
+    few = ["--frames=4", "--rounds=5", "--engines=eager,onnxruntime,tensorrt", f"--out={tmp_path / 'out'}"]
+    words = [f"--config_path={file}", "--observations=random:0", *few]
+    assert main(["tune", *words, "--json"]) == 0
+    told = capsys.readouterr()
+    result = json.loads(told.out)
+    assert set(result["engines"]) == {"eager", "onnxruntime fp32", "onnxruntime int8"}
+    assert "tensorrt" in result["refused"]
+    assert "making it" in told.err
+    best = result["engines"][result["winner"]]
+    assert best["within_limit"]
+    assert all(best["times_ms"]["4"]["p50"] <= arm["times_ms"]["4"]["p50"] for arm in result["engines"].values() if arm["within_limit"])
+    pasted = (tmp_path / "out" / "tune.md").read_text().partition("for the file of your runs:\n")[2]
+    assert yaml.safe_load(pasted) == result["settings"]
+    assert result["settings"]["engine"] == best["engine"]
+    assert main(["bench", "--make", *words]) == 0
+    assert "is there and fits, kept" in capsys.readouterr().err
