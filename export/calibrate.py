@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-from gr00t_fast.cli.export import calibrate
+from gr00t_fast.cli.export import calibrate as main
 from gr00t_fast.cli.main import leave
 
 if __name__ == "__main__":
-    leave(calibrate())
+    leave(main())
