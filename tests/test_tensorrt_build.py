@@ -19,7 +19,7 @@ from tiny_graphs import IMAGE_TOKENS, MAX_TOKENS, STAGES, WIDTH, write_export, w
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.cli import export_tensorrt
+from gr00t_fast.cli import export
 from gr00t_fast.engine.manifest import Digests, read_manifest, target_of
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt import (
@@ -62,7 +62,7 @@ def graphs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkpoint: Path, out: Path, *flags: str) -> int:
     target = [f"--model_path={checkpoint}", f"--out={out}", f"--builder={RTX}", "--compute_capability=any"]
-    return export_tensorrt.main([*target, *flags])
+    return export.tensorrt([*target, *flags])
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def make_all(config: BenchConfig, device: torch.device) -> tuple[Made, dict[str,
     from gr00t_fast.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
-    if checkpoint.processor is not None and config.camera_size is None:
+    if not checkpoint.network.fixed_images and config.camera_size is None:
         config = replace(config, camera_size=_camera_size(config, checkpoint))
     refused: dict[str, str] = {}
     ready: Made = {}
