@@ -285,4 +285,4 @@ def test_a_recording_without_task_text_needs_an_instruction(dataset: Path, tmp_p
     flags = [f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}"]
     assert program.main(flags) == 1
     assert "--lang_instruction" in capsys.readouterr().err
-    assert evaluate(dataset, tmp_path, capsys, "--lang_instruction=Reach the block", "--episodes=0")["instructions"] == ["Reach the block"]
+    assert evaluate(dataset, tmp_path, capsys, "--lang_instruction=Reach the block")["instructions"] == ["Reach the block"]
