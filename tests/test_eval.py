@@ -161,7 +161,7 @@ def test_mistakes_in_the_joints_are_told(
     ("shown", "words"),
     [
         (lambda picture: np.full_like(picture, 9), "shows nothing"),
-        (lambda picture: np.ascontiguousarray(picture[:, :, ::-1]), "no better for the right"),
+        (lambda picture: np.ascontiguousarray(picture[:, :, ::-1]), "mirrored the error falls"),
     ],
 )
 def test_mistakes_with_a_camera_are_told(

@@ -9,7 +9,7 @@ The rules of the verdict, in this order; the first that holds is it, all evidenc
 1. joints are off by a constant, and without that the predictions are good: units/calibration. Or shifted in time they are good, and better: timing;
 2. the error is well below that of holding still and no joint's is large, or all are small: nothing is wrong here, suspect the loop;
 3. the recording contradicts the checkpoint's units, order or ranges: units/calibration;
-4. pictures are flat or distorted, or other frames' pictures do as well: cameras;
+4. pictures are flat, distorted, mirrored or exchanged, or other frames' pictures do as well: cameras;
 5. another rate than in training: rate;
 6. otherwise: the model.
 Large and small are shares of the range that a joint had in training: degrees, per cent and radians are judged alike.
@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -368,17 +369,35 @@ def findings_of_pictures(asked: Asked, chunks: Sequence[Chunk], rows: int, names
             first = f"first in episode {flat[0].episode.number} at frame {flat[0].start}"
             text = f"{key} shows nothing in {len(flat)} of {len(seen)} pictures, {first}: covered, or not recorded"
             yield Finding(CAMERAS, text, decides=len(flat) / len(seen) > DECISIVE_SHARE)
-    own, foreign, moved = [], [], []
-    for index, (place, observation) in enumerate(zip(places, seen, strict=True)):
-        other = seen[(index + len(seen) // 2) % len(seen)]  # half the way further on: another episode wherever there are several
-        actions = place.actions(rows)
-        predicted = asked.targets(observation | {key: other[key] for key in names}, place.episode, place.start)[: len(actions)]
-        own.append(np.abs(place.targets[: len(actions)] - actions).mean())
-        foreign.append(np.abs(predicted - actions).mean())
-        moved.append(np.abs(predicted - place.targets[: len(actions)]).mean())
-    if np.mean(foreign) <= NO_WORSE * np.mean(own) and np.mean(moved) >= FOLLOWS * np.mean(own):
-        errors = f"(error {np.mean(own):.1f}, with other frames' {np.mean(foreign):.1f})"
+    own = float(np.mean([np.abs(place.targets[: len(actions)] - actions).mean() for place in places for actions in [place.actions(rows)]]))
+
+    def asked_with(shown: Sequence[dict[str, Any]]) -> tuple[float, float]:
+        """The error with these observations instead, and how far they moved the predictions."""
+        errors, moves = [], []
+        for place, observation in zip(places, shown, strict=True):
+            actions = place.actions(rows)
+            predicted = asked.targets(observation, place.episode, place.start)[: len(actions)]
+            errors.append(np.abs(predicted - actions).mean())
+            moves.append(np.abs(predicted - place.targets[: len(actions)]).mean())
+        return float(np.mean(errors)), float(np.mean(moves))
+
+    for what, change in _mistakes_with_cameras(names):
+        error, _ = asked_with([observation | change(observation) for observation in seen])
+        if error <= UNDONE * own:
+            yield Finding(CAMERAS, f"with {what} the error falls from {own:.1f} to {error:.1f}", left=error / own)
+    others = [seen[(index + len(seen) // 2) % len(seen)] for index in range(len(seen))]  # of another episode wherever there are several
+    error, moved = asked_with([own_view | {key: other[key] for key in names} for own_view, other in zip(seen, others, strict=True)])
+    if error <= NO_WORSE * own and moved >= FOLLOWS * own:
+        errors = f"(error {own:.1f}, with other frames' {error:.1f})"
         yield Finding(CAMERAS, f"predictions follow the pictures and are no better for the right ones {errors}: another view than in training?")
+
+
+def _mistakes_with_cameras(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]]:
+    """What is commonly wrong, and what undoes it: pictures (1, H, W, 3) mirrored, and those of two cameras exchanged."""
+    for key in names:
+        yield f"{key} mirrored", lambda seen, key=key: {key: np.ascontiguousarray(seen[key][:, :, ::-1])}
+    for one, other in combinations(names, 2):
+        yield f"{one} and {other} exchanged", lambda seen, one=one, other=other: {one: seen[other], other: seen[one]}
 
 
 def is_good(found: Mapping[str, Any], findings: Sequence[Finding]) -> bool:
