@@ -72,7 +72,7 @@ def open_frames(source: str, config: DataConfig, metadata: PolicyMetadata, camer
     if source.startswith("random:"):
         seed = source.removeprefix("random:")
         if not seed.isdecimal():
-            raise ConfigError(f"--calibration '{source}': expected random:SEED with a whole number, e.g. random:0.")
+            raise ConfigError(f"--observations '{source}': expected random:SEED with a whole number, e.g. random:0.")
         return RandomFrames(int(seed), config, metadata)
     path = Path(source)
     if (path / "meta" / "info.json").is_file():

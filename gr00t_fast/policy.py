@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gr00t_fast.checkpoint import Checkpoint, load_model, open_checkpoint
 from gr00t_fast.console import byte_bar
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.engine import (
     EXPORTED,
     Continuation,
@@ -156,7 +156,7 @@ class Gr00tPolicy(Policy):
     ) -> None:
         """name: of the checkpoint, for `repr`. Raises ConfigError for steps or a horizon that cannot be used."""
         self.checkpoint, self.processor, self.engine, self.name = checkpoint, processor, engine, name
-        self.metadata = processor.embodiment.metadata
+        self.metadata: PolicyMetadata = processor.embodiment.metadata
         self.denoising_steps, self.action_horizon = steps, action_horizon
         if (size := getattr(engine, "camera_size", None)) is not None:  # an export is for one shape of camera
             processor.expect_cameras(dict.fromkeys(self.metadata.resolutions, size))

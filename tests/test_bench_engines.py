@@ -59,7 +59,7 @@ def test_an_export_is_an_engine_like_any_other(tiny_export: tuple[Path, Path], t
 def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, capsys, "--engines", "eager", "cuda_graph", code=1)
     assert "engine 'cuda_graph' needs a CUDA GPU" in capsys.readouterr().err
-    run(tmp_path, capsys, "--engines", "eager", "cuda_grahp", code=1)
+    run(tmp_path, capsys, "--engines", "eager", "cuda_grahp", code=2)
     assert "Did you mean 'cuda_graph'" in capsys.readouterr().err
 
 

@@ -34,7 +34,7 @@ from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import load_policy
 
 TRAINED = Path(__file__).parent.parent / "checkpoints" / "so100-sim-reach"
-FEW = ("--calibration=random:0", "--frames=4", "--allow_few", "--device=cpu")
+FEW = ("--observations=random:0", "--frames=4", "--allow_few", "--device=cpu")
 CUDA = torch.device("cuda")
 
 
@@ -300,7 +300,7 @@ def test_fewer_denoising_steps_are_covered(trained: Trained) -> None:
 
 
 def test_opting_layers_out_lowers_the_error_on_other_observations(trained: Trained, recordings: tuple[Path, Path], tmp_path: Path) -> None:
-    flags = [f"--calibration={recordings[0]}", "--allow_few", "--limit=0.7", "--device=cpu", "--trial_frames=6", "--parts", "vision", "dit"]
+    flags = [f"--observations={recordings[0]}", "--allow_few", "--limit=0.7", "--device=cpu", "--trial_frames=6", "--parts", "vision", "dit"]
     assert export.calibrate([f"--model_path={TRAINED}", f"--out={tmp_path / 'fp8'}", *flags]) == 0
     calibration = read_calibration(tmp_path / "fp8", target_for(TRAINED))
     everything = trained.plain.error_of(trained.rounded(("vision", "dit")), PARTS)

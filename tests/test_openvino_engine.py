@@ -38,7 +38,7 @@ def made(tiny_export: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     checkpoint, onnx = tiny_export
     directory = tmp_path_factory.mktemp("openvino")
     flags = [f"--model_path={checkpoint}", f"--onnx={onnx}", f"--out={directory / 'int8'}", "--target=openvino", f"--denoising_steps={STEPS}"]
-    assert export.quantise([*flags, "--calibration=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
+    assert export.quantise([*flags, "--observations=random:0", "--frames=8", "--allow_few", "--trial_frames=0"]) == 0
     return Made(checkpoint, onnx, directory / "int8")
 
 

@@ -51,7 +51,7 @@ def _run(made: Made, out: Path, *flags: str) -> int:
     return export.quantise([*common, *flags])
 
 
-FEW = ("--calibration=random:0", "--frames=4", "--allow_few")
+FEW = ("--observations=random:0", "--frames=4", "--allow_few")
 
 
 def run_graph(path: Path, feeds: dict[str, np.ndarray], output: str) -> list[np.ndarray]:
@@ -297,7 +297,7 @@ def test_one_command_from_export_to_openvino(made: Made, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_tensorrt_files_agree_with_the_plain_graphs(made: Made, tmp_path: Path, scheme: str) -> None:
-    assert _run(made, tmp_path / "out", "--target=tensorrt", f"--scheme={scheme}", *FEW, "--trial_frames=0") == 0
+    assert _run(made, tmp_path / "out", "--target=tensorrt", f"--format={scheme}", *FEW, "--trial_frames=0") == 0
     picture = textured_picture(np.random.default_rng(0), TINY.image, TINY.image)  # noise has ranges that calibration never saw
     pixels = (picture.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None, None]
     got, truth = (run_graph(path / "vision.onnx", {"pixel_values": pixels}, "tokens")[0] for path in (tmp_path / "out", made.onnx))
@@ -339,11 +339,10 @@ def test_onnx_runtime_needs_no_calibration(made: Made, tmp_path: Path, monkeypat
     ("flags", "code", "message"),
     [
         (("--target=openvino",), 2, "needs --observations"),
-        (("--target=openvino", "--scheme=fp8", *FEW), 2, "no CPU computes in FP8"),
+        (("--target=openvino", "--format=fp8", *FEW), 2, "no CPU computes in FP8"),
         (("--target=openvino", "--observations=random:0", "--frames=4"), 1, "4 frames, expected at least 128"),
         (("--target=openvino", "--observations=nowhere"), 1, "neither a LeRobotDataset"),
         (("--target=openvino", *FEW, "--denoising_steps=7"), 1, "tables for 1, 2, 3, 4, 8 steps"),
-        (("--target=openvino", *FEW, "--device=cuda"), 2, "cpu, auto"),
         (("--target=openvino", *FEW, "--camera_map=front"), 2, "--camera_map: expected names"),
         (("--target=tensorrt", *FEW, "--frames=0"), 2, "must be at least 1"),
     ],

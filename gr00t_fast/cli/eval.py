@@ -21,6 +21,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -394,10 +395,17 @@ def findings_of_pictures(asked: Asked, chunks: Sequence[Chunk], rows: int, names
 
 def _mistakes_with_cameras(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]]:
     """What is commonly wrong, and what undoes it: pictures (1, H, W, 3) mirrored, and those of two cameras exchanged."""
+
+    def mirrored(key: str, seen: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: np.ascontiguousarray(seen[key][:, :, ::-1])}
+
+    def exchanged(one: str, other: str, seen: Mapping[str, Any]) -> dict[str, Any]:
+        return {one: seen[other], other: seen[one]}
+
     for key in names:
-        yield f"{key} mirrored", lambda seen, key=key: {key: np.ascontiguousarray(seen[key][:, :, ::-1])}
+        yield f"{key} mirrored", partial(mirrored, key)
     for one, other in combinations(names, 2):
-        yield f"{one} and {other} exchanged", lambda seen, one=one, other=other: {one: seen[other], other: seen[one]}
+        yield f"{one} and {other} exchanged", partial(exchanged, one, other)
 
 
 def is_good(found: Mapping[str, Any], findings: Sequence[Finding]) -> bool:
