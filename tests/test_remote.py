@@ -276,8 +276,8 @@ BAD = {
     "empty token": (["--server=tcp://a:1", "--api_token="], "--api_token is empty"),
     "no patience": (["--server=tcp://a:1", "--server_timeout_s=0"], "--server_timeout_s=0 must be from"),
     "endless patience": (["--server=tcp://a:1", "--server_reconnect_s=.inf"], "--server_reconnect_s=inf must be from"),
-    "steps of a network elsewhere": (["--server=tcp://a:1", "--denoising_steps=2"], "--denoising_steps is for a network in this process"),
-    "device of a network elsewhere": (["--server=tcp://a:1", "--device=cpu"], "--device is for a network in this process"),
+    "steps of a network elsewhere": (["--server=tcp://a:1", "--denoising_steps=2"], "--denoising_steps belongs on the command line"),
+    "device of a network elsewhere": (["--server=tcp://a:1", "--device=cpu"], "--device belongs on the command line"),
     "data config without metadata": (["--server=tcp://a:1", "--data_config=so100_dualcam"], "belongs on the command line of the policy server"),
     "smoothing without overlap": (["--server=tcp://a:1", "--controller=sync", "--smoothing=rtc"], "--smoothing=rtc needs --controller"),
 }  # fmt: skip
