@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,10 +110,10 @@ def test_the_program_drives_the_arm_from_a_server(world: World, controller: str,
     assert world.robot.calls == ["connect", "reset", "land"]
     assert len(world.robot.sent) >= 5
     text, report = ((tmp_path / name).read_text() for name in ("report.txt", "report.json"))
-    assert f"server         {address_of(server)}: outages 0" in text
+    assert f"address {address_of(server)}, outages 0" in text
     assert "s3cret" not in text + report
     assert "(hidden)" in report
-    assert ("overlapped" in text) is (controller != "sync")
+    assert json.loads(report)["controller"]["kind"] == controller
     assert "WARNING" not in capsys.readouterr().out
 
 
