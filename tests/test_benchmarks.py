@@ -76,7 +76,7 @@ def test_an_out_that_cannot_be_a_directory_is_refused_before_the_work(tmp_path: 
 def test_a_random_checkpoint_is_that_of_the_flags(more: dict, name: str, cameras: int, tmp_path: Path) -> None:
     path = checkpoint_of(Config(out=tmp_path, **more), "tiny")
     assert path == tmp_path / name
-    assert len(open_checkpoint(path).embodiment("new_embodiment").cameras) == cameras
+    assert len(open_checkpoint(path).embodiment("new_embodiment", more.get("data_config")).cameras) == cameras
     assert checkpoint_of(Config(out=tmp_path, model_path=Path("given")), "tiny") == Path("given")
 
 

@@ -148,12 +148,12 @@ def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_pat
     (site,) = home.glob("lib/python*/site-packages")
     packages = [path for path in sys.path if path.endswith("site-packages")]
     command = [sys.executable, "-m", "pip", f"--python={home}", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}  # else pip finds the checkout, and has nothing to install
+    installed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert installed.returncode == 0, installed.stderr
     (site / "others.pth").write_text("\n".join(packages))
     script, outside = home / "bin" / "gr00t-fast", tmp_path / "elsewhere"
     outside.mkdir()
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     before_s = cpu_s()
     shown = subprocess.run([script, "--help"], cwd=outside, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert cpu_s() - before_s < 3

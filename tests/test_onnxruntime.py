@@ -296,7 +296,6 @@ def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint:
         (("--embodiment_tag=new_embodimnt",), "Did you mean 'new_embodiment'?"),
         (("--denoising_steps", "0"), "--denoising_steps=0"),
         (("--max_text_tokens=3",), "Give at least"),
-        (("--device=cuda",), "cpu, auto"),
     ],
 )
 def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str) -> None:

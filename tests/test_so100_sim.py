@@ -429,7 +429,7 @@ def test_inference_latency_passes_in_the_simulation():
 
 def test_program_writes_a_gif_and_a_picture(tmp_path, capsys):
     pytest.importorskip("imageio")
-    assert program.main(["--out", str(tmp_path / "new"), "--task", "reach", "--height", "96", "--format", "gif", "--xml"]) == 0
+    assert program.main(["--out", str(tmp_path / "new"), "--task", "reach", "--height", "96", "--video_format", "gif", "--xml"]) == 0
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"reach_0.gif", "reach_0.png", "reach_0.xml"}
     assert "solved after" in capsys.readouterr().out
 
@@ -437,7 +437,7 @@ def test_program_writes_a_gif_and_a_picture(tmp_path, capsys):
 def test_program_keeps_the_files_of_an_earlier_run_and_explains_an_unwritable_directory(tmp_path, capsys):
     pytest.importorskip("imageio")
     (tmp_path / "reach_0.png").write_text("mine")
-    words = ["--out", str(tmp_path), "--task", "reach", "--height", "48", "--format", "gif"]
+    words = ["--out", str(tmp_path), "--task", "reach", "--height", "48", "--video_format", "gif"]
     assert program.main(words) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
