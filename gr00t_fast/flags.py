@@ -76,6 +76,8 @@ _FLAGS_OF_OTHERS = {
     **dict.fromkeys(("display_data", "display_ip", "display_port"), "Use --display, or --display=HOST:PORT."),
     "resume": "Use --record_append=true, beside --record.",
     "strategy.": "The policy drives the arm from start to end, as lerobot's strategy base: leave the flag out.",
+    "actions_per_chunk": "Use --action_horizon=N.",
+    "aggregate_fn_name": "Use --smoothing=rtc, or --smoothing=prefix.",
     "inference.": "Use --controller=threaded --smoothing=rtc for real-time chunking.",
     "teleop.": "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.",
 }
@@ -368,7 +370,7 @@ def _flag_of(written: str, table: Mapping[str, Flag]) -> tuple[Flag, bool]:
         return positive, True
     if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
         raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
-    raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in table])} See --help-all.")
+    raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in (*table, 'help', 'help-all')])} See --help-all.")
 
 
 def _following_value(flag: Flag, words: list[str]) -> Any:

@@ -101,6 +101,9 @@ def run(config: BenchConfig, name: str = "bench") -> int:
     from gr00t_fast.engine import select_device, select_precision
 
     end_on_sigterm()
+    if not config.make:
+        for word in config.engines:  # a slip of the keys is found before the minutes of the reference
+            _named(word, ARMS)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = select_device(config.device)

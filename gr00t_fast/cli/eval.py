@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gr00t_fast.cli.main import EXIT_OK, Command, show
+from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, check_at_least_one
 from gr00t_fast.console import Progress
 from gr00t_fast.contracts import SO100_JOINTS
@@ -59,6 +60,8 @@ STILL_SHARE = 0.01  # hardly anything moves where holding still errs by no more;
 BIAS_SHARE, SAME_SIGN, BIAS_SPREAD = 0.05, 0.9, 0.4  # a constant offset: so large, so often on one side, its spread so small beside it
 UNDONE, SHIFT_HELPS = 0.7, 0.8  # what undoing a mistake must leave of the error to be the verdict, and a shift to be told
 MOST_SHIFT = 8  # frames looked at in both directions
+# Settings of a run's file that mean something else here, or that the recording tells.
+_NOT_OF_A_RUN = ("out", "json", "quiet", "verbose", "seed", "episodes", "action_horizon", "lang_instruction", "camera_map")
 FOREIGN_SHARE, DECISIVE_SHARE = 0.1, 0.3  # of values outside the trained range: told, and reason enough
 SLACK_UNITS, SLACK_SHARE = 2.0, 0.05  # beyond the trained range that still count as inside
 FRACTION_LIMIT, PERCENT_LIMIT = 1.5, 10.0  # a gripper that never exceeds the first is a fraction; one beyond the second is in per cent
@@ -589,4 +592,6 @@ main = Command(
     "usage: gr00t-fast eval --model_path=DIR --dataset=DIR [--episodes 0 3 | all] [--flag=value ...]",
     "exit codes: 0 compared, 1 error, 2 bad flag, 130 interrupted",
     "interrupted: no result",
+    file_of=RunConfig,
+    not_from_file=_NOT_OF_A_RUN,
 )
