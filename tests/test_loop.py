@@ -495,12 +495,22 @@ class TestStopSignals:
             stop.obeyed()
             if first != "none":
                 signal.raise_signal(signal.SIGHUP)
-                time.sleep(SAME_STOP_S)
+            time.sleep(SAME_STOP_S)
             stop.check()
             signal.raise_signal(signal.SIGINT)
             with pytest.raises(StopRequested):
                 stop.check()
         assert (stop.reason, stop.exit_code) == {"signal": ("SIGHUP", 129), "request": ("the disk is full", 1), "none": ("SIGINT", 130)}[first]
+
+    def test_a_stop_just_after_the_run_has_ended_by_itself_was_meant_for_the_run(self) -> None:
+        with StopSignals() as stop:
+            stop.obeyed()
+            signal.raise_signal(signal.SIGINT)
+            stop.check()
+            time.sleep(SAME_STOP_S)
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(StopRequested):
+                stop.check()
 
     @pytest.mark.parametrize("name", ["SIGQUIT", "SIGTSTP"])
     def test_keys_that_would_end_or_freeze_the_program_stop_it_in_order(self, name: str) -> None:

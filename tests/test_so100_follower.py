@@ -232,6 +232,33 @@ def test_an_arm_that_was_left_powered_is_said_and_left_as_it_was_by_a_start_that
     assert set(bus.torque().values()) == {1}
 
 
+def test_a_stop_before_any_servo_was_asked_leaves_them_powered(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(guard: object) -> None:
+        raise KeyboardInterrupt
+
+    powered(bus)
+    monkeypatch.setattr("gr00t_fast.robots.bus.Guard.check_servos", stopped)
+    arm = make_arm(bus, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        arm.connect()
+    assert set(bus.torque().values()) == {1}
+    assert arm.land().port_closed
+
+
+def test_a_camera_that_cannot_be_drawn_is_no_fault_of_the_bus(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mujoco")
+    arm = make_arm(bus, tmp_path, cameras={"front": ours.SimCameraConfig(width=64, height=48)})
+    arm.connect()
+
+    def broken(*arguments: object, **named: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(arm._rendered, "frames", broken)
+    with pytest.raises(CameraError, match="out of memory"):
+        arm.observe()
+    assert arm.land().safe
+
+
 def test_an_arm_that_was_found_powered_is_left_so_unless_it_is_to_be_let_go(bus: VirtualBus, tmp_path: Path) -> None:
     powered(bus)
     for as_found, torque in ((True, 1), (False, 0)):

@@ -197,7 +197,7 @@ class ControlLoop:
             if (blocked := self.safety.blocked.count > stalls).any() and not last:
                 names = ", ".join(np.array(robot.joint_names)[blocked])
                 raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
-            with suppress(OSError) if last else nullcontext():  # a closed terminal
+            with suppress(Exception) if last else nullcontext():  # a closed terminal: no reason to let go half-way
                 self.session.poll()
             pacer.wait()
             self.stop.check()

@@ -180,7 +180,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._first: tuple[str, int] | None = None
-        self._first_s = 0.0
+        self._first_s, self._ends_s = 0.0, -math.inf
         self._stops = self._obeyed = 0  # 2: a further one has come
         self._raises = False
         self._previous: dict[int, object] = {}
@@ -220,7 +220,7 @@ class StopSignals:
     def obeyed(self) -> None:
         """The orderly end begins, which may take a while: from now on `check` raises for a further stop, also for one that has come already.
         `reason` and `exit_code` stay the first one's."""
-        self._raises, self._obeyed = False, min(1, self._stops)
+        self._raises, self._obeyed, self._ends_s = False, min(1, self._stops), time.monotonic()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -238,6 +238,8 @@ class StopSignals:
         now_s = time.monotonic()
         if self._first is None:
             self._first, self._first_s, self._stops = (reason, exit_code), now_s, 1
+            if now_s - self._ends_s < SAME_STOP_S:  # it was meant for the run, which has just ended by itself
+                self._obeyed = 1
             return True
         if now_s - self._first_s < SAME_STOP_S:
             return False

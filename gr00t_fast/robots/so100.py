@@ -116,6 +116,8 @@ class SO100FollowerArm:
         self._stage, self._follower, self._landing, self._watchdog, self.rest_pose = Stage.APART, None, None, None, None
         self._goal: np.ndarray | None = None  # the last one that was sent
         self._found_on = False  # whether the servos were powered before this run
+        self._unanswered = False  # whether servos were asked in vain while connecting
+        self._held: np.ndarray | None = None  # the newest reading; also over an outage
         self._reopen_s = LAND_REOPEN_S
         try:
             with self._explained("connecting to the arm"):
@@ -139,7 +141,7 @@ class SO100FollowerArm:
             taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
             if with_frames and self._rendered is not None:
-                frames |= self._rendered.frames(joints, while_drawing=self._waiting)
+                frames |= self._draw(joints)
             goal_deg = None if self._goal is None else self._goal / self.units_per_deg
             self._health.check(time_s, self._stage is Stage.ENGAGED, joints / self.units_per_deg, goal_deg)
             return Observation(joints, frames, time_s, self._health.loads, ages_s)
@@ -211,7 +213,7 @@ class SO100FollowerArm:
         if self._stage is Stage.ENGAGED:
             return
         if self._watchdog is not None:
-            self._watchdog.start()
+            self._watchdog.start(self.check_stop)
         if not self._found_on and self.config.disable_torque_on_disconnect:
             self.rest_pose = self._read_joints()[0]
         self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
@@ -237,6 +239,7 @@ class SO100FollowerArm:
                 raise
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
                 if number == attempts:
+                    self._unanswered = True
                     raise RobotError(self._connect_failure(what, attempts, error)) from error
                 self.events["connect_retry"] += 1
                 self.check_stop()
@@ -287,8 +290,8 @@ class SO100FollowerArm:
                 if self._guard.accepts(joints, asked_s, time_s):
                     if self._guard.jumped:
                         self._say_jump(before, joints)
-                    if trouble == self._trouble() or not self._restored(before):
-                        self._read_s = time_s
+                    if trouble == self._trouble() or not self._restored(self._held):
+                        self._read_s, self._held = time_s, joints
                         return joints, time_s
                     trouble = self._trouble()
                     if not restored:  # switching on takes a while, which is no part of the patience; a supply that dips again and again is
@@ -346,6 +349,15 @@ class SO100FollowerArm:
             self.check_stop()
             time.sleep(0.005)
 
+    def _draw(self, joints: np.ndarray) -> dict[str, np.ndarray]:
+        """Pictures of the cameras that are drawn. Raises CameraError: whatever goes wrong there, the bus is sound."""
+        try:
+            return self._rendered.frames(joints, while_drawing=self._waiting)
+        except Gr00tFastError:
+            raise
+        except Exception as error:
+            raise CameraError(f"the cameras of `type: sim` cannot be drawn: {_one_line(error)}. The arm stops without them.") from error
+
     # Sending
 
     def _checked(self, targets: np.ndarray) -> dict[str, float]:  # joint -> goal
@@ -362,7 +374,7 @@ class SO100FollowerArm:
         while True:
             try:
                 self._bus.check_open()
-                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._restored(self._guard.last):
+                if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._restored(self._held):
                     self.events["goal_dropped"] += 1  # it was meant for another pose
                 else:
                     glue.send_goals(self._follower, goals)
@@ -392,7 +404,7 @@ class SO100FollowerArm:
             try:
                 self._open_bus()
                 glue.check_calibration_in_servos(self._follower, self.config)
-                self._restored(self._guard.last)
+                self._restored(self._held)
                 break
             except Gr00tFastError:
                 raise
@@ -419,7 +431,7 @@ class SO100FollowerArm:
             return
         engaged = self._stage is Stage.ENGAGED
         holds = not self.config.disable_torque_on_disconnect or (self._found_on and (as_found or not engaged))
-        if self._stage is Stage.OPENED and not holds:
+        if self._stage is Stage.OPENED and self._unanswered and not holds:
             broadcast_torque_off(bus)  # they have not all answered, perhaps for want of power: nothing is claimed about them
         elif self._stage in (Stage.SEEN, Stage.ENGAGED) and not holds:
             report.torque = release_torque(bus, self._reopen_s, report.problems)

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from gr00t_fast.errors import RobotError, require
@@ -22,6 +23,7 @@ from gr00t_fast.robots.watchdog_process import CALL, DISMISS
 log = logging.getLogger(__name__)
 
 START_S = 10.0  # an interpreter on a machine that is busy
+_LOOK_S = 0.1  # meanwhile, between two looks at whether the run is to stop
 _BEAT_EVERY_S = 0.05  # a write costs some 5 us here and wakes the other process; a limit of a second needs no more
 _END_S = 1.0
 # Frozen: so many heartbeats over so long without an answer. Not time alone, for a machine that stood still as a whole held up both.
@@ -41,8 +43,9 @@ class Watchdog:
         self._expected = False  # whether there are to be heartbeats
         self._unanswered: list[float] = []  # when the beats since its last answer were sent
 
-    def start(self) -> None:
-        """Returns once it watches; a second call does nothing. Raises RobotError when it does not within START_S."""
+    def start(self, check_stop: Callable[[], object]) -> None:
+        """Returns once it watches; a second call does nothing. `check_stop` is called meanwhile. Raises RobotError when it does not watch within
+        START_S."""
         if self._process is not None:
             return
         if os.name != "posix":
@@ -58,7 +61,7 @@ class Watchdog:
         # a session of its own: what is typed in the terminal, and signals to the program's group, are not for it
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
-            self._wait_until_ready(self._process)
+            self._wait_until_ready(self._process, check_stop)
             for pipe in (self._process.stdin, self._process.stdout):
                 os.set_blocking(pipe.fileno(), False)
         except BaseException:  # a signal, too: it must not take the end of its input for the end of this program
@@ -68,11 +71,13 @@ class Watchdog:
             raise
 
     @staticmethod
-    def _wait_until_ready(process: subprocess.Popen[bytes]) -> None:
-        poll = select.poll()
+    def _wait_until_ready(process: subprocess.Popen[bytes], check_stop: Callable[[], object]) -> None:
+        poll, give_up_s = select.poll(), time.monotonic() + START_S
         poll.register(process.stdout, select.POLLIN)
-        if not poll.poll(1000 * START_S):
-            raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
+        while not poll.poll(1000 * _LOOK_S):
+            check_stop()
+            if time.monotonic() > give_up_s:
+                raise RobotError(f"the watchdog process did not start within {START_S:g} s; the arm is not switched on without it. Try again.")
         if not process.stdout.read(64):
             raise RobotError("the watchdog process ended while it started (why stands above); the arm is not switched on without it.")
 
