@@ -36,6 +36,16 @@ from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE, DEFAULTS, MODEL_TYPE, PUBLISHED_BACKBONE
 from gr00t_fast.networks.weights import published_shapes
 
+# Over the backbone's features, the same in both published networks.
+_SELF_ATTENTION = {
+    "attention_head_dim": 64,
+    "dropout": 0.2,
+    "final_dropout": True,
+    "num_attention_heads": 32,
+    "num_layers": 4,
+    "positional_embeddings": None,
+}
+
 # Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
 PUBLISHED_CONFIG: dict[str, Any] = {
     "model_type": "gr00t_n1_5",
@@ -87,14 +97,7 @@ PUBLISHED_CONFIG: dict[str, Any] = {
         "tune_diffusion_model": True,
         "tune_projector": True,
         "use_vlln": True,
-        "vl_self_attention_cfg": {
-            "attention_head_dim": 64,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "num_attention_heads": 32,
-            "num_layers": 4,
-            "positional_embeddings": None,
-        },
+        "vl_self_attention_cfg": _SELF_ATTENTION,
     },
 }
 
@@ -106,14 +109,7 @@ PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
     **{key: value for key, value in DEFAULTS.items() if not isinstance(value, dict | None)},
     "select_layer": 16,
     "diffusion_model_cfg": {**DEFAULTS["diffusion_model_cfg"], "num_layers": 32},
-    "vl_self_attention_cfg": {
-        "attention_head_dim": 64,
-        "dropout": 0.2,
-        "final_dropout": True,
-        "num_attention_heads": 32,
-        "num_layers": 4,
-        "positional_embeddings": None,
-    },
+    "vl_self_attention_cfg": _SELF_ATTENTION,
 }
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", n1d5.IMAGE_TOKEN, "<img>", "</img>")
