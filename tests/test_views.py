@@ -215,7 +215,8 @@ def test_a_viewer_that_hangs_delays_nothing(viewer: subprocess.Popen[bytes], por
     assert len(rows_of(tmp_path / "run.rrd")) == 70
 
 
-def test_a_process_that_takes_nothing_costs_ticks_and_no_time(tmp_path: Path) -> None:
+def test_a_process_that_takes_nothing_costs_ticks_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "_FINISH_S", 2.0)
     frame, ticks, durations_s = np.zeros((480, 640, 3), np.uint8), 3 * QUEUED_TICKS, []
     with display_to(DisplayTarget(rrd=tmp_path / "run.rrd")) as view:
         os.kill(view.sink.process, signal.SIGSTOP)

@@ -22,7 +22,8 @@ from gr00t_fast.errors import ConfigError, require
 Echo = Callable[[str], None]
 QUEUED_TICKS = 60  # two seconds at 30 Hz; 55 MB of a 640x480 camera
 _QUEUED_IMAGES = 2  # a window shows the present: what it is too slow for is left out
-_START_S, _FINISH_S = 10.0, 6.0
+_START_S = 10.0
+_FINISH_S = 20.0  # to encode what is queued; the process has a lower priority than the rest of a busy machine. Ctrl-C ends the waiting
 _GIF_FINISH_S_PER_FRAME = 0.1  # a GIF is only encoded once its palette, and so its last frame, is known
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 _GIF = ["-filter_complex", "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse", "-c:v", "gif"]  # a palette of the clip's own 256 colours
