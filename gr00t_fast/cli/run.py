@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gr00t_fast import flags
-from gr00t_fast.cli.contact_sheet import write_dry_run
-from gr00t_fast.cli.doctor_arm import check_camera_devices
+from gr00t_fast.cli.cameras import device_faults, write_pictures
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, check_at_least_one
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
@@ -286,7 +285,9 @@ def _drive(
             warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
             outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
             if config.out is not None and loop.trace.dry_run is not None:
-                say(write_dry_run(config.out, *loop.trace.dry_run))
+                table, frames = loop.trace.dry_run
+                sizes = {name: f"{frame.shape[1]}x{frame.shape[0]}" for name, frame in frames.items()}
+                say(write_pictures(frames, sizes, config.out, "dry_run.txt", table + "\n"))
     return EXIT_ERROR if recorder is not None and recorder.failure else exit_code(stop, loop.trace.landing)
 
 
@@ -333,7 +334,8 @@ def build_robot(config: RunConfig) -> Robot:
     from gr00t_fast.robots import check_ready, make_robot
 
     check_ready(config.robot)
-    check_camera_devices(config.robot)
+    for fault in device_faults(config.robot).values():
+        raise fault
     return make_robot(config.robot)
 
 
