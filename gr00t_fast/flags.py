@@ -32,7 +32,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -162,14 +162,14 @@ class Flag:
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
     """Return the checked configuration and notes for the user. Raises UsageError with one line that names flag, value and remedy.
 
-    file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for `not_from_file`.
+    file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for `not_from_file`. A
+    file with a setting that only the other program has is of that one.
     """
     table = {flag.name: flag for flag in flags_of(config_class)}
     given = _read_command_line(argv, table)
     path = given.pop(CONFIG_FLAG, None)
     also = {} if file_of is None else {flag.name: flag for flag in flags_of(file_of)}
-    from_file = {} if path is None else _read_file(path, {**also, **table})
-    from_file = {name: value for name, value in from_file.items() if name in table and not (also and name in not_from_file)}
+    from_file = {} if path is None else _read_file(path, table, also, {*not_from_file, *given})
     notes = _let_new_type_win(from_file, given, table)
     settings = {**from_file, **given}
     _check_owners(settings, table)
@@ -220,7 +220,7 @@ def help_text(config_class: type, usage: str, epilog: str = "", everything: bool
     about = "" if doc.startswith(f"{config_class.__name__}(") else inspect.cleandoc(doc)  # what dataclass writes where there is none
     lines = [usage, "", *([about, ""] if about else [])]
     lines.append("--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2")
-    for group in dict.fromkeys(flag.group for flag in shown):
+    for group in sorted(dict.fromkeys(flag.group for flag in shown), key=("outputs").__eq__):  # those last; all others as they are declared
         members = [flag for flag in shown if flag.group == group]
         most_types = max(len(flag.owners) for flag in members)
         lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
@@ -407,22 +407,25 @@ def _from_text(flag: Flag, text: str) -> Any:
         raise UsageError(f"--{flag.name}: cannot read '{text}' as YAML ({problem}). Check the braces.") from error
 
 
-def _read_file(path: Path, table: Mapping[str, Flag]) -> dict[str, Any]:
-    """A configuration file's settings by dotted name."""
+def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], not_from_file: Collection[str]) -> dict[str, Any]:
+    """A configuration file's settings by dotted name. also, not_from_file: another program's flags, and what does not count in its files."""
     content = _content_of(path)
     if not isinstance(content, dict):
         raise UsageError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
     if "schema" in content and isinstance(content.get("settings"), dict):
         content = content["settings"]  # of a run's report
-    settings = {}
-    for written, value in _flatten(content, table):
-        flag = table.get(written)
-        if written == CONFIG_FLAG:
+    written = dict(_flatten(content, {**also, **table}))
+    foreign = any(name in also and name not in table for name in written)
+    unused = {name: flag for name, flag in also.items() if name not in table or (foreign and name in not_from_file)}
+    known, settings = {**table, **unused}, {}
+    for name, value in written.items():
+        flag = known.get(name)
+        if name == CONFIG_FLAG:
             raise UsageError(f"{path}: {CONFIG_FLAG} cannot stand in a file; one file does not read another.")
         if flag is None:
-            raise UsageError(f"unknown setting '{written}' in {path}.{closest(written, table)} See --help-all.")
-        settings[written] = None if value is None and flag.default is None else _value(f"{path}: {written}", flag, value)
-    return settings
+            raise UsageError(f"unknown setting '{name}' in {path}.{closest(name, known)} See --help-all.")
+        settings[name] = None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value)
+    return {name: value for name, value in settings.items() if name not in unused}
 
 
 def _content_of(path: Path) -> Any:

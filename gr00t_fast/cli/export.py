@@ -9,12 +9,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
+from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import (
     DATA_SETS,
     CameraFlags,
@@ -36,21 +37,34 @@ from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
-    from gr00t_fast.engine.manifest import Manifest, Target
+    from gr00t_fast.engine.manifest import Target
     from gr00t_fast.export.calibrate import CalibrationResult, Settings
+    from gr00t_fast.export.samples import Case
 
 C = TypeVar("C", bound="ExportFlags")
+Made = tuple[dict[str, Any], str, str]  # the result for --json, and as a table; and the verdict, one line
 FP8 = "fp8"
 PartName = Literal["vision", "language", "refine", "dit"]  # PARTS of gr00t_fast.engine.quantized, which imports torch; a test compares them
 LEAST_VERIFIED = 100  # observations
 _SYNTHETIC = "random:0"
-_INTERRUPTED = "interrupted; nothing was left behind"
-_EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; nothing is left behind then."
+_EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; what was being made is removed then."
+_NOT_OF_A_RUN = (
+    "out",
+    "overwrite",
+    "json",
+    "quiet",
+    "verbose",
+    "precision",
+    "seed",
+    "camera_map",
+)  # settings of a run's file that mean something else
 
 
 @dataclass(kw_only=True)
 class ExportFlags(OutputFlags, CheckpointFlags):
     """What all of them take."""
+
+    GROUP = "export"
 
     def check(self) -> None:
         """Raises UsageError."""
@@ -69,19 +83,19 @@ def _opened(config: ExportFlags) -> tuple[Checkpoint, Target]:
     return checkpoint, target_of(checkpoint, config.embodiment_tag, config.data_config)
 
 
-def _timed(make: Callable[[C], Any], tell: Callable[[C, Any], tuple[dict[str, Any], str, str]]) -> Callable[[C], int]:
-    """The work of a command: `make`, and then what `tell` makes of it as JSON, table and verdict."""
+def _command(words: str, flags: type[C], make: Callable[[C], Made], exits: str = _EXITS) -> Command[C]:
+    """words: of the command and its required flags. A result that has not `passed` is an error."""
 
     def work(config: C) -> int:
         end_on_sigterm()
         start_s = time.perf_counter()
-        made = make(config)
-        seconds = round(time.perf_counter() - start_s, 1)
-        result, table, verdict = tell(config, made)
-        show({**result, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), **provenance()}, table, verdict, config)
-        return EXIT_OK
+        result, table, verdict = make(config)
+        measured = {"seconds": round(time.perf_counter() - start_s, 1), "peak_rss_bytes": peak_rss_bytes(), **provenance()}
+        show({**result, **measured}, table, verdict, config)
+        return EXIT_OK if result.get("passed", True) else EXIT_ERROR
 
-    return work
+    usage, interrupted = f"usage: gr00t-fast {words} [--flag=value ...]", "interrupted; what was being made is removed"
+    return Command(flags, work, usage, exits, interrupted, RunConfig, _NOT_OF_A_RUN)
 
 
 # --- export onnx --------------------------------------------------------------------------------------------------------------------------
@@ -98,6 +112,8 @@ class OnnxConfig(CameraFlags, ExportFlags):
     not at all). The full size needs up to twice the largest stage in memory: one stage is held at a time.
     """
 
+    GROUP = "export"
+
     out: Path  # directory to make
     overwrite: bool = False  # replace an export that is there, once the new one is whole
     precision: ExportPrecision = "fp32"  # of weights, inputs and outputs
@@ -107,7 +123,7 @@ class OnnxConfig(CameraFlags, ExportFlags):
     seed: int = 0  # of the random inputs that the graphs are traced with
 
 
-def make_onnx(config: OnnxConfig) -> Manifest:
+def make_onnx(config: OnnxConfig) -> Made:
     """Check everything small, then export. Raises Gr00tFastError."""
     import torch
 
@@ -117,9 +133,8 @@ def make_onnx(config: OnnxConfig) -> Manifest:
     for package in ("onnx", "onnxscript"):
         require(package, "export")
     check_free(config.out, config.overwrite)
-    checkpoint, target = _opened(config)
-    names = ("embodiment_tag", "data_config", "processor_path", "prompt_style", "letterbox")
-    policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})
+    _, target = _opened(config)
+    policy = transforms_only(config.model_path, **config.options())
     if (size := config.camera_px()) is not None:
         policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
     example = policy.preprocess(policy.example_observation(config.lang_instruction))
@@ -135,22 +150,21 @@ def make_onnx(config: OnnxConfig) -> Manifest:
         overwrite=config.overwrite,
         seed=config.seed,
     )
-    return export_onnx(target, options, command_line())
-
-
-def _tell_onnx(config: OnnxConfig, manifest: Manifest) -> tuple[dict[str, Any], str, str]:
+    manifest = export_onnx(target, options, command_line())
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     table = "\n".join(f"{name:<26} {entry['bytes'] / 1e6:>9.1f} MB" for name, entry in manifest.files.items())
     result = {"out": str(config.out), "precision": manifest.precision, "bytes": size_bytes}
     return result, table, f"wrote {config.out}: {size_bytes / 1e6:.1f} MB in {manifest.precision}"
 
 
-onnx = Command(
-    OnnxConfig, _timed(make_onnx, _tell_onnx), "usage: gr00t-fast export onnx --model_path=DIR --out=DIR [--flag=value ...]", _EXITS, _INTERRUPTED
-)
+onnx = _command("export onnx --model_path=DIR --out=DIR", OnnxConfig, make_onnx)
 
 
 # --- export tensorrt ----------------------------------------------------------------------------------------------------------------------
+
+_PRECISION: ExportPrecision = "fp16"  # every GPU that TensorRT knows computes in it; bf16 needs Ampere
+_EXPORTED = ("precision", "denoising_steps", "camera_size", "lang_instruction")  # flags of graphs that are exported here
+_BUILT = ("builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache", "overwrite")
 
 
 @dataclass(kw_only=True)
@@ -164,6 +178,8 @@ class TensorRTConfig(CameraFlags, ExportFlags):
     --engine_path=exports/tensorrt. tensorrt_rtx (GeForce and RTX GPUs) builds on any machine, with or without a GPU; tensorrt (Jetson, data
     centre) on the machine that will run the engines.
     """
+
+    GROUP = "export"
 
     out: Path  # directory to make
     onnx: Path | None = None  # graphs to begin with; default: exported into OUT-onnx
@@ -185,14 +201,10 @@ class TensorRTConfig(CameraFlags, ExportFlags):
             raise UsageError(f"{', '.join(given)} with --onnx: the graphs there have theirs. Leave it out, or leave out --onnx to export others.")
 
 
-_PRECISION: ExportPrecision = "fp16"  # every GPU that TensorRT knows computes in it; bf16 needs Ampere
-_EXPORTED = ("precision", "denoising_steps", "camera_size", "lang_instruction")  # flags of graphs that are exported here
-
-
-def make_tensorrt(config: TensorRTConfig) -> Manifest:
+def make_tensorrt(config: TensorRTConfig) -> Made:
     """Check everything small, export the graphs where none are named, build. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
-    from gr00t_fast.export.tensorrt import BuildOptions, build_engines, check_feasible, run_alone
+    from gr00t_fast.export.tensorrt import BuildOptions, as_table, build_engines, check_feasible, run_alone
 
     check_free(config.out, config.overwrite)
     check_feasible(config.builder, config.compute_capability, None if config.onnx else config.precision or _PRECISION)
@@ -201,20 +213,7 @@ def make_tensorrt(config: TensorRTConfig) -> Manifest:
         run_alone(make_onnx, _of_graphs(config, graphs))  # the builder needs the memory that exporting leaves taken
     _, target = _opened(config)
     check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={_PRECISION}"))
-    names = ("builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache", "overwrite")
-    return build_engines(BuildOptions(graphs, config.out, **{name: getattr(config, name) for name in names}), command_line())
-
-
-def _of_graphs(config: TensorRTConfig, out: Path) -> OnnxConfig:
-    """What exports the graphs: flags that are not given keep its defaults."""
-    names = {each.name for each in fields(TensorRTConfig)} & {each.name for each in fields(OnnxConfig)}
-    given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    return OnnxConfig(**{**given, "out": out, "precision": config.precision or _PRECISION})
-
-
-def _tell_tensorrt(config: TensorRTConfig, manifest: Manifest) -> tuple[dict[str, Any], str, str]:
-    from gr00t_fast.export.tensorrt import as_table
-
+    manifest = build_engines(BuildOptions(graphs, config.out, **{name: getattr(config, name) for name in _BUILT}), command_line())
     result = {
         "program": "to_tensorrt",
         "out": str(config.out),
@@ -226,36 +225,53 @@ def _tell_tensorrt(config: TensorRTConfig, manifest: Manifest) -> tuple[dict[str
     return result, as_table(manifest.stages), f"wrote {config.out}"
 
 
-tensorrt = Command(
-    TensorRTConfig,
-    _timed(make_tensorrt, _tell_tensorrt),
-    "usage: gr00t-fast export tensorrt --model_path=DIR --out=DIR [--flag=value ...]",
-    "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; no engines are left behind then.",
-    "interrupted; no engines were left behind",
-)
+def _of_graphs(config: TensorRTConfig, out: Path) -> OnnxConfig:
+    """What exports the graphs: flags that are not given keep its defaults."""
+    names = {each.name for each in fields(TensorRTConfig)} & {each.name for each in fields(OnnxConfig)}
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return OnnxConfig(**{**given, "out": out, "precision": config.precision or _PRECISION})
+
+
+tensorrt = _command("export tensorrt --model_path=DIR --out=DIR", TensorRTConfig, make_tensorrt)
 
 
 # --- quantise and calibrate ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class CalibrationFlags(ObservationFlags, ExportFlags):
-    """Where scales come from, and which layers keep 16 bits."""
+class SampleFlags(ObservationFlags, ExportFlags):
+    """Which observations are taken."""
+
+    GROUP = "observations"
+
+    allow_few: bool = False  # go on with fewer frames or episodes than it takes; the result says so
+    frames: int = MIN_FRAMES  # how many observations, spread over all episodes
+    denoising_steps: int | None = None  # default: the checkpoint's own; calibrate with as many as will run
+    seed: int = 0  # of the choice of frames and of the noise
+
+    def cases(self, target: Target, **options: Any) -> tuple[list[Case], dict[str, Any]]:
+        """Preprocessed observations, and what is to be said of them. options: others of `collect_cases`."""
+        from gr00t_fast.export.samples import collect_cases
+
+        names = ("frames", "seed", "camera_map", "allow_few", "processor_path", "prompt_style")
+        return collect_cases(target, self.observations or _SYNTHETIC, **{name: getattr(self, name) for name in names}, **options)
+
+
+@dataclass(kw_only=True)
+class CalibrationFlags(SampleFlags):
+    """Which layers keep 16 bits."""
 
     GROUP = "calibration"
 
     overwrite: bool = False  # replace what is there, once the new one is whole
-    allow_few: bool = False  # go on with fewer frames or episodes than it takes; the result says so
-    frames: int = MIN_FRAMES  # how many observations, spread over all episodes
-    denoising_steps: int | None = None  # default: the checkpoint's own; calibrate with as many as will run
     limit: float = 1.0  # p99 of the action error, in joint units, that layers are kept in 16 bits for
     trial_frames: int = 8  # frames that decide which layers are kept; 0: keep none, measure nothing
     balance: bool = True  # move outliers from activations into weights where it helps
-    seed: int = 0  # of the choice of frames and of the noise
 
-    def settings(self, format: str, target: str, steps: int) -> Settings:
+    def settings(self, format: str, target: str, checkpoint: Checkpoint) -> Settings:
         from gr00t_fast.export.calibrate import Settings
 
+        steps = self.denoising_steps or checkpoint.config.head.denoising_steps
         return Settings(format, target, steps, self.limit, self.trial_frames, self.balance, self.seed)
 
     def made_with(self, *more: str) -> list[str]:
@@ -266,12 +282,12 @@ class CalibrationFlags(ObservationFlags, ExportFlags):
         return [*found, *(["--allow_few"] if self.allow_few else []), *([] if self.balance else ["--no-balance"])]
 
 
-def _cases(config: Any, target: Target, source: str, **options: Any) -> tuple[list[Any], dict[str, Any]]:
-    """Preprocessed observations, and what is to be said of them."""
-    from gr00t_fast.export.samples import collect_cases
+def _calibrated(out: Path, what: str, report: Mapping[str, Any]) -> Made:
+    """`report` also lies in the output."""
+    from gr00t_fast.export.calibrate import as_markdown
 
-    shared = {name: getattr(config, name) for name in ("frames", "seed", "camera_map", "allow_few", "processor_path", "prompt_style")}
-    return collect_cases(target, source, **shared, **options)
+    brief = {key: value for key, value in report.items() if key not in ("groups", "layers")}
+    return {"out": str(out), **brief}, as_markdown(report), f"wrote {out}{what}"
 
 
 @dataclass(kw_only=True)
@@ -284,6 +300,8 @@ class QuantiseConfig(CalibrationFlags):
     openvino and tensorrt take INT8 weights and activations with scales from the calibration; tensorrt takes FP8 (E4M3) too, on GPUs that have it.
     onnxruntime rounds activations with scales found at run time and needs no --observations. Calibration runs in torch, on the CPU.
     """
+
+    GROUP = "export"
 
     onnx: Path  # export to begin with (gr00t-fast export onnx)
     out: Path  # directory to make
@@ -299,11 +317,11 @@ class QuantiseConfig(CalibrationFlags):
             raise UsageError(f"--target={self.target} needs --observations: {DATA_SETS}.")
 
 
-def make_quantised(config: QuantiseConfig) -> dict[str, Any]:
+def make_quantised(config: QuantiseConfig) -> Made:
     """Check everything small, calibrate, write. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
-    from gr00t_fast.export.calibrate import build_report, write_report
-    from gr00t_fast.export.quantize import write_quantised_export
+    from gr00t_fast.export.calibrate import write_report
+    from gr00t_fast.export.qdq import write_quantised_export
 
     require("onnx", "export")
     if config.target != "tensorrt":  # its files are ONNX
@@ -316,14 +334,14 @@ def make_quantised(config: QuantiseConfig) -> dict[str, Any]:
         raise ConfigError(f"--onnx={config.onnx} is in {manifest.quantisation.get('format')} already. Give the export it was made from.")
     if config.target != "tensorrt" and manifest.precision != "fp32":
         raise ConfigError(f"--onnx={config.onnx} is {manifest.precision}; {config.target} takes fp32 (gr00t-fast export onnx --precision=fp32).")
-    settings = config.settings(config.format, config.target, config.denoising_steps or checkpoint.config.head.denoising_steps)
+    settings = config.settings(config.format, config.target, checkpoint)
     result, data = (None, {}) if config.observations is None else _calibrated_graphs(config, target, settings, manifest.shapes, remedy)
-    report = build_report(result, settings, data)
+    quantisation = {"format": config.format, "runtime": config.target, "calibration": data}
     with whole_directory(config.out, config.overwrite) as directory:
-        write_report(report, directory)
-        made_with = config.made_with("onnx", "format", "target")
-        write_quantised_export(config.onnx, manifest, directory, result, settings, data, command_line(), made_with)
-    return report
+        report = write_report(result, settings, data, directory)
+        made_with, scales = config.made_with("onnx", "format", "target"), None if result is None else result.scales
+        write_quantised_export(config.onnx, manifest, directory, scales, quantisation, command_line(), made_with)
+    return _calibrated(config.out, f" for {config.target}", report)
 
 
 def _calibrated_graphs(
@@ -336,29 +354,15 @@ def _calibrated_graphs(
 
     tables, progress = ExportTables(config.onnx, remedy), Progress()
     tables.steps(settings.denoising_steps)  # a count that was not exported is refused before minutes pass
-    camera_size = shapes.get("camera_size")
-    cases, data = _cases(config, target, str(config.observations), progress=progress, noise_seed=config.seed, camera_size=camera_size)
+    cases, data = config.cases(target, progress=progress, noise_seed=config.seed, camera_size=shapes.get("camera_size"))
     for case in cases:
         check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
     network = GraphNetwork(target, shapes, tables, settings.denoising_steps, settings.scheme)
     return calibrate(network, cases, settings, progress), data
 
 
-def _tell_calibration(out: str, what: str, report: Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
-    """`report` also lies in the output."""
-    from gr00t_fast.export.calibrate import as_markdown
-
-    brief = {key: value for key, value in report.items() if key not in ("groups", "layers")}
-    return {"out": out, **brief}, as_markdown(report), f"wrote {out}{what}"
-
-
-quantise = Command(
-    QuantiseConfig,
-    _timed(make_quantised, lambda config, report: _tell_calibration(str(config.out), f" for {config.target}", report)),
-    "usage: gr00t-fast quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET [--flag=value ...]",
-    _EXITS,
-    _INTERRUPTED,
-)
+_OF_QUANTISE = "quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET"
+quantise = _command(_OF_QUANTISE, QuantiseConfig, make_quantised)
 
 
 @dataclass(kw_only=True)
@@ -372,6 +376,8 @@ class CalibrateConfig(CalibrationFlags):
     rounding the actions cannot spare stay in 16 bits (--limit).
     """
 
+    GROUP = "export"
+
     out: Path | None = None  # directory to make; default: exports/fp8 in the checkpoint's, where the engine looks
     parts: list[PartName] = field(default_factory=lambda: list(get_args(PartName)))  # to round; the others stay in 16 bits
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
@@ -383,49 +389,41 @@ class CalibrateConfig(CalibrationFlags):
         self.check_observations()
 
 
-def make_calibration(config: CalibrateConfig) -> dict[str, Any]:
+def make_calibration(config: CalibrateConfig) -> Made:
     """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import load_model
     from gr00t_fast.engine import select_device, select_precision
     from gr00t_fast.engine.fp8 import Calibration, has_product, write_calibration
     from gr00t_fast.engine.manifest import Digests
-    from gr00t_fast.export.calibrate import build_report, calibrate, write_report
+    from gr00t_fast.export.calibrate import calibrate, write_report
     from gr00t_fast.export.networks import TorchNetwork
     from gr00t_fast.measurement import versions
 
     checkpoint, target = _opened(config)
     out = config.out or checkpoint.path / "exports" / FP8
     check_free(out, config.overwrite)
-    settings = config.settings(FP8, "torch", config.denoising_steps or checkpoint.config.head.denoising_steps)
+    settings, progress = config.settings(FP8, "torch", checkpoint), Progress()
     device = select_device(config.device)
     dtype = select_precision(config.precision, device)
-    progress = Progress()
-    cases, data = _cases(config, target, str(config.observations), progress=progress, noise_seed=config.seed)
+    cases, data = config.cases(target, progress=progress, noise_seed=config.seed)
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     network = TorchNetwork(model, settings.denoising_steps, emulated=not has_product(device))
     result = calibrate(network, cases, settings, progress, config.parts)
-    report = {**build_report(result, settings, data), "parts": config.parts, "out": str(out)}
     with whole_directory(out, config.overwrite) as directory:
-        write_report(report, directory)
+        report = write_report(result, settings, data, directory)
         identity, made_with = target.identity(Digests(directory)), [*config.made_with("precision"), "--parts", *config.parts]
         write_calibration(directory, Calibration(result.scales), identity, data, versions(), command_line(), made_with)
-    return report
+    return _calibrated(out, ": run it with --engine=fp8", {**report, "parts": config.parts})
 
 
-calibrate = Command(
-    CalibrateConfig,
-    _timed(make_calibration, lambda config, report: _tell_calibration(report["out"], ": run it with --engine=fp8", report)),
-    "usage: gr00t-fast calibrate --model_path=DIR --observations=DATASET [--flag=value ...]",
-    _EXITS,
-    _INTERRUPTED,
-)
+calibrate = _command("calibrate --model_path=DIR --observations=DATASET", CalibrateConfig, make_calibration)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class VerifyConfig(ObservationFlags, ExportFlags):
+class VerifyConfig(SampleFlags):
     """Compare an exported engine with the plain model in fp32: every stage, and the actions in joint units.
 
         gr00t-fast verify --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --engine=openvino --engine_path=exports/openvino \\
@@ -435,90 +433,77 @@ class VerifyConfig(ObservationFlags, ExportFlags):
     wrong graphs and says little about your arm.
     """
 
+    GROUP = "export"
+
     engine: ExportedName  # which runtime the export is for
     engine_path: Path | None = None  # directory of the export; default: exports/<engine> in the checkpoint's directory
-    allow_few: bool = False  # go on with fewer frames or episodes than it takes; the result says so
     frames: int = LEAST_VERIFIED  # how many observations, spread over all episodes
-    denoising_steps: int | None = None  # default: the checkpoint's own
     limit: float | None = None  # p99 of the action error in joint units; default: 0.5 for 16 bits and more, 1.5 for 8
     device: str = "auto"  # of the engine; the plain model runs on the CPU
     precision: PrecisionName = "auto"  # of the engine, where it has a choice
-    seed: int = 0  # of the choice of frames and of the noise
     out: Path = Path("outputs/verify")  # directory for verify.json and verify.md, which are replaced
 
 
-def run_verify(config: VerifyConfig) -> int:
-    """Verify, print, and leave verify.json and verify.md. Raises Gr00tFastError."""
-    if config.observations is None and not config.quiet:
-        print(f"note: no --observations: pictures and joints are synthetic ({_SYNTHETIC}).", file=sys.stderr)
-    result = verified(config)
-    table, verdict = verify_table(result), verify_verdict(result)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
-    (config.out / "verify.md").write_text(f"{table}\n\n{verdict}\n")
-    show(result, table, verdict, config)
-    return EXIT_OK if result["passed"] else EXIT_ERROR
-
-
-def verified(config: VerifyConfig) -> dict[str, Any]:
-    """Check the data and the export, run the plain model, free it, run the engine. Raises Gr00tFastError."""
+def make_verification(config: VerifyConfig) -> Made:
+    """Check the data and the export, run the plain model, free it, run the engine; leave verify.json and verify.md. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import read_policy_metadata
     from gr00t_fast.dataset import draw, open_frames
     from gr00t_fast.engine.choose import open_engine
     from gr00t_fast.engine.exported import ExportTables
-    from gr00t_fast.export.verify import ReferenceOutputs, compare, record_reference
+    from gr00t_fast.export.verify import compare, record_reference
 
+    if config.observations is None and not config.quiet:
+        print(f"note: no --observations: pictures and joints are synthetic ({_SYNTHETIC}).", file=sys.stderr)
     checkpoint, target = _opened(config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
-    source = config.observations or _SYNTHETIC
     metadata = read_policy_metadata(checkpoint.path, target.embodiment_tag, target.data_config)
-    frames = open_frames(source, target.data_config, metadata, config.camera_map)
+    frames = open_frames(config.observations or _SYNTHETIC, target.data_config, metadata, config.camera_map)
     draw(frames, config.frames, config.seed, config.allow_few, LEAST_VERIFIED)  # too few are told before the export is opened
     size = open_engine(config.engine, directory, target, config.device, config.precision).camera_size  # refused now rather than in ten minutes
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
     progress, noise_seed = Progress(), (config.seed, 1)  # not the noise of the calibration
-    cases, sample = _cases(config, target, source, progress=progress, least=LEAST_VERIFIED, noise_seed=noise_seed, camera_size=size)
+    cases, source = config.cases(target, progress=progress, least=LEAST_VERIFIED, noise_seed=noise_seed, camera_size=size)
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out, prefix=".reference-") as work:
-        files = ReferenceOutputs(Path(work))
-        record_reference(target, cases, steps, files, progress)
+        record_reference(target, cases, steps, Path(work), progress)
         engine = open_engine(config.engine, directory, target, config.device, config.precision)
-        verification = compare(engine, tables.embed, cases, steps, files, config.limit, progress)
-    facts = {"program": "verify", "engine": config.engine, "device": str(engine.device), "denoising_steps": steps, "source": sample}
-    return {**facts, **verification.describe(), **provenance(), "seed": config.seed}
+        judged = compare(engine, tables.embed, cases, steps, Path(work), config.limit, progress)
+    facts = {"program": "verify", "engine": config.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
+    result = {**facts, **judged, **provenance(), "seed": config.seed}
+    table, verdict = _verify_table(result), _verify_verdict(result)
+    (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
+    (config.out / "verify.md").write_text(f"{table}\n\n{verdict}\n")
+    return result, table, verdict
 
 
-def verify_table(result: Mapping[str, Any]) -> str:
+def _verify_table(result: Mapping[str, Any]) -> str:
     source = result["source"]
+    stages = [[name, *(f"{values[key]:.2e}" for key in ("p50", "p99", "max"))] for name, values in result["relative_l2"].items()]
+    actions = [
+        [name, *(f"{error[key]:.4f}" for key in ("p50", "p99", "max")), f"{error['relative_to_displacement']:.3%}"]
+        for name, error in (("pixels to actions", result["actions"]), ("denoising alone", result["actions_of_denoise_alone"]))
+    ]
     lines = [
         f"{result['engine']} ({result['format']}), {result['denoising_steps']} steps, {result['observations']} observations of {source['source']}",
         *(f"Warning: {warning}." for warning in source["warnings"]),
-        "",
-        "| relative L2 against the plain model in fp32 | p50 | p99 | largest |",
-        "|---|---|---|---|",
-        *(f"| {name} | {v['p50']:.2e} | {v['p99']:.2e} | {v['max']:.2e} |" for name, v in result["relative_l2"].items()),
-        "",
-        "| actions, joint units | p50 | p99 | largest | of the displacement |",
-        "|---|---|---|---|---|",
+        *_markdown(["relative L2 against the plain model in fp32", "p50", "p99", "largest"], stages),
+        *_markdown(["actions, joint units", "p50", "p99", "largest", "of the displacement"], actions),
     ]
-    for name, key in (("pixels to actions", "actions"), ("denoising alone", "actions_of_denoise_alone")):
-        error = result[key]
-        lines.append(f"| {name} | {error['p50']:.4f} | {error['p99']:.4f} | {error['max']:.4f} | {error['relative_to_displacement']:.3%} |")
     return "\n".join(lines)
 
 
-def verify_verdict(result: Mapping[str, Any]) -> str:
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
+
+
+def _verify_verdict(result: Mapping[str, Any]) -> str:
     """One line; it says when the observations were synthetic."""
     verdict = "passed" if result["passed"] else "FAILED: " + "; ".join(result["failures"])
     synthetic = "; on synthetic observations: --observations=DATASET judges it on your recordings" if result["source"]["synthetic"] else ""
     return f"{verdict} (limit: p99 {result['action_limit_p99']:g} joint units){synthetic}"
 
 
-verify = Command(
-    VerifyConfig,
-    run_verify,
-    "usage: gr00t-fast verify --model_path=DIR --engine=NAME [--observations=DATASET] [--flag=value ...]",
-    "exit codes: 0 passed, 1 failed (an action error above --limit, or a stage of an fp32 export that is off) or error, 2 bad flag.",
-)
+_VERIFY_EXITS = "exit codes: 0 passed, 1 failed (an action error above --limit, or a stage of an fp32 export that is off) or error, 2 bad flag."
+verify = _command("verify --model_path=DIR --engine=NAME [--observations=DATASET]", VerifyConfig, make_verification, _VERIFY_EXITS)

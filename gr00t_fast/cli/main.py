@@ -130,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_a_group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if of_a_group and ("--help" in words[1:] or "-h" in words[1:]):
         return _ending(lambda: _print_help(overview(of_a_group)))
+    if of_a_group and len(words) == 1:
+        print(f"error: {words[0]} what?\n{overview(of_a_group)}", file=sys.stderr)
+        return EXIT_USAGE
     asked = " ".join(words[: 2 if of_a_group else 1])
     return _refuse(f"unknown command '{asked}'.", closest(asked, COMMANDS))
 

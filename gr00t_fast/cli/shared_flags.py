@@ -89,6 +89,8 @@ class PolicyFlags(CheckpointFlags):
 class CameraFlags(Flags):
     """What the cameras deliver, where neither a robot nor a data set tells it."""
 
+    GROUP = "observations"
+
     camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
 
     def check(self) -> None:
@@ -109,6 +111,8 @@ class CameraFlags(Flags):
 @dataclass(kw_only=True)
 class ObservationFlags(Flags):
     """Where observations come from."""
+
+    GROUP = "observations"
 
     observations: str | None = None  # a LeRobotDataset or recordings directory, or random:SEED
     camera_map: dict[str, str] = dataclasses.field(default_factory=dict)  # which camera of the data set is which of the policy: "{front: webcam}"

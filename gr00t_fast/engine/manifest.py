@@ -205,7 +205,7 @@ def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> M
         raise StaleEngineError(
             f"the engine in {directory} was not made for this checkpoint and robot:\n  " + "\n  ".join(differences) + f"\n{_run(command)}"
         )
-    _check_files(directory, manifest, digests, remedy)
+    check_files(directory, manifest, digests, remedy)
     return manifest
 
 
@@ -252,7 +252,8 @@ def _differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return found
 
 
-def _check_files(directory: Path, manifest: Manifest, digests: Digests, remedy: str) -> None:
+def check_files(directory: Path, manifest: Manifest, digests: Digests, remedy: str) -> None:
+    """Raises EngineError for a file that is missing, cut short or altered."""
     for name, entry in manifest.files.items():  # sizes first: they cost nothing
         file = directory / name
         if not file.is_file():

@@ -6,7 +6,6 @@ of every block are one group (`vision blocks.*.mlp.down`); each group alone is r
 Then all groups are rounded together; as long as that is above the limit, the group with the most squared error per multiplication stays in 16 bits.
 Groups with a negligible share of the multiplications stay in 16 bits without a trial.
 
-A network is anything with the interface `Network`: gr00t_fast/export/networks.py has the plain model and the exported graphs.
 Axis alphabet: n observations, H horizon, A padded action width, R kept rows, K input width, N output width.
 """
 
@@ -17,7 +16,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +24,10 @@ from torch import Tensor, nn
 
 from gr00t_fast.console import Progress
 from gr00t_fast.engine.quantized import InputScale, with_layers
+from gr00t_fast.export.networks import Network
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
-from gr00t_fast.export.samples import Case
-from gr00t_fast.export.verify import ActionError, action_error
+from gr00t_fast.export.samples import ActionError, Case, action_error
 
-T = TypeVar("T")
 NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
 _ROWS = 192  # per tensor: enough to rank a handful of choices, little enough to hold those of a whole network
 _ROWS_PER_RUN = 4  # a run: one observation, or one denoising step of one
@@ -55,30 +53,6 @@ class Settings:
     seed: int = 0
 
 
-class Network(Protocol):
-    """A network in parts that run one after the other."""
-
-    module: nn.Module
-    parts: tuple[str, ...]  # in the order of execution
-    weights_only: Collection[str]  # parts whose inputs are not rounded
-
-    def layers(self) -> dict[str, nn.Module]:
-        """Name within `module` -> linear layer, of all that can be rounded."""
-
-    def place(self, name: str) -> tuple[str, str]:
-        """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks."""
-
-    def weight(self, name: str) -> Tensor:
-        """fp32 (K, N) on the CPU."""
-
-    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
-        """The 8-bit form of each layer in `scales`."""
-
-    def run(self, module: nn.Module, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of one part of `module`, which is the network's own or has some layers replaced. `outputs`: of the parts before it. Those of the
-        last part are `actions` (1, H, A)."""
-
-
 # --- what goes into every layer -----------------------------------------------------------------------------------------------------------
 
 
@@ -92,20 +66,33 @@ class InputStatistics:
     rows_per_case: int = 0
     rows: list[Tensor] = field(default_factory=list)
 
+    def add(self, tensors: Sequence[Tensor], case: int, cases: int, generator: torch.Generator) -> None:
+        """tensors: of each step of observation number `case` of `cases`, fp32 (rows, K)."""
+        runs = cases * len(tensors)
+        keep = max(_ROWS_PER_RUN, -(-_ROWS // runs))  # few runs: more of each, so that the search has something to go by
+        every = max(1, runs * keep // _ROWS)
+        self.rows_per_case = sum(len(values) for values in tensors)
+        for run, values in enumerate(tensors, case * len(tensors)):
+            sizes = values.abs()
+            self.largest = torch.maximum(self.largest, sizes.amax(dim=0))
+            if run % every == 0:
+                picked = torch.randint(0, len(values), (keep - 1,), generator=generator)
+                self.rows.append(values[torch.cat((sizes.amax(dim=1).argmax()[None], picked))])
+
 
 @torch.inference_mode()
 def record(network: Network, cases: Sequence[Case], seed: int, progress: Progress) -> list[InputStatistics]:
     """Statistics of every tensor that linear layers read, over all observations and denoising steps, in the order of execution."""
     found: dict[tuple[str, ...], InputStatistics] = {}
     generator = torch.Generator().manual_seed(seed)
-    with _watched(network.layers()) as calls, progress.bar("calibrating", len(cases)) as tick:
+    with _watched(network.layers) as calls, progress.bar("calibrating", len(cases)) as tick:
         for number, case in enumerate(cases):
             outputs: dict[str, Tensor] = {}
             for part in network.parts:
                 outputs |= network.run(network.module, part, case, outputs)
                 for readers, tensors in _by_tensor(calls).items():
                     entry = found.setdefault(readers, InputStatistics(readers, torch.zeros(tensors[0].shape[-1])))
-                    _see(entry, tensors, number, len(cases), generator)
+                    entry.add(tensors, number, len(cases), generator)
                 calls.clear()
             tick()
     return list(found.values())
@@ -135,38 +122,12 @@ def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], lis
     return together
 
 
-def _see(entry: InputStatistics, tensors: Sequence[Tensor], case: int, cases: int, generator: torch.Generator) -> None:
-    """tensors: of each step of observation number `case` of `cases`."""
-    runs = cases * len(tensors)
-    keep = max(_ROWS_PER_RUN, -(-_ROWS // runs))  # few runs: more of each, so that the search has something to go by
-    every = max(1, runs * keep // _ROWS)
-    entry.rows_per_case = sum(len(values) for values in tensors)
-    for run, values in enumerate(tensors, case * len(tensors)):
-        sizes = values.abs()
-        entry.largest = torch.maximum(entry.largest, sizes.amax(dim=0))
-        if run % every == 0:
-            picked = torch.randint(0, len(values), (keep - 1,), generator=generator)
-            entry.rows.append(values[torch.cat((sizes.amax(dim=1).argmax()[None], picked))])
-
-
 # --- how a layer is rounded ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ScaleReport:
-    """How the layers that read one tensor are rounded, and what that does to their outputs (relative L2, kept rows)."""
-
-    balance: float | None
-    clip: float
-    error: float
-    error_plain: float  # without balancing and clipping
-
-    def describe(self) -> dict[str, float | None]:
-        return {"balance": self.balance, "clip": self.clip, "relative_error": round(self.error, 5), "plain": round(self.error_plain, 5)}
-
-
-def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str, balance: bool = True) -> tuple[InputScale, ScaleReport]:
-    """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error."""
+def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str, balance: bool = True) -> tuple[InputScale, dict[str, Any]]:
+    """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error. Beside it, for the report, the
+    exponent and clip of the choice, what it does to the layers' outputs (relative L2, kept rows), and what neither would do (`plain`)."""
     rows, joined = torch.cat(statistics.rows), torch.cat(list(weights), dim=1).float()  # (R, K), (K, N)
     spread = joined.abs().amax(dim=1)  # (K,), of all columns
     joined = joined[:, :: max(1, joined.shape[1] // _COLUMNS)].contiguous()
@@ -187,7 +148,7 @@ def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme:
             if best is None or error < best[0] * _WORTH:
                 best = (error, exponent, clip, InputScale(limit, smoothing))
     error, exponent, clip, scale = best
-    return scale, ScaleReport(exponent, clip, error, plain)
+    return scale, {"balance": exponent, "clip": clip, "relative_error": round(error, 5), "plain": round(plain, 5)}
 
 
 def _smoothing(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
@@ -199,37 +160,33 @@ def _smoothing(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
 # --- which layers -------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """Layers of one part at the same place of every block, and their share of an inference's multiplications."""
+    """Layers of one part at the same place of every block, and their share of an inference's multiplications.
+
+    alone: what rounding these alone does to the actions (None: not measured). kept: why they stay in 16 bits, if they do.
+    """
 
     part: str
     kind: str
     layers: tuple[str, ...]
     work: float
+    alone: ActionError | None = None
+    kept: str | None = None
 
-    @property
-    def name(self) -> str:
-        return f"{self.part} {self.kind}"
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """What rounding a group alone does to the actions (None: not measured), and why it stays in 16 bits, if it does."""
-
-    group: Group
-    alone: ActionError | None
-    kept: str | None
+    def __post_init__(self) -> None:
+        if self.work < NEGLIGIBLE:
+            self.kept = f"less than {NEGLIGIBLE:.1%} of the multiplications"
 
 
-def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[Group]:
-    """All layers that were recorded, in groups."""
+def groups_of(network: Network, statistics: Iterable[InputStatistics], parts: Collection[str]) -> list[Group]:
+    """All layers of `parts` that were recorded, in groups."""
     alike: dict[tuple[str, str], dict[str, int]] = {}
     for entry in statistics:
         for name in entry.readers:
             alike.setdefault(network.place(name), {})[name] = entry.rows_per_case * network.weight(name).numel()
     total = sum(sum(work.values()) for work in alike.values())
-    return [Group(part, kind, tuple(work), sum(work.values()) / total) for (part, kind), work in alike.items()]
+    return [Group(part, kind, tuple(work), sum(work.values()) / total) for (part, kind), work in alike.items() if part in parts]
 
 
 class Trials:
@@ -241,16 +198,15 @@ class Trials:
         self._known: list[dict[str, Tensor]] = [{} for _ in cases]
         self._truth = self._actions(network.module, network.parts, self._known)
 
-    def error(self, groups: Iterable[Group]) -> ActionError:
+    def error(self, groups: Sequence[Group]) -> ActionError:
         """Of the actions with the layers of `groups` in 8 bits, in joint units."""
-        groups = list(groups)
         layers = {name: self._layers[name] for group in groups for name in group.layers}
         return self.error_of(with_layers(self._network.module, layers), {group.part for group in groups})
 
     def error_of(self, module: nn.Module, parts: Collection[str]) -> ActionError:
         """Of the actions of `module`, which differs from the network's own in `parts` only."""
         order = self._network.parts
-        begin = next((index for index, part in enumerate(order) if part in parts), len(order) - 1)
+        begin = min((order.index(part) for part in parts), default=len(order) - 1)
         actions = self._actions(module, order[begin:], [dict(known) for known in self._known])
         return action_error(actions, self._truth, self._cases)
 
@@ -264,24 +220,22 @@ class Trials:
 
 
 def keep_sensitive(
-    groups: Sequence[Group], error_of: Callable[[list[Group]], ActionError], limit: float, tick: Callable[[], None] = lambda: None
-) -> tuple[list[GroupResult], ActionError | None]:
-    """What becomes of each group, and the error with all rounded that are not kept in 16 bits. error_of: of the actions with some groups rounded;
-    limit: p99 in joint units; `tick` is called per measured group."""
-    alone: dict[str, ActionError] = {}
-    for group in groups:
-        if group.work >= NEGLIGIBLE:
-            alone[group.name] = error_of([group])
+    groups: Sequence[Group], error_of: Callable[[Sequence[Group]], ActionError], limit: float, progress: Progress
+) -> ActionError | None:
+    """Measure each of `groups` alone, and keep in 16 bits what it takes; returns the error with the others rounded. error_of: of the actions with
+    some groups rounded; limit: p99 in joint units."""
+    left = [group for group in groups if not group.kept]
+    with progress.bar("sensitivity", len(left)) as tick:
+        for group in left:
+            group.alone = error_of([group])
             tick()
-    left = [group for group in groups if group.name in alone]
-    kept = {group.name: f"less than {NEGLIGIBLE:.1%} of the multiplications" for group in groups if group.name not in alone}
     total = error_of(left) if left else None
     while left and not total.p99 <= limit:  # not: NaN is above every limit, and compares with none
-        worst = max(left, key=lambda group: np.nan_to_num(alone[group.name].rms ** 2 / group.work, nan=np.inf, posinf=np.inf))
+        worst = max(left, key=lambda group: np.nan_to_num(group.alone.rms**2 / group.work, nan=np.inf, posinf=np.inf))
         left.remove(worst)
-        kept[worst.name] = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
+        worst.kept = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
         total = error_of(left) if left else None
-    return [GroupResult(group, alone.get(group.name), kept.get(group.name)) for group in groups], total
+    return total
 
 
 # --- all of it ----------------------------------------------------------------------------------------------------------------------------
@@ -292,43 +246,34 @@ class CalibrationResult:
     """scales: layer -> how it is rounded, without those that stay in 16 bits; layers that read one tensor share one. reports: layer -> how that was
     chosen. error: of the actions with all of `scales` rounded (None: not measured)."""
 
-    groups: list[GroupResult]
+    groups: list[Group]
     scales: dict[str, InputScale]
-    reports: dict[str, ScaleReport]
+    reports: dict[str, dict[str, Any]]
     error: ActionError | None = None
     trial_samples: int = 0
 
 
 def calibrate(
-    network: Network,
-    cases: Sequence[Case],
-    settings: Settings,
-    progress: Progress,
-    parts: Collection[str] | None = None,
+    network: Network, cases: Sequence[Case], settings: Settings, progress: Progress, parts: Collection[str] | None = None
 ) -> CalibrationResult:
     """Decide how to round each linear layer of `parts` (None: all), and which stay in 16 bits. The network in fp32 makes sound trials."""
     parts = network.parts if parts is None else parts
     statistics = record(network, cases, settings.seed, progress)
-    groups = [group for group in groups_of(network, statistics) if group.part in parts]
+    groups = groups_of(network, statistics, parts)
     scales, reports = scales_of(network, statistics, settings, parts, progress)
-    if settings.trial_samples:
-        few = _spread(cases, settings.trial_samples)
-        trials = Trials(network, few, network.rounded(scales))
-        with progress.bar("sensitivity", sum(group.work >= NEGLIGIBLE for group in groups)) as tick:
-            results, error = keep_sensitive(groups, trials.error, settings.limit, tick)
-    else:
-        few, error = [], None
-        results = [GroupResult(group, None, None if group.work >= NEGLIGIBLE else "negligible work") for group in groups]
-    chosen = {name for result in results if not result.kept for name in result.group.layers}
-    return CalibrationResult(results, {name: scale for name, scale in scales.items() if name in chosen}, reports, error, len(few))
+    picked = np.linspace(0, len(cases) - 1, min(settings.trial_samples, len(cases))).round()  # evenly from first to last
+    few = [cases[index] for index in np.unique(picked.astype(int))]
+    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, settings.limit, progress) if few else None
+    chosen = {name for group in groups if not group.kept for name in group.layers}
+    return CalibrationResult(groups, {name: scale for name, scale in scales.items() if name in chosen}, reports, error, len(few))
 
 
 def scales_of(
     network: Network, statistics: Sequence[InputStatistics], settings: Settings, parts: Collection[str], progress: Progress
-) -> tuple[dict[str, InputScale], dict[str, ScaleReport]]:
-    """Of the layers of `parts`, by name."""
+) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
+    """Of the layers of `parts`, by name: the scale, and how it was chosen."""
     scales: dict[str, InputScale] = {}
-    reports: dict[str, ScaleReport] = {}
+    reports: dict[str, dict[str, Any]] = {}
     with progress.bar("scales", len(statistics)) as tick:
         for entry in statistics:
             names = [name for name in entry.readers if network.place(name)[0] in parts]
@@ -342,44 +287,37 @@ def scales_of(
     return scales, reports
 
 
-def _spread(samples: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the samples, evenly from first to last."""
-    picked = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
-    return [samples[index] for index in picked]
-
-
 # --- the report ---------------------------------------------------------------------------------------------------------------------------
 
 
-def build_report(result: CalibrationResult | None, settings: Settings, data: Mapping[str, Any]) -> dict[str, Any]:
-    """For quantisation.json. result None: nothing was calibrated. data: where the observations come from."""
+def write_report(result: CalibrationResult | None, settings: Settings, data: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Leave quantisation.json and quantisation.md in `directory`; returns the former. result None: nothing was calibrated. data: where the
+    observations come from."""
     report: dict[str, Any] = {"format": settings.scheme, "runtime": settings.target, "calibration": dict(data)}
     if result is None:
-        return {**report, "layers": "all linear layers, activations rounded with scales found at run time"}
-    return {
-        **report,
-        "denoising_steps": settings.denoising_steps,
-        "limit_p99": settings.limit,
-        "trial_samples": result.trial_samples,
-        "action_error_on_trial_samples": None if result.error is None else result.error.describe(),
-        "work_in_8_bits": round(1.0 - sum(each.group.work for each in result.groups if each.kept), 4),
-        "groups": [
-            {
-                "group": each.group.name,
-                "layers": len(each.group.layers),
-                "share_of_multiplications": round(each.group.work, 5),
-                "alone": None if each.alone is None else each.alone.describe(),
-                "kept_in_16_bits": each.kept,
-            }
-            for each in result.groups
-        ],
-        "layers": {name: report.describe() for name, report in result.reports.items()},
-    }
-
-
-def write_report(report: Mapping[str, Any], directory: Path) -> None:
+        report["layers"] = "all linear layers, activations rounded with scales found at run time"
+    else:
+        report |= {
+            "denoising_steps": settings.denoising_steps,
+            "limit_p99": settings.limit,
+            "trial_samples": result.trial_samples,
+            "action_error_on_trial_samples": None if result.error is None else result.error.describe(),
+            "work_in_8_bits": round(1.0 - sum(group.work for group in result.groups if group.kept), 4),
+            "groups": [
+                {
+                    "group": f"{group.part} {group.kind}",
+                    "layers": len(group.layers),
+                    "share_of_multiplications": round(group.work, 5),
+                    "alone": None if group.alone is None else group.alone.describe(),
+                    "kept_in_16_bits": group.kept,
+                }
+                for group in result.groups
+            ],
+            "layers": result.reports,
+        }
     (directory / "quantisation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (directory / "quantisation.md").write_text(as_markdown(report), encoding="utf-8")
+    return report
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
@@ -391,8 +329,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         lines += [f"**Warning: {warning}.**" for warning in calibration["warnings"]] + [""] * bool(calibration["warnings"])
     if "groups" not in report:
         return "\n".join([*lines, report["layers"] + ".", ""])
-    error = report["action_error_on_trial_samples"]
-    if error is not None:
+    if error := report["action_error_on_trial_samples"]:
         lines += [
             f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "
             f"p50 {error['p50']:.3g}, p99 {error['p99']:.3g}, largest {error['max']:.3g}; "

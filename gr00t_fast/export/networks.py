@@ -5,7 +5,8 @@ Axis alphabet: H horizon, A padded action width, K input width, N output width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,42 +14,70 @@ from torch import Tensor, nn
 
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, part_of, rounded_layers
+from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, rounded_layers
 from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import Case
-from gr00t_fast.model import Gr00t as PlainNetwork
+from gr00t_fast.model import Gr00t
 from gr00t_fast.model.layers import CategoryLinear
 
 
-class TorchNetwork:
+class Network(ABC):
+    """A network in parts that run one after the other.
+
+    layers: name within `module` -> linear layer, of all that can be rounded. parts: in the order of execution; weights_only: those whose inputs are
+    not rounded.
+    """
+
+    weights_only: Collection[str] = ()
+
+    def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], prefixes: Mapping[str, str]) -> None:
+        """prefixes: part -> how the names of its layers begin."""
+        self.module, self.layers, self._prefixes = module, layers, prefixes
+        self.parts = tuple(prefixes)
+
+    def place(self, name: str) -> tuple[str, str]:
+        """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks: `blocks.*.mlp.up`."""
+        part = next(part for part, begin in self._prefixes.items() if name.startswith(begin))
+        label = name.removeprefix(self._prefixes[part])
+        return part, ".".join("*" if word.isdecimal() else word for word in label.split("."))
+
+    def weight(self, name: str) -> Tensor:
+        """fp32 (K, N) on the CPU."""
+        layer = self.layers[name]
+        weight = layer.weight.detach().float().cpu()
+        return weight.t() if isinstance(layer, nn.Linear) else weight
+
+    @abstractmethod
+    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
+        """The 8-bit form of each layer in `scales`."""
+
+    @abstractmethod
+    def run(self, module: Any, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of one part of `module`, which is the network's own or has some layers replaced. `outputs`: of the parts before it. Those of the
+        last part are `actions` (1, H, A)."""
+
+
+class TorchNetwork(Network):
     """The plain model, for the torch engine `fp8`. Of the diffusion transformer only weights are rounded."""
 
-    parts = tuple(PARTS)
     weights_only = (WEIGHTS_ONLY,)
 
-    def __init__(self, model: PlainNetwork, denoising_steps: int, emulated: bool) -> None:
+    def __init__(self, model: Gr00t, denoising_steps: int, emulated: bool) -> None:
         """emulated: 8-bit products are written out, for devices that lack them."""
-        self.module, self._emulated = model, emulated
-        self._tables = model.head.step_tables(denoising_steps)
-
-    def layers(self) -> dict[str, nn.Module]:
-        return linear_layers(self.module)
+        super().__init__(model, linear_layers(model), PARTS)
+        self._emulated, self._tables = emulated, model.head.step_tables(denoising_steps)
 
     def place(self, name: str) -> tuple[str, str]:
         """Gate and up of the decoder are one product in the fused model: both or neither are rounded."""
-        part = part_of(name)
-        kind = _kind(name.removeprefix(PARTS[part]))
+        part, kind = super().place(name)
         return part, kind.replace("mlp.gate", "mlp.gate_up").replace("mlp.up", "mlp.gate_up") if part == "language" else kind
-
-    def weight(self, name: str) -> Tensor:
-        return self.module.get_submodule(name).weight.detach().float().cpu().t()
 
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
         return dict(rounded_layers(self.module, scales, self._emulated))
 
-    def run(self, module: PlainNetwork, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, module: Gr00t, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs = case.inputs.to(self.module.device, self.module.dtype)
         if part == "vision":
             return {"tokens": module.encode_vision(inputs.pixel_values)}
@@ -60,30 +89,19 @@ class TorchNetwork:
         return {"actions": module.head.denoise(case.noise.to(self.module.device, self.module.dtype), condition, self._tables)}
 
 
-class GraphNetwork:
+class GraphNetwork(Network):
     """The graphs of an ONNX export as torch modules, in fp32 on the CPU: layer `a` of the file `vision.onnx` is `vision.a` here."""
-
-    weights_only = ()
 
     def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
         """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export."""
         self._graphs, self._scheme, self._tables = graphs_of(target.checkpoint.config), scheme, tables
-        self.parts = tuple(self._graphs)
-        self.module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self.parts})
         self._steps = tables.steps(denoising_steps)
-
-    def layers(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.module.named_modules() if isinstance(module, MatMulLinear | CategoryLinear)}
-
-    def place(self, name: str) -> tuple[str, str]:
-        part, _, label = name.partition(".")
-        return part, _kind(label)
-
-    def weight(self, name: str) -> Tensor:
-        return self.module.get_submodule(name).weight.detach()
+        module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self._graphs})
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MatMulLinear | CategoryLinear)}
+        super().__init__(module, layers, {name: f"{name}." for name in self._graphs})
 
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
-        return {name: RoundedMatMul(self.module.get_submodule(name), scale, self._scheme) for name, scale in scales.items()}
+        return {name: RoundedMatMul(self.layers[name], scale, self._scheme) for name, scale in scales.items()}
 
     def run(self, module: nn.ModuleDict, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs, spec = case.inputs, self._graphs[part]
@@ -115,8 +133,3 @@ class RoundedMatMul(nn.Module):
         x = x if self.smoothing is None else x / self.smoothing
         product = (rounded(x / self.step, self.scheme) * self.step) @ (self.values.float() * self.steps)
         return product if self.bias is None else product + self.bias
-
-
-def _kind(name: str) -> str:
-    """Layers at the same place of every block: `blocks.*.mlp.up`."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))

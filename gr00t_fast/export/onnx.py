@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gr00t_fast.checkpoint import load_model
 from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
-from gr00t_fast.errors import CheckpointError, ConfigError, closest, require
+from gr00t_fast.errors import CheckpointError, ConfigError, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
@@ -65,10 +65,9 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
     Raises ConfigError for options that cannot be met and CheckpointError for a damaged checkpoint.
     """
     config = target.checkpoint.config
-    check_options(options, config)
+    dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     shapes = shapes_of(config, options.usual, options.max_text_tokens)
     shapes |= {} if options.camera_size is None else {"camera_size": list(options.camera_size)}
-    dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     with whole_directory(options.out, options.overwrite) as directory:
         torch.manual_seed(options.seed)
         digests, stages = Digests(directory), {}
@@ -78,7 +77,9 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
             _write_tables(target, dtype, steps, directory)
         for name in graphs_of(config):
             with _phase(name):
-                stages[name] = _export_stage(name, target, dtype, shapes, directory)
+                graph = build_graph(name, target, dtype, shapes)
+                stages[name] = write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
+                del graph
             gc.collect()
         with _phase("digests of the files"):
             files = describe_files(directory, digests)
@@ -111,7 +112,8 @@ def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> 
         )
     buckets = {usual_tokens, most, *(images + text for text in _TEXT_BUCKETS)}
     pictures, _, height, width = usual.pixel_values.shape[1:]
-    spans = {"image_spans": spans_of(usual.image_positions.tolist(), images // pictures)} if needs_spans(config) else {}
+    firsts, per_picture = usual.image_positions.tolist()[:: images // pictures], images // pictures  # each picture's tokens lie together
+    spans = {"image_spans": [[first, first + per_picture] for first in firsts]} if needs_spans(config) else {}
     return {
         "cameras": pictures,
         "picture": [height, width],
@@ -125,27 +127,11 @@ def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> 
     }
 
 
-def spans_of(positions: Sequence[int], per_picture: int) -> list[list[int]]:
-    """`image_spans` of `Manifest.shapes`: of pictures of so many tokens at `positions`, each of which lies whole."""
-    return [[first, first + per_picture] for first in positions[::per_picture]]
-
-
-def check_options(options: Options, config: ModelConfig) -> None:
-    """What can be refused before a byte of weights is read. Raises ConfigError."""
-    if options.precision not in PRECISIONS:
-        raise ConfigError(
-            f"unknown precision '{options.precision}'.{closest(options.precision, PRECISIONS)} Expected one of: {', '.join(PRECISIONS)}."
-        )
-    if options.max_text_tokens < 1:
-        raise ConfigError(f"--max_text_tokens={options.max_text_tokens} must be at least 1.")
-    most = config.head.timestep_buckets
-    for steps in options.denoising_steps:
-        if not 1 <= steps <= most:
-            raise ConfigError(f"--denoising_steps={steps}: expected whole numbers from 1 to {most}.")
-
-
 def step_counts(asked: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """The step counts to cover: what was asked, the checkpoint's own, and the usual ones, which cost kilobytes each."""
+    """The step counts to cover: what was asked, the checkpoint's own, and the usual ones, which cost kilobytes each. Raises ConfigError."""
+    most = config.head.timestep_buckets
+    if wrong := [steps for steps in asked if not 1 <= steps <= most]:
+        raise ConfigError(f"--denoising_steps={wrong[0]}: expected whole numbers from 1 to {most}.")
     return tuple(sorted({*asked, *USUAL_STEPS, config.head.denoising_steps}))
 
 
@@ -157,11 +143,6 @@ def build_graph(name: str, target: Target, dtype: torch.dtype, shapes: Mapping[s
     config = target.checkpoint.config
     spec = graphs_of(config)[name]
     return spec.build(_load(target, dtype, spec.parameters), Layout.of(shapes, config)).eval()
-
-
-def _export_stage(name: str, target: Target, dtype: torch.dtype, shapes: dict[str, Any], directory: Path) -> dict[str, Any]:
-    graph, config = build_graph(name, target, dtype, shapes), target.checkpoint.config
-    return write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
 
 
 def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], directory: Path) -> None:

@@ -3,7 +3,7 @@
 TensorRT since version 11 and OpenVINO read 8 bits from explicit QuantizeLinear and DequantizeLinear (Q/DQ) around the inputs of matrix products:
 weights are stored in 8 bits with one scale per output channel, activations are rounded at run time with one scale per tensor, and both scales have
 the graph's own float type. INT8 is symmetric (zero point 0); FP8 is E4M3 (`float8e4m3fn`, largest number 448). ONNX Runtime does not execute such
-graphs in 8 bits; for it, activations are rounded with scales found at run time.
+graphs in 8 bits; for it, activations are rounded with scales found at run time, which needs no calibration.
 
 Linear layers are matrix products with a constant weight [in, out]. Attention's own products (queries x keys, weights x values) stay as they are:
 runtimes fuse them, and they are a few per cent of the work.
@@ -13,10 +13,11 @@ Axis alphabet: K input width, N output width.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gr00t_fast.engine.exported import TABLES_NAME
+from gr00t_fast.engine.manifest import Manifest, describe_files
 from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError, require
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """One matrix product: its path in the graph's module, its node, the tensor that goes in, and its weight of shape (in, out)."""
-
-    label: str
-    node: str
-    input: str
-    weight: str
-    shape: tuple[int, int]
-
-
-class Graph:
-    """An ONNX file whose large tensors stay on the disk until they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.onnx = require("onnx", "export")
-        self.path = path
-        self.proto = self.onnx.load(str(path), load_external_data=False)
-        self.initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
-
-    def array(self, name: str) -> np.ndarray:
-        """An initializer's values as they are stored; bf16 comes as ml_dtypes.bfloat16."""
-        tensor = self.onnx.TensorProto()
-        tensor.CopyFrom(self.initializers[name])
-        helper = self.onnx.external_data_helper
-        if helper.uses_external_data(tensor):
-            helper.load_external_data_for_tensor(tensor, str(self.path.parent))
-            tensor.data_location = self.onnx.TensorProto.DEFAULT
-        return self.onnx.numpy_helper.to_array(tensor)
-
-    def linear_layers(self) -> list[LinearLayer]:
-        """In the order of execution."""
-        return [
-            LinearLayer(node.input[1].removesuffix(".weight"), node.name, node.input[0], node.input[1], tuple(self.initializers[node.input[1]].dims))
-            for node in self.proto.graph.node
-            if node.op_type == "MatMul" and self._is_weight(node.input[1])
-        ]
-
-    def _is_weight(self, name: str) -> bool:
-        return name in self.initializers and len(self.initializers[name].dims) == 2
-
-    def type_of(self, layer: LinearLayer) -> Any:
-        """The weight's ONNX element type."""
-        return self.initializers[layer.weight].data_type
-
+from gr00t_fast.measurement import versions
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
-_MIN_OPSET = 19  # first with FP8 in QuantizeLinear
 _SMALLEST_RANGE = 1e-6  # of a channel that is always zero: any scale will do, but not zero
-
-
-def write_quantised(source: Path, target: Path, scales: Mapping[str, InputScale], scheme: str) -> None:
-    """Copy the graph `source` to `target` with the layers of `scales` (label -> scale of its input) in 8 bits; weights go to `<target>.data`.
-
-    Raises ConfigError for an unknown label or a graph of an opset without FP8.
-    """
-    graph = Graph(source)
-    proto = quantised_graph(graph, scales, scheme)
-    graph.onnx.external_data_helper.load_external_data_for_model(proto, str(source.parent))
-    save_with_data(graph.onnx, proto, target)
-
-
-def quantised_graph(graph: Graph, scales: Mapping[str, InputScale], scheme: str) -> Any:
-    """The same as a ModelProto, made of `graph`'s: 8-bit weights are in it, all others still refer to the source's file."""
-    layers = {layer.label: layer for layer in graph.linear_layers()}
-    if unknown := sorted(set(scales) - set(layers)):
-        raise ConfigError(f"{graph.path}: no linear layer is called {', '.join(unknown[:3])}. The calibration was made for another graph.")
-    opset = next(entry.version for entry in graph.proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset < _MIN_OPSET:
-        raise ConfigError(f"{graph.path}: opset {opset}, expected at least {_MIN_OPSET}. Export it again with gr00t-fast export onnx.")
-    writer = _Writer(graph, scheme)
-    by_input: dict[str, list[LinearLayer]] = defaultdict(list)
-    for label in scales:
-        by_input[layers[label].input].append(layers[label])
-    for tensor, sharing in by_input.items():
-        writer.quantise_input(tensor, sharing, scales[sharing[0].label])
-        for layer in sharing:
-            writer.quantise_weight(layer, scales[layer.label])
-    return writer.finish()
 
 
 def quantised_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
@@ -122,66 +48,194 @@ def rounded(values: Tensor, scheme: str) -> Tensor:
     return values.clamp(-LARGEST[scheme], LARGEST[scheme]).to(torch.float8_e4m3fn).float()
 
 
-def _fp8() -> Any:
-    return require("ml_dtypes", "export").float8_e4m3fn
+# --- an export ----------------------------------------------------------------------------------------------------------------------------
+
+
+def write_quantised_export(
+    source: Path,
+    manifest: Manifest,
+    out: Path,
+    scales: Mapping[str, InputScale] | None,
+    quantisation: Mapping[str, Any],
+    command: str,
+    flags: Sequence[str],
+) -> None:
+    """Fill the directory `out` with files, tables and manifest. manifest: that of `source`; scales: `<stage>.<layer>` -> how its input is rounded,
+    None where ONNX Runtime finds that at run time; quantisation, command, flags: as of `Manifest`."""
+    stages = {}
+    for stage, entry in manifest.stages.items():
+        of_stage = {name.removeprefix(f"{stage}."): scale for name, scale in (scales or {}).items() if name.startswith(f"{stage}.")}
+        graph = source / f"{stage}.onnx"
+        if quantisation["runtime"] == "onnxruntime":
+            _write_dynamic(graph, out, None if scales is None else of_stage)
+        elif quantisation["runtime"] == "openvino":
+            _write_openvino(graph, out, of_stage, quantisation["format"])
+        else:
+            write_quantised(graph, out / graph.name, of_stage, quantisation["format"])
+        stages[stage] = {**entry, "file": f"{stage}.xml" if quantisation["runtime"] == "openvino" else graph.name}
+    shutil.copyfile(source / TABLES_NAME, out / TABLES_NAME)
+    replace(
+        manifest,
+        kind="openvino" if quantisation["runtime"] == "openvino" else "onnx",
+        stages=stages,
+        files=describe_files(out),
+        versions=versions(),
+        command=command,
+        program="quantise.py",
+        flags=tuple(flags),
+        quantisation=quantisation,
+        details={**manifest.details, "made_from": manifest.command},
+    ).write(out)
+
+
+def _write_openvino(source: Path, out: Path, scales: Mapping[str, InputScale], scheme: str) -> None:
+    """OpenVINO's own format: it maps its weights from the file, and opens in a fraction of the time that ONNX takes."""
+    openvino = require("openvino", "openvino")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".qdq-") as work:
+        path = Path(work) / source.name
+        write_quantised(source, path, scales, scheme)
+        model = openvino.Core().read_model(str(path))
+        openvino.save_model(model, str(out / f"{source.stem}.xml"), compress_to_fp16=False)
+        del model  # it maps the file that is about to go
+
+
+def _write_dynamic(source: Path, out: Path, scales: Mapping[str, InputScale] | None) -> None:
+    """ONNX Runtime: INT8 weights with one scale per output channel, activations rounded with scales found at run time."""
+    quantisation = require("onnxruntime.quantization", "export")
+    silent = logging.NullHandler()  # without a handler the library's warnings set up the root logger, and our later messages get its form
+    logging.root.addHandler(silent)
+    try:
+        quantisation.quantize_dynamic(
+            str(source),
+            str(out / source.name),
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[layer.node for layer in Graph(source).linear_layers() if scales is None or layer.label in scales],
+            per_channel=True,
+            weight_type=quantisation.QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.root.removeHandler(silent)
+
+
+def write_quantised(source: Path, target: Path, scales: Mapping[str, InputScale], scheme: str) -> None:
+    """Copy the graph `source` to `target` with the layers of `scales` (label -> scale of its input) in 8 bits; weights go to `<target>.data`.
+
+    Raises ConfigError for an unknown label.
+    """
+    graph = Graph(source)
+    layers = {layer.label: layer for layer in graph.linear_layers()}
+    if unknown := sorted(set(scales) - set(layers)):
+        raise ConfigError(f"{source}: no linear layer is called {', '.join(unknown[:3])}. Export it again with gr00t-fast export onnx.")
+    by_input: dict[str, list[LinearLayer]] = defaultdict(list)
+    for label in scales:
+        by_input[layers[label].input].append(layers[label])
+    writer = _Writer(graph, scheme)
+    for tensor, sharing in by_input.items():
+        writer.quantise_input(tensor, sharing, scales[sharing[0].label])
+        for layer in sharing:
+            writer.quantise_weight(layer, scales[layer.label])
+    proto = writer.finish()
+    graph.onnx.external_data_helper.load_external_data_for_model(proto, str(source.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = target.with_name(target.name + ".data")
+    data.unlink(missing_ok=True)  # the library appends to a file that is there
+    graph.onnx.save_model(proto, str(target), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
+
+
+# --- a graph ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One matrix product: its path in the graph's module, its node, the tensor that goes in, and its weight."""
+
+    label: str
+    node: str
+    input: str
+    weight: str
+
+
+class Graph:
+    """An ONNX file whose large tensors stay on the disk until they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.onnx = require("onnx", "export")
+        self.path = path
+        self.proto = self.onnx.load(str(path), load_external_data=False)
+        self.initializers = {tensor.name: tensor for tensor in self.proto.graph.initializer}
+
+    def array(self, name: str) -> np.ndarray:
+        """An initializer's values in fp32."""
+        tensor = self.onnx.TensorProto()
+        tensor.CopyFrom(self.initializers[name])
+        helper = self.onnx.external_data_helper
+        if helper.uses_external_data(tensor):
+            helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+            tensor.data_location = self.onnx.TensorProto.DEFAULT
+        return self.onnx.numpy_helper.to_array(tensor).astype(np.float32)
+
+    def linear_layers(self) -> list[LinearLayer]:
+        """In the order of execution."""
+        products = [node for node in self.proto.graph.node if node.op_type == "MatMul"]
+        return [
+            LinearLayer(node.input[1].removesuffix(".weight"), node.name, node.input[0], node.input[1])
+            for node in products
+            if node.input[1] in self.initializers and len(self.initializers[node.input[1]].dims) == 2
+        ]
 
 
 class _Writer:
     def __init__(self, graph: Graph, scheme: str) -> None:
-        self.graph, self.scheme = graph, scheme
-        self.onnx = graph.onnx
+        self.graph, self.scheme, self.onnx = graph, scheme, graph.onnx
         self.eight_bit = {"int8": self.onnx.TensorProto.INT8, "fp8": self.onnx.TensorProto.FLOAT8E4M3FN}[scheme]
         self.new: dict[str, Any] = {}  # initialisers by name
         self.before: dict[str, list[Any]] = defaultdict(list)  # node name -> nodes to stand in front of it
         self.nodes = {node.name: node for node in graph.proto.graph.node}
-        self.outputs = {output.name for output in graph.proto.graph.output}
 
     def quantise_input(self, tensor: str, layers: list[LinearLayer], input_scale: InputScale) -> None:
         """One Q/DQ pair for all products that read `tensor`."""
-        first, source = layers[0].node, tensor
+        first, source = layers[0], tensor
         smoothing = None if input_scale.smoothing is None else input_scale.smoothing.numpy()
         if smoothing is not None and not self._fold(tensor, layers, smoothing):
             source = f"{tensor}_smoothed"
-            self._constant(f"{tensor}_smoothing", 1.0 / smoothing, layers[0])
+            self._constant(f"{tensor}_smoothing", 1.0 / smoothing, first)
             self._add_node(first, "Mul", [tensor, f"{tensor}_smoothing"], source)
-        scale, zero = self._scale(f"{tensor}_scale", np.float32(input_scale.largest / LARGEST[self.scheme]), layers[0])
+        scale, zero = self._scale(f"{tensor}_scale", np.float32(input_scale.largest / LARGEST[self.scheme]), first)
         self._add_node(first, "QuantizeLinear", [source, scale, zero], f"{tensor}_q")
         self._add_node(first, "DequantizeLinear", [f"{tensor}_q", scale, zero], f"{tensor}_dq")
         for layer in layers:
             self.nodes[layer.node].input[0] = f"{tensor}_dq"
 
     def quantise_weight(self, layer: LinearLayer, input_scale: InputScale) -> None:
-        weight = torch.from_numpy(self.graph.array(layer.weight).astype(np.float32))  # (K, N)
+        weight = torch.from_numpy(self.graph.array(layer.weight))  # (K, N)
         if input_scale.smoothing is not None:
             weight = weight * input_scale.smoothing[:, None]
-        values, scales = (each.numpy() for each in quantised_weight(weight, self.scheme))
+        values, scales = quantised_weight(weight, self.scheme)
         name = layer.weight
-        if self.scheme == "int8":
-            self.new[name] = self.onnx.numpy_helper.from_array(values.astype(np.int8), name)
-        else:
-            raw = values.astype(_fp8()).tobytes()
-            self.new[name] = self.onnx.helper.make_tensor(name, self.eight_bit, layer.shape, raw, raw=True)
-        scale, zero = self._scale(f"{name}_scale", scales, layer)
-        self._add_node(layer.node, "DequantizeLinear", [name, scale, zero], f"{name}_dq", axis=1)
+        eight = values.to(torch.int8 if self.scheme == "int8" else torch.float8_e4m3fn)
+        self.new[name] = self.onnx.helper.make_tensor(name, self.eight_bit, values.shape, eight.view(torch.uint8).numpy().tobytes(), raw=True)
+        scale, zero = self._scale(f"{name}_scale", scales.numpy(), layer)
+        self._add_node(layer, "DequantizeLinear", [name, scale, zero], f"{name}_dq", axis=1)
         self.nodes[layer.node].input[1] = f"{name}_dq"
 
     def _fold(self, tensor: str, layers: list[LinearLayer], smoothing: np.ndarray) -> bool:
         """Divide the gains of the norm before the products by `smoothing`, where they are constant and nothing else reads the norm's output. Returns
         whether that was possible."""
-        node = next((n for n in self.graph.proto.graph.node if tensor in n.output), None)
-        readers = [n.name for n in self.graph.proto.graph.node if tensor in n.input]
-        if node is None or tensor in self.outputs or set(readers) != {layer.node for layer in layers}:
+        graph, constants = self.graph.proto.graph, self.graph.initializers
+        node = next((n for n in graph.node if tensor in n.output), None)
+        readers = {n.name for n in graph.node if tensor in n.input}
+        if node is None or tensor in {output.name for output in graph.output} or readers != {layer.node for layer in layers}:
             return False
         # LayerNormalization(x, gain, bias), or the last product of a written-out RMSNorm: x * gain
-        places = {"LayerNormalization": (1, 2), "Mul": (1,)}.get(node.op_type, ())
-        gains = [place for place in places if place < len(node.input)]
-        if not gains or any(self.graph.initializers.get(node.input[p]) is None for p in gains):
-            return False
-        if any(list(self.graph.initializers[node.input[p]].dims) != [len(smoothing)] for p in gains):
+        gains = [place for place in {"LayerNormalization": (1, 2), "Mul": (1,)}.get(node.op_type, ()) if place < len(node.input)]
+        shapes = [list(constants[node.input[place]].dims) if node.input[place] in constants else None for place in gains]
+        if not gains or any(shape != [len(smoothing)] for shape in shapes):
             return False
         for place in gains:
             name = f"{tensor}_folded_{place}"
-            self._constant(name, self.graph.array(node.input[place]).astype(np.float32) / smoothing, layers[0])
+            self._constant(name, self.graph.array(node.input[place]) / smoothing, layers[0])
             node.input[place] = name
         return True
 
@@ -194,13 +248,13 @@ class _Writer:
         return name, zero
 
     def _constant(self, name: str, values: np.ndarray, layer: LinearLayer) -> None:
-        data_type = self.graph.type_of(layer)
+        data_type = self.graph.initializers[layer.weight].data_type
         dtype = self.onnx.helper.tensor_dtype_to_np_dtype(data_type)
         raw = np.asarray(values, np.float32).astype(dtype).tobytes()
         self.new[name] = self.onnx.helper.make_tensor(name, data_type, np.shape(values), raw, raw=True)
 
-    def _add_node(self, before: str, kind: str, inputs: list[str], output: str, **attributes: int) -> None:
-        self.before[before].append(self.onnx.helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
+    def _add_node(self, before: LinearLayer, kind: str, inputs: list[str], output: str, **attributes: int) -> None:
+        self.before[before.node].append(self.onnx.helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
 
     def finish(self) -> Any:
         graph = self.graph.proto.graph
@@ -211,56 +265,3 @@ class _Writer:
         graph.node.extend(nodes)
         graph.initializer.extend([*self.new.values(), *kept])
         return self.graph.proto
-
-
-def save_with_data(onnx: Any, proto: Any, target: Path) -> None:
-    """Write `target` and its weights beside it, replacing both."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    data = target.with_name(target.name + ".data")
-    data.unlink(missing_ok=True)  # the library appends to a file that is there
-    onnx.save_model(proto, str(target), save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
-
-
-def write_stage(source: Path, out: Path, scales: Mapping[str, InputScale] | None, scheme: str, target: str) -> str:
-    """Write `source` (an ONNX file) to the directory `out` with the layers of `scales` in 8 bits; returns the file's name."""
-    if target == "openvino":
-        return _write_openvino(source, out, scales or {}, scheme)
-    if target == "onnxruntime":
-        return _write_dynamic(source, out, scales)
-    write_quantised(source, out / source.name, scales or {}, scheme)
-    return source.name
-
-
-def _write_openvino(source: Path, out: Path, scales: Mapping[str, InputScale], scheme: str) -> str:
-    """OpenVINO's own format: it maps its weights from the file, and opens in a fraction of the time that ONNX takes."""
-    openvino = require("openvino", "openvino")
-    with tempfile.TemporaryDirectory(dir=out, prefix=".qdq-") as work:
-        path = Path(work) / source.name
-        write_quantised(source, path, scales, scheme)
-        model = openvino.Core().read_model(str(path))
-        openvino.save_model(model, str(out / f"{source.stem}.xml"), compress_to_fp16=False)
-        del model  # it maps the file that is about to go
-    return f"{source.stem}.xml"
-
-
-def _write_dynamic(source: Path, out: Path, scales: Mapping[str, InputScale] | None) -> str:
-    """ONNX Runtime: INT8 weights with one scale per output channel, activations rounded with scales found at run time."""
-    quantisation = require("onnxruntime.quantization", "export")
-    layers = Graph(source).linear_layers()
-    chosen = [layer.node for layer in layers if scales is None or layer.label in scales]
-    silent = logging.NullHandler()  # without a handler the library's warnings set up the root logger, and our later messages get its form
-    logging.root.addHandler(silent)
-    try:
-        quantisation.quantize_dynamic(
-            str(source),
-            str(out / source.name),
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=chosen,
-            per_channel=True,
-            weight_type=quantisation.QuantType.QInt8,
-            use_external_data_format=True,
-            extra_options={"MatMulConstBOnly": True},
-        )
-    finally:
-        logging.root.removeHandler(silent)
-    return source.name

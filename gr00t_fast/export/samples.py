@@ -1,9 +1,12 @@
-"""From observations to what the network gets, by the policy's own transforms and without a network."""
+"""From observations to what the network gets, by the policy's own transforms and without a network; and from its answers to errors in joint units.
+
+Axis alphabet: n observations, H horizon, A padded action width, J joints.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,16 +24,15 @@ from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
-JointTargets = Callable[[np.ndarray], np.ndarray]  # normalised actions (1, H, A) -> float64 (1, rows, J) in joint units
-
 
 @dataclass(frozen=True)
 class Case:
-    """One observation as the network gets it (fp32, batch of one), its noise (1, H, A), and what makes joint targets of the network's answer."""
+    """One observation as the network gets it (fp32, batch of one), its noise (1, H, A), and what makes joint targets, float64 (1, rows that the
+    robot gets, J) in joint units, of normalised actions (1, H, A)."""
 
     inputs: ModelInputs
     noise: Tensor
-    joint_targets: JointTargets
+    joint_targets: Callable[[np.ndarray], np.ndarray]
 
 
 class NoNetwork(Engine):
@@ -102,3 +104,41 @@ def digest_of(cases: Iterable[Case]) -> str:
         for tensor in (case.inputs.pixel_values, case.inputs.input_ids, case.inputs.state, case.noise):
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# --- errors of actions
+
+
+@dataclass(frozen=True)
+class ActionError:
+    """|difference| over all observations, times and joints, in joint units; and relative to the displacement (L2, normalised)."""
+
+    p50: float
+    p99: float
+    largest: float
+    rms: float
+    displacement: float
+    per_joint_p99: tuple[float, ...]
+
+    def describe(self) -> dict[str, Any]:
+        names = {"p50": self.p50, "p99": self.p99, "max": self.largest, "rms": self.rms}
+        rounded = {name: round(value, 5) for name, value in names.items()}
+        per_joint = [round(value, 5) for value in self.per_joint_p99]
+        return {**rounded, "relative_to_displacement": round(self.displacement, 6), "p99_per_joint": per_joint}
+
+
+def action_error(got: np.ndarray, truth: np.ndarray, cases: Sequence[Case]) -> ActionError:
+    """Answers to `cases`, normalised, both (n, H, A). NaN and infinity in `got` give NaN figures, which no limit lets pass."""
+    gap = np.abs(joints(got, cases) - joints(truth, cases))  # (n, rows, J)
+    used = np.s_[:, : gap.shape[1], : gap.shape[2]]  # of the padded actions, only these move a joint
+    noise = np.concatenate([case.noise.numpy() for case in cases])
+    moved = np.linalg.norm((truth - noise)[used].astype(np.float64))
+    relative = np.linalg.norm((got - truth)[used].astype(np.float64)) / max(moved, 1e-12)
+    p50, p99 = np.percentile(gap, (50, 99))
+    per_joint = tuple(float(value) for value in np.percentile(gap.reshape(-1, gap.shape[2]), 99, axis=0))
+    return ActionError(float(p50), float(p99), float(gap.max()), float(np.sqrt((gap**2).mean())), float(relative), per_joint)
+
+
+def joints(actions: np.ndarray, cases: Sequence[Case]) -> np.ndarray:
+    """Answers to `cases` (n, H, A), normalised -> float64 (n, rows that the robot gets, J) in joint units."""
+    return np.concatenate([case.joint_targets(actions[index : index + 1]) for index, case in enumerate(cases)])

@@ -9,6 +9,7 @@ matrix products on 7.5, fp8 below 8.9.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.engine.exported import TABLES_NAME
-from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, describe_files, read_manifest, varying_sizes
+from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, check_files, describe_files, read_manifest, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError, Gr00tFastError, install_command, require
 from gr00t_fast.files import atomic_write, whole_directory
 from gr00t_fast.measurement import peak_rss_bytes
@@ -34,7 +35,6 @@ from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, 
 
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 Range = tuple[int, int, int]  # least, usual and most of a dimension
-Tell = Callable[[str, float], None]  # a phase of the build, and the share of it that is done
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Request:
     profiles: tuple[Mapping[str, Range], ...]
     workspace_mb: int | None = None
     optimization_level: int | None = None
-    timing_cache: Path | None = None  # read if it is there, written afterwards; `tensorrt` only
+    timing_cache: Path | None = None  # read if it is there, written afterwards
 
 
 def build_engines(options: BuildOptions, command: str) -> Manifest:
@@ -77,29 +77,22 @@ def build_engines(options: BuildOptions, command: str) -> Manifest:
     Raises EngineError for graphs that are missing, damaged or made for another runtime, ConfigError for what the target GPU cannot compute, the
     library refuses, or an `out` that may not be replaced.
     """
-    source = _read_source(options)
+    source = _read_source(options.onnx)
     builder = library.choose(options.builder)
     capabilities = check_feasible(builder, options.compute_capability)
     for name, stage in source.stages.items():
         check_precisions(precisions_of(options.onnx / stage["file"]), capabilities, builder, name)
     profiles = prompt_profiles(source.shapes, options.max_text_tokens, one=builder == RTX)
+    cache = None if builder == RTX else options.timing_cache  # TensorRT-RTX measures nothing ahead of time
     with whole_directory(options.out, options.overwrite) as directory:
         stages = {}
         for name, stage in source.stages.items():
-            file = f"{name}.engine"
-            settings = (options.workspace_mb, options.optimization_level, options.timing_cache)
-            request = Request(options.onnx / stage["file"], directory / file, builder, capabilities, profiles, *settings)
-            stages[name] = {**stage, "file": file, "source": stage["file"], "build": build_stage(request)}
+            engine = directory / f"{name}.engine"
+            settings = (builder, capabilities, profiles, options.workspace_mb, options.optimization_level, cache)
+            built = run_alone(build, Request(options.onnx / stage["file"], engine, *settings))
+            stages[name] = {**stage, "file": engine.name, "source": stage["file"], "build": built}
         _take_tables(options.onnx / TABLES_NAME, directory / TABLES_NAME)
         version = library.version_of(library.load(builder))
-        details = {
-            "builder": builder,
-            "builder_version": version,
-            "compute_capability": list(capabilities),
-            "profiles": [dict(profile) for profile in profiles],
-            "workspace_mb": options.workspace_mb,
-            "onnx": {"command": source.command, "versions": dict(source.versions), "details": dict(source.details)},
-        }
         manifest = replace(
             source,
             kind=KIND,
@@ -108,7 +101,14 @@ def build_engines(options: BuildOptions, command: str) -> Manifest:
             files=describe_files(directory),
             versions={**source.versions, builder: version},
             command=command,
-            details=details,
+            details={
+                "builder": builder,
+                "builder_version": version,
+                "compute_capability": list(capabilities),
+                "profiles": [dict(profile) for profile in profiles],
+                "workspace_mb": options.workspace_mb,
+                "onnx": {"command": source.command, "versions": dict(source.versions), "details": dict(source.details)},
+            },
             program="to_tensorrt.py",
             flags=options.flags(),
         )
@@ -116,23 +116,19 @@ def build_engines(options: BuildOptions, command: str) -> Manifest:
     return manifest
 
 
-def _read_source(options: BuildOptions) -> Manifest:
+def _read_source(directory: Path) -> Manifest:
     """The ONNX export, whole and meant for TensorRT."""
-    remedy = "gr00t-fast export onnx --model_path=CHECKPOINT --data_config=CONFIG --precision=fp16 " + f"--out={options.onnx}"
-    manifest = read_manifest(options.onnx, remedy)
+    remedy = f"gr00t-fast export onnx --model_path=CHECKPOINT --data_config=CONFIG --precision=fp16 --out={directory}"
+    manifest = read_manifest(directory, remedy)
     if manifest.kind != "onnx":
-        raise EngineError(f"{options.onnx} holds an export of kind '{manifest.kind}', expected 'onnx'. Run: {remedy}")
+        raise EngineError(f"{directory} holds an export of kind '{manifest.kind}', expected 'onnx'. Run: {remedy}")
     runtime = (manifest.quantisation or {}).get("runtime", KIND)
     if runtime != KIND:
         raise EngineError(
-            f"the graphs in {options.onnx} are quantised for {runtime}, whose Q/DQ pattern TensorRT does not take. Run gr00t-fast quantise with "
+            f"the graphs in {directory} are quantised for {runtime}, whose Q/DQ pattern TensorRT does not take. Run gr00t-fast quantise with "
             "--target=tensorrt."
         )
-    digests = Digests(options.onnx)
-    for name, entry in manifest.files.items():
-        file = options.onnx / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or digests.of([file]) != [entry["sha256"]]:
-            raise EngineError(f"{file} is missing, cut short or altered: it is not what the manifest beside it describes. Run: {remedy}")
+    check_files(directory, manifest, Digests(directory), remedy)
     return manifest
 
 
@@ -144,26 +140,19 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
     engine larger (demo network: 7.6 MB with one, 16.8 MB with three). `tensorrt` chooses its kernels now: one range per bucket, and they meet.
     Raises ConfigError when `max_text_tokens` is out of range.
     """
-    images, exported = shapes["image_tokens"], shapes["max_tokens"]
+    images, exported, spans = shapes["image_tokens"], shapes["max_tokens"], shapes.get("image_spans")
     most = exported if max_text_tokens is None else images + max_text_tokens
     if not images < most <= exported:
         raise ConfigError(
             f"--max_text_tokens must be from 1 to {exported - images} (what was exported), got {max_text_tokens}. For longer prompts export again "
             "with a larger --max_text_tokens (gr00t-fast export onnx)."
         )
-    least = shapes["image_spans"][-1][1] + 2 if shapes.get("image_spans") else images + 1
-    usual = [length for length in sorted(set(shapes["prompt_buckets"])) if least <= length < most]
-    if one:
-        return (_ranges(shapes, (least, usual[0] if usual else most, most)),)
-    edges = [*usual, most]
+    least = spans[-1][1] + 2 if spans else images + 1
+    edges = [*(length for length in sorted(set(shapes["prompt_buckets"])) if least <= length < most), most]
     starts = [least, *(edge + 1 for edge in edges[:-1])]
-    return tuple(_ranges(shapes, (start, edge, edge)) for start, edge in zip(starts, edges, strict=True))
-
-
-def _ranges(shapes: Mapping[str, Any], prompts: Range) -> dict[str, Range]:
-    """Of each size that varies, for prompts of these lengths. shapes: as of the manifest."""
-    names = (TOKENS, TEXT_TOKENS) if shapes.get("image_spans") else (TOKENS,)
-    return {name: tuple(varying_sizes(shapes, length)[name] for length in prompts) for name in names}
+    prompts = [(least, edges[0], most)] if one else [(start, edge, edge) for start, edge in zip(starts, edges, strict=True)]
+    names = (TOKENS, TEXT_TOKENS) if spans else (TOKENS,)
+    return tuple({name: tuple(varying_sizes(shapes, length)[name] for length in lengths) for name in names} for lengths in prompts)
 
 
 def _take_tables(theirs: Path, ours: Path) -> None:
@@ -180,48 +169,27 @@ def as_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"{'stage':<14}{'layers':>8}{'MB':>8}{'parse s':>9}{'build s':>9}{'peak MB':>9}  read back"]
     for name, stage in stages.items():
         facts = stage["build"]
-        peak = f"{facts['peak_memory_bytes'] / 1e6:.0f}"
         read_back = {True: "yes", False: "not on this GPU", None: "parsed"}[facts["check"]["deserialised"]]
-        numbers = f"{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{facts['parse_s']:>9.1f}{facts['build_s']:>9.1f}{peak:>9}"
-        lines.append(f"{name:<14}{numbers}  {read_back}")
+        times = f"{facts['parse_s']:>9.1f}{facts['build_s']:>9.1f}{facts['peak_memory_bytes'] / 1e6:>9.0f}"
+        lines.append(f"{name:<14}{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{times}  {read_back}")
     return "\n".join(lines)
 
 
 # --- a process of its own
 
 
-def build_stage(request: Request) -> dict[str, Any]:
-    """What is known of the engine that was built. Raises EngineError with the library's message, or what is known when its process died."""
-    from tqdm import tqdm
-
-    form = "{desc}: {percentage:3.0f}% {elapsed} {postfix}"
-    with tqdm(total=1.0, desc=request.onnx.stem, bar_format=form, leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def show(phase: str, done: float) -> None:
-            bar.set_postfix_str(phase, refresh=False)
-            bar.update(done - bar.n)
-
-        return run_alone(build, request, tell=show)
-
-
-def run_alone(work: Callable[..., Any], *arguments: Any, tell: Tell | None = None) -> Any:
-    """`work(*arguments, tell=tell)` in a process of its own that ends with this one, as by Ctrl-C; without `tell`, `work(*arguments)`.
+def run_alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(*arguments)` in a process of its own that ends with this one, as by Ctrl-C.
 
     Raises the Gr00tFastError that `work` raises, and EngineError when the process ends in another way.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_alone, args=(there, work, arguments, tell is not None), daemon=True)
+    child = context.Process(target=_alone, args=(there, work, arguments), daemon=True)
     child.start()
     there.close()
     try:
-        while True:
-            kind, value = here.recv()
-            if kind == "answer":
-                return value
-            if kind == "error":
-                raise value
-            tell(*value)
+        answer = here.recv()
     except EOFError:
         child.join()
         killed = child.exitcode == -signal.SIGKILL
@@ -230,23 +198,19 @@ def run_alone(work: Callable[..., Any], *arguments: Any, tell: Tell | None = Non
     finally:
         child.kill()
         child.join()
+    if isinstance(answer, Gr00tFastError):
+        raise answer
+    return answer
 
 
-def _alone(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], tells: bool) -> None:
+def _alone(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    lock = threading.Lock()
-
-    def tell(phase: str, done: float) -> None:
-        with lock:  # the builder has threads
-            pipe.send(("phase", (phase, done)))
-
     try:
-        answer = work(*arguments, tell=tell) if tells else work(*arguments)
+        answer = work(*arguments)
     except Gr00tFastError as error:
-        pipe.send(("error", error))
-    else:
-        pipe.send(("answer", answer))
+        answer = error
+    pipe.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -254,32 +218,33 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def build(request: Request, tell: Tell) -> dict[str, Any]:
-    """Parse, build, write, check. Raises EngineError with the library's message when a step fails."""
+def build(request: Request) -> dict[str, Any]:
+    """Parse, build, write, check; returns what is known of the engine. Raises EngineError with the library's message when a step fails."""
     trt = library.load(request.builder)
     log = library.make_log(trt)
     start_s = time.perf_counter()
-    tell("parsing", 0.0)
     builder = trt.Builder(log)
     network = builder.create_network(library.strongly_typed(trt))
     parser = trt.OnnxParser(network, log)  # kept: the network refers to weights that the parser owns
     _parse(parser, request.onnx)
     parsed_s = time.perf_counter()
-    config = _configure(trt, builder, network, request, tell)
-    plan = builder.build_serialized_network(network, config)
+    config = _configure(trt, builder, network, request)
+    with _monitored(trt, config, request.onnx.stem):
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{request.builder} {trt.__version__} cannot build {request.onnx.name}: {log.first_error()}")
     built_s = time.perf_counter()
     request.engine.write_bytes(memoryview(plan))  # straight from the library's memory
-    _save_timing_cache(config, request)
-    tell("checking", 1.0)
+    if request.timing_cache is not None:
+        with atomic_write(request.timing_cache) as partial:
+            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return {
         "layers": network.num_layers,
         "bytes": plan.nbytes,
         "parse_s": round(parsed_s - start_s, 2),
         "build_s": round(built_s - parsed_s, 2),
-        "inputs": _tensors(network, "input"),
-        "outputs": _tensors(network, "output"),
+        "inputs": _described(map(network.get_input, range(network.num_inputs))),
+        "outputs": _described(map(network.get_output, range(network.num_outputs))),
         "warnings": sorted({message for severity, message in log.lines if severity == "WARNING"}),
         "check": check_plan(trt, plan),
         "peak_memory_bytes": peak_rss_bytes(),
@@ -296,30 +261,26 @@ def _parse(parser: Any, onnx_file: Path) -> None:
     raise EngineError(f"cannot read {onnx_file.name}: {'; '.join(told) or 'the parser gave no reason'}")
 
 
-def _configure(trt: ModuleType, builder: Any, network: Any, request: Request, tell: Tell) -> Any:
+def _configure(trt: ModuleType, builder: Any, network: Any, request: Request) -> Any:
     config = builder.create_builder_config()
     if request.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mb << 20)
     if request.optimization_level is not None:
         config.builder_optimization_level = request.optimization_level
+    if request.timing_cache is not None:
+        file = request.timing_cache
+        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), ignore_mismatch=False)
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:  # TensorRT-RTX: no allocation at run time, without which a CUDA graph cannot be captured
         config.set_flag(flag)
-    _set_capabilities(trt, config, request)
-    _set_profiles(builder, config, network, request)
-    _load_timing_cache(config, request)
-    if hasattr(config, "progress_monitor"):
-        config.progress_monitor = _monitor(trt, tell)
-    return config
-
-
-def _set_capabilities(trt: ModuleType, config: Any, request: Request) -> None:
     if request.builder == RTX:
         config.num_compute_capabilities = len(request.capabilities)  # none: any GPU from Ampere on
         for index, capability in enumerate(request.capabilities):
             config.set_compute_capability(rtx_capabilities(trt)[capability], index)
     elif not request.capabilities:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    _set_profiles(builder, config, network, request)
+    return config
 
 
 def _set_profiles(builder: Any, config: Any, network: Any, request: Request) -> None:
@@ -329,8 +290,8 @@ def _set_profiles(builder: Any, config: Any, network: Any, request: Request) -> 
     for ranges in request.profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:
-            shapes = [tuple(_extent(tensor, axis, ranges)[which] for axis in range(len(tensor.shape))) for which in range(3)]
-            profile.set_shape(tensor.name, *shapes)
+            sizes = [_extent(tensor, axis, ranges) for axis in range(len(tensor.shape))]
+            profile.set_shape(tensor.name, *zip(*sizes, strict=True))  # least, usual and most of all axes
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"{request.builder} refuses the profile {dict(ranges)} of {request.onnx.name}")
 
@@ -348,24 +309,36 @@ def _extent(tensor: Any, axis: int, ranges: Mapping[str, Range]) -> Range:
     return ranges[name]
 
 
-def _load_timing_cache(config: Any, request: Request) -> None:
-    """Measured kernel times from earlier builds. TensorRT-RTX measures nothing ahead of time, so there it is left out."""
-    if request.timing_cache is None or request.builder == RTX:
-        return
-    file = request.timing_cache
-    config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), ignore_mismatch=False)
+@contextlib.contextmanager
+def _monitored(trt: ModuleType, config: Any, name: str) -> Iterator[None]:
+    """A bar on the terminal: the innermost phase that the builder is in, and how far that is."""
+    from tqdm import tqdm
+
+    class Monitor(trt.IProgressMonitor):  # called from the builder's own threads; the base class exists only once the library is loaded
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            self.step_complete(phase, -1)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            bar.set_postfix_str(phase, refresh=False)
+            bar.update((step + 1) / max(self.steps.get(phase, 1), 1) - bar.n)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    form = "{desc}: {percentage:3.0f}% {elapsed} {postfix}"
+    with tqdm(total=1.0, desc=name, bar_format=form, leave=False, disable=not sys.stderr.isatty()) as bar:
+        if hasattr(config, "progress_monitor"):
+            config.progress_monitor = Monitor()
+        yield
 
 
-def _save_timing_cache(config: Any, request: Request) -> None:
-    if request.timing_cache is None or request.builder == RTX:
-        return
-    file = request.timing_cache
-    with atomic_write(file) as partial:
-        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-
-
-def _tensors(network: Any, kind: str) -> dict[str, dict[str, Any]]:
-    tensors = [getattr(network, f"get_{kind}")(index) for index in range(getattr(network, f"num_{kind}s"))]
+def _described(tensors: Iterator[Any]) -> dict[str, dict[str, Any]]:
     return {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name} for tensor in tensors}
 
 
@@ -382,7 +355,7 @@ def check_plan(trt: ModuleType, plan: Any) -> dict[str, Any]:
     if engine is not None:
         facts = {"device_memory_bytes": library.scratch_bytes(engine), "engine_layers": engine.num_layers}
         return {"parsed": True, "deserialised": True, "reason": None, **facts}
-    here, reason = library.gpu_capability(), log.first_error()
+    here, reason = gpu_capability(), log.first_error()
     if "Serialization assertion" in reason or (here is None and "Cuda Runtime" not in reason):
         raise EngineError(f"{trt.__name__} does not recognise the engine it has just built: {reason}")
     if here is None:
@@ -390,79 +363,49 @@ def check_plan(trt: ModuleType, plan: Any) -> dict[str, Any]:
     return {"parsed": True, "deserialised": False, "reason": f"on this GPU ({here}): {reason}"}
 
 
-def _monitor(trt: ModuleType, tell: Tell) -> Any:
-    """Names the innermost phase that the builder is in, and how far it is."""
-
-    class Monitor(trt.IProgressMonitor):  # called from the builder's own threads
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
-            tell(phase, 0.0)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            tell(phase, (step + 1) / max(self.steps.get(phase, 1), 1))
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
-
-    return Monitor()
-
-
 # --- for which GPUs
 
-ANY, AUTO = "any", "auto"
 # Oldest compute capability with the arithmetic. fp32 is not listed: only Turing under TensorRT-RTX lacks its matrix products.
 _OLDEST = {"bf16": ("8.0", "Ampere"), "fp8": ("8.9", "Ada and Hopper"), "int8": ("7.5", "Turing"), "fp4": ("10.0", "Blackwell")}
-_FAMILIES = {"7.5": "Turing", "8.0": "A100", "8.6": "RTX 30", "8.7": "Jetson Orin", "8.9": "RTX 40", "9.0": "H100, H200", "10.0": "B200"}
-_FAMILIES |= {"11.0": "Jetson Thor", "12.0": "RTX 50", "12.1": "GB10"}
 _ONNX_TYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
 _MATRIX_NODES = ("MatMul", "Gemm", "Conv", "Attention")
+_EXPECTED = "Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0."
 
 
 def check_feasible(builder: str, compute_capability: str, precision: str | None = None) -> tuple[str, ...]:
     """What can be refused before any graph is there; returns the compute capabilities, empty for any. Raises ConfigError, and MissingExtraError
     without the library."""
     name = library.choose(builder)
-    capabilities = parse_capabilities(compute_capability, name)
-    check_capabilities(library.load(name), name, capabilities)
+    capabilities = parse_capabilities(compute_capability)
+    trt, here = library.load(name), gpu_capability()
+    asked = ", ".join(capabilities) or f"any, {ANY_GPU} and newer"
+    if name == RTX and (foreign := [each for each in capabilities if each not in rtx_capabilities(trt)]):
+        raise ConfigError(
+            f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(rtx_capabilities(trt))}; got {', '.join(foreign)}. For that "
+            f"GPU use --builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
+        )
+    if name == STANDARD and (here is None or (capabilities and capabilities != (here,))):
+        raise ConfigError(
+            f"`tensorrt` builds for the GPU it runs on: this machine has {here or 'none'}, --compute_capability asks for {asked}. Build on the "
+            "machine that will run the engine; for RTX GPUs, --builder=tensorrt_rtx builds without one, and for several at once."
+        )
     if precision is not None:
         check_precisions({precision}, capabilities, name, "all stages")
     return capabilities
 
 
-def parse_capabilities(text: str, builder: str) -> tuple[str, ...]:
+def parse_capabilities(text: str) -> tuple[str, ...]:
     """`8.6`, `8.6,8.9`, `any`, or `auto`: the GPU that is here, else `any`. Returns compute capabilities, empty for any. Raises ConfigError."""
-    words = [word for word in re.split(r"[,\s]+", str(text).strip()) if word]
-    if words == [AUTO]:
+    words = re.split(r"[,\s]+", text.strip().lower())
+    if words == ["auto"]:
         here = gpu_capability()
         return () if here is None else (here,)
-    if words == [ANY]:
+    if words == ["any"]:
         return ()
-    capabilities = tuple(dict.fromkeys(_capability(word) for word in words))
-    if not capabilities:
-        raise ConfigError("--compute_capability is empty. Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0.")
-    if builder == STANDARD and len(capabilities) > 1:
-        raise ConfigError(
-            f"`tensorrt` builds for the GPU it runs on; got {', '.join(capabilities)}. Build on each machine with --compute_capability=auto, "
-            "or name --builder=tensorrt_rtx for one engine for several RTX GPUs."
-        )
-    return capabilities
-
-
-def _capability(word: str) -> str:
-    match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word.lower())
-    if not match:
-        raise ConfigError(f"--compute_capability: '{word}' is none. Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0.")
-    return f"{int(match[1])}.{match[2]}"
-
-
-def describe(capabilities: Sequence[str]) -> str:
-    named = (f"{each} ({_FAMILIES[each]})" if each in _FAMILIES else each for each in capabilities)
-    return ", ".join(named) or f"any, {ANY_GPU} and newer"
+    matches = [re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word) for word in words]
+    if not all(matches):
+        raise ConfigError(f"--compute_capability: '{words[matches.index(None)]}' is none. {_EXPECTED}")
+    return tuple(dict.fromkeys(f"{int(match[1])}.{match[2]}" for match in matches if match))
 
 
 def precisions_of(onnx_file: Path) -> set[str]:
@@ -480,27 +423,6 @@ def precisions_of(onnx_file: Path) -> set[str]:
     return found | ({"fp32"} if "FLOAT" in in_products else set())
 
 
-def check_capabilities(trt: ModuleType, builder: str, capabilities: Sequence[str]) -> None:
-    """Raises ConfigError for a GPU the library cannot build for, naming the one that can."""
-    if builder == RTX:
-        known = rtx_capabilities(trt)
-        foreign = [capability for capability in capabilities if capability not in known]
-        if foreign:
-            raise ConfigError(
-                f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(known)}; got {describe(foreign)}. For that GPU use "
-                f"--builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
-            )
-        return
-    here = gpu_capability()
-    if here is None:
-        raise ConfigError(
-            "`tensorrt` measures kernels on the GPU it builds for, and this machine has no CUDA GPU. Build on the machine that will run the engine; "
-            "for an RTX GPU, --builder=tensorrt_rtx builds without one."
-        )
-    if capabilities and capabilities[0] != here:
-        raise ConfigError(f"`tensorrt` builds for the GPU it runs on: this one is {describe([here])}, asked for was {describe(capabilities)}.")
-
-
 def rtx_capabilities(trt: ModuleType) -> dict[str, Any]:
     """`8.6` -> the library's own name for it, for every GPU generation this version of tensorrt_rtx knows."""
     members: Mapping[str, Any] = trt.ComputeCapability.__members__
@@ -511,24 +433,21 @@ def check_precisions(precisions: Collection[str], capabilities: Sequence[str], b
     """Raises ConfigError when a target GPU is known not to compute in one of the graph's formats."""
     for precision in sorted(precisions):
         for capability in capabilities or (ANY_GPU,):
-            reason = _why_not(precision, capability, builder)
-            if reason:
-                asked = f"compute capability {describe([capability])}" if capabilities else "any GPU (8.0 and newer)"
-                remedy = _instead(precision, bool(capabilities))
-                raise ConfigError(f"{stage}: the graph is in {precision}, which {asked} cannot compute: {reason}. {remedy}")
+            if reason := _why_not(precision, capability, builder):
+                asked = f"compute capability {capability}" if capabilities else f"any GPU ({ANY_GPU} and newer)"
+                raise ConfigError(f"{stage}: the graph is in {precision}, which {asked} cannot compute: {reason}. {_instead(precision)}")
 
 
 def _why_not(precision: str, capability: str, builder: str) -> str | None:
-    if precision == "fp32" and builder == RTX and version_tuple(capability) < version_tuple("8.0"):
-        return "TensorRT-RTX has no fp32 matrix products for Turing"
-    if precision not in _OLDEST:
-        return None
-    oldest, family = _OLDEST[precision]
+    if precision == "fp32":
+        turing = builder == RTX and version_tuple(capability) < version_tuple("8.0")
+        return "TensorRT-RTX has no fp32 matrix products for Turing" if turing else None
+    oldest, family = _OLDEST.get(precision, ("0", ""))
     return f"{precision} needs {oldest} or newer ({family})" if version_tuple(capability) < version_tuple(oldest) else None
 
 
-def _instead(precision: str, named: bool) -> str:
+def _instead(precision: str) -> str:
     if precision not in ("fp8", "fp4"):
         return "Export it again with --precision=fp16 (gr00t-fast export onnx)."
-    other = "use an INT8 variant (gr00t-fast quantise) or the 16-bit graphs (gr00t-fast export onnx)."
-    return f"For those GPUs, {other}" if named else f"Name the GPUs, e.g. --compute_capability={_OLDEST[precision][0]},12.0, or {other}"
+    newer = f"Name newer GPUs alone, as in --compute_capability={_OLDEST[precision][0]},12.0"
+    return f"{newer}, or use an INT8 variant (gr00t-fast quantise) or the 16-bit graphs (gr00t-fast export onnx)."
