@@ -8,8 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from exports import Made
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,11 +107,20 @@ def qwen_dir(shared_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny checkpoint and its fp32 ONNX export; read-only: several modules use the same, because exporting takes seconds."""
-    from exports import make_export
-    from random_networks import TINY, write_network
+def tiny_export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The small checkpoint and its fp32 ONNX export; read-only: several modules use the same, because exporting takes seconds."""
+    from exports import Made, make_export
 
-    directory = tmp_path_factory.mktemp("tiny")
-    checkpoint = write_network(directory / "checkpoint", TINY)
-    return checkpoint, make_export(checkpoint, directory / "onnx")
+    return Made(checkpoint, make_export(checkpoint, tmp_path_factory.mktemp("tiny") / "onnx"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TensorRT-RTX engines of the small checkpoint, for any GPU, made by the command; the fp16 graphs it exports lie beside them, in engines-onnx."""
+    pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
+    from gr00t_fast.cli import export
+
+    out = tmp_path_factory.mktemp("tensorrt") / "engines"
+    more = ("--lang_instruction=pick: the cube", "--denoising_steps=3", "--max_text_tokens=99", "--builder=tensorrt_rtx", "--compute_capability=any")
+    assert export.tensorrt([f"--model_path={checkpoint}", f"--out={out}", *more]) == 0
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from random_networks import random_inputs, random_inputs_n1d7
@@ -16,6 +17,16 @@ from gr00t_fast.export.onnx import Options, export_onnx, shapes_of
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+
+
+class Made(NamedTuple):
+    """A checkpoint and its export."""
+
+    checkpoint: Path
+    onnx: Path
+
+
+FEW = ("--observations=random:0", "--frames=4", "--allow_few")
 
 
 def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "new_embodiment") -> Target:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from gr00t_fast.cli import doctor, export, shared_flags
-from gr00t_fast.cli.main import COMMANDS, main
+from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
+from gr00t_fast.flags import UsageError
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -58,6 +59,40 @@ def test_help_of_a_subcommand_loads_no_torch() -> None:
 def test_a_word_that_is_no_subcommand(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_group_without_a_name_says_what_there_is_to_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in told if line.startswith("  ")] == [["export", "onnx"], ["export", "tensorrt"]]
+
+
+RUN_ALONE = {"robot": {"type": "so100_sim"}, "episodes": 3, "engine": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("export onnx", ["--out=o"]),
+        ("export tensorrt", ["--out=o"]),
+        ("quantise", ["--out=o", "--onnx=x", "--target=onnxruntime"]),
+        ("calibrate", ["--out=o", "--observations=random:0"]),
+        ("verify", ["--out=o", "--engine=openvino"]),
+    ],
+)
+def test_exports_read_the_file_of_ones_runs_and_their_own(tmp_path: Path, name: str, flags: list[str]) -> None:
+    """Of a run's file what both have counts, but for what means something else: where the run's report goes, its number format and its seed."""
+    both = {"model_path": "m", "data_config": "so100_dualcam", "denoising_steps": 2}
+    file = tmp_path / "file.json"
+    for content, verbose in ((RUN_ALONE | {"verbose": True, "out": "run", "precision": "auto", "seed": 7}, False), ({"verbose": True}, True)):
+        file.write_text(json.dumps(both | content))
+        config = command(name).parse([f"--config_path={file}", *flags])
+        assert (config.model_path, config.data_config, config.out, config.verbose) == ("m", "so100_dualcam", Path("o"), verbose)
+        assert config.denoising_steps in (2, [2])
+        assert getattr(config, "seed", 0) == 0
+    file.write_text(json.dumps(both | {"otu": "typo"}))
+    with pytest.raises(UsageError, match="otu"):
+        command(name).parse([f"--config_path={file}", *flags])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exports import target_for
+from exports import FEW, Made, target_for
 from random_networks import edit_json
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
@@ -32,22 +31,17 @@ for package in ("onnxruntime", "onnxscript", "openvino"):
     pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export,openvino]'`")
 
 LANGUAGE = "annotation.human.task_description"
-FEW = ("--observations=random:0", "--frames=4", "--allow_few")
 CLOSE_DEG = 2e-3  # fp32 in another order of operations; joint ranges are near 100 degrees
 OUTPUTS = {"tokens", "deepstack", "backbone_features", "vl_features", "text_keys", "text_values", "image_keys", "image_values", "actions"}
 
 
-@dataclass(frozen=True)
-class Made:
-    checkpoint: Path
-    onnx: Path
+OPTIONS: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     directory = tmp_path_factory.mktemp("n1d7")
-    options: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
-    checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **options)
+    checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **OPTIONS)
     assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}"]) == 0
     return Made(checkpoint, directory / "onnx")
 
@@ -105,8 +99,7 @@ def test_the_policy_gives_the_eager_actions(made: Made, eager: Gr00tPolicy, engi
 
 
 def test_an_export_of_other_statistics_or_for_other_prompts_is_refused(made: Made, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
-    other = write_random_checkpoint(tmp_path / "checkpoint", "tiny", **options)
+    other = write_random_checkpoint(tmp_path / "checkpoint", "tiny", **OPTIONS)
     exported = load_policy(other, engine="onnxruntime", engine_path=made.onnx, device="cpu")  # the same content elsewhere
     inputs, start = network_inputs(exported, exported.example_observation()), torch.from_numpy(noise_of(exported))
     elsewhere = dataclasses.replace(inputs, image_positions=inputs.image_positions + 1)
@@ -142,16 +135,13 @@ def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tm
     said = capsys.readouterr().out
     assert "pictures of 352x256, 88 tokens" in said
     assert re.search(r"cannot be used\n.*--camera_size=64x48", said)
-    out = tmp_path / "int8"
-    assert export.quantise([*flags, f"--onnx={wide}", f"--out={out}", "--target=onnxruntime", "--trial_frames=0", *FEW]) == 0
-    assert export.verify([*flags, "--engine=onnxruntime", f"--engine_path={wide}", f"--out={tmp_path}", *FEW]) == 0
+    quantise = [*flags, f"--onnx={wide}", "--target=onnxruntime", "--trial_frames=0", *FEW]
+    assert export.quantise([*quantise, f"--out={tmp_path / 'int8'}"]) == 0  # synthetic cameras are of the shape that it is for
     recordings = tmp_path / "recordings"
     recordings.mkdir()
     frames = {key: np.repeat(value[-1:], 4, axis=0) for key, value in eager.example_observation().items() if key != LANGUAGE}
     np.savez(recordings / "one.npz", **frames, **{LANGUAGE: "go"})
-    capsys.readouterr()
-    of_data = ["--target=onnxruntime", "--trial_frames=0", f"--observations={recordings}", "--frames=4", "--allow_few"]
-    assert export.quantise([*flags, f"--onnx={wide}", f"--out={tmp_path / 'other'}", *of_data]) == 1
+    assert export.quantise([*quantise, f"--out={tmp_path / 'other'}", f"--observations={recordings}"]) == 1
     assert "--camera_size=" in capsys.readouterr().err
     assert export.onnx([*flags, f"--out={tmp_path / 'x'}", "--camera_size=640"]) == 2
     assert "--camera_size=640" in capsys.readouterr().err
@@ -194,18 +184,21 @@ def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPol
     assert 1e-4 < (rounded - plain).norm() / (plain - start).norm() < 0.3
 
 
-def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:
+    """Those whose sizes vary in two ways; the command is test_tensorrt_build.py's."""
     pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
-    flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={tmp_path / 'engines'}", "--builder=tensorrt_rtx"]
-    assert export.tensorrt([*flags, "--compute_capability=any", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    manifest, (profile,) = read_manifest(tmp_path / "engines", ""), result["profiles"]
+    from gr00t_fast.export.tensorrt import Request, build, prompt_profiles
+
+    manifest = read_manifest(made.onnx, "")
     spans, images = manifest.shapes["image_spans"], manifest.shapes["image_tokens"]
     assert (len(spans), images) == (4, 4 * 88)
+    assert manifest.stages["language"]["outputs"]["text_keys"][2] == "text_tokens"
+    (profile,) = profiles = prompt_profiles(manifest.shapes, None, one=True)
     assert profile["tokens"][0] == spans[-1][1] + 2
     assert [length - images for length in profile["tokens"]] == list(profile["text_tokens"])
-    assert all(stage["check"]["parsed"] for stage in result["stages"].values())
-    assert manifest.stages["language"]["outputs"]["text_keys"][2] == "text_tokens"
+    for stage in ("language", "denoise_step"):
+        facts = build(Request(made.onnx / f"{stage}.onnx", tmp_path / f"{stage}.engine", "tensorrt_rtx", (), profiles))
+        assert facts["check"]["parsed"]
 
 
 def test_doctor_and_tune_know_its_exports(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

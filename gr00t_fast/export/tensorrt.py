@@ -377,17 +377,17 @@ def check_feasible(builder: str, compute_capability: str, precision: str | None 
     without the library."""
     name = library.choose(builder)
     capabilities = parse_capabilities(compute_capability)
-    trt, here = library.load(name), gpu_capability()
-    asked = ", ".join(capabilities) or f"any, {ANY_GPU} and newer"
-    if name == RTX and (foreign := [each for each in capabilities if each not in rtx_capabilities(trt)]):
-        raise ConfigError(
-            f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(rtx_capabilities(trt))}; got {', '.join(foreign)}. For that "
-            f"GPU use --builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
-        )
+    here, asked = gpu_capability(), ", ".join(capabilities) or f"any, {ANY_GPU} and newer"
     if name == STANDARD and (here is None or (capabilities and capabilities != (here,))):
         raise ConfigError(
             f"`tensorrt` builds for the GPU it runs on: this machine has {here or 'none'}, --compute_capability asks for {asked}. Build on the "
             "machine that will run the engine; for RTX GPUs, --builder=tensorrt_rtx builds without one, and for several at once."
+        )
+    trt = library.load(name)
+    if name == RTX and (foreign := [each for each in capabilities if each not in rtx_capabilities(trt)]):
+        raise ConfigError(
+            f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(rtx_capabilities(trt))}; got {', '.join(foreign)}. For that "
+            f"GPU use --builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
         )
     if precision is not None:
         check_precisions({precision}, capabilities, name, "all stages")
