@@ -105,8 +105,9 @@ class LaboratoryBench(Bench):
     def _calibration(self, model: Gr00t) -> Calibration:
         from gr00t_fast.console import Progress
         from gr00t_fast.engine.fp8 import has_product
-        from gr00t_fast.export.calibrate import Settings, calibrate
+        from gr00t_fast.export.calibrate import calibrate
         from gr00t_fast.export.networks import TorchNetwork
+        from gr00t_fast.export.options import CalibrationOptions
         from gr00t_fast.export.samples import case_of, transforms_only
 
         options, head = self.options, model.config.head
@@ -115,9 +116,8 @@ class LaboratoryBench(Bench):
         seen = random_observations(transforms, options.seed + 1, options.calibration_frames)
         cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
-        settings = Settings("fp8", "torch", head.denoising_steps, trial_samples=trials, seed=options.seed)
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return Calibration(calibrate(network, cases, settings, Progress()).scales)
+        return Calibration(calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed), Progress()).scales)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
-from gr00t_fast.export.onnx import Options, export_onnx, shapes_of
+from gr00t_fast.export.onnx import export_onnx, shapes_of
+from gr00t_fast.export.options import OnnxOptions
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
@@ -44,7 +45,8 @@ def make_export(
 ) -> Path:
     target = target_for(checkpoint, data_config, tag)
     usual, _ = inputs_for(target.checkpoint.config, len(target.data_config.video_keys), text_tokens)
-    export_onnx(target, Options(out, precision, (3,), usual, longest), "made by a test")
+    options = OnnxOptions(out=out, precision=precision, denoising_steps=[3], max_text_tokens=longest)
+    export_onnx(target, options, usual, "made by a test")
     return out
 
 

@@ -28,7 +28,7 @@ from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.export.calibrate import Settings, Trials, record, scales_of
+from gr00t_fast.export.calibrate import Trials, record, scales_of
 from gr00t_fast.export.networks import TorchNetwork
 from gr00t_fast.export.samples import ActionError, Case, collect_cases, digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
@@ -221,7 +221,7 @@ class Trained:
         self.model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
         network = TorchNetwork(self.model, 4, emulated=True)
         statistics = record(network, cases_of(TRAINED, 128, str(self.recordings)), 0, Progress())
-        self.scales, _ = scales_of(network, statistics, Settings("fp8", "torch", 4), tuple(PARTS), Progress())
+        self.scales, _ = scales_of(network, statistics, True, tuple(PARTS), Progress())
         self.trials = Trials(network, held_out, {})
         self.few = {steps: Trials(TorchNetwork(self.model, steps, emulated=True), held_out[::4], {}) for steps in (1, 2, 4)}
 

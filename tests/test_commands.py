@@ -119,7 +119,7 @@ def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None
 
     assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
     assert set(typing.get_args(shared_flags.ExportedName)) == set(EXPORTED)
-    assert typing.get_args(shared_flags.ExportPrecision) == tuple(PRECISIONS)
+    assert typing.get_args(export.ExportPrecision) == tuple(PRECISIONS)
     assert typing.get_args(export.PartName) == tuple(PARTS)
 
 

@@ -27,8 +27,9 @@ from gr00t_fast.engine.quantized import (
     weight_bytes,
     weight_step_of,
 )
-from gr00t_fast.export.calibrate import Settings, calibrate
+from gr00t_fast.export.calibrate import calibrate
 from gr00t_fast.export.networks import TorchNetwork
+from gr00t_fast.export.options import CalibrationOptions
 from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
@@ -90,7 +91,7 @@ def calibration(plain: Gr00tPolicy) -> Calibration:
     target, progress = target_of(open_checkpoint(TRAINED), TAG, "so100"), Progress()
     cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, progress=progress, allow_few=True)
     network = TorchNetwork(plain.engine.model, 4, emulated=False)
-    return Calibration(calibrate(network, cases, Settings("fp8", "torch", 4, limit=1.0, trial_samples=8), progress).scales)
+    return Calibration(calibrate(network, cases, CalibrationOptions(limit=1.0, trial_frames=8), progress).scales)
 
 
 def test_the_engine_stays_within_the_limit(calibration: Calibration, plain: Gr00tPolicy) -> None:

@@ -18,7 +18,8 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import read_manifest, target_of
 from gr00t_fast.errors import EngineError, ObservationError
-from gr00t_fast.export.tensorrt import BuildOptions, build_engines, rtx_capabilities
+from gr00t_fast.export.options import BuildOptions, OnnxOptions
+from gr00t_fast.export.tensorrt import build_engines, rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 pytestmark = pytest.mark.gpu
@@ -47,14 +48,14 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     """fp16 engines for this GPU."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
-    from gr00t_fast.export.onnx import Options, export_onnx
+    from gr00t_fast.export.onnx import export_onnx
     from gr00t_fast.export.samples import network_inputs, transforms_only
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
     target = target_of(open_checkpoint(checkpoint), "new_embodiment", "so100")
     policy = transforms_only(checkpoint)
-    export_onnx(target, Options(graphs, "fp16", (), network_inputs(policy, policy.example_observation()), 256), "test")
-    build_engines(BuildOptions(graphs, out, builder), "test")
+    export_onnx(target, OnnxOptions(out=graphs, precision="fp16"), network_inputs(policy, policy.example_observation()), "test")
+    build_engines(graphs, BuildOptions(out=out, builder=builder), "test")
     return out
 
 

@@ -169,7 +169,7 @@ class CountingNetwork(Network):
 
     def __init__(self) -> None:
         layer = torch.nn.Identity()
-        super().__init__(layer, {"layer": layer}, {"only": ""})
+        super().__init__(layer, {"layer": layer}, {"only": ""}, "int8", 1)
 
     def rounded(self, scales: dict[str, InputScale]) -> dict[str, torch.nn.Module]:
         return {}

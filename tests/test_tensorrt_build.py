@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from exports import target_for
@@ -21,9 +22,8 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.cli import export
 from gr00t_fast.engine.manifest import Digests, read_manifest
 from gr00t_fast.errors import ConfigError, EngineError
+from gr00t_fast.export.options import BuildOptions
 from gr00t_fast.export.tensorrt import (
-    BuildOptions,
-    Request,
     build,
     build_engines,
     check_feasible,
@@ -40,8 +40,8 @@ RTX = library.RTX
 ROOT = Path(__file__).parent.parent
 
 
-def request(graph: Path, capabilities: tuple[str, ...] = (), **tokens: tuple[int, int, int]) -> Request:
-    return Request(graph, graph.with_suffix(".engine"), RTX, capabilities, (tokens,) if tokens else ())
+def built(graph: Path, *capabilities: str, **tokens: tuple[int, int, int]) -> dict[str, Any]:
+    return build(graph, graph.with_suffix(".engine"), RTX, capabilities, [tokens], BuildOptions(out=graph.parent))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_altered_graphs_and_those_of_another_runtime_are_refused(tmp_path: Path)
     other = write_export(tmp_path / "other", quantised="int8", runtime="onnxruntime")
     for graphs, said in ((altered, r"vision\.onnx\.data.*altered"), (other, r"quantised for onnxruntime.*--target=tensorrt")):
         with pytest.raises(EngineError, match=said):
-            build_engines(BuildOptions(graphs, tmp_path / "out", RTX, "any"), "")
+            build_engines(graphs, BuildOptions(out=tmp_path / "out", builder=RTX), "")
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +145,7 @@ def test_the_parsers_and_the_builders_own_words_come_through(
 ) -> None:
     write_graph(tmp_path / "odd.onnx", *inputs, precision, 0, operator=operator)
     with pytest.raises(EngineError, match=said):
-        build(request(tmp_path / "odd.onnx", capabilities, tokens=(1, 2, 3)))
+        built(tmp_path / "odd.onnx", *capabilities, tokens=(1, 2, 3))
     assert not (tmp_path / "odd.engine").exists()
 
 
@@ -205,12 +205,12 @@ def test_eight_bit_graphs_build_and_what_is_refused_beforehand_the_builder_refus
     for quantised, capabilities in (("int8", ("8.6",)), ("fp8", ("8.9", "12.0"))):
         graph = tmp_path / f"{quantised}.onnx"
         write_graph(graph, *STAGES["language"], "bf16", 0, quantised)
-        assert build(request(graph, capabilities, tokens=(5, 12, 40)))["bytes"] == graph.with_suffix(".engine").stat().st_size
+        assert built(graph, *capabilities, tokens=(5, 12, 40))["bytes"] == graph.with_suffix(".engine").stat().st_size
         assert f"{quantised}: " in capsys.readouterr().err
     with pytest.raises(ConfigError):
         check_precisions({"fp8"}, ("8.6",), RTX, "vision")
     with pytest.raises(EngineError, match="fp8"):
-        build(request(graph, ("8.6",), tokens=(5, 12, 40)))
+        built(graph, "8.6", tokens=(5, 12, 40))
 
 
 # prompt lengths

@@ -21,7 +21,6 @@ from gr00t_fast.cli.shared_flags import (
     CameraFlags,
     CheckpointFlags,
     ExportedName,
-    ExportPrecision,
     ObservationFlags,
     OutputFlags,
     PrecisionName,
@@ -31,6 +30,7 @@ from gr00t_fast.cli.shared_flags import (
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import MIN_FRAMES
 from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError
 from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
@@ -38,7 +38,7 @@ from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.manifest import Target
-    from gr00t_fast.export.calibrate import CalibrationResult, Settings
+    from gr00t_fast.export.calibrate import CalibrationResult
     from gr00t_fast.export.samples import Case
 
 C = TypeVar("C", bound="ExportFlags")
@@ -102,7 +102,7 @@ def _command(words: str, flags: type[C], make: Callable[[C], Made], exits: str =
 
 
 @dataclass(kw_only=True)
-class OnnxConfig(CameraFlags, ExportFlags):
+class OnnxConfig(CameraFlags, OnnxOptions, ExportFlags):
     """Export a checkpoint to ONNX: vision, language and one denoising step, for your cameras and your embodiment.
 
         gr00t-fast export onnx --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/onnx --precision=fp32
@@ -114,20 +114,14 @@ class OnnxConfig(CameraFlags, ExportFlags):
 
     GROUP = "export"
 
-    out: Path  # directory to make
-    overwrite: bool = False  # replace an export that is there, once the new one is whole
-    precision: ExportPrecision = "fp32"  # of weights, inputs and outputs
-    denoising_steps: list[int] = field(default_factory=list)  # step counts to cover besides 1, 2, 4, 8 and the checkpoint's own
-    max_text_tokens: int = 256  # longest prompt, without the tokens of the pictures
     lang_instruction: str = "Place the block in the bowl"  # an instruction of the usual length; others can be given later
-    seed: int = 0  # of the random inputs that the graphs are traced with
 
 
 def make_onnx(config: OnnxConfig) -> Made:
     """Check everything small, then export. Raises Gr00tFastError."""
     import torch
 
-    from gr00t_fast.export.onnx import Options, export_onnx
+    from gr00t_fast.export.onnx import export_onnx
     from gr00t_fast.export.samples import transforms_only
 
     for package in ("onnx", "onnxscript"):
@@ -140,17 +134,8 @@ def make_onnx(config: OnnxConfig) -> Made:
     example = policy.preprocess(policy.example_observation(config.lang_instruction))
     if size is not None and example.camera_size is None:
         raise ConfigError(f"--camera_size={config.camera_size} is for GR00T N1.7; N1.5 resizes frames of any size to one. Leave it out.")
-    options = Options(
-        out=config.out,
-        precision=config.precision,
-        denoising_steps=tuple(config.denoising_steps),
-        usual=example.to(torch.device("cpu"), torch.float32),
-        camera_size=example.camera_size,
-        max_text_tokens=config.max_text_tokens,
-        overwrite=config.overwrite,
-        seed=config.seed,
-    )
-    manifest = export_onnx(target, options, command_line())
+    usual = example.to(torch.device("cpu"), torch.float32)
+    manifest = export_onnx(target, config, usual, command_line(), example.camera_size)
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     table = "\n".join(f"{name:<26} {entry['bytes'] / 1e6:>9.1f} MB" for name, entry in manifest.files.items())
     result = {"out": str(config.out), "precision": manifest.precision, "bytes": size_bytes}
@@ -164,11 +149,10 @@ onnx = _command("export onnx --model_path=DIR --out=DIR", OnnxConfig, make_onnx)
 
 _PRECISION: ExportPrecision = "fp16"  # every GPU that TensorRT knows computes in it; bf16 needs Ampere
 _EXPORTED = ("precision", "denoising_steps", "camera_size", "lang_instruction")  # flags of graphs that are exported here
-_BUILT = ("builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache", "overwrite")
 
 
 @dataclass(kw_only=True)
-class TensorRTConfig(CameraFlags, ExportFlags):
+class TensorRTConfig(CameraFlags, BuildOptions, ExportFlags):
     """Build TensorRT engines for a checkpoint: for your cameras, your embodiment and your GPU.
 
         gr00t-fast export tensorrt --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/tensorrt
@@ -181,17 +165,10 @@ class TensorRTConfig(CameraFlags, ExportFlags):
 
     GROUP = "export"
 
-    out: Path  # directory to make
+    overwrite: bool = False  # replace engines, and graphs in OUT-onnx, that are there, once the new ones are whole
     onnx: Path | None = None  # graphs to begin with; default: exported into OUT-onnx
     precision: ExportPrecision | None = None  # of graphs that are exported here; default: fp16
     denoising_steps: list[int] = field(default_factory=list)  # when exporting: step counts besides the usual ones
-    overwrite: bool = False  # replace engines, and graphs in OUT-onnx, that are there, once the new ones are whole
-    builder: Literal["auto", "tensorrt_rtx", "tensorrt"] = "auto"  # auto: what is installed, tensorrt_rtx first
-    compute_capability: str = "auto"  # 8.6 | 8.9,12.0 | any (8.0 and newer) | auto: the GPU that is here, else any; tensorrt_rtx only
-    max_text_tokens: int | None = None  # longest prompt, without the tokens of the pictures; default: what was exported
-    workspace_mb: int | None = None  # GPU memory that one layer may use; default: the library's own
-    optimization_level: Literal[0, 1, 2, 3, 4, 5] | None = None  # how long the builder may search; default: the library's own
-    timing_cache: Path | None = None  # a file of measured kernel times, to share between builds (tensorrt)
     lang_instruction: str | None = None  # when exporting: an instruction of the usual length; others can be given later
 
     def check(self) -> None:
@@ -204,7 +181,7 @@ class TensorRTConfig(CameraFlags, ExportFlags):
 def make_tensorrt(config: TensorRTConfig) -> Made:
     """Check everything small, export the graphs where none are named, build. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
-    from gr00t_fast.export.tensorrt import BuildOptions, as_table, build_engines, check_feasible, run_alone
+    from gr00t_fast.export.tensorrt import as_table, build_engines, check_feasible, run_alone
 
     check_free(config.out, config.overwrite)
     check_feasible(config.builder, config.compute_capability, None if config.onnx else config.precision or _PRECISION)
@@ -213,7 +190,7 @@ def make_tensorrt(config: TensorRTConfig) -> Made:
         run_alone(make_onnx, _of_graphs(config, graphs))  # the builder needs the memory that exporting leaves taken
     _, target = _opened(config)
     check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={_PRECISION}"))
-    manifest = build_engines(BuildOptions(graphs, config.out, **{name: getattr(config, name) for name in _BUILT}), command_line())
+    manifest = build_engines(graphs, config, command_line())
     result = {
         "program": "to_tensorrt",
         "out": str(config.out),
@@ -258,21 +235,8 @@ class SampleFlags(ObservationFlags, ExportFlags):
 
 
 @dataclass(kw_only=True)
-class CalibrationFlags(SampleFlags):
-    """Which layers keep 16 bits."""
-
-    GROUP = "calibration"
-
-    overwrite: bool = False  # replace what is there, once the new one is whole
-    limit: float = 1.0  # p99 of the action error, in joint units, that layers are kept in 16 bits for
-    trial_frames: int = 8  # frames that decide which layers are kept; 0: keep none, measure nothing
-    balance: bool = True  # move outliers from activations into weights where it helps
-
-    def settings(self, format: str, target: str, checkpoint: Checkpoint) -> Settings:
-        from gr00t_fast.export.calibrate import Settings
-
-        steps = self.denoising_steps or checkpoint.config.head.denoising_steps
-        return Settings(format, target, steps, self.limit, self.trial_frames, self.balance, self.seed)
+class CalibrationFlags(CalibrationOptions, SampleFlags):
+    """What both kinds of 8 bits take."""
 
     def made_with(self, *more: str) -> list[str]:
         """Flags by which the manifest names the command that makes the same again."""
@@ -282,7 +246,7 @@ class CalibrationFlags(SampleFlags):
         return [*found, *(["--allow_few"] if self.allow_few else []), *([] if self.balance else ["--no-balance"])]
 
 
-def _calibrated(out: Path, what: str, report: Mapping[str, Any]) -> Made:
+def _told(out: Path, what: str, report: Mapping[str, Any]) -> Made:
     """`report` also lies in the output."""
     from gr00t_fast.export.calibrate import as_markdown
 
@@ -291,7 +255,7 @@ def _calibrated(out: Path, what: str, report: Mapping[str, Any]) -> Made:
 
 
 @dataclass(kw_only=True)
-class QuantiseConfig(CalibrationFlags):
+class QuantiseConfig(OutOptions, CalibrationFlags):
     """Make an 8-bit version of an ONNX export, calibrated with observations of your robot.
 
         gr00t-fast quantise --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --onnx=exports/onnx --out=exports/openvino \\
@@ -304,7 +268,6 @@ class QuantiseConfig(CalibrationFlags):
     GROUP = "export"
 
     onnx: Path  # export to begin with (gr00t-fast export onnx)
-    out: Path  # directory to make
     target: Literal["openvino", "onnxruntime", "tensorrt"]  # the runtime that the files are for
     format: Literal["int8", "fp8"] = "int8"  # of the numbers
 
@@ -334,18 +297,19 @@ def make_quantised(config: QuantiseConfig) -> Made:
         raise ConfigError(f"--onnx={config.onnx} is in {manifest.quantisation.get('format')} already. Give the export it was made from.")
     if config.target != "tensorrt" and manifest.precision != "fp32":
         raise ConfigError(f"--onnx={config.onnx} is {manifest.precision}; {config.target} takes fp32 (gr00t-fast export onnx --precision=fp32).")
-    settings = config.settings(config.format, config.target, checkpoint)
-    result, data = (None, {}) if config.observations is None else _calibrated_graphs(config, target, settings, manifest.shapes, remedy)
+    steps = config.denoising_steps or checkpoint.config.head.denoising_steps
+    result, data = (None, {}) if config.observations is None else _calibrated_graphs(config, target, steps, manifest.shapes, remedy)
     quantisation = {"format": config.format, "runtime": config.target, "calibration": data}
+    report = quantisation | (result.report if result else {})
     with whole_directory(config.out, config.overwrite) as directory:
-        report = write_report(result, settings, data, directory)
-        made_with, scales = config.made_with("onnx", "format", "target"), None if result is None else result.scales
-        write_quantised_export(config.onnx, manifest, directory, scales, quantisation, command_line(), made_with)
-    return _calibrated(config.out, f" for {config.target}", report)
+        write_report(report, directory)
+        made_with = config.made_with("onnx", "format", "target")
+        write_quantised_export(config.onnx, manifest, directory, result and result.scales, quantisation, command_line(), made_with)
+    return _told(config.out, f" for {config.target}", report)
 
 
 def _calibrated_graphs(
-    config: QuantiseConfig, target: Target, settings: Settings, shapes: Mapping[str, Any], remedy: str
+    config: QuantiseConfig, target: Target, steps: int, shapes: Mapping[str, Any], remedy: str
 ) -> tuple[CalibrationResult, dict[str, Any]]:
     from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.engine.manifest import check_picture
@@ -353,12 +317,12 @@ def _calibrated_graphs(
     from gr00t_fast.export.networks import GraphNetwork
 
     tables, progress = ExportTables(config.onnx, remedy), Progress()
-    tables.steps(settings.denoising_steps)  # a count that was not exported is refused before minutes pass
+    tables.steps(steps)  # a count that was not exported is refused before minutes pass
     cases, data = config.cases(target, progress=progress, noise_seed=config.seed, camera_size=shapes.get("camera_size"))
     for case in cases:
         check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
-    network = GraphNetwork(target, shapes, tables, settings.denoising_steps, settings.scheme)
-    return calibrate(network, cases, settings, progress), data
+    network = GraphNetwork(target, shapes, tables, steps, config.format)
+    return calibrate(network, cases, config, progress), data
 
 
 _OF_QUANTISE = "quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET"
@@ -379,6 +343,7 @@ class CalibrateConfig(CalibrationFlags):
     GROUP = "export"
 
     out: Path | None = None  # directory to make; default: exports/fp8 in the checkpoint's, where the engine looks
+    overwrite: bool = False  # replace the calibration that is there, once the new one is whole
     parts: list[PartName] = field(default_factory=lambda: list(get_args(PartName)))  # to round; the others stay in 16 bits
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "fp32"  # of the plain model that trials compare with
@@ -402,18 +367,18 @@ def make_calibration(config: CalibrateConfig) -> Made:
     checkpoint, target = _opened(config)
     out = config.out or checkpoint.path / "exports" / FP8
     check_free(out, config.overwrite)
-    settings, progress = config.settings(FP8, "torch", checkpoint), Progress()
-    device = select_device(config.device)
+    device, progress = select_device(config.device), Progress()
     dtype = select_precision(config.precision, device)
     cases, data = config.cases(target, progress=progress, noise_seed=config.seed)
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
-    network = TorchNetwork(model, settings.denoising_steps, emulated=not has_product(device))
-    result = calibrate(network, cases, settings, progress, config.parts)
+    steps = config.denoising_steps or checkpoint.config.head.denoising_steps
+    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config, progress, config.parts)
+    report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report, "parts": config.parts}
     with whole_directory(out, config.overwrite) as directory:
-        report = write_report(result, settings, data, directory)
+        write_report(report, directory)
         identity, made_with = target.identity(Digests(directory)), [*config.made_with("precision"), "--parts", *config.parts]
         write_calibration(directory, Calibration(result.scales), identity, data, versions(), command_line(), made_with)
-    return _calibrated(out, ": run it with --engine=fp8", {**report, "parts": config.parts})
+    return _told(out, ": run it with --engine=fp8", report)
 
 
 calibrate = _command("calibrate --model_path=DIR --observations=DATASET", CalibrateConfig, make_calibration)

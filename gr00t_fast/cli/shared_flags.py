@@ -21,7 +21,6 @@ from gr00t_fast.robots.lerobot_glue import check_numbers
 # The words of gr00t_fast.engine, which imports torch; a test compares them.
 ExportedName = Literal["onnxruntime", "openvino", "tensorrt"]
 EngineName = Literal["auto", "eager", "cuda_graph", "compiled", "fp8", "onnxruntime", "openvino", "tensorrt"]
-ExportPrecision = Literal["fp32", "bf16", "fp16"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from gr00t_fast.console import Progress
 from gr00t_fast.engine.quantized import InputScale, with_layers
 from gr00t_fast.export.networks import Network
+from gr00t_fast.export.options import CalibrationOptions
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
 from gr00t_fast.export.samples import ActionError, Case, action_error
 
@@ -37,20 +38,6 @@ _BALANCES = (None, 0.35, 0.5, 0.65)
 _CLIPS = {"int8": (1.0, 0.9, 0.8, 0.65, 0.5), "fp8": (1.0,)}  # of the largest value seen; FP8's relative precision gains nothing from clipping
 _WORTH = 0.75  # another choice must lower the error at least to this, or the plainer one stays: a range fitted closely clips what was not seen
 _SMALLEST = 1e-5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """scheme: "int8" or "fp8". target: the runtime, for the report. limit: p99 of the action error, in joint units, that layers are kept in 16 bits
-    for; trial_samples: how many observations decide that, 0 for none."""
-
-    scheme: str
-    target: str
-    denoising_steps: int
-    limit: float = 1.0
-    trial_samples: int = 8
-    balance: bool = True
-    seed: int = 0
 
 
 # --- what goes into every layer -----------------------------------------------------------------------------------------------------------
@@ -178,6 +165,15 @@ class Group:
         if self.work < NEGLIGIBLE:
             self.kept = f"less than {NEGLIGIBLE:.1%} of the multiplications"
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "group": f"{self.part} {self.kind}",
+            "layers": len(self.layers),
+            "share_of_multiplications": round(self.work, 5),
+            "alone": self.alone and self.alone.describe(),
+            "kept_in_16_bits": self.kept,
+        }
+
 
 def groups_of(network: Network, statistics: Iterable[InputStatistics], parts: Collection[str]) -> list[Group]:
     """All layers of `parts` that were recorded, in groups."""
@@ -243,92 +239,74 @@ def keep_sensitive(
 
 @dataclass
 class CalibrationResult:
-    """scales: layer -> how it is rounded, without those that stay in 16 bits; layers that read one tensor share one. reports: layer -> how that was
-    chosen. error: of the actions with all of `scales` rounded (None: not measured)."""
+    """scales: layer -> how it is rounded, without those that stay in 16 bits; layers that read one tensor share one. report: how that was
+    decided, for quantisation.json."""
 
-    groups: list[Group]
     scales: dict[str, InputScale]
-    reports: dict[str, dict[str, Any]]
-    error: ActionError | None = None
-    trial_samples: int = 0
+    report: dict[str, Any]
 
 
 def calibrate(
-    network: Network, cases: Sequence[Case], settings: Settings, progress: Progress, parts: Collection[str] | None = None
+    network: Network, cases: Sequence[Case], options: CalibrationOptions, progress: Progress, parts: Collection[str] | None = None
 ) -> CalibrationResult:
     """Decide how to round each linear layer of `parts` (None: all), and which stay in 16 bits. The network in fp32 makes sound trials."""
     parts = network.parts if parts is None else parts
-    statistics = record(network, cases, settings.seed, progress)
+    statistics = record(network, cases, options.seed, progress)
     groups = groups_of(network, statistics, parts)
-    scales, reports = scales_of(network, statistics, settings, parts, progress)
-    picked = np.linspace(0, len(cases) - 1, min(settings.trial_samples, len(cases))).round()  # evenly from first to last
+    scales, choices = scales_of(network, statistics, options.balance, parts, progress)
+    picked = np.linspace(0, len(cases) - 1, min(options.trial_frames, len(cases))).round()  # evenly from first to last
     few = [cases[index] for index in np.unique(picked.astype(int))]
-    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, settings.limit, progress) if few else None
+    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit, progress) if few else None
     chosen = {name for group in groups if not group.kept for name in group.layers}
-    return CalibrationResult(groups, {name: scale for name, scale in scales.items() if name in chosen}, reports, error, len(few))
+    report = {
+        "denoising_steps": network.steps,
+        "limit_p99": options.limit,
+        "trial_samples": len(few),
+        "action_error_on_trial_samples": error and error.describe(),
+        "work_in_8_bits": round(1.0 - sum(group.work for group in groups if group.kept), 4),
+        "groups": [group.describe() for group in groups],
+        "layers": choices,
+    }
+    return CalibrationResult({name: scale for name, scale in scales.items() if name in chosen}, report)
 
 
 def scales_of(
-    network: Network, statistics: Sequence[InputStatistics], settings: Settings, parts: Collection[str], progress: Progress
+    network: Network, statistics: Sequence[InputStatistics], balance: bool, parts: Collection[str], progress: Progress
 ) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
     """Of the layers of `parts`, by name: the scale, and how it was chosen."""
     scales: dict[str, InputScale] = {}
-    reports: dict[str, dict[str, Any]] = {}
+    choices: dict[str, dict[str, Any]] = {}
     with progress.bar("scales", len(statistics)) as tick:
         for entry in statistics:
             names = [name for name in entry.readers if network.place(name)[0] in parts]
             if names and network.place(names[0])[0] in network.weights_only:
                 scales |= dict.fromkeys(names, InputScale(0.0))
             elif names:
-                scale, report = choose_scale(entry, [network.weight(name) for name in names], settings.scheme, settings.balance)
+                scale, choice = choose_scale(entry, [network.weight(name) for name in names], network.scheme, balance)
                 scales |= dict.fromkeys(names, scale)
-                reports |= dict.fromkeys(names, report)
+                choices |= dict.fromkeys(names, choice)
             tick()
-    return scales, reports
+    return scales, choices
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------------------------
 
 
-def write_report(result: CalibrationResult | None, settings: Settings, data: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """Leave quantisation.json and quantisation.md in `directory`; returns the former. result None: nothing was calibrated. data: where the
-    observations come from."""
-    report: dict[str, Any] = {"format": settings.scheme, "runtime": settings.target, "calibration": dict(data)}
-    if result is None:
-        report["layers"] = "all linear layers, activations rounded with scales found at run time"
-    else:
-        report |= {
-            "denoising_steps": settings.denoising_steps,
-            "limit_p99": settings.limit,
-            "trial_samples": result.trial_samples,
-            "action_error_on_trial_samples": None if result.error is None else result.error.describe(),
-            "work_in_8_bits": round(1.0 - sum(group.work for group in result.groups if group.kept), 4),
-            "groups": [
-                {
-                    "group": f"{group.part} {group.kind}",
-                    "layers": len(group.layers),
-                    "share_of_multiplications": round(group.work, 5),
-                    "alone": None if group.alone is None else group.alone.describe(),
-                    "kept_in_16_bits": group.kept,
-                }
-                for group in result.groups
-            ],
-            "layers": result.reports,
-        }
+def write_report(report: Mapping[str, Any], directory: Path) -> None:
+    """quantisation.json and quantisation.md."""
     (directory / "quantisation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (directory / "quantisation.md").write_text(as_markdown(report), encoding="utf-8")
-    return report
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
-    """For quantisation.md."""
+    """report: `Manifest.quantisation` and that of a calibration, if there was one."""
     calibration = report["calibration"]
     lines = [f"# {report['format'].upper()} for {report['runtime']}", ""]
     if calibration:
         lines += [f"Calibrated with {calibration['frames']} frames of {calibration['episodes']} episodes from `{calibration['source']}`.", ""]
         lines += [f"**Warning: {warning}.**" for warning in calibration["warnings"]] + [""] * bool(calibration["warnings"])
     if "groups" not in report:
-        return "\n".join([*lines, report["layers"] + ".", ""])
+        return "\n".join([*lines, "All linear layers, activations rounded with scales found at run time.", ""])
     if error := report["action_error_on_trial_samples"]:
         lines += [
             f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "

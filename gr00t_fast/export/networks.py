@@ -27,14 +27,14 @@ class Network(ABC):
     """A network in parts that run one after the other.
 
     layers: name within `module` -> linear layer, of all that can be rounded. parts: in the order of execution; weights_only: those whose inputs are
-    not rounded.
+    not rounded. scheme: "int8" or "fp8". steps: denoising steps of a run.
     """
 
     weights_only: Collection[str] = ()
 
-    def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], prefixes: Mapping[str, str]) -> None:
+    def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], prefixes: Mapping[str, str], scheme: str, steps: int) -> None:
         """prefixes: part -> how the names of its layers begin."""
-        self.module, self.layers, self._prefixes = module, layers, prefixes
+        self.module, self.layers, self._prefixes, self.scheme, self.steps = module, layers, prefixes, scheme, steps
         self.parts = tuple(prefixes)
 
     def place(self, name: str) -> tuple[str, str]:
@@ -66,7 +66,7 @@ class TorchNetwork(Network):
 
     def __init__(self, model: Gr00t, denoising_steps: int, emulated: bool) -> None:
         """emulated: 8-bit products are written out, for devices that lack them."""
-        super().__init__(model, linear_layers(model), PARTS)
+        super().__init__(model, linear_layers(model), PARTS, "fp8", denoising_steps)
         self._emulated, self._tables = emulated, model.head.step_tables(denoising_steps)
 
     def place(self, name: str) -> tuple[str, str]:
@@ -94,21 +94,20 @@ class GraphNetwork(Network):
 
     def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
         """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export."""
-        self._graphs, self._scheme, self._tables = graphs_of(target.checkpoint.config), scheme, tables
-        self._steps = tables.steps(denoising_steps)
+        self._graphs, self._tables, self._step_tables = graphs_of(target.checkpoint.config), tables, tables.steps(denoising_steps)
         module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self._graphs})
         layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MatMulLinear | CategoryLinear)}
-        super().__init__(module, layers, {name: f"{name}." for name in self._graphs})
+        super().__init__(module, layers, {name: f"{name}." for name in self._graphs}, scheme, denoising_steps)
 
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
-        return {name: RoundedMatMul(self.layers[name], scale, self._scheme) for name, scale in scales.items()}
+        return {name: RoundedMatMul(self.layers[name], scale, self.scheme) for name, scale in scales.items()}
 
     def run(self, module: nn.ModuleDict, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inputs, spec = case.inputs, self._graphs[part]
         known = {**outputs, "pixel_values": inputs.pixel_values, "state": inputs.state}
         if part == "denoise_step":
-            known |= {"actions": case.noise, "step_size": torch.full((1,), 1.0 / self._steps.steps)}
-            for tau, modulation in zip(self._steps.tau.float(), self._steps.modulation.float(), strict=True):
+            known |= {"actions": case.noise, "step_size": torch.full((1,), 1.0 / self.steps)}
+            for tau, modulation in zip(self._step_tables.tau.float(), self._step_tables.modulation.float(), strict=True):
                 known |= {"tau": tau, "modulation": modulation}
                 known["actions"] = module[part](*(known[name] for name in spec.inputs))
             return {"actions": known["actions"]}

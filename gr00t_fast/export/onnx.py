@@ -13,8 +13,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.errors import CheckpointError, ConfigError, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
+from gr00t_fast.export.options import OnnxOptions
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
 from gr00t_fast.model import Gr00t, ModelInputs
@@ -38,36 +38,21 @@ USUAL_STEPS = (1, 2, 4, 8)
 _TEXT_BUCKETS = (64, 128, 256, 512, 1024)  # prompt lengths beyond the image tokens that are worth a profile of their own
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the export is to hold besides the network. `usual`: an observation as the network gets it, with the prompt that is run most; of cameras
-    of `camera_size` (width and height), where they decide the size of the pictures."""
-
-    out: Path
-    precision: str
-    denoising_steps: tuple[int, ...]
-    usual: ModelInputs
-    max_text_tokens: int
-    overwrite: bool = False
-    seed: int = 0
-    camera_size: tuple[int, int] | None = None
-
-    def flags(self) -> tuple[str, ...]:
-        """As on the command line: enough to make the same export again."""
-        steps = ("--denoising_steps", *map(str, self.denoising_steps)) if self.denoising_steps else ()
-        size = () if self.camera_size is None else ("--camera_size={}x{}".format(*self.camera_size),)
-        return (f"--precision={self.precision}", f"--max_text_tokens={self.max_text_tokens}", *size, *steps)
-
-
-def export_onnx(target: Target, options: Options, command: str) -> Manifest:
+def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, command: str, camera_size: tuple[int, int] | None = None) -> Manifest:
     """Write the export and return its manifest; `options.out` appears when all is written, or not at all.
 
-    Raises ConfigError for options that cannot be met and CheckpointError for a damaged checkpoint.
+    usual: an observation as the network gets it, with the prompt that is run most; of cameras of `camera_size` (width and height), where they decide
+    the size of the pictures. Raises ConfigError for options that cannot be met and CheckpointError for a damaged checkpoint.
     """
     config = target.checkpoint.config
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
-    shapes = shapes_of(config, options.usual, options.max_text_tokens)
-    shapes |= {} if options.camera_size is None else {"camera_size": list(options.camera_size)}
+    shapes = shapes_of(config, usual, options.max_text_tokens)
+    flags = [f"--precision={options.precision}", f"--max_text_tokens={options.max_text_tokens}"]
+    if camera_size is not None:
+        shapes["camera_size"] = list(camera_size)
+        flags.append("--camera_size={}x{}".format(*camera_size))
+    if options.denoising_steps:
+        flags += ["--denoising_steps", *map(str, options.denoising_steps)]
     with whole_directory(options.out, options.overwrite) as directory:
         torch.manual_seed(options.seed)
         digests, stages = Digests(directory), {}
@@ -95,7 +80,7 @@ def export_onnx(target: Target, options: Options, command: str) -> Manifest:
             command=command,
             details={"opset": OPSET},
             program="to_onnx.py",
-            flags=options.flags(),
+            flags=tuple(flags),
         )
         manifest.write(directory)
     return manifest
@@ -127,7 +112,7 @@ def shapes_of(config: ModelConfig, usual: ModelInputs, max_text_tokens: int) -> 
     }
 
 
-def step_counts(asked: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+def step_counts(asked: Sequence[int], config: ModelConfig) -> tuple[int, ...]:
     """The step counts to cover: what was asked, the checkpoint's own, and the usual ones, which cost kilobytes each. Raises ConfigError."""
     most = config.head.timestep_buckets
     if wrong := [steps for steps in asked if not 1 <= steps <= most]:

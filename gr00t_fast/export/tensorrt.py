@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -29,69 +29,37 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, check_files, describe_files, read_manifest, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError, Gr00tFastError, install_command, require
+from gr00t_fast.export.options import BuildOptions
 from gr00t_fast.files import atomic_write, whole_directory
 from gr00t_fast.measurement import peak_rss_bytes
 from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
 
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 Range = tuple[int, int, int]  # least, usual and most of a dimension
+Profiles = Sequence[Mapping[str, Range]]  # for each the range of each named dimension of the graph
+# Of the command that makes the same engines again.
+_FLAGS = ("builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache")
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """onnx: directory of the export; out: directory of the engines; the rest as the flags of gr00t-fast export tensorrt."""
-
-    onnx: Path
-    out: Path
-    builder: str = "auto"
-    compute_capability: str = "auto"
-    max_text_tokens: int | None = None  # longest prompt besides the pictures' tokens; None = what was exported
-    workspace_mb: int | None = None
-    optimization_level: int | None = None
-    timing_cache: Path | None = None
-    overwrite: bool = False  # replace the engines that are there
-
-    def flags(self) -> tuple[str, ...]:
-        """As on the command line: enough to make the same engines again."""
-        names = ("onnx", "builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache")
-        return tuple(f"--{name}={value}" for name in names if (value := getattr(self, name)) not in (None, "auto"))
-
-
-@dataclass(frozen=True)
-class Request:
-    """One stage to build. `profiles`: for each one the range of each named dimension of the graph."""
-
-    onnx: Path
-    engine: Path  # file to write
-    builder: str
-    capabilities: tuple[str, ...]
-    profiles: tuple[Mapping[str, Range], ...]
-    workspace_mb: int | None = None
-    optimization_level: int | None = None
-    timing_cache: Path | None = None  # read if it is there, written afterwards
-
-
-def build_engines(options: BuildOptions, command: str) -> Manifest:
-    """Build every stage and write the manifest, whose `stages` hold what is known of each build.
+def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
+    """Build every stage of the export in the directory `onnx` and write the manifest, whose `stages` hold what is known of each build.
 
     Raises EngineError for graphs that are missing, damaged or made for another runtime, ConfigError for what the target GPU cannot compute, the
     library refuses, or an `out` that may not be replaced.
     """
-    source = _read_source(options.onnx)
+    source = _read_source(onnx)
     builder = library.choose(options.builder)
     capabilities = check_feasible(builder, options.compute_capability)
     for name, stage in source.stages.items():
-        check_precisions(precisions_of(options.onnx / stage["file"]), capabilities, builder, name)
+        check_precisions(precisions_of(onnx / stage["file"]), capabilities, builder, name)
     profiles = prompt_profiles(source.shapes, options.max_text_tokens, one=builder == RTX)
-    cache = None if builder == RTX else options.timing_cache  # TensorRT-RTX measures nothing ahead of time
     with whole_directory(options.out, options.overwrite) as directory:
         stages = {}
         for name, stage in source.stages.items():
             engine = directory / f"{name}.engine"
-            settings = (builder, capabilities, profiles, options.workspace_mb, options.optimization_level, cache)
-            built = run_alone(build, Request(options.onnx / stage["file"], engine, *settings))
+            built = run_alone(build, onnx / stage["file"], engine, builder, capabilities, profiles, options)
             stages[name] = {**stage, "file": engine.name, "source": stage["file"], "build": built}
-        _take_tables(options.onnx / TABLES_NAME, directory / TABLES_NAME)
+        _take_tables(onnx / TABLES_NAME, directory / TABLES_NAME)
         version = library.version_of(library.load(builder))
         manifest = replace(
             source,
@@ -110,7 +78,7 @@ def build_engines(options: BuildOptions, command: str) -> Manifest:
                 "onnx": {"command": source.command, "versions": dict(source.versions), "details": dict(source.details)},
             },
             program="to_tensorrt.py",
-            flags=options.flags(),
+            flags=(f"--onnx={onnx}", *(f"--{name}={value}" for name in _FLAGS if (value := getattr(options, name)) not in (None, "auto"))),
         )
         manifest.write(directory)
     return manifest
@@ -218,25 +186,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def build(request: Request) -> dict[str, Any]:
-    """Parse, build, write, check; returns what is known of the engine. Raises EngineError with the library's message when a step fails."""
-    trt = library.load(request.builder)
+def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[str], profiles: Profiles, options: BuildOptions) -> dict[str, Any]:
+    """Parse the graph, build, write the file `engine`, check; returns what is known of it. Raises EngineError with the library's message when a step
+    fails."""
+    trt = library.load(builder_name)
     log = library.make_log(trt)
     start_s = time.perf_counter()
     builder = trt.Builder(log)
     network = builder.create_network(library.strongly_typed(trt))
     parser = trt.OnnxParser(network, log)  # kept: the network refers to weights that the parser owns
-    _parse(parser, request.onnx)
+    _parse(parser, onnx)
     parsed_s = time.perf_counter()
-    config = _configure(trt, builder, network, request)
-    with _monitored(trt, config, request.onnx.stem):
+    config = _configure(trt, builder, options, capabilities)
+    _set_profiles(builder, config, network, profiles)
+    with _monitored(trt, config, onnx.stem):
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{request.builder} {trt.__version__} cannot build {request.onnx.name}: {log.first_error()}")
+        raise EngineError(f"{builder_name} {trt.__version__} cannot build {onnx.name}: {log.first_error()}")
     built_s = time.perf_counter()
-    request.engine.write_bytes(memoryview(plan))  # straight from the library's memory
-    if request.timing_cache is not None:
-        with atomic_write(request.timing_cache) as partial:
+    engine.write_bytes(memoryview(plan))  # straight from the library's memory
+    if options.timing_cache is not None and builder_name != RTX:
+        with atomic_write(options.timing_cache) as partial:
             partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return {
         "layers": network.num_layers,
@@ -261,39 +231,38 @@ def _parse(parser: Any, onnx_file: Path) -> None:
     raise EngineError(f"cannot read {onnx_file.name}: {'; '.join(told) or 'the parser gave no reason'}")
 
 
-def _configure(trt: ModuleType, builder: Any, network: Any, request: Request) -> Any:
-    config = builder.create_builder_config()
-    if request.workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mb << 20)
-    if request.optimization_level is not None:
-        config.builder_optimization_level = request.optimization_level
-    if request.timing_cache is not None:
-        file = request.timing_cache
+def _configure(trt: ModuleType, builder: Any, options: BuildOptions, capabilities: Sequence[str]) -> Any:
+    config, is_rtx = builder.create_builder_config(), trt.__name__ == RTX
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.timing_cache is not None and not is_rtx:  # TensorRT-RTX measures nothing ahead of time
+        file = options.timing_cache
         config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), ignore_mismatch=False)
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:  # TensorRT-RTX: no allocation at run time, without which a CUDA graph cannot be captured
         config.set_flag(flag)
-    if request.builder == RTX:
-        config.num_compute_capabilities = len(request.capabilities)  # none: any GPU from Ampere on
-        for index, capability in enumerate(request.capabilities):
+    if is_rtx:
+        config.num_compute_capabilities = len(capabilities)  # none: any GPU from Ampere on
+        for index, capability in enumerate(capabilities):
             config.set_compute_capability(rtx_capabilities(trt)[capability], index)
-    elif not request.capabilities:
+    elif not capabilities:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    _set_profiles(builder, config, network, request)
     return config
 
 
-def _set_profiles(builder: Any, config: Any, network: Any, request: Request) -> None:
+def _set_profiles(builder: Any, config: Any, network: Any, profiles: Profiles) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     if all(-1 not in tuple(tensor.shape) for tensor in inputs):
         return
-    for ranges in request.profiles:
+    for ranges in profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:
             sizes = [_extent(tensor, axis, ranges) for axis in range(len(tensor.shape))]
             profile.set_shape(tensor.name, *zip(*sizes, strict=True))  # least, usual and most of all axes
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"{request.builder} refuses the profile {dict(ranges)} of {request.onnx.name}")
+            raise EngineError(f"the builder refuses the profile {dict(ranges)} of {network.name or 'the graph'}")
 
 
 def _extent(tensor: Any, axis: int, ranges: Mapping[str, Range]) -> Range:
