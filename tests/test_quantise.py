@@ -16,6 +16,7 @@ from random_networks import TINY
 from torch import Tensor
 
 from gr00t_fast.cli import export
+from gr00t_fast.cli.main import main
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import textured_picture
 from gr00t_fast.engine import open_engine
@@ -276,20 +277,24 @@ def test_onnx_runtime_needs_no_calibration(
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "message"),
+    ("name", "flags", "code", "message"),
     [
-        (("--target=openvino",), 2, "needs --observations"),
-        (("--target=openvino", "--format=fp8", *FEW), 2, "no CPU computes in FP8"),
-        (("--target=openvino", "--observations=random:0", "--frames=4"), 1, "4 frames, expected at least 128"),
-        (("--target=openvino", "--observations=nowhere"), 1, "neither a LeRobotDataset"),
-        (("--target=openvino", *FEW, "--denoising_steps=7"), 1, "tables for 1, 2, 3, 4, 8 steps"),
-        (("--target=openvino", *FEW, "--camera_map=front"), 2, "--camera_map: expected names"),
-        (("--target=tensorrt", *FEW, "--frames=0"), 2, "must be at least 1"),
+        ("quantise", ("--target=openvino",), 2, "needs --observations"),
+        ("quantise", ("--target=openvino", "--format=fp8", *FEW), 2, "no CPU computes in FP8"),
+        ("quantise", ("--target=openvino", *FEW, "--denoising_steps=7"), 1, "tables for 1, 2, 3, 4, 8 steps"),
+        ("quantise", ("--target=openvino", "--observations=random:0", "--frames=4"), 1, "4 frames, expected at least 128"),
+        ("quantise", ("--target=openvino", "--observations=nowhere"), 1, "neither a LeRobotDataset"),
+        ("quantise", ("--target=tensorrt", *FEW, "--frames=0"), 2, "must be at least 1"),
+        ("calibrate", ("--observations=random:0", "--frames=4"), 1, "4 frames, expected at least 128"),
+        ("calibrate", ("--observations=nowhere",), 1, "neither a LeRobotDataset"),
+        ("calibrate", (*FEW, "--camera_map=front"), 2, "--camera_map: expected names"),
+        ("calibrate", (), 2, "--observations is missing"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
-    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], code: int, message: str
+    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], code: int, message: str
 ) -> None:
-    assert run(tiny_export, tmp_path / "out", *flags) == code
+    graphs = [f"--onnx={tiny_export.onnx}"] if name == "quantise" else []
+    assert main([name, f"--model_path={tiny_export.checkpoint}", f"--out={tmp_path / 'out'}", *graphs, *flags]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

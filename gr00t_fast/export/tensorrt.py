@@ -345,7 +345,7 @@ def check_feasible(builder: str, compute_capability: str, precision: str | None 
     """What can be refused before any graph is there; returns the compute capabilities, empty for any. Raises ConfigError, and MissingExtraError
     without the library."""
     name = library.choose(builder)
-    capabilities = parse_capabilities(compute_capability)
+    capabilities = _parse_capabilities(compute_capability)
     here, asked = gpu_capability(), ", ".join(capabilities) or f"any, {ANY_GPU} and newer"
     if name == STANDARD and (here is None or (capabilities and capabilities != (here,))):
         raise ConfigError(
@@ -363,7 +363,7 @@ def check_feasible(builder: str, compute_capability: str, precision: str | None 
     return capabilities
 
 
-def parse_capabilities(text: str) -> tuple[str, ...]:
+def _parse_capabilities(text: str) -> tuple[str, ...]:
     """`8.6`, `8.6,8.9`, `any`, or `auto`: the GPU that is here, else `any`. Returns compute capabilities, empty for any. Raises ConfigError."""
     words = re.split(r"[,\s]+", text.strip().lower())
     if words == ["auto"]:
