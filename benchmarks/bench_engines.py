@@ -105,8 +105,7 @@ class LaboratoryBench(Bench):
     def _calibration(self, model: Gr00t) -> Calibration:
         from gr00t_fast.console import Progress
         from gr00t_fast.engine.fp8 import has_product
-        from gr00t_fast.export.calibrate import calibrate
-        from gr00t_fast.export.networks import TorchNetwork
+        from gr00t_fast.export.calibrate import TorchNetwork, calibrate
         from gr00t_fast.export.options import CalibrationOptions
         from gr00t_fast.export.samples import case_of, transforms_only
 

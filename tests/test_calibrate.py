@@ -28,8 +28,7 @@ from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
-from gr00t_fast.export.calibrate import Trials, record, scales_of
-from gr00t_fast.export.networks import TorchNetwork
+from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
 from gr00t_fast.export.samples import ActionError, Case, collect_cases, digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00t

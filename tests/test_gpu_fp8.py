@@ -27,8 +27,7 @@ from gr00t_fast.engine.quantized import (
     weight_bytes,
     weight_step_of,
 )
-from gr00t_fast.export.calibrate import calibrate
-from gr00t_fast.export.networks import TorchNetwork
+from gr00t_fast.export.calibrate import TorchNetwork, calibrate
 from gr00t_fast.export.options import CalibrationOptions
 from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS

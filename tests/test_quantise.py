@@ -24,9 +24,18 @@ from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.calibrate import NEGLIGIBLE, Group, InputStatistics, choose_scale, keep_sensitive, record
+from gr00t_fast.export.calibrate import (
+    NEGLIGIBLE,
+    GraphNetwork,
+    Group,
+    InputStatistics,
+    Network,
+    RoundedMatMul,
+    choose_scale,
+    keep_sensitive,
+    record,
+)
 from gr00t_fast.export.graphs import MatMulLinear
-from gr00t_fast.export.networks import GraphNetwork, Network, RoundedMatMul
 from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
 from gr00t_fast.export.samples import ActionError, Case, collect_cases
 from gr00t_fast.measurement import StageTimer

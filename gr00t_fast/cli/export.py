@@ -313,8 +313,7 @@ def _calibrated_graphs(
 ) -> tuple[CalibrationResult, dict[str, Any]]:
     from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.engine.manifest import check_picture
-    from gr00t_fast.export.calibrate import calibrate
-    from gr00t_fast.export.networks import GraphNetwork
+    from gr00t_fast.export.calibrate import GraphNetwork, calibrate
 
     tables, progress = ExportTables(config.onnx, remedy), Progress()
     tables.steps(steps)  # a count that was not exported is refused before minutes pass
@@ -360,8 +359,7 @@ def make_calibration(config: CalibrateConfig) -> Made:
     from gr00t_fast.engine import select_device, select_precision
     from gr00t_fast.engine.fp8 import Calibration, has_product, write_calibration
     from gr00t_fast.engine.manifest import Digests
-    from gr00t_fast.export.calibrate import calibrate, write_report
-    from gr00t_fast.export.networks import TorchNetwork
+    from gr00t_fast.export.calibrate import TorchNetwork, calibrate, write_report
     from gr00t_fast.measurement import versions
 
     checkpoint, target = _opened(config)
