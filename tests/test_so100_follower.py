@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import typing
 from collections.abc import Iterator
@@ -246,17 +247,24 @@ def test_a_stop_before_any_servo_was_asked_leaves_them_powered(bus: VirtualBus, 
 
 
 def test_a_camera_that_cannot_be_drawn_is_no_fault_of_the_bus(bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mujoco")
+    simulation = pytest.importorskip("gr00t_fast.robots.sim.simulation").Simulation
     arm = make_arm(bus, tmp_path, cameras={"front": ours.SimCameraConfig(width=64, height=48)})
     arm.connect()
 
     def broken(*arguments: object, **named: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(arm._rendered, "frames", broken)
+    monkeypatch.setattr(simulation, "render", broken)
     with pytest.raises(CameraError, match="out of memory"):
         arm.observe()
+    over = threading.Event()
+    monkeypatch.setattr(simulation, "render", lambda *_: over.wait())
+    monkeypatch.setattr("gr00t_fast.robots.sim.robot.LONGEST_DRAWING_S", 0.3)
+    with pytest.raises(CameraError, match="0.3 s"):
+        arm.observe()
+    arm.observe(with_frames=False)  # the arm can still be put down
     assert arm.land().safe
+    over.set()
 
 
 def test_an_arm_that_was_found_powered_is_left_so_unless_it_is_to_be_let_go(bus: VirtualBus, tmp_path: Path) -> None:

@@ -360,7 +360,12 @@ def release_torque(bus: Any, patience_s: float, problems: list[str]) -> dict[str
         if "unknown" not in torque.values() or _is_there(bus):
             problems.extend(trouble)
             return torque
-    problems.append(f"{bus.port} is gone, or another program has taken it: torque could NOT be switched off")
+        if time.monotonic() > give_up_s:  # a port that opens again and again, and fails each time
+            break
+    problems.append(
+        f"{bus.port} is gone, cannot be read, or another program has taken it: torque could NOT be switched off. "
+        "Hold the arm and switch its power supply off"
+    )
     return dict.fromkeys(bus.motors, "unknown")
 
 
@@ -423,9 +428,8 @@ def _wait_for_silence(line: Any) -> None:
 
 def _line_is_open(bus: Any, give_up_s: float) -> bool:
     while True:
-        if _is_there(bus):
+        if _is_there(bus) or (attempt("reopening the port", bus.open, []) and _is_there(bus)):
             return True
-        if not attempt("reopening the port", bus.open, []):
-            if time.monotonic() > give_up_s:
-                return False
-            time.sleep(REOPEN_PAUSE_S)
+        if time.monotonic() > give_up_s:
+            return False
+        time.sleep(REOPEN_PAUSE_S)

@@ -117,6 +117,7 @@ class SO100FollowerArm:
         self._goal: np.ndarray | None = None  # the last one that was sent
         self._found_on = False  # whether the servos were powered before this run
         self._unanswered = False  # whether servos were asked in vain while connecting
+        self._looking = False  # whether the servos are being looked for
         self._held: np.ndarray | None = None  # the newest reading; also over an outage
         self._reopen_s = LAND_REOPEN_S
         try:
@@ -223,6 +224,8 @@ class SO100FollowerArm:
     def _exchanging(self) -> None:
         if self._watchdog is not None:
             self._watchdog.exchanging()
+        if self._looking:  # silent servos hold that up for seconds
+            self.check_stop()
 
     def _waiting(self) -> None:
         self._exchanging()
@@ -245,15 +248,20 @@ class SO100FollowerArm:
                 self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
 
-    def _open_bus(self) -> None:
+    def _open_bus(self, check: Callable[[], object] = lambda: None) -> None:
+        """Open the port and look for the servos, then `check`. A stop is seen before each request. The port is closed again when that fails."""
         self._bus.open()
         if self._stage is Stage.APART:
             self._stage = Stage.OPENED
+        self._looking = True
         try:
             self._bus.check_servos()
+            check()
         except BaseException:
             self._bus.close()
             raise
+        finally:
+            self._looking = False
 
     def _connect_failure(self, what: str, attempts: int, error: Exception) -> str:
         message = f"{what} on {self.config.port} failed {attempts} times: {_one_line(error)}. "
@@ -381,7 +389,9 @@ class SO100FollowerArm:
                 return
             except EXCHANGE_FAILED as error:
                 if time.perf_counter() > give_up_s:
-                    raise RobotError(f"the goal could not be sent on {self.config.port}: {_one_line(error)}. Check cables and power.") from error
+                    raise RobotError(
+                        f"the goal could not be sent on {self.config.port}: {_one_line(error)}. {self._slowness()}Check cables and power."
+                    ) from error
                 self.check_stop()
                 self.events["send_retry"] += 1
                 dark = True
@@ -402,8 +412,7 @@ class SO100FollowerArm:
         give_up_s = time.perf_counter() + self.config.reconnect_s
         while True:
             try:
-                self._open_bus()
-                glue.check_calibration_in_servos(self._follower, self.config)
+                self._open_bus(lambda: glue.check_calibration_in_servos(self._follower, self.config))
                 self._restored(self._held)
                 break
             except Gr00tFastError:

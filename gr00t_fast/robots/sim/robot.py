@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import ConfigError, RobotError
+from gr00t_fast.errors import CameraError, ConfigError, RobotError
 from gr00t_fast.robots.config import CameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.scene import LIMITS_DEG, check_joints, from_degrees, to_degrees, units_per_deg
 from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, HOME_DEG, Simulation
 
+LONGEST_DRAWING_S = 2.0  # a busy machine draws for a second
 MAX_CATCH_UP_S = 10.0  # after a longer pause (a debugger, a suspended machine) the arm continues from here; it came to rest long before
 
 
@@ -161,17 +163,34 @@ class RenderedCameras:
         a picture size or view that cannot be drawn."""
         self._cameras, self._unit = cameras, unit
         self._simulation = Simulation("place", 0)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="gr00t_fast-drawing")
-        self._draw(HOME_DEG)
+        self._drawing: Future[dict[str, np.ndarray]] = Future()
+        self._draw(HOME_DEG, self._drawing)
+        self._drawing.result()
 
     def frames(self, joints: np.ndarray, while_drawing: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
-        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. A busy machine draws for a second;
-        `while_drawing` is called several times meanwhile."""
-        drawing = self._pool.submit(self._draw, to_degrees(joints, self._unit))
-        while not wait([drawing], timeout=0.1).done:
-            while_drawing()
-        return drawing.result()
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. `while_drawing` is called several times
+        meanwhile. Raises CameraError when that takes longer than LONGEST_DRAWING_S, and whatever drawing raises."""
+        self._wait(while_drawing)  # for an earlier one that took too long
+        self._drawing = Future()
+        arguments = (to_degrees(joints, self._unit), self._drawing)
+        threading.Thread(target=self._draw, args=arguments, name="gr00t_fast-drawing", daemon=True).start()  # one that hangs ends with the program
+        self._wait(while_drawing)
+        return self._drawing.result()
 
-    def _draw(self, joints_deg: np.ndarray) -> dict[str, np.ndarray]:
-        self._simulation.place_arm(joints_deg)
-        return {name: self._simulation.render(camera.view, camera.width, camera.height) for name, camera in self._cameras.items()}
+    def _wait(self, while_drawing: Callable[[], None]) -> None:
+        give_up_s = time.monotonic() + LONGEST_DRAWING_S
+        while not wait([self._drawing], timeout=0.1).done:
+            if time.monotonic() > give_up_s:
+                raise CameraError(
+                    f"the cameras of `type: sim` were not drawn within {LONGEST_DRAWING_S:g} s. The arm stops without them: use smaller or fewer "
+                    "pictures, or end what else keeps this machine busy."
+                )
+            while_drawing()
+
+    def _draw(self, joints_deg: np.ndarray, drawing: Future[dict[str, np.ndarray]]) -> None:
+        try:
+            self._simulation.place_arm(joints_deg)
+            views = self._cameras.items()
+            drawing.set_result({name: self._simulation.render(camera.view, camera.width, camera.height) for name, camera in views})
+        except Exception as error:  # noqa: BLE001 - raised where the pictures are waited for
+            drawing.set_exception(error)
