@@ -151,9 +151,9 @@ def test_the_doctor_tells_what_is_missing_and_what_is_there(capsys: pytest.Captu
     assert "lerobot-calibrate" in shown
 
 
-def test_the_doctor_reads_no_weights() -> None:
-    (row,) = doctor.checkpoint(doctor.main.parse(["--model_path=/nowhere"]))
-    assert row.state == "fail"
+def test_the_doctor_names_a_checkpoint_that_is_not_there() -> None:
+    _, rows = doctor.network(doctor.main.parse(["--model_path=/nowhere"]))
+    assert [row.section for row in rows if row.state == "fail"] == ["checkpoint"]
 
 
 def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_path: Path) -> None:
