@@ -331,7 +331,8 @@ class FollowerArm:
 
     name = "follower"
     events: Mapping[str, int] = {}
-    episodes_solved = success = rest_pose = None
+    episodes_solved = success = rest_pose = max_step = None
+    stays_powered = False
 
     def __init__(self, recording: Recording, scene: Scene, clock: Clock, fps: float, time_constant_s: float) -> None:
         self.joint_names = (*recording.joint_names, MARKER)

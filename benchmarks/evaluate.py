@@ -195,7 +195,8 @@ class ConnectedArm:
     """A Robot over an arm that stays connected from episode to episode: building the world takes longer than playing in it."""
 
     name = "so100_sim"
-    episodes_solved = success = rest_pose = None
+    episodes_solved = success = rest_pose = max_step = None
+    stays_powered = False
 
     def __init__(self, clock: Clock, resolution: tuple[int, int], block_speed_m_s: float, servo_lag_ms: float | None) -> None:
         """resolution: (width, height) of the one camera. Raises ConfigError for a lag that cannot be."""

@@ -219,6 +219,8 @@ class Robot(Protocol):
     success: bool | None  # whether the task is solved now, or was when the arm landed; None: the arm cannot tell
     check_stop: Callable[[], object]  # raises where the run is to end; called in every wait and between tries. The loop sets it
     rest_pose: np.ndarray | None  # (J,) where it lay before its torque went on; None: not known, or the torque stays on or does not matter
+    max_step: np.ndarray | None  # (J,) in `joint_unit`, how far from where a joint is the arm lets its goal be; None: anywhere
+    stays_powered: bool  # whether it holds when the run is over, as configured
 
     @property
     def joint_limits(self) -> np.ndarray:

@@ -47,7 +47,8 @@ class FakeRobot:
     joint_names = SO100_JOINTS
     joint_limits = LIMITS
     units_per_deg = np.ones(6)
-    episodes_solved = success = rest_pose = None
+    episodes_solved = success = rest_pose = max_step = None
+    stays_powered = False
 
     def __init__(self, clock: FakeClock, cameras: dict[str, tuple[int, int]] | None = None, unit: str = "degrees") -> None:
         self.clock = clock

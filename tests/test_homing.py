@@ -66,8 +66,8 @@ def test_the_arm_rests_before_it_is_let_go() -> None:
 START = (1.0, -20.0, 30.0, 15.0, 5.0, 40.0)  # where the arm lay when its torque went on
 
 
-def lying(rest="start", **options) -> Bench:
-    run = bench(rest=rest, **options)
+def lying(rest="start", home=None, **options) -> Bench:
+    run = bench(home, rest, **options)
     run.robot.rest_pose = np.array(START)
     return run
 
@@ -197,8 +197,10 @@ def test_one_stop_that_is_delivered_twice_is_one_stop() -> None:
     assert run.stop.exit_code == 129
 
 
-def test_a_stop_after_a_key_that_ended_the_run_takes_the_torque_off() -> None:
-    run = lying()
+@pytest.mark.parametrize("stays_powered", [False, True])
+def test_a_stop_after_a_key_that_ended_the_run_ends_it_at_once_and_is_said_as_it_is(stays_powered: bool) -> None:
+    run = lying(START)
+    run.robot.stays_powered = stays_powered
     run.robot.on_send = lambda: {10: lambda: run.stop.request("Esc"), 15: send_late}.get(len(run.robot.sent), lambda: None)()
 
     def send_late() -> None:
@@ -209,6 +211,9 @@ def test_a_stop_after_a_key_that_ended_the_run_takes_the_torque_off() -> None:
         run.loop.run()
     assert len(run.robot.sent) == 16
     assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
+    said = [line for line in run.said if "put down" in line or "stopped" in line]
+    assert len(said) == 2
+    assert all(("stays powered" if stays_powered else "torque goes off") in line for line in said)
 
 
 def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
@@ -222,8 +227,10 @@ def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
     assert not run.policy.seen
 
 
-def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered() -> None:
-    run = lying()
+@pytest.mark.parametrize("following_deg", [15.0, None])
+def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered(following_deg: float | None) -> None:
+    """Nor does it push, also where the run's following error has no limit."""
+    run = lying(safety=SafetyOptions(max_following_error_deg=following_deg))
     move, pose = run.robot._move, run.robot.pose.copy()
 
     def stuck() -> None:
@@ -234,10 +241,47 @@ def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered() -> None:
     run.robot.rest_pose = np.array((110.0, *START[1:]))  # further than a joint may be blocked in an episode
     run.loop.run()
     assert run.robot.calls[-1] == "land"
-    assert run.clock.now_s() - 100 < 12
+    assert run.clock.now_s() - 100 < 14
     np.testing.assert_allclose(run.sent()[-1][[0, 2, 3, 4, 5]], run.robot.rest_pose[[0, 2, 3, 4, 5]])
     assert max(abs(sent[1] - pose[1]) for _, sent in run.robot.sent) <= 15, "its goal stays near"
     assert [line for line in run.said if "WARNING" in line and "shoulder_lift" in line]
+
+
+@pytest.mark.parametrize(("fps", "line_s"), [(1.0, 0.0), (2.0, 0.0), (200.0, 0.025), (30.0, 0.15)])
+def test_a_slow_move_is_slow_and_arrives_whatever_the_runs_rate_and_the_arms_line(fps: float, line_s: float) -> None:
+    far = (100.0, -100.0, *START[2:])
+    run = lying(fps=fps, home=far)
+    run.robot.on_observe = lambda: run.clock.advance(line_s)
+    home_s: list[float] = []
+    run.robot.on_send = lambda: home_s.append(run.clock.now_s()) if not run.loop.trace.episodes else None
+    run.loop.run()
+    times, moves = run.times(), steps(run.sent())[1:]
+    slow = (times[1:] <= home_s[-1]) | (times[1:] > times[-1] - 1.5)
+    assert slow.sum() > 20
+    assert moves[slow].max() <= SPEED / 20, "no leaps"
+    assert (moves[slow] / np.diff(times)[slow]).max() <= 1.01 * SPEED
+    np.testing.assert_allclose(run.sent()[np.searchsorted(times, home_s[-1])], far)
+    np.testing.assert_allclose(run.sent()[-1], START)
+
+
+@pytest.mark.parametrize("own", [1.0, 2.0, 8.0])
+def test_an_arm_that_cuts_off_larger_steps_is_put_down_all_the_way(own: float) -> None:
+    """Its joints trail, so that goals which run ahead would be at the pose long before them."""
+    run = lying(timeout_s=4.0)
+    run.robot.max_step, run.robot.rest_pose, cut = np.full(6, own), np.array((-80.0, *START[1:])), []
+    at_s = [run.clock.now_s()]
+
+    def trails() -> None:
+        passed_s, at_s[0] = run.clock.now_s() - at_s[0], run.clock.now_s()
+        if run.robot.sent:
+            goal = run.robot.sent[-1][1]
+            cut.append(np.abs(goal - run.robot.pose).max() - own)
+            run.robot.pose = run.robot.pose + (goal - run.robot.pose) * (1 - np.exp(-passed_s / 0.15))
+
+    run.robot._move = trails
+    run.loop.run()
+    assert max(cut) <= 0
+    assert np.abs(run.robot.pose - run.robot.rest_pose).max() < 3.0
 
 
 @pytest.mark.parametrize(("rest", "left"), [("start", True), (REST, False), (None, True)])

@@ -28,6 +28,7 @@ from control_fakes import FakeClock, FakePolicy
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
+from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
@@ -35,6 +36,7 @@ from gr00t_fast.control.session import Session
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
 from gr00t_fast.robots.sim.simulation import ScenePlant
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus
+from gr00t_fast.robots.virtual_bus.servo import to_units
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
@@ -66,17 +68,26 @@ class Camera:
 class Stand:
     """A run on an arm that lies on its table. `lay`: where; `let_go`: where it is when the landing begins; both (6,) lerobot degrees."""
 
-    def __init__(self, directory: Path, controller: str = "sync", found: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        controller: str = "sync",
+        found: bool = False,
+        fps: float = 30.0,
+        usb_latency_ms: float = 0.0,
+        max_relative_target: float | None = None,
+        **options: Any,
+    ) -> None:
         plant = ScenePlant("reach")
         for _ in range(200):  # four seconds without torque
             plant.step([None] * 6, 0.02)
-        self.bus = VirtualBus(plant=plant, goal_enables_torque=False)
+        self.bus = VirtualBus(plant=plant, goal_enables_torque=False, usb_latency_ms=usb_latency_ms)
         self.bus.start()
         for servo in self.bus.servos if found else ():
             servo.set_word(Register.GOAL_POSITION, servo.position)
             servo.write(Register.TORQUE_ENABLE, b"\1")
         self.lay = true_joints(self.bus)
-        self.arm, self.clock, self.camera = make_arm(self.bus, directory), MonotonicClock(), Camera()
+        self.arm, self.clock, self.camera = make_arm(self.bus, directory, max_relative_target=max_relative_target), MonotonicClock(), Camera()
         self.stop, self.said, self.hangs = StopSignals(), [], threading.Event()
         policy = FakePolicy(FakeClock(), cameras=())
         self.answer: Callable[[np.ndarray], np.ndarray] = lambda targets: targets
@@ -84,13 +95,13 @@ class Stand:
         known = policy.metadata
         binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {})
         control = ControllerOptions(controller, max_hold_s=0.5, action_horizon=8 if controller == "sync" else None)
-        source = ChunkController(policy, binding, "go", self.clock, 30.0, control)
+        source = ChunkController(policy, binding, "go", self.clock, fps, control)
         source.warm_up()
         options = {"poses": Poses(home_speed_deg_s=SPEED_DEG_S), "timeout_s": 6.0, **options}
         recorder: Any = HungRecorder() if options.pop("recorder_hangs", False) else None
         self.session = Session(self.stop, recorder=recorder, now_s=lambda: 100 * self.clock.now_s(), echo=self.said.append)  # its patience is short
         self.loop = ControlLoop(
-            self.arm, source, LoopOptions(30.0, **options), self.clock, self.stop, self._connected, echo=self.said.append, session=self.session
+            self.arm, source, LoopOptions(fps, **options), self.clock, self.stop, self._connected, echo=self.said.append, session=self.session
         )
         self.land = self.arm.land
         self.arm.land = self._land
@@ -222,6 +233,9 @@ PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exceptio
     "bad line": (lambda stand: stand.bus.inject("flip:rate=0.005"), {"timeout_s": 2.5}, 0),
     "cable out and in again": (lambda stand: stand.bus.inject("unplug:for_s=0.3"), {"timeout_s": 2.5}, 0),
 }
+PUT_DOWN["a quick run on a slow line"] = (signals(signal.SIGINT), {"fps": 200.0, "usb_latency_ms": 25.0}, 130)
+PUT_DOWN["a slow run"] = (signals(signal.SIGINT), {"fps": 2.0}, 130)
+PUT_DOWN["lerobot's own step limit"] = (lambda stand: None, {"max_relative_target": 2.0, "timeout_s": 4.0}, 0)
 PUT_DOWN["a stop while the cable is out"] = (lambda stand: cable_out_and_stop(stand, 1.0), {}, 130)
 AT_ONCE = {
     "second stop": (signals(signal.SIGINT, signal.SIGINT), 130),
@@ -264,6 +278,29 @@ def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: 
         tell(fault, stand, error)
         assert ended_as(stand, error, expected), (error, stand.said)
         assert stand.away_deg > NEAR_DEG, "it does not take the time to move"
+        assert not stand.powered
+
+
+@pytest.mark.parametrize("off", [{"stall_after_s": None}, {"max_following_error_deg": None}])
+def test_a_joint_that_is_blocked_on_the_way_down_is_not_pushed(off: dict[str, None], tmp_path: Path) -> None:
+    """Also where the run itself has no such protection: nobody may be looking."""
+    with standing(tmp_path, safety=SafetyOptions(**off)) as stand:
+        pushes: list[float] = []
+
+        def act(stand: Stand) -> None:
+            stand.bus.inject("blocked:servo=3,side=1")
+            stand.stop.request("Esc")
+            while not stand.loop.trace.landing:
+                goal_deg = to_units("elbow_flex", stand.bus.calibration["elbow_flex"], stand.bus.servos[2].word(Register.GOAL_POSITION))
+                pushes.append(abs(goal_deg - true_joints(stand.bus)[2]))
+                time.sleep(0.02)
+
+        assert stand.run(act) is None
+        tell(f"blocked on its way down, {off}", stand, None)
+        assert [line for line in stand.said if "elbow_flex is blocked" in line]
+        assert max(pushes) < 20, "15 while it stands still"
+        assert pushes[-5] < 3, "held where it stands"
+        assert np.abs(stand.let_go - stand.lay)[[0, 1, 3, 4, 5]].max() < NEAR_DEG, "the others go on"
         assert not stand.powered
 
 

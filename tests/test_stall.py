@@ -345,8 +345,11 @@ def test_a_blocked_way_home_ends_the_run_at_once() -> None:
     assert not run.policy.seen
 
 
-def test_a_blocked_way_to_rest_lands_after_the_others_have_arrived() -> None:
-    run = arm_bench(poses=Poses(None, (-60.0, -60.0, -60.0, 0.0, 0.0, 50.0), 60.0), timeout_s=0.5)
+@pytest.mark.parametrize("stall_after_s", [0.7, None])
+def test_a_blocked_way_to_rest_lands_after_the_others_have_arrived(stall_after_s: float | None) -> None:
+    """The joint is held, also where the run has no stall protection."""
+    safety = SafetyOptions(stall_after_s=stall_after_s)
+    run = arm_bench(poses=Poses(None, (-60.0, -60.0, -60.0, 0.0, 0.0, 50.0), 60.0), timeout_s=0.5, safety=safety)
     run.policy.on_action = towards(0.0)
     run.robot.on_send = lambda: run.blocked.__setitem__(ELBOW, run.loop.trace.episodes == 1 and len(run.loop.trace) == 15)
     run.loop.run()

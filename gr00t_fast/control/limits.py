@@ -23,6 +23,7 @@ RECORDED_SPEED_TIMES = 1.5
 # (`again`).
 DEFAULT_MAX_FOLLOWING_ERROR_DEG = 15.0
 LAG_S = 0.3
+STEP_SHARE = 0.9  # of the step that the arm lets through: it reads its joints anew, and an encoder's step is no reason to change the goal
 SHORTEST_S = 0.02  # between two readings that tell a speed: over less, the encoder's steps (0.09 degrees) would pass for one
 GRIPPER = "gripper"  # stalls against what it holds, and lerobot halves its torque
 
@@ -75,7 +76,7 @@ class SafetyOptions:
 class SafetyFilter:
     """Passes targets on, changed as little as safety asks, and counts every change.
 
-    held_ticks: targets with NaN or infinity, replaced by the last one sent.
+    fps: targets a second, as they come at present. held_ticks: targets with NaN or infinity, replaced by the last one sent.
     clamped, speed_limited, following_limited: int64 (J,), how often each joint's target was changed. blocked: which joints are, and were.
     """
 
@@ -87,17 +88,20 @@ class SafetyFilter:
         *,
         fps: float,
         units_per_deg: np.ndarray,
+        max_step: np.ndarray | None = None,
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
-        second; `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
+        second; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step); `echo` is told of a joint that is blocked. Raises
+        ConfigError when the limits make no sense."""
         self.options = options or SafetyOptions()
         self.joint_names = joint_names
         self._limits = _checked_limits(limits, joint_names)
         self._units_per_deg, self._echo = np.asarray(units_per_deg, np.float64), echo
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
-        self._step = self.max_speed_deg_s / fps * self._units_per_deg  # (J,) joint units a tick
+        self.fps = fps
         self._following_deg = self.options.max_following_error_deg
+        self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
         self.held_ticks = 0
         self.clamped: np.ndarray = np.zeros(len(joint_names), np.int64)
@@ -156,8 +160,9 @@ class SafetyFilter:
         """The goal (J,) float64 of the last target once more, after a look between two: as near to it as the joints are by now. Raises
         UnsafeActionError as for a target."""
         self._last = self._within_reach(self._goal)
-        if self._measured_s is not None:
-            self.blocked.watch(self._measured, self._target, self._last != self._goal, self._measured_s)
+        if self._measured_s is not None and self._following_deg is not None:
+            far = np.abs(self._target - self._measured) > self._following_deg * self._units_per_deg
+            self.blocked.watch(self._measured, self._target, far & (self._last != self._goal), self._measured_s)
         return self._last.copy()
 
     def __call__(self, target: np.ndarray) -> np.ndarray:
@@ -174,10 +179,11 @@ class SafetyFilter:
         inside = np.clip(target, self._limits[:, 0], self._limits[:, 1])
         self.clamped += inside != target
         self._target = self.blocked.hold(inside)
-        too_fast = np.abs(self._target - last) > self._step
+        step = self.max_speed_deg_s / self.fps * self._units_per_deg  # (J,) joint units a tick
+        too_fast = np.abs(self._target - last) > step
         self.speed_limited += too_fast
         # the unchanged ones exactly, without the rounding of a sum
-        self._goal = np.where(too_fast, last + np.copysign(self._step, self._target - last), self._target)
+        self._goal = np.where(too_fast, last + np.copysign(step, self._target - last), self._target)
         sent = self.again()
         self.following_limited += sent != self._goal
         return sent
@@ -195,11 +201,12 @@ class SafetyFilter:
         return self.last
 
     def _within_reach(self, goal: np.ndarray) -> np.ndarray:
-        """Bound the following error."""
-        if self._following_deg is None:
-            return goal
-        lag = np.maximum(0.0, self._speed * np.sign(goal - self._measured)) * LAG_S  # while it moves towards its goal
-        most = self._following_deg * self._units_per_deg + lag
+        """Bound the following error, and what the arm would cut off by itself."""
+        most = np.full_like(goal, np.inf)
+        if self._following_deg is not None:
+            lag = np.maximum(0.0, self._speed * np.sign(goal - self._measured)) * LAG_S  # while it moves towards its goal
+            most = self._following_deg * self._units_per_deg + lag
+        most = np.minimum(most, self._arms_own)
         return np.clip(goal, self._measured - most, self._measured + most)
 
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:

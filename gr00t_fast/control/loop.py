@@ -20,7 +20,7 @@ from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.controller import GAP_S, ChunkController
 from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
-from gr00t_fast.control.poses import ARRIVED_DEG, Move, Pose, Poses
+from gr00t_fast.control.poses import ARRIVED_DEG, MOVE_HZ, Move, Pose, Poses
 from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import ProgressLine, RunTrace, TickRecord, dry_run_table
 from gr00t_fast.errors import CameraError, ConfigError, ObservationError, RobotError, UnsafeActionError
@@ -159,39 +159,39 @@ class ControlLoop:
             self._say_put_down(error)
             self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
         except StopRequested:
-            self.echo("stopped once more: the torque goes off now, where the arm is")
+            self.echo(f"stopped once more: {self._at_once}, where the arm is")
         except Exception as trouble:
             if error is None and not isinstance(trouble, UnsafeActionError):
                 raise
-            self.echo(f"WARNING: the arm is let go on its way: {trouble}")
+            self.echo(f"WARNING: the arm did not get there, {self._at_once}: {trouble}")
         return False
+
+    @property
+    def _at_once(self) -> str:
+        return "it stops and stays powered" if self.robot.stays_powered else "the torque goes off at once"
 
     def _say_put_down(self, error: BaseException | None) -> None:
         cause = self.stop.reason or ("" if error is None else f"{type(error).__name__}: {str(error).partition('. ')[0]}")
         ending, further = (f"the run ends ({cause})", "Ctrl-C again") if cause else ("the run ends", "Ctrl-C")
-        self.echo(f"{ending}: the arm is put down. {further} takes the torque off at once, wherever the arm is.")
+        self.echo(f"{ending}: the arm is put down. After {further} {self._at_once}, wherever the arm is.")
 
     def _go_to(self, pose: Pose | None, what: str, last: bool = False) -> None:
         """Move slowly, tick by tick as in an episode, without the network. Raises StopRequested, what the arm and the safety limits raise, and
-        UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, has an end in time, and a blocked joint does not keep
-        the others."""
+        UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, and a blocked joint does not keep the others."""
         if pose is None:
             return
         poses, robot = self.options.poses, self.robot
         observation, stalls = self._observe(), self.safety.blocked.count.copy()
         speed_deg_s = min(poses.home_speed_deg_s, self.safety.max_speed_deg_s)
-        move = Move(pose, self.safety.last, robot.joint_limits, robot.joint_names, speed_deg_s, self.options.fps, robot.units_per_deg)
-        pacer = Pacer(self.options.fps, self._sleeps)  # of its own: the report's figures are the episodes'
-        end_s = self.clock.now_s() + move.longest_s if last else math.inf
+        move = Move(pose, self.safety.last, robot, speed_deg_s)
+        pacer = Pacer(MOVE_HZ, self._sleeps)  # of its own: the report's figures are the episodes'
         if move.ticks:
-            self.echo(f"moving to {what} ({move.ticks / self.options.fps:.1f} s)")
-        while self.clock.now_s() < end_s and not move.over(self.safety.last, observation.joints, self.safety.blocked.held):
-            tick_s = self.clock.now_s()
+            self.echo(f"moving to {what} ({move.ticks / MOVE_HZ:.1f} s)")
+        self.safety.fps = MOVE_HZ
+        while not move.over(self.safety.last, observation.joints, self.safety.blocked.held):
             robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
-            if (held_up_s := self.clock.now_s() - tick_s) > GAP_S:  # a cable that was out is no reason to let go half-way
-                end_s += held_up_s
             for observer in () if last else self.observers:
                 observer.see(observation)
             if (blocked := self.safety.blocked.count > stalls).any() and not last:
@@ -215,6 +215,7 @@ class ControlLoop:
             self.options.safety,
             fps=self.options.fps,
             units_per_deg=self.robot.units_per_deg,
+            max_step=self.robot.max_step,
             echo=lambda line: self.echo(line),
         )
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
@@ -287,6 +288,7 @@ class ControlLoop:
         held = before is not None and not (np.abs(joints - before) > ARRIVED_DEG * self.robot.units_per_deg).any()  # the simulated arm leaps home
         self.safety.start(joints, self.safety.last if held and self._outage_count() == self._outages else None)
         self._go_to(self.options.poses.home, "the home pose")
+        self.safety.fps = self.options.fps
         self.trace.episodes += 1
         self._loop_began_s = None
         if self.options.timeout_s is not None:  # half a tick early: rounding must not decide whether a tick due at the end still runs

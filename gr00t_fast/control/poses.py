@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.control.limits import GRIPPER
 from gr00t_fast.errors import ConfigError, PreflightError, check_ranges
 
@@ -19,7 +19,9 @@ SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
 ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
 SPEEDS_DEG_S = (1.0, 180.0)  # slower, a move would take minutes to hours; faster, it is no slow move
 _SLOWEST = 0.2  # of the speed asked for
-_LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 3.0  # a move that must end in time: a busy machine misses ticks
+MOVE_HZ = 30.0  # whatever rate the run has: at 2 Hz a slow move would be one of leaps, at 200 a slow line would let half of the ticks go by
+_LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 6.0  # a move ends, also where a joint comes no nearer; a blocked one is noticed before (BLOCKED_END_S)
+_TRAILS_S = 0.2  # behind its goal, of which an arm that cuts off larger steps lets through no more than one: that bounds its speed
 _SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
 Pose = Sequence[float]  # (J,) in the arm's units
 
@@ -70,33 +72,26 @@ class Poses:
 
 
 class Move:
-    """From wherever the last target is to a pose; all joints arrive together."""
+    """From wherever the last target is to a pose, in MOVE_HZ steps a second or as many as the arm's line can take; all joints arrive together."""
 
-    def __init__(
-        self,
-        pose: Pose,
-        start: np.ndarray,
-        limits: np.ndarray,
-        joint_names: tuple[str, ...],
-        speed_deg_s: float,
-        fps: float,
-        units_per_deg: np.ndarray,
-    ) -> None:
-        """`start` (J,): the last target. `limits` (J, 2)."""
-        self.pose = np.clip(np.array(pose, np.float64), limits[:, 0], limits[:, 1])
-        step = speed_deg_s / fps * units_per_deg  # (J,)
-        self._near = ARRIVED_DEG * units_per_deg
+    def __init__(self, pose: Pose, start: np.ndarray, robot: Robot, speed_deg_s: float) -> None:
+        """`start` (J,): the last target."""
+        self.pose = np.clip(np.array(pose, np.float64), robot.joint_limits[:, 0], robot.joint_limits[:, 1])
+        step = speed_deg_s / MOVE_HZ * robot.units_per_deg  # (J,)
+        if robot.max_step is not None:
+            step = np.minimum(step, robot.max_step / _TRAILS_S / MOVE_HZ)
+        self._near = ARRIVED_DEG * robot.units_per_deg
         way = np.abs(self.pose - start)
         self.ticks = int(np.ceil((way / step).max() - 1e-9))
-        self.longest_s = _LONGEST_TIMES * self.ticks / fps + _LONGEST_SLACK_S
+        self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S * MOVE_HZ)
         # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
         self._steps = np.maximum(way / max(1, self.ticks), _SLOWEST * step)
-        self._ticks_left = self.ticks + int(np.ceil(SETTLE_S * fps))
-        self._body = np.array([name != GRIPPER for name in joint_names])
+        self._played = self._settled = 0  # ticks: in all, and since no goal is held back
+        self._body = np.array([name != GRIPPER for name in robot.joint_names])
 
     def next_target(self, last: np.ndarray) -> np.ndarray:
         """The target (J,) after `last`, which the limits may have held back."""
-        self._ticks_left -= 1
+        self._played += 1
         return last + np.clip(self.pose - last, -self._steps, self._steps)
 
     def away(self, measured: np.ndarray) -> np.ndarray:
@@ -104,7 +99,9 @@ class Move:
         return np.abs(measured - self.pose) > self._near
 
     def over(self, last: np.ndarray, measured: np.ndarray, stalled: np.ndarray) -> bool:
-        """Whether the arm has arrived, or has had its time. One whose goal is still held back waits for the limits to end the run, but for `stalled`
-        (J,) joints, which get no further; a gripper that holds something may go on holding it."""
+        """Asked once a tick: whether the arm has arrived, or has had its time. One whose goal is still held back is waited for, but for `stalled`
+        (J,) joints, which get no further, and a gripper, which may go on holding what it holds."""
         reached = np.isclose(last, self.pose) | stalled
-        return (reached.all() and not self.away(measured).any()) or (self._ticks_left <= 0 and bool(reached[self._body].all()))
+        arrived = bool(reached.all()) and not self.away(measured).any()
+        self._settled = self._settled + 1 if reached[self._body].all() else 0
+        return arrived or self._settled > SETTLE_S * MOVE_HZ or self._played >= self._most_ticks

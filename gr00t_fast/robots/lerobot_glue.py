@@ -185,6 +185,14 @@ def _step_limit(limit: float | dict[str, float] | None) -> float | dict[str, flo
     return float(limit) if isinstance(limit, int) else limit  # an int makes the driver raise TypeError
 
 
+def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
+    """(6,) how far from where a joint stands `send_goals` lets its goal be; None: no limit."""
+    limit = _step_limit(config.max_relative_target)
+    if limit is None:
+        return None
+    return np.array([limit[joint] if isinstance(limit, dict) else limit for joint in SO100_JOINTS])
+
+
 def _camera(name: str, camera: Any) -> Any:
     if not isinstance(camera, OpenCVCameraConfig):
         raise ConfigError(

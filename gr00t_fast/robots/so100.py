@@ -86,6 +86,8 @@ class SO100FollowerArm:
         self._landing: LandingReport | None = None
         self.check_stop: Callable[[], object] = lambda: None
         self.rest_pose: np.ndarray | None = None
+        self.max_step = glue.max_step(config)
+        self.stays_powered = not config.disable_torque_on_disconnect
 
     @property
     def joint_limits(self) -> np.ndarray:

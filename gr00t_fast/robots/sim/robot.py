@@ -26,7 +26,8 @@ class SimArm:
 
     name = "so100_sim"
     joint_names = SO100_JOINTS
-    rest_pose = None  # nothing breaks when it falls
+    rest_pose = max_step = None  # nothing breaks when it falls
+    stays_powered = False
 
     def __init__(self, config: SO100SimConfig, clock: Clock | None = None) -> None:
         """Loads nothing yet. Raises ConfigError for a camera that is not simulated."""
