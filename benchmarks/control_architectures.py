@@ -244,7 +244,7 @@ class FifoController:
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
         self._row = 0
-        self._starved_ticks = 0
+        self._underrun_ticks = 0
 
     @property
     def needs_observation(self) -> bool:
@@ -276,15 +276,15 @@ class FifoController:
             entered = None if self._playing is None else self._queue[0][1]  # the loop itself notes the first one
             self._playing, self._row = self._queue.popleft(), 0
         observed, chunk = self._playing
-        starved = self._row >= len(chunk.targets)
-        self._starved_ticks += starved
-        self.note = TickNote(tick - observed, starved, entered)
+        underrun = self._row >= len(chunk.targets)
+        self._underrun_ticks += underrun
+        self.note = TickNote(tick - observed, underrun, entered)
         target = chunk.targets[min(self._row, len(chunk.targets) - 1)]
         self._row += 1
         return target
 
     def summary(self) -> dict[str, Any]:
-        return {"kind": "fifo", "starved_ticks": self._starved_ticks}
+        return {"kind": "fifo", "underrun_ticks": self._underrun_ticks}
 
     def close(self, timeout_s: float) -> bool:
         return self._worker.close(timeout_s)
@@ -428,7 +428,7 @@ class Motion:
     """What happened, in seconds since the first target, in degrees.
 
     sent_s (N,), targets (N, J) as the policy wanted them, before the safety limits; played_s (N,): the moment of the recording each is from.
-    starved (N,): the target before was held because no action was left. entries: indices of the first target of each chunk; waited (of those): the
+    underrun (N,): the target before was held because no action was left. entries: indices of the first target of each chunk; waited (of those): the
     arm stood still for it. grid_s (G,) at the control rate; arm (G, J) its pose; reference (G, J) the recording at the scene's moment.
     """
 
@@ -437,7 +437,7 @@ class Motion:
     sent_s: np.ndarray
     targets: np.ndarray
     played_s: np.ndarray
-    starved: np.ndarray
+    underrun: np.ndarray
     entries: np.ndarray
     waited: np.ndarray
     grid_s: np.ndarray
@@ -492,7 +492,7 @@ def _motion(setup: Setup, cell: Cell, loop: ControlLoop, arm: FollowerArm) -> Mo
         sent_s[:count],
         data["target"][:, :-1],
         data["target"][:, -1],
-        data["starved"],
+        data["underrun"],
         np.array([chunk.first_tick for chunk in chunks], np.int64),
         np.array([not chunk.overlapped for chunk in chunks], bool),
         grid_s,
@@ -561,14 +561,14 @@ def _waits(motion: Motion) -> np.ndarray:
 
 def frozen_ticks(motion: Motion) -> int:
     """Deadlines after the first target at which the arm got nothing new because the network was not ready; missed ones are counted apart."""
-    return int(motion.starved.sum() + (_gaps(motion)[_waits(motion)] - 1).sum())
+    return int(motion.underrun.sum() + (_gaps(motion)[_waits(motion)] - 1).sum())
 
 
 def freeze_s(motion: Motion) -> float:
     """The same in seconds: held ticks, and what the pauses lasted beyond one period."""
     waits = _waits(motion)
     pauses_s = motion.sent_s[waits] - motion.sent_s[waits - 1] - motion.period_s
-    return float(motion.starved.sum() * motion.period_s + np.maximum(pauses_s, 0).sum())
+    return float(motion.underrun.sum() * motion.period_s + np.maximum(pauses_s, 0).sum())
 
 
 def per_tick(motion: Motion) -> tuple[np.ndarray, np.ndarray]:
@@ -578,7 +578,7 @@ def per_tick(motion: Motion) -> tuple[np.ndarray, np.ndarray]:
     targets = np.repeat(motion.targets, np.append(gaps[1:], 1), axis=0)  # (K, J)
     boundary = np.zeros(len(targets), bool)
     boundary[ticks[motion.entries[motion.entries > 0]]] = True
-    freeze_begins = motion.starved & ~np.roll(motion.starved, 1)
+    freeze_begins = motion.underrun & ~np.roll(motion.underrun, 1)
     boundary[ticks[freeze_begins]] = True
     waits = _waits(motion)
     boundary[ticks[waits - 1][gaps[waits] > 1] + 1] = True

@@ -135,14 +135,14 @@ _BODY = slice(0, 5)  # all joints but the gripper, which is in per cent
 @dataclass(frozen=True)
 class Outcome:
     """How an episode went. solved_s: simulated time of success, None without one within the episode. jerk_rms_deg_s3: of the five joints, measured at
-    30 Hz until success, over the ticks in which the arm moves, so that waiting does not count as smooth. starved_ticks: targets held for want of
+    30 Hz until success, over the ticks in which the arm moves, so that waiting does not count as smooth. underrun_ticks: targets held for want of
     actions, the tail included."""
 
     seed: int
     solved_s: float | None
     jerk_rms_deg_s3: float | None
     inferences: int
-    starved_ticks: int
+    underrun_ticks: int
 
 
 class LatePolicy(Policy):
@@ -283,7 +283,7 @@ class EpisodeRunner:
         finally:
             arm.watch = arm.arm.simulation.watch = None
         solved_s = None if trace.solved_s is None else round(trace.solved_s, 4)
-        return Outcome(seed, solved_s, trace.jerk_rms, late.inferences, int(loop.trace.arrays()["starved"].sum()))
+        return Outcome(seed, solved_s, trace.jerk_rms, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
 
     def _arm(self, cell: Cell) -> tuple[VirtualClock, ConnectedArm]:
         if cell.scene not in self._arms:
@@ -426,7 +426,7 @@ def figures_of(outcomes: Mapping[int, Outcome], episode_s: float, deadlines_s: S
         "mean_time_95_s": mean_interval(bounded_s),
         "median_jerk_deg_s3": round(float(np.median(jerks)), 1) if jerks else None,
         "mean_inferences": round(float(np.mean([each.inferences for each in outcomes.values()])), 2),
-        "mean_starved_ticks": round(float(np.mean([each.starved_ticks for each in outcomes.values()])), 2),
+        "mean_underrun_ticks": round(float(np.mean([each.underrun_ticks for each in outcomes.values()])), 2),
         "failed_seeds": [each.seed for each in outcomes.values() if each.solved_s is None],
     }
 

@@ -94,8 +94,9 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
         reason = f"a chunk lasts {actions_per_chunk} ticks, at least twice the delay of {delay} and {BRIDGE_MARGIN_TICKS} more"
     else:
         reason = (
-            f"a chunk of {actions_per_chunk} actions is too short for a delay of {delay} ticks ({needed} are needed): with overlap the arm starves "
-            "and leaves out what it starved through; sync pauses, but plays every action. Lower the rate, the denoising steps or the latency"
+            f"a chunk of {actions_per_chunk} actions is too short for a delay of {delay} ticks ({needed} are needed): with overlap the arm "
+            "runs out of actions and leaves out what was due meanwhile; sync pauses, but plays every action. Lower the rate, "
+            "the denoising steps or the latency"
         )
     return Advice(
         fps,

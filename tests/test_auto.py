@@ -63,8 +63,8 @@ class Run:
         return self
 
     @property
-    def starved(self) -> int:
-        return int(self.loop.trace.arrays()["starved"].sum())
+    def underrun(self) -> int:
+        return int(self.loop.trace.arrays()["underrun"].sum())
 
 
 CHOICES = [
@@ -90,7 +90,7 @@ def test_the_choice_and_its_reason_are_said_in_one_line(told_ms: float | None, h
 
 def test_a_bridged_inference_pauses_the_arm_before_the_first_action_only() -> None:
     run = Run(200, 200).play()
-    assert (run.starved, run.loop.pacer.waiting_ticks, run.loop.pacer.missed_ticks) == (0, 0, 0)
+    assert (run.underrun, run.loop.pacer.waiting_ticks, run.loop.pacer.missed_ticks) == (0, 0, 0)
     assert len(run.robot.sent) > 80
     assert np.diff([time_s for time_s, _ in run.robot.sent]).max() == pytest.approx(1 / FPS)
 
@@ -104,7 +104,7 @@ def test_a_short_inference_costs_no_pause_either() -> None:
 def test_one_that_no_chunk_bridges_is_waited_for() -> None:
     run = Run(400, 400, timeout_s=5.0).play()
     assert run.auto.summary()["kind"] == "sync"
-    assert run.starved == 0
+    assert run.underrun == 0
 
 
 @pytest.mark.parametrize(("inference_ms", "when"), [(700, "first chunk"), (400, "later chunks")])
@@ -114,7 +114,7 @@ def test_inferences_that_turn_out_longer_are_waited_for_instead_of_ending_the_ru
     assert run.auto.summary()["kind"] == "sync", when
     assert [line for line in run.said if "waits" in line and "does not bridge" in line]
     data = run.loop.trace.arrays()
-    assert not data["starved"][len(data["starved"]) // 2 :].any()
+    assert not data["underrun"][len(data["underrun"]) // 2 :].any()
     steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
     assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going over to waiting is no leap"
 
@@ -141,7 +141,7 @@ def test_one_slow_inference_is_waited_for_and_then_the_arm_moves_again() -> None
     assert np.diff(times_s[times_s > times_s[0] + 5.0]).max() == pytest.approx(1 / FPS), "no pause after it has gone back"
     steps = np.abs(np.diff(np.array([targets for _, targets in run.robot.sent]), axis=0))
     assert steps.max() <= DEFAULT_MAX_SPEED_DEG_S / FPS + 1e-6, "going back to moving is no leap"
-    assert run.starved == 0
+    assert run.underrun == 0
     assert run.policy.resets == 1, "an episode goes on: the policy keeps what it remembers of it"
 
 
@@ -177,7 +177,7 @@ def test_an_episode_after_one_that_went_back_to_moving_begins_as_any_other() -> 
     run = slow_at(Run(180, 180, episodes=3, timeout_s=10.0), 0.7, lambda number: number == 0).play()
     assert run.auto.summary()["kind"] == "threaded"
     assert run.loop.trace.episodes == run.policy.resets == 3
-    assert run.starved == 0
+    assert run.underrun == 0
 
 
 def test_a_flag_about_overlap_decides() -> None:
@@ -189,7 +189,7 @@ def test_a_flag_about_overlap_decides() -> None:
 def test_episodes_after_the_first_keep_the_choice() -> None:
     run = Run(200, 200, episodes=3, timeout_s=1.0).play()
     assert run.loop.trace.episodes == 3
-    assert (run.starved, run.loop.pacer.waiting_ticks) == (0, 0)
+    assert (run.underrun, run.loop.pacer.waiting_ticks) == (0, 0)
     report = build_report(run.loop, {})
     assert "because" in as_text(report)
     assert report["controller"]["chosen_because"].startswith("an inference took 200 ms at warm-up")
@@ -201,5 +201,5 @@ def test_the_demo_network_at_200_ms_never_freezes_after_its_first_chunk() -> Non
     runner = EpisodeRunner(policy.metadata, (16, 32), Settings("", episode_s=2.0))
     outcomes = {name: runner.play(policy, Cell(controller=name, latency_ms=200, action_horizon=16), seed=9_000_001) for name in ("auto", "threaded")}
     assert outcomes["auto"] == outcomes["threaded"]
-    assert outcomes["auto"].starved_ticks == 0
+    assert outcomes["auto"].underrun_ticks == 0
     assert outcomes["auto"].inferences > 3

@@ -1,4 +1,4 @@
-"""Which action is due: rows, ages, starvation and staleness, tick by tick."""
+"""Which action is due: rows, ages, underruns and staleness, tick by tick."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_enters_at_the_action_that_is_due_now() -> None:
     buffer = ChunkBuffer()
     assert buffer.offer(chunk(10), 14) is Admission.ENTERED
     due = buffer.due(14)
-    assert (due.target[0], due.age_ticks, due.starved) == (14, 4, False)
+    assert (due.target[0], due.age_ticks, due.underrun) == (14, 4, False)
 
 
 def test_skipped_ticks_skip_their_actions() -> None:
@@ -36,8 +36,8 @@ def test_holds_and_counts_when_nothing_is_left_and_goes_on_with_the_next() -> No
     buffer.offer(chunk(0, rows=4), 0)
     played = [buffer.due(tick) for tick in range(7)]
     assert [due.target[0] for due in played] == [0, 1, 2, 3, 3, 3, 3]
-    assert [due.starved for due in played] == [False] * 4 + [True] * 3
-    assert buffer.starved_ticks == 3
+    assert [due.underrun for due in played] == [False] * 4 + [True] * 3
+    assert buffer.underrun_ticks == 3
     buffer.offer(chunk(5, rows=4), 7)
     assert buffer.due(7).target[0] == 7
 
@@ -81,7 +81,7 @@ def test_resuming_goes_on_where_the_arm_stopped() -> None:
     for resume in (False, True):
         buffer = ChunkBuffer(resume=resume)
         buffer.offer(chunk(0, rows=4), 0)
-        assert [buffer.due(tick).starved for tick in range(7)] == [False] * 4 + [True] * 3
+        assert [buffer.due(tick).underrun for tick in range(7)] == [False] * 4 + [True] * 3
         buffer.offer(chunk(2, rows=10), 7)
         played[resume] = [buffer.due(tick).target[0] for tick in (7, 8)]
     assert played == {False: [7, 8], True: [4, 5]}
@@ -101,7 +101,7 @@ def test_resuming_passes_over_the_actions_of_missed_ticks() -> None:
 def test_ticks_missed_while_the_arm_held_are_held_ticks(asked: tuple[int, ...]) -> None:
     buffer = ChunkBuffer(resume=True)
     buffer.offer(chunk(0, rows=4), 0)
-    assert [buffer.due(tick).starved for tick in (0, 1, 2, 3, *asked)] == [False] * 4 + [True] * len(asked)
+    assert [buffer.due(tick).underrun for tick in (0, 1, 2, 3, *asked)] == [False] * 4 + [True] * len(asked)
     buffer.offer(chunk(2, rows=10), 7)
     assert buffer.due(7).target[0] == 4
 
@@ -124,7 +124,7 @@ def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: 
         for missed in ticks:
             if not missed:
                 due = buffer.due(tick)
-                assert due.starved == (left == 0)
+                assert due.underrun == (left == 0)
                 assert due.target[0] == (come[-1] if left else due.target[0] if last is None else last)
                 last = due.target[0]
             come.append(come[-1] + (left > 0))
@@ -141,7 +141,7 @@ def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, i
             assert plain.due(tick).target[0] == resuming.due(tick).target[0]
             tick += 1
         tick += missed
-    assert plain.starved_ticks == resuming.starved_ticks == 0
+    assert plain.underrun_ticks == resuming.underrun_ticks == 0
 
 
 @pytest.mark.parametrize(

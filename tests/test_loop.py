@@ -294,12 +294,12 @@ def test_a_policy_that_is_away_is_asked_again_at_every_tick_while_the_arm_holds(
     bench.policy.on_action = lost_between
     trace = bench.loop.run()
     data, sent = trace.arrays(), bench.sent()
-    first, last = np.flatnonzero(data["starved"])[[0, -1]]
-    assert data["starved"].sum() == 10 == last - first + 1
+    first, last = np.flatnonzero(data["underrun"])[[0, -1]]
+    assert data["underrun"].sum() == 10 == last - first + 1
     assert (sent[first - 1 : last + 1] == sent[first - 1]).all()
     assert (np.diff(sent[last:, 0])[1:] == 1).all()
     report = build_report(bench.loop, {})
-    assert (report["controller"]["starved_ticks"], report["controller"]["lost_inferences"]) == (10, 10)
+    assert (report["controller"]["underrun_ticks"], report["controller"]["lost_inferences"]) == (10, 10)
     away = range(1000)
     bench.loop.controller.reset()
     with pytest.raises(ConnectionError):

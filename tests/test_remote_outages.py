@@ -88,8 +88,8 @@ class Run:
         return self
 
     @property
-    def starved(self) -> np.ndarray:
-        return self.loop.trace.arrays()["starved"]
+    def underrun(self) -> np.ndarray:
+        return self.loop.trace.arrays()["underrun"]
 
     def observed_s(self) -> np.ndarray:
         """When the robot saw what each target comes from."""
@@ -165,20 +165,20 @@ def scenarios() -> dict[Any, Future]:
 @pytest.mark.parametrize("flags", CONTROLLERS, ids=" ".join)
 def test_the_arm_holds_while_its_server_is_killed_and_goes_on_when_it_is_back(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
     outage: Outage = scenarios["restarted", flags].result()
-    run, starved = outage.run, outage.run.starved
+    run, underrun = outage.run, outage.run.underrun
     sent = np.array([targets for _, targets in run.robot.sent])
     at_s = np.array([time_s for time_s, _ in run.robot.sent])
     away = (at_s > outage.killed_s) & (at_s < outage.back_s)
-    assert (away & starved).any()
-    held = away & (np.arange(len(at_s)) >= np.flatnonzero(away & starved)[0])  # from when the rest of the chunk has played
-    assert starved[held].all()
+    assert (away & underrun).any()
+    held = away & (np.arange(len(at_s)) >= np.flatnonzero(away & underrun)[0])  # from when the rest of the chunk has played
+    assert underrun[held].all()
     assert np.ptp(sent[held], axis=0).max() == 0, "the arm moved without a server"
-    assert not starved[-5:].all(), "the run did not go on"
+    assert not underrun[-5:].all(), "the run did not go on"
     assert (sent[-1] != sent[held][-1]).any(), "the arm does not move although the server is back"
-    played = ~starved & (at_s > outage.back_s)
+    played = ~underrun & (at_s > outage.back_s)
     assert run.observed_s()[played].min() > outage.killed_s, "what was inferred from before the outage played after it"
     summary = run.loop.controller.summary()
-    assert summary.get("starved_ticks", starved.sum()) == starved.sum()
+    assert summary.get("underrun_ticks", underrun.sum()) == underrun.sum()
     assert summary["lost_inferences"] >= 1
     assert summary["server"]["outages"] == 1
     assert 1.0 < summary["server"]["away_s"] < 6.0
@@ -211,9 +211,9 @@ def test_another_policy_behind_the_same_address_ends_the_run(scenarios: dict[Any
 def test_a_server_that_hangs_for_a_while(scenarios: dict[Any, Future]) -> None:
     """SIGSTOP: the connection stays, nobody answers. The late answer is not taken for a later observation's."""
     run: Run = scenarios["hanging"].result()
-    assert run.starved.sum() > 5
-    assert not run.starved[-5:].all()
-    assert run.loop.trace.arrays()["age_ticks"][~run.starved].max() < HORIZON
+    assert run.underrun.sum() > 5
+    assert not run.underrun[-5:].all()
+    assert run.loop.trace.arrays()["age_ticks"][~run.underrun].max() < HORIZON
     assert run.loop.controller.summary()["server"]["outages"] == 1
     assert run.loop.trace.ended_by == "done"
 
@@ -238,7 +238,7 @@ def test_a_server_stopped_and_started_by_hand_is_an_outage_too() -> None:
         run.play((0.3, first.stop), (0.9, start))
     assert run.loop.controller.summary()["server"]["outages"] >= 1
     assert (run.error, run.loop.trace.ended_by) == (None, "done")
-    assert not run.starved[-5:].all()
+    assert not run.underrun[-5:].all()
 
 
 class Refuses(ArithmeticPolicy):
@@ -420,6 +420,6 @@ def test_the_whole_program_outlives_a_server_with_a_network(tmp_path: Path) -> N
         assert program.returncode == 130, said
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["controller"]["server"]["outages"] == 1
-    assert report["controller"]["starved_ticks"] >= 1
+    assert report["controller"]["underrun_ticks"] >= 1
     assert report["landing"]["safe"]
     assert "Traceback" not in said

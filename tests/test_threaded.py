@@ -112,7 +112,7 @@ class Account:
 
     horizon: int
     origin: int | None = None
-    starved: int = 0
+    underrun: int = 0
     ticks: int = 0
     resumes: bool = False
     row: int = 0  # that was last due, on the way through missed ticks too
@@ -181,12 +181,12 @@ def play(
 def check(account: Account, controller: ChunkController, target: np.ndarray, tick: int, planned: int | None, last: np.ndarray | None, policy) -> None:
     note = controller.note
     if planned is not None:
-        assert (target[0], target[1], note.starved) == (planned, 0, False)  # the arm waited for it: it begins at its first action
+        assert (target[0], target[1], note.underrun) == (planned, 0, False)  # the arm waited for it: it begins at its first action
         account.origin, account.row, account.tick, account.held = tick, 0, tick, set()
         return
     account.pass_over(tick)
-    if note.starved:
-        account.starved += 1
+    if note.underrun:
+        account.underrun += 1
         account.row = account.horizon
         account.held.add(tick)
         assert np.array_equal(target, last, equal_nan=True)
@@ -225,14 +225,14 @@ def test_a_million_virtual_ticks() -> None:
     )
     def scenario(**drawn: object) -> None:
         account, controller = play(ticks=TICKS_PER_EXAMPLE, **drawn)
-        assert controller.summary()["starved_ticks"] == account.starved
+        assert controller.summary()["underrun_ticks"] == account.underrun
         total.ticks += account.ticks
-        total.starved += account.starved
+        total.underrun += account.underrun
 
     scenario()
-    print(f"{total.ticks} virtual ticks, {total.starved} of them starved")
+    print(f"{total.ticks} virtual ticks, {total.underrun} of them underruns")
     assert total.ticks >= TICKS
-    assert 0 < total.starved < total.ticks
+    assert 0 < total.underrun < total.ticks
 
 
 def test_a_prefix_is_what_plays_from_the_observation_on() -> None:
@@ -318,23 +318,23 @@ def test_the_loop_never_pauses_after_the_first_plan() -> None:
     times = np.array([time_s for time_s, _ in bench.robot.sent])
     assert np.allclose(np.diff(times), 1 / FPS)
     data = trace.arrays()
-    assert not data["starved"].any()
+    assert not data["underrun"].any()
     assert data["age_ticks"].max() <= 14
     assert data["age_ticks"][30:].min() >= 6  # 0.2 s are six ticks: those rows are dropped
     assert bench.worker.closed
 
 
-def test_the_report_counts_what_starved() -> None:
+def test_the_report_counts_underruns() -> None:
     bench = ThreadedBench(delay_s=0.4)  # twelve ticks; a chunk of sixteen leaves four
     bench.loop.run()
     report = build_report(bench.loop, {})
     figures = report["controller"]
-    assert figures["starved_ticks"] == bench.loop.trace.arrays()["starved"].sum() > 20
+    assert figures["underrun_ticks"] == bench.loop.trace.arrays()["underrun"].sum() > 20
     assert figures["delay_ticks"]["p50"] == 12
     assert figures["target_age_ticks"]["max"] <= 15
     assert report["stages_ms"]["infer"]["count"] == report["run"]["inferences"] == figures["chunks_entered"]
     text = as_text(report)
-    assert "starved ticks" in text
+    assert "underrun ticks" in text
     assert "delay" in text
     assert max(map(len, text.splitlines())) < 120
 
@@ -346,8 +346,8 @@ def test_resuming_executes_more_of_each_chunk_where_chunks_are_too_short() -> No
         bench = ThreadedBench(delay_s=0.4, overlap=ControllerOptions("threaded", when_late=when_late), timeout_s=6.0)
         bench.loop.run()
         summaries[when_late] = bench.loop.controller.summary()
-    assert summaries["hold"]["starved_ticks"] > 80
-    assert summaries["resume"]["starved_ticks"] < 0.7 * summaries["hold"]["starved_ticks"]
+    assert summaries["hold"]["underrun_ticks"] > 80
+    assert summaries["resume"]["underrun_ticks"] < 0.7 * summaries["hold"]["underrun_ticks"]
     assert summaries["resume"]["when_late"] == "resume"
 
 
@@ -363,21 +363,21 @@ def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: floa
     trace = bench.loop.trace
     assert trace.ended_by == ("done" if max_hold_s is None else "error")
     assert bench.robot.calls[-1] == "land"
-    held_s = trace.arrays()["starved"].sum() / FPS
+    held_s = trace.arrays()["underrun"].sum() / FPS
     assert held_s > 10 if max_hold_s is None else held_s == pytest.approx(5.0, abs=0.1)
     warnings = [line for line in bench.said if line.startswith("WARNING")]
     assert len(warnings) == 1
     assert "2.0 s" in warnings[0]
 
 
-@pytest.mark.parametrize("starved", [False, True], ids=["while a chunk plays", "while the arm holds"])
-def test_a_cable_that_was_out_is_no_inference_that_hangs(starved: bool) -> None:
+@pytest.mark.parametrize("underrun", [False, True], ids=["while a chunk plays", "while the arm holds"])
+def test_a_cable_that_was_out_is_no_inference_that_hangs(underrun: bool) -> None:
     """For 3 s, with an inference of 13 ticks and 16 actions; the arm has sagged when it is back, and holds there until there is a new chunk."""
     bench = ThreadedBench(delay_s=0.42, overlap=ControllerOptions("threaded", max_hold_s=2.0), timeout_s=8.0)
     robot, out, sagged = bench.robot, [], []
 
     def unplug() -> None:
-        if not out and len(robot.sent) > 60 and bench.loop.controller.note.starved is starved:
+        if not out and len(robot.sent) > 60 and bench.loop.controller.note.underrun is underrun:
             out.append(len(robot.sent))
             bench.clock.advance(3.0)
             robot.events["reconnect"] = 1
@@ -401,14 +401,14 @@ def test_every_time_the_arm_holds_counts_by_itself() -> None:
     watch = HoldLimit(FPS, 4.0, said.append)
     for begin in (0, 1000):
         for tick in range(begin, begin + 119, 7):
-            watch(tick, starved=True)
-        watch(begin + 130, starved=False)
+            watch(tick, underrun=True)
+        watch(begin + 130, underrun=False)
     assert len(said) == 2
-    watch(2000, starved=True)
+    watch(2000, underrun=True)
     for tick in range(2120, 2239, 7):  # the cable was out for four seconds
-        watch(tick, starved=True)
+        watch(tick, underrun=True)
     with pytest.raises(InferenceTimeoutError):
-        watch(2245, starved=True)
+        watch(2245, underrun=True)
 
 
 def test_missed_ticks_drop_their_actions_too() -> None:
@@ -510,7 +510,7 @@ class TestThread:
             last = target
             controller.see(observation(tick), tick)
             time.sleep(0.0002)
-        assert controller.summary()["starved_ticks"] == account.starved
+        assert controller.summary()["underrun_ticks"] == account.underrun
         assert controller.summary()["chunks_entered"] > 50
         assert controller.close(2.0)
         assert not thread_left_running()

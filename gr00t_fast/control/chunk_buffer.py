@@ -2,7 +2,7 @@
 
 Time is counted in control ticks. A chunk knows the tick of its observation, `observed`; its row i is for tick `observed + i`. While the network
 was running the arm moved on, so a chunk that arrives d ticks later is entered at row d: the action that is due now, not the first one.
-A tick for which no row is left is *starved*: the last target is held, and the tick is counted.
+A tick for which no row is left is an *underrun*: the last target is held, and the tick is counted.
 
 Axis alphabet of this file: H horizon (rows of a chunk), J joints of the arm.
 """
@@ -44,7 +44,7 @@ class DueTarget:
 
     target: np.ndarray
     age_ticks: int
-    starved: bool
+    underrun: bool
     row: int = 0
 
 
@@ -57,7 +57,7 @@ class Admission(Enum):
 class ChunkBuffer:
     """Plays the chunk of the newest observation, each row at its tick. Pure bookkeeping: the same calls give the same answers.
 
-    starved_ticks: ticks at which the last target was held. admissions: how many chunks got which admission.
+    underrun_ticks: ticks at which the last target was held. admissions: how many chunks got which admission.
     """
 
     def __init__(self, resume: bool = False) -> None:
@@ -66,7 +66,7 @@ class ChunkBuffer:
         also where the pacer missed ticks: the rows of those are passed over.
         """
         self.episode = 0
-        self.starved_ticks = 0
+        self.underrun_ticks = 0
         self.admissions = dict.fromkeys(Admission, 0)
         self._resume = resume
         self._forget()
@@ -124,14 +124,14 @@ class ChunkBuffer:
             raise RuntimeError(f"tick {tick} was asked for after tick {self._last_tick}: targets go out in order")
         self._last_tick = tick
         row = tick - self._origin
-        starved = row >= len(self._chunk)
-        if starved:
-            self.starved_ticks += 1
+        underrun = row >= len(self._chunk)
+        if underrun:
+            self.underrun_ticks += 1
             if self._last_target is None:  # the chunk ran out before anything was sent; its end is the nearest to the present
                 self._last_target = self._chunk.chunk.targets[len(self._chunk) - 1]
         else:
             self._last_target = self._chunk.chunk.targets[row]
-        return DueTarget(self._last_target, tick - self._chunk.observed, starved, row)
+        return DueTarget(self._last_target, tick - self._chunk.observed, underrun, row)
 
     def covers(self, tick: int) -> bool:
         """Whether a row is left for `tick`."""

@@ -82,7 +82,7 @@ class TickNote:
     that it is the first of, if that came in while the arm moved, and its row in the playing chunk."""
 
     age_ticks: int = 0
-    starved: bool = False
+    underrun: bool = False
     entered: ActionChunk | None = None
     row: int = 0
 
@@ -248,11 +248,11 @@ class ChunkController:
         if self.overlaps:
             self._collect(tick)
         due = self._buffer.due(tick)
-        self.note = TickNote(due.age_ticks, due.starved, self._entered, due.row)
+        self.note = TickNote(due.age_ticks, due.underrun, self._entered, due.row)
         self._entered = None
         if self.overlaps:
-            self._watch(tick, due.starved)
-            self._give_way(due.starved)
+            self._watch(tick, due.underrun)
+            self._give_way(due.underrun)
         return due.target
 
     def summary(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class ChunkController:
             "kind": "threaded" if self.overlaps else "sync",
             "smoothing": self.options.smoothing,
             "when_late": self.options.when_late,
-            "starved_ticks": self._buffer.starved_ticks,
+            "underrun_ticks": self._buffer.underrun_ticks,
             "chunks_entered": admissions[Admission.ENTERED],
             "chunks_stale": admissions[Admission.STALE],
             "chunks_expired": admissions[Admission.EXPIRED],
@@ -416,9 +416,9 @@ class ChunkController:
         if self.overlaps:
             self._note_delay(self._ticks_of(chunk.inference_ms))
 
-    def _give_way(self, starved: bool) -> None:
+    def _give_way(self, underrun: bool) -> None:
         """To waiting, where the arm holds because inferences have become too long."""
-        if not starved or self.options.controller != "auto" or self.options.overlap_asked or len(self._delays) < _MEASURED_DELAYS:
+        if not underrun or self.options.controller != "auto" or self.options.overlap_asked or len(self._delays) < _MEASURED_DELAYS:
             return
         ticks = min(self._delays[-_MEASURED_DELAYS:])
         if ticks > self._bridged_ticks:
@@ -449,10 +449,10 @@ class HoldLimit:
         self._last = 0
         self._told = False
 
-    def __call__(self, tick: int, starved: bool) -> None:
+    def __call__(self, tick: int, underrun: bool) -> None:
         """After each tick's target. Raises InferenceTimeoutError when the arm has held for `limit_s`. Missed ticks count as time, but a gap of more
         than GAP_S does not: then it was not the inference that held up the arm."""
-        if not starved:
+        if not underrun:
             self.reset()
             return
         gap = max(0, tick - self._last - 1)

@@ -317,7 +317,7 @@ class ControlLoop:
             observation = self._observe()
             self.controller.see(observation, self.pacer.tick)
         note = self.controller.note
-        self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.starved)
+        self.trace.add_tick(observation.joints, *sent, note.age_ticks, note.underrun)
         if self.observers:
             record = self._record(*sent)
             for observer in self.observers:
@@ -350,10 +350,10 @@ class ControlLoop:
             time_s=sent_s - self.trace.began_s,
             target=target,
             commanded=commanded,
-            ahead=self._chunk.targets[len(self._chunk.targets) if note.starved else note.row :],
+            ahead=self._chunk.targets[len(self._chunk.targets) if note.underrun else note.row :],
             inference_ms=self._chunk.inference_ms,
             age_ticks=note.age_ticks,
-            starved=note.starved,
+            underrun=note.underrun,
             tick_error_ms=1000 * errors_s[-1] if errors_s else 0.0,
             missed_ticks=self.pacer.missed_ticks,
         )
@@ -446,7 +446,7 @@ class ControlLoop:
     def _send(self) -> tuple[np.ndarray, np.ndarray, float]:
         """Return what the policy wanted and what was sent, each (J,), and when."""
         target = self.controller.next_target(self.pacer.tick)
-        self._lost &= self.controller.note.starved
+        self._lost &= self.controller.note.underrun
         if self._lost:
             target = self.safety.last
         if self.controller.note.entered is not None:

@@ -92,7 +92,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
     """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
     intervals_s = _intervals_s(trace)
-    during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["starved"][1:])]
+    during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["underrun"][1:])]
     return {
         "ended_by": trace.ended_by,
         "episodes": trace.episodes,
@@ -110,7 +110,7 @@ def _controller(loop: ControlLoop) -> dict[str, Any]:
     """Ages in ticks since the observation behind a target: how fresh what was played is."""
     data = loop.trace.arrays()
     own = loop.controller.summary()
-    return {"starved_ticks": int(data["starved"].sum()), **own, "target_age_ticks": percentiles(data["age_ticks"][~data["starved"]])}
+    return {"underrun_ticks": int(data["underrun"].sum()), **own, "target_age_ticks": percentiles(data["age_ticks"][~data["underrun"]])}
 
 
 def _intervals_s(trace: RunTrace) -> np.ndarray:

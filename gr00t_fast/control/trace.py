@@ -44,7 +44,7 @@ class TickRecord:
     ahead: np.ndarray
     inference_ms: float
     age_ticks: int
-    starved: bool
+    underrun: bool
     tick_error_ms: float
     missed_ticks: int
 
@@ -86,11 +86,11 @@ class RunTrace:
             self.stages_ms[f"infer/{stage}"].append(value_ms)
 
     def add_tick(
-        self, measured: np.ndarray, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int = 0, starved: bool = False
+        self, measured: np.ndarray, target: np.ndarray, commanded: np.ndarray, sent_s: float, age_ticks: int = 0, underrun: bool = False
     ) -> None:
         """Note what the policy wanted and what was sent (J,), and the pose (J,) measured at the same tick (not yet moved by it).
 
-        `age_ticks`: ticks since the observation behind the target. `starved`: it was only the last one held.
+        `age_ticks`: ticks since the observation behind the target. `underrun`: it was only the last one held.
         """
         columns = self._columns
         columns.time_s.append(sent_s - self.began_s)
@@ -99,13 +99,13 @@ class RunTrace:
         columns.target.extend(target.tolist())
         columns.commanded.extend(commanded.tolist())
         columns.age_ticks.append(age_ticks)
-        columns.starved.append(starved)
+        columns.underrun.append(underrun)
 
     def __len__(self) -> int:
         return len(self._columns.time_s)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return time_s float64 (T,), episode and age_ticks int64 (T,), starved bool (T,), measured, target, commanded float64 (T, J), chunk_starts
+        """Return time_s float64 (T,), episode and age_ticks int64 (T,), underrun bool (T,), measured, target, commanded float64 (T, J), chunk_starts
         int64."""
         columns, joints = self._columns, len(self.joint_names)
         table = {name: np.array(getattr(columns, name)).reshape(-1, joints) for name in ("measured", "target", "commanded")}
@@ -113,7 +113,7 @@ class RunTrace:
             "time_s": np.array(columns.time_s),
             "episode": np.array(columns.episode, np.int64),
             "age_ticks": np.array(columns.age_ticks, np.int64),
-            "starved": np.array(columns.starved, bool),
+            "underrun": np.array(columns.underrun, bool),
             **table,
             "chunk_starts": np.array([chunk.first_tick for chunk in self.chunks if chunk.first_tick < len(self)], np.int64),
         }
@@ -139,7 +139,7 @@ class _Columns:
     target: array[float] = field(default_factory=lambda: array("d"))
     commanded: array[float] = field(default_factory=lambda: array("d"))
     age_ticks: array[int] = field(default_factory=lambda: array("q"))
-    starved: array[int] = field(default_factory=lambda: array("b"))
+    underrun: array[int] = field(default_factory=lambda: array("b"))
 
 
 # What a run says on the terminal while it goes on: what is about to happen, how far it is, and what a dry run would have sent.
