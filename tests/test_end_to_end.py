@@ -7,15 +7,15 @@ runs the timing test for a minute and prints the report. OUTCOMES is the table f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +73,7 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     virtual_camera.build_plugin(directory)
     write_random_checkpoint(directory / "checkpoint", "tiny", resolution=(1280, 720))
     write_random_checkpoint(directory / "n1d7", "tiny", network="n1.7", frame_offsets=(-15, 0))
-    _answers(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA), float("nan"))
-    _answers(write_random_checkpoint(directory / "pushing", "tiny", resolution=CAMERA), 100.0)
+    _answers_nan(write_random_checkpoint(directory / "poisoned", "tiny", resolution=CAMERA))
     command = [sys.executable, "-m", "gr00t_fast", "bus", f"--link={directory / 'port'}", f"--write_calibration={directory}"]
     bus = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert "Virtual servo bus" in bus.stdout.readline()
@@ -92,12 +91,10 @@ def _fresh(stand: Stand) -> None:
     virtual_camera.write_camera(stand.directory, 0, picture)
 
 
-def _answers(checkpoint: Path, number: float) -> None:
-    """A network whose last layer says the same number, whatever it sees: NaN, or always the highest action of each joint."""
+def _answers_nan(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     weights = load_file(file)
-    weights["action_head.action_decoder.layer2.W"][:] = 0
-    weights["action_head.action_decoder.layer2.b"][:] = number
+    weights["action_head.action_decoder.layer2.b"][:] = float("nan")
     save_file(weights, file)
 
 
@@ -123,11 +120,8 @@ def _finish(program: subprocess.Popen[str], within_s: float = 60.0) -> str:
         program.kill()
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["plain", "recorded and displayed"])
-def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand, kept: bool, tmp_path: Path) -> None:
-    if kept:
-        pytest.importorskip("datasets")
-        pytest.importorskip("rerun")
+def test_the_clock_is_kept_and_the_camera_is_resized(stand: Stand, tmp_path: Path) -> None:
+    kept = all(importlib.util.find_spec(package) for package in ("datasets", "rerun"))
     recording = (f"--record={tmp_path / 'data'}", f"--display={tmp_path / 'run.rrd'}") if kept else ()
     program = stand.start("checkpoint", f"--timeout={SOAK_S}", *recording)
     said = _finish(program, SOAK_S + 120)
@@ -169,23 +163,11 @@ def test_another_model_path_is_all_that_n1d7_needs(stand: Stand) -> None:
     assert stand.report()["run"]["ticks"] > 10
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def test_a_server_with_n1d7_drives_the_arm(stand: Stand) -> None:
     for package in ("msgpack", "zmq"):  # not among those of the tests with lerobot 0.6
         pytest.importorskip(package)
-    command = [
-        sys.executable,
-        "-m",
-        "gr00t_fast.serving",
-        f"--model_path={stand.directory / 'n1d7'}",
-        f"--port={_free_port()}",
-        "--device=cpu",
-        "--precision=fp32",
-    ]
+    address = f"--address=ipc://{stand.directory}/server"
+    command = [sys.executable, "-m", "gr00t_fast.serving", f"--model_path={stand.directory / 'n1d7'}", address, "--device=cpu", "--precision=fp32"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = server.stdout.readline().split()[-1]
@@ -203,9 +185,9 @@ class Outcome:
     exit_code: int
     says: str  # must stand in the program's output
     torque_off: tuple[str, ...] = SO100_JOINTS
-    event: str | None = None  # must be counted in the report
-    checkpoint: str = "checkpoint"
-    flags: tuple[str, ...] = field(default_factory=lambda: ("--timeout=4",))
+    events: tuple[str, ...] = ()  # must be counted in the report
+    controller: str = "sync"
+    flags: tuple[str, ...] = ()
 
 
 def _camera(state: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
@@ -226,14 +208,15 @@ def _signal(number: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
 
 
 _OTHERS = tuple(joint for joint in SO100_JOINTS if joint != "elbow_flex")
-OUTCOMES = {
-    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "torque off; safe", flags=())),
-    "SIGTERM": (_signal(signal.SIGTERM), Outcome(143, "torque off; safe", flags=())),
-    "servo silent for good": (_bus("inject silent:servo=3"), Outcome(1, "error:", torque_off=_OTHERS, flags=())),
-    "bad checksums now and then": (_bus("inject flip:rate=0.002"), Outcome(0, "torque off; safe", event="read_retry")),
-    "cable out and in again": (_bus("unplug", "replug"), Outcome(0, "torque off; safe", event="reconnect", flags=("--timeout=6",))),
-    "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:", flags=())),
-    "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", flags=())),
+OUTCOMES = {  # in test_put_down.py, without a program of its own, the rest of the table
+    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "torque off; safe", controller="threaded")),
+    "servo silent for good": (_bus("inject silent:servo=3"), Outcome(1, "error:", torque_off=_OTHERS)),
+    "bad checksums, and the cable out and in again": (
+        _bus("inject flip:rate=0.002", "unplug", "replug"),
+        Outcome(0, "torque off; safe", events=("read_retry", "reconnect"), controller="threaded", flags=("--timeout=6",)),
+    ),
+    "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:")),
+    "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", controller="threaded")),
 }
 
 
@@ -247,39 +230,17 @@ def test_a_network_that_answers_nan_never_gets_the_arm(stand: Stand) -> None:
     assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
 
 
-@pytest.mark.parametrize("controller", ["sync", "threaded"])
 @pytest.mark.parametrize("fault", OUTCOMES)
-def test_every_fault_has_its_outcome(stand: Stand, fault: str, controller: str) -> None:
+def test_every_fault_has_its_outcome(stand: Stand, fault: str) -> None:
     act, expected = OUTCOMES[fault]
-    program = stand.start(expected.checkpoint, f"--controller={controller}", *expected.flags)
-    said = ""
-    if act is not None:
-        said = _wait_until_moving(stand, program)
-        act(stand, program)
+    program = stand.start("checkpoint", f"--controller={expected.controller}", *expected.flags)
+    said = _wait_until_moving(stand, program)
+    act(stand, program)
     said += _finish(program)
     assert program.returncode == expected.exit_code, said
     assert expected.says in said
     assert "Traceback" not in said
     torque = stand.torque()
     assert {joint: torque[joint] for joint in expected.torque_off} == dict.fromkeys(expected.torque_off, 0), said
-    if expected.event:
-        assert stand.report()["events"].get(expected.event, 0) > 0, stand.report()["events"]
-
-
-@pytest.mark.parametrize("protected", [True, False])
-def test_a_blocked_joint_is_held_before_its_servo_trips(stand: Stand, protected: bool) -> None:
-    """All goals are far ahead of where the arm starts; the elbow cannot turn."""
-    stand.command("inject blocked:servo=3")
-    flags = () if protected else ("--stall_after_s=null",)
-    program = stand.start("pushing", "--timeout=8", "--max_following_error_deg=null", *flags)
-    said = _finish(program, 90)
-    assert program.returncode == 0, said
-    report = stand.report()
-    assert report["landing"]["safe"], said
-    assert (report["events"].get("servo_overload", 0) == 0) == protected, said
-    assert list(report["safety"]["stalled"]) == (["elbow_flex"] if protected else [])
-    assert ("joint elbow_flex is blocked" in said) == protected
-    run = np.load(stand.directory / "out" / "run.npz")
-    elbow, others = run["commanded"][-1][2], run["measured"][-1][[0, 1, 3, 4]]
-    assert np.all(others > 60), "the others went on"
-    assert abs(elbow - run["measured"][-1][2]) < 0.5 if protected else elbow > 40
+    counted = stand.report()["events"]
+    assert all(counted.get(event, 0) > 0 for event in expected.events), counted

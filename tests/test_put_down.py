@@ -33,7 +33,7 @@ from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.session import Session
-from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError, UnsafeActionError
+from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError
 from gr00t_fast.robots.sim.simulation import ScenePlant
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus
 from gr00t_fast.robots.virtual_bus.servo import to_units
@@ -217,26 +217,23 @@ def torque_lost(stand: Stand) -> None:
 
 PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exception] | int]] = {  # what happens, options, raised or exit code
     "time limit": (lambda stand: None, {"timeout_s": 1.2}, 0),
-    "a key, a closed window": (lambda stand: stand.stop.request("Esc"), {}, 0),
-    "Ctrl-C": (signals(signal.SIGINT), {}, 130),
-    "SIGTERM": (signals(signal.SIGTERM), {}, 143),
-    "closed terminal": (signals(signal.SIGHUP), {}, 129),
-    "policy raises": (answers(raises(ValueError("a bug"))), {}, ValueError),
-    "policy answers NaN": (answers(lambda targets: targets * np.nan), {}, UnsafeActionError),
-    "inference hangs, sync": (hangs, {}, InferenceTimeoutError),
     "inference hangs, threaded": (hangs, {"controller": "threaded"}, InferenceTimeoutError),
     "camera late or gone": (lambda stand: stand.camera.disconnect(), {}, CameraError),
-    "disk full": (disk_full, {}, OSError),
-    "recorder failed": (lambda stand: stand.stop.request("the recording has ended", 1), {}, 1),
     "recorder hangs": (lambda stand: None, {"timeout_s": 1.5, "episodes": 2, "recorder_hangs": True}, 1),
     "a joint blocked on its way up": (lambda stand: stand.bus.inject("blocked:servo=3,side=-1"), {"timeout_s": 3.0}, 0),
     "bad line": (lambda stand: stand.bus.inject("flip:rate=0.005"), {"timeout_s": 2.5}, 0),
     "cable out and in again": (lambda stand: stand.bus.inject("unplug:for_s=0.3"), {"timeout_s": 2.5}, 0),
+    "a stop while the cable is out": (lambda stand: cable_out_and_stop(stand, 1.0), {}, 130),
+    "a stop of a quick run on a slow line": (signals(signal.SIGTERM), {"fps": 200.0, "usb_latency_ms": 25.0}, 143),
+    "a stop of a slow run": (signals(signal.SIGINT), {"fps": 2.0}, 130),
+    "lerobot's own step limit": (lambda stand: None, {"max_relative_target": 2.0, "timeout_s": 2.5}, 0),
 }
-PUT_DOWN["a quick run on a slow line"] = (signals(signal.SIGINT), {"fps": 200.0, "usb_latency_ms": 25.0}, 130)
-PUT_DOWN["a slow run"] = (signals(signal.SIGINT), {"fps": 2.0}, 130)
-PUT_DOWN["lerobot's own step limit"] = (lambda stand: None, {"max_relative_target": 2.0, "timeout_s": 4.0}, 0)
-PUT_DOWN["a stop while the cable is out"] = (lambda stand: cable_out_and_stop(stand, 1.0), {}, 130)
+RANDOM = {  # the rest of what ends a run is shown in virtual time, tests/test_homing.py
+    **{name: PUT_DOWN[name][0] for name in ("inference hangs, threaded", "camera late or gone")},
+    **{number.name: signals(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
+    "policy raises": answers(raises(ValueError("a bug"))),
+    "disk full": disk_full,
+}
 AT_ONCE = {
     "second stop": (signals(signal.SIGINT, signal.SIGINT), 130),
     "servo silent": (lambda stand: stand.bus.inject("silent:servo=3"), RobotError),
@@ -281,10 +278,9 @@ def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: 
         assert not stand.powered
 
 
-@pytest.mark.parametrize("off", [{"stall_after_s": None}, {"max_following_error_deg": None}])
-def test_a_joint_that_is_blocked_on_the_way_down_is_not_pushed(off: dict[str, None], tmp_path: Path) -> None:
+def test_a_joint_that_is_blocked_on_the_way_down_is_not_pushed(tmp_path: Path) -> None:
     """Also where the run itself has no such protection: nobody may be looking."""
-    with standing(tmp_path, safety=SafetyOptions(**off)) as stand:
+    with standing(tmp_path, safety=SafetyOptions(stall_after_s=None, max_following_error_deg=None)) as stand:
         pushes: list[float] = []
 
         def act(stand: Stand) -> None:
@@ -296,9 +292,9 @@ def test_a_joint_that_is_blocked_on_the_way_down_is_not_pushed(off: dict[str, No
                 time.sleep(0.02)
 
         assert stand.run(act) is None
-        tell(f"blocked on its way down, {off}", stand, None)
+        tell("a joint blocked on its way down", stand, None)
         assert [line for line in stand.said if "elbow_flex is blocked" in line]
-        assert max(pushes) < 20, "15 while it stands still"
+        assert "servo_overload" not in stand.arm.events
         assert pushes[-5] < 3, "held where it stands"
         assert np.abs(stand.let_go - stand.lay)[[0, 1, 3, 4, 5]].max() < NEAR_DEG, "the others go on"
         assert not stand.powered
@@ -333,11 +329,10 @@ def test_an_arm_that_was_found_powered_is_left_where_it_stands(dry_run: bool, tm
 
 def test_random_stops_find_the_arm_where_it_lay(tmp_path: Path) -> None:
     rng, worst = random.Random(1), 0.0
-    kinds = ["Ctrl-C", "SIGTERM", "closed terminal", "camera late or gone", "policy raises", "inference hangs, sync", "disk full"]
     for number in range(STOPS):
-        fault, after_s = rng.choice(kinds), rng.uniform(0, 2.5)
+        fault, after_s = rng.choice([*RANDOM]), rng.uniform(0, 2.5)
         with standing(tmp_path, controller=rng.choice(["sync", "threaded"])) as stand:
-            stand.run(PUT_DOWN[fault][0], after_s)
+            stand.run(RANDOM[fault], after_s)
             worst = max(worst, stand.away_deg)
             assert stand.away_deg < NEAR_DEG, (number, fault, after_s, stand.said)
             assert not stand.powered, (number, fault, after_s)

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from control_fakes import Bench
 
-from gr00t_fast.control.keys import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys
-from gr00t_fast.control.session import Session
+from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys, Session
 from gr00t_fast.control.worker import ThreadWorker
 from gr00t_fast.errors import ObservationError, RobotError
 
