@@ -28,7 +28,6 @@ from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, S
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
-from gr00t_fast.control.keys import Keys, keys_obstacle
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
@@ -36,8 +35,7 @@ from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.rerun_view import display_target, display_view
-from gr00t_fast.control.session import HELP as KEYS_HELP
-from gr00t_fast.control.session import Session
+from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle
 from gr00t_fast.control.trace import summary
 from gr00t_fast.control.views import View, video_view, window_view
 from gr00t_fast.errors import ConfigError, ServerUnreachableError, check_ranges
