@@ -33,7 +33,7 @@ from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
-from gr00t_fast.control.preflight import check_before_connecting
+from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command
 from gr00t_fast.flags import UsageError
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, SO100SimConfig
@@ -389,7 +389,7 @@ def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows
     specs = {name: CameraSpec(camera.width, camera.height, camera.fps) for name, camera in config.cameras.items()}
     unit = "degrees" if config.robot.use_degrees else "range_m100_100"  # type: ignore[union-attr]  # there is one
     robot: Any = SimpleNamespace(cameras=specs, joint_names=SO100_JOINTS, joint_unit=unit)
-    found = check_before_connecting(robot, metadata, config.fps, config.camera_map, config.action_horizon)
+    found = Preflight(robot, metadata).look(config.fps, config.camera_map, config.action_horizon)
     for state, texts in (("fail", [*found.impossible, *found.problems]), ("warn", found.warnings), ("ok", found.notes)):
         for text in texts:
             rows.add("fit", text, state=state)
