@@ -137,55 +137,81 @@ def test_current_counts_as_load_does() -> None:
     assert arm.held == ["elbow_flex"]
 
 
-# What is no stall
-
-
-def test_a_fast_start_is_none() -> None:
+def fast_start(arm: Arm) -> None:
     """Full drive from rest and all the way, at 30 degrees a second."""
-    arm = Arm()
     arm.push[:] = 100.0
     for tick in range(90):
         arm.play(START + np.minimum(tick, 90.0) * np.array([1, 1, 1, 1, 1, 0.5]))
-    assert not arm.said
 
 
-def test_holding_a_weight_at_the_goal_is_none() -> None:
-    arm = Arm()
-    arm.push[:] = 90.0
-    arm.blocked[1] = True
-    arm.play(ahead(1, 2.5), ticks=300)  # sagged by as much as gravity and friction leave
-    assert not arm.said
-
-
-def test_sagging_under_a_weight_that_needs_half_the_drive_is_none() -> None:
-    arm = Arm()
-    arm.blocked[1] = True
-    arm.push[1] = 50.0
-    arm.play(ahead(1, 11.0), ticks=300)
-    assert not arm.said
-
-
-def test_lying_on_a_stop_short_of_the_goal_is_none() -> None:
-    arm = Arm()
-    arm.blocked[:] = True
-    arm.play(START + [0, -8, 8, 8, 0, 0], ticks=300)  # 37 %
-    assert not arm.said
-
-
-def test_a_slow_joint_is_none() -> None:
-    arm = Arm()
-    arm.push[:] = 95.0
-    arm.blocked[:] = True
+def slow_joint(arm: Arm) -> None:
+    arm.push[:], arm.blocked[:] = 95.0, True
     for tick in range(600):
         arm.joints[ELBOW] = 0.1 * tick  # 3 degrees a second
         arm.play(ahead(ELBOW, 100.0))
-    assert not arm.said
 
 
-def test_a_gripper_that_holds_something_is_none() -> None:
+def push_now_and_then(arm: Arm) -> None:
+    """Hard at every other reading, 0.8 s apart: a joint that is about to move."""
+    arm.blocked[ELBOW] = True
+    for tick in range(120):
+        arm.push[ELBOW] = 95.0 if (tick + 1) // POLL_TICKS % 2 else 20.0
+        arm.play(ahead(ELBOW, 12))
+
+
+def readings_from_before_an_episode(arm: Arm) -> None:
+    arm.blocked[ELBOW] = True
+    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
+    arm.safety.start(arm.joints)
+    arm.ticks += 60 - arm.ticks % POLL_TICKS
+    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
+
+
+def target_to_and_fro(arm: Arm) -> None:
+    """Each chunk in another direction."""
+    arm.blocked[ELBOW], arm.push[ELBOW] = True, 95.0
+    for tick in range(300):
+        arm.play(ahead(ELBOW, 14.0 if tick // 15 % 2 else -14.0))
+
+
+def always_full_load(arm: Arm) -> None:
+    """A servo that reports nonsense, of an arm that follows."""
+    arm.push[:], arm.current_ma = 102.3, 1e9
+    for tick in range(300):
+        arm.play(START + 40 * np.sin(tick / 20) * np.array([1, 1, 1, 1, 1, 0]))
+    arm.play(START, ticks=120)
+
+
+def stands(offset: np.ndarray, push: float | None = None, ticks: int = 300):
+    """Joints with a goal that far ahead stand still, and push with so many per cent, or as a servo does."""
+
+    def act(arm: Arm) -> None:
+        arm.blocked = offset != 0
+        if push is not None:
+            arm.push[arm.blocked] = push
+        arm.play(START + offset, ticks=ticks)
+
+    return act
+
+
+NO_STALL = {
+    "a fast start": fast_start,
+    "a slow joint": slow_joint,
+    "a push now and then": push_now_and_then,
+    "readings from before an episode": readings_from_before_an_episode,
+    "a target to and fro about the joint": target_to_and_fro,
+    "always full load": always_full_load,
+    "a weight held at the goal, sagged as gravity and friction leave it": stands(np.array([0, 2.5, 0, 0, 0, 0]), 90.0),
+    "sagging under a weight that needs half the drive": stands(np.array([0, 11.0, 0, 0, 0, 0]), 50.0),
+    "lying on a stop short of the goal": stands(np.array([0.0, -8, 8, 8, 0, 0])),  # 37 %
+    "a gripper that holds something": stands(np.array([0, 0, 0, 0, 0, -40.0]), ticks=600),
+}
+
+
+@pytest.mark.parametrize("what", NO_STALL)
+def test_what_is_no_stall(what: str) -> None:
     arm = Arm()
-    arm.blocked[GRIPPER] = True
-    arm.play(ahead(GRIPPER, -40), ticks=600)
+    NO_STALL[what](arm)
     assert not arm.said
 
 
@@ -199,43 +225,6 @@ def test_one_reading_is_none_however_old_it_gets() -> None:
     except UnsafeActionError as error:
         assert "elbow_flex" in str(error), "the limit for arms without such readings"  # noqa: PT017
     assert arm.safety.blocked.count[ELBOW] == 0
-
-
-def test_a_push_now_and_then_is_none() -> None:
-    """Hard at every other reading, 0.8 s apart: a joint that is about to move."""
-    arm = Arm()
-    arm.blocked[ELBOW] = True
-    for tick in range(120):
-        arm.push[ELBOW] = 95.0 if (tick + 1) // POLL_TICKS % 2 else 20.0
-        arm.play(ahead(ELBOW, 12))
-    assert not arm.said
-
-
-def test_readings_from_before_an_episode_are_none() -> None:
-    arm = Arm()
-    arm.blocked[ELBOW] = True
-    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
-    arm.safety.start(arm.joints)
-    arm.ticks += 60 - arm.ticks % POLL_TICKS
-    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
-    assert not arm.said
-
-
-def test_a_target_to_and_fro_about_the_joint_is_none() -> None:
-    arm = Arm()
-    arm.blocked[ELBOW], arm.push[ELBOW] = True, 95.0
-    for tick in range(300):
-        arm.play(ahead(ELBOW, 14.0 if tick // 15 % 2 else -14.0))  # each chunk in another direction
-    assert not arm.said
-
-
-def test_a_servo_that_always_reports_full_load_does_not_stop_an_arm_that_follows() -> None:
-    arm = Arm()
-    arm.push[:], arm.current_ma = 102.3, 1e9
-    for tick in range(300):
-        arm.play(START + 40 * np.sin(tick / 20) * np.array([1, 1, 1, 1, 1, 0]))
-    arm.play(START, ticks=120)
-    assert not arm.said
 
 
 @pytest.mark.parametrize("options", [{"stall_after_s": None}, {"stall_load_percent": None, "stall_current_ma": None}])
