@@ -97,7 +97,7 @@ TABLE = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_fault(row: Row, tmp_path: Path) -> None:
     with VirtualBus(seed=3) as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=0.6)
+        arm = make_arm(bus, tmp_path, reconnect_s=0.6, connect_attempts=2)
         if row.when == "connect":
             bus.inject(row.fault)
         if isinstance(row.outcome, Stops):

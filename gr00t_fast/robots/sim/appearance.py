@@ -189,13 +189,11 @@ def _base() -> list[Part]:
 
 
 def _shoulder() -> list[Part]:
-    cheek = np.array([(0.0435, -0.018), (0.0435, 0.036), (0.06, 0.046), (0.1, 0.047), (0.116, 0.038), (0.117, 0.022), (0.1, 0.012), (0.07, -0.01)])[
-        ::-1
-    ]
+    cheek = np.array([(0.0435, -0.018), (0.0435, 0.036), (0.06, 0.046), (0.1, 0.047), (0.116, 0.038), (0.117, 0.022), (0.1, 0.012), (0.07, -0.01)])
     return [
         _part("shoulder", "metal", disc(0.024, 0.003, 24), (0, 0.0345, 0), ALONG_Y),
         _part("shoulder", "print", box(0.0265, 0.003, 0.028, 0.0015), (0, 0.041, 0.010)),
-        *[_part("shoulder", "print", plate(cheek[::-1], 0.002), (side * 0.0205, 0, 0), ALONG_X) for side in (-1, 1)],
+        *[_part("shoulder", "print", plate(cheek, 0.002), (side * 0.0205, 0, 0), ALONG_X) for side in (-1, 1)],
         _part("shoulder", "servo", box(_SERVO_DEPTH, _SERVO_LONG, _SERVO_SHORT), (0, 0.0905, 0.0306)),
     ]
 
@@ -273,7 +271,7 @@ def _jaw() -> list[Part]:
             (-0.0083, -0.028),
             (-0.0083, -0.056),
         ]
-    )[::1]
+    )
     return [
         _part("moving_jaw", "print", plate(finger, 0.0095, 0.0018), (0, 0, 0)),
         *[

@@ -1,6 +1,6 @@
 """What the product does, as bytes: recorded before a refactoring, recorded again after each step, and compared.
 
-    python tests/golden/behaviour/record.py [--only=actions,control,bus,wire,exports,dataset]
+    python tests/golden/behaviour/record.py [--only=actions,control,bus,wire,exports,dataset,pictures]
     git diff --stat tests/golden/behaviour
 
 Each section writes one JSON file beside this script: a name for every array, file or message, with its digest and, of arrays, shape and first values.
@@ -269,7 +269,28 @@ def dataset() -> Iterator[Record]:
                 yield f"{file.name}/{name}", np.asarray(column)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {section.__name__: section for section in (actions, exports, control, bus, wire, dataset)}
+# The simulated arm: what its cameras see, and where its joints are. The demo's network was trained with exactly these pictures.
+
+
+def pictures() -> Iterator[Record]:
+    from gr00t_fast.robots.sim.expert import expert
+    from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, TICK_S, Simulation
+
+    for task in ("reach", "place"):
+        simulation = Simulation(task, seed=3)
+        for tick, targets in enumerate(expert(simulation)):
+            if tick % 20 == 0:
+                yield f"{task}/{tick}/joints", simulation.joints_deg
+                for view in CAMERA_VIEWS:
+                    yield f"{task}/{tick}/{view}", simulation.render(view)
+                    yield f"{task}/{tick}/{view}, small and smooth", simulation.render(view, 160, 120, samples=2)
+            simulation.set_targets(targets)
+            simulation.advance(TICK_S)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {
+    section.__name__: section for section in (actions, exports, control, bus, wire, dataset, pictures)
+}
 
 
 def main(arguments: list[str]) -> None:
