@@ -305,11 +305,12 @@ def test_the_client_never_hangs(words: Any) -> None:
             for _ in range(2):
                 with pytest.raises(ServerUnreachableError, match=f"127.0.0.1:{port}"):
                     client.get_action(observation())
-            assert not client.ping(timeout_s=0.2)
+            for _ in range(100):  # while sockets that were given up are still being closed
+                assert not client.ping(timeout_s=0.005)
         for call in range(30):  # closed in the middle of whatever ZeroMQ's thread is doing
             with PolicyClient(port=port) as client:
                 assert not client.ping(timeout_s=0.001 * call)
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 20
         listener.close()
 
 

@@ -7,6 +7,7 @@ a late answer is not taken for the next request's. A connection that breaks is s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from types import TracebackType
@@ -64,6 +65,7 @@ class PolicyClient(Policy):
         self.last_timing = {}
         self.connection = 0  # another number whenever it broke: what answers now may be another server than before
         self._encoder = Encoder()
+        self._connections = itertools.count()
         self._n1d7: bool | None = None  # whether the server speaks N1.7's protocol, once it was asked
         self._context = self._zmq.Context()
         try:
@@ -238,7 +240,7 @@ class PolicyClient(Policy):
             (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
         ):
             self._socket.setsockopt(option, value)
-        events_address = f"inproc://events-{id(self._socket)}"
+        events_address = f"inproc://events-{next(self._connections)}"  # never one again: ZeroMQ gives it back some time after a socket was closed
         self._socket.monitor(events_address, zmq.EVENT_DISCONNECTED)
         self._monitor = self._context.socket(zmq.PAIR)
         self._monitor.setsockopt(zmq.RCVHWM, 0)  # ZeroMQ's own thread, which writes, would block when it is full
