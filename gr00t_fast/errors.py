@@ -28,7 +28,7 @@ class Gr00tFastError(Exception):
 
 
 class ConfigError(Gr00tFastError, ValueError):
-    """A flag, configuration file or model configuration holds a value that cannot be used."""
+    """A flag, configuration file or model configuration holds a value that cannot be used: exit code 2. Not raised while an arm moves."""
 
 
 class CheckpointError(Gr00tFastError, ValueError):
@@ -86,7 +86,7 @@ class ServerUnreachableError(ServerError):
 
 
 class RecordingError(Gr00tFastError, RuntimeError):
-    """A data set cannot be written any more: the disk is full, a camera changed, or the process that writes it has ended."""
+    """What a run leaves cannot be written any more: the disk is full, a camera changed, or the process that writes it has ended."""
 
 
 class MissingExtraError(Gr00tFastError, ImportError):
@@ -132,10 +132,10 @@ def install_command(extra: str = "") -> str:
     return f"pip install -e '.{bracket}' -c constraints{'-py312' if with_06 else ''}.txt (in the clone)"
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string when nothing is near."""
-    match = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean '{match[0]}'?" if match else ""
+def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `known`, shown with `prefix`, or an empty string when none is a slip of the keys away."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.66 if len(word) <= 4 else 0.75)
+    return f" Did you mean '{prefix}{match[0]}'?" if match else ""
 
 
 def check_ranges(options: object, **ranges: tuple[float, float]) -> None:

@@ -113,8 +113,8 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 
     A named pipe without a writer would hold the program up for ever, a device never ends: both are refused.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        _check_regular(path, os.fstat(file.fileno()), max_bytes)
+    _check_regular(path, os.stat(path), max_bytes)
+    with open(path, "rb") as file:
         content = file.read(max_bytes)
     if content.startswith(LFS_POINTER):
         raise ValueError(LFS_REMEDY)

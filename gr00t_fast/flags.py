@@ -4,8 +4,6 @@
     class BenchConfig(Flags):
         '''What the program does, in a paragraph; printed by --help.'''
 
-        GROUP = "timing"  # heading in --help of the fields that this class declares
-
         out: Path  # directory to make; a field without a default is required
         rounds: int = 100  # timed calls of each engine
 
@@ -13,8 +11,8 @@
     print(help_text(BenchConfig, "usage: ..."))         # every flag with its values, default and the comment behind its field
 
 One dialect: `--name=value`, `--name value`, bare `--switch` and `--no-switch`, dashes and underscores alike. Lists are `--name A B`, `--name=A,B` or
-the flag again; sizes are `--name 640 480` or `--name=640x480`. Text and paths are taken literally, mappings are YAML. `--config_path` names a YAML
-file, or the report of an earlier run, that comes below the command line.
+the flag again. Text and paths are taken literally, mappings are YAML. `--config_path` names a YAML file, or the report of an earlier run, that comes
+below the command line.
 
 A field that is a dataclass contributes its fields as flags; one that is a `Choice`, such as a robot, contributes `<field>.type` and
 `<field>.<setting>` of all its classes. Everything is read with the standard library; YAML is imported when a value or a file needs it.
@@ -23,6 +21,7 @@ A field that is a dataclass contributes its fields as flags; one that is a `Choi
 from __future__ import annotations
 
 import ast
+import collections.abc
 import dataclasses
 import functools
 import inspect
@@ -32,17 +31,18 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.files import read_json, read_text
+from gr00t_fast.files import parse_json, read_text
 
 T = TypeVar("T")
 Kind = Literal["text", "path", "bool", "choice", "whole", "number", "list", "yaml"]
 CONFIG_FLAG = "config_path"
+OUTPUTS = "outputs"  # the group of what a program leaves
 _TRUE, _FALSE, _NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("null", "none", "~")
 _WIDTH, _INDENT = 92, 34
 
@@ -81,17 +81,24 @@ _FLAGS_OF_OTHERS = {
     "inference.": "Use --controller=threaded --smoothing=rtc for real-time chunking.",
     "teleop.": "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.",
 }
+# Names that lerobot had for an arm before version 0.2 -> as it is called since.
+_WORDS_OF_OTHERS = {"so100": "so100_follower", "so101": "so101_follower"}
 
 
 class UsageError(ConfigError):
-    """A flag or configuration file that cannot be understood; programs exit with code 2."""
+    """A command line or configuration file that cannot be understood, found before anything was done."""
 
 
 class Flags:
-    """Base of configurations. COMMON: names that --help shows, the rest under --help-all; empty: all."""
+    """Base of configurations. GROUP: heading in --help of the fields that the class declares. COMMON: names that --help shows, the rest under
+    --help-all; empty: all."""
 
     GROUP: ClassVar[str] = "flags"
     COMMON: ClassVar[tuple[str, ...]] = ()
+
+    def missing(self) -> Iterator[tuple[str, str]]:
+        """Flags without which there is nothing to do and that were not given, and what each is. Overridden, it yields from `super().missing()`."""
+        yield from ()
 
     def check(self) -> None:
         """Raises ConfigError for values that cannot be used, alone or together. Overridden, it calls `super().check()`."""
@@ -102,40 +109,24 @@ class Flags:
 
 
 class Choice:
-    """Base of dataclasses that a configuration chooses between by `type`."""
+    """Base of dataclasses that a configuration chooses between by `type`: `class Camera(Choice)` and then `class Webcam(Camera, type="webcam")`."""
 
-    RENAMED: ClassVar[Mapping[str, str]] = {}  # names that a choice had elsewhere -> its name here, for the error message
-    _known: ClassVar[dict[str, type]]
+    types: ClassVar[dict[str, type]]
+    type_name: ClassVar[str] = ""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, type: str = "") -> None:
         if Choice in cls.__bases__:
-            cls._known = {}
-
-    @classmethod
-    def register_subclass(cls, name: str) -> Callable[[type[T]], type[T]]:
-        """A class decorator."""
-
-        def register(subclass: type[T]) -> type[T]:
-            cls._known[name] = subclass
-            return subclass
-
-        return register
-
-    @classmethod
-    def get_known_choices(cls) -> Mapping[str, type]:
-        return cls._known
-
-    @classmethod
-    def get_choice_name(cls, subclass: type) -> str:
-        return next(name for name, known in cls._known.items() if known is subclass)
+            cls.types = {}
+        if type:
+            cls.types[type], cls.type_name = cls, type
 
 
-def setting(default: Any = MISSING, *, default_factory: Any = MISSING, bare: Any = None, whole_words: bool = False) -> Any:
+def setting(default: Any = MISSING, *, default_factory: Any = MISSING, bare: Any = None, whole_words: bool = False, flag: bool = True) -> Any:
     """A field of a configuration with more to it than a type and a default.
 
-    bare: what `--name` without a value means. whole_words: of a list, a value is one item, commas and all.
+    bare: what `--name` without a value means. whole_words: of a list, a value is one item, commas and all. flag: whether the field is a flag.
     """
-    metadata = {"bare": bare, "whole_words": whole_words}
+    metadata = {"bare": bare, "whole_words": whole_words, "flag": flag}
     if default_factory is not MISSING:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -149,9 +140,8 @@ class Flag:
     hint: Any
     default: Any  # MISSING: required
     help: str
-    group: str = "flags"
+    group: str = Flags.GROUP
     owners: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `setting`
 
     @property
@@ -162,19 +152,24 @@ class Flag:
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
     """Return the checked configuration and notes for the user. Raises UsageError with one line that names flag, value and remedy.
 
-    file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for `not_from_file`. A
-    file with a setting that only the other program has is of that one.
+    file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for what that program
+    leaves, and `not_from_file`. A file with a setting that only the other program has is of that one.
     """
     table = {flag.name: flag for flag in flags_of(config_class)}
-    given = _read_command_line(argv, table)
+    more = "See --help-all." if getattr(config_class, "COMMON", ()) else "See --help."
+    given = _read_command_line(argv, table, more)
     path = given.pop(CONFIG_FLAG, None)
     also = {} if file_of is None else {flag.name: flag for flag in flags_of(file_of)}
-    from_file = {} if path is None else _read_file(path, table, also, {*not_from_file, *given})
-    notes = _let_new_type_win(from_file, given, table)
+    from_file = {} if path is None else _read_file(path, table, also, {*not_from_file, *given}, more)
     settings = {**from_file, **given}
-    _check_owners(settings, table)
+    notes = _settle_types(settings, given, table)
+    missing: dict[str, str] = {}
     try:
-        config = _build(config_class, settings, table)
+        config = _build(config_class, settings, table, missing)
+        if isinstance(config, Flags):
+            missing |= dict(config.missing())
+        if missing:
+            raise UsageError(" ".join(f"--{name} is missing: {what.rstrip('.')}." for name, what in missing.items()))
         if isinstance(config, Flags):
             config.check()
             notes += config.notes()
@@ -188,7 +183,7 @@ def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None
 def flags_of(config_class: type) -> Iterator[Flag]:
     """Every flag of a dataclass."""
     yield from _flags_below(config_class)
-    yield Flag(CONFIG_FLAG, Path, None, "YAML file with any of these settings, or report.json of an earlier run; flags win", "outputs")
+    yield Flag(CONFIG_FLAG, Path, None, "YAML file with any of these settings, or report.json of an earlier run; flags win", OUTPUTS)
 
 
 def _flags_below(config_class: type) -> Iterator[Flag]:
@@ -197,7 +192,7 @@ def _flags_below(config_class: type) -> Iterator[Flag]:
         if _is_choice(inner):
             yield from _choice_flags(flag, inner)
         elif dataclasses.is_dataclass(inner):
-            yield from _flags_below(typing.cast(type, inner))
+            yield from (dataclasses.replace(each, group=flag.group) for each in _flags_below(typing.cast(type, inner)))
         else:
             yield flag
 
@@ -205,22 +200,36 @@ def _flags_below(config_class: type) -> Iterator[Flag]:
 def settings_of(config: Any) -> dict[str, Any]:
     """The configuration as JSON-ready values that `--config_path` reads again: the inverse of `parse_flags`."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for flag in _fields(type(config)):
+        value = getattr(config, flag.name)
         nested = dataclasses.is_dataclass(value) and not isinstance(value, Choice)
-        found |= settings_of(value) if nested else {field.name: _plain(value)}
+        found |= settings_of(value) if nested else {flag.name: _plain(value)}
     return found
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return {"type": value.type_name, **{name: _plain(each) for name, each in vars(value).items()}}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- --help -------------------------------------------------------------------------------------------------------------------------------
+
+
 def help_text(config_class: type, usage: str, epilog: str = "", everything: bool = False) -> str:
-    """Usage, what the dataclass says about the program, and its flags in groups; `everything`: those too that few need."""
+    """Usage, what the dataclass says about the program, and its flags in groups, its own first and outputs last; `everything`: those too that few
+    need."""
     flags, common = list(flags_of(config_class)), getattr(config_class, "COMMON", ())
     shown = [flag for flag in flags if everything or not common or flag.name in common]
     doc = config_class.__doc__ or ""
     about = "" if doc.startswith(f"{config_class.__name__}(") else inspect.cleandoc(doc)  # what dataclass writes where there is none
     lines = [usage, "", *([about, ""] if about else [])]
     lines.append("--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2")
-    for group in sorted(dict.fromkeys(flag.group for flag in shown), key=("outputs").__eq__):  # those last; all others as they are declared
+    for group in sorted(dict.fromkeys(flag.group for flag in shown), key=lambda group: (group != Flags.GROUP) + (group == OUTPUTS)):
         members = [flag for flag in shown if flag.group == group]
         most_types = max(len(flag.owners) for flag in members)
         lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
@@ -229,14 +238,38 @@ def help_text(config_class: type, usage: str, epilog: str = "", everything: bool
     return "\n".join([*lines, *(["", epilog] if epilog else [])])
 
 
+def _help_lines(flag: Flag, most_types: int) -> list[str]:
+    head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
+    only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
+    body = textwrap.wrap(f"{flag.help}{default}{only}", _WIDTH)
+    if len(head) < _INDENT and body:
+        head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
+    return [head, *(" " * _INDENT + line for line in body)]
+
+
+def _values(flag: Flag) -> str:
+    one = {"text": "TEXT", "path": "PATH", "bool": "true|false", "whole": "N", "number": "X", "yaml": "YAML"}
+    words = "|".join(map(str, _words_of(flag.hint)))
+    if flag.kind == "list":
+        return (words or one[_kind(_item_of(flag.hint))]) + ",.."
+    return words if flag.kind == "choice" else "|".join(filter(None, (one[flag.kind], words)))
+
+
+def _shown_default(flag: Flag) -> str:
+    if flag.default is MISSING:
+        return " (required)"
+    if flag.default in (None, "", {}, []) or not isinstance(flag.default, list | str | int | float | Path):
+        return ""
+    joined = ",".join(map(str, flag.default)) if isinstance(flag.default, list) else str(flag.default)
+    return f" [{joined.lower() if isinstance(flag.default, bool) else joined}]"
+
+
 # --- from a dataclass to flags ------------------------------------------------------------------------------------------------------------
 
 
 def _choice_flags(field: Flag, base: type[Choice]) -> Iterator[Flag]:
-    classes, merged = base.get_known_choices(), dict[str, Flag]()
-    yield dataclasses.replace(
-        field, name=f"{field.name}.type", hint=Literal[tuple(sorted(classes))], help=f"which {field.name}", renamed=base.RENAMED
-    )
+    classes, merged = base.types, dict[str, Flag]()
+    yield dataclasses.replace(field, name=f"{field.name}.type", hint=Literal[tuple(sorted(classes))], help=f"which {field.name}")
     for type_name, choice_class in classes.items():
         for flag in _fields(choice_class):
             known = merged.get(flag.name, dataclasses.replace(flag, name=f"{field.name}.{flag.name}", group=field.group))
@@ -249,8 +282,9 @@ def _fields(config_class: type) -> Iterator[Flag]:
     for field in dataclasses.fields(config_class):
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         declaring = next(each for each in config_class.__mro__ if field.name in inspect.get_annotations(each))
-        group = getattr(declaring, "GROUP", "flags")
-        yield Flag(field.name, hints[field.name], default, _comments(declaring).get(field.name, ""), group, extra=field.metadata)
+        group = vars(declaring).get("GROUP", Flags.GROUP)
+        if field.metadata.get("flag", True):
+            yield Flag(field.name, hints[field.name], default, _comments(declaring).get(field.name, ""), group, extra=field.metadata)
 
 
 @functools.cache
@@ -276,7 +310,7 @@ def _kind(hint: Any) -> Kind:
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
     if origin is Literal:
         return "choice"
-    if origin in (list, tuple):
+    if origin in (list, collections.abc.Sequence):
         return "list"
     if origin in (typing.Union, types.UnionType):  # a number, or a word in its place
         rest = [each for each in arguments if typing.get_origin(each) is not Literal and each is not type(None)]
@@ -293,6 +327,11 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
+def _item_of(hint: Any) -> Any:
+    """`list[X] | None` -> `X`."""
+    return typing.get_args(_without_none(hint))[0]
+
+
 def _words_of(hint: Any) -> tuple[Any, ...]:
     """`Literal["a", "b"]` -> ("a", "b"), also of a list of them; `float | Literal["auto"]` -> ("auto",)."""
     if typing.get_origin(hint) is Literal:
@@ -300,41 +339,10 @@ def _words_of(hint: Any) -> tuple[Any, ...]:
     return tuple(word for each in typing.get_args(hint) for word in _words_of(each))
 
 
-def _help_lines(flag: Flag, most_types: int) -> list[str]:
-    head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
-    only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
-    body = textwrap.wrap(f"{flag.help}{default}{only}", _WIDTH)
-    if len(head) < _INDENT and body:
-        head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
-    return [head, *(" " * _INDENT + line for line in body)]
-
-
-def _values(flag: Flag) -> str:
-    one = {"text": "TEXT", "path": "PATH", "bool": "true|false", "whole": "N", "number": "X", "yaml": "YAML"}
-    words, inner = "|".join(map(str, _words_of(flag.hint))), _without_none(flag.hint)
-    if flag.kind == "list":
-        arguments = typing.get_args(inner)
-        item = words or one[_kind(arguments[0])]
-        fixed = typing.get_origin(inner) is tuple and Ellipsis not in arguments
-        return "x".join([item] * len(arguments)) if fixed else f"{item},.."
-    return words if flag.kind == "choice" else "|".join(filter(None, (one[flag.kind], words)))
-
-
-def _shown_default(flag: Flag) -> str:
-    if flag.default is MISSING:
-        return " (required)"
-    if isinstance(flag.default, list | tuple):
-        joined = ("x" if isinstance(flag.default, tuple) else ",").join(map(str, flag.default))
-        return f" [{joined}]" if joined else ""
-    if flag.default in (None, "", {}) or not isinstance(flag.default, str | int | float | Path):
-        return ""
-    return f" [{str(flag.default).lower() if isinstance(flag.default, bool) else flag.default}]"
-
-
 # --- the command line and a file ----------------------------------------------------------------------------------------------------------
 
 
-def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag]) -> dict[str, Any]:
+def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], more: str) -> dict[str, Any]:
     """Name -> value. The last one wins; of a list they add up."""
     given: dict[str, Any] = {}
     words = list(argv)
@@ -344,24 +352,24 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag]) -> dict[s
             meant = f" Did you mean --model_path={word}?" if "model_path" in table and Path(word).exists() else ""
             raise UsageError(f"unexpected argument '{word}': flags begin with '--'; a value with spaces needs quotes.{meant}")
         written, equals, value = word[2:].partition("=")
-        flag, negated = _flag_of(written, table)
+        flag, negated = _flag_of(written, table, more)
+        if negated and equals:
+            raise UsageError(f"--{written} takes no value.")
         if flag.kind == "list":
             texts = [value] if equals else []
             while words and not words[0].startswith("--"):
                 texts.append(words.pop(0))
-            given[flag.name] = [*given.get(flag.name, []), *(each for text in texts for each in _list_words(flag, text))]
             if not texts:
                 raise UsageError(f"--{flag.name} needs values: --{flag.name}=A,B.")
+            given.setdefault(flag.name, []).extend(each for text in texts for each in _value(f"--{flag.name}", flag, text))
         elif negated:
-            if equals:
-                raise UsageError(f"--{written} takes no value.")
             given[flag.name] = False
         else:
             given[flag.name] = _from_text(flag, value) if equals else _following_value(flag, words)
-    return {name: _value(f"--{name}", table[name], value) if table[name].kind == "list" else value for name, value in given.items()}
+    return given
 
 
-def _flag_of(written: str, table: Mapping[str, Flag]) -> tuple[Flag, bool]:
+def _flag_of(written: str, table: Mapping[str, Flag], more: str) -> tuple[Flag, bool]:
     """The flag, and whether it is said with `no`."""
     name = written.replace("-", "_")
     if name in table:
@@ -370,7 +378,7 @@ def _flag_of(written: str, table: Mapping[str, Flag]) -> tuple[Flag, bool]:
         return positive, True
     if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
         raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
-    raise UsageError(f"unknown flag '--{written}'.{closest(f'--{name}', [f'--{known}' for known in (*table, 'help', 'help-all')])} See --help-all.")
+    raise UsageError(f"unknown flag '--{written}'.{closest(name, [*table, 'help'], '--')} {more}")
 
 
 def _following_value(flag: Flag, words: list[str]) -> Any:
@@ -383,68 +391,71 @@ def _following_value(flag: Flag, words: list[str]) -> Any:
     return flag.extra["bare"]
 
 
-def _list_words(flag: Flag, text: str) -> list[str]:
-    """The items of `A,B`, `[A, B]` and, of numbers, `AxB`."""
-    if flag.extra.get("whole_words"):
-        return [text]
-    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    numbers = _kind(typing.get_args(_without_none(flag.hint))[0]) in ("whole", "number")
-    return [each.strip() for each in re.split(r"[,x]" if numbers else ",", inner) if each.strip()]
-
-
 def _from_text(flag: Flag, text: str) -> Any:
     """The value that is written on the command line; not of a list."""
     if flag.kind != "yaml":
         return _value(f"--{flag.name}", flag, text)
-    import yaml
-
     if not text.strip():
         raise UsageError(f"--{flag.name} is empty; it needs a value.")
     try:
-        return _value(f"--{flag.name}", flag, yaml.load(text, _strict_loader()))
-    except yaml.YAMLError as error:
-        problem = _one_line(str(getattr(error, "problem", error)))
-        raise UsageError(f"--{flag.name}: cannot read '{text}' as YAML ({problem}). Check the braces.") from error
+        return _value(f"--{flag.name}", flag, _read_yaml(text))
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--{flag.name}: cannot read '{text}' as YAML ({error}). Check the braces.") from error
 
 
-def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], not_from_file: Collection[str]) -> dict[str, Any]:
+def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], not_from_file: Collection[str], more: str) -> dict[str, Any]:
     """A configuration file's settings by dotted name. also, not_from_file: another program's flags, and what does not count in its files."""
-    content = _content_of(path)
+    try:
+        text = read_text(path)
+        content = parse_json(text) if path.suffix == ".json" else _read_yaml(text)
+    except (OSError, ValueError) as error:
+        remedy = "Expected a YAML file of settings, or a run's report."
+        raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(error)}. {remedy}") from error
     if not isinstance(content, dict):
         raise UsageError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
     if "schema" in content and isinstance(content.get("settings"), dict):
         content = content["settings"]  # of a run's report
-    written = dict(_flatten(content, {**also, **table}))
+    written = dict(_flatten(path, content, {**also, **table}))
     foreign = any(name in also and name not in table for name in written)
-    unused = {name: flag for name, flag in also.items() if name not in table or (foreign and name in not_from_file)}
+    left_out = {name for name, flag in also.items() if flag.group == OUTPUTS or name in not_from_file}
+    unused = {name: flag for name, flag in also.items() if name not in table or (foreign and name in left_out)}
     known, settings = {**table, **unused}, {}
     for name, value in written.items():
         flag = known.get(name)
         if name == CONFIG_FLAG:
             raise UsageError(f"{path}: {CONFIG_FLAG} cannot stand in a file; one file does not read another.")
         if flag is None:
-            raise UsageError(f"unknown setting '{name}' in {path}.{closest(name, known)} See --help-all.")
+            raise UsageError(f"unknown setting '{name}' in {path}.{closest(name, known)} {more}")
         settings[name] = None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value)
     return {name: value for name, value in settings.items() if name not in unused}
 
 
-def _content_of(path: Path) -> Any:
-    import yaml
-
-    try:
-        return read_json(path) if path.suffix == ".json" else yaml.load(read_text(path), _strict_loader())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(str(error))}.") from error
-
-
-def _flatten(content: Mapping[str, Any], table: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(path: Path, content: Mapping[str, Any], table: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names down to the known flags; a flag's own value may be a mapping."""
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in table and any(known.startswith(f"{name}.") for known in table):
-            yield from _flatten(value, table, f"{name}.")
-        else:
+        if name in table or not (below := [known for known in table if known.startswith(f"{name}.")]):
             yield name, value
+        elif isinstance(value, dict):
+            yield from _flatten(path, value, table, f"{name}.")
+        else:
+            example = f"`{key}: {{{below[0].removeprefix(f'{name}.')}: {value or '...'}}}`"
+            raise UsageError(f"{path}: {name} is a group of settings, got {value!r}. Write them in braces, such as {example}, or indented below it.")
+
+
+def _read_yaml(text: str) -> Any:
+    """Plain values. Raises ValueError with one line."""
+    import yaml
+
+    try:
+        return yaml.load(text, _strict_loader())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError((f"line {mark.line + 1}: " if mark else "") + _one_line(getattr(error, "problem", None) or error)) from error
 
 
 @functools.cache
@@ -469,8 +480,8 @@ def _strict_loader() -> Any:
     return StrictLoader
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 # --- values -------------------------------------------------------------------------------------------------------------------------------
@@ -479,23 +490,23 @@ def _one_line(text: str) -> str:
 def _value(where: str, flag: Flag, raw: Any) -> Any:
     """`raw`, a text of the command line or what YAML holds, as a value of the flag's type. Raises UsageError that begins with `where`."""
     if flag.kind == "list" and isinstance(raw, str):
-        raw = _list_words(flag, raw)
-    return _typed(where, flag.hint, raw, flag.renamed)
+        inner = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
+        raw = [raw] if flag.extra.get("whole_words") else [each.strip() for each in inner.split(",") if each.strip()]
+    return _typed(where, flag.hint, raw)
 
 
-def _typed(where: str, hint: Any, raw: Any, renamed: Mapping[str, str]) -> Any:
-    inner = _without_none(hint)
-    kind, takes_none = _kind(hint), hint is Any or type(None) in typing.get_args(hint)
+def _typed(where: str, hint: Any, raw: Any) -> Any:
+    inner, kind = _without_none(hint), _kind(hint)
     if raw is None or (kind in ("whole", "number") and str(raw).lower() in _NULL):
-        if takes_none:
+        if hint is Any or type(None) in typing.get_args(hint):
             return None
         raise UsageError(f"{where} needs a value.")
     if kind == "choice":
-        return _chosen_word(where, _words_of(inner), raw, renamed)
+        return _chosen_word(where, _words_of(inner), raw)
     if kind in ("whole", "number"):
         return str(raw) if str(raw) in map(str, _words_of(hint)) else _number(where, kind, raw, _words_of(hint))
     if kind == "list":
-        return _typed_list(where, inner, raw)
+        return [_typed(where, _item_of(inner), each) for each in (raw if isinstance(raw, list | tuple) else [raw])]
     if kind == "bool":
         if str(raw).lower() not in (*_TRUE, *_FALSE):
             raise UsageError(f"{where}={raw} is neither true nor false.")
@@ -506,70 +517,52 @@ def _typed(where: str, hint: Any, raw: Any, renamed: Mapping[str, str]) -> Any:
         if kind == "path" and not raw.strip():
             raise UsageError(f"{where} is empty; it needs a path.")
         return Path(raw) if kind == "path" else raw
-    return _structured(where, inner, raw)
+    return _mapping(where, inner, raw) if typing.get_origin(inner) is dict else _one_of(where, inner, raw)
 
 
-def _structured(where: str, hint: Any, raw: Any) -> Any:
-    """A mapping, one of several types, or a `Choice`."""
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is dict and isinstance(raw, dict) and not _is_choice(arguments[1]):
-        _check_names(where, raw)
-        return {str(name): _typed(f"{where}.{name}", arguments[1], str(item) if arguments[1] is str else item, {}) for name, item in raw.items()}
-    if typing.get_origin(hint) is dict:
-        if not isinstance(raw, dict):
-            example = "{front: {type: opencv, index_or_path: 0}}" if _is_choice(arguments[1]) else "{front: webcam}"
-            what = "names with settings" if _is_choice(arguments[1]) else "names in braces"
-            raise UsageError(f'{where}: expected {what}, e.g. "{example}", got {raw!r}.')
-        return {str(name): _chosen(f"{where}.{name}", arguments[1], item) for name, item in raw.items()}
+def _mapping(where: str, hint: Any, raw: Any) -> dict[str, Any]:
+    of_choice, item = _is_choice(typing.get_args(hint)[1]), typing.get_args(hint)[1]
+    example = "{front: {type: opencv, index_or_path: 0}}" if of_choice else "{front: webcam}"
+    if isinstance(raw, dict) and any(":" in str(name) and value is None for name, value in raw.items()):  # what YAML makes of `{a:b}`
+        raise UsageError(f'{where}: got {dict(raw)!r}. YAML wants a space after the colon, e.g. "{example}".')
+    if not isinstance(raw, dict) or not all(isinstance(name, str | int) for name in raw):
+        raise UsageError(f'{where}: expected names with {"settings" if of_choice else "values"} in braces, e.g. "{example}", got {raw!r}.')
+    if of_choice:
+        return {str(name): _chosen(f"{where}.{name}", item, value) for name, value in raw.items()}
+    return {str(name): _typed(f"{where}.{name}", item, str(value) if item is str else value) for name, value in raw.items()}
+
+
+def _one_of(where: str, hint: Any, raw: Any) -> Any:
+    """The first type of a union that fits."""
     failures = []
-    for each in arguments:  # the first type that fits
+    for each in typing.get_args(hint):
         fits = isinstance(raw, list | dict) == (_kind(each) in ("list", "yaml"))
         try:
             if fits and each is not type(None):
-                return _typed(where, each, raw, {})
+                return _typed(where, each, raw)
         except UsageError as error:
             failures.append(error)
-    raise failures[0] if failures else UsageError(f"{where}: {raw!r} cannot be used; see --help-all.")
-
-
-def _check_names(where: str, raw: Mapping[Any, Any]) -> None:
-    """What YAML makes of `{a:b}` explains itself to nobody."""
-    if any(":" in str(name) and item is None for name, item in raw.items()):
-        raise UsageError(f'{where}: got {dict(raw)!r}. YAML wants a space after the colon, e.g. "{{front: webcam}}".')
-    if not all(isinstance(name, str | int) for name in raw):
-        raise UsageError(f'{where}: expected names in braces, e.g. "{{front: webcam}}", got {dict(raw)!r}.')
+    raise failures[0] if failures else UsageError(f"{where}: {raw!r} cannot be used.")
 
 
 def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
     """One of a Choice's classes from a mapping with `type`."""
-    classes = base.get_known_choices()
+    classes = base.types
     if not isinstance(raw, dict) or "type" not in raw:
         raise UsageError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
-    chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"], base.RENAMED)]
+    chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"])]
     known = {flag.name: flag for flag in _fields(chosen)}
-    values = {}
-    for key, value in raw.items():
-        if key != "type" and key not in known:
-            raise UsageError(f"{where} has the unknown setting '{key}'.{closest(str(key), known)} Known: {', '.join(known)}.")
-        if key != "type":
-            values[key] = _value(f"{where}.{key}", known[key], value)
-    return chosen(**values)
-
-
-def _typed_list(where: str, hint: Any, raw: Any) -> Any:
-    arguments = typing.get_args(hint)
-    values = [_typed(where, arguments[0], each, {}) for each in (raw if isinstance(raw, list | tuple) else [raw])]
-    if typing.get_origin(hint) is list:
-        return values
-    if Ellipsis not in arguments and len(values) != len(arguments):
-        raise UsageError(f"{where} takes {len(arguments)} values, as in {'x'.join(['N'] * len(arguments))}; it got {len(values)}.")
-    return tuple(values)
+    if unknown := [str(key) for key in raw if key != "type" and key not in known]:
+        raise UsageError(f"{where} has the unknown setting '{unknown[0]}'.{closest(unknown[0], known)} Known: {', '.join(known)}.")
+    return chosen(**{key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"})
 
 
 def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:
     what = "whole number such as 8" if kind == "whole" else "number such as 30"
+    if isinstance(raw, bool):
+        raise UsageError(f"{where}: expected a {what}, and YAML reads this as {str(raw).lower()}, as it does yes, no, on and off.")
     try:
-        if isinstance(raw, bool) or (kind == "whole" and isinstance(raw, float)):
+        if kind == "whole" and isinstance(raw, float):
             raise ValueError
         return int(raw) if kind == "whole" else float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", str(raw).lower()))
     except (ValueError, TypeError):
@@ -577,66 +570,49 @@ def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | flo
         raise UsageError(f"{where}: '{raw}' is not a {what}{or_word}.") from None
 
 
-def _chosen_word(where: str, choices: Sequence[Any], raw: Any, renamed: Mapping[str, str]) -> Any:
+def _chosen_word(where: str, choices: Sequence[Any], raw: Any) -> Any:
     for choice in choices:  # a choice may be a number
         if str(choice) == str(raw):
             return choice
     words = [str(choice) for choice in choices]
-    meant = f" It is called {renamed[raw]} now." if raw in renamed else closest(str(raw), words)
+    ours = _WORDS_OF_OTHERS.get(str(raw))
+    meant = f" It is called {ours} now." if ours in words else closest(str(raw), words)
     raise UsageError(f"{where}={raw} is not one of {', '.join(words)}.{meant}")
 
 
 # --- from values to the dataclass ---------------------------------------------------------------------------------------------------------
 
 
-def _let_new_type_win(from_file: dict[str, Any], given: Mapping[str, Any], table: Mapping[str, Flag]) -> list[str]:
-    """`--robot.type` over a file for another type: settings the new type does not have are dropped from the file, with a note."""
+def _settle_types(settings: dict[str, Any], given: Mapping[str, Any], table: Mapping[str, Flag]) -> list[str]:
+    """Settings that the chosen `type` does not have are refused; a file's, where the command line chose another type, are dropped with a note."""
     notes = []
-    for name in [name for name in given if name.endswith(".type") and from_file.get(name, given[name]) != given[name]]:
-        prefix = name.removesuffix("type")
-        foreign = [key for key in from_file if key.startswith(prefix) and table[key].owners and given[name] not in table[key].owners]
-        for key in foreign:
-            del from_file[key]
-        if foreign:
-            notes.append(f"--{name}={given[name]} replaces the file's; its {', '.join(foreign)} do not apply and are ignored.")
+    for name in list(settings):
+        owners, type_name = table[name].owners, name.partition(".")[0] + ".type"
+        chosen = settings.get(type_name)
+        if not owners or chosen is None or chosen in owners:
+            continue
+        if name in given or type_name not in given:
+            raise UsageError(f"--{name} does not apply to --{type_name}={chosen}, only to {', '.join(owners)}.")
+        del settings[name]
+        notes.append(f"{name} of the file does not apply to --{type_name}={chosen} and is ignored.")
     return notes
 
 
-def _check_owners(settings: Mapping[str, Any], table: Mapping[str, Flag]) -> None:
-    for name in settings:
-        flag = table[name]
-        if not flag.owners:
-            continue
-        type_flag = table[name.split(".", 1)[0] + ".type"]
-        chosen = settings.get(type_flag.name)
-        if chosen is None:
-            raise UsageError(f"--{type_flag.name} is missing; choose from {', '.join(_words_of(type_flag.hint))}.")
-        if chosen not in flag.owners:
-            raise UsageError(f"--{name} does not apply to --{type_flag.name}={chosen}, only to {', '.join(flag.owners)}.")
-
-
-def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag]) -> T:
+def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[str, Flag], missing: dict[str, str]) -> T:
+    """Required flags that are not there are None, and added to `missing` with what they are."""
     values: dict[str, Any] = {}
     for flag in _fields(config_class):
         inner = _without_none(flag.hint)
         if _is_choice(inner):
             of_choice = {name.partition(".")[2]: value for name, value in settings.items() if name.startswith(f"{flag.name}.")}
-            if of_choice:
-                values[flag.name] = inner.get_known_choices()[of_choice.pop("type")](**of_choice)
+            if "type" in of_choice:
+                values[flag.name] = inner.types[of_choice.pop("type")](**of_choice)
+            elif of_choice:
+                missing[f"{flag.name}.type"] = f"choose from {', '.join(_words_of(table[f'{flag.name}.type'].hint))}"
         elif dataclasses.is_dataclass(inner):
-            values[flag.name] = _build(typing.cast(type, inner), settings, table)
+            values[flag.name] = _build(typing.cast(type, inner), settings, table, missing)
         elif flag.name in settings:
             values[flag.name] = settings[flag.name]
         elif flag.default is MISSING:
-            raise UsageError(f"--{flag.name} is missing: {flag.help or 'see --help'}.")
+            values[flag.name], missing[flag.name] = None, flag.help or "see --help"
     return config_class(**values)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Choice):
-        return {"type": type(value).get_choice_name(type(value)), **{name: _plain(each) for name, each in vars(value).items()}}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -27,7 +27,11 @@ def test_an_engine_whose_error_is_above_its_limit_never_wins() -> None:
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [([], "--model_path"), ([f"--model_path={TRAINED}"], "--observations"), ([f"--model_path={TRAINED}", "--rounds=0"], "--rounds")],
+    [
+        ([], "--model_path"),
+        ([f"--model_path={TRAINED}"], "--observations"),
+        ([f"--model_path={TRAINED}", "--observations=random:0", "--rounds=0"], "--rounds"),
+    ],
 )
 def test_mistakes_on_the_command_line(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", *words]) == 2

@@ -120,7 +120,7 @@ def test_parts_limit_and_overwrite(checkpoint: Path, tmp_path: Path, capsys: pyt
     out, target = tmp_path / "out", target_for(checkpoint)
     assert run(checkpoint, out, "--parts", "vision", "refine", "--trial_frames=0", *FEW) == 0
     assert {part_of(name) for name in read_calibration(out, target).scales} == {"vision", "refine"}
-    assert run(checkpoint, out, *FEW) == 1
+    assert run(checkpoint, out, *FEW) == 2
     assert "say --overwrite" in capsys.readouterr().err
     assert run(checkpoint, out, "--trial_frames=1", "--limit=1e-9", "--json", "--overwrite", *FEW) == 0
     assert json.loads(capsys.readouterr().out)["work_in_8_bits"] == 0

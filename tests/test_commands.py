@@ -133,7 +133,7 @@ def test_a_report_can_be_played_again(tmp_path: Path) -> None:
 
 def test_a_run_does_not_replace_an_earlier_one_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.json").write_text("{}")
-    assert main(["run", "--robot.type=so100_sim", f"--model_path={TRAINED}", "--lang_instruction=go", f"--out={tmp_path}"]) == 1
+    assert main(["run", "--robot.type=so100_sim", f"--model_path={TRAINED}", "--lang_instruction=go", f"--out={tmp_path}"]) == 2
     assert "--overwrite" in capsys.readouterr().err
 
 

@@ -71,7 +71,7 @@ def test_a_recording_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str
     rows = run(tmp_path / "out", *flags, "--episode=2", "--start_s=0.5", "--seconds=2")
     assert rows["moving", "sync", "0 ms", 50]["mae_aligned"] < 0.5
     for flag, named in (("--episode=3", "episode 3"), ("--column=actions", "action")):
-        assert control_architectures.main([*flags, flag, f"--out={tmp_path / 'no'}"]) == 1
+        assert control_architectures.main([*flags, flag, f"--out={tmp_path / 'no'}"]) == 2
         assert named in capsys.readouterr().err
 
 
@@ -85,5 +85,5 @@ def test_a_recording_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert control_architectures.main([*flags, f"--out={tmp_path / 'out'}"]) == 1
+    assert control_architectures.main([*flags, f"--out={tmp_path / 'out'}"]) == 2
     assert named in capsys.readouterr().err

@@ -249,7 +249,7 @@ def test_a_camera_without_a_device_is_refused_before_weights(capsys: pytest.Capt
     camera = "--robot.cameras={webcam: {type: opencv, index_or_path: 97}}"
     if not sys.platform.startswith("linux"):
         pytest.skip("cameras are files on Linux only")
-    assert main(["run", *flags, camera, "--lang_instruction=go", "--dry_run"]) == 1
+    assert main(["run", *flags, camera, "--lang_instruction=go", "--dry_run"]) == 2
     told = capsys.readouterr()
     assert "/dev/video97" in told.err
     assert "loading" not in told.out

@@ -40,7 +40,7 @@ def test_a_whole_run_and_one_that_goes_on(tmp_path: Path, capsys: pytest.Capture
         log.write('{"cell": {"scene"')  # killed while it wrote
     assert run(tmp_path / "cut", "--latency_ms", "200", "800", "--episodes=3")[1]["rows"] == whole["rows"]
 
-    assert run(tmp_path / "cut", "--latency_ms=200", "--block_speed_m_s=0.02")[0] == 1  # other conditions
+    assert run(tmp_path / "cut", "--latency_ms=200", "--block_speed_m_s=0.02")[0] == 2  # other conditions
     assert "episodes.jsonl" in capsys.readouterr().err
 
 
@@ -80,7 +80,7 @@ def test_figures_pair_layouts_and_count_failures_as_whole_episodes() -> None:
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate.main([*flags, f"--out={tmp_path / 'out'}", "--jobs=1"]) in (1, 2)
+    assert evaluate.main([*flags, f"--out={tmp_path / 'out'}", "--jobs=1"]) == 2
     assert named in capsys.readouterr().err
 
 
@@ -89,5 +89,5 @@ def test_a_network_of_another_camera_is_refused(tmp_path: Path, capsys: pytest.C
     shutil.copytree(CHECKPOINT, copy)
     metadata = copy / "experiment_cfg" / "metadata.json"
     metadata.write_text(metadata.read_text().replace('"webcam"', '"front"'))
-    assert evaluate.main([f"--model_path={copy}", f"--out={tmp_path / 'out'}"]) == 1
+    assert evaluate.main([f"--model_path={copy}", f"--out={tmp_path / 'out'}"]) == 2
     assert "video.webcam" in capsys.readouterr().err

@@ -366,9 +366,9 @@ def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
 
 def test_flags() -> None:
     config = run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
-    assert (config.home, config.rest, config.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
-    assert run.parse(FLAGS).rest == "start"
-    assert run.parse([*FLAGS, "--rest=null"]).rest is None
+    assert (config.poses.home, config.poses.rest, config.safety.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
+    assert run.parse(FLAGS).poses.rest == "start"
+    assert run.parse([*FLAGS, "--rest=null"]).poses.rest is None
 
 
 def test_a_dry_run_says_that_it_goes_to_no_pose(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{this}: &{this} [*{last}, *{last}]\n" for la
         ("model_path: !!python/name:os.system", "python/name"),
         ("model_path: !!python/object/apply:os.system ['touch hacked']", "python/object"),
         ("model_path: !include /etc/hostname", "!include"),
-        ("<<: !include /etc/hostname", "!include"),
+        ("<<: !include /etc/hostname", "merging"),
         (BOMB, "references"),
         ("port: 1\nport: 2", "twice"),
         ("[" * 100_000, "cannot read"),

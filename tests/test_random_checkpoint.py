@@ -151,12 +151,12 @@ def test_unknown_names(tmp_path: Path, wrong: dict[str, str]) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "made"
-    assert main([f"--out={out}", "--size=tiny", "--seed=3", "--resolution", "64", "48"]) == 0
+    assert main([f"--out={out}", "--size=tiny", "--seed=3", "--resolution=64x48"]) == 0
     assert "RANDOM weights. Its actions mean nothing" in capsys.readouterr().out
     checkpoint = open_checkpoint(out)
     assert load_model(checkpoint, "new_embodiment", torch.device("cpu"), torch.bfloat16).dtype == torch.bfloat16
     before = (out / "model.safetensors").read_bytes()
-    assert main([f"--out={out}", "--size=tiny"]) == 1
+    assert main([f"--out={out}", "--size=tiny"]) == 2
     assert "exists and is not empty. Choose another --out, or say --overwrite" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before
     assert main([f"--out={out}", "--size=tiny", "--overwrite"]) == 0

@@ -412,7 +412,7 @@ def test_the_whole_circle(tmp_path: Path) -> None:
     late = [row for row in rows if int(row["episode_index"]) >= 2]
     assert np.array_equal(np.stack([row["action"].numpy() for row in late]), run["commanded"].astype(np.float32))
     assert np.array_equal(np.stack([row["observation.state"].numpy() for row in late]), run["measured"].astype(np.float32))
-    assert "recording into" not in finished(run_command(*flags[:3]), code=1)  # it exists
+    assert "recording into" not in finished(run_command(*flags[:3]), code=2)  # it exists
 
     person = Person(run_command("--timeout=20", f"--record={tmp_path / 'interrupted'}"))
     person.wait_for("Loop 2:")
@@ -430,7 +430,7 @@ def test_the_whole_circle(tmp_path: Path) -> None:
     (entry,) = entries(tmp_path / "replayed")
     assert (entry["replay_of"], entry["replayed_episode"]) == (str(out), 2)
     assert "model_path" not in entry
-    assert "0 to 3" in finished(command("replay", f"--dataset={out}", "--episode=4"), code=1)
+    assert "0 to 3" in finished(command("replay", f"--dataset={out}", "--episode=4"), code=2)
     open_loop = [sys.executable, "benchmarks/open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", f"--out={tmp_path / 'open_loop'}"]
     subprocess.run(open_loop, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=240)
     few = ("--frames=4", "--allow_few")
@@ -459,7 +459,7 @@ def test_a_replay_takes_the_file_of_a_run(tmp_path: Path) -> None:
         f"max_speed_deg_s: 100\nstall_after_s: null\nrecord: {tmp_path}/of_the_run\nout: {tmp_path}/out\noverwrite: true\n"
     )
     config = replay.main.parse([f"--config_path={file}", "--dataset=d"])
-    assert (config.robot.port, config.robot.id, config.max_speed_deg_s, config.stall_after_s) == ("/dev/ttyACM0", "black", 100, None)
+    assert (config.robot.port, config.robot.id, config.safety.max_speed_deg_s, config.safety.stall_after_s) == ("/dev/ttyACM0", "black", 100, None)
     assert (config.record, config.out, config.overwrite) == ("", None, False)
     file.write_text("robot: {type: so100_sim}\nmax_speed_deg_s: auto\nlang_instructoin: go\n")
     with pytest.raises(UsageError, match="lang_instruction"):

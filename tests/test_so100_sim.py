@@ -438,13 +438,13 @@ def test_program_keeps_the_files_of_an_earlier_run_and_explains_an_unwritable_di
     pytest.importorskip("imageio")
     (tmp_path / "reach_0.png").write_text("mine")
     words = ["--out", str(tmp_path), "--task", "reach", "--height", "48", "--video_format", "gif"]
-    assert program.main(words) == 1
+    assert program.main(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
     assert program.main([*words, "--overwrite"]) == 0
     assert (tmp_path / "reach_0.png").read_bytes().startswith(b"\x89PNG")
     words[1] = str(tmp_path / "reach_0.png" / "below")
-    assert program.main(words) == 1
+    assert program.main(words) == 2
     assert "cannot be written" in capsys.readouterr().err
 
 

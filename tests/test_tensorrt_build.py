@@ -77,7 +77,7 @@ def test_without_graphs_they_are_exported_and_every_stage_becomes_an_engine(chec
 
 def test_engines_that_are_there_are_replaced_when_asked(checkpoint: Path, graphs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = write_export(tmp_path / "engines")  # an earlier export of any kind
-    assert run(checkpoint, out, f"--onnx={graphs}") == 1
+    assert run(checkpoint, out, f"--onnx={graphs}") == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(checkpoint, out, f"--onnx={graphs}", "--json", "--overwrite", "--max_text_tokens=20") == 0
     captured = capsys.readouterr()
@@ -90,7 +90,7 @@ def test_engines_that_are_there_are_replaced_when_asked(checkpoint: Path, graphs
 def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "engines-onnx").mkdir()
     (tmp_path / "engines-onnx" / "mine").write_text("")
-    assert run(checkpoint, tmp_path / "engines") == 1
+    assert run(checkpoint, tmp_path / "engines") == 2
     assert "engines-onnx exists and is not empty" in capsys.readouterr().err
     assert not (tmp_path / "engines").exists()
 
@@ -102,11 +102,11 @@ def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, ca
     ("flags", "code", "said"),
     [
         (["--onnx=GRAPHS", "--model_path=OTHER"], 1, ["other weights", "gr00t-fast export onnx"]),
-        (["--onnx=GRAPHS", "--max_text_tokens=99"], 1, ["--max_text_tokens", "1 to 36"]),
+        (["--onnx=GRAPHS", "--max_text_tokens=99"], 2, ["--max_text_tokens", "1 to 36"]),
         (["--onnx=GRAPHS", "--precision=bf16", "--denoising_steps=3"], 2, ["--precision, --denoising_steps", "--onnx"]),
         (["--onnx=NOWHERE"], 1, ["NOWHERE", "gr00t-fast export onnx"]),
-        (["--precision=bf16", "--compute_capability=7.5"], 1, ["bf16 needs 8.0 or newer"]),
-        (["--builder=tensorrt", "--compute_capability=8.6,8.9"], 1, ["builds for the GPU it runs on"]),
+        (["--precision=bf16", "--compute_capability=7.5"], 2, ["bf16 needs 8.0 or newer"]),
+        (["--builder=tensorrt", "--compute_capability=8.6,8.9"], 2, ["builds for the GPU it runs on"]),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_left(

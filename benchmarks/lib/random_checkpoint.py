@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from benchmarks.lib.program import size_of
 from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS, NetworkName
 from gr00t_fast.errors import ConfigError
@@ -456,7 +457,7 @@ class RandomCheckpointConfig:
     network: NetworkName = "n1.5"  # which of the published networks
     size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.7 6.3 GB
     data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
-    resolution: tuple[int, int] = (640, 480)  # of the imagined training videos
+    resolution: str = "640x480"  # of the imagined training videos
     seed: int = 0  # of the weights
     max_shard_bytes: int = _MAX_SHARD_BYTES  # start another weight file beyond this
     overwrite: bool = False  # replace the files of a checkpoint that is there
@@ -468,7 +469,7 @@ def _write_as_asked(config: RandomCheckpointConfig) -> int:
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
     options: dict[str, Any] = {"max_shard_bytes": config.max_shard_bytes, "network": config.network}
-    written = write_random_checkpoint(config.out, config.size, config.data_config, config.resolution, config.seed, **options)
+    written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, **options)
     print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
     return 0
 

@@ -51,7 +51,7 @@ UNUSABLE = (ConfigError, EngineError, MissingExtraError, CheckpointError)
 # Where the plain model in the same precision is itself further from fp32 than the limit (a network with random weights amplifies rounding), an
 # engine may be this much further than that.
 _OF_EAGER = 1.5
-_NOT_OF_A_RUN = ("out", "json", "quiet", "verbose", "precision", "seed", "camera_map")  # settings of a run's file that mean something else here
+_NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file that mean something else here
 
 Times = dict[str, list[float]]
 Actions = dict[str, np.ndarray]
@@ -90,12 +90,21 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
         super().check()
         check_device(self.device)
         check_at_least_one(self, "frames", "rounds", "denoising_steps", "threads")
-        if self.make:
-            self.check_observations()
+
+    def needs_observations(self) -> bool:
+        """Files are made from them."""
+        return self.make
 
 
-def run(config: BenchConfig, name: str = "bench") -> int:
-    """Compare, print, and leave NAME.json and NAME.md. Raises Gr00tFastError."""
+@dataclass(kw_only=True)
+class TuneConfig(BenchConfig):
+    __doc__ = BenchConfig.__doc__
+
+    make: bool = True  # make the files that engines need and that are not there
+
+
+def run(config: BenchConfig) -> int:
+    """Compare, print, and leave bench.json and bench.md, or tune's. Raises Gr00tFastError."""
     import torch
 
     from gr00t_fast.engine import select_device, select_precision
@@ -108,6 +117,7 @@ def run(config: BenchConfig, name: str = "bench") -> int:
         torch.set_num_threads(config.threads)
     device = select_device(config.device)
     dtype = select_precision(config.precision, device)
+    name = "tune" if isinstance(config, TuneConfig) else "bench"
     out = config.out or Path("outputs") / name
     out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be made is found out before the minutes
     made, refused = make_all(config, device) if config.make else (None, {})
@@ -122,12 +132,6 @@ def run(config: BenchConfig, name: str = "bench") -> int:
     (out / f"{name}.md").write_text(f"{table}\n{judged}\n", encoding="utf-8")
     show(result, table, judged, config)
     return EXIT_ERROR if best is None else EXIT_OK
-
-
-def run_tune(config: BenchConfig) -> int:
-    """As `run`, with --make."""
-    config.check_observations()
-    return run(replace(config, make=True), "tune")
 
 
 def settings_for(config: BenchConfig, arm: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -588,4 +592,4 @@ main = Command(
     file_of=RunConfig,
     not_from_file=_NOT_OF_A_RUN,
 )
-tune = replace(main, work=run_tune, usage="usage: gr00t-fast tune --model_path=DIR --observations=DATASET [--flag=value ...]")
+tune = replace(main, flags=TuneConfig, usage="usage: gr00t-fast tune --model_path=DIR --observations=DATASET [--flag=value ...]")

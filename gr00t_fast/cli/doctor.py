@@ -46,7 +46,6 @@ _EXTRAS = {
     "policy server": ("msgpack", "serving", None),
 }
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "opencv-python-headless")
-_NOT_OF_A_RUN = ("out", "json", "quiet", "verbose")  # settings of a run's file that are about what the run leaves
 _GIB = 2**30
 _WORKING_BYTES = _GIB  # activations, scratch and the CUDA context: a round figure above what has been measured
 _READ_AT_MOST_BYTES = 512 * 2**20  # of weights, to compare an export with them: more takes seconds
@@ -412,5 +411,4 @@ main = Command(
     "usage: gr00t-fast doctor [--model_path=DIR] [--robot.type=... --robot.port=...] [--flag=value ...]",
     "exit codes: 0 nothing that the given flags need is missing or wrong, 1 something is, 2 bad flag",
     file_of=RunConfig,
-    not_from_file=_NOT_OF_A_RUN,
 )

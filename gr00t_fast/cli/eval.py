@@ -61,7 +61,7 @@ BIAS_SHARE, SAME_SIGN, BIAS_SPREAD = 0.05, 0.9, 0.4  # a constant offset: so lar
 UNDONE, SHIFT_HELPS = 0.7, 0.8  # what undoing a mistake must leave of the error to be the verdict, and a shift to be told
 MOST_SHIFT = 8  # frames looked at in both directions
 # Settings of a run's file that mean something else here, or that the recording tells.
-_NOT_OF_A_RUN = ("out", "json", "quiet", "verbose", "seed", "episodes", "action_horizon", "lang_instruction", "camera_map")
+_NOT_OF_A_RUN = ("seed", "episodes", "action_horizon", "lang_instruction", "camera_map")
 FOREIGN_SHARE, DECISIVE_SHARE = 0.1, 0.3  # of values outside the trained range: told, and reason enough
 SLACK_UNITS, SLACK_SHARE = 2.0, 0.05  # beyond the trained range that still count as inside
 FRACTION_LIMIT, PERCENT_LIMIT = 1.5, 10.0  # a gripper that never exceeds the first is a fraction; one beyond the second is in per cent

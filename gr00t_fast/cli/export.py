@@ -48,16 +48,7 @@ PartName = Literal["vision", "language", "refine", "dit"]  # PARTS of gr00t_fast
 LEAST_VERIFIED = 100  # observations
 _SYNTHETIC = "random:0"
 _EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; what was being made is removed then."
-_NOT_OF_A_RUN = (
-    "out",
-    "overwrite",
-    "json",
-    "quiet",
-    "verbose",
-    "precision",
-    "seed",
-    "camera_map",
-)  # settings of a run's file that mean something else
+_NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file that mean something else here
 
 
 @dataclass(kw_only=True)
@@ -347,10 +338,8 @@ class CalibrateConfig(CalibrationFlags):
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "fp32"  # of the plain model that trials compare with
 
-    def check(self) -> None:
-        """Raises UsageError."""
-        super().check()
-        self.check_observations()
+    def needs_observations(self) -> bool:
+        return True
 
 
 def make_calibration(config: CalibrateConfig) -> Made:

@@ -22,8 +22,8 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 from gr00t_fast import console
 from gr00t_fast.console import CLOSED_TERMINAL, Console
 from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
-from gr00t_fast.errors import Gr00tFastError, closest
-from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
+from gr00t_fast.flags import help_text, parse_flags
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 NAME = "gr00t-fast"
@@ -53,8 +53,8 @@ C = TypeVar("C")
 class Command(Generic[C]):
     """A program: called with a command line, it returns the exit code.
 
-    Every Gr00tFastError becomes one message on stderr and exit code 1, or 2 for a UsageError; Ctrl-C gives 130 and says `interrupted`; bugs keep
-    their traceback. `--verbose` among the flags shows the traceback of expected errors too.
+    Every Gr00tFastError becomes one message on stderr and exit code 1, or 2 for a ConfigError: a command line or file is to be changed. Ctrl-C gives
+    130 and says `interrupted`; bugs keep their traceback. `--verbose` among the flags shows the traceback of expected errors too.
     """
 
     flags: type[C]
@@ -62,15 +62,20 @@ class Command(Generic[C]):
     usage: str  # first lines of --help
     epilog: str = ""  # last lines of --help
     interrupted: str = "interrupted"
-    file_of: type | None = None  # whose --config_path files are read too ...
-    not_from_file: Sequence[str] = ()  # ... but for these settings
+    file_of: type | None = None  # whose --config_path files are read too, but for what that program leaves ...
+    not_from_file: Sequence[str] = ()  # ... and these settings
     drives_arm: bool = False  # a terminal that takes no output holds up nothing
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         if {"--help", "-h", "--help-all"} & set(words):
             return _ending(lambda: _print_help(help_text(self.flags, self.usage, self.epilog, "--help-all" in words)))
-        return _queued(lambda: self._guarded(words)) if self.drives_arm else _ending(lambda: self._guarded(words))
+
+        def program() -> int:
+            config = self.parse(words)
+            return guarded(lambda: self.work(config), self.interrupted, getattr(config, "verbose", False))
+
+        return _ending(lambda: guarded(program, self.interrupted, "--verbose" in words), Console() if self.drives_arm else None)
 
     def parse(self, argv: Sequence[str]) -> C:
         """The checked configuration; notes go to stderr. Raises UsageError."""
@@ -78,14 +83,6 @@ class Command(Generic[C]):
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         return config
-
-    def _guarded(self, words: Sequence[str]) -> int:
-        def program() -> int:
-            config = self.parse(words)
-            verbose = getattr(config, "verbose", False)
-            return guarded(lambda: self.work(config), self.interrupted, verbose)
-
-        return guarded(program, self.interrupted, "--verbose" in words)
 
 
 def guarded(program: Callable[[], int], interrupted: str = "interrupted", verbose: bool = False) -> int:
@@ -96,7 +93,7 @@ def guarded(program: Callable[[], int], interrupted: str = "interrupted", verbos
         if verbose:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_ERROR
     except StopRequested as request:  # before the arm was connected, or the loop would have handled it
         print(f"stopped by {request.reason}", file=sys.stderr)
         return request.exit_code
@@ -189,32 +186,23 @@ def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWish
 # --- how a program ends -------------------------------------------------------------------------------------------------------------------
 
 
-def _ending(program: Callable[[], int]) -> int:
-    """What `program` returns, or 1 when its output cannot be written."""
+def _ending(program: Callable[[], int], console: Console | None = None) -> int:
+    """What `program` returns, or 1 when its output cannot be written. console: through which it goes."""
+    code, lost = EXIT_ERROR, None
     try:
-        code = program()
+        with console or contextlib.nullcontext():
+            code = program()
         sys.stdout.flush()
     except OSError as error:
-        if not _is_output_lost(error):
+        if not _is_output_lost(error) and (console is None or error is not console.failure):
             raise
-        return _tell_lost_output(error)
-    return code
-
-
-def _queued(program: Callable[[], int]) -> int:
-    """As `_ending`; output goes through a queue."""
-    queued = Console()
-    try:
-        with queued:
-            code = program()
-    except OSError as error:
-        if error is not queued.failure:
-            raise
-        code = EXIT_ERROR
-    if queued.failure is None:
+        lost = error
+    if console is not None:
+        lost = console.failure or lost
+    if lost is None:
         return code
-    lost = _tell_lost_output(queued.failure)  # the arm has been put down by now
-    return SIGNAL_EXIT_BASE + signal.SIGHUP if queued.failure.errno in CLOSED_TERMINAL else code or lost
+    _tell_lost_output(lost)  # an arm has been put down by now
+    return SIGNAL_EXIT_BASE + signal.SIGHUP if console is not None and lost.errno in CLOSED_TERMINAL else code or EXIT_ERROR
 
 
 def _is_output_lost(error: OSError) -> bool:
@@ -222,7 +210,7 @@ def _is_output_lost(error: OSError) -> bool:
     return isinstance(error, BrokenPipeError) or error.errno in (errno.ENOSPC, errno.EIO)
 
 
-def _tell_lost_output(error: OSError) -> int:
+def _tell_lost_output(error: OSError) -> None:
     reason = f"cannot write to the output ({error.strerror})"
     if isinstance(error, BrokenPipeError):
         reason = "nobody reads this program's output any more (a closed pipe, as with `| head`)"
@@ -230,7 +218,6 @@ def _tell_lost_output(error: OSError) -> int:
         print(f"error: {reason}; the run has ended.", file=sys.stderr)
     with contextlib.suppress(OSError, ValueError):
         _discard_output()  # or the interpreter complains when it flushes at exit
-    return EXIT_ERROR
 
 
 def _discard_output() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from gr00t_fast.inputs.data_config import load_data_config
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column
-_OUTPUTS = ("out", "overwrite", "video", "record", "record_append", "json", "quiet", "verbose")  # what a run's file says of what that run leaves
 
 
 @dataclass(kw_only=True)
@@ -55,14 +54,17 @@ class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmFlags):
     --config_path may be the file of your runs: its robot and limits count, what it says of outputs does not.
     """
 
+    def missing(self) -> Iterator[tuple[str, str]]:
+        yield from super().missing()
+        if not self.dataset:
+            yield "dataset", "the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote"
+
     def check(self) -> None:
         """Raises UsageError."""
         super().check()
         if isinstance(self.rest, str) and self.rest != "start":
             raise UsageError(f"--rest={self.rest}: give six joint values, start, or null.")
         Poses(rest=self.rest)
-        if not self.dataset:
-            raise UsageError("--dataset is missing: the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote.")
         if self.episode < 0:
             raise UsageError(f"--episode={self.episode} must not be negative: the first is 0.")
         check_ranges(self, approach_deg_s=SPEEDS_DEG_S)
@@ -72,7 +74,7 @@ def run(config: ReplayConfig) -> int:
     """One replay; returns the exit code. Raises Gr00tFastError with the arm untouched or landed."""
     shared = {field.name: getattr(config, field.name) for field in fields(config) if field.name in RunConfig.__dataclass_fields__}
     directory = here if (here := Path(config.dataset).expanduser()).is_dir() else dataset_directory(config.dataset)
-    as_run = RunConfig(model_path=str(directory), controller="sync", **shared)
+    as_run = RunConfig(model_path=str(directory), controller="sync", poses=Poses(rest=config.rest), **shared)
 
     def load(robot: Robot, stop: Callable[[str], None]) -> RecordedEpisode:
         episode = RecordedEpisode.read(directory, config.episode, robot, lambda: stop("the end of the recording"), config.approach_deg_s)
@@ -204,6 +206,5 @@ main = Command(
     "usage: gr00t-fast replay --robot.type=... --dataset=DIR [--episode=N] [--flag=value ...]",
     EXITS,
     file_of=RunConfig,
-    not_from_file=_OUTPUTS,
     drives_arm=True,
 )

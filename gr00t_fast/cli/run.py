@@ -16,8 +16,8 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,9 +93,7 @@ class MotionFlags(Flags):
     when_late: Literal["hold", "resume"] = "hold"  # threaded: after holding for want of actions, catch up (hold) or go on where the arm stopped
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
-    home: list[float] | str | None = None  # before each episode, move slowly to "[0, -90, 90, 60, 0, 10]" or where the `recordings` begin
-    rest: list[float] | str | None = "start"  # before the torque goes off; start: where it lay; or as --home, `home`, null
-    home_speed_deg_s: float = Poses.home_speed_deg_s  # how fast the arm moves to these poses
+    poses: Poses = field(default_factory=Poses)
 
 
 @dataclass(kw_only=True)
@@ -113,6 +111,11 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
         """A policy server has its own."""
         return not self.server
 
+    def missing(self) -> Iterator[tuple[str, str]]:
+        yield from super().missing()
+        if not self.lang_instruction.strip():
+            yield "lang_instruction", 'say what to do, in the words of the training data, as in --lang_instruction="Pick up the cube"'
+
     def check(self) -> None:
         """Raises UsageError."""
         super().check()
@@ -125,7 +128,7 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
             raise UsageError("--record and --dry_run exclude each other: a dry run sends nothing, so there is nothing to record.")
 
     def notes(self) -> list[str]:
-        moves = [f"--{name}" for name in self.given("home", "rest")]
+        moves = [f"--{name}" for name in ("home", "rest") if getattr(self.poses, name) != getattr(Poses, name)]
         said = f"{' and '.join(moves)}: a dry run sends nothing, the arm does not move there."
         return [*super().notes(), *([said] if self.dry_run and moves else [])]
 
@@ -134,9 +137,6 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
         return [name for name in names if getattr(self, name) != getattr(type(self), name)]
 
     def _check_task(self) -> None:
-        if not self.lang_instruction.strip():
-            example = '--lang_instruction="Pick up the cube"'
-            raise UsageError(f"--lang_instruction is missing or empty. Say what to do, in the words of the training data: {example}.")
         try:
             self.lang_instruction.encode()
         except UnicodeEncodeError:
@@ -176,10 +176,9 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
 
     def _check_motion(self) -> None:
         controller_options(self)
-        poses = Poses(self.home, self.rest, self.home_speed_deg_s)
         if self.recordings is None:
-            poses.resolved(None)
-        if self.given("home_speed_deg_s") and self.home is None and self.rest is None:
+            self.poses.resolved(None)
+        if self.poses.home_speed_deg_s != Poses.home_speed_deg_s and self.poses.home is None and self.poses.rest is None:
             raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
 
 
@@ -242,7 +241,7 @@ def _drive(
         recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
         policy = load_policy(robot, stop.request)
         source = "checkpoint" if policy.computes else "recording"
-        led = config.home is not None or not policy.computes  # a replay begins where the episode did
+        led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
         preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
         fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
         outputs = Outputs(config.out, views(config, robot, fps, lambda: stop.request("window closed")), config.quiet, config.json)
@@ -384,8 +383,8 @@ def control_loop(
     binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, robot.joint_names, camera_map, fps)
     controller = build_controller(config, policy, binding, clock, fps)
     recordings = None if config.recordings is None else read_recordings(config.recordings, robot.joint_names)
-    safety = config.safety_options(recordings and tuple(recordings.fastest_units_s.tolist()))
-    poses = Poses(config.home, config.rest, config.home_speed_deg_s).resolved(recordings and tuple(recordings.begin.tolist()))
+    safety = replace(config.safety, recorded_units_s=recordings and tuple(recordings.fastest_units_s.tolist()))
+    poses = config.poses.resolved(recordings and tuple(recordings.begin.tolist()))
     options = LoopOptions(
         fps,
         config.episodes,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gr00t_fast.cli.main import EXIT_OK, Command
+from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
 from gr00t_fast.errors import require
 from gr00t_fast.flags import UsageError
@@ -112,5 +113,6 @@ main = Command(
     serve,
     "usage: gr00t-fast serve --model_path=DIR [--port=5555] [--flag=value ...]",
     "exit codes: 0 stopped by Ctrl-C, SIGTERM or kill, 1 error, 2 bad flag, 130 interrupted while loading",
+    file_of=RunConfig,
 )
 parse = main.parse

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.rerun_view import WINDOW, display_target
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.flags import Flags, UsageError, setting
+from gr00t_fast.flags import OUTPUTS, Flags, UsageError, setting
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_numbers
@@ -41,19 +42,25 @@ class CheckpointFlags(Flags):
     prompt_style: Literal["plain", "nvidia"] = "plain"  # nvidia: with the brackets that NVIDIA's clients and server put around the instruction
     letterbox: Literal["auto", "always", "never"] = "auto"  # whether an N1.7 checkpoint was trained on padded pictures; auto: its files tell
 
+    or_else: ClassVar[str] = ""  # what to do without a checkpoint
+
+    def missing(self) -> Iterator[tuple[str, str]]:
+        if self.needs_checkpoint() and not self.model_path.strip():
+            yield "model_path", f"the directory of a GR00T checkpoint, or its name on the Hugging Face hub.{self.or_else}"
+        yield from super().missing()
+
     def check(self) -> None:
         """Raises UsageError without importing torch."""
         super().check()
-        if self.needs_checkpoint() and not self.model_path.strip():
-            raise UsageError(f"--model_path is missing: the directory of a GR00T checkpoint, or its name on the Hugging Face hub.{self.or_else}")
         if self.model_path.strip():
-            check_data_config(self.data_config)
+            try:
+                load_data_config(self.data_config)
+            except ConfigError as error:
+                raise UsageError(f"--data_config={self.data_config}: {error}") from error
 
     def needs_checkpoint(self) -> bool:
         """Whether there is nothing to do without one."""
         return True
-
-    or_else: ClassVar[str] = ""  # what to do without a checkpoint
 
     def options(self, *more: str) -> dict[str, Any]:
         """These by name, but for model_path, and `more` of the configuration."""
@@ -64,6 +71,8 @@ class CheckpointFlags(Flags):
 @dataclass(kw_only=True)
 class PolicyFlags(CheckpointFlags):
     """How the network runs: the other options of load_policy."""
+
+    GROUP = "checkpoint"
 
     denoising_steps: int | None = None  # steps from noise to action; default: the checkpoint's own
     action_horizon: int | None = None  # actions played per inference; default: all that the checkpoint predicts
@@ -114,19 +123,23 @@ class ObservationFlags(Flags):
     GROUP = "observations"
 
     observations: str | None = None  # a LeRobotDataset or recordings directory, or random:SEED
-    camera_map: dict[str, str] = dataclasses.field(default_factory=dict)  # which camera of the data set is which of the policy: "{front: webcam}"
+    camera_map: dict[str, str] = field(default_factory=dict)  # which camera of the data set is which of the policy: "{front: webcam}"
 
-    def check_observations(self) -> None:
-        """Raises UsageError where they are not said."""
-        if self.observations is None:
-            raise UsageError(f"--observations is missing: {DATA_SETS}.")
+    def missing(self) -> Iterator[tuple[str, str]]:
+        if self.needs_observations() and self.observations is None:
+            yield "observations", DATA_SETS
+        yield from super().missing()
+
+    def needs_observations(self) -> bool:
+        """Whether there is nothing to do without."""
+        return False
 
 
 @dataclass(kw_only=True)
 class OutputFlags(Flags):
     """What is printed."""
 
-    GROUP = "outputs"
+    GROUP = OUTPUTS
 
     json: bool = False  # print the result as one line of JSON on standard output, and the table on standard error
     quiet: bool = False  # print the verdict, warnings and errors only
@@ -142,19 +155,21 @@ class ArmFlags(Flags):
     robot: RobotConfig | None = None
     preflight: Literal["refuse", "warn"] = "refuse"  # warn: go on although the arm and the data contradict each other
 
+    def missing(self) -> Iterator[tuple[str, str]]:
+        if self.robot is None:
+            yield "robot.type", f"choose from {', '.join(sorted(RobotConfig.types))}"
+        elif isinstance(self.robot, SO100FollowerConfig) and not self.robot.port.strip():
+            yield "robot.port", "the arm's serial device, /dev/ttyACM0 (Linux) or /dev/tty.usbmodem... (macOS). `lerobot-find-port` finds it"
+        yield from super().missing()
+
     def check(self) -> None:
         """Raises UsageError."""
         super().check()
-        if self.robot is None:
-            raise UsageError(f"--robot.type is missing; choose from {', '.join(sorted(RobotConfig.get_known_choices()))}.")
         for name, camera in getattr(self.robot, "cameras", {}).items():
             for size in ("width", "height", "fps"):
                 if (value := getattr(camera, size)) <= 0:
                     raise UsageError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
         if isinstance(self.robot, SO100FollowerConfig):
-            if not self.robot.port.strip():
-                device = "/dev/ttyACM0 (Linux) or /dev/tty.usbmodem... (macOS)"
-                raise UsageError(f"--robot.port is missing: the arm's serial device, e.g. {device}. `lerobot-find-port` finds it.")
             check_numbers(self.robot)
 
     def notes(self) -> list[str]:
@@ -172,30 +187,15 @@ class SafetyFlags(Flags):
 
     GROUP = "safety"
 
-    max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
-    max_following_error_deg: float | None = SafetyOptions.max_following_error_deg  # how far a goal may be ahead of a joint at rest; null: no limit
-    stall_load_percent: float | None = SafetyOptions.stall_load_percent  # a joint that stands still before its goal and pushes so hard is blocked
-    stall_current_ma: float | None = SafetyOptions.stall_current_ma  # a joint that draws so much meanwhile is blocked too; null: not judged by that
-    max_held_ticks: int = SafetyOptions.max_held_ticks  # NaN or infinite targets in a row that are held before the run ends
+    safety: SafetyOptions = field(default_factory=SafetyOptions)
     camera_fault: CameraFault = "warn"  # one that is blank, shows noise, always the same picture, or old ones: warn says it, land ends the run
-    stall_after_s: float | None = SafetyOptions.stall_after_s  # how long it is blocked before it is held where it stands; null: no protection
-
-    def check(self) -> None:
-        """Raises UsageError."""
-        super().check()
-        self.safety_options()
-
-    def safety_options(self, recorded_units_s: tuple[float, ...] | None = None) -> SafetyOptions:
-        """`recorded_units_s`: as of SafetyOptions. Raises ConfigError."""
-        names = [field.name for field in dataclasses.fields(SafetyOptions) if field.name != "recorded_units_s"]
-        return SafetyOptions(**{name: getattr(self, name) for name in names}, recorded_units_s=recorded_units_s)
 
 
 @dataclass(kw_only=True)
 class RunOutputFlags(OutputFlags):
     """What a run leaves."""
 
-    GROUP = "outputs"
+    GROUP = OUTPUTS
 
     out: Path | None = None  # directory for report.html, report.json, report.txt, joints.png, run.npz, run.csv
     overwrite: bool = False  # replace the files of an earlier run in --out, and the file of --video
@@ -213,14 +213,6 @@ class RunOutputFlags(OutputFlags):
         if self.video is not None and self.video.suffix.lower() not in (".mp4", ".gif"):
             raise UsageError(f"--video={self.video} must end in .mp4 or .gif.")
         display_target(self.display, self.out)
-
-
-def check_data_config(name: str | None) -> None:
-    """Raises UsageError for a name that is none."""
-    try:
-        load_data_config(name)
-    except ConfigError as error:
-        raise UsageError(f"--data_config={name}: {error}") from error
 
 
 def check_device(device: str) -> None:

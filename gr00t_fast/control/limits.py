@@ -13,6 +13,7 @@ import numpy as np
 
 from gr00t_fast.contracts import MotorLoads
 from gr00t_fast.errors import ConfigError, UnsafeActionError, check_ranges
+from gr00t_fast.flags import setting
 
 # One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
 # ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).
@@ -41,17 +42,19 @@ class SafetyOptions:
     RECORDED_SPEED_TIMES the fastest of them is the limit if that is less than 350 degrees a second.
     """
 
-    max_speed_deg_s: float | Literal["auto"] | None = "auto"
-    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG
+    max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
+    max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
     # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
-    max_held_ticks: int = 10
+    max_held_ticks: int = 10  # NaN or infinite targets in a row that are held before the run ends
     # An STS3215 drives its motor with gain * 0.166 per radian of error (Rhoban's project bam, with an oscilloscope): at lerobot's gain of 16 a goal
     # that is ahead by the following error limit of 15 degrees makes 70 %, and its own protection trips at 80 % for 2 s. An SO-101 stretched out
     # level, the worst case of gravity, needs about 45 % (0.39 kg, centre at 0.22 m, of 1.9 Nm at 7.4 V: an estimate, no arm was measured).
-    stall_load_percent: float | None = 60.0
-    stall_current_ma: float | None = 1500.0  # 60 % of an STS3215's stall current (2.4 to 2.7 A)
-    stall_after_s: float | None = 0.7  # a start from rest takes 0.2 s; a suspect is asked every 0.4 s, so that it is found within 1.2 s
-    recorded_units_s: tuple[float, ...] | None = None
+    stall_load_percent: float | None = 60.0  # a joint that stands still before its goal and pushes so hard is blocked
+    # 60 % of an STS3215's stall current (2.4 to 2.7 A).
+    stall_current_ma: float | None = 1500.0  # a joint that draws so much meanwhile is blocked too; null: not judged by that
+    # A start from rest takes 0.2 s; a suspect is asked every 0.4 s, so that it is found within 1.2 s.
+    stall_after_s: float | None = 0.7  # how long it is blocked before it is held where it stands; null: no protection
+    recorded_units_s: tuple[float, ...] | None = setting(None, flag=False)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what makes no sense, generously: beyond, the arm would stand still or push for days."""

@@ -19,7 +19,7 @@ from gr00t_fast.control.loop import ControlLoop, Observer
 from gr00t_fast.control.report import as_page, as_text, build_report, verdict
 from gr00t_fast.control.trace import RunTrace, TickRecord
 from gr00t_fast.control.views import View, check_writable
-from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
+from gr00t_fast.errors import MissingExtraError, RecordingError, install_command, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ class Outputs:
     def write(
         self, loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str], failing: bool = False, notes: Sequence[str] = ()
     ) -> None:
-        """Print the report, `warnings` and `notes` once more in it, and write the files. Raises ConfigError when the disk refuses; with `failing`,
+        """Print the report, `warnings` and `notes` once more in it, and write the files. Raises RecordingError when the disk refuses; with `failing`,
         when the run's own error is on its way to the user, that is only a warning."""
         try:
             self._write(loop, settings, warnings, notes)
@@ -105,7 +105,7 @@ class Outputs:
                 (self._out / name).write_bytes(content)
                 paths.append(self._out / name)
         except OSError as error:
-            raise ConfigError(f"--out: cannot write to '{self._out}': {error}. The report itself is there.") from error
+            raise RecordingError(f"--out: cannot write to '{self._out}': {error}. The report itself is there.") from error
         return paths
 
 
@@ -133,14 +133,14 @@ def _raise(error: BaseException) -> NoReturn:
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Write report.json and report.txt into `directory`; returns their paths. Raises ConfigError when it cannot be written."""
+    """Write report.json and report.txt into `directory`; returns their paths. Raises RecordingError when it cannot be written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         as_json, text = directory / "report.json", directory / "report.txt"
         as_json.write_text(json.dumps(_strict(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n", **_UTF8)
         text.write_text(as_text(report), **_UTF8)
     except OSError as error:
-        raise ConfigError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
+        raise RecordingError(f"--out: cannot write to '{directory}': {error}. Name a directory that can be written.") from error
     return [as_json, text]
 
 

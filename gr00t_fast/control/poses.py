@@ -31,9 +31,10 @@ class Poses:
     """Where the arm goes without the network; fields are flags. None: nowhere. `home`: before and between episodes. `rest`: before the torque goes
     off; "start": to where the arm lay when the torque went on, for there it lies without, too (Robot.rest_pose). "recordings": where these begin."""
 
-    home: Pose | str | None = None
-    rest: Pose | str | None = "start"
-    home_speed_deg_s: float = 30.0  # a third of a turn in four seconds: slow enough to see where it goes
+    home: Pose | str | None = None  # before each episode, move slowly to "[0, -90, 90, 60, 0, 10]" or where the `recordings` begin
+    rest: Pose | str | None = "start"  # before the torque goes off; start: where it lay; or as --home, `home`, null
+    # A third of a turn in four seconds: slow enough to see where it goes.
+    home_speed_deg_s: float = 30.0  # how fast the arm moves to these poses
 
     def __post_init__(self) -> None:
         check_ranges(self, home_speed_deg_s=SPEEDS_DEG_S)

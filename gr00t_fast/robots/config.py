@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from gr00t_fast.flags import Choice
 
@@ -24,9 +24,8 @@ class CameraConfig(Choice):
     fps: int = 30
 
 
-@CameraConfig.register_subclass("opencv")
 @dataclass
-class OpenCVCameraConfig(CameraConfig):
+class OpenCVCameraConfig(CameraConfig, type="opencv"):
     """A camera that OpenCV opens by number or device path (lerobot's `type: opencv`)."""
 
     index_or_path: int | Path = 0
@@ -37,9 +36,8 @@ class OpenCVCameraConfig(CameraConfig):
     backend: int = 0  # OpenCV's number of a capture backend; 0: any
 
 
-@CameraConfig.register_subclass("sim")
 @dataclass
-class SimCameraConfig(CameraConfig):
+class SimCameraConfig(CameraConfig, type="sim"):
     """A rendered camera of the simulated scene; for a servo bus, of that scene with the arm in the pose its servos report."""
 
     view: Literal["front", "wrist"] = "front"
@@ -49,14 +47,12 @@ class SimCameraConfig(CameraConfig):
 class RobotConfig(Choice):
     """An arm by `type`."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's names before version 0.2
     id: str | None = None  # names the calibration file
     calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it
 
 
-@RobotConfig.register_subclass("so100_follower")
 @dataclass
-class SO100FollowerConfig(RobotConfig):
+class SO100FollowerConfig(RobotConfig, type="so100_follower"):
     """The real arm, driven by lerobot's unmodified `SO100Follower`."""
 
     port: str = ""  # serial device, e.g. /dev/ttyACM0; required
@@ -73,15 +69,13 @@ class SO100FollowerConfig(RobotConfig):
     watchdog_s: float | None = 1.0  # without a heartbeat for so long, a process beside the program ends it and takes the torque off; null: never
 
 
-@RobotConfig.register_subclass("so101_follower")
 @dataclass
-class SO101FollowerConfig(SO100FollowerConfig):
+class SO101FollowerConfig(SO100FollowerConfig, type="so101_follower"):
     """The same driver and settings; reports and recordings name this arm."""
 
 
-@RobotConfig.register_subclass("so100_sim")
 @dataclass
-class SO100SimConfig(RobotConfig):
+class SO100SimConfig(RobotConfig, type="so100_sim"):
     """A MuJoCo SO-100 on a table with a block and a bowl; needs no hardware and no OpenGL."""
 
     task: Literal["reach", "place"] = "place"  # what stands on the table, and what counts as solved

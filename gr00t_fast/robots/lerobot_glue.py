@@ -99,7 +99,7 @@ def calibrate_command(config: SO100FollowerConfig) -> str:
     """What to type to calibrate this arm."""
     directory = f" --robot.calibration_dir={config.calibration_dir}" if config.calibration_dir else ""
     name = config.id or "my_arm"
-    return f"lerobot-calibrate --robot.type={config.get_choice_name(type(config))} --robot.port={config.port} --robot.id={name}{directory}"
+    return f"lerobot-calibrate --robot.type={config.type_name} --robot.port={config.port} --robot.id={name}{directory}"
 
 
 def calibration_file(config: SO100FollowerConfig) -> Path:

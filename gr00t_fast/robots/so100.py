@@ -71,7 +71,7 @@ class SO100FollowerArm:
             raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
         glue.check_numbers(config)
         self.config = config
-        self.name = config.get_choice_name(type(config))
+        self.name = config.type_name
         self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
         self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
         self.events: Counter[str] = Counter()
