@@ -76,7 +76,7 @@ def test_a_wrong_stage_fails_and_is_named(
 
 
 def test_too_few_observations_are_told_before_the_export_is_opened(tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(tiny_export.checkpoint, tmp_path / "no-export", tmp_path / "out", *FEW[:2]) == (1, None)
+    assert _run(tiny_export.checkpoint, tmp_path / "no-export", tmp_path / "out", *FEW[:2]) == (2, None)
     assert "4 frames, expected at least 100" in capsys.readouterr().err
 
 
