@@ -15,7 +15,7 @@ from control_fakes import TICK_S, Bench
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.outputs import Outputs, joints_figure, save_run, write_report
 from gr00t_fast.control.report import SCHEMA, as_text, build_report
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.errors import ConfigError, RecordingError
 from gr00t_fast.measurement import percentiles
 
 
@@ -119,7 +119,7 @@ def test_json_is_strict_and_complete(bench: Bench, tmp_path: Path) -> None:
 
 def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out"):
+    with pytest.raises(RecordingError, match="--out"):
         write_report(report_of(bench), tmp_path / "file" / "out")
     with pytest.raises(ConfigError, match="--out"):
         Outputs(tmp_path / "file" / "out")
