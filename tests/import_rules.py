@@ -22,7 +22,7 @@ ONLY = {"model": (), "control": BASE, "robots": BASE, "serving": (*BASE, "policy
 CORE_PACKAGES = frozenset({"torch", "numpy", "safetensors", "huggingface_hub", "tokenizers", "cv2", "yaml"})
 FLAG_PACKAGES = frozenset({"yaml"})  # at import time only where flags are declared: a policy must load without them
 FLAG_MODULES = frozenset({"gr00t_fast.flags", "gr00t_fast.robots.config"})
-OUTSIDE = ("benchmarks", "export", "scripts", "training")
+OUTSIDE = ("benchmarks", "examples", "export", "scripts", "training")
 SCRIPT = "a script"
 
 Sources = Mapping[str, str]  # module name -> source
