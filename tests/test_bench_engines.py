@@ -57,7 +57,7 @@ def test_an_export_is_an_engine_like_any_other(tiny_export: tuple[Path, Path], t
 
 
 def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, capsys, "--engines", "eager", "cuda_graph", code=1)
+    run(tmp_path, capsys, "--engines", "eager", "cuda_graph", code=2)
     assert "engine 'cuda_graph' needs a CUDA GPU" in capsys.readouterr().err
     run(tmp_path, capsys, "--engines", "eager", "cuda_grahp", code=2)
     assert "Did you mean 'cuda_graph'" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytes
     np.savez(tmp_path / "seen" / "000.npz", **rows)
     result = run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'seen'}", "--frames=100")
     assert (result["observations"], result["of"]) == (5, "seen")
-    run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'nowhere'}", code=1)
+    run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'nowhere'}", code=2)
     assert "neither a LeRobotDataset" in capsys.readouterr().err
 
 

@@ -64,7 +64,7 @@ def test_help_names_defaults_and_meaning(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_out_that_cannot_be_a_directory_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").write_text("mine")
     for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert finish("x", Config(out=out), lambda _: pytest.fail("it ran"), str) == 1
+        assert finish("x", Config(out=out), lambda _: pytest.fail("it ran"), str) == 2
         assert f"--out={out}" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "mine"
 

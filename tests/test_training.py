@@ -156,8 +156,8 @@ def test_samples_are_continued_and_others_refused(tmp_path: Path, monkeypatch: p
     np.testing.assert_array_equal(after.pictures[:3], before.pictures)
     np.testing.assert_array_equal(after.chunks[:3], before.chunks)
     for flags, code, expected in (
-        (["--count=5", "--seed=2"], 1, r"'seed': 1,.*'seed': 2,.*--out"),
-        (["--count=2", "--seed=1"], 1, "5 samples.*--count=2"),
+        (["--count=5", "--seed=2"], 2, r"'seed': 1,.*'seed': 2,.*--out"),
+        (["--count=2", "--seed=1"], 2, "5 samples.*--count=2"),
         (["--count=0"], 2, "--count=0"),
         (["--seed=-1"], 2, "--seed=-1"),
         (["--cuont=3"], 2, "--count"),
@@ -169,7 +169,7 @@ def test_samples_are_continued_and_others_refused(tmp_path: Path, monkeypatch: p
 
 def test_training_stops_continues_to_the_same_bits_and_leaves_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = f"--samples={tmp_path / 'samples'}"
-    assert train.main([made, f"--out={tmp_path / 'run'}"]) == 1
+    assert train.main([made, f"--out={tmp_path / 'run'}"]) == 2
     assert "samples.py" in capsys.readouterr().err
     assert samples.main([f"--out={tmp_path / 'samples'}", "--count=16"]) == 0
     common = [made, f"--held_out={tmp_path / 'samples'}", "--steps=4", "--batch_size=8", "--check_every=2", "--device=cpu"]
@@ -188,7 +188,7 @@ def test_training_stops_continues_to_the_same_bits_and_leaves_everything(tmp_pat
     one, two = ((tmp_path / run / "checkpoint" / "model.safetensors").read_bytes() for run in ("run", "straight"))
     assert one == two
     assert continued["action_error_deg"] == straight["action_error_deg"]
-    assert train.main([*common, f"--out={tmp_path / 'run'}", "--learning_rate=0.1"]) == 1
+    assert train.main([*common, f"--out={tmp_path / 'run'}", "--learning_rate=0.1"]) == 2
     assert "rate 0.0015 there, 0.1 here" in capsys.readouterr().err
     untrained = load_policy(tmp_path / "run" / "checkpoint", device="cpu")
     assert [outcome.solved_s for outcome in reach_for_still_blocks(untrained, (HORIZON, 32), (0,))] == [None]
@@ -230,7 +230,7 @@ def test_a_recorded_data_set_is_read_back(tmp_path: Path, capsys: pytest.Capture
     pytest.importorskip("lerobot")
     out = tmp_path / "demonstrations"
     assert record.main([f"--out={out}", "--episodes=2", "--resolution=64x48"]) == 0
-    for flags, code, expected in (([], 1, "there already"), (["--resolution=64"], 2, "WIDTHxHEIGHT"), (["--episodes=0"], 2, "--episodes=0")):
+    for flags, code, expected in (([], 2, "there already"), (["--resolution=64"], 2, "WIDTHxHEIGHT"), (["--episodes=0"], 2, "--episodes=0")):
         assert record.main([f"--out={out}", *flags]) == code
         assert expected in capsys.readouterr().err
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -249,7 +249,7 @@ def test_a_data_set_is_whole_or_not_there(tmp_path: Path, monkeypatch, capsys: p
     done = interrupted("record.py", *flags, "--episodes=500", when=tmp_path, pattern="*.mp4")  # Arrow's files are open by then
     assert "nothing was written" in done.stderr.splitlines()[-1]
     monkeypatch.setattr(record, "expert", lambda simulation: iter([HOME_DEG]))
-    assert record.main([*flags, "--episodes=2"]) == 1
+    assert record.main([*flags, "--episodes=2"]) == 2
     assert "none of the 2 layouts" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
