@@ -133,13 +133,15 @@ class Sink:
         self._process.kill()
 
     def close(self, limit_s: float) -> bool:
-        """End its input and let it finish. Returns False when it took longer than the limit and was killed. Nothing may be given afterwards."""
+        """End its input and let it finish. Returns False when it did nothing for so long and was killed: on a busy machine, where it comes last, it
+        is slow already to start. Nothing may be given afterwards."""
         if self._process is None or self._closing:
             return True
         self.call("")
-        self._closing = True
+        self._closing, ended_s = True, time.monotonic()
         try:
-            self._process.join(limit_s)
+            while self._process.exitcode is None and (left_s := max(self._heard_s, ended_s) + limit_s - time.monotonic()) > 0:
+                self._process.join(left_s)
             return self._process.exitcode is not None
         finally:  # also when Ctrl-C ends the waiting: it is not left behind
             if self._process.exitcode is None:
