@@ -110,7 +110,7 @@ def test_what_is_no_run_is_said(runs: tuple[Path, Path], tmp_path: Path, capsys:
     assert "report.json" in compare(good, str(tmp_path / "other"), capsys=capsys)[2]
     (runs[1] / "run.npz").write_bytes(b"PK\x03\x04 half a file")
     code, out, err = compare(good, str(runs[1]), capsys=capsys)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert "run.npz" in err
 
 

@@ -517,7 +517,7 @@ def test_a_second_program_leaves_the_first_alone(program: tuple, tmp_path: Path)
 def test_the_program_refuses_bad_input(tmp_path: Path) -> None:
     link = tmp_path / "port"
     bad_fault = run("--link", link, "--fault", "silnt:servo=3")
-    assert (bad_fault.returncode, bad_fault.stderr.count("\n")) == (1, 1)
+    assert (bad_fault.returncode, bad_fault.stderr.count("\n")) == (2, 1)
     assert "'silent'" in bad_fault.stderr
     assert "none.json" in run("--link", link, "--calibration", tmp_path / "none.json").stderr
     assert "no virtual bus answers" in run("--control", link, "--send", "state").stderr

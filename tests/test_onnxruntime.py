@@ -277,7 +277,7 @@ def _program(checkpoint: Path, out: Path, *flags: str) -> list[str]:
 
 def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
     done = subprocess.run(_program(checkpoint, exported), capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert "exists and is not empty" in done.stderr
     out = tmp_path / "killed"
     process = subprocess.Popen(_program(checkpoint, out), stderr=subprocess.PIPE, text=True)

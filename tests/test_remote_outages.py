@@ -143,7 +143,7 @@ def replaced(*flags: str) -> Run:
 def hanging() -> Run:
     with ServerProcess() as server:
         stop, go_on = (partial(server.process.send_signal, number) for number in (signal.SIGSTOP, signal.SIGCONT))
-        return Run(server, "--controller=threaded", "--server_timeout_s=0.5", timeout_s=5.0).play((0.4, stop), (2.0, go_on))
+        return Run(server, "--controller=threaded", "--server_timeout_s=2", timeout_s=8.0).play((0.4, stop), (4.0, go_on))
 
 
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
