@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from waiting import until
 
 pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
@@ -204,16 +205,9 @@ def observe_for(arm: SO100FollowerArm, seconds: float) -> None:
     look_until(arm, lambda: time.monotonic() > end_s)
 
 
-def wait_until(done: Callable[[], bool]) -> None:
-    give_up_s = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.01)
-
-
 def wait_for_replug(bus: VirtualBus) -> None:
     """Only a plugged-in bus is looked at by `assert_landed`."""
-    wait_until(lambda: bus.device is not None)
+    until(lambda: bus.device is not None)
 
 
 def test_landing_switches_the_others_off_at_once_while_one_is_silent(tmp_path: Path) -> None:
@@ -316,7 +310,7 @@ def test_a_port_that_opens_and_cannot_be_read_is_given_up(tmp_path: Path, monkey
             report = arm.land()
         assert set(report.torque.values()) == {"unknown"}
         assert "power supply" in report.problems[0]
-        wait_until(lambda: not any(bus.torque().values()))  # by the watchdog
+        until(lambda: not any(bus.torque().values()))  # by the watchdog
 
 
 def test_a_port_that_another_program_has_taken_meanwhile_is_left_to_it(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from exports import inputs_for, layout_of, make_export, stages_of, target_for
 from golden_cases import load_case, reduced, relative_error
 from random_networks import Sizes, load_network, observation, random_inputs, write_network
+from waiting import until
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
@@ -281,7 +281,7 @@ def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint:
     assert "exists and is not empty" in done.stderr
     out = tmp_path / "killed"
     process = subprocess.Popen(_program(checkpoint, out), stderr=subprocess.PIPE, text=True)
-    _wait_for(lambda: any(tmp_path.glob(".killed.partial-*/tables.safetensors")))
+    until(lambda: any(tmp_path.glob(".killed.partial-*/tables.safetensors")))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143
@@ -305,13 +305,6 @@ def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([*arguments, *flags]) != 0
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 100.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def _timer():

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S, is_there, until
 
 from gr00t_fast.cli import export, replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
@@ -38,7 +39,6 @@ pytest.importorskip("lerobot")
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "so100-sim-reach"
 SIZE = (48, 64, 3)
-PATIENCE_S = 60.0
 
 
 def seen(tick: int, size: tuple[int, ...] = SIZE) -> Observation:
@@ -65,13 +65,6 @@ def play(recorder: DatasetRecorder, ticks: int, task: str = "lift", **outcome: o
         time.sleep(0.005)
     recorder.end(success=None, ended_by="the time limit")
     recorder.save(**{"success": None, "ended_by": "the time limit", **outcome})
-
-
-def until(done: Callable[[], object]) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < end_s, "it did not happen"
-        time.sleep(0.02)
 
 
 def settled(recorder: DatasetRecorder) -> None:
@@ -267,7 +260,7 @@ def test_a_full_disk_costs_one_episode(tmp_path: Path) -> None:
         recorder.begin("lift")
         for tick in range(10):
             recorder.add(seen(tick), np.zeros(6))
-        until(lambda: any(list(place.rglob("*.mp4")) for place in left_beside(out)))
+        until(lambda: any(is_there(place, "*.mp4") for place in left_beside(out)))
         resource.prlimit(recorder.process, resource.RLIMIT_FSIZE, (200, 200))
         recorder.end(success=None, ended_by="the time limit")
         recorder.save(success=None, ended_by="the time limit")

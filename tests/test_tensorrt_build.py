@@ -17,6 +17,7 @@ import pytest
 from exports import target_for
 from random_networks import write_network
 from tiny_graphs import IMAGE_TOKENS, STAGES, WIDTH, write_export, write_graph
+from waiting import until
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.cli import export
@@ -267,10 +268,3 @@ def test_the_process_ends_with_its_parent(tmp_path: Path) -> None:
         assert parent.wait(timeout=60) != 0
         until(lambda child=child: not child.exists() or child.read_text().split()[2] == "Z")
         assert not (directory / "ended").exists()
-
-
-def until(true: Callable[[], object], limit_s: float = 60.0) -> None:
-    end_s = time.monotonic() + limit_s
-    while not true():
-        assert time.monotonic() < end_s
-        time.sleep(0.05)

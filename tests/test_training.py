@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from waiting import is_there, until
 
 pytest.importorskip("mujoco")
 from benchmarks.evaluate import reach_for_still_blocks
@@ -200,8 +200,7 @@ def interrupted(script: str, *flags: str, when: Path, pattern: str) -> subproces
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
         try:
-            while not list(when.rglob(pattern)) and process.poll() is None:
-                time.sleep(0.02)
+            until(lambda: is_there(when, pattern) or process.poll() is not None, pattern)
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=60)
         finally:

@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from waiting import until
 
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import views
@@ -79,10 +80,7 @@ def viewer(port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         pytest.skip("this build of rerun-sdk comes without its viewer")
     log = (tmp_path / "viewer.log").open("wb")
     with log, subprocess.Popen([program, "--serve-grpc", "--port", str(port), "--bind", "127.0.0.1"], stdout=log, stderr=log) as process:
-        end_s = time.monotonic() + 20
-        while not _answers(port):
-            assert time.monotonic() < end_s, (tmp_path / "viewer.log").read_text()
-            time.sleep(0.1)
+        until(lambda: _answers(port), f"rerun's server ({tmp_path / 'viewer.log'})")
         yield process
         process.send_signal(signal.SIGCONT)
         process.kill()
@@ -274,8 +272,8 @@ def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, m
     monkeypatch.setattr(views, "_FINISH_S", 0.5)
     with video_view(tmp_path / "run.mp4", FPS) as view:
         view.see(frames_of(0))
-        while not (encoders := children(view.sink.process)):
-            time.sleep(0.01)
+        until(lambda: children(view.sink.process))
+        encoders = children(view.sink.process)
         os.kill(encoders[0], signal.SIGSTOP)
         for number in range(200):
             view.see(frames_of(number))
@@ -283,7 +281,7 @@ def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, m
     assert time.monotonic() - began_s < 5
     assert "did not finish" in view.warnings[0]
     assert view.written is None
-    assert not is_running(encoders[0])
+    until(lambda: not is_running(encoders[0]))  # killed, but the kernel takes its time
 
 
 def children(process: int) -> list[int]:
