@@ -17,11 +17,12 @@ INSTALL_312 := PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTR
 	.venv312/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test test-lerobot-0.6 python312 soak lint bench gpu-check clean
+.PHONY: help demo test test-again test-lerobot-0.6 python312 soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
+	@echo "make test-again what failed of 'make test', one after the other: a fault fails again, a neighbour's load does not"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
@@ -41,6 +42,13 @@ demo: .venv/.demo
 TEST_JOBS ?= 2
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile
+
+# Up to three tests: more is no accident of time.
+AGAIN_IN ?= .venv
+test-again:
+	@$(AGAIN_IN)/bin/python -c "import json, sys; failed = json.load(open('.pytest_cache/v/cache/lastfailed')); \
+		print('once more, alone:', *failed, sep='\n  '); sys.exit(len(failed) > 3)"
+	OMP_NUM_THREADS=1 $(AGAIN_IN)/bin/python -m pytest -q --last-failed --last-failed-no-failures=none
 
 test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile $(ARM_TESTS)
