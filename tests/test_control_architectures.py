@@ -1,4 +1,4 @@
-"""The study of control architectures: whole runs in virtual time, on a made-up recording and on one of a data set; one real run with a server."""
+"""The study of control architectures: whole runs in virtual time, on a made-up recording and on one of a data set; one in real time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_run_shows_what_each_architecture_costs(tmp_path: Path) -> None:
         floor, sync, threaded = rows[scene, "floor", "", 0], rows[scene, "sync", "800 ms", 100], rows[scene, "threaded", "800 ms", 100]
         assert floor["mae_aligned"] < threaded["mae_aligned"]
         assert threaded["frozen_ticks"] == 0, "a chunk that lasts twice the delay bridges it"
-        assert sync["freeze_s"] > 0.7
+        assert sync["frozen_ticks"] > 35
         short, resumed = rows[scene, "threaded", "800 ms", 50], rows[scene, "threaded_resume", "800 ms", 50]
         assert short["never_played_s"] > 0.5
         assert resumed["frozen_ticks"] > 0
@@ -40,9 +40,9 @@ def test_a_run_shows_what_each_architecture_costs(tmp_path: Path) -> None:
     assert (tmp_path / "control_architectures.png").stat().st_size > 10_000
 
 
-def test_a_served_policy_in_real_time(tmp_path: Path) -> None:
-    flags = ("--architectures=server", "--scenes=moving", "--latency_ms=20", "--rounds=1", "--jobs=1", "--seconds=2")
-    assert run(tmp_path, *flags)["moving", "server", "20 ms", 50]["finished"] == 1
+def test_real_time(tmp_path: Path) -> None:
+    flags = ("--architectures=threaded", "--scenes=moving", "--latency_ms=20", "--rounds=2", "--jobs=2", "--seconds=2")
+    assert run(tmp_path, *flags)["moving", "threaded", "20 ms", 50]["finished"] == 1
 
 
 def data_set(root: Path, **features: list[str]) -> Path:
@@ -79,7 +79,6 @@ def test_a_recording_is_played(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("flags", "named"),
     [
         (["--recording=nowhere"], "nowhere"),
-        (["--virtual", "--architectures=server"], "--virtual"),
         (["--virtual", "--start_s=99"], "--start_s"),
         (["--virtual", "--architectures=threaded_resume", "--latency_ms=0"], "threaded_resume"),
     ],
