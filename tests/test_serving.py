@@ -24,7 +24,7 @@ from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, ass
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.server import InferenceQueue, RequestLog, check_port_free, same_token
+from gr00t_fast.serving.service import RequestLog, Service, check_free
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 FUZZ_BATCH = 100
@@ -104,9 +104,11 @@ def test_token_is_asked_for_and_kill_ends_the_server(policy: ArithmeticPolicy) -
 
 
 def test_tokens_of_any_type_are_compared() -> None:
-    assert same_token(None, None)
-    assert same_token("x", "x")
-    assert not any(same_token(given, "x") for given in (None, "", "y", "xx", b"x", 1, ["x"], "\ud800"))
+    service = Service(ArithmeticPolicy(), "x", 0)
+    service.check_token("x")
+    for given in (None, "", "y", "xx", b"x", 1, ["x"], "\ud800"):
+        with pytest.raises(ServerError, match="Unauthorized"):
+            service.check_token(given)
 
 
 # --- our client and the reference's server -----------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def test_addresses_that_cannot_be_used(server: PolicyServer, policy: ArithmeticP
     with pytest.raises(ServerError, match="cannot listen"):
         PolicyServer(policy, port=70000)
     with pytest.raises(ServerError, match="cannot listen"):
-        check_port_free("127.0.0.1", server.port)
+        check_free(server.address)
     with pytest.raises(ConfigError, match="cannot connect"):
         PolicyClient(address="carrier-pigeon://nest")
     for timeout_s in (0, -1, float("nan"), float("inf")):
@@ -496,22 +498,27 @@ def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(pol
             client.get_modality_config()
 
 
-class Work:
-    """A queue whose outcomes are told by client: the result, or the error's code."""
+class Work(ArithmeticPolicy):
+    """A service and its outcomes by client: the result, or the error's code. Its policy does what an observation holds."""
 
     def __init__(self, **limits: Any) -> None:
-        self.queue = InferenceQueue(RequestLog(), limits.pop("limit_bytes", 100), **limits)
+        super().__init__()
+        self.service = Service(self, None, limits.pop("limit_bytes", 100), **limits)
         self.outcomes: list[tuple[str, Any]] = []
 
-    def submit(self, client: str, call: Any = lambda: "done", size_bytes: int = 0) -> None:
-        def answer(result: Any, error: Any) -> None:
-            self.outcomes.append((client, result if error is None else getattr(error, "code", type(error).__name__)))
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: Any = None) -> Any:
+        return observation["call"]()
 
-        self.queue.submit(call, answer, client, size_bytes)
+    def submit(self, client: str, call: Any = lambda: "done", size_bytes: int = 0) -> None:
+        def note(answer: Any) -> None:
+            error = answer.exception()
+            self.outcomes.append((client, answer.result() if error is None else getattr(error, "code", type(error).__name__)))
+
+        self.service.ask({"call": call}, client, size_bytes).add_done_callback(note)
 
     def run(self) -> list[tuple[str, Any]]:
-        self.submit("last", self.queue.stop)
-        self.queue.run()
+        self.submit("last", self.service.stop)
+        self.service.run()
         return self.outcomes
 
 
@@ -519,7 +526,7 @@ def test_clients_take_turns_in_the_order_in_which_they_came() -> None:
     work = Work(max_waiting=5)
     for client in ("a", "b", "a", "c", "a"):
         work.submit(client)
-    work.queue.forget(lambda client: client == "c")
+    work.service.forget(lambda client: client == "c")
     assert work.run() == [("a", ServerError.REPLACED), ("a", ServerError.REPLACED), ("a", "done"), ("b", "done"), ("last", None)]
 
 
@@ -535,23 +542,24 @@ def test_places_and_bytes_are_bounded_and_given_back() -> None:
     work.submit("c")
     with pytest.raises(ServerError, match="busy: 3"):
         work.submit("d")
-    work.queue.forget(lambda client: client == "c")
+    work.service.forget(lambda client: client == "c")
     assert work.run() == [("a", ServerError.REPLACED), ("a", "done"), ("b", "ZeroDivisionError"), ("last", None)]
     with pytest.raises(ServerError, match="shutting down"):
         work.submit("late")
 
 
 def test_old_requests_are_not_computed_and_those_that_wait_at_the_end_are_refused() -> None:
-    old, ended = Work(max_wait_s=0.05), Work()
+    old, ended = Work(max_wait_s=-1), Work()
     old.submit("a")
-    time.sleep(0.1)
-    assert old.run() == [("a", ServerError.BUSY), ("last", None)]
+    threading.Timer(0.2, old.service.stop).start()
+    old.service.run()
+    assert old.outcomes == [("a", ServerError.BUSY)]
     for client in ("a", "b"):
-        ended.submit(client, ended.queue.stop)
+        ended.submit(client, ended.service.stop)
     assert ended.run() == [("a", None), ("b", ServerError.STOPPING), ("last", ServerError.STOPPING)]
 
 
-def test_submitting_and_stopping_at_once_loses_no_call() -> None:
+def test_asking_and_stopping_at_once_loses_no_answer() -> None:
     for _ in range(50):
         work, taken = Work(), []
 
@@ -561,10 +569,10 @@ def test_submitting_and_stopping_at_once_loses_no_call() -> None:
                     work.submit(client := str(len(taken)))
                     taken.append(client)
 
-        threads = [threading.Thread(target=target) for target in (work.queue.run, submit_all, submit_all)]
+        threads = [threading.Thread(target=target) for target in (work.service.run, submit_all, submit_all)]
         for thread in threads:
             thread.start()
-        work.queue.stop()
+        work.service.stop()
         for thread in threads:
             thread.join(10)
         assert len(work.outcomes) == len(taken)

@@ -17,7 +17,7 @@ from serving_fakes import ArithmeticPolicy, Mutator, assert_same, observation, r
 from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer
 from gr00t_fast.serving import http as module
-from gr00t_fast.serving.server import MAX_BATCH
+from gr00t_fast.serving.service import MAX_BATCH
 
 DUALCAM = ("front", "wrist")
 

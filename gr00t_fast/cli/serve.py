@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gr00t_fast.cli.main import EXIT_OK, Command
@@ -16,9 +15,8 @@ from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
 from gr00t_fast.errors import require
 from gr00t_fast.flags import UsageError
-from gr00t_fast.serving.server import check_port_free
-
-_MAX_IPC_PATH_BYTES = 103  # what macOS takes; Linux takes 107
+from gr00t_fast.serving.service import check_free
+from gr00t_fast.serving.wire import tcp_address
 
 
 @dataclass(kw_only=True)
@@ -44,20 +42,9 @@ class ServeConfig(PolicyFlags):
             raise UsageError(f"--address={self.address} is for ZeroMQ; with --http use --host and --port.")
         if self.host_names and not self.http:
             raise UsageError(f"--host_names={self.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
-        if self.address:
-            _check_address(self.address)
-
-
-def _check_address(address: str) -> None:
-    """Before gigabytes are read. Raises UsageError."""
-    transport, _, place = address.partition("://")
-    if transport not in ("tcp", "ipc") or not place:
-        raise UsageError(f"--address={address}: expected ipc://PATH or tcp://HOST:PORT.")
-    path = Path(place)
-    if transport == "ipc" and not place.startswith("@") and not path.parent.is_dir():  # @: Linux's abstract names, no files
-        raise UsageError(f"--address={address}: there is no directory {path.parent} for the socket.")
-    if transport == "ipc" and len(place.encode()) > _MAX_IPC_PATH_BYTES:
-        raise UsageError(f"--address={address}: a socket's path has at most {_MAX_IPC_PATH_BYTES} bytes, this one {len(place.encode())}.")
+        transport, _, place = self.address.partition("://")
+        if self.address and (transport not in ("tcp", "ipc") or not place):
+            raise UsageError(f"--address={self.address}: expected ipc://PATH or tcp://HOST:PORT.")
 
 
 def serve(config: ServeConfig) -> int:
@@ -65,8 +52,7 @@ def serve(config: ServeConfig) -> int:
     logging.basicConfig(level=logging.DEBUG if config.verbose else logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, _interrupt)
     require("uvicorn" if config.http else "zmq", "serving")
-    if not config.address:
-        check_port_free(config.host, config.port)
+    check_free(config.address or tcp_address(config.host, config.port))
     from gr00t_fast.policy import load_policy  # imports torch
 
     policy = load_policy(config.model_path, **config.policy_options())

@@ -26,6 +26,7 @@ from gr00t_fast.serving.wire import (
     ModalityConfigN1d7,
     decode,
     metadata_from_message,
+    tcp_address,
 )
 
 DEFAULT_TIMEOUT_S = 15.0  # NVIDIA's clients have the same figure, but never tell their socket
@@ -60,7 +61,7 @@ class PolicyClient(Policy):
         if not (math.isfinite(timeout_s) and timeout_s > 0):
             raise ConfigError(f"timeout_s must be a positive number of seconds, got {timeout_s}.")
         self._zmq = require("zmq", "serving")
-        self.address = address or (f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        self.address = address or tcp_address(host, port)
         self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
         self.last_timing = {}
         self.connection = 0  # another number whenever it broke: what answers now may be another server than before

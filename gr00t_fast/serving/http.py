@@ -23,24 +23,23 @@ from typing import Any
 
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
-from gr00t_fast.inputs.observation import flat_observation, is_nested
-from gr00t_fast.serving.server import (
+from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     DEFAULT_HOST,
     DEFAULT_PORT,
     PolicyServerBase,
-    check_batch,
+    Service,
     listen_on_tcp,
     reason_of,
-    same_token,
 )
-from gr00t_fast.serving.wire import UNAUTHORISED_TEXT, from_json, to_json
+from gr00t_fast.serving.wire import from_json, to_json
 
 MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carries more
 MAX_CONNECTIONS = 256  # further requests are answered with 503
 BODY_S = 30.0  # for all of a body
 _IDLE_S = 30  # between two requests of a connection
 _STOP_S = 1
+_HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
 _Receive, _Send = Callable[[], Awaitable[_Event]], Callable[[_Event], Awaitable[None]]
 
@@ -61,7 +60,8 @@ class HttpPolicyServer(PolicyServerBase):
         self._listener = listen_on_tcp(host, port)
         address, bound_port, *_ = self._listener.getsockname()
         place = f"[{address}]" if ":" in address else address
-        super().__init__(policy, api_token, f"http://{place}:{bound_port}", MAX_BODY_BYTES)
+        service = Service(policy, api_token, BUDGET_MESSAGES * MAX_BODY_BYTES)
+        super().__init__(service, f"http://{place}:{bound_port}")
         config = uvicorn.Config(
             self._application,
             http="h11",
@@ -96,11 +96,11 @@ class HttpPolicyServer(PolicyServerBase):
         try:
             body = await self._body(scope, receive)
             keep = True
-            status, reply = 200, _json({"status": "healthy", "model": "GR00T"} if body is None else await self._act(body, scope["client"], receive))
+            status, reply = 200, _HEALTH if body is None else await self._act(body, scope["client"], receive)
         except _ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-            self._requests.refused(error)
+            self._service.log.refused(error)
             status, reply = _status(error), to_json({"detail": reason_of(error)})
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(reply)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers if keep else [*headers, (b"connection", b"close")]})
@@ -113,9 +113,7 @@ class HttpPolicyServer(PolicyServerBase):
         route = (scope["method"], scope["path"])
         if route == ("GET", "/health"):
             return None
-        given = headers.get("authorization", b"").decode("utf-8", "surrogateescape").removeprefix("Bearer ")
-        if not same_token(given, self._token):
-            raise _RefusedError(401, UNAUTHORISED_TEXT)
+        self._service.check_token(headers.get("authorization", b"").decode("utf-8", "surrogateescape").removeprefix("Bearer "))
         if route != ("POST", "/act"):
             raise _RefusedError(404, "Not Found: GET /health or POST /act")
         length = headers.get("content-length", b"0")
@@ -158,24 +156,21 @@ class HttpPolicyServer(PolicyServerBase):
         finally:
             self._bodies_bytes -= len(body)
 
-    async def _act(self, body: bytearray, client: Any, receive: _Receive) -> Any:
-        """The actions, or the error that the inference ended with. A request whose client hangs up meanwhile leaves the queue."""
-        loop = asyncio.get_running_loop()
-        answered = loop.create_future()
-        observation = _observation(body)
-
-        def answer(result: Any, error: Exception | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and its connections with it
-                loop.call_soon_threadsafe(_settle, answered, result, error)
-
-        self._queue.submit(lambda: self._policy.get_action(observation), answer, client, len(body))
+    async def _act(self, body: bytearray, client: Any, receive: _Receive) -> bytes:
+        """The actions as JSON. Raises the error that the inference ended with. A request whose client hangs up meanwhile leaves the queue."""
+        answer = asyncio.wrap_future(self._service.ask(_observation(body), client, len(body)))
         hung_up = asyncio.ensure_future(receive())
-        await asyncio.wait((answered, hung_up), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answer, hung_up), return_when=asyncio.FIRST_COMPLETED)
         hung_up.cancel()
-        if not answered.done():
-            self._queue.forget(lambda waiting: waiting == client)
+        if not answer.done():
+            answer.cancel()
+            self._service.forget(lambda waiting: waiting == client)
             raise _ClientGoneError
-        return answered.result()
+        actions = answer.result()
+        try:
+            return to_json(actions)
+        except WireError as error:  # what the policy returned cannot travel
+            raise _RefusedError(500, str(error)) from error
 
 
 class _RefusedError(Gr00tFastError):
@@ -195,34 +190,14 @@ def _too_large() -> _RefusedError:
 def _status(error: Exception) -> int:
     if isinstance(error, _RefusedError):
         return error.status
-    if isinstance(error, ServerError) and error.code in (ServerError.BUSY, ServerError.STOPPING):
-        return 503
-    return 400 if isinstance(error, Gr00tFastError) else 500
+    statuses = {ServerError.BUSY: 503, ServerError.STOPPING: 503, ServerError.UNAUTHORISED: 401}
+    return statuses.get(getattr(error, "code", ""), 400 if isinstance(error, Gr00tFastError) else 500)
 
 
-def _json(message: Any) -> bytes:
-    try:
-        return to_json(message)
-    except WireError as error:  # what the policy returned cannot travel
-        raise _RefusedError(500, str(error)) from error
-
-
-def _settle(answered: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if answered.done():  # cancelled
-        return
-    if error is None:
-        answered.set_result(result)
-    else:
-        answered.set_exception(error)
-
-
-def _observation(body: bytearray) -> dict[str, Any]:
+def _observation(body: bytearray) -> Any:
     payload = from_json(body, MAX_BODY_BYTES)
     if isinstance(payload, dict) and isinstance(payload.get("encoded"), str) and len(payload) == 1:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
-    if not isinstance(payload, dict) or not isinstance(payload.get("observation"), dict):
+    if not isinstance(payload, dict):
         raise WireError('expected {"observation": {name: value}}.')
-    observation = payload["observation"]
-    observation = flat_observation(observation) if is_nested(observation) else observation
-    check_batch(observation)
-    return observation
+    return payload.get("observation")

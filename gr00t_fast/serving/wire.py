@@ -22,13 +22,14 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Mapping, Sized
+from dataclasses import asdict, is_dataclass
+from itertools import starmap
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from gr00t_fast.contracts import Letterbox, ModalityConfig, PartStatistics, PolicyMetadata
+from gr00t_fast.contracts import ModalityConfig, PartStatistics, PolicyMetadata
 from gr00t_fast.errors import WireError, require
 from gr00t_fast.files import parse_json
 
@@ -46,6 +47,11 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 _MAX_HEADER_CHARACTERS, _MAX_DTYPE_CHARACTERS = 512, 16
 _MAX_DIMENSIONS, _MAX_SIZE = 8, 2**32
 _LAST_CHARACTER, _SURROGATES = 0x10FFFF, (0xD800, 0xDFFF)  # of Unicode
+
+
+def tcp_address(host: str, port: int) -> str:
+    """As ZeroMQ writes it."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def encode(message: Any, n1d7: bool = False) -> bytes:
@@ -329,7 +335,7 @@ def _from_json_array(value: dict[str, Any]) -> Any:
 
 def metadata_to_message(metadata: PolicyMetadata) -> dict[str, Any]:
     """Numbers travel as float64, so they arrive as they were."""
-    return {name: _plain(value) for name, value in asdict(metadata).items()}
+    return _plain(asdict(metadata))
 
 
 def _plain(value: Any) -> Any:
@@ -341,13 +347,14 @@ def _plain(value: Any) -> Any:
 
 
 def metadata_from_message(message: Any) -> PolicyMetadata:
-    """Raises WireError that names the field unless every fact is of the right form: what is checked against these metadata is an arm."""
+    """Raises WireError that names the field unless every fact is of the form that `PolicyMetadata` has: what is checked against these metadata is an
+    arm."""
     facts: dict[str, Any] = {}
-    for name, read in _FACTS.items():
+    for name, hint in get_type_hints(PolicyMetadata).items():
         value = message.get(name) if isinstance(message, dict) else None
         try:
-            facts[name] = read(value)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            facts[name] = _typed(value, hint)
+        except (ValueError, TypeError, KeyError) as error:
             raise WireError(f"get_facts: the server's '{name}' makes no sense: {str(value)[:80]}. Do both ends have the same version?") from error
     for modality in ("state", "action"):
         widths = {part: known.min.size for part, known in facts[f"{modality}_statistics"].items()}
@@ -356,31 +363,26 @@ def metadata_from_message(message: Any) -> PolicyMetadata:
     return PolicyMetadata(**facts)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("no text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError("no positive whole number")
-    return value
-
-
-def _rate(value: Any) -> float | None:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise ValueError("no positive number")
-    return float(value)
-
-
-def _resolution(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    width, height = value
-    return _count(width), _count(height)
+def _typed(value: Any, hint: Any) -> Any:
+    """`value` as the annotation says; numbers are positive, texts and maps not empty. Raises ValueError, TypeError or KeyError."""
+    kind, items = get_origin(hint), get_args(hint)
+    if type(None) in items:
+        return None if value is None else _typed(value, items[0])
+    if kind is tuple:
+        return tuple(starmap(_typed, zip(value, items, strict=True)))
+    if kind is not None:  # a mapping
+        if not value or not isinstance(value, dict):
+            raise ValueError("no map")
+        return {_typed(key, items[0]): _typed(item, items[1]) for key, item in value.items()}
+    if hint is PartStatistics:
+        return _statistics(value)
+    if is_dataclass(hint):
+        return hint(**{name: _typed(value[name], each) for name, each in get_type_hints(hint).items()})
+    if type(value) is not hint and not (hint is float and type(value) is int):
+        raise TypeError(f"no {hint}")
+    if hint is not bool and (not value or (hint is not str and not 0 < value < math.inf)):
+        raise ValueError("empty, or no positive number")
+    return hint(value)
 
 
 def _statistics(value: Any) -> PartStatistics:
@@ -388,35 +390,3 @@ def _statistics(value: Any) -> PartStatistics:
     if any(array.shape != arrays["min"].shape or array.ndim != 1 or not np.isfinite(array).all() for array in arrays.values()):
         raise ValueError("no finite numbers of one length")
     return PartStatistics(**arrays)
-
-
-def _letterbox(value: Any) -> Letterbox | None:
-    if value is None:
-        return None
-    if not all(isinstance(value[name], bool) for name in ("pads", "known")):
-        raise ValueError("no answer")
-    return Letterbox(value["pads"], _text(value["why"]), value["known"])
-
-
-def _each(read: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
-    """Reads a map with something in it."""
-
-    def read_all(value: Any) -> dict[str, Any]:
-        if not value:
-            raise ValueError("nothing")
-        return {_text(key): read(item) for key, item in value.items()}
-
-    return read_all
-
-
-_FACTS: dict[str, Callable[[Any], Any]] = {
-    "embodiment_tag": _text,
-    "resolutions": _each(_resolution),
-    "fps": _rate,
-    "state_widths": _each(_count),
-    "action_widths": _each(_count),
-    "state_statistics": _each(_statistics),
-    "action_statistics": _each(_statistics),
-    "trained_horizon": _count,
-    "letterbox": _letterbox,
-}
