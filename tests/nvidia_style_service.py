@@ -1,4 +1,4 @@
-"""A client and a server of the GR00T N1.5 service protocol, written from its description and independent of gr00t_fast.serving.
+"""Clients and servers of the GR00T N1.5 and N1.7 service protocols, written from their description and independent of gr00t_fast.serving.
 
 They behave like the reference's: a REP socket that answers one request after the other, a REQ socket that waits for ever, `np.save` and
 `np.load` for arrays, `kill` answered with nil, "Unknown endpoint" for what is not registered, data left out where an endpoint takes none.
@@ -141,6 +141,63 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.running = False
         self.thread.join(10)
+
+
+def pack_n1d7(message: Any) -> bytes:
+    def special(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return {b"nd": True, b"type": value.dtype.str, b"kind": b"", b"shape": value.shape, b"data": value.tobytes()}
+        raise TypeError(type(value))
+
+    return msgpack.packb(message, default=special)
+
+
+def unpack_n1d7(data: bytes) -> Any:
+    def special(value: dict[Any, Any]) -> Any:
+        if b"nd" not in value:
+            return value
+        assert value[b"kind"] == b"", "an object array"
+        return np.frombuffer(value[b"data"], np.dtype(value[b"type"])).reshape(value[b"shape"])
+
+    return msgpack.unpackb(data, object_hook=special)
+
+
+class ClientN1d7(Client):
+    """Takes nested observations."""
+
+    pack, unpack = staticmethod(pack_n1d7), staticmethod(unpack_n1d7)
+
+    def get_action(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
+        actions, info = self.call("get_action", {"observation": observation, "options": None})
+        assert info == {}
+        return actions
+
+
+class ServerN1d7(Server):
+    """Around a policy that takes flat observations and nested ones; strict about what it gets."""
+
+    pack, unpack = staticmethod(pack_n1d7), staticmethod(unpack_n1d7)
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy)
+        self.policy = policy
+        self.endpoints |= {"reset": (dict, False), "get_action": (self._act, True), "get_modality_config": (self._configs, False)}
+
+    def _configs(self) -> dict[str, Any]:
+        unset = dict.fromkeys(("sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"))
+        found = {}
+        for name, config in self.policy.get_modality_config().items():
+            keys = [key.removeprefix(f"{name}.") for key in config.modality_keys]
+            found[name] = {"__ModalityConfig__": True, "as_json": {"delta_indices": config.delta_indices, "modality_keys": keys, **unset}}
+        return found
+
+    def _act(self, data: dict[str, Any]) -> list[Any]:
+        seen = data["observation"]
+        assert set(data) == {"observation", "options"}
+        assert all(value.dtype == np.uint8 and value.ndim == 5 for value in seen["video"].values())
+        assert all(value.dtype == np.float32 and value.ndim == 3 for value in seen["state"].values())
+        assert all(isinstance(text, str) for texts in seen["language"].values() for (text,) in texts)
+        return [{key.removeprefix("action."): value for key, value in self.policy.get_action(seen).items()}, {}]
 
 
 def _squeezed(actions: dict[str, np.ndarray], observation: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -30,14 +30,14 @@ ROOT = Path(__file__).parent.parent
 class ArithmeticPolicy(Policy):
     """Checks an observation as the real policy does, and answers joints + step + brightness of each picture: wrong routing shows.
 
-    An instruction of the form `wait 0.5` makes it take that many seconds; `bug` makes it fail as only a bug can.
+    The instruction `hold` makes it wait for `released`, `wait 0.5` take that many seconds, and `bug` fail as only a bug can.
     """
 
     def __init__(self, data_config: str = "so100", fps: float = 30.0) -> None:
         self.config = load_data_config(data_config)
         self.metadata = policy_metadata({key.removeprefix("video."): (40, 32) for key in self.config.video_keys}, fps=fps)
         self.calls, self.resets, self.threads = 0, 0, set()
-        self._busy = threading.Lock()
+        self._busy, self.released = threading.Lock(), threading.Event()
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         assert self._busy.acquire(blocking=False), "two threads in one policy"
@@ -48,6 +48,8 @@ class ArithmeticPolicy(Policy):
             word, _, value = parsed.instructions[0].partition(" ")
             if word == "wait":
                 time.sleep(float(value))
+            if word == "hold":
+                assert self.released.wait(60), "nobody released it"
             if word == "bug":
                 raise ZeroDivisionError("a bug")
             actions = self._actions(parsed, noise)
@@ -79,6 +81,11 @@ def observation(batch: int | None = None, cameras: tuple[str, ...] = ("webcam",)
     if batch is None:
         result = {key: value[0] for key, value in result.items()}
     return result | {"annotation.human.task_description": ["pick up the cube"] * items} | changes
+
+
+def instructed(words: str) -> dict[str, Any]:
+    """An observation with this instruction."""
+    return observation(**{"annotation.human.task_description": [words]})
 
 
 def assert_same(actions: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -121,20 +128,7 @@ class ServerProcess:
         self.kill()
 
 
-WORDS = (
-    b"endpoint",
-    b"data",
-    b"api_token",
-    b"__ndarray_class__",
-    b"as_npy",
-    b"as_json",
-    b"get_action",
-    b"ping",
-    b"NUMPY",
-    b"'descr'",
-    b"|u1",
-    b"<f8",
-)
+WORDS = b"endpoint data api_token __ndarray_class__ as_npy as_json get_action ping NUMPY 'descr' |u1 <f8".split()
 TYPES = (0xC4, 0xC5, 0xC6, 0xC7, 0xC9, 0xD9, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xC1)  # of msgpack
 BOMBS = (b"\x91", b"\x81\xa1a", b"\xdd\x00\x0f\xff\xff", b"\xdc\x07\xff", b"\x80")
 

@@ -1,8 +1,9 @@
-"""Server and client over ZeroMQ: NVIDIA-style partners in both directions, queues, hostile messages, and lost partners."""
+"""Server and client over ZeroMQ: NVIDIA-style partners of N1.5 and N1.7 in both directions, queues, hostile messages, and lost partners."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -19,17 +20,24 @@ import nvidia_style_service as reference
 import psutil
 import pytest
 import zmq
-from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, assert_same, observation, running
+from serving_fakes import HORIZON, ArithmeticPolicy, Mutator, ServerProcess, assert_same, instructed, observation, running
+from waiting import until
 
-from gr00t_fast.contracts import ActionPrefix, ModalityConfig
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
+from gr00t_fast import load_policy
+from gr00t_fast.cli.run import main as run
+from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
+from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
+from gr00t_fast.serving.remote import connect
 from gr00t_fast.serving.service import RequestLog, Service, check_free
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 FUZZ_BATCH = 100
 MAX_GROWTH_BYTES = 24e6
-DUALCAM = ("front", "wrist")
+CAMERAS = {"so100": ("webcam",), "so100_dualcam": ("front", "wrist")}
+PARTNERS = [("so100", None), ("so100", 1), ("so100_dualcam", None), ("so100_dualcam", 3)]  # data config and batch
 
 
 @pytest.fixture
@@ -41,87 +49,108 @@ def policy() -> ArithmeticPolicy:
 def server(policy: ArithmeticPolicy) -> Iterator[PolicyServer]:
     with running(PolicyServer(policy, port=0)) as started:
         yield started
+        policy.released.set()
 
 
-# --- the reference's client and our server -----------------------------------------------------------------------------------------------
+def of_n1d7(data_config: str = "so100") -> ArithmeticPolicy:
+    policy = ArithmeticPolicy(data_config)
+    policy.nested = True
+    return policy
 
 
-@pytest.mark.parametrize(("data_config", "cameras"), [("so100", ("webcam",)), ("so100_dualcam", DUALCAM)])
-@pytest.mark.parametrize("batch", [None, 1, 3])
-def test_reference_client_gets_the_actions_of_our_policy(data_config: str, cameras: tuple[str, ...], batch: int | None) -> None:
-    seen = observation(batch, cameras)
+# --- NVIDIA's clients and our server -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
+def test_n1d5_clients_get_the_actions_of_our_policy(data_config: str, batch: int | None) -> None:
+    seen = observation(batch, CAMERAS[data_config])
     if batch == 3:
         seen["annotation.human.task_description"] = np.array(seen["annotation.human.task_description"])
     with running(PolicyServer(ArithmeticPolicy(data_config), port=0)) as server, reference.Client(server.port) as client:
         assert client.call("ping", requires_input=False) == {"status": "ok", "message": "Server is running"}
         config = client.call("get_modality_config", requires_input=False)
-        assert config["video"] == reference.Modality([0], [f"video.{name}" for name in cameras])
+        assert config["video"] == reference.Modality([0], [f"video.{name}" for name in CAMERAS[data_config]])
         assert config["action"].delta_indices == list(range(HORIZON))
         actions = client.get_action(seen)
     assert_same(actions, ArithmeticPolicy(data_config).get_action(seen))
     assert actions["action.single_arm"].shape == ((HORIZON, 5) if batch is None else (batch, HORIZON, 5))
 
 
-def test_a_missing_endpoint_means_get_action_and_missing_data_is_explained(server: PolicyServer) -> None:
-    with reference.Client(server.port) as client:
-        client.socket.send(reference.pack({"data": observation()}))
-        assert set(reference.unpack(client.socket.recv())) == {"action.single_arm", "action.gripper"}
-        with pytest.raises(RuntimeError, match=r"video\.webcam.*missing"):
-            client.call("get_action", requires_input=False)
-        for data in (None, [1], "text"):
-            with pytest.raises(RuntimeError, match="expected a map"):
-                client.call("get_action", data)
+@pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
+def test_n1d7_clients_get_the_actions_of_our_policy_beside_those_of_n1d5(data_config: str, batch: int | None) -> None:
+    cameras = CAMERAS[data_config]
+    seen = observation(batch, cameras)
+    nested, _ = nested_observation(seen)
+    with (
+        running(PolicyServer(of_n1d7(data_config), port=0)) as server,
+        reference.ClientN1d7(server.port) as client,
+        reference.Client(server.port) as older,
+    ):
+        config = client.call("get_modality_config", requires_input=False)
+        assert config["video"] == {"__ModalityConfig__": True, "as_json": {"delta_indices": [0], "modality_keys": [*cameras]}}
+        actions = {f"action.{key}": value for key, value in client.get_action(nested).items()}
+        assert client.call("reset", {"options": None}) == {"status": "ok"}
+        for given, said in (({**nested, "state": {}}, r"state\.gripper"), (seen, f"video.{cameras[0]}")):  # the second: N1.5's keys
+            with pytest.raises(RuntimeError, match=said):
+                client.get_action(given)
+        assert_same(older.get_action(seen), ArithmeticPolicy(data_config).get_action(seen))
+    assert_same(actions, ArithmeticPolicy(data_config).get_action(flat_observation(nested)))
 
 
 def test_refusals_reach_the_client_and_the_server_goes_on(server: PolicyServer, policy: ArithmeticPolicy, caplog: pytest.LogCaptureFixture) -> None:
+    refused = [
+        ("dance", None, "Unknown endpoint: dance"),
+        ("get_action", {}, r"video\.webcam.*missing"),
+        ("get_action", observation(**{"video.webcam": np.zeros((1, 4, 4, 3))}), "uint8"),
+        *(("get_action", data, "expected a map") for data in (None, [1], "text")),
+        *[("get_action", instructed("bug"), "ZeroDivisionError: a bug")] * 3,
+    ]
+    for value in (np.array(["ping", "kill"]), np.array(["rtc"]), 3, ["ping"], None, "x" * 50_000):
+        request = {"observation": observation(), "prefix": {"actions": {}, "delay": 0, "method": value}}
+        refused += [(value, observation(), "endpoint"), ("get_action_with_options", request, "rtc or prefix as method")]
     with reference.Client(server.port) as client:
-        with pytest.raises(RuntimeError, match="Unknown endpoint: dance"):
-            client.call("dance")
-        with pytest.raises(RuntimeError, match="uint8"):
-            client.get_action(observation(**{"video.webcam": np.zeros((1, 4, 4, 3))}))
-        for _ in range(3):
-            with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"):
-                client.get_action(observation(**{"annotation.human.task_description": ["bug"]}))
-        client.get_action(observation())
+        for endpoint, data, said in refused:
+            with pytest.raises(RuntimeError, match=said) as caught:
+                client.call(endpoint, data)
+            assert len(str(caught.value)) < 300
+        client.socket.send(reference.pack({"data": observation()}))  # no endpoint: get_action
+        assert_same(reference.unpack(client.socket.recv()), ArithmeticPolicy().get_action(observation()))
     assert len([record for record in caplog.records if record.exc_info]) == 1  # the bug's traceback once, the user's mistakes without
     assert len(policy.threads) == 1
 
 
 def test_token_is_asked_for_and_kill_ends_the_server(policy: ArithmeticPolicy) -> None:
-    server = PolicyServer(policy, port=0, api_token="geheim-ä")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    for token in (None, "falsch", "geheim"):
-        for endpoint in ("ping", "get_action", "get_modality_config", "kill"):
-            with reference.Client(server.port, token) as client, pytest.raises(RuntimeError, match="Unauthorized: Invalid API token"):
-                client.call(endpoint, observation())
-    assert policy.calls == 0
-    with reference.Client(server.port, "geheim-ä") as client:
-        client.get_action(observation())
-        assert client.call("kill", requires_input=False)["status"] == "ok"
-    thread.join(5)
-    assert not thread.is_alive()
+    with running(PolicyServer(policy, port=0, api_token="geheim-ä")) as server:
+        for token in (None, "falsch", "geheim"):
+            for endpoint in ("ping", "get_action", "get_modality_config", "kill"):
+                with reference.Client(server.port, token) as client, pytest.raises(RuntimeError, match="Unauthorized: Invalid API token"):
+                    client.call(endpoint, observation())
+        assert policy.calls == 0
+        with reference.Client(server.port, "geheim-ä") as client:
+            client.get_action(observation())
+            assert client.call("kill", requires_input=False)["status"] == "ok"
+        until(lambda: "policy-server" not in str(threading.enumerate()), "the end of the server")
 
 
-def test_tokens_of_any_type_are_compared() -> None:
-    service = Service(ArithmeticPolicy(), "x", 0)
+def test_tokens_of_any_type_are_compared(policy: ArithmeticPolicy) -> None:
+    service = Service(policy, "x", limit_bytes=0)
     service.check_token("x")
     for given in (None, "", "y", "xx", b"x", 1, ["x"], "\ud800"):
         with pytest.raises(ServerError, match="Unauthorized"):
             service.check_token(given)
 
 
-# --- our client and the reference's server -----------------------------------------------------------------------------------------------
+# --- our client and NVIDIA's servers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("data_config", "cameras"), [("so100", ("webcam",)), ("so100_dualcam", DUALCAM)])
-@pytest.mark.parametrize("batch", [None, 2])
-def test_our_client_gets_the_actions_of_the_reference_server(data_config: str, cameras: tuple[str, ...], batch: int | None) -> None:
-    seen, policy = observation(batch, cameras), ArithmeticPolicy(data_config)
-    with reference.Server(policy) as server, PolicyClient(port=server.port) as client:
+@pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
+def test_our_client_gets_the_actions_of_an_n1d5_server(data_config: str, batch: int | None) -> None:
+    seen, policy = observation(batch, CAMERAS[data_config]), ArithmeticPolicy(data_config)
+    with reference.Server(policy, api_token="secret") as server, PolicyClient(port=server.port, api_token="secret") as client:
         assert client.continues == {"rtc", "prefix"}
         assert client.ping()
-        assert client.get_modality_config()["video"] == ModalityConfig([0], [f"video.{name}" for name in cameras])
+        assert client.get_modality_config() == policy.get_modality_config()
+        assert client.get_metadata() is None
         assert_same(client.get_action(seen), ArithmeticPolicy(data_config).get_action(seen))
         assert set(client.last_timing) == {"encode", "server", "decode"}
         client.reset()  # the reference has no such endpoint and nothing to reset
@@ -130,60 +159,56 @@ def test_our_client_gets_the_actions_of_the_reference_server(data_config: str, c
         with pytest.raises(ServerError, match="missing"):
             client.get_action({})
         client.kill()  # answered with nil
-        server.thread.join(5)
-        assert not server.thread.is_alive()
-    assert not {"data", "api_token"} & set(server.requests[0])
-    with reference.Server(policy, api_token="secret") as server, PolicyClient(port=server.port, api_token="secret") as client:
-        assert client.ping()
+        until(lambda: not server.thread.is_alive(), "the end of the server")
+
+
+@pytest.mark.parametrize(("data_config", "batch"), PARTNERS)
+def test_our_client_gets_the_actions_of_an_n1d7_server(data_config: str, batch: int | None) -> None:
+    policy, seen = of_n1d7(data_config), observation(batch, CAMERAS[data_config])
+    with reference.ServerN1d7(policy) as server, PolicyClient(port=server.port) as client:
+        flat, nested = client.get_action(seen), client.get_action(nested_observation(seen)[0])
+        assert [request["endpoint"] for request in server.requests] == ["get_modality_config", "get_action", "get_action"]
+        assert client.get_modality_config() == policy.get_modality_config()
+        assert client.get_metadata() is None
+        client.reset()
+    expected = ArithmeticPolicy(data_config).get_action(
+        {key: np.float32(value) if key.startswith("state.") else value for key, value in seen.items()}
+    )
+    assert_same(flat, expected)
+    assert_same({key: value if batch else value[0] for key, value in nested.items()}, expected)
 
 
 DAMAGES = (lambda data: data[:-3], lambda data: b"", lambda data: b"\x93" * 2000, lambda data: b"\xc0", lambda data: b"\x80")
+NO_ACTIONS = ({"action.x": "text"}, {"action.x": np.zeros(())}, {"action.x": np.zeros((2, 2), int)})
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_answer_is_an_error_and_the_client_goes_on(damage: Any) -> None:
-    with reference.Server(ArithmeticPolicy(), damage=damage) as server, PolicyClient(port=server.port) as client:
+@pytest.mark.parametrize("damage", [*DAMAGES, *NO_ACTIONS])
+def test_an_answer_that_makes_no_sense_is_an_error_and_the_client_goes_on(damage: Any) -> None:
+    policy = ArithmeticPolicy()
+    if isinstance(damage, dict):
+        policy.get_action = lambda seen: damage
+    with reference.Server(policy, damage=bytes if isinstance(damage, dict) else damage) as server, PolicyClient(port=server.port) as client:
         for _ in range(2):
-            with pytest.raises(WireError):
+            with pytest.raises(WireError, match=r"action\.x" if isinstance(damage, dict) else None):
                 client.get_action(observation())
 
 
-@pytest.mark.parametrize("answer", [{"action.x": "text"}, {"action.x": np.zeros(())}, {"action.x": np.zeros((2, 2), int)}])
-def test_answers_that_are_no_actions_are_refused(answer: dict[str, Any], policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "get_action", lambda seen: answer)
-    with reference.Server(policy) as server, PolicyClient(port=server.port) as client, pytest.raises(WireError, match=r"action\.x"):
-        client.get_action(observation())
-
-
 @pytest.mark.parametrize("batch", [None, 3])
-def test_an_instruction_travels_as_a_list(batch: int | None) -> None:
-    handling = reference.InputHandling(ArithmeticPolicy())
-    with reference.Server(handling) as server, PolicyClient(port=server.port) as client:
-        actions = client.get_action(observation(batch, **{"annotation.human.task_description": "pick: the cube"}))
-        assert server.requests[-1]["data"]["annotation.human.task_description"] == ["pick: the cube"] * (batch or 1)
-    assert_same(actions, ArithmeticPolicy().get_action(observation(batch)))
-    assert handling.prompts == ["['pick: the cube']" if batch is None else "pick: the cube"]
-
-
-@pytest.mark.parametrize("other", [np.float32, np.int64, list])
-def test_states_travel_as_float64(other: type) -> None:
-    """A service that has seen one type takes no other until it is started again."""
-    seen = observation()
-    changed = {key: value.tolist() if other is list else value.astype(other) for key, value in seen.items() if key.startswith("state.")}
-    with reference.Server(reference.InputHandling(ArithmeticPolicy())) as server, PolicyClient(port=server.port) as client:
-        client.get_action({**seen, **changed})
-        client.get_action(seen)
-        with reference.Client(server.port) as nvidias:
-            assert_same(nvidias.get_action(seen), ArithmeticPolicy().get_action(seen))
-
-
-def test_a_state_without_numbers_is_not_sent() -> None:
-    policy = ArithmeticPolicy()
-    with reference.Server(policy) as server, PolicyClient(port=server.port) as client:
+def test_what_an_observation_becomes_on_its_way_to_an_n1d5_server(batch: int | None) -> None:
+    """Texts travel as lists and states as float64: a service that has seen one type takes no other until it is started again."""
+    seen, policy = observation(batch), ArithmeticPolicy()
+    handling = reference.InputHandling(policy)
+    with reference.Server(handling) as server, PolicyClient(port=server.port) as client, reference.Client(server.port) as nvidias:
+        for change in (np.float32, np.int64, np.ndarray.tolist, np.asarray):
+            changed = {key: change(value) for key, value in seen.items() if key.startswith("state.")}
+            client.get_action({**seen, **changed, "annotation.human.task_description": "pick: the cube"})
+        assert set(handling.prompts) == {"['pick: the cube']" if batch is None else "pick: the cube"}
+        assert_same(nvidias.get_action(seen), ArithmeticPolicy().get_action(seen))
+        calls = policy.calls
         for value in ("up", [[1.0], [2.0, 3.0]]):
-            with pytest.raises(ObservationError, match="state.gripper"):
+            with pytest.raises(ObservationError, match=r"state\.gripper"):
                 client.get_action(observation(**{"state.gripper": value}))
-    assert policy.calls == 0
+        assert policy.calls == calls
 
 
 # --- our client and our server -----------------------------------------------------------------------------------------------------------
@@ -199,51 +224,75 @@ def test_client_and_server_are_a_policy(server: PolicyServer, policy: Arithmetic
         continued = client.get_action(seen, prefix=prefix)
         assert_same(continued, ArithmeticPolicy().get_action(seen, prefix=prefix))
         assert (continued["action.gripper"][:, 0] == -5).sum() == 3
-        with pytest.raises(ServerError, match="rtc or prefix as method"):
-            client.get_action(seen, prefix=ActionPrefix({}, inference_delay=0, method="magic"))
         client.reset()
         assert policy.resets == 0, "the policy is all clients'"
         with pytest.raises(ServerError, match="kill is disabled"):
             client.kill()
         with pytest.raises(WireError, match="not object"):
             client.get_action({"video.webcam": object()})
+        policy.get_action = lambda seen: {"action.x": object()}
+        with pytest.raises(ServerError, match="not object"):  # what a policy returns must be able to travel
+            client.get_action(seen)
         assert client.ping()
     with pytest.raises(ServerError, match="closed"):
         client.ping()
 
 
-def test_unix_sockets(tmp_path: Path, policy: ArithmeticPolicy) -> None:
-    with running(PolicyServer(policy, address=f"ipc://{tmp_path}/policy.sock")) as server, PolicyClient(address=server.address) as client:
-        assert_same(client.get_action(observation()), ArithmeticPolicy().get_action(observation()))
-
-
-def test_what_a_policy_returns_must_be_able_to_travel(server: PolicyServer, policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "get_action", lambda seen: {"action.x": object()})
-    with PolicyClient(port=server.port) as client:
-        with pytest.raises(ServerError, match="not object"):
-            client.get_action(observation())
-        assert client.ping()
+def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metadata, history, noise and a prefix travel as ever, both forms of observations over HTTP, and it is the policy of a run."""
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", "tiny", network="n1.7", frame_offsets=(-2, 0))
+    policy, ours = (load_policy(checkpoint, device="cpu", precision="fp32", seed=3) for _ in range(2))
+    generator = np.random.default_rng(0)
+    seen = {
+        "video.webcam": generator.integers(0, 256, (2, 48, 64, 3), dtype=np.uint8),
+        "state.single_arm": generator.uniform(-30, 30, (1, 5)).astype(np.float32),
+        "state.gripper": np.full((1, 1), 20, np.float32),
+        "annotation.human.task_description": ["pick"],
+    }
+    nested = nested_observation(seen)[0]
+    with running(HttpPolicyServer(policy, port=0)) as server:
+        for given in (seen, nested):
+            status, actions = reference.http_post(f"{server.address}/act", {"observation": given})
+            assert status == 200
+            assert_same(actions, ours.get_action(given))
+    noise = generator.standard_normal((1, *ours.chunk_shape)).astype(np.float32)
+    expected = ours.get_action(seen, noise=noise)
+    known = ActionPrefix({key: value[4:] for key, value in expected.items()}, 2, "prefix")
+    with running(PolicyServer(policy, address=f"ipc://{tmp_path}/socket")) as server, PolicyClient(address=server.address) as client:
+        with contextlib.closing(connect(server.address, None, 20.0, 1.0, echo=lambda _: None)) as remote:
+            assert remote.metadata.state_widths == ours.metadata.state_widths
+            assert (remote.metadata.fps, remote.metadata.resolutions) == (None, {"webcam": None})
+        assert client.get_modality_config() == ours.get_modality_config()
+        assert [each["rep"] for each in client.get_modality_config()["action"].action_configs] == ["RELATIVE", "ABSOLUTE"]
+        assert_same(client.get_action(seen, noise=noise), expected)
+        assert_same({key: value[0] for key, value in client.get_action(nested, noise=noise).items()}, expected)
+        assert_same(client.get_action(seen, noise=noise, prefix=known), ours.get_action(seen, noise=noise, prefix=known))
+        pytest.importorskip("mujoco")
+        camera = "--robot.cameras={front: {type: sim, width: 64, height: 48}}"
+        argv = ["--robot.type=so100_sim", camera, "--lang_instruction=pick", "--timeout=1", f"--server={server.address}"]
+        assert run([*argv, f"--out={tmp_path / 'out'}"]) == 0
+        assert "does not say at which rate" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["run"]["ticks"] >= 5
+        two = "--robot.cameras={top: {type: sim, width: 64, height: 48}, side: {type: sim, width: 64, height: 48}}"
+        assert run([*argv, two]) == 1
+        assert "webcam" in capsys.readouterr().err
 
 
 def test_only_this_machine_is_served_unless_told(server: PolicyServer, policy: ArithmeticPolicy, caplog: pytest.LogCaptureFixture) -> None:
     assert server.address == f"tcp://127.0.0.1:{server.port}"
-    assert not caplog.records
     PolicyServer(policy, host="localhost", port=0).close()
     assert not caplog.records
     for host, token in (("0.0.0.0", "secret"), ("*", None)):
         PolicyServer(policy, host=host, port=0, api_token=token).close()
         HttpPolicyServer(policy, host=host, port=0, api_token=token).close()
-    assert [record.message.endswith("no api_token is asked for") for record in caplog.records] == [True, True]
+    assert ["no api_token is asked for" in record.message for record in caplog.records] == [True, True]
 
 
 def test_addresses_that_cannot_be_used(server: PolicyServer, policy: ArithmeticPolicy) -> None:
     for kind in (PolicyServer, HttpPolicyServer):
-        with pytest.raises(ServerError, match="cannot listen"):
-            kind(policy, port=server.port)
-        with pytest.raises(ServerError, match="cannot listen on .*no.such.host"):
-            kind(policy, host="no.such.host.invalid", port=0)
-    with pytest.raises(ServerError, match="cannot listen"):
-        PolicyServer(policy, port=70000)
+        for place in ({"port": server.port}, {"host": "no.such.host.invalid", "port": 0}, {"port": 70000}):
+            with pytest.raises(ServerError, match="cannot listen"):
+                kind(policy, **place)
     with pytest.raises(ServerError, match="cannot listen"):
         check_free(server.address)
     with pytest.raises(ConfigError, match="cannot connect"):
@@ -256,30 +305,19 @@ def test_addresses_that_cannot_be_used(server: PolicyServer, policy: ArithmeticP
 # --- many, slow and vanishing partners ---------------------------------------------------------------------------------------------------
 
 
-def waiting(seconds: float) -> dict[str, Any]:
-    return observation(**{"annotation.human.task_description": [f"wait {seconds}"]})
-
-
-def test_pings_are_answered_during_an_inference(server: PolicyServer) -> None:
-    with reference.Client(server.port) as slow, PolicyClient(port=server.port) as quick:
-        slow.socket.send(reference.pack({"endpoint": "get_action", "data": waiting(3.0)}))
-        time.sleep(0.1)
-        began_s = time.monotonic()
-        assert quick.ping()
-        quick.get_modality_config()
-        assert time.monotonic() - began_s < 2
-        assert "action.gripper" in reference.unpack(slow.socket.recv())
-
-
-def test_a_time_out_is_kept_and_a_late_answer_is_not_taken_for_the_next_one(server: PolicyServer) -> None:
-    with PolicyClient(port=server.port, timeout_s=1.0) as client:
-        began_s = time.monotonic()
+def test_a_time_out_is_kept_and_a_late_answer_is_not_taken_for_the_next_one(server: PolicyServer, policy: ArithmeticPolicy) -> None:
+    with PolicyClient(port=server.port) as client, PolicyClient(port=server.port) as quick:
+        client.get_modality_config()
+        client.timeout_s = 0.3
         with pytest.raises(ServerUnreachableError, match="longer than an inference"):
-            client.get_action(waiting(2.0))
-        assert time.monotonic() - began_s < 1.9
-        time.sleep(1.2)
+            client.get_action(instructed("hold"))
+        assert quick.ping(timeout_s=60)  # during the inference
+        quick.get_modality_config()
+        policy.released.set()
+        client.timeout_s = 60.0
         seen = observation(**{"state.gripper": np.array([[77.0]])})
         assert_same(client.get_action(seen), ArithmeticPolicy().get_action(seen))
+        assert policy.calls == 2
 
 
 def _answer_all(listener: socket.socket, words: bytes) -> None:
@@ -291,56 +329,107 @@ def _answer_all(listener: socket.socket, words: bytes) -> None:
 
 
 GREETING = b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL" + b"\0" * 50  # and nothing that follows from it: ZeroMQ gives such a connection up for good
+WORDS = {"nobody listens": None, "silence": None, "breaks at once": b"", "HTTP": b"HTTP/1.1 400 Bad Request\r\n\r\n", "greeting": GREETING}
 
 
-@pytest.mark.parametrize("words", ["nobody listens", None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", GREETING])
-def test_the_client_never_hangs(words: Any) -> None:
+@pytest.mark.parametrize("partner", WORDS)
+def test_the_client_never_hangs(partner: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # alone, it refuses connections, and no other program gets the port
         port = listener.getsockname()[1]
-        if words != "nobody listens":
+        if partner != "nobody listens":
             listener.listen()
-        if isinstance(words, bytes):  # None: takes connections and never says a word; b"": breaks them at once
+        if (words := WORDS[partner]) is not None:
             threading.Thread(target=_answer_all, args=(listener, words), daemon=True).start()
         began_s = time.monotonic()
-        with PolicyClient(port=port, timeout_s=0.3) as client:
+        with PolicyClient(port=port, timeout_s=0.1) as client:
             for _ in range(2):
                 with pytest.raises(ServerUnreachableError, match=f"127.0.0.1:{port}"):
                     client.get_action(observation())
-            for _ in range(100):  # while sockets that were given up are still being closed
+            for _ in range(40):  # while sockets that were given up are still being closed
                 assert not client.ping(timeout_s=0.005)
-        for call in range(30):  # closed in the middle of whatever ZeroMQ's thread is doing
+        for call in range(15):  # closed in the middle of whatever ZeroMQ's thread is doing
             with PolicyClient(port=port) as client:
                 assert not client.ping(timeout_s=0.001 * call)
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 60
         listener.close()
 
 
-def test_a_server_killed_and_started_again_under_a_waiting_client() -> None:
-    with ServerProcess() as first, PolicyClient(port=first.port, timeout_s=20) as client, ThreadPoolExecutor(1) as pool:
+def test_a_server_killed_and_started_again_under_a_waiting_client_and_between_calls() -> None:
+    with ServerProcess() as first, PolicyClient(port=first.port) as client, ThreadPoolExecutor(1) as pool:
         client.get_action(observation())
-        slow = pool.submit(client.get_action, waiting(1.0))
-        time.sleep(0.3)
+        client.timeout_s = 60.0
+        slow = pool.submit(client.get_action, instructed("wait 0.5"))
+        time.sleep(0.1)
         first.kill()  # SIGKILL in the middle of the inference
+        with ServerProcess(port=first.port) as second:
+            assert_same(slow.result(), ArithmeticPolicy().get_action(instructed("wait 0")))
+            assert client.connection > 0
+            second.kill()
+            client.timeout_s = 0.3
+            with pytest.raises(ServerUnreachableError):
+                client.get_action(observation())
         with ServerProcess(port=first.port):
-            began_s = time.monotonic()
-            assert_same(slow.result(), ArithmeticPolicy().get_action(waiting(0)))
-            assert time.monotonic() - began_s < 8
+            client.timeout_s = 60.0
             client.get_action(observation())
-        assert client.connection > 0
 
 
-def test_a_server_that_stays_away_is_an_error_within_the_time_out_and_between_calls_it_may_restart() -> None:
-    with ServerProcess() as first, PolicyClient(port=first.port, timeout_s=1.0) as client:
-        client.get_action(observation())
-        first.kill()
-        began_s = time.monotonic()
-        with pytest.raises(ServerUnreachableError):
-            client.get_action(observation())
-        assert time.monotonic() - began_s < 5
-        with ServerProcess(port=first.port):
-            client.timeout_s = 10.0
-            client.get_action(observation())
+def test_each_client_has_one_place_whose_later_request_takes_that_of_an_earlier_one(server: PolicyServer, policy: ArithmeticPolicy) -> None:
+    with dealer_of(server) as eager, ThreadPoolExecutor(1) as pool, PolicyClient(port=server.port) as polite:
+        for number in range(20):
+            eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": instructed("hold")})])
+            if number == 0:
+                until(lambda: policy.calls)
+        replies = [reference.unpack(eager.recv_multipart()[1]) for _ in range(18)]
+        assert {reply.get("code") for reply in replies} == {ServerError.REPLACED}
+        answer = pool.submit(polite.get_action, observation())
+        policy.released.set()
+        assert all("action.gripper" in reference.unpack(eager.recv_multipart()[1]) for _ in range(2))
+        assert_same(answer.result(), ArithmeticPolicy().get_action(observation()))
+    assert policy.calls == 3
+
+
+@pytest.mark.parametrize("kind", [PolicyServer, HttpPolicyServer])
+def test_requests_of_clients_that_hang_up_while_they_wait_are_not_computed(policy: ArithmeticPolicy, kind: Any) -> None:
+    """An honest client is served right after the inference that is in progress."""
+    body, count = reference.json_numpy_text({"observation": instructed("hold")}).encode(), 50
+    with running(kind(policy, port=0)) as server, contextlib.ExitStack() as clients:
+        waiting = server._service._waiting
+        for _ in range(1 + count):
+            if kind is HttpPolicyServer:
+                client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+                client.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            else:
+                client = clients.enter_context(reference.Client(server.port))
+                client.socket.send(reference.pack({"endpoint": "get_action", "data": instructed("hold")}))
+            until(lambda: policy.calls)
+        until(lambda: len(waiting) == count)
+        clients.close()  # the one whose inference runs too
+        until(lambda: not server._service._waiting)
+        policy.released.set()
+        if kind is HttpPolicyServer:
+            assert reference.http_post(f"{server.address}/act", {"observation": observation()})[0] == 200
+        else:
+            with PolicyClient(port=server.port) as honest:
+                honest.get_action(observation())
+        assert policy.calls == 2
+
+
+def test_requests_that_wait_take_a_bounded_number_of_bytes(policy: ArithmeticPolicy) -> None:
+    """Many clients, each with a large request: some are told to come again, and the server does not grow by what all of them sent."""
+    large = {"junk": np.zeros(4_000_000, np.uint8)}
+    with running(PolicyServer(policy, port=0, max_message_bytes=5_000_000)) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(reference.Client(server.port)) for _ in range(6)]
+        for client in clients:
+            client.socket.send(reference.pack({"endpoint": "get_action", "data": instructed("hold") | large}))
+        poller = zmq.Poller()
+        for client in clients:
+            poller.register(client.socket, zmq.POLLIN)
+        until(lambda: len(poller.poll(0)) == 4, "the refusal of all that 10 MB do not hold")
+        policy.released.set()
+        replies = [reference.unpack(client.socket.recv()) for client in clients]
+        assert sum(reply.get("code") == ServerError.BUSY for reply in replies) == 4
+        clients[0].get_action(observation(**large))
 
 
 # --- hostile traffic ---------------------------------------------------------------------------------------------------------------------
@@ -391,17 +480,6 @@ def dealer_of(server: Any) -> Iterator[zmq.Socket]:
         yield dealer
 
 
-@pytest.mark.parametrize("value", [np.array(["ping", "kill"]), np.array(["rtc"]), 3, ["ping"], None, "x" * 50_000])
-def test_an_endpoint_and_the_method_of_a_prefix_are_text(server: PolicyServer, value: Any) -> None:
-    request = {"observation": observation(), "prefix": {"actions": {}, "delay": 0, "method": value}}
-    with reference.Client(server.port) as client:
-        with pytest.raises(RuntimeError, match="endpoint"):
-            client.call(value)
-        with pytest.raises(RuntimeError, match="rtc or prefix as method") as caught:
-            client.call("get_action_with_options", request)
-    assert len(str(caught.value)) < 300
-
-
 LONG = "x" * 60_000
 LARGE = {
     "NaN in a large state": {"state.single_arm": np.full((100_000, 1, 5), np.nan)},
@@ -426,76 +504,21 @@ def test_the_reason_of_a_refusal_does_not_grow_with_the_request(
     assert max((len(record.getMessage()) for record in caplog.records), default=0) < 2000
 
 
-def test_each_client_has_one_place_whose_later_request_takes_that_of_an_earlier_one(server: PolicyServer, policy: ArithmeticPolicy) -> None:
-    with dealer_of(server) as eager, ThreadPoolExecutor(1) as pool, PolicyClient(port=server.port) as polite:
-        for number in range(20):
-            eager.send_multipart([b"", reference.pack({"endpoint": "get_action", "data": waiting(0.3)})])
-            while number == 0 and not policy.calls:
-                time.sleep(0.01)
-        answer = pool.submit(polite.get_action, observation())
-        replies = [reference.unpack(eager.recv_multipart()[1]) for _ in range(20)]
-        assert_same(answer.result(), ArithmeticPolicy().get_action(observation()))
-    assert policy.calls == 3
-    assert sum("action.gripper" in reply for reply in replies) == 2
-    assert sum(reply.get("code") == ServerError.REPLACED for reply in replies) == 18
-
-
-@pytest.mark.parametrize("kind", ["zmq", "http"])
-def test_requests_of_clients_that_hang_up_while_they_wait_are_not_computed(policy: ArithmeticPolicy, kind: str) -> None:
-    """An honest client is served right after the inference that is in progress."""
-    count = 50
-    with running((HttpPolicyServer if kind == "http" else PolicyServer)(policy, port=0)) as server, contextlib.ExitStack() as clients:
-        waits = []
-        for _ in range(1 + count):
-            if kind == "http":
-                body = reference.json_numpy_text({"observation": waiting(2.0)}).encode()
-                client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
-                client.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-            else:
-                client = clients.enter_context(reference.Client(server.port))
-                client.socket.send(reference.pack({"endpoint": "get_action", "data": waiting(2.0)}))
-            waits.append(client)
-            while not policy.calls:
-                time.sleep(0.01)
-        time.sleep(1.0)  # their requests have been read
-        for client in waits:  # the one whose inference runs too
-            client.close()
-        if kind == "http":
-            assert reference.http_post(f"{server.address}/act", {"observation": observation()})[0] == 200
-        else:
-            with PolicyClient(port=server.port) as honest:
-                honest.get_action(observation())
-        assert policy.calls == 2
-
-
-def test_requests_that_wait_take_a_bounded_number_of_bytes() -> None:
-    """Many clients, each with a large request: some are told to come again, and the server does not grow by what all of them sent."""
-    policy, large = ArithmeticPolicy(), {"junk": np.zeros(4_000_000, np.uint8)}
-    request = reference.pack({"endpoint": "get_action", "data": waiting(1.0) | large})
-    with running(PolicyServer(policy, port=0, max_message_bytes=5_000_000)) as server:
-        clients = [reference.Client(server.port) for _ in range(12)]
-        for client in clients:
-            client.socket.send(request)
-        replies = [reference.unpack(client.socket.recv()) for client in clients]
-        for client in clients:
-            client.close()
-        with reference.Client(server.port) as client:
-            client.get_action(observation(**large))
-    busy = sum(reply.get("code") == ServerError.BUSY for reply in replies)
-    assert 4 <= busy <= 12 - 2  # 10 MB hold two requests at once; a slow machine may send the last ones when the first is answered
-    assert policy.calls == 12 - busy + 1
-
-
 def test_oversized_messages_get_a_reason_and_huge_ones_lose_their_connection(policy: ArithmeticPolicy) -> None:
     with running(PolicyServer(policy, port=0, max_message_bytes=20_000)) as server:
-        with PolicyClient(port=server.port, timeout_s=0.5) as client:
+        with PolicyClient(port=server.port) as client:
             with pytest.raises(ServerError, match="at most 20000"):
                 client.get_action(observation(size=(100, 100)))
+            client.timeout_s = 0.3
             with pytest.raises(ServerUnreachableError):
                 client.get_action(observation(size=(400, 400)))
+            client.timeout_s = 60.0
             client.get_action(observation())
-        with PolicyClient(port=server.port, timeout_s=0.5, max_message_bytes=10) as client, pytest.raises(ServerUnreachableError):
+        with PolicyClient(port=server.port, timeout_s=0.3, max_message_bytes=10) as client, pytest.raises(ServerUnreachableError):
             client.get_modality_config()
+
+
+# --- the service without a socket --------------------------------------------------------------------------------------------------------
 
 
 class Work(ArithmeticPolicy):

@@ -47,7 +47,7 @@ def test_json_numpy_clients_are_served(data_config: str, cameras: tuple[str, ...
 
 
 def test_n1d7_s_nested_observations_are_served(http_server: HttpPolicyServer) -> None:
-    """With a checkpoint of N1.7: tests/test_serving_n1d7.py."""
+    """With a checkpoint of N1.7: tests/test_serving.py."""
     act, (nested, _) = f"{http_server.address}/act", nested_observation(observation(2))
     for message in ({"observation": nested}, {"encoded": reference.json_numpy_text({"observation": nested})}):
         status, actions = reference.http_post(act, message)

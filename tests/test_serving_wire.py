@@ -44,17 +44,25 @@ def npy(array: np.ndarray, **options: Any) -> bytes:
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_are_the_bytes_of_np_save_and_come_back(name: str) -> None:
     array = ARRAYS[name]
-    assert b"".join(wire.npy_parts(array)) == npy(array)
     assert wire.encode({"x": array}) == reference.pack({"x": array})
-    for back in (wire.decode(reference.pack({"x": [array]}))["x"][0], wire.from_json(reference.json_numpy_text({"x": array}).encode())["x"]):
+    for back in (
+        wire.decode(reference.pack({"x": [array]}))["x"][0],
+        wire.decode(reference.pack_n1d7({"x": [array]}))["x"][0],
+        wire.from_json(reference.json_numpy_text({"x": array}).encode())["x"],
+    ):
         np.testing.assert_array_equal(back, array)
         assert back.dtype == array.dtype.newbyteorder("=")
         assert back.shape == array.shape
         assert back.flags.aligned
+    np.testing.assert_array_equal(reference.unpack_n1d7(wire.encode({"x": array}, n1d7=True))["x"], array)
     np.testing.assert_array_equal(reference.json_numpy_read(wire.to_json({"x": array}))["x"], array)
 
 
-def test_a_header_of_odd_length_does_not_misalign_the_numbers() -> None:
+def test_headers_that_numpy_rarely_writes_are_read() -> None:
+    """Format 2.0, and one of odd length, which must not misalign the numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, ARRAYS["state"], version=(2, 0))
+    np.testing.assert_array_equal(wire.npy_array(file.getvalue()), ARRAYS["state"])
     whole = npy(np.arange(4.0))
     length = int.from_bytes(whole[8:10], "little")
     shifted = whole[:8] + (length - 1).to_bytes(2, "little") + whole[10 : 9 + length].rstrip(b"\n")[: length - 2] + b"\n" + whole[10 + length :]
@@ -73,12 +81,6 @@ def test_an_encoder_never_overwrites_a_message_that_is_still_held() -> None:
     assert bytes(encoder.encode([1, 2])) == wire.encode([1, 2])  # an error leaves nothing behind
 
 
-def test_npy_format_2_is_read() -> None:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, ARRAYS["state"], version=(2, 0))
-    np.testing.assert_array_equal(wire.npy_array(file.getvalue()), ARRAYS["state"])
-
-
 def test_modality_configs_have_the_text_that_pydantic_writes() -> None:
     config = {"video": ModalityConfig([0], ["video.webcam", "video.front"]), "language": ModalityConfig([], [])}
     data = wire.encode(config)
@@ -91,13 +93,18 @@ def marked(data: Any) -> bytes:
     return msgpack.packb({"__ndarray_class__": True, "as_npy": data})
 
 
+def n1d7(**change: Any) -> bytes:
+    return msgpack.packb({b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [2], b"data": b"\0" * 8} | {k.encode(): v for k, v in change.items()})
+
+
 def header(descr: str = "'|u1'", shape: str = "(4,)", order: str = "False", values: bytes = b"abcd") -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}".encode()
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + values
 
 
-def test_the_header_of_these_tests_is_right() -> None:
+def test_the_messages_of_these_tests_are_right_but_for_what_is_changed() -> None:
     assert wire.npy_array(header()).tolist() == list(b"abcd")
+    assert wire.decode(n1d7()).tolist() == [0, 0]
 
 
 REFUSED = {
@@ -138,6 +145,15 @@ REFUSED = {
     "dtype without size": marked(header(descr="'<U0'", shape="(1000000,)", values=b"")),
     "text that is not Unicode": marked(header(descr="'<U1'", shape="(1,)", values=b"\xff\xff\xff\xff")),
     "half a surrogate pair": marked(header(descr="'<U1'", shape="(1,)", values=b"\x00\xd8\x00\x00")),
+    "n1d7 pickle": n1d7(type="|O", kind=b"O", data=b"pickle"),
+    "n1d7 objects": n1d7(type="|O", shape=[1]),
+    "n1d7 records": n1d7(type=[["a", "<f4"]], kind=b"V"),
+    "n1d7 values missing": n1d7(shape=[3]),
+    "n1d7 negative shape": n1d7(shape=[-1], data=b""),
+    "n1d7 shape as text": n1d7(shape="2"),
+    "n1d7 no data": msgpack.packb({b"nd": True}),
+    "n1d7 config of other types": msgpack.packb({"__ModalityConfig__": True, "as_json": {"delta_indices": ["0"], "modality_keys": []}}),
+    "n1d7 config without content": msgpack.packb({"__ModalityConfig__": True}),
     "config that is no JSON": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "{"}),
     "config nested": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "[" * 60000}),
     "config without text": msgpack.packb({"__ModalityConfig_class__": True}),
@@ -166,8 +182,9 @@ def test_oversized_messages_are_refused_unread() -> None:
 
 @pytest.mark.parametrize("value", [object(), np.array([{}]), np.zeros(2, "i4,f4"), {1, 2}, 2**70, "\ud800", np.datetime64("2025-01-01")])
 def test_what_cannot_travel_is_named_by_the_sender(value: Any) -> None:
-    with pytest.raises(WireError):
-        wire.encode({"x": value})
+    for is_n1d7 in (False, True):
+        with pytest.raises(WireError):
+            wire.encode({"x": value}, is_n1d7)
 
 
 JSON_REFUSED = {
