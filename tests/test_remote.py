@@ -24,7 +24,7 @@ from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import without_secrets
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
 from gr00t_fast.serving import PolicyServer
-from gr00t_fast.serving.remote import RemotePolicy, connect
+from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.wire import decode, encode, metadata_from_message, metadata_to_message
 
 FPS = 30.0
@@ -39,7 +39,7 @@ def address_of(server: Any) -> str:
 @contextlib.contextmanager
 def connected(server: Any, said: list[str] | None = None, **options: Any) -> Iterator[RemotePolicy]:
     defaults = {"api_token": None, "timeout_s": 5.0, "reconnect_s": 30.0, "echo": ([] if said is None else said).append}
-    policy = connect(address_of(server), **{**defaults, **options})
+    policy = RemotePolicy(address_of(server), **{**defaults, **options})
     try:
         yield policy
     finally:
@@ -193,7 +193,7 @@ def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None
         reference.Server(ArithmeticPolicy("so100_dualcam")) as server,
         pytest.raises(ConfigError, match=r"video is front, wrist; .* it would be webcam"),
     ):
-        connect(address_of(server), None, 5.0, 30.0, model_path=str(metadata))
+        RemotePolicy(address_of(server), None, 5.0, 30.0, model_path=str(metadata))
 
 
 def test_metadata_is_not_used_where_the_server_tells(metadata: Path) -> None:
@@ -224,7 +224,7 @@ def test_modality_configurations_that_tell_too_little(keys: list[str], error: ty
     policy = Odd()
     policy.state_keys = keys
     with reference.Server(policy) as server, pytest.raises(error, match=match):
-        connect(address_of(server), None, 5.0, 30.0)
+        RemotePolicy(address_of(server), None, 5.0, 30.0)
 
 
 def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_what_nvidias_server_makes_of_the_instruction(metadata: Path, style: str
 
 def test_our_server_was_told_its_style_when_it_was_started() -> None:
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, pytest.raises(ConfigError, match=r"--prompt_style=nvidia .* policy server"):
-        connect(address_of(server), None, 5.0, 30.0, prompt_style="nvidia")
+        RemotePolicy(address_of(server), None, 5.0, 30.0, prompt_style="nvidia")
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.errors import ServerError, ServerUnreachableError
 from gr00t_fast.serving import PolicyServer
-from gr00t_fast.serving.remote import connect
+from gr00t_fast.serving.remote import RemotePolicy
 
 FPS = 30.0
 HORIZON = 16
@@ -53,7 +53,7 @@ class Run:
         self.said: list[str] = []
         with PARSING:
             config = cli.parse(["--robot.type=so100_sim", "--lang_instruction=go", f"--server={address_of(server)}", *flags])
-        self.policy = connect(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=self.said.append)
+        self.policy = RemotePolicy(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=self.said.append)
         clock, known = MonotonicClock(), self.policy.metadata
         self.robot, self.landed_s, self.error = FakeRobot(clock), 0.0, None
         land = self.robot.land
@@ -254,7 +254,7 @@ class Refuses(ArithmeticPolicy):
 def test_refusals_that_pass_and_one_that_does_not(code: str, passes: bool) -> None:
     policy = Refuses()
     policy.code = code
-    with running(PolicyServer(policy, port=0)) as server, closing(connect(address_of(server), None, 5.0, 30.0)) as remote:
+    with running(PolicyServer(policy, port=0)) as server, closing(RemotePolicy(address_of(server), None, 5.0, 30.0)) as remote:
         remote.get_action(observation())
         with pytest.raises(ServerError, match="not now") as caught:
             remote.get_action(observation())
@@ -321,7 +321,7 @@ def test_a_run_goes_on_after_an_outage_between_two_episodes(flags: tuple[str, ..
 
 def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
     """It fails, because the answer might come late; so does the one that waited for the server. The one after them checks who answers."""
-    with ServerProcess() as first, closing(connect(address_of(first), None, 5.0, 30.0)) as remote:
+    with ServerProcess() as first, closing(RemotePolicy(address_of(first), None, 5.0, 30.0)) as remote:
         remote.get_action(observation())
         first.kill()
         with ServerProcess(port=first.port) as second:
@@ -339,7 +339,7 @@ def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
 
 def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
     said: list[str] = []
-    with ServerProcess() as first, closing(connect(address_of(first), None, 0.5, 30.0, echo=said.append)) as remote:
+    with ServerProcess() as first, closing(RemotePolicy(address_of(first), None, 0.5, 30.0, echo=said.append)) as remote:
         remote.get_action(observation())
         remote.reset()
         first.kill()

@@ -30,7 +30,7 @@ from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.remote import connect
+from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.service import RequestLog, Service, check_free
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
@@ -259,7 +259,7 @@ def test_our_own_ends_with_an_n1d7_checkpoint(tmp_path: Path, capsys: pytest.Cap
     expected = ours.get_action(seen, noise=noise)
     known = ActionPrefix({key: value[4:] for key, value in expected.items()}, 2, "prefix")
     with running(PolicyServer(policy, address=f"ipc://{tmp_path}/socket")) as server, PolicyClient(address=server.address) as client:
-        with contextlib.closing(connect(server.address, None, 20.0, 1.0, echo=lambda _: None)) as remote:
+        with contextlib.closing(RemotePolicy(server.address, None, 20.0, 1.0, echo=lambda _: None)) as remote:
             assert remote.metadata.state_widths == ours.metadata.state_widths
             assert (remote.metadata.fps, remote.metadata.resolutions) == (None, {"webcam": None})
         assert client.get_modality_config() == ours.get_modality_config()

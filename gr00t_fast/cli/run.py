@@ -290,17 +290,13 @@ def _drive(
 
 def load(config: RunConfig) -> Any:
     """The network in this process, or with --server a client of one elsewhere. Both import torch."""
-    if config.server:
-        return _connect(config)
-    from gr00t_fast.policy import load_policy
+    if not config.server:
+        from gr00t_fast.policy import load_policy
 
-    return load_policy(config.model_path, **config.policy_options())
+        return load_policy(config.model_path, **config.policy_options())
+    from gr00t_fast.serving.remote import RemotePolicy
 
-
-def _connect(config: RunConfig) -> Any:
-    from gr00t_fast.serving.remote import connect
-
-    return connect(
+    return RemotePolicy(
         config.server,
         config.api_token,
         config.server_timeout_s,
