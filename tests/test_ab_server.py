@@ -43,7 +43,7 @@ def test_all_arms_get_the_same_inputs_each_round_in_an_order_that_changes() -> N
     def arm(name: str):
         return lambda observation, noise: calls.append((name, observation["number"])) or noise
 
-    result = measure({name: arm(name) for name in "abc"}, INPUTS, replace(FAST, rounds=6))
+    result = measure({name: arm(name) for name in "abc"}, INPUTS, replace(FAST, rounds=6), {})
     rounds = [calls[start : start + 6] for start in range(0, len(calls), 6)]
     assert [{number for _, number in each} for each in rounds] == [{k % 3} for k in range(7)]
     assert all(sorted(name for name, _ in each[::2]) == ["a", "b", "c"] and each[::2] == each[1::2] for each in rounds)
@@ -52,16 +52,13 @@ def test_all_arms_get_the_same_inputs_each_round_in_an_order_that_changes() -> N
 
 
 def test_arms_that_disagree_end_the_run() -> None:
-    served, other = replace(OURS, transport="tcp"), replace(OURS, engine="other")
-    measure({OURS: constant(1.0), served: constant(1.0)}, INPUTS, FAST)
-    with pytest.raises(DisagreementError, match="server, tcp"):
-        measure({OURS: constant(1.0), served: constant(float(np.nextafter(np.float32(1), np.float32(2))))}, INPUTS, FAST)
-    with pytest.raises(DisagreementError, match="finite"):
-        measure({OURS: constant(np.nan)}, INPUTS, FAST)
-    pair = Contrast(other, OURS)
-    assert measure({OURS: constant(1.0), other: constant(1.25)}, INPUTS, FAST, {pair: 0.5}).differences == {pair: 0.25}
-    with pytest.raises(DisagreementError, match="other"):
-        measure({OURS: constant(1.0), other: constant(2.0)}, INPUTS, FAST, {pair: 0.5})
+    pair, next_value = Contrast(replace(OURS, engine="other"), OURS), float(np.nextafter(np.float32(1), np.float32(2)))
+    for other, limit in ((1.0, 0.0), (1.25, 0.5)):
+        measured = measure({OURS: constant(1.0), pair.before: constant(other)}, INPUTS, FAST, {pair: limit})
+        assert measured.differences == {pair: other - 1}
+    for other, limit in ((next_value, 0.0), (2.0, 0.5), (np.nan, np.inf)):
+        with pytest.raises(DisagreementError, match="other engine"):
+            measure({OURS: constant(1.0), pair.before: constant(other)}, INPUTS, FAST, {pair: limit})
 
 
 def test_a_difference_is_claimed_only_where_it_can_be_told() -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import secrets
 import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from benchmarks.lib.program import end_with_parent
-from gr00t_fast.contracts import Clock, Policy
-from gr00t_fast.control.pacer import MonotonicClock
+from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
@@ -19,22 +19,16 @@ from gr00t_fast.serving.server import PolicyServer
 _START_TIMEOUT_S, _END_TIMEOUT_S, _CALL_TIMEOUT_S = 600.0, 5.0, 60.0  # to load the weights, to end, for an inference
 
 
-class Recipe(Protocol):
-    """How to make a policy; travels to the other process."""
-
-    def build(self, clock: Clock) -> Policy: ...
-
-
 class ServedPolicy:
-    """Context manager: starts the server, gives a client that is connected to it, and ends both."""
+    """Context manager: starts the server, gives a client that is connected to it, and ends both. `make` makes the policy, over there."""
 
-    def __init__(self, recipe: Recipe, transport: Literal["tcp", "ipc"] = "tcp") -> None:
+    def __init__(self, make: Callable[[], Policy], transport: Literal["tcp", "ipc"] = "tcp") -> None:
         self._token = secrets.token_hex(8)
         self._directory = tempfile.TemporaryDirectory(prefix="gr00t-")  # short: an ipc path may have some hundred bytes only
         address = f"ipc://{Path(self._directory.name) / 'server'}" if transport == "ipc" else None
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = context.Pipe()
-        arguments = (recipe, self._token, address, self._theirs)
+        arguments = (make, self._token, address, self._theirs)
         self._process = context.Process(target=_serve, args=arguments, name="policy-server", daemon=True)
         self._client: PolicyClient | None = None
 
@@ -74,10 +68,10 @@ class ServedPolicy:
         self._directory.cleanup()
 
 
-def _serve(recipe: Recipe, token: str, address: str | None, connection: Connection) -> None:
+def _serve(make: Callable[[], Policy], token: str, address: str | None, connection: Connection) -> None:
     end_with_parent()
     try:
-        server = PolicyServer(recipe.build(MonotonicClock()), port=0, address=address, api_token=token)
+        server = PolicyServer(make(), port=0, address=address, api_token=token)
     except Gr00tFastError as error:
         connection.send(str(error))
         return

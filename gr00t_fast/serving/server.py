@@ -61,7 +61,7 @@ class PolicyServer(PolicyServerBase):
     ) -> None:
         """Port 0 picks a free one. `address`: `ipc:///tmp/gr00t.sock` or `tcp://HOST:PORT` instead of host and port.
 
-        Raises ServerError when it cannot listen there, and MissingExtraError without pyzmq and msgpack.
+        Raises ServerError or ConfigError when it cannot listen there, and MissingExtraError without pyzmq and msgpack.
         """
         self._zmq, self._max_bytes = require("zmq", "serving"), max_message_bytes
         self._told = _fixed_replies(policy)  # answered by the talking thread, which must not touch the policy

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError, WireError
+from gr00t_fast.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError
 from gr00t_fast.inputs.observation import flat_observation, is_nested
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving.wire import UNAUTHORISED_TEXT
@@ -249,8 +249,8 @@ def listen_on_tcp(host: str, port: int) -> socket.socket:
 
 
 def check_free(address: str) -> None:
-    """Raises ServerError when no server can listen there. Asked before minutes are spent on loading, and because ZeroMQ takes port 70000 for 4464 and
-    removes whatever file is in the way."""
+    """Raises ServerError when no server can listen there, ConfigError for a path that no socket can have. Asked before minutes are spent on loading,
+    and because ZeroMQ takes port 70000 for 4464 and removes whatever file is in the way."""
     transport, _, place = address.partition("://")
     host, _, port = place.rpartition(":")
     if transport == "tcp" and port.isdigit():
@@ -265,7 +265,12 @@ def check_free(address: str) -> None:
 def _check_path(path: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         if not os.path.exists(path):
-            probe.bind(path)
+            try:
+                probe.bind(path)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot make a socket at {path}: {error}. Give a short path in a directory of yours: --address=ipc://PATH."
+                ) from error
             os.unlink(path)
             return
         if not stat.S_ISSOCK(os.stat(path).st_mode):
