@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker, play_until
-from benchmarks.lib.program import check_counts, drawing, figure, finish, in_processes, markdown_table, provenance, read_flags
+from benchmarks.lib.program import check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
@@ -43,7 +43,6 @@ from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.robot import SimArm
 from gr00t_fast.robots.sim.scene import scene_xml
-from gr00t_fast.robots.sim.simulation import TICK_S
 from training.samples import FIRST_LAYOUT_SEED
 
 Scene = Literal["still", "moving"]
@@ -68,11 +67,6 @@ class Cell:
     denoising_steps: int = 4
     action_horizon: int = 8
     engine: str = "eager:fp32"
-
-    @property
-    def reference(self) -> Cell:
-        """What it is compared with: a loop that thinks ahead with one that waits as long, others with the defaults."""
-        return Cell(self.scene, "sync", self.latency_ms) if self.controller != "sync" else Cell(self.scene)
 
 
 FACTORS = tuple(field.name for field in fields(Cell))
@@ -128,19 +122,15 @@ class Settings:
 # --- an episode ----------------------------------------------------------------------------------------------------------------------------
 
 _SOLVED, _TAIL_S = "solved", 0.5  # an episode goes on for a moment after success
-_MOVING_DEG = 0.1  # per tick, by any joint: 3 degrees per second
-_BODY = slice(0, 5)  # all joints but the gripper, which is in per cent
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an episode went. solved_s: simulated time of success, None without one within the episode. jerk_rms_deg_s3: of the five joints, measured at
-    30 Hz until success, over the ticks in which the arm moves, so that waiting does not count as smooth. underrun_ticks: targets held for want of
+    """How an episode went. solved_s: simulated time of success, None without one within the episode. underrun_ticks: targets held for want of
     actions, the tail included."""
 
     seed: int
     solved_s: float | None
-    jerk_rms_deg_s3: float | None
     inferences: int
     underrun_ticks: int
 
@@ -191,74 +181,39 @@ class LazyFrames(Mapping[str, np.ndarray]):
         return len(self._arm.config.cameras)
 
 
-class ConnectedArm:
-    """A Robot over an arm that stays connected from episode to episode: building the world takes longer than playing in it."""
+class EvaluatedArm(SimArm):
+    """The simulated arm, which stays connected from episode to episode (building the world takes longer than playing in it) and looks for success at
+    every tick of the simulation, whatever the loop is doing."""
 
-    name = "so100_sim"
-    episodes_solved = success = rest_pose = max_step = None
-    stays_powered = False
-
-    def __init__(self, clock: Clock, resolution: tuple[int, int], block_speed_m_s: float, servo_lag_ms: float | None) -> None:
-        """resolution: (width, height) of the one camera. Raises ConfigError for a lag that cannot be."""
-        cameras = {"front": SimCameraConfig(*resolution)}
-        world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=block_speed_m_s, servo_lag_ms=servo_lag_ms)
-        self.arm = SimArm(world, clock)
-        self.arm.connect()
-        self.joint_names, self.joint_unit = self.arm.joint_names, self.arm.joint_unit
-        self.joint_limits, self.cameras, self.events = self.arm.joint_limits, self.arm.cameras, self.arm.events
-        self.watch: Callable[[], None] | None = None  # of the episode that comes
+    def __init__(self, config: SO100SimConfig, clock: Clock, episode_s: float) -> None:
+        super().__init__(config, clock)
+        super().connect()
+        self._episode_s = episode_s
+        self.solved_s: float | None = None
 
     def connect(self) -> None:
         """Connected already."""
 
-    @property
-    def units_per_deg(self) -> np.ndarray:
-        return self.arm.units_per_deg
-
-    def keep_alive(self) -> None:
-        """Nothing is powered."""
-
-    def reset(self, seed: int | None = None) -> None:
-        self.arm.reset(seed)
-        self.arm.simulation.watch = self.watch  # not before: what is left of the episode before is none of its business
-
-    def observe(self, with_frames: bool = True) -> Observation:
-        seen = self.arm.observe(with_frames=False)
-        return Observation(seen.joints, LazyFrames(self.arm) if with_frames else {}, seen.time_s)
-
-    def send(self, targets: np.ndarray) -> None:
-        self.arm.send(targets)
-
     def land(self, as_found: bool = False) -> LandingReport:
+        """Stays connected, and no longer watched: what is left of this episode is none of the next one's business."""
+        self.simulation.watch = None
         return LandingReport()
 
+    def reset(self, seed: int | None = None) -> None:
+        super().reset(seed)
+        self.solved_s, self.simulation.watch = None, self._look
 
-class EpisodeTrace:
-    """Notes the joints at every tick of the simulation until success, whatever the loop is doing."""
-
-    def __init__(self, arm: ConnectedArm, episode_s: float) -> None:
-        self._simulation, self._episode_s = arm.arm.simulation, episode_s
-        self.joints_deg: list[np.ndarray] = []
-        self.solved_s: float | None = None
-
-    def __call__(self) -> None:
-        if self.solved_s is None:
-            self.joints_deg.append(self._simulation.joints_deg)
-            # a loop that waits may finish its last inference after the time is up: the world is still judged by its own clock
-            if self._simulation.success and self._simulation.time_s <= self._episode_s:
-                self.solved_s = self._simulation.time_s
+    def observe(self, with_frames: bool = True) -> Observation:
+        seen = super().observe(with_frames=False)
+        return Observation(seen.joints, LazyFrames(self) if with_frames else {}, seen.time_s)
 
     def over(self, observation: Observation) -> bool:
-        return self.solved_s is not None and self._simulation.time_s >= self.solved_s + _TAIL_S
+        return self.solved_s is not None and self.simulation.time_s >= self.solved_s + _TAIL_S
 
-    @property
-    def jerk_rms(self) -> float | None:
-        """Root mean square of the third difference (deg/s^3) where the arm moves. None where it never does."""
-        joints_deg = np.array(self.joints_deg)[:, _BODY]  # (N, J)
-        moving = (np.abs(np.diff(joints_deg, axis=0)) > _MOVING_DEG).any(axis=1)  # (N - 1,)
-        jerk = np.diff(joints_deg, n=3, axis=0) / TICK_S**3  # (N - 3, J)
-        counted = jerk[moving[:-2] | moving[1:-1] | moving[2:]]
-        return float(np.sqrt(np.mean(counted**2))) if len(counted) else None
+    def _look(self) -> None:
+        # a loop that waits may finish its last inference after the time is up: the world is still judged by its own clock
+        if self.solved_s is None and self.simulation.success and self.simulation.time_s <= self._episode_s:
+            self.solved_s = self.simulation.time_s
 
 
 class EpisodeRunner:
@@ -269,30 +224,28 @@ class EpisodeRunner:
         if len(metadata.resolutions) != 1:
             raise ConfigError(f"the evaluation shows one camera, from the front; this checkpoint wants {', '.join(metadata.resolutions)}.")
         self._metadata, self._noise_shape, self._settings = metadata, noise_shape, settings
-        self._arms: dict[Scene, tuple[VirtualClock, ConnectedArm]] = {}
+        self._arms: dict[Scene, tuple[VirtualClock, EvaluatedArm]] = {}
 
     def play(self, policy: Any, cell: Cell, seed: int) -> Outcome:
         """One episode. Raises ConfigError where a controller cannot bridge the latency."""
         settings, (clock, arm) = self._settings, self._arm(cell)
         clock.time_s = 0.0  # the same instants, to the last bit, whatever was played before
         late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, (seed, settings.noise_seed))
-        arm.watch = trace = EpisodeTrace(arm, settings.episode_s)
         options = LoopOptions(self._metadata.fps, timeout_s=settings.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
-        try:
-            loop = play_until(trace.over, _SOLVED, arm, self._controller(cell, late, arm, clock), options, clock)
-        finally:
-            arm.watch = arm.arm.simulation.watch = None
-        solved_s = None if trace.solved_s is None else round(trace.solved_s, 4)
-        return Outcome(seed, solved_s, trace.jerk_rms, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
+        loop = play_until(arm.over, _SOLVED, arm, self._controller(cell, late, arm, clock), options, clock)
+        solved_s = None if arm.solved_s is None else round(arm.solved_s, 4)
+        return Outcome(seed, solved_s, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
 
-    def _arm(self, cell: Cell) -> tuple[VirtualClock, ConnectedArm]:
+    def _arm(self, cell: Cell) -> tuple[VirtualClock, EvaluatedArm]:
         if cell.scene not in self._arms:
             clock, speed_m_s = VirtualClock(), self._settings.block_speed_m_s if cell.scene == "moving" else 0.0
             (resolution,) = self._metadata.resolutions.values()
-            self._arms[cell.scene] = clock, ConnectedArm(clock, resolution, speed_m_s, self._settings.servo_lag_ms)
+            cameras = {"front": SimCameraConfig(*resolution)}
+            world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=speed_m_s, servo_lag_ms=self._settings.servo_lag_ms)
+            self._arms[cell.scene] = clock, EvaluatedArm(world, clock, self._settings.episode_s)
         return self._arms[cell.scene]
 
-    def _controller(self, cell: Cell, policy: LatePolicy, arm: ConnectedArm, clock: VirtualClock) -> ChunkController:
+    def _controller(self, cell: Cell, policy: LatePolicy, arm: EvaluatedArm, clock: VirtualClock) -> ChunkController:
         metadata, instruction = self._metadata, self._settings.instruction
         cameras = resolve_camera_map(arm.cameras, metadata.resolutions, None)
         binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
@@ -414,9 +367,9 @@ _RESAMPLES = 4000
 
 
 def figures_of(outcomes: Mapping[int, Outcome], episode_s: float, deadlines_s: Sequence[float]) -> dict[str, Any]:
-    """Success within the episode and within each deadline, time to success, smoothness. JSON-ready. mean_time_s counts an episode without success as
+    """Success within the episode and within each deadline, and time to success. JSON-ready. mean_time_s counts an episode without success as
     the whole episode (a restricted mean), so that slow and failed ones both show and none is left out."""
-    times_s, jerks = times_of(outcomes), [each.jerk_rms_deg_s3 for each in outcomes.values() if each.jerk_rms_deg_s3 is not None]
+    times_s = np.array([math.inf if each.solved_s is None else each.solved_s for each in outcomes.values()])
     bounded_s = np.minimum(times_s, episode_s)
     return {
         "episodes": len(outcomes),
@@ -424,30 +377,15 @@ def figures_of(outcomes: Mapping[int, Outcome], episode_s: float, deadlines_s: S
         "within": {f"{deadline_s:g}": rate_of(times_s <= deadline_s) for deadline_s in deadlines_s},
         "mean_time_s": round(float(bounded_s.mean()), 3),
         "mean_time_95_s": mean_interval(bounded_s),
-        "median_jerk_deg_s3": round(float(np.median(jerks)), 1) if jerks else None,
         "mean_inferences": round(float(np.mean([each.inferences for each in outcomes.values()])), 2),
         "mean_underrun_ticks": round(float(np.mean([each.underrun_ticks for each in outcomes.values()])), 2),
         "failed_seeds": [each.seed for each in outcomes.values() if each.solved_s is None],
     }
 
 
-def times_of(outcomes: Mapping[int, Outcome]) -> np.ndarray:
-    """(n,) seconds to success, by seed; infinite where there was none."""
-    return np.array([math.inf if outcomes[seed].solved_s is None else outcomes[seed].solved_s for seed in sorted(outcomes)])
-
-
 def rate_of(solved: np.ndarray) -> dict[str, Any]:
     low, high = wilson_interval(int(solved.sum()), len(solved))
     return {"successes": int(solved.sum()), "rate": round(float(solved.mean()), 4), "wilson_95": [round(low, 4), round(high, 4)]}
-
-
-def difference(outcomes: Mapping[int, Outcome], reference: Mapping[int, Outcome], episode_s: float) -> dict[str, Any]:
-    """`outcomes` minus `reference`, paired by layout: success rate and mean time, with 95 % intervals."""
-    ours_s, theirs_s = (times_of({seed: arm[seed] for seed in outcomes.keys() & reference.keys()}) for arm in (outcomes, reference))
-    rate = np.isfinite(ours_s).astype(float) - np.isfinite(theirs_s)
-    seconds = np.minimum(ours_s, episode_s) - np.minimum(theirs_s, episode_s)
-    found = {"seeds": len(rate), "rate": round(float(rate.mean()), 4), "rate_95": mean_interval(rate)}
-    return found | {"mean_time_s": round(float(seconds.mean()), 3), "mean_time_95_s": mean_interval(seconds)}
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
@@ -468,13 +406,12 @@ def as_table(result: Mapping[str, Any]) -> str:
         "success % (95 %)",
         *(f"within {deadline} s" for deadline in deadlines),
     )
-    columns += ("mean time s (95 %)", "against sync: points (95 %)", "s (95 %)", "jerk 1000 deg/s^3", "inferences")
+    columns += ("mean time s (95 %)", "inferences")
     lag = "the motors' own, about 100 ms" if result["servo_lag_ms"] is None else f"{result['servo_lag_ms']:g} ms"
     preface = (
         f"Reach, {result['episodes']} layouts unseen in training, the same layouts and noise in every row; {result['episode_s']:g} s at 30 Hz; the "
         f"moving block goes {100 * result['block_speed_m_s']:g} cm/s; joints trail their targets by {lag}. Simulated time: an inference takes the "
-        f"latency given and nothing more. Mean time counts an episode without success as {result['episode_s']:g} s. Against: the same layouts with "
-        "sync, 8 actions, 4 steps, fp32, at the same latency (of sync: at none)."
+        f"latency given and nothing more. Mean time counts an episode without success as {result['episode_s']:g} s."
     )
     reasons = dict.fromkeys(f"Cannot run: {row['refused']}" for row in result["rows"] if "refused" in row)
     table = markdown_table(columns, [_line(row, deadlines) for row in result["rows"]], len(columns))
@@ -484,24 +421,14 @@ def as_table(result: Mapping[str, Any]) -> str:
 def _line(row: Mapping[str, Any], deadlines: Sequence[str]) -> list[object]:
     setting = [*(row[factor] for factor in FACTORS[:-1]), row["engine"].partition("=")[0]]
     if "refused" in row:
-        return [*setting, "cannot run", *["-"] * (len(deadlines) + 5)]
-    against, jerk = row["against"], row["median_jerk_deg_s3"]
-    return [
-        *setting,
-        *(_percent(rate["rate"], rate["wilson_95"]) for rate in (row["success"], *(row["within"][deadline] for deadline in deadlines))),
-        _seconds(row),
-        *((_percent(against["rate"], against["rate_95"]), _seconds(against)) if against else ("-", "-")),
-        figure(jerk and jerk / 1000, 1),
-        f"{row['mean_inferences']:.1f}",
-    ]
+        return [*setting, "cannot run", *["-"] * (len(deadlines) + 2)]
+    rates = (row["success"], *(row["within"][deadline] for deadline in deadlines))
+    mean_time = f"{row['mean_time_s']:.2f} ({row['mean_time_95_s'][0]:.2f} to {row['mean_time_95_s'][1]:.2f})"
+    return [*setting, *(_percent(rate["rate"], rate["wilson_95"]) for rate in rates), mean_time, f"{row['mean_inferences']:.1f}"]
 
 
 def _percent(rate: float, interval: Sequence[float]) -> str:
     return f"{100 * rate:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-
-
-def _seconds(row: Mapping[str, Any]) -> str:
-    return f"{row['mean_time_s']:.2f} ({row['mean_time_95_s'][0]:.2f} to {row['mean_time_95_s'][1]:.2f})"
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
@@ -585,12 +512,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def row_of(cell: Cell, seeds: Sequence[int], log: EpisodeLog, config: Config) -> dict[str, Any]:
-    """`against` compares it, layout by layout, with its reference, where that was played."""
     if cell in log.refused:
         return asdict(cell) | {"refused": log.refused[cell]}
-    played, other = ({seed: found[seed] for seed in seeds if seed in found} for found in (log.outcomes[cell], log.outcomes.get(cell.reference, {})))
-    against = difference(played, other, config.episode_s) if other and cell.reference != cell else None
-    return asdict(cell) | figures_of(played, config.episode_s, config.deadlines_s) | {"against": against}
+    played = {seed: log.outcomes[cell][seed] for seed in seeds}
+    return asdict(cell) | figures_of(played, config.episode_s, config.deadlines_s)
 
 
 def settings_of(config: Config) -> Settings:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("mujoco")
 
 from benchmarks import evaluate
-from benchmarks.evaluate import Cell, Outcome, Settings, difference, figures_of, play
+from benchmarks.evaluate import Cell, Outcome, Settings, figures_of, play
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "so100-sim-reach"
 SETTINGS = Settings(str(CHECKPOINT), episode_s=3.0)
@@ -56,18 +56,12 @@ def test_servos_that_lag_as_real_ones_take_longer() -> None:
     assert 0.05 < lagging.solved_s - own.solved_s < 1.5
 
 
-def test_figures_pair_layouts_and_count_failures_as_whole_episodes() -> None:
-    ours = {seed: Outcome(seed, 1.0 + seed, 1000.0, 4, 0) for seed in range(4)}
-    theirs = {seed: Outcome(seed, None if seed == 1 else 2.0 + seed, None, 4, 0) for seed in (3, 2, 1)}
-    figures = figures_of(theirs, 10.0, [4.0])
+def test_figures_count_failures_as_whole_episodes() -> None:
+    figures = figures_of({seed: Outcome(seed, None if seed == 1 else 2.0 + seed, 4, 0) for seed in (3, 2, 1)}, 10.0, [4.0])
     assert figures["success"]["successes"] == 2
     assert figures["within"]["4"]["successes"] == 1
     assert figures["mean_time_s"] == pytest.approx(np.mean([10, 4, 5]), abs=1e-3)
     assert figures["failed_seeds"] == [1]
-    found = difference(ours, theirs, 10.0)
-    assert found["seeds"] == 3
-    assert found["rate"] == pytest.approx(1 / 3, abs=1e-3)
-    assert found["mean_time_s"] == pytest.approx(np.mean([-8, -1, -1]), abs=1e-3)
 
 
 @pytest.mark.parametrize(
