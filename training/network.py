@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks.lib.random_checkpoint import network_config
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.model import Gr00t, ModelInputs
-from gr00t_fast.model.action_head import ActionHead, Condition, DiT
+from gr00t_fast.model.action_head import ActionHead, Condition
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.layers import CategoryLinear
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, WEIGHTS, render_prompt
@@ -110,21 +109,18 @@ def begin_quietly(head: ActionHead) -> None:
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """First weights of every layer, in the order of `modules()`."""
     for module in model.modules():
-        _initialise(module, generator)
-
-
-def _initialise(module: nn.Module, generator: torch.Generator) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d | CategoryLinear):
-        fan_in = module.weight.shape[0] if isinstance(module, CategoryLinear) else math.prod(module.weight.shape[1:])
-        module.weight.normal_(0, fan_in**-0.5, generator=generator)
-        if module.bias is not None:
-            module.bias.zero_()
-    elif isinstance(module, nn.Embedding):
-        module.weight.normal_(0, 0.5, generator=generator)
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        module.weight.fill_(1)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+        bias = getattr(module, "bias", None)
+        if isinstance(module, nn.Linear | nn.Conv2d | CategoryLinear):
+            fan_in = module.weight.shape[0] if isinstance(module, CategoryLinear) else math.prod(module.weight.shape[1:])
+            module.weight.normal_(0, fan_in**-0.5, generator=generator)
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0, 0.5, generator=generator)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            module.weight.fill_(1)
+        else:
+            continue
+        if bias is not None:
+            bias.zero_()
 
 
 def grid_positions(side: int, width: int) -> Tensor:
@@ -168,28 +164,18 @@ def write_checkpoint(out: Path, model: Gr00t, dicts: tuple[dict[str, Any], dict[
 
 # --- the loss -----------------------------------------------------------------------------------------------------------------------------------
 
-# Of the published config.json (noise_beta_alpha, noise_beta_beta, noise_s): more often near the noise than near the action.
-_BETA_ALPHA, _BETA_BETA, _NOISE_S = 1.5, 1.0, 0.999
-_PATCH_SIGMA = 0.6  # width in patches of the target of `BlockFinder`
+# Of the published config.json (noise_beta_alpha, noise_s; noise_beta_beta is 1): more often near the noise than near the action.
+_BETA_ALPHA, _NOISE_S = 1.5, 0.999
+_PATCH_SIGMA = 0.6  # width in patches of the target of `finding_loss`
 
 
 def item_tables(head: ActionHead, buckets: Tensor) -> tuple[Tensor, Tensor]:
     """Buckets int64 (B,) -> tau (B, 1, D) and modulation (blocks + 1, 2, B, 1, D): the model's own tables with an item axis."""
-    return head.action_encoder.tau(buckets)[:, None], _item_modulation(head.dit, buckets)
-
-
-def _item_modulation(dit: DiT, buckets: Tensor) -> Tensor:
-    time = F.silu(dit.time(buckets))  # (B, D)
-    pairs = [block.ada_norm(time).chunk(2, dim=-1) for block in dit.blocks]  # scale, shift
-    pairs.append(dit.out_modulation(time).chunk(2, dim=-1)[::-1])  # stored as shift, scale: the other order
-    rows = [torch.stack((1 + scale, shift)) for scale, shift in pairs]  # (2, B, D) each
-    return torch.stack(rows).unsqueeze(3)  # (blocks + 1, 2, B, 1, D)
-
-
-def repeat_items(condition: Condition, times: int) -> Condition:
-    """Each item `times` times: what an observation costs is paid once for several draws of noise and time."""
-    cross = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in condition.cross]
-    return Condition(condition.prefix.repeat_interleave(times, 0), cross, None)
+    time = F.silu(head.dit.time(buckets))  # (B, D)
+    pairs = [block.ada_norm(time).chunk(2, dim=-1) for block in head.dit.blocks]  # scale, shift
+    pairs.append(head.dit.out_modulation(time).chunk(2, dim=-1)[::-1])  # stored as shift, scale: the other order
+    modulation = torch.stack([torch.stack((1 + scale, shift)) for scale, shift in pairs])  # (blocks + 1, 2, B, D)
+    return head.action_encoder.tau(buckets)[:, None], modulation.unsqueeze(3)
 
 
 def draw_times(count: int, generator: torch.Generator) -> Tensor:
@@ -198,48 +184,30 @@ def draw_times(count: int, generator: torch.Generator) -> Tensor:
     return ((_NOISE_S - b) / _NOISE_S).clamp(min=0.0)
 
 
-class BlockFinder(nn.Module):
-    """Where is the block? A read-out of the refined image tokens, for training only: without it so small a network seldom starts to look."""
-
-    def __init__(self, width: int, side: int) -> None:
-        super().__init__()
-        self.side = side
-        self.score = nn.Linear(width, 1)
-
-    def loss(self, image_tokens: Tensor, block: Tensor) -> Tensor:
-        """image_tokens (B, V, D), block (B, 2) in 0..1 from left and top -> mean cross-entropy with a bump over the patches at the block."""
-        centres = (torch.arange(self.side, device=block.device) + 0.5) / self.side
-        across, down = (-(((centres - block[:, axis, None]) * self.side / _PATCH_SIGMA) ** 2) / 2 for axis in (0, 1))  # (B, side) each
-        target = (down[:, :, None] + across[:, None, :]).flatten(1).softmax(-1)  # (B, V), rows first
-        return F.cross_entropy(self.score(image_tokens).squeeze(-1), target)
+def finding_loss(scores: Tensor, block: Tensor) -> Tensor:
+    """Where is the block? Scores (B, V) of the refined image tokens, block (B, 2) in 0..1 from left and top -> mean cross-entropy with a bump over
+    the patches at the block. For training only: without it so small a network seldom starts to look."""
+    side = math.isqrt(scores.shape[1])
+    centres = (torch.arange(side, device=block.device) + 0.5) / side
+    across, down = (-(((centres - block[:, axis, None]) * side / _PATCH_SIGMA) ** 2) / 2 for axis in (0, 1))  # (B, side) each
+    return F.cross_entropy(scores, (down[:, :, None] + across[:, None, :]).flatten(1).softmax(-1))  # rows first
 
 
-@dataclass(frozen=True)
-class Batch:
-    """inputs as the model takes them; actions (B, H, joints) normalised; block (B, 2); generator: of noise and times."""
-
-    inputs: ModelInputs
-    actions: Tensor
-    block: Tensor
-    generator: torch.Generator
-
-
-def losses(model: Gr00t, finder: BlockFinder, batch: Batch, draws: int) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the velocity over the arm's own joints, and the block finder's loss."""
-    inputs, head = batch.inputs, model.head
+def losses(
+    model: Gr00t, finder: nn.Linear, inputs: ModelInputs, actions: Tensor, block: Tensor, draws: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the velocity over the joints of `actions` (B, H, joints), which are normalised, at `draws` noises and times per item; and
+    the loss of the block finder for block (B, 2)."""
+    head = model.head
     features = head.refine(model.encode_language(inputs, model.encode_vision(inputs.pixel_values)))  # (B, S, D)
-    finding = finder.loss(features[:, inputs.image_positions], batch.block)
-    return flow_loss(head, head.condition(features, inputs.state), batch.actions, draws, batch.generator), finding
-
-
-def flow_loss(head: ActionHead, condition: Condition, actions: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity over the joints that `actions` (B, H, joints) has, at `draws` noises and times per item."""
-    condition = repeat_items(condition, draws)
+    finding = finding_loss(finder(features[:, inputs.image_positions]).squeeze(-1), block)
+    once = head.condition(features, inputs.state)  # what an observation costs is paid once for several draws
+    cross = [(k.repeat_interleave(draws, 0), v.repeat_interleave(draws, 0)) for k, v in once.cross]
+    condition = Condition(once.prefix.repeat_interleave(draws, 0), cross, None)
     actions = actions.repeat_interleave(draws, 0)  # (B*K, H, joints)
     noise = torch.randn(actions.shape, generator=generator).to(actions)
     times = draw_times(len(actions), generator).to(actions)
     noisy = torch.lerp(noise, actions, times[:, None, None])
-    padded = F.pad(noisy, (0, head.config.action_dim - noisy.shape[-1]))  # zeros: see network.begin_quietly
-    buckets = (times * head.config.timestep_buckets).long()
-    velocity = head.velocity(padded, condition, *item_tables(head, buckets))[..., : actions.shape[-1]]
-    return F.mse_loss(velocity, actions - noise)
+    padded = F.pad(noisy, (0, head.config.action_dim - noisy.shape[-1]))  # zeros: see begin_quietly
+    velocity = head.velocity(padded, condition, *item_tables(head, (times * head.config.timestep_buckets).long()))[..., : actions.shape[-1]]
+    return F.mse_loss(velocity, actions - noise), finding

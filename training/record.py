@@ -5,8 +5,8 @@
 For tools that read data sets (lerobot's training, a dry run of a policy on recorded data). Needs the `robot` extra. Each row: joints in degrees
 (`observation.state`), the frame of the front camera, and the target that the expert wanted at that tick (`action`). What was sent is that target plus
 a drift that changes at every tick (`--noise_deg`, 0.5 by default), so that states off the expert's way are recorded too; with `--noise_deg=0` the
-target itself was sent. `meta/modality.json` names the parts as NVIDIA's data configuration `so100` does; `meta/recording.json` says which layouts
-were recorded. The directory appears when the data set is whole: an interrupt or a failure leaves nothing.
+target itself was sent. `meta/modality.json` names the parts as NVIDIA's data configuration `so100` does. The directory appears when the data set is
+whole: an interrupt or a failure leaves nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ import numpy as np
 from benchmarks.lib.program import check_counts, execute, size_of, size_text
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.dataset_writer import MODALITY, features
+from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.recorder import modality_of
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.scene import GRIPPER, Task
 from gr00t_fast.robots.sim.simulation import TICK_S, Simulation
-from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION, StopRequest
+from training.samples import FIRST_LAYOUT_SEED, FPS, RESOLUTION
 
 INSTRUCTION_OF = {"reach": "Reach the block", "place": "Place the block in the bowl"}
-RECORDING = "meta/recording.json"
 _CAMERA = "front"
 _PARTS = {"single_arm": GRIPPER, "gripper": 1}
 
@@ -55,30 +55,6 @@ def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, 
         simulation.advance(TICK_S)
 
 
-def create(out: Path, resolution: tuple[int, int]) -> Any:
-    """An empty LeRobotDataset in `out`, which must not be there. Raises MissingExtraError without lerobot."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
-    columns = features(SO100_JOINTS, {_CAMERA: (resolution[1], resolution[0])})
-    dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
-    return dataset.create(f"local/{out.name}", FPS, columns, root=out, robot_type="so100_follower")
-
-
-def write_recording(out: Path, config: RecordConfig, layouts: Sequence[int]) -> None:
-    """`layouts`: seed of each episode's layout. With `training_layouts_from` it shows whether a network that was trained here can know them."""
-    names = ("task", "episodes", "seed", "noise_deg")
-    flags = {name: getattr(config, name) for name in names} | {
-        "resolution": config.size,
-        "first_layout": first_layout(config),
-    }
-    told = {"program": "training/record.py", "flags": flags, "layouts": list(layouts), "training_layouts_from": FIRST_LAYOUT_SEED}
-    (out / RECORDING).write_text(json.dumps(told, indent=2) + "\n")
-
-
-def first_layout(config: RecordConfig) -> int:
-    """Seed of the first episode's layout: as asked, or among those that training draws from."""
-    return FIRST_LAYOUT_SEED + config.seed * 100_003 if config.first_layout is None else config.first_layout
-
-
 def record(config: RecordConfig) -> int:
     """Returns how many episodes were written; those in which the expert fails are left out.
 
@@ -86,70 +62,56 @@ def record(config: RecordConfig) -> int:
     """
     check_counts(config, "episodes")
     check_counts(config, "seed", "noise_deg", "first_layout", least=0)
-    out, resolution = config.out, config.size
-    _refuse_present(out)
+    out, resolution = config.out, size_of(config.resolution, least=1)
+    if out.exists():
+        raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with StopRequest() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
+    with StopSignals() as stop, tempfile.TemporaryDirectory(prefix=f"{out.name}.unfinished-", dir=out.parent) as beside:
         half_written = Path(beside) / out.name
-        layouts = fill(create(half_written, resolution), config, stop)
-        if not layouts:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set has no business on the hub
+        columns = features(SO100_JOINTS, {_CAMERA: resolution[::-1]})
+        empty = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset.create
+        dataset = empty(f"local/{out.name}", FPS, columns, root=half_written, robot_type="so100_follower")
+        written = fill(dataset, config, resolution, stop)
+        if not written:
             raise ConfigError(f"the expert solved none of the {config.episodes} layouts; nothing was written. Choose others: --seed, --first_layout.")
         modality = modality_of(_PARTS, _PARTS, SO100_JOINTS, {_CAMERA: "webcam"})
         (half_written / MODALITY).write_text(json.dumps(modality, indent=2) + "\n")
-        write_recording(half_written, config, layouts)
-        _refuse_present(out)  # somebody else's by now
         half_written.rename(out)
-    return len(layouts)
+    return written
 
 
-def _refuse_present(out: Path) -> None:
-    if out.exists():
-        raise ConfigError(f"{out} is there already; a data set is written once. Choose another --out, or remove it.")
-
-
-def fill(dataset: Any, config: RecordConfig, stop: StopRequest) -> list[int]:
+def fill(dataset: Any, config: RecordConfig, resolution: tuple[int, int], stop: StopSignals) -> int:
     """Play the episodes, and close the data set however that ends: Arrow aborts the process where a file is still open at its exit.
 
-    Returns the layouts that were solved. Raises KeyboardInterrupt at the tick after a Ctrl-C, never inside lerobot, which would be left half written.
+    Returns how many layouts were solved. Raises KeyboardInterrupt at the tick after a Ctrl-C, never inside lerobot, which would be left half written.
     """
-    simulation, rng, layouts = Simulation(config.task, 0), np.random.default_rng(config.seed), []
-    with require("tqdm", "sim").tqdm(total=config.episodes, unit=" episodes") as bar, _finalized(dataset):
-        for layout in range(first_layout(config), first_layout(config) + config.episodes):
+    simulation, rng, written = Simulation(config.task, 0), np.random.default_rng(config.seed), 0
+    first = FIRST_LAYOUT_SEED + config.seed * 100_003 if config.first_layout is None else config.first_layout
+    with require("tqdm", "sim").tqdm(total=config.episodes, unit=" episodes") as bar, contextlib.ExitStack() as closing:
+        closing.callback(dataset.finalize)
+        for layout in range(first, first + config.episodes):
             simulation.reset(layout)
-            for row in rows(simulation, config.size, config.noise_deg, rng):
+            for row in rows(simulation, resolution, config.noise_deg, rng):
                 if stop.reason:
                     raise KeyboardInterrupt
                 dataset.add_frame({**row, "task": INSTRUCTION_OF[config.task]})
             if simulation.success:
-                with usual_priority():
-                    dataset.save_episode()
-                layouts.append(layout)
+                _save_episode(dataset)
+                written += 1
             else:
                 dataset.clear_episode_buffer()
             bar.update()
-    return layouts
+    return written
 
 
-@contextlib.contextmanager
-def _finalized(dataset: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        dataset.finalize()
-
-
-@contextlib.contextmanager
-def usual_priority() -> Iterator[None]:
+def _save_episode(dataset: Any) -> None:
     """Run by root, as in many containers, the AV1 encoder (SVT-AV1) gives the thread that calls it a real-time priority above everything else, for
-    good; threads and programs that are started later inherit it, and nothing they wait for gets a processor while they are busy."""
-    if not hasattr(os, "sched_getscheduler"):  # Linux has it
-        yield
-        return
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, parameters)
+    good; what is started later inherits it, and nothing it waits for gets a processor meanwhile. So the usual one is put back."""
+    scheduled = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None  # Linux has it
+    dataset.save_episode()
+    if scheduled:
+        os.sched_setscheduler(0, *scheduled)
 
 
 @dataclass
@@ -162,16 +124,10 @@ class RecordConfig:
     seed: int = 0
     first_layout: int | None = None  # seed of the first layout; training never sees those below 1000000; default: above, by --seed
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return size_of(self.resolution, least=1)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def tell(config: RecordConfig, written: int) -> None:
-        print(f"{config.out}: {written} of {config.episodes} episodes, in which the expert solved the task")
-
-    return execute(RecordConfig, record, tell, argv, __doc__, "interrupted: nothing was written")
+    told = "{0.out}: {1} of {0.episodes} episodes, in which the expert solved the task".format
+    return execute(RecordConfig, record, lambda config, written: print(told(config, written)), argv, __doc__, "interrupted: nothing was written")
 
 
 if __name__ == "__main__":

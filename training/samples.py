@@ -5,18 +5,16 @@
 A state needs no roll-out: the arm is put there, the front camera looks, and inverse kinematics knows the expert's next actions (`expert_chunk`).
 States lie on the expert's way to the block (with joint noise), at its end, and on the way to where a block is not, so that the network learns
 to come back. Layouts are drawn from seeds at and above FIRST_LAYOUT_SEED; evaluation uses those below. The same command continues an
-interrupted run, and a higher --count adds to what is there; a directory holds samples of one seed only.
+interrupted run, and a higher --count adds to it; a directory holds samples of one seed.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
@@ -30,35 +28,6 @@ from gr00t_fast.model.vision import pixel_values
 from gr00t_fast.robots.sim.expert import GraspKinematics
 from gr00t_fast.robots.sim.scene import GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians
 from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
-
-# --- Ctrl-C ------------------------------------------------------------------------------------------------------------------------------------
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM are noted, not raised: the work ends after the step that is under way, so that what is saved is whole."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.reason = signal.Signals(number).name
-
-
-def load_undisturbed(module: str, extra: str) -> None:
-    """Import before the work what it will want, with Ctrl-C raised afterwards: the initialisation of a C library turns it into an ImportError."""
-    with StopRequest() as stop:
-        require(module, extra)
-    if stop.reason:
-        raise KeyboardInterrupt
-
 
 # --- labels: what the expert would do next ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +92,6 @@ def _way_down_is_free(joints: np.ndarray, points: Waypoints) -> bool:
 
 
 # --- samples ------------------------------------------------------------------------------------------------------------------------------------
-
 
 FIRST_LAYOUT_SEED = 1_000_000
 RESOLUTION = (640, 480)  # width, height of the camera
@@ -226,70 +194,13 @@ def as_the_network_sees(frame: np.ndarray) -> np.ndarray:
     return (values * 127.5 + 127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
-def load_samples(directories: list[Path]) -> Samples:
-    """All shards of the directories, in memory (38 kB per sample). Raises ConfigError when there are none."""
-    files = sorted(file for directory in directories for file in directory.rglob("shard_*.npz"))
+def load_samples(places: list[Path]) -> Samples:
+    """All shards of these files and directories, in memory (38 kB per sample). Raises ConfigError when there are none."""
+    files = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("shard_*.npz")))]
     if not files:
-        raise ConfigError(f"no shard_*.npz in {', '.join(map(str, directories))}. Make samples with training/samples.py first.")
+        raise ConfigError(f"no shard_*.npz in {', '.join(map(str, places))}. Make samples with training/samples.py first.")
     shards = [np.load(file) for file in files]
-    lengths = [len(shard["joints"]) for shard in shards]
-    columns = {name: np.empty((sum(lengths), *shards[0][name].shape[1:]), shards[0][name].dtype) for name in Samples.__annotations__}
-    for shard, end, length in zip(shards, np.cumsum(lengths), lengths, strict=True):
-        for name, column in columns.items():  # one shard at a time in memory besides the whole
-            column[end - length : end] = shard[name]
-        shard.close()
-    return Samples(**columns)
-
-
-def write_shards(out: Path, count: int, seed: int, progress: Any) -> None:
-    """Shard i of seed s always begins with the same samples, so whole ones are skipped, and the short one of a smaller count is made anew.
-
-    Raises ConfigError for a directory that holds other samples, or more of them.
-    """
-    sizes = [min(_SHARD, count - start) for start in range(0, count, _SHARD)]
-    _claim(out, sizes, seed)
-    for index, size in enumerate(sizes):
-        path = _shard(out, index)
-        if not path.exists() or _length(path) < size:
-            write_arrays(path, vars(Sampler(seed * 100_003 + index).draw(size)))
-        progress.update(size)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """An .npz file that is whole or not there."""
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def _claim(out: Path, sizes: list[int], seed: int) -> None:
-    """Note in about.json what the directory holds. Raises ConfigError when samples of something else are there."""
-    out.mkdir(parents=True, exist_ok=True)
-    about = {"seed": seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}
-    there = {file: _length(file) for file in sorted(out.glob("shard_*.npz"))}
-    if there and (told := _told(out / "about.json", about)) != about:
-        raise ConfigError(f"{out} holds samples of {told}, asked for were {about}. Choose another --out, the same --seed, or remove the directory.")
-    most = {_shard(out, index): size for index, size in enumerate(sizes)}
-    if any(length > most.get(file, 0) for file, length in there.items()):
-        raise ConfigError(f"{out} holds {sum(there.values())} samples, more than --count={sum(sizes)} keeps. Ask for more, or choose another --out.")
-    (out / "about.json").write_text(json.dumps({**about, "count": sum(sizes)}) + "\n")
-
-
-def _told(path: Path, names: dict[str, Any]) -> dict[str, Any]:
-    """What about.json says under these names; None where it says nothing, as when somebody removed it."""
-    try:
-        told = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON as this program writes it ({error}). Remove its directory, or choose another --out.") from error
-    return {name: told.get(name) for name in names}
-
-
-def _shard(out: Path, index: int) -> Path:
-    return out / f"shard_{index:04d}.npz"
-
-
-def _length(shard: Path) -> int:
-    with np.load(shard) as columns:
-        return len(columns["joints"])
+    return Samples(**{name: np.concatenate([shard[name] for shard in shards]) for name in Samples.__annotations__})
 
 
 @dataclass
@@ -300,13 +211,24 @@ class SamplesConfig:
 
 
 def run(config: SamplesConfig) -> int:
-    """Returns how many samples there are."""
+    """Returns how many samples there are. Shard i of a seed always begins with the same samples: whole ones are skipped, and a shorter one is made
+    anew. Raises ConfigError for a directory that holds samples of another seed."""
     check_counts(config, "count")
     check_counts(config, "seed", least=0)
     torch.set_num_threads(1)
-    load_undisturbed("mujoco", "sim")
+    require("mujoco", "sim")  # before the work: Ctrl-C while a C library begins becomes an ImportError
+    config.out.mkdir(parents=True, exist_ok=True)
+    about, note = {"seed": config.seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}, config.out / "about.json"
+    if note.exists() and (told := json.loads(note.read_text())) != about:
+        raise ConfigError(f"{config.out} holds samples of {told}, asked for were {about}. Choose another --out, the same --seed, or remove it.")
+    note.write_text(json.dumps(about) + "\n")
     with require("tqdm", "sim").tqdm(total=config.count, unit=" samples", mininterval=1) as progress:
-        write_shards(config.out, config.count, config.seed, progress)
+        for index, start in enumerate(range(0, config.count, _SHARD)):
+            path, size = config.out / f"shard_{index:04d}.npz", min(_SHARD, config.count - start)
+            if not path.exists() or len(load_samples([path])) < size:
+                with atomic_write(path) as partial, partial.open("wb") as file:
+                    np.savez(file, **vars(Sampler(config.seed * 100_003 + index).draw(size)))
+            progress.update(size)
     return config.count
 
 
