@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,32 +117,27 @@ def test_the_program_drives_the_arm_from_a_server(world: World, controller: str,
     assert "WARNING" not in capsys.readouterr().out
 
 
-def test_a_wrong_token_is_said_before_the_arm_is_touched(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    with running(PolicyServer(ArithmeticPolicy(), port=0, api_token="right")) as server:
-        for token in ([], ["--api_token=wrong"]):
-            assert world.run(server, *token) == 1
-            error = capsys.readouterr().err
-            assert "Unauthorized" in error
-            assert "--api_token=..." in error
-    with reference.Server(ArithmeticPolicy(), api_token="right") as server:
-        assert world.run(server, "--api_token=wrong") == 1
-    assert world.robot.calls == []
-
-
-def test_a_server_that_is_not_there(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    began_s = time.monotonic()
-    assert world.run(NOWHERE, "--server_timeout_s=0.3") == 1
-    assert time.monotonic() - began_s < 5
-    assert f"no policy server answers at {NOWHERE} within 0.3 s" in capsys.readouterr().err
-    assert world.robot.calls == []
-
-
-def test_facts_of_our_server_go_through_the_preflight_check(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "flags", "said"),
+    [
+        (PolicyServer, [], "Unauthorized.* --api_token=..."),
+        (PolicyServer, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
+        (reference.Server, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
+        (None, ["--server_timeout_s=0.3"], f"no policy server answers at {NOWHERE} within 0.3 s"),
+        (PolicyServer, ["--api_token=right"], "--robot.use_degrees=false"),  # its metadata go through the pre-flight check
+    ],
+)
+def test_what_is_said_before_the_arm_is_touched(world: World, kind: Any, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ArithmeticPolicy()
     policy.metadata = policy_metadata(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
-    with running(PolicyServer(policy, port=0)) as server:
-        assert world.run(server) == 1
-    assert "--robot.use_degrees=false" in capsys.readouterr().err
+    with contextlib.ExitStack() as stack:
+        server = NOWHERE
+        if kind is PolicyServer:
+            server = stack.enter_context(running(PolicyServer(policy, port=0, api_token="right")))
+        elif kind is not None:
+            server = stack.enter_context(reference.Server(policy, api_token="right"))
+        assert world.run(server, *flags) == 1
+    assert re.search(said, capsys.readouterr().err)
     assert world.robot.calls == []
 
 
@@ -196,13 +191,15 @@ def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None
         RemotePolicy(address_of(server), None, 5.0, 30.0, model_path=str(metadata))
 
 
-def test_metadata_is_not_used_where_the_server_tells(metadata: Path) -> None:
+def test_metadata_and_style_are_those_of_our_server(metadata: Path) -> None:
     said: list[str] = []
-    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, connected(server, said, model_path=str(metadata)) as policy:
-        assert policy.continues == {"rtc", "prefix"}
-        assert policy.metadata.resolutions == {"webcam": (40, 32)}
-    assert len(said) == 1
-    assert "--model_path is not used" in said[0]
+    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server:
+        with connected(server, said, model_path=str(metadata)) as policy:
+            assert policy.continues == {"rtc", "prefix"}
+            assert policy.metadata.resolutions == {"webcam": (40, 32)}
+        assert "--model_path is not used" in " ".join(said)
+        with pytest.raises(ConfigError, match=r"--prompt_style=nvidia .* policy server"), connected(server, prompt_style="nvidia"):
+            pass
 
 
 class Odd(ArithmeticPolicy):
@@ -254,11 +251,6 @@ def test_what_nvidias_server_makes_of_the_instruction(metadata: Path, style: str
         assert_same(remote.get_action(seen), ArithmeticPolicy().get_action(seen))
         assert_same(remote.get_action(observation(2, size=(48, 64))), ArithmeticPolicy().get_action(observation(2, size=(48, 64))))
     assert set(handling.prompts[:-1]) == {prompt}
-
-
-def test_our_server_was_told_its_style_when_it_was_started() -> None:
-    with running(PolicyServer(ArithmeticPolicy(), port=0)) as server, pytest.raises(ConfigError, match=r"--prompt_style=nvidia .* policy server"):
-        RemotePolicy(address_of(server), None, 5.0, 30.0, prompt_style="nvidia")
 
 
 # --- the command line --------------------------------------------------------------------------------------------------------------------
