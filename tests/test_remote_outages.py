@@ -287,11 +287,11 @@ def test_refusals_that_pass_and_one_that_does_not(code: str, passes: bool) -> No
         assert isinstance(caught.value, ServerUnreachableError) is passes
 
 
-@pytest.mark.parametrize(("flags", "how"), [(SYNC, signal.SIGSTOP), (MOVING, signal.SIGSTOP), (MOVING, signal.SIGKILL)])
-def test_ctrl_c_lands_at_once_whatever_the_server_does(flags: tuple[str, ...], how: int) -> None:
+@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
+def test_ctrl_c_lands_at_once_while_the_server_hangs(flags: tuple[str, ...]) -> None:
     with ServerProcess() as server:
         run = Run(server, *flags, "--server_timeout_s=60", "--server_reconnect_s=60", timeout_s=None)
-        run.play((0.3, lambda: server.process.send_signal(how)), (0.9, partial(press_ctrl_c, run)))
+        run.play((0.3, lambda: server.process.send_signal(signal.SIGSTOP)), (0.9, partial(press_ctrl_c, run)))
     assert run.landed_s - run.times_s["pressed"] < 30  # the client would wait for a minute
     assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("SIGINT", True)
 

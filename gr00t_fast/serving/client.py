@@ -229,17 +229,9 @@ class PolicyClient(Policy):
     def _connect(self) -> None:
         zmq = self._zmq
         self._socket = self._context.socket(zmq.REQ)
-        for option, value in (
-            (zmq.REQ_RELAXED, 1),
-            (zmq.REQ_CORRELATE, 1),
-            (zmq.SNDHWM, 1),
-            (zmq.LINGER, 0),
-            (zmq.IPV6, 1),
-            (zmq.MAXMSGSIZE, self._max_bytes),
-            (zmq.RECONNECT_IVL, _RECONNECT_MS),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
-        ):
+        limits = {zmq.SNDHWM: 1, zmq.LINGER: 0, zmq.MAXMSGSIZE: self._max_bytes}
+        times = {zmq.RECONNECT_IVL: _RECONNECT_MS, zmq.HEARTBEAT_IVL: _HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS}
+        for option, value in {zmq.REQ_RELAXED: 1, zmq.REQ_CORRELATE: 1, zmq.IPV6: 1, **limits, **times}.items():
             self._socket.setsockopt(option, value)
         events_address = f"inproc://events-{next(self._connections)}"  # never one again: ZeroMQ gives it back some time after a socket was closed
         self._socket.monitor(events_address, zmq.EVENT_DISCONNECTED)

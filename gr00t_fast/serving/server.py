@@ -87,14 +87,9 @@ class PolicyServer(PolicyServerBase):
 
     def _listen(self, address: str) -> None:
         zmq = self._zmq
-        for option, value in (
-            (zmq.IPV6, int("[" in address)),
-            (zmq.MAXMSGSIZE, _REFUSED_UP_TO * self._max_bytes),
-            (zmq.RCVHWM, _UNREAD_MESSAGES),
-            (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
-            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-            (zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS),
-        ):
+        limits = {zmq.MAXMSGSIZE: _REFUSED_UP_TO * self._max_bytes, zmq.RCVHWM: _UNREAD_MESSAGES}
+        times = {zmq.HANDSHAKE_IVL: _HANDSHAKE_MS, zmq.HEARTBEAT_IVL: _HEARTBEAT_MS, zmq.HEARTBEAT_TIMEOUT: _HEARTBEAT_TIMEOUT_MS}
+        for option, value in {zmq.IPV6: int("[" in address), **limits, **times}.items():
             self._router.setsockopt(option, value)
         self._monitor = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         check_free(address)

@@ -120,30 +120,26 @@ class Encoder:
         raise WireError(f"the protocol carries dicts, lists, str, numbers and numpy arrays, not {type(value).__name__}. Convert it to a numpy array.")
 
     def _npy(self, array: np.ndarray) -> memoryview:
-        parts = npy_parts(array)
-        size = sum(len(part) for part in parts)
-        if len(self._scratch) < size:
-            self._scratch = bytearray(size)
-        view, end = memoryview(self._scratch), 0
-        for part in parts:
-            view[end : end + len(part)] = part
-            end += len(part)
-        return view[:end]
+        """As `np.save` writes it, the numbers without another copy where possible."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+        begin, numbers = len(header.getvalue()), _bytes_of(array) if array.flags.c_contiguous else array.tobytes(order)
+        if len(self._scratch) < begin + len(numbers):
+            self._scratch = bytearray(begin + len(numbers))
+        view = memoryview(self._scratch)[: begin + len(numbers)]
+        view[:begin], view[begin:] = header.getvalue(), numbers
+        return view
 
 
 def _array_n1d7(array: np.ndarray) -> dict[Any, Any]:
-    array = np.ascontiguousarray(array) if array.ndim else array
-    numbers = array.data.cast("B") if array.ndim and array.size and array.dtype.kind != "U" else array.tobytes()
+    numbers = _bytes_of(np.ascontiguousarray(array) if array.ndim else array)
     return {_ARRAY_N1D7: True, b"type": array.dtype.str, b"kind": b"", b"shape": list(array.shape), b"data": numbers}
 
 
-def npy_parts(array: np.ndarray) -> tuple[bytes, Any]:
-    """Header and numbers as `np.save` writes them, the numbers without a copy where possible."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    order = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-    plain = array.flags.c_contiguous and array.ndim and array.size and array.dtype.kind != "U"
-    return header.getvalue(), array.data.cast("B") if plain else array.tobytes(order)
+def _bytes_of(array: np.ndarray) -> Any:
+    """Without a copy where that is possible."""
+    return array.data.cast("B") if array.ndim and array.size and array.dtype.kind != "U" else array.tobytes()
 
 
 def decode(data: Any, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
