@@ -132,10 +132,6 @@ def for_good(server: Server, flags: tuple[str, ...]) -> Run:
     return server.run(*flags, "--server_reconnect_s=1.2", timeout_s=60.0).play((0.4, server.kill))
 
 
-def replaced(server: Server, flags: tuple[str, ...]) -> Run:
-    return server.run(*flags, timeout_s=60.0).play((0.4, server.kill), (0.5, partial(server.restart, fps=15.0)))
-
-
 def hanging(server: Server, flags: tuple[str, ...]) -> Run:
     stop, go_on = (partial(server.process.process.send_signal, number) for number in (signal.SIGSTOP, signal.SIGCONT))
     return server.run(*flags, "--server_timeout_s=2", timeout_s=120.0).ends_when_back().play((0.4, stop), (4.0, go_on))
@@ -172,7 +168,7 @@ def between_episodes(server: Server, flags: tuple[str, ...]) -> Run:
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
 CONTROLLERS = (SYNC, MOVING, (*MOVING, "--when_late=resume"), (*MOVING, "--smoothing=rtc"))
 SCENARIOS = [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
-SCENARIOS += [(scenario, flags) for scenario in (for_good, replaced, never_there, between_episodes) for flags in (SYNC, MOVING)]
+SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there, between_episodes) for flags in (SYNC, MOVING)]
 
 
 def play(scenario: Callable[[Server, tuple[str, ...]], Run], flags: tuple[str, ...]) -> Run:
@@ -225,14 +221,6 @@ def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: di
     assert not isinstance(run.error, ServerUnreachableError)
     assert 1.1 < run.landed_s - run.times_s["killed"] < 60
     assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("error", True)
-
-
-@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
-def test_another_policy_behind_the_same_address_ends_the_run(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
-    """Its metadata have not been through the pre-flight check."""
-    run: Run = scenarios[replaced, flags].result()
-    assert "came back with another policy" in str(run.error)
-    assert run.loop.trace.landing.safe
 
 
 def test_a_server_that_hangs_for_a_while(scenarios: dict[Any, Future]) -> None:
