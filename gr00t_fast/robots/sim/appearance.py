@@ -161,6 +161,11 @@ def _part(body: str, material: str, mesh: Mesh, at: tuple[float, float, float], 
     return Part(body, material, mesh.moved(turn, np.array(at)), **options)
 
 
+def _outline_mm(corners: str) -> np.ndarray:
+    """`x y, x y, ...` in millimetres -> (N, 2) in metres."""
+    return np.array([[float(f"{number}e-3") for number in corner.split()] for corner in corners.split(",")])
+
+
 def _side_plates(body: str, outline: np.ndarray, x_m: float, thickness_m: float = 0.004) -> list[Part]:
     """The same plate on both sides of a link; the outline is in the link's (y, z)."""
     plates = plate(outline, thickness_m / 2)
@@ -173,10 +178,8 @@ def _horns(body: str, y: float, z: float, x_m: float) -> list[Part]:
 
 
 def _base() -> list[Part]:
-    foot = np.array([(-0.05, -0.06), (-0.036, -0.088), (0.036, -0.088), (0.05, -0.06), (0.05, 0.03), (0.038, 0.045), (-0.038, 0.045), (-0.05, 0.03)])
-    tower = np.array(
-        [(-0.03, -0.066), (-0.02, -0.076), (0.02, -0.076), (0.03, -0.066), (0.03, -0.018), (0.024, -0.010), (-0.024, -0.010), (-0.03, -0.018)]
-    )
+    foot = _outline_mm("-50 -60, -36 -88, 36 -88, 50 -60, 50 30, 38 45, -38 45, -50 30")
+    tower = _outline_mm("-30 -66, -20 -76, 20 -76, 30 -66, 30 -18, 24 -10, -24 -10, -30 -18")
     screws = [_part("base", "metal", disc(0.004, 0.001, 8), (x, y, 0.0135)) for x in (-0.038, 0.038) for y in (-0.062, 0.03)]
     return [
         _part("base", "print", plate(foot, 0.0065, 0.002), (0, 0, 0.0065)),
@@ -189,7 +192,7 @@ def _base() -> list[Part]:
 
 
 def _shoulder() -> list[Part]:
-    cheek = np.array([(0.0435, -0.018), (0.0435, 0.036), (0.06, 0.046), (0.1, 0.047), (0.116, 0.038), (0.117, 0.022), (0.1, 0.012), (0.07, -0.01)])
+    cheek = _outline_mm("43.5 -18, 43.5 36, 60 46, 100 47, 116 38, 117 22, 100 12, 70 -10")
     return [
         _part("shoulder", "metal", disc(0.024, 0.003, 24), (0, 0.0345, 0), ALONG_Y),
         _part("shoulder", "print", box(0.0265, 0.003, 0.028, 0.0015), (0, 0.041, 0.010)),
@@ -231,21 +234,8 @@ def _wrist() -> list[Part]:
 
 
 def _gripper() -> list[Part]:
-    finger = np.array(
-        [
-            (0.0079, -0.1075),
-            (0.0125, -0.1085),
-            (0.0185, -0.098),
-            (0.0275, -0.070),
-            (0.0315, -0.042),
-            (0.031, -0.012),
-            (0.016, -0.012),
-            (0.0153, -0.046),
-            (0.0133, -0.066),
-            (0.0098, -0.094),
-        ]
-    )
-    camera_arm = np.array([(-0.006, 0.012), (-0.006, 0.056), (0.0, 0.066), (0.006, 0.066), (0.0, 0.052), (0.0, 0.012)])[::-1]
+    finger = _outline_mm("7.9 -107.5, 12.5 -108.5, 18.5 -98, 27.5 -70, 31.5 -42, 31 -12, 16 -12, 15.3 -46, 13.3 -66, 9.8 -94")
+    camera_arm = _outline_mm("0 12, 0 52, 6 66, 0 66, -6 56, -6 12")
     return [
         _part("gripper_body", "print", box(0.029, 0.0055, 0.0205, 0.002), (0.0015, -0.0055, 0)),
         _part("gripper_body", "print", plate(finger, 0.0105, 0.0018), (0, 0, 0)),
@@ -258,20 +248,7 @@ def _gripper() -> list[Part]:
 
 
 def _jaw() -> list[Part]:
-    finger = np.array(
-        [
-            (-0.0123, -0.083),
-            (-0.006, -0.083),
-            (0.004, -0.062),
-            (0.0095, -0.036),
-            (0.0115, -0.004),
-            (0.007, 0.0095),
-            (-0.007, 0.0095),
-            (-0.0105, -0.004),
-            (-0.0083, -0.028),
-            (-0.0083, -0.056),
-        ]
-    )
+    finger = _outline_mm("-12.3 -83, -6 -83, 4 -62, 9.5 -36, 11.5 -4, 7 9.5, -7 9.5, -10.5 -4, -8.3 -28, -8.3 -56")
     return [
         _part("moving_jaw", "print", plate(finger, 0.0095, 0.0018), (0, 0, 0)),
         *[
