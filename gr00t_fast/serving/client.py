@@ -91,18 +91,18 @@ class PolicyClient(Policy):
             self.get_modality_config()
             left_s -= time.monotonic() - began_s
 
-        def ask(endpoint: str, data: dict[str, Any]) -> Any:
-            return self._call(endpoint, data, left_s, self._resend)
-
-        if noise is None and prefix is None and self._n1d7:
-            nested, batched = nested_observation(observation)
-            return _actions_n1d7(ask("get_action", {"observation": nested, "options": None}), batched)
-        if noise is None and prefix is None:
-            return _actions(ask("get_action", observation))
-        options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
-        if prefix is not None:
-            options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
-        return _actions(ask("get_action_with_options", {"observation": observation, **options}))
+        if noise is not None or prefix is not None:
+            options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
+            if prefix is not None:
+                options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
+            return _actions(self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend))
+        if not self._n1d7:
+            return _actions(self._call("get_action", observation, left_s, self._resend))
+        nested, batched = nested_observation(observation)
+        reply = self._call("get_action", {"observation": nested, "options": None}, left_s, self._resend)
+        if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], dict):
+            raise WireError(f"get_action: expected actions and info from the server, got {type(reply).__name__}.")
+        return _actions(flat_actions(reply[0], batched))
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """As `Policy.get_modality_config`; raises like `get_action`. Its form tells in which protocol `get_action` is to speak."""
@@ -269,13 +269,6 @@ def _actions(reply: Any) -> dict[str, np.ndarray]:
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim not in (1, 2, 3):
             raise WireError(f"get_action: expected an array of (horizon, values) or (batch, horizon, values) for '{key}', got {_kind(value)}.")
     return {key: value.astype(np.float32) for key, value in reply.items()}
-
-
-def _actions_n1d7(reply: Any, batched: bool) -> dict[str, np.ndarray]:
-    """N1.7's server answers actions and info."""
-    if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], dict):
-        raise WireError(f"get_action: expected actions and info from the server, got {type(reply).__name__}.")
-    return _actions(flat_actions(reply[0], batched))
 
 
 def _code(reply: dict[str, Any]) -> str:
