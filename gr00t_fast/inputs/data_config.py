@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.inputs.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, refused_class, stand_ins
+from gr00t_fast.inputs.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, stand_ins
 
 # The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")
@@ -77,67 +77,13 @@ class DataConfig:
 
 
 _ARM: dict[str, Any] = {"state_keys": ("state.single_arm", "state.gripper"), "action_keys": ("action.single_arm", "action.gripper")}
-_ACTION_TASK = "annotation.human.action.task_description"
-_TWO_ARMS = ("left_arm", "right_arm", "left_hand", "right_hand")
-_GENIE = (
-    "left_arm_joint_position",
-    "right_arm_joint_position",
-    "left_effector_position",
-    "right_effector_position",
-    "head_position",
-    "waist_position",
-)
-_XYZ = ("x", "y", "z", "roll", "pitch", "yaw")
-
-
-def _config(
-    cameras: str, state: Sequence[str], action: Sequence[str], language_key: str = DEFAULT_LANGUAGE_KEY, state_mode: str = "", motion_mode: str = ""
-) -> DataConfig:
-    """Names without prefix, cameras separated by spaces. state_mode: of all of the state; motion_mode: of the actions in _XYZ."""
-    modes = {f"state.{name}": state_mode for name in state if state_mode} | {f"action.{name}": motion_mode for name in _XYZ if motion_mode}
-    groups = (("video", cameras.split()), ("state", state), ("action", action))
-    keys = {f"{group}_keys": tuple(f"{group}.{name}" for name in names) for group, names in groups}
-    return DataConfig(**keys, language_key=language_key, normalisation=modes)  # type: ignore[arg-type]
-
-
-# NVIDIA's own configurations (Isaac-GR00T, branch n1.5-release) whose transforms are crop, resize and one formula for each part: those of
-# gr00t/experiment/data_config.py by their names there, those of examples/Libero and examples/SimplerEnv by their classes'.
+# NVIDIA's own for this arm (Isaac-GR00T, branch n1.5-release, gr00t/experiment/data_config.py), by their names there.
 DATA_CONFIGS = {
     "so100": DataConfig(video_keys=("video.webcam",), **_ARM),
     "so100_dualcam": DataConfig(video_keys=("video.front", "video.wrist"), **_ARM),
-    "fourier_gr1_arms_only": _config("ego_view", _TWO_ARMS, _TWO_ARMS, _ACTION_TASK, state_mode="sin_cos"),
-    "fourier_gr1_arms_waist": _config(
-        "ego_view", (*_TWO_ARMS, "waist"), (*_TWO_ARMS, "waist"), "annotation.human.coarse_action", state_mode="sin_cos"
-    ),
-    "fourier_gr1_full_upper_body": _config("front_view", (*_TWO_ARMS, "waist", "neck"), (*_TWO_ARMS, "waist", "neck"), _ACTION_TASK),
-    "unitree_g1": _config("rs_view", _TWO_ARMS, _TWO_ARMS),
-    "unitree_g1_full_body": _config("rs_view", ("left_leg", "right_leg", "waist", *_TWO_ARMS), _TWO_ARMS),
-    "agibot_genie1": _config("top_head hand_left hand_right", _GENIE, (*_GENIE, "robot_velocity"), "annotation.language.action_text"),
-    "libero": _config("image wrist_image", (*_XYZ, "gripper"), (*_XYZ, "gripper"), _ACTION_TASK),
-    "libero_mean_std": _config("image wrist_image", (*_XYZ, "gripper"), (*_XYZ, "gripper"), _ACTION_TASK, motion_mode="mean_std"),
-    "bridge": _config("image_0", (*_XYZ, "pad", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK),
-    "fractal": _config("image", ("x", "y", "z", "rx", "ry", "rz", "rw", "gripper"), (*_XYZ, "gripper"), _ACTION_TASK, motion_mode="mean_std"),
 }
-# The rest of NVIDIA's names, and why they are refused.
-_REFUSED = dict.fromkeys(
-    ("oxe_droid", "bimanual_panda_gripper", "bimanual_panda_hand", "single_panda_gripper"),
-    "converts rotations (target_rotations): that is not supported",
-)
+_NVIDIA_CLASSES = {"So100DataConfig": "so100", "So100DualCamDataConfig": "so100_dualcam"}
 _REMEDY = "Such a checkpoint needs NVIDIA's own code."
-_NVIDIA_CLASSES = {  # in gr00t.experiment.data_config, by our names
-    "so100": "So100DataConfig",
-    "so100_dualcam": "So100DualCamDataConfig",
-    "fourier_gr1_arms_only": "FourierGr1ArmsOnlyDataConfig",
-    "fourier_gr1_arms_waist": "FourierGr1ArmsWaistDataConfig",
-    "fourier_gr1_full_upper_body": "FourierGr1FullUpperBodyDataConfig",
-    "unitree_g1": "UnitreeG1DataConfig",
-    "unitree_g1_full_body": "UnitreeG1FullBodyDataConfig",
-    "agibot_genie1": "AgibotGenie1DataConfig",
-    "oxe_droid": "OxeDroidDataConfig",
-    "bimanual_panda_gripper": "BimanualPandaGripperDataConfig",
-    "bimanual_panda_hand": "BimanualPandaHandDataConfig",
-    "single_panda_gripper": "SinglePandaGripperDataConfig",
-}
 
 
 def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
@@ -145,8 +91,7 @@ def check_trained_cameras(config: DataConfig, cameras: Iterable[str]) -> None:
     trained = list(cameras)
     absent = [key for key in config.video_keys if key not in trained]
     if absent:
-        same_robot = {name: known for name, known in DATA_CONFIGS.items() if known.action_keys == config.action_keys}
-        fitting = [name for name, known in same_robot.items() if set(known.video_keys) <= set(trained)]
+        fitting = [name for name, known in DATA_CONFIGS.items() if known.action_keys == config.action_keys and set(known.video_keys) <= set(trained)]
         best = max(fitting, key=lambda name: len(DATA_CONFIGS[name].video_keys), default=None)
         use = f"Use --data_config={best}" if best else "Choose the data_config it was trained with (--data_config=module:ClassName)"
         had = ", ".join(trained) or "no camera"
@@ -163,8 +108,6 @@ def load_data_config(name: str | DataConfig | None) -> DataConfig:
         return _from_object(name, type(name).__name__)
     if name in DATA_CONFIGS:
         return DATA_CONFIGS[name]
-    if name in _REFUSED:
-        raise ConfigError(f"data_config '{name}' {_REFUSED[name]}. {_REMEDY}")
     if ":" in name:
         return _from_user_class(name)
     raise ConfigError(
@@ -198,17 +141,8 @@ def _from_user_class(spec: str) -> DataConfig:
 
 def _published() -> dict[str, Any]:
     """What gr00t.experiment.data_config holds besides the base class: users' classes derive from its classes."""
-    classes: dict[str, Any] = {}
-    for name, class_name in _NVIDIA_CLASSES.items():
-        if name in _REFUSED:
-            classes[class_name] = refused_class(class_name, _REFUSED[name])
-            continue
-        config = DATA_CONFIGS[name]
-        lists = {"video_keys": config.video_keys, "state_keys": config.state_keys, "action_keys": config.action_keys}
-        attributes: dict[str, Any] = {attribute: list(keys) for attribute, keys in lists.items()}
-        attributes |= {"language_keys": [config.language_key], "observation_indices": [0], "action_indices": list(config.action_indices)}
-        classes[class_name] = published_class(class_name, attributes, "sin_cos" in config.normalisation.values())
-    instances = {name: classes[class_name]() for name, class_name in _NVIDIA_CLASSES.items()}
+    classes = {class_name: published_class(class_name, DATA_CONFIGS[name]) for class_name, name in _NVIDIA_CLASSES.items()}
+    instances = {name: classes[class_name]() for class_name, name in _NVIDIA_CLASSES.items()}
     return {**classes, "DATA_CONFIG_MAP": instances, "load_data_config": instances.__getitem__}
 
 

@@ -71,33 +71,19 @@ class BaseDataConfig:
         return {name: step("ModalityConfig", delta_indices=indices[name], modality_keys=keys[name]) for name in keys}
 
 
-def published_class(name: str, attributes: Mapping[str, Any], sin_cos_state: bool) -> type:
-    """Stands for one of NVIDIA's own configurations, for users' classes that derive from it: `attributes` are its key lists.
-
-    Its transform normalises every part by min_max but, with `sin_cos_state`, the state.
-    """
+def published_class(name: str, config: Any) -> type:
+    """Stands for one of NVIDIA's own configurations, for users' classes that derive from it: the key lists of a DataConfig, and a transform that
+    normalises every part by min_max."""
 
     def transform(self: Any) -> Step:
-        joints = [step("StateActionTransform", apply_to=self.action_keys, normalization_modes=dict.fromkeys(self.action_keys, "min_max"))]
-        if sin_cos_state:
-            joints.append(step("StateActionSinCosTransform", apply_to=self.state_keys))
-        else:
-            joints.append(step("StateActionTransform", apply_to=self.state_keys, normalization_modes=dict.fromkeys(self.state_keys, "min_max")))
+        parts = (self.action_keys, self.state_keys)
+        joints = [step("StateActionTransform", apply_to=keys, normalization_modes=dict.fromkeys(keys, "min_max")) for keys in parts]
         pictures = [step(picture, apply_to=self.video_keys, **settings) for picture, settings in _PICTURE_STEPS.items()]
         orders = {_ORDERS["video"]: self.video_keys, _ORDERS["state"]: self.state_keys, _ORDERS["action"]: self.action_keys}
         return step("ComposedModalityTransform", transforms=[*pictures, *joints, step(_CONCAT, **orders), step(_MODEL)])
 
-    return type(name, (BaseDataConfig,), {**attributes, "transform": transform})
-
-
-def refused_class(name: str, why: str) -> type:
-    """Stands for one of NVIDIA's own configurations that cannot be computed here: a class that derives from it and keeps its transform cannot
-    either."""
-
-    def transform(self: Any) -> Step:
-        raise ConfigError(f"it derives from NVIDIA's {name}, which {why}")
-
-    return type(name, (BaseDataConfig,), {"transform": transform})
+    lists = {name: list(getattr(config, name)) for name in ("video_keys", "state_keys", "action_keys")}
+    return type(name, (BaseDataConfig,), {**lists, "language_keys": [config.language_key], "transform": transform})
 
 
 class _Package(ModuleType):

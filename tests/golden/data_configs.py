@@ -28,6 +28,7 @@ EVERY_MODE = DataConfig(
     normalisation={f"{kind}.{mode}": mode for kind, mode in (*((k, m) for k in ("state", "action") for m in _MODES), ("state", "sin_cos"))},
 )
 CASES = {**DATA_CONFIGS, "every_mode": EVERY_MODE}
+SEEDS = {"so100": 0, "so100_dualcam": 1, "every_mode": 12}
 
 
 def width_of(config: DataConfig, key: str) -> int:
@@ -99,7 +100,7 @@ def metadata_of(config: DataConfig, statistics: dict[str, dict[str, np.ndarray]]
 
 
 def main() -> None:
-    figures = {f"{name}/{key}": values for seed, (name, config) in enumerate(CASES.items()) for key, values in reference(config, seed).items()}
+    figures = {f"{name}/{key}": values for name, seed in SEEDS.items() for key, values in reference(CASES[name], seed).items()}
     np.savez_compressed(FIGURES, **figures)
     print(f"{FIGURES}: {len(CASES)} configurations, {FIGURES.stat().st_size} bytes")
 

@@ -17,7 +17,7 @@ from gr00t_fast.inputs.data_config import DATA_CONFIGS, load_data_config
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.networks.n1d5 import MetadataFile
 
-cases = pytest.mark.parametrize(("seed", "name"), list(enumerate(golden.CASES)), ids=list(golden.CASES))
+cases = pytest.mark.parametrize(("name", "seed"), golden.SEEDS.items(), ids=list(golden.SEEDS))
 
 
 @pytest.fixture(scope="module")
