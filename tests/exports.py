@@ -10,11 +10,13 @@ from random_networks import random_inputs, random_inputs_n1d7
 from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.console import Progress
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
 from gr00t_fast.export.onnx import export_onnx, shapes_of
 from gr00t_fast.export.options import OnnxOptions
+from gr00t_fast.export.samples import Case, collect_cases
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
@@ -32,6 +34,10 @@ FEW = ("--observations=random:0", "--frames=4", "--allow_few")
 
 def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "new_embodiment") -> Target:
     return target_of(open_checkpoint(checkpoint), tag, data_config)
+
+
+def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
+    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, progress=Progress(), allow_few=True)[0]
 
 
 def make_export(

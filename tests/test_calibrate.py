@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exports import FEW, target_for
+from exports import FEW, cases_of, target_for
 from random_networks import TINY, load_network, write_network
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,7 @@ from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
-from gr00t_fast.export.samples import ActionError, Case, collect_cases, digest_of
+from gr00t_fast.export.samples import ActionError, digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -47,10 +47,6 @@ def calibrated(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def run(checkpoint: Path, out: Path, *flags: str) -> int:
     return export.calibrate([f"--model_path={checkpoint}", f"--out={out}", "--device=cpu", *flags])
-
-
-def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
-    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, progress=Progress(), allow_few=True)[0]
 
 
 def eager_policy(checkpoint: Path, model: Gr00t, **options: int) -> Gr00tPolicy:
@@ -175,7 +171,7 @@ class Trained:
         self.model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
         network = TorchNetwork(self.model, 4, emulated=True)
         statistics = record(network, cases_of(TRAINED, 128, str(self.recordings)), 0, Progress())
-        self.scales, _ = scales_of(network, statistics, True, tuple(PARTS), Progress())
+        self.scales, _ = scales_of(network, statistics, tuple(PARTS), Progress())
         self.trials = Trials(network, held_out, {})
         self.few = {steps: Trials(TorchNetwork(self.model, steps, emulated=True), held_out[::4], {}) for steps in (1, 2, 4)}
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import FEW, Made, target_for
+from exports import FEW, Made, cases_of, target_for
 from onnx import TensorProto, helper, numpy_helper
 from random_networks import TINY
 from torch import Tensor
@@ -24,20 +24,10 @@ from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.calibrate import (
-    NEGLIGIBLE,
-    GraphNetwork,
-    Group,
-    InputStatistics,
-    Network,
-    RoundedMatMul,
-    choose_scale,
-    keep_sensitive,
-    record,
-)
+from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, InputStatistics, RoundedMatMul, choose_scale, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear
 from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
-from gr00t_fast.export.samples import ActionError, Case, collect_cases
+from gr00t_fast.export.samples import ActionError
 from gr00t_fast.measurement import StageTimer
 
 K, N, ROWS = 24, 16, 10
@@ -68,21 +58,19 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_weights_are_rounded_per_output_channel(scheme: str) -> None:
+    """FP8 is E4M3."""
     weight = seeded(K, N) * torch.logspace(-3, 3, N)
     values, scales = quantised_weight(weight, scheme)
     assert scales.shape == (N,)
     assert values.abs().max() == LARGEST[scheme]
     step = scales if scheme == "int8" else weight.abs() * 2**-3 + scales * 2**-8  # three mantissa bits; and subnormals
     assert ((values * scales - weight).abs() <= step * 0.5001 + 1e-12).all()
-
-
-def test_fp8_is_e4m3() -> None:
-    assert rounded(torch.tensor([1.0, 1.06, 1.07, 447.0, 1e6, -1e6]), "fp8").tolist() == [1.0, 1.0, 1.125, 448.0, 448.0, -448.0]
+    assert rounded(torch.tensor([1.0, 1.06, 1.07, 447.0, 1e6]), "fp8").tolist() == [1.0, 1.0, 1.125, 448.0, 448.0]
 
 
 def test_balancing_is_taken_where_it_helps_and_only_there() -> None:
-    def chosen(rows: Tensor, **options: bool) -> tuple[InputScale, dict]:
-        return choose_scale(InputStatistics(("a",), rows.abs().amax(dim=0), len(rows), [rows]), [seeded(K, N, seed=1)], "int8", **options)
+    def chosen(rows: Tensor) -> tuple[InputScale, dict]:
+        return choose_scale(InputStatistics(("a",), rows.abs().amax(dim=0), len(rows), [rows]), [seeded(K, N, seed=1)], "int8")
 
     rows = seeded(200, K)
     uneven = rows.clone()
@@ -91,9 +79,6 @@ def test_balancing_is_taken_where_it_helps_and_only_there() -> None:
     assert report["balance"] is not None
     assert scale.smoothing is not None
     assert report["relative_error"] < 0.25 * report["plain"]
-    _, without = chosen(uneven, balance=False)
-    assert without["balance"] is None
-    assert without["relative_error"] > 4 * report["relative_error"]
     _, unneeded = chosen(rows)
     assert unneeded["relative_error"] <= unneeded["plain"] < 0.02
 
@@ -158,7 +143,7 @@ def test_scales_have_the_graphs_own_type(tmp_path: Path, kind: int) -> None:
 
 def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_they_do(tiny_export: Made) -> None:
     target = target_for(tiny_export.checkpoint)
-    cases, _ = collect_cases(target, "random:0", frames=3, seed=0, noise_seed=0, progress=Progress(), allow_few=True)
+    cases = cases_of(tiny_export.checkpoint)
     network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), 2, "int8")
     labels = [f"{stage}.{layer.label}" for stage in network.parts for layer in Graph(tiny_export.onnx / f"{stage}.onnx").linear_layers()]
     assert len(labels) == 2 + 4 * TINY.vision[2] + 5 * TINY.language[2] + 4 * TINY.vl[0] + 1 + 6 + 4 * TINY.dit[0]
@@ -172,32 +157,6 @@ def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_th
     engine = open_engine("onnxruntime", tiny_export.onnx, target, "cpu", "fp32")
     actions = engine.run(cases[0].inputs, cases[0].noise, 2, StageTimer(engine.synchronise))
     torch.testing.assert_close(outputs["actions"], actions, atol=1e-4, rtol=1e-4)
-
-
-class CountingNetwork(Network):
-    """One layer, which sees rows that tell the number of the observation."""
-
-    def __init__(self) -> None:
-        layer = torch.nn.Identity()
-        super().__init__(layer, {"layer": layer}, {"only": ""}, "int8", 1)
-
-    def rounded(self, scales: dict[str, InputScale]) -> dict[str, torch.nn.Module]:
-        return {}
-
-    def run(self, module: torch.nn.Module, part: str, case: Case, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        values = torch.full((1, 7, 5), float(case.inputs))
-        values[0, 3, 2] = 1000.0 + case.inputs
-        return {"actions": module(values)}
-
-
-def test_rows_are_kept_from_all_observations_and_the_largest_among_them() -> None:
-    (kept,) = record(CountingNetwork(), [Case(index, None, None) for index in range(500)], 0, Progress())
-    assert (kept.readers, kept.largest.tolist(), kept.rows_per_case) == (("layer",), [499, 499, 1499, 499, 499], 7)
-    rows = torch.cat(kept.rows)
-    assert len(rows) <= 250
-    assert rows[:, 0].min() < 50
-    assert rows[:, 0].max() > 450
-    assert (rows[:, 2] >= 1000).sum() >= 40
 
 
 # --- which layers
@@ -214,8 +173,7 @@ def test_rows_are_kept_from_all_observations_and_the_largest_among_them() -> Non
             0.5**0.5,
             id="the worst for its work first, and no more than needed",
         ),
-        pytest.param({"good": 0.1, "nan": np.nan}, {"good": 0.5, "nan": 0.5}, 1e9, {"nan": "nan"}, 0.1, id="NaN is above every limit"),
-        pytest.param({"nan": np.nan, "good": 0.1}, {"nan": 0.5, "good": 0.5}, 1e9, {"nan": "nan"}, 0.1, id="NaN in front"),
+        pytest.param({"nan": np.nan, "good": 0.1}, {"nan": 0.5, "good": 0.5}, 1e9, {"nan": "nan"}, 0.1, id="NaN is above every limit"),
     ],
 )
 def test_what_is_kept_in_16_bits(alone: dict[str, float], work: dict[str, float], limit: float, kept: dict[str, str], total: float) -> None:

@@ -24,16 +24,7 @@ from gr00t_fast.cli import export
 from gr00t_fast.engine.manifest import Digests, read_manifest
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.options import BuildOptions
-from gr00t_fast.export.tensorrt import (
-    build,
-    build_engines,
-    check_feasible,
-    check_plan,
-    check_precisions,
-    precisions_of,
-    prompt_profiles,
-    run_alone,
-)
+from gr00t_fast.export.tensorrt import build, build_engines, check_feasible, prompt_profiles, read_back, run_alone
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs `pip install 'gr00t_fast[tensorrt_rtx]'`")
 RTX = library.RTX
@@ -41,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def built(graph: Path, *capabilities: str, **tokens: tuple[int, int, int]) -> dict[str, Any]:
-    return build(graph, graph.with_suffix(".engine"), RTX, capabilities, [tokens], BuildOptions(out=graph.parent))
+    return build(graph, graph.with_suffix(".engine"), RTX, capabilities, [tokens])
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +56,12 @@ def test_without_graphs_they_are_exported_and_every_stage_becomes_an_engine(chec
     assert set(manifest.files) == {*(f"{name}.engine" for name in STAGES), "tables.safetensors"}
     assert manifest.details["builder_version"] == trt.__version__
     assert manifest.details["profiles"] == [{"tokens": [images + 1, exported.shapes["prompt_buckets"][0], most]}]
-    for name, entry in manifest.stages.items():
+    for entry in manifest.stages.values():
         facts = entry["build"]
-        assert facts["bytes"] == (tiny_engines / entry["file"]).stat().st_size == manifest.files[entry["file"]]["bytes"]
-        assert facts["layers"] >= 5, f"{name}: two products, their weights and what lies between"
+        assert facts["bytes"] == (tiny_engines / entry["file"]).stat().st_size
+        assert facts["layers"] >= 5
         assert 1e7 < facts["peak_memory_bytes"] < 4e9
-        assert facts["check"]["parsed"] is True
-        if library.gpu_capability() is None:
-            assert facts["check"]["deserialised"] is None
+        assert facts["read_back"] == "parsed" or library.gpu_capability() is not None
     assert manifest.stages["language"]["build"]["inputs"]["embeddings"]["shape"][:2] == [1, -1]
 
 
@@ -88,14 +77,6 @@ def test_engines_that_are_there_are_replaced_when_asked(checkpoint: Path, graphs
     assert (manifest.kind, manifest.shapes["max_tokens"]) == ("tensorrt", IMAGE_TOKENS + 20)
 
 
-def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "engines-onnx").mkdir()
-    (tmp_path / "engines-onnx" / "mine").write_text("")
-    assert run(checkpoint, tmp_path / "engines") == 2
-    assert "engines-onnx exists and is not empty" in capsys.readouterr().err
-    assert not (tmp_path / "engines").exists()
-
-
 # what is refused
 
 
@@ -106,7 +87,7 @@ def test_an_exporter_that_fails_is_reported(checkpoint: Path, tmp_path: Path, ca
         (["--onnx=GRAPHS", "--max_text_tokens=99"], 2, ["--max_text_tokens", "1 to 36"]),
         (["--onnx=GRAPHS", "--precision=bf16", "--denoising_steps=3"], 2, ["--precision, --denoising_steps", "--onnx"]),
         (["--onnx=NOWHERE"], 1, ["NOWHERE", "gr00t-fast export onnx"]),
-        (["--precision=bf16", "--compute_capability=7.5"], 2, ["bf16 needs 8.0 or newer"]),
+        (["--precision=bf16", "--compute_capability=7.5"], 2, ["bf16 needs compute capability 8.0"]),
         (["--builder=tensorrt", "--compute_capability=8.6,8.9"], 2, ["builds for the GPU it runs on"]),
     ],
 )
@@ -126,7 +107,7 @@ def test_altered_graphs_and_those_of_another_runtime_are_refused(tmp_path: Path)
     weights = altered / "vision.onnx.data"
     weights.write_bytes(bytes(len(weights.read_bytes())))
     other = write_export(tmp_path / "other", quantised="int8", runtime="onnxruntime")
-    for graphs, said in ((altered, r"vision\.onnx\.data.*altered"), (other, r"quantised for onnxruntime.*--target=tensorrt")):
+    for graphs, said in ((altered, r"vision\.onnx\.data.*altered"), (other, r"for onnxruntime.*--target=tensorrt")):
         with pytest.raises(EngineError, match=said):
             build_engines(graphs, BuildOptions(out=tmp_path / "out", builder=RTX), "")
     assert not (tmp_path / "out").exists()
@@ -153,51 +134,44 @@ def test_the_parsers_and_the_builders_own_words_come_through(
 def test_a_damaged_plan_is_not_read_back(tiny_engines: Path, damage: Callable[[bytes], bytes]) -> None:
     """Cut short, without its tag, without its table of sections: the library notices each of them without a GPU."""
     plan = (tiny_engines / "vision.engine").read_bytes()
-    assert check_plan(trt, plan)["parsed"]
+    assert read_back(trt, plan) in ("parsed", "yes")
     with pytest.raises(EngineError, match="does not recognise the engine"):
-        check_plan(trt, damage(plan))
+        read_back(trt, damage(plan))
 
 
 # capabilities and number formats
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "match"),
+    ("capability", "formats", "match"),
     [
-        ("ada", None, "'ada' is none"),
-        ("", None, "'' is none"),
-        ("8", None, "'8' is none"),
-        ("9.0", None, r"got 9\.0.*--builder=tensorrt "),
-        ("7.5", "bf16", r"bf16 needs 8\.0 or newer \(Ampere\).*--precision=fp16"),
-        ("8.6", "fp8", r"fp8 needs 8\.9 or newer.*INT8"),
-        ("any", "fp8", r"any GPU.*--compute_capability=8\.9,12\.0"),
-        ("7.5", "fp32", "no fp32 matrix products for Turing"),
+        ("ada", (), "'ada' is none"),
+        ("", (), "'' is none"),
+        ("8", (), "'8' is none"),
+        ("9.0", (), r"got 9\.0.*--builder=tensorrt "),
+        ("7.5", ("bf16",), r"bf16 needs .*8\.0 or newer.*--precision=fp16"),
+        ("8.6", ("fp16", "fp8"), r"fp8 needs .*8\.9 or newer.*INT8"),
+        ("any", ("fp8",), r"any.*--compute_capability=8\.9,12\.0"),
+        ("7.5", ("fp32",), r"fp32 needs .*8\.0"),
     ],
 )
-def test_what_the_gpu_or_library_lacks_is_refused_before_building(capability: str, precision: str | None, match: str) -> None:
+def test_what_the_gpu_or_library_lacks_is_refused_before_building(capability: str, formats: tuple[str, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        check_feasible(RTX, capability, precision)
+        check_feasible(RTX, capability, *formats)
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "expected"),
+    ("capability", "formats", "expected"),
     [
-        ("7.5", "fp16", ("7.5",)),
-        ("sm_80", "bf16", ("8.0",)),
-        ("75", "int8", ("7.5",)),
-        ("8.9, 12.0,8.9", "fp8", ("8.9", "12.0")),
-        ("120", None, ("12.0",)),
-        ("any", "fp32", ()),
+        ("7.5", ("fp16", None), ("7.5",)),
+        ("sm_80", ("bf16",), ("8.0",)),
+        ("75", ("fp16", "int8"), ("7.5",)),
+        ("8.9, 12.0,8.9", ("fp8",), ("8.9", "12.0")),
+        ("any", ("fp32",), ()),
     ],
 )
-def test_targets_are_read_and_a_format_that_they_have_is_not_refused(capability: str, precision: str | None, expected: tuple[str, ...]) -> None:
-    assert check_feasible(RTX, capability, precision) == expected
-
-
-@pytest.mark.parametrize(("precision", "quantised"), [("fp16", None), ("bf16", None), ("fp32", None), ("fp16", "int8"), ("bf16", "fp8")])
-def test_number_formats_are_read_from_the_graph(tmp_path: Path, precision: str, quantised: str | None) -> None:
-    write_graph(tmp_path / "g.onnx", *STAGES["language"], precision, 0, quantised)
-    assert precisions_of(tmp_path / "g.onnx") == {precision, *([quantised] if quantised else [])}
+def test_targets_are_read_and_a_format_that_they_have_is_not_refused(capability: str, formats: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    assert check_feasible(RTX, capability, *formats) == expected
 
 
 def test_eight_bit_graphs_build_and_what_is_refused_beforehand_the_builder_refuses_too(
@@ -210,8 +184,6 @@ def test_eight_bit_graphs_build_and_what_is_refused_beforehand_the_builder_refus
         write_graph(graph, *STAGES["language"], "bf16", 0, quantised)
         assert built(graph, *capabilities, tokens=(5, 12, 40))["bytes"] == graph.with_suffix(".engine").stat().st_size
         assert f"{quantised}: " in capsys.readouterr().err
-    with pytest.raises(ConfigError):
-        check_precisions({"fp8"}, ("8.6",), RTX, "vision")
     with pytest.raises(EngineError, match="fp8"):
         built(graph, "8.6", tokens=(5, 12, 40))
 
@@ -238,6 +210,10 @@ def die(_: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def refuse(_: str) -> None:
+    raise ConfigError("too small")
+
+
 def sleep(directory: Path, seconds: float) -> None:
     (directory / "began").write_text(f"{os.getpid()}")
     time.sleep(seconds)
@@ -245,9 +221,11 @@ def sleep(directory: Path, seconds: float) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_a_process_that_is_killed_is_reported() -> None:
-    with pytest.raises(EngineError, match=r"die g\.onnx ended with code -9.*ran out of memory"):
+def test_what_goes_wrong_in_the_process_is_reported() -> None:
+    with pytest.raises(EngineError, match=r"die g\.onnx was killed.*ran out of memory"):
         run_alone(die, "g.onnx")
+    with pytest.raises(ConfigError, match="too small"):
+        run_alone(refuse, "g.onnx")
     assert multiprocessing.active_children() == []
 
 

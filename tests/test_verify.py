@@ -1,4 +1,4 @@
-"""export/verify.py: what passes, what fails, and the figures it gives."""
+"""`gr00t-fast verify`: what passes, what fails, and the figures it gives."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from exports import FEW, Made, target_for
+from exports import FEW, Made, cases_of
 from random_networks import TINY
 
 from gr00t_fast.cli import export
 from gr00t_fast.console import Progress
 from gr00t_fast.engine.manifest import describe_files, read_manifest
-from gr00t_fast.export.samples import Case, action_error, collect_cases, joints
+from gr00t_fast.export.samples import Case, action_error, joints
 from gr00t_fast.export.verify import judged
 
 
 @pytest.fixture(scope="module")
-def cases(tiny_export: Made) -> list[Case]:
-    return collect_cases(target_for(tiny_export.checkpoint), "random:0", frames=3, seed=0, noise_seed=0, progress=Progress(), allow_few=True)[0]
+def cases(checkpoint: Path) -> list[Case]:
+    return cases_of(checkpoint)
 
 
-def _run(checkpoint: Path, engine_path: Path, out: Path, *flags: str) -> tuple[int, dict | None]:
+def run(checkpoint: Path, engine_path: Path, out: Path, *flags: str) -> tuple[int, dict | None]:
     common = [f"--model_path={checkpoint}", "--engine=onnxruntime", f"--engine_path={engine_path}", f"--out={out}", "--denoising_steps=2"]
     code = export.verify([*common, *flags])
     file = out / "verify.json"
     return code, json.loads(file.read_text()) if file.exists() else None
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_fp32_export_passes_stage_by_stage(tiny_export: Made, tmp_path: Path, engine: str) -> None:
-    few = ("--frames=16", "--allow_few") if engine == "openvino" else ()
-    code, result = _run(*tiny_export, tmp_path / "out", "--precision=fp32", f"--engine={engine}", *few)
+@pytest.mark.parametrize(("engine", "few"), [("onnxruntime", ()), ("openvino", ("--frames=16", "--allow_few"))])
+def test_an_fp32_export_passes_stage_by_stage(tiny_export: Made, tmp_path: Path, engine: str, few: tuple[str, ...]) -> None:
+    code, result = run(*tiny_export, tmp_path / "out", "--precision=fp32", f"--engine={engine}", *few)
     assert (code, result["passed"], result["observations"]) == (0, True, 16 if few else 100)
     assert set(result["relative_l2"]) == {"tokens", "backbone_features", "vl_features", "keys", "values", "actions"}
     assert all(0 < figures["max"] < 1e-5 for figures in result["relative_l2"].values())
@@ -44,16 +43,14 @@ def test_an_fp32_export_passes_stage_by_stage(tiny_export: Made, tmp_path: Path,
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["verify.json", "verify.md"]
 
 
-def _damaged(made: Made, out: Path, stage: str, factor: float) -> Path:
+def damaged(made: Made, out: Path, stage: str) -> Path:
     """A copy whose manifest is right and one of whose weights is not: as a wrong exporter would make it."""
     out.mkdir()
-    for file in made.onnx.iterdir():
-        if file.is_file() and not file.name.startswith("."):
-            (out / file.name).write_bytes(file.read_bytes())
+    for file in made.onnx.glob("[!.]*"):
+        (out / file.name).write_bytes(file.read_bytes())
     model = onnx.load(str(out / f"{stage}.onnx"))
-    name = next(node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1].endswith("mlp.down.weight"))
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(factor), name))
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("mlp.down.weight"))
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(3), weight.name))
     (out / f"{stage}.onnx.data").unlink()
     onnx.save_model(model, str(out / f"{stage}.onnx"), save_as_external_data=True, location=f"{stage}.onnx.data")
     replace(read_manifest(out, ""), files=describe_files(out)).write(out)
@@ -67,47 +64,42 @@ def _damaged(made: Made, out: Path, stage: str, factor: float) -> Path:
 def test_a_wrong_stage_fails_and_is_named(
     tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, blamed: str, others: tuple[str, ...]
 ) -> None:
-    path = _damaged(tiny_export, tmp_path / "damaged", stage, 3.0)
-    code, result = _run(tiny_export.checkpoint, path, tmp_path / "out", "--frames=2", "--allow_few", "--limit=0.01")
+    path = damaged(tiny_export, tmp_path / "damaged", stage)
+    code, result = run(tiny_export.checkpoint, path, tmp_path / "out", "--frames=2", "--allow_few", "--limit=0.01")
     assert (code, result["passed"]) == (1, False)
     assert any(failure.startswith(blamed) for failure in result["failures"])
     assert all(result["relative_l2"][name]["max"] < 1e-4 for name in others)  # each stage is fed with the plain model's outputs
     assert "FAILED: " in capsys.readouterr().out
 
 
-def test_too_few_observations_are_told_before_the_export_is_opened(tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(tiny_export.checkpoint, tmp_path / "no-export", tmp_path / "out", *FEW[:2]) == (2, None)
+def test_too_few_observations_are_refused(tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*tiny_export, tmp_path / "out", *FEW[:2]) == (2, None)
     assert "4 frames, expected at least 100" in capsys.readouterr().err
 
 
 def test_errors_are_in_joint_units_and_relative_to_the_displacement(cases: list[Case]) -> None:
     noise = np.concatenate([case.noise.numpy() for case in cases])
     truth = np.random.default_rng(5).standard_normal(noise.shape).astype(np.float32)
-    off = truth.copy()
+    off, padded = truth.copy(), truth.copy()
     off[..., 0] += 0.1  # of the normalised range of 2, which is 80 degrees for the first joint
     error = action_error(off, truth, cases)
     assert error.largest == pytest.approx(4.0, rel=1e-3)
     assert error.per_joint_p99[1:] == (0, 0, 0, 0, 0)
     assert error.displacement == pytest.approx(0.1 * np.sqrt(3 * TINY.horizon) / np.linalg.norm((truth - noise)[..., :6]), rel=1e-3)
-    off = truth.copy()
-    off[..., 6:] += 5.0  # padding moves no joint
-    assert action_error(off, truth, cases).largest == 0
+    padded[..., 6:] += 5.0  # moves no joint
+    assert action_error(padded, truth, cases).largest == 0
     assert joints(truth, cases).shape == (3, TINY.horizon, 6)
-
-
-def test_nan_passes_no_limit(cases: list[Case]) -> None:
-    truth = np.zeros((3, TINY.horizon, TINY.action_dim), np.float32)
     broken, sound = action_error(np.full_like(truth, np.nan), truth, cases), action_error(truth, truth, cases)
     assert judged("int8", {"tokens": [0.0]}, sound, sound, 1.5)["passed"]
-    assert judged("int8", {"tokens": [0.0]}, broken, sound, 1.5)["failures"]
+    assert judged("int8", {"tokens": [0.0]}, broken, sound, 1.5)["failures"], "NaN passes no limit"
     assert judged("fp32", {"tokens": [float("nan")]}, sound, sound, 1.5)["failures"]
 
 
 def test_long_work_tells_how_far_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("gr00t_fast.console.TELL_EVERY_S", -1.0)
-    with Progress().bar("calibrating", 4) as tick:
-        for _ in range(4):
+    with Progress().bar("calibrating", 3) as tick:
+        for _ in range(3):
             tick()
     told = capsys.readouterr().err.splitlines()
-    assert [line.split(" after")[0] for line in told[:-1]] == [f"calibrating: {done} of 4" for done in (1, 2, 3)]
-    assert told[-1].startswith("calibrating: 4 in")
+    assert [line.split(" after")[0] for line in told[:2]] == ["calibrating: 1 of 3", "calibrating: 2 of 3"]
+    assert told[2].startswith("calibrating: 3 in")

@@ -30,7 +30,7 @@ from gr00t_fast.cli.shared_flags import (
 from gr00t_fast.console import Progress
 from gr00t_fast.dataset import MIN_FRAMES
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions
+from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError
 from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
@@ -61,7 +61,7 @@ class ExportFlags(OutputFlags, CheckpointFlags):
         """Raises UsageError."""
         super().check()
         check_device(getattr(self, "device", "auto"))
-        counts = ("denoising_steps", "max_text_tokens", "workspace_mb", "frames")
+        counts = ("denoising_steps", "max_text_tokens", "frames")
         check_at_least_one(self, *(name for name in counts if hasattr(self, name)))
 
 
@@ -231,18 +231,48 @@ class CalibrationFlags(CalibrationOptions, SampleFlags):
 
     def made_with(self, *more: str) -> list[str]:
         """Flags by which the manifest names the command that makes the same again."""
-        names = (*more, "observations", "frames", "denoising_steps", "limit", "trial_frames", "prompt_style", "processor_path", "seed")
-        found = [f"--{name}={value}" for name in names if (value := getattr(self, name)) is not None]
-        found += [f"--camera_map={json.dumps(self.camera_map)}"] if self.camera_map else []  # JSON is YAML
-        return [*found, *(["--allow_few"] if self.allow_few else []), *([] if self.balance else ["--no-balance"])]
+        names = ("observations", "frames", "denoising_steps", "limit", "trial_frames", "prompt_style", "processor_path", "seed", "camera_map")
+        return list(flags_given(self, *more, *names, "allow_few"))
+
+
+def _written(directory: Path, name: str, result: Mapping[str, Any], text: str) -> None:
+    """NAME.json and NAME.md."""
+    (directory / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return ["", *(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))]
+
+
+def _calibration_table(report: Mapping[str, Any]) -> str:
+    """report: `Manifest.quantisation` and that of a calibration, if there was one."""
+    lines = [f"# {report['format'].upper()} for {report['runtime']}", ""]
+    if data := report["calibration"]:
+        lines += [f"Calibrated with {data['frames']} frames of {data['episodes']} episodes from `{data['source']}`.", ""]
+        lines += [f"**Warning: {warning}.**" for warning in data["warnings"]]
+    if "groups" not in report:
+        return "\n".join([*lines, "All linear layers, activations rounded with scales found at run time."])
+    if error := report["action_error_on_trial_samples"]:
+        lines += [
+            f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "
+            f"p50 {error['p50']:.3g}, p99 {error['p99']:.3g}, largest {error['max']:.3g}; "
+            f"{error['relative_to_displacement']:.2%} of the displacement.",
+            "",
+        ]
+    rows = []
+    for group in report["groups"]:
+        alone = group["alone"]
+        figures = (f"{alone['p99']:.3g}", f"{alone['max']:.3g}", f"{alone['relative_to_displacement']:.2%}") if alone else ("", "", "")
+        rows.append((f"{group['group']} ({group['layers']})", f"{group['share_of_multiplications']:.2%}", *figures, group["kept_in_16_bits"] or ""))
+    lines += [f"{report['work_in_8_bits']:.1%} of the multiplications are in 8 bits. Each group rounded alone:"]
+    return "\n".join(lines + _markdown(("layers", "of the work", "p99", "largest", "of the displacement", "kept in 16 bits because"), rows))
 
 
 def _told(out: Path, what: str, report: Mapping[str, Any]) -> Made:
     """`report` also lies in the output."""
-    from gr00t_fast.export.calibrate import as_markdown
-
     brief = {key: value for key, value in report.items() if key not in ("groups", "layers")}
-    return {"out": str(out), **brief}, as_markdown(report), f"wrote {out}{what}"
+    return {"out": str(out), **brief}, _calibration_table(report), f"wrote {out}{what}"
 
 
 @dataclass(kw_only=True)
@@ -274,7 +304,6 @@ class QuantiseConfig(OutOptions, CalibrationFlags):
 def make_quantised(config: QuantiseConfig) -> Made:
     """Check everything small, calibrate, write. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
-    from gr00t_fast.export.calibrate import write_report
     from gr00t_fast.export.qdq import write_quantised_export
 
     require("onnx", "export")
@@ -293,7 +322,7 @@ def make_quantised(config: QuantiseConfig) -> Made:
     quantisation = {"format": config.format, "runtime": config.target, "calibration": data}
     report = quantisation | (result.report if result else {})
     with whole_directory(config.out, config.overwrite) as directory:
-        write_report(report, directory)
+        _written(directory, "quantisation", report, _calibration_table(report))
         made_with = config.made_with("onnx", "format", "target")
         write_quantised_export(config.onnx, manifest, directory, result and result.scales, quantisation, command_line(), made_with)
     return _told(config.out, f" for {config.target}", report)
@@ -348,7 +377,7 @@ def make_calibration(config: CalibrateConfig) -> Made:
     from gr00t_fast.engine import select_device, select_precision
     from gr00t_fast.engine.fp8 import Calibration, has_product, write_calibration
     from gr00t_fast.engine.manifest import Digests
-    from gr00t_fast.export.calibrate import TorchNetwork, calibrate, write_report
+    from gr00t_fast.export.calibrate import TorchNetwork, calibrate
     from gr00t_fast.measurement import versions
 
     checkpoint, target = _opened(config)
@@ -362,8 +391,8 @@ def make_calibration(config: CalibrateConfig) -> Made:
     result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config, progress, config.parts)
     report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report, "parts": config.parts}
     with whole_directory(out, config.overwrite) as directory:
-        write_report(report, directory)
-        identity, made_with = target.identity(Digests(directory)), [*config.made_with("precision"), "--parts", *config.parts]
+        _written(directory, "quantisation", report, _calibration_table(report))
+        identity, made_with = target.identity(Digests(directory)), config.made_with("precision", "parts")
         write_calibration(directory, Calibration(result.scales), identity, data, versions(), command_line(), made_with)
     return _told(out, ": run it with --engine=fp8", report)
 
@@ -398,8 +427,6 @@ class VerifyConfig(SampleFlags):
 
 def make_verification(config: VerifyConfig) -> Made:
     """Check the data and the export, run the plain model, free it, run the engine; leave verify.json and verify.md. Raises Gr00tFastError."""
-    from gr00t_fast.checkpoint import read_policy_metadata
-    from gr00t_fast.dataset import draw, open_frames
     from gr00t_fast.engine.choose import open_engine
     from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.export.verify import compare, record_reference
@@ -408,9 +435,6 @@ def make_verification(config: VerifyConfig) -> Made:
         print(f"note: no --observations: pictures and joints are synthetic ({_SYNTHETIC}).", file=sys.stderr)
     checkpoint, target = _opened(config)
     directory = config.engine_path or checkpoint.path / "exports" / config.engine
-    metadata = read_policy_metadata(checkpoint.path, target.embodiment_tag, target.data_config)
-    frames = open_frames(config.observations or _SYNTHETIC, target.data_config, metadata, config.camera_map)
-    draw(frames, config.frames, config.seed, config.allow_few, LEAST_VERIFIED)  # too few are told before the export is opened
     size = open_engine(config.engine, directory, target, config.device, config.precision).camera_size  # refused now rather than in ten minutes
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
@@ -425,8 +449,7 @@ def make_verification(config: VerifyConfig) -> Made:
     facts = {"program": "verify", "engine": config.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
     result = {**facts, **judged, **provenance(), "seed": config.seed}
     table, verdict = _verify_table(result), _verify_verdict(result)
-    (config.out / "verify.json").write_text(json.dumps(result, indent=2) + "\n")
-    (config.out / "verify.md").write_text(f"{table}\n\n{verdict}\n")
+    _written(config.out, "verify", result, f"{table}\n\n{verdict}")
     return result, table, verdict
 
 
@@ -444,10 +467,6 @@ def _verify_table(result: Mapping[str, Any]) -> str:
         *_markdown(["actions, joint units", "p50", "p99", "largest", "of the displacement"], actions),
     ]
     return "\n".join(lines)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
 
 
 def _verify_verdict(result: Mapping[str, Any]) -> str:

@@ -12,11 +12,10 @@ Axis alphabet: n observations, H horizon, A padded action width, R kept rows, K 
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,9 +64,8 @@ class Network(ABC):
 
     def place(self, name: str) -> tuple[str, str]:
         """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks: `blocks.*.mlp.up`."""
-        part = next(part for part, begin in self._prefixes.items() if name.startswith(begin))
-        label = name.removeprefix(self._prefixes[part])
-        return part, ".".join("*" if word.isdecimal() else word for word in label.split("."))
+        part, begin = next((part, begin) for part, begin in self._prefixes.items() if name.startswith(begin))
+        return part, re.sub(r"\b\d+\b", "*", name.removeprefix(begin))
 
     def weight(self, name: str) -> Tensor:
         """fp32 (K, N) on the CPU."""
@@ -232,7 +230,7 @@ def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], lis
 # --- how a layer is rounded ---------------------------------------------------------------------------------------------------------------
 
 
-def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str, balance: bool = True) -> tuple[InputScale, dict[str, Any]]:
+def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str) -> tuple[InputScale, dict[str, Any]]:
     """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error. Beside it, for the report, the
     exponent and clip of the choice, what it does to the layers' outputs (relative L2, kept rows), and what neither would do (`plain`)."""
     rows, joined = torch.cat(statistics.rows), torch.cat(list(weights), dim=1).float()  # (R, K), (K, N)
@@ -240,22 +238,20 @@ def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme:
     joined = joined[:, :: max(1, joined.shape[1] // _COLUMNS)].contiguous()
     truth = rows @ joined  # (R, N)
     size = max(float(truth.norm()), _SMALLEST)
-    best: tuple[float, float | None, float, InputScale] | None = None
-    plain = 0.0
-    for exponent in _BALANCES if balance else (None,):
+    scale, choice, plain = InputScale(0.0), {}, 0.0
+    for exponent in _BALANCES:
         smoothing = None if exponent is None else _smoothing(statistics.largest, spread, exponent)
-        values, scales = quantised_weight(joined if smoothing is None else joined * smoothing[:, None], scheme)
-        inputs = rows if smoothing is None else rows / smoothing
-        largest = float((statistics.largest if smoothing is None else statistics.largest / smoothing).max())
+        divisor = torch.ones_like(spread) if smoothing is None else smoothing
+        values, scales = quantised_weight(joined * divisor[:, None], scheme)
+        inputs, largest = rows / divisor, float((statistics.largest / divisor).max())
         for clip in _CLIPS[scheme]:
             limit = max(largest * clip, _SMALLEST)
             step = limit / LARGEST[scheme]
             error = float((rounded(inputs / step, scheme) * step @ (values * scales) - truth).norm()) / size
             plain = plain or error
-            if best is None or error < best[0] * _WORTH:
-                best = (error, exponent, clip, InputScale(limit, smoothing))
-    error, exponent, clip, scale = best
-    return scale, {"balance": exponent, "clip": clip, "relative_error": round(error, 5), "plain": round(plain, 5)}
+            if not choice or error < choice["relative_error"] * _WORTH:
+                scale, choice = InputScale(limit, smoothing), {"balance": exponent, "clip": clip, "relative_error": error}
+    return scale, {**choice, "relative_error": round(choice["relative_error"], 5), "plain": round(plain, 5)}
 
 
 def _smoothing(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
@@ -373,7 +369,7 @@ def calibrate(
     parts = network.parts if parts is None else parts
     statistics = record(network, cases, options.seed, progress)
     groups = groups_of(network, statistics, parts)
-    scales, choices = scales_of(network, statistics, options.balance, parts, progress)
+    scales, choices = scales_of(network, statistics, parts, progress)
     picked = np.linspace(0, len(cases) - 1, min(options.trial_frames, len(cases))).round()  # evenly from first to last
     few = [cases[index] for index in np.unique(picked.astype(int))]
     error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit, progress) if few else None
@@ -391,7 +387,7 @@ def calibrate(
 
 
 def scales_of(
-    network: Network, statistics: Sequence[InputStatistics], balance: bool, parts: Collection[str], progress: Progress
+    network: Network, statistics: Sequence[InputStatistics], parts: Collection[str], progress: Progress
 ) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
     """Of the layers of `parts`, by name: the scale, and how it was chosen."""
     scales: dict[str, InputScale] = {}
@@ -402,42 +398,8 @@ def scales_of(
             if names and network.place(names[0])[0] in network.weights_only:
                 scales |= dict.fromkeys(names, InputScale(0.0))
             elif names:
-                scale, choice = choose_scale(entry, [network.weight(name) for name in names], network.scheme, balance)
+                scale, choice = choose_scale(entry, [network.weight(name) for name in names], network.scheme)
                 scales |= dict.fromkeys(names, scale)
                 choices |= dict.fromkeys(names, choice)
             tick()
     return scales, choices
-
-
-# --- the report ---------------------------------------------------------------------------------------------------------------------------
-
-
-def write_report(report: Mapping[str, Any], directory: Path) -> None:
-    """quantisation.json and quantisation.md."""
-    (directory / "quantisation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (directory / "quantisation.md").write_text(as_markdown(report), encoding="utf-8")
-
-
-def as_markdown(report: Mapping[str, Any]) -> str:
-    """report: `Manifest.quantisation` and that of a calibration, if there was one."""
-    calibration = report["calibration"]
-    lines = [f"# {report['format'].upper()} for {report['runtime']}", ""]
-    if calibration:
-        lines += [f"Calibrated with {calibration['frames']} frames of {calibration['episodes']} episodes from `{calibration['source']}`.", ""]
-        lines += [f"**Warning: {warning}.**" for warning in calibration["warnings"]] + [""] * bool(calibration["warnings"])
-    if "groups" not in report:
-        return "\n".join([*lines, "All linear layers, activations rounded with scales found at run time.", ""])
-    if error := report["action_error_on_trial_samples"]:
-        lines += [
-            f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "
-            f"p50 {error['p50']:.3g}, p99 {error['p99']:.3g}, largest {error['max']:.3g}; "
-            f"{error['relative_to_displacement']:.2%} of the displacement.",
-            "",
-        ]
-    lines += [f"{report['work_in_8_bits']:.1%} of the multiplications are in 8 bits. Each group rounded alone:", ""]
-    lines += ["| layers | of the work | p99 | largest | of the displacement | kept in 16 bits because |", "|---|---|---|---|---|---|"]
-    for group in report["groups"]:
-        alone = group["alone"]
-        figures = "| | | |" if alone is None else f"| {alone['p99']:.3g} | {alone['max']:.3g} | {alone['relative_to_displacement']:.2%} |"
-        lines.append(f"| {group['group']} ({group['layers']}) | {group['share_of_multiplications']:.2%} {figures} {group['kept_in_16_bits'] or ''} |")
-    return "\n".join([*lines, ""])

@@ -10,8 +10,6 @@ import gc
 import inspect
 import io
 import logging
-import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +20,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gr00t_fast.checkpoint import load_model
+from gr00t_fast.console import Progress
 from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.errors import CheckpointError, ConfigError, require
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
-from gr00t_fast.export.options import OnnxOptions
+from gr00t_fast.export.options import OnnxOptions, flags_given
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
 from gr00t_fast.model import Gr00t, ModelInputs
@@ -47,27 +46,24 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
     config = target.checkpoint.config
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     shapes = shapes_of(config, usual, options.max_text_tokens)
-    flags = [f"--precision={options.precision}", f"--max_text_tokens={options.max_text_tokens}"]
+    flags = [*flags_given(options, "precision", "max_text_tokens", "denoising_steps")]
     if camera_size is not None:
         shapes["camera_size"] = list(camera_size)
         flags.append("--camera_size={}x{}".format(*camera_size))
-    if options.denoising_steps:
-        flags += ["--denoising_steps", *map(str, options.denoising_steps)]
-    with whole_directory(options.out, options.overwrite) as directory:
-        torch.manual_seed(options.seed)
-        digests, stages = Digests(directory), {}
-        with _phase("digest of the checkpoint"):
-            identity = target.identity(digests)
-        with _phase("tables"):
-            _write_tables(target, dtype, steps, directory)
-        for name in graphs_of(config):
-            with _phase(name):
-                graph = build_graph(name, target, dtype, shapes)
-                stages[name] = write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
-                del graph
+    graphs, stages = graphs_of(config), {}
+    with whole_directory(options.out, options.overwrite) as directory, Progress().bar("exporting", len(graphs) + 2) as tick:
+        digests = Digests(directory)
+        identity = target.identity(digests)
+        _write_tables(target, dtype, steps, directory)
+        tick()
+        for name in graphs:
+            graph = build_graph(name, target, dtype, shapes)
+            stages[name] = write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
+            del graph
             gc.collect()
-        with _phase("digests of the files"):
-            files = describe_files(directory, digests)
+            tick()
+        files = describe_files(directory, digests)
+        tick()
         manifest = Manifest(
             kind=KIND,
             precision=options.precision,
@@ -149,15 +145,6 @@ def _load(target: Target, dtype: torch.dtype, only: tuple[str, ...]) -> Gr00t:
     return model
 
 
-@contextlib.contextmanager
-def _phase(name: str) -> Iterator[None]:
-    """Says what runs and how long it took: a full-size export takes minutes."""
-    start_s = time.perf_counter()
-    print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
-    yield
-    print(f"{time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)
-
-
 OPSET = 20  # the first with Gelu; nothing in these graphs is shorter in a later one, and older runtimes read it
 
 
@@ -193,10 +180,9 @@ def write_onnx(name: str, graph: nn.Module, config: ModelConfig, layout: Layout,
 
 
 def _forget_sources(model: Any) -> None:
-    """The exporter writes stack traces into every node: half of the file, and the directories of whoever exported."""
+    """The exporter writes stack traces and names of our classes into every node: half of the file, and the directories of whoever exported."""
     for node in model.graph:
-        for key in [key for key in node.metadata_props if key != "namespace"]:
-            del node.metadata_props[key]
+        node.metadata_props.clear()
 
 
 def _by_parameter(graph: nn.Module, sizes: tuple[Any, ...]) -> dict[str, Any]:
@@ -234,14 +220,11 @@ def _shape(value: Any) -> list[int | str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints its progress, and warns of its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gr00t_fast.flags import Flags
 
@@ -30,7 +32,6 @@ class OnnxOptions(OutOptions):
     precision: ExportPrecision = "fp32"  # of weights, inputs and outputs
     denoising_steps: list[int] = field(default_factory=list)  # step counts to cover besides 1, 2, 4, 8 and the checkpoint's own
     max_text_tokens: int = 256  # longest prompt, without the tokens of the pictures
-    seed: int = 0  # of the random inputs that the graphs are traced with
 
 
 @dataclass(kw_only=True)
@@ -42,9 +43,6 @@ class BuildOptions(OutOptions):
     builder: Literal["auto", "tensorrt_rtx", "tensorrt"] = "auto"  # auto: what is installed, tensorrt_rtx first
     compute_capability: str = "auto"  # 8.6 | 8.9,12.0 | any (8.0 and newer) | auto: the GPU that is here, else any; tensorrt_rtx only
     max_text_tokens: int | None = None  # longest prompt, without the tokens of the pictures; default: what was exported
-    workspace_mb: int | None = None  # GPU memory that one layer may use; default: the library's own
-    optimization_level: Literal[0, 1, 2, 3, 4, 5] | None = None  # how long the builder may search; default: the library's own
-    timing_cache: Path | None = None  # a file of measured kernel times, to share between builds (tensorrt)
 
 
 @dataclass(kw_only=True)
@@ -55,5 +53,15 @@ class CalibrationOptions(Flags):
 
     limit: float = 1.0  # p99 of the action error, in joint units, that layers are kept in 16 bits for
     trial_frames: int = 8  # frames that decide which layers are kept; 0: keep none, measure nothing
-    balance: bool = True  # move outliers from activations into weights where it helps
     seed: int = 0  # of the choice of frames and of the noise
+
+
+def flags_given(options: Any, *names: str) -> Iterator[str]:
+    """Flags by which a manifest names the command that makes the same again; what is empty or off is left out."""
+    for name in names:
+        value = getattr(options, name)
+        if value is None or value is False or value in ([], {}):
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        yield f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"

@@ -18,27 +18,27 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from gr00t_fast import tensorrt_library as library
 from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, check_files, describe_files, read_manifest, varying_sizes
-from gr00t_fast.errors import ConfigError, EngineError, Gr00tFastError, install_command, require
-from gr00t_fast.export.options import BuildOptions
-from gr00t_fast.files import atomic_write, whole_directory
+from gr00t_fast.errors import ConfigError, EngineError, install_command
+from gr00t_fast.export.options import BuildOptions, flags_given
+from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import peak_rss_bytes
 from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
 
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
+T = TypeVar("T")
 Range = tuple[int, int, int]  # least, usual and most of a dimension
 Profiles = Sequence[Mapping[str, Range]]  # for each the range of each named dimension of the graph
-# Of the command that makes the same engines again.
-_FLAGS = ("builder", "compute_capability", "max_text_tokens", "workspace_mb", "optimization_level", "timing_cache")
 
 
 def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
@@ -49,17 +49,18 @@ def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
     """
     source = _read_source(onnx)
     builder = library.choose(options.builder)
-    capabilities = check_feasible(builder, options.compute_capability)
-    for name, stage in source.stages.items():
-        check_precisions(precisions_of(onnx / stage["file"]), capabilities, builder, name)
+    capabilities = check_feasible(builder, options.compute_capability, source.precision, (source.quantisation or {}).get("format"))
     profiles = prompt_profiles(source.shapes, options.max_text_tokens, one=builder == RTX)
     with whole_directory(options.out, options.overwrite) as directory:
         stages = {}
         for name, stage in source.stages.items():
             engine = directory / f"{name}.engine"
-            built = run_alone(build, onnx / stage["file"], engine, builder, capabilities, profiles, options)
+            built = run_alone(build, onnx / stage["file"], engine, builder, capabilities, profiles)
             stages[name] = {**stage, "file": engine.name, "source": stage["file"], "build": built}
-        _take_tables(onnx / TABLES_NAME, directory / TABLES_NAME)
+        try:  # a second name of the same file where the system allows: the embedding alone has 600 MB
+            os.link(onnx / TABLES_NAME, directory / TABLES_NAME)
+        except OSError:
+            shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
         version = library.version_of(library.load(builder))
         manifest = replace(
             source,
@@ -74,11 +75,10 @@ def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
                 "builder_version": version,
                 "compute_capability": list(capabilities),
                 "profiles": [dict(profile) for profile in profiles],
-                "workspace_mb": options.workspace_mb,
                 "onnx": {"command": source.command, "versions": dict(source.versions), "details": dict(source.details)},
             },
             program="to_tensorrt.py",
-            flags=(f"--onnx={onnx}", *(f"--{name}={value}" for name in _FLAGS if (value := getattr(options, name)) not in (None, "auto"))),
+            flags=(f"--onnx={onnx}", *flags_given(options, "builder", "compute_capability", "max_text_tokens")),
         )
         manifest.write(directory)
     return manifest
@@ -88,13 +88,11 @@ def _read_source(directory: Path) -> Manifest:
     """The ONNX export, whole and meant for TensorRT."""
     remedy = f"gr00t-fast export onnx --model_path=CHECKPOINT --data_config=CONFIG --precision=fp16 --out={directory}"
     manifest = read_manifest(directory, remedy)
-    if manifest.kind != "onnx":
-        raise EngineError(f"{directory} holds an export of kind '{manifest.kind}', expected 'onnx'. Run: {remedy}")
     runtime = (manifest.quantisation or {}).get("runtime", KIND)
-    if runtime != KIND:
+    if (manifest.kind, runtime) != ("onnx", KIND):
         raise EngineError(
-            f"the graphs in {directory} are quantised for {runtime}, whose Q/DQ pattern TensorRT does not take. Run gr00t-fast quantise with "
-            "--target=tensorrt."
+            f"{directory} holds an export of kind '{manifest.kind}' for {runtime}; expected ONNX graphs for TensorRT. Run: {remedy}, or for 8 bits "
+            "gr00t-fast quantise --target=tensorrt."
         )
     check_files(directory, manifest, Digests(directory), remedy)
     return manifest
@@ -123,70 +121,51 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
     return tuple({name: tuple(varying_sizes(shapes, length)[name] for length in lengths) for name in names} for lengths in prompts)
 
 
-def _take_tables(theirs: Path, ours: Path) -> None:
-    """As a second name of the same file where the system allows: the embedding alone has 600 MB."""
-    try:
-        os.link(theirs, ours)
-    except OSError:
-        shutil.copyfile(theirs, ours)
-
-
 def as_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per stage: layers of the network, size of the engine, seconds and peak memory of the build, and whether the library reads it back:
-    "parsed" is as far as it goes without a CUDA driver. stages: as of the manifest."""
+    """One line per stage: layers of the network, size of the engine, seconds and peak memory of the build, and whether the library reads it back.
+    stages: as of the manifest."""
     lines = [f"{'stage':<14}{'layers':>8}{'MB':>8}{'parse s':>9}{'build s':>9}{'peak MB':>9}  read back"]
     for name, stage in stages.items():
         facts = stage["build"]
-        read_back = {True: "yes", False: "not on this GPU", None: "parsed"}[facts["check"]["deserialised"]]
         times = f"{facts['parse_s']:>9.1f}{facts['build_s']:>9.1f}{facts['peak_memory_bytes'] / 1e6:>9.0f}"
-        lines.append(f"{name:<14}{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{times}  {read_back}")
+        lines.append(f"{name:<14}{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{times}  {facts['read_back']}")
     return "\n".join(lines)
 
 
 # --- a process of its own
 
 
-def run_alone(work: Callable[..., Any], *arguments: Any) -> Any:
+def run_alone(work: Callable[..., T], *arguments: Any) -> T:
     """`work(*arguments)` in a process of its own that ends with this one, as by Ctrl-C.
 
-    Raises the Gr00tFastError that `work` raises, and EngineError when the process ends in another way.
+    Raises what `work` raises, and EngineError when the process was killed.
     """
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_alone, args=(there, work, arguments), daemon=True)
-    child.start()
-    there.close()
-    try:
-        answer = here.recv()
-    except EOFError:
-        child.join()
-        killed = child.exitcode == -signal.SIGKILL
-        memory = " Probably the system ran out of memory: close other programs, or use a machine with more." if killed else ""
-        raise EngineError(f"the process that was to {work.__name__} {arguments[0]} ended with code {child.exitcode}.{memory}") from None
-    finally:
-        child.kill()
-        child.join()
-    if isinstance(answer, Gr00tFastError):
-        raise answer
-    return answer
-
-
-def _alone(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        answer = work(*arguments)
-    except Gr00tFastError as error:
-        answer = error
-    pipe.send(answer)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"the process that was to {work.__name__} {arguments[0]} was killed. Probably the system ran out of memory: close other programs, or "
+                "use a machine with more."
+            ) from error
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()  # or leaving the pool would wait for it
+            raise
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """What the process begins with. Ctrl-C reaches both: the parent ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[str], profiles: Profiles, options: BuildOptions) -> dict[str, Any]:
+def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[str], profiles: Profiles) -> dict[str, Any]:
     """Parse the graph, build, write the file `engine`, check; returns what is known of it. Raises EngineError with the library's message when a step
     fails."""
     trt = library.load(builder_name)
@@ -195,9 +174,12 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
     builder = trt.Builder(log)
     network = builder.create_network(library.strongly_typed(trt))
     parser = trt.OnnxParser(network, log)  # kept: the network refers to weights that the parser owns
-    _parse(parser, onnx)
+    if not parser.parse_from_file(str(onnx)):  # from the file: the weights beside it are read without a second copy
+        errors = [parser.get_error(index) for index in range(min(parser.num_errors, 3))]
+        told = [f"node '{e.node_name() or e.node()}' ({e.node_operator() or 'no operator'}): {e.desc()}" for e in errors]
+        raise EngineError(f"cannot read {onnx.name}: {'; '.join(told) or 'the parser gave no reason'}")
     parsed_s = time.perf_counter()
-    config = _configure(trt, builder, options, capabilities)
+    config = _configure(trt, builder, capabilities)
     _set_profiles(builder, config, network, profiles)
     with _monitored(trt, config, onnx.stem):
         plan = builder.build_serialized_network(network, config)
@@ -205,9 +187,6 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
         raise EngineError(f"{builder_name} {trt.__version__} cannot build {onnx.name}: {log.first_error()}")
     built_s = time.perf_counter()
     engine.write_bytes(memoryview(plan))  # straight from the library's memory
-    if options.timing_cache is not None and builder_name != RTX:
-        with atomic_write(options.timing_cache) as partial:
-            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return {
         "layers": network.num_layers,
         "bytes": plan.nbytes,
@@ -216,34 +195,18 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
         "inputs": _described(map(network.get_input, range(network.num_inputs))),
         "outputs": _described(map(network.get_output, range(network.num_outputs))),
         "warnings": sorted({message for severity, message in log.lines if severity == "WARNING"}),
-        "check": check_plan(trt, plan),
+        "read_back": read_back(trt, plan),
         "peak_memory_bytes": peak_rss_bytes(),
         "version": library.version_of(trt),
     }
 
 
-def _parse(parser: Any, onnx_file: Path) -> None:
-    """From the file, so that the parser finds the weights beside it and reads them without a second copy."""
-    if parser.parse_from_file(str(onnx_file)):
-        return
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = [f"node '{e.node_name() or e.node()}' ({e.node_operator() or 'no operator'}): {e.desc()}" for e in errors[:3]]
-    raise EngineError(f"cannot read {onnx_file.name}: {'; '.join(told) or 'the parser gave no reason'}")
-
-
-def _configure(trt: ModuleType, builder: Any, options: BuildOptions, capabilities: Sequence[str]) -> Any:
-    config, is_rtx = builder.create_builder_config(), trt.__name__ == RTX
-    if options.workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    if options.timing_cache is not None and not is_rtx:  # TensorRT-RTX measures nothing ahead of time
-        file = options.timing_cache
-        config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), ignore_mismatch=False)
+def _configure(trt: ModuleType, builder: Any, capabilities: Sequence[str]) -> Any:
+    config = builder.create_builder_config()
     flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
     if flag is not None:  # TensorRT-RTX: no allocation at run time, without which a CUDA graph cannot be captured
         config.set_flag(flag)
-    if is_rtx:
+    if trt.__name__ == RTX:
         config.num_compute_capabilities = len(capabilities)  # none: any GPU from Ampere on
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(rtx_capabilities(trt)[capability], index)
@@ -289,16 +252,16 @@ def _monitored(trt: ModuleType, config: Any, name: str) -> Iterator[None]:
             self.steps: dict[str, int] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
+            self.steps[phase] = max(steps, 1)
             self.step_complete(phase, -1)
 
         def step_complete(self, phase: str, step: int) -> bool:
             bar.set_postfix_str(phase, refresh=False)
-            bar.update((step + 1) / max(self.steps.get(phase, 1), 1) - bar.n)
+            bar.update((step + 1) / self.steps[phase] - bar.n)
             return True
 
         def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
+            pass
 
     form = "{desc}: {percentage:3.0f}% {elapsed} {postfix}"
     with tqdm(total=1.0, desc=name, bar_format=form, leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -311,39 +274,29 @@ def _described(tensors: Iterator[Any]) -> dict[str, dict[str, Any]]:
     return {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name} for tensor in tensors}
 
 
-def check_plan(trt: ModuleType, plan: Any) -> dict[str, Any]:
-    """Whether the library reads back what it wrote. Raises EngineError when it finds the plan malformed.
-
-    Before its first CUDA call it checks the plan's tag, format version, size and table of sections: that much happens on any machine (`parsed`).
-    `deserialised`: True; None where there is no CUDA driver to go on with; False with a `reason` where the plan is for another GPU than the one
-    that is here.
-    """
+def read_back(trt: ModuleType, plan: Any) -> str:
+    """Whether the library reads what it wrote: `yes`; `parsed`, where there is no CUDA driver to go on with; or why not, where the plan is for
+    another GPU than the one that is here. Raises EngineError when it finds the plan malformed: it checks tag, format version, size and table of
+    sections before its first CUDA call."""
     log = library.make_log(trt)
     runtime = trt.Runtime(log)
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is not None:
-        facts = {"device_memory_bytes": library.scratch_bytes(engine), "engine_layers": engine.num_layers}
-        return {"parsed": True, "deserialised": True, "reason": None, **facts}
+    if runtime.deserialize_cuda_engine(plan) is not None:
+        return "yes"
     here, reason = gpu_capability(), log.first_error()
     if "Serialization assertion" in reason or (here is None and "Cuda Runtime" not in reason):
         raise EngineError(f"{trt.__name__} does not recognise the engine it has just built: {reason}")
-    if here is None:
-        return {"parsed": True, "deserialised": None, "reason": "no CUDA driver here"}
-    return {"parsed": True, "deserialised": False, "reason": f"on this GPU ({here}): {reason}"}
+    return "parsed" if here is None else f"not on this GPU ({here}): {reason}"
 
 
 # --- for which GPUs
 
-# Oldest compute capability with the arithmetic. fp32 is not listed: only Turing under TensorRT-RTX lacks its matrix products.
-_OLDEST = {"bf16": ("8.0", "Ampere"), "fp8": ("8.9", "Ada and Hopper"), "int8": ("7.5", "Turing"), "fp4": ("10.0", "Blackwell")}
-_ONNX_TYPES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "FLOAT8E4M3FN": "fp8", "FLOAT4E2M1": "fp4"}
-_MATRIX_NODES = ("MatMul", "Gemm", "Conv", "Attention")
-_EXPECTED = "Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0."
+_OLDEST = {"bf16": "8.0", "fp8": "8.9", "int8": "7.5"}  # compute capability with the arithmetic: Ampere, Ada and Hopper, Turing
+_OLDEST_RTX = {**_OLDEST, "fp32": "8.0"}  # without fp32 matrix products for Turing
 
 
-def check_feasible(builder: str, compute_capability: str, precision: str | None = None) -> tuple[str, ...]:
-    """What can be refused before any graph is there; returns the compute capabilities, empty for any. Raises ConfigError, and MissingExtraError
-    without the library."""
+def check_feasible(builder: str, compute_capability: str, *formats: str | None) -> tuple[str, ...]:
+    """What can be refused before any graph is there; returns the compute capabilities, empty for any. formats: of the graphs' numbers, fp32, fp16,
+    bf16, int8, fp8. Raises ConfigError, and MissingExtraError without the library."""
     name = library.choose(builder)
     capabilities = _parse_capabilities(compute_capability)
     here, asked = gpu_capability(), ", ".join(capabilities) or f"any, {ANY_GPU} and newer"
@@ -358,65 +311,31 @@ def check_feasible(builder: str, compute_capability: str, precision: str | None 
             f"tensorrt_rtx {trt.__version__} builds for compute capability {', '.join(rtx_capabilities(trt))}; got {', '.join(foreign)}. For that "
             f"GPU use --builder=tensorrt on the machine that has it (Jetson: part of JetPack; data centre: {install_command('tensorrt')})."
         )
-    if precision is not None:
-        check_precisions({precision}, capabilities, name, "all stages")
+    for precision in filter(None, formats):
+        oldest = (_OLDEST_RTX if name == RTX else _OLDEST).get(precision, "0")
+        if any(version_tuple(each) < version_tuple(oldest) for each in capabilities or (ANY_GPU,)):
+            raise ConfigError(
+                f"{precision} needs compute capability {oldest} or newer, --compute_capability asks for {asked}. Name newer GPUs alone, as in "
+                f"--compute_capability={oldest},12.0, or use other graphs (gr00t-fast export onnx --precision=fp16, gr00t-fast quantise for INT8)."
+            )
     return capabilities
 
 
 def _parse_capabilities(text: str) -> tuple[str, ...]:
     """`8.6`, `8.6,8.9`, `any`, or `auto`: the GPU that is here, else `any`. Returns compute capabilities, empty for any. Raises ConfigError."""
     words = re.split(r"[,\s]+", text.strip().lower())
-    if words == ["auto"]:
-        here = gpu_capability()
+    if words in (["auto"], ["any"]):
+        here = gpu_capability() if words == ["auto"] else None
         return () if here is None else (here,)
-    if words == ["any"]:
-        return ()
     matches = [re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word) for word in words]
     if not all(matches):
-        raise ConfigError(f"--compute_capability: '{words[matches.index(None)]}' is none. {_EXPECTED}")
+        raise ConfigError(
+            f"--compute_capability: '{words[matches.index(None)]}' is none. Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0."
+        )
     return tuple(dict.fromkeys(f"{int(match[1])}.{match[2]}" for match in matches if match))
-
-
-def precisions_of(onnx_file: Path) -> set[str]:
-    """Number formats a graph computes and stores in, among fp32, fp16, bf16, int8, fp8, fp4; its weights are not read.
-
-    fp32 counts only where it enters a matrix product: norms in fp32 are no hindrance.
-    """
-    onnx = require("onnx", "export")
-    graph = onnx.load(str(onnx_file), load_external_data=False).graph
-    names = {code: name for name, code in onnx.TensorProto.DataType.items()}
-    types = {tensor.name: names[tensor.data_type] for tensor in graph.initializer}
-    types |= {value.name: names[value.type.tensor_type.elem_type] for value in (*graph.input, *graph.output, *graph.value_info)}
-    found = {_ONNX_TYPES[kind] for kind in types.values() if kind in _ONNX_TYPES} - {"fp32"}
-    in_products = {types.get(name) for node in graph.node if node.op_type in _MATRIX_NODES for name in node.input}
-    return found | ({"fp32"} if "FLOAT" in in_products else set())
 
 
 def rtx_capabilities(trt: ModuleType) -> dict[str, Any]:
     """`8.6` -> the library's own name for it, for every GPU generation this version of tensorrt_rtx knows."""
     members: Mapping[str, Any] = trt.ComputeCapability.__members__
     return {f"{int(name[2:-1])}.{name[-1]}": value for name, value in members.items() if re.fullmatch(r"SM\d+", name)}
-
-
-def check_precisions(precisions: Collection[str], capabilities: Sequence[str], builder: str, stage: str) -> None:
-    """Raises ConfigError when a target GPU is known not to compute in one of the graph's formats."""
-    for precision in sorted(precisions):
-        for capability in capabilities or (ANY_GPU,):
-            if reason := _why_not(precision, capability, builder):
-                asked = f"compute capability {capability}" if capabilities else f"any GPU ({ANY_GPU} and newer)"
-                raise ConfigError(f"{stage}: the graph is in {precision}, which {asked} cannot compute: {reason}. {_instead(precision)}")
-
-
-def _why_not(precision: str, capability: str, builder: str) -> str | None:
-    if precision == "fp32":
-        turing = builder == RTX and version_tuple(capability) < version_tuple("8.0")
-        return "TensorRT-RTX has no fp32 matrix products for Turing" if turing else None
-    oldest, family = _OLDEST.get(precision, ("0", ""))
-    return f"{precision} needs {oldest} or newer ({family})" if version_tuple(capability) < version_tuple(oldest) else None
-
-
-def _instead(precision: str) -> str:
-    if precision not in ("fp8", "fp4"):
-        return "Export it again with --precision=fp16 (gr00t-fast export onnx)."
-    newer = f"Name newer GPUs alone, as in --compute_capability={_OLDEST[precision][0]},12.0"
-    return f"{newer}, or use an INT8 variant (gr00t-fast quantise) or the 16-bit graphs (gr00t-fast export onnx)."
