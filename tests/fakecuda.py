@@ -158,16 +158,12 @@ def published_network(version: str, short: bool = False) -> Any:
     """bf16, on the device, with the published vocabulary. Its weights are whatever lies there: nothing is computed."""
     import torch
 
-    from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
+    from benchmarks.lib.random_checkpoint import network_config
     from gr00t_fast.model import Gr00t
     from gr00t_fast.networks import n1d5, n1d7
 
-    if version == "n1.5":
-        config, backbone = network_config("full", published_vocabulary=True)
-        head, last = config["action_head_cfg"], config["backbone_cfg"]
-    else:
-        config, backbone = network_config_n1d7("full", published_vocabulary=True)
-        head = last = config
+    config, backbone = network_config("full", True, version)
+    head, last = (config["action_head_cfg"], config["backbone_cfg"]) if version == "n1.5" else (config, config)
     if short:
         last["select_layer"] = backbone["text_config"]["num_hidden_layers"] = head["vl_self_attention_cfg"]["num_layers"] = 1
         head["diffusion_model_cfg"]["num_layers"] = SHORT[version]

@@ -42,18 +42,10 @@ class Sizes:
     extra_language_layers: int = 0  # announced by Eagle's configuration, cut by select_layer
 
     def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        config, eagle = rc.network_config("tiny", published_vocabulary=False)
-        vision, text, head = eagle["vision_config"], eagle["text_config"], config["action_head_cfg"]
-        vision.update(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), self.vision, strict=True))
-        vision.update(image_size=self.image)
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-        text.update(zip(keys, self.language, strict=True))
-        config["backbone_cfg"]["select_layer"] = text["num_hidden_layers"]
-        text["num_hidden_layers"] += self.extra_language_layers
-        for name, part in (("diffusion_model_cfg", self.dit), ("vl_self_attention_cfg", self.vl)):
-            head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), part, strict=True))
-        head["diffusion_model_cfg"].update(cross_attention_dim=self.language[0], output_dim=self.hidden)
-        head.update(backbone_embedding_dim=self.language[0], hidden_size=self.hidden, input_embedding_dim=math.prod(self.dit[1:]))
+        config, eagle = rc.sized_config("n1.5", vars(self))
+        head = config["action_head_cfg"]
+        eagle["vision_config"].update(image_size=self.image)
+        eagle["text_config"]["num_hidden_layers"] += self.extra_language_layers
         head.update(action_horizon=self.horizon, num_target_vision_tokens=self.future, use_vlln=self.use_vlln)
         head.update(action_dim=self.action_dim, max_action_dim=self.action_dim, max_state_dim=self.state_dim)
         config.update(action_horizon=self.horizon, action_dim=self.action_dim)
@@ -102,7 +94,7 @@ class SizesN1d7:
 
     def configuration(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json and backbone_config.json."""
-        config, backbone = rc.sized_config_n1d7(vars(self))
+        config, backbone = rc.sized_config("n1.7", vars(self))
         backbone["text_config"]["num_hidden_layers"] += self.extra_language_layers
         config.update(use_vlln=self.use_vlln, use_alternate_vl_dit=self.text_every is not None, attend_text_every_n_blocks=self.text_every or 2)
         config.update(action_horizon=self.horizon, max_state_dim=self.state_dim, max_action_dim=self.action_dim)

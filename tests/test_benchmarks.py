@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import bench_engines, bench_policy, inference_profiler
 from benchmarks.lib.program import PolicyFlags, checkpoint_of, count_of, finish, in_processes, read_flags, without_machine_paths
-from benchmarks.lib.random_checkpoint import network_config, network_config_n1d7
+from benchmarks.lib.random_checkpoint import network_config
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
 from gr00t_fast.checkpoint import open_checkpoint
@@ -119,9 +119,9 @@ def test_benchmarks_take_a_random_n1d7_network(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("config", "tokens", "pictures", "gflop", "weight_gb", "floor_ms"),
     [
-        (lambda: n1d5.read_config(*network_config("full", published_vocabulary=True)), (288, 256), 1, 887, 5.93, 1.43),
-        (lambda: n1d7.read_config(*network_config_n1d7("full", published_vocabulary=True)), (79, 64), 1, 619, 9.74, 2.04),
-        (lambda: n1d7.read_config(*network_config_n1d7("full", published_vocabulary=True)), (145, 128), 2, 935, 9.74, 2.21),
+        (lambda: n1d5.read_config(*network_config("full", True)), (288, 256), 1, 887, 5.93, 1.43),
+        (lambda: n1d7.read_config(*network_config("full", True, "n1.7")), (79, 64), 1, 619, 9.74, 2.04),
+        (lambda: n1d7.read_config(*network_config("full", True, "n1.7")), (145, 128), 2, 935, 9.74, 2.21),
     ],
     ids=["n1.5", "n1.7", "n1.7, two pictures"],
 )

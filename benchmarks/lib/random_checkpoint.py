@@ -113,8 +113,12 @@ PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
     "vl_self_attention_cfg": _SELF_ATTENTION,
 }
 
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", n1d5.IMAGE_TOKEN, "<img>", "</img>")
-_SPECIAL_TOKENS_N1D7 = (*_SPECIAL_TOKENS[:3], "<|vision_start|>", "<|vision_end|>", n1d7.IMAGE_TOKEN)
+_CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}
+_SPECIAL_TOKENS = {
+    "n1.5": (*_CHAT_TOKENS, n1d5.IMAGE_TOKEN, "<img>", "</img>"),
+    "n1.7": (*_CHAT_TOKENS, "<|vision_start|>", "<|vision_end|>", n1d7.IMAGE_TOKEN),
+}
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
 # Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent), around the simulated arm's first pose.
 _RANGES_DEG = {
@@ -125,23 +129,26 @@ _RANGES_DEG = {
     "wrist_roll": (-120.0, -60.0),
     "gripper": (0.0, 60.0),
 }
-_SIZES: dict[str, dict[str, Any]] = {
-    # vision: width, inner, layers, heads; language: width, inner, layers, heads, kv heads, head dim; dit and vl: layers, heads, head dim
-    "tiny": {"vision": (32, 64, 1, 2), "language": (32, 64, 1, 4, 2, 8), "hidden": 32, "dit": (2, 4, 8), "vl": (1, 4, 8)},
-    "demo": {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
-}
-SIZES = (*_SIZES, "full")
-_SIZES_N1D7: dict[str, dict[str, Any]] = {
-    # vision: width, inner, layers, heads, deepstack, positions; language: as above, then the three sections of the rotary frequencies
-    "tiny": {
+# vision: width, inner, layers, heads, and of N1.7 deepstack and positions; language: width, inner, layers, heads, kv heads, head dim; sections of
+# N1.7's rotary frequencies; dit and vl: layers, heads, head dim
+_SIZES: dict[tuple[str, str], dict[str, Any]] = {
+    ("n1.5", "tiny"): {"vision": (32, 64, 1, 2), "language": (32, 64, 1, 4, 2, 8), "hidden": 32, "dit": (2, 4, 8), "vl": (1, 4, 8)},
+    ("n1.5", "demo"): {"vision": (96, 256, 3, 4), "language": (128, 256, 3, 4, 2, 32), "hidden": 96, "dit": (4, 4, 32), "vl": (1, 4, 32)},
+    ("n1.7", "tiny"): {
         **{"vision": (32, 64, 3, 2, [0, 1], 36), "language": (32, 64, 3, 4, 2, 8), "sections": [2, 1, 1]},
         **{"hidden": 32, "dit": (4, 4, 8), "vl": (1, 4, 8)},
     },
-    "demo": {
+    ("n1.7", "demo"): {
         **{"vision": (96, 256, 4, 4, [0, 1, 2], 144), "language": (128, 256, 4, 4, 2, 32), "sections": [6, 5, 5]},
         **{"hidden": 96, "dit": (8, 4, 32), "vl": (1, 4, 32)},
     },
 }
+SIZES = ("tiny", "demo", "full")
+_VISION_KEYS = {
+    "n1.5": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "n1.7": ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes", "num_position_embeddings"),
+}
+_LANGUAGE_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 SO100_CONFIGS = tuple(name for name, config in DATA_CONFIGS.items() if config.action_keys == DATA_CONFIGS["so100"].action_keys)
 
 
@@ -172,41 +179,27 @@ def write_random_checkpoint(
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
     if network not in get_args(NetworkName):
         raise ConfigError(f"network must be one of {', '.join(get_args(NetworkName))}; got '{network}'.")
-    published_vocabulary = published_tokenizer or size == "full"
+    config, backbone = network_config(size, published_tokenizer or size == "full", network)
     if network == "n1.7":
-        files, config, tokenizer = _files_n1d7(size, data_config, frame_offsets, published_vocabulary)
+        processor, statistics = _processor_n1d7(data_config, frame_offsets)
+        files = {"processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
+        files |= {} if size == "full" else {BACKBONE_FILE: backbone}
+        sizes, tokenizer = n1d7.read_config(config, backbone), "tokenizer.json"
     else:
-        files, config, tokenizer = _files_n1d5(size, data_config, resolution, published_vocabulary)
+        files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
+        sizes, tokenizer = n1d5.read_config(config, backbone), "eagle2_hg_model/tokenizer.json"
     unfinished = (out if out.is_dir() else out.parent) / f"{out.name}.unfinished-{os.getpid()}"  # on the same disk: it can be renamed
     try:
         if not published_tokenizer:
-            special_tokens = _SPECIAL_TOKENS if network == "n1.5" else _SPECIAL_TOKENS_N1D7
-            _write_tokenizer(unfinished / tokenizer, config.language.image_token_id, special_tokens)
-        for name, content in files.items():
+            _write_tokenizer(unfinished / tokenizer, sizes.language.image_token_id, network)
+        for name, content in {"config.json": config, **files}.items():
             _write_json(unfinished / name, content)
         if weights:
-            _write_weights(unfinished, config, seed, dtype, max_shard_bytes)
+            _write_weights(unfinished, sizes, seed, dtype, max_shard_bytes)
         _put_in_place(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
-
-
-def _files_n1d5(size: str, data_config: str, resolution: tuple[int, int], published_vocabulary: bool) -> tuple[dict[str, Any], ModelConfig, str]:
-    """Files by name, the network, and where its tokenizer lies."""
-    config, eagle = network_config(size, published_vocabulary)
-    files = {"config.json": config, "eagle2_hg_model/config.json": eagle, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
-    return files, n1d5.read_config(config, eagle), "eagle2_hg_model/tokenizer.json"
-
-
-def _files_n1d7(size: str, data_config: str, frame_offsets: tuple[int, ...], published_vocabulary: bool) -> tuple[dict[str, Any], ModelConfig, str]:
-    """As `_files_n1d5`."""
-    config, backbone = network_config_n1d7(size, published_vocabulary)
-    processor, statistics = _processor_n1d7(data_config, frame_offsets)
-    files = {"config.json": config, "processor_config.json": processor, "statistics.json": statistics, "embodiment_id.json": {"new_embodiment": 10}}
-    if size != "full":
-        files[BACKBONE_FILE] = backbone
-    return files, n1d7.read_config(config, backbone), "tokenizer.json"
 
 
 def checkpoint_in(
@@ -246,74 +239,58 @@ def _put_in_place(finished: Path, out: Path) -> None:
             file.replace(place)
 
 
-def network_config(size: str, published_vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and Eagle's config.json of a network of that size."""
-    config, eagle = copy.deepcopy(PUBLISHED_CONFIG), copy.deepcopy(PUBLISHED_EAGLE)
-    vision, text = eagle["vision_config"], eagle["text_config"]
-    vision.update(model_type="siglip_vision_model", num_channels=3, hidden_act="gelu_pytorch_tanh", attention_dropout=0)
-    text.update(model_type="qwen3", hidden_act="silu", attention_bias=False, rope_scaling=None, tie_word_embeddings=True)
-    if size == "full":
-        return config, eagle
-    sizes, head = _SIZES[size], config["action_head_cfg"]
-    vision.update(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes["vision"], strict=True))
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    text.update(zip(keys, sizes["language"], strict=True))
-    width, layers = text["hidden_size"], text["num_hidden_layers"]
-    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
-        head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
-    head["diffusion_model_cfg"].update(cross_attention_dim=width, output_dim=sizes["hidden"])
-    head.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
-    config.update(hidden_size=width)
-    config["backbone_cfg"]["select_layer"] = layers
-    if not published_vocabulary:
-        tokenizer = byte_tokenizer()
-        text["vocab_size"], eagle["image_token_index"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(n1d5.IMAGE_TOKEN)
-    return config, eagle
-
-
-def network_config_n1d7(size: str, published_vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json and backbone_config.json of an N1.7 network of that size."""
-    if size == "full":
-        return copy.deepcopy(PUBLISHED_CONFIG_N1D7), copy.deepcopy(PUBLISHED_BACKBONE)
-    return sized_config_n1d7(_SIZES_N1D7[size], published_vocabulary)
-
-
-def sized_config_n1d7(sizes: Mapping[str, Any], published_vocabulary: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `network_config_n1d7`, of sizes with the keys that `_SIZES_N1D7` has."""
-    config, backbone = copy.deepcopy(PUBLISHED_CONFIG_N1D7), copy.deepcopy(PUBLISHED_BACKBONE)
-    vision, text = backbone["vision_config"], backbone["text_config"]
-    keys = ("hidden_size", "intermediate_size", "depth", "num_heads", "deepstack_visual_indexes", "num_position_embeddings")
-    vision.update(zip(keys, sizes["vision"], strict=True))
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    text.update(zip(keys, sizes["language"], strict=True))
-    text["rope_scaling"]["mrope_section"] = sizes["sections"]
-    width = vision["out_hidden_size"] = text["hidden_size"]
-    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
-        config[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
-    config["diffusion_model_cfg"].update(output_dim=sizes["hidden"])
-    config.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
-    config.update(select_layer=text["num_hidden_layers"], max_num_embodiments=16, max_seq_len=64)
-    if not published_vocabulary:
-        tokenizer = byte_tokenizer(_SPECIAL_TOKENS_N1D7)
-        text["vocab_size"], backbone["image_token_id"] = tokenizer.get_vocab_size(), tokenizer.token_to_id(n1d7.IMAGE_TOKEN)
+def network_config(size: str, published_vocabulary: bool, network: NetworkName = "n1.5") -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json, and Eagle's config.json or N1.7's backbone_config.json, of a network of that size."""
+    if size != "full":
+        return sized_config(network, _SIZES[network, size], published_vocabulary)
+    published = (PUBLISHED_CONFIG, PUBLISHED_EAGLE) if network == "n1.5" else (PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE)
+    config, backbone = copy.deepcopy(published)
+    if network == "n1.5":
+        backbone["vision_config"].update(model_type="siglip_vision_model", num_channels=3, hidden_act="gelu_pytorch_tanh", attention_dropout=0)
+        backbone["text_config"].update(model_type="qwen3", hidden_act="silu", attention_bias=False, rope_scaling=None, tie_word_embeddings=True)
     return config, backbone
 
 
-def byte_tokenizer(special_tokens: tuple[str, ...] = _SPECIAL_TOKENS) -> Tokenizer:
+def sized_config(network: NetworkName, sizes: Mapping[str, Any], published_vocabulary: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `network_config`, of sizes with the keys that `_SIZES` has."""
+    config, backbone = network_config("full", True, network)
+    vision, text, of_head = backbone["vision_config"], backbone["text_config"], config
+    vision.update(zip(_VISION_KEYS[network], sizes["vision"], strict=True))
+    text.update(zip(_LANGUAGE_KEYS, sizes["language"], strict=True))
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    if network == "n1.5":
+        of_head = config["action_head_cfg"]
+        of_head["diffusion_model_cfg"].update(cross_attention_dim=width)
+        config.update(hidden_size=width)
+        config["backbone_cfg"]["select_layer"] = layers
+    else:
+        vision["out_hidden_size"], text["rope_scaling"]["mrope_section"] = width, sizes["sections"]
+        config.update(select_layer=layers, max_num_embodiments=16, max_seq_len=64)
+    for name, part in (("diffusion_model_cfg", "dit"), ("vl_self_attention_cfg", "vl")):
+        of_head[name].update(zip(("num_layers", "num_attention_heads", "attention_head_dim"), sizes[part], strict=True))
+    of_head["diffusion_model_cfg"].update(output_dim=sizes["hidden"])
+    of_head.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
+    if not published_vocabulary:
+        tokenizer, key = byte_tokenizer(network), "image_token_index" if network == "n1.5" else "image_token_id"
+        text["vocab_size"], backbone[key] = tokenizer.get_vocab_size(), tokenizer.token_to_id(_IMAGE_TOKENS[network])
+    return config, backbone
+
+
+def byte_tokenizer(network: NetworkName = "n1.5") -> Tokenizer:
     """One token per byte, plus the special tokens of the prompt: the smallest tokenizer that can read any instruction."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS[network]])
     return tokenizer
 
 
-def _write_tokenizer(path: Path, image_token_id: int, special_tokens: tuple[str, ...] = _SPECIAL_TOKENS) -> None:
+def _write_tokenizer(path: Path, image_token_id: int, network: NetworkName = "n1.5") -> None:
     """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
-    content = json.loads(byte_tokenizer(special_tokens).to_str())
+    content = json.loads(byte_tokenizer(network).to_str())
     for token in content["added_tokens"]:
-        if token["content"] in (n1d5.IMAGE_TOKEN, n1d7.IMAGE_TOKEN):
+        if token["content"] == _IMAGE_TOKENS[network]:
             token["id"] = image_token_id
         content["model"]["vocab"][token["content"]] = token["id"]
     _write_json(path, content)
@@ -459,7 +436,6 @@ class RandomCheckpointConfig:
     data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
     resolution: str = "640x480"  # of the imagined training videos
     seed: int = 0  # of the weights
-    max_shard_bytes: int = _MAX_SHARD_BYTES  # start another weight file beyond this
     overwrite: bool = False  # replace the files of a checkpoint that is there
 
 
@@ -468,8 +444,7 @@ def _write_as_asked(config: RandomCheckpointConfig) -> int:
         raise UsageError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
-    options: dict[str, Any] = {"max_shard_bytes": config.max_shard_bytes, "network": config.network}
-    written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, **options)
+    written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, network=config.network)
     print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
     return 0
 
