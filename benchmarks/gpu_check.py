@@ -45,18 +45,6 @@ _NO_PRODUCT = ("eager", "reference")  # what engines are compared with
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One line: what was promised, what was measured, by which engine."""
-
-    promise: str
-    outcome: Literal["PASS", "FAIL", "not measured"]
-    detail: str
-
-    def line(self) -> str:
-        return f"{self.outcome:<12} {self.promise:<52} {self.detail}"
-
-
-@dataclass(frozen=True)
 class Row:
     """One engine at one step count."""
 
@@ -67,17 +55,27 @@ class Row:
     faster: Mapping[str, Any]
 
 
-def verdicts(results: Iterable[Any]) -> list[Verdict]:
-    """results: what bench_engines left, in any order; anything else is passed over."""
+def promises(results: Iterable[Any]) -> Iterator[str]:
+    """Lines: what was promised, what was measured, by which engine. results: what bench_engines left, in any order; anything else is passed over."""
     found = [each for each in results if isinstance(each, dict) and each.get("benchmark") == "bench_engines" and "engines" in each]
     trained = [each for each in found if not each["network"].startswith("random")]
     wrong = {name for each in trained for name, engine in each["engines"].items() if not engine["within_limit"]}
     rows = [row for each in found for row in _rows(each) if row.engine not in wrong]
-    return [*(_p50(rows, *promised) for promised in _P50_LIMITS_MS), _spread(rows), _speed_up(rows), *_accuracy(trained)]
+    for format, steps, limit_ms in _P50_LIMITS_MS:
+        best = _fastest(rows, format, steps)
+        detail = best and f"{best.times['p50']:.2f} ms ({best.engine}, {best.times['count']} calls)"
+        yield _line(f"p50 <= {limit_ms:g} ms, {format}, {steps} steps", best and best.times["p50"] <= limit_ms, detail)
+    best = _fastest(rows, _BF16, 4)  # the engine to be used
+    over = best and best.times["p99"] / best.times["p50"]
+    detail = best and f"{over:.2f} (p99 {best.times['p99']:.2f} ms, {best.engine})"
+    yield _line(f"p99 <= {_P99_OVER_P50:g} x p50, {_BF16}, 4 steps", over and over <= _P99_OVER_P50, detail)
+    yield _speed_up(rows)
+    yield from _accuracy(trained)
 
 
-def _judged(promise: str, kept: bool | None, detail: str = "") -> Verdict:
-    return Verdict(promise, "not measured" if kept is None else "PASS" if kept else "FAIL", detail)
+def _line(promise: str, kept: bool | None, detail: str | None) -> str:
+    """kept: None where nothing was measured."""
+    return f"{'not measured' if kept is None else 'PASS' if kept else 'FAIL':<12} {promise:<52} {detail or ''}"
 
 
 def _fastest(rows: list[Row], format: str, steps: int) -> Row | None:
@@ -94,43 +92,26 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
                 yield Row(name, engine["arithmetic"], int(steps), times, engine["times_as_fast_as"][steps])
 
 
-def _p50(rows: list[Row], format: str, steps: int, limit_ms: float) -> Verdict:
-    promise, best = f"p50 <= {limit_ms:g} ms, {format}, {steps} steps", _fastest(rows, format, steps)
-    if best is None:
-        return _judged(promise, None)
-    return _judged(promise, best.times["p50"] <= limit_ms, f"{best.times['p50']:.2f} ms ({best.engine}, {best.times['count']} calls)")
-
-
-def _spread(rows: list[Row]) -> Verdict:
-    """Of the fastest engine in 16 bits, which is the one to be used."""
-    promise, best = f"p99 <= {_P99_OVER_P50:g} x p50, {_BF16}, 4 steps", _fastest(rows, _BF16, 4)
-    if best is None:
-        return _judged(promise, None)
-    over = best.times["p99"] / best.times["p50"]
-    return _judged(promise, over <= _P99_OVER_P50, f"{over:.2f} (p99 {best.times['p99']:.2f} ms, {best.engine})")
-
-
-def _speed_up(rows: list[Row]) -> Verdict:
+def _speed_up(rows: list[Row]) -> str:
     """Against the reference modules; where they are not installed against our eager engine, which does less than they do: the line then says so."""
     promise = f">= {_TIMES_AS_FAST:g} x the reference modules, {_BF16}, 4 steps"
     for of, words in (("reference", ""), ("eager", ", against our eager: the reference modules are not installed, and do more")):
         known = [(row.faster[of]["median"], row.engine) for row in rows if (row.format, row.steps) == (_BF16, 4) and row.faster.get(of)]
         if known:
             times, engine = max(known)
-            return _judged(promise, times >= _TIMES_AS_FAST, f"{times:.2f} x ({engine}{words})")
-    return _judged(promise, None)
+            return _line(promise, times >= _TIMES_AS_FAST, f"{times:.2f} x ({engine}{words})")
+    return _line(promise, None, None)
 
 
-def _accuracy(trained: list[Mapping[str, Any]]) -> list[Verdict]:
+def _accuracy(trained: list[Mapping[str, Any]]) -> Iterator[str]:
     """One line for each engine of each network."""
-    lines = []
     for result in trained:
         for name, engine in result["engines"].items():
-            promise = f"actions of {name} near eager fp32, {result['network']}"
             detail = f"p99 {engine['error_deg']['p99']:.3f} in joint units over {result['observations']} observations"
-            enough = result["observations"] >= _LEAST_OBSERVATIONS
-            lines.append(_judged(promise, engine["within_limit"] if enough else None, detail))
-    return lines or [_judged("actions near eager fp32, trained network", None)]
+            kept = engine["within_limit"] if result["observations"] >= _LEAST_OBSERVATIONS else None
+            yield _line(f"actions of {name} near eager fp32, {result['network']}", kept, detail)
+    if not trained:
+        yield _line("actions near eager fp32, trained network", None, None)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,66 +160,53 @@ def test_files() -> list[Path]:
 
 def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
     """What a step runs. scratch: for what need not be kept."""
-    return {"A": _tests, "B": _graphs, "C": _fp8, "D": _compiled, "E": _tensorrt}[step](device, size, scratch)
+    if step == "A":
+        return _tests()
+    short = () if device == "cuda" else ("--rounds=2", "--frames=2")  # a rehearsal has few calls
+    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
+    full = (f"--size={size}", "--rounds=1000")
+    two_step_counts = ("--denoising_steps", "4", "2")
+
+    def engines(name: str, limit_s: float, names: Sequence[str], *flags: str, **options: Any) -> Part:
+        command = ("benchmarks/bench_engines.py", f"--device={device}", "--precision=bf16", "--engines", *names, *flags)
+        return Part(name, (*command, *short, "--json", f"--out={scratch / name}"), limit_s, **options)
+
+    if step == "B":
+        graph = ("eager", "cuda_graph") if device == "cuda" else ("eager",)
+        reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
+        at_rate = ("--at_hz=30", "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2")
+        return [
+            engines("trained", 120.0, (*graph, *reference), *trained),
+            engines("full", 330.0, graph, *full, *two_step_counts, "--frames=20", *at_rate),
+            engines("two cameras", 150.0, graph, f"--size={size}", "--rounds=200", "--data_config=so100_dualcam"),
+        ]
+    if step == "C":
+        return [
+            engines("fp8 trained", 130.0, ("eager", "fp8"), *trained, "--calibration_frames=64", needs_gpu=True),
+            engines("fp8 full", _COMPILING_S, ("eager", "cuda_graph", "fp8"), *full, *two_step_counts, "--frames=4", needs_gpu=True),
+        ]
+    if step == "D":
+        return [
+            engines("compiled trained", 130.0, ("eager", "compiled"), *trained),
+            engines("compiled full", _COMPILING_S, ("eager", "cuda_graph", "compiled"), *full, "--frames=4", needs_gpu=True),
+        ]
+    built = scratch / "engines"
+    library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
+    needed: dict[str, Any] = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
+    return [
+        Part("build TensorRT", ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={built}"), 150.0, False, **needed),
+        engines("tensorrt trained", 60.0, ("eager", "cuda_graph", f"tensorrt={built}"), *trained, **needed),
+    ]
 
 
-def _tests(device: str, size: str, scratch: Path) -> list[Part]:
+def _tests() -> list[Part]:
     """Each file in a process of its own: one that hangs or breaks the GPU's context hides no other."""
     files = test_files()
     others = [file.name for file in files if file.name not in TEST_LIMITS_S]
-    left_s = STEP_LIMITS_S["A"] - sum(TEST_LIMITS_S[file.name] for file in files if file.name in TEST_LIMITS_S)
+    left_s = STEP_LIMITS_S["A"] - sum(TEST_LIMITS_S.values())
     limits = TEST_LIMITS_S | dict.fromkeys(others, left_s / max(len(others), 1))
     return [
         Part(file.stem, ("-m", "pytest", "-q", "-m", "gpu", str(file.relative_to(ROOT))), limits[file.name], False, ("pytest",)) for file in files
-    ]
-
-
-def _engines(name: str, device: str, scratch: Path, limit_s: float, *flags: str, **options: Any) -> Part:
-    """bench_engines; a rehearsal has few calls."""
-    short = () if device == "cuda" else ("--rounds=2", "--frames=2")
-    command = ("benchmarks/bench_engines.py", f"--device={device}", "--precision=bf16", *flags, *short, "--json", f"--out={scratch / name}")
-    return Part(name, command, limit_s, **options)
-
-
-def _graphs(device: str, size: str, scratch: Path) -> list[Part]:
-    engines = ("eager", "cuda_graph") if device == "cuda" else ("eager",)
-    reference = ("reference",) if all(map(_is_there, ("lerobot", "transformers"))) else ()
-    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=20", "--at_hz=30")
-    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
-    return [
-        _engines("trained", device, scratch, 120.0, "--engines", *engines, *reference, *trained),
-        _engines("full", device, scratch, 330.0, "--engines", *engines, *full, "--at_hz_seconds=10" if device == "cuda" else "--at_hz_seconds=0.2"),
-        _engines("two cameras", device, scratch, 150.0, "--engines", *engines, *full[:1], "--rounds=200", "--data_config=so100_dualcam"),
-    ]
-
-
-def _fp8(device: str, size: str, scratch: Path) -> list[Part]:
-    trained = (f"--model_path={TRAINED}", "--calibration_frames=64", "--rounds=100", "--frames=100")
-    full = (f"--size={size}", "--denoising_steps", "4", "2", "--rounds=1000", "--frames=4")
-    return [
-        _engines("fp8 trained", device, scratch, 130.0, "--engines", "eager", "fp8", *trained, needs_gpu=True),
-        _engines("fp8 full", device, scratch, _COMPILING_S, "--engines", "eager", "cuda_graph", "fp8", *full, needs_gpu=True),
-    ]
-
-
-def _compiled(device: str, size: str, scratch: Path) -> list[Part]:
-    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
-    full = (f"--size={size}", "--rounds=1000", "--frames=4")
-    return [
-        _engines("compiled trained", device, scratch, 130.0, "--engines", "eager", "compiled", *trained),
-        _engines("compiled full", device, scratch, _COMPILING_S, "--engines", "eager", "cuda_graph", "compiled", *full, needs_gpu=True),
-    ]
-
-
-def _tensorrt(device: str, size: str, scratch: Path) -> list[Part]:
-    trained = (f"--model_path={TRAINED}", "--rounds=100", "--frames=100")
-    engines = scratch / "engines"
-    library = next((name for name in ("tensorrt_rtx", "tensorrt") if _is_there(name)), "tensorrt_rtx or tensorrt")
-    rtx = {"needs": ("onnx", "onnxscript", library), "needs_gpu": True}
-    build = ("export/to_tensorrt.py", f"--model_path={TRAINED}", f"--out={engines}")
-    return [
-        Part("build TensorRT", build, 150.0, False, **rtx),
-        _engines("tensorrt trained", device, scratch, 60.0, "--engines", "eager", "cuda_graph", f"tensorrt={engines}", *trained, **rtx),
     ]
 
 
@@ -378,11 +346,11 @@ def report(step: Name, outcomes: Sequence[Outcome], machine: Mapping[str, Any], 
     """Leave STEP.json, and print a table of at most 60 lines: this step's parts, what they measured, the promises as far as all steps so far tell."""
     (out / f"{step}.json").write_text(json.dumps({"machine": machine, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
     known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-E].json"))]
-    promises = [verdict.line() for verdict in verdicts(part["result"] for each in known for part in each["parts"])]
+    promised = list(promises(part["result"] for each in known for part in each["parts"]))
     head = f"step {step}: {machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
     measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]
-    room = 58 - len(outcomes) - len(promises)
-    table = [head, *map(_row, outcomes), *(row[:_ROW_WIDTH] for row in measured[: max(min(room, _MOST_ROWS), 0)]), "promised of an H200:", *promises]
+    room = 58 - len(outcomes) - len(promised)
+    table = [head, *map(_row, outcomes), *(row[:_ROW_WIDTH] for row in measured[: max(min(room, _MOST_ROWS), 0)]), "promised of an H200:", *promised]
     (out / "result.txt").write_text("\n".join(table) + "\n", "utf-8")
     print("\n" + "\n".join(table), flush=True)
 
