@@ -158,20 +158,19 @@ def test_a_checkpoint_that_cannot_run_is_named(
     assert got == code, told
 
 
-def test_a_stale_export_is_named(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxscript", reason="needs `pip install 'gr00t_fast[export]'`")
-    from exports import make_export
-
-    copy = _changed(tmp_path, lambda copy: None)
-    make_export(copy, copy / "exports" / "onnxruntime")
+def test_a_stale_export_is_named(tiny_export: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, export = tiny_export
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    shutil.copytree(export, copy / "exports" / "onnxruntime")
     with (copy / "model.safetensors").open("r+b") as file:  # trained on: another weight
         file.seek(-1, os.SEEK_END)
         file.write(b"\x11")
-    code, _, told = asked([*flags, f"--model_path={copy}", "--engine=onnxruntime"], capsys)
+    code, _, told = asked([f"--model_path={copy}", "--engine=onnxruntime"], capsys)
     assert code == 1
     assert "was not made for this checkpoint" in told
     assert "other weights" in told
-    assert asked([*flags, f"--model_path={copy}"], capsys)[0] == 0, "an engine that is not asked for only warns"
+    assert asked([f"--model_path={copy}"], capsys)[0] == 0, "an engine that is not asked for only warns"
 
 
 def test_a_missing_extra_is_named(flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

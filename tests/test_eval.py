@@ -32,7 +32,7 @@ def episode(number: int, actions: list[list[float]]) -> Episode:
 def test_errors_and_baselines_by_hand() -> None:
     ramp, other = episode(0, [[t, 0] for t in range(6)]), episode(1, [[10, 2], [20, 4], [30, 6]])
     chunks = [Chunk(ramp, 0, ramp.actions[:4] + [1, 0]), Chunk(ramp, 4, np.array([[4.0, 3], [5, 3], [9, 9], [9, 9]]))]
-    compared = program.compare(Recorded({"arm": 1, "gripper": 1}, NAMES, [ramp, other]), chunks, 4)
+    compared = program.compare(Recorded({"arm": 1, "gripper": 1}, NAMES, [ramp, other], {}), chunks, 4)
     assert (compared.frame.tolist(), compared.lead.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1])
     found = program.figures(compared, NAMES, np.array([140.0, 80.0]))
     pan, gripper = found["joints"]["pan"], found["joints"]["gripper"]
@@ -120,8 +120,6 @@ def test_the_trained_network_predicts_held_out_episodes(dataset: Path, tmp_path:
     assert result["verdict"]["rests_on"] | {"chunks": 0, "frames": 0} == {"episodes": 3, "chunks": 0, "frames": 0, "few": True}
     assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
     assert "Fewer than 5 episodes" in (tmp_path / "eval.md").read_text()
-    rows = (tmp_path / "eval.csv").read_text().splitlines()
-    assert len(rows) == 1 + result["verdict"]["rests_on"]["frames"]
 
 
 def _late(values: np.ndarray, column: str) -> np.ndarray:
@@ -144,7 +142,7 @@ def _leader_shifted(values: np.ndarray, column: str) -> np.ndarray:
     ("joints", "kind", "words"),
     [
         (_late, TIMING, "ahead of the recorded actions"),
-        (_radians, UNITS, "radians?"),
+        (_radians, UNITS, "radians against"),
         (_shifted, UNITS, "shoulder_pan"),
         (_leader_shifted, UNITS, "shoulder_lift: predictions are off by -"),
     ],

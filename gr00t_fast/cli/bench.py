@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from gr00t_fast.cli import export
-from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
+from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, leave_result
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import (
     CameraFlags,
@@ -33,6 +35,7 @@ from gr00t_fast.cli.shared_flags import (
     check_at_least_one,
     check_device,
 )
+from gr00t_fast.console import Progress
 from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, MissingExtraError, closest, install_command
 from gr00t_fast.flags import UsageError
@@ -90,6 +93,8 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
         super().check()
         check_device(self.device)
         check_at_least_one(self, "frames", "rounds", "denoising_steps", "threads")
+        if self.make and any("=" in word for word in self.engines):
+            raise UsageError("--engines=NAME=DIRECTORY is for files that are there, and --make makes them. Leave one out.")
 
     def needs_observations(self) -> bool:
         """Files are made from them."""
@@ -110,9 +115,8 @@ def run(config: BenchConfig) -> int:
     from gr00t_fast.engine import select_device, select_precision
 
     end_on_sigterm()
-    if not config.make:
-        for word in config.engines:  # a slip of the keys is found before the minutes of the reference
-            _named(word, ARMS)
+    for word in config.engines:  # a slip of the keys is found before the minutes of the reference
+        _named(word, ARMS)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = select_device(config.device)
@@ -128,9 +132,7 @@ def run(config: BenchConfig) -> int:
     if (best := fastest(result)) is not None:
         result |= {"winner": best, "settings": settings_for(config, result["engines"][best], word_of(dtype))}
         judged += "\n" + "\n".join(["for the file of your runs:", *(f"{key}: {json.dumps(value)}" for key, value in result["settings"].items())])
-    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / f"{name}.md").write_text(f"{table}\n{judged}\n", encoding="utf-8")
-    show(result, table, judged, config)
+    leave_result(out, result, table, judged, config)
     return EXIT_ERROR if best is None else EXIT_OK
 
 
@@ -145,14 +147,42 @@ def settings_for(config: BenchConfig, arm: Mapping[str, Any], precision: str) ->
 # --- making what engines need -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An engine with its files. `needs` lists directories with their maker, each before what is made from it."""
+# Name in the table, engine, the type of device that it is for (empty: any), and the directories that it needs, each made from the one before.
+# OpenVINO runs fp32 files in the arithmetic that it chooses, which the table names.
+_CANDIDATES = (
+    ("eager", "eager", "", ()),
+    ("compiled", "compiled", "", ()),
+    ("cuda_graph", "cuda_graph", "cuda", ()),
+    ("fp8", "fp8", "cuda", ("fp8",)),
+    ("tensorrt fp16", "tensorrt", "cuda", ("onnx-fp16", "tensorrt-fp16")),
+    ("onnxruntime fp32", "onnxruntime", "cpu", ("onnx-fp32",)),
+    ("onnxruntime int8", "onnxruntime", "cpu", ("onnx-fp32", "onnxruntime-int8")),
+    ("openvino", "openvino", "cpu", ("onnx-fp32",)),
+    ("openvino int8", "openvino", "cpu", ("onnx-fp32", "openvino-int8")),
+)
 
-    name: str
-    engine: str
-    directory: Path | None = None
-    needs: tuple[tuple[Path, Callable[[Path], object]], ...] = ()
+
+def obstacles() -> dict[str, tuple[str, str]]:
+    """Engine -> why it cannot run on this machine, empty where it can, and what to do about that. Files of an export are another question."""
+    import torch
+
+    from gr00t_fast.tensorrt_library import installed
+
+    cuda, libraries = torch.cuda.is_available(), installed()
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    quick = cuda and torch.cuda.get_device_capability() >= (8, 9)
+    found = {
+        "eager": ("", ""),
+        "compiled": ("" if compiler else "no C++ compiler", "Install g++ or clang++."),
+        "cuda_graph": ("" if cuda else "needs a CUDA GPU", ""),
+        "fp8": ("" if quick else "needs a GPU of Ada, Hopper or newer (8.9)", ""),
+        "tensorrt": ("neither tensorrt_rtx nor tensorrt is installed", install_command("tensorrt_rtx")),
+    }
+    if libraries:
+        found["tensorrt"] = ("" if cuda else f"{libraries[0]} builds here, but there is no GPU to run on", "")
+    for name, extra in (("onnxruntime", "export"), ("openvino", "openvino")):
+        found[name] = ("not installed" if importlib.util.find_spec(name) is None else "", install_command(extra))
+    return found
 
 
 def make_all(config: BenchConfig, device: torch.device) -> tuple[Made, dict[str, str]]:
@@ -162,59 +192,47 @@ def make_all(config: BenchConfig, device: torch.device) -> tuple[Made, dict[str,
     checkpoint = open_checkpoint(config.model_path, revision=config.revision, letterbox=config.letterbox)
     if not checkpoint.network.fixed_images and config.camera_size is None:
         config = replace(config, camera_size=_camera_size(config, checkpoint))
-    refused: dict[str, str] = {}
-    ready: Made = {}
-    for candidate in candidates(config, checkpoint, device, refused):
+    at, refused, ready = config.exports or checkpoint.path / "exports", dict[str, str](), Made()
+    makers, hindered = _makers(config, at), obstacles()
+    for name, engine, kind, folders in _CANDIDATES:
+        foreign = kind not in ("", device.type)
+        if engine not in config.engines if config.engines else foreign:
+            continue
+        why, advice = (f"not for {device}", "") if foreign else hindered[engine]
+        if why:
+            refused[engine] = f"{why}. {advice}".strip()
+            continue
         try:
-            for directory, make in candidate.needs:
-                _make(config, checkpoint, directory, make)
+            for folder in folders:
+                _make(config, checkpoint, at / folder, makers[folder])
         except Gr00tFastError as error:
-            refused[candidate.name] = " ".join(str(error).split())
+            refused[name] = " ".join(str(error).split())
         else:
-            ready[candidate.name] = candidate.engine, candidate.directory
+            ready[name] = engine, at / folders[-1] if folders else None
     return ready, refused
 
 
-def candidates(config: BenchConfig, checkpoint: Checkpoint, device: torch.device, refused: dict[str, str]) -> list[Candidate]:
-    """What this machine may run, with the files to make for it; why others are left out is added to `refused`."""
-    at = config.exports or checkpoint.path / "exports"
-    found = [Candidate("eager", "eager"), Candidate("compiled", "compiled")]
-    if device.type == "cuda":
-        found += [Candidate("cuda_graph", "cuda_graph"), *_on_a_gpu(config, at, device, refused)]
-    elif device.type == "cpu":
-        found += _on_a_cpu(config, at, refused)
-    if wanted := {"eager" if name == "auto" else name for name in config.engines}:
-        found = [each for each in found if each.engine in wanted]
-        refused |= {name: f"not for {device}, or not installed" for name in sorted(wanted - {each.engine for each in found} - set(refused))}
-    return found
+def _makers(config: BenchConfig, at: Path) -> dict[str, Callable[[Path], object]]:
+    """Of each directory of _CANDIDATES: what makes it."""
+    own = {"model_path": config.model_path, "overwrite": True, **config.options()}
+    data = own | config.options("observations", "camera_map", "seed") | {"denoising_steps": next(iter(config.denoising_steps), None)}
+    data |= {"frames": min(config.frames, MIN_FRAMES), "trial_frames": min(config.frames, 8), "allow_few": True}
 
+    def onnx(precision: Any, out: Path) -> object:
+        sizes = config.options("camera_size", "denoising_steps")
+        return export.make_onnx(export.OnnxConfig(**own | sizes, out=out, precision=precision))
 
-def _on_a_cpu(config: BenchConfig, at: Path, refused: dict[str, str]) -> Iterator[Candidate]:
-    onnx = (at / "onnx-fp32", partial(_export, config, "fp32"))
-    # OpenVINO runs fp32 files in the arithmetic that it chooses, which the table names
-    for name, extra, with_floats in (("onnxruntime", "export", "onnxruntime fp32"), ("openvino", "openvino", "openvino")):
-        if importlib.util.find_spec(name) is None:
-            refused[name] = f"not installed: {install_command(extra)}"
-            continue
-        int8 = at / f"{name}-int8"
-        yield Candidate(with_floats, name, onnx[0], (onnx,))
-        yield Candidate(f"{name} int8", name, int8, (onnx, (int8, partial(_quantise, config, onnx[0], name))))
+    def quantised(target: Any, out: Path) -> object:
+        return export.make_quantised(export.QuantiseConfig(**data, onnx=at / "onnx-fp32", out=out, target=target))
 
-
-def _on_a_gpu(config: BenchConfig, at: Path, device: torch.device, refused: dict[str, str]) -> Iterator[Candidate]:
-    from gr00t_fast.engine.fp8 import has_product
-    from gr00t_fast.tensorrt_library import installed
-
-    if has_product(device):
-        yield Candidate("fp8", "fp8", at / "fp8", ((at / "fp8", partial(_calibrate, config)),))
-    else:
-        refused["fp8"] = "this GPU has no 8-bit floating point products (Ada, Hopper and newer do)"
-    if installed():
-        onnx = (at / "onnx-fp16", partial(_export, config, "fp16"))
-        engines = (at / "tensorrt-fp16", partial(_build, config, onnx[0]))
-        yield Candidate("tensorrt fp16", "tensorrt", engines[0], (onnx, engines))
-    else:
-        refused["tensorrt"] = f"not installed: {install_command('tensorrt_rtx')}"
+    return {
+        "onnx-fp32": partial(onnx, "fp32"),
+        "onnx-fp16": partial(onnx, "fp16"),
+        "onnxruntime-int8": partial(quantised, "onnxruntime"),
+        "openvino-int8": partial(quantised, "openvino"),
+        "fp8": lambda out: export.make_calibration(export.CalibrateConfig(**data, out=out, device=config.device)),
+        "tensorrt-fp16": lambda out: export.make_tensorrt(export.TensorRTConfig(**own, out=out, onnx=at / "onnx-fp16")),
+    }
 
 
 def _camera_size(config: BenchConfig, checkpoint: Checkpoint) -> str:
@@ -225,33 +243,6 @@ def _camera_size(config: BenchConfig, checkpoint: Checkpoint) -> str:
     policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})
     observation = open_frames(str(config.observations), policy.processor.data_config, policy.metadata, config.camera_map)[0]
     return "{}x{}".format(*next(iter(camera_sizes_in(observation).values())))
-
-
-def _of_data(config: BenchConfig) -> dict[str, Any]:
-    steps = config.denoising_steps[0] if config.denoising_steps else None
-    few = {"frames": min(config.frames, MIN_FRAMES), "trial_frames": min(config.frames, 8), "allow_few": True}
-    return {**_of_checkpoint(config, "observations", "camera_map", "seed"), "denoising_steps": steps, **few}
-
-
-def _of_checkpoint(config: BenchConfig, *more: str) -> dict[str, Any]:
-    return {"model_path": config.model_path, "overwrite": True, **config.options(*more)}
-
-
-def _export(config: BenchConfig, precision: Any, out: Path) -> object:
-    flags = _of_checkpoint(config, "camera_size", "denoising_steps")
-    return export.make_onnx(export.OnnxConfig(**flags, out=out, precision=precision))
-
-
-def _quantise(config: BenchConfig, onnx: Path, target: Any, out: Path) -> object:
-    return export.make_quantised(export.QuantiseConfig(**_of_data(config), onnx=onnx, out=out, target=target))
-
-
-def _calibrate(config: BenchConfig, out: Path) -> object:
-    return export.make_calibration(export.CalibrateConfig(**_of_data(config), out=out, device=config.device))
-
-
-def _build(config: BenchConfig, onnx: Path, out: Path) -> object:
-    return export.make_tensorrt(export.TensorRTConfig(**_of_checkpoint(config), out=out, onnx=onnx))
 
 
 def _make(config: BenchConfig, checkpoint: Checkpoint, directory: Path, make: Callable[[Path], object]) -> None:
@@ -357,15 +348,13 @@ class Bench:
         frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
         return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
 
-    def answer(self, policy: Gr00tPolicy, index: int) -> Actions:
-        """To observation `index`, with noise of its own."""
+    def answers(self, policy: Gr00tPolicy) -> list[Actions]:
+        """To each observation, with noise of its own."""
         from gr00t_fast.engine import warming_up
 
         with warming_up(policy.engine):  # a prompt that it meets for the first time makes no arm wait here
-            return policy.get_action(self.observations[index], noise=random_noise(policy, self.options.seed + index))
-
-    def answers(self, policy: Gr00tPolicy) -> list[Actions]:
-        return [self.answer(policy, index) for index in range(len(self.observations))]
+            cases = enumerate(self.observations, self.options.seed)
+            return [policy.get_action(observation, noise=random_noise(policy, seed)) for seed, observation in cases]
 
 
 def tell(config: BenchConfig, text: str) -> None:
@@ -393,9 +382,16 @@ def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[st
                 raise
             refused[name] = " ".join(str(error).split())
             continue
-        arms[name] = {"policy": policy, "limit": limit, "first_calls_s": first_calls_s, "arithmetic": limit, "engine": engine}
-        arms[name] |= {"directory": None if directory is None else str(directory), "smoothing": sorted(policy.continues)}
-        arms[name]["memory_bytes"] = max(_memory_bytes(bench.device) - before, 0)
+        arms[name] = {
+            "policy": policy,
+            "limit": limit,
+            "first_calls_s": first_calls_s,
+            "arithmetic": limit,
+            "engine": engine,
+            "directory": None if directory is None else str(directory),
+            "smoothing": sorted(policy.continues),
+            "memory_bytes": max(_memory_bytes(bench.device) - before, 0),
+        }
     return arms, refused
 
 
@@ -457,13 +453,14 @@ def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, options: BenchCo
     observations = random_observations(policies[names[0]], options.seed, 8)
     times: Times = {name: [] for name in names}
     busy: Times = {name: [] for name in names}
-    for number in range(options.rounds):
-        observation = observations[number % len(observations)]
-        for name in generator.permutation(names):
-            busy_s = time.process_time()
-            times[name].append(1000 * seconds_of(partial(policies[name].get_action, observation)))
-            busy[name].append(1000 * (time.process_time() - busy_s))
-        show_progress("round", number + 1, options.rounds)
+    with Progress().bar("rounds", options.rounds) as tick:
+        for number in range(options.rounds):
+            observation = observations[number % len(observations)]
+            for name in generator.permutation(names):
+                busy_s = time.process_time()
+                times[name].append(1000 * seconds_of(partial(policies[name].get_action, observation)))
+                busy[name].append(1000 * (time.process_time() - busy_s))
+            tick()
     return times, busy
 
 
@@ -487,9 +484,8 @@ def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
     truth = bench.answers(bench.policy(EagerEngine(bench.network(torch.float32))))  # freed before the engines come
     arms, refused = open_arms(bench, made)
     tell(options, f"{len(arms)} engines answer them ...")
-    for index, arm in enumerate(arms.values()):
+    for arm in arms.values():
         arm["error_deg"] = error_of(bench.answers(arm["policy"]), truth)
-        show_progress("error", index + 1, len(arms))
     policies = {name: arm["policy"] for name, arm in arms.items()}
     for count in options.denoising_steps or [next(iter(policies.values())).denoising_steps]:
         tell(options, f"timing in turns: {options.rounds} rounds at {count} denoising steps ...")
@@ -545,12 +541,6 @@ def verdict(result: Mapping[str, Any], apart_from: str = "") -> str:
         return "no engine keeps its limit on the error here"
     steps, times = next(iter(result["engines"][best]["times_ms"].items()))
     return f"fastest within its limit: {best}, {times['p50']:.3f} ms at {steps} steps"
-
-
-def show_progress(what: str, done: int, total: int) -> None:
-    """One line on a terminal, nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r{what} {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def camera_sizes_in(observation: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

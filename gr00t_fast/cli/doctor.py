@@ -10,9 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import platform
-import shutil
 import sys
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from gr00t_fast.cli.bench import obstacles
 from gr00t_fast.cli.cameras import device_faults, opencv_cameras, take_pictures, write_pictures
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
 from gr00t_fast.cli.run import RunConfig
@@ -35,7 +34,6 @@ from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command
-from gr00t_fast.flags import UsageError
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, SO100SimConfig
 
 # What a run needs besides its engine -> (module, extra that brings it, the arm that cannot do without).
@@ -71,12 +69,6 @@ class DoctorConfig(OutputFlags, PolicyFlags):
     def needs_checkpoint(self) -> bool:
         """The machine and the arm can be looked at without."""
         return False
-
-    def check(self) -> None:
-        """Raises UsageError."""
-        super().check()
-        if self.out is not None and self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out={self.out} is a file; it needs a directory.")
 
     @property
     def cameras(self) -> dict[str, Any]:
@@ -217,7 +209,8 @@ def network(config: DoctorConfig) -> tuple[dict[str, str], Rows]:
         _tokenizer(config, found, rows)
         _exports(config, found, None if metadata is None else _picture_size(config, found, metadata, rows), rows)
     _memory(torch, parameters, rows)
-    _engines(torch, rows)
+    for name, (why_not, advice) in obstacles().items():
+        rows.add("engines", f"{name}: {why_not or 'can run here'}", advice if why_not else "", "warn" if why_not else "ok")
     if metadata is not None and config.robot is not None:
         _fit(config, metadata, titles, rows)
     return titles, rows
@@ -361,26 +354,6 @@ def _memory(torch: Any, parameters: int | None, rows: Rows) -> None:
     if free is not None:
         each_bytes = select_precision("auto", torch.device("cpu")).itemsize
         room(free, each_bytes, "this machine's memory", "Close other programs, or use an 8-bit export (docs/engines.md).")
-
-
-def _engines(torch: Any, rows: Rows) -> None:
-    """Engines that can run on this machine; files of an export are another question."""
-    from gr00t_fast.tensorrt_library import installed
-
-    cuda, libraries = torch.cuda.is_available(), installed()
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    no_library = ("neither tensorrt_rtx nor tensorrt is installed", install_command("tensorrt_rtx"))
-    able = {
-        "eager": (True, "", ""),
-        "compiled": (compiler, "no C++ compiler", "Install g++ or clang++."),
-        "cuda_graph": (cuda, "needs a CUDA GPU", ""),
-        "fp8": (cuda and torch.cuda.get_device_capability() >= (8, 9), "needs a GPU of Ada, Hopper or newer (8.9)", ""),
-        "onnxruntime": (importlib.util.find_spec("onnxruntime") is not None, "not installed", install_command("export")),
-        "openvino": (importlib.util.find_spec("openvino") is not None, "not installed", install_command("openvino")),
-        "tensorrt": (cuda and bool(libraries), *((f"{libraries[0]} builds here, but there is no GPU to run on", "") if libraries else no_library)),
-    }
-    for name, (works, why_not, advice) in able.items():
-        rows.add("engines", f"{name}: {'can run here' if works else why_not}", "" if works else advice, "ok" if works else "warn")
 
 
 def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows) -> None:

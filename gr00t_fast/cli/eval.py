@@ -17,18 +17,15 @@ Large and small are shares of the range that a joint had in training: degrees, p
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gr00t_fast.cli.main import EXIT_OK, Command, show
+from gr00t_fast.cli.main import EXIT_OK, Command, leave_result
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, check_at_least_one
 from gr00t_fast.console import Progress
@@ -40,8 +37,9 @@ from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.measurement import percentiles, provenance
 
 if TYPE_CHECKING:
-    from gr00t_fast.contracts import PartStatistics, PolicyMetadata
+    from gr00t_fast.contracts import PolicyMetadata
 
+RADIANS, GRIPPER = "radians", SO100_JOINTS[-1]
 UNITS, CAMERAS, RATE, TIMING, MODEL, FINE = "units/calibration", "cameras", "rate", "timing", "model", "looks fine: suspect the loop"
 ADVICE = {
     FINE: "The checkpoint predicts what was recorded. If the arm still misbehaves: its calibration and cameras now (--dry_run compares them), the "
@@ -85,7 +83,7 @@ class EvalConfig(OutputFlags, PolicyFlags):
     lang_instruction: str | None = None  # default: the recording's own task text
     camera_map: dict[str, str] = field(default_factory=dict)  # which camera of the data set is which of the checkpoint: "{front: webcam}"
     seed: int = 0  # of the noise
-    out: Path = Path("outputs/eval")  # directory for eval.json, eval.md and eval.csv, which are replaced
+    out: Path = Path("outputs/eval")  # directory for eval.json and eval.md, which are replaced
 
     def check(self) -> None:
         """Raises UsageError."""
@@ -94,8 +92,6 @@ class EvalConfig(OutputFlags, PolicyFlags):
         if not (self.dataset / "meta" / "info.json").is_file():
             what = "is no LeRobotDataset: meta/info.json is missing" if self.dataset.is_dir() else "does not exist"
             raise ConfigError(f"--dataset: '{self.dataset}' {what}. Expected the directory of a LeRobotDataset v3, as lerobot-record leaves it.")
-        if self.out.is_file():
-            raise ConfigError(f"--out={self.out}: expected a directory to write to, but it is a file.")
 
 
 # --- what was recorded --------------------------------------------------------------------------------------------------------------------
@@ -113,35 +109,29 @@ class Episode:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The joints of every episode of a data set. widths: parts of the action in order; names (J,) are the data set's own."""
+    """The joints of every episode of a data set. widths: parts of the action in order; names (J,) are the data set's own; trained: `states` and
+    `actions`, lowest and highest of each joint in the checkpoint's training data (2, J)."""
 
     widths: Mapping[str, int]
     names: tuple[str, ...]
     episodes: Sequence[Episode]
-
-    def joined(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-        """part -> (..., D) to (..., J)."""
-        return np.concatenate([parts[part] for part in self.widths], axis=-1)
+    trained: Mapping[str, np.ndarray]
 
     def values(self, kind: str) -> np.ndarray:
         """`states` or `actions` of all episodes (T, J)."""
         return np.concatenate([getattr(episode, kind) for episode in self.episodes])
 
-    def bounds(self, statistics: Mapping[str, PartStatistics]) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest of the checkpoint's training data, each (J,)."""
-        low, high = (self.joined({part: getattr(statistics[part], name) for part in self.widths}) for name in ("min", "max"))
-        return low, high
-
-    def trained(self, metadata: PolicyMetadata) -> np.ndarray:
-        """(2, J): lowest and highest of states and actions together."""
-        bounds = [self.bounds(statistics) for statistics in (metadata.state_statistics, metadata.action_statistics)]
-        return np.stack([np.min([low for low, _ in bounds], axis=0), np.max([high for _, high in bounds], axis=0)])
-
-    def replay(self, number: int) -> np.ndarray | None:
-        """(T, J): the mean of the OTHER episodes' recorded actions at the same frame, an ended one held; None when there is no other."""
+    def replay(self, number: int) -> np.ndarray:
+        """(T, J): the mean of the OTHER episodes' recorded actions at the same frame, an ended one held; NaN when there is no other."""
         others = [episode.actions for episode in self.episodes if episode.number != number]
-        frames = np.arange(len(self.episodes[number].actions))
-        return np.mean([actions[np.minimum(frames, len(actions) - 1)] for actions in others], axis=0) if others else None
+        own = self.episodes[number].actions
+        frames = np.arange(len(own))
+        return np.mean([actions[np.minimum(frames, len(actions) - 1)] for actions in others], axis=0) if others else np.full_like(own, np.nan)
+
+
+def joined(parts: Mapping[str, np.ndarray], order: Iterable[str]) -> np.ndarray:
+    """part -> (..., D) to (..., J)."""
+    return np.concatenate([parts[part] for part in order], axis=-1)
 
 
 def read_recorded(frames: LeRobotFrames, metadata: PolicyMetadata) -> Recorded:
@@ -149,14 +139,17 @@ def read_recorded(frames: LeRobotFrames, metadata: PolicyMetadata) -> Recorded:
     widths = metadata.action_widths
     if any(metadata.state_widths.get(part) != width for part, width in widths.items()):
         raise ConfigError(f"the policy's action parts {dict(widths)} are not its state parts {dict(metadata.state_widths)}: nothing to compare with.")
-    names = frames.names("action")
-    recorded = Recorded(widths, tuple(name for part in widths for name in names[part]), episodes := [])
+    names, episodes = frames.names("action"), []
     for number, rows in enumerate(frames.episodes):
-        states, actions = (recorded.joined(frames.columns(kind, rows)) for kind in ("state", "action"))
+        states, actions = (joined(frames.columns(kind, rows), widths) for kind in ("state", "action"))
         if not (np.isfinite(states).all() and np.isfinite(actions).all()):
             raise ConfigError(f"episode {number} holds NaN or infinite joint values. Remove it from the data set; lerobot-edit-dataset does.")
         episodes.append(Episode(number, rows.start, states, actions))
-    return recorded
+    trained = {
+        kind: np.stack([joined({part: getattr(of[part], name) for part in widths}, widths) for name in ("min", "max")])
+        for kind, of in (("states", metadata.state_statistics), ("actions", metadata.action_statistics))
+    }
+    return Recorded(widths, tuple(name for part in widths for name in names[part]), episodes, trained)
 
 
 def chosen(recorded: Recorded, wanted: Sequence[str]) -> list[Episode]:
@@ -170,28 +163,6 @@ def chosen(recorded: Recorded, wanted: Sequence[str]) -> list[Episode]:
 
 
 # --- what the policy says -----------------------------------------------------------------------------------------------------------------
-
-
-class Asked:
-    """The policy at recorded frames. The noise of a frame depends on the seed and its row alone."""
-
-    def __init__(self, policy: Any, frames: LeRobotFrames, recorded: Recorded, config: EvalConfig) -> None:
-        self.policy, self.recorded, self._frames, self._config = policy, recorded, frames, config
-        self._language = policy.get_modality_config()["language"].modality_keys[0]
-
-    def observation(self, episode: Episode, frame: int) -> dict[str, Any]:
-        """Raises ConfigError when a picture cannot be decoded."""
-        told = {} if self._config.lang_instruction is None else {self._language: [self._config.lang_instruction]}
-        return self._frames[episode.first_row + frame] | told
-
-    def targets(self, observation: dict[str, Any], episode: Episode, frame: int) -> np.ndarray:
-        """(trained horizon, J). Raises CheckpointError when they are not finite."""
-        random = np.random.default_rng([self._config.seed, episode.first_row + frame])
-        actions = self.policy.get_action(observation, noise=random.standard_normal((1, *self.policy.chunk_shape), np.float32))
-        found: np.ndarray = self.recorded.joined({part: actions[f"action.{part}"] for part in self.recorded.widths}).astype(np.float64)
-        if not np.isfinite(found).all():
-            raise CheckpointError(f"the policy answers NaN or infinity to frame {frame} of episode {episode.number}. Try --precision=fp32.")
-        return found
 
 
 @dataclass(frozen=True)
@@ -210,15 +181,37 @@ class Chunk:
         return recorded[np.clip(frames + shift, 0, len(recorded) - 1)]
 
 
+class Asked:
+    """The policy at recorded frames. The noise of a frame depends on the seed and its row alone."""
+
+    def __init__(self, policy: Any, frames: LeRobotFrames, recorded: Recorded, config: EvalConfig) -> None:
+        self.policy, self._order, self._frames, self._seed = policy, recorded.widths, frames, config.seed
+        language = policy.get_modality_config()["language"].modality_keys[0]
+        self._told = {} if config.lang_instruction is None else {language: [config.lang_instruction]}
+
+    def observation(self, episode: Episode, frame: int) -> dict[str, Any]:
+        """Raises ConfigError when a picture cannot be decoded."""
+        return self._frames[episode.first_row + frame] | self._told
+
+    def chunk(self, episode: Episode, frame: int, observation: dict[str, Any]) -> Chunk:
+        """Raises CheckpointError when the answer is not finite."""
+        random = np.random.default_rng([self._seed, episode.first_row + frame])
+        actions = self.policy.get_action(observation, noise=random.standard_normal((1, *self.policy.chunk_shape), np.float32))
+        targets: np.ndarray = joined({part: actions[f"action.{part}"] for part in self._order}, self._order).astype(np.float64)
+        if not np.isfinite(targets).all():
+            raise CheckpointError(f"the policy answers NaN or infinity to frame {frame} of episode {episode.number}. Try --precision=fp32.")
+        return Chunk(episode, frame, targets, self.policy.last_timing["total"])
+
+
 @dataclass(frozen=True)
 class Compared:
-    """One row per predicted action that has a recorded one. (N, J): predicted, recorded, held (the state at the chunk's start), replayed (None with a
+    """One row per predicted action that has a recorded one. (N, J): predicted, recorded, held (the state at the chunk's start), replayed (NaN with a
     single episode). (N,): episode, frame, lead (rows into the chunk)."""
 
     predicted: np.ndarray
     recorded: np.ndarray
     held: np.ndarray
-    replayed: np.ndarray | None
+    replayed: np.ndarray
     episode: np.ndarray
     frame: np.ndarray
     lead: np.ndarray
@@ -227,17 +220,15 @@ class Compared:
 def compare(recorded: Recorded, chunks: Sequence[Chunk], rows: int) -> Compared:
     """The first `rows` of each chunk against the recording, as far as it goes."""
     replays = {number: recorded.replay(number) for number in {chunk.episode.number for chunk in chunks}}
-    columns: list[list[Any]] = [[] for _ in range(7)]
-    for chunk in chunks:
-        actions = chunk.actions(rows)
-        count, replay = len(actions), replays[chunk.episode.number]
-        frames: np.ndarray = chunk.start + np.arange(count)
+
+    def columns(chunk: Chunk) -> tuple[np.ndarray, ...]:
+        number, actions = chunk.episode.number, chunk.actions(rows)
+        lead = np.arange(len(actions))
+        frames: np.ndarray = chunk.start + lead
         held = np.broadcast_to(chunk.episode.states[chunk.start], actions.shape)
-        found = (chunk.targets[:count], actions, held, None if replay is None else replay[frames])
-        for column, values in zip(columns, (*found, np.full(count, chunk.episode.number), frames, np.arange(count)), strict=True):
-            column.append(values)
-    joined: list[Any] = [None if column[0] is None else np.concatenate(column) for column in columns]
-    return Compared(*joined)
+        return chunk.targets[: len(actions)], actions, held, replays[number][frames], np.full(len(actions), number), frames, lead
+
+    return Compared(*map(np.concatenate, zip(*map(columns, chunks), strict=True)))
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------------------------
@@ -249,31 +240,33 @@ def figures(compared: Compared, names: Sequence[str], trained_range: np.ndarray)
     bias = np.median(error, axis=0)
     joints = {}
     for joint, name in enumerate(names):
-        off = error[:, joint]
-        joints[name] = _errors(compared, [joint]) | {"trained_range": _figure(trained_range[joint]), "bias": _figure(bias[joint])}
-        joints[name] |= {"bias_spread": _figure(np.median(np.abs(off - bias[joint]))), "mae_without_bias": _figure(np.abs(off - bias[joint]).mean())}
-        joints[name]["same_sign"] = _figure((np.sign(off) == np.sign(bias[joint])).mean())
-    ratios = [_errors(compared, slice(None), compared.episode == number)["ratio_to_hold"] for number in np.unique(compared.episode)]
-    moved = [each for each in ratios if each is not None]
-    return {**_errors(compared, slice(None)), "ratio_by_episode": [min(moved), max(moved)] if moved else None, "joints": joints}
+        off = error[:, joint] - bias[joint]
+        joints[name] = _errors(compared, [joint]) | {
+            "trained_range": _figure(trained_range[joint]),
+            "bias": _figure(bias[joint]),
+            "bias_spread": _figure(np.median(np.abs(off))),
+            "mae_without_bias": _figure(np.abs(off).mean()),
+            "same_sign": _figure((np.sign(error[:, joint]) == np.sign(bias[joint])).mean()),
+        }
+    return {**_errors(compared, slice(None)), "joints": joints}
 
 
-def _errors(compared: Compared, joints: slice | list[int], rows: Any = slice(None)) -> dict[str, float | None]:
-    recorded = compared.recorded[rows][:, joints]
-    error, hold = (values[rows][:, joints] - recorded for values in (compared.predicted, compared.held))
-    mse, variance, held = (error**2).mean(), recorded.var(axis=0).mean(), np.abs(hold).mean()
+def _errors(compared: Compared, joints: slice | list[int]) -> dict[str, float | None]:
+    recorded = compared.recorded[:, joints]
+    error, hold, replay = (values[:, joints] - recorded for values in (compared.predicted, compared.held, compared.replayed))
+    mae, held, mse, variance = np.abs(error).mean(), np.abs(hold).mean(), (error**2).mean(), recorded.var(axis=0).mean()
     return {
-        "mae": _figure(np.abs(error).mean()),
+        "mae": _figure(mae),
         "mse": _figure(mse),
         "hold_mae": _figure(held),
-        "replay_mae": None if compared.replayed is None else _figure(np.abs(compared.replayed[rows][:, joints] - recorded).mean()),
-        "ratio_to_hold": _figure(np.abs(error).mean() / held) if held > 1e-9 else None,  # None: nothing moved
-        "r2": _figure(1 - mse / variance) if variance > 1e-6 else None,
+        "replay_mae": _figure(np.abs(replay).mean()),
+        "ratio_to_hold": _figure(mae / held if held > 1e-9 else np.nan),  # nothing moved
+        "r2": _figure(1 - mse / variance if variance > 1e-6 else np.nan),
     }
 
 
-def _figure(value: Any) -> float:
-    return round(float(value), 3)
+def _figure(value: Any) -> float | None:
+    return None if np.isnan(value) else round(float(value), 3)
 
 
 def best_shift(chunks: Sequence[Chunk], rows: int) -> dict[str, Any]:
@@ -289,7 +282,7 @@ def best_shift(chunks: Sequence[Chunk], rows: int) -> dict[str, Any]:
     return {"frames": shift, "mae": _figure(found[shift])}
 
 
-def by_lead(compared: Compared) -> dict[str, list[float]]:
+def by_lead(compared: Compared) -> dict[str, list[float | None]]:
     """Mean error of all joints so many frames after the observation, and that of holding still."""
     told = {"mae": compared.predicted, "hold_mae": compared.held}
     leads = [compared.lead == lead for lead in np.unique(compared.lead)]
@@ -310,105 +303,81 @@ class Finding:
     left: float | None = None
 
 
-def findings_of_recording(recorded: Recorded, metadata: PolicyMetadata, frames: LeRobotFrames) -> list[Finding]:
-    return [*_units(recorded, metadata), *_ranges(recorded, metadata), *_rate_and_cameras(frames, metadata)]
-
-
-def _units(recorded: Recorded, metadata: PolicyMetadata) -> Iterator[Finding]:
-    """Radians, fractions, lerobot's normalised range, and the order of joints."""
+def findings_of_recording(recorded: Recorded, metadata: PolicyMetadata, frames: LeRobotFrames) -> Iterator[Finding]:
+    """Units, order, ranges, rate and shape of the pictures that contradict what the checkpoint says of its training data."""
     values = np.concatenate([recorded.values("states"), recorded.values("actions")])
-    here, trained = np.abs([values.min(axis=0), values.max(axis=0)]), np.abs(recorded.trained(metadata))
-    body = np.array([name != "gripper" for name in recorded.names])
-    if body.any():
-        most, trained_most = here[:, body].max(), trained[:, body].max()
-        if most <= RADIANS_LIMIT < trained_most:
-            yield Finding(UNITS, f"no body joint of the recording exceeds {most:.2f}, those of the checkpoint reach {trained_most:.0f}: radians?")
-        if _normalised(here[:, body]) and trained_most > NORMALISED_LIMIT:
-            yield Finding(UNITS, f"the recording ends at exactly 100, the checkpoint's joints reach {trained_most:.0f}: -100..100 against degrees?")
-        if _normalised(trained[:, body]) and most > NORMALISED_LIMIT:
-            yield Finding(UNITS, f"the checkpoint's ranges end at exactly 100, the recording reaches {most:.0f}: degrees against -100..100?")
-    if (~body).any() and here[:, ~body].max() <= FRACTION_LIMIT and trained[:, ~body].max() >= PERCENT_LIMIT:
-        yield Finding(UNITS, f"the gripper never exceeds {here[:, ~body].max():.2f}, the checkpoint's {trained[:, ~body].max():.0f}: a fraction?")
+    trained = np.concatenate([recorded.trained["states"], recorded.trained["actions"]])
+    here, there = (np.abs([each.min(axis=0), each.max(axis=0)]) for each in (values, trained))
+    grips = np.array([name == GRIPPER for name in recorded.names])
+    units, trained_units = _unit_of(here[:, ~grips]), _unit_of(there[:, ~grips])
+    if units != trained_units and (RADIANS in (units, trained_units) or "" not in (units, trained_units)):
+        reach = f"{here[:, ~grips].max():.4g}, those of the checkpoint {there[:, ~grips].max():.4g}"
+        yield Finding(UNITS, f"body joints of the recording reach {reach}: {units or 'other units'} against {trained_units or 'other units'}?")
+    if grips.any() and here[:, grips].max() <= FRACTION_LIMIT and there[:, grips].max() >= PERCENT_LIMIT:
+        yield Finding(UNITS, f"the gripper never exceeds {here[:, grips].max():.2f}, the checkpoint's {there[:, grips].max():.0f}: a fraction?")
     if set(recorded.names) == set(SO100_JOINTS) and recorded.names != SO100_JOINTS:
         yield Finding(UNITS, f"the recording's joints come as {', '.join(recorded.names)}; an SO-100 has them as {', '.join(SO100_JOINTS)}")
-
-
-def _normalised(extremes: np.ndarray) -> bool:
-    """lerobot clamps its normalised range, which leaves extremes at exactly 100."""
-    saturated = int((np.abs(extremes - 100) <= SATURATION_TOLERANCE).sum())
-    return saturated >= SATURATED_EXTREMES and bool(extremes.max() <= NORMALISED_LIMIT)
-
-
-def _ranges(recorded: Recorded, metadata: PolicyMetadata) -> Iterator[Finding]:
-    for kind, statistics in (("states", metadata.state_statistics), ("actions", metadata.action_statistics)):
-        values, (low, high) = recorded.values(kind), recorded.bounds(statistics)
-        slack = np.maximum(SLACK_UNITS, SLACK_SHARE * (high - low))
-        share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
-        for joint in np.flatnonzero(share > FOREIGN_SHARE):
-            spans = f"{low[joint]:.0f} to {high[joint]:.0f} (recorded: {values[:, joint].min():.0f} to {values[:, joint].max():.0f})"
-            text = f"{kind} of {recorded.names[joint]}: {share[joint]:.0%} of the recording lies outside the checkpoint's {spans}"
-            yield Finding(UNITS, text, decides=bool(share[joint] > DECISIVE_SHARE))
-
-
-def _rate_and_cameras(frames: LeRobotFrames, metadata: PolicyMetadata) -> Iterator[Finding]:
+    for kind, (low, high) in recorded.trained.items():
+        yield from _outside(kind, recorded, low, high)
     if frames.fps and metadata.fps and abs(frames.fps / metadata.fps - 1) > FPS_TOLERANCE:
         yield Finding(RATE, f"recorded at {frames.fps:g} frames/s, trained at {metadata.fps:g}")
     for key, camera in frames.cameras.items():
-        trained = metadata.resolutions.get(key.split(".", 1)[1])
-        if trained is None or camera.size is None:
-            continue
-        (width, height), (trained_width, trained_height) = camera.size, trained
-        if abs(width * trained_height / (height * trained_width) - 1) > ASPECT_TOLERANCE:
-            sizes = f"{width}x{height}, {key} was trained with {trained_width}x{trained_height}"
+        size, trained_size = camera.size, metadata.resolutions.get(key.split(".", 1)[1])
+        if size and trained_size and abs(size[0] * trained_size[1] / (size[1] * trained_size[0]) - 1) > ASPECT_TOLERANCE:
+            sizes = "{}x{}, {} was trained with {}x{}".format(*size, key, *trained_size)
             yield Finding(CAMERAS, f"{camera.feature} has {sizes}: another aspect ratio, the picture is distorted")
 
 
-def findings_of_pictures(asked: Asked, chunks: Sequence[Chunk], rows: int, names: Sequence[str]) -> Iterator[Finding]:
+def _unit_of(extremes: np.ndarray) -> str:
+    """Of body joints; empty where it may be degrees or lerobot's normalised range, which is clamped: that leaves extremes at exactly 100."""
+    if extremes.max(initial=0) <= RADIANS_LIMIT:
+        return RADIANS
+    if extremes.max() > NORMALISED_LIMIT:
+        return "degrees"
+    return "-100..100" if (np.abs(extremes - 100) <= SATURATION_TOLERANCE).sum() >= SATURATED_EXTREMES else ""
+
+
+def _outside(kind: str, recorded: Recorded, low: np.ndarray, high: np.ndarray) -> Iterator[Finding]:
+    """Joints of which much of the recording lies beyond the training data's lowest and highest, each (J,)."""
+    values, slack = recorded.values(kind), np.maximum(SLACK_UNITS, SLACK_SHARE * (high - low))
+    share = ((values < low - slack) | (values > high + slack)).mean(axis=0)
+    for joint in np.flatnonzero(share > FOREIGN_SHARE):
+        spans = f"{low[joint]:.0f} to {high[joint]:.0f} (recorded: {values[:, joint].min():.0f} to {values[:, joint].max():.0f})"
+        text = f"{kind} of {recorded.names[joint]}: {share[joint]:.0%} of the recording lies outside the checkpoint's {spans}"
+        yield Finding(UNITS, text, decides=bool(share[joint] > DECISIVE_SHARE))
+
+
+def findings_of_pictures(asked: Asked, chunks: Sequence[Chunk], rows: int, keys: Sequence[str]) -> Iterator[Finding]:
     """Cameras that show nothing, and predictions that are no better for their own pictures than for those of other frames."""
     places = [chunks[index] for index in np.unique(np.linspace(0, len(chunks) - 1, PROBED_FRAMES).round().astype(int))]
     seen = [asked.observation(place.episode, place.start) for place in places]
-    for key in names:
+    for key in keys:
         flat = [place for place, observation in zip(places, seen, strict=True) if observation[key].std() < FLAT_LEVELS]
         if flat:
             first = f"first in episode {flat[0].episode.number} at frame {flat[0].start}"
             text = f"{key} shows nothing in {len(flat)} of {len(seen)} pictures, {first}: covered, or not recorded"
             yield Finding(CAMERAS, text, decides=len(flat) / len(seen) > DECISIVE_SHARE)
-    own = float(np.mean([np.abs(place.targets[: len(actions)] - actions).mean() for place in places for actions in [place.actions(rows)]]))
 
-    def asked_with(shown: Sequence[dict[str, Any]]) -> tuple[float, float]:
-        """The error with these observations instead, and how far they moved the predictions."""
-        errors, moves = [], []
-        for place, observation in zip(places, shown, strict=True):
-            actions = place.actions(rows)
-            predicted = asked.targets(observation, place.episode, place.start)[: len(actions)]
-            errors.append(np.abs(predicted - actions).mean())
-            moves.append(np.abs(predicted - place.targets[: len(actions)]).mean())
-        return float(np.mean(errors)), float(np.mean(moves))
+    def error_of(others: Sequence[Chunk]) -> float:
+        return float(np.mean([np.abs(each.targets[: len(actions)] - actions).mean() for each in others for actions in [each.actions(rows)]]))
 
-    for what, change in _mistakes_with_cameras(names):
-        error, _ = asked_with([observation | change(observation) for observation in seen])
-        if error <= UNDONE * own:
+    def shown(pictures: Iterable[dict[str, Any]]) -> list[Chunk]:
+        """What the policy says with these pictures in place of its own (1, H, W, 3)."""
+        return [asked.chunk(at.episode, at.start, own | other) for at, own, other in zip(places, seen, pictures, strict=True)]
+
+    own = error_of(places)
+    mistakes = {f"{key} mirrored": [{key: np.ascontiguousarray(each[key][:, :, ::-1])} for each in seen] for key in keys}
+    for one, other in combinations(keys, 2):
+        mistakes[f"{one} and {other} exchanged"] = [{one: each[other], other: each[one]} for each in seen]
+    for what, pictures in mistakes.items():
+        if (error := error_of(shown(pictures))) <= UNDONE * own:
             yield Finding(CAMERAS, f"with {what} the error falls from {own:.1f} to {error:.1f}", left=error / own)
-    others = [seen[(index + len(seen) // 2) % len(seen)] for index in range(len(seen))]  # of another episode wherever there are several
-    error, moved = asked_with([own_view | {key: other[key] for key in names} for own_view, other in zip(seen, others, strict=True)])
-    if error <= NO_WORSE * own and moved >= FOLLOWS * own:
+    half = len(seen) // 2  # of another episode wherever there are several
+    elsewhere = shown({key: other[key] for key in keys} for other in [*seen[half:], *seen[:half]])
+    moved = np.mean([np.abs(new.targets - old.targets)[: len(old.actions(rows))].mean() for new, old in zip(elsewhere, places, strict=True)])
+    if (error := error_of(elsewhere)) <= NO_WORSE * own and moved >= FOLLOWS * own:
         errors = f"(error {own:.1f}, with other frames' {error:.1f})"
         yield Finding(CAMERAS, f"predictions follow the pictures and are no better for the right ones {errors}: another view than in training?")
-
-
-def _mistakes_with_cameras(names: Sequence[str]) -> Iterator[tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]]:
-    """What is commonly wrong, and what undoes it: pictures (1, H, W, 3) mirrored, and those of two cameras exchanged."""
-
-    def mirrored(key: str, seen: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: np.ascontiguousarray(seen[key][:, :, ::-1])}
-
-    def exchanged(one: str, other: str, seen: Mapping[str, Any]) -> dict[str, Any]:
-        return {one: seen[other], other: seen[one]}
-
-    for key in names:
-        yield f"{key} mirrored", partial(mirrored, key)
-    for one, other in combinations(names, 2):
-        yield f"{one} and {other} exchanged", partial(exchanged, one, other)
 
 
 def is_good(found: Mapping[str, Any], findings: Sequence[Finding]) -> bool:
@@ -471,20 +440,14 @@ def judge(found: Mapping[str, Any], shift: Mapping[str, Any], findings: Sequence
 
 
 def run(config: EvalConfig) -> int:
-    """Raises Gr00tFastError."""
-    result, compared, names = evaluate(config)
-    table, verdict = as_table(result), result["verdict"]
-    judged = f"Verdict: {verdict['kind']}. {verdict['advice']}"
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "eval.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (config.out / "eval.md").write_text(f"{table}\n\n{judged}\n", encoding="utf-8")
-    write_csv(compared, names, config.out / "eval.csv")
-    show(result, table + "\n", judged, config)
+    """Compare, print, and leave eval.json and eval.md. Raises Gr00tFastError."""
+    result = evaluate(config)
+    leave_result(config.out, result, as_table(result) + "\n", f"Verdict: {result['verdict']['kind']}. {result['verdict']['advice']}", config)
     return EXIT_OK
 
 
-def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Compared, Sequence[str]]:
-    """The result, the rows behind it, and the names of the joints. The recording is looked at before weights are read. Raises Gr00tFastError."""
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """The recording is looked at before weights are read. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import read_policy_metadata
 
     metadata = read_policy_metadata(config.model_path, config.embodiment_tag, config.data_config, config.revision, config.letterbox)
@@ -494,16 +457,15 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Compared, Sequence[str
     texts = [config.lang_instruction] if config.lang_instruction is not None else _instructions(frames, episodes)
     chunks, asked = _chunks(config, frames, recorded, episodes)
     compared = compare(recorded, chunks, config.action_horizon)
-    trained = recorded.trained(metadata)
-    width = trained[1] - trained[0]
+    width = np.ptp(np.concatenate([*recorded.trained.values()]), axis=0)
     found = figures(compared, recorded.names, np.maximum(width, 0.1 * width.max()))  # one that hardly moved is measured by the widest
-    shift, findings = best_shift(chunks, config.action_horizon), findings_of_recording(recorded, metadata, frames)
+    shift, findings = best_shift(chunks, config.action_horizon), [*findings_of_recording(recorded, metadata, frames)]
     if not is_good(found, findings):
         findings += findings_of_pictures(asked, chunks, config.action_horizon, list(frames.cameras))
     kind, evidence = judge(found, shift, findings)
     few = len(episodes) < ENOUGH_EPISODES
     basis = {"episodes": len(episodes), "chunks": len(chunks), "frames": len(compared.frame), "few": few}
-    result = {
+    return {
         "program": "eval",
         "checkpoint": Path(config.model_path).name,
         "dataset": {"name": Path(frames.name).name, "episodes": [each.number for each in episodes], "of": len(recorded.episodes), "fps": frames.fps},
@@ -521,7 +483,6 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Compared, Sequence[str
         **provenance(),
         "seed": config.seed,
     }
-    return result, compared, recorded.names
 
 
 def _instructions(frames: LeRobotFrames, episodes: Sequence[Episode]) -> list[str]:
@@ -542,8 +503,7 @@ def _chunks(config: EvalConfig, frames: LeRobotFrames, recorded: Recorded, episo
     places = [(episode, start) for episode in episodes for start in range(0, len(episode.actions), config.action_horizon)]
     with Progress().bar("inferences", len(places)) as tick:
         for episode, start in places:
-            targets = asked.targets(asked.observation(episode, start), episode, start)
-            chunks.append(Chunk(episode, start, targets, policy.last_timing["total"]))
+            chunks.append(asked.chunk(episode, start, asked.observation(episode, start)))
             tick()
     return chunks, asked
 
@@ -570,20 +530,9 @@ def as_table(result: Mapping[str, Any]) -> str:
         f"Holding still:          {', '.join(f'{each:.2f}' for each in result['leads']['hold_mae'])}",
         "",
     ]
-    if spread := result["ratio_by_episode"]:
-        lines.append(f"Ratio to holding by episode: {spread[0]:.2f} to {spread[1]:.2f}.")
     if basis["few"]:
         lines.append(f"Fewer than {ENOUGH_EPISODES} episodes: another one may well give another verdict (--episodes all).")
     return "\n".join([*lines, *(f"- {each['text']}" for each in verdict["evidence"])])
-
-
-def write_csv(compared: Compared, names: Sequence[str], path: Path) -> None:
-    """One row per frame: what was recorded and predicted of each joint."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["episode", "frame", "row_of_chunk", *(f"{name}_{kind}" for name in names for kind in ("recorded", "predicted"))])
-        values = np.stack([compared.recorded, compared.predicted], axis=-1).reshape(len(compared.frame), -1).round(4)
-        writer.writerows([*counts, *row] for *counts, row in zip(compared.episode, compared.frame, compared.lead, values, strict=True))
 
 
 main = Command(

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
@@ -181,6 +182,17 @@ def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWish
     print(text, file=sys.stderr if wishes.json else sys.stdout, flush=True)
     if wishes.json:
         print(json.dumps(result), flush=True)
+
+
+def leave_result(out: Path, result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWishes) -> None:
+    """Write the result into the directory `out`, as JSON and as text by the name of its program, and `show` it. Raises ConfigError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{result['program']}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (out / f"{result['program']}.md").write_text(f"{table}\n{verdict}\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out={out} cannot be written: {error.strerror}. Name another directory.") from error
+    show(result, table, verdict, wishes)
 
 
 # --- how a program ends -------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +38,10 @@ from gr00t_fast.control.rerun_view import display_target, display_view
 from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle
 from gr00t_fast.control.trace import summary
 from gr00t_fast.control.views import View, video_view, window_view
-from gr00t_fast.errors import ConfigError, ServerUnreachableError, check_ranges
-from gr00t_fast.files import check_kept, read_json
+from gr00t_fast.errors import ServerUnreachableError, check_ranges
+from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags, UsageError
-from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG, check_trained_cameras, load_data_config
+from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.recordings import read_recordings
 from gr00t_fast.robots.config import SO100FollowerConfig
 
@@ -214,78 +214,65 @@ class RecordedFacts:
 
 def run(config: RunConfig) -> int:
     """One run; returns the exit code. Raises Gr00tFastError with the arm untouched or landed."""
-    if not config.server:
-        check_checkpoint(config)
 
     def load_policy(robot: Robot, stop: Callable[[str], None]) -> Any:
         voice(config)(f"loading {config.model_path} ..." if not config.server else f"asking the policy server at {config.server} ...")
         return load(config)
 
-    return drive(config, load_policy)
+    return drive(config, load_policy, RecordedFacts({name: getattr(config, name) for name in _RECORDED_FACTS}))
 
 
-def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts | None = None) -> int:
-    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`. `facts`: for
-    --record, instead of the checkpoint's."""
-    with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
-        return _drive(config, load_policy, recording, facts or RecordedFacts({name: getattr(config, name) for name in _RECORDED_FACTS}))
-
-
-def _drive(
-    config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], recording: contextlib.ExitStack, facts: RecordedFacts
-) -> int:
+def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]], Any], facts: RecordedFacts) -> int:
+    """A run with the policy that `load_policy` makes, from the arm and a way to end the run (with the reason as a text); as `run`."""
     stop, say = StopSignals(), voice(config)
-    with stop, stop.at_once():
-        check_free(config)
-        robot = build_robot(config)
-        recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
-        policy = load_policy(robot, stop.request)
-        source = "checkpoint" if policy.computes else "recording"
-        led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
-        preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
-        fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-        outputs = Outputs(config.out, views(config, robot, fps, lambda: stop.request("window closed")), config.quiet, config.json)
-        keys = keys_of_session(config)
-        session = Session(stop, keys, recorder, echo=say)
-        begin = [preflight.connected, outputs.prepare]
-        if recorder is not None:
-            recorder.set_rate(fps)
-            begin.append(opening(recorder, config, policy, robot, facts))
-
-        def connected(observation: Observation) -> None:
-            for step in begin:
-                step(observation)
-
-        loop = control_loop(config, policy, robot, fps, stop, connected, outputs, session)
-        if policy.computes:
-            say("warming up ...")
-        loop.controller.warm_up()
-        if recorder is not None:
-            recorder.wait_until_ready()
-        say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
-        say("connecting to the arm ...")
-    try:
-        with outputs:
-            try:
-                # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
-                with stop, keys or contextlib.nullcontext():
-                    loop.run()
-            finally:
-                announce_landing(loop.trace.landing, say)  # before anything that can fail or take time
+    with contextlib.ExitStack() as recording:  # closed last: what was recorded is saved whatever happens
+        with stop, stop.at_once():
+            check_kept([config.out / "report.json"] if config.out is not None else [], "--out", config.overwrite)
+            check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
+            robot = build_robot(config)
+            recorder = recording.enter_context(build_recorder(config, robot)) if config.record else None
+            policy = load_policy(robot, stop.request)
+            source = "checkpoint" if policy.computes else "recording"
+            led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
+            preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
+            fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
+            outputs = Outputs(config.out, views(config, robot, fps, lambda: stop.request("window closed")), config.quiet, config.json)
+            keys = keys_of_session(config)
+            session = Session(stop, keys, recorder, echo=say)
+            begin = [preflight.connected, outputs.prepare]
+            if recorder is not None:
+                recorder.set_rate(fps)
+                begin.append(opening(recorder, config, policy, robot, facts))
+            loop = control_loop(config, policy, robot, fps, stop, begin, outputs, session)
+            if policy.computes:
+                say("warming up ...")
+            loop.controller.warm_up()
+            if recorder is not None:
+                recorder.wait_until_ready()
+            say(summary(policy, robot.name, fps, config.action_horizon, config.lang_instruction))
+            say("connecting to the arm ...")
+        try:
+            with outputs:
+                try:
+                    # only until the arm has landed: whatever hangs afterwards can be ended with Ctrl-C as any program
+                    with stop, keys or contextlib.nullcontext():
+                        loop.run()
+                finally:
+                    announce_landing(loop.trace.landing, say)  # before anything that can fail or take time
+                    failing = sys.exc_info()[0] is not None
+                    if recorder is not None:  # it prints: a closed terminal must not take the place of the error that ended the run
+                        with contextlib.suppress(*[OSError] * failing):
+                            recorder.close()
+        finally:
+            if loop.trace.landing is not None:
                 failing = sys.exc_info()[0] is not None
-                if recorder is not None:  # it prints: a closed terminal must not take the place of the error that ended the run
-                    with contextlib.suppress(*[OSError] * failing):
-                        recorder.close()
-    finally:
-        if loop.trace.landing is not None:
-            failing = sys.exc_info()[0] is not None
-            warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
-            outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
-            if config.out is not None and loop.trace.dry_run is not None:
-                table, frames = loop.trace.dry_run
-                sizes = {name: f"{frame.shape[1]}x{frame.shape[0]}" for name, frame in frames.items()}
-                say(write_pictures(frames, sizes, config.out, "dry_run.txt", table + "\n"))
-    return EXIT_ERROR if recorder is not None and recorder.failure else exit_code(stop, loop.trace.landing)
+                warnings = [*preflight.warnings, *(recorder.warnings if recorder is not None else [])]
+                outputs.write(loop, settings_of(config), warnings, failing, preflight.notes)
+                if config.out is not None and loop.trace.dry_run is not None:
+                    table, frames = loop.trace.dry_run
+                    sizes = {name: f"{frame.shape[1]}x{frame.shape[0]}" for name, frame in frames.items()}
+                    say(write_pictures(frames, sizes, config.out, "dry_run.txt", table + "\n"))
+        return EXIT_ERROR if recorder is not None and recorder.failure else exit_code(stop, loop.trace.landing)
 
 
 def load(config: RunConfig) -> Any:
@@ -369,10 +356,11 @@ def control_loop(
     robot: Robot,
     fps: float,
     stop: StopSignals,
-    connected: Callable[[Observation], None],
+    begin: Sequence[Callable[[Observation], object]],
     outputs: Outputs,
-    session: Session | None = None,
+    session: Session,
 ) -> ControlLoop:
+    """begin: what is done with the first observation, before the arm may move."""
     clock, metadata = MonotonicClock(), policy.metadata
     camera_map = resolve_camera_map(robot.cameras, metadata.resolutions, config.camera_map)
     policy.expect_cameras({camera_map[name]: (camera.width, camera.height) for name, camera in robot.cameras.items() if name in camera_map})
@@ -393,42 +381,24 @@ def control_loop(
         poses,
         tell_inferences=policy.computes,
     )
+
+    def connected(observation: Observation) -> None:
+        for step in begin:
+            step(observation)
+
     return ControlLoop(robot, controller, options, clock, stop, connected, outputs.observers, echo=voice(config), session=session)
 
 
 def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, clock: Clock, fps: float) -> ChunkController:
     """`policy` is anything that yields actions: the network in this process, or a client of a server elsewhere, which may be away for a while."""
-    options = controller_options(config)
     recoverable = (ServerUnreachableError,) if config.server else ()
-    return ChunkController(policy, binding, config.lang_instruction, clock, fps, options, recoverable=recoverable, echo=voice(config))
+    said, options = config.lang_instruction, controller_options(config)
+    return ChunkController(policy, binding, said, clock, fps, options, recoverable=recoverable, echo=voice(config))
 
 
 def controller_options(config: RunConfig) -> ControllerOptions:
     """Raises ConfigError."""
     return ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
-
-
-def check_checkpoint(config: RunConfig) -> None:
-    """Raises ConfigError where the small files of a local N1.5 checkpoint contradict the flags: before torch is imported.
-
-    Whatever else is wrong with those files, and what N1.7's say, is left for loading to explain.
-    """
-    directory = Path(config.model_path).expanduser()
-    try:
-        horizon = int(read_json(directory / "config.json")["action_head_cfg"]["action_horizon"])
-        metadata = read_json(directory / "experiment_cfg" / "metadata.json")
-        cameras = {tag: [f"video.{name}" for name in entry["modalities"]["video"]] for tag, entry in metadata.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    tag = config.embodiment_tag if config.embodiment_tag in cameras else config.embodiment_tag.lower()
-    if tag not in cameras:
-        has = ", ".join(f"--embodiment_tag={tag}" for tag in cameras) or "none"
-        raise ConfigError(f"--embodiment_tag={config.embodiment_tag}: the checkpoint has no statistics for it. It has: {has}.")
-    check_trained_cameras(load_data_config(config.data_config), cameras[tag])
-    if config.action_horizon is not None and config.action_horizon > horizon:
-        raise ConfigError(
-            f"--action_horizon={config.action_horizon} is more than the {horizon} actions this checkpoint was trained to predict. Use 1 to {horizon}."
-        )
 
 
 def say(text: str) -> None:
@@ -444,12 +414,6 @@ def voice(config: RunConfig) -> Callable[[str], None]:
             print(text, file=sys.stderr, flush=True)
 
     return to_stderr if config.json or config.quiet else say
-
-
-def check_free(config: RunConfig) -> None:
-    """Raises ConfigError where this run would replace the files of an earlier one."""
-    check_kept([config.out / "report.json"] if config.out is not None else [], "--out", config.overwrite)
-    check_kept([config.video] if config.video is not None else [], "--video", config.overwrite)
 
 
 def announce_landing(landing: LandingReport | None, say: Callable[[str], None] = say) -> None:

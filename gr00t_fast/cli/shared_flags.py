@@ -145,6 +145,13 @@ class OutputFlags(Flags):
     quiet: bool = False  # print the verdict, warnings and errors only
     verbose: bool = False  # full tracebacks
 
+    def check(self) -> None:
+        """Raises UsageError."""
+        super().check()
+        out = getattr(self, "out", None)  # of most programs
+        if out is not None and out.is_file():
+            raise UsageError(f"--out={out} is a file. Expected a directory, existing or not.")
+
 
 @dataclass(kw_only=True)
 class ArmFlags(Flags):
