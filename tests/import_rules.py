@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "tensorrt_library", "flags", "measurement", "console", "files", "recordings")
-POLICY = ("dataset", "policy")
+BASE = ("errors", "contracts", "tensorrt_library", "flags", "measurement", "console", "files")
+POLICY = ("policy",)
 ENDS = ("serving", "control", "robots")  # do not know each other
 PROGRAMS = ("cli", "export")  # under gr00t_fast; scripts and benchmarks are added by `unit_of`
 LAYERS = (BASE, ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), POLICY, ENDS, PROGRAMS)

@@ -11,9 +11,9 @@ from random_networks import PICTURE, write_network
 
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.dataset import MIN_EPISODES, RandomFrames, draw, open_frames, read, textured_picture
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.dataset import MIN_EPISODES, RandomFrames, draw, open_frames, read, textured_picture
 
 CONFIG = DATA_CONFIGS["so100"]
 
@@ -127,7 +127,7 @@ class _Table(list):
 def lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import torch
 
-    from gr00t_fast import dataset
+    from gr00t_fast.inputs import dataset
 
     rows = [
         {

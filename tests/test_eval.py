@@ -14,9 +14,9 @@ import pytest
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import eval as program
 from gr00t_fast.cli.eval import CAMERAS, FINE, MODEL, RATE, TIMING, UNITS, Chunk, Episode, Finding, Recorded, judge
-from gr00t_fast.dataset import LeRobotFrames
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.dataset import LeRobotFrames
 
 CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "so100-sim-reach"
 NAMES = ("pan", "gripper")

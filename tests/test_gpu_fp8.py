@@ -10,7 +10,6 @@ import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.console import Progress
-from gr00t_fast.dataset import RandomFrames
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fp8 import Calibration, fp8_engine, has_product
 from gr00t_fast.engine.manifest import target_of
@@ -32,6 +31,7 @@ from gr00t_fast.export.options import CalibrationOptions
 from gr00t_fast.export.samples import collect_cases
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.dataset import RandomFrames
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
 pytestmark = pytest.mark.gpu

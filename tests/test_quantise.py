@@ -18,7 +18,6 @@ from torch import Tensor
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
 from gr00t_fast.console import Progress
-from gr00t_fast.dataset import textured_picture
 from gr00t_fast.engine import open_engine
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
@@ -28,6 +27,7 @@ from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, InputSt
 from gr00t_fast.export.graphs import MatMulLinear
 from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
 from gr00t_fast.export.samples import ActionError
+from gr00t_fast.inputs.dataset import textured_picture
 from gr00t_fast.measurement import StageTimer
 
 K, N, ROWS = 24, 16, 10

@@ -36,9 +36,9 @@ from gr00t_fast.cli.shared_flags import (
     check_device,
 )
 from gr00t_fast.console import Progress
-from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, MissingExtraError, closest, install_command
 from gr00t_fast.flags import UsageError
+from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, check_at_least
 from gr00t_fast.console import Progress
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
-from gr00t_fast.dataset import LeRobotFrames
 from gr00t_fast.errors import CheckpointError, ConfigError
 from gr00t_fast.inputs.data_config import load_data_config
+from gr00t_fast.inputs.dataset import LeRobotFrames
 from gr00t_fast.measurement import percentiles, provenance
 
 if TYPE_CHECKING:

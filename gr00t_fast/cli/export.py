@@ -28,11 +28,11 @@ from gr00t_fast.cli.shared_flags import (
     check_device,
 )
 from gr00t_fast.console import Progress
-from gr00t_fast.dataset import MIN_FRAMES
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError
+from gr00t_fast.inputs.dataset import MIN_FRAMES
 from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 
 if TYPE_CHECKING:

@@ -114,7 +114,7 @@ class RecordedEpisode(Policy):
     @classmethod
     def read(cls, directory: Path, number: int, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> RecordedEpisode:
         """Raises ConfigError for what is no data set of this arm, and for an episode that it has not."""
-        from gr00t_fast.dataset import LeRobotFrames  # opens it with lerobot, which takes seconds to import
+        from gr00t_fast.inputs.dataset import LeRobotFrames  # opens it with lerobot, which takes seconds to import
 
         if not (directory / "meta" / "info.json").is_file():
             raise ConfigError(f"--dataset={directory} is no LeRobotDataset (no meta/info.json). Name the directory that has meta/ and data/.")

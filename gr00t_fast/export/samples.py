@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.console import Progress
-from gr00t_fast.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.engine import Continuation, Engine, PolicyInputs
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.errors import EngineError
+from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -81,8 +81,8 @@ def collect_cases(
     prompt_style: str = "plain",
     camera_size: tuple[int, int] | None = None,
 ) -> tuple[list[Case], dict[str, Any]]:
-    """`frames` observations of the source `observations` (as `gr00t_fast.dataset.open_frames` takes it), each with noise of its own, and a
-    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.dataset.draw`. camera_size: of synthetic frames, where the
+    """`frames` observations of the source `observations` (as `gr00t_fast.inputs.dataset.open_frames` takes it), each with noise of its own, and a
+    description of them with their digest. `least`, `allow_few`: as for `gr00t_fast.inputs.dataset.draw`. camera_size: of synthetic frames, where the
     checkpoint does not say. Raises ConfigError for a source that does not fit."""
     options = {"data_config": target.data_config, "processor_path": processor_path, "prompt_style": prompt_style, "letterbox": target.letterbox}
     policy = transforms_only(target.checkpoint.path, embodiment_tag=target.embodiment_tag, **options)
