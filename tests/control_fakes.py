@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
+from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.worker import Worker
+from gr00t_fast.control.worker import ThreadWorker, Worker
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30
@@ -159,8 +159,14 @@ def policy_metadata(
     return PolicyMetadata(tag, cameras or {"webcam": (40, 32)}, fps, widths, widths, statistics, statistics, 16)
 
 
+def binding(cameras: dict[str, str] | None = None) -> RobotBinding:
+    """Between the fake arm and the fake policy."""
+    known, cameras = policy_metadata(), {"front": "webcam"} if cameras is None else cameras
+    return RobotBinding(modality_config(tuple(cameras.values())), known.state_widths, known.action_widths, SO100_JOINTS, cameras)
+
+
 class Bench:
-    """A loop with its fakes at hand."""
+    """A loop with its fakes at hand. Virtual time, unless a `clock` is given; the fakes then have a clock of their own."""
 
     def __init__(
         self,
@@ -169,25 +175,31 @@ class Bench:
         policy_horizon: int = 16,
         worker: Worker | None = None,
         recoverable: tuple = (),
+        control: ControllerOptions | None = None,
+        clock: Clock | None = None,
         **options: object,
     ) -> None:
+        """`control` replaces a controller that waits for inferences and plays `horizon` actions; `options` are LoopOptions."""
         self.clock = FakeClock()
         self.robot = FakeRobot(self.clock)
         self.policy = FakePolicy(self.clock, inference_s, policy_horizon)
-        known = self.policy.metadata
-        binding = RobotBinding(self.policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
-        fps, control = options.pop("fps", 30.0), ControllerOptions("sync", action_horizon=horizon)
-        worker = worker or VirtualWorker(self.clock)
-        controller = ChunkController(
-            self.policy, binding, "pick: the cube", self.clock, fps, control, worker or VirtualWorker(self.clock), recoverable
-        )
         self.said: list[str] = []
         self.stop = StopSignals()
-        options.setdefault("timeout_s", 1.0)
-        self.loop = ControlLoop(self.robot, controller, LoopOptions(fps, **options), self.clock, self.stop, echo=self.said.append)
+        fps, control = options.pop("fps", 30.0), control or ControllerOptions("sync", action_horizon=horizon)
+        worker = worker or (VirtualWorker(self.clock) if clock is None else ThreadWorker())
+        clock = clock or self.clock
+        self.controller = ChunkController(self.policy, binding(), "pick: the cube", clock, fps, control, worker, recoverable, echo=self.said.append)
+        self.loop = ControlLoop(
+            self.robot, self.controller, LoopOptions(fps, **{"timeout_s": 1.0, **options}), clock, self.stop, echo=self.said.append
+        )
 
     def sent(self) -> np.ndarray:
         return np.array([targets for _, targets in self.robot.sent])
 
     def times(self) -> np.ndarray:
         return np.array([time_s for time_s, _ in self.robot.sent])
+
+    @property
+    def underrun(self) -> int:
+        """Ticks at which the last target was held."""
+        return int(self.loop.trace.arrays()["underrun"].sum())

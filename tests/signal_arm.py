@@ -1,6 +1,6 @@
-"""A run with a fake arm that a test ends with signals: `python signal_arm.py LOG MODE`. Writes what happens, with times, to LOG.
+"""A run with a fake arm that a test ends with signals: `python signal_arm.py LOG MODE`. Writes what happens to LOG.
 
-MODE: `infer` (a three-second inference in small steps, as a network on a CPU), `land` (landing takes 0.6 s), `send` (each transfer takes
+MODE: `infer` (an inference of a minute in small steps, as a network on a CPU), `land` (landing takes 0.6 s), `send` (each transfer takes
 0.4 s).
 """
 
@@ -9,27 +9,23 @@ from __future__ import annotations
 import sys
 import time
 
-from control_fakes import FakeClock, FakePolicy, FakeRobot
+from control_fakes import Bench
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
-from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock, StopSignals
+from gr00t_fast.control.pacer import MonotonicClock
 
 
 def main(path: str, mode: str) -> int:
     log = open(path, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
 
     def note(event: str) -> None:
-        log.write(f"{time.time():.4f} {event}\n")
+        log.write(f"{event}\n")
 
-    clock = MonotonicClock()
-    policy, robot = FakePolicy(FakeClock()), FakeRobot(FakeClock())
+    bench = Bench(clock=MonotonicClock(), timeout_s=None)
+    policy, robot = bench.policy, bench.robot
 
     def infer(targets):
         note("infer")
-        for _ in range(3000 if mode == "infer" else 1):
+        for _ in range(60_000 if mode == "infer" else 1):
             time.sleep(0.001)
         note("inferred")
         return targets
@@ -48,14 +44,10 @@ def main(path: str, mode: str) -> int:
         return land()
 
     policy.on_action, robot.on_send, robot.land = infer, send, slow_land
-    binding = RobotBinding(
-        policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {"front": "webcam"}
-    )
-    with StopSignals() as stop:
-        loop = ControlLoop(robot, ChunkController(policy, binding, "go", clock, 30.0, ControllerOptions("sync")), LoopOptions(30.0), clock, stop)
-        trace = loop.run()
+    with bench.stop:
+        trace = bench.loop.run()
     note(f"ended by {trace.ended_by}")
-    return stop.exit_code or 0
+    return bench.stop.exit_code or 0
 
 
 if __name__ == "__main__":

@@ -132,14 +132,20 @@ def exports() -> Iterator[Record]:
 
 def control() -> Iterator[Record]:
     from control_fakes import FakeClock, FakeRobot
-    from test_threaded import ClockWorker
 
+    from benchmarks.lib.latency import VirtualWorker
     from gr00t_fast import load_policy
     from gr00t_fast.contracts import SO100_JOINTS
     from gr00t_fast.control.binding import RobotBinding
     from gr00t_fast.control.controller import ChunkController, ControllerOptions
     from gr00t_fast.control.loop import ControlLoop, LoopOptions
     from gr00t_fast.control.pacer import StopSignals
+
+    class Slow(VirtualWorker):
+        """Each call takes 0.2 s of the loop's time."""
+
+        def submit(self, call: Callable[[], Any]) -> None:
+            super().submit(lambda: (clock.advance(0.2), call())[1])
 
     policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
     known = policy.metadata
@@ -151,8 +157,7 @@ def control() -> Iterator[Record]:
         if smoothing is None:
             controller: Any = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("sync", action_horizon=8))
         else:
-            worker = ClockWorker(clock, 0.2)
-            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), worker)
+            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), Slow(clock))
         options = LoopOptions(FPS, episodes=2, timeout_s=2.0, seed=0)
         ControlLoop(robot, controller, options, clock, StopSignals(), echo=lambda line: None).run()
         yield f"{name}/times_s", np.array([time_s for time_s, _ in robot.sent])
