@@ -27,65 +27,50 @@ def started(start: np.ndarray = START, **options: object) -> SafetyFilter:
     return safety
 
 
-def test_a_harmless_target_passes_exactly() -> None:
-    safety = started()
-    target = START + np.array([0.1, -5.999, 3.3, 0.7, 1e-9, 2.0])
-    assert np.array_equal(safety(target), target)
-    assert not safety.clamped.any()
-    assert not safety.speed_limited.any()
+def at(joint: int, value: float) -> np.ndarray:
+    pose = START.copy()
+    pose[joint] = value
+    return pose
 
 
-def test_the_first_target_is_limited_against_the_measured_pose() -> None:
-    safety = started()
-    assert safety(START + 40)[0] == STEP
-    assert safety.speed_limited.tolist() == [1] * 6
-
-
-def test_a_leap_becomes_a_ramp_relative_to_the_last_command() -> None:
-    safety = started(max_speed_deg_s=150.0)
-    leap = START.copy()
-    leap[2] = -12
-    assert [safety(leap)[2] for _ in range(4)] == [-5, -10, -12, -12]
-    assert safety.speed_limited.tolist() == [0, 0, 2, 0, 0, 0]
-
-
-def test_clamps_to_limits_and_counts_per_joint() -> None:
-    safety = started(max_speed_deg_s=None)
-    assert safety(np.array([500.0, -500.0, 0, 0, 0, 101.0])).tolist() == [110, -110, 0, 0, 0, 100]
-    assert safety.clamped.tolist() == [1, 1, 0, 0, 0, 1]
-
-
-def test_an_arm_outside_its_range_is_led_back_not_thrown() -> None:
-    outside = START.copy()
-    outside[1] = -125
-    safety = started(outside, max_speed_deg_s=150.0)
-    assert [safety(outside)[1] for _ in range(4)] == [-120, -115, -110, -110]
+@pytest.mark.parametrize(
+    ("max_speed_deg_s", "begin", "target", "sent", "changed"),
+    [
+        (350.0, at(1, 0.0), at(1, -5.999), [-5.999], {}),
+        ("auto", at(0, 0.0), at(0, 40.0), [STEP], {"speed_limited": 1}),
+        (150.0, at(2, 0.0), at(2, -12.0), [-5, -10, -12, -12], {"speed_limited": 2}),
+        (None, at(0, 0.0), at(0, 500.0), [110], {"clamped": 1}),
+        (None, at(5, 50.0), at(5, -1.0), [0], {"clamped": 1}),
+        (150.0, at(1, -125.0), at(1, -125.0), [-120, -115, -110, -110], {"clamped": 4, "speed_limited": 2}),
+    ],
+    ids=["harmless", "from the measured pose", "a leap becomes a ramp", "range", "gripper", "an arm outside its range is led back, not thrown"],
+)
+def test_what_is_sent_and_counted(max_speed_deg_s: object, begin: np.ndarray, target: np.ndarray, sent: list[float], changed: dict[str, int]) -> None:
+    safety, joint = started(begin, max_speed_deg_s=max_speed_deg_s), int(np.argmax((begin != START) | (target != START)))
+    rest = [number for number in range(6) if number != joint]
+    for expected in sent:
+        got = safety(target)
+        assert got[joint] == expected
+        assert np.array_equal(got[rest], START[rest])
+    for counter in ("clamped", "speed_limited"):
+        assert getattr(safety, counter)[joint] == changed.get(counter, 0)
+        assert not getattr(safety, counter)[rest].any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite_is_held_counted_and_never_sent(bad: float) -> None:
-    safety = started(max_held_ticks=2)
-    good = safety(START + 1)
-    poisoned = START + 2
-    poisoned[3] = bad
+    """Only those in a row count towards the limit."""
+    safety, poisoned = started(max_held_ticks=2), at(3, bad)
+    assert np.array_equal(safety(poisoned), START), "before anything was sent, the measured pose"
+    good = safety(START + 1).copy()
+    safety(START + 1)[:] = 1e9
     for _ in range(2):
-        assert np.array_equal(safety(poisoned), good)
+        assert np.array_equal(safety(poisoned), good), "the caller cannot change it"
     with pytest.raises(UnsafeActionError, match=r"wrist_flex in 3 ticks in a row.*max_held_ticks"):
         safety(poisoned)
-    assert safety.held_ticks == 3
-
-
-def test_what_is_held_and_how_often() -> None:
-    unusable, safety = np.full(6, np.nan), started(max_held_ticks=1)
-    assert np.array_equal(safety(unusable), START), "before anything was sent, the measured pose"
-    safety(START)[:] = 1e9
-    assert np.array_equal(safety(unusable), START), "the caller cannot change it"
-    for _ in range(3):
-        safety(START)
-        safety(unusable)
-    assert safety.held_ticks == 5, "only those in a row count towards the limit"
+    assert safety.held_ticks == 4
     with pytest.raises(UnsafeActionError):
-        started(max_held_ticks=0)(unusable)
+        started(max_held_ticks=0)(poisoned)
 
 
 def test_a_new_episode_is_limited_against_the_new_pose() -> None:
@@ -96,28 +81,27 @@ def test_a_new_episode_is_limited_against_the_new_pose() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (7,), (1, 6), ()])
-def test_wrong_shape(shape: tuple[int, ...]) -> None:
+def test_wrong_shapes_and_poses_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsafeActionError, match=r"expected \(6,\)"):
         started()(np.zeros(shape))
-
-
-def test_a_pose_that_is_not_finite_is_refused() -> None:
     with pytest.raises(UnsafeActionError, match="not finite"):
         started(np.full(6, np.nan))
+
+
+OPTIONS = {"max_speed_deg_s": (0, np.nan), "max_following_error_deg": (0,), "max_held_ticks": (-1,), "stall_after_s": (0,)}
+OPTIONS |= {"stall_load_percent": (-1,), "stall_current_ma": (np.nan,)}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OPTIONS.items() for value in values])
+def test_options_must_make_sense(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=name):
+        gate(**{name: value})
 
 
 @pytest.mark.parametrize("limits", [LIMITS[:5], LIMITS[:, ::-1], LIMITS * np.nan])
 def test_limits_must_make_sense(limits: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="Calibrate"):
         gate(limits)
-
-
-@pytest.mark.parametrize(
-    "options", [{"max_speed_deg_s": 0}, {"max_speed_deg_s": float("nan")}, {"max_following_error_deg": 0}, {"max_held_ticks": -1}]
-)
-def test_options_must_make_sense(options: dict) -> None:
-    with pytest.raises(ConfigError):
-        gate(**options)
 
 
 def test_random_targets_stay_inside_both_limits() -> None:
@@ -143,30 +127,19 @@ def test_the_speed_limit_is_per_second_whatever_the_rate(fps: float) -> None:
         np.testing.assert_allclose(speed_deg_s, DEFAULT_MAX_SPEED_DEG_S)
 
 
-def test_a_blocked_joint_does_not_wind_its_goal_ahead() -> None:
-    safety = gate(max_following_error_deg=15.0)
-    safety.start(START)
-    target, sent = START + [90, 0, 0, 0, 0, 0], []
-    for tick in range(60):  # two seconds
-        safety.measured(START, tick / FPS)
-        sent.append(safety(target))
-    assert max(np.abs(goal - START).max() for goal in sent) == 15.0
-    assert safety.following_limited[0] > 50
-    safety.measured(START + [1, 0, 0, 0, 0, 0], 2.0)  # free again
-    assert 16.0 <= safety(target)[0] <= 15.0 + STEP
-    assert np.array_equal(safety.following_limited[1:], np.zeros(5))
-
-
 @pytest.mark.parametrize("fps", [5.0, 10.0, 30.0])
-def test_the_limit_of_a_blocked_joint_is_the_same_at_any_rate(fps: float) -> None:
+def test_a_blocked_joint_does_not_wind_its_goal_ahead_at_any_rate(fps: float) -> None:
     safety = gate(fps=fps, max_following_error_deg=15.0)
     safety.start(START)
-    for tick in range(round(3 * fps)):
+    target = START + [90, -90, 0, 0, 0, 0]
+    for tick in range(round(2 * fps)):
         safety.measured(START, tick / fps)
-        assert (
-            safety(START + [90, -90, 0, 0, 0, 0])[:2].tolist() == pytest.approx([min(15.0, STEP * FPS / fps), -min(15.0, STEP * FPS / fps)]) or tick
-        )
-        assert np.abs(safety.last - START).max() <= 15.0
+        ahead = safety(target)[:2]
+        step = min(15.0, STEP * FPS / fps) if tick == 0 else 15.0
+        assert ahead.tolist() == pytest.approx([step, -step])
+    assert (safety.following_limited > 0).tolist() == [True] * 2 + [False] * 4
+    safety.measured(START + [1, 0, 0, 0, 0, 0], 2.0)  # free again
+    assert 16.0 <= safety(target)[0] <= 15.0 + STEP * FPS / fps
 
 
 def test_the_allowance_for_a_moving_joint_counts_the_time_that_it_took() -> None:

@@ -132,8 +132,8 @@ def exports() -> Iterator[Record]:
 
 def control() -> Iterator[Record]:
     from control_fakes import FakeClock, FakeRobot
+    from virtual_worker import VirtualWorker
 
-    from benchmarks.lib.latency import VirtualWorker
     from gr00t_fast import load_policy
     from gr00t_fast.contracts import SO100_JOINTS
     from gr00t_fast.control.binding import RobotBinding
@@ -142,10 +142,18 @@ def control() -> Iterator[Record]:
     from gr00t_fast.control.pacer import StopSignals
 
     class Slow(VirtualWorker):
-        """Each call takes 0.2 s of the loop's time."""
+        """Each outcome is there after 0.2 s of the loop's time; waiting for it lets that pass."""
 
         def submit(self, call: Callable[[], Any]) -> None:
-            super().submit(lambda: (clock.advance(0.2), call())[1])
+            super().submit(call)
+            self.ready_s = clock.now_s() + 0.2
+
+        def poll(self) -> Any:
+            return super().wait() if self.busy and clock.now_s() >= self.ready_s else None
+
+        def wait(self, timeout_s: float | None = None) -> Any:
+            clock.sleep_until_s(self.ready_s)
+            return super().wait()
 
     policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
     known = policy.metadata
@@ -157,7 +165,7 @@ def control() -> Iterator[Record]:
         if smoothing is None:
             controller: Any = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("sync", action_horizon=8))
         else:
-            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), Slow(clock))
+            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), Slow([0]))
         options = LoopOptions(FPS, episodes=2, timeout_s=2.0, seed=0)
         ControlLoop(robot, controller, options, clock, StopSignals(), echo=lambda line: None).run()
         yield f"{name}/times_s", np.array([time_s for time_s, _ in robot.sent])
