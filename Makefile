@@ -9,7 +9,7 @@ PINS := setup.cfg pyproject.toml constraints.txt
 PYTHON312 ?= $(shell for candidate in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
 	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, 12))" 2>/dev/null && echo "$$candidate" && break; done)
 ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_faults.py tests/test_watchdog.py tests/test_put_down.py tests/test_cli.py \
-	tests/test_hostile_command_lines.py tests/test_end_to_end.py tests/test_lerobot_plugin.py
+	tests/test_end_to_end.py tests/test_lerobot_plugin.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable

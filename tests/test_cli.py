@@ -19,7 +19,7 @@ from gr00t_fast.cli import run as cli
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.recorder import DatasetRecorder
 from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
-from gr00t_fast.flags import flags_of
+from gr00t_fast.flags import UsageError, flags_of
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +115,7 @@ BAD = {
     "not a bool": ([*SIM, "--dry_run=maybe"], "neither true nor false"),
     "empty path": ([*SIM, "--out="], "needs a path"),
     "video suffix": ([*SIM, "--video=run.avi"], ".mp4 or .gif"),
+    "more than plain YAML": ([*SIM, "--camera_map={a: !!python/tuple [1]}"], "--camera_map"),
     "broken braces": ([*SIM, "--robot.cameras={front: {type: sim"], "--robot.cameras: cannot read"),
     "type without a space": ([*FOLLOWER, "--robot.cameras={front: {type:opencv, width: 640}}"], "space after the colon"),
     "camera without type": ([*FOLLOWER, "--robot.cameras={front: {index_or_path: 0}}"], "has no 'type'"),
@@ -145,6 +146,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case: str, capsys: pytest.C
     assert "<class" not in captured.err
 
 
+BOMB = "a: &a [x, x]\n" + "".join(f"{this}: &{this} [*{last}, *{last}]\n" for last, this in zip("abcdefgh", "bcdefghi", strict=True))
 FILES = {
     "unknown setting": ("model_pth: x\n", "unknown setting 'model_pth'"),
     "text read as a bool": ("lang_instruction: yes\n", "put the text in quotes"),
@@ -154,18 +156,33 @@ FILES = {
     "empty": ("", "holds no settings"),
     "unknown type": ("robot: {type: so1000}\n", "so1000"),
     "text for a group": ("robot: so100_sim\n", "`robot: {type: so100_sim}`"),
+    "a function": ("model_path: !!python/name:os.system", "python/name"),
+    "a program": ("model_path: !!python/object/apply:os.system ['touch hacked']", "python/object"),
+    "an include": ("model_path: !include /etc/hostname", "!include"),
+    "a merged file": ("<<: !include /etc/hostname", "merging"),
+    "more than any memory holds": (BOMB, "references"),
+    "a name twice": ("seed: 1\nseed: 2", "twice"),
+    "nested deeply": ("[" * 100_000, "cannot read"),
+    "a zero byte": ("model_path: \x00", "cannot read"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_bad_config_file(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_config_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     content, message = FILES[case]
-    path = tmp_path / "run.yaml"
-    path.write_text(content)
-    assert cli.main([f"--config_path={path}", "--model_path=m", *([] if "lang" in content else SIM[2:])]) == 2
+    Path("run.yaml").write_text(content)
+    assert cli.main(["--config_path=run.yaml", "--model_path=m", *([] if "lang" in content else SIM[2:])]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+def test_a_pipe_as_config_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UsageError, match=r"config\.yaml"):
+        cli.parse([*SIM, f"--config_path={tmp_path / 'config.yaml'}"])
 
 
 def test_presets_parse_and_flags_win() -> None:
@@ -425,3 +442,12 @@ def test_help_all_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> Non
     for flag in flags_of(cli.RunConfig):
         assert flag.help, flag.name
         assert f"--{flag.name}=" in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_a_full_disk_as_output_is_said() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "so100_inference_optimized.py", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

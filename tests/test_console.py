@@ -8,11 +8,9 @@ import io
 import logging
 import os
 import pty
-import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,35 +72,6 @@ def test_a_closed_stream_and_letters_that_the_terminal_lacks_end_nothing(monkeyp
     assert raw.getvalue() == b"a gauche: \\xe0 gauche\nlater\n"
 
 
-def test_printing_is_safe_in_a_finaliser_and_after_an_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-
-    class Interrupted(BaseException):
-        pass
-
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
-    class Talker:
-        def __del__(self) -> None:
-            print("finalised")
-
-    before, rounds = signal.signal(signal.SIGALRM, interrupt), 300
-    try:
-        with Console():
-            for number in range(rounds):
-                with contextlib.suppress(Interrupted):
-                    signal.setitimer(signal.ITIMER_REAL, 0.0001 + 0.000002 * number)
-                    end_s = time.monotonic() + 0.002  # the interruption may fall into the finaliser, and is lost there
-                    while time.monotonic() < end_s:
-                        print("x")
-                        Talker()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert "finalised" in capsys.readouterr().out
-
-
 @contextlib.contextmanager
 def full_pipe() -> Iterator[int]:
     """The writing end of a pipe that takes nothing any more."""
@@ -117,41 +86,18 @@ def full_pipe() -> Iterator[int]:
     os.close(reader)
 
 
-def test_a_bug_on_a_terminal_that_takes_nothing_ends_the_program_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bug", "code"), [(False, 0), (True, 1)])
+def test_a_pipe_that_nobody_reads_holds_up_neither_the_run_nor_its_end(bug: bool, code: int, tmp_path: Path) -> None:
+    """As a terminal that is stopped (Ctrl-S)."""
     with full_pipe() as writer:
-        program = start(tmp_path / "landed", "--timeout=2", bug=True, stdout=writer, stderr=writer)
+        program = start(tmp_path / "landed", "--timeout=1", f"--out={tmp_path / 'out'}", bug=bug, stdout=writer, stderr=writer)
         try:
-            assert program.wait(60) == 1
-        finally:
-            program.kill()
-    assert (tmp_path / "landed").exists()
-
-
-def test_a_pipe_that_nobody_reads_holds_up_neither_the_run_nor_its_end(tmp_path: Path) -> None:
-    with full_pipe() as writer:
-        program = start(tmp_path / "landed", "--timeout=1", f"--out={tmp_path / 'out'}", stdout=writer, stderr=writer)
-        try:
-            assert program.wait(60) == 0
-            ended_s = time.time()
+            assert program.wait(60) == code
         finally:
             program.kill()
     landed_s, began_s = float((tmp_path / "landed").read_text()), float((tmp_path / "landed.began").read_text())
-    assert landed_s - began_s < 1 + 2
-    assert ended_s - landed_s < 10  # on a busy machine; the report has a plot
+    assert landed_s - began_s < 1 + 10
     assert (tmp_path / "out" / "report.json").is_file()
-
-
-def test_a_stopped_terminal_holds_up_nothing(tmp_path: Path) -> None:
-    """Ctrl-S: the terminal takes nothing until Ctrl-Q."""
-    master, slave = pty.openpty()
-    termios.tcflow(slave, termios.TCOOFF)
-    program = start(tmp_path / "landed", "--timeout=1", stdout=slave, stderr=slave)
-    try:
-        assert program.wait(60) == 0
-    finally:
-        program.kill()
-        os.close(slave)
-        os.close(master)
 
 
 def test_a_closed_terminal_lands_with_its_own_exit_code(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def _cut(copy: Path) -> None:
     [
         (_lose_a_shard, [], ["incomplete", "model-00002-of-00002.safetensors"], 1),
         (_cut, [], ["incomplete", "cut short"], 1),
+        (shutil.rmtree, [], ["is not usable"], 1),
         (lambda copy: (copy / "eagle2_hg_model" / "tokenizer.json").unlink(), [], ["no tokenizer files"], 0),
         (lambda copy: None, ["--embodiment_tag=gr1"], ["gr1", "--embodiment_tag=new_embodiment"], 1),
         (lambda copy: None, ["--data_config=so100_dualcam"], ["so100_dualcam"], 1),
