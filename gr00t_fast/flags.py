@@ -46,41 +46,33 @@ OUTPUTS = "outputs"  # the group of what a program leaves
 _TRUE, _FALSE, _NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("null", "none", "~")
 _WIDTH, _INDENT = 92, 34
 
-_ADDRESS = "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run."
-_IN_THE_EXPORT = "That is chosen when the engine is made: gr00t-fast export tensorrt --precision."
-_DATA_SET = "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name."
-# Flags of Isaac-GR00T's scripts and of lerobot's programs, and what is in their place here; a name that ends in a dot stands for what begins with it.
-_FLAGS_OF_OTHERS = {
-    **dict.fromkeys(("policy_host", "policy_port", "host", "port", "client"), _ADDRESS),
-    "server": "This program is the server: leave the flag out.",
-    "http_server": "HTTP is spoken by gr00t-fast serve --http.",
-    "use_tensorrt": "Use --engine=tensorrt.",
-    "trt_engine_path": "Use --engine_path=DIR.",
-    **dict.fromkeys(("vit_dtype", "llm_dtype", "dit_dtype"), _IN_THE_EXPORT),
-    "play_sounds": "Nothing is spoken here: leave the flag out.",
-    "use_policy": "The policy always drives the arm: leave the flag out.",
-    "actions_to_execute": "A run's length is given in seconds: --timeout=SECONDS.",
-    "cam_idx": 'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".',
-    "record_imgs": "Use --video=FILE.mp4.",
-    **dict.fromkeys(("policy.path", "policy.pretrained_path"), "Use --model_path=DIR."),
-    "policy.type": "The checkpoint says which network it is: --model_path=DIR is enough.",
-    "policy.": "Settings of the network are flags of their own, such as --device and --denoising_steps.",
-    **dict.fromkeys(("dataset.single_task", "task"), 'Use --lang_instruction="...".'),
-    "dataset.num_episodes": "Use --episodes=N.",
-    **dict.fromkeys(("dataset.episode_time_s", "duration"), "Use --timeout=SECONDS."),
-    "dataset.reset_time_s": "Use --reset_time_s=SECONDS.",
-    "dataset.fps": "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.",
-    **dict.fromkeys(("dataset.rename_map", "rename_map"), 'Use --camera_map="{mine: checkpoint\'s}".'),
-    "dataset.push_to_hub": "Nothing is uploaded here: leave the flag out.",
-    "dataset.": _DATA_SET,
-    **dict.fromkeys(("display_data", "display_ip", "display_port"), "Use --display, or --display=HOST:PORT."),
-    "resume": "Use --record_append=true, beside --record.",
-    "strategy.": "The policy drives the arm from start to end, as lerobot's strategy base: leave the flag out.",
-    "actions_per_chunk": "Use --action_horizon=N.",
-    "aggregate_fn_name": "Use --smoothing=rtc, or --smoothing=prefix.",
-    "inference.": "Use --controller=threaded --smoothing=rtc for real-time chunking.",
-    "teleop.": "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.",
+# Flags of Isaac-GR00T's scripts and of lerobot's programs by what is in their place here; a name that ends in a dot stands for what begins with it.
+_IN_PLACE_OF_OTHERS = {
+    "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run.": "policy_host policy_port host port client",
+    "This program is the server: leave the flag out.": "server",
+    "HTTP is spoken by gr00t-fast serve --http.": "http_server",
+    "Use --engine=tensorrt.": "use_tensorrt",
+    "Use --engine_path=DIR.": "trt_engine_path",
+    "That is chosen when the engine is made: gr00t-fast export tensorrt --precision.": "vit_dtype llm_dtype dit_dtype",
+    "Nothing like it is needed here: leave the flag out.": "play_sounds use_policy dataset.push_to_hub strategy.",
+    "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute duration dataset.episode_time_s",
+    'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
+    "Use --video=FILE.mp4.": "record_imgs",
+    "Use --model_path=DIR: the checkpoint says which network it is.": "policy.path policy.pretrained_path policy.type",
+    "Settings of the network are flags of their own, such as --device and --denoising_steps.": "policy.",
+    'Use --lang_instruction="...".': "dataset.single_task task",
+    "Use --episodes=N.": "dataset.num_episodes",
+    "Use --reset_time_s=SECONDS.": "dataset.reset_time_s",
+    "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.": "dataset.fps",
+    'Use --camera_map="{mine: checkpoint\'s}".': "dataset.rename_map rename_map",
+    "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
+    "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
+    "Use --record_append=true, beside --record.": "resume",
+    "Use --action_horizon=N.": "actions_per_chunk",
+    "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
+    "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
 }
+_FLAGS_OF_OTHERS = {name: remedy for remedy, names in _IN_PLACE_OF_OTHERS.items() for name in names.split()}
 # Names that lerobot had for an arm before version 0.2 -> as it is called since.
 _WORDS_OF_OTHERS = {"so100": "so100_follower", "so101": "so101_follower"}
 
@@ -417,19 +409,14 @@ def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], 
         raise UsageError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
     if "schema" in content and isinstance(content.get("settings"), dict):
         content = content["settings"]  # of a run's report
-    written = dict(_flatten(path, content, {**also, **table}))
-    foreign = any(name in also and name not in table for name in written)
-    left_out = {name for name, flag in also.items() if flag.group == OUTPUTS or name in not_from_file}
-    unused = {name: flag for name, flag in also.items() if name not in table or (foreign and name in left_out)}
-    known, settings = {**table, **unused}, {}
-    for name, value in written.items():
-        flag = known.get(name)
-        if name == CONFIG_FLAG:
-            raise UsageError(f"{path}: {CONFIG_FLAG} cannot stand in a file; one file does not read another.")
-        if flag is None:
-            raise UsageError(f"unknown setting '{name}' in {path}.{closest(name, known)} {more}")
-        settings[name] = None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value)
-    return {name: value for name, value in settings.items() if name not in unused}
+    known = {name: flag for name, flag in {**also, **table}.items() if name != CONFIG_FLAG}  # one file does not read another
+    written = dict(_flatten(path, content, known))
+    for unknown in written.keys() - known.keys():
+        raise UsageError(f"unknown setting '{unknown}' in {path}.{closest(unknown, known)} {more}")
+    if not written.keys() <= table.keys():  # it is the other program's
+        written = {name: value for name, value in written.items() if name not in not_from_file and not (name in also and also[name].group == OUTPUTS)}
+    used = {name: (table[name], value) for name, value in written.items() if name in table}
+    return {name: None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value) for name, (flag, value) in used.items()}
 
 
 def _flatten(path: Path, content: Mapping[str, Any], table: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -496,15 +483,15 @@ def _value(where: str, flag: Flag, raw: Any) -> Any:
 
 
 def _typed(where: str, hint: Any, raw: Any) -> Any:
-    inner, kind = _without_none(hint), _kind(hint)
+    inner, kind, words = _without_none(hint), _kind(hint), _words_of(_without_none(hint))
     if raw is None or (kind in ("whole", "number") and str(raw).lower() in _NULL):
         if hint is Any or type(None) in typing.get_args(hint):
             return None
         raise UsageError(f"{where} needs a value.")
     if kind == "choice":
-        return _chosen_word(where, _words_of(inner), raw)
+        return _chosen_word(where, words, raw)
     if kind in ("whole", "number"):
-        return str(raw) if str(raw) in map(str, _words_of(hint)) else _number(where, kind, raw, _words_of(hint))
+        return str(raw) if str(raw) in map(str, words) else _number(where, kind, raw, words)
     if kind == "list":
         return [_typed(where, _item_of(inner), each) for each in (raw if isinstance(raw, list | tuple) else [raw])]
     if kind == "bool":
@@ -523,10 +510,11 @@ def _typed(where: str, hint: Any, raw: Any) -> Any:
 def _mapping(where: str, hint: Any, raw: Any) -> dict[str, Any]:
     of_choice, item = _is_choice(typing.get_args(hint)[1]), typing.get_args(hint)[1]
     example = "{front: {type: opencv, index_or_path: 0}}" if of_choice else "{front: webcam}"
-    if isinstance(raw, dict) and any(":" in str(name) and value is None for name, value in raw.items()):  # what YAML makes of `{a:b}`
-        raise UsageError(f'{where}: got {dict(raw)!r}. YAML wants a space after the colon, e.g. "{example}".')
-    if not isinstance(raw, dict) or not all(isinstance(name, str | int) for name in raw):
-        raise UsageError(f'{where}: expected names with {"settings" if of_choice else "values"} in braces, e.g. "{example}", got {raw!r}.')
+    glued = isinstance(raw, dict) and any(":" in str(name) and value is None for name, value in raw.items())  # what YAML makes of `{a:b}`
+    if glued or not isinstance(raw, dict) or not all(isinstance(name, str | int) for name in raw):
+        colon = " YAML wants a space after the colon." if glued else ""
+        what = "settings" if of_choice else "values"
+        raise UsageError(f'{where}: expected names with {what} in braces, e.g. "{example}", got {raw!r}.{colon}')
     if of_choice:
         return {str(name): _chosen(f"{where}.{name}", item, value) for name, value in raw.items()}
     return {str(name): _typed(f"{where}.{name}", item, str(value) if item is str else value) for name, value in raw.items()}
