@@ -21,13 +21,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
-
-import numpy as np
 
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
 from benchmarks.lib.program import (
@@ -49,23 +47,6 @@ _TRAINED_HORIZON = 16  # of SO-100 fine-tunes, N1.5's and N1.7's
 _INSTRUCTION = "Place the block in the bowl"
 
 
-@dataclass(frozen=True)
-class Advice:
-    """Settings for one control rate. `action_horizon` None: play all. `bridges`: whether such chunks keep the arm moving."""
-
-    fps: float
-    delay_ticks: int
-    needed_actions_per_chunk: int
-    actions_per_chunk: int
-    controller: str
-    bridges: bool
-    action_horizon: int | None
-    sync_is_enough: bool
-    sync_pause_ticks_per_chunk: int
-    highest_fps_without_pauses: float
-    reason: str
-
-
 def profile(policy: Policy, observation: dict[str, Any], rounds: int = 100, warm_up: int = 3) -> list[float]:
     """Latency of each call in seconds. Raises ConfigError for fewer than 50 calls."""
     if rounds < _ENOUGH_CALLS:
@@ -81,13 +62,14 @@ def profile(policy: Policy, observation: dict[str, Any], rounds: int = 100, warm
     return latencies_s
 
 
-def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
+def advise(p99_s: float, fps: float, actions_per_chunk: int) -> dict[str, Any]:
     """What to set for a policy that answers `actions_per_chunk` actions within `p99_s`. Raises ConfigError for figures that are none."""
-    if not (math.isfinite(p99_s) and p99_s >= 0 and fps > 0 and actions_per_chunk >= 1):
+    if not (0 < p99_s < math.inf and fps > 0 and actions_per_chunk >= 1):
         raise ConfigError(f"expected a latency, a rate and a chunk length, got {p99_s} s, {fps} Hz, {actions_per_chunk} actions.")
     delay = math.ceil(p99_s * fps - 1e-9)
     needed, sync = needed_actions(delay), p99_s + SYNC_MARGIN_S <= 1 / fps
     bridges = actions_per_chunk >= needed
+    longest = max(0, (actions_per_chunk - BRIDGE_MARGIN_TICKS) // 2)  # delay in ticks that the chunk bridges
     if sync:
         reason = f"an inference and {1000 * SYNC_MARGIN_S:g} ms for bus and cameras fit between two ticks: the plain loop does not pause"
     elif bridges:
@@ -98,66 +80,43 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> Advice:
             "runs out of actions and leaves out what was due meanwhile; sync pauses, but plays every action. Lower the rate, "
             "the denoising steps or the latency"
         )
-    return Advice(
-        fps,
-        delay,
-        needed,
-        actions_per_chunk,
-        "threaded" if bridges and not sync else "sync",
-        bridges,
-        None,  # the tail of a chunk is a reserve for the one inference in a hundred that takes longer
-        sync,
-        0 if sync else delay,
-        highest_fps(p99_s, actions_per_chunk),
-        reason,
-    )
-
-
-def highest_fps(p99_s: float, actions_per_chunk: int) -> float:
-    """The highest control rate in Hz, rounded down to 0.1, at which the arm never waits, with overlap or without."""
-    whole_ticks = max(0, (actions_per_chunk - BRIDGE_MARGIN_TICKS) // 2)  # the longest delay that the chunk bridges
-    overlapped = whole_ticks / p99_s if p99_s > 0 else math.inf
-    best = max(overlapped, 1 / (p99_s + SYNC_MARGIN_S))
-    return math.floor(10 * best + 1e-6) / 10 if math.isfinite(best) else best
+    return {
+        "fps": fps,
+        "delay_ticks": delay,
+        "needed_actions_per_chunk": needed,
+        "actions_per_chunk": actions_per_chunk,
+        "controller": "threaded" if bridges and not sync else "sync",
+        "bridges": bridges,
+        "sync_is_enough": sync,
+        "sync_pause_ticks_per_chunk": 0 if sync else delay,
+        "highest_fps_without_pauses": math.floor(10 * max(longest / p99_s, 1 / (p99_s + SYNC_MARGIN_S)) + 1e-6) / 10,  # with overlap or without
+        "reason": reason,
+    }
 
 
 def run(arguments: Config) -> dict[str, Any]:
     if arguments.latency_ms:
         delay = parse_latency(arguments.latency_ms)
-        latency_ms = {"p50": 1000 * delay.at(0.5), "p95": 1000 * delay.at(0.95), "p99": 1000 * delay.at(0.99)}
-        horizon, latencies_s = arguments.actions_per_chunk or _TRAINED_HORIZON, None
+        measured: dict[str, Any] = {"latency_ms": {f"p{percent}": 1000 * delay.at(percent / 100) for percent in (50, 95, 99)}}
+        horizon, weights = arguments.actions_per_chunk or _TRAINED_HORIZON, f"latency {Path(arguments.latency_ms).name}"
     else:
         from gr00t_fast import load_policy  # imports torch
 
-        policy = load_policy(checkpoint_of(arguments), **arguments.options())
+        policy, weights = load_policy(checkpoint_of(arguments), **arguments.options()), weights_of(arguments)
         observation = policy.example_observation(_INSTRUCTION)
         horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
-        latencies_s = profile(policy, observation, arguments.rounds, arguments.warm_up)
-        latency_ms = percentiles(1000 * np.array(latencies_s))
-    advice = [advise(latency_ms["p99"] / 1000, fps, horizon) for fps in arguments.fps]
-    return {
-        "benchmark": "inference_profiler",
-        "latency_ms": latency_ms,
-        "samples_ms": None if latencies_s is None else [round(1000 * value, 3) for value in latencies_s],
-        "advice": [_finite(asdict(each)) for each in advice],
-        "weights": f"latency {Path(arguments.latency_ms).name}" if arguments.latency_ms else weights_of(arguments),
-        "engine": None if latencies_s is None else policy.engine.name,
-        "device": None if latencies_s is None else str(policy.device),
-        "rounds": None if latencies_s is None else len(latencies_s),
-        **provenance(arguments.seed),
-    }
-
-
-def _finite(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in fields.items()}
+        samples_ms = [1000 * each for each in profile(policy, observation, arguments.rounds, arguments.warm_up)]
+        measured = {"latency_ms": percentiles(samples_ms), "samples_ms": [round(each, 3) for each in samples_ms], "rounds": len(samples_ms)}
+        measured |= {"engine": policy.engine.name, "device": str(policy.device)}
+    advice = [advise(measured["latency_ms"]["p99"] / 1000, fps, horizon) for fps in arguments.fps]
+    return {"benchmark": "inference_profiler", **measured, "advice": advice, "weights": weights, **provenance(arguments.seed)}
 
 
 def as_table(result: dict[str, Any]) -> str:
     p = result["latency_ms"]
     names = {"delay, ticks": "delay_ticks", "needed actions": "needed_actions_per_chunk", "has": "actions_per_chunk", "controller": "controller"}
     names |= {"highest fps without pauses": "highest_fps_without_pauses"}
-    rows = [(f"{row['fps']:g}", *("-" if row[key] is None else row[key] for key in names.values())) for row in result["advice"]]
+    rows = [(f"{row['fps']:g}", *(row[key] for key in names.values())) for row in result["advice"]]
     measured = f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})"
     reasons = "\n".join(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])
     return "\n\n".join([measured, markdown_table(("fps", *names), rows), reasons])

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(result: dict[str, Any]) -> int:
-    return 0 if all(policy["success_rate"] == 1.0 for policy in result["policies"].values()) else 1
+    return 1 if result["not_measured"] or any(policy["failures"] for policy in result["policies"].values()) else 0
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -81,6 +81,14 @@ def run(config: Config) -> dict[str, Any]:
         scratch=config.out,
         seed=config.seed,
     )
+    policies: dict[str, dict[str, Any]] = {}
+    not_measured: dict[str, str] = {}
+    for name in dict.fromkeys(config.policies):
+        print(f"{name} ...", file=sys.stderr)
+        try:
+            ((_, policies[name]),) = in_processes(measure, [(name, setting, config)], 1)
+        except _FAULTS as error:
+            not_measured[name] = f"{type(error).__name__}: {error}"
     return {
         "benchmark": "simple_benchmark",
         "published_sizes": setting.published,
@@ -89,23 +97,11 @@ def run(config: Config) -> dict[str, Any]:
         "cameras": len(setting.cameras),
         "resolution": list(setting.resolution),
         "control_hz": CONTROL_HZ,
-        "policies": {name: measure_alone(name, setting, config) for name in dict.fromkeys(config.policies)},
+        "policies": policies,
+        "not_measured": not_measured,
         "notes": NOTES,
         **provenance(setting.seed),
     }
-
-
-def measure_alone(name: str, setting: Setting, config: Config) -> dict[str, Any]:
-    """`measure` in a process of its own; a row without figures, with the reason, where that failed or the process died."""
-    print(f"{name} ...", file=sys.stderr)
-    try:
-        ((_, row),) = in_processes(measure, [(name, setting, config)], 1)
-        return row
-    except _FAULTS as error:
-        reason = f"not measured: {type(error).__name__}: {error}"
-        absent = ("network", "dtype", "parameters", "actions_per_chunk", "memory_bytes", "build_s", "step_ms", "refill_ms", "all_ms")
-        absent += ("amortised_ms_per_tick",)
-        return {"name": name, **dict.fromkeys(absent), "success_rate": 0.0, "failures": [reason], "stopped_early": False}
 
 
 def measure(name: str, setting: Setting, config: Config) -> dict[str, Any]:
@@ -189,32 +185,26 @@ def as_table(result: dict[str, Any]) -> str:
         for kind in _KINDS:
             found = p[f"{kind}_ms"] or {"count": 0}
             calls.append((label, kind, found["count"], *(figure(found.get(name)) for name in _FIGURES)))
-        built = p["parameters"] is not None
-        sizes = (f"{p['parameters']:,}", f"{p['memory_bytes'] / 1e6:.0f}", p["actions_per_chunk"]) if built else ("-", "-", "-")
-        network = f"{p['network']}, {p['dtype']}" if built else "not measured"
-        facts.append((label, network, *sizes, figure(p["amortised_ms_per_tick"]), f"{100 * p['success_rate']:.1f}%"))
+        sizes = (f"{p['parameters']:,}", f"{p['memory_bytes'] / 1e6:.0f}", p["actions_per_chunk"])
+        facts.append((label, f"{p['network']}, {p['dtype']}", *sizes, figure(p["amortised_ms_per_tick"]), f"{100 * p['success_rate']:.1f}%"))
     parts = [markdown_table(("policy", "call", "count", *(f"{name}, ms" for name in _FIGURES)), calls, 2)]
     parts.append(markdown_table(("policy", "network", "parameters", "memory MB", "chunk", "ms per tick", "success"), facts, 2))
     return "\n\n".join([*parts, "\n".join(f"* {line}" for line in sentences(result))])
 
 
-def ratios(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each policy to the fastest, by median: refill against refill and amortised against amortised, never one against the other."""
-    found = {}
-    for kind, value in (("refill", lambda p: (p["refill_ms"] or {}).get("median")), ("amortised", lambda p: p["amortised_ms_per_tick"])):
-        values = {p["name"]: value(p) for p in result["policies"].values() if value(p)}
-        if values:
-            found[kind] = {name: round(ms / min(values.values()), 1) for name, ms in values.items()}
-    return found
-
-
 def sentences(result: dict[str, Any]) -> Iterator[str]:
+    """Ratios are of refill to refill and amortised to amortised, never of one to the other."""
     if not result["published_sizes"]:
         yield "small networks: these figures try out the benchmark and say nothing about the policies; --published does"
-    for kind, values in ratios(result).items():
+    yield from (f"{name}: not measured: {reason}" for name, reason in result["not_measured"].items())
+    policies = result["policies"].values()
+    for kind, values in (
+        ("refill", {p["name"]: p["refill_ms"]["median"] for p in policies if p["refill_ms"]}),
+        ("amortised", {p["name"]: p["amortised_ms_per_tick"] for p in policies if p["amortised_ms_per_tick"]}),
+    ):
         ordered = sorted(values.items(), key=lambda item: item[1])
-        yield f"{kind}, times the fastest: {', '.join(f'{name} {ratio:g}x' for name, ratio in ordered)}"
-    for p in result["policies"].values():
+        yield f"{kind}, times the fastest: {', '.join(f'{name} {ms / ordered[0][1]:.1f}x' for name, ms in ordered)}"
+    for p in policies:
         if p["refill_ms"]:
             ticks = p["refill_ms"]["median"] * result["control_hz"] / 1000
             yield f"{p['name']}: a refill takes {ticks:.1f} ticks at {result['control_hz']:g} Hz{': the arm waits' if ticks > 1 else ''}"

@@ -48,14 +48,6 @@ def test_the_reference_runs_on_the_shipped_checkpoint(tmp_path: Path, capsys: py
     assert reference["times_as_fast_as"]["4"]["eager"]["median"] > 0
 
 
-def test_an_export_is_an_engine_like_any_other(tiny_export: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime", reason="needs `pip install 'gr00t_fast[export]'`")
-    checkpoint, export = tiny_export
-    result = run(tmp_path, capsys, f"--model_path={checkpoint}", "--engines", "eager", f"onnxruntime={export}")
-    assert result["engines"]["onnxruntime"]["within_limit"]
-    assert result["engines"]["onnxruntime"]["arithmetic"] == "fp32"
-
-
 def test_a_named_engine_that_cannot_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tmp_path, capsys, "--engines", "eager", "cuda_graph", code=2)
     assert "engine 'cuda_graph' needs a CUDA GPU" in capsys.readouterr().err
@@ -82,24 +74,6 @@ def test_a_random_network_is_made_where_it_runs() -> None:
     assert torch.isfinite(actions).all()
     assert 0.05 < float((actions - noise).abs().mean()) < 20
     assert all(float(parameter.float().std()) > 0 for parameter in model.parameters() if parameter.numel() > 1)
-
-
-def test_errors_can_be_measured_on_what_an_arm_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "seen").mkdir()
-    example = load_policy(TRAINED, device="cpu", precision="fp32", engine="eager").example_observation()
-    rng, rows = np.random.default_rng(0), {}
-    for key, value in example.items():
-        if key.startswith("video."):
-            rows[key] = rng.integers(0, 256, (5, *value.shape[1:]), dtype=np.uint8)
-        elif key.startswith("state."):
-            rows[key] = np.repeat(value, 5, axis=0)
-        else:
-            rows[key] = np.array(["reach the block"] * 5)
-    np.savez(tmp_path / "seen" / "000.npz", **rows)
-    result = run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'seen'}", "--frames=100")
-    assert (result["observations"], result["of"]) == (5, "seen")
-    run(tmp_path, capsys, "--engines", "eager", f"--observations={tmp_path / 'nowhere'}", code=2)
-    assert "neither a LeRobotDataset" in capsys.readouterr().err
 
 
 def test_limits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
@@ -33,32 +34,14 @@ class Config(PolicyFlags):
 
 
 def flags(*words: str) -> Config:
-    return read_flags(Config, words, "What it does.", required=("model_path",))
+    return read_flags(Config, words, "What it does.")
 
 
-def test_one_dialect() -> None:
-    for words in (
-        ["--latency-ms=1,2.5", "--model-path", "a b"],
-        ["--latency_ms", "1", "2.5", "--model_path=a b"],
-    ):
-        config = flags(*words, "--engines", "eager:bf16", "openvino=DIR", "--json")
-        assert (config.latency_ms, config.model_path, config.engines, config.json) == ([1.0, 2.5], Path("a b"), ["eager:bf16", "openvino=DIR"], True)
-    assert flags("--model_path=x").options()["precision"] == "auto"
-
-
-@pytest.mark.parametrize(("words", "told"), [(["--presision=fp32"], "--precision"), ([], "--model_path"), (["--latency_ms", "soon"], "--latency_ms")])
+@pytest.mark.parametrize(("words", "told"), [(["--presision=fp32"], "--precision"), (["--latency_ms", "soon"], "--latency_ms")])
 def test_a_mistake_names_the_flag_and_ends_with_2(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         flags(*words)
     assert told in capsys.readouterr().err
-
-
-def test_help_names_defaults_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        flags("--help")
-    shown = capsys.readouterr().out
-    assert "What it does." in shown
-    assert "injected [0.0,50.0]" in shown
 
 
 def test_an_out_that_cannot_be_a_directory_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +123,13 @@ def test_two_cameras_need_no_checkpoint_of_ones_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bench_engines.json").read_text())["cameras"] == 2
 
 
-def test_an_interrupt_while_processes_begin_ends_them() -> None:
+def test_an_interrupt_ends_the_processes() -> None:
     def jobs() -> Iterator[tuple[float]]:
         yield (600.0,)
-        signal.raise_signal(signal.SIGINT)  # held back until all have begun, and raised then
+        signal.raise_signal(signal.SIGINT)
 
     began_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         list(in_processes(time.sleep, jobs(), 1))
     assert time.monotonic() - began_s < 300
+    assert multiprocessing.active_children() == []

