@@ -25,6 +25,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -48,11 +49,10 @@ from benchmarks.lib.program import (
 )
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, TickNote
+from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, ThreadWorker, TickNote, Worker
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.control.worker import CallResult, ThreadWorker, Worker
 from gr00t_fast.errors import ConfigError, require
 
 Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async"]
@@ -187,6 +187,7 @@ class FifoController:
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
         self.note, self.instruction = TickNote(), ""
+        self._call: Future[tuple[int, ActionChunk]] | None = None
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
         self._row = 0
@@ -206,17 +207,17 @@ class FifoController:
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
         self._submit(observation, 0)
-        self._take(self._worker.wait())
+        self._call.exception()  # waits
+        self._take()
         return self._queue[0][1]
 
     def see(self, observation: Observation, tick: int) -> None:
-        if not self._worker.busy and len(self._queue) < self._depth:
+        if self._call is None and len(self._queue) < self._depth:
             self._submit(observation, tick)
 
     def next_target(self, tick: int) -> np.ndarray:
-        outcome = self._worker.poll()
-        if outcome is not None:
-            self._take(outcome)
+        if self._call is not None and self._call.done():
+            self._take()
         entered = None
         if self._queue and (self._playing is None or self._row >= len(self._playing[1].targets)):
             entered = None if self._playing is None else self._queue[0][1]  # the loop itself notes the first one
@@ -236,12 +237,11 @@ class FifoController:
         return self._worker.close(timeout_s)
 
     def _submit(self, observation: Observation, tick: int) -> None:
-        self._worker.submit(lambda: (tick, self._runner.infer(observation)[0]))
+        self._call = self._worker.submit(lambda: (tick, self._runner.infer(observation)[0]))
 
-    def _take(self, outcome: CallResult) -> None:
-        if outcome.error is not None:
-            raise outcome.error
-        self._queue.append(outcome.value)
+    def _take(self) -> None:
+        call, self._call = self._call, None
+        self._queue.append(call.result())
 
 
 # --- the arm and its scene ----------------------------------------------------------------------------------------------------------------

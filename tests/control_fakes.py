@@ -10,10 +10,9 @@ import numpy as np
 from benchmarks.lib.latency import VirtualWorker
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
+from gr00t_fast.control.controller import ChunkController, ControllerOptions, ThreadWorker, Worker
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.worker import ThreadWorker, Worker
 
 LIMITS = np.array([[-110.0, 110.0]] * 5 + [[0.0, 100.0]])
 TICK_S = 1 / 30

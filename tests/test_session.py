@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from control_fakes import Bench
 
+from gr00t_fast.control.controller import ThreadWorker
 from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys, Session
-from gr00t_fast.control.worker import ThreadWorker
 from gr00t_fast.errors import ObservationError, RobotError
 
 PATIENCE_S = 60.0

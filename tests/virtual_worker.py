@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
-from gr00t_fast.control.worker import CallResult
+from benchmarks.lib.latency import VirtualCall
+
+
+class Call(VirtualCall):
+    """Waiting for it lets its time pass in one step."""
+
+    def done(self) -> bool:
+        return self._clock.now_s() >= self._ready_s
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._clock.sleep_until_s(self._ready_s)
+        return Future.exception(self, 0)
 
 
 class VirtualWorker:
@@ -15,31 +27,17 @@ class VirtualWorker:
     def __init__(self, delays: Iterable[int]) -> None:
         self.now = 0
         self.calls = 0
-        self.closed = False
         self._delays = itertools.cycle(delays)
-        self._call: Callable[[], Any] | None = None
-        self._due = 0
 
-    @property
-    def busy(self) -> bool:
-        return self._call is not None
+    def now_s(self) -> float:
+        return self.now
 
-    def submit(self, call: Callable[[], Any]) -> None:
-        if self.busy or self.closed:
-            raise RuntimeError("busy or closed")
+    def sleep_until_s(self, deadline_s: float) -> None:
+        """Waiting takes no time here."""
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
         self.calls += 1
-        self._call, self._due = call, self.now + next(self._delays)
-
-    def poll(self) -> CallResult | None:
-        return self.wait() if self.busy and self.now >= self._due else None
-
-    def wait(self, timeout_s: float | None = None) -> CallResult:
-        call, self._call = self._call, None
-        try:
-            return CallResult(value=call())
-        except Exception as error:  # noqa: BLE001 - handed over, as the thread does
-            return CallResult(error=error)
+        return Call(call).at(self.now + next(self._delays), self)
 
     def close(self, timeout_s: float) -> bool:
-        self.closed = True
-        return not self.busy
+        return True

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from gr00t_fast.contracts import Clock, Observation, Robot
 from gr00t_fast.control.controller import ChunkController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals, VirtualClock
-from gr00t_fast.control.worker import CallResult
 from gr00t_fast.errors import ConfigError
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
@@ -125,40 +125,45 @@ def play_until(
     return loop
 
 
+class VirtualCall(Future[Any]):
+    """What a call came to, at `ready_s` of a clock that waiting moves on."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        """Makes the call."""
+        super().__init__()
+        try:
+            self.set_result(call())
+        except Exception as error:  # noqa: BLE001 - handed over, as a thread does
+            self.set_exception(error)
+
+    def at(self, ready_s: float, clock: Clock) -> VirtualCall:
+        """The same, there from `ready_s` on."""
+        self._ready_s, self._clock = ready_s, clock
+        return self
+
+    def done(self) -> bool:
+        return self._clock.now_s() >= self._ready_s - _ROUNDING_S
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        end_s = math.inf if timeout is None else self._clock.now_s() + timeout
+        self._clock.sleep_until_s(min(self._ready_s, end_s))
+        if self._ready_s - _ROUNDING_S > end_s:
+            raise TimeoutError
+        return super().exception(0)
+
+
 class VirtualWorker:
     """A `Worker` beside a loop on the same VirtualClock: a call runs at once on time of its own, and its outcome is there when that has passed."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
-        self._outcome: CallResult | None = None
-        self._ready_s = 0.0
 
-    @property
-    def busy(self) -> bool:
-        return self._outcome is not None
-
-    def submit(self, call: Callable[[], Any]) -> None:
-        if self.busy:
-            raise RuntimeError("the inference is busy; take its outcome first")
+    def submit(self, call: Callable[[], Any]) -> VirtualCall:
         began_s = self._clock.now_s()
-        try:
-            self._outcome = CallResult(value=call())
-        except Exception as error:  # noqa: BLE001 - handed over, as a thread does
-            self._outcome = CallResult(error=error)
-        self._ready_s, self._clock.time_s = self._clock.now_s(), began_s
-
-    def poll(self) -> CallResult | None:
-        return self.wait() if self.busy and self._clock.now_s() >= self._ready_s - _ROUNDING_S else None
-
-    def wait(self, timeout_s: float | None = None) -> CallResult | None:
-        if self._outcome is None:
-            raise RuntimeError("nothing was submitted")
-        end_s = math.inf if timeout_s is None else self._clock.now_s() + timeout_s
-        self._clock.sleep_until_s(min(self._ready_s, end_s))
-        if self._ready_s - _ROUNDING_S > end_s:
-            return None
-        outcome, self._outcome = self._outcome, None
-        return outcome
+        made = VirtualCall(call)
+        made.at(self._clock.now_s(), self._clock)
+        self._clock.time_s = began_s
+        return made
 
     def close(self, timeout_s: float) -> bool:
         return True

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from array import array
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -19,7 +23,6 @@ from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, 
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, TimedChunk
 from gr00t_fast.control.pacer import FPS_RANGE
-from gr00t_fast.control.worker import CallResult, ThreadWorker, Worker, value_of, wait_with_keep_alive
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
 from gr00t_fast.measurement import percentiles
 
@@ -37,6 +40,62 @@ _MEASURED_DELAYS = 3  # so many late ones in a row are no spike
 # To move again takes so many inferences in a row that are well within what a chunk bridges; each time twice as many, so that a machine that is busy
 # now and then does not change the way the arm moves again and again.
 _BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
+
+
+THREAD_NAME = "gr00t_fast-inference"
+KEEP_ALIVE_EVERY_S = 0.1
+_in_a_call: set[threading.Thread] = set()
+
+
+class Worker(Protocol):
+    """Where inference runs, one call at a time. Tests and simulations of slow networks use one without a thread."""
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Start a call; the one before has ended. Of the answer `done`, `exception` and `result` are asked."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
+
+
+class ThreadWorker:
+    """A daemon thread, started with the first call: a call may hang for ever (a driver, a network connection) and must not keep the program from
+    ending, as one of a ThreadPoolExecutor would."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+            self._thread.start()
+        future: Future[Any] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def close(self, timeout_s: float) -> bool:
+        self._calls.put(None)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            future, call = item
+            _in_a_call.add(threading.current_thread())
+            try:
+                result, error = call(), None
+            except BaseException as raised:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
+                result, error = None, raised
+            _in_a_call.discard(threading.current_thread())
+            future.set_result(result) if error is None else future.set_exception(error)
+            del item, future, call, result, error  # they hold an observation
+
+
+def thread_left_running() -> bool:
+    """Whether some inference still runs in a thread that could not be joined."""
+    return bool(_in_a_call)
 
 
 @dataclass(frozen=True)
@@ -139,6 +198,7 @@ class ChunkController:
         self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
         self._worker = worker or ThreadWorker()
+        self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
         self._buffer = ChunkBuffer(resume=self.options.when_late == "resume")
         # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
         self._delay = DelayEstimate(1.0 if self.options.prefix_method else DELAY_QUANTILE)
@@ -173,8 +233,8 @@ class ChunkController:
         and raises what it raises.
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
-        self._worker.submit(lambda: self._runner.warm_up(self.options.prefix_method))
-        timing_ms = value_of(wait_with_keep_alive(self._worker, self._clock, None))  # type: ignore[arg-type]  # without a limit there is an outcome
+        self._call = self._worker.submit(lambda: self._runner.warm_up(self.options.prefix_method))
+        timing_ms: Mapping[str, float] = self._waited_for(lambda: None, math.inf, "")
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.prefix_method and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
@@ -187,8 +247,8 @@ class ChunkController:
         InferenceTimeoutError when that takes longer than ten minutes."""
         self._drop_what_runs(keep_alive)
         runner = dataclasses.replace(self._runner, instruction=instruction)
-        self._worker.submit(lambda: runner.warm_up(self.options.prefix_method))
-        value_of(self._waited_for(keep_alive, "the policy still makes itself ready for the new instruction", _WARM_UP_LIMIT_S))
+        self._call = self._worker.submit(lambda: runner.warm_up(self.options.prefix_method))
+        self._waited_for(keep_alive, _WARM_UP_LIMIT_S, "the policy still makes itself ready for the new instruction")
         self._runner = runner
 
     def reset(self) -> None:
@@ -210,7 +270,7 @@ class ChunkController:
         self._drop_what_runs(keep_alive)
         self._submit(observation, tick=0, prefix=None)
         try:
-            timed: TimedChunk = value_of(self._waited_for(keep_alive, "the next chunk is not there"))
+            timed: TimedChunk = self._waited_for(keep_alive, self._watch.limit_s, "the next chunk is not there")
         except self._recoverable:
             if self._buffer.empty:
                 raise
@@ -235,7 +295,7 @@ class ChunkController:
         self._tick = max(self._tick, tick)
         if self.overlaps:
             self._collect(tick + 1)  # this tick's target is out
-            if not self._worker.busy:
+            if self._call is None:
                 self._submit(observation, tick, self._prefix(tick))
 
     def next_target(self, tick: int) -> np.ndarray:
@@ -282,19 +342,26 @@ class ChunkController:
 
     # Inference
 
-    def _waited_for(self, keep_alive: Callable[[], None], why: str, limit_s: float | None = None) -> CallResult:
-        limit_s = limit_s or self._watch.limit_s
-        outcome = wait_with_keep_alive(self._worker, self._clock, limit_s, keep_alive)
-        if outcome is None:
-            raise timed_out(limit_s or 0.0, why)
-        return outcome
+    def _waited_for(self, keep_alive: Callable[[], None], limit_s: float, why: str) -> Any:
+        """What the call that runs returns. Raises what it raises, and InferenceTimeoutError when it still runs after `limit_s`."""
+        call, end_s = self._call, self._clock.now_s() + limit_s
+        assert call is not None
+        while True:
+            keep_alive()
+            try:
+                call.exception(max(0.0, min(KEEP_ALIVE_EVERY_S, end_s - self._clock.now_s())))
+            except TimeoutError:
+                if self._clock.now_s() >= end_s:
+                    raise timed_out(limit_s, why) from None
+                continue
+            self._call = None
+            return call.result()
 
     def _drop_what_runs(self, keep_alive: Callable[[], None]) -> None:
         """An inference of an episode that is over, or one that took too long."""
-        if self._worker.busy:
-            outcome = self._waited_for(keep_alive, "an inference of the last episode still runs")
-            if not isinstance(outcome.error, self._recoverable):
-                value_of(outcome)
+        if self._call is not None:
+            with suppress(*self._recoverable):
+                self._waited_for(keep_alive, self._watch.limit_s, "an inference of the last episode still runs")
 
     def _ticks_of(self, duration_ms: float) -> int:
         return math.ceil(duration_ms / 1000 * self._fps)
@@ -314,7 +381,7 @@ class ChunkController:
                 )
             return TimedChunk(chunk, tick, episode, {key: values[:horizon] for key, values in actions.items()}, horizon)
 
-        self._worker.submit(infer)
+        self._call = self._worker.submit(infer)
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
@@ -326,13 +393,14 @@ class ChunkController:
 
     def _collect(self, tick: int) -> None:
         """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
-        outcome = self._worker.poll()
-        if outcome is None:
+        if self._call is None or not self._call.done():
             return
-        if isinstance(outcome.error, self._recoverable):
+        call, self._call = self._call, None
+        try:
+            timed: TimedChunk = call.result()
+        except self._recoverable:
             self._lost_inferences += 1
             return
-        timed: TimedChunk = value_of(outcome)
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
@@ -430,14 +498,14 @@ class HoldLimit:
 
     def __init__(self, fps: float, max_hold_s: float | None, echo: Callable[[str], None] | None) -> None:
         """`max_hold_s` None: no end. `echo` None: says nothing."""
-        self._fps, self._max_hold_s, self._echo = fps, max_hold_s, echo
+        self._fps, self._max_hold_s, self._echo = fps, math.inf if max_hold_s is None else max_hold_s, echo
         self._slowest_s = 0.0
         self.reset()
 
     @property
-    def limit_s(self) -> float | None:
-        """How long the arm may hold its pose for want of actions: `max_hold_s`, or longer where inferences take long. None: for ever."""
-        return None if self._max_hold_s is None else max(self._max_hold_s, SLOWEST_TIMES * self._slowest_s)
+    def limit_s(self) -> float:
+        """How long the arm may hold its pose for want of actions: `max_hold_s`, or longer where inferences take long; infinite without a limit."""
+        return max(self._max_hold_s, SLOWEST_TIMES * self._slowest_s)
 
     def inferred(self, duration_s: float) -> None:
         """An inference has taken so long."""
@@ -459,17 +527,14 @@ class HoldLimit:
         self._since = tick if self._since is None else self._since + (gap if gap > GAP_S * self._fps else 0)
         self._last = tick
         held_s = (tick - self._since) / self._fps
-        limit_s = self.limit_s
-        if limit_s is not None and held_s >= limit_s:
-            raise timed_out(limit_s, "no action is left to play")
-        if held_s >= (_TELL_AFTER_S if limit_s is None else min(_TELL_AFTER_S, limit_s / 2)) and not self._told:
+        if held_s >= self.limit_s:
+            raise timed_out(self.limit_s, "no action is left to play")
+        if held_s >= min(_TELL_AFTER_S, self.limit_s / 2) and not self._told and self._echo is not None:
             self._told = True
-            self._tell(held_s)
-
-    def _tell(self, held_s: float) -> None:
-        if self._echo is not None:
-            end = "" if self.limit_s is None else f", at most {self.limit_s:.1f} s (--max_hold_s)"
-            self._echo(f"WARNING: no action has been left for {held_s:.1f} s: inference hangs or is too slow. The arm holds its pose and waits{end}.")
+            self._echo(
+                f"WARNING: no action has been left for {held_s:.1f} s: inference hangs or is too slow. The arm holds its pose and waits, at most "
+                f"{self.limit_s:.1f} s (--max_hold_s)."
+            )
 
 
 def timed_out(limit_s: float, why: str) -> InferenceTimeoutError:

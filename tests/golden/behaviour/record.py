@@ -132,7 +132,7 @@ def exports() -> Iterator[Record]:
 
 def control() -> Iterator[Record]:
     from control_fakes import FakeClock, FakeRobot
-    from virtual_worker import VirtualWorker
+    from virtual_worker import Call, VirtualWorker
 
     from gr00t_fast import load_policy
     from gr00t_fast.contracts import SO100_JOINTS
@@ -142,18 +142,10 @@ def control() -> Iterator[Record]:
     from gr00t_fast.control.pacer import StopSignals
 
     class Slow(VirtualWorker):
-        """Each outcome is there after 0.2 s of the loop's time; waiting for it lets that pass."""
+        """Each outcome is there after 0.2 s of the loop's time."""
 
-        def submit(self, call: Callable[[], Any]) -> None:
-            super().submit(call)
-            self.ready_s = clock.now_s() + 0.2
-
-        def poll(self) -> Any:
-            return super().wait() if self.busy and clock.now_s() >= self.ready_s else None
-
-        def wait(self, timeout_s: float | None = None) -> Any:
-            clock.sleep_until_s(self.ready_s)
-            return super().wait()
+        def submit(self, call: Callable[[], Any]) -> Any:
+            return Call(call).at(clock.now_s() + 0.2, clock)
 
     policy = load_policy(DEMO, data_config="so100", device="cpu", precision="fp32", seed=0)
     known = policy.metadata
