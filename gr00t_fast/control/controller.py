@@ -36,12 +36,13 @@ _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
 # A loop that was held up for so long (a cable that was out, a program that was stopped) looks at the arm anew, and what was planned before is over.
 GAP_S = 0.5
 _STALE_S = GAP_S + 1 / FPS_RANGE[0]  # a chunk may wait for its tick
-_MEASURED_DELAYS = 3  # so many late ones in a row are no spike
-# To move again takes so many inferences in a row that are well within what a chunk bridges; each time twice as many, so that a machine that is busy
-# now and then does not change the way the arm moves again and again.
-_BRIDGED_INFERENCES, _WELL_WITHIN = 4, 0.75
+# `auto` chooses again after so many inferences in a row that speak for another choice. Once it has gone over to waiting, to move again takes more of
+# them, well within what a chunk bridges, and each time twice as many, so that a machine that is busy now and then does not change the way the arm
+# moves again and again.
+_IN_A_ROW, _IN_A_ROW_AGAIN, _WELL_WITHIN = 3, 4, 0.75
 
 
+Length = Literal["short", "bridged", "long"]  # of an inference: within a tick, within what a chunk bridges, longer
 THREAD_NAME = "gr00t_fast-inference"
 KEEP_ALIVE_EVERY_S = 0.1
 _in_a_call: set[threading.Thread] = set()
@@ -213,8 +214,9 @@ class ChunkController:
         self._left_running = False
         # of `auto`
         self._reason = ""
-        self._bridged, self._bridged_needed = 0, _BRIDGED_INFERENCES  # inferences in a row, while waiting for them
-        self._pausing_ms: list[float] | None = None  # inferences in a row that took longer than a tick, where there was to be no pause
+        self._length: Length | None = None  # of inferences, by which it chose
+        self._others_ms: list[float] = []  # inferences in a row that are of another length
+        self._gave_way = 0  # times that it went over to waiting
 
     @property
     def needs_observation(self) -> bool:
@@ -239,7 +241,7 @@ class ChunkController:
         if self.options.prefix_method and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
         if self.options.controller == "auto":
-            self._choose_by(timing_ms.get("total"), "took", "at warm-up")
+            self._choose_at_warm_up(timing_ms.get("total"))
         return timing_ms
 
     def instruct(self, instruction: str, keep_alive: Callable[[], None] = lambda: None) -> None:
@@ -275,7 +277,7 @@ class ChunkController:
             if self._buffer.empty:
                 raise
             self._lost_inferences += 1
-            self._planned_s, self._bridged = self._clock.now_s(), 0
+            self._planned_s, self._others_ms = self._clock.now_s(), []
             return None
         self._first, self._planned_s = timed, self._clock.now_s()
         chunk = timed.chunk
@@ -285,8 +287,10 @@ class ChunkController:
             if not self._delays and self.options.when_late == "hold" and ticks >= len(timed):  # later ones are no reason to end a run: a spike passes
                 self._too_late(ticks, len(timed))
             self._note_delay(ticks)
-        elif self.options.controller == "auto":
-            self._reconsider(chunk)
+        else:
+            self._reconsider(chunk.inference_ms)
+            if self.overlaps:
+                self._note_delay(self._ticks_of(chunk.inference_ms))
         return chunk
 
     def see(self, observation: Observation, tick: int) -> None:
@@ -312,7 +316,6 @@ class ChunkController:
         self._entered = None
         if self.overlaps:
             self._watch(tick, due.underrun)
-            self._give_way(due.underrun)
         return due.target
 
     def summary(self) -> dict[str, Any]:
@@ -404,6 +407,7 @@ class ChunkController:
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
+            self._reconsider(1000 * (tick - timed.observed) / self._fps)
         if self._buffer.offer(timed, tick) is Admission.ENTERED:
             self._entered = timed.chunk
 
@@ -414,7 +418,7 @@ class ChunkController:
 
     def _too_late(self, ticks: int, horizon: int) -> None:
         if self.options.controller == "auto":
-            self._choose(False, f"an inference took {ticks} ticks, which {self._too_short(ticks)}")
+            self._choose(1000 * ticks / self._fps, "an inference took")
             return
         raise ConfigError(
             f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
@@ -422,31 +426,47 @@ class ChunkController:
             "stops and goes on), a lower --fps or a faster device."
         )
 
-    # What `auto` chooses: after warm-up, from how long an inference takes; again when inferences take longer than a tick after all; waiting, when
-    # they turn out too long for the chunks; and moving again when they are bridged.
+    # What `auto` chooses: after warm-up, from how long an inference takes, and again when several in a row take another time.
 
-    def _choose(self, overlaps: bool, reason: str) -> None:
-        self.overlaps, self._reason, self._pausing_ms = overlaps, reason, None
+    def _choose_at_warm_up(self, inference_ms: float | None) -> None:
+        if (asked := self.options.overlap_asked) is not None:
+            self._chosen(True, f"--{asked} asks for it")
+        elif inference_ms is None:
+            self._length = "bridged"
+            self._chosen(True, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them")
+        else:
+            self._choose(inference_ms, "at warm-up an inference took")
+
+    def _choose(self, inference_ms: float, took: str) -> None:
+        self._length, ticks = self._length_of(inference_ms), self._ticks_of(inference_ms)
+        took, longer = f"{took} {inference_ms:.0f} ms", f"longer than a tick of {1000 / self._fps:.0f} ms"
+        reasons = {
+            "short": f"{took}, less than a tick of {1000 / self._fps:.0f} ms: no pause is to be expected",
+            "bridged": f"{took}, {longer}, and {self._horizon} actions per chunk bridge it",
+            "long": f"{took}, which {self._too_short(ticks)}",
+        }
+        self._gave_way += self._length == "long" and self.overlaps
+        self._chosen(self._length == "bridged", reasons[self._length])
+
+    def _chosen(self, overlaps: bool, reason: str) -> None:
+        self.overlaps, self._reason, self._others_ms = overlaps, reason, []
         does = "the arm moves while the next chunk is computed" if overlaps else "the arm waits for each inference"
         self._echo(f"controller: {does}, because {reason} (--controller=auto)")
 
-    def _choose_by(self, inference_ms: float | None, takes: str, when: str) -> None:
-        self._choose(*self._choice(inference_ms, takes, when))
-        short = inference_ms is not None and inference_ms <= 1000 / self._fps
-        self._pausing_ms = [] if short and not self.overlaps else None
+    def _length_of(self, inference_ms: float, share: float = 1.0) -> Length:
+        ticks = inference_ms / 1000 * self._fps
+        return "short" if ticks <= 1 else "bridged" if ticks <= math.ceil(share * self._bridged_ticks) else "long"
 
-    def _choice(self, inference_ms: float | None, takes: str, when: str) -> tuple[bool, str]:
-        if (asked := self.options.overlap_asked) is not None:
-            return True, f"--{asked} asks for it"
-        if inference_ms is None:
-            return True, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them"
-        tick_ms, ticks = 1000 / self._fps, self._ticks_of(inference_ms)
-        takes = f"an inference {takes} {inference_ms:.0f} ms {when}"
-        if inference_ms <= tick_ms:
-            return False, f"{takes}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected"
-        if ticks <= self._bridged_ticks:
-            return True, f"{takes}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it"
-        return False, f"{takes}, which {self._too_short(ticks)}"
+    def _reconsider(self, inference_ms: float) -> None:
+        """After each inference."""
+        if self._length is None:  # nothing to choose
+            return
+        again = self._gave_way and not self.overlaps
+        length = self._length_of(inference_ms, _WELL_WITHIN if again else 1.0)
+        same = length == self._length or (self.overlaps and length == "short")  # what moves goes on
+        self._others_ms = [] if same else [*self._others_ms, inference_ms]
+        if len(self._others_ms) == (_IN_A_ROW_AGAIN * 2 ** (self._gave_way - 1) if again else _IN_A_ROW):
+            self._choose(max(self._others_ms), f"the last {len(self._others_ms)} inferences took up to")
 
     @property
     def _trained_horizon(self) -> int:
@@ -466,31 +486,6 @@ class ChunkController:
     def _too_short(self, ticks: int) -> str:
         short = f"a chunk of {self._horizon} actions does not bridge ({ticks} ticks; {2 * ticks} actions would)"
         return f"{short}; leave out --action_horizon" if ticks <= self._trained_horizon // 2 else short
-
-    def _reconsider(self, chunk: ActionChunk) -> None:
-        """After a chunk that the arm waited for."""
-        takes_ticks = chunk.inference_ms / 1000 * self._fps
-        if self._pausing_ms is not None:
-            self._pausing_ms = [*self._pausing_ms, chunk.inference_ms] if takes_ticks > 1 else []
-            if len(self._pausing_ms) == _MEASURED_DELAYS:
-                self._choose_by(max(self._pausing_ms), "takes up to", "in this run")
-        else:
-            bridged = 1 < takes_ticks <= math.ceil(_WELL_WITHIN * self._bridged_ticks)  # within a tick there is no pause to be saved
-            self._bridged = self._bridged + 1 if bridged else 0
-            if self._bridged == self._bridged_needed:
-                reason = f"the last {self._bridged} inferences were short enough for {self._horizon} actions per chunk to bridge"
-                self._bridged, self._bridged_needed = 0, 2 * self._bridged_needed
-                self._choose(True, reason)
-        if self.overlaps:
-            self._note_delay(self._ticks_of(chunk.inference_ms))
-
-    def _give_way(self, underrun: bool) -> None:
-        """To waiting, where the arm holds because inferences have become too long."""
-        if not underrun or self.options.controller != "auto" or self.options.overlap_asked or len(self._delays) < _MEASURED_DELAYS:
-            return
-        ticks = min(self._delays[-_MEASURED_DELAYS:])
-        if ticks > self._bridged_ticks:
-            self._choose(False, f"inferences take {ticks} ticks, which {self._too_short(ticks)}")
 
 
 class HoldLimit:
