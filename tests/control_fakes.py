@@ -63,6 +63,7 @@ class FakeRobot:
         self.on_observe: Callable[[], Any] = lambda: None
         self.on_frames: Callable[[], Any] = lambda: None
         self.on_send: Callable[[], Any] = lambda: None
+        self.stopped_at: Callable[[np.ndarray], np.ndarray] = lambda pose: pose  # what joints that hit something make of a pose
         self.landing = LandingReport(dict.fromkeys(SO100_JOINTS, "off"), True, True)
 
     def keep_alive(self) -> None:
@@ -91,7 +92,7 @@ class FakeRobot:
 
     def _move(self) -> None:
         if self.sent and self.clock.now_s() - self.sent[-1][0] > 0.5 * TICK_S:
-            self.pose = self.sent[-1][1].copy()
+            self.pose = self.stopped_at(self.sent[-1][1].copy())
 
     def land(self, as_found: bool = False) -> LandingReport:
         self.left_as_found = as_found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,19 +20,6 @@ def chunk(observed: int, rows: int = 16, episode: int = 0) -> TimedChunk:
     return TimedChunk(ActionChunk(targets), observed, episode, {"action.single_arm": targets[:, :5], "action.gripper": targets[:, 5:]})
 
 
-def test_enters_at_the_action_that_is_due_now() -> None:
-    buffer = ChunkBuffer()
-    assert buffer.offer(chunk(10), 14) is Admission.ENTERED
-    due = buffer.due(14)
-    assert (due.target[0], due.age_ticks, due.underrun) == (14, 4, False)
-
-
-def test_skipped_ticks_skip_their_actions() -> None:
-    buffer = ChunkBuffer()
-    buffer.offer(chunk(0), 0)
-    assert [buffer.due(tick).target[0] for tick in (0, 1, 5, 6)] == [0, 1, 5, 6]
-
-
 def test_holds_and_counts_when_nothing_is_left_and_goes_on_with_the_next() -> None:
     buffer = ChunkBuffer()
     buffer.offer(chunk(0, rows=4), 0)
@@ -40,6 +29,31 @@ def test_holds_and_counts_when_nothing_is_left_and_goes_on_with_the_next() -> No
     assert buffer.underrun_ticks == 3
     buffer.offer(chunk(5, rows=4), 7)
     assert buffer.due(7).target[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("rows", "ticks", "observed", "hold", "resume"),
+    [
+        (16, (0, 1, 5, 6), 3, [7, 8], [7, 8]),
+        (4, range(7), 2, [7, 8], [4, 5]),
+        (4, (0, 1, 2, 3, 4, 6), 2, [7, 8], [4, 5]),
+        (4, (0, 1, 2, 3), 2, [7, 8], [4, 5]),
+        (12, (0, 1, 2, 5), 1, [7, 8], [7, 8]),
+    ],
+    ids=["missed ticks drop their actions", "held ticks", "missed between held ones", "missed instead of held", "missed while rows are left"],
+)
+def test_where_a_chunk_that_comes_at_tick_seven_is_entered(
+    rows: int, ticks: Iterable[int], observed: int, hold: list[int], resume: list[int]
+) -> None:
+    """At the action that is due now; with `resume` where the arm stopped."""
+    for resumes, expected in ((False, hold), (True, resume)):
+        buffer = ChunkBuffer(resumes)
+        buffer.offer(chunk(0, rows), 0)
+        assert [buffer.due(tick).target[0] for tick in ticks] == [min(tick, rows - 1) for tick in ticks]
+        assert buffer.offer(chunk(observed), 7) is Admission.ENTERED
+        assert [(due.target[0], due.age_ticks, due.underrun) for due in map(buffer.due, (7, 8))] == [
+            (row, tick - observed, False) for row, tick in zip(expected, (7, 8), strict=True)
+        ]
 
 
 def test_stale_and_expired_chunks_never_play() -> None:
@@ -73,37 +87,6 @@ def test_what_is_left() -> None:
     assert left["action.single_arm"][:, 0].tolist() == [10, 11, 12, 13, 14, 15]
     assert left["action.gripper"].shape == (6, 1)
     assert buffer.leftover(16) == {}
-
-
-def test_resuming_goes_on_where_the_arm_stopped() -> None:
-    """Four actions, then three held ticks. The next chunk, seen at tick 2, is due at row 5; the arm has executed two of its rows."""
-    played = {}
-    for resume in (False, True):
-        buffer = ChunkBuffer(resume=resume)
-        buffer.offer(chunk(0, rows=4), 0)
-        assert [buffer.due(tick).underrun for tick in range(7)] == [False] * 4 + [True] * 3
-        buffer.offer(chunk(2, rows=10), 7)
-        played[resume] = [buffer.due(tick).target[0] for tick in (7, 8)]
-    assert played == {False: [7, 8], True: [4, 5]}
-
-
-def test_resuming_passes_over_the_actions_of_missed_ticks() -> None:
-    """Ticks 3 and 4 are missed while actions are left; the next chunk, seen at tick 1, must not lead the arm back to where it was then."""
-    for resume in (False, True):
-        buffer = ChunkBuffer(resume=resume)
-        buffer.offer(chunk(0, rows=12), 0)
-        played = [buffer.due(tick).target[0] for tick in (0, 1, 2, 5)]
-        buffer.offer(chunk(1, rows=12), 6)
-        assert [*played, *(buffer.due(tick).target[0] for tick in (6, 7, 8))] == [0, 1, 2, 5, 6, 7, 8]
-
-
-@pytest.mark.parametrize("asked", [(4, 6), (5,), ()])
-def test_ticks_missed_while_the_arm_held_are_held_ticks(asked: tuple[int, ...]) -> None:
-    buffer = ChunkBuffer(resume=True)
-    buffer.offer(chunk(0, rows=4), 0)
-    assert [buffer.due(tick).underrun for tick in (0, 1, 2, 3, *asked)] == [False] * 4 + [True] * len(asked)
-    buffer.offer(chunk(2, rows=10), 7)
-    assert buffer.due(7).target[0] == 4
 
 
 @given(

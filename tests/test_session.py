@@ -7,16 +7,16 @@ import os
 import pty
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from control_fakes import Bench
+from waiting import PATIENCE_S
 
 from gr00t_fast.control.controller import ThreadWorker
 from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys, Session
 from gr00t_fast.errors import ObservationError, RobotError
 
-PATIENCE_S = 60.0
 TASK = "pick: the cube"  # of the bench
 
 
@@ -27,16 +27,6 @@ def terminal() -> Iterator[tuple[int, int]]:
     yield person, program
     os.close(person)
     os.close(program)
-
-
-class Time:
-    """Seconds that a test sets."""
-
-    def __init__(self) -> None:
-        self.s = 0.0
-
-    def __call__(self) -> float:
-        return self.s
 
 
 @pytest.mark.parametrize(
@@ -61,15 +51,15 @@ def test_keys_are_named(terminal: tuple[int, int], typed: bytes, expected: list[
 
 def test_escape_alone_is_told_from_an_arrow_that_comes_in_pieces(terminal: tuple[int, int]) -> None:
     person, program = terminal
-    now = Time()
-    with Keys(program, now) as keys:
+    now_s = 0.0
+    with Keys(program, lambda: now_s) as keys:
         os.write(person, b"\x1b")
         assert keys.poll() == []
         os.write(person, b"[C")
         assert keys.poll() == [RIGHT]
         os.write(person, b"\x1b")
         assert keys.poll() == []
-        now.s += 0.2
+        now_s = 0.2
         assert keys.poll() == [ESCAPE]
 
 
@@ -133,25 +123,42 @@ class Recorder:
         self.told.append("discard")
 
 
-def played(pressed: dict[int, list[str]], **options: object) -> tuple[Bench, Recorder]:
+def made(pressed: dict[int, list[str]], recorder: Recorder | None = None, **options: object) -> tuple[Bench, Fingers]:
     """A run of one-second episodes, 30 ticks each; keys by the number of the look at the keyboard."""
-    bench, recorder = Bench(timeout_s=1.0, **options), Recorder()
-    bench.loop.session = Session(bench.stop, Fingers(pressed), recorder, bench.said.append, bench.clock.now_s)
+    bench, keys = Bench(timeout_s=1.0, **options), Fingers(pressed)
+    bench.loop.session = Session(bench.stop, keys, recorder, bench.said.append, bench.clock.now_s)
+    return bench, keys
+
+
+def played(pressed: dict[int, list[str]], **options: object) -> tuple[Bench, Recorder]:
+    recorder = Recorder()
+    bench, _ = made(pressed, recorder, **options)
     bench.loop.run()
     return bench, recorder
 
 
-def test_each_episode_is_recorded_with_its_ticks() -> None:
-    _, recorder = played({}, episodes=2)
-    assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
+def tasks(recorder: Recorder) -> list[str]:
+    return [told[1] for told in recorder.told if told[0] == "begin"]
 
 
-def test_keys_mark_end_and_repeat_episodes() -> None:
-    """The third episode ends early, is repeated, and then counts."""
-    bench, recorder = played({3: ["s"], 40: ["f"], 50: ["s"], 70: [LEFT]}, episodes=3)
-    fates = [told if isinstance(told, str) else told[-1] for told in recorder.told if told == "discard" or told[0] == "save"]
-    assert fates == [True, True, "discard", None]
-    assert bench.loop.trace.episodes == 4
+@pytest.mark.parametrize(
+    ("pressed", "options", "fates", "episodes"),
+    [
+        ({}, {"episodes": 2}, [None, None], 2),
+        ({3: ["s"], 40: ["f"], 50: ["s"], 70: [LEFT]}, {"episodes": 3}, [True, True, "discard", None], 4),
+        ({40: ["f"], 60: [RIGHT]}, {"episodes": 2, "reset_time_s": 100.0}, [False, None], 2),
+        ({40: [LEFT], 70: ["s"]}, {"episodes": 2, "reset_time_s": 3.0}, ["discard", True, None], 3),
+        ({10: ["s"], 40: [ESCAPE]}, {"episodes": 2, "reset_time_s": 100.0}, [True], 1),
+        ({10: [LEFT], 40: [ESCAPE]}, {"episodes": 2, "reset_time_s": 100.0}, ["discard"], 1),
+    ],
+    ids=["no keys", "marks and a repetition", "marked in the pause", "repeated in the pause", "Esc after a mark", "Esc after a repetition"],
+)
+def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[str, object], fates: list[object], episodes: int) -> None:
+    bench, recorder = played(pressed, **options)
+    assert [told if isinstance(told, str) else told[-1] for told in recorder.told if told == "discard" or told[0] == "save"] == fates
+    assert bench.loop.trace.episodes == episodes
+    if not pressed:
+        assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
 
 
 def test_a_key_held_down_is_one_press() -> None:
@@ -167,96 +174,53 @@ def test_escape_ends_the_run_and_the_episode_is_kept() -> None:
     assert [told[0] for told in recorder.told] == ["begin", "end", "save"]
 
 
-def test_a_stop_in_the_pause_keeps_what_was_decided() -> None:
-    """A mark counts, and an episode that was thrown away stays so."""
-    _, recorder = played({10: ["s"], 40: [ESCAPE]}, episodes=2, reset_time_s=100.0)
-    assert ("save", True) in recorder.told
-    _, recorder = played({10: [LEFT], 40: [ESCAPE]}, episodes=2, reset_time_s=100.0)
-    assert recorder.told[-1] == "discard"
-
-
-def test_an_instruction_that_the_policy_refuses_leaves_the_old_one() -> None:
-    keys = {40: ["t"], 42: [*"<IMG_CONTEXT>", ENTER]}
-    bench, recorder = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0), Recorder()
-
-    def refuse(*_: object) -> None:
-        raise ObservationError("the instruction contains the image token")
-
-    bench.policy.warm_up = refuse
-    bench.loop.session = Session(bench.stop, Fingers(keys), recorder, bench.said.append, bench.clock.now_s)
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_instruction_typed_in_the_pause_is_for_the_next_episode(refused: bool) -> None:
+    """The pause lasts as long as somebody types, and the network is warmed up with the new instruction; one that it refuses leaves the old one."""
+    recorder = Recorder()
+    bench, _ = made({40: ["t"], 42: [*"lift iq"], 200: [BACKSPACE, "t", ENTER]}, recorder, episodes=2, reset_time_s=1.0)
+    if refused:
+        bench.policy.warm_up = lambda *_: (_ for _ in ()).throw(ObservationError("the instruction contains the image token"))
     bench.loop.run()
-    assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK)] * 2
-    assert any("image token" in line for line in bench.said)
+    assert tasks(recorder) == [TASK, TASK if refused else "lift it"]
+    assert any("image token" in line for line in bench.said) == refused
+    assert bench.policy.warmed_up == (None if refused else "lift it")
+    assert bench.policy.seen[-1]["annotation.human.task_description"] == [TASK if refused else "lift it"]
 
 
-def test_in_the_pause_the_last_episode_can_still_be_marked_and_repeated() -> None:
-    _, recorder = played({40: ["f"], 60: [RIGHT]}, episodes=2, reset_time_s=100.0)
-    assert ("save", False) in recorder.told
-    _, recorder = played({40: [LEFT], 70: ["s"]}, episodes=2, reset_time_s=3.0)
-    assert recorder.told.count("discard") == 1
-    assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK)] * 3
+@pytest.mark.parametrize("meanwhile", ["a camera is lost", "another instruction is typed"])
+def test_arm_and_keys_are_watched_while_the_network_makes_itself_ready(meanwhile: str) -> None:
+    """The instruction before the other one is not played."""
+    recorder, ready, typed = Recorder(), threading.Event(), iter([["t"], [*"put it down", ENTER], []])
+    keys_of_run = {40: ["t"], 42: [*"lift it", ENTER]}
+    bench, keys = made(keys_of_run, recorder, episodes=2, reset_time_s=1.0, worker=ThreadWorker())
+    answer = bench.policy.warm_up
 
-
-def test_an_instruction_typed_in_the_pause_is_for_the_next_episode() -> None:
-    """The pause lasts as long as somebody types, and the network is warmed up with the new instruction."""
-    keys = {40: ["t"], 42: [*"lift iq"], 200: [BACKSPACE, "t", ENTER]}
-    bench, recorder = played(keys, episodes=2, reset_time_s=1.0)
-    assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK), ("begin", "lift it")]
-    assert bench.policy.warmed_up == "lift it"
-    assert bench.policy.seen[-1]["annotation.human.task_description"] == ["lift it"]
-
-
-def slow_warm_up(bench: Bench, until: Callable[[], bool]) -> threading.Event:
-    """The network makes itself ready until `until` says so of a look at the arm, or the event is set."""
-    ready, answer = threading.Event(), bench.policy.warm_up
-
-    def look() -> None:
-        if bench.policy.warmed_up is not None and until():
-            ready.set()
-
-    def warm_up(instruction: str, prefix_method: str | None = None) -> dict[str, float]:
-        answer(instruction, prefix_method)
+    def warm_up(*options: object) -> dict[str, float]:
+        answer(*options)
         assert ready.wait(PATIENCE_S), "nobody looked at the arm"
         return {}
 
+    def look() -> None:
+        if bench.policy.warmed_up is None:
+            return
+        if meanwhile == "a camera is lost":
+            raise RobotError("camera front is gone")
+        keys.now = next(typed, [])
+        if not keys.now:
+            ready.set()
+
     bench.policy.warm_up, bench.robot.on_observe = warm_up, look
-    return ready
-
-
-def test_the_arm_is_watched_while_the_network_makes_itself_ready() -> None:
-    bench = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0, worker=ThreadWorker())
-    bench.loop.session = Session(bench.stop, Fingers({40: ["t"], 42: [*"lift it", ENTER]}), None, bench.said.append, bench.clock.now_s)
-
-    def camera_lost() -> bool:
-        raise RobotError("camera front is gone")
-
-    ready = slow_warm_up(bench, camera_lost)
-    with pytest.raises(RobotError, match="front"):
+    with pytest.raises(RobotError, match="front") if "camera" in meanwhile else contextlib.nullcontext():
         bench.loop.run()
     ready.set()  # no thread is left for the tests to come
-    assert bench.policy.warmed_up == "lift it"
     assert bench.robot.calls[-1] == "land"
-
-
-def test_keys_are_heard_while_the_network_makes_itself_ready() -> None:
-    """Another instruction is typed, and the one before it is not played."""
-    bench, recorder = Bench(timeout_s=1.0, episodes=2, reset_time_s=1.0, worker=ThreadWorker()), Recorder()
-    keys = Fingers({40: ["t"], 42: [*"lift it", ENTER]})
-    bench.loop.session = Session(bench.stop, keys, recorder, bench.said.append, bench.clock.now_s)
-    typed = iter([["t"], [*"put it down", ENTER], []])
-
-    def type_another() -> bool:
-        keys.now = next(typed, [])
-        return not keys.now
-
-    slow_warm_up(bench, type_another)
-    bench.loop.run()
-    assert [told for told in recorder.told if told[0] == "begin"] == [("begin", TASK), ("begin", "put it down")]
+    assert tasks(recorder) == ([TASK] if "camera" in meanwhile else [TASK, "put it down"])
 
 
 def test_a_recording_that_fails_lands_the_arm() -> None:
-    bench, recorder = Bench(timeout_s=1.0), Recorder()
-    bench.loop.session = Session(bench.stop, None, recorder, bench.said.append, bench.clock.now_s)
+    recorder = Recorder()
+    bench, _ = made({}, recorder)
     recorder.failure = "the disk is full"
     trace = bench.loop.run()
     assert (trace.ended_by, bench.stop.exit_code) == ("the disk is full", 1)

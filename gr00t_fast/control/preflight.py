@@ -76,22 +76,20 @@ class Preflight:
     def look(self, loop_fps: float | None, camera_map: Mapping[str, str] | None, action_horizon: int | None = None) -> Findings:
         """As `before_connecting`; raises and says nothing."""
         found = self._found = Findings()
-        self._check_known()
-        self._check_embodiment()
-        self._collect(lambda: self._check_cameras(camera_map))
+        self._check_metadata()
+        for check in (lambda: self._check_cameras(camera_map), lambda: list(self._parts())):
+            try:
+                check()
+            except PreflightError as error:
+                found.impossible.append(str(error))
         self._check_fps(loop_fps)
-        self._check_horizon(action_horizon)
-        self._collect(lambda: [*self._parts()])
+        if action_horizon is not None and action_horizon > (trained := self._metadata.trained_horizon):
+            found.problems.append(
+                f"--action_horizon={action_horizon} is more than the {trained} actions this checkpoint was trained to predict. Use 1 to {trained}."
+            )
         if self._metadata.state_statistics and not (found.problems or found.impossible):  # needs joints that fit
             self._check_units()
         return found
-
-    def _collect(self, check: Callable[[], object]) -> None:
-        """Run a check without whose success nothing can run."""
-        try:
-            check()
-        except PreflightError as error:
-            self._found.impossible.append(str(error))
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's calibrated limits and its present pose against the training data. Raises PreflightError."""
@@ -145,7 +143,7 @@ class Preflight:
         elif outside > RANGE_SLACK_DEG and not self._led:
             self._found.warnings.append(f"{stands}, outside the data's {self._span(data)}. Better begin where the recordings began (--home).")
 
-    def _check_known(self) -> None:
+    def _check_metadata(self) -> None:
         """What a policy server does not say cannot be checked, and each of these makes an arm misbehave without an error."""
         known = {
             "joint units and ranges": bool(self._metadata.state_statistics),
@@ -158,8 +156,6 @@ class Preflight:
                 f"the policy server does not say what its checkpoint was trained on, so these cannot be checked: {', '.join(unknown)}. Give the "
                 "checkpoint's directory or hub name too, --model_path=... (only its small files are read), or go on unchecked with --preflight=warn."
             )
-
-    def _check_embodiment(self) -> None:
         if self._metadata.embodiment_tag in OTHER_ROBOTS:
             self._found.problems.append(
                 f"embodiment '{self._metadata.embodiment_tag}' is {OTHER_ROBOTS[self._metadata.embodiment_tag]}, not an SO-100. "
@@ -195,17 +191,12 @@ class Preflight:
             self._found.notes.append(f"camera '{unused}' is not used by the policy.")
 
     def _check_fps(self, loop_fps: float | None) -> None:
-        recorded_fps = self._metadata.fps
-        if loop_fps is None and recorded_fps is not None and not FPS_RANGE[0] <= recorded_fps <= FPS_RANGE[1]:
+        recorded_fps, fps = self._metadata.fps, self._rate(loop_fps)
+        if fps is None or (loop_fps is None and not FPS_RANGE[0] <= fps <= FPS_RANGE[1]):
+            said = "nothing" if fps is None else f"{fps:g} Hz"
             self._found.impossible.append(
-                f"the data is said to be recorded at {recorded_fps:g} Hz, which is outside {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what "
-                "cameras and the servo bus can do. Give the rate of the recordings: --fps=30 (lerobot's default)."
-            )
-            return
-        fps = self._rate(loop_fps)
-        if fps is None:
-            self._found.impossible.append(
-                "the policy does not say at which rate its training data was recorded. Give it: --fps=30 (lerobot's default)."
+                f"of the rate at which its training data was recorded the policy says {said}; the loop needs {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} "
+                "Hz. Give the rate of the recordings: --fps=30 (lerobot's default)."
             )
             return
         if recorded_fps is None and loop_fps is None:
@@ -231,13 +222,6 @@ class Preflight:
     def _tells_no_recordings(self) -> bool:
         """Whether it is of a checkpoint whose files tell joint ranges and neither rate nor resolution of the recordings: N1.7's never do."""
         return bool(self._metadata.state_statistics) and self._metadata.fps is None and set(self._metadata.resolutions.values()) == {None}
-
-    def _check_horizon(self, action_horizon: int | None) -> None:
-        trained = self._metadata.trained_horizon
-        if action_horizon is not None and action_horizon > trained:
-            self._found.problems.append(
-                f"--action_horizon={action_horizon} is more than the {trained} actions this checkpoint was trained to predict. Use 1 to {trained}."
-            )
 
     def _parts(self) -> Iterator[tuple[Mapping[str, PartStatistics], dict[str, list[int]]]]:
         """Of states and of actions: statistics, and which joints each part has. Raises PreflightError where they are another robot's."""
@@ -276,9 +260,8 @@ class Preflight:
                 "it is in the normalised range -100..100. Use --robot.use_degrees=false."
             )
         low, high = training[~body].min(initial=0.0), training[~body].max(initial=0.0)
-        if low < -RANGE_SLACK_DEG or high > 100 + RANGE_SLACK_DEG:
-            self._found.warnings.append(f"the gripper's statistics are [{low:.0f}, {high:.0f}]; lerobot counts it in per cent, 0 to 100.")
-        if 0 < high <= 1.5 and (~body).any():
+        if low < -RANGE_SLACK_DEG or high > 100 + RANGE_SLACK_DEG or 0 < high <= 1.5:
             self._found.warnings.append(
-                f"the gripper's statistics never exceed {high:.2f}; lerobot counts it in per cent, 0 to 100. Was it recorded as a fraction?"
+                f"the gripper's statistics are [{low:.1f}, {high:.1f}]; lerobot counts it in per cent, 0 to 100. Was it recorded in degrees, or as a "
+                "fraction?"
             )
