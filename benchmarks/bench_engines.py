@@ -28,7 +28,7 @@ import torch
 from benchmarks.lib.program import checkpoint_of, finish, provenance
 from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, random_noise, random_observations, seconds_of, table_rows, verdict, word_of
+from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, observations_of, random_noise, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.fp8 import Calibration
@@ -112,7 +112,7 @@ class LaboratoryBench(Bench):
         options, head = self.options, model.config.head
         common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}
         transforms = transforms_only(self.path, **common)
-        seen = random_observations(transforms, options.seed + 1, options.calibration_frames)
+        seen = observations_of(transforms, f"random:{options.seed + 1}", options.calibration_frames, options.seed)
         cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
@@ -147,13 +147,13 @@ def _compare(options: BenchEnginesConfig, device: torch.device, dtype: torch.dty
     policies = {name: arm.pop("policy") for name, arm in found["engines"].items()}
     if options.at_hz:
         for name, arm in found["engines"].items():
-            arm["at_hz_ms"] = percentiles(paced(policies[name], options))
+            arm["at_hz_ms"] = percentiles(paced(policies[name], bench))
     return found
 
 
-def paced(policy: Gr00tPolicy, options: BenchEnginesConfig) -> list[float]:
+def paced(policy: Gr00tPolicy, bench: LaboratoryBench) -> list[float]:
     """ms of each call when the machine idles until the next tick, as in a control loop: an idle GPU lowers its clocks."""
-    observations, times, began_s = random_observations(policy, options.seed, 8), [], time.perf_counter()
+    options, observations, times, began_s = bench.options, bench.observations, [], time.perf_counter()
     for tick in range(round(options.at_hz * options.at_hz_seconds)):
         time.sleep(max(began_s + tick / options.at_hz - time.perf_counter(), 0))
         times.append(1000 * seconds_of(partial(policy.get_action, observations[tick % len(observations)])))

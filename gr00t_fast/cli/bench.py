@@ -286,7 +286,8 @@ class Bench:
         self.path = self._checkpoint()
         self._shared: Gr00t | None = None
         self.camera_sizes: dict[str, tuple[int, int]] = {}
-        self.observations = self._observations(self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))))
+        plain, source = self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))), options.observations or f"random:{options.seed}"
+        self.observations = observations_of(plain, source, options.frames, options.seed, options.camera_map, options.camera_px())
         self.camera_sizes = camera_sizes_in(self.observations[0])
 
     def _checkpoint(self) -> Path:
@@ -337,16 +338,6 @@ class Bench:
         if name == "fp8":
             return self.policy(name, engine_path=directory, device=str(self.device), precision=word_of(self.dtype)), name
         return self.policy(make_engine(name, self.shared)), word_of(self.dtype)
-
-    def _observations(self, policy: Gr00tPolicy) -> list[dict[str, Any]]:
-        """Of --observations, spread over its episodes, or random pictures and joints. Raises ConfigError for a data set of another robot."""
-        options = self.options
-        if options.observations is None:
-            if (size := options.camera_px()) is not None:
-                policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
-            return random_observations(policy, options.seed, options.frames)
-        frames = open_frames(options.observations, policy.processor.data_config, policy.metadata, options.camera_map)
-        return list(read(frames, draw(frames, options.frames, options.seed, allow_few=True), policy.metadata))
 
     def answers(self, policy: Gr00tPolicy) -> list[Actions]:
         """To each observation, with noise of its own."""
@@ -443,14 +434,14 @@ def within_limit(errors: Mapping[str, dict[str, float]], name: str, format: str,
     return bool(errors[name]["p99"] <= limit)
 
 
-def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, options: BenchConfig) -> tuple[Times, Times]:
+def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) -> tuple[Times, Times]:
     """ms of whole calls, by the clock and of processor time. Each round calls every engine once, in an order of its own: a disturbance hits all
     alike."""
+    options, observations = bench.options, bench.observations
     generator, names = np.random.default_rng(options.seed), list(policies)
     for policy in policies.values():
         policy.denoising_steps = steps
         policy.warm_up()
-    observations = random_observations(policies[names[0]], options.seed, 8)
     times: Times = {name: [] for name in names}
     busy: Times = {name: [] for name in names}
     with Progress().bar("rounds", options.rounds) as tick:
@@ -489,7 +480,7 @@ def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
     policies = {name: arm["policy"] for name, arm in arms.items()}
     for count in options.denoising_steps or [next(iter(policies.values())).denoising_steps]:
         tell(options, f"timing in turns: {options.rounds} rounds at {count} denoising steps ...")
-        times, busy = take_turns(policies, count, options)
+        times, busy = take_turns(policies, count, bench)
         for name, arm in arms.items():
             arm.setdefault("times_ms", {})[str(count)] = percentiles(times[name])
             ratios = {of: ratio(times, of, name) for of in bench.compared_with}
@@ -504,7 +495,7 @@ def compare(bench: Bench, made: Made | None = None) -> dict[str, Any]:
         "parameters": bench.parameters,
         "cameras": len(next(iter(policies.values())).metadata.resolutions),
         "observations": len(truth),
-        "of": Path(options.observations).name if options.observations else "random pictures and joints",
+        "of": Path(options.observations or "random pictures and joints").name,
         "rounds": min(len(each) for each in times.values()),
         "engines": arms,
         "refused": refused,
@@ -549,21 +540,19 @@ def camera_sizes_in(observation: Mapping[str, Any]) -> dict[str, tuple[int, int]
     return {camera: (shape[-2], shape[-3]) for camera, shape in frames.items()}
 
 
-def random_observations(policy: Gr00tPolicy, seed: int, count: int) -> list[dict[str, Any]]:
-    """Unbatched, with the example's instruction: random pictures, joints anywhere in their training range. Never zeros: they can run faster."""
-    generator, example, metadata = np.random.default_rng(seed), policy.example_observation(), policy.metadata
-    found = []
-    for _ in range(count):
-        observation = dict(example)
-        for key, value in example.items():
-            modality, _, name = key.partition(".")
-            if modality == "video":
-                observation[key] = generator.integers(0, 256, value.shape, dtype=np.uint8)
-            elif modality == "state":
-                ranges = metadata.state_statistics[name]
-                observation[key] = np.asarray(generator.uniform(ranges.min, ranges.max))[None]
-        found.append(observation)
-    return found
+def observations_of(
+    policy: Gr00tPolicy,
+    source: str,
+    count: int,
+    seed: int,
+    camera_map: Mapping[str, str] | None = None,
+    size: tuple[int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Unbatched, spread over the episodes of the data set `source`, or of random:SEED. size: of the cameras of the latter, where the checkpoint does
+    not say it. Raises ConfigError for a data set of another robot."""
+    metadata = policy.metadata if size is None else replace(policy.metadata, resolutions=dict.fromkeys(policy.metadata.resolutions, size))
+    frames = open_frames(source, policy.processor.data_config, metadata, camera_map)
+    return list(read(frames, draw(frames, count, seed, allow_few=True), metadata))
 
 
 def random_noise(policy: Gr00tPolicy, seed: int) -> np.ndarray:
