@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+AT_LEAST_1, AT_LEAST_0 = (1, math.inf), (0, math.inf)  # ranges of counts, for `check_ranges`
 _ROOT = Path(__file__).parent.parent  # of the clone
 _HEAD_CHARACTERS, _TAIL_CHARACTERS, _SHOWN_CHARACTERS = 4000, 1000, 80
 
@@ -139,11 +141,13 @@ def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def check_ranges(options: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a field outside its range; fields are called as the flags that set them. None and "auto" are no numbers and pass."""
+    """Raises ConfigError for a field outside its range, or a list with such a number; fields are called as the flags that set them. None and "auto"
+    are no numbers and pass."""
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
-        if value not in (None, "auto") and not low <= value <= high:
-            raise ConfigError(f"--{name}={value:g} must be from {low:g} to {high:g}.")
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, "auto") and not low <= each <= high:
+                raise ConfigError(f"--{name}={each:g} must be {f'at least {low:g}' if math.isinf(high) else f'from {low:g} to {high:g}'}.")
 
 
 def shown(value: object) -> str:

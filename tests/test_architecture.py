@@ -58,18 +58,11 @@ def test_every_required_package_is_brought_by_the_extra_that_the_message_names(s
     [
         ("gr00t_fast.model.action_head", "from gr00t_fast.engine import eager"),
         ("gr00t_fast.model.action_head", "from gr00t_fast.errors import ConfigError"),  # the model knows only its configuration
-        ("gr00t_fast.errors", "import torch; import gr00t_fast.model"),
         ("gr00t_fast.checkpoint.load", "def f():\n    from gr00t_fast.engine.choose import ENGINES"),
         ("gr00t_fast.engine.eager", "from gr00t_fast.policy import load_policy"),
-        ("gr00t_fast.engine.eager", "from gr00t_fast import load_policy"),
-        ("gr00t_fast.engine.eager", "import gr00t_fast.policy"),
         ("gr00t_fast.control.loop", "from gr00t_fast.robots.config import RobotConfig"),
-        ("gr00t_fast.control.loop", "from gr00t_fast.policy import load_policy"),
         ("gr00t_fast.robots.bus", "from gr00t_fast.control import signals"),
-        ("gr00t_fast.robots.bus", "from gr00t_fast import model"),
         ("gr00t_fast.serving.server", "from gr00t_fast.control.loop import ControlLoop"),
-        ("gr00t_fast.serving.server", "from gr00t_fast.engine import PolicyInputs"),
-        ("gr00t_fast.policy", "from gr00t_fast import cli"),
         ("gr00t_fast.cli", "from benchmarks import bench_policy"),
         ("benchmarks.bench_policy", "import tests.conftest"),
         ("gr00t_fast.model.config", "from gr00t_fast.unheard_of import x"),
@@ -86,8 +79,6 @@ def test_the_arrow_rule_refuses(sources: dict[str, str], module: str, line: str)
     [
         ("gr00t_fast.model.action_head", "import torch\nfrom gr00t_fast.model.config import DiTConfig\nfrom gr00t_fast.model.layers import GeluMLP"),
         ("gr00t_fast.serving.server", "from gr00t_fast.policy import load_policy\nfrom gr00t_fast.contracts import Policy"),
-        ("gr00t_fast.cli", "from gr00t_fast.robots.config import RobotConfig\nfrom gr00t_fast import load_policy"),
-        ("gr00t_fast.control.report", "from gr00t_fast import __version__"),
         ("benchmarks.one", "from benchmarks import two\nfrom benchmarks.lib.random_checkpoint import write"),
         ("some_script", "from gr00t_fast.control.loop import ControlLoop\nfrom gr00t_fast.engine import ENGINES"),
     ],
@@ -100,9 +91,7 @@ def test_the_arrow_rule_allows(sources: dict[str, str], module: str, line: str) 
 @pytest.mark.parametrize(
     ("module", "line", "allowed"),
     [
-        ("gr00t_fast.control.report", "import matplotlib", False),
         ("gr00t_fast.control.report", "try:\n    import matplotlib\nexcept ImportError:\n    pass", False),
-        ("gr00t_fast.control.report", "class Plot:\n    import matplotlib", False),
         ("gr00t_fast.control.report", "def plot():\n    import matplotlib", True),
         ("gr00t_fast.control.report", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import matplotlib", True),
         ("gr00t_fast.policy", "import yaml", False),
@@ -192,20 +181,9 @@ def test_every_module_imports_without_the_extras_and_without_side_effects(source
     assert _run(f"{_BLOCKER}\nblock(*{OPTIONAL})\nmodules = {modules}\n{_SIDE_EFFECTS}") == ["[]"]
 
 
-def test_the_blocker_blocks_and_side_effects_are_seen() -> None:
+def test_the_blocker_blocks_and_side_effects_are_seen(tmp_path: Path) -> None:
     code = f"{_BLOCKER}\nblock('wave')\ntry:\n    import wave\nexcept ModuleNotFoundError as error:\n    print(error.name)"
     assert _run(code) == ["wave"]
-    assert _run(f"modules = ['antigravity_of_tests']\n{_SIDE_EFFECT_SAMPLE}\n{_SIDE_EFFECTS}") == ["['log level', 'environment']"]
-
-
-_SIDE_EFFECT_SAMPLE = """
-import importlib.abc, importlib.util, sys
-class Sample(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        return importlib.util.spec_from_loader(name, self) if name == "antigravity_of_tests" else None
-    def exec_module(self, module):
-        import logging, os
-        logging.getLogger().setLevel(1)
-        os.environ["LEFT_BY_AN_IMPORT"] = "1"
-sys.meta_path.insert(0, Sample())
-"""
+    (tmp_path / "careless.py").write_text("import logging, os\nlogging.getLogger().setLevel(1)\nos.environ['LEFT_BY_AN_IMPORT'] = '1'\n")
+    found = _run(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nmodules = ['careless']\n{_SIDE_EFFECTS}")
+    assert found == ["['log level', 'environment']"]

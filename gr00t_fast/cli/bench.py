@@ -32,11 +32,21 @@ from gr00t_fast.cli.shared_flags import (
     ObservationFlags,
     OutputFlags,
     PrecisionName,
-    check_at_least_one,
     check_device,
 )
 from gr00t_fast.console import Progress
-from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, MissingExtraError, closest, install_command
+from gr00t_fast.errors import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    Gr00tFastError,
+    MissingExtraError,
+    check_ranges,
+    closest,
+    install_command,
+)
 from gr00t_fast.flags import UsageError
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
@@ -92,7 +102,7 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
         """Raises UsageError."""
         super().check()
         check_device(self.device)
-        check_at_least_one(self, "frames", "rounds", "denoising_steps", "threads")
+        check_ranges(self, **dict.fromkeys(("frames", "rounds", "denoising_steps", "threads"), AT_LEAST_1), seed=AT_LEAST_0)
         if self.make and any("=" in word for word in self.engines):
             raise UsageError("--engines=NAME=DIRECTORY is for files that are there, and --make makes them. Leave one out.")
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from gr00t_fast.cli.main import EXIT_OK, Command, leave_result
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, check_at_least_one
+from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
 from gr00t_fast.console import Progress
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
@@ -88,7 +88,6 @@ class EvalConfig(OutputFlags, PolicyFlags):
     def check(self) -> None:
         """Raises UsageError."""
         super().check()
-        check_at_least_one(self, "action_horizon")
         if not (self.dataset / "meta" / "info.json").is_file():
             what = "is no LeRobotDataset: meta/info.json is missing" if self.dataset.is_dir() else "does not exist"
             raise ConfigError(f"--dataset: '{self.dataset}' {what}. Expected the directory of a LeRobotDataset v3, as lerobot-record leaves it.")

@@ -24,11 +24,10 @@ from gr00t_fast.cli.shared_flags import (
     ObservationFlags,
     OutputFlags,
     PrecisionName,
-    check_at_least_one,
     check_device,
 )
 from gr00t_fast.console import Progress
-from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.errors import AT_LEAST_1, ConfigError, check_ranges, require
 from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.flags import UsageError
@@ -61,7 +60,7 @@ class ExportFlags(OutputFlags, CheckpointFlags):
         super().check()
         check_device(getattr(self, "device", "auto"))
         counts = ("denoising_steps", "max_text_tokens", "frames")
-        check_at_least_one(self, *(name for name in counts if hasattr(self, name)))
+        check_ranges(self, **{name: AT_LEAST_1 for name in counts if hasattr(self, name)})
 
 
 def _opened(config: ExportFlags) -> tuple[Checkpoint, Target]:

@@ -25,7 +25,7 @@ from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyM
 from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.poses import SPEEDS_DEG_S, Poses
 from gr00t_fast.control.recorder import dataset_directory
-from gr00t_fast.errors import ConfigError, check_ranges
+from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
 from gr00t_fast.files import read_json
 from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.inputs.data_config import load_data_config
@@ -65,9 +65,7 @@ class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmFlags):
         if isinstance(self.rest, str) and self.rest != "start":
             raise UsageError(f"--rest={self.rest}: give six joint values, start, or null.")
         Poses(rest=self.rest)
-        if self.episode < 0:
-            raise UsageError(f"--episode={self.episode} must not be negative: the first is 0.")
-        check_ranges(self, approach_deg_s=SPEEDS_DEG_S)
+        check_ranges(self, episode=AT_LEAST_0, approach_deg_s=SPEEDS_DEG_S)
 
 
 def run(config: ReplayConfig) -> int:

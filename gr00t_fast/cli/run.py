@@ -24,7 +24,7 @@ from typing import Any, Literal
 from gr00t_fast import flags
 from gr00t_fast.cli.cameras import device_faults, write_pictures
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
-from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, check_at_least_one
+from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
@@ -38,7 +38,7 @@ from gr00t_fast.control.rerun_view import display_target, display_view
 from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle
 from gr00t_fast.control.trace import summary
 from gr00t_fast.control.views import View, video_view, window_view
-from gr00t_fast.errors import ServerUnreachableError, check_ranges
+from gr00t_fast.errors import AT_LEAST_1, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
@@ -122,8 +122,6 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
         self._check_task()
         self._check_server()
         self._check_motion()
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"--seed={self.seed} must not be negative.")
         if self.record and self.dry_run:
             raise UsageError("--record and --dry_run exclude each other: a dry run sends nothing, so there is nothing to record.")
 
@@ -142,10 +140,7 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
         except UnicodeEncodeError:
             said = f"--lang_instruction={self.lang_instruction!a} holds bytes that are no UTF-8 text."
             raise UsageError(f"{said} Type it in a UTF-8 terminal.") from None
-        check_at_least_one(self, "episodes")
-        check_ranges(self, reset_time_s=(0.0, 3600.0))
-        if self.fps is not None and not FPS_RANGE[0] <= self.fps <= FPS_RANGE[1]:
-            raise UsageError(f"--fps={self.fps:g} must be from {FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz: what cameras and the servo bus can do.")
+        check_ranges(self, episodes=AT_LEAST_1, reset_time_s=(0.0, 3600.0), fps=FPS_RANGE)
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout >= 1 / (self.fps or FPS_RANGE[1])):
             raise UsageError(f"--timeout={self.timeout:g} must be a number of seconds, at least one tick: the arm would not move.")
         if self.episodes > 1 and self.timeout is None and (why := keys_obstacle()):

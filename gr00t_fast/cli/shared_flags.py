@@ -13,7 +13,7 @@ from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.rerun_view import WINDOW, display_target
-from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.errors import AT_LEAST_0, AT_LEAST_1, ConfigError, check_ranges, closest
 from gr00t_fast.flags import OUTPUTS, Flags, UsageError, setting
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, rendered
@@ -86,7 +86,7 @@ class PolicyFlags(CheckpointFlags):
         """Raises UsageError without importing torch."""
         super().check()
         check_device(self.device)
-        check_at_least_one(self, "denoising_steps", "action_horizon")
+        check_ranges(self, denoising_steps=AT_LEAST_1, action_horizon=AT_LEAST_1, seed=AT_LEAST_0)
 
     def policy_options(self) -> dict[str, Any]:
         """The keyword arguments of load_policy."""
@@ -226,12 +226,3 @@ def check_device(device: str) -> None:
     """Raises UsageError."""
     if not _DEVICE.fullmatch(device):
         raise UsageError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")
-
-
-def check_at_least_one(config: Any, *names: str) -> None:
-    """Of numbers that count something; None and an empty list are no numbers. Raises UsageError."""
-    for name in names:
-        value = getattr(config, name)
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each < 1:
-                raise UsageError(f"--{name}={each} must be at least 1.")

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from gr00t_fast.cli.main import Command
-from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges, require
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.robots.sim.expert import expert
@@ -37,8 +37,7 @@ class SimConfig(Flags):
         super().check()
         if not 48 <= self.height <= 1080 or self.height % 6:
             raise UsageError(f"--height={self.height} must be 48 to 1080 and divisible by 6 (4:3 pictures of even width).")
-        if self.seed < 0:
-            raise UsageError(f"--seed={self.seed} must not be negative.")
+        check_ranges(self, seed=AT_LEAST_0)
 
 
 def play(simulation: Simulation, height: int) -> Iterator[np.ndarray]:
