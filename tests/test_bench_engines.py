@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from random_networks import random_inputs
@@ -14,7 +13,6 @@ from benchmarks import bench_engines
 from benchmarks.bench_engines import LaboratoryBench
 from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
-from gr00t_fast import load_policy
 from gr00t_fast.cli.bench import within_limit
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.measurement import StageTimer
