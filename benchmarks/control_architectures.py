@@ -49,7 +49,8 @@ from benchmarks.lib.program import (
 )
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, ThreadWorker, TickNote, Worker
+from gr00t_fast.control.chunk_buffer import DueTarget
+from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, ThreadWorker, Worker
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
@@ -186,7 +187,7 @@ class FifoController:
 
     def __init__(self, policy: Policy, binding: RobotBinding, clock: Clock, worker: Worker, depth: int = QUEUE_DEPTH) -> None:
         self._runner, self._worker, self._depth = PolicyRunner(policy, binding, "", clock), worker, depth
-        self.note, self.instruction = TickNote(), ""
+        self.note, self.instruction = DueTarget(np.empty(0)), ""
         self._call: Future[tuple[int, ActionChunk]] | None = None
         self._queue: deque[tuple[int, ActionChunk]] = deque()  # tick of the observation, chunk
         self._playing: tuple[int, ActionChunk] | None = None
@@ -225,10 +226,9 @@ class FifoController:
         observed, chunk = self._playing
         underrun = self._row >= len(chunk.targets)
         self._underrun_ticks += underrun
-        self.note = TickNote(tick - observed, underrun, entered)
-        target = chunk.targets[min(self._row, len(chunk.targets) - 1)]
+        self.note = DueTarget(chunk.targets[min(self._row, len(chunk.targets) - 1)], tick - observed, underrun, entered=entered)
         self._row += 1
-        return target
+        return self.note.target
 
     def summary(self) -> dict[str, Any]:
         return {"kind": "fifo", "underrun_ticks": self._underrun_ticks}

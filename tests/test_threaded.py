@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -507,40 +506,6 @@ def test_inferences_that_take_longer_than_at_warm_up_are_chosen_for_again(infere
 
 class TestThread:
     """The real thread, in real time."""
-
-    def test_order_and_account_hold(self) -> None:
-        policy, slow = ScriptedPolicy(["ok"] * 20 + ["lost"], 40), np.random.default_rng(0)
-
-        class Sleepy(ScriptedPolicy):
-            reset = policy.reset
-
-            def get_action(self, *args, **kwargs):
-                assert threading.current_thread() is not threading.main_thread()
-                time.sleep(slow.uniform(0, 0.004))
-                try:
-                    return policy.get_action(*args, **kwargs)
-                except UnreachableError:  # a first chunk that is lost ends the run, and how far the script is by then is up to the thread
-                    if args[0]["state.single_arm"][0, 0] % 700:
-                        raise
-                    return policy.get_action(*args, **kwargs)
-
-        controller = overlapping(Sleepy(["ok"], 40))
-        account, last = Account(40), None
-        for tick in range(1500):
-            if tick % 700 == 0:
-                controller.reset()
-            first = controller.needs_observation
-            if first:
-                controller.plan(observation(tick))
-            target = controller.next_target(tick)
-            check(account, controller, target, tick, tick if first else None, last, policy)
-            last = target
-            controller.see(observation(tick), tick)
-            time.sleep(0.0002)
-        assert controller.summary()["underrun_ticks"] == account.underrun
-        assert controller.summary()["chunks_entered"] > 5
-        assert controller.close(PATIENCE_S)
-        assert not thread_left_running()
 
     def test_an_error_surfaces_in_the_main_thread_at_the_next_tick_as_it_was(self) -> None:
         policy, threads = ScriptedPolicy(["ok", "crash"], 16), []

@@ -40,12 +40,14 @@ class TimedChunk:
 
 @dataclass(frozen=True)
 class DueTarget:
-    """The target (J,) of a tick, ticks since the observation behind it, whether it is only the last one held, and its row in the newest chunk."""
+    """The target (J,) of a tick and how it came about: ticks since the observation behind it, whether it is only the last one held, its row in the
+    playing chunk, and the chunk that it is the first of, if that came in while the arm moved."""
 
     target: np.ndarray
-    age_ticks: int
-    underrun: bool
+    age_ticks: int = 0
+    underrun: bool = False
     row: int = 0
+    entered: ActionChunk | None = None
 
 
 class Admission(Enum):

@@ -21,7 +21,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, TimedChunk
+from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, DueTarget, TimedChunk
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
 from gr00t_fast.measurement import percentiles
@@ -137,17 +137,6 @@ class ControllerOptions:
 
 
 @dataclass(frozen=True)
-class TickNote:
-    """How the last target came about: ticks since the observation behind it, whether it was only held because no action was left, the chunk
-    that it is the first of, if that came in while the arm moved, and its row in the playing chunk."""
-
-    age_ticks: int = 0
-    underrun: bool = False
-    entered: ActionChunk | None = None
-    row: int = 0
-
-
-@dataclass(frozen=True)
 class PolicyRunner:
     """A policy with what turns its answer into targets for one arm and one instruction."""
 
@@ -194,7 +183,7 @@ class ChunkController:
                 f"--smoothing={self.options.smoothing} needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
                 "Use --engine=eager, or --smoothing=none."
             )
-        self.note = TickNote()
+        self.note = DueTarget(np.empty(0))
         self.overlaps = self.options.controller == "threaded"
         self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
@@ -311,8 +300,7 @@ class ChunkController:
         self._planned_s, self._tick = None, tick
         if self.overlaps:
             self._collect(tick)
-        due = self._buffer.due(tick)
-        self.note = TickNote(due.age_ticks, due.underrun, self._entered, due.row)
+        self.note = due = dataclasses.replace(self._buffer.due(tick), entered=self._entered)
         self._entered = None
         if self.overlaps:
             self._watch(tick, due.underrun)

@@ -9,7 +9,8 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,9 @@ class TickRecord:
     missed_ticks: int
 
 
+_COLUMNS = {"time_s": "d", "episode": "q", "measured": "d", "target": "d", "commanded": "d", "age_ticks": "q", "underrun": "b"}  # and their types
+
+
 class RunTrace:
     """Columns of a run, filled by the control loop and read by report, plots and tests."""
 
@@ -66,7 +70,7 @@ class RunTrace:
         self.began_s = clock.now_s()
         self.ended_s = self.began_s
         self._clock = clock
-        self._columns = _Columns()
+        self._columns: dict[str, array[Any]] = {name: array(kind) for name, kind in _COLUMNS.items()}
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -92,31 +96,23 @@ class RunTrace:
 
         `age_ticks`: ticks since the observation behind the target. `underrun`: it was only the last one held.
         """
-        columns = self._columns
-        columns.time_s.append(sent_s - self.began_s)
-        columns.episode.append(self.episodes - 1)
-        columns.measured.extend(measured.tolist())
-        columns.target.extend(target.tolist())
-        columns.commanded.extend(commanded.tolist())
-        columns.age_ticks.append(age_ticks)
-        columns.underrun.append(underrun)
+        scalars = {"time_s": sent_s - self.began_s, "episode": self.episodes - 1, "age_ticks": age_ticks, "underrun": underrun}
+        for name, value in scalars.items():
+            self._columns[name].append(value)
+        for name, joints in (("measured", measured), ("target", target), ("commanded", commanded)):
+            self._columns[name].extend(joints.tolist())
 
     def __len__(self) -> int:
-        return len(self._columns.time_s)
+        return len(self._columns["time_s"])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return time_s float64 (T,), episode and age_ticks int64 (T,), underrun bool (T,), measured, target, commanded float64 (T, J), chunk_starts
         int64."""
-        columns, joints = self._columns, len(self.joint_names)
-        table = {name: np.array(getattr(columns, name)).reshape(-1, joints) for name in ("measured", "target", "commanded")}
-        return {
-            "time_s": np.array(columns.time_s),
-            "episode": np.array(columns.episode, np.int64),
-            "age_ticks": np.array(columns.age_ticks, np.int64),
-            "underrun": np.array(columns.underrun, bool),
-            **table,
-            "chunk_starts": np.array([chunk.first_tick for chunk in self.chunks if chunk.first_tick < len(self)], np.int64),
-        }
+        table = {name: np.array(column) for name, column in self._columns.items()}
+        for name in ("measured", "target", "commanded"):
+            table[name] = table[name].reshape(-1, len(self.joint_names))
+        starts = np.array([chunk.first_tick for chunk in self.chunks if chunk.first_tick < len(self)], np.int64)
+        return {**table, "underrun": table["underrun"].astype(bool), "chunk_starts": starts}
 
     def tracking_error(self) -> np.ndarray:
         """Return |commanded at a tick - measured one tick later| (T', J), pairs within one episode.
@@ -131,17 +127,6 @@ class RunTrace:
         return np.abs(data["commanded"][:-1] - data["measured"][1:])[comparable]
 
 
-@dataclass
-class _Columns:
-    time_s: array[float] = field(default_factory=lambda: array("d"))
-    episode: array[int] = field(default_factory=lambda: array("q"))
-    measured: array[float] = field(default_factory=lambda: array("d"))
-    target: array[float] = field(default_factory=lambda: array("d"))
-    commanded: array[float] = field(default_factory=lambda: array("d"))
-    age_ticks: array[int] = field(default_factory=lambda: array("q"))
-    underrun: array[int] = field(default_factory=lambda: array("b"))
-
-
 # What a run says on the terminal while it goes on: what is about to happen, how far it is, and what a dry run would have sent.
 
 
@@ -154,7 +139,7 @@ class ProgressLine:
 
     def __init__(self, trace: RunTrace, pacer: Pacer, clock: Clock, echo: Callable[[str], None]) -> None:
         self._trace, self._pacer, self._clock, self._echo = trace, pacer, clock, echo
-        self._due_s = clock.now_s() + PROGRESS_EVERY_S
+        self.begin()
 
     def begin(self) -> None:
         """The arm begins to move now."""
