@@ -204,7 +204,7 @@ class ChunkController:
         # of `auto`
         self._reason = ""
         self._length: Length | None = None  # of inferences, by which it chose
-        self._others_ms: list[float] = []  # inferences in a row that are of another length
+        self._others_ticks: list[float] = []  # inferences in a row that are of another length
         self._gave_way = 0  # times that it went over to waiting
 
     @property
@@ -266,7 +266,7 @@ class ChunkController:
             if self._buffer.empty:
                 raise
             self._lost_inferences += 1
-            self._planned_s, self._others_ms = self._clock.now_s(), []
+            self._planned_s, self._others_ticks = self._clock.now_s(), []
             return None
         self._first, self._planned_s = timed, self._clock.now_s()
         chunk = timed.chunk
@@ -277,7 +277,7 @@ class ChunkController:
                 self._too_late(ticks, len(timed))
             self._note_delay(ticks)
         else:
-            self._reconsider(chunk.inference_ms)
+            self._reconsider(chunk.inference_ms / 1000 * self._fps)
             if self.overlaps:
                 self._note_delay(self._ticks_of(chunk.inference_ms))
         return chunk
@@ -395,7 +395,7 @@ class ChunkController:
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         if timed.episode == self._buffer.episode:
             self._note_delay(tick - timed.observed)
-            self._reconsider(1000 * (tick - timed.observed) / self._fps)
+            self._reconsider(tick - timed.observed)
         if self._buffer.offer(timed, tick) is Admission.ENTERED:
             self._entered = timed.chunk
 
@@ -406,7 +406,7 @@ class ChunkController:
 
     def _too_late(self, ticks: int, horizon: int) -> None:
         if self.options.controller == "auto":
-            self._choose(1000 * ticks / self._fps, "an inference took")
+            self._choose(ticks, "an inference took")
             return
         raise ConfigError(
             f"an inference takes {ticks} ticks at {self._fps:g} Hz, but a chunk has {horizon} actions: all would be over when it "
@@ -423,38 +423,37 @@ class ChunkController:
             self._length = "bridged"
             self._chosen(True, "how long an inference takes is not known yet; should chunks come too late, the arm will wait for them")
         else:
-            self._choose(inference_ms, "at warm-up an inference took")
+            self._choose(inference_ms / 1000 * self._fps, "at warm-up an inference took")
 
-    def _choose(self, inference_ms: float, took: str) -> None:
-        self._length, ticks = self._length_of(inference_ms), self._ticks_of(inference_ms)
-        took, longer = f"{took} {inference_ms:.0f} ms", f"longer than a tick of {1000 / self._fps:.0f} ms"
+    def _choose(self, ticks: float, took: str) -> None:
+        self._length, tick_ms = self._length_of(ticks), 1000 / self._fps
+        took = f"{took} {ticks * tick_ms:.0f} ms"
         reasons = {
-            "short": f"{took}, less than a tick of {1000 / self._fps:.0f} ms: no pause is to be expected",
-            "bridged": f"{took}, {longer}, and {self._horizon} actions per chunk bridge it",
-            "long": f"{took}, which {self._too_short(ticks)}",
+            "short": f"{took}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected",
+            "bridged": f"{took}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it",
+            "long": f"{took}, which {self._too_short(math.ceil(ticks))}",
         }
         self._gave_way += self._length == "long" and self.overlaps
         self._chosen(self._length == "bridged", reasons[self._length])
 
     def _chosen(self, overlaps: bool, reason: str) -> None:
-        self.overlaps, self._reason, self._others_ms = overlaps, reason, []
+        self.overlaps, self._reason, self._others_ticks = overlaps, reason, []
         does = "the arm moves while the next chunk is computed" if overlaps else "the arm waits for each inference"
         self._echo(f"controller: {does}, because {reason} (--controller=auto)")
 
-    def _length_of(self, inference_ms: float, share: float = 1.0) -> Length:
-        ticks = inference_ms / 1000 * self._fps
+    def _length_of(self, ticks: float, share: float = 1.0) -> Length:
         return "short" if ticks <= 1 else "bridged" if ticks <= math.ceil(share * self._bridged_ticks) else "long"
 
-    def _reconsider(self, inference_ms: float) -> None:
-        """After each inference."""
+    def _reconsider(self, ticks: float) -> None:
+        """After each inference; `ticks` until its chunk was there."""
         if self._length is None:  # nothing to choose
             return
         again = self._gave_way and not self.overlaps
-        length = self._length_of(inference_ms, _WELL_WITHIN if again else 1.0)
+        length = self._length_of(ticks, _WELL_WITHIN if again else 1.0)
         same = length == self._length or (self.overlaps and length == "short")  # what moves goes on
-        self._others_ms = [] if same else [*self._others_ms, inference_ms]
-        if len(self._others_ms) == (_IN_A_ROW_AGAIN * 2 ** (self._gave_way - 1) if again else _IN_A_ROW):
-            self._choose(max(self._others_ms), f"the last {len(self._others_ms)} inferences took up to")
+        self._others_ticks = [] if same else [*self._others_ticks, ticks]
+        if len(self._others_ticks) == (_IN_A_ROW_AGAIN * 2 ** (self._gave_way - 1) if again else _IN_A_ROW):
+            self._choose(max(self._others_ticks), f"the last {len(self._others_ticks)} inferences took up to")
 
     @property
     def _trained_horizon(self) -> int:
@@ -514,10 +513,8 @@ class HoldLimit:
             raise timed_out(self.limit_s, "no action is left to play")
         if held_s >= min(_TELL_AFTER_S, self.limit_s / 2) and not self._told and self._echo is not None:
             self._told = True
-            self._echo(
-                f"WARNING: no action has been left for {held_s:.1f} s: inference hangs or is too slow. The arm holds its pose and waits, at most "
-                f"{self.limit_s:.1f} s (--max_hold_s)."
-            )
+            end = f", at most {self.limit_s:.1f} s (--max_hold_s)" if math.isfinite(self.limit_s) else ""
+            self._echo(f"WARNING: no action has been left for {held_s:.1f} s: inference hangs or is too slow. The arm holds its pose and waits{end}.")
 
 
 def timed_out(limit_s: float, why: str) -> InferenceTimeoutError:
