@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +25,10 @@ from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fp8 import SCALES_NAME, prepare, read_calibration
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
-from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, part_of, rewritten
+from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
-from gr00t_fast.export.samples import ActionError, digest_of
+from gr00t_fast.export.samples import digest_of
 from gr00t_fast.export.verify import ACTION_LIMITS
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -159,28 +158,6 @@ def test_a_calibration_that_rounds_gate_without_up_is_refused(checkpoint: Path, 
 # --- a trained network
 
 
-class Trained:
-    """The demo's network, what calibration says of it, and trials on observations that calibration did not see."""
-
-    def __init__(self, directory: Path) -> None:
-        pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
-        self.recordings = _recorded(directory / "calibration", range(500, 508))
-        held_out = cases_of(TRAINED, 100, str(_recorded(directory / "held_out", range(600, 612))))
-        self.model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
-        network = TorchNetwork(self.model, 4, emulated=True)
-        statistics = record(network, cases_of(TRAINED, 128, str(self.recordings)), 0, Progress())
-        self.scales, _ = scales_of(network, statistics, Progress())
-        self.trials = Trials(network, held_out, {})
-        self.few = {steps: Trials(TorchNetwork(self.model, steps, emulated=True), held_out[::4], {}) for steps in (1, 2, 4)}
-
-    def rounded(self, parts: Collection[str]) -> Gr00t:
-        """Every layer of `parts`."""
-        return rewritten(self.model, {name: scale for name, scale in self.scales.items() if part_of(name) in parts}, emulated=True)
-
-    def error(self, trials: Trials, *parts: str) -> ActionError:
-        return trials.error_of(self.rounded(parts), parts)
-
-
 def _recorded(directory: Path, seeds: range) -> Path:
     """Episodes of the scripted expert, every third tick."""
     from gr00t_fast.robots.sim.expert import expert
@@ -203,36 +180,19 @@ def _recorded(directory: Path, seeds: range) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return Trained(tmp_path_factory.mktemp("recordings"))
-
-
-def test_a_trained_networks_actions_move_by_little(trained: Trained) -> None:
-    """Every layer rounded, on 100 observations of other episodes; and on some of them one part alone, or fewer denoising steps."""
-    for parts in (tuple(PARTS), ("dit",)):
-        error = trained.error(trained.trials, *parts)
+def test_a_trained_networks_actions_move_by_little(tmp_path: Path) -> None:
+    """Every layer of the demo's network rounded, on 100 observations of episodes that calibration did not see; and it still reaches the block."""
+    pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
+    seen, held_out = (_recorded(tmp_path / name, seeds) for name, seeds in (("calibration", range(500, 508)), ("held_out", range(600, 612))))
+    cases = cases_of(TRAINED, 100, str(held_out))
+    model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
+    network = TorchNetwork(model, 4, emulated=True)
+    scales, _ = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0, Progress()), Progress())
+    rounded = rewritten(model, scales, emulated=True)
+    for steps, some in ((4, cases), (2, cases[::4]), (1, cases[::4])):
+        error = Trials(TorchNetwork(model, steps, emulated=True), some, {}).error_of(rounded, PARTS)
         assert error.p50 > 0.001
-        assert error.p99 < ACTION_LIMITS["fp8"]
-        assert error.displacement < 0.03
-    alone = [trained.error(trained.few[4], part).rms for part in PARTS]
-    assert min(alone) > 0
-    assert trained.error(trained.few[4], *PARTS).rms < 1.5 * np.linalg.norm(alone)  # parts' errors are independent, about
-    for steps in (1, 2):
-        assert trained.error(trained.few[steps], *PARTS).p99 < ACTION_LIMITS["fp8"], steps
-
-
-def test_opting_layers_out_lowers_the_error_on_other_observations(trained: Trained, tmp_path: Path) -> None:
-    flags = [f"--observations={trained.recordings}", "--allow_few", "--frames=48", "--limit=0.7", "--trial_frames=6"]
-    assert run(TRAINED, tmp_path / "fp8", *flags) == 0
-    scales = read_calibration(tmp_path / "fp8", target_for(TRAINED)).scales
-    everything = trained.error(trained.trials, *PARTS)
-    chosen = trained.trials.error_of(rewritten(trained.model, scales, emulated=True), PARTS)
-    assert 0 < len(scales) < len(linear_layers(trained.model))
-    assert chosen.p99 < min(0.9 * everything.p99, ACTION_LIMITS["fp8"])
-    assert chosen.rms < 0.9 * everything.rms
-
-
-def test_fp8_still_reaches_the_block(trained: Trained) -> None:
-    policy = eager_policy(TRAINED, trained.rounded(PARTS), action_horizon=8)
+        assert error.p99 < ACTION_LIMITS["fp8"], steps
+        assert error.displacement < 0.03, steps
+    policy = eager_policy(TRAINED, rounded, action_horizon=8)
     assert all(outcome.solved_s is not None for outcome in reach_for_still_blocks(policy, (16, 32), range(2)))

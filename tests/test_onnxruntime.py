@@ -20,12 +20,14 @@ from random_networks import Sizes, load_network, observation, random_inputs, wri
 from waiting import until
 
 from gr00t_fast import Gr00tPolicy, load_policy
+from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import describe_files
 from gr00t_fast.engine.onnxruntime import OnnxRuntimeEngine
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.export.graphs import graphs_of
 from gr00t_fast.export.onnx import write_onnx
+from gr00t_fast.measurement import StageTimer
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -101,7 +103,7 @@ def test_each_stage_of_the_golden_network(tmp_path: Path) -> None:
     export = make_export(checkpoint, tmp_path / "onnx", "so100")
     _assert_stages_agree(export, checkpoint, golden.inputs, golden.noise)
     engine = OnnxRuntimeEngine(export, target_for(checkpoint), "cpu", "auto")
-    actions = engine.run(golden.inputs, golden.noise, 1, _timer())
+    actions = engine.run(golden.inputs, golden.noise, 1, StageTimer())
     assert relative_error(actions, golden.action_pred(1)) < ASKED  # NVIDIA's own recording
 
 
@@ -182,11 +184,6 @@ def _refused(error: type[Exception], load: Callable[[], object], *told: str) -> 
     assert all(text in str(caught.value) for text in told), str(caught.value)
 
 
-def test_torch_weights_are_not_read(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr00t_fast.policy.load_model", lambda *_: pytest.fail("read the weights"))
-    assert _load(checkpoint, exported).dtype == torch.float32
-
-
 def test_an_export_of_another_checkpoint(export: Path, tmp_path: Path) -> None:
     other = write_network(tmp_path / "other", NETWORK, seed=1, data_config=TWO)
     command = f"gr00t-fast export onnx --model_path={other} --embodiment_tag=new_embodiment --data_config={TWO} --out={export}"
@@ -201,9 +198,11 @@ def test_an_export_that_is_cut_short_or_not_there(checkpoint: Path, export: Path
     _refused(EngineError, lambda: _load(checkpoint, None), f"{usual} holds no exported engine", f"--out={usual}")
 
 
-def test_the_usual_place_is_in_the_checkpoint(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+def test_the_usual_place_is_in_the_checkpoint(checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch weights are not read."""
     copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     shutil.copytree(exported, copy / "exports" / "onnxruntime")
+    monkeypatch.setattr("gr00t_fast.policy.load_model", lambda *_: pytest.fail("read the weights"))
     assert _load(copy, None).engine.name == "onnxruntime"
 
 
@@ -277,16 +276,10 @@ def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:
 # --- the program ---------------------------------------------------------------------------------------------------------------------
 
 
-def _program(checkpoint: Path, out: Path, *flags: str) -> list[str]:
-    return [sys.executable, str(ROOT / "export" / "to_onnx.py"), f"--model_path={checkpoint}", f"--out={out}", f"--data_config={TWO}", *flags]
-
-
-def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
-    done = subprocess.run(_program(checkpoint, exported), capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "exists and is not empty" in done.stderr
-    out = tmp_path / "killed"
-    process = subprocess.Popen(_program(checkpoint, out), stderr=subprocess.PIPE, text=True)
+def test_the_program_leaves_no_half_export(checkpoint: Path, tmp_path: Path) -> None:
+    """By its older name."""
+    words = [str(ROOT / "export" / "to_onnx.py"), f"--model_path={checkpoint}", f"--out={tmp_path / 'killed'}", f"--data_config={TWO}"]
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
     until(lambda: any(tmp_path.glob(".killed.partial-*/tables.safetensors")))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -302,18 +295,13 @@ def test_the_program_leaves_an_existing_export_alone_and_no_half_one(checkpoint:
         (("--embodiment_tag=new_embodimnt",), "Did you mean 'new_embodiment'?"),
         (("--denoising_steps", "0"), "--denoising_steps=0"),
         (("--max_text_tokens=3",), "Give at least"),
+        (("--out=EXPORTED",), "exists and is not empty"),
     ],
 )
-def test_the_program_refuses(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str) -> None:
-    from gr00t_fast.cli.export import onnx as main
-
-    arguments = _program(checkpoint, tmp_path / "out")[2:]
-    assert main([*arguments, *flags]) != 0
+def test_the_program_refuses(
+    checkpoint: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str
+) -> None:
+    given = (flag.replace("EXPORTED", str(exported)) for flag in flags)
+    assert main([f"--model_path={checkpoint}", f"--out={tmp_path / 'out'}", f"--data_config={TWO}", *given]) != 0
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def _timer():
-    from gr00t_fast.measurement import StageTimer
-
-    return StageTimer()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.lib.random_checkpoint import byte_tokenizer, checkpoint_in
 from gr00t_fast.errors import require
 
 JOINTS = 6
@@ -160,7 +161,6 @@ def build_smolvla(setting: Setting) -> Arm:
 
 
 def build_gr00t(setting: Setting) -> Arm:
-    from benchmarks.lib.random_checkpoint import checkpoint_in
     from gr00t_fast.policy import load_policy
 
     data_config = "so100" if len(setting.cameras) == 1 else "so100_dualcam"
@@ -211,17 +211,7 @@ def write_smolvlm(directory: Path, published: bool) -> None:
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "SmolVLMProcessor", "chat_template": "{{ messages }}"}
     tokenizer |= {"extra_special_tokens": names, "eos_token": _SPECIAL[0], "pad_token": _SPECIAL[0]}
     _write_json(directory / "tokenizer_config.json", tokenizer)
-    _byte_tokenizer().save(str(directory / "tokenizer.json"))
-
-
-def _byte_tokenizer() -> Any:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    return tokenizer
+    byte_tokenizer(_SPECIAL).save(str(directory / "tokenizer.json"))
 
 
 def _write_json(path: Path, value: Any) -> None:

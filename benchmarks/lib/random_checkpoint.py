@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -271,24 +271,24 @@ def sized_config(network: NetworkName, sizes: Mapping[str, Any], published_vocab
     of_head["diffusion_model_cfg"].update(output_dim=sizes["hidden"])
     of_head.update(backbone_embedding_dim=width, hidden_size=sizes["hidden"], input_embedding_dim=math.prod(sizes["dit"][1:]))
     if not published_vocabulary:
-        tokenizer, key = byte_tokenizer(network), "image_token_index" if network == "n1.5" else "image_token_id"
+        tokenizer, key = byte_tokenizer(_SPECIAL_TOKENS[network]), "image_token_index" if network == "n1.5" else "image_token_id"
         text["vocab_size"], backbone[key] = tokenizer.get_vocab_size(), tokenizer.token_to_id(_IMAGE_TOKENS[network])
     return config, backbone
 
 
-def byte_tokenizer(network: NetworkName = "n1.5") -> Tokenizer:
+def byte_tokenizer(special_tokens: Sequence[str] = _SPECIAL_TOKENS["n1.5"]) -> Tokenizer:
     """One token per byte, plus the special tokens of the prompt: the smallest tokenizer that can read any instruction."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL_TOKENS[network]])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     return tokenizer
 
 
 def _write_tokenizer(path: Path, image_token_id: int, network: NetworkName = "n1.5") -> None:
     """The image token gets the id that the configuration has; the library itself would complain of the unused ids below the published one."""
-    content = json.loads(byte_tokenizer(network).to_str())
+    content = json.loads(byte_tokenizer(_SPECIAL_TOKENS[network]).to_str())
     for token in content["added_tokens"]:
         if token["content"] == _IMAGE_TOKENS[network]:
             token["id"] = image_token_id
@@ -397,16 +397,20 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit_byt
     yield names
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Norm weights near 1, biases near 0, matrices scaled by their fan-in so that activations stay of order one."""
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation: norm weights near 1, biases near 0, matrices scaled by their fan-in so that activations stay of order one."""
     is_norm = "norm" in name.rsplit(".", 2)[-2] or "vlln" in name
-    if len(shape) == 1 and name.endswith("weight") and is_norm:
-        return (1 + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
     if len(shape) == 1 or name.endswith(".b"):
-        return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
-    fan_in = shape[1] if name.endswith(".W") else math.prod(shape[1:])
-    scale = 0.02 if "embedding" in name or "embed_tokens" in name or "future_tokens" in name else fan_in**-0.5
-    return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+        return (1.0, 0.1) if is_norm and name.endswith("weight") else (0.0, 0.02)
+    if "embedding" in name or "embed_tokens" in name or "future_tokens" in name:
+        return 0.0, 0.02
+    by_category = any(part in name for part in ("state_encoder.", "action_encoder.", "action_decoder."))  # stored [in, out]
+    return 0.0, (shape[-2] if by_category else math.prod(shape[1:])) ** -0.5
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    mean, deviation = _distribution(name, shape)
+    return (mean + deviation * torch.randn(shape, generator=generator)).to(dtype)
 
 
 def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Gr00t:
@@ -416,13 +420,7 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        is_norm = "norm" in name.rsplit(".", 2)[-2] or "vlln" in name
-        fan_in = parameter.shape[0] if "_encoder." in name or "_decoder." in name else math.prod(parameter.shape[1:])
-        scale = 0.02 if parameter.dim() == 1 or ("embedding" in name and "patch" not in name) or "future_tokens" in name else fan_in**-0.5
-        if parameter.dim() == 1 and name.endswith("weight") and is_norm:
-            parameter.normal_(1.0, 0.1, generator=generator)
-        else:
-            parameter.normal_(0.0, scale, generator=generator)
+        parameter.normal_(*_distribution(name, tuple(parameter.shape)), generator=generator)
     return model
 
 

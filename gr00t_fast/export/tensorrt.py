@@ -2,9 +2,9 @@
 
     graphs + manifest.json (kind "onnx")  ->  *.engine + tables.safetensors + manifest.json (kind "tensorrt")
 
-The directory appears when all of it is there. What a GPU cannot compute is refused before minutes are spent. Sources: the support matrices of
-TensorRT-RTX 1.x ("by default portable" to Ampere and later; Turing only when named) and what the builder of 1.7.1 itself refuses: bf16, fp8 and fp32
-matrix products on 7.5, fp8 below 8.9.
+The directory appears when all of it is there. torch, which gr00t_fast.engine imports, is left out of the processes that build. What a GPU cannot
+compute is refused before minutes are spent. Sources: the support matrices of TensorRT-RTX 1.x ("by default portable" to Ampere and later; Turing only
+when named) and what the builder of 1.7.1 itself refuses: bf16, fp8 and fp32 matrix products on 7.5, fp8 below 8.9.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gr00t_fast import tensorrt_library as library
-from gr00t_fast.engine.exported import TABLES_NAME
-from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, check_files, describe_files, read_manifest, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError, install_command
 from gr00t_fast.export.options import BuildOptions, flags_given
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import peak_rss_bytes
 from gr00t_fast.tensorrt_library import ANY_GPU, RTX, STANDARD, gpu_capability, version_tuple
+
+if TYPE_CHECKING:
+    from gr00t_fast.engine.manifest import Manifest
 
 KIND = "tensorrt"  # of the manifest, whichever of the two libraries
 T = TypeVar("T")
@@ -47,6 +48,9 @@ def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
     Raises EngineError for graphs that are missing, damaged or made for another runtime, ConfigError for what the target GPU cannot compute, the
     library refuses, or an `out` that may not be replaced.
     """
+    from gr00t_fast.engine.exported import TABLES_NAME
+    from gr00t_fast.engine.manifest import TOKENS, describe_files
+
     source = _read_source(onnx)
     builder = library.choose(options.builder)
     capabilities = check_feasible(builder, options.compute_capability, source.precision, (source.quantisation or {}).get("format"))
@@ -86,6 +90,8 @@ def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
 
 def _read_source(directory: Path) -> Manifest:
     """The ONNX export, whole and meant for TensorRT."""
+    from gr00t_fast.engine.manifest import Digests, check_files, read_manifest
+
     remedy = f"gr00t-fast export onnx --model_path=CHECKPOINT --data_config=CONFIG --precision=fp16 --out={directory}"
     manifest = read_manifest(directory, remedy)
     runtime = (manifest.quantisation or {}).get("runtime", KIND)
@@ -106,6 +112,8 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
     engine larger (demo network: 7.6 MB with one, 16.8 MB with three). `tensorrt` chooses its kernels now: one range per bucket, and they meet.
     Raises ConfigError when `max_text_tokens` is out of range.
     """
+    from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, varying_sizes
+
     images, exported, spans = shapes["image_tokens"], shapes["max_tokens"], shapes.get("image_spans")
     most = exported if max_text_tokens is None else images + max_text_tokens
     if not images < most <= exported:
