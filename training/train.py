@@ -14,6 +14,7 @@ Axis alphabet: N samples, B batch, H horizon, P padded state width.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.program import check_counts, drawing, execute, provenance, write_csv
+from benchmarks.lib.program import check_counts, drawing, execute, provenance
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.engine import select_device
@@ -270,7 +271,9 @@ def pursue(trainer: Trainer, config: TrainConfig, held_out: TrainingSet | None, 
                 means = {name: float(np.mean([step[name] for step in since])) for name in since[0]}
                 check = trainer.check(held_out) if held_out else {}
                 trainer.rows.append({"step": trainer.steps_done, **means, **check, "minutes": minutes_before + taken})
-                write_csv(config.out / "loss.csv", list(trainer.rows[-1]), [[f"{value:.6g}" for value in row.values()] for row in trainer.rows])
+                with (config.out / "loss.csv").open("w", newline="") as file:
+                    figures = [[f"{value:.6g}" for value in row.values()] for row in trainer.rows]
+                    csv.writer(file).writerows([list(trainer.rows[-1]), *figures])
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (means | check).items()})
                 trainer.save(state)
                 since.clear()
