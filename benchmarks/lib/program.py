@@ -6,7 +6,6 @@ Importing this needs the standard library and numpy alone: a bare GPU machine ha
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing.connection
 import os
@@ -237,13 +236,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[object]], tex
 def figure(value: float | None, digits: int = 2) -> str:
     """A number in a table; a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 @contextmanager
