@@ -137,8 +137,8 @@ class Sink:
         is slow already to start. Nothing may be given afterwards."""
         if self._process is None or self._closing:
             return True
+        self._closing, ended_s = True, time.monotonic()  # before it is told: what ends then has not ended by itself
         self.call("")
-        self._closing, ended_s = True, time.monotonic()
         try:
             while self._process.exitcode is None and (left_s := max(self._heard_s, ended_s) + limit_s - time.monotonic()) > 0:
                 self._process.join(left_s)
