@@ -31,7 +31,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, observations_of, random_noise, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
-from gr00t_fast.engine.fp8 import Calibration
+from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.flags import UsageError, help_text, parse_flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles
@@ -93,7 +93,7 @@ class LaboratoryBench(Bench):
     def _fp8(self, directory: Path | None) -> Gr00tPolicy:
         """With the calibration in `directory` or where it lies by default, else with one that is made here, on other observations than errors are
         measured on."""
-        from gr00t_fast.engine.fp8 import check_gpu, fp8_engine
+        from gr00t_fast.engine.quantized import check_gpu, fp8_engine
 
         check_gpu(self.device)
         if directory is not None or (self.path / "exports" / "fp8").is_dir():
@@ -102,9 +102,9 @@ class LaboratoryBench(Bench):
         calibration = self._calibration(model)
         return self.policy(fp8_engine(self.network(self.dtype), calibration))
 
-    def _calibration(self, model: Gr00t) -> Calibration:
+    def _calibration(self, model: Gr00t) -> Mapping[str, InputScale]:
         from gr00t_fast.console import Progress
-        from gr00t_fast.engine.fp8 import has_product
+        from gr00t_fast.engine.quantized import has_product
         from gr00t_fast.export.calibrate import TorchNetwork, calibrate
         from gr00t_fast.export.options import CalibrationOptions
         from gr00t_fast.export.samples import case_of, transforms_only
@@ -116,7 +116,7 @@ class LaboratoryBench(Bench):
         cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return Calibration(calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed), Progress()).scales)
+        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed), Progress()).scales
 
 
 def main(argv: Sequence[str] | None = None) -> int:

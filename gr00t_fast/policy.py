@@ -25,6 +25,7 @@ from gr00t_fast.console import byte_bar
 from gr00t_fast.contracts import ActionPrefix, ModalityConfig, Policy, PolicyMetadata
 from gr00t_fast.engine import (
     EXPORTED,
+    PRECISIONS,
     Continuation,
     Engine,
     PolicyInputs,
@@ -37,7 +38,6 @@ from gr00t_fast.engine import (
     select_precision,
     warming_up,
 )
-from gr00t_fast.engine.base import PRECISIONS
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig

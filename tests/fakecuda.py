@@ -179,14 +179,14 @@ def published_network(version: str, short: bool = False) -> Any:
 
 def engine_of(name: str, model: Any) -> Any:
     from gr00t_fast.engine import make_engine, quantized
-    from gr00t_fast.engine.fp8 import Calibration, fp8_engine
+    from gr00t_fast.engine.quantized import fp8_engine
 
     if name != "fp8":
         return make_engine(name, model)
     scales = {layer: quantized.InputScale(1.0) for layer in quantized.linear_layers(model)}
     # gate and up read one tensor
     up = {layer: scales[layer.replace("mlp.up", "mlp.gate")] for layer in scales if layer.startswith("language") and layer.endswith("mlp.up")}
-    return fp8_engine(model, Calibration(scales | up))
+    return fp8_engine(model, scales | up)
 
 
 def call(engine: Any, case: Case, seed: int = 0) -> Any:

@@ -22,7 +22,6 @@ from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.engine.fp8 import SCALES_NAME, prepare, read_calibration
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, rewritten
@@ -88,8 +87,8 @@ def test_a_digest_tells_other_observations_from_the_same(checkpoint: Path) -> No
 def test_what_was_written_is_what_is_read(checkpoint: Path, calibrated: Path) -> None:
     target, manifest = target_for(checkpoint), read_manifest(calibrated, "")
     found = read_calibration(calibrated, target)
-    assert set(found.scales) == set(linear_layers(load_network(checkpoint)))
-    assert found.scales["language.blocks.0.mlp.gate"] is found.scales["language.blocks.0.mlp.up"]
+    assert set(found) == set(linear_layers(load_network(checkpoint)))
+    assert found["language.blocks.0.mlp.gate"] is found["language.blocks.0.mlp.up"]
     assert len(manifest.quantisation["calibration"]["digest"]) == 64
     again = export.calibrate.parse(["--model_path=x", *manifest.flags])  # the message that names the command can be typed
     assert (again.frames, again.trial_frames, again.observations) == (4, 0, "random:0")
@@ -117,7 +116,7 @@ def test_limit_and_overwrite(checkpoint: Path, calibrated: Path, tmp_path: Path,
     assert "say --overwrite" in capsys.readouterr().err
     assert run(checkpoint, out, "--trial_frames=1", "--limit=1e-9", "--json", "--overwrite", *FEW) == 0
     assert json.loads(capsys.readouterr().out)["work_in_8_bits"] == 0
-    assert read_calibration(out, target_for(checkpoint)).scales == {}
+    assert read_calibration(out, target_for(checkpoint)) == {}
     assert all(group["kept_in_16_bits"] for group in json.loads((out / "quantisation.json").read_text())["groups"])
 
 
@@ -130,15 +129,15 @@ def test_load_policy_says_what_is_missing_before_it_reads_weights(checkpoint: Pa
         load_policy(checkpoint, engine="fp8", device="cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     with pytest.raises(EngineError, match=r"exports/fp8 holds no exported engine.*gr00t-fast calibrate"):
-        prepare("fp8", checkpoint / "exports" / "fp8", target, cuda)
-    assert set(prepare("fp8", calibrated, target, cuda).keywords["calibration"].scales) == set(linear_layers(load_network(checkpoint)))
+        prepare_fp8(checkpoint / "exports" / "fp8", target, cuda)
+    assert set(prepare_fp8(calibrated, target, cuda).keywords["scales"]) == set(linear_layers(load_network(checkpoint)))
     with pytest.raises(ConfigError, match="needs files besides the torch model"):
         make_engine("fp8", load_network(checkpoint))
 
 
 def test_in_the_fused_model_the_rounded_layers_do_what_they_do_in_the_plain_one(checkpoint: Path, calibrated: Path) -> None:
     """What the engine runs but for the compiler and the kernel of the steps, which have tests of their own; gate and up are one layer here."""
-    rounded = rewritten(load_network(checkpoint), read_calibration(calibrated, target_for(checkpoint)).scales, emulated=True)
+    rounded = rewritten(load_network(checkpoint), read_calibration(calibrated, target_for(checkpoint)), emulated=True)
     expecting = eager_policy(checkpoint, rounded, denoising_steps=2)
     policy = load_policy(checkpoint, engine=GraphEngine("fp8", FusedModel(rounded), continues=frozenset({"prefix"})), denoising_steps=2)
     seen, noise = policy.example_observation("pick"), np.random.default_rng(0).standard_normal((1, 16, 32)).astype(np.float32)

@@ -104,8 +104,7 @@ def test_the_former_names_still_work(words: list[str], monkeypatch: pytest.Monke
 
 
 def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
-    from gr00t_fast.engine.base import PRECISIONS
-    from gr00t_fast.engine.choose import CALIBRATED, ENGINES, EXPORTED
+    from gr00t_fast.engine import CALIBRATED, ENGINES, EXPORTED, PRECISIONS
 
     assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
     assert set(typing.get_args(shared_flags.ExportedName)) == set(EXPORTED)

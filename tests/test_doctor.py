@@ -17,7 +17,7 @@ import torch
 import virtual_camera
 
 from gr00t_fast.cli.main import main
-from gr00t_fast.engine.choose import select_precision
+from gr00t_fast.engine import select_precision
 from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
 from gr00t_fast.robots.virtual_bus.servo import JointCalibration, Register
 

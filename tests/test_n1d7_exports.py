@@ -19,10 +19,9 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.fp8 import read_calibration
 from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.engine.quantized import linear_layers, rewritten
+from gr00t_fast.engine.quantized import linear_layers, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.export.samples import network_inputs
 from gr00t_fast.measurement import StageTimer
@@ -167,8 +166,8 @@ def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPol
     assert export.calibrate([f"--model_path={made.checkpoint}", f"--out={out}", "--device=cpu", "--trial_frames=0", *FEW]) == 0
     calibration = read_calibration(out, target_for(made.checkpoint, None))
     model = eager.engine.model
-    assert 0 < len(calibration.scales) <= len(linear_layers(model))
-    made_of = rewritten(model, calibration.scales, emulated=True)
+    assert 0 < len(calibration) <= len(linear_layers(model))
+    made_of = rewritten(model, calibration, emulated=True)
     inputs, start = network_inputs(eager, observation()), torch.from_numpy(noise_of(eager))
     fused = fused_model(made_of)
     assert isinstance(fused, FusedModelN1d7)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exports import inputs_for, layout_of, make_export, stages_of, target_for
+from exports import make_export, stages_of, target_for
 from golden_cases import load_case, reduced, relative_error
 from random_networks import Sizes, load_network, observation, random_inputs, write_network
 from waiting import until
@@ -22,11 +20,8 @@ from waiting import until
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.manifest import describe_files
-from gr00t_fast.engine.onnxruntime import OnnxRuntimeEngine
-from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
-from gr00t_fast.export.graphs import graphs_of
-from gr00t_fast.export.onnx import write_onnx
+from gr00t_fast.engine.cpu_runtimes import OnnxRuntimeEngine
+from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.measurement import StageTimer
 
 onnx = pytest.importorskip("onnx")
@@ -126,14 +121,6 @@ def test_batches_are_those_of_the_eager_engine(policy: Gr00tPolicy, eager: Gr00t
         assert all(np.array_equal(together[key][item], alone[key]) for key in alone), "an item depends on its neighbours"
 
 
-def test_answers_are_kept_when_the_next_call_is_made(policy: Gr00tPolicy) -> None:
-    """Output memory is used again; what was given out must not change."""
-    first = policy.get_action(observation(TWO, seed=1), noise=_noise())
-    copies = {key: value.copy() for key, value in first.items()}
-    policy.get_action(observation(TWO, seed=2, instruction="something of another length"), noise=_noise() + 1)
-    assert all(np.array_equal(first[key], copies[key]) for key in first)
-
-
 def test_a_chunk_is_continued_by_prefix(policy: Gr00tPolicy, eager: Gr00tPolicy) -> None:
     policy.denoising_steps = eager.denoising_steps = 4
     seen, noise = observation(TWO), _noise()
@@ -164,15 +151,6 @@ def test_weights_are_stored_once_as_products_take_them_and_beside_the_graph(expo
     assert own == set(), f"operators that other runtimes do not know: {own}"
     assert {file.name for file in exported.glob(f"{stage}*")} == {f"{stage}.onnx", f"{stage}.onnx.data"}
     assert str(ROOT).encode() not in (exported / f"{stage}.onnx").read_bytes(), "the file tells where it was made"
-
-
-def test_the_manifest_describes_the_graphs(exported: Path) -> None:
-    manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["denoising_steps"] == [1, 2, 3, 4, 8]
-    shapes = {"cameras": 2, "picture": [56, 56], "image_tokens": 32, "max_tokens": 288, "horizon": 16, "action_dim": 32, "state_dim": 64}
-    assert manifest["shapes"] == {**shapes, "prompt_buckets": [52, 96, 160, 288]}
-    assert manifest["stages"]["language"]["outputs"]["keys"] == [2, 4, "tokens", 12]
-    assert set(manifest["files"]) == {file.name for file in exported.iterdir() if file.name != "manifest.json" and not file.name.startswith(".")}
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
@@ -215,20 +193,8 @@ def test_words_that_do_not_fit(checkpoint: Path, exported: Path) -> None:
     _refused(ConfigError, lambda: _load(checkpoint, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
 
 
-def test_without_the_package(checkpoint: Path, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install ", "[export]'")
-
-
 def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:
     _refused(ObservationError, lambda: policy.get_action(observation(TWO, instruction="x" * 400)), "this export takes 288", "--max_text_tokens=")
-
-
-def test_eight_bit_files_of_another_runtime(checkpoint: Path, export: Path) -> None:
-    manifest = json.loads((export / "manifest.json").read_text())
-    manifest["quantisation"] = {"format": "int8", "runtime": "tensorrt"}
-    (export / "manifest.json").write_text(json.dumps(manifest))
-    _refused(EngineError, lambda: _load(checkpoint, export), "made for 'tensorrt'", "gr00t-fast quantise")
 
 
 @pytest.fixture(scope="module")
@@ -261,16 +227,6 @@ def test_a_continued_chunk_carries_no_rounding_of_its_own(low: Gr00tPolicy, monk
     seen, noise = observation(), _noise()
     prefix = ActionPrefix({"action.single_arm": np.zeros((4, 5), np.float32), "action.gripper": np.zeros((4, 1), np.float32)}, 2, "prefix")
     assert np.array_equal(low.infer(low.preprocess(seen), noise, prefix)[:, 4:], noise[:, 4:])
-
-
-def test_bf16_is_refused_on_a_cpu(checkpoint: Path, export: Path) -> None:
-    model = load_network(checkpoint, torch.bfloat16)
-    layout = layout_of(model.config, inputs_for(model.config, 2)[0])
-    graph = graphs_of(model.config)["vision"].build(model, layout)
-    write_onnx("vision", graph, model.config, layout, torch.bfloat16, export)  # the other stages stay as they are: opening stops at this one
-    raw = json.loads((export / "manifest.json").read_text())
-    (export / "manifest.json").write_text(json.dumps({**raw, "precision": "bf16", "files": describe_files(export)}))
-    _refused(EngineError, lambda: _load(checkpoint, export), "do not compute bf16", "--precision=fp32 --overwrite")
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 
 import gr00t_fast
-from gr00t_fast import flags
+from gr00t_fast import engine, flags
 from gr00t_fast.cli import main as command
-from gr00t_fast.engine import choose
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -157,7 +156,7 @@ def test_python_examples_are_python(name: str) -> None:
 
 def test_engines_are_those_that_can_be_chosen() -> None:
     table = re.search(r"\| `--engine=` \|.*?\n\n", TEXTS["README.md"], flags=re.DOTALL).group()
-    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {*choose.ENGINES, *choose.CALIBRATED, *choose.EXPORTED}
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)) == {*engine.ENGINES, *engine.CALIBRATED, *engine.EXPORTED}
 
 
 def test_every_subcommand_is_named() -> None:

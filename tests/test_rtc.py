@@ -16,7 +16,7 @@ import torch
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix, NetworkName
-from gr00t_fast.engine.continuation import Continuation, denoise_towards, guidance_weight, prefix_weights
+from gr00t_fast.engine.eager import Continuation, denoise_towards, guidance_weight, prefix_weights
 from gr00t_fast.errors import ConfigError, ObservationError
 
 LENGTH_ROWS = 6.0  # over which actions stay similar: a fifth of a second at 30 Hz

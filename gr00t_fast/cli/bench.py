@@ -416,7 +416,7 @@ def _memory_bytes(device: torch.device) -> int:
 
 def word_of(dtype: torch.dtype) -> str:
     """`bf16`, ..."""
-    from gr00t_fast.engine.base import PRECISIONS
+    from gr00t_fast.engine import PRECISIONS
 
     return next(word for word, kind in PRECISIONS.items() if kind == dtype)
 

@@ -292,7 +292,7 @@ def _picture_size(config: DoctorConfig, found: Any, metadata: Any, rows: Rows) -
 
 def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None, rows: Rows) -> None:
     """Exports beside the checkpoint, and the one that --engine asks for: whole, and of this checkpoint?"""
-    from gr00t_fast.engine.choose import CALIBRATED, EXPORTED
+    from gr00t_fast.engine import CALIBRATED, EXPORTED
     from gr00t_fast.files import MANIFEST_NAME
 
     asked = None
@@ -330,7 +330,7 @@ def _export(config: DoctorConfig, found: Any, directory: Path, picture: tuple[in
 
 def _memory(torch: Any, parameters: int | None, rows: Rows) -> None:
     """What torch sees, and whether a network of so many parameters has room: in bf16 on a GPU, on a CPU as --precision=auto is there."""
-    from gr00t_fast.engine.choose import select_precision
+    from gr00t_fast.engine import select_precision
 
     def room(free_bytes: int, each_bytes: int, where: str, advice: str) -> None:
         if parameters is not None:

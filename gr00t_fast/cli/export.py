@@ -372,8 +372,8 @@ def make_calibration(config: CalibrateConfig) -> Made:
     """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
     from gr00t_fast.checkpoint import load_model
     from gr00t_fast.engine import select_device, select_precision
-    from gr00t_fast.engine.fp8 import Calibration, has_product, write_calibration
     from gr00t_fast.engine.manifest import Digests
+    from gr00t_fast.engine.quantized import has_product, write_calibration
     from gr00t_fast.export.calibrate import TorchNetwork, calibrate
     from gr00t_fast.measurement import versions
 
@@ -390,7 +390,7 @@ def make_calibration(config: CalibrateConfig) -> Made:
     with whole_directory(out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
         identity, made_with = target.identity(Digests(directory)), config.made_with("precision")
-        write_calibration(directory, Calibration(result.scales), identity, data, versions(), command_line(), made_with)
+        write_calibration(directory, result.scales, identity, data, versions(), command_line(), made_with)
     return _told(out, ": run it with --engine=fp8", report)
 
 
@@ -424,7 +424,7 @@ class VerifyConfig(SampleFlags):
 
 def make_verification(config: VerifyConfig) -> Made:
     """Check the data and the export, run the plain model, free it, run the engine; leave verify.json and verify.md. Raises Gr00tFastError."""
-    from gr00t_fast.engine.choose import open_engine
+    from gr00t_fast.engine import open_engine
     from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.export.verify import compare, record_reference
 

@@ -3,12 +3,13 @@
 Eager PyTorch launches some 1,500 kernels per inference, and the CPU that launches them is slower than the GPU that runs them: that is most of
 the time on a fast GPU. A graph is recorded once per shape of call (batch, cameras and their sizes, prompt length, denoising steps, and whether and
 how a chunk continues another one) and replayed with a single launch. All engines here run the fused model: `cuda_graph` records it as it is,
-`compiled` lets Inductor fuse it first, and runs on a CPU too, where nothing is recorded; `fp8` is made in engine/fp8.py.
+`compiled` lets Inductor fuse it first, and runs on a CPU too, where nothing is recorded; `fp8` is made in engine/quantized.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import shutil
 import sys
 import sysconfig
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.base import Engine, PolicyInputs, tell_new
-from gr00t_fast.engine.continuation import Continuation, denoise_towards
+from gr00t_fast.engine.eager import Continuation, Engine, PolicyInputs, denoise_towards, tell_new
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
@@ -41,13 +41,10 @@ _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own all
 class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
 
-    precision = ""
-
     def __init__(self, name: str, model: FusedModel, stages: Stages | None = None, continues: frozenset[str] = frozenset({"rtc", "prefix"})) -> None:
         """stages: the model's own, or those compiled. continues: without `rtc` where layers have no gradient."""
         self.name, self.model, self.stages, self.continues = name, model, stages or model.stages(), continues
         self.device, self.dtype = model.device, model.dtype
-        self.warming_up = False
         self._prepared: OrderedDict[CallShape, tuple[StaticCall, CapturedGraph | None]] = OrderedDict()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool: tuple[int, int] | None = None
@@ -73,12 +70,8 @@ class GraphEngine(Engine):
         with timer.stage("graph"):
             if not inputs.padded:
                 return self._run(inputs, noise, denoising_steps, continuation)
-            return torch.cat(
-                [
-                    self._run(inputs.item(index), noise[index : index + 1], denoising_steps, continuation and continuation.item(index))
-                    for index in range(inputs.batch)
-                ]
-            )
+            items = [(inputs.item(index), noise[index : index + 1], continuation and continuation.item(index)) for index in range(inputs.batch)]
+            return torch.cat([self._run(item, start, denoising_steps, continued) for item, start, continued in items])
 
     def _run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, continuation: Continuation | None) -> Tensor:
         shape = CallShape.of(inputs, denoising_steps, continuation)
@@ -116,29 +109,26 @@ class GraphEngine(Engine):
 
 def cuda_graph_engine(model: Gr00t) -> GraphEngine:
     """`cuda_graph`. Raises ConfigError for a device that cannot be used."""
-    check_cuda("cuda_graph", model.device)
+    check_device("cuda_graph", model.device)
     return GraphEngine("cuda_graph", fused_model(model))
 
 
 def compiled_engine(model: Gr00t) -> GraphEngine:
     """`compiled`: on a CUDA GPU, or on a CPU, where it needs a C++ compiler, and memory for a second copy of the weights, packed as the matrix
     products want them. Raises ConfigError for another device, or without the compiler."""
-    check_compiled("compiled", model.device)
+    check_device("compiled", model.device)
     fused = fused_model(model)
     return GraphEngine("compiled", fused, compiled(fused.stages(), any_length=model.device.type == "cuda"))
 
 
-def check_compiled(engine: str, device: torch.device) -> None:
-    """Raises ConfigError where `compiled` cannot run."""
-    if device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"engine '{engine}' runs on CUDA and CPUs, but the model is on {device}. Use --engine=eager.")
-    check_compiler(engine, device.type)
-
-
-def check_cuda(engine: str, device: torch.device) -> None:
-    """Raises ConfigError where `device` is no CUDA GPU."""
-    if device.type != "cuda":
+def check_device(engine: str, device: torch.device) -> None:
+    """Whether `engine`, by its name, can run on `device`. Raises ConfigError."""
+    if engine == "cuda_graph" and device.type != "cuda":
         raise ConfigError(f"engine '{engine}' needs a CUDA GPU, but the model is on {device}. Use --device=cuda, or --engine=eager.")
+    if engine == "compiled":
+        if device.type not in ("cuda", "cpu"):
+            raise ConfigError(f"engine '{engine}' runs on CUDA and CPUs, but the model is on {device}. Use --engine=eager.")
+        check_compiler(engine, device.type)
 
 
 # --- one recording
@@ -230,17 +220,19 @@ class CallShape:
 
 
 class PackedBuffers:
-    """Named tensors in one block of memory on the host (pinned, for CUDA) and one on the device."""
+    """Named tensors in one block of memory on the host (pinned, for CUDA) and one on the device; parts: name -> dtype and shape."""
 
     def __init__(self, parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], device: torch.device) -> None:
-        offsets, size = {}, 0
-        for name, (dtype, shape) in parts.items():
-            offsets[name] = size
-            size += _ALIGNMENT_BYTES * math.ceil(math.prod(shape) * dtype.itemsize / _ALIGNMENT_BYTES)
-        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = self._host if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
-        self.host = dict(_views(self._host, offsets, parts))
-        self.device = dict(_views(self._device, offsets, parts))
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in parts.items()}
+        aligned = [_ALIGNMENT_BYTES * math.ceil(size / _ALIGNMENT_BYTES) for size in sizes.values()]
+        begins = dict(zip(parts, itertools.accumulate(aligned, initial=0), strict=False))
+        self._host = torch.zeros(sum(aligned), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+
+        def views(block: Tensor) -> dict[str, Tensor]:
+            return {name: block.narrow(0, begins[name], sizes[name]).view(dtype).view(shape) for name, (dtype, shape) in parts.items()}
+
+        self.host, self.device = views(self._host), views(self._device)
 
     def upload(self) -> None:
         """One copy, which returns at once on CUDA."""
@@ -248,22 +240,15 @@ class PackedBuffers:
             self._device.copy_(self._host, non_blocking=True)
 
 
-def _views(block: Tensor, offsets: Mapping[str, int], parts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
-    for name, (dtype, shape) in parts.items():
-        begin = offsets[name]
-        yield name, block[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-
-
 class StaticCall:
     """`fill` writes host memory, `upload` copies it, `compute` makes `actions` from what is on the device, `download` copies them back.
     `compute` always touches the same memory and never waits for the device, so it can be recorded. To be made and used without autograd, but not
     in inference mode, whose tensors autograd refuses when a chunk continues another one."""
 
-    def __init__(self, model: FusedModel, shape: CallShape, stages: Stages | None = None) -> None:
+    def __init__(self, model: FusedModel, shape: CallShape, stages: Stages) -> None:
         """`stages`: the model's own, or those compiled."""
         head, batch = model.config.head, shape.batch
-        self._model, self.shape = model, shape
-        self.stages = stages or model.stages()
+        self._model, self._shape, self._stages = model, shape, stages
         size = (batch, head.action_horizon, head.action_dim)
         continuation = {} if shape.continuation is None else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size[1:])}
         self._inputs = PackedBuffers(
@@ -276,8 +261,9 @@ class StaticCall:
             },
             model.device,
         )
+        self.upload = self._inputs.upload
         self._image_positions = torch.tensor(shape.image_positions, device=model.device)
-        self.tables, self.constants = model.step_tables(shape.denoising_steps), model.constants(self.model_inputs(self.pixels()))
+        self._tables, self._constants = model.step_tables(shape.denoising_steps), model.constants(self._model_inputs())
         self.actions = torch.zeros(size, device=model.device)  # fp32 (B, H, A), normalised
         self.answer = torch.zeros(size, pin_memory=model.device.type == "cuda")  # the same on the host
 
@@ -293,41 +279,31 @@ class StaticCall:
             host["known_actions"].copy_(continuation.actions)
             host["known_weights"].copy_(continuation.weights)
 
-    def upload(self) -> None:
-        self._inputs.upload()
-
     def compute(self) -> None:
-        inputs = self.model_inputs(self.pixels())
-        self.actions.copy_(self._continued(inputs) if self.shape.continuation else self.stages(inputs, self.constants, self.noise(), self.tables))
-
-    def _continued(self, inputs: ModelInputs) -> Tensor:
-        """As EagerEngine with a continuation: normalised actions, fp32."""
-        given, condition = self._inputs.device, self.stages.prepare(inputs, self.constants)
+        given, inputs, dtype = self._inputs.device, self._model_inputs(), self._model.dtype
+        if self._shape.continuation is None:
+            self.actions.copy_(self._stages(inputs, self._constants, given["noise"].to(dtype), self._tables))
+            return
+        condition = self._stages.prepare(inputs, self._constants)
         # guidance needs the gradient of the velocity, which kernels and compiled stages need not have
-        velocity_of = self._model.velocity if self.shape.continuation == "rtc" else self.stages.velocity
+        velocity_of = self._model.velocity if self._shape.continuation == "rtc" else self._stages.velocity
 
         def velocity(actions: Tensor, step: int) -> Tensor:
-            return velocity_of(actions.to(self._model.dtype), condition, self.tables.tau[step], self.tables.modulation[step])
+            return velocity_of(actions.to(dtype), condition, self._tables.tau[step], self._tables.modulation[step])
 
-        continuation = Continuation(given["known_actions"], given["known_weights"], self.shape.continuation)
-        return denoise_towards(velocity, given["noise"], self.shape.denoising_steps, continuation)
+        continuation = Continuation(given["known_actions"], given["known_weights"], self._shape.continuation)
+        self.actions.copy_(denoise_towards(velocity, given["noise"], self._shape.denoising_steps, continuation))
 
-    def model_inputs(self, pixels: Tensor) -> ModelInputs:
+    def _model_inputs(self) -> ModelInputs:
+        """From what is on the device: pixels fp32 (B, C, 3, h, w) of its frames."""
         model, given = self._model, self._inputs.device
+        pixels = torch.stack([model.to_pixels(given[f"frames{index}"]) for index in range(len(self._shape.frames))], dim=1)
         return ModelInputs(
             pixel_values=pixels.to(model.dtype),
             input_ids=given["input_ids"],
             image_positions=self._image_positions,
             state=given["state"].to(model.dtype),
         )
-
-    def noise(self) -> Tensor:
-        return self._inputs.device["noise"].to(self._model.dtype)  # (B, H, A)
-
-    def pixels(self) -> Tensor:
-        """fp32 (B, C, 3, h, w) from the frames on the device."""
-        cameras = range(len(self.shape.frames))
-        return torch.stack([self._model.to_pixels(self._inputs.device[f"frames{index}"]) for index in cameras], dim=1)
 
     def download(self) -> None:
         """Start copying the actions to the host; `answer` is complete once the stream has got there."""
@@ -376,31 +352,28 @@ _PROMPT_AXES: dict[str, Callable[..., list[tuple[Tensor, int]]]] = {
 }
 
 
-# In the order in which Inductor (C++) and triton (C) look. On a GPU C is enough: it is what loads a kernel.
-_CXX, _C = ("g++", "clang++", "c++"), ("gcc", "clang")
+# Language, variable and names, in the order in which Inductor (C++) and triton (C) look; and the engine that needs none. C is what loads a kernel.
+_COMPILERS = {"cpu": ("C++", "CXX", ("g++", "clang++", "c++"), "eager"), "cuda": ("C", "CC", ("gcc", "clang"), "cuda_graph")}
 
 
 def check_compiler(engine: str, device_type: str) -> None:
     """Raises ConfigError where Inductor would find no C++ compiler for a CPU, or triton no C compiler or no headers of Python for a GPU."""
-    if device_type == "cpu":
-        _check("CXX", _CXX, f"engine '{engine}' needs a C++ compiler on a CPU", "Install g++", "eager")
-    elif not _has_built_before():
-        _check("CC", _C, f"engine '{engine}' needs a C compiler", "Install gcc", "cuda_graph")
-        include = sysconfig.get_paths("posix_prefix")["include"]
-        if not (Path(include) / "Python.h").is_file():
-            version = ".".join(map(str, sys.version_info[:2]))
-            raise ConfigError(
-                f"engine '{engine}' needs the headers of Python {version}, but there is no {include}/Python.h. Install python{version}-dev, "
-                "or use --engine=cuda_graph."
-            )
-
-
-def _check(variable: str, usual: tuple[str, ...], needs: str, install: str, instead: str) -> None:
+    if device_type != "cpu" and _has_built_before():
+        return
+    language, variable, usual, instead = _COMPILERS["cpu" if device_type == "cpu" else "cuda"]
     named = os.environ.get(variable)
     if not any(shutil.which(compiler) for compiler in ((named,) if named else usual)):
         looked = f"{variable}={named}" if named else ", ".join(usual)
         raise ConfigError(
-            f"{needs}, but there is none (looked for {looked}). {install} or name yours with {variable}=..., or use --engine={instead}."
+            f"engine '{engine}' needs a {language} compiler, but there is none (looked for {looked}). Install {usual[0]} or name yours with "
+            f"{variable}=..., or use --engine={instead}."
+        )
+    include = Path(sysconfig.get_paths("posix_prefix")["include"])
+    if device_type != "cpu" and not (include / "Python.h").is_file():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ConfigError(
+            f"engine '{engine}' needs the headers of Python {version}, but there is no {include}/Python.h. Install python{version}-dev, or use "
+            f"--engine={instead}."
         )
 
 

@@ -5,23 +5,22 @@ Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint.tensor_file import TensorFile
-from gr00t_fast.engine.base import PRECISIONS, Engine, Inputs
-from gr00t_fast.engine.continuation import Continuation, denoise_towards
-from gr00t_fast.engine.manifest import Manifest, check_picture
+from gr00t_fast.engine.eager import PRECISIONS, Continuation, Engine, Inputs, denoise_towards
+from gr00t_fast.engine.manifest import STAGES, Manifest, check_picture
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs, StepTables
 
-STAGES = ("vision", "language", "denoise_step")
 TABLES_NAME = "tables.safetensors"
 EMBEDDING, TAU, MODULATION = "embedding", "tau", "modulation"
 _WORDS = {1: np.uint8, 2: np.int16, 4: np.int32}  # NumPy knows no bf16: rows travel as integers of the same size
@@ -45,9 +44,7 @@ class ExportedEngine(Engine):
     name: str
 
     def __init__(self, runtime: Runtime, directory: Path, manifest: Manifest, remedy: str) -> None:
-        """`remedy`: the command that makes this export again. Raises EngineError for a manifest without the three stages."""
-        if missing := [stage for stage in STAGES if stage not in manifest.stages]:
-            raise EngineError(f"the export in {directory} has no stage {', '.join(missing)}. Run: {remedy}")
+        """`remedy`: the command that makes this export again."""
         self.manifest, self.device = manifest, runtime.device
         self.dtype = PRECISIONS[manifest.precision]
         self.precision = (manifest.quantisation or {}).get("format") or ""
@@ -57,7 +54,11 @@ class ExportedEngine(Engine):
         spans = manifest.shapes.get("image_spans")
         self._image_positions = spans and [place for first, behind in spans for place in range(first, behind)]
         self.camera_size = tuple(manifest.shapes["camera_size"]) if "camera_size" in manifest.shapes else None
-        self.handed_on = {stage: handed_on(manifest.stages, stage) for stage in STAGES[:-1]}
+        # outputs that the next stage takes as they are
+        self.handed_on = {
+            stage: tuple(name for name in manifest.stages[stage]["outputs"] if name in manifest.stages[following]["inputs"])
+            for stage, following in itertools.pairwise(STAGES)
+        }
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
@@ -144,12 +145,6 @@ class ExportedEngine(Engine):
         return dict(zip(wanted, outputs, strict=True))
 
 
-def handed_on(stages: Mapping[str, Mapping[str, Any]], stage: str) -> tuple[str, ...]:
-    """Outputs of `stage` that the next one takes as they are, from `Manifest.stages`."""
-    later = stages[STAGES[STAGES.index(stage) + 1]]["inputs"]
-    return tuple(name for name in stages[stage]["outputs"] if name in later)
-
-
 def check_precision(manifest: Manifest, asked: str, remedy: str) -> None:
     """An export has one precision, its own. Raises ConfigError when another one was asked for; `remedy` is the command that makes that."""
     if asked not in ("auto", manifest.precision):
@@ -170,7 +165,6 @@ class ExportTables:
         entry = self._entries[EMBEDDING]
         self.dtype = entry.dtype
         self._embedding = np.memmap(self._path, _WORDS[entry.dtype.itemsize], "r", entry.offset, entry.shape)
-        self._steps: dict[int, StepTables] = {}
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 (S,) on the CPU -> embeddings (1, S, width)."""
@@ -178,20 +172,18 @@ class ExportTables:
 
     def steps(self, count: int) -> StepTables:
         """tau (count, D) and modulation (count, L + 1, 2, D) as `denoise_step` takes them. Raises ConfigError for a count that was not exported."""
-        if count not in self._steps:
-            names = [f"{kind}.{count}" for kind in (TAU, MODULATION)]
-            if names[0] not in self._entries:
-                there = sorted(int(name.rpartition(".")[2]) for name in self._entries if name.startswith(f"{TAU}."))
-                raise ConfigError(
-                    f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
-                    f"the graphs again with gr00t-fast export onnx and --denoising_steps={count}, and what was made from them: {self._remedy}"
-                )
-            with TensorFile(self._path) as file:
-                self._steps[count] = StepTables(*(self._read(file, name) for name in names))
-        return self._steps[count]
+        if f"{TAU}.{count}" not in self._entries:
+            there = sorted(int(name.rpartition(".")[2]) for name in self._entries if name.startswith(f"{TAU}."))
+            raise ConfigError(
+                f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
+                f"the graphs again with gr00t-fast export onnx and --denoising_steps={count}, and what was made from them: {self._remedy}"
+            )
+        return StepTables(*(self.read(f"{kind}.{count}") for kind in (TAU, MODULATION)))
 
-    def _read(self, file: TensorFile, name: str) -> Tensor:
-        entry = self._entries[name]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        file.read_into(tensor, entry)
+    def read(self, name: str = EMBEDDING) -> Tensor:
+        """A whole tensor."""
+        with TensorFile(self._path) as file:
+            entry = file.entries[name]
+            tensor = torch.empty(entry.shape, dtype=entry.dtype)
+            file.read_into(tensor, entry)
         return tensor

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 
 FORMAT = 1
+STAGES = ("vision", "language", "denoise_step")  # of an exported network; a calibration has none
 # Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.
 TOKENS, TEXT_TOKENS = "tokens", "text_tokens"
 
@@ -63,7 +63,7 @@ class Target:
             "metadata": sha256_of_json(embodiment.record),
             "embodiment_tag": embodiment.tag,
             "cameras": [[key, camera.width, camera.height] if camera else [key] for key, camera in cameras.items()],
-            "data_config": _plain(self.data_config),
+            "data_config": json.loads(json.dumps(_without_later_fields(asdict(self.data_config)))),  # lists instead of tuples, as JSON gives it back
             **({} if embodiment.letterbox is None else {"letterbox": embodiment.letterbox.pads}),
         }
 
@@ -154,34 +154,33 @@ def read_manifest(directory: Path, remedy: str) -> Manifest:
     try:
         raw = read_json(path)
         if raw["format"] != FORMAT:
-            raise EngineError(f"{path} has format {raw['format']}; this version reads format {FORMAT}. {_run(remedy)}")
+            raise ValueError(f"it has format {raw['format']}; this version reads format {FORMAT}")
         manifest = Manifest(**{each.name: raw[each.name] for each in fields(Manifest) if each.name in raw})
         sections = (manifest.identity, manifest.shapes, manifest.stages, manifest.files, *manifest.files.values(), *manifest.stages.values())
-        if not all(isinstance(section, dict) for section in sections):
+        if not all(isinstance(section, dict) for section in sections) or not isinstance(manifest.quantisation, dict | None):
             raise ValueError("a section is no mapping")
         if any(Path(name).name != name for name in manifest.files):
             raise ValueError("a file's name leaves the directory")
+        if manifest.stages and set(manifest.stages) != set(STAGES):
+            raise ValueError(f"it has the stages {', '.join(manifest.stages)}, expected {', '.join(STAGES)}")
         if any(stage["file"] not in manifest.files for stage in manifest.stages.values()):
             raise ValueError("a stage's file is not among the files that are checked")
-        if not isinstance(manifest.quantisation, dict | None) or not all(isinstance(flag, str) for flag in manifest.flags):
-            raise ValueError("quantisation or flags have the wrong form")
+        if not all(isinstance(flag, str) for flag in manifest.flags):
+            raise ValueError("flags have the wrong form")
         return manifest
     except FileNotFoundError as error:
-        raise EngineError(f"{directory} holds no exported engine (no {MANIFEST_NAME}). {_run(remedy)}") from error
+        raise EngineError(f"{directory} holds no exported engine (no {MANIFEST_NAME}). Run: {remedy}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{path} cannot be read ({error!r}). {_run(remedy)}") from error
+        raise EngineError(f"{path} cannot be read ({error!r}). Run: {remedy}") from error
 
 
 def remedy_for(directory: Path, target: Target, program: str, *flags: str) -> str:
     """The command that makes this export (again): with the program and flags that made it, or the given ones when it does not say."""
-    try:
+    with contextlib.suppress(EngineError):
         made_by = read_manifest(directory, "")
-    except EngineError:
-        made_by = None
-    if made_by is not None and made_by.program:
-        program, flags = made_by.program, tuple(made_by.flags)
+        program, flags = (made_by.program, tuple(made_by.flags)) if made_by.program else (program, flags)
     overwrite = ("--overwrite",) if directory.is_dir() and any(directory.iterdir()) else ()
-    return target.command(program, f"--out={directory}", *map(str, flags), *overwrite)
+    return target.command(program, f"--out={directory}", *flags, *overwrite)
 
 
 def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> Manifest:
@@ -201,24 +200,21 @@ def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> M
     here = target.identity(digests)
     differences = _differences(manifest.identity, here)
     if differences:
-        command = _source_again(manifest, target, here) + remedy
-        raise StaleEngineError(
-            f"the engine in {directory} was not made for this checkpoint and robot:\n  " + "\n  ".join(differences) + f"\n{_run(command)}"
-        )
+        listed, command = "\n  ".join(differences), _source_again(manifest, target, here) + remedy
+        raise StaleEngineError(f"the engine in {directory} was not made for this checkpoint and robot:\n  {listed}\nRun: {command}")
     check_files(directory, manifest, digests, remedy)
     return manifest
 
 
 def _source_again(manifest: Manifest, target: Target, here: Mapping[str, Any]) -> str:
     """`COMMAND && ` for the graphs that an export was made from, where they are stale too, or gone."""
-    source = next((Path(flag.removeprefix("--onnx=")) for flag in manifest.flags if flag.startswith("--onnx=")), None)
-    if source is None:
-        return ""
-    command = remedy_for(source, target, "to_onnx.py", f"--precision={manifest.precision}")
-    with contextlib.suppress(EngineError):
-        if not _differences(read_manifest(source, command).identity, here):
-            return ""
-    return f"{command} && "
+    for source in (Path(flag.removeprefix("--onnx=")) for flag in manifest.flags if flag.startswith("--onnx=")):
+        command = remedy_for(source, target, "to_onnx.py", f"--precision={manifest.precision}")
+        with contextlib.suppress(EngineError):
+            if not _differences(read_manifest(source, command).identity, here):
+                return ""
+        return f"{command} && "
+    return ""
 
 
 def check_picture(shapes: Mapping[str, Any], picture: Sequence[int], camera_size: Sequence[int] | None, remedy: str) -> None:
@@ -227,51 +223,38 @@ def check_picture(shapes: Mapping[str, Any], picture: Sequence[int], camera_size
     made = shapes.get("picture", list(picture))
     if list(picture) == made:
         return
-    flag = "--camera_size=" + ("WIDTHxHEIGHT" if camera_size is None else "{}x{}".format(*camera_size))
-    command, replaced = re.subn(r"--camera_size=\S+", flag, remedy)
-    if not replaced and " export " in remedy and "--onnx=" not in remedy:
-        command = f"{remedy} {flag}"
-    elif not replaced:
-        command = f"gr00t-fast export onnx with {flag}, and then what is made from it: {remedy}"
-    cameras = " (cameras of {}x{})".format(*shapes["camera_size"]) if "camera_size" in shapes else ""
+    here, there = ("" if size is None else " of {}x{}".format(*size) for size in (camera_size, shapes.get("camera_size")))
+    flag = f"--camera_size={here.removeprefix(' of ') or 'WIDTHxHEIGHT'}"
     raise ObservationError(
-        f"cameras{'' if camera_size is None else ' of {}x{}'.format(*camera_size)} make pictures of {picture[1]}x{picture[0]}; this export takes "
-        f"{made[1]}x{made[0]}{cameras}. Set the cameras to that shape, or {_run(command)}"
+        f"cameras{here} make pictures of {picture[1]}x{picture[0]}; this export takes {made[1]}x{made[0]}{there and f' (cameras{there})'}. Set the "
+        f"cameras to that shape, or make the graphs again with gr00t-fast export onnx and {flag}, and what was made from them: {remedy}"
     )
 
 
 def _differences(made_for: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name, expected in here.items():
-        got = made_for.get(name)
-        if name == "weights" and isinstance(got, Mapping):  # shards may have been renamed
-            got, expected = sorted(map(str, got.values())), sorted(expected.values())
-        if got != expected:
-            hashed = name in ("weights", "config", "metadata")
-            found.append(f"other {name}" if hashed else f"{name}: made for {got}, here {expected}")
-    return found
+    def value(identity: Mapping[str, Any], name: str) -> Any:
+        found = identity.get(name)
+        return sorted(map(str, found.values())) if name == "weights" and isinstance(found, Mapping) else found  # shards may have been renamed
+
+    hashed = ("weights", "config", "metadata")
+    return [
+        f"other {name}" if name in hashed else f"{name}: made for {made_for.get(name)}, here {expected}"
+        for name, expected in here.items()
+        if value(made_for, name) != value(here, name)
+    ]
 
 
 def check_files(directory: Path, manifest: Manifest, digests: Digests, remedy: str) -> None:
     """Raises EngineError for a file that is missing, cut short or altered."""
-    for name, entry in manifest.files.items():  # sizes first: they cost nothing
-        file = directory / name
+    files = {directory / name: entry for name, entry in manifest.files.items()}
+    for file, entry in files.items():  # sizes first: they cost nothing
         if not file.is_file():
-            raise EngineError(f"{file} is missing from the export. {_run(remedy)}")
+            raise EngineError(f"{file} is missing from the export. Run: {remedy}")
         if file.stat().st_size != entry.get("bytes"):
-            raise EngineError(f"{file} is cut short or altered: expected {entry.get('bytes')} bytes, got {file.stat().st_size}. {_run(remedy)}")
-    for name, digest in zip(manifest.files, digests.of(directory / name for name in manifest.files), strict=True):
-        if digest != manifest.files[name].get("sha256"):
-            raise EngineError(f"{directory / name} is altered: its content is not what was exported. {_run(remedy)}")
-
-
-def _run(command: str) -> str:
-    return f"Run: {command}"
-
-
-def _plain(config: DataConfig) -> dict[str, Any]:
-    """As JSON gives it back: lists instead of tuples."""
-    return json.loads(json.dumps(_without_later_fields(asdict(config))))
+            raise EngineError(f"{file} is cut short or altered: expected {entry.get('bytes')} bytes, got {file.stat().st_size}. Run: {remedy}")
+    for (file, entry), digest in zip(files.items(), digests.of(files), strict=True):
+        if digest != entry.get("sha256"):
+            raise EngineError(f"{file} is altered: its content is not what was exported. Run: {remedy}")
 
 
 # Fields that configurations have got since exports were first made, and what stands in them for what was exported then.
@@ -306,16 +289,10 @@ class Digests:
 
     def unknown(self, files: Iterable[Path]) -> list[Path]:
         """Those that `of` would have to read. Raises OSError."""
-        return [file for file in files if self._known.get(self._key(file), [])[:3] != self._stamp(file)]
-
-    @staticmethod
-    def _stamp(file: Path) -> list[int]:
-        """Size and times; ctime too: tools that copy the modification time cannot copy that."""
-        status = os.stat(file)
-        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        return [file for file in files if self._known.get(self._key(file), [])[:3] != _stamp(file)]
 
     def _digest(self, file: Path) -> tuple[str, list[int], str]:
-        key, stamp = self._key(file), self._stamp(file)
+        key, stamp = self._key(file), _stamp(file)
         known = self._known.get(key, [])
         return key, stamp, known[3] if known[:3] == stamp else sha256(file)
 
@@ -335,6 +312,12 @@ class Digests:
         # a read-only export is hashed at every start instead
         with contextlib.suppress(OSError), atomic_write(self._directory / _CACHE_NAME) as file:
             file.write_text(json.dumps(self._known), encoding="utf-8")
+
+
+def _stamp(file: Path) -> list[int]:
+    """Size and times; ctime too: tools that copy the modification time cannot copy that."""
+    status = os.stat(file)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def sha256(file: Path) -> str:

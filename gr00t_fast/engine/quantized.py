@@ -1,4 +1,4 @@
-"""Linear layers of 8 bits (FP8, E4M3), and a network with some of its layers replaced by them.
+"""Linear layers of 8 bits (FP8, E4M3), a network with some of its layers replaced by them, and the engine `fp8` that runs it.
 
 Where rows are many (vision, language, refinement) arithmetic is what costs, and both factors are rounded (W8A8):
 
@@ -11,21 +11,34 @@ the 8-bit grid. Weights are rounded once, when the layer is made, with one scale
 Where rows are few (a denoising step has 49 per observation) reading the weights is what costs, and only they are rounded (W8A16), with a scale per
 output: nothing to calibrate, half the bytes.
 
-Each product is a function, so that each layer has a twin that differs in nothing else.
+Each product is a function, so that each layer has a twin that differs in nothing else. The engine compiles the network, as `compiled` does: rounding
+inputs costs a kernel per layer where nothing fuses it with the norm or activation function before it.
+
+A calibration on the disk is a scale per input of the chosen layers, and a manifest as of an export (engine/manifest.py). Weights are not in it: they
+are rounded from the checkpoint when it is loaded.
+
 Axis alphabet: R rows (tokens), K input width, N output width. Weights are stored (N, K), as torch stores them.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gr00t_fast.engine.cuda_graph import GraphEngine, check_compiler, compiled
+from gr00t_fast.engine.fused import fused_model
+from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, describe_files, remedy_for
 from gr00t_fast.errors import CheckpointError, EngineError
 from gr00t_fast.model import Gr00t
 
@@ -233,17 +246,16 @@ def round_layers(model: Gr00t, scales: Mapping[str, InputScale]) -> None:
 
 def with_layers(model: Gr00t, layers: Mapping[str, nn.Module]) -> Gr00t:
     """A network of the same weights with `layers` in the places that their names say; `model` itself stays as it is."""
-    return _replaced(model, layers, "")
 
+    def replaced(module: nn.Module, name: str) -> nn.Module:
+        if name in layers:
+            return layers[name]
+        twin = copy.copy(module)  # its tables of parameters and modules are still the original's: each gets its own
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._modules = {key: child and replaced(child, f"{name}.{key}".removeprefix(".")) for key, child in module._modules.items()}
+        return twin
 
-def _replaced(module: nn.Module, layers: Mapping[str, nn.Module], name: str) -> nn.Module:
-    if name in layers:
-        return layers[name]
-    twin = copy.copy(module)  # its tables of parameters and modules are still the original's: each gets its own
-    twin._parameters, twin._buffers, twin._modules = dict(module._parameters), dict(module._buffers), dict(module._modules)
-    for key, child in module.named_children():
-        twin._modules[key] = _replaced(child, layers, f"{name}.{key}".removeprefix("."))
-    return twin
+    return replaced(model, "")
 
 
 def rewritten(model: Gr00t, scales: Mapping[str, InputScale], emulated: bool = False) -> Gr00t:
@@ -251,7 +263,117 @@ def rewritten(model: Gr00t, scales: Mapping[str, InputScale], emulated: bool = F
     return with_layers(model, dict(rounded_layers(model, scales, emulated)))
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Of all parameters and buffers, each once."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+# --- the engine ---------------------------------------------------------------------------------------------------------------------------
+
+FP8 = "fp8"
+PROGRAM = "calibrate.py"
+SCALES_NAME = "scales.safetensors"
+_CAPABILITY = (8, 9)  # from which tensor cores have the format
+_LARGEST, _SMOOTHING = "largest", "smoothing"
+
+
+def prepare_fp8(directory: Path, target: Target, device: torch.device) -> Callable[[Gr00t], GraphEngine]:
+    """What makes the engine from the model; GPU and calibration are checked here, before weights are read.
+
+    Raises EngineError and StaleEngineError, naming the command to run.
+    """
+    check_gpu(device)
+    return functools.partial(fp8_engine, scales=read_calibration(directory, target))
+
+
+def fp8_engine(model: Gr00t, scales: Mapping[str, InputScale]) -> GraphEngine:
+    """`model` itself gets 8-bit layers, one after the other, so that its 16-bit weights are never held beside all of the 8-bit ones.
+
+    Raises EngineError for a GPU that lacks the format, or a calibration of another network; MissingExtraError without triton, ConfigError without a
+    C compiler.
+    """
+    check_gpu(model.device)
+    round_layers(model, scales)
+    fused = fused_model(model)
+    engine = GraphEngine(FP8, fused, compiled(fused.stages()), continues=frozenset({"prefix"}))
+    engine.precision = FP8
+    return engine
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raises EngineError where `device` is no GPU with tensor cores for FP8, ConfigError without what compiles for it."""
+    needs = "engine 'fp8' needs a CUDA GPU of compute capability 8.9 or newer (Ada, Hopper, Blackwell)"
+    if device.type != "cuda":
+        raise EngineError(f"{needs}, but the device is {device}. Use --device=cuda, or --engine=eager; for INT8 on a CPU --engine=openvino.")
+    if not has_product(device):
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        raise EngineError(f"{needs}; {torch.cuda.get_device_name(device)} has {found}. Use --engine=cuda_graph, or --engine=tensorrt with INT8.")
+    check_compiler(FP8, device.type)
+
+
+def has_product(device: torch.device) -> bool:
+    """Whether torch multiplies in FP8 on `device` as fast as it should; elsewhere the product is written out. A CPU's is emulation too, six times as
+    slow as fp32."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+# --- calibrations on the disk -------------------------------------------------------------------------------------------------------------
+
+
+def write_calibration(
+    directory: Path,
+    scales: Mapping[str, InputScale],
+    identity: Mapping[str, Any],
+    data: Mapping[str, Any],
+    versions: Mapping[str, str],
+    command: str,
+    flags: Sequence[str],
+) -> Manifest:
+    """Into a directory that is there. data: what it was calibrated with, a digest of the observations among it; flags: as `Manifest.flags`."""
+    groups = {id(scale): name for name, scale in reversed(scales.items())}  # named after their first layer
+    tensors = {}
+    for scale in scales.values():
+        group = groups[id(scale)]
+        tensors[f"{group}.{_LARGEST}"] = torch.tensor(scale.largest, dtype=torch.float32)
+        if scale.smoothing is not None:
+            tensors[f"{group}.{_SMOOTHING}"] = scale.smoothing.float().cpu().contiguous()
+    save_file(tensors, str(directory / SCALES_NAME))
+    manifest = Manifest(
+        kind=FP8,
+        precision="auto",
+        identity=identity,
+        shapes={},
+        denoising_steps=(),
+        stages={},
+        files=describe_files(directory),
+        versions=versions,
+        command=command,
+        quantisation={"format": FP8, "runtime": "torch", "calibration": dict(data)},
+        details={"inputs": {name: groups[id(scale)] for name, scale in scales.items()}},
+        program=PROGRAM,
+        flags=tuple(flags),
+    )
+    manifest.write(directory)
+    return manifest
+
+
+def read_calibration(directory: Path, target: Target) -> dict[str, InputScale]:
+    """Layer -> how its input is rounded (of the DiT's nothing but the name counts); layers that read one tensor have one InputScale.
+
+    Raises EngineError when there is none in `directory` or it is damaged, and StaleEngineError when it was made for other weights, statistics,
+    cameras or data configuration. Every message names the command that makes it.
+    """
+    remedy = remedy_for(directory, target, PROGRAM, "--observations=DATASET")
+    manifest = check_manifest(directory, FP8, target, remedy)
+    try:
+        return _parsed(manifest, load_file(str(directory / SCALES_NAME)))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(f"{directory} cannot be read ({error!r}). Run: {remedy}") from error
+
+
+def _parsed(manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, InputScale]:
+    """Raises KeyError, TypeError, ValueError or AttributeError for what is not a calibration."""
+    inputs = dict(manifest.details["inputs"])
+    scales = {
+        group: InputScale(float(tensors[f"{group}.{_LARGEST}"]), tensors.get(f"{group}.{_SMOOTHING}")) for group in dict.fromkeys(inputs.values())
+    }
+    for group, scale in scales.items():
+        positive = scale.smoothing is None or bool((torch.isfinite(scale.smoothing) & (scale.smoothing > 0)).all())
+        if not (0 <= scale.largest < float("inf") and positive):
+            raise ValueError(f"the scale of {group} is no positive number")
+    return {name: scales[group] for name, group in inputs.items()}

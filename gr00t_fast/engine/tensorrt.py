@@ -20,17 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gr00t_fast import tensorrt_library as library
-from gr00t_fast.checkpoint.tensor_file import TensorFile
-from gr00t_fast.engine.base import PRECISIONS, Inputs, tell_new
-from gr00t_fast.engine.continuation import Continuation
 from gr00t_fast.engine.cuda_graph import CapturedGraph
-from gr00t_fast.engine.exported import EMBEDDING, STAGES, TABLES_NAME, ExportedEngine, check_precision
-from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
+from gr00t_fast.engine.eager import PRECISIONS, Continuation, Inputs, tell_new
+from gr00t_fast.engine.exported import ExportedEngine, check_precision
+from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, prompt_tokens_of, remedy_for, varying_sizes
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.files import atomic_write
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import ModelInputs, StepTables
+from gr00t_fast.tensorrt_library import ANY_GPU, BUILDERS, load, make_log, scratch_bytes, version_tuple
 
 log = logging.getLogger(__name__)
 KIND = "tensorrt"
@@ -52,18 +50,17 @@ class TensorRTEngine(ExportedEngine):
         manifest = check_manifest(directory, KIND, target, remedy)
         check_precision(manifest, precision, target.command("to_tensorrt.py", f"--out={directory}", f"--precision={precision}"))
         check_details(manifest, directory, remedy)
-        trt = library.load(manifest.details["builder"])
-        check_version(manifest, library.version_of(trt), remedy)
+        trt = load(manifest.details["builder"])
+        check_version(manifest, trt.__version__, remedy)
         where = cuda_device(device)
         check_capability(manifest, "{}.{}".format(*torch.cuda.get_device_capability(where)), remedy)
         with torch.cuda.device(where):
             torch.cuda.synchronize()  # a CUDA context must be there before the library is asked what fits it
-            stages = _load(trt, directory, manifest, remedy)
+            stages = {name: LoadedStage(trt, name, directory, manifest, remedy) for name in STAGES}
             runtime = TensorRTStages(stages, manifest, where)
         super().__init__(runtime, directory, manifest, remedy)
-        self.warming_up = False
         self._stages = runtime
-        self._embedding = _read_embedding(directory, where)
+        self._embedding = self._tables.read().to(where)  # (vocabulary, width): prompts are looked up on the GPU
         self.recordings: OrderedDict[tuple[int, int], tuple[StageProgram, CapturedGraph]] = OrderedDict()
 
     @torch.inference_mode()
@@ -180,10 +177,9 @@ class TensorRTStages:
 
 
 def check_details(manifest: Manifest, directory: Path, remedy: str) -> None:
-    """Raises EngineError when the manifest does not say what built the engines and for which GPUs, or has not all the stages."""
-    needed = ("builder", "builder_version", "compute_capability")
-    absent = [name for name in needed if name not in manifest.details] + [stage for stage in STAGES if stage not in manifest.stages]
-    if absent or manifest.details["builder"] not in library.BUILDERS:
+    """Raises EngineError when the manifest does not say what built the engines and for which GPUs."""
+    absent = [name for name in ("builder", "builder_version", "compute_capability") if name not in manifest.details]
+    if absent or manifest.details["builder"] not in BUILDERS:
         raise EngineError(f"the manifest in {directory} is incomplete ({', '.join(absent) or 'unknown builder'}). Run: {remedy}")
 
 
@@ -197,9 +193,9 @@ def check_version(manifest: Manifest, version: str, remedy: str) -> None:
 def check_capability(manifest: Manifest, here: str, remedy: str) -> None:
     """Raises StaleEngineError when the engines were built for other GPUs than the one that is here."""
     targets = manifest.details["compute_capability"]
-    fits = here in targets if targets else library.version_tuple(here) >= library.version_tuple(library.ANY_GPU)
+    fits = here in targets if targets else version_tuple(here) >= version_tuple(ANY_GPU)
     if not fits:
-        made_for = ", ".join(targets) or f"{library.ANY_GPU} and newer"
+        made_for = ", ".join(targets) or f"{ANY_GPU} and newer"
         raise StaleEngineError(
             f"these engines were built for compute capability {made_for}, and this GPU has {here}. Run, with --compute_capability={here}: {remedy}"
         )
@@ -218,33 +214,16 @@ def cuda_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
 
-def _load(trt: object, directory: Path, manifest: Manifest, remedy: str) -> dict[str, LoadedStage]:
-    loaded = {}
-    for name in STAGES:
-        cache = directory / f".{name}.{manifest.details['builder_version']}.kernels"
-        loaded[name] = LoadedStage(trt, directory / manifest.stages[name]["file"], cache, remedy)
-    return loaded
-
-
-def _read_embedding(directory: Path, device: torch.device) -> Tensor:
-    """The token embedding (vocabulary, width) on the GPU, where prompts are looked up."""
-    with TensorFile(directory / TABLES_NAME) as file:
-        entry = file.entries[EMBEDDING]
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        file.read_into(tensor, entry)
-    return tensor.to(device)
-
-
 _DTYPES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BF16"}  # names in both libraries' DataType
 
 
 class LoadedStage:
     """One deserialised engine: its weights are on the GPU. Contexts made from it share them."""
 
-    def __init__(self, trt: ModuleType, file: Path, cache: Path, remedy: str) -> None:
-        """cache: file for the kernels that TensorRT-RTX compiles on this machine. Raises EngineError when the library refuses `file`."""
-        self.name, self._remedy, self._cache_file = file.stem, remedy, cache
-        self._log = library.make_log(trt)
+    def __init__(self, trt: ModuleType, name: str, directory: Path, manifest: Manifest, remedy: str) -> None:
+        """Raises EngineError when the library refuses the file."""
+        file, self.name, self._remedy, self._log = directory / manifest.stages[name]["file"], name, remedy, make_log(trt)
+        self._cache_file = directory / f".{name}.{manifest.details['builder_version']}.kernels"  # that TensorRT-RTX compiles on this machine
         self._runtime = trt.Runtime(self._log)  # kept: the engine must not outlive it
         with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             self._engine = self._runtime.deserialize_cuda_engine(content)
@@ -252,7 +231,7 @@ class LoadedStage:
             raise EngineError(f"{trt.__name__} {trt.__version__} cannot load {file}: {self._log.first_error()}. Run: {remedy}")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self.scratch_bytes = library.scratch_bytes(self._engine)
+        self.scratch_bytes = scratch_bytes(self._engine)
         self._config, self._cache = self._runtime_config(trt)
         self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.console import Progress
-from gr00t_fast.engine.base import PRECISIONS
+from gr00t_fast.engine import PRECISIONS
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.errors import CheckpointError, ConfigError, require
