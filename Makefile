@@ -57,7 +57,8 @@ soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
 		GR00T_FAST_HOSTILE_CHECKPOINTS=1000 GR00T_FAST_ATTACK_S=10 \
 		$(BIN)/python -m pytest -s tests/test_serving.py tests/test_attacks.py tests/test_hostile_checkpoints.py tests/test_threaded.py \
-		tests/test_end_to_end.py tests/test_graph_engines.py -k "mutated or attack or hostile or million or clock or compiled_on"
+		tests/test_end_to_end.py tests/test_graph_engines.py tests/test_fakecuda.py \
+		-k "mutated or attack or hostile or million or clock or compiled_on or engines_ask_a_gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
