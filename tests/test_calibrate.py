@@ -24,7 +24,7 @@ from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
-from gr00t_fast.engine.quantized import PARTS, InputScale, linear_layers, rewritten
+from gr00t_fast.engine.quantized import PARTS, SCALES_NAME, InputScale, linear_layers, prepare_fp8, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
 from gr00t_fast.export.samples import digest_of

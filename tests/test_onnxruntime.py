@@ -14,14 +14,14 @@ import pytest
 import torch
 from exports import make_export, stages_of, target_for
 from golden_cases import load_case, reduced, relative_error
-from random_networks import Sizes, load_network, observation, random_inputs, write_network
+from random_networks import Sizes, edit_json, load_network, observation, random_inputs, write_network
 from waiting import until
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.cpu_runtimes import OnnxRuntimeEngine
-from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
 from gr00t_fast.measurement import StageTimer
 
 onnx = pytest.importorskip("onnx")
@@ -168,12 +168,24 @@ def test_an_export_of_another_checkpoint(export: Path, tmp_path: Path) -> None:
     _refused(StaleEngineError, lambda: _load(other, export), "other weights", command, "--precision=fp32", "--overwrite")
 
 
-def test_an_export_that_is_cut_short_or_not_there(checkpoint: Path, export: Path, tmp_path: Path) -> None:
-    os.truncate(export / "vision.onnx.data", 100)
-    _refused(EngineError, lambda: _load(checkpoint, export), "cut short", "gr00t-fast export onnx")
+def test_what_is_not_there(checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _refused(EngineError, lambda: _load(checkpoint, tmp_path / "none"), "holds no exported engine", f"--out={tmp_path / 'none'}")
     usual = checkpoint / "exports" / "onnxruntime"
     _refused(EngineError, lambda: _load(checkpoint, None), f"{usual} holds no exported engine", f"--out={usual}")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install ", "[export]'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("quantisation", {"format": "int8", "runtime": "tensorrt"}, ("made for 'tensorrt'", "--engine=tensorrt", "gr00t-fast quantise")),
+        ("precision", "bf16", ("bf16 export", "--engine=eager", "--precision=fp32 --overwrite")),
+    ],
+)
+def test_files_of_another_runtime_or_number_format(checkpoint: Path, export: Path, key: str, value: object, told: tuple[str, ...]) -> None:
+    edit_json(export / "manifest.json", key, value)
+    _refused(EngineError, lambda: _load(checkpoint, export), *told)
 
 
 def test_the_usual_place_is_in_the_checkpoint(checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
