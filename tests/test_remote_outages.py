@@ -134,19 +134,19 @@ def for_good(server: Server, flags: tuple[str, ...]) -> Run:
 
 def hanging(server: Server, flags: tuple[str, ...]) -> Run:
     stop, go_on = (partial(server.process.process.send_signal, number) for number in (signal.SIGSTOP, signal.SIGCONT))
-    return server.run(*flags, "--server_timeout_s=2", timeout_s=120.0).ends_when_back().play((0.4, stop), (4.0, go_on))
+    return server.run(*flags, "--server_timeout_s=4", timeout_s=120.0).ends_when_back().play((0.4, stop), (8.0, go_on))
 
 
 def never_there(server: Server, flags: tuple[str, ...]) -> Run:
-    run = server.run(*flags, "--server_timeout_s=0.5", "--server_reconnect_s=1", timeout_s=60.0)
+    run = server.run(*flags, "--server_timeout_s=5", "--server_reconnect_s=1", timeout_s=60.0)
     server.kill()
     return run.play()
 
 
 def between_episodes(server: Server, flags: tuple[str, ...]) -> Run:
     """Killed when the second of three episodes begins; the run ends when the third one moves."""
-    run = server.run(*flags, "--server_timeout_s=0.5", timeout_s=120.0, episodes=3)
-    plain, timer, sent_before = run.robot.reset, threading.Timer(1.5, server.restart), []
+    run = server.run(*flags, "--server_timeout_s=3", timeout_s=120.0, episodes=3)
+    plain, timer, sent_before = run.robot.reset, threading.Timer(6.0, server.restart), []
 
     def reset(seed: int | None) -> None:
         if len(sent_before) == 1:
@@ -287,7 +287,7 @@ def test_ctrl_c_lands_at_once_while_the_server_hangs(flags: tuple[str, ...]) -> 
 @pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
 def test_ctrl_c_is_obeyed_while_an_episode_waits_for_its_server(flags: tuple[str, ...]) -> None:
     with ServerProcess() as server:
-        run = Run(server, *flags, "--server_timeout_s=0.5", "--server_reconnect_s=60", timeout_s=None)
+        run = Run(server, *flags, "--server_timeout_s=5", "--server_reconnect_s=60", timeout_s=None)
         server.kill()
         timer = threading.Timer(0.7, press_ctrl_c, (run,))
         timer.start()
@@ -322,7 +322,7 @@ def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
 
 def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
     said: list[str] = []
-    with ServerProcess() as first, closing(RemotePolicy(address_of(first), None, 0.5, 30.0, echo=said.append)) as remote:
+    with ServerProcess() as first, closing(RemotePolicy(address_of(first), None, 5.0, 60.0, echo=said.append)) as remote:
         remote.get_action(observation())
         remote.reset()
         first.kill()
@@ -331,6 +331,6 @@ def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:
             time.sleep(1.0)
             assert not waiting.done()
             with ServerProcess(port=first.port):
-                assert waiting.result(15).keys() == {"action.single_arm", "action.gripper"}
+                assert waiting.result(60).keys() == {"action.single_arm", "action.gripper"}
     assert [line.split()[0] for line in said] == ["WARNING:", "The"]
     assert remote.summary()["server"]["outages"] == 1
