@@ -36,4 +36,6 @@ def main(model_path: str, instruction: str = "Reach the block") -> dict[str, np.
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -63,4 +63,6 @@ def main(model_path: str) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(__doc__)
     print(f"largest difference from eager: {main(*sys.argv[1:]):g}")
