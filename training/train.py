@@ -14,7 +14,6 @@ Axis alphabet: N samples, B batch, H horizon, P padded state width.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import sys
@@ -271,9 +270,8 @@ def pursue(trainer: Trainer, config: TrainConfig, held_out: TrainingSet | None, 
                 means = {name: float(np.mean([step[name] for step in since])) for name in since[0]}
                 check = trainer.check(held_out) if held_out else {}
                 trainer.rows.append({"step": trainer.steps_done, **means, **check, "minutes": minutes_before + taken})
-                with (config.out / "loss.csv").open("w", newline="") as file:
-                    figures = [[f"{value:.6g}" for value in row.values()] for row in trainer.rows]
-                    csv.writer(file).writerows([list(trainer.rows[-1]), *figures])
+                figures = [list(row.values()) for row in trainer.rows]
+                np.savetxt(config.out / "loss.csv", figures, "%.6g", ",", header=",".join(trainer.rows[-1]), comments="")
                 bar.set_postfix({name: f"{value:.4g}" for name, value in (means | check).items()})
                 trainer.save(state)
                 since.clear()

@@ -31,8 +31,7 @@ class PolicyInputs:
     lengths int64 (B,); image_positions int64 (V,), the same in every prompt because images come first; state float32 (B, P), normalised. to_pixels:
     what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state:
     `state.<part>` (B, T, D) as observed, which relative actions count from. camera_size: width and height of the first camera's frames, where they
-    decide the
-    size of the images.
+    decide the size of the images.
     """
 
     frames: Sequence[np.ndarray]
