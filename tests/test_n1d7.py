@@ -14,7 +14,7 @@ import pytest
 import torch
 from random_networks import edit_json, write_network
 
-from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG_N1D7, write_random_checkpoint
+from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.run import main
@@ -326,7 +326,7 @@ def test_sizes_and_patches_are_those_of_the_reference_s_image_processor(size: tu
 
 
 def open_vision() -> QwenVisionConfig:
-    return n1d7.read_config(PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE).vision
+    return n1d7.read_config(n1d7.PUBLISHED_CONFIG, PUBLISHED_BACKBONE).vision
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (480, 640), (300, 200), (256, 256), (1080, 1920)])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.lib.random_checkpoint import PUBLISHED_CONFIG
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment, Part
@@ -172,7 +171,7 @@ def embodiment(config: DataConfig = DATA_CONFIGS["so100"], statistics: dict[str,
     one = {name: values[:1] for name, values in part.items()}
     video = {"webcam": {"resolution": [640, 480], "fps": 30.0}}
     raw = {"statistics": {kind: {"single_arm": part, "gripper": one} for kind in ("state", "action")}, "modalities": {"video": video}}
-    published = n1d5.read_config(PUBLISHED_CONFIG, PUBLISHED_EAGLE)
+    published = n1d5.read_config(n1d5.PUBLISHED_CONFIG, PUBLISHED_EAGLE)
     sizes = replace(published, head=replace(published.head, state_dim=width, action_dim=width))
     return MetadataFile({"new_embodiment": raw}, sizes).embodiment("new_embodiment", config)
 

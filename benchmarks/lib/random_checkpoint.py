@@ -34,84 +34,8 @@ from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.networks import n1d5, n1d7
 from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
-from gr00t_fast.networks.n1d7 import BACKBONE_FILE, DEFAULTS, MODEL_TYPE, PUBLISHED_BACKBONE
+from gr00t_fast.networks.n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE
 from gr00t_fast.networks.weights import published_shapes
-
-# Over the backbone's features, the same in both published networks.
-_SELF_ATTENTION = {
-    "attention_head_dim": 64,
-    "dropout": 0.2,
-    "final_dropout": True,
-    "num_attention_heads": 32,
-    "num_layers": 4,
-    "positional_embeddings": None,
-}
-
-# Sizes of the published N1.5 network itself, to build a checkpoint of the same shape from.
-PUBLISHED_CONFIG: dict[str, Any] = {
-    "model_type": "gr00t_n1_5",
-    "architectures": ["GR00T_N1_5"],
-    "action_dim": 32,
-    "action_horizon": 16,
-    "hidden_size": 2048,
-    "compute_dtype": "bfloat16",
-    "model_dtype": "float32",
-    "torch_dtype": "bfloat16",
-    "backbone_cfg": {
-        "eagle_path": None,
-        "load_bf16": False,
-        "project_to_dim": None,
-        "reproject_vision": False,
-        "select_layer": 12,
-        "tune_llm": False,
-        "tune_visual": True,
-        "use_flash_attention": True,
-    },
-    "action_head_cfg": {
-        "action_dim": 32,
-        "action_horizon": 16,
-        "add_pos_embed": True,
-        "backbone_embedding_dim": 2048,
-        "diffusion_model_cfg": {
-            "attention_head_dim": 48,
-            "cross_attention_dim": 2048,
-            "dropout": 0.2,
-            "final_dropout": True,
-            "interleave_self_attention": True,
-            "norm_type": "ada_norm",
-            "num_attention_heads": 32,
-            "num_layers": 16,
-            "output_dim": 1024,
-            "positional_embeddings": None,
-        },
-        "hidden_size": 1024,
-        "input_embedding_dim": 1536,
-        "max_action_dim": 32,
-        "max_state_dim": 64,
-        "model_dtype": "float32",
-        "noise_beta_alpha": 1.5,
-        "noise_beta_beta": 1.0,
-        "noise_s": 0.999,
-        "num_inference_timesteps": 4,
-        "num_target_vision_tokens": 32,
-        "num_timestep_buckets": 1000,
-        "tune_diffusion_model": True,
-        "tune_projector": True,
-        "use_vlln": True,
-        "vl_self_attention_cfg": _SELF_ATTENTION,
-    },
-}
-
-# The published network's config.json, to build a checkpoint of the same shape from.
-PUBLISHED_CONFIG_N1D7: dict[str, Any] = {
-    "model_type": MODEL_TYPE,
-    "architectures": ["Gr00tN1d7"],
-    "model_name": "nvidia/Cosmos-Reason2-2B",
-    **{key: value for key, value in DEFAULTS.items() if not isinstance(value, dict | None)},
-    "select_layer": 16,
-    "diffusion_model_cfg": {**DEFAULTS["diffusion_model_cfg"], "num_layers": 32},
-    "vl_self_attention_cfg": _SELF_ATTENTION,
-}
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}
@@ -243,7 +167,7 @@ def network_config(size: str, published_vocabulary: bool, network: NetworkName =
     """config.json, and Eagle's config.json or N1.7's backbone_config.json, of a network of that size."""
     if size != "full":
         return sized_config(network, _SIZES[network, size], published_vocabulary)
-    published = (PUBLISHED_CONFIG, PUBLISHED_EAGLE) if network == "n1.5" else (PUBLISHED_CONFIG_N1D7, PUBLISHED_BACKBONE)
+    published = (n1d5.PUBLISHED_CONFIG, PUBLISHED_EAGLE) if network == "n1.5" else (n1d7.PUBLISHED_CONFIG, PUBLISHED_BACKBONE)
     config, backbone = copy.deepcopy(published)
     if network == "n1.5":
         backbone["vision_config"].update(model_type="siglip_vision_model", num_channels=3, hidden_act="gelu_pytorch_tanh", attention_dropout=0)

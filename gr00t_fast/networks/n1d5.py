@@ -24,7 +24,7 @@ from gr00t_fast.inputs.images import ResizeFrames
 from gr00t_fast.inputs.processor import PolicyInputs, left_padded
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ActionHeadConfig, ModelConfig, VisionConfig
-from gr00t_fast.networks.spec import NetworkSpec, Section, check_head, expect, read_object, read_qwen3, read_transformer
+from gr00t_fast.networks.spec import PUBLISHED_SELF_ATTENTION, NetworkSpec, Section, check_head, expect, read_object, read_qwen3, read_transformer
 from gr00t_fast.networks.weights import HEAD, linear, norm, qwen3, rows
 
 # Sizes. Fields that would change the computation in a way this implementation does not cover are refused by name.
@@ -78,6 +78,62 @@ PUBLISHED_EAGLE: dict[str, Any] = {
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "vocab_size": 151680,
+    },
+}
+
+
+# config.json of the published network.
+PUBLISHED_CONFIG: dict[str, Any] = {
+    "model_type": "gr00t_n1_5",
+    "architectures": ["GR00T_N1_5"],
+    "action_dim": 32,
+    "action_horizon": 16,
+    "hidden_size": 2048,
+    "compute_dtype": "bfloat16",
+    "model_dtype": "float32",
+    "torch_dtype": "bfloat16",
+    "backbone_cfg": {
+        "eagle_path": None,
+        "load_bf16": False,
+        "project_to_dim": None,
+        "reproject_vision": False,
+        "select_layer": 12,
+        "tune_llm": False,
+        "tune_visual": True,
+        "use_flash_attention": True,
+    },
+    "action_head_cfg": {
+        "action_dim": 32,
+        "action_horizon": 16,
+        "add_pos_embed": True,
+        "backbone_embedding_dim": 2048,
+        "diffusion_model_cfg": {
+            "attention_head_dim": 48,
+            "cross_attention_dim": 2048,
+            "dropout": 0.2,
+            "final_dropout": True,
+            "interleave_self_attention": True,
+            "norm_type": "ada_norm",
+            "num_attention_heads": 32,
+            "num_layers": 16,
+            "output_dim": 1024,
+            "positional_embeddings": None,
+        },
+        "hidden_size": 1024,
+        "input_embedding_dim": 1536,
+        "max_action_dim": 32,
+        "max_state_dim": 64,
+        "model_dtype": "float32",
+        "noise_beta_alpha": 1.5,
+        "noise_beta_beta": 1.0,
+        "noise_s": 0.999,
+        "num_inference_timesteps": 4,
+        "num_target_vision_tokens": 32,
+        "num_timestep_buckets": 1000,
+        "tune_diffusion_model": True,
+        "tune_projector": True,
+        "use_vlln": True,
+        "vl_self_attention_cfg": PUBLISHED_SELF_ATTENTION,
     },
 }
 

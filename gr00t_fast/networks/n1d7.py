@@ -30,7 +30,17 @@ from gr00t_fast.inputs.processor import PolicyInputs, left_padded
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, QwenVisionConfig, TransformerConfig
 from gr00t_fast.model.vision import patches_of
-from gr00t_fast.networks.spec import NetworkSpec, Section, check_head, damaged, expect, read_object, read_qwen3, read_transformer
+from gr00t_fast.networks.spec import (
+    PUBLISHED_SELF_ATTENTION,
+    NetworkSpec,
+    Section,
+    check_head,
+    damaged,
+    expect,
+    read_object,
+    read_qwen3,
+    read_transformer,
+)
 from gr00t_fast.networks.weights import HEAD, Layout, Sources, linear, qwen3, rows
 
 MODEL_TYPE = "Gr00tN1d7"
@@ -72,6 +82,16 @@ DEFAULTS: dict[str, Any] = {
         "output_dim": 1024,
         "interleave_self_attention": True,
     },
+}
+# config.json of the published network.
+PUBLISHED_CONFIG: dict[str, Any] = {
+    "model_type": MODEL_TYPE,
+    "architectures": ["Gr00tN1d7"],
+    "model_name": "nvidia/Cosmos-Reason2-2B",
+    **{key: value for key, value in DEFAULTS.items() if not isinstance(value, dict | None)},
+    "select_layer": 16,
+    "diffusion_model_cfg": {**DEFAULTS["diffusion_model_cfg"], "num_layers": 32},
+    "vl_self_attention_cfg": PUBLISHED_SELF_ATTENTION,
 }
 # What an absent key means to the reference, and the value that this implementation computes with.
 _COMPUTED: dict[str, tuple[Any, Any]] = {

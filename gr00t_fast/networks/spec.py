@@ -207,6 +207,16 @@ def read_transformer(section: Section, is_dit: bool = False) -> TransformerConfi
     return TransformerConfig(**section.wholes({"num_layers": "num_layers", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}))
 
 
+# vl_self_attention_cfg of the published networks
+PUBLISHED_SELF_ATTENTION = {
+    "attention_head_dim": 64,
+    "dropout": 0.2,
+    "final_dropout": True,
+    "num_attention_heads": 32,
+    "num_layers": 4,
+    "positional_embeddings": None,
+}
+
 _QWEN3_SIZES = {
     **{name: name for name in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")},
     "num_heads": "num_attention_heads",
