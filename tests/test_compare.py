@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,15 @@ import pytest
 from control_fakes import Bench
 
 from gr00t_fast.cli.main import main
-from gr00t_fast.control.outputs import save_run, write_report
+from gr00t_fast.control.outputs import contents, write_files
 from gr00t_fast.control.report import build_report
+
+JERK = "jerk of commands, rms (units/s^3)"
 
 
 def recorded(directory: Path, bench: Bench, **settings: object) -> Path:
     bench.loop.run()
-    report = build_report(bench.loop, {"out": str(directory), **settings})
-    write_report(report, directory)
-    if len(bench.loop.trace):
-        save_run(bench.loop.trace, directory)
+    write_files(directory, contents(bench.loop.trace, build_report(bench.loop, {"out": str(directory), **settings})))
     return directory
 
 
@@ -27,35 +27,32 @@ def shaken(targets: np.ndarray) -> np.ndarray:
     return targets + np.where(np.arange(len(targets)) % 2, 2.0, 0.0)[:, None]
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> tuple[Path, Path]:
-    slow = Bench(inference_s=0.2, timeout_s=2.0)
-    rough = Bench(inference_s=0.0, timeout_s=2.0, episodes=2)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    tmp_path = tmp_path_factory.mktemp("runs")
+    slow, rough = Bench(inference_s=0.2, timeout_s=2.0), Bench(inference_s=0.0, timeout_s=2.0, episodes=2)
     rough.policy.on_action = shaken
-    robot = {"type": "fake", "port": "/dev/a"}
-    return (
-        recorded(tmp_path / "slow", slow, denoising_steps=4, robot=robot),
-        recorded(tmp_path / "rough", rough, denoising_steps=2, robot={**robot, "port": "/dev/b"}, seed=1),
-    )
+    recorded(tmp_path / "slow", slow, denoising_steps=4, robot={"type": "fake", "port": "/dev/a"})
+    recorded(tmp_path / "rough", rough, denoising_steps=2, robot={"type": "fake", "port": "/dev/b"}, seed=1)
+    return [str(tmp_path / "slow"), str(tmp_path / "rough")]
 
 
-def compare(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    code = main(["compare", *words])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+@pytest.fixture
+def compare(capsys: pytest.CaptureFixture[str]):
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main(["compare", *map(str, words)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
-def test_the_report_itself_may_be_named(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(runs[0]), str(runs[1] / "report.json")]
-    assert compare(*words, capsys=capsys) == compare(*map(str, runs), capsys=capsys)
-
-
-def test_figures_and_settings_that_differ(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = compare(*map(str, runs), "--json", capsys=capsys)
+def test_figures_and_settings_that_differ(runs: list[str], compare) -> None:
+    code, out, err = compare(*runs, "--json")
     assert code == 0
     found = json.loads(out)
-    reports = [json.loads((run / "report.json").read_text()) for run in runs]
-    assert found["runs"] == [str(run) for run in runs]
+    reports = [json.loads((Path(run) / "report.json").read_text()) for run in runs]
+    assert found["runs"] == runs
     assert found["settings"] == {"denoising_steps": [4, 2], "robot.port": ["/dev/a", "/dev/b"], "seed": [None, 1]}
     figures = found["figures"]
     assert figures["outcome"]["episodes"] == [1, 2]
@@ -65,57 +62,59 @@ def test_figures_and_settings_that_differ(runs: tuple[Path, Path], capsys: pytes
     assert figures["timing"]["pause per chunk p50 (ms)"][1] == pytest.approx(0, abs=0.01)
     assert figures["safety"]["speed-limited steps"] == [sum(report["safety"]["speed_limited"].values()) for report in reports]
     assert figures["motion"]["largest step (units/tick)"] == pytest.approx([1.0, 3.0])
-    smooth, rough = figures["motion"]["jerk of commands, rms (units/s^3)"]
+    smooth, rough = figures["motion"][JERK]
     assert rough > 3 * smooth
     assert "missed ticks" in err, "the table goes to standard error"
+    assert compare(runs[0], f"{runs[1]}/report.json", "--json")[1] == out, "the report itself may be named"
 
 
-def test_jerk_of_known_motion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jerk_of_known_motion(tmp_path: Path, compare) -> None:
     """Third differences of +1, -1, +1 ... units are +-4 units a tick cubed, at 30 Hz 4 * 30^3."""
     run = recorded(tmp_path / "run", Bench(timeout_s=1.0))
-    with np.load(run / "run.npz") as data:
-        arrays = dict(data)
+    arrays = dict(np.load(run / "run.npz"))
     zigzag = np.where(np.arange(len(arrays["time_s"])) % 2, 0.5, -0.5)
     arrays["commanded"] = np.repeat(zigzag[:, None], 6, axis=1)
     arrays["commanded"][:, -1] = np.random.default_rng(0).uniform(0, 100, len(zigzag))  # the gripper does not count
     np.savez(run / "run.npz", **arrays)
-    _, out, _ = compare(str(run), str(run), "--json", capsys=capsys)
-    assert json.loads(out)["figures"]["motion"]["jerk of commands, rms (units/s^3)"] == pytest.approx([4 * 30**3] * 2)
+    assert json.loads(compare(run, run, "--json")[1])["figures"]["motion"][JERK] == pytest.approx([4 * 30**3] * 2)
 
 
-def test_the_table_is_for_people(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = compare("--runs", *map(str, runs), capsys=capsys)
+def test_the_table_is_for_people(runs: list[str], compare) -> None:
+    code, out, _ = compare("--runs", *runs)
     assert code == 0
     for word in ("missed ticks", "denoising_steps:  4 -> 2", "not set -> 1", "machine: the same", "speed-limited steps"):
         assert word in out
-    code, out, _ = compare(*map(str, runs), "--quiet", capsys=capsys)
+    out = compare(*runs, "--quiet")[1]
     assert len(out.splitlines()) == 1
     assert "3 settings differ" in out
 
 
-def test_a_run_that_played_nothing_can_be_compared(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_played_nothing_can_be_compared(runs: list[str], tmp_path: Path, compare) -> None:
     dry = recorded(tmp_path / "dry", Bench(dry_run=True))
-    code, out, _ = compare(str(dry), str(runs[0]), "--json", capsys=capsys)
+    code, out, _ = compare(dry, runs[0], "--json")
     assert code == 0
     assert json.loads(out)["figures"]["motion"]["largest step (units/tick)"][0] is None
 
 
-def test_what_is_no_run_is_said(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = str(runs[0])
-    (tmp_path / "other").mkdir()
-    assert "report.json" in compare(good, str(tmp_path / "other"), capsys=capsys)[2]
-    (tmp_path / "other" / "report.json").write_text('{"schema": "something.else"}')
-    assert "gr00t_fast.run_report" in compare(good, str(tmp_path / "other"), capsys=capsys)[2]
-    (tmp_path / "other" / "report.json").write_text("{")
-    assert "report.json" in compare(good, str(tmp_path / "other"), capsys=capsys)[2]
-    (runs[1] / "run.npz").write_bytes(b"PK\x03\x04 half a file")
-    code, out, err = compare(good, str(runs[1]), capsys=capsys)
-    assert (code, out) == (2, "")
-    assert "run.npz" in err
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("report.json", None, "report.json"),
+        ("report.json", b"{", "report.json"),
+        ("report.json", b'{"schema": "something.else"}', "gr00t_fast.run_report"),
+        ("run.npz", b"PK\x03\x04 half a file", "run.npz"),
+    ],
+)
+def test_what_is_no_run_is_said(runs: list[str], tmp_path: Path, compare, file: str, content: bytes | None, named: str) -> None:
+    bad = Path(shutil.copytree(runs[1], tmp_path / "bad"))
+    (bad / file).unlink() if content is None else (bad / file).write_bytes(content)
+    code, out, err = compare(runs[0], bad)
+    assert out == ""
+    assert (code, named in err) == (2, True), err
 
 
 @pytest.mark.parametrize("words", [[], ["one"], ["one", "two", "three"]])
-def test_two_runs_are_needed(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = compare(*words, capsys=capsys)
+def test_two_runs_are_needed(words: list[str], compare) -> None:
+    code, _, err = compare(*words)
     assert code == 2
     assert "RUN RUN" in err

@@ -13,7 +13,7 @@ import pytest
 from control_fakes import TICK_S, Bench
 
 from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.outputs import Outputs, joints_figure, save_run, write_report
+from gr00t_fast.control.outputs import Outputs, contents, joints_figure, write_files
 from gr00t_fast.control.report import SCHEMA, as_text, build_report
 from gr00t_fast.errors import ConfigError, RecordingError
 from gr00t_fast.measurement import percentiles
@@ -67,77 +67,59 @@ def test_safety_counts_are_per_joint() -> None:
     assert safety["speed_limited"]["gripper"] > 0
 
 
-def test_says_what_ran_where(bench: Bench) -> None:
-    report = report_of(bench, argv=["prog", "--lang_instruction=pick: the cube"])
-    assert report["command_line"] == "prog '--lang_instruction=pick: the cube'"
-    assert report["versions"]["python"]
-    assert report["machine"]["cpus"]
-    assert "git_commit" in report
-
-
 def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
-    text = as_text(report_of(bench, warnings=["look out"]))
+    bench.loop.trace.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 silent"])
+    report = report_of(bench, warnings=["look out"], argv=["prog", "--lang_instruction=pick: the cube"])
+    assert report["command_line"] == "prog '--lang_instruction=pick: the cube'"
+    text = as_text(report)
     stages = ("observe", "infer", "infer/network", "send", "wait", "loop", "tick error", "pause per chunk")
-    for word in (*stages, "wrist_roll", "gripper", "missed ticks", "p99", "read_retry 2", "look out"):
+    for word in (*stages, "wrist_roll", "gripper", "missed ticks", "p99", "read_retry 2", "look out", "the time limit"):
         assert word in text
-    assert "ended by the time limit" in text
     for word in ("pause per chunk:", "wait:", "infer/refine:", "speed-limited:", "following-limited:", "tracking:"):
         assert word in text, f"{word} is explained nowhere"
-    assert "torque off; safe" in text
+    assert "NOT SAFE: servo 6 silent" in text
     assert max(map(len, text.splitlines())) < 120
 
 
-def test_an_unsafe_landing_is_loud(bench: Bench) -> None:
-    bench.loop.trace.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 silent"])
-    assert "NOT SAFE: servo 6 silent" in as_text(report_of(bench))
-
-
-def test_a_run_that_failed_at_connect_still_has_a_report(tmp_path: Path) -> None:
-    bench = Bench()
-    bench.robot.on_connect = lambda: (_ for _ in ()).throw(OSError("no port"))
+def test_a_run_that_failed_at_connect_and_a_dry_run_have_a_report(tmp_path: Path) -> None:
+    failed, dry = Bench(), Bench(dry_run=True)
+    failed.robot.on_connect = lambda: (_ for _ in ()).throw(OSError("no port"))
     with pytest.raises(OSError, match="no port"):
-        bench.loop.run()
-    report = report_of(bench)
-    assert report["run"]["ticks"] == 0
-    assert report["safety"] is None
-    assert as_text(report)
-    write_report(report, tmp_path)
+        failed.loop.run()
+    dry.loop.run()
+    assert report_of(failed)["safety"] is None
+    assert "a dry run" in as_text(report_of(dry))
+    for bench in (failed, dry):
+        assert report_of(bench)["run"]["ticks"] == 0
+        Outputs(tmp_path).write(bench.loop, {}, [])
+        assert not (tmp_path / "report.html").exists(), "nothing was played"
+    assert (tmp_path / "report.json").is_file()
 
 
-def test_a_dry_run_is_not_ended_by_a_time_limit() -> None:
-    bench = Bench(dry_run=True)
-    bench.loop.run()
-    assert "ended by itself: a dry run" in as_text(report_of(bench))
-
-
-def test_json_is_strict_and_complete(bench: Bench, tmp_path: Path) -> None:
-    as_json, text = write_report(report_of(bench), tmp_path / "deep" / "out")
+def test_files(bench: Bench, tmp_path: Path) -> None:
+    report = build_report(bench.loop, {"reconnect_s": float("inf"), "path": "a\udcffb"})
+    as_json, text, npz, csv = write_files(tmp_path / "deep" / "out", contents(bench.loop.trace, report))
     loaded = json.loads(as_json.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert loaded["settings"] == {"model_path": "m"}
+    assert loaded["settings"] == {"reconnect_s": "inf", "path": "a\udcffb"}
     assert text.read_text().startswith("run ")
+    data, sent = np.load(npz), np.array([targets for _, targets in bench.robot.sent])
+    assert np.array_equal(data["commanded"], sent)
+    assert data["joint_names"].tolist()[-1] == "gripper"
+    assert np.allclose(np.diff(data["time_s"]), np.diff(bench.times()))
+    header, *rows = csv.read_text().splitlines()
+    assert (len(rows), len(header.split(","))) == (len(sent), 20)
+    assert np.allclose([float(value) for value in rows[-1].split(",")[-6:]], sent[-1], atol=1e-4)
 
 
 def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="--out"):
-        write_report(report_of(bench), tmp_path / "file" / "out")
+        write_files(tmp_path / "file" / "out", contents(bench.loop.trace, report_of(bench)))
     with pytest.raises(ConfigError, match="--out"):
         Outputs(tmp_path / "file" / "out")
 
 
-def test_recorded_run_and_plot(bench: Bench, tmp_path: Path) -> None:
-    npz, csv = save_run(bench.loop.trace, tmp_path)
-    data = np.load(npz)
-    assert data["commanded"].shape == (len(bench.robot.sent), 6)
-    assert np.array_equal(data["commanded"], np.array([targets for _, targets in bench.robot.sent]))
-    assert data["joint_names"].tolist()[-1] == "gripper"
-    assert np.allclose(np.diff(data["time_s"]), np.diff(bench.times()))
-    header, *rows = csv.read_text().splitlines()
-    assert len(rows) == len(bench.robot.sent)
-    assert len(header.split(",")) == len(rows[0].split(",")) == 20
-
-
-def test_the_plot_marks_episodes_and_joins_nothing_across_a_pause(tmp_path: Path) -> None:
+def test_the_plot_marks_episodes_and_joins_nothing_across_a_pause() -> None:
     bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=3.0)
     bench.loop.run()
     times_s = bench.loop.trace.arrays()["time_s"]
@@ -147,12 +129,6 @@ def test_the_plot_marks_episodes_and_joins_nothing_across_a_pause(tmp_path: Path
     gaps = np.isnan(measured.get_ydata())
     assert np.flatnonzero(gaps).tolist() == [15], "before the second episode, and at no ordinary tick"
     assert np.array_equal(measured.get_xdata()[~gaps], times_s)
-
-
-def test_settings_that_are_no_json_numbers_are_written_as_text(bench: Bench, tmp_path: Path) -> None:
-    report = build_report(bench.loop, {"reconnect_s": float("inf"), "path": "a\udcffb"})
-    loaded = json.loads(write_report(report, tmp_path)[0].read_text())
-    assert loaded["settings"] == {"reconnect_s": "inf", "path": "a\udcffb"}
 
 
 # The page
@@ -218,11 +194,3 @@ def test_the_page_is_whole_and_takes_nothing_of_a_user_for_markup(tmp_path: Path
     loading = [value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href") or name.startswith("on")]
     assert all(value.startswith("data:") for value in loading)
     assert any("default-src 'none'" in (attributes.get("content") or "") for tag, attributes in page.tags if tag == "meta")
-
-
-def test_a_run_that_played_nothing_leaves_no_page(tmp_path: Path) -> None:
-    bench = Bench(dry_run=True)
-    bench.loop.run()
-    Outputs(tmp_path).write(bench.loop, {}, [])
-    assert (tmp_path / "report.json").is_file()
-    assert not (tmp_path / "report.html").exists()

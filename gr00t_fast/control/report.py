@@ -20,16 +20,16 @@ from gr00t_fast.measurement import git_commit, machine, percentiles, versions
 if TYPE_CHECKING:
     from gr00t_fast.control.limits import SafetyFilter
     from gr00t_fast.control.loop import ControlLoop
-    from gr00t_fast.control.pacer import Pacer
     from gr00t_fast.control.trace import RunTrace
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
+LIMITS = ("clamped", "speed_limited", "following_limited")  # of a target; counted by joint
 _PERCENTILES = ("p50", "p95", "p99", "max")
 _STAGES = (
     "pause per chunk: the arm stood still for a new chunk. wait: until the next tick; counted twice where a chunk begins.",
     "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
 )
-_LIMITS = (
+_LIMIT_NOTES = (
     "clamped: target beyond the calibrated range. speed-limited: faster than --max_speed_deg_s.",
     "following-limited: further ahead of the joint than --max_following_error_deg. All three count ticks.",
     "tracking: distance from a target to the pose one tick later.",
@@ -51,11 +51,12 @@ def build_report(
     loop: ControlLoop, settings: Mapping[str, Any], warnings: Sequence[str] = (), argv: Sequence[str] | None = None, notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything about a finished (or failed) run as JSON-ready values. `settings`, `warnings` and `notes` are passed through."""
-    trace, pacer = loop.trace, loop.pacer
+    trace, pacer, data = loop.trace, loop.pacer, loop.trace.arrays()
+    errors = trace.tracking_error()
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "run": _run(trace, pacer),
+        "run": _run(trace, pacer.fps),
         "stages_ms": {stage: percentiles(values) for stage, values in trace.stages_ms.items()},
         "pacing": {
             "tick_error_ms": percentiles(1000 * np.asarray(pacer.tick_errors_s)),
@@ -63,9 +64,16 @@ def build_report(
             "waiting_for_inference_ticks": pacer.waiting_ticks,
             "pause_per_chunk_ms": percentiles([chunk.pause_ms for chunk in trace.chunks]),
         },
-        "controller": _controller(loop),
-        "safety": _safety(loop.safety),
-        "tracking_error": _tracking(trace, loop.robot.joint_unit),
+        "controller": {
+            "underrun_ticks": int(data["underrun"].sum()),
+            **loop.controller.summary(),
+            "target_age_ticks": percentiles(data["age_ticks"][~data["underrun"]]),
+        },
+        "safety": None if loop.safety is None else _safety(loop.safety),
+        "tracking_error": {
+            "unit": loop.robot.joint_unit,
+            "joints": {name: percentiles(errors[:, index]) for index, name in enumerate(trace.joint_names)},
+        },
         "events": dict(trace.events),
         "landing": None if trace.landing is None else {**asdict(trace.landing), "safe": trace.landing.safe},
         "warnings": list(warnings),
@@ -89,10 +97,10 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
     return shown
 
 
-def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
+def _run(trace: RunTrace, fps: float) -> dict[str, Any]:
     """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
-    intervals_s = _intervals_s(trace)
-    during_playback_s = intervals_s[~(_is_chunk_start(trace) | trace.arrays()["underrun"][1:])]
+    data, intervals_s = trace.arrays(), trace.intervals_s()
+    waited = np.isin(np.arange(1, len(trace)), data["chunk_starts"]) | data["underrun"][1:]
     return {
         "ended_by": trace.ended_by,
         "episodes": trace.episodes,
@@ -100,27 +108,10 @@ def _run(trace: RunTrace, pacer: Pacer) -> dict[str, Any]:
         "ticks": len(trace),
         "inferences": len(trace.chunks),
         "duration_s": round(trace.ended_s - trace.began_s, 3),
-        "target_hz": pacer.fps,
+        "target_hz": fps,
         "achieved_hz": _rate(intervals_s),
-        "playback_hz": _rate(during_playback_s),
+        "playback_hz": _rate(intervals_s[~waited]),
     }
-
-
-def _controller(loop: ControlLoop) -> dict[str, Any]:
-    """Ages in ticks since the observation behind a target: how fresh what was played is."""
-    data = loop.trace.arrays()
-    own = loop.controller.summary()
-    return {"underrun_ticks": int(data["underrun"].sum()), **own, "target_age_ticks": percentiles(data["age_ticks"][~data["underrun"]])}
-
-
-def _intervals_s(trace: RunTrace) -> np.ndarray:
-    """Time between successive sends; NaN across episodes."""
-    data = trace.arrays()
-    return np.where(np.diff(data["episode"]) == 0, np.diff(data["time_s"]), np.nan)
-
-
-def _is_chunk_start(trace: RunTrace) -> np.ndarray:
-    return np.isin(np.arange(1, max(1, len(trace))), trace.arrays()["chunk_starts"])
 
 
 def _rate(intervals_s: np.ndarray) -> float | None:
@@ -128,30 +119,15 @@ def _rate(intervals_s: np.ndarray) -> float | None:
     return round(float(valid.size / valid.sum()), 3) if valid.size and valid.sum() > 0 else None
 
 
-def _safety(safety: SafetyFilter | None) -> dict[str, Any] | None:
-    if safety is None:
-        return None
+def _safety(safety: SafetyFilter) -> dict[str, Any]:
+    counts = {name: getattr(safety, name).tolist() for name in LIMITS}
+    stalled = zip(safety.joint_names, safety.blocked.count.tolist(), safety.blocked.total_s.tolist(), strict=True)
     return {
         "held_ticks": safety.held_ticks,
-        "clamped": _per_joint(safety.joint_names, safety.clamped),
-        "speed_limited": _per_joint(safety.joint_names, safety.speed_limited),
-        "following_limited": _per_joint(safety.joint_names, safety.following_limited),
-        "stalled": {
-            name: {"times": int(times), "total_s": round(float(total_s), 3)}
-            for name, times, total_s in zip(safety.joint_names, safety.blocked.count, safety.blocked.total_s, strict=True)
-            if times
-        },
+        **{name: dict(zip(safety.joint_names, found, strict=True)) for name, found in counts.items()},
+        "stalled": {name: {"times": times, "total_s": round(total_s, 3)} for name, times, total_s in stalled if times},
         "options": asdict(safety.options),
     }
-
-
-def _per_joint(names: Sequence[str], counts: np.ndarray) -> dict[str, int]:
-    return {name: int(count) for name, count in zip(names, counts, strict=True)}
-
-
-def _tracking(trace: RunTrace, unit: str) -> dict[str, Any]:
-    errors = trace.tracking_error()
-    return {"unit": unit, "joints": {name: percentiles(errors[:, index]) for index, name in enumerate(trace.joint_names)}}
 
 
 # For people
@@ -169,7 +145,9 @@ class Section:
 
 def sections(report: Mapping[str, Any]) -> list[Section]:
     """Of a report as `build_report` makes it."""
-    return [Section("run", (), list(_run_rows(report))), _stages(report), *_joints(report), Section("controller", (), _controller_rows(report))]
+    controller = {name.replace("_", " "): value for name, value in report["controller"].items() if value is not None}
+    rows = [(name, _listed(value)) for name, value in controller.items()]
+    return [Section("run", (), list(_run_rows(report))), _stages(report), *_joints(report), Section("controller", (), rows)]
 
 
 def _run_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -208,18 +186,10 @@ def _joints(report: Mapping[str, Any]) -> Iterator[Section]:
     safety, tracking = report["safety"], report["tracking_error"]
     if safety is None:
         return
-    limits = ("clamped", "speed_limited", "following_limited")
-    rows = [
-        (name, *(safety[limit][name] for limit in limits), *((row or {}).get(key) for key in ("p50", "p95", "max")))
-        for name, row in tracking["joints"].items()
-    ]
-    columns = (f"joint ({tracking['unit']})", *(limit.replace("_", "-") for limit in limits), "tracking p50", "p95", "max")
-    yield Section("joints", columns, rows, _LIMITS)
-
-
-def _controller_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = {name: value for name, value in report["controller"].items() if value is not None}
-    return [(name.replace("_", " "), _listed(value)) for name, value in shown.items()]
+    errors = {name: [(row or {}).get(key) for key in ("p50", "p95", "max")] for name, row in tracking["joints"].items()}
+    rows = [(name, *(safety[limit][name] for limit in LIMITS), *row) for name, row in errors.items()]
+    columns = (f"joint ({tracking['unit']})", *(limit.replace("_", "-") for limit in LIMITS), "tracking p50", "p95", "max")
+    yield Section("joints", columns, rows, _LIMIT_NOTES)
 
 
 def _listed(value: Any) -> str:

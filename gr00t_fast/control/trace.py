@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,11 +49,8 @@ class TickRecord:
     missed_ticks: int
 
 
-_COLUMNS = {"time_s": "d", "episode": "q", "measured": "d", "target": "d", "commanded": "d", "age_ticks": "q", "underrun": "b"}  # and their types
-
-
 class RunTrace:
-    """Columns of a run, filled by the control loop and read by report, plots and tests."""
+    """Rows of a run, filled by the control loop and read by report, plots and tests."""
 
     def __init__(self, joint_names: tuple[str, ...], clock: Clock) -> None:
         self.joint_names = joint_names
@@ -70,7 +66,10 @@ class RunTrace:
         self.began_s = clock.now_s()
         self.ended_s = self.began_s
         self._clock = clock
-        self._columns: dict[str, array[Any]] = {name: array(kind) for name, kind in _COLUMNS.items()}
+        joints = "f8", (len(joint_names),)
+        vectors = [(name, *joints) for name in ("measured", "target", "commanded")]
+        self._row: np.dtype = np.dtype([("time_s", "f8"), ("episode", "i8"), *vectors, ("age_ticks", "i8"), ("underrun", "?")])
+        self._rows = bytearray()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -96,23 +95,23 @@ class RunTrace:
 
         `age_ticks`: ticks since the observation behind the target. `underrun`: it was only the last one held.
         """
-        scalars = {"time_s": sent_s - self.began_s, "episode": self.episodes - 1, "age_ticks": age_ticks, "underrun": underrun}
-        for name, value in scalars.items():
-            self._columns[name].append(value)
-        for name, joints in (("measured", measured), ("target", target), ("commanded", commanded)):
-            self._columns[name].extend(joints.tolist())
+        row = (sent_s - self.began_s, self.episodes - 1, measured, target, commanded, age_ticks, underrun)
+        self._rows += np.array(row, self._row).tobytes()
 
     def __len__(self) -> int:
-        return len(self._columns["time_s"])
+        return len(self._rows) // self._row.itemsize
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return time_s float64 (T,), episode and age_ticks int64 (T,), underrun bool (T,), measured, target, commanded float64 (T, J), chunk_starts
         int64."""
-        table = {name: np.array(column) for name, column in self._columns.items()}
-        for name in ("measured", "target", "commanded"):
-            table[name] = table[name].reshape(-1, len(self.joint_names))
+        table = np.frombuffer(bytes(self._rows), self._row)
         starts = np.array([chunk.first_tick for chunk in self.chunks if chunk.first_tick < len(self)], np.int64)
-        return {**table, "underrun": table["underrun"].astype(bool), "chunk_starts": starts}
+        return {**{name: table[name].copy() for name in self._row.names or ()}, "chunk_starts": starts}
+
+    def intervals_s(self) -> np.ndarray:
+        """Return the times between successive sends (T - 1,); NaN across episodes."""
+        data = self.arrays()
+        return np.where(np.diff(data["episode"]) == 0, np.diff(data["time_s"]), np.nan)
 
     def tracking_error(self) -> np.ndarray:
         """Return |commanded at a tick - measured one tick later| (T', J), pairs within one episode.
