@@ -19,7 +19,7 @@ from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, Saf
 from gr00t_fast.control.pacer import SAME_STOP_S
 from gr00t_fast.control.poses import Poses
 from gr00t_fast.errors import CameraError, ConfigError, InferenceTimeoutError, PreflightError, RobotError, UnsafeActionError
-from gr00t_fast.inputs.recordings import read_recordings
+from gr00t_fast.inputs.dataset import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)
 SPEED = 60.0  # 2 degrees a tick

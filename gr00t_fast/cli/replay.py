@@ -8,8 +8,6 @@ slowly. No network is loaded, and no camera is needed.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -26,9 +24,9 @@ from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.poses import SPEEDS_DEG_S, Poses
 from gr00t_fast.control.recorder import dataset_directory
 from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
-from gr00t_fast.files import read_json
 from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.inputs.data_config import load_data_config
+from gr00t_fast.inputs.dataset import LeRobotFrames, read_map
 
 _PARTS = {"single_arm": 5, "gripper": 1}
 _PICTURES = "observation.images."  # begins the name of a camera's column
@@ -75,7 +73,7 @@ def run(config: ReplayConfig) -> int:
     as_run = RunConfig(model_path=str(directory), controller="sync", poses=Poses(rest=config.rest), **shared)
 
     def load(robot: Robot, stop: Callable[[str], None]) -> RecordedEpisode:
-        episode = RecordedEpisode.read(directory, config.episode, robot, lambda: stop("the end of the recording"), config.approach_deg_s)
+        episode = RecordedEpisode(directory, config.episode, robot, lambda: stop("the end of the recording"), config.approach_deg_s)
         as_run.lang_instruction = episode.task
         return episode
 
@@ -87,51 +85,20 @@ class RecordedEpisode(Policy):
 
     computes = False
 
-    def __init__(
-        self,
-        name: str,
-        task: str,
-        states: Mapping[str, np.ndarray],
-        actions: Mapping[str, np.ndarray],
-        fps: float,
-        on_end: Callable[[], None],
-        approach_deg_s: float,
-        units_per_deg: Callable[[], np.ndarray],
-    ) -> None:
-        """`states` and `actions`: part -> (T, D). `on_end` is called when all actions have been played. `units_per_deg` (J,) is asked for once the
-        arm is connected."""
-        self._name, self.task, self._fps, self._on_end = name, task, fps, on_end
-        self._actions = {part: np.asarray(values, np.float64) for part, values in actions.items()}
-        self._approach_deg_s, self._units_per_deg = approach_deg_s, units_per_deg
-        self._played = False
-        length = len(next(iter(actions.values())))
-        widths = {part: values.shape[1] for part, values in actions.items()}
-        self.metadata = PolicyMetadata("new_embodiment", {}, fps, widths, widths, _statistics(states), _statistics(actions), length)
-        self.action_horizon = length
-
-    @classmethod
-    def read(cls, directory: Path, number: int, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> RecordedEpisode:
-        """Raises ConfigError for what is no data set of this arm, and for an episode that it has not."""
-        from gr00t_fast.inputs.dataset import LeRobotFrames  # opens it with lerobot, which takes seconds to import
-
-        if not (directory / "meta" / "info.json").is_file():
-            raise ConfigError(f"--dataset={directory} is no LeRobotDataset (no meta/info.json). Name the directory that has meta/ and data/.")
-        _check_unit(directory, robot)
-        none = PartStatistics(*(np.zeros(0) for _ in range(4)))
-        blank = PolicyMetadata(None, {}, None, _PARTS, _PARTS, dict.fromkeys(_PARTS, none), dict.fromkeys(_PARTS, none), 1)
-        frames = LeRobotFrames(directory, load_data_config("so100"), blank, _any_camera(directory))
-        joints = tuple(name for names in frames.names("action").values() for name in names)
-        if joints != robot.joint_names:
-            raise ConfigError(f"{directory}: its actions are {', '.join(joints)}; this arm's joints are {', '.join(robot.joint_names)}.")
+    def __init__(self, directory: Path, number: int, robot: Robot, on_end: Callable[[], None], approach_deg_s: float) -> None:
+        """`on_end` is called when all actions have been played. Raises ConfigError for what is no data set of this arm, and for an episode that it
+        has not."""
+        frames = _opened(directory, robot)
         if number >= len(frames.episodes):
             raise ConfigError(f"--episode={number}: {directory} has {len(frames.episodes)} episodes, 0 to {len(frames.episodes) - 1}.")
-        if frames.fps is None:
-            raise ConfigError(f"{directory}: meta/info.json does not say at how many frames a second it was recorded. Write its fps there.")
         rows = frames.episodes[number]
-        task = next(iter(frames.tasks_of(number)), "a recording without a task")
-        name = f"episode {number} of {directory}"
-        columns = frames.columns("state", rows), frames.columns("action", rows)
-        return cls(name, task, *columns, frames.fps, on_end, approach_deg_s, lambda: robot.units_per_deg)
+        states, self._actions = frames.columns("state", rows), frames.columns("action", rows)  # part -> (T, D)
+        self._name, self._fps = f"episode {number} of {directory}", frames.fps
+        self.task = next(iter(frames.tasks_of(number)), "a recording without a task")
+        self._robot, self._on_end, self._approach_deg_s, self._played = robot, on_end, approach_deg_s, False
+        self.action_horizon = len(rows)
+        statistics = (_statistics(states), _statistics(self._actions))
+        self.metadata = PolicyMetadata("new_embodiment", {}, frames.fps, _PARTS, _PARTS, *statistics, len(rows))
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: Any = None) -> dict[str, np.ndarray]:
         """The way to the first action and all actions; after that the last one, and `on_end` is called."""
@@ -145,7 +112,7 @@ class RecordedEpisode(Policy):
     def _from(self, joints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All joints arrive at the same time."""
         away = np.concatenate([values[0] - joints[part] for part, values in self._actions.items()])
-        ticks = math.ceil(float(np.abs(away / self._units_per_deg()).max()) / self._approach_deg_s * self._fps)
+        ticks = math.ceil(float(np.abs(away / self._robot.units_per_deg).max()) / self._approach_deg_s * self._fps)
         shares = np.arange(1, ticks + 1)[:, None] / max(1, ticks)
         return {part: np.concatenate([joints[part] + shares * (values[0] - joints[part]), values]) for part, values in self._actions.items()}
 
@@ -173,29 +140,32 @@ def _statistics(parts: Mapping[str, np.ndarray]) -> dict[str, PartStatistics]:
     return {part: PartStatistics(low, high, low, high) for part, (low, high) in ranges.items()}
 
 
-def _any_camera(directory: Path) -> dict[str, str]:
-    """The reader of data sets wants a picture; none is decoded here."""
-    features = json.loads((directory / "meta" / "info.json").read_text(encoding="utf-8")).get("features", {})
-    first = next((name.removeprefix(_PICTURES) for name in features if name.startswith(_PICTURES)), None)
-    return {} if first is None else {first: "webcam"}
+def _opened(directory: Path, robot: Robot) -> LeRobotFrames:
+    """Raises ConfigError for what is no data set of this arm."""
+    if not (directory / "meta" / "info.json").is_file():
+        raise ConfigError(f"--dataset={directory} is no LeRobotDataset (no meta/info.json). Name the directory that has meta/ and data/.")
+    unit = _told(directory, ROLLOUTS).get("joint_unit", robot.joint_unit)  # lerobot's own recordings do not say it
+    if unit != robot.joint_unit:
+        wanted = str(unit == "degrees").lower()
+        raise ConfigError(f"{directory} was recorded in {unit}, the arm is set to {robot.joint_unit}. Use --robot.use_degrees={wanted}.")
+    widths = PolicyMetadata(None, {}, None, _PARTS, _PARTS, {}, {}, 1)
+    frames = LeRobotFrames(directory, load_data_config("so100"), widths, camera_map=None)
+    joints = tuple(name for names in frames.names("action").values() for name in names)
+    if joints != robot.joint_names:
+        raise ConfigError(f"{directory}: its actions are {', '.join(joints)}; this arm's joints are {', '.join(robot.joint_names)}.")
+    if frames.fps is None:
+        raise ConfigError(f"{directory}: meta/info.json does not say at how many frames a second it was recorded. Write its fps there.")
+    return frames
 
 
 def _camera_names(directory: Path) -> dict[str, str]:
     """Camera of the recording -> its name in meta/modality.json, as far as that says one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = read_json(directory / MODALITY)["video"]
-        return {entry["original_key"].removeprefix(_PICTURES): name for name, entry in told.items()}
-    return {}
+    told = _told(directory, MODALITY).get("video", {})
+    return {entry["original_key"].removeprefix(_PICTURES): name for name, entry in told.items() if "original_key" in entry}
 
 
-def _check_unit(directory: Path, robot: Robot) -> None:
-    """Raises ConfigError where the recording says its joint unit, and it is not this arm's. lerobot's own recordings do not say it."""
-    unit = None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        unit = json.loads((directory / ROLLOUTS).read_text(encoding="utf-8")).get("joint_unit")
-    if unit is not None and unit != robot.joint_unit:
-        wanted = str(unit == "degrees").lower()
-        raise ConfigError(f"{directory} was recorded in {unit}, the arm is set to {robot.joint_unit}. Use --robot.use_degrees={wanted}.")
+def _told(directory: Path, name: str) -> dict[str, Any]:
+    return read_map(directory / name) if (directory / name).is_file() else {}
 
 
 main = Command(

@@ -42,7 +42,7 @@ from gr00t_fast.errors import AT_LEAST_1, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags, UsageError
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
-from gr00t_fast.inputs.recordings import read_recordings
+from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.robots.config import SO100FollowerConfig
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")

@@ -1,4 +1,4 @@
-"""Where calibration and verification take their observations from, one at a time and spread over whole recordings.
+"""Where calibration and verification take their observations from, one at a time and spread over whole recordings; and how recordings move.
 
 * a LeRobotDataset directory (v3): `meta/info.json` and its parquet and video files, read offline;
 * a directory of recordings: each `<name>.npz` is an episode and holds, by the policy's own keys, `video.<cam>` uint8 (T, H, W, 3),
@@ -11,38 +11,52 @@ Axis alphabet: T frames of an episode, H and W height and width, D joint values.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import PolicyMetadata
 from gr00t_fast.errors import ConfigError, closest, require
+from gr00t_fast.files import read_json
 from gr00t_fast.inputs.data_config import DataConfig
 
 MIN_FRAMES = 128  # fewer do not show an activation's range
 MIN_EPISODES = 8  # neighbouring frames are nearly the same picture: frames of few episodes count for few
+_MEND = "Copy the data set again, or record it again."
 _FOREIGN_SHARE = 0.1  # of the joint values may lie further outside the statistics than their own width before a source is refused
 _EXAMPLE_INSTRUCTION = "Place the block in the bowl"
+_STATE, _ACTION = "observation.state", "action"
 _EXAMPLE_SIZE = (640, 480)  # width and height, where the checkpoint does not say what its cameras delivered
 
 
-class Frames(Protocol):
+class Frames(ABC):
     """Random access to observations in the policy's own dictionary form (unbatched), each of one time."""
 
     name: str
     config: DataConfig
-    synthetic: bool
     episode_lengths: list[int]
+    synthetic = False
 
+    @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Frame number `index`, counted over all episodes."""
+        """Frame number `index`, counted over all episodes. Without the language key where the recording does not say what was done."""
+
+    def episode_of(self, index: int) -> tuple[int, int]:
+        """The number of a frame's episode, and that of the episode's first frame."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, int(self._starts[number])
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *self.episode_lengths])
 
 
 @dataclass(frozen=True)
@@ -57,14 +71,8 @@ class Sample:
     warnings: list[str]
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "synthetic": self.synthetic,
-            "seed": self.seed,
-            "frames": len(self.indices),
-            "episodes": self.episodes,
-            "warnings": self.warnings,
-        }
+        told = asdict(self)
+        return told | {"frames": len(told.pop("indices"))}
 
 
 def open_frames(source: str, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str] | None = None) -> Frames:
@@ -88,9 +96,8 @@ def open_frames(source: str, config: DataConfig, metadata: PolicyMetadata, camer
 def draw(frames: Frames, count: int, seed: int, allow_few: bool, least: int = MIN_FRAMES) -> Sample:
     """Choose `count` frames uniformly over all frames of all episodes, without repetition. Raises ConfigError when there are too few."""
     total = sum(frames.episode_lengths)
-    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    starts = np.cumsum([0, *frames.episode_lengths])
-    episodes = len(np.unique(np.searchsorted(starts, chosen, side="right")))
+    chosen = np.sort(np.random.default_rng(seed).permutation(total)[:count]).tolist()
+    episodes = len({frames.episode_of(index)[0] for index in chosen})
     lacks = []
     if len(chosen) < least:
         lacks.append(f"{len(chosen)} frames, expected at least {least}")
@@ -100,14 +107,18 @@ def draw(frames: Frames, count: int, seed: int, allow_few: bool, least: int = MI
         raise ConfigError(f"{frames.name}: {'; '.join(lacks)}. Record more, or say --allow_few: fewer tell less of what the network meets.")
     if frames.synthetic:
         lacks.append("synthetic observations: ranges of real pictures may differ")
-    return Sample(frames.name, frames.synthetic, seed, [int(i) for i in chosen], episodes, lacks)
+    return Sample(frames.name, frames.synthetic, seed, chosen, episodes, lacks)
 
 
 def read(frames: Frames, sample: Sample, metadata: PolicyMetadata) -> Iterator[dict[str, Any]]:
-    """The chosen observations, in order. Raises ConfigError when most joints are far outside what the checkpoint was trained on."""
+    """The chosen observations, in order. Raises ConfigError for one without an instruction, and when most joints are far outside what the checkpoint
+    was trained on."""
     far = values = 0
     for index in sample.indices:
         observation = _with_history(frames, index)
+        if not "".join(observation.get(frames.config.language_key, ())).strip():
+            where = f"{sample.source}: episode {frames.episode_of(index)[0]} has no task text (frame {index})"
+            raise ConfigError(f"{where}. Expected what the robot was told to do: add it to the data set, or leave that episode out.")
         for part, statistics in metadata.state_statistics.items():
             joints = np.asarray(observation[f"state.{part}"], np.float64)
             width = np.maximum(statistics.max - statistics.min, 1e-6)
@@ -124,8 +135,7 @@ def read(frames: Frames, sample: Sample, metadata: PolicyMetadata) -> Iterator[d
 def _with_history(frames: Frames, index: int) -> dict[str, Any]:
     """Frame number `index` with the earlier times that the policy reads; the episode's first frame stands for what was before it."""
     config, seen = frames.config, frames[index]
-    starts = np.cumsum([0, *frames.episode_lengths])
-    first = int(starts[np.searchsorted(starts, index, side="right") - 1])
+    _, first = frames.episode_of(index)
     earlier = {offset: frames[max(first, index + offset)] for offset in {*config.video_indices, *config.state_indices} - {0}}
     found = dict(seen)
     for keys, offsets in ((config.video_keys, config.video_indices), (config.state_keys, config.state_indices)):
@@ -133,7 +143,7 @@ def _with_history(frames: Frames, index: int) -> dict[str, Any]:
     return found
 
 
-class RandomFrames:
+class RandomFrames(Frames):
     """Textured pictures, joints uniform within the statistics. Each frame is an episode of its own."""
 
     synthetic = True
@@ -149,15 +159,15 @@ class RandomFrames:
             width, height = self._metadata.resolutions[key.split(".", 1)[1]] or _EXAMPLE_SIZE
             observation[key] = textured_picture(generator, width, height)[None]
         for part, statistics in self._metadata.state_statistics.items():
-            observation[f"state.{part}"] = generator.uniform(statistics.min, statistics.max)[None]
+            observation[f"state.{part}"] = np.asarray(generator.uniform(statistics.min, statistics.max))[None]
         return observation
 
 
 def textured_picture(generator: np.random.Generator, width: int, height: int) -> np.ndarray:
     """uint8 (height, width, 3): waves of several scales, patches with edges, and noise: neither flat nor white."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    y, x = y / height, x / width
-    picture = np.full((height, width, 3), generator.uniform(40, 200, 3), np.float32)
+    grid: np.ndarray = np.mgrid[0:height, 0:width].astype(np.float32)
+    y, x = grid[0] / height, grid[1] / width
+    picture: np.ndarray = np.full((height, width, 3), generator.uniform(40, 200, 3), np.float32)
     for cycles in (1, 3, 9, 27):
         angle, phase = generator.uniform(0, 2 * np.pi, 2)
         wave = np.sin(2 * np.pi * cycles * (x * np.cos(angle) + y * np.sin(angle)) + phase)
@@ -170,16 +180,13 @@ def textured_picture(generator: np.random.Generator, width: int, height: int) ->
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-class RecordedFrames:
+class RecordedFrames(Frames):
     """A directory of `.npz` episodes; one episode is held in memory at a time."""
-
-    synthetic = False
 
     def __init__(self, path: Path, config: DataConfig) -> None:
         self.name, self.config = str(path), config
         self._files = sorted(path.glob("*.npz"))
         self.episode_lengths = [self._length(file) for file in self._files]
-        self._starts = np.cumsum([0, *self.episode_lengths])
         self._held: tuple[int, dict[str, np.ndarray]] | None = None
 
     def _length(self, file: Path) -> int:
@@ -196,11 +203,11 @@ class RecordedFrames:
             raise ConfigError(f"{file}: not a readable .npz recording ({error}).") from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, first = self.episode_of(index)
         if self._held is None or self._held[0] != number:
             with self._open(self._files[number]) as arrays:
                 self._held = (number, {key: arrays[key] for key in arrays.files})
-        episode, row = self._held[1], index - int(self._starts[number])
+        episode, row = self._held[1], index - first
         observation: dict[str, Any] = {key: episode[key][row][None] for key in (*self.config.video_keys, *self.config.state_keys)}
         texts = np.atleast_1d(episode[self.config.language_key])
         observation[self.config.language_key] = [str(texts[row] if len(texts) > 1 else texts[0])]
@@ -216,24 +223,23 @@ class Camera:
     size: tuple[int, int] | None  # width, height as recorded; None when the data set does not say
 
 
-class LeRobotFrames:
+class LeRobotFrames(Frames):
     """A LeRobotDataset v3 on the disk. `meta/modality.json` (NVIDIA's convention), where present, says which columns a part has.
 
-    `fps` is the rate of the recording, or None when it does not say. `cameras`: policy's key (`video.webcam`) -> Camera.
+    `fps` is the rate of the recording, or None when it does not say. `cameras`: policy's key (`video.webcam`) -> Camera; with `camera_map` None there
+    are none, and only the joints are read.
     """
 
-    synthetic = False
-
-    def __init__(self, path: Path, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, config: DataConfig, metadata: PolicyMetadata, camera_map: Mapping[str, str] | None) -> None:
         self.name, self._path, self.config, self._metadata = str(path), path, config, metadata
-        self._info = _read_json(path / "meta" / "info.json")
+        self._info = read_map(path / "meta" / "info.json")
         version, self._features = str(self._info.get("codebase_version", "")), dict(self._info.get("features") or {})
         if not version.startswith("v3"):
             raise ConfigError(f"{path}: LeRobotDataset {version or 'of unknown version'}, expected v3. {conversion(path, version)}")
         self.fps = float(self._info["fps"]) if self._info.get("fps") else None
         modality = path / "meta" / "modality.json"
-        self._modality = _read_json(modality) if modality.is_file() else {}
-        self.cameras = self._choose_cameras(camera_map)
+        self._modality = read_map(modality) if modality.is_file() else {}
+        self.cameras = {} if camera_map is None else self._choose_cameras(camera_map)
         self._check_files()
         self._spans("state")
         self._data = self._open()
@@ -279,9 +285,9 @@ class LeRobotFrames:
         if strangers := [policy for policy in given if policy not in names]:
             raise ConfigError(f"--camera_map: the policy has no camera '{strangers[0]}', only {', '.join(names)}.{closest(strangers[0], names)}")
         for name in names:
-            ways = (("--camera_map", given.get(name)), ("meta/modality.json", told.get(name)), ("its name", name if name in found else None))
-            only = found[0] if len(names) == len(found) == 1 else None
-            chosen_by, data = next(((way, data) for way, data in (*ways, ("being the only one on both sides", only)) if data), ("", None))
+            ways = {"--camera_map": given.get(name), "meta/modality.json": told.get(name), "its name": name if name in found else None}
+            ways["being the only one on both sides"] = found[0] if len(names) == len(found) == 1 else None
+            chosen_by, data = next(((way, data) for way, data in ways.items() if data), ("", None))
             if data not in found:
                 says = f" {chosen_by} says '{data}'." if data else ""
                 raise ConfigError(
@@ -294,28 +300,27 @@ class LeRobotFrames:
 
     def _check_files(self) -> None:
         """Before lerobot looks: what it does not find it asks the hub for, and the message is about the network."""
-        patterns = {"the joints": self._info.get("data_path")}
-        if patterns["the joints"]:
-            patterns |= {"the tasks": "meta/tasks.parquet", "the lengths of episodes": "meta/episodes/*/*.parquet"}
+        patterns = {
+            "the joints": self._info.get("data_path"),
+            "the tasks": "meta/tasks.parquet",
+            "the lengths of episodes": "meta/episodes/*/*.parquet",
+        }
         for camera in self.cameras.values():
             if self._features[camera.feature].get("dtype") == "video":
                 patterns[f"the videos of {camera.feature}"] = str(self._info.get("video_path")).replace("{video_key}", camera.feature)
         for what, pattern in patterns.items():
-            pattern = re.sub(r"\{[^}]*\}", "*", pattern or "")
-            if pattern and not any(self._path.glob(pattern)):
-                raise ConfigError(f"{self.name}: {what} are missing, expected {pattern}. Copy the whole data set, or record it again.")
+            pattern = re.sub(r"\{[^}]*\}", "*", str(pattern))
+            if not any(self._path.glob(pattern)):
+                raise ConfigError(f"{self.name}: {what} are missing, expected {pattern}. {_MEND}")
 
     def _open(self) -> Any:
         dataset = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
         try:  # pyav: torchcodec is there without the FFmpeg libraries it needs on many machines, and fails on the first frame
             return dataset(f"local/{self._path.name}", root=self._path, video_backend="pyav")
         except Exception as error:  # lerobot, datasets, pyarrow and the hub's client raise kinds of their own for files missing or damaged
-            asked = type(error).__module__.split(".")[0] in ("requests", "huggingface_hub")  # lerobot looks there for what it does not find here
-            reason = "it looks for files on the hub that are missing here" if asked else f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            mend = (
-                "A file is missing or damaged, or meta/info.json describes other columns than data/ has. Copy the data set again, or record it again."
-            )
-            raise ConfigError(f"{self.name}: lerobot cannot open it ({reason}). {mend}") from error
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            what = "A file is missing or damaged, or meta/info.json describes other columns than data/ has"
+            raise ConfigError(f"{self.name}: lerobot cannot open it ({reason}). {what}. {_MEND}") from error
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
@@ -324,8 +329,8 @@ class LeRobotFrames:
                 warnings.filterwarnings("ignore", "The video decoding and encoding capabilities of torchvision", UserWarning)
                 row = self._data[index]
         except (OSError, ValueError, RuntimeError, IndexError) as error:
-            raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). Is a video damaged or cut short?") from error
-        observation: dict[str, Any] = {self.config.language_key: [row.get("task") or _EXAMPLE_INSTRUCTION]}
+            raise ConfigError(f"{self.name}: frame {index} cannot be decoded ({type(error).__name__}). {_MEND}") from error
+        observation: dict[str, Any] = {self.config.language_key: [row["task"]]} if row.get("task") else {}
         for key, camera in self.cameras.items():
             pixels = (row[camera.feature] * 255.0).round().clamp(0, 255).byte()  # lerobot gives float (3, H, W) in 0..1
             observation[key] = pixels.permute(1, 2, 0).contiguous().numpy()[None]
@@ -335,47 +340,39 @@ class LeRobotFrames:
 
     def _spans(self, kind: str) -> dict[str, tuple[str, slice]]:
         """Part of `state` or `action` -> column of the data set, and the part's place in it. Raises ConfigError where they do not fit."""
-        widths = self._metadata.state_widths if kind == "state" else self._metadata.action_widths
-        told, column = self._modality.get(kind, {}), "observation.state" if kind == "state" else "action"
-        if absent := [part for part in widths if told and part not in told]:
-            raise ConfigError(f"{self.name}: meta/modality.json names no {kind} part '{absent[0]}', only {', '.join(told)}. Add its start and end.")
-        spans, start = {}, 0
+        widths, default = (self._metadata.state_widths, _STATE) if kind == "state" else (self._metadata.action_widths, _ACTION)
+        told, start, count = self._modality.get(kind, {}), 0, 0
+        spans: dict[str, tuple[str, slice]] = {}
         for part, width in widths.items():
-            entry = told.get(part) or {"start": start, "end": start + width}
-            spans[part] = (entry.get("original_key") or column, slice(entry["start"], entry["end"]))
-            start += width
-            self._check_span(f"{kind}.{part}", width, *spans[part])
-        count = (self._features[column].get("shape") or [start])[0] if not told else start
-        if count != start:
-            raise ConfigError(f"{self.name}: {column} has {count} values, the policy {dict(widths)}. Expected as many, or a meta/modality.json.")
+            place: dict[str, Any] = told.get(part, {}) if told else {"start": start, "end": start + width}
+            column, span = place.get("original_key") or default, slice(place.get("start", -1), place.get("end", -1))
+            count, start = (self._features.get(column, {}).get("shape") or [0])[0], start + width
+            if not (span.start >= 0 and span.stop - span.start == width and span.stop <= count):
+                where = f"{column} has {count} values, meta/modality.json says {told.get(part, 'nothing')}"
+                raise ConfigError(f"{self.name}: no place for {kind}.{part}, in the checkpoint {width} value(s): {where}. Name data of this arm.")
+            spans[part] = (column, span)
+        if not told and count != start:
+            raise ConfigError(f"{self.name}: {default} has {count} values, the policy {dict(widths)}. Expected as many, or a meta/modality.json.")
         return spans
 
-    def _check_span(self, part: str, width: int, column: str, span: slice) -> None:
-        if column not in self._features:
-            raise ConfigError(f"{self.name}: no column '{column}' for {part}; it has {', '.join(self._features)}.")
-        count = (self._features[column].get("shape") or [span.stop])[0]
-        if not (span.start >= 0 and span.stop - span.start == width and span.stop <= count):
-            place = f"{part} at {span.start} to {span.stop} of {column}, which has {count} values"
-            raise ConfigError(f"{self.name}: meta/modality.json places {place}; the checkpoint's has {width}.")
 
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_map(path: Path) -> dict[str, Any]:
+    """A JSON object of a data set. Raises ConfigError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, nan=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}). Copy the data set again.") from error
+        raise ConfigError(f"{path}: cannot be read ({error}). {_MEND}") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(found).__name__}.")
+        raise ConfigError(f"{path}: expected a JSON object, got {type(found).__name__}. {_MEND}")
     return found
 
 
 def _picture_size(feature: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(width, height) of a picture feature."""
-    shape, names = feature.get("shape"), feature.get("names")
-    if not shape or len(shape) != 3:
+    """(width, height) of a picture feature, whose shape is (height, width, 3) or (3, height, width)."""
+    shape = list(feature.get("shape") or ())
+    if len(shape) != 3:
         return None
-    named = dict(zip(names, shape, strict=True)) if isinstance(names, list) and len(names) == 3 else {}
-    height, width = (named.get("height", shape[0]), named.get("width", shape[1])) if shape[2] == 3 else (shape[1], shape[2])
+    height, width = shape[:2] if shape[2] == 3 else shape[1:]
     return int(width), int(height)
 
 
@@ -383,6 +380,56 @@ def conversion(path: Path, version: str) -> str:
     """How to bring a data set of an older version to v3. lerobot's converter joins --root and --repo-id, and pushes to the hub unless told not to."""
     if not version.startswith("v2.1"):
         return "lerobot's converter reads v2.1 alone: bring it to v2.1 first, with the lerobot that knows its version, or record it again."
-    place = path.absolute()
-    flags = f"--root={shlex.quote(str(place.parent))} --repo-id={shlex.quote(place.name)} --push-to-hub=false"
-    return f"Convert it in its place (the old one stays as {place.name}_old): python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 {flags}"
+    flags = f"--root={shlex.quote(str(path.absolute().parent))} --repo-id={shlex.quote(path.name)} --push-to-hub=false"
+    return f"Convert it in its place: python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 {flags}"
+
+
+# Motion of the recordings behind a checkpoint. J joints of the arm
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """begin: median over the episodes of the first measured joints, float64 (J,). fastest_units_s: the largest change of each joint's target from one
+    frame to the next, a second, float64 (J,). Both in the units of the data."""
+
+    name: str
+    episodes: int
+    begin: np.ndarray
+    fastest_units_s: np.ndarray
+
+
+def read_recordings(directory: Path, joint_names: tuple[str, ...]) -> Recordings:
+    """Where recorded episodes begin, and how fast their targets change: from the tables of a LeRobotDataset (v2.1 or v3), no video is read.
+
+    Raises ConfigError where there is no data set, or one of another robot; MissingExtraError without pyarrow."""
+    if not (directory / "meta" / "info.json").is_file():
+        raise ConfigError(f"--recordings={directory}: no LeRobotDataset is there (no meta/info.json). Name the directory of the recordings.")
+    info, parquet = read_map(directory / "meta" / "info.json"), require("pyarrow.parquet", "recordings")
+    try:
+        fps = float(info["fps"])
+        for column in (_STATE, _ACTION):
+            _check_joints(f"--recordings={directory}: {column}", info["features"][column], joint_names)
+        files = sorted((directory / "data").rglob("*.parquet"))
+        tables = [parquet.read_table(file, columns=[_STATE, _ACTION, "episode_index", "frame_index"]).to_pydict() for file in files]
+        columns = {name: np.concatenate([np.array(table[name], np.float64) for table in tables]) for name in tables[0]}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"--recordings={directory}: cannot be read ({type(error).__name__}: {str(error)[:120]}). {_MEND}") from error
+    order = np.lexsort((columns["frame_index"], columns["episode_index"]))
+    episode, state, action = (columns[name][order] for name in ("episode_index", _STATE, _ACTION))
+    if not len(state) or not np.isfinite(state).all() or not np.isfinite(action).all():
+        raise ConfigError(f"--recordings={directory}: holds no frame, or joints that are not finite. Name recordings with measured joints.")
+    first = np.flatnonzero(np.diff(episode, prepend=-1))  # rows at which an episode begins
+    changes = np.abs(np.diff(action, axis=0))[np.diff(episode) == 0]
+    return Recordings(str(directory), len(first), np.median(state[first], axis=0), changes.max(axis=0, initial=0.0) * fps)
+
+
+def _check_joints(what: str, feature: dict[str, Any], joint_names: tuple[str, ...]) -> None:
+    names, shape = feature.get("names"), list(feature["shape"])
+    if isinstance(names, dict):  # lerobot before v2.1: {"motors": [...]}
+        names = next(iter(names.values()), None)
+    bare = [str(name).removesuffix(".pos").removeprefix("main_") for name in names or ()]
+    if shape != [len(joint_names)] or (bare and bare != list(joint_names)):
+        told = f"{what} has {', '.join(bare) or shape}, the arm {', '.join(joint_names)}"
+        raise ConfigError(f"{told}. Name recordings of this kind of arm.")
