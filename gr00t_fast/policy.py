@@ -325,6 +325,7 @@ class Gr00tPolicy(Policy):
                     f"the network answered NaN or infinity ({', '.join(unusable)}) in {self.dtype}; expected finite ones: no arm may get these. "
                     + ("The weights are damaged." if self.dtype == torch.float32 else "Numbers overflow that fit in fp32: try --precision=fp32.")
                 )
+            actions = {"action": np.concatenate([*actions.values()], axis=-1)} if inputs.joined else actions
             return actions if inputs.batched else {key: value[0] for key, value in actions.items()}
 
     def _continuation(self, known: Mapping[str, np.ndarray], prefix: ActionPrefix, inputs: PolicyInputs) -> Continuation:

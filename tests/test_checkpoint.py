@@ -148,7 +148,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
     tensors = load_file(first)
     name = next(iter(load_file(second)))
     save_file({**tensors, name: load_file(second)[name] + 1}, first)
-    with pytest.raises(CheckpointError, match=rf"1 in two files:\n    {name}"):
+    with pytest.raises(CheckpointError, match=rf"1 there twice:\n    {name}"):
         load_network(checkpoint)
 
 

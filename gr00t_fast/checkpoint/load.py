@@ -6,6 +6,7 @@ The model is built on the meta device (no memory), then each parameter is alloca
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -77,9 +78,10 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     adapter = read_adapter(path, with_weights)
     base = path if adapter is None else _base_of(adapter, with_weights)
     raw = read_object(base / "config.json")
-    network = network_of(raw)
+    network = network_of(base, raw)
     backbone_file = base / network.backbone_file
-    config = network.read_config(raw, read_object(backbone_file) if backbone_file.exists() else network.published_backbone)
+    backbone = read_object(backbone_file) if backbone_file.exists() else network.published_backbone
+    config = network.read_config(network.config_of(base, raw), backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
     return Checkpoint(path, network, config, network.read_files(path, raw, config, letterbox), weights, base, adapter, letterbox)
 
@@ -118,7 +120,7 @@ def load_model(
         located, deltas = _check_names_and_shapes(model, checkpoint, files), {}
         if checkpoint.adapter is not None:
             adapter_file = stack.enter_context(TensorFile(checkpoint.adapter.weights))
-            located, deltas = merge(checkpoint.adapter, adapter_file, located, checkpoint.network.unused_weights)
+            located, deltas = merge(checkpoint.adapter, adapter_file, located, checkpoint.network)
         _fill(list(_plan(model, checkpoint.network, located, deltas, row, device, dtype, only)), progress)
     return model.eval().requires_grad_(False)
 
@@ -202,18 +204,21 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
 
 def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[TensorFile]) -> TensorIndex:
     """Compare the files' headers with what the network needs, before a byte of weights is read."""
-    located: TensorIndex = {name: (file, entry) for file in files for name, entry in file.entries.items()}
-    needed: dict[str, tuple[int, ...]] = {}
     network = checkpoint.network
+    located: TensorIndex = {name.removeprefix(network.prefix): (file, entry) for file in files for name, entry in file.entries.items()}
+    if network.tied and network.tied[1] not in located and network.tied[0] in located:
+        located[network.tied[1]] = located.pop(network.tied[0])
+    needed: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         needed.update(published_shapes(network.weights, name, tuple(parameter.shape), checkpoint.config))
     missing = sorted(needed.keys() - located.keys())
     extra = sorted(name for name in located.keys() - needed.keys() if not name.startswith(network.unused_weights))
     wrong = sorted(name for name, shape in needed.items() if name in located and located[name][1].shape != shape)
-    twice = sorted(name for name in located if sum(name in file.entries for file in files) > 1)
+    counted = Counter(name.removeprefix(network.prefix) for file in files for name in file.entries)
+    twice = sorted(name for name, count in counted.items() if count > 1)
     if missing or extra or wrong or twice:
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
-        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("in two files", twice)]
+        parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("there twice", twice)]
         raise CheckpointError(
             f"the weights in {checkpoint.base} do not fit config.json (and {network.backbone_file}):\n"
             + "\n".join(part for part in parts if part)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.errors import CheckpointError
+from gr00t_fast.networks.spec import NetworkSpec
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -128,16 +129,16 @@ def _merge_command(adapter: Adapter) -> str:
     )
 
 
-def merge(adapter: Adapter, file: TensorFile, base: TensorIndex, unused: tuple[str, ...]) -> tuple[TensorIndex, dict[str, LoraDelta]]:
+def merge(adapter: Adapter, file: TensorFile, base: TensorIndex, network: NetworkSpec) -> tuple[TensorIndex, dict[str, LoraDelta]]:
     """Where each published tensor comes from, whole modules replaced, and what is added to the others, by published name.
 
-    base: the base checkpoint's tensors. unused: prefixes of those that nothing reads. Raises CheckpointError that lists all tensors of the adapter
-    which fit none of them.
+    base: the base checkpoint's tensors. Raises CheckpointError that lists all tensors of the adapter which fit none of them.
     """
+    unused = network.unused_weights
     located, deltas, faults = dict(base), {}, []
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in file.entries.items():
-        published = name.removeprefix(_PREFIX)
+        published = name.removeprefix(_PREFIX).removeprefix(network.prefix)
         side = next((side for side, ending in _SIDES.items() if published.endswith(ending)), None)
         if side is not None:
             modules.setdefault(published.removesuffix(_SIDES[side]), {})[side] = entry
@@ -153,7 +154,7 @@ def merge(adapter: Adapter, file: TensorFile, base: TensorIndex, unused: tuple[s
         if weight not in base or not _fits(shapes, base[weight][1].shape):
             faults.append(f"{module} {', '.join(f'{side} {list(shape)}' for side, shape in shapes.items())}")
             continue
-        deltas[weight] = LoraDelta(file, sides["A"], sides["B"], adapter.scale_of(module, shapes["A"][0]))
+        deltas[weight] = LoraDelta(file, sides["A"], sides["B"], adapter.scale_of(network.prefix + module, shapes["A"][0]))
     if faults or not file.entries:
         raise CheckpointError(
             f"{adapter.weights} does not fit the checkpoint that it is for ({adapter.base}): {'; '.join(faults[:8]) or 'it holds no tensors'}"

@@ -258,7 +258,14 @@ def check_files(directory: Path, manifest: Manifest, digests: Digests, remedy: s
 
 
 # Fields that configurations have got since exports were first made, and what stands in them for what was exported then.
-_LATER_FIELDS = {"final_norm": True, "mrope_sections": None, "attend_text_every": None, "video_indices": (0,), "state_indices": (0,)}
+_LATER_FIELDS = {
+    "crop_scale": 0.95,
+    "final_norm": True,
+    "mrope_sections": None,
+    "attend_text_every": None,
+    "video_indices": (0,),
+    "state_indices": (0,),
+}
 
 
 def _without_later_fields(fields: dict[str, Any]) -> dict[str, Any]:

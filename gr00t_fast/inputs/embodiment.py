@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import Letterbox, PartStatistics, PolicyMetadata
+from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX, Letterbox, PartStatistics, PolicyMetadata
 from gr00t_fast.errors import CheckpointError
 from gr00t_fast.inputs.data_config import DataConfig
 
@@ -30,19 +30,27 @@ Statistics = Mapping[str, np.ndarray]  # name of STATISTICS -> float64 (D,)
 
 @dataclass(frozen=True)
 class Camera:
-    """Resolution and rate that training saw."""
+    """Resolution and rate that training saw; fps: None where that is not known. Raises ValueError for what no camera delivers."""
 
     width: int
     height: int
-    fps: float
+    fps: float | None
+
+    def __post_init__(self) -> None:
+        width, height, fps = self.width, self.height, self.fps
+        fits = min(width, height) >= MIN_FRAME_PX and max(width, height) <= MAX_FRAME_PX and width * height <= MAX_PIXELS
+        if not (fits and type(width) is type(height) is int and (fps is None or 0 < fps < float("inf"))):
+            limits = f"{MIN_FRAME_PX} to {MAX_FRAME_PX} each way and at most {MAX_PIXELS} in all"
+            raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, {limits}")
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a frame becomes the image that the network's processor gets (N1.7).
+    """How a frame becomes the image that the network's processor gets (N1.7, and lerobot's N1.5).
 
-    letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`; else torchvision's bilinear,
-    crop to `crop_size`, size `target_size`, both (height, width).
+    letterbox: padded to a square first. albumentations: area averaging, crop by `crop_fraction`, shorter side `edge`. squash: lerobot's, whatever
+    the frame's shape: bicubic to `edge` x `edge`, crop by `crop_fraction`, bicubic to `target_size`. Else torchvision's bilinear, crop to
+    `crop_size`, size `target_size`, both (height, width).
     """
 
     letterbox: bool
@@ -51,6 +59,7 @@ class ImageSettings:
     crop_fraction: float
     crop_size: tuple[int, int] | None
     target_size: tuple[int, int] | None
+    squash: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class Embodiment:
 
     data_config: keys, the times that are read, the language key. cameras: key -> what training saw, None where the checkpoint does not say.
     trained_horizon: how many actions can be returned. state_width: padded width of one time. record: what the small files say of it, as it stands
-    there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.7.
+    there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.7. notes: what else a line before the start says.
     """
 
     tag: str
@@ -125,6 +134,7 @@ class Embodiment:
     formalize_language: bool = False
     exclude_state: bool = False
     action_configs: list[dict[str, Any]] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def default_horizon(self) -> int:

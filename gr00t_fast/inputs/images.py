@@ -2,8 +2,8 @@
 
 N1.5 resizes frames to the training videos' resolution (the crop to 224 x 224 follows on the device). N1.7 pads a frame to a square with black, if
 the checkpoint asks for that; then its shorter side is resized, it is cropped to its centre and resized again; then it is brought to a size that
-Qwen3-VL's image processor accepts. Axis alphabet: B batch, T times, C images (times x cameras, time-major), H and W height and width, h and w those
-of the result.
+Qwen3-VL's image processor accepts. lerobot squashes frames instead. Axis alphabet: B batch, T times, C images (times x cameras, time-major), H and W
+height and width, h and w those of the result.
 """
 
 from __future__ import annotations
@@ -83,9 +83,10 @@ class ResizeFrames:
 class FitImages:
     """Frames, one (B, T, H, W, 3) for each camera -> C images (B, h, w, 3), all of one size, which that of the frames decides."""
 
-    def __init__(self, embodiment: Embodiment, multiple: int) -> None:
-        """multiple: pixels per side of a token."""
-        self._settings, self._multiple = embodiment.images, multiple
+    def __init__(self, embodiment: Embodiment, multiple: int, by_qwen: bool = True) -> None:
+        """multiple: pixels per side of a token. by_qwen: whether Qwen3-VL's image processor has the last word on the size; else it is that of
+        `view`, whatever the frames are."""
+        self._settings, self._multiple, self._by_qwen = embodiment.images, multiple, by_qwen
         self._expected = dict.fromkeys(embodiment.data_config.video_keys, EXAMPLE_CAMERA)
 
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
@@ -93,8 +94,11 @@ class FitImages:
         self._size_in(observation)  # refuses what does not go together before it is resized
         height, width = cameras[0].shape[2:4]
         times = range(cameras[0].shape[1])
-        images = [np.stack([picture(item[time], self._settings, self._multiple) for item in frames]) for time in times for frames in cameras]
-        return {"frames": images, "camera_size": (width, height)}
+        images = [np.stack([self._picture(item[time]) for item in frames]) for time in times for frames in cameras]
+        return {"frames": images, **({"camera_size": (width, height)} if self._by_qwen else {})}
+
+    def _picture(self, frame: np.ndarray) -> np.ndarray:
+        return picture(frame, self._settings, self._multiple) if self._by_qwen else view(frame, self._settings)
 
     def tokens(self, observation: CheckedObservation) -> int:
         return self.tokens_of(self._size_in(observation))
@@ -125,7 +129,8 @@ class FitImages:
                 "padded to a square, and NVIDIA's code refuses these as well. Set all cameras to one shape (all 640x480, or all 1280x720 and "
                 "640x360), as in the recordings; or, if it was trained on padded pictures, say --letterbox=always."
             )
-        return accepted_size(*next(iter(views.values())), self._multiple)
+        size = next(iter(views.values()))
+        return accepted_size(*size, self._multiple) if self._by_qwen else size
 
     def __repr__(self) -> str:
         return f"FitImages({self._settings})"
@@ -144,6 +149,8 @@ def picture(frame: np.ndarray, settings: ImageSettings, multiple: int) -> np.nda
 def view(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """uint8 (H, W, 3) RGB -> uint8 (h, w, 3): what the reference stacks, so that all views of an observation must have one size."""
     frame = _letterboxed(frame) if settings.letterbox else frame
+    if settings.squash:
+        return _squashed(frame, settings)
     return _by_area(frame, settings) if settings.albumentations else _by_torchvision(frame, settings)
 
 
@@ -200,6 +207,14 @@ def _by_area(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
     height, width = _cropped(whole.shape[:2], settings.crop_fraction)
     top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
     return resized(np.ascontiguousarray(whole[top : top + height, left : left + width]))
+
+
+def _squashed(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:
+    """lerobot's: the crop's size is rounded, its offset is not."""
+    whole = _interpolated(frame, (settings.edge, settings.edge), "bicubic")
+    side = max(1, round(settings.edge * settings.crop_fraction))
+    start = (settings.edge - side) // 2
+    return _interpolated(whole[start : start + side, start : start + side], settings.target_size, "bicubic")
 
 
 def _by_torchvision(frame: np.ndarray, settings: ImageSettings) -> np.ndarray:

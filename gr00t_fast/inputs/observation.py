@@ -23,6 +23,7 @@ _SHOWN_ITEMS = 12
 # What one call may cost, checked before anything is computed. NVIDIA's code has no such limits; these are chosen.
 MAX_BATCH = 64
 MAX_INSTRUCTION_CHARACTERS = 2048
+LEROBOT_STATE, LEROBOT_TASK = "observation.state", "task"  # besides observation.images.<camera>
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class CheckedObservation:
 
     T is as many times as the policy reads. brackets: the reference prints what is left of the texts' array when it has taken the batch apart, and
     adds the batch axis itself to a single observation: 0 for a list of texts in a batch, 1 for `[["..."]]` in a batch and for a single observation.
+    joined: whether it came in lerobot's form.
     """
 
     frames: Mapping[str, np.ndarray]
@@ -38,6 +40,7 @@ class CheckedObservation:
     instructions: list[str]
     batched: bool
     brackets: int = 1
+    joined: bool = False
 
     @property
     def batch(self) -> int:
@@ -45,10 +48,15 @@ class CheckedObservation:
 
 
 def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> CheckedObservation:
-    """Check and convert; NVIDIA's nested form of N1.7 too. Raises ObservationError that names the key, what was expected, and what came."""
+    """Check and convert; NVIDIA's nested form of N1.7 and lerobot's too. Raises ObservationError that names the key, what was expected, and what
+    came."""
     if not isinstance(observation, Mapping):
         raise ObservationError(f"observation: expected a dict of arrays by key, got {type(observation).__name__}.")
-    observation = flat_observation(observation) if is_nested(observation) else observation
+    joined = any(isinstance(key, str) and key.startswith("observation.") for key in observation)
+    if joined:
+        observation = _from_lerobot(observation, config, state_widths)
+    elif is_nested(observation):
+        observation = flat_observation(observation)
     language_key = _language_key(observation, config)
     needed = [*config.video_keys, *config.state_keys, language_key]
     for key in needed:
@@ -63,7 +71,24 @@ def parse_observation(observation: Mapping[str, Any], config: DataConfig, state_
     batched = _agree({**{k: v[1] for k, v in frames.items()}, **{k: v[1] for k, v in state.items()}}, "batched or unbatched alike")
     batch = _agree({**{k: len(v[0]) for k, v in frames.items()}, **{k: len(v[0]) for k, v in state.items()}}, "of one batch size")
     instructions, axes = _instructions(language_key, observation[language_key], batch)
-    return CheckedObservation({k: v[0] for k, v in frames.items()}, {k: v[0] for k, v in state.items()}, instructions, batched, axes - batched)
+    frames_of, state_of = ({key: array for key, (array, _) in found.items()} for found in (frames, state))
+    return CheckedObservation(frames_of, state_of, instructions, batched, axes - batched, joined)
+
+
+def _from_lerobot(observation: Mapping[str, Any], config: DataConfig, state_widths: Mapping[str, int]) -> dict[str, Any]:
+    """`observation.images.<camera>` uint8 ([B,] H, W, 3), `observation.state` ([B,] J) and `task` by NVIDIA's keys, with an axis of one time."""
+    pictures = {f"observation.images.{key.removeprefix('video.')}": key for key in config.video_keys}
+    expected, width = [*pictures, LEROBOT_STATE, LEROBOT_TASK], sum(state_widths.values())
+    given = {key for key in observation if key == LEROBOT_TASK or str(key).startswith("observation.")}
+    if wrong := sorted(map(str, given ^ {*expected})):  # lerobot would show the network a further camera too
+        raise ObservationError(f"observation: expected {', '.join(expected)}; missing, or one too many: {_names(wrong)}.")
+    state = _array(LEROBOT_STATE, observation[LEROBOT_STATE], f"numbers of shape ({width},)")
+    if state.ndim not in (1, 2) or state.shape[-1] != width:
+        raise ObservationError(f"{LEROBOT_STATE}: expected shape ({width},), or (batch, {width}); got {state.shape}.")
+    parts = np.split(state[..., None, :], np.cumsum([*state_widths.values()])[:-1], axis=-1)
+    frames = {key: _array(name, observation[name], "uint8 RGB pixels") for name, key in pictures.items()}
+    flat: dict[str, Any] = {key: array[..., None, :, :, :] if array.ndim in (3, 4) else array for key, array in frames.items()}
+    return {**flat, **dict(zip(state_widths, parts, strict=True)), config.language_key: observation[LEROBOT_TASK]}
 
 
 def _language_key(observation: Mapping[str, Any], config: DataConfig) -> str:

@@ -29,9 +29,9 @@ class PolicyInputs:
 
     frames: one uint8 (B, H, W, 3) per image, of the size that the network's pixels are made from; input_ids int64 (B, S), padded on the right;
     lengths int64 (B,); image_positions int64 (V,), the same in every prompt because images come first; state float32 (B, P), normalised. to_pixels:
-    what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. raw_state:
-    `state.<part>` (B, T, D) as observed, which relative actions count from. camera_size: width and height of the first camera's frames, where they
-    decide the size of the images.
+    what makes the network's pixels, fp32 (B, 3, h, w) in [-1, 1], of frames on their device. batched: whether the observation was. joined: whether
+    it was in lerobot's form, and one `action` is the answer. raw_state: `state.<part>` (B, T, D) as observed, which relative actions count from.
+    camera_size: width and height of the first camera's frames, where they decide the size of the images.
     """
 
     frames: Sequence[np.ndarray]
@@ -41,6 +41,7 @@ class PolicyInputs:
     state: np.ndarray
     to_pixels: Callable[[Tensor], Tensor]
     batched: bool = True
+    joined: bool = False
     raw_state: Mapping[str, np.ndarray] = field(default_factory=dict)
     camera_size: tuple[int, int] | None = None
 
@@ -130,10 +131,10 @@ class Processor:
 
     def describe(self) -> list[str]:
         """What is done with an observation and is not the same for all checkpoints, for a line before the start."""
-        letterbox = self.embodiment.letterbox
+        letterbox, notes = self.embodiment.letterbox, [*self.embodiment.notes]
         if letterbox is None:
-            return []
-        return [f"pictures {'padded to a square' if letterbox.pads else 'in the shape of the cameras'} ({letterbox.why})"]
+            return notes
+        return [f"pictures {'padded to a square' if letterbox.pads else 'in the shape of the cameras'} ({letterbox.why})", *notes]
 
     def expect_cameras(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """As `Policy.expect_cameras`."""
@@ -145,7 +146,7 @@ class Processor:
         fields: dict[str, Any] = {}
         for transform in self.transforms:
             fields |= transform(checked)
-        return PolicyInputs(**fields, to_pixels=self._to_pixels, batched=checked.batched)
+        return PolicyInputs(**fields, to_pixels=self._to_pixels, batched=checked.batched, joined=checked.joined)
 
     def known_rows(self, prefix: ActionPrefix | None, inputs: PolicyInputs) -> dict[str, np.ndarray]:
         """`action.<part>` -> float32 (B, L, D) of a prefix; empty when there is nothing to continue. Raises ObservationError."""

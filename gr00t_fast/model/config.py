@@ -16,6 +16,7 @@ class VisionConfig:
     patch_size: int
     image_size: int
     layer_norm_eps: float
+    crop_scale: float = 0.95  # share of a frame's sides that is seen: NVIDIA's VideoCrop in every SO-100 data configuration
 
     @property
     def tokens(self) -> int:

@@ -16,16 +16,15 @@ from torch.nn import functional as F
 from gr00t_fast.model.config import QwenVisionConfig, VisionConfig
 from gr00t_fast.model.layers import PreNormBlock, Rotary, rotary_frequencies, tables_of
 
-_CROP_SCALE = 0.95  # NVIDIA's VideoCrop in every SO-100 data configuration
 _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
 
 
-def pixel_values(frames: Tensor, image_size: int) -> Tensor:
+def pixel_values(frames: Tensor, image_size: int, crop_scale: float) -> Tensor:
     """uint8 (B, H, W, 3) RGB at the training videos' resolution -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
 
     Cropping bytes before they become floats gives the same numbers as the reference's order, with less to convert.
     """
-    x = _centre_crop(frames.permute(0, 3, 1, 2), _CROP_SCALE).contiguous().float().div_(255.0)  # (B, 3, h, w)
+    x = _centre_crop(frames.permute(0, 3, 1, 2), crop_scale).contiguous().float().div_(255.0)  # (B, 3, h, w)
     if x.shape[-2:] != (image_size, image_size):
         # bilinear with antialias: what torchvision's resize does to a float tensor
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", align_corners=False, antialias=True)
@@ -64,7 +63,9 @@ _ROTARY_THETA = 10_000.0
 
 def pixels_of(config: VisionConfig | QwenVisionConfig) -> Callable[[Tensor], Tensor]:
     """What makes a tower's pixels, fp32 (B, 3, h, w) in [-1, 1], of uint8 (B, H, W, 3) on their device."""
-    return picture_values if config.image_size is None else functools.partial(pixel_values, image_size=config.image_size)
+    if config.image_size is None:
+        return picture_values
+    return functools.partial(pixel_values, image_size=config.image_size, crop_scale=config.crop_scale)
 
 
 def picture_values(pictures: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.contracts import MAX_FRAME_PX, MAX_PIXELS, MIN_FRAME_PX
 from gr00t_fast.errors import CheckpointError, ConfigError, closest, shown
 from gr00t_fast.inputs.data_config import DataConfig, check_trained_cameras, load_data_config
 from gr00t_fast.inputs.embodiment import Arithmetic, Camera, Embodiment, Part, Statistics, check_std, part_statistics
@@ -283,12 +282,7 @@ def _unsupported(kind: str, told: Mapping[str, Any], width: int) -> str:
 
 def _camera(values: Mapping[str, Any]) -> Camera:
     width, height = values["resolution"]
-    fps = float(values["fps"])
-    fits = min(width, height) >= MIN_FRAME_PX and max(width, height) <= MAX_FRAME_PX and width * height <= MAX_PIXELS
-    if not (fits and 0 < fps < float("inf")) or (int(width), int(height)) != (width, height):
-        limits = f"{MIN_FRAME_PX} to {MAX_FRAME_PX} each way and at most {MAX_PIXELS} in all"
-        raise ValueError(f"camera resolution {width}x{height} at {fps} fps; expected whole pixels, {limits}")
-    return Camera(int(width), int(height), fps)
+    return Camera(width, height, float(values["fps"]))
 
 
 def _part(key: str, config: DataConfig, statistics: Statistics, unsupported: str) -> Part:

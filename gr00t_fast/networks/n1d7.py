@@ -350,7 +350,7 @@ class ProcessorFiles:
                 raise
             raise damaged(f"{PROCESSOR_FILE} and {STATISTICS_FILE}", f"the entry '{tag}' is incomplete or damaged ({error!r})") from error
         if data_config is not None:
-            _check_data_config(data_config, found.data_config)
+            check_data_config(data_config, found.data_config)
         return found
 
     def _checked_settings(self) -> dict[str, Any]:
@@ -383,7 +383,7 @@ class ProcessorFiles:
 
     def _read(self, tag: str, row: int, settings: Mapping[str, Any]) -> Embodiment:
         modalities, head = settings["modality_configs"][tag], self.config.head
-        reader = _Modalities(modalities, self.statistics[tag], settings)
+        reader = Modalities(modalities, self.statistics[tag], settings)
         steps, state_offsets = reader.offsets("action"), reader.past("state")
         if list(steps) != list(range(len(steps))) or len(steps) > head.action_horizon:
             raise CheckpointError(
@@ -420,7 +420,7 @@ class ProcessorFiles:
             trained_horizon=len(steps),
             state_width=self._state_width,
             record={"settings": told, "modalities": modalities, "statistics": self.statistics[tag], "row": row},
-            images=_image_settings(settings, self.letterbox.pads),
+            images=image_settings(settings, self.letterbox.pads),
             letterbox=self.letterbox,
             formalize_language=settings["formalize_language"],
             exclude_state=settings["exclude_state"],
@@ -428,8 +428,8 @@ class ProcessorFiles:
         )
 
 
-def _check_data_config(given: DataConfig, own: DataConfig) -> None:
-    """Raises ConfigError when a data configuration that was given contradicts the checkpoint's own."""
+def check_data_config(given: DataConfig, own: DataConfig, file: str = PROCESSOR_FILE) -> None:
+    """Raises ConfigError when a data configuration that was given contradicts the checkpoint's own, which is in `file`."""
     lists = {"video": "video_keys", "state": "state_keys", "action": "action_keys"}
     wrong = [
         f"{modality} {', '.join(getattr(given, name))} (the checkpoint: {', '.join(getattr(own, name))})"
@@ -439,7 +439,7 @@ def _check_data_config(given: DataConfig, own: DataConfig) -> None:
     if given.language_key != own.language_key:
         wrong.append(f"language {given.language_key} (the checkpoint: {own.language_key})")
     if wrong:
-        raise ConfigError(f"the data config contradicts processor_config.json: {'; '.join(wrong)}. Leave --data_config out.")
+        raise ConfigError(f"the data config contradicts {file}: {'; '.join(wrong)}. Leave --data_config out.")
 
 
 def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Letterbox:
@@ -475,16 +475,26 @@ def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Let
     return Letterbox(pads, f"letter_box_transform is {str(pads).lower()} in {PROCESSOR_FILE}", pads or model is not None or settings is not None)
 
 
-class _Modalities:
-    """One embodiment's modality configuration and statistics, and the settings of all."""
+class Modalities:
+    """One embodiment's modality configuration and statistics, and the settings of all, as NVIDIA's files and lerobot's have them. Methods raise
+    CheckpointError, and what Python raises where the files are not of the form."""
 
-    def __init__(self, modalities: Mapping[str, Any], statistics: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self._modalities, self._settings = modalities, settings
-        self._statistics = {modality: _statistics_of(modality, statistics.get(modality, {})) for modality in ("state", "action", "relative_action")}
+    def __init__(
+        self,
+        modalities: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        needed: Iterable[str] = STATISTICS,
+        files: tuple[str, str] = (PROCESSOR_FILE, STATISTICS_FILE),
+    ) -> None:
+        """needed: what each part must have of STATISTICS. files: where the modalities and the statistics are from."""
+        self._modalities, self._settings, (self._file, self._numbers) = modalities, settings, files
+        kinds = ("state", "action", "relative_action")
+        self._statistics = {modality: _statistics_of(modality, statistics.get(modality, {}), needed) for modality in kinds}
         for modality, config in modalities.items():
             for key in config:
                 if key not in _MODALITY_KEYS:
-                    raise CheckpointError(f"{PROCESSOR_FILE}: unknown key '{key}' in {modality}.{closest(key, _MODALITY_KEYS)}")
+                    raise CheckpointError(f"{self._file}: unknown key '{key}' in {modality}.{closest(key, _MODALITY_KEYS)}")
 
     def keys(self, modality: str) -> tuple[str, ...]:
         keys = self._modalities[modality]["modality_keys"]
@@ -502,7 +512,7 @@ class _Modalities:
         offsets = self.offsets(modality)
         if sorted(set(offsets)) != list(offsets) or offsets[-1] != 0 or offsets[0] < -_MOST_HISTORY:
             raise CheckpointError(
-                f"{PROCESSOR_FILE}: {modality} delta_indices {list(offsets)} are not supported; expected steps back from -{_MOST_HISTORY} on, in "
+                f"{self._file}: {modality} delta_indices {list(offsets)} are not supported; expected steps back from -{_MOST_HISTORY} on, in "
                 "order, the last one 0."
             )
         return offsets
@@ -538,12 +548,12 @@ class _Modalities:
             raise ValueError(f"rep {shown(rep)} of action part '{name}'")
         if rep == "DELTA":
             raise CheckpointError(
-                f"{PROCESSOR_FILE}: action part '{name}' has rep DELTA: its values are differences, which no arm may get as positions. Expected "
+                f"{self._file}: action part '{name}' has rep DELTA: its values are differences, which no arm may get as positions. Expected "
                 "RELATIVE or ABSOLUTE."
             )
         if rep == "ABSOLUTE" and name in self._statistics["relative_action"]:
             raise CheckpointError(
-                f"{PROCESSOR_FILE} says that action part '{name}' is absolute, but {STATISTICS_FILE} has statistics of it in relative_action. "
+                f"{self._file} says that action part '{name}' is absolute, but {self._numbers} has statistics of it in relative_action. "
                 f"Take both files from one checkpoint. If it was trained with absolute values, delete relative_action.{name} there: training "
                 "copies what an earlier one left beside the data set."
             )
@@ -551,22 +561,22 @@ class _Modalities:
     def _relative(self, name: str, mode: str, config: Mapping[str, Any], steps: int) -> Part:
         """Its statistics are min and max (or mean and deviation) for each step, percentiles never."""
         if name not in self._statistics["relative_action"]:
-            raise CheckpointError(f"{STATISTICS_FILE}: action part '{name}' is relative, but relative_action has no statistics of it.")
+            raise CheckpointError(f"{self._numbers}: action part '{name}' is relative, but relative_action has no statistics of it.")
         absolute, statistics = self._statistics["action"][name], self._statistics["relative_action"][name]
         width, reference = len(absolute["min"]), config.get("state_key") or name
         if statistics["min"].shape != (steps, width):
             raise CheckpointError(
-                f"{STATISTICS_FILE}: relative_action.{name} has shape {statistics['min'].shape}, expected {(steps, width)}: one row for each action."
+                f"{self._numbers}: relative_action.{name} has shape {statistics['min'].shape}, expected {(steps, width)}: one row for each action."
             )
         kind, form = config.get("type", "NON_EEF"), config.get("format", "DEFAULT")
         if kind not in ("EEF", "NON_EEF") or (kind == "EEF" and _EEF_WIDTHS.get(form) != width):
             raise CheckpointError(
-                f"{PROCESSOR_FILE}: action part '{name}' of {width} values has type {shown(kind)} and format {shown(form)}; expected NON_EEF, or EEF "
+                f"{self._file}: action part '{name}' of {width} values has type {shown(kind)} and format {shown(form)}; expected NON_EEF, or EEF "
                 f"with {' or '.join(f'{known} ({size} values)' for known, size in _EEF_WIDTHS.items())}."
             )
         if reference not in self.keys("state") or len(self._statistics["state"][reference]["min"]) != width:
             raise CheckpointError(
-                f"{PROCESSOR_FILE}: relative action part '{name}' counts from state part '{reference}', which is none of {width} values."
+                f"{self._file}: relative action part '{name}' counts from state part '{reference}', which is none of {width} values."
             )
         low, high = self._range(statistics, mode, f"relative_action.{name}", percentiles=False)
         pose = form if kind == "EEF" else None
@@ -581,7 +591,9 @@ class _Modalities:
         return statistics[low], statistics[high]
 
 
-def _image_settings(settings: Mapping[str, Any], letterbox: bool) -> ImageSettings:
+def image_settings(settings: Mapping[str, Any], letterbox: bool, squash: bool = False) -> ImageSettings:
+    """squash: what lerobot makes of a setting without albumentations. Raises ValueError for sizes that make no picture."""
+
     def size(key: str) -> tuple[int, int] | None:
         if settings[key] is None:
             return None
@@ -592,7 +604,7 @@ def _image_settings(settings: Mapping[str, Any], letterbox: bool) -> ImageSettin
 
     crop, target = size("image_crop_size"), size("image_target_size")
     edge, fraction = settings["shortest_image_edge"], settings["crop_fraction"]
-    if settings["use_albumentations"]:
+    if settings["use_albumentations"] or squash:
         if target is not None:
             edge = target[0] if edge is None else edge
             fraction = crop[0] / target[0] if fraction is None and crop is not None else fraction
@@ -600,16 +612,16 @@ def _image_settings(settings: Mapping[str, Any], letterbox: bool) -> ImageSettin
             raise ValueError("shortest_image_edge, or crop_fraction, and the sizes that stand for them are null")
         if type(edge) is not int or not MIN_FRAME_PX <= edge <= MAX_FRAME_PX or not 0 < float(fraction) <= 1:
             raise ValueError(f"shortest_image_edge {shown(edge)}, crop_fraction {shown(fraction)}")
-        return ImageSettings(letterbox, True, edge, float(fraction), crop, target)
+        return ImageSettings(letterbox, settings["use_albumentations"], edge, float(fraction), crop, target, not settings["use_albumentations"])
     if crop is None or target is None:
         raise ValueError("use_albumentations is false, and image_crop_size or image_target_size is null")
     return ImageSettings(letterbox, False, min(target), 1.0, crop, target)
 
 
-def _statistics_of(modality: str, parts: Mapping[str, Any]) -> dict[str, Statistics]:
+def _statistics_of(modality: str, parts: Mapping[str, Any], needed: Iterable[str]) -> dict[str, Statistics]:
     """Part -> name -> float64 (D,), or (steps, D) of relative actions."""
     for part, values in parts.items():
-        if absent := [name for name in STATISTICS if name not in values]:
+        if absent := [name for name in needed if name not in values]:
             raise ValueError(f"{modality}.{part} without {', '.join(absent)}")
     return {part: part_statistics(f"{modality}.{part}", values, 2 if modality == "relative_action" else 1) for part, values in parts.items()}
 

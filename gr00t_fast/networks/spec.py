@@ -51,7 +51,8 @@ class NetworkSpec:
     parameter; unused_weights: prefixes of tensors that files hold and nothing reads. read_files: directory, config.json, sizes, and what was asked
     about letterboxing -> the files about embodiments. images: how frames become images. reference_inputs: what a network reads by its reference's
     names. download: patterns of a hub repository's small files. fixed_images: images have one size, whatever the cameras are. nested: NVIDIA's
-    clients of it speak the nested form.
+    clients of it speak the nested form. config_of: directory and its config.json -> what read_config reads. prefix: of all names of tensors in the
+    files. tied: published names of the language head and of the embedding, where the former may be the only one of the two that a file has.
     """
 
     name: str
@@ -68,6 +69,9 @@ class NetworkSpec:
     download: tuple[str, ...]
     fixed_images: bool
     nested: bool
+    config_of: Callable[[Path, Mapping[str, Any]], Mapping[str, Any]] = lambda directory, config: config
+    prefix: str = ""
+    tied: tuple[str, str] | None = None
 
     @property
     def title(self) -> str:
