@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from random_networks import observation, write_network
 from serving_fakes import Mutator
@@ -36,7 +37,18 @@ FILES = {
         *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
         "model.safetensors",
     ),
+    **{
+        case: (
+            *("config.json", "base_config.json", "policy_preprocessor.json", "policy_preprocessor.json", "policy_postprocessor.json"),
+            *(backbone, "train_config.json", statistics, "model.safetensors"),
+        )
+        for case, backbone, statistics in (
+            ("n1d5", "eagle2_hg_model/config.json", "policy_preprocessor_step_2_groot_pack_inputs_v3.safetensors"),
+            ("n1d7_relative", "backbone_config.json", "policy_preprocessor_step_2_groot_n1_7_pack_inputs_v1.safetensors"),
+        )
+    },
 }
+LEROBOT = {"n1d5": "eagle2_hg_model", "n1d7_relative": "qwen3_vl_processor"}  # what lerobot trained, and whose tokenizer it has
 VALUES: tuple[Any, ...] = (
     *(0, -1, 1, 2, 7, 10**5, 2**31, 2**63, 10**400, 0.5, 1e308, -0.0, True, False, None, "", "x", "1", "../../etc/passwd", "\0", "\ud800"),
     *([], [[]], {}, {"": {}}, [1, 2], [1e300] * 5, ["a"] * 1000, [0] * 100_000, "y" * 1_000_000, {str(index): index for index in range(5000)}),
@@ -127,12 +139,17 @@ class Forger:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers near the limits overflow: that is answered, not hidden
 @pytest.mark.parametrize("network", FILES)
-def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path) -> None:
-    pristine = tmp_path / "pristine"
+def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pristine, processor, seen = tmp_path / "pristine", None, observation()
     if network == "n1.5":
         write_network(pristine)
-    else:
+    elif network == "n1.7":
         write_random_checkpoint(pristine, "tiny", network="n1.7")
+    else:
+        shared = request.getfixturevalue("shared_dir")
+        shutil.copytree(shared / "golden_lerobot" / network / "checkpoint", pristine)
+        processor, arrays = shared / LEROBOT[network], np.load(shared / "golden_lerobot" / network / "observation.npz")
+        seen = {**{key: value for key, value in arrays.items() if key.startswith("observation.")}, "task": "pick"}
     outcomes: dict[str, int] = {}
     slowest_s = 0.0
     for number in range(COUNT):
@@ -144,9 +161,9 @@ def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path) -
         try:
             with time_limit(HANG_S), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                policy = load_policy(checkpoint, device="cpu", denoising_steps=1)
+                policy = load_policy(checkpoint, device="cpu", denoising_steps=1, processor_path=processor)
                 policy.warm_up()
-                policy.get_action(observation())
+                policy.get_action(seen)
                 outcome = "works"
         except Gr00tFastError as error:
             outcome = type(error).__name__

@@ -1,0 +1,242 @@
+"""Ours against what lerobot's own code makes of checkpoints that its trainer wrote: recordings (golden_lerobot/), and policies that it trains here.
+
+fp32. Pictures, ids, state and decoded actions are equal; features, velocities and chunks within 1e-5 relative L2, actions within 0.01 % of the range
+that they span. Other shapes are made by lerobot where GR00T_FAST_LEROBOT names interpreters that have it with its `groot` extra (0.4.4 on Python
+3.11, 0.6.1 on 3.12, separated by spaces; minutes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import relative_error
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from gr00t_fast import load_policy
+from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.engine import PolicyInputs
+from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
+from gr00t_fast.inputs.images import view
+from gr00t_fast.model import Gr00t
+from gr00t_fast.model.action_head import euler_step
+from gr00t_fast.policy import Gr00tPolicy
+
+RECORDED = ("n1d5", "n1d7", "n1d7_relative", "n1d7_local_base")
+CLOSE = 1e-5
+SHARE_OF_RANGE = 1e-4
+Arrays = Mapping[str, np.ndarray]
+
+
+class Case:
+    def __init__(self, directory: Path, shared: Path) -> None:
+        self.checkpoint = directory / "checkpoint"
+        self.observation: dict[str, Any] = {
+            key: value for key, value in np.load(directory / "observation.npz").items() if key.startswith("observation")
+        }
+        self.observation["task"] = str(np.load(directory / "observation.npz")["task"])
+        self.expected: Arrays = dict(np.load(directory / "expected.npz"))
+        self.n1d5 = "in.eagle_input_ids" in self.expected
+        self.tokenizer = shared / ("eagle2_hg_model" if self.n1d5 else "qwen3_vl_processor")
+
+    def policy(self, **settings: Any) -> Gr00tPolicy:
+        return load_policy(self.checkpoint, **{"processor_path": self.tokenizer, "device": "cpu", "precision": "fp32", "engine": "eager", **settings})
+
+
+def check(case: Case) -> None:
+    """Each stage from what lerobot's own gave the next, then all of them from the raw observation."""
+    expected, policy = case.expected, case.policy()
+    inputs = policy.preprocess(case.observation)
+    for name, values in policy.apply_transforms(case.observation).items():
+        if name != "eagle_image_sizes":  # of the frames, there; nothing reads it
+            assert np.array_equal(values.numpy().reshape(expected[f"in.{name}"].shape), expected[f"in.{name}"]), name
+    if "images" in expected:
+        frames = [case.observation[f"observation.images.{key.removeprefix('video.')}"] for key in policy.processor.data_config.video_keys]
+        assert np.array_equal(np.stack([view(frame, policy.processor.embodiment.images) for frame in frames]), expected["images"])
+    for name, values in _stages(policy.engine.model, inputs, torch.from_numpy(expected["noise"])).items():
+        theirs = torch.from_numpy(expected[name])
+        assert relative_error(values.reshape(theirs.shape), theirs) < CLOSE, name
+    for steps in (4, 2):
+        policy.denoising_steps = steps
+        chunk, action = expected[f"chunk.{steps}"], expected[f"action.{steps}"][0]
+        rows, width = chunk.shape[1:]
+        ours = torch.from_numpy(policy.infer(inputs, expected["noise"])[:, :rows, :width])
+        assert relative_error(ours, torch.from_numpy(chunk)) < CLOSE
+        answer = policy.get_action(case.observation, noise=expected["noise"])
+        assert [*answer] == ["action"]
+        assert answer["action"].dtype == np.float32
+        assert answer["action"].shape == action.shape
+        assert (np.abs(answer["action"] - action) <= SHARE_OF_RANGE * np.ptp(action, axis=0)).all()
+        whole = np.zeros((1, rows, policy.chunk_shape[1]), np.float32)
+        whole[..., :width] = chunk
+        decoded = policy.unapply_transforms({"action": whole, "state": inputs.raw_state})
+        assert np.array_equal(np.concatenate([*decoded.values()], axis=-1)[0], action)
+
+
+@torch.inference_mode()
+def _stages(model: Gr00t, inputs: PolicyInputs, noise: Tensor) -> dict[str, Tensor]:
+    tensors, head, tables = inputs.to(torch.device("cpu"), torch.float32), model.head, model.head.step_tables(4)
+    backbone = model.encode_language(tensors, model.encode_vision(tensors.pixel_values))
+    vl, velocities, actions = head.refine(backbone), [], noise
+    condition = head.condition(vl, tensors.state, None, tensors.image_positions)
+    for tau, modulation in zip(tables.tau, tables.modulation, strict=True):
+        velocities.append(head.velocity(actions, condition, tau, modulation))
+        actions = euler_step(actions, velocities[-1], 0.25)
+    state = head.state_encoder(tensors.state)
+    return {"backbone_features": backbone, "vl_features": vl, "state_features": state, "velocity.4": torch.cat(velocities)}
+
+
+@pytest.fixture(params=RECORDED)
+def recorded(request: pytest.FixtureRequest, shared_dir: Path) -> Case:
+    if not (shared_dir / "golden_lerobot").is_dir():
+        pytest.skip("no recordings of lerobot's checkpoints")
+    return Case(shared_dir / "golden_lerobot" / request.param, shared_dir)
+
+
+def test_recorded(recorded: Case) -> None:
+    check(recorded)
+
+
+def test_forms_of_an_observation(recorded: Case) -> None:
+    """A batch, NVIDIA's keys, and both together give each item what it gives alone."""
+    policy, noise = recorded.policy(), np.concatenate([recorded.expected["noise"], recorded.expected["noise"][:, ::-1]])
+    other = {key: value[::-1].copy() if key != "task" else "Other task" for key, value in recorded.observation.items()}
+    alone = [policy.get_action(each, noise=noise[[index]])["action"] for index, each in enumerate((recorded.observation, other))]
+    batch = {key: np.stack([value, other[key]]) if key != "task" else [value, other[key]] for key, value in recorded.observation.items()}
+    assert np.abs(policy.get_action(batch, noise=noise)["action"] - np.stack(alone)).max() < 1e-3
+    flat = {f"video.{key.rpartition('.')[2]}": value[None] for key, value in other.items() if ".images." in key}
+    widths = policy.metadata.state_widths
+    parts = np.split(other["observation.state"], np.cumsum([*widths.values()])[:-1])
+    flat |= {f"state.{part}": values[None] for part, values in zip(widths, parts, strict=True)}
+    answer = policy.get_action({**flat, "annotation.human.task_description": ["Other task"]}, noise=noise[[1]])
+    assert np.array_equal(np.concatenate([*answer.values()], axis=-1), alone[1])
+
+
+def test_a_camera_too_many_is_refused(recorded: Case) -> None:
+    policy, frame = recorded.policy(), recorded.observation["observation.images.front"]
+    with pytest.raises(ObservationError, match=r"observation\.images\.side"):
+        policy.get_action({**recorded.observation, "observation.images.side": frame})
+    with pytest.raises(ObservationError, match="task"):
+        policy.get_action({key: value for key, value in recorded.observation.items() if key != "task"})
+    with pytest.raises(ObservationError, match=r"observation\.state.*\(6,\).*\(5,\)"):
+        policy.get_action({**recorded.observation, "observation.state": np.zeros(5, np.float32)})
+
+
+PRE, POST, POLICY = "policy_preprocessor.json", "policy_postprocessor.json", "config.json"
+PACK_N1D5, PACK_N1D7 = "policy_preprocessor_step_2_groot_pack_inputs_v3", "policy_preprocessor_step_2_groot_n1_7_pack_inputs_v1"
+REFUSED: dict[str, tuple[str, str, str, Any, str]] = {  # case, file, dotted key, value, what the message names
+    "another policy": ("n1d7", POLICY, "type", "act", "lerobot-rollout"),
+    "an unknown step": ("n1d7", PRE, "steps.0.registry_name", "tokenizer_processor", "tokenizer_processor"),
+    "no packing": ("n1d7", PRE, "steps.2.registry_name", "pack_v9", "pack_v9"),
+    "another postprocessor": ("n1d5", POST, "steps.0.registry_name", "groot_action_unpack_unnormalize_v2", "unnormalize_v2"),
+    "an unknown setting": ("n1d7", PRE, "steps.3.config.sharpen", True, "sharpen"),
+    "other wording": ("n1d5", PRE, "steps.2.config.formalize_language", True, "formalize_language"),
+    "raw joints": ("n1d7", POST, "steps.0.config.normalize_min_max", False, "normalize_min_max"),
+    "two frames": ("n1d7", PRE, "steps.2.config.video_horizon", 2, "video_horizon"),
+    "renamed joints": ("n1d7", PRE, "steps.0.config.rename_map", {"observation.joints": "observation.state"}, "observation.joints"),
+    "LIBERO's gripper": ("n1d7_relative", POLICY, "action_decode_transform", "libero", "libero"),
+    "relative or not": ("n1d7", POLICY, "use_relative_actions", True, "use_relative_actions"),
+    "two tags": ("n1d5", POLICY, "embodiment_tag", "so100", "so100"),
+    "no such row": ("n1d7", PRE, "steps.2.config.embodiment_mapping.new_embodiment", 99, "99"),
+    "other statistics in one file": ("n1d7_relative", POST, "steps.0.config.raw_stats.action.gripper.q01", [1.0], "raw_stats"),
+    "groups in another order": ("n1d7_relative", PRE, "steps.2.config.modality_config.state.modality_keys", ["gripper", "single_arm"], "modality"),
+    "fewer joints": ("n1d7", POLICY, "output_features.action.shape", [5], "env_action_dim"),
+    "no file of statistics": ("n1d5", PRE, "steps.2.state_file", "none.safetensors", "none.safetensors"),
+    "a file elsewhere": ("n1d5", PRE, "steps.2.state_file", "../x.safetensors", "../x.safetensors"),
+    "statistics of another policy": ("n1d7_relative", PRE, "steps.2.state_file", "swapped.safetensors", "observation.state"),
+}
+
+
+def _copy(shared: Path, case: str, directory: Path) -> Path:
+    """Files that a test may change, and links to the weights."""
+    for file in (source := shared / "golden_lerobot" / case / "checkpoint").rglob("*"):
+        if file.is_file():
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(file) if file.name == "model.safetensors" else target.write_bytes(file.read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_equal_is_refused(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    case, file, dotted, value, named = REFUSED[name]
+    checkpoint = _copy(shared_dir, case, tmp_path)
+    swapped = shared_dir / "golden_lerobot" / "n1d7" / "checkpoint" / f"{PACK_N1D7}.safetensors"
+    (checkpoint / "swapped.safetensors").write_bytes(swapped.read_bytes())
+    raw = json.loads((checkpoint / file).read_text())
+    *parents, last = dotted.split(".")
+    node = raw
+    for key in parents:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[last] = value
+    (checkpoint / file).write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=re.escape(named)):
+        open_checkpoint(checkpoint).embodiment("new_embodiment")
+
+
+@pytest.mark.parametrize(("case", "file"), [("n1d5", PACK_N1D5), ("n1d7", PACK_N1D7)])
+@pytest.mark.parametrize("change", ["missing", "another value"])
+def test_statistics_are_whole_and_the_same_in_both_files(case: str, file: str, change: str, shared_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(shared_dir, case, tmp_path)
+    statistics = load_file(checkpoint / f"{file}.safetensors")
+    if change == "missing":
+        del statistics["action.min"]
+    else:
+        statistics["observation.state.max"][2] += 1.0
+    save_file(statistics, checkpoint / f"{file}.safetensors")
+    with pytest.raises(CheckpointError, match="action.min" if change == "missing" else "observation.state.max"):
+        open_checkpoint(checkpoint)
+
+
+def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(shared_dir, "n1d5", tmp_path)
+    for file, dotted in ((POLICY, "embodiment_tag"), (PRE, "steps.2.config.embodiment_tag")):
+        text = (checkpoint / file).read_text().replace('"embodiment_tag": "new_embodiment"', '"embodiment_tag": "so100"')
+        (checkpoint / file).write_text(text)
+        assert dotted.rpartition(".")[2] in text
+    opened = open_checkpoint(checkpoint)
+    assert opened.row_of("new_embodiment") == opened.row_of("so100") == 2
+    with pytest.raises(ConfigError, match="so100"):
+        opened.embodiment("gr1")
+    with pytest.raises(ConfigError, match="letterbox"):
+        open_checkpoint(checkpoint, letterbox="always")
+
+
+def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Path, tmp_path: Path) -> None:
+    """lerobot renames what an observation has, then sorts."""
+    recorded = Case(shared_dir / "golden_lerobot" / "n1d7", shared_dir)
+    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+    renamed = {"observation.images.a": "observation.images.wrist", "observation.images.b": "observation.images.front"}
+    raw = json.loads((checkpoint / PRE).read_text())
+    raw["steps"][0]["config"]["rename_map"] = renamed
+    (checkpoint / PRE).write_text(json.dumps(raw))
+    policy = load_policy(checkpoint, processor_path=recorded.tokenizer, device="cpu", precision="fp32", engine="eager")
+    observation = {old: recorded.observation[new] for old, new in renamed.items()} | {
+        key: recorded.observation[key] for key in ("observation.state", "task")
+    }
+    assert np.array_equal(
+        policy.get_action(observation, noise=recorded.expected["noise"])["action"],
+        recorded.policy().get_action(recorded.observation, noise=recorded.expected["noise"])["action"],
+    )
+
+
+@pytest.mark.parametrize("python", os.environ.get("GR00T_FAST_LEROBOT", "").split() or [None])
+def test_policies_that_lerobot_trains_now(python: str | None, shared_dir: Path, tmp_path: Path) -> None:
+    if python is None:
+        pytest.skip("takes minutes: GR00T_FAST_LEROBOT=PYTHON, an interpreter with lerobot 0.4.4 or 0.6.1 and its `groot` extra")
+    program = Path(__file__).parent.parent / "lerobot_policies.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    subprocess.run([python, str(program), str(tmp_path), str(shared_dir)], check=True, env=environment, capture_output=True)
+    made = sorted(file.parent for file in tmp_path.glob("*/expected.npz"))
+    assert len(made) >= 6
+    for directory in made:
+        check(Case(directory, shared_dir))
