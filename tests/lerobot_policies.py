@@ -2,19 +2,25 @@
 recordings (`checkpoint/`, observation.npz, expected.npz): what tests compare with besides the recordings. Needs lerobot's `groot` extra.
 
     python tests/lerobot_policies.py OUT SHARED
+    python tests/lerobot_policies.py OUT SHARED PORT POSE...
 
 SHARED: the directory with golden_lerobot/, whose program is used here with other policies. A process of its own: the program changes lerobot.
+With a PORT one policy is made, whose actions are near POSE (in degrees), and lerobot's own program drives the arm there with it: calibration and
+policy are in OUT, the noise is that of a generator with seed NOISE_SEED.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 _WIDE = {"vis": {"h": 64, "l": 4, "heads": 4, "inter": 72, "pos": 100, "deep": [0, 1, 2]}}
 _WIDE |= {"txt": {"h": 24, "l": 6, "sel": 4, "heads": 3, "kv": 1, "hd": 16, "inter": 40, "mrope": [4, 2, 2]}}
@@ -63,17 +69,107 @@ def _program(shared: Path) -> ModuleType:
     return program
 
 
-def main(out: Path, shared: Path) -> None:
-    program = _program(shared)
+def make(program: ModuleType, out: Path, name: str, case: dict[str, Any], seed: int, shared: Path) -> None:
+    shutil.rmtree(program.os.environ["HF_LEROBOT_HOME"], ignore_errors=True)
+    program.WORK = Path(tempfile.mkdtemp(dir=out))
+    program.CASES = {name: {**case, "n": 17 if is_n1d7() else 15, "seed": seed}}
+    program.main(out / name, name, shared)
+
+
+def is_n1d7() -> bool:
     import lerobot
 
-    n1d7 = not lerobot.__version__.startswith(("0.4", "0.5"))
-    for number, (name, case) in enumerate((N1D7 if n1d7 else N1D5).items()):
-        shutil.rmtree(program.os.environ["HF_LEROBOT_HOME"], ignore_errors=True)
-        program.WORK = Path(tempfile.mkdtemp(dir=out))
-        program.CASES = {name: {**case, "n": 17 if n1d7 else 15, "seed": 500 + number}}
-        program.main(out / name, name, shared)
+    return not lerobot.__version__.startswith(("0.4", "0.5"))
+
+
+def main(out: Path, shared: Path) -> None:
+    program = _program(shared)
+    for number, (name, case) in enumerate((N1D7 if is_n1d7() else N1D5).items()):
+        make(program, out, name, case, 500 + number, shared)
+
+
+# The arm
+
+CAMERA, NOISE_SEED = (320, 240), 7
+
+
+def drive(out: Path, shared: Path, port: str, pose: list[float]) -> None:
+    program = _program(shared)
+    case = {**(N1D7["relative"] if is_n1d7() else N1D5["one small camera"]), "cams": {"front": CAMERA}, "task": "Pick"}
+    make(program, out, "driven", case, 9, shared)
+    checkpoint = out / "driven" / "checkpoint"
+    (_near_relative if is_n1d7() else _near)(checkpoint, pose)
+    _compute_in_fp32(checkpoint)
+    camera = f"{{ front: {{type: opencv, index_or_path: 0, width: {CAMERA[0]}, height: {CAMERA[1]}, fps: 30}}}}"
+    arm = ["--robot.type=so101_follower", f"--robot.port={port}", "--robot.id=virtual", f"--robot.calibration_dir={out}", f"--robot.cameras={camera}"]
+    common = [*arm, "--robot.use_degrees=true", "--play_sounds=false", f"--policy.path={checkpoint}"]
+    if is_n1d7():
+        from lerobot.scripts.lerobot_rollout import rollout
+
+        own = ["--strategy.type=base", "--fps=30", "--duration=1.5", "--return_to_initial_position=false", "--device=cpu", "--task=Pick"]
+        sys.argv = ["lerobot-rollout", *own, "--inference.type=rtc", "--inference.rtc.enabled=false", "--inference.queue_threshold=0", *common]
+        rollout()
+    else:
+        from lerobot.scripts.lerobot_record import record
+
+        own = ["--dataset.repo_id=me/eval_pick", f"--dataset.root={out / 'recorded'}", "--dataset.single_task=Pick", "--dataset.fps=30"]
+        own += ["--dataset.episode_time_s=8", "--dataset.num_episodes=1", "--dataset.reset_time_s=0", "--dataset.push_to_hub=false"]
+        sys.argv = ["lerobot-record", *own, *common]
+        record()
+
+
+def _near(checkpoint: Path, pose: list[float]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    for file in checkpoint.glob("policy_p*.safetensors"):
+        statistics = load_file(file)
+        for name, offset in (("min", -2.0), ("q01", -1.9), ("q99", 1.9), ("max", 2.0)):
+            statistics[f"action.{name}"] = np.array(pose) + offset
+        save_file(statistics, file)
+
+
+def _near_relative(checkpoint: Path, pose: list[float]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    for file, step in (("policy_preprocessor.json", 2), ("policy_postprocessor.json", 0)):
+        content = json.loads((checkpoint / file).read_text())
+        raw = content["steps"][step]["config"]["raw_stats"]
+        arm, gripper = raw["relative_action"]["single_arm"], raw["action"]["gripper"]
+        arm.update({name: (np.float32(0.1) * np.array(values, np.float32)).tolist() for name, values in arm.items() if name != "count"})
+        gripper.update({name: [pose[-1] + 0.05 * (values[0] - 40)] for name, values in gripper.items() if name != "count"})
+        (checkpoint / file).write_text(json.dumps(content))
+    (file,) = checkpoint.glob("policy_preprocessor_step_2*.safetensors")
+    statistics = load_file(file)
+    for name, percentile in (("min", "q01"), ("max", "q99")):
+        statistics[f"action.{name}"] = np.concatenate([np.array(arm[name], np.float32).ravel(), np.array(gripper[percentile], np.float32)])
+    save_file(statistics, file)
+
+
+def _compute_in_fp32(checkpoint: Path) -> None:
+    """lerobot's networks, which else compute in bf16, and from noise that can be had again."""
+    import torch
+    from lerobot.policies.groot.modeling_groot import GrootPolicy
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "use_bf16": False}))
+    load, drawn, generator = GrootPolicy.from_pretrained.__func__, torch.randn, torch.Generator().manual_seed(NOISE_SEED)
+    shape = (1, 40, 132) if is_n1d7() else (1, 16, 32)
+
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        policy = load(cls, *args, **kwargs)
+        policy._groot_model.float().compute_dtype = "float32"
+        return policy
+
+    def randn(*args: Any, **kwargs: Any) -> Any:
+        size = tuple(kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args))
+        return drawn(shape, generator=generator).to(kwargs.get("dtype") or torch.float32) if size == shape else drawn(*args, **kwargs)
+
+    GrootPolicy.from_pretrained, torch.randn = classmethod(from_pretrained), randn
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve())
+    directory, with_recordings, *arm = sys.argv[1:]
+    if arm:
+        drive(Path(directory).resolve(), Path(with_recordings).resolve(), arm[0], [float(value) for value in arm[1:]])
+    else:
+        main(Path(directory).resolve(), Path(with_recordings).resolve())

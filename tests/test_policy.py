@@ -6,11 +6,12 @@ import logging
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from random_networks import TINY, edit_json, observation, write_network
+from random_networks import TINY, cast, edit_json, load_network, observation, random_inputs, write_network
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
@@ -18,6 +19,7 @@ from gr00t_fast.control.trace import summary
 from gr00t_fast.engine import Engine
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.model import language
 
 TASK = "annotation.human.task_description"
 LOAD = {"device": "cpu", "precision": "fp32"}
@@ -593,3 +595,22 @@ def test_repr_says_what_runs(checkpoint: Path, policy: Gr00tPolicy) -> None:
     text = repr(policy)
     assert all(word in text for word in (str(checkpoint), "new_embodiment", "eager", "cpu", "float32", "denoising_steps=4", "action_horizon=16"))
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_that_is_given_is_causal_attention_too(checkpoint: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MPS gets in half precision, whose own causal attention lets tokens see later ones."""
+    model = load_network(checkpoint, dtype)
+    inputs, _ = random_inputs(model.config)
+    inputs = cast(inputs, dtype)
+    vision = model.encode_vision(inputs.pixel_values)
+    own = model.encode_language(inputs, vision)
+    asked = []
+    monkeypatch.setattr(language, "leaks", lambda x: asked.append(x) is None)
+    masked = model.encode_language(inputs, vision)
+    assert asked
+    assert (masked - own).float().norm() / own.float().norm() < (1e-6 if dtype == torch.float32 else 1e-2)
+    monkeypatch.undo()
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    numbers = {(device, kind): SimpleNamespace(device=torch.device(device), dtype=kind) for device in ("cpu", "mps") for kind in kinds}
+    assert [key for key, x in numbers.items() if language.leaks(x)] == [("mps", torch.float16), ("mps", torch.bfloat16)]

@@ -123,9 +123,7 @@ def test_strict_refuses_and_warn_goes_on_saying_so() -> None:
     assert [line for line in told if line.startswith("WARNING: ignored")]
 
 
-@pytest.mark.parametrize(
-    ("recorded", "asked", "rate"), [(15, None, 15), (15, 20, 20), (None, 20, 20), (None, None, None), *((odd, None, None) for odd in (0.01, 250.0))]
-)
+@pytest.mark.parametrize(("recorded", "asked", "rate"), [(15, None, 15), (15, 20, 20), (None, 20, 20), *((odd, None, None) for odd in (0.01, 250.0))])
 def test_the_rate_comes_from_the_flag_then_from_the_data_and_never_from_nowhere(
     recorded: float | None, asked: float | None, rate: float | None
 ) -> None:
@@ -137,10 +135,13 @@ def test_the_rate_comes_from_the_flag_then_from_the_data_and_never_from_nowhere(
             assert preflight(fps=recorded, strict=strict).before_connecting(asked, None) == rate
 
 
-def test_a_checkpoint_that_never_tells_rate_and_resolution_runs_at_lerobot_s() -> None:
-    """N1.7's files have neither."""
-    metadata, robot = replace(policy_metadata(fps=None), resolutions={"webcam": None}), FakeRobot(FakeClock())
+@pytest.mark.parametrize("resolution", [None, (640, 480)])
+def test_a_checkpoint_that_never_tells_the_rate_runs_at_lerobot_s(resolution: tuple[int, int] | None) -> None:
+    """N1.7's files have neither rate nor resolution, lerobot's no rate."""
+    metadata, robot = replace(policy_metadata(fps=None), resolutions={"webcam": resolution}), FakeRobot(FakeClock())
     checks = Preflight(robot, metadata, echo=lambda _: None)
     assert checks.before_connecting(None, None) == 30
-    assert "30 Hz" in checks.warnings[0]
-    assert Preflight(robot, metadata).look(15.0, None).warnings == []
+    assert any("30 Hz" in warning for warning in checks.warnings)
+    assert not any("Hz" in warning for warning in Preflight(robot, metadata).look(15.0, None).warnings)
+    with pytest.raises(PreflightError, match="--fps=30"):
+        Preflight(robot, replace(metadata, state_statistics={}), strict=False).before_connecting(None, None)

@@ -147,7 +147,7 @@ class Preflight:
         """What a policy server does not say cannot be checked, and each of these makes an arm misbehave without an error."""
         known = {
             "joint units and ranges": bool(self._metadata.state_statistics),
-            "camera resolution": None not in self._metadata.resolutions.values() or self._tells_no_recordings(),
+            "camera resolution": None not in self._metadata.resolutions.values() or bool(self._metadata.state_statistics),
             "embodiment": self._metadata.embodiment_tag is not None,
         }
         unknown = [what for what, is_known in known.items() if not is_known]
@@ -201,8 +201,8 @@ class Preflight:
             return
         if recorded_fps is None and loop_fps is None:
             self._found.warnings.append(
-                f"the checkpoint does not say at which rate its training data was recorded (those of N1.7 never do): {fps:g} Hz is taken, lerobot's "
-                "default. If it was another one, motion is too fast or too slow: give it with --fps."
+                f"the checkpoint does not say at which rate its training data was recorded (N1.7's and lerobot's never do): {fps:g} Hz is taken, "
+                "lerobot's default. If it was another one, motion is too fast or too slow: give it with --fps."
             )
         if recorded_fps and abs(fps / recorded_fps - 1) > FPS_TOLERANCE:
             self._found.warnings.append(
@@ -217,11 +217,7 @@ class Preflight:
 
     def _rate(self, loop_fps: float | None) -> float | None:
         """Hz; None where it is not known and must not be guessed."""
-        return loop_fps or self._metadata.fps or (LEROBOT_FPS if self._tells_no_recordings() else None)
-
-    def _tells_no_recordings(self) -> bool:
-        """Whether it is of a checkpoint whose files tell joint ranges and neither rate nor resolution of the recordings: N1.7's never do."""
-        return bool(self._metadata.state_statistics) and self._metadata.fps is None and set(self._metadata.resolutions.values()) == {None}
+        return loop_fps or self._metadata.fps or (LEROBOT_FPS if self._metadata.state_statistics else None)
 
     def _parts(self) -> Iterator[tuple[Mapping[str, PartStatistics], dict[str, list[int]]]]:
         """Of states and of actions: statistics, and which joints each part has. Raises PreflightError where they are another robot's."""

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import DIT_NORM_EPS, OUTPUT_NORM_EPS, ActionHead, euler_step_in_one, integrate, other_positions
 from gr00t_fast.model.gr00t import prompt_rotary
-from gr00t_fast.model.language import QwenBlock
+from gr00t_fast.model.language import QwenBlock, causal_attention, leaks
 from gr00t_fast.model.layers import PreNormBlock, merge_heads, rotary_tables, split_heads
 from gr00t_fast.model.vision import PatchMerger, one_frame_patches, one_frame_weight
 
@@ -172,7 +172,7 @@ class FusedModel(nn.Module):
             attention = block.attention
             qkv = linear(attention.qkv, normed)
             q, k, v = normed_rotated(qkv, attention.heads, head_norm, constants.cos, constants.sin, attention.q_norm.eps)
-            attended = merge_heads(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+            attended = merge_heads(causal_attention(q, k, v, by_mask=leaks(x)))
             x, normed = linear_add_norm(attention.out, attended, x, Norm.of(block.norm2))
             gate, up = linear(gate_up, normed).chunk(2, dim=-1)  # (B, S, inner)
             inner = nn.functional.silu(gate) * up

@@ -36,7 +36,18 @@ class GroupedQueryAttention(nn.Module):
         q = rotate(self.q_norm(split_heads(q, self.heads)), cos, sin)  # (B, N, S, K)
         k = rotate(self.k_norm(split_heads(k, self.kv_heads)), cos, sin)  # (B, M, S, K)
         v = split_heads(v, self.kv_heads)  # (B, M, S, K)
-        return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)))
+        return self.out(merge_heads(causal_attention(q, k, v, by_mask=leaks(x))))
+
+
+def leaks(x: Tensor) -> bool:
+    """Whether torch's causal attention lets a token of such numbers see later ones: fp16 and bf16 on MPS (before 2.14; pytorch issue 195910)."""
+    return x.device.type == "mps" and x.dtype != torch.float32
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, by_mask: bool = False) -> Tensor:
+    """q (B, N, S, K), k and v (B, M, S, K) -> (B, N, S, K); each token sees itself and those before it. by_mask: by a mask that is given."""
+    mask = torch.ones(q.shape[-2:-1] * 2, dtype=torch.bool, device=q.device).tril() if by_mask else None  # (S, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not by_mask, enable_gqa=True)
 
 
 class SwiGLU(nn.Module):

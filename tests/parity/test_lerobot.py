@@ -11,28 +11,35 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import virtual_camera
 from golden_cases import relative_error
+from lerobot_policies import CAMERA, NOISE_SEED
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.images import view
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.policy import Gr00tPolicy
+from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.virtual_bus.servo import Servo, to_units
 
 RECORDED = ("n1d5", "n1d7", "n1d7_relative", "n1d7_local_base")
 CLOSE = 1e-5
+GOAL_POSITION = 42
 SHARE_OF_RANGE = 1e-4
 Arrays = Mapping[str, np.ndarray]
 
@@ -229,14 +236,63 @@ def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Pat
     )
 
 
-@pytest.mark.parametrize("python", os.environ.get("GR00T_FAST_LEROBOT", "").split() or [None])
+pythons = pytest.mark.parametrize("python", os.environ.get("GR00T_FAST_LEROBOT", "").split() or [None])
+ASK = "takes minutes: GR00T_FAST_LEROBOT=PYTHON, an interpreter with lerobot 0.4.4 or 0.6.1 and its `groot` extra"
+PROGRAM = Path(__file__).parent.parent / "lerobot_policies.py"
+
+
+@pythons
 def test_policies_that_lerobot_trains_now(python: str | None, shared_dir: Path, tmp_path: Path) -> None:
     if python is None:
-        pytest.skip("takes minutes: GR00T_FAST_LEROBOT=PYTHON, an interpreter with lerobot 0.4.4 or 0.6.1 and its `groot` extra")
-    program = Path(__file__).parent.parent / "lerobot_policies.py"
+        pytest.skip(ASK)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    subprocess.run([python, str(program), str(tmp_path), str(shared_dir)], check=True, env=environment, capture_output=True)
+    subprocess.run([python, str(PROGRAM), str(tmp_path), str(shared_dir)], check=True, env=environment, capture_output=True)
     made = sorted(file.parent for file in tmp_path.glob("*/expected.npz"))
     assert len(made) >= 6
     for directory in made:
         check(Case(directory, shared_dir))
+
+
+@pythons
+def test_the_arm_gets_the_goals_that_lerobots_own_program_sends(python: str | None, shared_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    """The first chunk on the wire, to a count of the servo: the same arm, picture, policy and noise."""
+    if python is None:
+        pytest.skip(ASK)
+    written: list[tuple[int, int]] = []
+    plain = Servo.write
+
+    def noted(servo: Servo, register: int, data: bytes) -> Any:
+        if register == GOAL_POSITION:
+            written.append((servo.id, int.from_bytes(data, "little")))
+        return plain(servo, register, data)
+
+    monkeypatch.setattr(Servo, "write", noted)
+    width, height = CAMERA
+    virtual_camera.write_camera(tmp_path, 0, np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+    environment = {**virtual_camera.plugin_environment(tmp_path), "OMP_NUM_THREADS": "1"}
+    chunks = []
+    for theirs in (True, False):
+        interpreter = python if theirs else sys.executable  # OpenCV refuses a plugin made for another version
+        build = f"import sys, pathlib; sys.path.insert(0, {str(PROGRAM.parent)!r}); import virtual_camera as v; v.build_plugin(pathlib.Path('.'))"
+        subprocess.run([interpreter, "-c", build], check=True, cwd=tmp_path, env=environment)
+        with VirtualBus(seed=3) as bus:
+            save_calibration(bus.calibration, tmp_path / "virtual.json")
+            pose = [str(to_units(joint, bus.calibration[joint], servo.position)) for joint, servo in zip(SO100_JOINTS, bus.servos, strict=True)]
+            command = [python, str(PROGRAM), str(tmp_path), str(shared_dir), bus.port, *pose]
+            paths = {"PYTHONPATH": "" if theirs else str(PROGRAM.parent.parent)}
+            command = command if theirs else [*_run(tmp_path, shared_dir, bus.port)]
+            subprocess.run(command, check=True, cwd=tmp_path, env={**environment, **paths}, stdin=subprocess.DEVNULL, capture_output=True)
+        ticks = np.array([goal for _, goal in written]).reshape(-1, len(SO100_JOINTS))
+        chunks.append(ticks if theirs else ticks[1:])  # ours holds the pose before the first action
+        written.clear()
+    assert np.array_equal(chunks[0][:16], chunks[1][:16])
+    assert (np.ptp(chunks[0][:16], axis=0) > 0).sum() >= 5
+
+
+def _run(directory: Path, shared: Path, port: str) -> Iterator[str]:
+    yield from (sys.executable, "-m", "gr00t_fast", "run", "--robot.type=so101_follower", f"--robot.port={port}", "--robot.id=virtual")
+    yield from (f"--robot.calibration_dir={directory}", f"--model_path={directory / 'driven' / 'checkpoint'}", "--lang_instruction=Pick")
+    yield f"--robot.cameras={{ front: {{type: opencv, index_or_path: 0, width: {CAMERA[0]}, height: {CAMERA[1]}, fps: 30}}}}"
+    tokenizer = "eagle2_hg_model" if (directory / "driven" / "checkpoint" / "eagle2_hg_model").exists() else "qwen3_vl_processor"
+    yield from (f"--processor_path={shared / tokenizer}", "--device=cpu", "--precision=fp32", "--engine=eager", f"--seed={NOISE_SEED}")
+    yield from ("--controller=sync", "--timeout=1.5", "--preflight=warn", "--max_speed_deg_s=null", "--max_following_error_deg=null")
