@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,151 @@ def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]], succ
     return {"observation.state": vector, "action": vector, **pictures, **outcome}
 
 
-def create(root: Path, fps: int, columns: Mapping[str, Any], robot_type: str) -> Any:
-    """An empty LeRobotDataset to write into `root`, which must not be there. Raises MissingExtraError without lerobot."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
-    dataset = _dataset_class()
-    return dataset.create(f"local/{root.name}", fps, dict(columns), root=root, robot_type=robot_type, **_encoding(dataset.create))
+class DatasetWriter:
+    """What the recorder asks for, done in order: `open` once, then for each episode `begin`, `add` for each row, `end`, and `save` or `discard`.
 
+    An episode that is cut off because the run was killed is saved: `ended_by` says it. All raise what lerobot and the file system raise; the data set
+    is then as it was.
+    """
 
-def _dataset_class() -> Any:
-    return require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDataset
+    def __init__(self, tell: Tell, out: Path) -> None:
+        """Imports lerobot, whose progress bars are off."""
+        self._tell, self._out = tell, out
+        self._beside = out.with_name(f".{out.name}.recording-{os.getpid()}")
+        self._root = self._beside / out.name
+        self._dataset: Any = None  # of the episode, while there is one
+        self._cache = tempfile.TemporaryDirectory(prefix="gr00t_fast-")
+        os.environ["HF_DATASETS_CACHE"] = self._cache.name  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
+        self._lerobot = require("lerobot.datasets.lerobot_dataset", "robot")
+        require("datasets", "robot").disable_progress_bars()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None and self._dataset is not None:
+                self.save(self._ended)
+        finally:
+            self.discard()
+            self._cache.cleanup()
+
+    def open(self, header: Header) -> None:
+        self._header, self._columns = header, features(header.joints, header.cameras, success=True)
+
+    def begin(self, task: str) -> None:
+        self.discard()
+        self._task, self._rows, self._last = task, 0, dict[str, np.ndarray]()
+        self._ended: dict[str, Any] = {"success": None, "ended_by": "the program was killed"}
+        self._beside.mkdir(parents=True)
+        if _is_dataset(self._out):
+            known = _read_map(self._out, "meta/info.json")["features"]
+            self._columns = {name: column for name, column in self._columns.items() if name in known}
+            self._dataset = self._continue()
+        else:
+            self._dataset = self._create()
+
+    def _create(self) -> Any:
+        """An empty LeRobotDataset beside."""
+        create, header = self._lerobot.LeRobotDataset.create, self._header
+        repo_id = f"local/{self._out.name}"
+        return create(repo_id, header.fps, dict(self._columns), root=self._root, robot_type=header.robot_type, **_encoding(create))
+
+    def _continue(self) -> Any:
+        """A LeRobotDataset beside that numbers on from the one in `out`. Of that only the facts and the last episode's entry are read."""
+        cls, repo_id = self._lerobot.LeRobotDataset, f"local/{self._out.name}"
+        if hasattr(cls, "resume"):  # 0.6
+            self._copy_facts()
+            return cls.resume(repo_id, root=self._root, **_encoding(cls.resume))
+        dataset = self._create()
+        shutil.rmtree(self._root / "meta")
+        self._copy_facts()
+        dataset.meta = self._lerobot.LeRobotDatasetMetadata(repo_id, root=self._root)
+        dataset.episode_buffer = dataset.create_episode_buffer()
+        return dataset
+
+    def _copy_facts(self) -> None:
+        last = max((self._out / "meta" / "episodes").rglob("*.parquet"), key=lambda file: file.relative_to(self._out).as_posix())
+        for file in (*(self._out / name for name in _FACTS), last):
+            if file.is_file():
+                target = self._root / file.relative_to(self._out)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+    def add(self, observation: Observation, commanded: np.ndarray) -> None:
+        """Copies the row. It is written with the next one, for the episode's outcome is told in its last row."""
+        if self._last:
+            self._write(solved=False)
+        pictures = {f"observation.images.{name}": np.array(picture) for name, picture in observation.frames.items()}
+        self._last = {"observation.state": observation.joints.astype(np.float32), "action": commanded.astype(np.float32), **pictures}
+        self._rows += 1
+
+    def _write(self, solved: bool) -> None:
+        self._let_encoders_catch_up()
+        outcome = {SUCCESS: np.array([solved])} if SUCCESS in self._columns else {}
+        self._dataset.add_frame({**self._last, **outcome, "task": self._task})
+
+    def _let_encoders_catch_up(self) -> None:
+        """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
+        owner = getattr(self._dataset, "writer", None) or self._dataset  # 0.6, 0.4
+        queues = getattr(getattr(owner, "_streaming_encoder", None), "_frame_queues", {})
+        end_s = time.monotonic() + _ENCODER_PATIENCE_S
+        while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in queues.values()):
+            time.sleep(0.002)
+
+    def end(self, outcome: dict[str, Any]) -> None:
+        self._ended = outcome
+
+    def save(self, outcome: dict[str, Any]) -> None:
+        if self._rows == 1:  # lerobot makes no statistics of it, and cannot read a data set that begins so
+            self._tell("short")
+        elif self._rows:
+            self._write(solved=bool(outcome.get("success")))
+            number = int(self._dataset.meta.total_episodes)
+            self._dataset.save_episode()
+            self._dataset.finalize()
+            self._check_videos()
+            self._add_facts(number, outcome)
+            self._move()
+            self._dataset = None
+            self._tell("saved", {"lost_ticks": 0, "duration_s": 0.0, **outcome, "episode": number, "frames": self._rows})
+        self.discard()
+
+    def discard(self) -> None:
+        dataset, self._dataset = self._dataset, None
+        if dataset is not None:
+            with contextlib.suppress(Exception):  # whatever is wrong with it, it is removed
+                dataset.clear_episode_buffer()
+                dataset.finalize()
+        shutil.rmtree(self._beside, ignore_errors=True)
+
+    def _check_videos(self) -> None:
+        """lerobot's encoder leaves frames out when it cannot keep up: every later picture would belong to another row."""
+        av = require("av", "robot")
+        for file in (self._root / "videos").rglob("*.mp4"):
+            with av.open(str(file)) as container:
+                found = container.streams.video[0].frames
+            if found != self._rows:
+                raise RuntimeError(f"{file.name} has {found} pictures of {self._rows}: the video encoder could not keep up")
+
+    def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
+        header, file, modality = self._header, self._root / ROLLOUTS, self._root / MODALITY
+        told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
+        entry = {"episode": number, "frames": self._rows, "task": self._task, **outcome, **header.facts}
+        told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
+        file.write_text(json.dumps({**told, "joint_unit": header.joint_unit}, indent=1) + "\n")
+        if header.modality and not modality.is_file():
+            modality.write_text(json.dumps(header.modality, indent=2) + "\n")
+
+    def _move(self) -> None:
+        """The whole episode into the data set."""
+        _sync(self._root)
+        if _is_dataset(self._out):
+            (self._beside / _MOVING).touch()
+            move_into(self._out, self._root)
+        else:
+            self._root.rename(self._out)
 
 
 def _encoding(method: Any) -> dict[str, Any]:
@@ -79,137 +216,6 @@ def _encoding(method: Any) -> dict[str, Any]:
     if "rgb_encoder" in known:  # 0.6
         settings["rgb_encoder"] = require("lerobot.configs.video", "robot").RGBEncoderConfig(vcodec=_CODEC)
     return {name: value for name, value in settings.items() if name in known}
-
-
-def _continue(root: Path, before: Path, fps: int, columns: Mapping[str, Any], robot_type: str) -> Any:
-    """A LeRobotDataset in `root` that numbers on from the one in `before`. Of that only the facts and the last episode's entry are read."""
-    cls, repo_id = _dataset_class(), f"local/{before.name}"
-    if hasattr(cls, "resume"):  # 0.6
-        _copy_facts(before, root)
-        return cls.resume(repo_id, root=root, **_encoding(cls.resume))
-    dataset = create(root, fps, columns, robot_type)
-    shutil.rmtree(root / "meta")
-    _copy_facts(before, root)
-    metadata = require("lerobot.datasets.lerobot_dataset", "robot").LeRobotDatasetMetadata
-    dataset.meta = metadata(repo_id, root=root)
-    dataset.episode_buffer = dataset.create_episode_buffer()
-    return dataset
-
-
-def _copy_facts(before: Path, root: Path) -> None:
-    last = max((before / "meta" / "episodes").rglob("*.parquet"), key=lambda file: file.relative_to(before).as_posix())
-    for file in (*(before / name for name in _FACTS), last):
-        if file.is_file():
-            target = root / file.relative_to(before)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
-
-
-class Episode:
-    """Rows of one episode, in a directory beside the data set `out` until it is whole. `save` or `discard` ends it."""
-
-    def __init__(self, out: Path, header: Header, task: str) -> None:
-        self._out, self._header, self._task = out, header, task
-        self._columns = features(header.joints, header.cameras, success=True)
-        self._beside = out.with_name(f".{out.name}.recording-{os.getpid()}")
-        self._beside.mkdir(parents=True)
-        self._root = self._beside / out.name
-        try:
-            self._dataset = self._open()
-        except BaseException:
-            shutil.rmtree(self._beside, ignore_errors=True)
-            raise
-        self._last: dict[str, Any] | None = None  # the outcome is told in the last row
-        self.rows = 0
-
-    def _open(self) -> Any:
-        fps, robot_type = self._header.fps, self._header.robot_type
-        if not _is_dataset(self._out):
-            return create(self._root, fps, self._columns, robot_type)
-        known = _read_map(self._out, "meta/info.json")["features"]
-        self._columns = {name: column for name, column in self._columns.items() if name in known}
-        return _continue(self._root, self._out, fps, self._columns, robot_type)
-
-    def add(self, row: Mapping[str, np.ndarray]) -> None:
-        """Copies the row."""
-        if self._last is not None:
-            self._write(self._last, solved=False)
-        self._last = {name: np.array(value) for name, value in row.items()}
-        self.rows += 1
-
-    def _write(self, row: dict[str, Any], solved: bool) -> None:
-        _let_encoders_catch_up(self._dataset)
-        outcome = {SUCCESS: np.array([solved])} if SUCCESS in self._columns else {}
-        self._dataset.add_frame({**row, **outcome, "task": self._task})
-
-    def save(self, outcome: Mapping[str, Any]) -> int:
-        """Returns the episode's number. Raises what lerobot and the file system raise; the data set is then as it was."""
-        self._write(self._last, solved=bool(outcome.get("success")))
-        if self.rows == 1:
-            _make_statistics_of_one_picture(self._dataset, self._last)
-        number = int(self._dataset.meta.total_episodes)
-        self._dataset.save_episode()
-        self._dataset.finalize()
-        self._check_videos()
-        self._add_facts(number, outcome)
-        _sync(self._root)
-        if _is_dataset(self._out):
-            (self._beside / _MOVING).touch()
-            move_into(self._out, self._root)
-        else:
-            self._root.rename(self._out)
-        shutil.rmtree(self._beside)
-        return number
-
-    def discard(self) -> None:
-        with contextlib.suppress(Exception):  # whatever is wrong with it, it is removed
-            self._dataset.clear_episode_buffer()
-            self._dataset.finalize()
-        shutil.rmtree(self._beside, ignore_errors=True)
-
-    def _check_videos(self) -> None:
-        """lerobot's encoder leaves frames out when it cannot keep up: every later picture would belong to another row."""
-        av = require("av", "robot")
-        for file in (self._root / "videos").rglob("*.mp4"):
-            with av.open(str(file)) as container:
-                found = container.streams.video[0].frames
-            if found != self.rows:
-                raise RuntimeError(f"{file.name} has {found} pictures of {self.rows}: the video encoder could not keep up")
-
-    def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
-        header, file, modality = self._header, self._root / ROLLOUTS, self._root / MODALITY
-        told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
-        entry = {"episode": number, "frames": self.rows, "task": self._task, **outcome, **header.facts}
-        told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
-        file.write_text(json.dumps({**told, "joint_unit": header.joint_unit}, indent=1) + "\n")
-        if header.modality and not modality.is_file():
-            modality.write_text(json.dumps(header.modality, indent=2) + "\n")
-
-
-def _encoder(dataset: Any) -> Any:
-    return getattr(getattr(dataset, "writer", None), "_streaming_encoder", None) or getattr(dataset, "_streaming_encoder", None)
-
-
-def _make_statistics_of_one_picture(dataset: Any, row: Mapping[str, np.ndarray]) -> None:
-    """lerobot's encoder makes none of an episode of one row; a data set whose first episode has none cannot be read once there is a second one."""
-    stats, encoder = require("lerobot.datasets.compute_stats", "robot"), _encoder(dataset)
-    finish = getattr(encoder, "finish_episode", None)
-
-    def of_picture(picture: np.ndarray) -> Any:
-        found = stats.RunningQuantileStats()
-        found.update(stats.auto_downsample_height_width(picture.transpose(2, 0, 1)).transpose(1, 2, 0))  # channels come last in the batch
-        return found.get_statistics()
-
-    if finish is not None:  # there are cameras
-        encoder.finish_episode = lambda: {key: (path, of_picture(row[key])) for key, (path, _) in finish().items()}
-
-
-def _let_encoders_catch_up(dataset: Any) -> None:
-    """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
-    queues = getattr(_encoder(dataset), "_frame_queues", {})
-    end_s = time.monotonic() + _ENCODER_PATIENCE_S
-    while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in queues.values()):
-        time.sleep(0.002)
 
 
 # Directories
@@ -269,10 +275,9 @@ def check_whole(out: Path) -> None:
     numbers = sorted(entry["episode_index"] for entry in entries)
     if not numbers or numbers != list(range(info.get("total_episodes", 0))):
         raise ValueError(f"meta/info.json counts {info.get('total_episodes')} episodes, meta/episodes has {len(numbers)}")
-    rows: dict[str, int] = {}
+    rows: Counter[str] = Counter()
     for entry in entries:
-        file = info["data_path"].format(**_place(entry, "data"))
-        rows[file] = rows.get(file, 0) + entry["length"]
+        rows[info["data_path"].format(**_place(entry, "data"))] += entry["length"]
         for name in (name for name, column in info["features"].items() if column.get("dtype") == "video"):
             video = info["video_path"].format(video_key=name, **_place(entry, f"videos/{name}"))
             if not (out / video).is_file():
@@ -299,59 +304,3 @@ def _sync(directory: Path) -> None:
     for file in [path for path in directory.rglob("*") if path.is_file()]:
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
-
-
-# The process
-
-
-class DatasetWriter:
-    """What the recorder asks for, done in order. An episode that is cut off because the run was killed is saved: `ended_by` says it."""
-
-    def __init__(self, tell: Tell, out: Path) -> None:
-        """Imports lerobot, whose progress bars are off."""
-        self._tell, self._out = tell, out
-        self._header: Header | None = None
-        self._episode: Episode | None = None
-        self._ended: dict[str, Any] = {}  # how the episode ended whose fate is not decided yet
-        self._cache = tempfile.TemporaryDirectory(prefix="gr00t_fast-")
-        os.environ["HF_DATASETS_CACHE"] = self._cache.name  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
-        _dataset_class()
-        require("datasets", "robot").disable_progress_bars()
-
-    def __enter__(self) -> DatasetWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        try:
-            if kind is None and self._episode is not None:
-                self.save(self._ended)
-        finally:
-            self.discard()
-            self._cache.cleanup()
-
-    def open(self, header: Header) -> None:
-        self._header = header
-
-    def begin(self, task: str) -> None:
-        self.discard()
-        self._episode = Episode(self._out, self._header, task)
-        self._ended = {"success": None, "ended_by": "the program was killed"}
-
-    def add(self, observation: Observation, commanded: np.ndarray) -> None:
-        pictures = {f"observation.images.{name}": picture for name, picture in observation.frames.items()}
-        self._episode.add({"observation.state": observation.joints.astype(np.float32), "action": commanded.astype(np.float32), **pictures})
-
-    def end(self, outcome: dict[str, Any]) -> None:
-        self._ended = outcome
-
-    def save(self, outcome: dict[str, Any]) -> None:
-        if self._episode.rows:
-            number = self._episode.save(outcome)
-            self._tell("saved", {"lost_ticks": 0, "duration_s": 0.0, **outcome, "episode": number, "frames": self._episode.rows})
-            self._episode = None
-        self.discard()
-
-    def discard(self) -> None:
-        episode, self._episode = self._episode, None
-        if episode is not None:
-            episode.discard()

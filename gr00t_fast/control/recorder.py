@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from gr00t_fast.contracts import Observation
 from gr00t_fast.control.binding import joints_of_parts
 from gr00t_fast.control.dataset_writer import SUCCESS, DatasetWriter, Header, check_whole, features, tidy_up
 from gr00t_fast.control.sink import Sink
+from gr00t_fast.control.views import check_writable
 from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
 
 QUEUE_S = 3.0  # of ticks that may wait for the other process
@@ -74,15 +74,14 @@ class DatasetRecorder:
         if importlib.util.find_spec("datasets") is None:  # with lerobot 0.6 an extra of its own
             raise MissingExtraError(f"--record writes with lerobot's own writer, which needs its data set packages: {install_command('robot')}")
         self.out, self._append, self._joints, self._echo = out.absolute(), append, joint_names, echo
-        self._fps = 0.0
         self._check_place()
         self.failure: str | None = None
         self.episodes: list[int] = []  # numbers of those saved
-        self._sink: Sink | None = None
+        self._sink = Sink(DatasetWriter, self.out, on_answer=self._take)
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._state = "idle"  # idle, recording, ended
         self._lost_before = 0  # ticks, in the episodes before the present one
-        self._ticks_s: tuple[float, float] | None = None  # when the episode's first and latest tick were seen
+        self._ticks_s: list[float] = []  # when the episode's first and latest tick were seen
 
     def _check_place(self) -> None:
         if self.out.exists() and not self.out.is_dir():
@@ -100,13 +99,8 @@ class DatasetRecorder:
             except Exception as error:  # whatever is wrong with its files, no row may be added to them
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 raise ConfigError(f"--record_append: {self.out} is damaged and was left as it is: {why}. Record into another directory.") from error
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.out.parent):
-                pass
-            free = shutil.disk_usage(self.out.parent).free
-        except OSError as error:
-            raise ConfigError(f"--record: cannot write to '{self.out.parent}': {error}. Name a place that can be written.") from error
+        check_writable(self.out.parent, "--record")
+        free = shutil.disk_usage(self.out.parent).free
         if free < _LEAST_FREE_BYTES:
             raise ConfigError(
                 f"--record: the disk of '{self.out.parent}' has {free >> 20} MB left, less than {_LEAST_FREE_BYTES >> 20}. Free some space."
@@ -137,23 +131,21 @@ class DatasetRecorder:
     @property
     def process(self) -> int | None:
         """Its number, once it was started."""
-        return None if self._sink is None else self._sink.process
+        return self._sink.process
 
     @property
     def lost_ticks(self) -> int:
         """For which there was no room, in all episodes."""
-        return 0 if self._sink is None else self._sink.dropped
+        return self._sink.dropped
 
     def __enter__(self) -> DatasetRecorder:
         """Starts it, `wait_until_ready` waits: it imports lerobot while the checkpoint is loaded."""
-        self._sink = Sink(DatasetWriter, self.out, on_answer=self._take)
         self._sink.start()
         return self
 
     def wait_until_ready(self) -> None:
         """Raises RecordingError when the other process does not start."""
-        self._sink.ready.wait(_START_S)
-        self._check_alive(self._sink.ready.is_set())
+        self._check_alive(self._sink.ready.wait(_START_S))
 
     def _check_alive(self, answered: bool) -> None:
         if self.failure is not None:
@@ -165,7 +157,7 @@ class DatasetRecorder:
         """Fixes the columns by the first observation. `facts` go into meta/rollouts.json with each episode. Raises
         ConfigError when the data set to continue has other columns, RecordingError when the other process does not answer."""
         sizes = {name: frame.shape for name, frame in observation.frames.items()}
-        self._check_continued({name: shape[:2] for name, shape in sizes.items()})
+        self._check_continued(sizes)
         self._sizes = sizes
         self._sink.slots = round(QUEUE_S * self._fps)
         self._sink.prepare(observation)
@@ -186,9 +178,8 @@ class DatasetRecorder:
     def begin(self, task: str) -> None:
         """An episode of the instruction `task` begins."""
         if self.failure is None:
-            self._lost_before = self.lost_ticks
             self._sink.call("begin", task)
-            self._state, self._ticks_s = "recording", None
+            self._state, self._lost_before, self._ticks_s = "recording", self.lost_ticks, []
 
     def add(self, observation: Observation, commanded: np.ndarray) -> None:
         """A tick: what was seen, and what was sent (J,) then. Ticks for which there is no room are left out and counted."""
@@ -201,7 +192,7 @@ class DatasetRecorder:
                 self.save(success=None, ended_by=f"camera '{name}' delivers {got}")
                 self._fail(f"camera '{name}' delivers {got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
                 return
-        self._ticks_s = (self._ticks_s[0] if self._ticks_s else observation.time_s, observation.time_s)
+        self._ticks_s = [*self._ticks_s[:1], observation.time_s]
         self._sink.put(observation, commanded)
         _ = self.busy
 
@@ -224,8 +215,8 @@ class DatasetRecorder:
             self._sink.call("discard")
 
     def _with_figures(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
-        first_s, last_s = self._ticks_s or (0.0, 0.0)
-        return {**outcome, "lost_ticks": self.lost_ticks - self._lost_before, "duration_s": round(last_s - first_s, 3)}
+        lasted_s = self._ticks_s[-1] - self._ticks_s[0] if self._ticks_s else 0.0
+        return {**outcome, "lost_ticks": self.lost_ticks - self._lost_before, "duration_s": round(lasted_s, 3)}
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -235,12 +226,10 @@ class DatasetRecorder:
         if not self._sink.running:
             return
         self.save(success=None, ended_by="error")
-        tell_at_s = time.monotonic() + _TELL_AFTER_S
         try:
+            if not self._sink.wait(_TELL_AFTER_S):
+                self._echo("saving the last episode ...")
             while self.busy:
-                if time.monotonic() > tell_at_s:
-                    tell_at_s = float("inf")
-                    self._echo("saving the last episode ...")
                 time.sleep(0.02)
         finally:
             self._sink.close(_END_S if self._sizes else 0.0)  # where nothing was recorded there is nothing to wait for
@@ -259,11 +248,11 @@ class DatasetRecorder:
         if what == "saved":
             self.episodes.append(value["episode"])
             self._echo(self._told(value))
-        elif what == "error":
+        elif what == "short":
+            self._echo("an episode of one frame is not recorded")
+        elif self.failure is None:
             full = f"the disk of {self.out.parent} is full ({value}). Free some space" if any(sign in value for sign in _DISK_FULL) else value
             self._fail(f"{full}. {_WHOLE}")
-        elif self.failure is None:
-            self._fail(f"the recording process has ended: it was killed (exit code {value}). {_WHOLE}")
 
     def _told(self, saved: Mapping[str, Any]) -> str:
         rows_s, lasted_s, lost = (saved["frames"] - 1) / self._fps, saved["duration_s"], saved["lost_ticks"]

@@ -40,8 +40,8 @@ class Sink:
     """The run's end. `consumer(tell, *arguments)` makes the other end in a new process: a context manager whose methods are called by `call`, and by
     `put` its `add(observation, note)`, which must not keep the pictures. It is left when the input has ended, or by an exception of its own.
 
-    `on_answer(what, value)` is called in a thread of this process: with what the other end tells; with "error" and a text when it fails; with "ended"
-    and the exit code (negative: of a signal) when it is gone before `close`.
+    `on_answer(what, value)` is called in a thread of this process: with what the other end tells, and with "error" and a text when it fails or is
+    gone before `close`; after that no more.
     """
 
     def __init__(self, consumer: Callable[..., Any], *arguments: Any, on_answer: Callable[[str, Any], None], slots: int = 60) -> None:
@@ -54,7 +54,7 @@ class Sink:
         self._free: deque[int] = deque()
         self._given = self._done = 0
         self._heard_s = 0.0
-        self._closing = False
+        self._closing = self._failed = False
 
     @property
     def process(self) -> int | None:
@@ -155,7 +155,7 @@ class Sink:
                 self._take(*self._pipe.recv())
         self._process.join()
         if not self._closing:
-            self._answer("ended", self._process.exitcode)
+            self._answer("error", f"its process has ended (exit code {self._process.exitcode})")
         self.ready.set()
 
     def _take(self, what: str, value: Any) -> None:
@@ -170,6 +170,9 @@ class Sink:
             self._answer(what, value)
 
     def _answer(self, what: str, value: Any) -> None:
+        if self._failed:
+            return
+        self._failed = what == "error"
         with contextlib.suppress(OSError):  # what it says goes to a terminal that may be gone; the loop finds that out by itself
             self._on_answer(what, value)
 

@@ -75,10 +75,9 @@ class View:
             self.warnings.append(f"{self._flag}: the viewer lacks {value} of {self._seen} ticks: it did not take them in time.")
         elif what == "say":
             self._tell(f"{self._flag}: {value}")
-        elif not self._failed:
+        else:
             self._failed = True
-            why = f"failed ({value})" if what == "error" else f"its process has ended (exit code {value})"
-            self._tell(f"{self._flag}: {why}. The run goes on without it.")
+            self._tell(f"{self._flag}: failed ({value}). The run goes on without it.")
 
     def _tell(self, text: str) -> None:
         """Now and in the report."""
