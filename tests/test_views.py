@@ -9,16 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import views
@@ -48,10 +46,9 @@ def display_to(target: DisplayTarget, said: list[str] | None = None) -> View:
     return display_view(target, "pick: the cube", "degrees", SO100_JOINTS, ["front"], (said if said is not None else []).append)
 
 
-def play(view: View, ticks: range, pause_s: float = 0.0) -> None:
+def play(view: View, ticks: range) -> None:
     for index in ticks:
         view.see(*tick_of(index))
-        time.sleep(pause_s)
 
 
 def rows_of(path: Path, index: str = "tick") -> list[dict[str, Any]]:
@@ -65,33 +62,29 @@ def scalar(row: dict[str, Any], entity: str) -> float | None:
     return None if found is None else found[0]
 
 
-@pytest.fixture
-def port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
+class Viewer(subprocess.Popen):
+    """rerun's own server, which takes what a viewer takes and needs no window, at a port that the system has chosen."""
+
+    def __init__(self, log: Path) -> None:
+        program = Path(rerun.__file__).parent.parent / "rerun_cli" / "rerun"
+        if not program.exists() or not Path("/proc/net/tcp").exists():
+            pytest.skip("this build of rerun-sdk comes without its viewer, or this system does not tell its port")
+        super().__init__([program, "--serve-grpc", "--port", "0", "--bind", "127.0.0.1"], stdout=log.open("wb"), stderr=subprocess.STDOUT)
+        until(self.port, f"rerun's server ({log})")
+
+    def port(self) -> int | None:
+        """At which it listens (0A)."""
+        own = {os.readlink(file) for file in Path(f"/proc/{self.pid}/fd").iterdir()}
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return next((int(words[1].split(":")[1], 16) for words in sockets if words[3] == "0A" and f"socket:[{words[9]}]" in own), None)
 
 
 @pytest.fixture
-def viewer(port: int, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """rerun's own server, which takes what a viewer takes and needs no window."""
-    name = "rerun.exe" if os.name == "nt" else "rerun"
-    program = Path(rerun.__file__).parent.parent / "rerun_cli" / name
-    if not program.exists():
-        pytest.skip("this build of rerun-sdk comes without its viewer")
-    log = (tmp_path / "viewer.log").open("wb")
-    with log, subprocess.Popen([program, "--serve-grpc", "--port", str(port), "--bind", "127.0.0.1"], stdout=log, stderr=log) as process:
-        until(lambda: _answers(port), f"rerun's server ({tmp_path / 'viewer.log'})")
+def viewer(tmp_path: Path) -> Iterator[Viewer]:
+    with Viewer(tmp_path / "viewer.log") as process:
         yield process
         process.send_signal(signal.SIGCONT)
         process.kill()
-
-
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 def target_at(port: int, rrd: Path | None = None) -> DisplayTarget:
@@ -176,62 +169,53 @@ def test_reruns_reader_finds_every_tick(tmp_path: Path) -> None:
     assert [scalar(row, "joints/gripper/commanded") is None for row in rows] == [False] * ticks + [True] * 3
 
 
-def test_a_viewer_that_is_missing_is_one_message(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_viewer_that_is_missing_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers, or no program can open a window here; the recording goes on."""
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    for target, named in ((target_at(port, tmp_path / "run.rrd"), f"127.0.0.1:{port}"), (display_target("window", tmp_path), "--display=HOST:PORT")):
-        said: list[str] = []
-        with display_to(target, said) as view:
-            play(view, range(30))
-        assert len(said) == 1
-        assert named in said[0]
-        assert said == view.warnings, "it stands in the report, too"
-        assert len(rows_of(target.rrd)) == 30
+    with socket.socket() as silent:  # nobody listens
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for text, named in ((address, address), ("window", "--display=HOST:PORT")):
+            said: list[str] = []
+            with display_to(display_target(text, tmp_path), said) as view:
+                play(view, range(30))
+            assert len(said) == 1
+            assert named in said[0]
+            assert said == view.warnings, "it stands in the report, too"
+            assert len(rows_of(view.path)) == 30
 
 
-def test_a_viewer_that_goes_away_is_one_message_and_the_recording_goes_on(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_viewer_that_goes_away_or_hangs_costs_its_own_picture_alone(number: int, viewer: Viewer, tmp_path: Path) -> None:
     said: list[str] = []
-    with display_to(target_at(port, tmp_path / "run.rrd"), said) as view:
-        play(view, range(30), 1 / FPS)
+    with display_to(target_at(viewer.port(), tmp_path / "run.rrd"), said) as view:
+        play(view, range(20))
+        view.sink.wait(PATIENCE_S)
         assert said == []
-        viewer.kill()
-        viewer.wait()
-        play(view, range(30, 90), 1 / FPS)
-    assert len(said) == 1
-    assert "went away" in said[0]
-    assert len(rows_of(tmp_path / "run.rrd")) == 90
-
-
-def test_a_viewer_that_hangs_delays_nothing(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
-    with display_to(target_at(port, tmp_path / "run.rrd")) as view:
-        play(view, range(10), 1 / FPS)
-        viewer.send_signal(signal.SIGSTOP)
-        play(view, range(10, 70), 1 / FPS)
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < 8
+        viewer.send_signal(number)
+        play(view, range(20, 70))
+        view.sink.wait(PATIENCE_S)
+    assert view.written == tmp_path / "run.rrd"
     assert len(rows_of(tmp_path / "run.rrd")) == 70
+    if number == signal.SIGKILL:
+        assert len(said) == 1
+        assert "went away" in said[0]
 
 
 def test_a_process_that_takes_nothing_costs_ticks_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "_FINISH_S", 2.0)
-    frame, ticks, durations_s = np.zeros((480, 640, 3), np.uint8), 3 * QUEUED_TICKS, []
+    monkeypatch.setattr(views, "_FINISH_S", 1.0)
+    frame, ticks = np.zeros((480, 640, 3), np.uint8), 3 * QUEUED_TICKS
     with display_to(DisplayTarget(rrd=tmp_path / "run.rrd")) as view:
-        os.kill(view.sink.process, signal.SIGSTOP)
-        for index in range(ticks):
-            observation, record = Observation(np.zeros(6), {"front": frame}, index / FPS), tick_of(index)[1]
-            view.sink.prepare(observation)
-            began_s = time.perf_counter()
-            view.see(observation, record)
-            durations_s.append(time.perf_counter() - began_s)
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < 15, "it is ended, not waited for"
-    assert np.median(durations_s) < 1e-3
-    assert np.median(durations_s[:QUEUED_TICKS]) < 2e-3, "those that are copied"
+        process = view.sink.process
+        os.kill(process, signal.SIGSTOP)
+        for index in range(ticks):  # returns, although nothing is taken
+            view.see(Observation(np.zeros(6), {"front": frame}, index / FPS), tick_of(index)[1])
     assert view.sink.dropped == ticks - QUEUED_TICKS
     assert any(f"lacks {view.sink.dropped} of {ticks} ticks" in text for text in view.warnings)
-    assert any("did not finish" in text for text in view.warnings)
+    assert any("did not finish" in text for text in view.warnings), "it is ended, not waited for"
     assert view.written is None
+    until(lambda: not is_running(process))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -239,7 +223,7 @@ def test_a_disk_that_is_full_ends_the_recording_and_not_the_run(tmp_path: Path) 
     said: list[str] = []
     (tmp_path / "run.rrd").symlink_to("/dev/full")
     with display_to(DisplayTarget(rrd=tmp_path / "run.rrd"), said) as view:
-        play(view, range(60), 1 / FPS)
+        play(view, range(60))
     assert len(said) == 1, said
     assert "run.rrd" in said[0]
     assert view.warnings[0] == said[0]
@@ -277,8 +261,6 @@ def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, m
         os.kill(encoders[0], signal.SIGSTOP)
         for number in range(200):
             view.see(frames_of(number))
-        began_s = time.monotonic()
-    assert time.monotonic() - began_s < 5
     assert "did not finish" in view.warnings[0]
     assert view.written is None
     until(lambda: not is_running(encoders[0]))  # killed, but the kernel takes its time
@@ -290,7 +272,7 @@ def children(process: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_window_can_be_opened_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
@@ -298,66 +280,64 @@ def test_no_window_is_a_message_not_a_failure(monkeypatch: pytest.MonkeyPatch) -
     assert window_view(said.append) is None
     assert len(said) == 1
     assert "--video=run.mp4" in said[0]
-
-
-def test_headless_opencv_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
     assert "pip install opencv-python" in window_obstacle()
 
 
-def window_of(directory: Path, imshow: str) -> None:
-    """An OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture. And a desktop."""
-    (directory / "cv2.py").write_text(
-        "import time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
-        f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(directory / 'shown')!r}, 'a').write('.')\n"
-        f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
-    )
+@pytest.fixture
+def window_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """A desktop, and an OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture. Returns the file with a
+    dot for each picture."""
 
+    def write(imshow: str) -> Path:
+        shown = tmp_path / "shown"
+        (tmp_path / "cv2.py").write_text(
+            "import os, time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
+            f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(shown)!r}, 'a').write('.')\n"
+            f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
+        )
+        return shown
 
-def test_a_window_that_stalls_delays_nothing_and_shows_the_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "window_obstacle", lambda: None)
     monkeypatch.syspath_prepend(tmp_path)
-    window_of(tmp_path, "time.sleep(1.5)")
+    return write
+
+
+def test_a_window_that_stalls_delays_nothing_and_shows_the_present(window_of: Callable[[str], Path], tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    shown = window_of(f"while not os.path.exists({str(go)!r}): time.sleep(0.01)")
     said: list[str] = []
-    quits, took_s = threading.Event(), []
+    quits = threading.Event()
     with window_view(said.append, quits.set) as view:
-        for number in range(400):
-            began_s = time.perf_counter()
+        for number in range(400):  # returns, although the first picture is not shown yet
             view.see(frames_of(number % 256))
-            took_s.append(time.perf_counter() - began_s)
-            time.sleep(0.01)
-            if quits.is_set():
-                break
-        assert quits.wait(20), "q stops the run"
-    assert np.median(took_s) < 1e-3
-    assert max(took_s) < 1.0, "a window that stalls for 1.5 s"
-    assert 2 <= len((tmp_path / "shown").read_text()) < 10, "what it is too slow for is left out"
+        go.touch()
+        until(quits.is_set, "q stops the run")
+    assert 2 <= len(shown.read_text()) < 10, "what it is too slow for is left out"
     assert said == []
 
 
-def test_a_window_that_fails_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "window_obstacle", lambda: None)
-    monkeypatch.syspath_prepend(tmp_path)
-    window_of(tmp_path, "raise error('no window system')")
+def test_a_window_that_fails_is_given_up(window_of: Callable[[str], Path]) -> None:
+    window_of("raise error('no window system')")
     said: list[str] = []
     with window_view(said.append) as view:
-        for number in range(20):
-            view.see(frames_of(number))
-            time.sleep(0.05)
+        view.see(frames_of(0))
+        until(lambda: said)
+        view.see(frames_of(1))
     assert len(said) == 1
     assert "--show_images" in said[0]
     assert "no window system" in said[0]
 
 
-def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: subprocess.Popen[bytes], port: int, tmp_path: Path) -> None:
+def test_a_whole_run_is_seen_by_a_viewer_and_kept(viewer: Viewer, tmp_path: Path) -> None:
     """The program with the simulated arm; the viewer goes away in the middle."""
     pytest.importorskip("mujoco")
     root = Path(__file__).parent.parent
     command = [
         *(sys.executable, "-m", "gr00t_fast", "run", "--config_path=configs/so100_sim.yaml", "--model_path=checkpoints/so100-sim-reach"),
         *("--robot.cameras={front: {type: sim, view: front, width: 64, height: 48, fps: 30}}", "--preflight=warn", "--timeout=60"),
-        *(f"--out={tmp_path}", f"--display=127.0.0.1:{port}", "--controller=sync"),  # which tells its loops, on a busy machine too
+        *(f"--out={tmp_path}", f"--display=127.0.0.1:{viewer.port()}", "--controller=sync"),  # which tells its loops, on a busy machine too
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(root)}
     with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

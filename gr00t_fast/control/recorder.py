@@ -145,7 +145,7 @@ class DatasetRecorder:
 
     def wait_until_ready(self) -> None:
         """Raises RecordingError when the other process does not start."""
-        self._check_alive(self._sink.ready.wait(_START_S))
+        self._check_alive(self._sink.wait(_START_S))
 
     def _check_alive(self, answered: bool) -> None:
         if self.failure is not None:

@@ -95,7 +95,7 @@ def display_view(target: DisplayTarget, name: str, unit: str, joints: tuple[str,
 # The other process
 
 
-class RerunView:
+class RerunView(contextlib.AbstractContextManager):
     """The streams of `target`, and what is written into them."""
 
     def __init__(self, tell: Tell, target: DisplayTarget, name: str, unit: str, joints: tuple[str, ...], cameras: list[str]) -> None:
@@ -113,17 +113,14 @@ class RerunView:
         if target.host is not None:
             self._open(f"a viewer at {target.host}:{target.port}", lambda stream: self._connect(stream, target), _PATIENCE_S)
 
-    def __enter__(self) -> RerunView:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:
             return
         for stream in self._streams:
             stream.flush(_LAST_S)
         self._tell_lost()
-        if skipped := sum(stream.skipped for stream in self._streams):
-            self._tell("skipped", skipped)
+        for stream in [stream for stream in self._streams if stream.skipped]:
+            self._tell("say", f"{stream.what} lacks {stream.skipped} ticks: it did not take them in time.")
         os._exit(0)  # threads of a viewer's connection may hang
 
     def _open(self, what: str, connect: Callable[[Any], None], patience_s: float) -> None:
@@ -241,18 +238,15 @@ class Stream:
             if tick is not None:
                 stream.log(f"joints/{joint}/commanded", rr.Scalars(float(tick.commanded[index])))
         if tick is not None:
-            self._add_chunk(tick.ahead)
+            ahead = tick.ahead if len(tick.ahead) > 1 else np.empty((0, 0))  # (L, J): a curve for each joint, from now to the right; up is more
+            x = _TICK_WIDTH * np.arange(len(ahead))
+            curves = [np.column_stack([x, -heights]) for heights in ahead.T]
+            colours = [_COLOURS[joint % len(_COLOURS)] for joint in range(len(curves))]
+            stream.log("chunk", rr.LineStrips2D(curves, colors=colours, labels=list(self._joints)[: len(curves)]))
             for name in _TIMING:
                 stream.log(f"timing/{name}", rr.Scalars(float(getattr(tick, name))))
         if event:
             stream.log("events", rr.TextLog(event, level="INFO"))
-
-    def _add_chunk(self, ahead: np.ndarray) -> None:
-        """ahead (L, J). A curve for each joint, from now to the right; up is more."""
-        x = _TICK_WIDTH * np.arange(len(ahead))
-        curves = [np.column_stack([x, -ahead[:, joint]]) for joint in range(len(self._joints))] if len(ahead) > 1 else []
-        colours = [_COLOURS[joint % len(_COLOURS)] for joint in range(len(curves))]
-        self._stream.log("chunk", self._rr.LineStrips2D(curves, colors=colours, labels=list(self._joints)[: len(curves)]))
 
 
 def _probe(host: str, port: int, limit_s: float) -> None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,9 +48,8 @@ class Sink:
         """`slots`: ticks that may wait for the other process, until the first one is put; fewer where they take more than 512 MB. Starts nothing."""
         self._made_by, self._on_answer, self.slots = (consumer, *arguments), on_answer, slots
         self.dropped = 0  # ticks that found no free slot
-        self.ready = threading.Event()  # the other end is made, or has failed
         self._process: Any = None
-        self._ring: _Ring | None = None
+        self._ring = _Ring()
         self._free: deque[int] = deque()
         self._given = self._done = 0
         self._heard_s = 0.0
@@ -76,40 +75,41 @@ class Sink:
         return time.monotonic() - self._heard_s if self.pending else 0.0
 
     def start(self) -> None:
+        """`wait` waits until the other end is made, or has failed."""
         import multiprocessing  # only where there is something to record or to show
 
-        context, self._memory = multiprocessing.get_context("spawn"), _Memory(_unnamed_file())
+        context = multiprocessing.get_context("spawn")
+        self._ring.open()
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._memory, *self._made_by))
+        self._process = context.Process(target=_serve, args=(theirs, self._ring, *self._made_by))
         with _signals_blocked():
             self._process.start()
         theirs.close()
+        self._given, self._heard_s = 1, time.monotonic()  # to be made is the first thing to do
         self._listener = threading.Thread(target=self._listen, name="sink", daemon=True)
         self._listener.start()
 
     def prepare(self, observation: Observation) -> None:
         """Make room for ticks like this one, best before the arm moves: 50 MB take 20 ms. The first `put` does it otherwise."""
-        if self._ring is not None or not self.running:
+        if self._ring.slot_bytes or not self.running:
             return
-        slot_bytes = _HEAD_BYTES + sum(frame.nbytes for frame in observation.frames.values())
+        slot_bytes = _bytes_of(observation)
         slots = min(self.slots, _MOST_SLOTS, max(_LEAST_SLOTS, _MOST_BYTES // slot_bytes))
-        os.ftruncate(self._memory.fd, slots * slot_bytes)
-        self._ring = _Ring(self._memory, slots, slot_bytes)
+        self._ring.resize(slots, slot_bytes)
         self.call("ring", slots, slot_bytes)
         self._free.extend(range(slots))
 
-    def put(self, observation: Observation, note: Any = None) -> bool:
-        """Give it a tick; `note` can be pickled. Returns whether there was room. Never waits."""
+    def put(self, observation: Observation, note: Any = None) -> None:
+        """Give it a tick, or drop it where there is no room; `note` can be pickled. Never waits."""
         if not self.running:
-            return False
+            return
         self.prepare(observation)
-        if not self._free or not self._ring.has_room_for(observation):
+        if not self._free or _bytes_of(observation) > self._ring.slot_bytes:
             self.dropped += 1
-            return False
+            return
         slot = self._free.popleft()
         self._ring.write(slot, observation, note)
         self.call("add", slot)
-        return True
 
     def call(self, method: str, *arguments: Any) -> None:
         """Have a method called in the other process, after everything that was given before. Small arguments: the pipe takes them at once."""
@@ -138,7 +138,8 @@ class Sink:
         if self._process is None or self._closing:
             return True
         self._closing, ended_s = True, time.monotonic()  # before it is told: what ends then has not ended by itself
-        self.call("")
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
         try:
             while self._process.exitcode is None and (left_s := max(self._heard_s, ended_s) + limit_s - time.monotonic()) > 0:
                 self._process.join(left_s)
@@ -152,22 +153,17 @@ class Sink:
     def _listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                self._take(*self._pipe.recv())
+                what, value = self._pipe.recv()
+                self._heard_s = time.monotonic()
+                if what != "done":
+                    self._answer(what, value)
+                    continue
+                if value is not None:
+                    self._free.append(value)
+                self._done += 1
         self._process.join()
         if not self._closing:
             self._answer("error", f"its process has ended (exit code {self._process.exitcode})")
-        self.ready.set()
-
-    def _take(self, what: str, value: Any) -> None:
-        self._heard_s = time.monotonic()
-        if what == "ready":
-            self.ready.set()
-        elif what == "done":
-            if value is not None:
-                self._free.append(value)
-            self._done += 1
-        else:
-            self._answer(what, value)
 
     def _answer(self, what: str, value: Any) -> None:
         if self._failed:
@@ -177,15 +173,37 @@ class Sink:
             self._on_answer(what, value)
 
 
+def _bytes_of(observation: Observation) -> int:
+    return _HEAD_BYTES + sum(frame.nbytes for frame in observation.frames.values())
+
+
 class _Ring:
-    """Slots of shared memory, each with room for one observation and a note."""
+    """Slots of shared memory, each with room for one observation and a note: a file that the new process inherits, and whose size is known later than
+    that process is started. It has no name: nothing is left behind by a program that is killed."""
 
-    def __init__(self, memory: _Memory, slots: int, slot_bytes: int) -> None:
+    def __init__(self, inherited: Any = None) -> None:
+        self._fd = -1 if inherited is None else inherited.detach()
+        self.slot_bytes = 0
+
+    def open(self) -> None:
+        if hasattr(os, "memfd_create"):  # not in /dev/shm, of which a container has 64 MB
+            self._fd = os.memfd_create("gr00t_fast")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self._fd = os.dup(file.fileno())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import DupFd
+
+        return _Ring, (DupFd(self._fd),)
+
+    def resize(self, slots: int, slot_bytes: int) -> None:
+        """At both ends, once; the file is not needed afterwards."""
+        os.ftruncate(self._fd, slots * slot_bytes)
         there = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # no page is to be looked for in the middle of a tick
-        self._slots = np.frombuffer(mmap.mmap(memory.fd, slots * slot_bytes, there), np.uint8).reshape(slots, slot_bytes)
-
-    def has_room_for(self, observation: Observation) -> bool:
-        return _HEAD_BYTES + sum(frame.nbytes for frame in observation.frames.values()) <= self._slots.shape[1]
+        self._slots = np.frombuffer(mmap.mmap(self._fd, slots * slot_bytes, there), np.uint8).reshape(slots, slot_bytes)
+        self.slot_bytes = slot_bytes
+        os.close(self._fd)
 
     def write(self, slot: int, observation: Observation, note: Any) -> None:
         shapes = {name: frame.shape for name, frame in observation.frames.items()}
@@ -206,27 +224,6 @@ class _Ring:
             at += size
 
 
-class _Memory:
-    """A file that the new process inherits; its size is known later than that process is started."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.fd = file, file.fileno()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from multiprocessing.reduction import DupFd
-
-        return _inherited, (DupFd(self.fd),)
-
-
-def _inherited(descriptor: Any) -> _Memory:
-    return _Memory(os.fdopen(descriptor.detach(), "rb+"))
-
-
-def _unnamed_file() -> IO[bytes]:
-    """In memory, and without a name: nothing is left behind by a program that is killed. Not in /dev/shm, of which a container has 64 MB."""
-    return os.fdopen(os.memfd_create("gr00t_fast"), "rb+") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
-
-
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
     """A process that is started here is born with them blocked: Ctrl-C in the terminal is for the run, also before that process can ignore it."""
@@ -243,7 +240,7 @@ def _signals_blocked() -> Iterator[None]:
 # The other process
 
 
-def _serve(pipe: Connection, memory: _Memory, consumer: Callable[..., Any], *arguments: Any) -> None:
+def _serve(pipe: Connection, ring: _Ring, consumer: Callable[..., Any], *arguments: Any) -> None:
     """Until the input ends, or the run is gone."""
     _detach()
 
@@ -253,30 +250,26 @@ def _serve(pipe: Connection, memory: _Memory, consumer: Callable[..., Any], *arg
 
     try:
         with consumer(tell, *arguments) as made:
-            tell("ready")
-            _work(pipe, memory, made, tell)
+            tell("done")
+            while request := _received(pipe):
+                method, values = request
+                slot = values[0] if method == "add" else None
+                if method == "ring":
+                    ring.resize(*values)
+                elif slot is not None:
+                    made.add(*ring.read(slot))
+                else:
+                    getattr(made, method)(*values)
+                tell("done", slot)
     except Exception as error:  # noqa: BLE001 - whatever it was: the run is told, and decides
         tell("error", f"{type(error).__name__}: {error}".splitlines()[0][:300])
 
 
-def _work(pipe: Connection, memory: _Memory, made: Any, tell: Tell) -> None:
-    ring: _Ring | None = None
-    while True:
-        try:
-            method, arguments = pipe.recv()
-        except (EOFError, OSError):  # the run was killed
-            return
-        if not method:
-            return
-        slot = None
-        if method == "ring":
-            ring = _Ring(memory, *arguments)
-        elif method == "add":
-            (slot,) = arguments
-            made.add(*ring.read(slot))
-        else:
-            getattr(made, method)(*arguments)
-        tell("done", slot)
+def _received(pipe: Connection) -> tuple[str, tuple[Any, ...]] | None:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):  # the run was killed
+        return None
 
 
 def _detach() -> None:

@@ -51,7 +51,7 @@ class View:
     def __enter__(self) -> View:
         """Starts the process and waits until it is ready, at most _START_S: the arm is not connected yet."""
         self.sink.start()
-        self.sink.ready.wait(_START_S)
+        self.sink.wait(_START_S)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,16 +71,9 @@ class View:
     def _take(self, what: str, value: Any) -> None:
         if what == "quit":
             self.on_quit()
-        elif what == "skipped":
-            self.warnings.append(f"{self._flag}: the viewer lacks {value} of {self._seen} ticks: it did not take them in time.")
-        elif what == "say":
-            self._tell(f"{self._flag}: {value}")
-        else:
-            self._failed = True
-            self._tell(f"{self._flag}: failed ({value}). The run goes on without it.")
-
-    def _tell(self, text: str) -> None:
-        """Now and in the report."""
+            return
+        self._failed = self._failed or what == "error"
+        text = f"{self._flag}: {value if what == 'say' else f'failed ({value}). The run goes on without it.'}"
         self.warnings.append(text)
         self._echo(text)
 
@@ -113,16 +106,13 @@ def video_view(path: Path, fps: float, echo: Echo = print) -> View:
     return view
 
 
-class VideoFile:
+class VideoFile(contextlib.AbstractContextManager):
     """Encodes the frames side by side; the file is opened with the first of them."""
 
     def __init__(self, tell: Tell, path: Path, ffmpeg: str, fps: float, codec: list[str]) -> None:
         self._path, self._ffmpeg, self._fps, self._codec = path, ffmpeg, fps, codec
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
-
-    def __enter__(self) -> VideoFile:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._finish()
@@ -174,7 +164,7 @@ def window_view(echo: Echo = print, on_quit: Callable[[], None] = lambda: None) 
     return view
 
 
-class Window:
+class Window(contextlib.AbstractContextManager):
     """The cameras side by side."""
 
     def __init__(self, tell: Tell) -> None:
@@ -183,9 +173,6 @@ class Window:
 
         self._cv2, self._tell, self._open = cv2, tell, True
         self._try(lambda: cv2.namedWindow(_TITLE))
-
-    def __enter__(self) -> Window:
-        return self
 
     def __exit__(self, *error: object) -> None:
         pass  # it closes with the process
