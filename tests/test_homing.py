@@ -15,9 +15,8 @@ from control_fakes import LIMITS, Bench
 
 from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import SAME_STOP_S
-from gr00t_fast.control.poses import Poses
 from gr00t_fast.errors import CameraError, ConfigError, InferenceTimeoutError, PreflightError, RobotError, UnsafeActionError
 from gr00t_fast.inputs.dataset import read_recordings
 

@@ -27,10 +27,9 @@ from control_fakes import FakeClock, FakePolicy, binding
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
-from gr00t_fast.control.limits import SafetyOptions
+from gr00t_fast.control.limits import Poses, SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
-from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.session import Session
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError
 from gr00t_fast.robots.sim.simulation import ScenePlant

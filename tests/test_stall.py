@@ -9,8 +9,7 @@ import pytest
 from control_fakes import LIMITS, TICK_S, Bench
 
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
-from gr00t_fast.control.limits import SafetyFilter, SafetyOptions
-from gr00t_fast.control.poses import Poses
+from gr00t_fast.control.limits import Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.report import as_text, build_report
 from gr00t_fast.errors import UnsafeActionError
 

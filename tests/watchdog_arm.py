@@ -26,9 +26,9 @@ from control_fakes import FakeClock, FakePolicy
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
+from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.poses import Poses
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 

@@ -28,10 +28,10 @@ from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, S
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
+from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
-from gr00t_fast.control.poses import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.rerun_view import display_target, display_view

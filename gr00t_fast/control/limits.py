@@ -1,18 +1,20 @@
-"""Limits on every target before it is sent: range, speed, following error, blocked joints, NaN. Pure functions of numbers: no clock, no robot.
+"""What may be sent to the arm: limits on every target (range, speed, following error, blocked joints, NaN), and slow moves to a pose, whose targets
+pass through them too. Pure functions of numbers: no clock, no bus.
 
 Axis alphabet of this file: J joints of the arm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import MotorLoads
-from gr00t_fast.errors import ConfigError, UnsafeActionError, check_ranges
+from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Robot
+from gr00t_fast.errors import ConfigError, PreflightError, UnsafeActionError, check_ranges
 from gr00t_fast.flags import setting
 
 # One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
@@ -28,7 +30,7 @@ STEP_SHARE = 0.9  # of the step that the arm lets through: it reads its joints a
 SHORTEST_S = 0.02  # between two readings that tell a speed: over less, the encoder's steps (0.09 degrees) would pass for one
 GRIPPER = "gripper"  # stalls against what it holds, and lerobot halves its torque
 
-AHEAD_DEG = 3.0  # gravity and friction leave a servo so far from its goal
+ARRIVED_DEG = 3.0  # gravity and friction leave a servo so far from its goal
 STILL_DEG = 1.0
 FREE_DEG = 3.0  # so far towards its goal, a blocked joint moves again
 BLOCKED_WARN_S, BLOCKED_END_S = 2.0, 5.0  # without readings of the motors' push; with them a joint is found sooner
@@ -97,26 +99,20 @@ class SafetyFilter:
         """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
         second; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step); `echo` is told of a joint that is blocked. Raises
         ConfigError when the limits make no sense."""
-        self.options = options or SafetyOptions()
-        self.joint_names = joint_names
-        self._limits = _checked_limits(limits, joint_names)
-        self._units_per_deg, self._echo = np.asarray(units_per_deg, np.float64), echo
+        self.options, self.joint_names, self.fps = options or SafetyOptions(), joint_names, fps
+        self._limits = np.array(limits, np.float64)
+        if self._limits.shape != (len(joint_names), 2) or not (np.isfinite(self._limits).all() and (self._limits[:, 0] < self._limits[:, 1]).all()):
+            raise ConfigError(
+                f"joint limits must be finite pairs (low, high) for {', '.join(joint_names)}, got {self._limits.tolist()}. Calibrate the arm again."
+            )
+        self._units_per_deg = np.asarray(units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
-        self.fps = fps
         self._following_deg = self.options.max_following_error_deg
         self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
         self.held_ticks = 0
-        self.clamped: np.ndarray = np.zeros(len(joint_names), np.int64)
-        self.speed_limited: np.ndarray = np.zeros(len(joint_names), np.int64)
-        self.following_limited: np.ndarray = np.zeros(len(joint_names), np.int64)
+        self.clamped, self.speed_limited, self.following_limited = np.zeros((3, len(joint_names)), np.int64)
         self._last: np.ndarray | None = None
-        self._measured = np.zeros(len(joint_names))
-        self._measured_s: float | None = None
-        self._speed = np.zeros(len(joint_names))  # measured, joint units a second
-        self._speed_from, self._speed_from_s = self._measured, -np.inf
-        self._goal, self._target = np.zeros(len(joint_names)), np.zeros(len(joint_names))  # of this tick: within the speed limit, and before it
-        self._held_in_a_row = 0
 
     @property
     def last(self) -> np.ndarray:
@@ -129,8 +125,8 @@ class SafetyFilter:
         """For the move before the torque goes off, which nobody may be watching: following error and stall protection are on, also where they were
         switched off, and a joint that is blocked does not end it (`Move` has an end in time)."""
         self._following_deg = self._following_deg or DEFAULT_MAX_FOLLOWING_ERROR_DEG
-        options = self.options if self.options.finds_stalls else SafetyOptions()
-        self.blocked.protect(options)
+        self.blocked.options = self.options if self.options.finds_stalls else SafetyOptions()
+        self.blocked.ends_run = False
 
     def start(self, measured: np.ndarray, goal: np.ndarray | None = None) -> None:
         """Begin an episode at the measured pose (J,): the first target is limited, or held, relative to it, or to the `goal` (J,) that the motors
@@ -138,23 +134,23 @@ class SafetyFilter:
         measured = self._checked_shape(measured, "the measured pose")
         if not np.isfinite(measured).all():
             raise UnsafeActionError(f"the arm reports the pose {measured.tolist()}, which is not finite; nothing was sent. Check the bus.")
-        self._measured = measured
-        self._last = self._goal = self._target = measured if goal is None else goal
-        self._measured_s, self._speed = None, np.zeros_like(measured)
-        self._speed_from_s = -np.inf
+        self._last = self._goal = self._target = measured if goal is None else goal  # sent; within the speed limit; before it
+        self._measured, self._measured_s = measured, -np.inf
+        self._speed = np.zeros_like(measured)  # joint units a second
+        self._speed_from, self._speed_from_s = measured, -np.inf
         self._held_in_a_row = 0
         self.blocked.reset()
 
     def measured(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> bool:
         """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found.
         Returns whether the last goal should be another one now, `again`."""
+        if self._last is None:
+            return False
         measured = self._checked_shape(joints, "the measured pose")
         if time_s - self._speed_from_s >= SHORTEST_S:
             self._speed = (measured - self._speed_from) / (time_s - self._speed_from_s)  # 0 for the first one
             self._speed_from, self._speed_from_s = measured, time_s
         self._measured, self._measured_s = measured, time_s
-        if self._last is None:
-            return False
         found = np.zeros(len(measured), bool) if loads is None else self.blocked.find(measured, self._last, loads, time_s)
         self._last, self._goal = np.where(found, measured, self._last), np.where(found, measured, self._goal)
         return bool(found.any()) or not np.array_equal(self._within_reach(self._goal), self._last)
@@ -163,7 +159,7 @@ class SafetyFilter:
         """The goal (J,) float64 of the last target once more, after a look between two: as near to it as the joints are by now. Raises
         UnsafeActionError as for a target."""
         self._last = self._within_reach(self._goal)
-        if self._measured_s is not None and self._following_deg is not None:
+        if math.isfinite(self._measured_s) and self._following_deg is not None:
             far = np.abs(self._target - self._measured) > self._following_deg * self._units_per_deg
             self.blocked.watch(self._measured, self._target, far & (self._last != self._goal), self._measured_s)
         return self._last.copy()
@@ -219,15 +215,6 @@ class SafetyFilter:
         return values
 
 
-def _checked_limits(limits: np.ndarray, joint_names: tuple[str, ...]) -> np.ndarray:
-    limits = np.array(limits, np.float64)
-    if limits.shape != (len(joint_names), 2) or not np.isfinite(limits).all() or (limits[:, 0] >= limits[:, 1]).any():
-        raise ConfigError(
-            f"joint limits must be finite pairs (low, high) for {', '.join(joint_names)}, got {limits.tolist()}. Calibrate the arm again."
-        )
-    return limits
-
-
 class BlockedJoints:
     """Joints that do not come nearer to their goals. The gripper is exempt.
 
@@ -240,35 +227,29 @@ class BlockedJoints:
 
     def __init__(self, joint_names: tuple[str, ...], options: SafetyOptions, units_per_deg: np.ndarray, echo: Callable[[str], None]) -> None:
         """`units_per_deg` (J,); `echo` is told when a joint is held, when it is free, and when it does not follow."""
-        self._names, self._options, self._echo, self._ends_run = joint_names, options, echo, True
-        self._ahead, self._still, self._free = (degrees * units_per_deg for degrees in (AHEAD_DEG, STILL_DEG, FREE_DEG))
+        self.options, self.ends_run = options, True
+        self._names, self._echo = joint_names, echo
+        self._ahead, self._still, self._free = (degrees * units_per_deg for degrees in (ARRIVED_DEG, STILL_DEG, FREE_DEG))
         self._judged = np.array([name != GRIPPER for name in joint_names])
         joints = len(joint_names)
-        self.held: np.ndarray = np.zeros(joints, bool)
+        self.held, self._told = np.zeros((2, joints), bool)  # told: that it does not follow
         self.count: np.ndarray = np.zeros(joints, np.int64)
-        self.total_s = np.zeros(joints)
-        self._at, self._way = np.zeros(joints), np.zeros(joints)  # where each stands still, and on which side its goal is
+        self.total_s, self._began_s = np.zeros((2, joints))
+        self._at, self._way = np.zeros((2, joints))  # where each stands still, and on which side its goal is
         self._hard_since_s, self._late_since_s = np.full((2, joints), np.nan)  # when it was first found pushing hard there, and held back
         self._late_at = np.zeros(joints)  # where each was when it last made progress
-        self._told: np.ndarray = np.zeros(joints, bool)  # that it does not follow
-        self._began_s = np.zeros(joints)
         self.reset()
 
     def reset(self) -> None:
         """The arm begins anew from where it is: nothing is held, and readings so far prove nothing."""
         self._release(self.held, "the arm begins anew")
         self._hard_since_s[:] = self._late_since_s[:] = np.nan
-        self._read_s: np.ndarray | None = None
-        self._now_s: float | None = None
-
-    def protect(self, options: SafetyOptions) -> None:
-        """As SafetyFilter.protect."""
-        self._options, self._ends_run = options, False
+        self._read_s = np.full(len(self._names), np.inf)  # that what is read first is not new
+        self._now_s = np.nan
 
     def find(self, measured: np.ndarray, goal: np.ndarray, loads: MotorLoads, now_s: float) -> np.ndarray:
         """`measured` and `goal` (J,) at `now_s`. Returns which joints (J,) have just been found blocked: their goal is to be where they stand."""
-        if self._now_s is not None:
-            self.total_s[self.held] += now_s - self._now_s
+        self.total_s[self.held] += now_s - self._now_s
         self._now_s = now_s
         self._release(self.held & (self._way * (measured - self._at) >= self._free), "it moves")
         way = np.sign(goal - measured)
@@ -277,24 +258,19 @@ class BlockedJoints:
         begins = ~same & ~self.held
         self._at, self._way = np.where(begins, measured, self._at), np.where(begins, way, self._way)
         self._hard_since_s[begins] = np.nan
-        if loads.time_s is self._read_s or not self._options.finds_stalls:
+        if not self.options.finds_stalls:
             return np.zeros_like(self.held)
         # An old reading says nothing about the present: only those that are new since the last look count, and it takes two.
-        new = np.zeros_like(self.held) if self._read_s is None else (loads.time_s > self._read_s) | (np.isnan(self._read_s) & ~np.isnan(loads.time_s))
+        new = loads.time_s > np.where(np.isnan(self._read_s), -np.inf, self._read_s)
         self._read_s = loads.time_s
-        hard = self._pushes_hard(loads)
+        hard = (loads.percent >= (self.options.stall_load_percent or np.inf)) | (loads.current_ma >= (self.options.stall_current_ma or np.inf))
         self._hard_since_s[new & ~hard] = np.nan
-        first = new & hard & pushing & np.isnan(self._hard_since_s)
-        self._hard_since_s[first] = loads.time_s[first]
-        found = new & hard & pushing & self._judged & ~self.held & (loads.time_s - self._hard_since_s >= self._options.stall_after_s)
+        suspect = new & hard & pushing
+        self._hard_since_s = np.where(suspect & np.isnan(self._hard_since_s), loads.time_s, self._hard_since_s)
+        found = suspect & self._judged & ~self.held & (loads.time_s - self._hard_since_s >= self.options.stall_after_s)
         for index in np.flatnonzero(found):
             self._hold(index, measured[index], goal[index], loads, now_s)
         return found
-
-    def _pushes_hard(self, loads: MotorLoads) -> np.ndarray:
-        limits = self._options.stall_load_percent, self._options.stall_current_ma
-        percent, current_ma = (np.inf if limit is None else limit for limit in limits)
-        return (loads.percent >= percent) | (loads.current_ma >= current_ma)
 
     def hold(self, target: np.ndarray) -> np.ndarray:
         """The target (J,) with held joints where they stand; one whose target is on the other side of that follows it again."""
@@ -311,7 +287,7 @@ class BlockedJoints:
         self._told &= ~begins
         for index in np.flatnonzero(self._judged & (now_s - self._late_since_s >= BLOCKED_WARN_S)):
             at = f"it is at {measured[index]:.1f} and shall go to {target[index]:.1f}"
-            if now_s - self._late_since_s[index] >= BLOCKED_END_S and self._ends_run:
+            if now_s - self._late_since_s[index] >= BLOCKED_END_S and self.ends_run:
                 raise UnsafeActionError(
                     f"joint {self._names[index]} has not followed its goal for {BLOCKED_END_S:g} s: {at}. Something blocks it, its motor is weak or "
                     "without power, or its reading is wrong. Free it, check servo and horn, and start again (--max_following_error_deg=null: no "
@@ -337,5 +313,98 @@ class BlockedJoints:
     def _release(self, which: np.ndarray, why: str) -> None:
         for index in np.flatnonzero(which):
             self.held[index], self._hard_since_s[index] = False, np.nan
-            for_s = 0.0 if self._now_s is None else self._now_s - self._began_s[index]
-            self._echo(f"joint {self._names[index]} follows its target again after {for_s:.1f} s: {why}")
+            self._echo(f"joint {self._names[index]} follows its target again after {self._now_s - self._began_s[index]:.1f} s: {why}")
+
+
+# Slow moves to a pose, before and between episodes and before the torque goes off. No network has a part in them.
+
+SETTLE_S = 1.0  # a servo trails its target by 0.13 to 0.2 s
+SPEEDS_DEG_S = (1.0, 180.0)  # slower, a move would take minutes to hours; faster, it is no slow move
+_SLOWEST = 0.2  # of the speed asked for
+MOVE_HZ = 30.0  # whatever rate the run has: at 2 Hz a slow move would be one of leaps, at 200 a slow line would let half of the ticks go by
+_LONGEST_TIMES, _LONGEST_SLACK_S = 3.0, 6.0  # a move ends, also where a joint comes no nearer; a blocked one is noticed before (BLOCKED_END_S)
+_TRAILS_S = 0.2  # behind its goal, of which an arm that cuts off larger steps lets through no more than one: that bounds its speed
+_SLACK_DEG = 2.0  # a pose recorded at the end of a joint's travel may lie a little outside the calibrated range
+Pose = Sequence[float]  # (J,) in the arm's units
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Where the arm goes without the network; fields are flags. None: nowhere. `home`: before and between episodes. `rest`: before the torque goes
+    off; "start": to where the arm lay when the torque went on, for there it lies without, too (Robot.rest_pose). "recordings": where these begin."""
+
+    home: Pose | str | None = None  # before each episode, move slowly to "[0, -90, 90, 60, 0, 10]" or where the `recordings` begin
+    rest: Pose | str | None = "start"  # before the torque goes off; start: where it lay; or as --home, `home`, null
+    # A third of a turn in four seconds: slow enough to see where it goes.
+    home_speed_deg_s: float = 30.0  # how fast the arm moves to these poses
+
+    def __post_init__(self) -> None:
+        check_ranges(self, home_speed_deg_s=SPEEDS_DEG_S)
+        for name, words in (("home", ("recordings",)), ("rest", ("start", "recordings", "home"))):
+            pose = getattr(self, name)
+            if isinstance(pose, str) and pose not in words:
+                raise ConfigError(
+                    f"--{name}={pose} is no known pose. Give six joint values, --{name}='[0, -90, 90, 60, 0, 10]', or {' or '.join(words)}."
+                )
+            if pose is not None and not isinstance(pose, str) and not (len(pose) == len(SO100_JOINTS) and all(map(math.isfinite, pose))):
+                raise ConfigError(f"--{name}={list(pose)} needs {len(SO100_JOINTS)} finite numbers: {', '.join(SO100_JOINTS)}.")
+        if self.rest == "home" and self.home is None:
+            raise ConfigError("--rest=home needs --home=.")
+
+    def resolved(self, begin: Pose | None) -> Poses:
+        """With joint values instead of "recordings" and "home". `begin`: where the recordings begin, if there are any. Raises ConfigError."""
+        if begin is None and "recordings" in (self.home, self.rest):
+            raise ConfigError("--home=recordings and --rest=recordings need --recordings=DIR, the data set behind the checkpoint.")
+        home = begin if self.home == "recordings" else self.home
+        rest = begin if self.rest == "recordings" else home if self.rest == "home" else self.rest
+        return replace(self, home=home, rest=rest)
+
+    def check(self, limits: np.ndarray, joint_names: tuple[str, ...], units_per_deg: np.ndarray) -> None:
+        """Raises PreflightError for a pose that the calibrated arm cannot take; `limits` (J, 2)."""
+        for flag, pose in (("home", self.home), ("rest", self.rest)):
+            if pose is None or isinstance(pose, str):
+                continue
+            slack = _SLACK_DEG * units_per_deg
+            outside = [
+                f"{name} {value:g}, calibrated {low:.0f} to {high:.0f}"
+                for name, value, (low, high), more in zip(joint_names, pose, limits, slack, strict=True)
+                if not low - more <= value <= high + more
+            ]
+            if outside:
+                raise PreflightError(f"--{flag} lies outside what the arm can reach: {'; '.join(outside)}. Give another pose, in the arm's units.")
+
+
+class Move:
+    """From wherever the last target is to a pose, in MOVE_HZ steps a second or as many as the arm's line can take; all joints arrive together."""
+
+    def __init__(self, pose: Pose, start: np.ndarray, robot: Robot, speed_deg_s: float) -> None:
+        """`start` (J,): the last target."""
+        self.pose = np.clip(np.array(pose, np.float64), robot.joint_limits[:, 0], robot.joint_limits[:, 1])
+        step = speed_deg_s / MOVE_HZ * robot.units_per_deg  # (J,)
+        if robot.max_step is not None:
+            step = np.minimum(step, robot.max_step / _TRAILS_S / MOVE_HZ)
+        self._near = ARRIVED_DEG * robot.units_per_deg
+        way = np.abs(self.pose - start)
+        self.ticks = int(np.ceil((way / step).max() - 1e-9))
+        self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S * MOVE_HZ)
+        # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
+        self._steps = np.maximum(way / max(1, self.ticks), _SLOWEST * step)
+        self._played = self._settled = 0  # ticks: in all, and since no goal is held back
+        self._body = np.array([name != GRIPPER for name in robot.joint_names])
+
+    def next_target(self, last: np.ndarray) -> np.ndarray:
+        """The target (J,) after `last`, which the limits may have held back."""
+        self._played += 1
+        return last + np.clip(self.pose - last, -self._steps, self._steps)
+
+    def away(self, measured: np.ndarray) -> np.ndarray:
+        """Which joints (J,) are not there."""
+        return np.abs(measured - self.pose) > self._near
+
+    def over(self, last: np.ndarray, measured: np.ndarray, stalled: np.ndarray) -> bool:
+        """Asked once a tick: whether the arm has arrived, or has had its time. One whose goal is still held back is waited for, but for `stalled`
+        (J,) joints, which get no further, and a gripper, which may go on holding what it holds."""
+        reached = np.isclose(last, self.pose) | stalled
+        arrived = bool(reached.all()) and not self.away(measured).any()
+        self._settled = self._settled + 1 if reached[self._body].all() else 0
+        return arrived or self._settled > SETTLE_S * MOVE_HZ or self._played >= self._most_ticks
