@@ -362,10 +362,11 @@ def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows
     unit = "degrees" if config.robot.use_degrees else "range_m100_100"  # type: ignore[union-attr]  # there is one
     robot: Any = SimpleNamespace(cameras=specs, joint_names=SO100_JOINTS, joint_unit=unit)
     found = Preflight(robot, metadata).look(config.fps, config.camera_map, config.action_horizon)
-    for state, texts in (("fail", [*found.impossible, *found.problems]), ("warn", found.warnings), ("ok", found.notes)):
-        for text in texts:
+    states = {"impossible": "fail", "problem": "fail", "warning": "warn", "note": "ok"}
+    for kind, state in states.items():
+        for text in [text for each, text in found if each == kind]:
             rows.add("fit", text, state=state)
-    if not (found.impossible or found.problems):
+    if not any(states[kind] == "fail" for kind, _ in found):
         rows.add("fit", "cameras, joints and units of the arm are the checkpoint's")
         mapping = resolve_camera_map(config.cameras, metadata.resolutions, config.camera_map)
         for name in titles:
