@@ -9,19 +9,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ModalityConfig, Observation
 from gr00t_fast.errors import ObservationError, PreflightError, UnsafeActionError, closest
-
-T = TypeVar("T")
-
-
-def without_prefix(key: str) -> str:
-    """`video.webcam` -> `webcam`."""
-    return key.split(".", 1)[1]
 
 
 def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[str], requested: Mapping[str, str] | None) -> dict[str, str]:
@@ -43,7 +36,7 @@ def resolve_camera_map(robot_cameras: Iterable[str], policy_cameras: Iterable[st
         spare = [name for name in robot_names if name not in mapping]
         raise PreflightError(
             f"no camera of the robot provides {_listed(missing)}. The robot has {_listed(robot_names)}, the policy was trained with "
-            f"{_listed(policy_names)}. {_which_is_which(spare, missing) if spare else _how_to_add(missing)}"
+            f"{_listed(policy_names)}. {_advice(spare, missing)}"
         )
     return mapping
 
@@ -52,21 +45,18 @@ def _check_requested(mapping: Mapping[str, str], robot_names: list[str], policy_
     if mapping and all(robot in policy_names and policy in robot_names and robot not in robot_names for robot, policy in mapping.items()):
         turned = ", ".join(f"{policy}: {robot}" for robot, policy in mapping.items())
         raise PreflightError(f'--camera_map is the other way round: the robot\'s camera comes first, --camera_map="{{{turned}}}".')
-    for robot, policy in mapping.items():
-        if robot not in robot_names:
-            raise PreflightError(f"--camera_map: the robot has no camera '{robot}', only {_listed(robot_names)}.{closest(robot, robot_names)}")
-        if policy not in policy_names:
-            raise PreflightError(f"--camera_map: the policy has no camera '{policy}', only {_listed(policy_names)}.{closest(policy, policy_names)}")
+    for names, side, known in ((mapping, "robot", robot_names), (mapping.values(), "policy", policy_names)):
+        for name in names:
+            if name not in known:
+                raise PreflightError(f"--camera_map: the {side} has no camera '{name}', only {_listed(known)}.{closest(name, known)}")
     if len(set(mapping.values())) < len(mapping):
         raise PreflightError(f"--camera_map: two robot cameras are given to the same policy camera: {dict(mapping)}.")
 
 
-def _which_is_which(spare: list[str], missing: list[str]) -> str:
-    pairs = ", ".join(f"{robot}: {policy}" for robot, policy in zip([*spare, *["<camera>"] * len(missing)], missing, strict=False))
-    return f'Say which is which with --camera_map="{{{pairs}}}", or name the cameras in --robot.cameras alike.'
-
-
-def _how_to_add(missing: list[str]) -> str:
+def _advice(spare: list[str], missing: list[str]) -> str:
+    if spare:
+        pairs = ", ".join(f"{robot}: {policy}" for robot, policy in zip([*spare, *["<camera>"] * len(missing)], missing, strict=False))
+        return f'Say which is which with --camera_map="{{{pairs}}}", or name the cameras in --robot.cameras alike.'
     cameras = ", ".join(f"{name}: {{type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}" for name in missing)
     return f'Add to --robot.cameras="{{{cameras}}}", each with its own index; `lerobot-find-cameras opencv` lists what is plugged in.'
 
@@ -93,32 +83,28 @@ def joints_of_parts(widths: Mapping[str, int], joint_names: tuple[str, ...], wha
     return {part: [named[part]] if part in named else [next(rest) for _ in range(width)] for part, width in widths.items()}
 
 
-class History(Generic[T]):
-    """Remembers values by time and finds those that a policy's offsets ask for. Time is in any unit. One thread may add while another looks."""
+class _History:
+    """Observations by time, of which a policy's offsets ask for some. The loop's thread adds, the inference's looks."""
 
-    def __init__(self, offsets: Sequence[float], tolerance: float) -> None:
-        """offsets: 0 and before it, ascending. tolerance: by how much a value may be later than an offset says, and still be taken for it."""
-        self._offsets, self._tolerance = tuple(offsets), tolerance
-        self._lock, self._kept = threading.Lock(), deque[tuple[float, T]]()
+    def __init__(self, offsets_s: Sequence[float], tolerance_s: float) -> None:
+        """offsets_s: 0 and before it, ascending. tolerance_s: by how much one may be later than an offset says, and still be taken for it."""
+        self._offsets_s, self._tolerance_s = offsets_s, tolerance_s
+        self._lock, self._kept = threading.Lock(), deque[Observation]()
 
-    @property
-    def size(self) -> int:
-        return len(self._offsets)
-
-    def add(self, time: float, value: T) -> None:
-        """Times ascend; a value for a time that is already there replaces it. What no offset can reach any more is forgotten."""
+    def add(self, observation: Observation) -> None:
         with self._lock:
-            while self._kept and self._kept[-1][0] >= time:
+            while self._kept and self._kept[-1].time_s >= observation.time_s:
                 self._kept.pop()
-            self._kept.append((time, value))
-            while len(self._kept) > 1 and self._kept[1][0] <= time + self._offsets[0]:
+            self._kept.append(observation)
+            while len(self._kept) > 1 and self._kept[1].time_s <= observation.time_s + self._offsets_s[0]:
                 self._kept.popleft()
 
-    def at(self, time: float) -> list[T]:
-        """One value for each offset: the latest not after `time` + offset, or the first one. Raises IndexError for an empty history."""
+    def before(self, now: Observation) -> list[Observation]:
+        """One for each offset but 0: the latest that is old enough, or the first one; `now` itself where nothing was added."""
         with self._lock:
-            kept = list(self._kept)
-        return [next((value for when, value in reversed(kept) if when <= time + offset + self._tolerance), kept[0][1]) for offset in self._offsets]
+            kept = list(self._kept) or [now]
+        latest_s = [now.time_s + offset_s + self._tolerance_s for offset_s in self._offsets_s[:-1]]
+        return [next((seen for seen in reversed(kept) if seen.time_s <= late_s), kept[0]) for late_s in latest_s]
 
     def clear(self) -> None:
         with self._lock:
@@ -139,7 +125,7 @@ class RobotBinding:
     ) -> None:
         """`camera_map` is complete (`resolve_camera_map`). Widths by part name. fps: control rate, for a policy that reads earlier observations too,
         which `remember` then has to be given. Raises PreflightError when parts and joints do not fit."""
-        self._histories: dict[str, History[Observation]] = {}
+        self._histories: dict[str, _History] = {}
         for modality in ("video", "state"):
             offsets = list(modality_config[modality].delta_indices)
             if offsets == [0]:
@@ -147,11 +133,10 @@ class RobotBinding:
             if fps is None:
                 raise PreflightError(f"the policy reads {modality} at the steps {offsets}, and how long a step is was not given (fps).")
             # half a step: a camera's frame is the tick's that it is nearest to
-            self._histories[modality] = History([offset / fps for offset in offsets], 0.5 / fps)
-        state_parts = [without_prefix(key) for key in modality_config["state"].modality_keys]
-        action_parts = [without_prefix(key) for key in modality_config["action"].modality_keys]
-        self._state = joints_of_parts({part: state_widths[part] for part in state_parts}, joint_names, "state")
-        self._action = joints_of_parts({part: action_widths[part] for part in action_parts}, joint_names, "action")
+            self._histories[modality] = _History([offset / fps for offset in offsets], 0.5 / fps)
+        parts = {what: [key.split(".", 1)[1] for key in modality_config[what].modality_keys] for what in ("state", "action")}
+        self._state = joints_of_parts({part: state_widths[part] for part in parts["state"]}, joint_names, "state")
+        self._action = joints_of_parts({part: action_widths[part] for part in parts["action"]}, joint_names, "action")
         self._language_key = modality_config["language"].modality_keys[0]
         self._cameras = dict(camera_map)
         self._joint_count = len(joint_names)
@@ -159,7 +144,7 @@ class RobotBinding:
     def remember(self, observation: Observation) -> None:
         """Every tick's, as it comes: what a policy that reads earlier observations will be shown. Costs nothing for others."""
         for history in self._histories.values():
-            history.add(observation.time_s, observation)
+            history.add(observation)
 
     def reset(self) -> None:
         """An episode begins: what was seen before it is forgotten."""
@@ -188,14 +173,8 @@ class RobotBinding:
 
     def _seen(self, modality: str, observation: Observation) -> list[Observation]:
         """Oldest first; the last is the observation itself."""
-        if modality not in self._histories:
-            return [observation]
-        history = self._histories[modality]
-        try:
-            earlier = history.at(observation.time_s)[:-1]
-        except IndexError:  # nothing was remembered
-            earlier = [observation] * (history.size - 1)
-        return [*earlier, observation]
+        history = self._histories.get(modality)
+        return [*(history.before(observation) if history else ()), observation]
 
     def action_targets(self, actions: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return float32 (H, J) in robot joint order. Raises UnsafeActionError when a part is missing or has a wrong shape."""

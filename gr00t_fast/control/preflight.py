@@ -6,7 +6,7 @@ range, another calibration. What contradicts itself is refused; what is only unu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -85,7 +85,7 @@ class Preflight:
             joints = zip(self._robot.joint_names, self._training_range(), self._robot.joint_limits, observation.joints, strict=True)
             self._judge([finding for joint in joints for finding in self._joint_findings(*joint)])
 
-    def _judge(self, found: Iterable[Finding]) -> None:
+    def _judge(self, found: list[Finding]) -> None:
         of: dict[str, list[str]] = {kind: [text for each, text in found if each == kind] for kind in ("impossible", "problem", "warning", "note")}
         refused = [*of["impossible"], *of["problem"]] if self._strict or of["impossible"] else []
         if refused:
