@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from waiting import PATIENCE_S, is_there, until
+from waiting import PATIENCE_S, children, is_there, until
 
 from gr00t_fast.cli import export, replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
@@ -136,6 +136,9 @@ def two_episodes(whole: Path, tmp_path: Path) -> Path:
 
 
 def test_a_data_set_that_exists_is_kept_or_continued(two_episodes: Path) -> None:
+    for taken in (two_episodes / "meta" / "info.json", two_episodes / "data"):  # a file, other files
+        with pytest.raises(ConfigError, match="--record"):
+            recorder_in(taken, [], append=True)
     with pytest.raises(ConfigError, match="--record_append"):
         recorder_in(two_episodes, [])
     with pytest.raises(ConfigError, match="frames a second"):
@@ -205,17 +208,6 @@ def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monk
     assert any(recorder.failure in line for line in said)
     until(lambda: not is_running(process))
     assert len(read_back(two_episodes)) == 11
-
-
-@pytest.mark.parametrize("what", ["a file", "other files"])
-def test_a_place_that_is_taken_is_refused(tmp_path: Path, what: str) -> None:
-    out = tmp_path / "data"
-    if what == "a file":
-        out.touch()
-    else:
-        (out / "mine").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="--record"):
-        recorder_in(out, [], append=True)
 
 
 def test_names_of_data_sets_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,27 +327,23 @@ def _foreground() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def children(process: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux to find the processes of a run")
 def test_the_whole_circle(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mujoco")
     out = tmp_path / "recorded"
     person = Person(run_command("--timeout=20", "--episodes=5", "--reset_time_s=0.2", f"--record={out}"))
-    person.wait_for("Loop 3:")
-    person.press(b"s")
-    person.press(b"\x1b[C")  # ends the first episode
-    person.wait_for("episode 0 recorded")
-    person.wait_for("Episode 2 of 5")
-    person.wait_for("Loop 5:")
-    person.press(b"\x1b[D")  # not this one
-    person.wait_for("is played again")
-    person.wait_for("Loop 7:")
-    person.press(b"\x1b[C")
-    person.wait_for("episode 1 recorded")
-    person.wait_for("Loop 9:")
+    for heard, keys in (
+        ("Loop 3:", b"s\x1b[C"),  # solved; the right arrow ends the episode
+        ("episode 0 recorded", b""),
+        ("Episode 2 of 5", b""),
+        ("Loop 5:", b"\x1b[D"),  # not this one
+        ("is played again", b""),
+        ("Loop 7:", b"\x1b[C"),
+        ("episode 1 recorded", b""),
+        ("Loop 9:", b""),
+    ):
+        person.wait_for(heard)
+        person.press(keys)
     person.kill()
     assert entries(out)[0]["success"] is True
     assert info(out)["total_episodes"] == 2

@@ -22,3 +22,8 @@ def until(done: Callable[[], object], what: str = "it") -> None:
 def is_there(below: Path, pattern: str) -> bool:
     """Whether a file of this name is anywhere below a directory. Unlike rglob it bears directories that another process deletes meanwhile."""
     return any(fnmatch.fnmatch(name, pattern) for _, _, names in os.walk(below) for name in names)
+
+
+def children(process: int) -> list[int]:
+    """Numbers of the processes that a process has started. Linux alone."""
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
