@@ -210,6 +210,13 @@ def test_a_writing_process_that_hangs_is_told_and_ended(two_episodes: Path, monk
     assert len(read_back(two_episodes)) == 11
 
 
+def test_a_run_that_is_refused_waits_for_no_writer(tmp_path: Path) -> None:
+    said: list[str] = []
+    with recorder_in(tmp_path / "data", said) as recorder:
+        process = recorder.process
+    assert (said, recorder.failure, is_running(process)) == ([], None, False)
+
+
 def test_names_of_data_sets_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_LEROBOT_HOME", "/cache")

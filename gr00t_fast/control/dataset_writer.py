@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,6 @@ _ENCODER_PATIENCE_S = 5.0
 # priority above the control loop.
 _CODEC = "h264"
 SUCCESS = "next.success"
-
-
-@dataclass(frozen=True)
-class Header:
-    """What all episodes of a recording have in common. cameras: name -> shape of its pictures. facts: JSON-ready, for meta/rollouts.json."""
-
-    fps: int
-    joints: tuple[str, ...]
-    cameras: Mapping[str, tuple[int, ...]]
-    joint_unit: str
-    robot_type: str
-    modality: Mapping[str, Any] | None
-    facts: Mapping[str, Any]
 
 
 def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]], success: bool = False) -> dict[str, Any]:
@@ -75,6 +61,7 @@ class DatasetWriter:
         self._beside = out.with_name(f".{out.name}.recording-{os.getpid()}")
         self._root = self._beside / out.name
         self._dataset: Any = None  # of the episode, while there is one
+        self._ended: dict[str, Any] = {}
         self._cache = tempfile.TemporaryDirectory(prefix="gr00t_fast-")
         os.environ["HF_DATASETS_CACHE"] = self._cache.name  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
@@ -86,19 +73,30 @@ class DatasetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if kind is None and self._dataset is not None:
+            if kind is None:
                 self.save(self._ended)
         finally:
             self.discard()
             self._cache.cleanup()
 
-    def open(self, header: Header) -> None:
-        self._header, self._columns = header, features(header.joints, header.cameras, success=True)
+    def open(
+        self,
+        fps: int,
+        joints: tuple[str, ...],
+        cameras: Mapping[str, tuple[int, ...]],
+        joint_unit: str,
+        robot_type: str,
+        modality: Mapping[str, Any] | None,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """What all episodes have in common. cameras: name -> shape of its pictures. facts: JSON-ready, for meta/rollouts.json."""
+        self._columns = features(joints, cameras, success=True)
+        self._fps, self._robot_type, self._joint_unit, self._modality, self._facts = fps, robot_type, joint_unit, modality, facts
 
     def begin(self, task: str) -> None:
         self.discard()
         self._task, self._rows, self._last = task, 0, dict[str, np.ndarray]()
-        self._ended: dict[str, Any] = {"success": None, "ended_by": "the program was killed"}
+        self._ended = {"success": None, "ended_by": "the program was killed"}
         self._beside.mkdir(parents=True)
         if _is_dataset(self._out):
             known = _read_map(self._out, "meta/info.json")["features"]
@@ -109,9 +107,8 @@ class DatasetWriter:
 
     def _create(self) -> Any:
         """An empty LeRobotDataset beside."""
-        create, header = self._lerobot.LeRobotDataset.create, self._header
-        repo_id = f"local/{self._out.name}"
-        return create(repo_id, header.fps, dict(self._columns), root=self._root, robot_type=header.robot_type, **_encoding(create))
+        create, repo_id = self._lerobot.LeRobotDataset.create, f"local/{self._out.name}"
+        return create(repo_id, self._fps, dict(self._columns), root=self._root, robot_type=self._robot_type, **_encoding(create))
 
     def _continue(self) -> Any:
         """A LeRobotDataset beside that numbers on from the one in `out`. Of that only the facts and the last episode's entry are read."""
@@ -159,6 +156,8 @@ class DatasetWriter:
         self._ended = outcome
 
     def save(self, outcome: dict[str, Any]) -> None:
+        if self._dataset is None:
+            return
         if self._rows == 1:  # lerobot makes no statistics of it, and cannot read a data set that begins so
             self._tell("short")
         elif self._rows:
@@ -191,13 +190,13 @@ class DatasetWriter:
                 raise RuntimeError(f"{file.name} has {found} pictures of {self._rows}: the video encoder could not keep up")
 
     def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
-        header, file, modality = self._header, self._root / ROLLOUTS, self._root / MODALITY
+        file, modality = self._root / ROLLOUTS, self._root / MODALITY
         told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
-        entry = {"episode": number, "frames": self._rows, "task": self._task, **outcome, **header.facts}
+        entry = {"episode": number, "frames": self._rows, "task": self._task, **outcome, **self._facts}
         told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
-        file.write_text(json.dumps({**told, "joint_unit": header.joint_unit}, indent=1) + "\n")
-        if header.modality and not modality.is_file():
-            modality.write_text(json.dumps(header.modality, indent=2) + "\n")
+        file.write_text(json.dumps({**told, "joint_unit": self._joint_unit}, indent=1) + "\n")
+        if self._modality and not modality.is_file():
+            modality.write_text(json.dumps(self._modality, indent=2) + "\n")
 
     def _move(self) -> None:
         """The whole episode into the data set."""

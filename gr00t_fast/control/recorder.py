@@ -16,7 +16,7 @@ import numpy as np
 
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control.binding import joints_of_parts
-from gr00t_fast.control.dataset_writer import SUCCESS, DatasetWriter, Header, check_whole, features, tidy_up
+from gr00t_fast.control.dataset_writer import SUCCESS, DatasetWriter, check_whole, features, tidy_up
 from gr00t_fast.control.sink import Sink
 from gr00t_fast.control.views import check_writable
 from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
@@ -79,7 +79,7 @@ class DatasetRecorder:
         self.episodes: list[int] = []  # numbers of those saved
         self._sink = Sink(DatasetWriter, self.out, on_answer=self._take)
         self._sizes: dict[str, tuple[int, ...]] = {}
-        self._state = "idle"  # idle, recording, ended
+        self._recording = False
         self._lost_before = 0  # ticks, in the episodes before the present one
         self._ticks_s: list[float] = []  # when the episode's first and latest tick were seen
 
@@ -161,7 +161,7 @@ class DatasetRecorder:
         self._sizes = sizes
         self._sink.slots = round(QUEUE_S * self._fps)
         self._sink.prepare(observation)
-        self._sink.call("open", Header(int(self._fps), self._joints, sizes, joint_unit, robot_type, modality, dict(facts)))
+        self._sink.call("open", int(self._fps), self._joints, sizes, joint_unit, robot_type, modality, dict(facts))
         self._check_alive(self._sink.wait(_START_S))
 
     # Episodes
@@ -179,18 +179,18 @@ class DatasetRecorder:
         """An episode of the instruction `task` begins."""
         if self.failure is None:
             self._sink.call("begin", task)
-            self._state, self._lost_before, self._ticks_s = "recording", self.lost_ticks, []
+            self._recording, self._lost_before, self._ticks_s = True, self.lost_ticks, []
 
     def add(self, observation: Observation, commanded: np.ndarray) -> None:
         """A tick: what was seen, and what was sent (J,) then. Ticks for which there is no room are left out and counted."""
-        if self._state != "recording" or self.failure is not None:
+        if not self._recording or self.failure is not None:
             return
         for name, size in self._sizes.items():
             frame = observation.frames.get(name)
             if frame is None or frame.shape != size:
-                got = "nothing" if frame is None else f"{frame.shape[1]}x{frame.shape[0]}"
-                self.save(success=None, ended_by=f"camera '{name}' delivers {got}")
-                self._fail(f"camera '{name}' delivers {got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
+                got = f"camera '{name}' delivers {'nothing' if frame is None else f'{frame.shape[1]}x{frame.shape[0]}'}"
+                self.save(success=None, ended_by=got)
+                self._fail(f"{got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
                 return
         self._ticks_s = [*self._ticks_s[:1], observation.time_s]
         self._sink.put(observation, commanded)
@@ -198,21 +198,18 @@ class DatasetRecorder:
 
     def end(self, **outcome: Any) -> None:
         """The episode's last tick has been. `outcome`: JSON-ready facts, `success` (True, False or None) among them."""
-        if self._state == "recording":
-            self._sink.call("end", self._with_figures(outcome))
-            self._state = "ended"
+        self._recording = False
+        self._sink.call("end", self._with_figures(outcome))
 
     def save(self, **outcome: Any) -> None:
-        """The ended episode is to be part of the data set, with this outcome."""
-        if self._state != "idle":
-            self._state = "idle"
-            self._sink.call("save", self._with_figures(outcome))
+        """The ended episode, if there is one that is not decided, is to be part of the data set, with this outcome."""
+        self._recording = False
+        self._sink.call("save", self._with_figures(outcome))
 
     def discard(self) -> None:
         """The ended episode is to be forgotten."""
-        if self._state != "idle":
-            self._state = "idle"
-            self._sink.call("discard")
+        self._recording = False
+        self._sink.call("discard")
 
     def _with_figures(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
         lasted_s = self._ticks_s[-1] - self._ticks_s[0] if self._ticks_s else 0.0
@@ -225,15 +222,17 @@ class DatasetRecorder:
         """Waits until what was ended is saved, and says so. May be called again. `failure` says what went wrong."""
         if not self._sink.running:
             return
-        self.save(success=None, ended_by="error")
+        opened = bool(self._sizes)  # where nothing was recorded there is nothing to wait for
         try:
-            if not self._sink.wait(_TELL_AFTER_S):
-                self._echo("saving the last episode ...")
-            while self.busy:
-                time.sleep(0.02)
+            if opened:
+                self.save(success=None, ended_by="error")
+                if not self._sink.wait(_TELL_AFTER_S):
+                    self._echo("saving the last episode ...")
+                while self.busy:
+                    time.sleep(0.02)
         finally:
-            self._sink.close(_END_S if self._sizes else 0.0)  # where nothing was recorded there is nothing to wait for
-        if self._sizes:
+            self._sink.close(_END_S if opened else 0.0)
+        if opened:
             self._echo(f"{len(self.episodes)} episode(s) recorded into {self.out}")
 
     @property
