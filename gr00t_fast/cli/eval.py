@@ -32,7 +32,6 @@ from gr00t_fast.console import Progress
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
 from gr00t_fast.errors import CheckpointError, ConfigError
-from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.inputs.dataset import LeRobotFrames
 from gr00t_fast.measurement import percentiles, provenance
 
@@ -447,10 +446,12 @@ def run(config: EvalConfig) -> int:
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """The recording is looked at before weights are read. Raises Gr00tFastError."""
-    from gr00t_fast.checkpoint import read_policy_metadata
+    from gr00t_fast.checkpoint import open_checkpoint
 
-    metadata = read_policy_metadata(config.model_path, config.embodiment_tag, config.data_config, config.revision, config.letterbox)
-    frames = LeRobotFrames(config.dataset, load_data_config(config.data_config), metadata, config.camera_map)
+    checkpoint = open_checkpoint(config.model_path, with_weights=False, revision=config.revision, letterbox=config.letterbox)
+    embodiment = checkpoint.embodiment(config.embodiment_tag, config.data_config)
+    metadata = embodiment.metadata
+    frames = LeRobotFrames(config.dataset, embodiment.data_config, metadata, config.camera_map)
     recorded = read_recorded(frames, metadata)
     episodes = chosen(recorded, config.episodes)
     texts = [config.lang_instruction] if config.lang_instruction is not None else _instructions(frames, episodes)

@@ -236,7 +236,7 @@ def _interpolated(image: np.ndarray, size: Size, mode: str) -> np.ndarray:
     """With antialias, in torch's arithmetic on bytes, which torchvision uses where the processor has AVX2."""
     if image.shape[:2] == tuple(size):
         return image
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    x = torch.from_numpy(np.require(image, requirements=("C", "W"))).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return F.interpolate(x, size=size, mode=mode, align_corners=False, antialias=True)[0].permute(1, 2, 0).contiguous().numpy()  # (h, w, 3)
 
 
