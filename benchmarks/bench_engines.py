@@ -32,7 +32,8 @@ from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, observations
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.quantized import InputScale
-from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.errors import ConfigError
+from gr00t_fast.flags import help_text, parse_flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00t
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         options, _ = parse_flags(BenchEnginesConfig, words)
-    except UsageError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return finish("bench_engines", options, run, as_table)

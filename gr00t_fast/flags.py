@@ -7,7 +7,7 @@
         out: Path  # directory to make; a field without a default is required
         rounds: int = 100  # timed calls of each engine
 
-    config, notes = parse_flags(BenchConfig, argv)      # raises UsageError: one line that names flag, value and remedy; exit code 2
+    config, notes = parse_flags(BenchConfig, argv)      # ConfigError: one line that names flag, value and remedy
     print(help_text(BenchConfig, "usage: ..."))         # every flag with its values, default and the comment behind its field
 
 One dialect: `--name=value`, `--name value`, bare `--switch` and `--no-switch`, dashes and underscores alike. Lists are `--name A B`, `--name=A,B` or
@@ -77,10 +77,6 @@ _FLAGS_OF_OTHERS = {name: remedy for remedy, names in _IN_PLACE_OF_OTHERS.items(
 _WORDS_OF_OTHERS = {"so100": "so100_follower", "so101": "so101_follower"}
 
 
-class UsageError(ConfigError):
-    """A command line or configuration file that cannot be understood, found before anything was done."""
-
-
 class Flags:
     """Base of configurations. GROUP: heading in --help of the fields that the class declares. COMMON: names that --help shows, the rest under
     --help-all; empty: all."""
@@ -142,7 +138,7 @@ class Flag:
 
 
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
-    """Return the checked configuration and notes for the user. Raises UsageError with one line that names flag, value and remedy.
+    """Return the checked configuration and notes for the user. Raises ConfigError with one line that names flag, value and remedy.
 
     file_of: the configuration class of another program, whose --config_path files are read too: what both have counts, but for what that program
     leaves, and `not_from_file`. A file with a setting that only the other program has is of that one.
@@ -156,19 +152,14 @@ def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None
     settings = {**from_file, **given}
     notes = _settle_types(settings, given, table)
     missing: dict[str, str] = {}
-    try:
-        config = _build(config_class, settings, table, missing)
-        if isinstance(config, Flags):
-            missing |= dict(config.missing())
-        if missing:
-            raise UsageError(" ".join(f"--{name} is missing: {what.rstrip('.')}." for name, what in missing.items()))
-        if isinstance(config, Flags):
-            config.check()
-            notes += config.notes()
-    except UsageError:
-        raise
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
+    config = _build(config_class, settings, table, missing)
+    if isinstance(config, Flags):
+        missing |= dict(config.missing())
+    if missing:
+        raise ConfigError(" ".join(f"--{name} is missing: {what.rstrip('.')}." for name, what in missing.items()))
+    if isinstance(config, Flags):
+        config.check()
+        notes += config.notes()
     return config, notes
 
 
@@ -342,17 +333,17 @@ def _read_command_line(argv: Sequence[str], table: Mapping[str, Flag], more: str
         word = words.pop(0)
         if not word.startswith("--"):
             meant = f" Did you mean --model_path={word}?" if "model_path" in table and Path(word).exists() else ""
-            raise UsageError(f"unexpected argument '{word}': flags begin with '--'; a value with spaces needs quotes.{meant}")
+            raise ConfigError(f"unexpected argument '{word}': flags begin with '--'; a value with spaces needs quotes.{meant}")
         written, equals, value = word[2:].partition("=")
         flag, negated = _flag_of(written, table, more)
         if negated and equals:
-            raise UsageError(f"--{written} takes no value.")
+            raise ConfigError(f"--{written} takes no value.")
         if flag.kind == "list":
             texts = [value] if equals else []
             while words and not words[0].startswith("--"):
                 texts.append(words.pop(0))
             if not texts:
-                raise UsageError(f"--{flag.name} needs values: --{flag.name}=A,B.")
+                raise ConfigError(f"--{flag.name} needs values: --{flag.name}=A,B.")
             given.setdefault(flag.name, []).extend(each for text in texts for each in _value(f"--{flag.name}", flag, text))
         elif negated:
             given[flag.name] = False
@@ -369,8 +360,8 @@ def _flag_of(written: str, table: Mapping[str, Flag], more: str) -> tuple[Flag, 
     if name.startswith("no_") and (positive := table.get(name[3:])) and positive.kind == "bool":
         return positive, True
     if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
-        raise UsageError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
-    raise UsageError(f"unknown flag '--{written}'.{closest(name, [*table, 'help'], '--')} {more}")
+        raise ConfigError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
+    raise ConfigError(f"unknown flag '--{written}'.{closest(name, [*table, 'help'], '--')} {more}")
 
 
 def _following_value(flag: Flag, words: list[str]) -> Any:
@@ -379,22 +370,19 @@ def _following_value(flag: Flag, words: list[str]) -> Any:
     if words and not words[0].startswith("--"):
         return _from_text(flag, words.pop(0))
     if flag.extra.get("bare") is None:
-        raise UsageError(f"--{flag.name} needs a value: --{flag.name}=VALUE.")
+        raise ConfigError(f"--{flag.name} needs a value: --{flag.name}=VALUE.")
     return flag.extra["bare"]
 
 
 def _from_text(flag: Flag, text: str) -> Any:
     """The value that is written on the command line; not of a list."""
-    if flag.kind != "yaml":
-        return _value(f"--{flag.name}", flag, text)
-    if not text.strip():
-        raise UsageError(f"--{flag.name} is empty; it needs a value.")
+    if flag.kind == "yaml" and not text.strip():
+        raise ConfigError(f"--{flag.name} is empty; it needs a value.")
     try:
-        return _value(f"--{flag.name}", flag, _read_yaml(text))
+        raw = _read_yaml(text) if flag.kind == "yaml" else text
     except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"--{flag.name}: cannot read '{text}' as YAML ({error}). Check the braces.") from error
+        raise ConfigError(f"--{flag.name}: cannot read '{text}' as YAML ({error}). Check the braces.") from error
+    return _value(f"--{flag.name}", flag, raw)
 
 
 def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], not_from_file: Collection[str], more: str) -> dict[str, Any]:
@@ -404,15 +392,15 @@ def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], 
         content = parse_json(text) if path.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError) as error:
         remedy = "Expected a YAML file of settings, or a run's report."
-        raise UsageError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(error)}. {remedy}") from error
+        raise ConfigError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(error)}. {remedy}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
+        raise ConfigError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
     if "schema" in content and isinstance(content.get("settings"), dict):
         content = content["settings"]  # of a run's report
     known = {name: flag for name, flag in {**also, **table}.items() if name != CONFIG_FLAG}  # one file does not read another
     written = dict(_flatten(path, content, known))
     for unknown in written.keys() - known.keys():
-        raise UsageError(f"unknown setting '{unknown}' in {path}.{closest(unknown, known)} {more}")
+        raise ConfigError(f"unknown setting '{unknown}' in {path}.{closest(unknown, known)} {more}")
     if not written.keys() <= table.keys():  # it is the other program's
         written = {name: value for name, value in written.items() if name not in not_from_file and not (name in also and also[name].group == OUTPUTS)}
     used = {name: (table[name], value) for name, value in written.items() if name in table}
@@ -429,7 +417,7 @@ def _flatten(path: Path, content: Mapping[str, Any], table: Mapping[str, Flag], 
             yield from _flatten(path, value, table, f"{name}.")
         else:
             example = f"`{key}: {{{below[0].removeprefix(f'{name}.')}: {value or '...'}}}`"
-            raise UsageError(f"{path}: {name} is a group of settings, got {value!r}. Write them in braces, such as {example}, or indented below it.")
+            raise ConfigError(f"{path}: {name} is a group of settings, got {value!r}. Write them in braces, such as {example}, or indented below it.")
 
 
 def _read_yaml(text: str) -> Any:
@@ -475,7 +463,7 @@ def _one_line(error: object) -> str:
 
 
 def _value(where: str, flag: Flag, raw: Any) -> Any:
-    """`raw`, a text of the command line or what YAML holds, as a value of the flag's type. Raises UsageError that begins with `where`."""
+    """`raw`, a text of the command line or what YAML holds, as a value of the flag's type. Raises ConfigError that begins with `where`."""
     if flag.kind == "list" and isinstance(raw, str):
         inner = raw[1:-1] if raw.startswith("[") and raw.endswith("]") else raw
         raw = [raw] if flag.extra.get("whole_words") else [each.strip() for each in inner.split(",") if each.strip()]
@@ -487,7 +475,7 @@ def _typed(where: str, hint: Any, raw: Any) -> Any:
     if raw is None or (kind in ("whole", "number") and str(raw).lower() in _NULL):
         if hint is Any or type(None) in typing.get_args(hint):
             return None
-        raise UsageError(f"{where} needs a value.")
+        raise ConfigError(f"{where} needs a value.")
     if kind == "choice":
         return _chosen_word(where, words, raw)
     if kind in ("whole", "number"):
@@ -496,13 +484,13 @@ def _typed(where: str, hint: Any, raw: Any) -> Any:
         return [_typed(where, _item_of(inner), each) for each in (raw if isinstance(raw, list | tuple) else [raw])]
     if kind == "bool":
         if str(raw).lower() not in (*_TRUE, *_FALSE):
-            raise UsageError(f"{where}={raw} is neither true nor false.")
+            raise ConfigError(f"{where}={raw} is neither true nor false.")
         return str(raw).lower() in _TRUE
     if kind in ("text", "path"):
         if not isinstance(raw, str):
-            raise UsageError(f"{where}: YAML reads it as {raw!r} ({type(raw).__name__}); put the text in quotes.")
+            raise ConfigError(f"{where}: YAML reads it as {raw!r} ({type(raw).__name__}); put the text in quotes.")
         if kind == "path" and not raw.strip():
-            raise UsageError(f"{where} is empty; it needs a path.")
+            raise ConfigError(f"{where} is empty; it needs a path.")
         return Path(raw) if kind == "path" else raw
     return _mapping(where, inner, raw) if typing.get_origin(inner) is dict else _one_of(where, inner, raw)
 
@@ -514,7 +502,7 @@ def _mapping(where: str, hint: Any, raw: Any) -> dict[str, Any]:
     if glued or not isinstance(raw, dict) or not all(isinstance(name, str | int) for name in raw):
         colon = " YAML wants a space after the colon." if glued else ""
         what = "settings" if of_choice else "values"
-        raise UsageError(f'{where}: expected names with {what} in braces, e.g. "{example}", got {raw!r}.{colon}')
+        raise ConfigError(f'{where}: expected names with {what} in braces, e.g. "{example}", got {raw!r}.{colon}')
     if of_choice:
         return {str(name): _chosen(f"{where}.{name}", item, value) for name, value in raw.items()}
     return {str(name): _typed(f"{where}.{name}", item, str(value) if item is str else value) for name, value in raw.items()}
@@ -528,34 +516,34 @@ def _one_of(where: str, hint: Any, raw: Any) -> Any:
         try:
             if fits and each is not type(None):
                 return _typed(where, each, raw)
-        except UsageError as error:
+        except ConfigError as error:
             failures.append(error)
-    raise failures[0] if failures else UsageError(f"{where}: {raw!r} cannot be used.")
+    raise failures[0] if failures else ConfigError(f"{where}: {raw!r} cannot be used.")
 
 
 def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
     """One of a Choice's classes from a mapping with `type`."""
     classes = base.types
     if not isinstance(raw, dict) or "type" not in raw:
-        raise UsageError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
+        raise ConfigError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
     chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"])]
     known = {flag.name: flag for flag in _fields(chosen)}
     if unknown := [str(key) for key in raw if key != "type" and key not in known]:
-        raise UsageError(f"{where} has the unknown setting '{unknown[0]}'.{closest(unknown[0], known)} Known: {', '.join(known)}.")
+        raise ConfigError(f"{where} has the unknown setting '{unknown[0]}'.{closest(unknown[0], known)} Known: {', '.join(known)}.")
     return chosen(**{key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"})
 
 
 def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:
     what = "whole number such as 8" if kind == "whole" else "number such as 30"
     if isinstance(raw, bool):
-        raise UsageError(f"{where}: expected a {what}, and YAML reads this as {str(raw).lower()}, as it does yes, no, on and off.")
+        raise ConfigError(f"{where}: expected a {what}, and YAML reads this as {str(raw).lower()}, as it does yes, no, on and off.")
     try:
         if kind == "whole" and isinstance(raw, float):
             raise ValueError
         return int(raw) if kind == "whole" else float(re.sub(r"^([+-]?)\.(inf|nan)$", r"\1\2", str(raw).lower()))
     except (ValueError, TypeError):
         or_word = f", or one of {', '.join(map(str, words))}" if words else ""
-        raise UsageError(f"{where}: '{raw}' is not a {what}{or_word}.") from None
+        raise ConfigError(f"{where}: '{raw}' is not a {what}{or_word}.") from None
 
 
 def _chosen_word(where: str, choices: Sequence[Any], raw: Any) -> Any:
@@ -565,7 +553,7 @@ def _chosen_word(where: str, choices: Sequence[Any], raw: Any) -> Any:
     words = [str(choice) for choice in choices]
     ours = _WORDS_OF_OTHERS.get(str(raw))
     meant = f" It is called {ours} now." if ours in words else closest(str(raw), words)
-    raise UsageError(f"{where}={raw} is not one of {', '.join(words)}.{meant}")
+    raise ConfigError(f"{where}={raw} is not one of {', '.join(words)}.{meant}")
 
 
 # --- from values to the dataclass ---------------------------------------------------------------------------------------------------------
@@ -580,7 +568,7 @@ def _settle_types(settings: dict[str, Any], given: Mapping[str, Any], table: Map
         if not owners or chosen is None or chosen in owners:
             continue
         if name in given or type_name not in given:
-            raise UsageError(f"--{name} does not apply to --{type_name}={chosen}, only to {', '.join(owners)}.")
+            raise ConfigError(f"--{name} does not apply to --{type_name}={chosen}, only to {', '.join(owners)}.")
         del settings[name]
         notes.append(f"{name} of the file does not apply to --{type_name}={chosen} and is ignored.")
     return notes

@@ -18,8 +18,8 @@ from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 from gr00t_fast.cli import run as cli
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.recorder import DatasetRecorder
-from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
-from gr00t_fast.flags import UsageError, flags_of
+from gr00t_fast.errors import CheckpointError, ConfigError, MissingExtraError, RobotError
+from gr00t_fast.flags import flags_of
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_bad_config_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_pipe_as_config_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(UsageError, match=r"config\.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         cli.parse([*SIM, f"--config_path={tmp_path / 'config.yaml'}"])
 
 

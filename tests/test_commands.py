@@ -16,7 +16,7 @@ import pytest
 from gr00t_fast.cli import export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
-from gr00t_fast.flags import UsageError
+from gr00t_fast.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -79,7 +79,7 @@ def test_exports_read_the_file_of_ones_runs_and_their_own(tmp_path: Path, name: 
         assert config.denoising_steps in (2, [2])
         assert getattr(config, "seed", 0) == 0
     file.write_text(json.dumps(both | {"otu": "typo"}))
-    with pytest.raises(UsageError, match="otu"):
+    with pytest.raises(ConfigError, match="otu"):
         command(name).parse([f"--config_path={file}", *flags])
 
 

@@ -58,7 +58,7 @@ def rows(simulation: Simulation, resolution: tuple[int, int], noise_deg: float, 
 def record(config: RecordConfig) -> int:
     """Returns how many episodes were written; those in which the expert fails are left out.
 
-    Raises UsageError for flags that make no sense, ConfigError when --out is there already, or when the expert failed in all layouts.
+    Raises ConfigError for flags that make no sense, ConfigError when --out is there already, or when the expert failed in all layouts.
     """
     check_counts(config, "episodes")
     check_counts(config, "seed", "noise_deg", "first_layout", least=0)

@@ -27,7 +27,7 @@ import numpy as np
 from gr00t_fast.cli.main import Command, guarded
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import ConfigError, MissingExtraError
-from gr00t_fast.flags import UsageError, help_text, parse_flags
+from gr00t_fast.flags import help_text, parse_flags
 from gr00t_fast.measurement import git_commit, machine, versions
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
@@ -82,7 +82,7 @@ def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str)
         raise SystemExit(0)
     try:
         config, notes = parse_flags(config_class, words)
-    except UsageError as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
     for note in notes:
@@ -91,10 +91,10 @@ def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str)
 
 
 def size_of(text: str, flag: str = "resolution", least: int = 32) -> Size:
-    """`640x480` -> (640, 480): width and height. Raises UsageError."""
+    """`640x480` -> (640, 480): width and height. Raises ConfigError."""
     found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
     if found is None or min(int(found[1]), int(found[2])) < least:
-        raise UsageError(f"--{flag}={text}: expected WIDTHxHEIGHT such as 640x480, each at least {least}.")
+        raise ConfigError(f"--{flag}={text}: expected WIDTHxHEIGHT such as 640x480, each at least {least}.")
     return int(found[1]), int(found[2])
 
 
@@ -104,12 +104,12 @@ def size_text(size: Sequence[int]) -> str:
 
 
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
-    """Raises UsageError for a count below `least`; None passes, and every value of a list is checked."""
+    """Raises ConfigError for a count below `least`; None passes, and every value of a list is checked."""
     for name in names:
         value = getattr(config, name)
         for each in value if isinstance(value, list) else [value]:
             if each is not None and not each >= least:
-                raise UsageError(f"--{name}={each}: must be at least {least}.")
+                raise ConfigError(f"--{name}={each}: must be at least {least}.")
 
 
 def execute(
@@ -121,7 +121,7 @@ def execute(
     interrupted: str,
 ) -> int:
     """For a program that writes no report: read the flags, work, and `tell` the result. Returns the exit code, 0 unless `tell` says otherwise; 2 for
-    a UsageError, 1 for any other expected error, 130 after Ctrl-C, with `interrupted` said."""
+    a ConfigError, 1 for any other expected error, 130 after Ctrl-C, with `interrupted` said."""
 
     def run(config: Config) -> int:
         return tell(config, work(config)) or 0

@@ -28,7 +28,6 @@ from benchmarks.lib.program import size_of
 from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS, NetworkName
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.flags import UsageError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
@@ -363,7 +362,7 @@ class RandomCheckpointConfig:
 
 def _write_as_asked(config: RandomCheckpointConfig) -> int:
     if config.data_config not in SO100_CONFIGS:
-        raise UsageError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
+        raise ConfigError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
     written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, network=config.network)

@@ -47,7 +47,6 @@ from gr00t_fast.errors import (
     closest,
     install_command,
 )
-from gr00t_fast.flags import UsageError
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
 
@@ -99,12 +98,12 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
     out: Path | None = None  # directory for bench.json and bench.md, which are replaced; default: outputs/bench, of tune outputs/tune
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         check_device(self.device)
         check_ranges(self, **dict.fromkeys(("frames", "rounds", "denoising_steps", "threads"), AT_LEAST_1), seed=AT_LEAST_0)
         if self.make and any("=" in word for word in self.engines):
-            raise UsageError("--engines=NAME=DIRECTORY is for files that are there, and --make makes them. Leave one out.")
+            raise ConfigError("--engines=NAME=DIRECTORY is for files that are there, and --make makes them. Leave one out.")
 
     def needs_observations(self) -> bool:
         """Files are made from them."""
@@ -399,7 +398,7 @@ def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[st
 def _named(word: str, names: Sequence[str]) -> tuple[str, tuple[str, Path | None]]:
     name, _, directory = word.partition("=")
     if name not in names:
-        raise UsageError(f"--engines={word}: unknown engine.{closest(name, names)} Expected some of {', '.join(names)}, as NAME or NAME=DIRECTORY.")
+        raise ConfigError(f"--engines={word}: unknown engine.{closest(name, names)} Expected some of {', '.join(names)}, as NAME or NAME=DIRECTORY.")
     return name, (name, Path(directory) if directory else None)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.flags import Flags, UsageError, setting
+from gr00t_fast.flags import Flags, setting
 from gr00t_fast.robots.virtual_bus import faults as fault_kinds
 from gr00t_fast.robots.virtual_bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.robots.virtual_bus.faults import Fault
@@ -43,12 +43,12 @@ class BusConfig(Flags):
     verbose: bool = False  # full tracebacks
 
     def check(self) -> None:
-        """Raises UsageError; fills in where the control socket is."""
+        """Raises ConfigError; fills in where the control socket is."""
         super().check()
         if self.link is None and (self.send is None or self.control is None):
-            raise UsageError("--link=PATH is missing (with --send: --link or --control of the running bus).")
+            raise ConfigError("--link=PATH is missing (with --send: --link or --control of the running bus).")
         if self.usb_latency_ms < 0:
-            raise UsageError(f"--usb_latency_ms={self.usb_latency_ms:g} must not be negative.")
+            raise ConfigError(f"--usb_latency_ms={self.usb_latency_ms:g} must not be negative.")
         if self.control is None and self.link is not None:
             self.control = self.link.with_name(self.link.name + ".ctl")
 

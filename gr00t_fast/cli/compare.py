@@ -22,7 +22,7 @@ from gr00t_fast.control.limits import GRIPPER
 from gr00t_fast.control.report import LIMITS, SCHEMA, SCHEMA_VERSION, Section, cell, flat, text_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import read_json
-from gr00t_fast.flags import UsageError, setting
+from gr00t_fast.flags import setting
 
 COMPARISON_SCHEMA, COMPARISON_VERSION = "gr00t_fast.run_comparison", 1
 _PLACES = ("out", "video", "overwrite", "display", "json", "quiet", "verbose")  # where a run goes to, not how it goes
@@ -65,10 +65,10 @@ class CompareConfig(OutputFlags):
     runs: list[Path] = setting(default_factory=list, whole_words=True)  # the two directories; they may also come first, without the flag
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if len(self.runs) != 2:
-            raise UsageError(f"expected two directories of runs, got {len(self.runs)}: gr00t-fast compare RUN RUN.")
+            raise ConfigError(f"expected two directories of runs, got {len(self.runs)}: gr00t-fast compare RUN RUN.")
 
 
 def work(config: CompareConfig) -> int:

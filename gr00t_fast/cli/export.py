@@ -30,7 +30,6 @@ from gr00t_fast.console import Progress
 from gr00t_fast.errors import AT_LEAST_1, ConfigError, check_ranges, require
 from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
-from gr00t_fast.flags import UsageError
 from gr00t_fast.inputs.dataset import MIN_FRAMES
 from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 
@@ -56,7 +55,7 @@ class ExportFlags(OutputFlags, CheckpointFlags):
     GROUP = "export"
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         check_device(getattr(self, "device", "auto"))
         counts = ("denoising_steps", "max_text_tokens", "frames")
@@ -161,10 +160,10 @@ class TensorRTConfig(CameraFlags, BuildOptions, ExportFlags):
     lang_instruction: str | None = None  # when exporting: an instruction of the usual length; others can be given later
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if self.onnx is not None and (given := [f"--{name}" for name in _EXPORTED if getattr(self, name) not in (None, [])]):
-            raise UsageError(f"{', '.join(given)} with --onnx: the graphs there have theirs. Leave it out, or leave out --onnx to export others.")
+            raise ConfigError(f"{', '.join(given)} with --onnx: the graphs there have theirs. Leave it out, or leave out --onnx to export others.")
 
 
 def make_tensorrt(config: TensorRTConfig) -> Made:
@@ -291,12 +290,12 @@ class QuantiseConfig(OutOptions, CalibrationFlags):
     format: Literal["int8", "fp8"] = "int8"  # of the numbers
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if self.format == FP8 and self.target != "tensorrt":
-            raise UsageError(f"--format=fp8 --target={self.target}: no CPU computes in FP8. Expected --format=int8, or --target=tensorrt.")
+            raise ConfigError(f"--format=fp8 --target={self.target}: no CPU computes in FP8. Expected --format=int8, or --target=tensorrt.")
         if self.observations is None and self.target != "onnxruntime":
-            raise UsageError(f"--target={self.target} needs --observations: {DATA_SETS}.")
+            raise ConfigError(f"--target={self.target} needs --observations: {DATA_SETS}.")
 
 
 def make_quantised(config: QuantiseConfig) -> Made:

@@ -79,7 +79,7 @@ class Command(Generic[C]):
         return _ending(lambda: guarded(program, self.interrupted, "--verbose" in words), Console() if self.drives_arm else None)
 
     def parse(self, argv: Sequence[str]) -> C:
-        """The checked configuration; notes go to stderr. Raises UsageError."""
+        """The checked configuration; notes go to stderr. Raises ConfigError."""
         config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

@@ -24,7 +24,7 @@ from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.limits import SPEEDS_DEG_S, Poses
 from gr00t_fast.control.recorder import dataset_directory
 from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
-from gr00t_fast.flags import Flags, UsageError
+from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.inputs.dataset import LeRobotFrames, read_map
 
@@ -58,10 +58,10 @@ class ReplayConfig(RunOutputFlags, SafetyFlags, EpisodeFlags, ArmFlags):
             yield "dataset", "the directory of a LeRobotDataset, e.g. one that `gr00t-fast run --record=DIR` wrote"
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if isinstance(self.rest, str) and self.rest != "start":
-            raise UsageError(f"--rest={self.rest}: give six joint values, start, or null.")
+            raise ConfigError(f"--rest={self.rest}: give six joint values, start, or null.")
         Poses(rest=self.rest)
         check_ranges(self, episode=AT_LEAST_0, approach_deg_s=SPEEDS_DEG_S)
 

@@ -38,9 +38,9 @@ from gr00t_fast.control.rerun_view import display_target, display_view
 from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle
 from gr00t_fast.control.trace import summary
 from gr00t_fast.control.views import View, video_view, window_view
-from gr00t_fast.errors import AT_LEAST_1, ServerUnreachableError, check_ranges
+from gr00t_fast.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept
-from gr00t_fast.flags import Flags, UsageError
+from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
 from gr00t_fast.robots.config import SO100FollowerConfig
@@ -117,13 +117,13 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
             yield "lang_instruction", 'say what to do, in the words of the training data, as in --lang_instruction="Pick up the cube"'
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         self._check_task()
         self._check_server()
         self._check_motion()
         if self.record and self.dry_run:
-            raise UsageError("--record and --dry_run exclude each other: a dry run sends nothing, so there is nothing to record.")
+            raise ConfigError("--record and --dry_run exclude each other: a dry run sends nothing, so there is nothing to record.")
 
     def notes(self) -> list[str]:
         moves = [f"--{name}" for name in ("home", "rest") if getattr(self.poses, name) != getattr(Poses, name)]
@@ -139,42 +139,42 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
             self.lang_instruction.encode()
         except UnicodeEncodeError:
             said = f"--lang_instruction={self.lang_instruction!a} holds bytes that are no UTF-8 text."
-            raise UsageError(f"{said} Type it in a UTF-8 terminal.") from None
+            raise ConfigError(f"{said} Type it in a UTF-8 terminal.") from None
         check_ranges(self, episodes=AT_LEAST_1, reset_time_s=(0.0, 3600.0), fps=FPS_RANGE)
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout >= 1 / (self.fps or FPS_RANGE[1])):
-            raise UsageError(f"--timeout={self.timeout:g} must be a number of seconds, at least one tick: the arm would not move.")
+            raise ConfigError(f"--timeout={self.timeout:g} must be a number of seconds, at least one tick: the arm would not move.")
         if self.episodes > 1 and self.timeout is None and (why := keys_obstacle()):
-            raise UsageError(f"--episodes={self.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
+            raise ConfigError(f"--episodes={self.episodes} needs --timeout=SECONDS, or the first episode would never end: there are no keys, {why}.")
 
     def _check_server(self) -> None:
         """Either a network in this process or a policy server."""
         if not self.server:
             if given := self.given("api_token", "server_timeout_s", "server_reconnect_s"):
-                raise UsageError(f"--{given[0]} needs --server=tcp://HOST:PORT: it is about a policy server.")
+                raise ConfigError(f"--{given[0]} needs --server=tcp://HOST:PORT: it is about a policy server.")
             return
         found = _SERVER.fullmatch(self.server)
         if found is None or (found["port"] and not 1 <= int(found["port"]) <= 65535):
             what = "is no address of a policy server. Expected tcp://HOST:PORT or ipc://PATH, e.g. tcp://127.0.0.1:5555."
-            raise UsageError(f"--server={self.server} {what}")
+            raise ConfigError(f"--server={self.server} {what}")
         if self.api_token == HIDDEN:
-            raise UsageError("--api_token was left out of the report that --config_path reads: give it again.")
+            raise ConfigError("--api_token was left out of the report that --config_path reads: give it again.")
         if self.api_token is not None and not self.api_token:
-            raise UsageError("--api_token is empty; leave the flag out for a server that asks for none.")
+            raise ConfigError("--api_token is empty; leave the flag out for a server that asks for none.")
         check_ranges(self, server_timeout_s=(0.05, 600.0), server_reconnect_s=(0.05, 3600.0))
         if self.given("max_hold_s"):
-            raise UsageError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
+            raise ConfigError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
         telling = ("embodiment_tag",) if self.data_config == DEFAULT_DATA_CONFIG else ("embodiment_tag", "data_config")
         of_the_server = ("denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox")
         if given := self.given(*of_the_server, *(() if self.model_path.strip() else telling)):
             only = " Here it only says how to read the metadata of --model_path, for a server that does not tell it." if given[0] in telling else ""
-            raise UsageError(f"--{given[0]} belongs on the command line of the policy server.{only}")
+            raise ConfigError(f"--{given[0]} belongs on the command line of the policy server.{only}")
 
     def _check_motion(self) -> None:
         controller_options(self)
         if self.recordings is None:
             self.poses.resolved(None)
         if self.poses.home_speed_deg_s != Poses.home_speed_deg_s and self.poses.home is None and self.poses.rest is None:
-            raise UsageError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
+            raise ConfigError("--home_speed_deg_s needs --home or --rest: it says how fast the arm moves there.")
 
 
 def settings_of(config: RunConfig) -> dict[str, object]:

@@ -13,8 +13,7 @@ from typing import Any
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
-from gr00t_fast.errors import require
-from gr00t_fast.flags import UsageError
+from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.serving.service import check_free
 from gr00t_fast.serving.wire import tcp_address
 
@@ -32,19 +31,19 @@ class ServeConfig(PolicyFlags):
     verbose: bool = False  # full tracebacks and debug messages
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if not 1 <= self.port <= 65535:
-            raise UsageError(f"--port={self.port} must be from 1 to 65535.")
+            raise ConfigError(f"--port={self.port} must be from 1 to 65535.")
         if self.api_token is not None and not self.api_token:
-            raise UsageError("--api_token is empty; leave the flag out to serve every client.")
+            raise ConfigError("--api_token is empty; leave the flag out to serve every client.")
         if self.http and self.address:
-            raise UsageError(f"--address={self.address} is for ZeroMQ; with --http use --host and --port.")
+            raise ConfigError(f"--address={self.address} is for ZeroMQ; with --http use --host and --port.")
         if self.host_names and not self.http:
-            raise UsageError(f"--host_names={self.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
+            raise ConfigError(f"--host_names={self.host_names} is for --http: ZeroMQ's clients do not say whom they call.")
         transport, _, place = self.address.partition("://")
         if self.address and (transport not in ("tcp", "ipc") or not place):
-            raise UsageError(f"--address={self.address}: expected ipc://PATH or tcp://HOST:PORT.")
+            raise ConfigError(f"--address={self.address}: expected ipc://PATH or tcp://HOST:PORT.")
 
 
 def serve(config: ServeConfig) -> int:

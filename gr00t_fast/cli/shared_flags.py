@@ -14,7 +14,7 @@ from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.rerun_view import WINDOW, display_target
 from gr00t_fast.errors import AT_LEAST_0, AT_LEAST_1, ConfigError, check_ranges, closest
-from gr00t_fast.flags import OUTPUTS, Flags, UsageError, setting
+from gr00t_fast.flags import OUTPUTS, Flags, setting
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_numbers
@@ -50,13 +50,13 @@ class CheckpointFlags(Flags):
         yield from super().missing()
 
     def check(self) -> None:
-        """Raises UsageError without importing torch."""
+        """Without importing torch."""
         super().check()
         if self.model_path.strip():
             try:
                 load_data_config(self.data_config)
             except ConfigError as error:
-                raise UsageError(f"--data_config={self.data_config}: {error}") from error
+                raise ConfigError(f"--data_config={self.data_config}: {error}") from error
 
     def needs_checkpoint(self) -> bool:
         """Whether there is nothing to do without one."""
@@ -83,7 +83,7 @@ class PolicyFlags(CheckpointFlags):
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
 
     def check(self) -> None:
-        """Raises UsageError without importing torch."""
+        """Without importing torch."""
         super().check()
         check_device(self.device)
         check_ranges(self, denoising_steps=AT_LEAST_1, action_horizon=AT_LEAST_1, seed=AT_LEAST_0)
@@ -102,17 +102,17 @@ class CameraFlags(Flags):
     camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         self.camera_px()
 
     def camera_px(self) -> tuple[int, int] | None:
-        """Width and height. Raises UsageError."""
+        """Width and height. Raises ConfigError."""
         if self.camera_size is None:
             return None
         found = _SIZE.fullmatch(self.camera_size)
         if found is None or not all(MIN_FRAME_PX <= int(side) <= MAX_FRAME_PX for side in found.groups()):
-            raise UsageError(f"--camera_size={self.camera_size}: expected WIDTHxHEIGHT in pixels, such as 640x480.")
+            raise ConfigError(f"--camera_size={self.camera_size}: expected WIDTHxHEIGHT in pixels, such as 640x480.")
         return int(found[1]), int(found[2])
 
 
@@ -146,11 +146,11 @@ class OutputFlags(Flags):
     verbose: bool = False  # full tracebacks
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         out = getattr(self, "out", None)  # of most programs
         if out is not None and out.is_file():
-            raise UsageError(f"--out={out} is a file. Expected a directory, existing or not.")
+            raise ConfigError(f"--out={out} is a file. Expected a directory, existing or not.")
 
 
 @dataclass(kw_only=True)
@@ -170,12 +170,12 @@ class ArmFlags(Flags):
         yield from super().missing()
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         for name, camera in getattr(self.robot, "cameras", {}).items():
             for size in ("width", "height", "fps"):
                 if (value := getattr(camera, size)) <= 0:
-                    raise UsageError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
+                    raise ConfigError(f"--robot.cameras.{name}.{size}={value} must be at least 1.")
         if isinstance(self.robot, SO100FollowerConfig):
             check_numbers(self.robot)
 
@@ -213,16 +213,16 @@ class RunOutputFlags(OutputFlags):
     display: str | None = setting(None, bare=WINDOW)  # show the run in rerun: in a window here, at HOST:PORT, or in FILE.rrd; kept with --out
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if self.record_append and not self.record:
-            raise UsageError("--record_append needs --record=DIR: the data set to continue.")
+            raise ConfigError("--record_append needs --record=DIR: the data set to continue.")
         if self.video is not None and self.video.suffix.lower() not in (".mp4", ".gif"):
-            raise UsageError(f"--video={self.video} must end in .mp4 or .gif.")
+            raise ConfigError(f"--video={self.video} must end in .mp4 or .gif.")
         display_target(self.display, self.out)
 
 
 def check_device(device: str) -> None:
-    """Raises UsageError."""
+    """Raises ConfigError."""
     if not _DEVICE.fullmatch(device):
-        raise UsageError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")
+        raise ConfigError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")

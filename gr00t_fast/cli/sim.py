@@ -12,7 +12,7 @@ import numpy as np
 from gr00t_fast.cli.main import Command
 from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges, require
 from gr00t_fast.files import check_kept
-from gr00t_fast.flags import Flags, UsageError
+from gr00t_fast.flags import Flags
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.rendering import write_video
 from gr00t_fast.robots.sim.scene import Task
@@ -33,10 +33,10 @@ class SimConfig(Flags):
     verbose: bool = False  # full tracebacks
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises ConfigError."""
         super().check()
         if not 48 <= self.height <= 1080 or self.height % 6:
-            raise UsageError(f"--height={self.height} must be 48 to 1080 and divisible by 6 (4:3 pictures of even width).")
+            raise ConfigError(f"--height={self.height} must be 48 to 1080 and divisible by 6 (4:3 pictures of even width).")
         check_ranges(self, seed=AT_LEAST_0)
 
 
