@@ -215,9 +215,7 @@ class LerobotFiles:
         steps, state, action = self._parts(widths)
         for what, parts in (("state", state), ("action", action)):
             if (total := sum(part.width for part in parts)) != widths[what]:
-                raise CheckpointError(
-                    f"{PREPROCESSOR}: the {what} has {total} values, by {POLICY} {widths[what]}. Take all files from one checkpoint."
-                )
+                raise CheckpointError(f"{PREPROCESSOR}: the {what} has {total} values, by {POLICY} {widths[what]}. {_MIXED}")
         chunk, played, horizon = self.policy.whole("chunk_size"), self.policy.whole("n_action_steps"), steps
         if self._pack.name == _PACK_N1D7:  # lerobot's N1.5 returns all that there are
             steps, horizon = min(steps, chunk, played), min(steps, chunk)
@@ -292,9 +290,7 @@ class LerobotFiles:
         for feature, parts in ((_STATE, state), (_ACTION, action)):
             for name, found in (("min", [part.low for part in parts]), ("max", [part.high for part in parts])):
                 if not np.array_equal(np.concatenate([values.ravel() for values in found]), self.statistics[feature][name].astype(np.float32)):
-                    raise CheckpointError(
-                        f"{feature}.{name} of {self._pack.state_file} is not that of {decode.where}. Take all files from one checkpoint."
-                    )
+                    raise CheckpointError(f"{feature}.{name} of {self._pack.state_file} is not that of {decode.where}. {_MIXED}")
         return len(steps), state, action
 
     def _split(self, widths: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:

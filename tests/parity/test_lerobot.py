@@ -236,6 +236,30 @@ def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Pat
     )
 
 
+def test_an_adapter_that_lerobot_trained_is_merged(shared_dir: Path, tmp_path: Path) -> None:
+    """As peft names what is in lerobot's policy; compared with a checkpoint that has the merged weights."""
+    recorded = Case(shared_dir / "golden_lerobot" / "n1d7", shared_dir)
+    adapter, merged = (_copy(shared_dir, "n1d7", tmp_path / name) for name in ("adapter", "merged"))
+    module = "_groot_model.action_head.model.transformer_blocks.0.attn1.to_q"
+    weights = load_file(adapter / "model.safetensors")
+    rows, columns = weights[f"{module}.weight"].shape
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal((4, columns)).astype(np.float32), random.standard_normal((rows, 4)).astype(np.float32)
+    save_file({f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(recorded.checkpoint), "r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    (adapter / "model.safetensors").unlink()
+    (merged / "model.safetensors").unlink()
+    weights[f"{module}.weight"] = weights[f"{module}.weight"] + 2.0 * (b @ a)
+    save_file(weights, merged / "model.safetensors")
+    answers = []
+    for checkpoint in (adapter, merged, recorded.checkpoint):
+        recorded.checkpoint = checkpoint
+        answers.append(recorded.policy().get_action(recorded.observation, noise=recorded.expected["noise"])["action"])
+    assert np.abs(answers[0] - answers[1]).max() < 1e-3
+    assert np.abs(answers[0] - answers[2]).max() > 0.1
+
+
 pythons = pytest.mark.parametrize("python", os.environ.get("GR00T_FAST_LEROBOT", "").split() or [None])
 ASK = "takes minutes: GR00T_FAST_LEROBOT=PYTHON, an interpreter with lerobot 0.4.4 or 0.6.1 and its `groot` extra"
 PROGRAM = Path(__file__).parent.parent / "lerobot_policies.py"
