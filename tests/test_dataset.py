@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -100,65 +99,3 @@ def test_synthetic_observations_are_textured_within_range_and_say_what_they_are(
     sample = draw(frames, 128, seed=0, allow_few=False)
     assert sample.synthetic
     assert any("synthetic" in warning for warning in sample.warnings)
-
-
-class _Table(list):
-    """Stands in for a LeRobotDataset: rows, and the lengths of episodes."""
-
-    def __init__(self, rows: list[dict], lengths: list[int]) -> None:
-        super().__init__(rows)
-        self.meta = type("Meta", (), {"episodes": {"length": lengths}})
-
-
-@pytest.fixture
-def lerobot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    import torch
-
-    from gr00t_fast.inputs import dataset
-
-    rows = [
-        {
-            "observation.images.front": torch.full((3, 4, 6), t / 255),
-            "observation.images.side": torch.full((3, 4, 6), 1.0),
-            "observation.state": torch.arange(6.0) + t,
-            "task": f"do {t}" if t else "",
-        }
-        for t in range(4)
-    ]
-    module = type("Module", (), {"LeRobotDataset": staticmethod(lambda *_, **__: _Table(rows, [2, 2]))})
-    monkeypatch.setattr(dataset, "require", lambda *_: module)
-    features = {name: {"shape": list(value.shape)} for name, value in rows[0].items() if name != "task"}
-    for name in ("meta/tasks.parquet", "meta/episodes/0/0.parquet", "data/0.parquet"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "data_path": "data/{file}.parquet", "features": features}))
-    return tmp_path
-
-
-def test_a_lerobot_data_set_in_the_policys_keys(lerobot: Path, metadata: PolicyMetadata) -> None:
-    with pytest.raises(ConfigError, match=r"no camera for 'webcam'.*front, side.*--camera_map"):
-        open_frames(str(lerobot), CONFIG, metadata)
-    frames = open_frames(str(lerobot), CONFIG, metadata, {"front": "webcam"})
-    third = frames[3]
-    assert (third["video.webcam"].shape, third["video.webcam"].dtype) == ((1, 4, 6, 3), np.uint8)
-    assert (third["video.webcam"] == 3).all()
-    assert third["state.single_arm"].tolist() == [[3, 4, 5, 6, 7]]
-    assert third["state.gripper"].tolist() == [[8]]
-    assert third[CONFIG.language_key] == ["do 3"]
-    assert frames.episode_lengths == [2, 2]
-
-
-def test_an_episode_without_a_task_is_named(lerobot: Path, metadata: PolicyMetadata) -> None:
-    frames = open_frames(str(lerobot), CONFIG, metadata, {"front": "webcam"})
-    with pytest.raises(ConfigError, match="episode 0.*task"):
-        list(read(frames, draw(frames, 4, seed=0, allow_few=True), metadata))
-
-
-def test_nvidias_modality_file_says_which_columns_and_cameras(lerobot: Path, metadata: PolicyMetadata) -> None:
-    told = {"state": {"single_arm": {"start": 1, "end": 6}, "gripper": {"start": 0, "end": 1}}}
-    told["video"] = {"webcam": {"original_key": "observation.images.side"}}
-    (lerobot / "meta" / "modality.json").write_text(json.dumps(told))
-    first = open_frames(str(lerobot), CONFIG, metadata)[0]
-    assert first["state.gripper"].tolist() == [[0]]
-    assert first["state.single_arm"].tolist() == [[1, 2, 3, 4, 5]]
-    assert (first["video.webcam"] == 255).all()

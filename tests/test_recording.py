@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from waiting import PATIENCE_S, children, is_there, until
 
+from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import export, replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import recorder as recording
@@ -34,6 +35,8 @@ from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, moda
 from gr00t_fast.control.session import Session
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import is_running
+from gr00t_fast.inputs.data_config import DATA_CONFIGS
+from gr00t_fast.inputs.dataset import draw, open_frames, read
 
 pytest.importorskip("lerobot")
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,13 +127,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "data"
     with recorder_in(out, []) as recorder:
         play(opened(recorder), 6)
-        play(recorder, 5)
+        play(recorder, 5, task="")
     return out
 
 
 @pytest.fixture
 def two_episodes(whole: Path, tmp_path: Path) -> Path:
-    """A data set of 11 rows."""
+    """A data set of 11 rows; the second episode does not say what was done."""
     return Path(shutil.copytree(whole, tmp_path / "data"))
 
 
@@ -150,6 +153,27 @@ def test_a_data_set_that_exists_is_kept_or_continued(two_episodes: Path) -> None
             recorder.open(seen(0, (24, 32, 3)), "so100_follower", "degrees", None, {})
         play(opened(recorder), 6)
     assert [int(row["episode_index"]) for row in read_back(two_episodes)] == [0] * 6 + [1] * 5 + [2] * 6
+
+
+def test_recorded_frames_in_the_policys_keys(two_episodes: Path) -> None:
+    """As calibration and verification read them."""
+    metadata, config = read_policy_metadata(CHECKPOINT, "new_embodiment", "so100"), DATA_CONFIGS["so100"]
+    frames = open_frames(str(two_episodes), config, metadata)
+    assert frames.episode_lengths == [6, 5]
+    assert frames[2][config.language_key] == ["lift"]
+    for row, tick in ((2, 2), (8, 2), (10, 4)):
+        found = frames[row]
+        assert (found["video.webcam"].shape, found["video.webcam"].dtype) == ((1, *SIZE), np.uint8)
+        assert abs(found["video.webcam"].mean() - (10 + 4 * tick)) < 3
+        assert (found["state.single_arm"].tolist(), found["state.gripper"].tolist()) == ([list(range(tick, tick + 5))], [[tick + 5]])
+    with pytest.raises(ConfigError, match="episode 1.*task"):
+        list(read(frames, draw(frames, 11, seed=0, allow_few=True), metadata))
+    told = {"state": {"single_arm": {"start": 1, "end": 6}, "gripper": {"start": 0, "end": 1}}}
+    (two_episodes / "meta" / "modality.json").write_text(json.dumps(told))
+    first = open_frames(str(two_episodes), config, metadata, {"front": "webcam"})[0]
+    assert (first["state.single_arm"].tolist(), first["state.gripper"].tolist()) == ([[1, 2, 3, 4, 5]], [[0]])
+    with pytest.raises(ConfigError, match=r"no camera for 'webcam'.*front.*--camera_map"):
+        open_frames(str(two_episodes), config, metadata, {"side": "webcam"})
 
 
 def _remove(*names: str) -> Callable[[Path], None]:
@@ -383,7 +407,9 @@ def test_the_whole_circle(tmp_path: Path, capfd: pytest.CaptureFixture[str], mon
     assert replay.main([*ROBOT, f"--dataset={out}", "--episode=3"]) == 2
     assert "0 to 2" in capfd.readouterr().err
 
-    monkeypatch.setattr(sys, "argv", ["open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", f"--out={tmp_path / 'open_loop'}"])
+    monkeypatch.setattr(
+        sys, "argv", ["open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", "--episodes=0", f"--out={tmp_path / 'open_loop'}"]
+    )
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "benchmarks" / "open_loop.py"), run_name="__main__")
     assert left.value.code == 0
