@@ -270,8 +270,8 @@ class LeRobotFrames(Frames):
         """Part -> names of its columns, without lerobot's `.pos`; numbered where the data set does not name them."""
         found = {}
         for part, (column, span) in self._spans(kind).items():
-            names, count = self._features.get(column, {}).get("names"), span.stop - span.start
-            named = names[span] if isinstance(names, list) else [f"{part}.{number}" for number in range(count)] if count > 1 else [part]
+            names = self._features[column].get("names")
+            named = names[span] if isinstance(names, list) else [f"{part}.{number}" for number in range(span.stop - span.start)]
             found[part] = tuple(str(name).removesuffix(".pos") for name in named)
         return found
 
@@ -305,9 +305,8 @@ class LeRobotFrames(Frames):
             "the tasks": "meta/tasks.parquet",
             "the lengths of episodes": "meta/episodes/*/*.parquet",
         }
-        for camera in self.cameras.values():
-            if self._features[camera.feature].get("dtype") == "video":
-                patterns[f"the videos of {camera.feature}"] = str(self._info.get("video_path")).replace("{video_key}", camera.feature)
+        for name in (name for name, feature in self._features.items() if feature.get("dtype") == "video"):
+            patterns[f"the videos of {name}"] = str(self._info.get("video_path")).replace("{video_key}", name)
         for what, pattern in patterns.items():
             pattern = re.sub(r"\{[^}]*\}", "*", str(pattern))
             if not any(self._path.glob(pattern)):
