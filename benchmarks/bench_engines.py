@@ -104,7 +104,6 @@ class LaboratoryBench(Bench):
         return self.policy(fp8_engine(self.network(self.dtype), calibration))
 
     def _calibration(self, model: Gr00t) -> Mapping[str, InputScale]:
-        from gr00t_fast.console import Progress
         from gr00t_fast.engine.quantized import has_product
         from gr00t_fast.export.calibrate import TorchNetwork, calibrate
         from gr00t_fast.export.options import CalibrationOptions
@@ -117,7 +116,7 @@ class LaboratoryBench(Bench):
         cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed), Progress()).scales
+        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed)).scales
 
 
 def main(argv: Sequence[str] | None = None) -> int:

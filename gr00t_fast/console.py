@@ -154,25 +154,24 @@ def byte_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         yield update
 
 
-class Progress:
-    @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        """Yields what to call after each of `total` pieces."""
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+@contextmanager
+def progress_bar(name: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each of `total` pieces."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
 
-            with tqdm(total=total, desc=name, leave=False) as bar:
-                yield lambda: bar.update() and None
-            return
-        start_s = said_s = time.perf_counter()
-        done = 0
+        with tqdm(total=total, desc=name, leave=False) as bar:
+            yield lambda: bar.update() and None
+        return
+    start_s = said_s = time.perf_counter()
+    done = 0
 
-        def tick() -> None:
-            nonlocal done, said_s
-            done += 1
-            if done < total and time.perf_counter() - said_s > TELL_EVERY_S:
-                said_s = time.perf_counter()
-                print(f"{name}: {done} of {total} after {said_s - start_s:.0f} s", file=sys.stderr, flush=True)
+    def tick() -> None:
+        nonlocal done, said_s
+        done += 1
+        if done < total and time.perf_counter() - said_s > TELL_EVERY_S:
+            said_s = time.perf_counter()
+            print(f"{name}: {done} of {total} after {said_s - start_s:.0f} s", file=sys.stderr, flush=True)
 
-        yield tick
-        print(f"{name}: {total} in {time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)
+    yield tick
+    print(f"{name}: {total} in {time.perf_counter() - start_s:.1f} s", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from random_networks import random_inputs, random_inputs_n1d7
 from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.console import Progress
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
@@ -37,7 +36,7 @@ def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "
 
 
 def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
-    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, progress=Progress(), allow_few=True)[0]
+    return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, allow_few=True)[0]
 
 
 def make_export(

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli import export
-from gr00t_fast.console import Progress
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine
@@ -59,7 +58,7 @@ def eager_policy(checkpoint: Path, model: Gr00t, **options: int) -> Gr00tPolicy:
 
 def test_statistics_cover_every_layer_and_frame(checkpoint: Path) -> None:
     model, cases = load_network(checkpoint), cases_of(checkpoint)
-    entries = record(TorchNetwork(model, 2, emulated=True), cases, 0, Progress())
+    entries = record(TorchNetwork(model, 2, emulated=True), cases, 0)
     readers = [entry.readers for entry in entries]
     assert ("language.blocks.0.mlp.gate", "language.blocks.0.mlp.up") in readers
     assert sum(map(len, readers)) == len(readers) + 1, "these two alone read one tensor"
@@ -186,7 +185,7 @@ def test_a_trained_networks_actions_move_by_little(tmp_path: Path) -> None:
     cases = cases_of(TRAINED, 100, str(held_out))
     model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
     network = TorchNetwork(model, 4, emulated=True)
-    scales, _ = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0, Progress()), Progress())
+    scales, _ = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0))
     rounded = rewritten(model, scales, emulated=True)
     for steps, some in ((4, cases), (2, cases[::4]), (1, cases[::4])):
         error = Trials(TorchNetwork(model, steps, emulated=True), some, {}).error_of(rounded, PARTS)

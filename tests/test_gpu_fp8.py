@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.console import Progress
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.engine.quantized import (
@@ -87,10 +86,10 @@ def plain() -> Gr00tPolicy:
 @pytest.fixture(scope="module")
 def scales(plain: Gr00tPolicy) -> dict[str, InputScale]:
     needs()
-    target, progress = target_of(open_checkpoint(TRAINED), TAG, "so100"), Progress()
-    cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, progress=progress, allow_few=True)
+    target = target_of(open_checkpoint(TRAINED), TAG, "so100")
+    cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, allow_few=True)
     network = TorchNetwork(plain.engine.model, 4, emulated=False)
-    return dict(calibrate(network, cases, CalibrationOptions(limit=1.0, trial_frames=8), progress).scales)
+    return dict(calibrate(network, cases, CalibrationOptions(limit=1.0, trial_frames=8)).scales)
 
 
 def test_the_engine_stays_within_the_limit(scales: dict[str, InputScale], plain: Gr00tPolicy) -> None:

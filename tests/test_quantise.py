@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
-from gr00t_fast.console import Progress
 from gr00t_fast.engine import open_engine
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
@@ -147,7 +146,7 @@ def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_th
     network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), 2, "int8")
     labels = [f"{stage}.{layer.label}" for stage in network.parts for layer in Graph(tiny_export.onnx / f"{stage}.onnx").linear_layers()]
     assert len(labels) == 2 + 4 * TINY.vision[2] + 5 * TINY.language[2] + 4 * TINY.vl[0] + 1 + 6 + 4 * TINY.dit[0]
-    readers = [entry.readers for entry in record(network, cases, 0, Progress())]
+    readers = [entry.readers for entry in record(network, cases, 0)]
     assert sorted(labels) == sorted(network.layers) == sorted(name for names in readers for name in names)
     assert ("language.blocks.0.mlp.gate", "language.blocks.0.mlp.up") in readers
     outputs: dict[str, Tensor] = {}
@@ -184,7 +183,7 @@ def test_what_is_kept_in_16_bits(alone: dict[str, float], work: dict[str, float]
         return ActionError(error, error, error, error, error, ())
 
     groups = [Group("vision", kind, (kind,), share) for kind, share in work.items()]
-    assert keep_sensitive(groups, error_of, limit, Progress()).p99 == pytest.approx(total)
+    assert keep_sensitive(groups, error_of, limit).p99 == pytest.approx(total)
     assert {group.kind for group in groups if group.kept} == kept.keys()
     assert all(kept[group.kind] in group.kept for group in groups if group.kept)
 

@@ -13,7 +13,7 @@ from exports import FEW, Made, cases_of
 from random_networks import TINY
 
 from gr00t_fast.cli import export
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.export.samples import Case, action_error, joints
 from gr00t_fast.export.verify import judged
@@ -97,7 +97,7 @@ def test_errors_are_in_joint_units_and_relative_to_the_displacement(cases: list[
 
 def test_long_work_tells_how_far_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("gr00t_fast.console.TELL_EVERY_S", -1.0)
-    with Progress().bar("calibrating", 3) as tick:
+    with progress_bar("calibrating", 3) as tick:
         for _ in range(3):
             tick()
     told = capsys.readouterr().err.splitlines()

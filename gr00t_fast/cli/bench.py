@@ -34,7 +34,7 @@ from gr00t_fast.cli.shared_flags import (
     PrecisionName,
     check_device,
 )
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.errors import (
     AT_LEAST_0,
     AT_LEAST_1,
@@ -453,7 +453,7 @@ def take_turns(policies: Mapping[str, Gr00tPolicy], steps: int, bench: Bench) ->
         policy.warm_up()
     times: Times = {name: [] for name in names}
     busy: Times = {name: [] for name in names}
-    with Progress().bar("rounds", options.rounds) as tick:
+    with progress_bar("rounds", options.rounds) as tick:
         for number in range(options.rounds):
             observation = observations[number % len(observations)]
             for name in generator.permutation(names):

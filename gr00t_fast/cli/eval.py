@@ -28,7 +28,7 @@ import numpy as np
 from gr00t_fast.cli.main import EXIT_OK, Command, leave_result
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
 from gr00t_fast.errors import CheckpointError, ConfigError
@@ -501,7 +501,7 @@ def _chunks(config: EvalConfig, frames: LeRobotFrames, recorded: Recorded, episo
     policy.warm_up()
     asked, chunks = Asked(policy, frames, recorded, config), []
     places = [(episode, start) for episode in episodes for start in range(0, len(episode.actions), config.action_horizon)]
-    with Progress().bar("inferences", len(places)) as tick:
+    with progress_bar("inferences", len(places)) as tick:
         for episode, start in places:
             chunks.append(asked.chunk(episode, start, asked.observation(episode, start)))
             tick()

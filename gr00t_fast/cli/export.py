@@ -26,7 +26,6 @@ from gr00t_fast.cli.shared_flags import (
     PrecisionName,
     check_device,
 )
-from gr00t_fast.console import Progress
 from gr00t_fast.errors import AT_LEAST_1, ConfigError, check_ranges, require
 from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
@@ -332,13 +331,13 @@ def _calibrated_graphs(
     from gr00t_fast.engine.manifest import check_picture
     from gr00t_fast.export.calibrate import GraphNetwork, calibrate
 
-    tables, progress = ExportTables(config.onnx, remedy), Progress()
+    tables = ExportTables(config.onnx, remedy)
     tables.steps(steps)  # a count that was not exported is refused before minutes pass
-    cases, data = config.cases(target, progress=progress, noise_seed=config.seed, camera_size=shapes.get("camera_size"))
+    cases, data = config.cases(target, noise_seed=config.seed, camera_size=shapes.get("camera_size"))
     for case in cases:
         check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
     network = GraphNetwork(target, shapes, tables, steps, config.format)
-    return calibrate(network, cases, config, progress), data
+    return calibrate(network, cases, config), data
 
 
 _OF_QUANTISE = "quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET"
@@ -379,12 +378,12 @@ def make_calibration(config: CalibrateConfig) -> Made:
     checkpoint, target = _opened(config)
     out = config.out or checkpoint.path / "exports" / FP8
     check_free(out, config.overwrite)
-    device, progress = select_device(config.device), Progress()
+    device = select_device(config.device)
     dtype = select_precision(config.precision, device)
-    cases, data = config.cases(target, progress=progress, noise_seed=config.seed)
+    cases, data = config.cases(target, noise_seed=config.seed)
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
-    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config, progress)
+    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config)
     report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report}
     with whole_directory(out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
@@ -435,13 +434,13 @@ def make_verification(config: VerifyConfig) -> Made:
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
     tables = ExportTables(directory, target.command("to_onnx.py"))
     tables.steps(steps)
-    progress, noise_seed = Progress(), (config.seed, 1)  # not the noise of the calibration
-    cases, source = config.cases(target, progress=progress, least=LEAST_VERIFIED, noise_seed=noise_seed, camera_size=size)
+    noise_seed = (config.seed, 1)  # not the noise of the calibration
+    cases, source = config.cases(target, least=LEAST_VERIFIED, noise_seed=noise_seed, camera_size=size)
     config.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=config.out, prefix=".reference-") as work:
-        record_reference(target, cases, steps, Path(work), progress)
+        record_reference(target, cases, steps, Path(work))
         engine = open_engine(config.engine, directory, target, config.device, config.precision)
-        judged = compare(engine, tables.embed, cases, steps, Path(work), config.limit, progress)
+        judged = compare(engine, tables.embed, cases, steps, Path(work), config.limit)
     facts = {"program": "verify", "engine": config.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
     result = {**facts, **judged, **provenance(), "seed": config.seed}
     table, verdict = _verify_table(result), _verify_verdict(result)

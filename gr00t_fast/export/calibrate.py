@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, rounded_layers, with_layers
@@ -186,11 +186,11 @@ class InputStatistics:
 
 
 @torch.inference_mode()
-def record(network: Network, cases: Sequence[Case], seed: int, progress: Progress) -> list[InputStatistics]:
+def record(network: Network, cases: Sequence[Case], seed: int) -> list[InputStatistics]:
     """Statistics of every tensor that linear layers read, over all observations and denoising steps, in the order of execution."""
     found: dict[tuple[str, ...], InputStatistics] = {}
     generator = torch.Generator().manual_seed(seed)
-    with _watched(network.layers) as calls, progress.bar("calibrating", len(cases)) as tick:
+    with _watched(network.layers) as calls, progress_bar("calibrating", len(cases)) as tick:
         for number, case in enumerate(cases):
             outputs: dict[str, Tensor] = {}
             for part in network.parts:
@@ -331,13 +331,11 @@ class Trials:
         return np.concatenate([outputs["actions"].float().cpu().numpy() for outputs in known])
 
 
-def keep_sensitive(
-    groups: Sequence[Group], error_of: Callable[[Sequence[Group]], ActionError], limit: float, progress: Progress
-) -> ActionError | None:
+def keep_sensitive(groups: Sequence[Group], error_of: Callable[[Sequence[Group]], ActionError], limit: float) -> ActionError | None:
     """Measure each of `groups` alone, and keep in 16 bits what it takes; returns the error with the others rounded. error_of: of the actions with
     some groups rounded; limit: p99 in joint units."""
     left = [group for group in groups if not group.kept]
-    with progress.bar("sensitivity", len(left)) as tick:
+    with progress_bar("sensitivity", len(left)) as tick:
         for group in left:
             group.alone = error_of([group])
             tick()
@@ -362,14 +360,14 @@ class CalibrationResult:
     report: dict[str, Any]
 
 
-def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions, progress: Progress) -> CalibrationResult:
+def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions) -> CalibrationResult:
     """Decide how to round each linear layer, and which stay in 16 bits. The network in fp32 makes sound trials."""
-    statistics = record(network, cases, options.seed, progress)
+    statistics = record(network, cases, options.seed)
     groups = groups_of(network, statistics)
-    scales, choices = scales_of(network, statistics, progress)
+    scales, choices = scales_of(network, statistics)
     picked = np.linspace(0, len(cases) - 1, min(options.trial_frames, len(cases))).round()  # evenly from first to last
     few = [cases[index] for index in np.unique(picked.astype(int))]
-    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit, progress) if few else None
+    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit) if few else None
     chosen = {name for group in groups if not group.kept for name in group.layers}
     report = {
         "denoising_steps": network.steps,
@@ -383,11 +381,11 @@ def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptio
     return CalibrationResult({name: scale for name, scale in scales.items() if name in chosen}, report)
 
 
-def scales_of(network: Network, statistics: Sequence[InputStatistics], progress: Progress) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
+def scales_of(network: Network, statistics: Sequence[InputStatistics]) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
     """Of each layer, by name: the scale, and how it was chosen."""
     scales: dict[str, InputScale] = {}
     choices: dict[str, dict[str, Any]] = {}
-    with progress.bar("scales", len(statistics)) as tick:
+    with progress_bar("scales", len(statistics)) as tick:
         for entry in statistics:
             if network.place(entry.readers[0])[0] in network.weights_only:
                 scales |= dict.fromkeys(entry.readers, InputScale(0.0))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.engine import PRECISIONS
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
@@ -51,7 +51,7 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
         shapes["camera_size"] = list(camera_size)
         flags.append("--camera_size={}x{}".format(*camera_size))
     graphs, stages = graphs_of(config), {}
-    with whole_directory(options.out, options.overwrite) as directory, Progress().bar("exporting", len(graphs) + 2) as tick:
+    with whole_directory(options.out, options.overwrite) as directory, progress_bar("exporting", len(graphs) + 2) as tick:
         digests = Digests(directory)
         identity = target.identity(digests)
         _write_tables(target, dtype, steps, directory)

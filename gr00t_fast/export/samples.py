@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.engine import Continuation, Engine, PolicyInputs
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.errors import EngineError
@@ -73,7 +73,6 @@ def collect_cases(
     frames: int,
     seed: int,
     noise_seed: int | tuple[int, ...],
-    progress: Progress,
     camera_map: Mapping[str, str] | None = None,
     allow_few: bool = False,
     least: int = MIN_FRAMES,
@@ -89,7 +88,7 @@ def collect_cases(
     sizes = {camera: size or camera_size for camera, size in policy.metadata.resolutions.items()}
     opened = open_frames(observations, target.data_config, replace(policy.metadata, resolutions=sizes), camera_map)
     sample, generator, cases = draw(opened, frames, seed, allow_few, least), np.random.default_rng(noise_seed), []
-    with progress.bar("observations", len(sample.indices)) as tick:
+    with progress_bar("observations", len(sample.indices)) as tick:
         for observation in read(opened, sample, policy.metadata):
             noise = generator.standard_normal((1, *policy.chunk_shape)).astype(np.float32)
             cases.append(case_of(policy, observation, noise))

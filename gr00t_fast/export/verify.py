@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.console import Progress
+from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.exported import ExportedEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.export.graphs import plain_outputs
@@ -31,12 +31,12 @@ ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
 Outputs = Mapping[str, Tensor]  # of the plain model for one observation, by the graphs' names, fp32
 
 
-def record_reference(target: Target, cases: Sequence[Case], steps: int, directory: Path, progress: Progress) -> None:
+def record_reference(target: Target, cases: Sequence[Case], steps: int, directory: Path) -> None:
     """Run the plain model in fp32 on the CPU over all cases; `directory` gets a file of outputs for each. Needs the fp32 weights in memory, 8 GB at
     full size."""
     model = load_model(target.checkpoint, target.embodiment_tag, torch.device("cpu"), torch.float32)
     tables = model.head.step_tables(steps)
-    with progress.bar("plain model, fp32", len(cases)) as tick, torch.inference_mode():
+    with progress_bar("plain model, fp32", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
             found, condition = plain_outputs(model, case.inputs)
             torch.save({**found, "actions": model.head.denoise(case.noise, condition, tables)}, directory / f"{index}.pt")
@@ -50,13 +50,12 @@ def compare(
     steps: int,
     directory: Path,
     limit: float | None,
-    progress: Progress,
 ) -> dict[str, Any]:
     """The engine over the cases of `record_reference`: what `judged` says of it. `embed`: `ExportTables.embed` of the export. `limit`: p99 in joint
     units, None: that of the coarsest number format that the engine computes in."""
     stages: dict[str, list[float]] = {}
     truth, chained, alone = [], [], []
-    with progress.bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
+    with progress_bar(f"engine {engine.name}", len(cases)) as tick, torch.inference_mode():
         for index, case in enumerate(cases):
             inputs, plain = case.inputs.to(engine.device, engine.dtype), torch.load(directory / f"{index}.pt")
             got = engine.run(inputs, case.noise.to(engine.device), steps, StageTimer(engine.synchronise))
