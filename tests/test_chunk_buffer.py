@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gr00t_fast.contracts import ActionChunk
 from gr00t_fast.control.chunk_buffer import DELAY_WINDOW, Admission, ChunkBuffer, DelayEstimate, TimedChunk
@@ -18,17 +16,6 @@ def chunk(observed: int, rows: int = 16, episode: int = 0) -> TimedChunk:
     targets = np.zeros((rows, 6), np.float32)
     targets[:, 0], targets[:, 1] = observed + np.arange(rows), observed
     return TimedChunk(ActionChunk(targets), observed, episode, {"action.single_arm": targets[:, :5], "action.gripper": targets[:, 5:]})
-
-
-def test_holds_and_counts_when_nothing_is_left_and_goes_on_with_the_next() -> None:
-    buffer = ChunkBuffer()
-    buffer.offer(chunk(0, rows=4), 0)
-    played = [buffer.due(tick) for tick in range(7)]
-    assert [due.target[0] for due in played] == [0, 1, 2, 3, 3, 3, 3]
-    assert [due.underrun for due in played] == [False] * 4 + [True] * 3
-    assert buffer.underrun_ticks == 3
-    buffer.offer(chunk(5, rows=4), 7)
-    assert buffer.due(7).target[0] == 7
 
 
 @pytest.mark.parametrize(
@@ -77,54 +64,6 @@ def test_targets_go_out_in_order() -> None:
     buffer.due(3)
     with pytest.raises(RuntimeError, match="after tick 3"):
         buffer.due(3)
-
-
-def test_what_is_left() -> None:
-    buffer = ChunkBuffer()
-    assert buffer.leftover(0) == {}
-    buffer.offer(chunk(0), 2)
-    left = buffer.leftover(10)
-    assert left["action.single_arm"][:, 0].tolist() == [10, 11, 12, 13, 14, 15]
-    assert left["action.gripper"].shape == (6, 1)
-    assert buffer.leftover(16) == {}
-
-
-@given(
-    steps=st.lists(st.tuples(st.integers(0, 30), st.lists(st.booleans(), min_size=1, max_size=20)), min_size=1, max_size=40), rows=st.integers(1, 16)
-)
-def test_resuming_neither_goes_back_nor_leaves_out_where_the_scene_waits(steps: list[tuple[int, list[bool]]], rows: int) -> None:
-    """A chunk begins where the plan was when it was observed, as a policy's does in a scene that waits for the arm. A tick is played or missed."""
-    buffer, tick, come = ChunkBuffer(resume=True), 0, [0]  # come[t]: actions that were due before tick t
-    left, newest, last = 0, 0, None  # left: actions of the playing chunk
-    for delay, ticks in steps:
-        offered = chunk(max(0, tick - delay), rows)
-        offered.chunk.targets[:, 0] = come[offered.observed] + np.arange(rows)
-        elapsed = come[tick] - come[offered.observed]
-        enters = buffer.offer(offered, tick) is Admission.ENTERED
-        assert enters == (offered.observed >= newest and elapsed < rows)
-        if enters:
-            left, newest = rows - elapsed, offered.observed
-        for missed in ticks:
-            if not missed:
-                due = buffer.due(tick)
-                assert due.underrun == (left == 0)
-                assert due.target[0] == (come[-1] if left else due.target[0] if last is None else last)
-                last = due.target[0]
-            come.append(come[-1] + (left > 0))
-            left, tick = max(0, left - 1), tick + 1
-
-
-@given(steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=40))
-def test_resuming_changes_nothing_while_the_chunks_last(steps: list[tuple[int, int, int]]) -> None:
-    plain, resuming, tick = ChunkBuffer(), ChunkBuffer(resume=True), 0
-    for delay, play, missed in steps:
-        for buffer in (plain, resuming):
-            buffer.offer(chunk(max(0, tick - delay), rows=40), tick)
-        for _ in range(play):
-            assert plain.due(tick).target[0] == resuming.due(tick).target[0]
-            tick += 1
-        tick += missed
-    assert plain.underrun_ticks == resuming.underrun_ticks == 0
 
 
 @pytest.mark.parametrize(

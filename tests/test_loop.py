@@ -134,14 +134,6 @@ def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> Non
     assert goals[max(goals)] == pytest.approx(15.0)
 
 
-def test_missed_ticks_in_playback_are_counted_apart_from_inference() -> None:
-    bench = Bench(inference_s=0.1, timeout_s=1.0)
-    bench.robot.on_send = lambda: bench.clock.advance(0.09 if len(bench.robot.sent) == 3 else 0.0)
-    bench.loop.run()
-    assert bench.loop.pacer.missed_ticks == 2
-    assert bench.loop.pacer.waiting_ticks == 2 * (len(bench.policy.seen) - 1)
-
-
 def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
     bench = Bench(episodes=3, timeout_s=0.5, seed=7)
     trace = bench.loop.run()
@@ -163,14 +155,6 @@ def test_between_episodes_there_is_time_to_put_things_back() -> None:
     assert trace.episodes == 3
     told = [line for line in bench.said if line.startswith("Episode")]
     assert told[:3] == ["Episode 1 of 3", "Episode 1 of 3 is over. The arm holds its pose for 4 s: put things back.", "Episode 2 of 3"]
-
-
-def test_the_pause_between_episodes_can_be_stopped() -> None:
-    bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=1000.0)
-    bench.robot.on_observe = lambda: bench.clock.now_s() > 105 and bench.stop.request("window closed")
-    assert bench.loop.run().ended_by == "window closed"
-    assert bench.clock.now_s() < 106
-    assert bench.robot.calls[-1] == "land"
 
 
 @pytest.mark.parametrize(

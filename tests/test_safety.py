@@ -36,7 +36,7 @@ def at(joint: int, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("max_speed_deg_s", "begin", "target", "sent", "changed"),
     [
-        (350.0, at(1, 0.0), at(1, -5.999), [-5.999], {}),
+        ("auto", at(1, 0.0), at(1, -7.7), [-7.7], {}),  # the most of a recording of a real arm
         ("auto", at(0, 0.0), at(0, 40.0), [STEP], {"speed_limited": 1}),
         (150.0, at(2, 0.0), at(2, -12.0), [-5, -10, -12, -12], {"speed_limited": 2}),
         (None, at(0, 0.0), at(0, 500.0), [110], {"clamped": 1}),
@@ -196,23 +196,3 @@ def test_a_joint_that_does_not_follow_is_said_and_ends_the_run(drift_deg: float)
     assert "--max_following_error_deg" in message
     assert len(said) == 1
     assert "shoulder_lift" in said[0]
-
-
-def test_a_gripper_may_stand_still_against_what_it_holds() -> None:
-    said: list[str] = []
-    safety = SafetyFilter(LIMITS, SO100_JOINTS, fps=FPS, units_per_deg=np.ones(6), echo=said.append)
-    safety.start(START)
-    for tick in range(600):
-        safety.measured(START, tick / FPS)
-        goal = safety(START - [0, 0, 0, 0, 0, 50])
-    assert goal[5] == 35.0
-    assert said == []
-
-
-def test_a_slow_joint_is_not_a_blocked_one() -> None:
-    safety = gate(max_speed_deg_s=None)
-    safety.start(START)
-    for tick in range(600):
-        safety.measured(START + [min(0.2 * tick, 100.0), 0, 0, 0, 0, 0], tick / FPS)  # 6 deg/s
-        safety(START + [100, 0, 0, 0, 0, 0])
-    assert safety.following_limited[0] > 300
