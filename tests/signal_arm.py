@@ -1,7 +1,6 @@
 """A run with a fake arm that a test ends with signals: `python signal_arm.py LOG MODE`. Writes what happens to LOG.
 
-MODE: `infer` (an inference of a minute in small steps, as a network on a CPU), `land` (landing takes 0.6 s), `send` (each transfer takes
-0.4 s).
+MODE: `infer` (an inference of a minute in small steps, as a network on a CPU), `send` (each transfer takes 0.4 s).
 """
 
 from __future__ import annotations
@@ -37,13 +36,7 @@ def main(path: str, mode: str) -> int:
 
     land = robot.land
 
-    def slow_land(*_):
-        note("landing")
-        time.sleep(0.6 if mode == "land" else 0.0)
-        note("landed")
-        return land()
-
-    policy.on_action, robot.on_send, robot.land = infer, send, slow_land
+    policy.on_action, robot.on_send, robot.land = infer, send, lambda *_: (note("landed"), land())[1]
     with bench.stop:
         trace = bench.loop.run()
     note(f"ended by {trace.ended_by}")

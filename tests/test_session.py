@@ -14,7 +14,7 @@ from control_fakes import Bench
 from waiting import PATIENCE_S
 
 from gr00t_fast.control.controller import ThreadWorker
-from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, Keys, Session
+from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SAVE_LIMIT_S, Keys, Session
 from gr00t_fast.errors import ObservationError, RobotError
 
 TASK = "pick: the cube"  # of the bench
@@ -225,3 +225,14 @@ def test_a_recording_that_fails_lands_the_arm() -> None:
     trace = bench.loop.run()
     assert (trace.ended_by, bench.stop.exit_code) == ("the disk is full", 1)
     assert trace.landing.safe
+
+
+def test_an_episode_that_is_never_saved_does_not_keep_the_arm_powered() -> None:
+    recorder = Recorder()
+    bench, _ = made({}, recorder, episodes=2)
+    recorder.busy = True
+    trace = bench.loop.run()
+    assert "not saved" in trace.ended_by
+    assert (bench.stop.exit_code, bench.robot.calls[-1]) == (1, "land")
+    assert [line for line in bench.said if "WARNING" in line and "saved" in line]
+    assert bench.clock.now_s() - 100 == pytest.approx(1 + SAVE_LIMIT_S, abs=1)
