@@ -199,7 +199,7 @@ class FifoController:
         return self._playing is None and not self._queue
 
     def warm_up(self) -> None:
-        self._runner.warm_up()
+        self._runner.policy.warm_up("")
 
     def reset(self) -> None:
         self._runner.policy.reset()

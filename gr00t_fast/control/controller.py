@@ -43,7 +43,6 @@ _IN_A_ROW, _IN_A_ROW_AGAIN, _WELL_WITHIN = 3, 4, 0.75
 
 
 Length = Literal["short", "bridged", "long"]  # of an inference: within a tick, within what a chunk bridges, longer
-THREAD_NAME = "gr00t_fast-inference"
 KEEP_ALIVE_EVERY_S = 0.1
 _in_a_call: set[threading.Thread] = set()
 
@@ -68,7 +67,7 @@ class ThreadWorker:
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+            self._thread = threading.Thread(target=self._run, name="gr00t_fast-inference", daemon=True)
             self._thread.start()
         future: Future[Any] = Future()
         self._calls.put((future, call))
@@ -145,10 +144,6 @@ class PolicyRunner:
     instruction: str
     clock: Clock
 
-    def warm_up(self, prefix_method: str | None = None) -> Mapping[str, float]:
-        """As `Policy.warm_up`, with the run's instruction."""
-        return self.policy.warm_up(self.instruction, prefix_method)
-
     def infer(self, observation: Observation, **options: Any) -> tuple[ActionChunk, dict[str, np.ndarray]]:
         """One inference: the chunk in robot order, and the policy's answer as it came. `options` go to `get_action`."""
         began_s = self.clock.now_s()
@@ -224,8 +219,7 @@ class ChunkController:
         and raises what it raises.
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
-        self._call = self._worker.submit(lambda: self._runner.warm_up(self.options.prefix_method))
-        timing_ms: Mapping[str, float] = self._waited_for(lambda: None, math.inf, "")
+        timing_ms = self._warmed_up(self.instruction, lambda: None, math.inf)
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.prefix_method and "total" in timing_ms:
             self._delay.add(self._ticks_of(timing_ms["total"]))
@@ -237,10 +231,8 @@ class ChunkController:
         """Another instruction for the episodes to come; between episodes only. Pays the first-call costs of it, `keep_alive` as in `plan`. Raises
         InferenceTimeoutError when that takes longer than ten minutes."""
         self._drop_what_runs(keep_alive)
-        runner = dataclasses.replace(self._runner, instruction=instruction)
-        self._call = self._worker.submit(lambda: runner.warm_up(self.options.prefix_method))
-        self._waited_for(keep_alive, _WARM_UP_LIMIT_S, "the policy still makes itself ready for the new instruction")
-        self._runner = runner
+        self._warmed_up(instruction, keep_alive, _WARM_UP_LIMIT_S)
+        self._runner = dataclasses.replace(self._runner, instruction=instruction)
 
     def reset(self) -> None:
         """An episode begins. What the last one left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
@@ -271,15 +263,14 @@ class ChunkController:
         self._first, self._planned_s = timed, self._clock.now_s()
         chunk = timed.chunk
         self._watch.inferred(chunk.inference_ms / 1000)
-        if self.overlaps:
-            ticks = self._ticks_of(chunk.inference_ms)
-            if not self._delays and self.options.when_late == "hold" and ticks >= len(timed):  # later ones are no reason to end a run: a spike passes
-                self._too_late(ticks, len(timed))
-            self._note_delay(ticks)
-        else:
+        ticks = self._ticks_of(chunk.inference_ms)
+        overlapped = self.overlaps
+        if not overlapped:
             self._reconsider(chunk.inference_ms / 1000 * self._fps)
-            if self.overlaps:
-                self._note_delay(self._ticks_of(chunk.inference_ms))
+        elif not self._delays and self.options.when_late == "hold" and ticks >= len(timed):  # later ones do not end a run: a spike passes
+            self._too_late(ticks, len(timed))
+        if overlapped or self.overlaps:
+            self._note_delay(ticks)
         return chunk
 
     def see(self, observation: Observation, tick: int) -> None:
@@ -332,6 +323,11 @@ class ChunkController:
         return ended
 
     # Inference
+
+    def _warmed_up(self, instruction: str, keep_alive: Callable[[], None], limit_s: float) -> Mapping[str, float]:
+        self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.prefix_method))
+        timing_ms: Mapping[str, float] = self._waited_for(keep_alive, limit_s, "the policy still makes itself ready for the instruction")
+        return timing_ms
 
     def _waited_for(self, keep_alive: Callable[[], None], limit_s: float, why: str) -> Any:
         """What the call that runs returns. Raises what it raises, and InferenceTimeoutError when it still runs after `limit_s`."""
@@ -476,22 +472,20 @@ class ChunkController:
 
 
 class HoldLimit:
-    """Ends a run whose arm has held its pose for too long because no action is left (an inference hangs or is too slow)."""
+    """Ends a run whose arm has held its pose for too long because no action is left (an inference hangs or is too slow).
+
+    limit_s: how long it may: `max_hold_s`, or longer where inferences take long; infinite without a limit.
+    """
 
     def __init__(self, fps: float, max_hold_s: float | None, echo: Callable[[str], None] | None) -> None:
         """`max_hold_s` None: no end. `echo` None: says nothing."""
-        self._fps, self._max_hold_s, self._echo = fps, math.inf if max_hold_s is None else max_hold_s, echo
-        self._slowest_s = 0.0
+        self._fps, self._echo = fps, echo
+        self.limit_s = math.inf if max_hold_s is None else max_hold_s
         self.reset()
-
-    @property
-    def limit_s(self) -> float:
-        """How long the arm may hold its pose for want of actions: `max_hold_s`, or longer where inferences take long; infinite without a limit."""
-        return max(self._max_hold_s, SLOWEST_TIMES * self._slowest_s)
 
     def inferred(self, duration_s: float) -> None:
         """An inference has taken so long."""
-        self._slowest_s = max(self._slowest_s, duration_s)
+        self.limit_s = max(self.limit_s, SLOWEST_TIMES * duration_s)
 
     def reset(self) -> None:
         """An episode begins."""

@@ -179,30 +179,30 @@ class ControlLoop:
         UnsafeActionError when a joint is blocked on the way. The `last` move takes no pictures, and a blocked joint does not keep the others."""
         if pose is None:
             return
-        poses, robot = self.options.poses, self.robot
         observation, stalls = self._observe(), self.safety.blocked.count.copy()
-        speed_deg_s = min(poses.home_speed_deg_s, self.safety.max_speed_deg_s)
-        move = Move(pose, self.safety.last, robot, speed_deg_s)
+        move = Move(pose, self.safety.last, self.robot, min(self.options.poses.home_speed_deg_s, self.safety.max_speed_deg_s))
         pacer = Pacer(MOVE_HZ, self._sleeps)  # of its own: the report's figures are the episodes'
         if move.ticks:
             self.echo(f"moving to {what} ({move.ticks / MOVE_HZ:.1f} s)")
         self.safety.fps = MOVE_HZ
         while not move.over(self.safety.last, observation.joints, self.safety.blocked.held):
-            robot.keep_alive()
+            self.robot.keep_alive()
             self._command(move.next_target(self.safety.last))
             observation = self._observe()
             for observer in () if last else self.observers:
                 observer.see(observation)
             if (blocked := self.safety.blocked.count > stalls).any() and not last:
-                names = ", ".join(np.array(robot.joint_names)[blocked])
+                names = self._names(blocked)
                 raise UnsafeActionError(f"joint {names} is blocked on the way to {what}. Clear the way, or move the arm by hand, and start again.")
             with suppress(Exception) if last else nullcontext():  # a closed terminal: no reason to let go half-way
                 self.session.poll()
             pacer.wait()
             self.stop.check()
         if (away := move.away(observation.joints)).any():
-            names = ", ".join(np.array(robot.joint_names)[away])
-            self.echo(f"WARNING: the arm has not quite reached {what}: {names}. Is something in its way?")
+            self.echo(f"WARNING: the arm has not quite reached {what}: {self._names(away)}. Is something in its way?")
+
+    def _names(self, which: np.ndarray) -> str:
+        return ", ".join(np.array(self.robot.joint_names)[which])
 
     def _connect(self) -> None:
         with self.stop.at_once():
@@ -262,8 +262,7 @@ class ControlLoop:
             self.stop.check()
 
     def _look_on(self) -> None:
-        """While the arm keeps its last target: whatever is wrong with a servo or a camera raises here."""
-        observation = self._look_between()
+        observation = self._look_between()  # raises for whatever is wrong with a servo or a camera
         for observer in self.observers:
             observer.see(observation)
         self.session.poll()
@@ -333,11 +332,7 @@ class ControlLoop:
         began_s = self.clock.now_s()
         observation = self._observe()
         self._send_again()
-        chunk = self._infer(observation)
-        if chunk is not None:  # else this tick holds, and the next one looks again
-            self._loop_began_s = began_s
-            self._plans_s.append(self.clock.now_s() - began_s)
-        self._resume(chunk)
+        self._infer(observation, began_s)
         return observation
 
     def _record(self, target: np.ndarray, commanded: np.ndarray, sent_s: float) -> TickRecord:
@@ -410,7 +405,6 @@ class ControlLoop:
         return sum(self.robot.events.get(name, 0) for name in _OUTAGES)
 
     def _still_time(self) -> None:
-        """While an inference is waited for."""
         if self.clock.now_s() - self._looked_s >= _STILL_LOOK_S:
             self._look_between()
         else:
@@ -423,19 +417,18 @@ class ControlLoop:
         if self.session.over or self.clock.now_s() >= self._end_s:
             raise _EpisodeOver
 
-    def _infer(self, observation: Observation) -> ActionChunk | None:
+    def _infer(self, observation: Observation, plan_began_s: float) -> None:
         began_s = self.clock.now_s()
         chunk = self.controller.plan(observation, self._still_time)
-        if chunk is None:
-            return None
-        if self.options.tell_inferences:
-            self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
-        self.stop.check()
-        self._check_over()
-        self.trace.stages_ms["infer"].append(1000 * (self.clock.now_s() - began_s))
-        return chunk
-
-    def _resume(self, chunk: ActionChunk | None) -> None:
+        if chunk is not None:  # else this tick holds, and the next one looks again
+            if self.options.tell_inferences:
+                self.echo(f"Direct inference time: {chunk.inference_ms / 1000:.3f}s")
+            self.stop.check()
+            self._check_over()
+            now_s = self.clock.now_s()
+            self.trace.stages_ms["infer"].append(1000 * (now_s - began_s))
+            self._loop_began_s = plan_began_s
+            self._plans_s.append(now_s - plan_began_s)
         with self.trace.timed("wait"):
             pause_s = self.pacer.resume()
         if chunk is not None:
@@ -479,7 +472,7 @@ class ControlLoop:
         self.controller.reset()
         observation = self._observe()
         self.safety.start(observation.joints)
-        self._resume(self._infer(observation))
+        self._infer(observation, self.clock.now_s())
         target = self.controller.next_target(self.pacer.tick)
         limited = self.safety(target)
         self.trace.episodes += 1

@@ -130,19 +130,12 @@ class Session:
         self._last_key, self._last_key_s = "", float("-inf")
         self._typed: str | None = None  # of an instruction that is being typed
         self._playing, self._settled = False, True
-        self._saving_since_s: float | None = None
+        self._busy_since_s: float | None = None  # the recorder, with saving
         self._told_saving = False
         self._outcome: dict[str, Any] = {}
         self.over = False  # the episode, or the pause after it, is to end now
         self.again = False  # the episode does not count and is to be played again
         self.instruction: str | None = None  # typed for the episodes to come; the loop takes it
-
-    def _show(self, text: str) -> None:
-        """On the terminal, without a new line."""
-        sys.stderr.write(text)  # --json has standard output for its result
-        sys.stderr.flush()
-
-    # An episode
 
     def begin(self, instruction: str) -> None:
         """An episode begins."""
@@ -190,24 +183,18 @@ class Session:
     @property
     def waits(self) -> bool:
         """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
-        busy = self._recorder is not None and self._recorder.busy
         self._end_with_the_recording()
-        if busy:
-            self._watch_saving()
-        else:
-            self._saving_since_s, self._told_saving = None, False
-        return self.typing or busy
-
-    def _watch_saving(self) -> None:
-        """A recorder that hangs must not keep the arm powered for ever."""
-        now_s = self._now_s()
-        self._saving_since_s = now_s if self._saving_since_s is None else self._saving_since_s
-        since_s = now_s - self._saving_since_s
-        if since_s >= _TELL_AFTER_S and not self._told_saving:
+        if self._recorder is None or not self._recorder.busy:
+            self._busy_since_s, self._told_saving = None, False
+            return self.typing
+        self._busy_since_s = self._now_s() if self._busy_since_s is None else self._busy_since_s
+        busy_s = self._now_s() - self._busy_since_s
+        if busy_s >= _TELL_AFTER_S and not self._told_saving:
             self._told_saving = True
-            self._echo(f"WARNING: the episode has not been saved for {since_s:.0f} s; the arm holds its pose, {SAVE_LIMIT_S:.0f} s at most")
-        if since_s >= SAVE_LIMIT_S:
+            self._echo(f"WARNING: the episode has not been saved for {busy_s:.0f} s; the arm holds its pose, {SAVE_LIMIT_S:.0f} s at most")
+        if busy_s >= SAVE_LIMIT_S:  # a recorder that hangs must not keep the arm powered for ever
             self._stop.request(f"the episode was not saved within {SAVE_LIMIT_S:.0f} s: does the disk answer?", _EXIT_CODE)
+        return True
 
     def settle(self) -> bool:
         """The pause is over, or the run: the last episode is saved, or forgotten. Returns whether it is to be played again. May be called again."""
@@ -236,21 +223,15 @@ class Session:
         elif key == ESCAPE:
             self._stop.request("Esc")
         elif key in ("t", ENTER) and not self._playing:
-            self._typed = ""
             self._echo("new instruction (Enter: take it, Esc: keep the old one; the arm holds its pose):")
-            self._show("> ")
+            self._type("", "")
 
     def _type(self, key: str, typed: str) -> None:
         if key == ENTER:
             self.instruction = typed.strip() or None
-            self._echo(f"\ninstruction: {self.instruction!r}" if self.instruction else "\nthe instruction stays")
+        if key in (ENTER, ESCAPE):
             self._typed = None
-        elif key == ESCAPE:
-            self._typed = None
-            self._echo("\nthe instruction stays")
-        elif key == BACKSPACE:
-            self._typed = typed[:-1]
-        elif len(key) == 1:
-            self._typed = typed + key
-        if self._typed is not None:
-            self._show(f"\r> {self._typed}\x1b[K")  # to the end of the line: nothing
+            self._echo(f"\ninstruction: {self.instruction!r}" if key == ENTER and self.instruction else "\nthe instruction stays")
+            return
+        self._typed = typed[:-1] if key == BACKSPACE else typed + key * (len(key) <= 1)
+        print(f"\r> {self._typed}\x1b[K", end="", file=sys.stderr, flush=True)  # standard output is --json's; \x1b[K clears the rest of the line
