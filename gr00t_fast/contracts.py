@@ -74,6 +74,7 @@ class PolicyMetadata:
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
     letterbox: Letterbox | None = None  # of N1.7
+    n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,10 @@ def load(config: RunConfig) -> Any:
     if not config.server:
         from gr00t_fast.policy import load_policy
 
-        return load_policy(config.model_path, **config.policy_options())
+        policy = load_policy(config.model_path, **config.policy_options())
+        if config.action_horizon is None and policy.metadata.n_action_steps is not None:
+            policy.action_horizon = policy.metadata.n_action_steps
+        return policy
     from gr00t_fast.serving.remote import RemotePolicy
 
     return RemotePolicy(

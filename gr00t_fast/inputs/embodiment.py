@@ -117,6 +117,7 @@ class Embodiment:
     data_config: keys, the times that are read, the language key. cameras: key -> what training saw, None where the checkpoint does not say.
     trained_horizon: how many actions can be returned. state_width: padded width of one time. record: what the small files say of it, as it stands
     there. images, letterbox, formalize_language, exclude_state, action_configs: settings of N1.7. notes: what else a line before the start says.
+    n_action_steps: as of PolicyMetadata.
     """
 
     tag: str
@@ -135,6 +136,7 @@ class Embodiment:
     exclude_state: bool = False
     action_configs: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
+    n_action_steps: int | None = None
 
     @property
     def default_horizon(self) -> int:
@@ -169,6 +171,7 @@ class Embodiment:
             action_statistics={part.name: _range(part.statistics) for part in self.action},
             trained_horizon=self.trained_horizon,
             letterbox=self.letterbox,
+            n_action_steps=self.n_action_steps,
         )
 
 

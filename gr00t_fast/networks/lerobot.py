@@ -243,6 +243,7 @@ class LerobotFiles:
             images=self._image_settings(),
             formalize_language=self._pack.name == _PACK_N1D7 and pack.switch("formalize_language", True),
             notes=self._notes(chunk, played),
+            n_action_steps=min(steps, played),
         )
 
     def _width(self, features: str, key: str) -> int:

@@ -22,11 +22,13 @@ import torch
 import virtual_camera
 from golden_cases import relative_error
 from lerobot_policies import CAMERA, NOISE_SEED
+from random_networks import edit_json
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint
+from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
@@ -216,6 +218,15 @@ def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: 
         opened.embodiment("gr1")
     with pytest.raises(ConfigError, match="letterbox"):
         open_checkpoint(checkpoint, letterbox="always")
+
+
+def test_a_run_plays_as_many_actions_as_lerobot_does(shared_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(shared_dir, "n1d5", tmp_path)
+    edit_json(checkpoint / POLICY, "n_action_steps", 8)
+    common = {"model_path": str(checkpoint), "processor_path": shared_dir / "eagle2_hg_model", "device": "cpu"}
+    assert run.load(run.RunConfig(**common)).action_horizon == 8
+    assert run.load(run.RunConfig(**common, action_horizon=12)).action_horizon == 12
+    assert load_policy(**common).action_horizon == 16, "what lerobot's predict_action_chunk returns"
 
 
 def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Path, tmp_path: Path) -> None:
