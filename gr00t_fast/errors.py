@@ -150,6 +150,11 @@ def check_ranges(options: object, **ranges: tuple[float, float]) -> None:
                 raise ConfigError(f"--{name}={each:g} must be {f'at least {low:g}' if math.isinf(high) else f'from {low:g} to {high:g}'}.")
 
 
+def one_line(error: object) -> str:
+    """An error of several lines as a part of another message."""
+    return " ".join(str(error).split())
+
+
 def shown(value: object) -> str:
     """The beginning of a value, for an error: it may come from a hostile file."""
     try:

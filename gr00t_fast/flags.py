@@ -36,7 +36,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.errors import ConfigError, closest, one_line
 from gr00t_fast.files import parse_json, read_text
 
 T = TypeVar("T")
@@ -392,7 +392,7 @@ def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], 
         content = parse_json(text) if path.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError) as error:
         remedy = "Expected a YAML file of settings, or a run's report."
-        raise ConfigError(f"--{CONFIG_FLAG}: cannot read '{path}': {_one_line(error)}. {remedy}") from error
+        raise ConfigError(f"--{CONFIG_FLAG}: cannot read '{path}': {one_line(error).rstrip('.')}. {remedy}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--{CONFIG_FLAG}: '{path}' holds no settings (expected lines like `model_path: DIR`).")
     if "schema" in content and isinstance(content.get("settings"), dict):
@@ -430,7 +430,7 @@ def _read_yaml(text: str) -> Any:
         raise ValueError("nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError((f"line {mark.line + 1}: " if mark else "") + _one_line(getattr(error, "problem", None) or error)) from error
+        raise ValueError((f"line {mark.line + 1}: " if mark else "") + one_line(getattr(error, "problem", None) or error)) from error
 
 
 @functools.cache
@@ -453,10 +453,6 @@ def _strict_loader() -> Any:
             return found
 
     return StrictLoader
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 # --- values -------------------------------------------------------------------------------------------------------------------------------

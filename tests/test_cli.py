@@ -83,10 +83,7 @@ def test_ways_to_write_a_flag(words: list[str], name: str, value: object) -> Non
 FOLLOWER = ISSUE[:2]
 BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
-    "abbreviated flag": ([*SIM, "--robot.ta=reach"], "unknown flag '--robot.ta'"),
     "NVIDIA's host": ([*SIM, "--policy_host=robot.local"], "--server=tcp://HOST:PORT"),
-    "NVIDIA's HTTP": ([*SIM, "--http-server"], "gr00t-fast serve --http"),
-    "lerobot's checkpoint": ([*SIM, "--policy.path=x"], "--model_path"),
     "lerobot's data set": ([*SIM, "--dataset.repo_id=me/mine"], "--record="),
     "lerobot's strategy": ([*SIM, "--strategy.type=dagger"], "leave the flag out"),
     "empty pose": ([*SIM, "--home="], "--home is empty"),
@@ -102,12 +99,10 @@ BAD = {
     "no model": (["--robot.type=so100_sim", "--lang_instruction=go"], "--model_path is missing"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
     "blank instruction": ([*SIM, "--lang_instruction=   "], "--lang_instruction is missing"),
-    "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),
     "endless pause": ([*SIM, "--reset_time_s=.inf"], "3600"),
     "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),
     "negative horizon": ([*SIM, "--action_horizon=-1"], "at least 1"),
-    "negative timeout": ([*SIM, "--timeout=-3"], "--timeout=-3"),
     "negative seed": ([*SIM, "--seed=-1"], "--seed=-1 must be at least 0"),
     "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),
     "no data config": ([*SIM, "--data_config=so10"], "Did you mean 'so100'"),
@@ -275,6 +270,8 @@ def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: P
     error = capsys.readouterr().err
     assert "error: no metadata in 'm'" in error
     assert "Traceback" not in error
+    assert world.run("--verbose") == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def fail_at_the_third_target(world: World, error: BaseException) -> None:
@@ -336,14 +333,12 @@ def test_an_arm_that_never_moved_gets_no_report(world: World, tmp_path: Path, ca
     assert world.run(f"--out={tmp_path}") == 1
     assert not list(tmp_path.iterdir()), "the corrected command runs as it is"
     captured = capsys.readouterr()
-    assert captured.err == "error: camera 'front' cannot be opened\n"
-    assert captured.out.splitlines()[-2:] == ["connecting to the arm ...", "The arm was not moved: the run ended before the first target was sent."]
-
-
-def test_a_target_that_may_have_arrived_is_a_move(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "camera 'front' cannot be opened" in captured.err
+    assert "was not moved" in captured.out
+    world.robot.on_observe = lambda: None
     world.robot.on_send = raising(RobotError("servo 3 is silent"))
     assert world.run() == 1
-    assert "was not moved" not in capsys.readouterr().out
+    assert "was not moved" not in capsys.readouterr().out, "a target that may have arrived is a move"
 
 
 def test_a_reader_that_goes_away_lands_the_arm_and_is_named(
@@ -355,13 +350,7 @@ def test_a_reader_that_goes_away_lands_the_arm_and_is_named(
         monkeypatch.setattr(sys, "stdout", output)
         assert world.run() == 1
     assert world.robot.calls[-1] == "land"
-    assert capsys.readouterr().err == "error: nobody reads this program's output any more (a closed pipe, as with `| head`); the run has ended.\n"
-
-
-def test_verbose_shows_the_traceback_of_user_errors(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    world.load = raising(CheckpointError("damaged"))
-    assert world.run("--verbose") == 1
-    assert "Traceback" in capsys.readouterr().err
+    assert "nobody reads this program's output" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_hides_neither_the_error_nor_the_powered_arm(

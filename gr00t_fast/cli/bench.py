@@ -46,6 +46,7 @@ from gr00t_fast.errors import (
     check_ranges,
     closest,
     install_command,
+    one_line,
 )
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
@@ -98,7 +99,6 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
     out: Path | None = None  # directory for bench.json and bench.md, which are replaced; default: outputs/bench, of tune outputs/tune
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         check_device(self.device)
         check_ranges(self, **dict.fromkeys(("frames", "rounds", "denoising_steps", "threads"), AT_LEAST_1), seed=AT_LEAST_0)
@@ -215,7 +215,7 @@ def make_all(config: BenchConfig, device: torch.device) -> tuple[Made, dict[str,
             for folder in folders:
                 _make(config, checkpoint, at / folder, makers[folder])
         except Gr00tFastError as error:
-            refused[name] = " ".join(str(error).split())
+            refused[name] = one_line(error)
         else:
             ready[name] = engine, at / folders[-1] if folders else None
     return ready, refused
@@ -380,7 +380,7 @@ def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[st
         except UNUSABLE as error:
             if named:
                 raise
-            refused[name] = " ".join(str(error).split())
+            refused[name] = one_line(error)
             continue
         arms[name] = {
             "policy": policy,

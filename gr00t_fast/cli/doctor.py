@@ -33,7 +33,7 @@ from gr00t_fast.contracts import SO100_JOINTS, CameraSpec
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command
+from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, SO100SimConfig
 
 # What a run needs besides its engine -> (module, extra that brings it, the arm that cannot do without).
@@ -102,7 +102,7 @@ class Rows(list[Row]):
         except MissingExtraError:
             pass
         except Gr00tFastError as error:
-            self.append(Row(state, section, what, _one_line(error)))
+            self.append(Row(state, section, what, one_line(error)))
 
 
 def work(config: DoctorConfig) -> int:
@@ -179,11 +179,11 @@ def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
     rows, pictures, known = Rows(), {}, opencv_cameras(config.robot)
     faults = device_faults(config.robot)
     for name, error in faults.items():
-        rows.add("cameras", f"camera {name} cannot be opened", _one_line(error))
+        rows.add("cameras", f"camera {name} cannot be opened", one_line(error))
     with rows.trying("cameras", "the cameras cannot be opened"):
         for name, shown in take_pictures({name: known[name] for name in known if name not in faults}).items():
             if not isinstance(shown, np.ndarray):
-                rows.add("cameras", f"camera {name} gives no picture", _one_line(shown))
+                rows.add("cameras", f"camera {name} gives no picture", one_line(shown))
                 continue
             pictures[name] = shown
             rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {known[name].index_or_path}")
@@ -201,7 +201,7 @@ def network(config: DoctorConfig) -> tuple[dict[str, str], Rows]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
-        rows.add("GPU", f"torch cannot be imported: {_one_line(error)}", install_command())
+        rows.add("GPU", f"torch cannot be imported: {one_line(error)}", install_command())
         return titles, rows
     found, parameters = _opened(config, rows)
     metadata = None if found is None else _training(config, found, rows)
@@ -267,7 +267,7 @@ def _tokenizer(config: DoctorConfig, found: Any, rows: Rows) -> None:
         rows.add("checkpoint", "tokenizer files")
     except CheckpointError as error:
         if config.processor_path is not None or "fetching" not in str(error):
-            rows.add("checkpoint", "no usable tokenizer files", _one_line(error))
+            rows.add("checkpoint", "no usable tokenizer files", one_line(error))
             return
         where = found.base / found.network.prompt.folders[0]
         advice = "A run fetches them from the hub, which takes the internet; or copy them there, or give --processor_path."
@@ -373,10 +373,6 @@ def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows
             size = metadata.resolutions.get(mapping.get(name))
             whose = f"the checkpoint's '{mapping[name]}'" + (f" {size[0]}x{size[1]}" if size else "") if name in mapping else "not the checkpoint's"
             titles[name] += f": {whose}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 main = Command(

@@ -85,7 +85,6 @@ class EvalConfig(OutputFlags, PolicyFlags):
     out: Path = Path("outputs/eval")  # directory for eval.json and eval.md, which are replaced
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         if not (self.dataset / "meta" / "info.json").is_file():
             what = "is no LeRobotDataset: meta/info.json is missing" if self.dataset.is_dir() else "does not exist"

@@ -18,13 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from gr00t_fast import console
 from gr00t_fast.console import CLOSED_TERMINAL, Console
 from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
 from gr00t_fast.errors import ConfigError, Gr00tFastError, closest
 from gr00t_fast.flags import help_text, parse_flags
+
+if TYPE_CHECKING:
+    from gr00t_fast.cli.shared_flags import OutputFlags
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_CTRL_C = 0, 1, 2, 130
 NAME = "gr00t-fast"
@@ -169,14 +172,7 @@ def _print_help(text: str) -> int:
     return EXIT_OK
 
 
-class OutputWishes(Protocol):
-    """`--json` and `--quiet`."""
-
-    json: bool
-    quiet: bool
-
-
-def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWishes) -> None:
+def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputFlags) -> None:
     """The result for people: table and verdict on standard output; `--quiet` leaves the verdict, `--json` makes it one line of JSON."""
     text = verdict if wishes.quiet else "\n".join(filter(None, (table, verdict)))
     print(text, file=sys.stderr if wishes.json else sys.stdout, flush=True)
@@ -184,7 +180,7 @@ def show(result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWish
         print(json.dumps(result), flush=True)
 
 
-def leave_result(out: Path, result: Mapping[str, Any], table: str, verdict: str, wishes: OutputWishes) -> None:
+def leave_result(out: Path, result: Mapping[str, Any], table: str, verdict: str, wishes: OutputFlags) -> None:
     """Write the result into the directory `out`, as JSON and as text by the name of its program, and `show` it. Raises ConfigError."""
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,6 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
             yield "lang_instruction", 'say what to do, in the words of the training data, as in --lang_instruction="Pick up the cube"'
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         self._check_task()
         self._check_server()
@@ -267,7 +266,8 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
                     table, frames = loop.trace.dry_run
                     sizes = {name: f"{frame.shape[1]}x{frame.shape[0]}" for name, frame in frames.items()}
                     say(write_pictures(frames, sizes, config.out, "dry_run.txt", table + "\n"))
-        return EXIT_ERROR if recorder is not None and recorder.failure else exit_code(stop, loop.trace.landing)
+        powered = not loop.trace.landing.safe  # it may be: worse than whatever else happened
+        return EXIT_ERROR if powered or (recorder is not None and recorder.failure) else stop.exit_code or EXIT_OK
 
 
 def load(config: RunConfig) -> Any:
@@ -395,7 +395,6 @@ def build_controller(config: RunConfig, policy: Any, binding: RobotBinding, cloc
 
 
 def controller_options(config: RunConfig) -> ControllerOptions:
-    """Raises ConfigError."""
     return ControllerOptions(config.controller, config.smoothing, config.when_late, max_hold_s(config), config.action_horizon)
 
 
@@ -424,11 +423,6 @@ def announce_landing(landing: LandingReport | None, say: Callable[[str], None] =
             print(f"error: THE ARM MAY STILL BE POWERED: {problems}. Hold it and switch its power supply off.", file=sys.stderr, flush=True)
         elif "held" in landing.torque.values():
             say("WARNING: the arm is still powered and holds its pose: it was found so, or --robot.disable_torque_on_disconnect=false asks for it.")
-
-
-def exit_code(stop: StopSignals, landing: LandingReport) -> int:
-    """0 when the run ended by itself, 128 + signal when it was stopped; 1 when the arm may still be powered, whatever else happened."""
-    return stop.exit_code or EXIT_OK if landing.safe else EXIT_ERROR
 
 
 main = Command(

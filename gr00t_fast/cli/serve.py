@@ -31,7 +31,6 @@ class ServeConfig(PolicyFlags):
     verbose: bool = False  # full tracebacks and debug messages
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"--port={self.port} must be from 1 to 65535.")

@@ -50,13 +50,9 @@ class CheckpointFlags(Flags):
         yield from super().missing()
 
     def check(self) -> None:
-        """Without importing torch."""
         super().check()
         if self.model_path.strip():
-            try:
-                load_data_config(self.data_config)
-            except ConfigError as error:
-                raise ConfigError(f"--data_config={self.data_config}: {error}") from error
+            load_data_config(self.data_config)
 
     def needs_checkpoint(self) -> bool:
         """Whether there is nothing to do without one."""
@@ -83,7 +79,6 @@ class PolicyFlags(CheckpointFlags):
     seed: int | None = None  # makes the noise, and a simulated scene, repeatable
 
     def check(self) -> None:
-        """Without importing torch."""
         super().check()
         check_device(self.device)
         check_ranges(self, denoising_steps=AT_LEAST_1, action_horizon=AT_LEAST_1, seed=AT_LEAST_0)
@@ -102,7 +97,6 @@ class CameraFlags(Flags):
     camera_size: str | None = None  # WIDTHxHEIGHT, which decides what an N1.7 export is for; default: as in --observations, or 640x480
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         self.camera_px()
 
@@ -146,7 +140,6 @@ class OutputFlags(Flags):
     verbose: bool = False  # full tracebacks
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         out = getattr(self, "out", None)  # of most programs
         if out is not None and out.is_file():
@@ -170,7 +163,6 @@ class ArmFlags(Flags):
         yield from super().missing()
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         for name, camera in getattr(self.robot, "cameras", {}).items():
             for size in ("width", "height", "fps"):
@@ -213,7 +205,6 @@ class RunOutputFlags(OutputFlags):
     display: str | None = setting(None, bare=WINDOW)  # show the run in rerun: in a window here, at HOST:PORT, or in FILE.rrd; kept with --out
 
     def check(self) -> None:
-        """Raises ConfigError."""
         super().check()
         if self.record_append and not self.record:
             raise ConfigError("--record_append needs --record=DIR: the data set to continue.")
