@@ -296,6 +296,6 @@ def _watchdogs(bus: VirtualBus) -> list[int]:
             words = (directory / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if bus.port in words and any(word.endswith("watchdog_process.py") for word in words):
+        if bus.port in words and any(word.endswith("robots/watchdog.py") for word in words):
             found.append(int(directory.name))
     return found

@@ -155,7 +155,7 @@ def arm(config: DoctorConfig) -> Rows:
     if not isinstance(robot, SO100FollowerConfig):
         return rows
     from gr00t_fast.robots.lerobot_glue import calibrate_command, calibration_file, check_calibration_exists, check_port
-    from gr00t_fast.robots.servo_check import judge, look
+    from gr00t_fast.robots.servo_check import examine
     from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
     calibration, path, port = None, calibration_file(robot), robot.port or "(none)"
@@ -169,8 +169,8 @@ def arm(config: DoctorConfig) -> Rows:
     with rows.trying("arm", f"port {port} cannot be used"):
         check_port(robot.port)
         rows.add("arm", f"port {port} is free")
-        for each in judge(look(robot.port), calibration, calibrate_command(robot)):
-            rows.add("arm", each.what, each.what_to_do, each.state)
+        for finding in examine(robot.port, calibration, calibrate_command(robot)):
+            rows.add("arm", *finding)
     return rows
 
 

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
+from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
+from gr00t_fast.robots.lerobot_glue import GRIPPER, lock_port, outside_range
 from gr00t_fast.robots.virtual_bus.protocol import Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
+from gr00t_fast.robots.virtual_bus.servo import Register
 
 try:
     import termios
@@ -44,18 +46,13 @@ STATUS_BYTES = 6  # of a status packet without data
 LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
 LATE_ANSWER_UNPOWERED_S = 0.02  # as long as no servo has ever answered: their power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
-MODEL_REGISTER = 3
-# One contiguous read tells all of these, each as one or two bytes, low byte first.
-TORQUE_REGISTER, ACCELERATION_REGISTER, GOAL_REGISTER, LOAD_REGISTER, STATUS_REGISTER, CURRENT_REGISTER = 40, 41, 42, 60, 65, 69
+ACCELERATION = 254  # lerobot's configure_motors() writes it; of all that is configured, only this does not outlast the servo's power
 GOALS_KNOWN = 8  # the newest ones sent: a write to all is not acknowledged, and a bad line may lose some
 # Feetech's memory table of the STS series: load is the duty cycle of the motor's drive in 0.1 %, bit 10 its direction; current counts 6.5 mA, bit 15
 # its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
 LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
 FULL_LOAD_PERCENT, MOST_CURRENT_MA = 100.0, 10_000.0  # more than a servo can draw: its registers hold something else, and nothing is known
 ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
-# A servo clamps its goal to the calibrated range: one that stands outside is moved to the border at full speed as soon as it is switched on.
-# So much, less than a tick of ordinary motion, is tolerated: readings and stops are not exact.
-OUTSIDE_DEG = 4.0
 
 
 def error_names(bits: int) -> list[str]:
@@ -104,8 +101,18 @@ class ServoState:
     acceleration: int
     goal: int
     error_bits: int
-    load_percent: float
-    current_ma: float
+    load_percent: float = math.nan
+    current_ma: float = math.nan
+
+    @classmethod
+    def of(cls, data: bytes, error_bits: int) -> ServoState:
+        """data: registers indexed by address, at least as far as the status."""
+        state = (data[Register.TORQUE_ENABLE], data[Register.ACCELERATION], _word(data, Register.GOAL_POSITION), error_bits | data[Register.STATUS])
+        if len(data) <= Register.PRESENT_CURRENT:
+            return cls(*state)
+        percent = (_word(data, Register.PRESENT_LOAD) & LOAD_BITS) * LOAD_PERCENT
+        current_ma = (_word(data, Register.PRESENT_CURRENT) & CURRENT_BITS) * CURRENT_MA
+        return cls(*state, percent if percent <= FULL_LOAD_PERCENT else math.nan, current_ma if current_ma <= MOST_CURRENT_MA else math.nan)
 
 
 class Guard:
@@ -192,20 +199,14 @@ class Guard:
 
     def poll(self, servo_id: int, loads: bool = True) -> ServoState | None:
         """Ask one servo, once, for its registers from torque to current, or without `loads` to status. None: it did not answer."""
-        length = (CURRENT_REGISTER + 2 if loads else STATUS_REGISTER + 1) - TORQUE_REGISTER
-        request = Request(servo_id, Instruction.READ, bytes((TORQUE_REGISTER, length)))
-        status = self.ask(request, length, tries=1, late_answer_s=LATE_ANSWER_UNPOWERED_S)  # nothing else is read in one piece of this length
-        if status is None:
-            return None
-        data = bytes(TORQUE_REGISTER) + status.params  # indexed by address
-        load, current = _load_and_current(data) if loads else (math.nan, math.nan)
-        return ServoState(
-            data[TORQUE_REGISTER], data[ACCELERATION_REGISTER], _word(data, GOAL_REGISTER), status.error | data[STATUS_REGISTER], load, current
-        )
+        first, end = Register.TORQUE_ENABLE, Register.PRESENT_CURRENT + 2 if loads else Register.STATUS + 1
+        request = Request(servo_id, Instruction.READ, bytes((first, end - first)))
+        status = self.ask(request, end - first, tries=1, late_answer_s=LATE_ANSWER_UNPOWERED_S)  # nothing else is read in one piece of this length
+        return None if status is None else ServoState.of(bytes(first) + status.params, status.error)
 
     def ping(self, motor: Any, num_retry: int = 0, raise_on_error: bool = False) -> int | None:
         """The model number of a servo; None when it does not answer, or answers with error bits. lerobot's `ping`, by one reading."""
-        model, result, error = self._read(MODEL_REGISTER, 2, self._get_motor_id(motor), raise_on_error=raise_on_error)
+        model, result, error = self._read(Register.MODEL, 2, self._get_motor_id(motor), raise_on_error=raise_on_error)
         return None if result or error else model
 
     def _read(
@@ -217,7 +218,7 @@ class Guard:
     def _write(
         self, addr: int, length: int, motor_id: int, value: int, *, num_retry: int = 0, raise_on_error: bool = True, err_msg: str = ""
     ) -> tuple[int, int]:
-        if addr == GOAL_REGISTER:
+        if addr == Register.GOAL_POSITION:
             self.sent_goals[motor_id].append(value)
         data = bytes((addr, *self._serialize_data(value, length)))
         found, result = self.transfer(Request(motor_id, Instruction.WRITE, data), [motor_id])
@@ -229,12 +230,12 @@ class Guard:
         found, result = self.transfer(sync_read(addr, length, motor_ids), motor_ids, length)
         if result and raise_on_error:
             raise ConnectionError(f"{err_msg} {self.packet_handler.getTxRxResult(result)}")
-        return {servo_id: _number(found[servo_id].params) for servo_id in motor_ids if servo_id in found}, result
+        return {servo_id: int.from_bytes(found[servo_id].params, "little") for servo_id in motor_ids if servo_id in found}, result
 
     def _sync_write(
         self, addr: int, length: int, ids_values: dict[int, int], num_retry: int = 0, raise_on_error: bool = True, err_msg: str = ""
     ) -> int:
-        if addr == GOAL_REGISTER:
+        if addr == Register.GOAL_POSITION:
             for servo_id, value in ids_values.items():
                 self.sent_goals[servo_id].append(value)
         serialize = self._serialize_data
@@ -248,7 +249,7 @@ class Guard:
             raise ConnectionError(f"{err_msg} {self.packet_handler.getTxRxResult(result)}")
         if raise_on_error and error:
             raise RuntimeError(f"{err_msg} {self.packet_handler.getRxPacketError(error)}")
-        return _number(status.params) if status is not None else 0, result, error
+        return int.from_bytes(status.params, "little") if status is not None else 0, result, error
 
     def _flush_input(self) -> None:
         if self.line.in_waiting:
@@ -267,6 +268,16 @@ class Guard:
                 quiet_s = time.monotonic() + QUIET_S
             time.sleep(0.0005)
 
+    def restore_settings(self, joint: str) -> None:
+        """Write what a servo forgets with its power. Raises what the driver raises."""
+        for name in ("Maximum_Acceleration", "Acceleration"):
+            self.write(name, joint, ACCELERATION)
+
+    def stop_pushing(self) -> None:
+        """Goals become where the joints stand: one that is held up shall not push for ever. The gripper goes on holding what it holds."""
+        positions = self.sync_read("Present_Position", normalize=False)
+        self.sync_write("Goal_Position", {joint: positions[joint] for joint in SO100_JOINTS[:GRIPPER]}, normalize=False)
+
     # lerobot's configure() begins with disable_torque() and ends with enable_torque(): servos that hold go on holding in between.
 
     def disable_torque(self, motors: Any = None, num_retry: int = 0) -> None:
@@ -278,24 +289,14 @@ class Guard:
         """Switch on where the joints stand: first the present position becomes the goal, else the arm leaps to an old one. Raises RobotError for a
         joint outside its calibrated range, and what the driver raises."""
         positions = self.sync_read("Present_Position", motors, normalize=False)
-        self._check_inside(positions)
+        if outside := outside_range(positions, self.calibration):
+            raise RobotError(
+                f"the arm stands outside its calibrated range: {outside}. Switching it on would throw it to the border, so it stays without power. "
+                f"Move the joint back into its range by hand and start again; if the range is wrong, calibrate again: {self._how_to_calibrate}"
+            )
         for motor, position in positions.items():
             self.write("Goal_Position", motor, position, normalize=False)
         super().enable_torque(motors)
-
-    def _check_inside(self, positions: dict[str, int]) -> None:
-        outside = []
-        for joint, position in positions.items():
-            calibration = self.calibration[joint]
-            beyond_deg = max(calibration.range_min - position, position - calibration.range_max) * 360 / TICKS
-            if beyond_deg > OUTSIDE_DEG:
-                outside.append(f"{joint} by {beyond_deg:.0f} degrees")
-        if outside:
-            raise RobotError(
-                f"the arm stands outside its calibrated range: {', '.join(outside)}. Switching it on would throw it to the border, so it stays "
-                "without power. Move the joint back into its range by hand and start again; if the range is wrong, calibrate again: "
-                f"{self._how_to_calibrate}"
-            )
 
 
 def guarded(driver: Any, events: Counter[str], on_exchange: Callable[[], object], tries: int, how_to_calibrate: str) -> Any:
@@ -303,19 +304,8 @@ def guarded(driver: Any, events: Counter[str], on_exchange: Callable[[], object]
     return type("GuardedBus", (Guard, type(driver)), {})(driver, events, on_exchange, tries, how_to_calibrate)
 
 
-def _number(data: bytes) -> int:
-    return int.from_bytes(data, "little")
-
-
 def _word(data: bytes, register: int) -> int:
     return from_word(data[register : register + 2])
-
-
-def _load_and_current(data: bytes) -> tuple[float, float]:
-    """Per cent and mA, from registers indexed by address."""
-    percent = (_word(data, LOAD_REGISTER) & LOAD_BITS) * LOAD_PERCENT
-    current_ma = (_word(data, CURRENT_REGISTER) & CURRENT_BITS) * CURRENT_MA
-    return percent if percent <= FULL_LOAD_PERCENT else math.nan, current_ma if current_ma <= MOST_CURRENT_MA else math.nan
 
 
 # Switching an arm's torque off, whatever state its bus is in. Nothing here raises: every step is tried, and what failed is reported.
@@ -404,9 +394,9 @@ def _release_one(bus: Any, joint: str, problems: list[str]) -> Torque:
 def _let_go(bus: Any, servo_id: int) -> int | None:
     """Torque off on one servo. Returns its torque register afterwards, 0 also where it only acknowledged; None: it does not answer. Error bits are
     not looked at: a servo in overload acknowledges with one, and lets go all the same."""
-    off = Request(servo_id, Instruction.WRITE, bytes((TORQUE_REGISTER, 0)))
+    off = Request(servo_id, Instruction.WRITE, bytes((Register.TORQUE_ENABLE, 0)))
     acknowledged = bus.ask(off, tries=TRIES_PER_MOTOR) is not None
-    answer = bus.ask(Request(servo_id, Instruction.READ, bytes((TORQUE_REGISTER, 1))), 1, tries=TRIES_PER_MOTOR if acknowledged else 1)
+    answer = bus.ask(Request(servo_id, Instruction.READ, bytes((Register.TORQUE_ENABLE, 1))), 1, tries=TRIES_PER_MOTOR if acknowledged else 1)
     if answer is not None:
         return answer.params[0]
     return 0 if acknowledged else None

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -27,28 +28,29 @@ GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
 TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
-WATCHDOG_RANGE_S = (0.5, 60.0)
+# A servo clamps its goal to the calibrated range: one that stands outside is moved to the border at full speed as soon as it is switched on.
+# So much, less than a tick of ordinary motion, is tolerated: readings and stops are not exact.
+OUTSIDE_DEG = 4.0
 GRIPPER = SO100_JOINTS.index("gripper")
-MOST_READ_RETRIES = 10  # a silent servo costs 0.15 s each time
-LARGEST_GAIN = 254
+RANGES = {  # names of fields: the least and the most that makes sense
+    ("connect_attempts",): (1, math.inf),
+    ("reconnect_s",): (0.0, math.inf),
+    ("watchdog_s",): (0.5, 60.0),  # a busy machine holds up a sound program for some tenths of a second
+    ("num_read_retries",): (0, 10),  # a silent servo costs 0.15 s each time
+    tuple(GAINS): (0, 254),  # what the servo's register holds
+}
 
 
 def check_numbers(config: SO100FollowerConfig) -> None:
     """Raise ConfigError for a flag of the arm whose number makes no sense. Imports and touches nothing."""
-    if config.connect_attempts < 1:
-        raise ConfigError(f"--robot.connect_attempts must be at least 1, got {config.connect_attempts}.")
-    if not (math.isfinite(config.reconnect_s) and config.reconnect_s >= 0):
-        raise ConfigError(f"--robot.reconnect_s must be a finite number of seconds, 0 or more, got {config.reconnect_s}.")
-    if config.watchdog_s is not None and not WATCHDOG_RANGE_S[0] <= config.watchdog_s <= WATCHDOG_RANGE_S[1]:
-        raise ConfigError(
-            f"--robot.watchdog_s must be from {WATCHDOG_RANGE_S[0]:g} to {WATCHDOG_RANGE_S[1]:g} s (or null for no watchdog), "
-            f"got {config.watchdog_s}: a busy machine holds up a sound program for some tenths of a second."
-        )
-    if not 0 <= config.num_read_retries <= MOST_READ_RETRIES:
-        raise ConfigError(f"--robot.num_read_retries must be from 0 to {MOST_READ_RETRIES}, got {config.num_read_retries}.")
-    for name in GAINS:
-        if not 0 <= getattr(config, name) <= LARGEST_GAIN:
-            raise ConfigError(f"--robot.{name} must be from 0 to {LARGEST_GAIN}, what the servo's register holds; got {getattr(config, name)}.")
+    for names, (low, high) in RANGES.items():
+        for name in names:
+            value = getattr(config, name)
+            if value is None and name == "watchdog_s":
+                continue
+            if not (math.isfinite(value) and low <= value <= high):
+                upper = f" to {high:g}" if high < math.inf else " or more"
+                raise ConfigError(f"--robot.{name} must be {low:g}{upper}{', or null for none' if name == 'watchdog_s' else ''}; got {value}.")
     limit = _step_limit(config.max_relative_target)
     for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -145,19 +147,29 @@ def check_calibration_file(follower: Any, config: SO100FollowerConfig) -> None:
 
 def check_calibration_in_servos(follower: Any, config: SO100FollowerConfig) -> None:
     """Raise RobotError, with the differing values, when the servos hold another calibration than the file. Only reads."""
-    in_servos = follower.bus.read_calibration()
-    differences = [
+    if differences := calibration_differences(follower.calibration, follower.bus.read_calibration()):
+        raise RobotError(
+            f"the servos on {config.port} hold another calibration than {follower.calibration_fpath} ({differences}). "
+            f"Is this the arm '{config.id}'? To write the file to the servos, or to calibrate again, run: {calibrate_command(config)}"
+        )
+
+
+def calibration_differences(in_file: Mapping[str, Any], in_servos: Mapping[str, Any]) -> str:
+    """Up to four values that differ between two calibrations by joint; empty when none does."""
+    found = [
         f"{joint}.{name}: file {getattr(expected, name)}, servo {getattr(in_servos[joint], name)}"
-        for joint, expected in follower.calibration.items()
+        for joint, expected in in_file.items()
         for name in ("homing_offset", "range_min", "range_max")
         if getattr(expected, name) != getattr(in_servos[joint], name)
     ]
-    if differences:
-        raise RobotError(
-            f"the servos on {config.port} hold another calibration than {follower.calibration_fpath} ({'; '.join(differences[:4])}"
-            f"{'; ..' if len(differences) > 4 else ''}). Is this the arm '{config.id}'? To write the file to the servos, or to calibrate "
-            f"again, run: {calibrate_command(config)}"
-        )
+    return "; ".join(found[:4]) + ("; .." if len(found) > 4 else "")
+
+
+def outside_range(positions: Mapping[str, int], calibration: Mapping[str, Any]) -> str:
+    """The joints that stand outside their calibrated range by more than OUTSIDE_DEG; empty when none does. positions: joint -> ticks."""
+    ranges = {joint: (calibration[joint].range_min, calibration[joint].range_max) for joint in positions}
+    beyond_deg = {joint: max(low - positions[joint], positions[joint] - high) * 360 / TICKS for joint, (low, high) in ranges.items()}
+    return ", ".join(f"{joint} by {beyond:.0f} degrees" for joint, beyond in beyond_deg.items() if beyond > OUTSIDE_DEG)
 
 
 def joint_limits(calibration: dict[str, Any], use_degrees: bool) -> np.ndarray:

@@ -59,12 +59,6 @@ class JumpGuard:
         return bool(np.all(np.abs(reading - other) <= limit_deg * self._scale))
 
 
-# Watches the error bits of the servos, which the driver's sync read hides.
-#
-# Overload is survived: the servo limits its own force, and a gripper that holds a block may stay in it. Wrong voltage, heat, current or a
-# broken encoder that lasts ends the run.
-
-
 log = logging.getLogger(__name__)
 
 POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
@@ -72,10 +66,11 @@ POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms 
 # The others then wait up to 2.4 s. Not the gripper: it stands still against what it holds, and would keep the others waiting.
 SUSPECT_DEG, STILL_DEG = 3.0, 1.0
 SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
+SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
 SAME_GOAL_TICKS = 8  # 0.7 degrees
 FOREIGN_GOALS = 2  # so many within a minute are warned of: a damaged answer in some hundred passes its checksum
-SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
 LONGEST_TROUBLE_S = 1.0
+FELL_DEG = 20.0  # motors found without torque are switched on again only if the arm moved less
 _OVERLOAD = 0x20
 
 
@@ -92,11 +87,15 @@ class PerMinute:
 
 
 class ServoHealth:
-    """Counts `servo_<error>` once per onset, logs it with the joint's name, and raises when it is serious and lasts. loads: as last answered."""
+    """Watches the servos' error bits, which the driver's sync read hides, and their torque. loads: as last answered.
 
-    def __init__(self, bus: Any, events: Counter[str], restore_settings: Callable[[str], None]) -> None:
-        """bus: a `bus.Guard`. `restore_settings` writes what the servo of a joint forgets with its power."""
-        self._bus, self._events, self._restore = bus, events, restore_settings
+    Overload is survived: the servo limits its own force, and a gripper that holds a block may stay in it. Wrong voltage, heat, current or a broken
+    encoder that lasts ends the run. Each error is counted as `servo_<error>` and logged once per onset.
+    """
+
+    def __init__(self, bus: Any, units_per_deg: np.ndarray, events: Counter[str]) -> None:
+        """Touches no hardware. bus: a `bus.Guard`. units_per_deg: (6,), as in `JumpGuard`."""
+        self._bus, self._scale, self._events = bus, units_per_deg, events
         self._states: dict[int, ServoState] = {}  # by id, as last answered
         self._accelerations: dict[int, int] = {}  # by id, as first seen while holding: another one after a reset
         self._shows_goals: set[int] = set()  # ids of servos that were seen to have a goal as it was sent
@@ -104,7 +103,7 @@ class ServoHealth:
         never = np.full(len(SO100_JOINTS), np.nan)
         self.loads = MotorLoads(never, never, never)
         self._next_poll_s, self._next_joint = 0.0, 0
-        self._polled_at_deg: np.ndarray | None = None  # the joints at the last poll
+        self._polled_at: np.ndarray | None = None  # the joints at the last poll
         self._suspected = False  # whether the last poll was out of turn
         self._silent: np.ndarray = np.zeros(len(SO100_JOINTS), bool)  # who did not answer when last asked: not asked out of turn, it costs 70 ms
         self._missed = 0  # polls in a row
@@ -112,26 +111,52 @@ class ServoHealth:
         self._known: dict[int, int] = {}
         self._since_s: dict[int, float] = {}
 
-    def check(self, now_s: float, holding: bool, joints_deg: np.ndarray, goal_deg: np.ndarray | None = None) -> None:
-        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. `joints_deg`, `goal_deg`
-        (J,): where the joints are and were sent to, which decides who is asked. Raises RobotError."""
+    def check(self, now_s: float, holding: bool, joints: np.ndarray, goal: np.ndarray | None = None) -> None:
+        """Ask the next servo if it is time, then judge all error bits seen so far. `holding`: torque is meant to be on. `joints`, `goal` (6,): where
+        the joints are and were sent to, which decides who is asked. Raises RobotError."""
         if now_s >= self._next_poll_s:
             self._next_poll_s = now_s + (POLL_EVERY_S if self._missed < SELDOM_AFTER else SELDOM_S)
-            self._poll(holding, now_s, self._whom(joints_deg, goal_deg))
+            self._poll(holding, now_s, self._whom(joints, goal))
         for servo_id in self._bus.error_bits:
             self._judge(servo_id, self._error_bits(servo_id), now_s)
+
+    def restore_if_lost(self, before: np.ndarray | None) -> bool:
+        """Ask every motor whether it holds; those that do not are switched on again where they are, and then it returns True.
+
+        A servo whose supply dips comes back without torque, and the next goal switches it on again: an arm that fell meanwhile would leap back.
+        before: (6,) the joints while all still held. Raises RobotError when the arm moved further than FELL_DEG from there.
+        """
+        lost = [joint for joint, on in self._bus.sync_read("Torque_Enable").items() if not on]
+        if not lost:
+            return False
+        self._check_not_fallen(before)
+        self._bus.enable_torque(lost)
+        for joint in lost:
+            self._bus.restore_settings(joint)
+        self._check_not_fallen(before)
+        self._events["torque_restored"] += 1
+        log.warning("%s lost power for a moment and holds again; check the power supply (voltage, current, plug)", ", ".join(lost))
+        return True
+
+    def _check_not_fallen(self, before: np.ndarray | None) -> None:
+        now = self._bus.sync_read("Present_Position")
+        if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > FELL_DEG * self._scale):
+            raise RobotError(
+                f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
+                "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
+            )
 
     def _error_bits(self, servo_id: int) -> int:
         """Of its newest status packet, and of its status register when last polled."""
         state = self._states.get(servo_id)
         return self._bus.error_bits.get(servo_id, 0) | (state.error_bits if state is not None else 0)
 
-    def _whom(self, joints_deg: np.ndarray, goal_deg: np.ndarray | None) -> int:
+    def _whom(self, joints: np.ndarray, goal: np.ndarray | None) -> int:
         """The joint to be asked: in turn, and in between the one that stands still furthest from its goal."""
-        before, self._polled_at_deg = self._polled_at_deg, joints_deg
-        if goal_deg is not None and before is not None and not self._suspected:
-            candidates = (np.abs(joints_deg - before) < STILL_DEG) & ~self._silent
-            away_deg = np.where(candidates, np.abs(goal_deg - joints_deg), 0.0)[:GRIPPER]
+        before, self._polled_at = self._polled_at, joints
+        if goal is not None and before is not None and not self._suspected:
+            candidates = (np.abs(joints - before) < STILL_DEG * self._scale) & ~self._silent
+            away_deg = np.where(candidates, np.abs(goal - joints) / self._scale, 0.0)[:GRIPPER]
             if away_deg.max() >= SUSPECT_DEG:
                 self._suspected = True
                 return int(away_deg.argmax())
@@ -147,20 +172,14 @@ class ServoHealth:
             self._tell_loads = state is None
             if state is not None:
                 log.warning("the servos do not answer for their load and current: blocked joints are not found (no stall protection)")
-        answered = state is not None
-        self._silent[joint] = not answered
+        self._silent[joint] = state is None
         if state is not None:
-            self._states[servo_id] = state
-            self.loads = _with_load(self.loads, joint, state.load_percent, state.current_ma, now_s)
-            if holding:
-                self._demand_torque(servo_id, state.torque)
-                self._demand_settings(servo_id, state, now_s)
+            self._take(state, servo_id, holding, now_s)
         if self._missed >= SELDOM_AFTER and holding:
             for name, torque in (self._answered(lambda: self._bus.sync_read("Torque_Enable")) or {}).items():
                 self._demand_torque(self._bus.motors[name].id, torque)
-        self._missed = 0 if answered else self._missed + 1
-        if not answered:
-            self._events["status_poll_missed"] += 1
+        self._missed = 0 if state is not None else self._missed + 1
+        self._events["status_poll_missed"] += int(state is None)
         if self._missed == SELDOM_AFTER:
             log.warning(
                 "the servos answer late or not at all for their status register; it is asked less often, their torque all the same. "
@@ -173,6 +192,15 @@ class ServoHealth:
             return poll()
         except (*EXCHANGE_FAILED, *LINK_LOST):  # type: ignore[misc]  # the next joint reading meets the same line, and handles it
             return None
+
+    def _take(self, state: ServoState, servo_id: int, holding: bool, now_s: float) -> None:
+        self._states[servo_id] = state
+        new = np.arange(len(SO100_JOINTS)) == servo_id - 1  # new arrays: the old ones belong to an observation
+        values = (self.loads.percent, state.load_percent), (self.loads.current_ma, state.current_ma), (self.loads.time_s, now_s)
+        self.loads = MotorLoads(*(np.where(new, value, known) for known, value in values))
+        if holding:
+            self._demand_torque(servo_id, state.torque)
+            self._demand_settings(servo_id, state, now_s)
 
     def _demand_torque(self, servo_id: int, torque: int) -> None:
         """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
@@ -188,7 +216,7 @@ class ServoHealth:
         if self._accelerations.setdefault(servo_id, state.acceleration) != state.acceleration:
             self._events["servo_reset"] += 1
             log.warning("servo %d (%s) was reset while it held, and is on again; check the power supply (voltage, current, plug)", servo_id, joint)
-            self._answered(lambda: self._restore(joint))
+            self._answered(lambda: self._bus.restore_settings(joint))
         elif any(abs(state.goal - sent) <= SAME_GOAL_TICKS for sent in self._bus.sent_goals[servo_id]):
             self._shows_goals.add(servo_id)
         elif servo_id in self._shows_goals:
@@ -211,62 +239,3 @@ class ServoHealth:
                 f"servo {servo_id} ({joint}) reports {', '.join(error_names(bits))} for more than {LONGEST_TROUBLE_S:g} s. "
                 "Check the supply voltage and that the joint moves freely, let it cool down, then switch its power off and on."
             )
-
-
-def _with_load(loads: MotorLoads, joint: int, percent: float, current_ma: float, time_s: float) -> MotorLoads:
-    """A new object: the old one belongs to an observation."""
-    percents, currents_ma, times_s = loads.percent.copy(), loads.current_ma.copy(), loads.time_s.copy()
-    percents[joint], currents_ma[joint], times_s[joint] = percent, current_ma, time_s
-    return MotorLoads(percents, currents_ma, times_s)
-
-
-# Motors that have lost their torque.
-#
-# A servo whose supply dips comes back without torque, and the next goal switches it on again: an arm that fell meanwhile would leap back.
-
-
-FELL_DEG = 20.0  # motors found without torque are switched on again only if the arm moved less
-ACCELERATION = 254  # lerobot's configure_motors() writes it; of all that is configured, only this does not outlast the servo's power
-
-
-class MotorPower:
-    """Finds and restores torque that was lost, over a `bus.Guard`."""
-
-    def __init__(self, bus: Any, units_per_deg: np.ndarray, events: Counter[str]) -> None:
-        """Touches no hardware. units_per_deg: (6,), as in `JumpGuard`."""
-        self._bus, self._fell, self._events = bus, FELL_DEG * units_per_deg, events
-
-    def restore_if_lost(self, before: np.ndarray | None) -> bool:
-        """Ask every motor whether it holds; those that do not are switched on again where they are, and then it returns True.
-
-        before: (6,) the joints while all still held. Raises RobotError when the arm moved further than FELL_DEG from there.
-        """
-        lost = [joint for joint, on in self._bus.sync_read("Torque_Enable").items() if not on]
-        if not lost:
-            return False
-        self._check_not_fallen(before)
-        self._bus.enable_torque(lost)
-        for joint in lost:
-            self.restore_settings(joint)
-        self._check_not_fallen(before)
-        self._events["torque_restored"] += 1
-        log.warning("%s lost power for a moment and holds again; check the power supply (voltage, current, plug)", ", ".join(lost))
-        return True
-
-    def restore_settings(self, joint: str) -> None:
-        """Write what a servo forgets with its power. Raises what the driver raises."""
-        for name in ("Maximum_Acceleration", "Acceleration"):
-            self._bus.write(name, joint, ACCELERATION)
-
-    def _check_not_fallen(self, before: np.ndarray | None) -> None:
-        now = self._bus.sync_read("Present_Position")
-        if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > self._fell):
-            raise RobotError(
-                f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
-                "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
-            )
-
-    def stop_pushing(self) -> None:
-        """Goals become where the joints stand: one that is held up shall not push for ever. The gripper goes on holding what it holds."""
-        positions = self._bus.sync_read("Present_Position", normalize=False)
-        self._bus.sync_write("Goal_Position", {joint: positions[joint] for joint in SO100_JOINTS[:GRIPPER]}, normalize=False)

@@ -5,14 +5,14 @@ lerobot's driver is not used: importing it takes five seconds, and it stops at t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError, require
-from gr00t_fast.robots.bus import BAUD_RATE, LINK_LOST, OUTSIDE_DEG, WAIT_S, error_names, exchange
-from gr00t_fast.robots.lerobot_glue import TICKS, lock_port
+from gr00t_fast.robots.bus import BAUD_RATE, LINK_LOST, WAIT_S, error_names, exchange
+from gr00t_fast.robots.lerobot_glue import calibration_differences, lock_port, outside_range
 from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, Status, decode_signed, from_word
 from gr00t_fast.robots.virtual_bus.servo import MODEL_STS3215, JointCalibration, Register
 
@@ -23,50 +23,65 @@ LOW_V = 4.5  # a 5 V supply under load; below it servos reset in motion
 SPREAD_V = 1.0  # between servos of one chain at rest: more is a bad plug
 
 
-@dataclass(frozen=True)
-class ServoFacts:
-    """Registers of one servo. Positions, offset and limits are encoder ticks."""
-
-    id: int
-    model: int
-    firmware: str
-    voltage_v: float
-    temperature_c: int
-    max_temperature_c: int
-    min_voltage_v: float
-    max_voltage_v: float
-    torque_on: bool
-    position: int
-    homing_offset: int
-    range_min: int
-    range_max: int
-    errors: tuple[str, ...]  # what it complains about: voltage, overheat, overload, ...
-
-
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """`state` is ok, warn or fail."""
 
-    state: str
     what: str
     what_to_do: str = ""
+    state: str = "fail"
 
 
-def look(port: str, ids: Sequence[int] = tuple(range(1, len(SO100_JOINTS) + 1))) -> dict[int, ServoFacts | None]:
-    """Id -> what it says, None for one that does not answer. Takes 0.01 s, and 0.12 s more for each silent servo. Raises RobotError when the port
-    cannot be used, MissingExtraError without pyserial."""
+@dataclass(frozen=True)
+class _Servo:
+    """What a servo says: its registers by address, and its complaints (voltage, overheat, overload, ...)."""
+
+    memory: bytearray
+    errors: list[str]
+
+    @property
+    def voltage_v(self) -> float:
+        return self.memory[Register.PRESENT_VOLTAGE] / 10
+
+    @property
+    def firmware(self) -> str:
+        return f"{self.memory[Register.FIRMWARE_MAJOR]}.{self.memory[Register.FIRMWARE_MINOR]}"
+
+    def word(self, register: Register) -> int:
+        return from_word(self.memory[register : register + 2])
+
+    @property
+    def calibration(self) -> JointCalibration:
+        offset = decode_signed(self.word(Register.HOMING_OFFSET), 11)
+        return JointCalibration(self.memory[Register.ID], 0, offset, self.word(Register.MIN_POSITION), self.word(Register.MAX_POSITION))
+
+
+def examine(port: str, calibration: Mapping[str, JointCalibration] | None, how_to_calibrate: str) -> list[Finding]:
+    """What is wrong with the arm, and with its calibration file (None: there is none to compare with). Takes 0.01 s, and 0.12 s more for each silent
+    servo. Raises RobotError when the port cannot be used, MissingExtraError without pyserial."""
     serial = require("serial", "robot")
     try:
         with serial.Serial(port, BAUD_RATE, timeout=WAIT_S) as line:
             lock_port(line.fileno(), port)
-            return {servo_id: _facts(line, servo_id) for servo_id in ids}
+            found = {joint: _ask(line, servo_id) for servo_id, joint in enumerate(SO100_JOINTS, 1)}
     except LINK_LOST as error:
         raise RobotError(
             f"the port {port} cannot be used: {' '.join(str(error).split())}. Plug it in again, or choose another --robot.port."
         ) from error
+    there = {joint: servo for joint, servo in found.items() if servo is not None}
+    if not there:
+        return [Finding("no servo answers", "Switch the arm's power supply on; check the cable from the adapter to servo 1, and --robot.port.")]
+    findings = []
+    for joint, servo in found.items():
+        name = f"servo {SO100_JOINTS.index(joint) + 1} ({joint})"
+        missing = [Finding(f"{name} does not answer", "Check its two plugs; `lerobot-setup-motors` repairs an id.")]
+        findings += missing if servo is None else _of_servo(name, servo)
+    findings += _of_chain(there)
+    if calibration is not None:
+        findings.append(_of_calibration(there, calibration, how_to_calibrate))
+    return findings
 
 
-def _facts(line: Any, servo_id: int) -> ServoFacts | None:
+def _ask(line: Any, servo_id: int) -> _Servo | None:
     memory, errors = bytearray(256), 0
     for address, length in _BLOCKS:
         answer = _read(line, servo_id, address, length)
@@ -74,27 +89,7 @@ def _facts(line: Any, servo_id: int) -> ServoFacts | None:
             return None
         memory[address : address + length] = answer.params
         errors |= answer.error
-    errors |= memory[Register.STATUS]
-    return ServoFacts(
-        id=servo_id,
-        model=_word(memory, Register.MODEL),
-        firmware=f"{memory[Register.FIRMWARE_MAJOR]}.{memory[Register.FIRMWARE_MINOR]}",
-        voltage_v=memory[Register.PRESENT_VOLTAGE] / 10,
-        temperature_c=memory[Register.PRESENT_TEMPERATURE],
-        max_temperature_c=memory[Register.MAX_TEMPERATURE],
-        min_voltage_v=memory[Register.MIN_VOLTAGE] / 10,
-        max_voltage_v=memory[Register.MAX_VOLTAGE] / 10,
-        torque_on=bool(memory[Register.TORQUE_ENABLE]),
-        position=decode_signed(_word(memory, Register.PRESENT_POSITION), 15),
-        homing_offset=decode_signed(_word(memory, Register.HOMING_OFFSET), 11),
-        range_min=_word(memory, Register.MIN_POSITION),
-        range_max=_word(memory, Register.MAX_POSITION),
-        errors=tuple(error_names(errors)),
-    )
-
-
-def _word(memory: bytearray, address: int) -> int:
-    return from_word(memory[address : address + 2])
+    return _Servo(memory, error_names(errors | memory[Register.STATUS]))
 
 
 def _read(line: Any, servo_id: int, address: int, length: int) -> Status | None:
@@ -106,65 +101,41 @@ def _read(line: Any, servo_id: int, address: int, length: int) -> Status | None:
     return None
 
 
-def judge(found: Mapping[int, ServoFacts | None], calibration: Mapping[str, JointCalibration] | None, how_to_calibrate: str) -> list[Finding]:
-    """What is wrong with an arm whose servos say this, and with its calibration file (None: there is none to compare with)."""
-    there = [facts for facts in found.values() if facts is not None]
-    if not there:
-        return [
-            Finding("fail", "no servo answers", "Switch the arm's power supply on; check the cable from the adapter to servo 1, and --robot.port.")
-        ]
-    findings = [finding for servo_id, facts in found.items() for finding in _of_servo(servo_id, facts)]
-    if len({facts.firmware for facts in there}) > 1:
-        listed = ", ".join(f"servo {facts.id} {facts.firmware}" for facts in there)
-        findings.append(Finding("fail", f"firmware differs: {listed}", "lerobot refuses that: bring all to one version with Feetech's FD software."))
-    low, high = min(facts.voltage_v for facts in there), max(facts.voltage_v for facts in there)
-    if high - low > SPREAD_V:
-        findings.append(Finding("warn", f"voltages differ along the chain: {low:g} to {high:g} V", "A plug or cable has a bad contact."))
-    if calibration is not None:
-        findings += _of_calibration({facts.id: facts for facts in there}, calibration, how_to_calibrate)
-    return findings
+def _of_servo(name: str, servo: _Servo) -> list[Finding]:
+    heat_c, hottest_c = servo.memory[Register.PRESENT_TEMPERATURE], servo.memory[Register.MAX_TEMPERATURE]
+    low_v, high_v = servo.memory[Register.MIN_VOLTAGE] / 10, servo.memory[Register.MAX_VOLTAGE] / 10
+    volts, model = servo.voltage_v, servo.word(Register.MODEL)
+    too_hot = heat_c >= hottest_c or "overheat" in servo.errors
+    wrong_voltage = not low_v <= volts <= high_v or "voltage" in servo.errors
+    others = [error for error in servo.errors if error not in ("overheat", "voltage")]
+    checks = (  # whether it is so, and what then
+        (model != MODEL_STS3215, f"is of model {model}, not an STS3215 ({MODEL_STS3215})", "Replace the servo.", "fail"),
+        (too_hot, f"is too hot: {heat_c} C, its limit is {hottest_c}", "Switch the arm off; look for a joint that binds or holds a load.", "fail"),
+        (not too_hot and heat_c >= WARM_C, f"is warm: {heat_c} C, it lets go at {hottest_c}", "Let it rest.", "warn"),
+        (wrong_voltage, f"has {volts:g} V, outside its {low_v:g} to {high_v:g} V", "Check the power supply (voltage, current, plug).", "fail"),
+        (not wrong_voltage and volts < LOW_V, f"has only {volts:g} V", "Check the power supply: it will reset under load.", "warn"),
+        (others, f"reports {', '.join(others)}", "Relieve the joint, then switch the arm's power off and on.", "fail"),
+        (servo.memory[Register.TORQUE_ENABLE], "is powered: an earlier program left it so", "Hold the arm, and switch its power off and on.", "warn"),
+    )
+    found = [Finding(f"{name} {what}", what_to_do, state) for is_so, what, what_to_do, state in checks if is_so]
+    return found or [Finding(f"{name}: {volts:g} V, {heat_c} C, firmware {servo.firmware}", state="ok")]
 
 
-def _of_servo(servo_id: int, facts: ServoFacts | None) -> list[Finding]:
-    joint = SO100_JOINTS[servo_id - 1] if servo_id <= len(SO100_JOINTS) else "?"
-    name = f"servo {servo_id} ({joint})"
-    if facts is None:
-        return [Finding("fail", f"{name} does not answer", "Check its two plugs; `lerobot-setup-motors` repairs an id.")]
-    found = []
-    if facts.model != MODEL_STS3215:
-        found.append(Finding("fail", f"{name} is of model {facts.model}, not an STS3215 ({MODEL_STS3215})", "Replace the servo."))
-    if facts.temperature_c >= facts.max_temperature_c or "overheat" in facts.errors:
-        what = f"{name} is too hot: {facts.temperature_c} C, its limit is {facts.max_temperature_c}"
-        found.append(Finding("fail", what, "Switch the arm off and let it cool down; look for a joint that binds or holds a load."))
-    elif facts.temperature_c >= WARM_C:
-        found.append(Finding("warn", f"{name} is warm: {facts.temperature_c} C, it lets go at {facts.max_temperature_c}", "Let it rest."))
-    if not facts.min_voltage_v <= facts.voltage_v <= facts.max_voltage_v or "voltage" in facts.errors:
-        what = f"{name} has {facts.voltage_v:g} V, outside its {facts.min_voltage_v:g} to {facts.max_voltage_v:g} V"
-        found.append(Finding("fail", what, "Check the power supply (voltage, current, plug)."))
-    elif facts.voltage_v < LOW_V:
-        found.append(Finding("warn", f"{name} has only {facts.voltage_v:g} V", "Check the power supply: it will reset under load."))
-    if others := [error for error in facts.errors if error not in ("overheat", "voltage")]:
-        found.append(Finding("fail", f"{name} reports {', '.join(others)}", "Relieve the joint, then switch the arm's power off and on."))
-    if facts.torque_on:
-        found.append(Finding("warn", f"{name} is powered: an earlier program left it so", "Hold the arm, and switch its power off and on."))
-    return found or [Finding("ok", f"{name}: {facts.voltage_v:g} V, {facts.temperature_c} C, firmware {facts.firmware}")]
+def _of_chain(there: Mapping[str, _Servo]) -> list[Finding]:
+    found, volts = [], [servo.voltage_v for servo in there.values()]
+    if len({servo.firmware for servo in there.values()}) > 1:
+        listed = ", ".join(f"servo {servo.memory[Register.ID]} {servo.firmware}" for servo in there.values())
+        found.append(Finding(f"firmware differs: {listed}", "lerobot refuses that: bring all to one version with Feetech's FD software."))
+    if max(volts) - min(volts) > SPREAD_V:
+        found.append(Finding(f"voltages differ along the chain: {min(volts):g} to {max(volts):g} V", "A plug has a bad contact.", "warn"))
+    return found
 
 
-def _of_calibration(there: Mapping[int, ServoFacts], calibration: Mapping[str, JointCalibration], how_to_calibrate: str) -> list[Finding]:
-    other, outside = [], []
-    for joint, expected in calibration.items():
-        facts = there.get(expected.id)
-        if facts is None:
-            continue
-        for name in ("homing_offset", "range_min", "range_max"):
-            if getattr(facts, name) != getattr(expected, name):
-                other.append(f"{joint}.{name}: file {getattr(expected, name)}, servo {getattr(facts, name)}")
-        beyond_deg = max(expected.range_min - facts.position, facts.position - expected.range_max) * 360 / TICKS
-        if beyond_deg > OUTSIDE_DEG:
-            outside.append(f"{joint} by {beyond_deg:.0f} degrees")
-    if other:
-        listed = "; ".join(other[:3]) + ("; .." if len(other) > 3 else "")
-        return [Finding("fail", f"the calibration file is of another arm: {listed}", f"Give this arm's --robot.id, or calibrate: {how_to_calibrate}")]
-    if outside:
-        return [Finding("fail", f"the arm stands outside its calibrated range: {', '.join(outside)}", "Move the joint back by hand.")]
-    return [Finding("ok", "the servos hold the file's calibration, and the arm stands within it")]
+def _of_calibration(there: Mapping[str, _Servo], calibration: Mapping[str, JointCalibration], how_to_calibrate: str) -> Finding:
+    expected = {joint: calibration[joint] for joint in there}
+    if other := calibration_differences(expected, {joint: servo.calibration for joint, servo in there.items()}):
+        return Finding(f"the calibration file is of another arm: {other}", f"Give this arm's --robot.id, or calibrate: {how_to_calibrate}")
+    positions = {joint: decode_signed(servo.word(Register.PRESENT_POSITION), 15) for joint, servo in there.items()}
+    if outside := outside_range(positions, expected):
+        return Finding(f"the arm stands outside its calibrated range: {outside}", "Move the joint back by hand.")
+    return Finding("the servos hold the file's calibration, and the arm stands within it", state="ok")

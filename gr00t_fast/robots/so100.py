@@ -33,7 +33,7 @@ from gr00t_fast.robots.bus import (
 )
 from gr00t_fast.robots.config import SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_port, ports_message
-from gr00t_fast.robots.motor_state import JumpGuard, MotorPower, PerMinute, ServoHealth
+from gr00t_fast.robots.motor_state import JumpGuard, PerMinute, ServoHealth
 from gr00t_fast.robots.sim.robot import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
 
@@ -145,8 +145,7 @@ class SO100FollowerArm:
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
             if with_frames and self._rendered is not None:
                 frames |= self._draw(joints)
-            goal_deg = None if self._goal is None else self._goal / self.units_per_deg
-            self._health.check(time_s, self._stage is Stage.ENGAGED, joints / self.units_per_deg, goal_deg)
+            self._health.check(time_s, self._stage is Stage.ENGAGED, joints, self._goal)
             return Observation(joints, frames, time_s, self._health.loads, ages_s)
 
     def send(self, targets: np.ndarray) -> None:
@@ -188,8 +187,7 @@ class SO100FollowerArm:
         bus = follower.bus = self._bus = guarded(follower.bus, self.events, self._exchanging, tries, how_to_calibrate)
         self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
         self._guard = JumpGuard(self._scale)
-        self._power = MotorPower(bus, self._scale, self.events)
-        self._health = ServoHealth(bus, self.events, self._power.restore_settings)
+        self._health = ServoHealth(bus, self._scale, self.events)
         self._reconnects = PerMinute(RECONNECTS)
         if self.config.watchdog_s is not None:
             servo_ids = [motor.id for motor in bus.motors.values()]
@@ -328,7 +326,7 @@ class SO100FollowerArm:
 
     def _restored(self, before: np.ndarray | None) -> bool:
         """Whether motors that this run has switched on had lost their torque, and hold again."""
-        return self._stage is Stage.ENGAGED and self._power.restore_if_lost(before)
+        return self._stage is Stage.ENGAGED and self._health.restore_if_lost(before)
 
     def _say_jump(self, before: np.ndarray, joints: np.ndarray) -> None:
         self.events["reading_jumped"] += 1
@@ -448,7 +446,7 @@ class SO100FollowerArm:
             report.torque = release_torque(bus, self._reopen_s, report.problems)
         elif engaged or self._found_on:
             if engaged:
-                attempt("holding the arm where it stands", self._power.stop_pushing, report.problems)
+                attempt("holding the arm where it stands", bus.stop_pushing, report.problems)
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
         attempt("closing the port", bus.close, report.problems)
         report.port_closed = not bus.is_connected
