@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,7 +25,6 @@ from arm_bench import assert_landed, connected, make_arm, true_joints
 
 from gr00t_fast.contracts import MotorLoads
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.motor_state import POLL_EVERY_S, SELDOM_AFTER
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus
@@ -98,7 +97,7 @@ TABLE = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_fault(row: Row, tmp_path: Path) -> None:
     with VirtualBus(seed=3) as bus:
-        arm = make_arm(bus, tmp_path, reconnect_s=0.6, connect_attempts=2)
+        arm = make_arm(bus, tmp_path, reconnect_s=0.6, connect_attempts=1 if isinstance(row.outcome, Stops) else 2)
         if row.when == "connect":
             bus.inject(row.fault)
         if isinstance(row.outcome, Stops):
@@ -111,7 +110,7 @@ def test_fault(row: Row, tmp_path: Path) -> None:
             bus.inject(row.fault)
         report = arm.land()
         if row.fault.startswith("unplug:"):
-            wait_for_replug(bus)
+            until(lambda: bus.device is not None)  # only a plugged-in bus is looked at by `assert_landed`
             assert report.safe, report.problems
         assert_landed(bus, arm, report)
 
@@ -133,7 +132,7 @@ def test_the_load_is_read_without_a_further_request_and_most_often_of_who_stands
         if fault:
             bus.inject(fault)
         requests, ticks, began_s, read = bus.requests, 0, time.monotonic(), []
-        while time.monotonic() < began_s + 4:
+        while time.monotonic() < began_s + 3:
             arm.send(target)
             read.append(arm.observe().loads)
             ticks += 1
@@ -157,7 +156,7 @@ def test_a_blocked_servo_that_does_not_tell_its_load_is_not_asked_more_often_tha
         bus.inject(f"silent:servo=3,register={int(Register.STATUS)},on=read")
         arm.send(arm.observe().joints + 12)
         began_s = time.monotonic()
-        observe_for(arm, 4)
+        observe_for(arm, 3)
         assert 0 < arm.events["status_poll_missed"] <= (time.monotonic() - began_s) / (6 * POLL_EVERY_S) + 2
 
 
@@ -205,25 +204,23 @@ def observe_for(arm: SO100FollowerArm, seconds: float) -> None:
     look_until(arm, lambda: time.monotonic() > end_s)
 
 
-def wait_for_replug(bus: VirtualBus) -> None:
-    """Only a plugged-in bus is looked at by `assert_landed`."""
-    until(lambda: bus.device is not None)
+def test_landing_switches_the_others_off_before_a_silent_one_is_asked_which_is_reported_as_unknown(tmp_path: Path) -> None:
+    with connected(tmp_path) as (bus, arm):
+        bus.inject("silent:servo=1")
+        ask = arm._bus.ask
 
+        def first_asked(*request: object, **how: object) -> object:
+            arm._bus.ask = ask
+            until(lambda: not any(list(bus.torque().values())[1:]))
+            return ask(*request, **how)
 
-def test_landing_switches_the_others_off_at_once_while_one_is_silent(tmp_path: Path) -> None:
-    def takes_s() -> float:
-        with connected(tmp_path) as (bus, arm):
-            bus.inject("silent:servo=1")
-            landing = threading.Thread(target=arm.land)
-            began_s = time.monotonic()
-            landing.start()
-            while any(list(bus.torque().values())[1:]) and time.monotonic() < began_s + 2:
-                time.sleep(0.001)
-            ended_s = time.monotonic()
-            landing.join()
-            return ended_s - began_s
-
-    assert any(takes_s() < 0.1 for _ in range(4)), "a silent servo alone takes 0.2 s"  # a busy neighbour may disturb one
+        arm._bus.ask = first_asked
+        report = arm.land()
+        assert arm._bus.ask is ask
+        assert [joint for joint, state in report.torque.items() if state != "off"] == ["shoulder_pan"]
+        assert report.torque["shoulder_pan"] == "unknown"
+        assert any("shoulder_pan (id 1)" in problem for problem in report.problems)
+        assert not report.safe
 
 
 def test_late_answers_pass_neither_for_the_next_one_nor_for_an_acknowledgement(tmp_path: Path) -> None:
@@ -255,16 +252,6 @@ def run(bus: VirtualBus, arm: SO100FollowerArm, row: Row) -> None:
     bus.clear()
     time.sleep(0.08)
     np.testing.assert_allclose(arm.observe().joints, true_joints(bus), atol=0.2)
-
-
-def test_torque_that_was_not_acknowledged_is_reported_as_unknown(tmp_path: Path) -> None:
-    with connected(tmp_path) as (bus, arm):
-        bus.inject("silent:servo=3")
-        report = arm.land()
-        assert report.torque["elbow_flex"] == "unknown"
-        assert [joint for joint, state in report.torque.items() if state == "off"] == [j for j in arm.joint_names if j != "elbow_flex"]
-        assert any("elbow_flex (id 3)" in problem for problem in report.problems)
-        assert not report.safe
 
 
 def test_a_port_that_is_gone_is_reported_with_what_to_do(tmp_path: Path) -> None:
@@ -476,7 +463,7 @@ def test_a_cable_that_comes_and_goes_ends_the_run(tmp_path: Path) -> None:
         with pytest.raises(RobotError, match="lost more than 5 times"):
             flap()
         assert arm.events["reconnect"] == 5
-        wait_for_replug(bus)
+        until(lambda: bus.device is not None)
 
 
 def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Path) -> None:
@@ -486,13 +473,6 @@ def test_another_arm_behind_the_port_after_reconnecting_is_refused(tmp_path: Pat
         threading.Timer(0.1, bus.replug).start()
         with pytest.raises(RobotError, match=r"elbow_flex\.range_min: file \d+, servo 5"):
             arm.observe()
-
-
-def test_port_absent(tmp_path: Path) -> None:
-    arm = SO100FollowerArm(SO100FollowerConfig(port=str(tmp_path / "ttyACM9"), id="test", calibration_dir=tmp_path))
-    with pytest.raises(RobotError, match=r"ttyACM9 does not exist\. .*lerobot-find-port"):
-        arm.connect()
-    assert arm.land().safe
 
 
 def test_ctrl_c_inside_a_read(tmp_path: Path) -> None:
@@ -520,23 +500,19 @@ def test_two_threads(tmp_path: Path) -> None:
         arm.observe()
 
 
-@pytest.mark.parametrize("bad", [np.full(6, np.nan), np.full(6, np.inf), np.zeros(5), np.zeros((1, 6)), {}])
-def test_goals_that_no_motor_can_take_are_refused(bad: Any, tmp_path: Path) -> None:
+def test_goals_that_no_motor_can_take_are_refused_and_others_stay_inside_the_calibration(tmp_path: Path) -> None:
     with connected(tmp_path) as (bus, arm):
         goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
-        with pytest.raises(RobotError, match=r"6 finite joint targets|failed"):
-            arm.send(bad)
+        for bad in (np.full(6, np.nan), np.full(6, np.inf), np.zeros(5), np.zeros((1, 6)), {}):
+            with pytest.raises(RobotError, match=r"6 finite joint targets|failed"):
+                arm.send(bad)
         assert [servo.word(Register.GOAL_POSITION) for servo in bus.servos] == goals
-
-
-@pytest.mark.parametrize("wild", [1e6, -500.0])
-def test_goals_out_of_range_stay_inside_the_calibration(wild: float, tmp_path: Path) -> None:
-    with connected(tmp_path) as (bus, arm):
-        arm.send(np.full(6, wild))
-        arm.observe()  # the sync write is not acknowledged; the answer to this one comes after it
-        for servo, values in zip(bus.servos, bus.calibration.values(), strict=True):
-            assert values.range_min <= servo.word(Register.GOAL_POSITION) <= values.range_max
-        assert arm.events["target_clipped"] == 1
+        for wild in (1e6, -500.0):
+            arm.send(np.full(6, wild))
+            arm.observe()  # the sync write is not acknowledged; the answer to this one comes after it
+            for servo, values in zip(bus.servos, bus.calibration.values(), strict=True):
+                assert values.range_min <= servo.word(Register.GOAL_POSITION) <= values.range_max
+        assert arm.events["target_clipped"] == 2
 
 
 def test_step_limit_of_the_driver(tmp_path: Path) -> None:

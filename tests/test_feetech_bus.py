@@ -220,19 +220,6 @@ def test_usb_latency_and_wire_time() -> None:
 # Faults on the line
 
 
-@pytest.mark.parametrize(
-    ("spec", "good", "bad_ids"),
-    [("silent:servo=3", 5, {3}), ("absent:servo=3", 5, {3}), ("checksum:servo=2", 5, {2}), ("drop:at=12", 5, {2}), ("loss:rate=1", 0, None)],
-)
-def test_spoilt_answers(spec: str, good: int, bad_ids: set[int] | None, master: RawMaster, bus: VirtualBus) -> None:
-    bus.inject(spec)
-    statuses = master.ask(READ_POSITION, 6, within_s=0.5)
-    assert len(statuses) == good
-    assert bad_ids is None or {status.servo_id for status in statuses} == set(range(1, 7)) - bad_ids
-    bus.clear()
-    assert len(master.ask(READ_POSITION, 6)) == 6
-
-
 def test_silent_obeys_absent_does_not_and_requests_are_counted(master: RawMaster, bus: VirtualBus) -> None:
     bus.inject("silent:servo=1")
     bus.inject("absent:servo=2")
@@ -331,20 +318,6 @@ def test_unplugging_fails_like_a_cable_and_replugging_keeps_the_name(bus: Virtua
     os.close(again.fd)
 
 
-def test_the_simulated_arm_behind_the_servos() -> None:
-    pytest.importorskip("mujoco")
-    plant = pytest.importorskip("gr00t_fast.robots.sim.simulation")
-    with VirtualBus(plant=plant.ScenePlant(task="place", seed=0)) as bus:
-        pan, values = bus.servos[0], bus.calibration["shoulder_pan"]
-        goal_deg = to_units("shoulder_pan", values, pan.position) + 15
-        goals = {servo.id: p.to_word(servo.position) for servo in bus.servos} | {1: p.to_word(round(from_units("shoulder_pan", values, goal_deg)))}
-        master = RawMaster(bus.port)
-        master.ask(p.sync_write(Register.GOAL_POSITION, goals), 0)
-        time.sleep(1.5)
-        assert to_units("shoulder_pan", values, pan.position) == pytest.approx(goal_deg, abs=2.5)
-        os.close(master.fd)
-
-
 # Other masters
 
 
@@ -352,16 +325,6 @@ def patient(port: object, ms: float = 1000) -> object:
     """An SDK port that waits longer than its 50 ms: how quick the machine is, is not what is tested here."""
     port.setPacketTimeout = lambda length: port.setPacketTimeoutMillis(ms)
     return port
-
-
-def test_feetechs_own_sdk(bus: VirtualBus) -> None:
-    scs = pytest.importorskip("scservo_sdk")
-    port, packets = patient(scs.PortHandler(bus.port)), scs.PacketHandler(0)
-    assert port.openPort()
-    assert packets.ping(port, 2) == (777, scs.COMM_SUCCESS, 0)
-    assert packets.write2ByteTxRx(port, 2, Register.GOAL_POSITION, 2200) == (scs.COMM_SUCCESS, 0)
-    assert packets.read2ByteTxRx(port, 2, Register.GOAL_POSITION) == (2200, scs.COMM_SUCCESS, 0)
-    port.closePort()
 
 
 @pytest.fixture

@@ -34,25 +34,21 @@ class JumpGuard:
 
     def forget(self) -> None:
         """Accept nothing: the next reading needs a second one that agrees with it."""
-        self.jumped = False  # whether the last reading was accepted although no joint can have turned so far since the one before
-        self._accepted: tuple[np.ndarray, float] | None = None
+        self.last: np.ndarray | None = None  # the last accepted reading (J,)
+        self.jumped = False  # whether it was accepted although no joint can have turned so far since the one before
+        self._last_s = 0.0
         self._candidate: tuple[np.ndarray, float] | None = None
 
     def accepts(self, reading: np.ndarray, asked_s: float, got_s: float) -> bool:
         """Whether to use the reading (J,), taken at some time from `asked_s` to `got_s`: a program that is held up gets a fresh one late. When not,
         read again and ask again."""
-        near = any(known is not None and self._near(reading, got_s, *known, LONGEST_GAP_S) for known in (self._accepted, self._candidate))
-        self.jumped = near and self._accepted is not None and not self._near(reading, got_s, *self._accepted, np.inf)
+        accepted = None if self.last is None else (self.last, self._last_s)
+        near = any(known is not None and self._near(reading, got_s, *known, LONGEST_GAP_S) for known in (accepted, self._candidate))
+        self.jumped = near and accepted is not None and not self._near(reading, got_s, *accepted, np.inf)
+        self._candidate = None if near else (reading, asked_s)
         if near:
-            self._accepted, self._candidate = (reading, asked_s), None
-        else:
-            self._candidate = (reading, asked_s)
+            self.last, self._last_s = reading, asked_s
         return near
-
-    @property
-    def last(self) -> np.ndarray | None:
-        """The last accepted reading (J,), None before the first."""
-        return None if self._accepted is None else self._accepted[0]
 
     def _near(self, reading: np.ndarray, got_s: float, other: np.ndarray, other_asked_s: float, longest_s: float) -> bool:
         limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(got_s - other_asked_s, 0.0), longest_s)
@@ -179,7 +175,8 @@ class ServoHealth:
             for name, torque in (self._answered(lambda: self._bus.sync_read("Torque_Enable")) or {}).items():
                 self._demand_torque(self._bus.motors[name].id, torque)
         self._missed = 0 if state is not None else self._missed + 1
-        self._events["status_poll_missed"] += int(state is None)
+        if state is None:
+            self._events["status_poll_missed"] += 1
         if self._missed == SELDOM_AFTER:
             log.warning(
                 "the servos answer late or not at all for their status register; it is asked less often, their torque all the same. "

@@ -73,7 +73,8 @@ class SO100FollowerArm:
         self.config = config
         self.name = config.type_name
         self.joint_unit: JointUnit = "degrees" if config.use_degrees else "range_m100_100"
-        self.cameras: Mapping[str, CameraSpec] = {name: _spec(camera) for name, camera in config.cameras.items()}
+        cameras = config.cameras.items()  # lerobot's sizes are those after `rotation`
+        self.cameras: Mapping[str, CameraSpec] = {name: CameraSpec(camera.width, camera.height, camera.fps) for name, camera in cameras}
         self.events: Counter[str] = Counter()
         self._busy = threading.Lock()
         self._stage = Stage.APART
@@ -92,16 +93,18 @@ class SO100FollowerArm:
     @property
     def joint_limits(self) -> np.ndarray:
         """(6, 2) lowest and highest target from the calibration, in `joint_unit`. Raises RobotError before `connect`."""
-        if self._limits is None:
-            raise RobotError("the joint limits come from the arm's calibration, which is read by connect(). Call connect() first.")
-        return self._limits
+        return self._calibrated(self._limits)
 
     @property
     def units_per_deg(self) -> np.ndarray:
         """(6,) how much each joint's reading changes when its shaft turns by a degree. Raises RobotError before `connect`."""
-        if self._scale is None:
-            raise RobotError("the joint units come from the arm's calibration, which is read by connect(). Call connect() first.")
-        return self._scale
+        return self._calibrated(self._scale)
+
+    @staticmethod
+    def _calibrated(values: np.ndarray | None) -> np.ndarray:
+        if values is None:
+            raise RobotError("the joints' limits and units come from the arm's calibration, which is read by connect(). Call connect() first.")
+        return values
 
     def keep_alive(self) -> None:
         """A control loop's heartbeat. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
@@ -478,10 +481,6 @@ class SO100FollowerArm:
             raise
         except Exception as error:
             raise RobotError(f"{doing} on {self.config.port} failed: {_one_line(error)}. Check cables and power, then start again.") from error
-
-
-def _spec(camera: Any) -> CameraSpec:
-    return CameraSpec(camera.width, camera.height, camera.fps)  # lerobot's sizes are those after `rotation`
 
 
 def _one_line(error: BaseException) -> str:
