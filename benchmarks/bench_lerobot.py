@@ -36,7 +36,8 @@ from benchmarks.lib.program import (
 )
 from gr00t_fast.errors import ConfigError, require
 
-CAMERAS, JOINTS, TASK = ("front", "wrist"), 6, "Place the block in the bowl"
+CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass
@@ -45,7 +46,6 @@ class BenchLerobotFlags(Flags):
     size: Literal["tiny", "demo", "full"] = "full"  # of the network; full: as published
     precision: Literal["fp32", "bf16"] = "bf16"  # of both; lerobot's bf16 is autocast over weights in bf16
     rounds: int = 10  # timed calls of each side
-    resolution_px: int = 480  # height of the frames, 4:3
     out: Path = Path("outputs/bench_lerobot")  # where the policy and the result go
 
     def __post_init__(self) -> None:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, Any]:
     """A directory as lerobot saves it; and lerobot's policy, pre- and postprocessor."""
+    import torch
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.groot.configuration_groot import GrootConfig
     from lerobot.policies.groot.modeling_groot import GrootPolicy
@@ -70,8 +71,7 @@ def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, 
         (base / "backbone").mkdir(exist_ok=True)
         (base / "backbone" / "config.json").write_text((base / "backbone_config.json").read_text())
         (base / "config.json").write_text(json.dumps({**told, "model_name": str(base / "backbone")}))
-    shape = (3, config.resolution_px, config.resolution_px * 4 // 3)
-    inputs = {f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, shape) for camera in CAMERAS}
+    inputs = {f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, HEIGHT, WIDTH)) for camera in CAMERAS}
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (JOINTS,))
     own = {"model_params_fp32": config.precision == "fp32"} if n1d7 else {}
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (JOINTS,))}
@@ -96,13 +96,7 @@ def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, 
     if not (directory / "model.safetensors").exists():
         weights = {f"_groot_model.{name}": tensor for file in sorted(base.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
         save_file(weights, directory / "model.safetensors")
-    return directory, policy.to(torch_dtype(config)), *processors
-
-
-def torch_dtype(config: BenchLerobotFlags) -> Any:
-    import torch
-
-    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+    return directory, policy.to(getattr(torch, PRECISIONS[config.precision])), *processors
 
 
 def prepare_lerobot(config: BenchLerobotFlags, n1d7: bool) -> None:
@@ -167,8 +161,7 @@ def measure(config: BenchLerobotFlags) -> Result:
     directory, theirs, before, after = make_policy(config, n1d7)
     ours = load_policy(directory, device="cpu", precision=config.precision, engine="eager", processor_path=config.processor_path)
     random = np.random.default_rng(config.seed)
-    height, width = config.resolution_px, config.resolution_px * 4 // 3
-    frames = {f"observation.images.{camera}": random.integers(0, 256, (height, width, 3), dtype=np.uint8) for camera in CAMERAS}
+    frames = {f"observation.images.{camera}": random.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8) for camera in CAMERAS}
     observation = {**frames, "observation.state": random.uniform(-60, 60, JOINTS).astype(np.float32)}
     noise = torch.from_numpy(random.standard_normal((1, *ours.chunk_shape)).astype(np.float32))
 

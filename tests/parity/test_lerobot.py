@@ -289,6 +289,21 @@ def test_policies_that_lerobot_trains_now(python: str | None, shared_dir: Path, 
 
 
 @pythons
+def test_the_benchmark_compares_equal_actions(python: str | None, shared_dir: Path, tmp_path: Path) -> None:
+    if python is None:
+        pytest.skip(ASK)
+    root = PROGRAM.parent.parent
+    n1d5 = subprocess.run([python, "-c", "import lerobot.policies.groot.groot_n1"], env={**os.environ, "PYTHONPATH": ""}, capture_output=True)
+    processor = shared_dir / ("qwen3_vl_processor" if n1d5.returncode else "eagle2_hg_model")
+    words = [f"--processor_path={processor}", "--size=tiny", "--precision=fp32", "--rounds=2", f"--out={tmp_path}"]
+    command = [python, str(root / "benchmarks" / "bench_lerobot.py"), *words]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+    result = json.loads((tmp_path / "bench_lerobot.json").read_text())
+    assert result["difference_joint_units"]["largest"] < 1e-2
+    assert result["speed_up"]["median"] > 0
+
+
+@pythons
 def test_the_arm_gets_the_goals_that_lerobots_own_program_sends(python: str | None, shared_dir: Path, tmp_path: Path, monkeypatch) -> None:
     """The first chunk on the wire, to a count of the servo: the same arm, picture, policy and noise."""
     if python is None:
