@@ -99,6 +99,7 @@ BAD = {
     "no model": (["--robot.type=so100_sim", "--lang_instruction=go"], "--model_path is missing"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
     "blank instruction": ([*SIM, "--lang_instruction=   "], "--lang_instruction is missing"),
+    "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),
     "endless pause": ([*SIM, "--reset_time_s=.inf"], "3600"),
     "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),

@@ -32,6 +32,7 @@ from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, Robot
 from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower, to_lerobot_config
+from gr00t_fast.robots.motor_state import JumpGuard
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus, save_calibration
 
@@ -454,6 +455,24 @@ def test_a_real_port_is_exclusive(real: bool, arm: SO100FollowerArm, bus: Virtua
 
 
 # Readings
+
+
+def test_jump_guard() -> None:
+    guard, still = JumpGuard(np.ones(6)), np.zeros(6)
+    assert not guard.accepts(still, 0.0, 0.001), "a first reading needs a second one"
+    assert guard.accepts(still, 0.001, 0.002)
+    assert guard.accepts(still + 15, 0.034, 0.035), "fast, but possible"
+    jumped = still + [15, 15, 15, 15, 15, 90]
+    assert not guard.accepts(jumped, 0.067, 0.068)
+    assert guard.accepts(still + 15, 0.068, 0.069), "it was a damaged reading"
+    assert not guard.accepts(jumped, 0.1, 0.101)
+    assert guard.accepts(jumped, 0.101, 0.102), "it really is there"
+    assert guard.jumped
+    assert not guard.accepts(jumped - 60, 0.4, 0.5), "after a pause two must agree"
+    assert guard.accepts(jumped - 60, 0.5, 0.501)
+    assert not guard.jumped, "in 0.3 s a joint can turn so far"
+    guard.forget()
+    assert guard.last is None
 
 
 def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100FollowerArm, bus: VirtualBus) -> None:

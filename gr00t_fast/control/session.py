@@ -183,8 +183,9 @@ class Session:
     @property
     def waits(self) -> bool:
         """Whether the next episode is to wait although the pause is over: the person types, or the last one is still being saved."""
+        is_saving = self._recorder is not None and self._recorder.busy  # looking may be what ends it
         self._end_with_the_recording()
-        if self._recorder is None or not self._recorder.busy:
+        if not is_saving:
             self._busy_since_s, self._told_saving = None, False
             return self.typing
         self._busy_since_s = self._now_s() if self._busy_since_s is None else self._busy_since_s
