@@ -172,7 +172,6 @@ def test_as_peft_merges(base: Path, tmp_path: Path) -> None:
         ({"use_qalora": True}, "use_qalora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"something_new": 3}, "something_new"),
-        ({"revision": "abc"}, "revision"),
         ({"alpha_pattern": {"(a+)+": 3}}, "alpha_pattern"),
     ],
 )

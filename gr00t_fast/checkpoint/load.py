@@ -81,7 +81,9 @@ def open_checkpoint(model_path: str | Path, with_weights: bool = True, revision:
     network = network_of(base, raw)
     backbone_file = base / network.backbone_file
     backbone = read_object(backbone_file) if backbone_file.exists() else network.published_backbone
-    config = network.read_config(network.config_of(base, raw), backbone)
+    # of what lerobot trained the adapter has a policy's settings of its own
+    settings = read_object(path / "config.json") if adapter is not None and network.prefix else raw
+    config = network.read_config(network.config_of(base, settings), backbone)
     weights = (*_weight_files(base), *(adapter.files if adapter else ())) if with_weights else ()
     return Checkpoint(path, network, config, network.read_files(path, raw, config, letterbox), weights, base, adapter, letterbox)
 
@@ -150,7 +152,7 @@ def _local_directory(model_path: str | Path, with_weights: bool, revision: str |
 
 def _base_of(adapter: Adapter, with_weights: bool) -> Path:
     try:
-        base = _local_directory(adapter.base, with_weights, None)
+        base = _local_directory(adapter.base, with_weights, None if Path(adapter.base).is_dir() else adapter.revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"{adapter.directory} is a LoRA adapter, and the checkpoint that it changes cannot be had: {error} "

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _SIDES = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out"),
     *("modules_to_save", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"),
+    *("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "revision"),
 }
 # Those that are understood with these values only. Other ways to initialise (pissa, olora, loftq) change the base weights too.
 _UNDERSTOOD = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
@@ -43,13 +43,14 @@ TensorIndex = dict[str, tuple[TensorFile, TensorEntry]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """adapter_config.json, read and checked. `base`: directory or hub id of the checkpoint that it changes."""
+    """adapter_config.json, read and checked. `base`: directory or hub id of the checkpoint that it changes, `revision` of the latter."""
 
     directory: Path
     base: str
     alpha: float
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    revision: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -92,6 +93,7 @@ def read_adapter(directory: Path, with_weights: bool = True) -> Adapter | None:
         raw = json.loads(file.read_text(encoding="utf-8"))
         base, alpha, pattern = raw["base_model_name_or_path"], float(raw["lora_alpha"]), dict(raw.get("alpha_pattern") or {})
         adapter = Adapter(directory, str(base or ""), alpha, {key: float(value) for key, value in pattern.items()}, bool(raw.get("use_rslora")))
+        adapter = replace(adapter, revision=raw.get("revision") and str(raw["revision"]))
         if not all(map(math.isfinite, (alpha, *adapter.alpha_pattern.values()))):
             raise ValueError("a scale that is not finite")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -121,6 +123,8 @@ def _refuse_other_methods(raw: Mapping[str, Any], adapter: Adapter) -> None:
 
 
 def _merge_command(adapter: Adapter) -> str:
+    if (adapter.directory / "policy_preprocessor.json").exists():
+        return f"Merge it in lerobot, with PeftModel.from_pretrained(policy, '{adapter.directory}').merge_and_unload(), and save the policy."
     base = f"GR00T_N1_5.from_pretrained('{adapter.base}')"
     return (
         "Merge it with NVIDIA's package and peft, then copy experiment_cfg: "

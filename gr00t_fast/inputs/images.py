@@ -86,7 +86,7 @@ class FitImages:
     def __init__(self, embodiment: Embodiment, multiple: int, by_qwen: bool = True) -> None:
         """multiple: pixels per side of a token. by_qwen: whether Qwen3-VL's image processor has the last word on the size; else it is that of
         `view`, whatever the frames are."""
-        self._settings, self._multiple, self._by_qwen = embodiment.images, multiple, by_qwen
+        self._settings, self._multiple, self._by_qwen, self._may_pad = embodiment.images, multiple, by_qwen, embodiment.letterbox is not None
         self._expected = dict.fromkeys(embodiment.data_config.video_keys, EXAMPLE_CAMERA)
 
     def __call__(self, observation: CheckedObservation) -> dict[str, Any]:
@@ -126,8 +126,9 @@ class FitImages:
         if len(set(views.values())) > 1:
             raise ObservationError(
                 f"cameras: expected views of one size once they are resized, got {_sizes(views)} of {told}: this checkpoint's pictures are not "
-                "padded to a square, and NVIDIA's code refuses these as well. Set all cameras to one shape (all 640x480, or all 1280x720 and "
-                "640x360), as in the recordings; or, if it was trained on padded pictures, say --letterbox=always."
+                "padded to a square, and the code that trained it refuses these as well. Set all cameras to one shape (all 640x480, or all "
+                "1280x720 and 640x360), as in the recordings"
+                + ("; or, if it was trained on padded pictures, say --letterbox=always." if self._may_pad else ".")
             )
         size = next(iter(views.values()))
         return accepted_size(*size, self._multiple) if self._by_qwen else size

@@ -218,7 +218,8 @@ class LerobotFiles:
                 raise CheckpointError(f"{PREPROCESSOR}: the {what} has {total} values, by {POLICY} {widths[what]}. {_MIXED}")
         chunk, played, horizon = self.policy.whole("chunk_size"), self.policy.whole("n_action_steps"), steps
         if self._pack.name == _PACK_N1D7:  # lerobot's N1.5 returns all that there are
-            steps, horizon = min(steps, chunk, played), min(steps, chunk)
+            horizon = min(steps, chunk, pack.whole("valid_action_horizon", steps))
+            steps = min(horizon, played)
         cameras = self._cameras()
         data_config = DataConfig(
             video_keys=tuple(cameras),
@@ -275,7 +276,9 @@ class LerobotFiles:
                 "use_percentiles": decode.switch("use_percentiles", False),
                 "use_relative_action": decode.switch("use_relative_action", False),
             }
-            modalities, statistics = decode.section("modality_config").values, decode.section("raw_stats").values
+            told, statistics = decode.section("modality_config").values, decode.section("raw_stats").values
+            # lerobot scales by ranges whatever these say
+            modalities = {name: {key: value for key, value in each.items() if not key.endswith("_embedding_keys")} for name, each in told.items()}
             needed = ("min", "max", *(("q01", "q99") if settings["use_percentiles"] else ()))
         else:
             modalities, statistics, needed = *self._split(widths), ("min", "max")
@@ -332,6 +335,8 @@ class LerobotFiles:
             side = self.config.vision.image_size
             return ImageSettings(False, False, side, 1.0, None, (side, side), squash=True)
         encode = self.pre[_ENCODE].settings
+        if encode.values.get("image_target_size") is None:
+            raise CheckpointError(f"{encode.where}: image_target_size is null: frames that are not resized are not computed here.")
         sizes = {key: encode.values.get(key) for key in ("image_crop_size", "image_target_size", "shortest_image_edge", "crop_fraction")}
         settings = {**sizes, "use_albumentations": encode.switch("use_albumentations", False)}
         return image_settings(settings, encode.switch("letter_box_transform", False), squash=not settings["use_albumentations"])

@@ -612,7 +612,7 @@ def image_settings(settings: Mapping[str, Any], letterbox: bool, squash: bool = 
             raise ValueError("shortest_image_edge, or crop_fraction, and the sizes that stand for them are null")
         if type(edge) is not int or not MIN_FRAME_PX <= edge <= MAX_FRAME_PX or not 0 < float(fraction) <= 1:
             raise ValueError(f"shortest_image_edge {shown(edge)}, crop_fraction {shown(fraction)}")
-        return ImageSettings(letterbox, settings["use_albumentations"], edge, float(fraction), crop, target, not settings["use_albumentations"])
+        return ImageSettings(letterbox, settings["use_albumentations"], edge, float(fraction), crop, target, squash)
     if crop is None or target is None:
         raise ValueError("use_albumentations is false, and image_crop_size or image_target_size is null")
     return ImageSettings(letterbox, False, min(target), 1.0, crop, target)

@@ -94,7 +94,7 @@ def read_object(path: Path, nan: bool = False) -> dict[str, Any]:
         meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
         raise CheckpointError(
             f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.7) "
-            f"processor_config.json, statistics.json, embodiment_id.json.{meant}"
+            f"processor_config.json, statistics.json, embodiment_id.json; or what lerobot saved, with its policy_p*processor files.{meant}"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error

@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 import virtual_camera
 from golden_cases import relative_error
 from lerobot_policies import CAMERA, NOISE_SEED
-from random_networks import edit_json
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import PolicyInputs
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
+from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import view
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.action_head import euler_step
@@ -153,6 +153,7 @@ REFUSED: dict[str, tuple[str, str, str, Any, str]] = {  # case, file, dotted key
     "two frames": ("n1d7", PRE, "steps.2.config.video_horizon", 2, "video_horizon"),
     "renamed joints": ("n1d7", PRE, "steps.0.config.rename_map", {"observation.joints": "observation.state"}, "observation.joints"),
     "LIBERO's gripper": ("n1d7_relative", POLICY, "action_decode_transform", "libero", "libero"),
+    "frames as they are": ("n1d7_local_base", PRE, "steps.3.config.image_target_size", None, "image_target_size"),
     "relative or not": ("n1d7", POLICY, "use_relative_actions", True, "use_relative_actions"),
     "two tags": ("n1d5", POLICY, "embodiment_tag", "so100", "so100"),
     "no such row": ("n1d7", PRE, "steps.2.config.embodiment_mapping.new_embodiment", 99, "99"),
@@ -181,13 +182,7 @@ def test_what_cannot_be_equal_is_refused(name: str, shared_dir: Path, tmp_path: 
     checkpoint = _copy(shared_dir, case, tmp_path)
     swapped = shared_dir / "golden_lerobot" / "n1d7" / "checkpoint" / f"{PACK_N1D7}.safetensors"
     (checkpoint / "swapped.safetensors").write_bytes(swapped.read_bytes())
-    raw = json.loads((checkpoint / file).read_text())
-    *parents, last = dotted.split(".")
-    node = raw
-    for key in parents:
-        node = node[int(key) if isinstance(node, list) else key]
-    node[last] = value
-    (checkpoint / file).write_text(json.dumps(raw))
+    _edit(checkpoint / file, dotted, value)
     with pytest.raises(CheckpointError, match=re.escape(named)):
         open_checkpoint(checkpoint).embodiment("new_embodiment")
 
@@ -206,6 +201,66 @@ def test_statistics_are_whole_and_the_same_in_both_files(case: str, file: str, c
         open_checkpoint(checkpoint)
 
 
+SETTINGS: dict[str, tuple[str, str, str, Any, Callable[[Embodiment], Any], Any]] = {  # case, file, key, value, what it decides
+    "row": ("n1d7", PRE, "steps.2.config.embodiment_mapping", {"gr1": 3}, lambda e: e.row, 0),
+    "states beyond the range": ("n1d7", PRE, "steps.2.config.clip_outliers", False, lambda e: e.state[0].clip, False),
+    "actions beyond the range": ("n1d7", POST, "steps.0.config.clip_normalized_action", False, lambda e: e.arithmetic.clip_actions, False),
+    "wording": ("n1d7", PRE, "steps.2.config.formalize_language", False, lambda e: e.formalize_language, False),
+    "padding": ("n1d7", PRE, "steps.3.config.letter_box_transform", True, lambda e: e.images.letterbox, True),
+    "order of cameras": (
+        "n1d7",
+        PRE,
+        "steps.2.config.video_modality_keys",
+        ["wrist", "front"],
+        lambda e: [*e.cameras],
+        ["video.wrist", "video.front"],
+    ),
+    "one camera": ("n1d7", PRE, "steps.2.config.video_modality_keys", ["front", "side"], lambda e: [*e.cameras], ["video.front"]),
+    "no such camera": ("n1d7", PRE, "steps.2.config.video_modality_keys", ["side"], lambda e: [*e.cameras], ["video.front", "video.wrist"]),
+    "rows that count": ("n1d7", PRE, "steps.2.config.valid_action_horizon", 9, lambda e: (e.trained_horizon, e.default_horizon), (9, 9)),
+    "rows that play": ("n1d7", POLICY, "n_action_steps", 5, lambda e: (e.trained_horizon, e.default_horizon), (32, 5)),
+    "rows by mean and deviation": (
+        *("n1d7_relative", None, "modality_config.action.mean_std_embedding_keys", ["gripper"]),
+        *(lambda e: e.action[1].mode, "min_max"),
+    ),
+}
+
+
+def _edit(file: Path, dotted: str, value: Any) -> None:
+    raw = json.loads(file.read_text())
+    *parents, last = dotted.split(".")
+    node = raw
+    for key in parents:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[last] = value
+    file.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_obeyed(name: str, shared_dir: Path, tmp_path: Path) -> None:
+    case, file, dotted, value, decided, expected = SETTINGS[name]
+    checkpoint = _copy(shared_dir, case, tmp_path)
+    for each, prefix in [(file, "")] if file else [(PRE, "steps.2.config."), (POST, "steps.0.config.")]:
+        _edit(checkpoint / each, prefix + dotted, value)
+    before = open_checkpoint(shared_dir / "golden_lerobot" / case / "checkpoint").embodiment("new_embodiment")
+    assert decided(open_checkpoint(checkpoint).embodiment("new_embodiment")) == expected
+    assert name in ("no such camera", "rows by mean and deviation") or decided(before) != expected
+
+
+def test_denoising_steps_are_the_policys_and_the_rate_its_data_sets(shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = _copy(shared_dir, "n1d7", tmp_path / "checkpoint")
+    _edit(checkpoint / POLICY, "num_inference_timesteps", 2)
+    opened = open_checkpoint(checkpoint)
+    assert opened.config.head.denoising_steps == 2
+    assert opened.embodiment("new_embodiment").metadata.fps is None
+    (tmp_path / "golden" / "so101" / "meta").mkdir(parents=True)
+    (tmp_path / "golden" / "so101" / "meta" / "info.json").write_text('{"fps": 15}')
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path))
+    embodiment = open_checkpoint(checkpoint).embodiment("new_embodiment")
+    assert embodiment.metadata.fps == 15
+    assert "15 Hz" in embodiment.notes[0]
+
+
 def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: Path) -> None:
     checkpoint = _copy(shared_dir, "n1d5", tmp_path)
     for file, dotted in ((POLICY, "embodiment_tag"), (PRE, "steps.2.config.embodiment_tag")):
@@ -222,7 +277,7 @@ def test_tags_and_letterbox_are_the_checkpoints_own(shared_dir: Path, tmp_path: 
 
 def test_a_run_plays_as_many_actions_as_lerobot_does(shared_dir: Path, tmp_path: Path) -> None:
     checkpoint = _copy(shared_dir, "n1d5", tmp_path)
-    edit_json(checkpoint / POLICY, "n_action_steps", 8)
+    _edit(checkpoint / POLICY, "n_action_steps", 8)
     common = {"model_path": str(checkpoint), "processor_path": shared_dir / "eagle2_hg_model", "device": "cpu"}
     assert run.load(run.RunConfig(**common)).action_horizon == 8
     assert run.load(run.RunConfig(**common, action_horizon=12)).action_horizon == 12
@@ -234,9 +289,7 @@ def test_renamed_cameras_keep_their_names_and_the_networks_order(shared_dir: Pat
     recorded = Case(shared_dir / "golden_lerobot" / "n1d7", shared_dir)
     checkpoint = _copy(shared_dir, "n1d7", tmp_path)
     renamed = {"observation.images.a": "observation.images.wrist", "observation.images.b": "observation.images.front"}
-    raw = json.loads((checkpoint / PRE).read_text())
-    raw["steps"][0]["config"]["rename_map"] = renamed
-    (checkpoint / PRE).write_text(json.dumps(raw))
+    _edit(checkpoint / PRE, "steps.0.config.rename_map", renamed)
     policy = load_policy(checkpoint, processor_path=recorded.tokenizer, device="cpu", precision="fp32", engine="eager")
     observation = {old: recorded.observation[new] for old, new in renamed.items()} | {
         key: recorded.observation[key] for key in ("observation.state", "task")
@@ -259,6 +312,8 @@ def test_an_adapter_that_lerobot_trained_is_merged(shared_dir: Path, tmp_path: P
     save_file({f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
     told = {"peft_type": "LORA", "base_model_name_or_path": str(recorded.checkpoint), "r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
     (adapter / "adapter_config.json").write_text(json.dumps(told))
+    for directory in (adapter, merged):
+        _edit(directory / POLICY, "num_inference_timesteps", 2)
     (adapter / "model.safetensors").unlink()
     (merged / "model.safetensors").unlink()
     weights[f"{module}.weight"] = weights[f"{module}.weight"] + 2.0 * (b @ a)
