@@ -298,6 +298,7 @@ def test_ctrl_c_is_obeyed_while_an_episode_waits_for_its_server(flags: tuple[str
 
 
 def press_ctrl_c(run: Run) -> None:
+    until(lambda: signal.getsignal(signal.SIGINT) is not signal.default_int_handler)  # outside of a run it would end the tests
     run.times_s["pressed"] = time.monotonic()
     os.kill(os.getpid(), signal.SIGINT)
 

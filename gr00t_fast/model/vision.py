@@ -19,7 +19,7 @@ from gr00t_fast.model.layers import PreNormBlock, Rotary, rotary_frequencies, ta
 _PIXEL_MEAN = 127.5  # mean and deviation of Eagle's image processor, 0.5 of 255, folded as its fast path does: another order rounds differently
 
 
-def pixel_values(frames: Tensor, image_size: int, crop_scale: float) -> Tensor:
+def pixel_values(frames: Tensor, image_size: int, crop_scale: float = VisionConfig.crop_scale) -> Tensor:
     """uint8 (B, H, W, 3) RGB at the training videos' resolution -> fp32 (B, 3, image_size, image_size) in [-1, 1], on the frames' device.
 
     Cropping bytes before they become floats gives the same numbers as the reference's order, with less to convert.
