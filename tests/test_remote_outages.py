@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from control_fakes import FakeRobot
 from serving_fakes import ArithmeticPolicy, ServerProcess, observation, running
+from waiting import until
 
 from gr00t_fast.cli import run as cli
 from gr00t_fast.control.binding import RobotBinding
