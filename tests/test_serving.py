@@ -126,6 +126,22 @@ def test_refusals_reach_the_client_and_the_server_goes_on(server: PolicyServer, 
     assert len(policy.threads) == 1
 
 
+@pytest.mark.parametrize("n1d7", [False, True])
+def test_a_batch_of_eight_is_served_and_one_of_nine_is_refused_before_it_is_computed(n1d7: bool) -> None:
+    """What a request may cost everybody else, in both forms of an observation."""
+    policy = of_n1d7() if n1d7 else ArithmeticPolicy()
+    client_class = reference.ClientN1d7 if n1d7 else reference.Client
+    with running(PolicyServer(policy, port=0)) as server, client_class(server.port) as client:
+        for batch in (8, 9):
+            seen = nested_observation(observation(batch))[0] if n1d7 else observation(batch)
+            if batch == 8:
+                assert {len(rows) for rows in client.get_action(seen).values()} == {8}
+                continue
+            with pytest.raises(RuntimeError, match=r"video\.webcam: a batch of 9"):
+                client.get_action(seen)
+    assert policy.calls == 1
+
+
 def test_token_is_asked_for_and_kill_ends_the_server(policy: ArithmeticPolicy) -> None:
     with running(PolicyServer(policy, port=0, api_token="geheim-ä")) as server:
         for token in (None, "falsch", "geheim"):
