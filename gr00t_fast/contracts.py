@@ -5,7 +5,7 @@ Axis alphabet of this file: H horizon (actions in a chunk), J joints of the arm 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -106,6 +106,8 @@ class Policy(Protocol):
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of
     last_timing: Mapping[str, float] = MappingProxyType({})  # stages of the last call in ms, `total` among them
+    max_batch: int = 1  # how many calls `get_actions` computes at once
+    takes_deadline: bool = False  # whether `get_action` takes `deadline_s`, too: in how many seconds the answer must be there
 
     def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
         """NVIDIA-style observation dict in, `action.<part>` float32 (H, D) arrays out (batched if the input was).
@@ -114,6 +116,11 @@ class Policy(Protocol):
         Raises ObservationError for what cannot be used, and UnsafeActionError instead of returning NaN or infinity. What a server answers comes as
         it is: the control loop sends no such target.
         """
+
+    def get_actions(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray] | Exception]:
+        """Several calls of `get_action`, each by its arguments and with the answer or the error that it would have alone. They are computed together:
+        pictures of one size, and none or all with a prefix, of one method. Raises what ends all of them."""
+        return [self.get_action(**call) for call in calls]
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """Modality name (`video`, `state`, `action`, `language`) -> its keys and offsets."""

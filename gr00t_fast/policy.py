@@ -11,7 +11,7 @@ Axis alphabet: B batch, C cameras, H horizon, D joint values of a part, A padded
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from gr00t_fast.engine import (
     warming_up,
 )
 from gr00t_fast.engine.manifest import target_of
-from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, ObservationError, UnsafeActionError
+from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.processor import Processor, Transform
@@ -213,6 +213,10 @@ class Gr00tPolicy(Policy):
         return self.engine.continues
 
     @property
+    def max_batch(self) -> int:
+        return self.engine.max_batch
+
+    @property
     def precision(self) -> str:
         """What the network computes in: int8 or fp8 where the engine is quantised, else its number format."""
         return getattr(self.engine, "precision", "") or next(word for word, dtype in PRECISIONS.items() if dtype == self.dtype)
@@ -276,6 +280,30 @@ class Gr00tPolicy(Policy):
         self.last_timing = timer.finish()
         return actions
 
+    def get_actions(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray] | Exception]:
+        """As `Policy.get_actions`: one inference for all. An item's actions are those of its own call up to the rounding of a larger product."""
+        timer = StageTimer(self.engine.synchronise)
+        answers: dict[int, Any] = {}
+        begun: list[tuple[int, PolicyInputs, Tensor, Continuation | None, ActionPrefix | None]] = []
+        for number, call in enumerate(calls):
+            prefix = call.get("prefix")
+            try:
+                inputs = self.preprocess(call["observation"], timer)
+                begun.append((number, inputs, *self._beginning(inputs, call.get("noise"), prefix), prefix))
+            except Gr00tFastError as error:
+                answers[number] = error
+        if begun:
+            _, parts, starts, continued, _ = zip(*begun, strict=True)
+            rows = self._run(PolicyInputs.together(parts), torch.cat(starts), Continuation.together(continued), timer)
+            chunks = np.split(rows, np.cumsum([part.batch for part in parts])[:-1])
+            for (number, inputs, _, _, prefix), chunk in zip(begun, chunks, strict=True):
+                try:
+                    answers[number] = self.postprocess(chunk, inputs, prefix, timer)
+                except UnsafeActionError as error:
+                    answers[number] = error
+        self.last_timing = timer.finish()
+        return [answers[number] for number in range(len(calls))]
+
     def preprocess(self, observation: dict[str, Any], timer: StageTimer | None = None) -> PolicyInputs:
         """Check and transform, on the host. timer: collects stages, here and below. Raises ObservationError."""
         with (timer or StageTimer()).stage("preprocess"):
@@ -289,14 +317,22 @@ class Gr00tPolicy(Policy):
         """
         timer = timer or StageTimer(self.engine.synchronise)
         with timer.stage("preprocess"):
-            known = self.processor.known_rows(prefix, inputs)
-            if known and prefix.method not in self.engine.continues:
-                possible = ", ".join((*sorted(self.engine.continues), "none"))
-                raise ConfigError(
-                    f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
-                )
-            options = {"continuation": self._continuation(known, prefix, inputs)} if known else {}
-            start = self._noise(noise, inputs.batch)  # last: a refused observation uses up no noise
+            start, continuation = self._beginning(inputs, noise, prefix)
+        return self._run(inputs, start, continuation, timer)
+
+    def _beginning(self, inputs: PolicyInputs, noise: Any, prefix: ActionPrefix | None) -> tuple[Tensor, Continuation | None]:
+        """What denoising begins with, and what it is to continue."""
+        known = self.processor.known_rows(prefix, inputs)
+        if known and prefix.method not in self.engine.continues:
+            possible = ", ".join((*sorted(self.engine.continues), "none"))
+            raise ConfigError(
+                f"the engine '{self.engine.name}' cannot continue a chunk by '{prefix.method}'. Use --smoothing={possible}, or --engine=eager."
+            )
+        continuation = self._continuation(known, prefix, inputs) if known else None
+        return self._noise(noise, inputs.batch), continuation  # noise last: a refused observation uses up none
+
+    def _run(self, inputs: PolicyInputs, start: Tensor, continuation: Continuation | None, timer: StageTimer) -> np.ndarray:
+        options = {} if continuation is None else {"continuation": continuation}
         answer = self.engine.run(inputs, start, self._denoising_steps, timer, **options)
         expected = (inputs.batch, *self.chunk_shape)
         if not isinstance(answer, Tensor | np.ndarray) or tuple(answer.shape) != expected:
@@ -335,7 +371,7 @@ class Gr00tPolicy(Policy):
         actions, weights = torch.zeros(inputs.batch, horizon, width), torch.zeros(horizon, width)
         actions[:, : rows.shape[1], : rows.shape[2]] = rows
         weights[:, : rows.shape[2]] = prefix_weights(horizon, prefix.inference_delay, rows.shape[1])[:, None]
-        return Continuation(actions, weights, prefix.method)
+        return Continuation(actions, weights.expand_as(actions), prefix.method)
 
     def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
         """Run until the first-call costs are paid, with `prefix_method` those of continuing a chunk too; returns the last call's timing.

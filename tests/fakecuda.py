@@ -205,7 +205,7 @@ def call(engine: Any, case: Case, seed: int = 0) -> Any:
     state = np.zeros((1, head.state_dim), np.float32)
     inputs = PolicyInputs(frames, ids, lengths, np.arange(images) + 3, state, engine.model.to_pixels)
     noise = torch.randn(1, head.action_horizon, head.action_dim)
-    continued = {} if case.continuation is None else {"continuation": Continuation(noise, torch.ones(noise.shape[1:]), case.continuation)}
+    continued = {} if case.continuation is None else {"continuation": Continuation(noise, torch.ones(noise.shape), case.continuation)}
     return engine.run(inputs, noise, 4, StageTimer(), **continued)
 
 

@@ -11,7 +11,8 @@ from random_networks import Sizes, observation, write_network
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.errors import ObservationError
+from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.errors import ConfigError, ObservationError
 from gr00t_fast.inputs.prompt import PromptEncoder
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
@@ -118,3 +119,43 @@ def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -
     encode: PromptEncoder = policy.processor.prompts
     places = [np.flatnonzero(encode(text, 4) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
     assert all(np.array_equal(places[0], other) for other in places)
+
+
+def _call(batched: dict, item: int, noise: np.ndarray, **options: object) -> dict:
+    """The arguments of a client's own call."""
+    return {"observation": {key: value[item] for key, value in batched.items()}, "noise": noise[item : item + 1], **options}
+
+
+@pytest.mark.parametrize("method", [None, "rtc", "prefix"])
+def test_calls_of_several_clients_get_together_what_each_gets_alone(policy: Gr00tPolicy, method: str | None) -> None:
+    """With prefixes of other lengths and delays, and instructions of other lengths."""
+    batched, noise = observation(policy.name, batch=3, instruction=UNEQUAL[:3]), _noise(policy, 3)
+    calls = [_call(batched, item, noise) for item in range(3)]
+    if method is not None:
+        before = policy.get_action(**calls[0])
+        for item, (rows, delay) in enumerate([(9, 2), (5, 0), (12, 7)]):
+            calls[item]["prefix"] = ActionPrefix({key: values[:rows] for key, values in before.items()}, delay, method)
+    together = policy.get_actions(calls)
+    for call, found in zip(calls, together, strict=True):
+        for key, alone in policy.get_action(**call).items():
+            assert (found[key].shape, found[key].dtype) == (alone.shape, np.float32)
+            np.testing.assert_allclose(found[key], alone, rtol=0, atol=CLOSE_DEG)
+
+
+def test_a_call_that_cannot_be_used_fails_alone(policy: Gr00tPolicy) -> None:
+    batched, noise = observation(policy.name, batch=3, instruction=EQUAL[:3]), _noise(policy, 3)
+    calls = [_call(batched, item, noise) for item in range(3)]
+    calls[1]["observation"]["state.gripper"] = np.full((1, 1), np.nan)
+    first, second, third = policy.get_actions(calls)
+    assert isinstance(second, ObservationError)
+    assert "state.gripper" in str(second)
+    for call, found in ((calls[0], first), (calls[2], third)):
+        np.testing.assert_allclose(found["action.single_arm"], policy.get_action(**call)["action.single_arm"], rtol=0, atol=CLOSE_DEG)
+
+
+def test_one_batch_is_of_one_form(policy: Gr00tPolicy) -> None:
+    batched, noise = observation(policy.name, batch=2, instruction=EQUAL[:2]), _noise(policy, 2)
+    calls = [_call(batched, item, noise) for item in range(2)]
+    before = policy.get_action(**calls[0])
+    with pytest.raises(ConfigError, match="none or in all"):
+        policy.get_actions([calls[0], calls[1] | {"prefix": ActionPrefix(before, 2, "prefix")}])

@@ -252,7 +252,7 @@ def test_a_chunk_is_continued_as_by_the_eager_engine(opened: TensorRTEngine, che
     eager = EagerEngine(load_network(checkpoint))
     inputs, noise = random_inputs(eager.model.config, text_tokens=TEXT)
     continuation = Continuation(
-        torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), prefix_weights(16, 3, 10)[:, None].expand(16, 32), "prefix"
+        torch.randn(noise.shape, generator=torch.Generator().manual_seed(1)), prefix_weights(16, 3, 10)[:, None].expand(1, 16, 32), "prefix"
     )
     expected = eager.run(inputs, noise, 4, StageTimer(), continuation)
     assert distance(opened.run(inputs, noise, 4, StageTimer(), continuation), expected, noise) < 1e-4

@@ -25,14 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gr00t_fast.engine.eager import Continuation, Engine, PolicyInputs, denoise_towards, tell_new
+from gr00t_fast.engine.eager import MAX_BATCH, Continuation, Engine, PolicyInputs, denoise_towards, tell_new
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t, ModelInputs
 
 log = logging.getLogger(__name__)
-_KEPT_RECORDINGS = 8  # each holds its own buffers; intermediate results are in one pool of all
+_KEPT_RECORDINGS = 32  # a prompt in four sizes of batch, begun and continued, takes eight; intermediate results are in one pool of all
 _CALLS_BEFORE_RECORDING = 3  # libraries choose kernels and allocate workspaces in their first calls, which a graph cannot hold
 Work = Callable[[], None]
 _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own allocations have
@@ -40,6 +40,8 @@ _ALIGNMENT_BYTES = 256  # of each part of the packed buffer: what CUDA's own all
 
 class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
+
+    max_batch = MAX_BATCH
 
     def __init__(self, name: str, model: FusedModel, stages: Stages | None = None, continues: frozenset[str] = frozenset({"rtc", "prefix"})) -> None:
         """stages: the model's own, or those compiled. continues: without `rtc` where layers have no gradient."""
@@ -250,7 +252,7 @@ class StaticCall:
         head, batch = model.config.head, shape.batch
         self._model, self._shape, self._stages = model, shape, stages
         size = (batch, head.action_horizon, head.action_dim)
-        continuation = {} if shape.continuation is None else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size[1:])}
+        continuation = {} if shape.continuation is None else {"known_actions": (torch.float32, size), "known_weights": (torch.float32, size)}
         self._inputs = PackedBuffers(
             {
                 **{f"frames{index}": (torch.uint8, frames) for index, frames in enumerate(shape.frames)},

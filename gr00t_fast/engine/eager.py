@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,12 +22,13 @@ from gr00t_fast.model import Condition, Gr00t, ModelInputs, StepTables
 from gr00t_fast.model.action_head import Velocity, integrate
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_BATCH = 8  # of engines over the torch model: beyond, a batch of one camera each computes as long as its parts, on GPUs too
 MAX_GUIDANCE_WEIGHT = 5.0  # beta in Black et al. 2025
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a chunk shall continue: actions fp32 (B, H, A), normalised, and how much each counts: weights fp32 (H, A), 0..1."""
+    """What a chunk shall continue: actions fp32 (B, H, A), normalised, and how much each counts: weights fp32 (B, H, A), 0..1."""
 
     actions: Tensor
     weights: Tensor
@@ -36,9 +37,19 @@ class Continuation:
     def to(self, device: torch.device) -> Continuation:
         return Continuation(self.actions.to(device), self.weights.to(device), self.method)
 
+    @staticmethod
+    def together(parts: Sequence[Continuation | None]) -> Continuation | None:
+        """Of one batch, in their order; None when all are. Raises ConfigError for different methods."""
+        there = [part for part in parts if part is not None]
+        if not there:
+            return None
+        if len(there) < len(parts) or len({part.method for part in there}) > 1:
+            raise ConfigError("calls of one batch: expected a prefix in none or in all of them, of one method.")
+        return Continuation(torch.cat([part.actions for part in there]), torch.cat([part.weights for part in there]), there[0].method)
+
     def item(self, index: int) -> Continuation:
         """Of one item of the batch."""
-        return Continuation(self.actions[index : index + 1], self.weights, self.method)
+        return Continuation(self.actions[index : index + 1], self.weights[index : index + 1], self.method)
 
 
 class Inputs(Protocol):
@@ -59,6 +70,7 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype
     continues: frozenset[str] = frozenset()  # methods of Continuation that `run` can do
+    max_batch: int = 1  # how many observations `run` computes in less time than one after the other
     warming_up: bool = False  # set by the policy while a first call may take seconds without a warning
 
     def run(self, inputs: PolicyInputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
@@ -76,6 +88,7 @@ class Engine(Protocol):
 class EagerEngine(Engine):
     name = "eager"
     continues = frozenset({"rtc", "prefix"})
+    max_batch = MAX_BATCH
 
     def __init__(self, model: Gr00t) -> None:
         self.model, self.device, self.dtype = model, model.device, model.dtype

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.errors import ObservationError
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import ImageTransform
 from gr00t_fast.inputs.observation import CheckedObservation, parse_observation, parse_prefix
@@ -60,6 +61,23 @@ class PolicyInputs:
         raw_state = {key: values[one] for key, values in self.raw_state.items()}
         given = {"input_ids": self.input_ids[one, :tokens], "lengths": self.lengths[one], "state": self.state[one], "raw_state": raw_state}
         return replace(self, frames=frames, **given)
+
+    @staticmethod
+    def together(parts: Sequence[PolicyInputs]) -> PolicyInputs:
+        """Several as one batch, in their order. Raises ObservationError for pictures that differ in size, number or place."""
+        first = parts[0]
+        forms = [([view.shape[1:] for view in part.frames], part.camera_size, part.image_positions.tolist()) for part in parts]
+        if any(form != forms[0] for form in forms):
+            raise ObservationError("observations of one batch: expected pictures of the same number and size in each, got different ones.")
+        longest = max(part.input_ids.shape[1] for part in parts)
+        return replace(
+            first,
+            frames=[np.concatenate(views) for views in zip(*(part.frames for part in parts), strict=True)],
+            input_ids=np.concatenate([np.pad(part.input_ids, ((0, 0), (0, longest - part.input_ids.shape[1]))) for part in parts]),
+            lengths=np.concatenate([part.lengths for part in parts]),
+            state=np.concatenate([part.state for part in parts]),
+            raw_state={key: np.concatenate([part.raw_state[key] for part in parts]) for key in first.raw_state},
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ModelInputs:
         """The network's tensors. Bytes are uploaded; pixels are made of them on the device."""
