@@ -97,6 +97,8 @@ clean:
 .venv/.dev: $(PINS) | .venv/.created
 	@echo "installing what tests and benchmarks need into .venv (some minutes and 9 GB, once)"
 	$(INSTALL) '.[dev]'
+	@# a client that tests drive; it asks for numpy < 2 and works with later ones
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
 	@touch $@
 
 python312:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,19 +74,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_a_checkpoint_is_served_from_the_command_line_over_both_protocols(tmp_path: Path) -> None:
+def test_a_checkpoint_is_served_from_the_command_line_over_both_protocols(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.lib.random_checkpoint import write_random_checkpoint
     from gr00t_fast.policy import load_policy
 
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", size="tiny")
-    seen = observation(size=(480, 640))
-    with command_line(checkpoint, "--http") as http_process, command_line(checkpoint, "--api_token=t") as process:
+    seen, metrics_port = observation(size=(480, 640)), free_port()
+    with (
+        command_line(checkpoint, "--http", f"--port={free_port()}") as http_process,
+        command_line(checkpoint, "--api_token=t", f"--metrics_port={metrics_port}") as process,
+    ):
         expected = load_policy(checkpoint, seed=3, denoising_steps=2, device="cpu").get_action(seen)
         status, actions = reference.http_post(f"{http_process.stdout.readline().split()[-1]}/act", {"observation": seen})
         assert status == 200
         assert_same(actions, expected)
-        with reference.Client(int(process.stdout.readline().rpartition(":")[2]), "t") as client:
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with reference.Client(port, "t") as client:
             assert_same(client.get_action(seen), expected)
+        for asked in (["--http", http_process.args[-1]], [f"--port={port}", "--api_token=t"]):
+            assert main(["--status", *asked]) == 0
+            assert re.search(r"1 requests served.*0 waiting, 1 clients so far; a batch takes 1: .* ms, 2: .* ms", capsys.readouterr().out)
+        assert main(["--status", f"--port={port}"]) == 1
+        assert "Invalid API token" in capsys.readouterr().err
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as reply:
+            assert b"gr00t_compute_seconds_count 1.0" in reply.read()
         for one, end in ((http_process, signal.SIGINT), (process, signal.SIGTERM)):
             one.send_signal(end)
             log = one.communicate(timeout=20)[1]

@@ -141,10 +141,13 @@ class ChunkBuffer:
 
     def leftover(self, tick: int) -> dict[str, np.ndarray]:
         """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""
-        row = tick - self._origin
-        if self._chunk is None or row >= len(self._chunk):
+        if self._chunk is None or not self.rows_left(tick):
             return {}
-        return {key: values[row:] for key, values in self._chunk.actions.items()}
+        return {key: values[tick - self._origin :] for key, values in self._chunk.actions.items()}
+
+    def rows_left(self, tick: int) -> int:
+        """How many of them."""
+        return 0 if self._chunk is None else max(self._origin + len(self._chunk) - tick, 0)
 
 
 class DelayEstimate:

@@ -280,7 +280,7 @@ class ChunkController:
         if self.overlaps:
             self._collect(tick + 1)  # this tick's target is out
             if self._call is None:
-                self._submit(observation, tick, self._prefix(tick))
+                self._submit(observation, tick, self._prefix(tick), self._buffer.rows_left(tick + 1) / self._fps)
 
     def next_target(self, tick: int) -> np.ndarray:
         """The target (J,) of this tick: the first row when the arm has waited for a chunk, then one a tick. Rows of missed ticks are over; where all
@@ -353,9 +353,13 @@ class ChunkController:
     def _ticks_of(self, duration_ms: float) -> int:
         return math.ceil(duration_ms / 1000 * self._fps)
 
-    def _submit(self, observation: Observation, tick: int, prefix: ActionPrefix | None) -> None:
+    def _submit(self, observation: Observation, tick: int, prefix: ActionPrefix | None, deadline_s: float | None = None) -> None:
+        """deadline_s: until the arm has no action left."""
         runner, episode, reset, self._reset_policy = self._runner, self._buffer.episode, self._reset_policy, False
-        options, horizon = {} if prefix is None else {"prefix": prefix}, self.options.action_horizon
+        options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
+        if deadline_s is not None and runner.policy.takes_deadline:
+            options["deadline_s"] = deadline_s
+        horizon = self.options.action_horizon
 
         def infer() -> TimedChunk:
             if reset:

@@ -34,6 +34,7 @@ PING_TIMEOUT_S = 2.0
 # A machine that vanished without closing its connections is noticed after this long. Answered by ZeroMQ itself, also while a server computes.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _RECONNECT_MS = 50
+_LEAST_DEADLINE_S = 1e-3  # of a chunk that should be there already
 _CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: ServerError.UNKNOWN_ENDPOINT}
 
 
@@ -75,9 +76,11 @@ class PolicyClient(Policy):
             self.close()
             raise ConfigError(f"cannot connect to '{self.address}': {error}. Expected an address like tcp://192.168.0.7:5555.") from error
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
-        """As `Policy.get_action`. `noise` and `prefix` need our own server; NVIDIA's has no such endpoint and says so. The first call asks the server
-        for its modality configuration too, which tells its protocol.
+    def get_action(
+        self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
+        """As `Policy.get_action`. `noise`, `prefix` and `deadline_s`, by which our server orders its clients, need that server; NVIDIA's has no such
+        endpoint and says so. The first call asks the server for its modality configuration too, which tells its protocol.
 
         States travel as float64 and an instruction as a list, whatever they are here: NVIDIA's server refuses every state of another type than
         the first one it saw, and fails on a bare text.
@@ -91,8 +94,10 @@ class PolicyClient(Policy):
             self.get_modality_config()
             left_s -= time.monotonic() - began_s
 
-        if noise is not None or prefix is not None:
+        if noise is not None or prefix is not None or deadline_s is not None:
             options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
+            if deadline_s is not None:
+                options["deadline_s"] = max(float(deadline_s), _LEAST_DEADLINE_S)
             if prefix is not None:
                 options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
             return _actions(self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend))
@@ -116,6 +121,10 @@ class PolicyClient(Policy):
         """What the server's checkpoint was trained on, or None from a server that does not tell (NVIDIA's). Raises like `get_action`."""
         reply = self._call_extension("get_facts")
         return None if reply is None else metadata_from_message(reply)
+
+    def get_status(self) -> dict[str, Any] | None:
+        """`Service.status` of the server, or None from one that has none (NVIDIA's). Raises like `get_action`."""
+        return self._call_extension("get_status")
 
     def reset(self) -> None:
         """As `Policy.reset`; our server has nothing to reset, being everybody's. NVIDIA's N1.5 server has no such endpoint: that is no error."""

@@ -1,12 +1,19 @@
-"""A policy behind HTTP, in the protocol of NVIDIA's http_server for GR00T N1.5 (json_numpy arrays), on uvicorn. NVIDIA has none for N1.7.
+"""A policy behind HTTP, in the protocol of NVIDIA's http_server for GR00T N1.5 (json_numpy arrays), and behind a WebSocket, in openpi's, on uvicorn.
+NVIDIA has none for N1.7.
 
-    GET  /health                                    -> {"status": "healthy", "model": "GR00T"}
+    GET  /health                                    -> {"status": "healthy", "model": "GR00T"}; /healthz too, where openpi's is
+    GET  /metrics, /status                          -> figures for Prometheus; for people, as JSON
     POST /act     {"observation": {...}}            -> {"action.<part>": array, ...}
     POST /act     {"encoded": "<the same as text>"} -> likewise, for clients that cannot nest arrays
-                  an observation in N1.7's nested form (gr00t_fast/inputs/observation.py) -> likewise
+                  an observation in N1.7's nested form (gr00t_fast/inputs/observation.py) -> likewise; "deadline_s" beside it, see `Service.ask`
     errors        {"detail": "<reason>"} with status 400, 401, 403, 404, 408, 413, 500 or 503
 
-NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` gets 401 when a token is set.
+    WebSocket     on connect: metadata, with "keys", what an observation holds. Then an observation -> {"actions": (H, J), "action.<part>": ...,
+                  "server_timing": {"infer_ms", "prev_total_ms"}}, or the reason of a refusal as text. Its keys may have / in place of a point
+                  (`observation/state`), `prompt` is the instruction, and `deadline_s` may be among them.
+
+NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` (openpi: `Api-Key <token>`) gets 401 when a token
+is set.
 A web page must not reach the server through the browser of somebody on this network: requests with an Origin are refused, and so are those whose Host
 is a name that is not this machine's (a page's own name, made to point here).
 """
@@ -18,11 +25,16 @@ import contextlib
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
+import numpy as np
+
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
+from gr00t_fast.inputs.observation import LEROBOT_TASK
+from gr00t_fast.serving.figures import reason_of
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     DEFAULT_HOST,
@@ -30,12 +42,13 @@ from gr00t_fast.serving.service import (
     PolicyServerBase,
     Service,
     listen_on_tcp,
-    reason_of,
+    string_keyed,
 )
-from gr00t_fast.serving.wire import from_json, to_json
+from gr00t_fast.serving.wire import decode, encode_openpi, from_json, metadata_to_message, to_json
 
 MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carries more
 MAX_CONNECTIONS = 256  # further requests are answered with 503
+MAX_WEBSOCKETS = 32  # at once: each may hold a message
 BODY_S = 30.0  # for all of a body
 _IDLE_S = 30  # between two requests of a connection
 _STOP_S = 1
@@ -54,9 +67,10 @@ class HttpPolicyServer(PolicyServerBase):
 
         Raises ServerError when it cannot listen there, and MissingExtraError without uvicorn.
         """
-        uvicorn = require("uvicorn", "serving")
+        uvicorn, _ = require("uvicorn", "serving"), require("websockets", "serving")
         self._names = {name.lower() for name in ("localhost", host, socket.gethostname(), f"{socket.gethostname()}.local", *host_names)}
         self._bodies_bytes = 0  # of all requests that are being read
+        self._websockets = 0  # that are open
         self._listener = listen_on_tcp(host, port)
         address, bound_port, *_ = self._listener.getsockname()
         place = f"[{address}]" if ":" in address else address
@@ -65,7 +79,9 @@ class HttpPolicyServer(PolicyServerBase):
         config = uvicorn.Config(
             self._application,
             http="h11",
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=MAX_BODY_BYTES,
+            ws_per_message_deflate=False,
             lifespan="off",
             interface="asgi3",
             log_config=None,
@@ -92,30 +108,37 @@ class HttpPolicyServer(PolicyServerBase):
     # One request
 
     async def _application(self, scope: _Event, receive: _Receive, send: _Send) -> None:
-        keep = False  # the connection, once the body has been read
+        if scope["type"] == "websocket":
+            return await self._converse(scope, receive, send)
+        keep, kind = False, b"application/json"  # keep: the connection, once the body has been read
         try:
             body = await self._body(scope, receive)
             keep = True
-            status, reply = 200, _HEALTH if body is None else await self._act(body, scope["client"], receive)
+            status, reply = 200, body if isinstance(body, bytes) else await self._act(body, scope["client"], receive)
+            kind = b"text/plain; version=0.0.4" if scope["path"] == "/metrics" else kind
         except _ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-            self._service.log.refused(error)
+            error = self._counted(error, scope["client"])
             status, reply = _status(error), to_json({"detail": reason_of(error)})
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(reply)).encode())]
+        headers = [(b"content-type", kind), (b"content-length", str(len(reply)).encode())]
         await send({"type": "http.response.start", "status": status, "headers": headers if keep else [*headers, (b"connection", b"close")]})
         await send({"type": "http.response.body", "body": reply})
 
-    async def _body(self, scope: _Event, receive: _Receive) -> bytearray | None:
-        """Of a request for actions; None of one for /health. Raises _RefusedError for a sender, path or size that is not served."""
+    async def _body(self, scope: _Event, receive: _Receive) -> bytearray | bytes:
+        """Of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is not served."""
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
         self._check_sender(headers)
         route = (scope["method"], scope["path"])
-        if route == ("GET", "/health"):
-            return None
-        self._service.check_token(headers.get("authorization", b"").decode("utf-8", "surrogateescape").removeprefix("Bearer "))
+        if route in (("GET", "/health"), ("GET", "/healthz")):
+            return _HEALTH
+        self._check_token(headers)
+        if route == ("GET", "/metrics"):
+            return self.service.figures.exposition()
+        if route == ("GET", "/status"):
+            return to_json(self.service.status())
         if route != ("POST", "/act"):
-            raise _RefusedError(404, "Not Found: GET /health or POST /act")
+            raise _RefusedError(404, "Not Found: GET /health, /metrics or /status, or POST /act")
         length = headers.get("content-length", b"0")
         if not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY_BYTES:
             raise _too_large()
@@ -123,6 +146,10 @@ class HttpPolicyServer(PolicyServerBase):
             return await asyncio.wait_for(self._read(receive), BODY_S)
         except asyncio.TimeoutError:
             raise _RefusedError(408, f"the body did not arrive within {BODY_S:g} s.") from None
+
+    def _check_token(self, headers: dict[str, bytes]) -> None:
+        given = headers.get("authorization", b"").decode("utf-8", "surrogateescape")
+        self.service.check_token(given.removeprefix("Bearer ").removeprefix("Api-Key "))
 
     def _check_sender(self, headers: dict[str, bytes]) -> None:
         """Raises _RefusedError for a request that a web page makes in somebody's browser."""
@@ -158,25 +185,112 @@ class HttpPolicyServer(PolicyServerBase):
 
     async def _act(self, body: bytearray, client: Any, receive: _Receive) -> bytes:
         """The actions as JSON. Raises the error that the inference ended with. A request whose client hangs up meanwhile leaves the queue."""
-        answer = asyncio.wrap_future(self._service.ask(_observation(body), client, len(body)))
-        hung_up = asyncio.ensure_future(receive())
-        await asyncio.wait((answer, hung_up), return_when=asyncio.FIRST_COMPLETED)
-        hung_up.cancel()
-        if not answer.done():
-            answer.cancel()
-            self._service.forget(lambda waiting: waiting == client)
-            raise _ClientGoneError
-        actions = answer.result()
+        payload, next_event = _payload(body), asyncio.ensure_future(receive())
+        asked = {"name": _name(client), "deadline_s": payload.get("deadline_s")}
+        try:
+            actions = await self._answered(payload.get("observation"), client, len(body), asked, next_event)
+        finally:
+            next_event.cancel()
         try:
             return to_json(actions)
         except WireError as error:  # what the policy returned cannot travel
             raise _RefusedError(500, str(error)) from error
+
+    async def _answered(self, observation: Any, client: Any, size_bytes: int, asked: dict[str, Any], next_event: asyncio.Future[_Event]) -> Any:
+        """The actions. Raises what `Service.ask` does, _InferenceError, and _ClientGoneError when `next_event` is that the client hung up."""
+        answer = asyncio.wrap_future(self.service.ask(observation, client, size_bytes, **asked))
+        await asyncio.wait((answer, next_event), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done() and next_event.result()["type"].endswith("disconnect"):
+            answer.cancel()
+            self.service.forget(lambda waiting: waiting == client)
+            raise _ClientGoneError
+        try:
+            return await answer
+        except Exception as error:
+            raise _InferenceError from error
+
+    def _counted(self, error: Exception, client: Any) -> Exception:
+        """The error itself, counted; the service counts those of inferences."""
+        if isinstance(error, _InferenceError):
+            return error.__cause__
+        self.service.figures.refused(error, _name(client))
+        return error
+
+    # openpi's clients
+
+    async def _converse(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+        """One observation after the other, for as long as the client is connected."""
+        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        try:
+            self._check_sender(headers)
+            self._check_token(headers)
+            if self._websockets >= MAX_WEBSOCKETS:
+                raise _RefusedError(503, f"busy: {MAX_WEBSOCKETS} WebSockets are open.")
+        except Gr00tFastError as error:
+            self._counted(error, scope["client"])
+            return await send({"type": "websocket.close", "code": 1008, "reason": reason_of(error)[:100]})  # before it was accepted: HTTP 403
+        self._websockets += 1
+        try:
+            await receive()
+            await send({"type": "websocket.accept"})
+            await send({"type": "websocket.send", "bytes": encode_openpi(_told(self.service.policy))})
+            await self._answer_each(scope["client"], receive, send)
+        except _ClientGoneError:
+            pass
+        finally:
+            self._websockets -= 1
+
+    async def _answer_each(self, client: Any, receive: _Receive, send: _Send) -> None:
+        total_ms: dict[str, float] = {}
+        event = await receive()
+        while event["type"] == "websocket.receive":
+            began_s, next_event = time.monotonic(), asyncio.ensure_future(receive())
+            try:
+                observation, deadline_s = _from_openpi(event, self.service.policy)
+                asked = {"name": _name(client), "deadline_s": deadline_s}
+                actions = await self._answered(observation, client, len(event["bytes"]), asked, next_event)
+                timing = {"infer_ms": 1000 * (time.monotonic() - began_s), **total_ms}
+                await send({"type": "websocket.send", "bytes": encode_openpi({**_side_by_side(actions), "server_timing": timing})})
+            except _ClientGoneError:
+                raise
+            except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
+                await send({"type": "websocket.send", "text": reason_of(self._counted(error, client))})
+            total_ms = {"prev_total_ms": 1000 * (time.monotonic() - began_s)}
+            event = await next_event
+
+
+def _told(policy: Policy) -> dict[str, Any]:
+    """What openpi's clients are told when they connect."""
+    keys = {modality: list(config.modality_keys) for modality, config in policy.get_modality_config().items()}
+    return {"model": "GR00T", "keys": keys, **({} if policy.metadata is None else metadata_to_message(policy.metadata))}
+
+
+def _from_openpi(event: _Event, policy: Policy) -> tuple[Any, Any]:
+    """The observation and its deadline. Raises WireError."""
+    if event.get("bytes") is None:
+        raise WireError("expected a binary message (msgpack), got text.")
+    message = string_keyed(decode(event["bytes"], MAX_BODY_BYTES), "observation")
+    deadline_s = message.pop("deadline_s", None)
+    observation = {key.replace("/", "."): value for key, value in message.items()}
+    if "prompt" in observation:
+        joined = any(key.startswith("observation.") for key in observation)
+        observation[LEROBOT_TASK if joined else policy.get_modality_config()["language"].modality_keys[0]] = observation.pop("prompt")
+    return observation, deadline_s
+
+
+def _side_by_side(actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As they are, and all together as openpi's programs expect them."""
+    return {"actions": np.concatenate([*actions.values()], axis=-1), **actions}
 
 
 class _RefusedError(Gr00tFastError):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
+
+
+class _InferenceError(Exception):
+    """What an inference ended with is its cause."""
 
 
 class _ClientGoneError(Exception):
@@ -194,10 +308,15 @@ def _status(error: Exception) -> int:
     return statuses.get(getattr(error, "code", ""), 400 if isinstance(error, Gr00tFastError) else 500)
 
 
-def _observation(body: bytearray) -> Any:
+def _name(client: Any) -> str:
+    """Of a client, for people."""
+    return ":".join(map(str, client or ()))
+
+
+def _payload(body: bytearray) -> dict[str, Any]:
     payload = from_json(body, MAX_BODY_BYTES)
     if isinstance(payload, dict) and isinstance(payload.get("encoded"), str) and len(payload) == 1:
         payload = from_json(payload["encoded"].encode("utf-8", "surrogatepass"), MAX_BODY_BYTES)
     if not isinstance(payload, dict):
         raise WireError('expected {"observation": {name: value}}.')
-    return payload.get("observation")
+    return payload

@@ -82,7 +82,13 @@ class RemotePolicy(Policy):
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return dict(self._served)
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+    @property
+    def takes_deadline(self) -> bool:
+        return self._tells_metadata
+
+    def get_action(
+        self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None, deadline_s: float | None = None
+    ) -> dict[str, np.ndarray]:
         """As `Policy.get_action`. Frames travel at the size of the training videos.
 
         Raises ServerUnreachableError while the server is away (not for the first answer of an episode: that is waited for), ServerError when
@@ -93,7 +99,7 @@ class RemotePolicy(Policy):
         def ask() -> dict[str, np.ndarray]:
             self._ping_while_away()
             self._check_same_policy()
-            return self._infer(observation, noise=noise, prefix=prefix)
+            return self._infer(observation, noise=noise, prefix=prefix, **({} if deadline_s is None else {"deadline_s": deadline_s}))
 
         actions = self._answer_of(ask)
         self._moving, self.last_timing = True, self._client.last_timing

@@ -18,6 +18,7 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import ServerError, WireError, require
 from gr00t_fast.inputs.observation import is_nested, nested_actions
+from gr00t_fast.serving.figures import reason_of
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     DEFAULT_HOST,
@@ -26,7 +27,6 @@ from gr00t_fast.serving.service import (
     Service,
     cannot_listen,
     check_free,
-    reason_of,
     string_keyed,
 )
 from gr00t_fast.serving.wire import (
@@ -128,7 +128,7 @@ class PolicyServer(PolicyServerBase):
         while self._monitor.poll(0):
             event, _ = self._monitor.recv_multipart()
             descriptor = int.from_bytes(event[2:6], sys.byteorder)
-            self._service.forget(lambda client, descriptor=descriptor: client[0] == descriptor)
+            self.service.forget(lambda client, descriptor=descriptor: client[0] == descriptor)
 
     def _receive(self) -> None:
         """Frames are the route back, which ends in an empty frame (a REQ client, perhaps behind proxies), and the message."""
@@ -138,24 +138,25 @@ class PolicyServer(PolicyServerBase):
         length = next((number for number, part in enumerate(parts) if not len(part)), len(parts) - 1) + 1
         route, message = [bytes(part) for part in parts[:length]], parts[length:]
         if route[-1]:
-            self._service.log.refused(WireError("frames that no REQ client sends"))  # a reply would have no address
+            self.service.figures.refused(WireError("frames that no REQ client sends"))  # a reply would have no address
             return
+        name = f"{_peer(frames[-1])}#{int.from_bytes(route[0][-2:], 'big')}"  # ZeroMQ numbers those who give themselves no name
         try:
             if len(message) != 1:
                 raise WireError(f"expected a message of one part, got {len(message)}.")
-            reply = self._answer(message[0], route, frames[-1].get(self._zmq.SRCFD))
+            reply = self._answer(message[0], route, frames[-1].get(self._zmq.SRCFD), name)
         except Exception as error:  # noqa: BLE001 - no message, whatever it holds, may end the service for the others
-            self._service.log.refused(error)
+            self.service.figures.refused(error, name)
             reply = _error_message(error)
         if reply is not None:
             self._router.send_multipart([*route, reply])
 
-    def _answer(self, message: memoryview, route: list[bytes], descriptor: int) -> bytes | None:
+    def _answer(self, message: memoryview, route: list[bytes], descriptor: int, name: str) -> bytes | None:
         """The reply, or None when it comes later. Raises Gr00tFastError with the reason of a refusal."""
         request = decode(message, self._max_bytes)
         if not isinstance(request, dict):
             raise WireError(f'expected a map with "endpoint" and "data", got {type(request).__name__}.')
-        self._service.check_token(request.get("api_token"))
+        self.service.check_token(request.get("api_token"))
         endpoint = request.get("endpoint", "get_action")
         if not isinstance(endpoint, str):
             raise WireError(f"endpoint: expected text, got {type(endpoint).__name__}.")
@@ -163,6 +164,8 @@ class PolicyServer(PolicyServerBase):
             return self._told[endpoint]
         if endpoint == "kill":
             return self._kill()
+        if endpoint == "get_status":  # an extension
+            return encode(self.service.status())
         observation, options, n1d7 = _asked(endpoint, request.get("data", {}))
         correlated = len(route) > 2 and len(route[-2]) == 4  # the number of the request, which REQ_CORRELATE puts there
         client = (descriptor, *route[: -2 if correlated else -1])
@@ -171,15 +174,23 @@ class PolicyServer(PolicyServerBase):
             self._answers.put([*route, _answer_message(answer, n1d7)])
             self._wake_talker.send(b"x")
 
-        self._service.ask(observation, client, len(message), **options).add_done_callback(send)
+        self.service.ask(observation, client, len(message), name, **options).add_done_callback(send)
         return None
 
     def _kill(self) -> bytes:
-        if self._service.api_token is None:
+        if self.service.api_token is None:
             raise ServerError("kill is disabled, because anybody could send it: start the server with an api_token, or stop it with Ctrl-C.")
         log.info("killed by a client")
         self.stop()
         return encode({"status": "ok", "message": "Server is shutting down"})
+
+
+def _peer(frame: Any) -> str:
+    """The address that a message came from."""
+    try:
+        return str(frame.get("Peer-Address")) or "local"
+    except Exception:  # noqa: BLE001 - pyzmq has several for a transport that knows none
+        return "local"
 
 
 def _fixed_replies(policy: Policy) -> dict[str, bytes]:
@@ -219,9 +230,10 @@ def _error_message(error: Exception) -> bytes:
 
 
 def _options(request: dict[str, Any]) -> dict[str, Any]:
-    """`noise` and `prefix` of `Policy.get_action`, as far as they were sent."""
-    noise = request.get("noise")
-    options = {} if noise is None else {"noise": noise.copy() if isinstance(noise, np.ndarray) else noise}  # torch complains of read-only arrays
+    """`noise` and `prefix` of `Policy.get_action` and `deadline_s` of `Service.ask`, as far as they were sent."""
+    options = {name: request[name] for name in ("noise", "deadline_s") if request.get(name) is not None}
+    if isinstance(options.get("noise"), np.ndarray):
+        options["noise"] = options["noise"].copy()  # torch complains of read-only arrays
     if request.get("prefix") is not None:
         prefix = string_keyed(request["prefix"], "prefix")
         delay, method = prefix.get("delay"), prefix.get("method")

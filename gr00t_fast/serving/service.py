@@ -16,17 +16,17 @@ import stat
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gr00t_fast.contracts import Policy
-from gr00t_fast.errors import ConfigError, Gr00tFastError, ObservationError, ServerError, WireError
+from gr00t_fast.errors import ConfigError, ObservationError, ServerError, WireError
 from gr00t_fast.inputs.observation import flat_observation, is_nested
-from gr00t_fast.measurement import percentiles
+from gr00t_fast.serving.figures import Figures, reason_of
+from gr00t_fast.serving.schedule import SIZES, BatchTimes, Queue, Request, batch_of
 from gr00t_fast.serving.wire import UNAUTHORISED_TEXT
 
 log = logging.getLogger(__name__)
@@ -34,15 +34,9 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 5555
 MAX_WAITING = 128  # clients in the queue; further ones are refused at once, so that waiting time stays bounded
 MAX_BATCH = 8  # observations in one request: what a request of a batch may cost everybody else
 BUDGET_MESSAGES = 2  # the unanswered requests together may be as large as this many of the largest ones
-MAX_REASON_CHARACTERS = 1000  # of an error text; a longer one quotes the request
 MAX_WAIT_S = 15.0  # NVIDIA's clients mean to wait this long; an older request is answered with an error instead of being computed
-PROGRESS_EVERY_S = 10.0
-
-
-def reason_of(error: BaseException) -> str:
-    """An error as text that does not grow with the request; a bug's with its type in front."""
-    text = str(error) if isinstance(error, Gr00tFastError) else f"{type(error).__name__}: {error}"
-    return text if len(text) <= MAX_REASON_CHARACTERS else f"{text[:MAX_REASON_CHARACTERS]} ..."
+MAX_DEADLINE_S = 3600.0
+_Answer = TypeVar("_Answer")
 
 
 def string_keyed(value: Any, name: str) -> dict[str, Any]:
@@ -52,29 +46,21 @@ def string_keyed(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    observation: dict[str, Any]
-    options: dict[str, Any]  # of `Policy.get_action`
-    answer: Future[dict[str, np.ndarray]]
-    arrived_s: float
-    size_bytes: int
-
-
 class Service:
-    """One policy, for all who ask: requests from any thread wait here and are inferred one after the other in the thread that calls `run`.
+    """One policy, for all who ask: requests from any thread wait here and are inferred in the thread that calls `run`, several together where that
+    pays (`schedule.py`).
 
-    Each client has one place: clients take turns in the order in which they came, and a later request takes the place of an earlier one that
-    still waits, which its client has given up.
+    Each client has one place: a later request takes the place of an earlier one that still waits, which its client has given up.
     """
 
     def __init__(
         self, policy: Policy, api_token: str | None, limit_bytes: int, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S
     ) -> None:
         """`limit_bytes`: of all unanswered requests together, as they were sent."""
-        self.policy, self.api_token, self.log = policy, api_token, RequestLog()
+        self.policy, self.api_token, self.figures = policy, api_token, Figures()
+        self.times = BatchTimes()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
-        self._waiting: dict[Hashable, _Request] = {}  # by client; replacing a value keeps its place
+        self._queue = Queue(self.times)
         self._running_bytes = 0
         self._limit_bytes, self._max_waiting, self._max_wait_s = limit_bytes, max_waiting, max_wait_s
         self._stopping = threading.Event()
@@ -86,47 +72,69 @@ class Service:
         if expected is not None and not hmac.compare_digest(text.encode("utf-8", "surrogatepass"), expected.encode("utf-8", "surrogatepass")):
             raise ServerError(UNAUTHORISED_TEXT, ServerError.UNAUTHORISED)
 
-    def ask(self, observation: Any, client: Hashable, size_bytes: int = 0, **options: Any) -> Future[dict[str, np.ndarray]]:
-        """Queue a request, flat or in N1.7's nested form, for `Policy.get_action` with `options`. The future gets the actions or the error, in the
-        thread of `run` unless a later request of the client comes first; it cannot be cancelled.
+    def measure_batches(self, call: Mapping[str, Any], most: int = SIZES[-1]) -> None:
+        """How long batches of calls of `Policy.get_action` like this one take, up to `most` together; to be asked before `run`, in its thread. Raises
+        what the policy raises."""
 
-        Raises WireError or ObservationError for what is no observation or too many at once, and ServerError when too many or too large requests
-        wait or the server is ending.
+        def infer(size: int) -> object:
+            return self.policy.get_actions([call] * size) if size > 1 else self.policy.get_action(**call)
+
+        self.times.measure(infer, min(most, self.policy.max_batch))
+
+    def ask(
+        self, observation: Any, client: Hashable, size_bytes: int = 0, name: str = "", deadline_s: Any = None, **options: Any
+    ) -> Future[dict[str, np.ndarray]]:
+        """Queue a request, flat or in N1.7's nested form, for `Policy.get_action` with `options`. The future gets the actions or the error, in the
+        thread of `run` unless a later request of the client comes first; it cannot be cancelled. name: of the client, for people. deadline_s: in how
+        many seconds the answer is to be there; None: as soon as those who came before have theirs.
+
+        Raises WireError or ObservationError for what is no observation, deadline, or too many at once, and ServerError when too many or too large
+        requests wait or the server is ending.
         """
-        observation = _observation(observation)
-        request = _Request(observation, options, Future(), time.monotonic(), size_bytes)
-        request.answer.set_running_or_notify_cancel()
+        observation, now_s = _observation(observation), time.monotonic()
+        if deadline_s is not None and not (type(deadline_s) in (int, float) and 0 < deadline_s <= MAX_DEADLINE_S):
+            raise WireError(f"deadline_s: expected seconds from now, more than 0 and at most {MAX_DEADLINE_S:g}, got {str(deadline_s)[:80]}.")
+        due_s, future = None if deadline_s is None else now_s + deadline_s, Future[dict[str, np.ndarray]]()
+        future.set_running_or_notify_cancel()
         with self._lock:
             if self._stopping.is_set():
                 raise _stopping_error()
-            replaced = self._waiting.get(client)
-            others_bytes = self._running_bytes + sum(waiting.size_bytes for waiting in self._waiting.values() if waiting is not replaced)
-            if (replaced is None and len(self._waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
-                raise ServerError(f"busy: {len(self._waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", ServerError.BUSY)
-            self._waiting[client] = request
+            waiting = self._queue.waiting
+            replaced = waiting.get(client)
+            others_bytes = self._running_bytes + sum(request.size_bytes for request in waiting.values() if request is not replaced)
+            if (replaced is None and len(waiting) >= self._max_waiting) or others_bytes + size_bytes > self._limit_bytes:
+                raise ServerError(f"busy: {len(waiting)} requests are waiting, {others_bytes} bytes in all. Try again later.", ServerError.BUSY)
+            since_s = now_s if replaced is None else replaced.since_s
+            waiting[client] = Request(observation, options, future, name, now_s, since_s, due_s, size_bytes)
             self._wake.put(None)
         if replaced is not None:
             replaced.answer.set_exception(ServerError("a later request of the same client took its place.", ServerError.REPLACED))
-        return request.answer
+        return future
 
     def forget(self, gone: Callable[[Any], bool]) -> None:
         """Drop, without an answer, the waiting requests of clients for which `gone` is true."""
         with self._lock:
-            self._waiting = {client: request for client, request in self._waiting.items() if not gone(client)}
+            for client in [client for client in self._queue.waiting if gone(client)]:
+                del self._queue.waiting[client]
+
+    def status(self) -> dict[str, Any]:
+        """For an operator, JSON-ready: `Figures.status`, how many wait, and the measured times of batches in ms."""
+        times_ms = {str(size): round(1000 * seconds, 1) for size, seconds in self.times.seconds.items()}
+        return {"waiting": len(self._queue.waiting), **self.figures.status(), "batch_ms": times_ms}
 
     def run(self) -> None:
         """Infer until `stop`; what still waits then is answered with an error."""
         while not self._stopping.is_set():
             self._wake.get()
             with self._lock:
-                request = self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
-                self._running_bytes = 0 if request is None else request.size_bytes
-            if request is not None:
-                self._infer(request)
-            del request  # it holds an observation
+                together = self._queue.take(time.monotonic())
+                self._running_bytes = sum(request.size_bytes for request in together)
+            if together:
+                self._infer(together)
+            del together  # it holds observations
         with self._lock:  # an `ask` that had seen no `stop` has queued its request by now, and later ones are refused
-            left, self._waiting = self._waiting, {}
-        for request in left.values():
+            left = [self._queue.waiting.pop(client) for client in list(self._queue.waiting)]
+        for request in left:
             request.answer.set_exception(_stopping_error())
 
     def stop(self) -> None:
@@ -134,28 +142,51 @@ class Service:
         self._stopping.set()
         self._wake.put(None)
 
-    def _infer(self, request: _Request) -> None:
-        actions, failure, began_s = {}, None, time.monotonic()
-        try:
-            if began_s - request.arrived_s > self._max_wait_s:
-                raise ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", ServerError.BUSY)
-            actions = self.policy.get_action(request.observation, **request.options)
-            self.log.served(1000 * (time.monotonic() - began_s))
-        except Exception as error:  # noqa: BLE001 - a bug or a device failure in one request must reach its client and not end the service
-            self.log.refused(error)
-            failure = error
-        self._running_bytes = 0  # before the answer: whoever has it may send the next request
-        if failure is None:
-            request.answer.set_result(actions)
-        else:
-            request.answer.set_exception(failure)
+    def _infer(self, requests: list[Request]) -> None:
+        began_s = time.monotonic()
+        fresh = [request for request in requests if began_s - request.arrived_s <= self._max_wait_s]
+        answers = dict(zip(fresh, self._answers(fresh), strict=True))
+        ended_s = time.monotonic()
+        for request in requests:
+            too_old = ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", ServerError.BUSY)
+            answer = answers.get(request, too_old)
+            self._running_bytes -= request.size_bytes  # before the answer: whoever has it may send the next request
+            if isinstance(answer, Exception):
+                self.figures.refused(answer, request.client)
+                request.answer.set_exception(answer)
+            else:
+                missed = request.deadline_s is not None and ended_s > request.deadline_s
+                self.figures.served(request.client, began_s - request.arrived_s, ended_s - began_s, missed)
+                request.answer.set_result(answer)
+
+    def _answers(self, requests: list[Request]) -> list[dict[str, np.ndarray] | Exception]:
+        """Of one inference; where that fails as a whole, of one for each: only whoever asked wrongly shall get an error."""
+        answers: list[dict[str, np.ndarray] | Exception] = []
+        if len(requests) > 1:
+            calls = [{"observation": request.observation, **request.options} for request in requests]
+            try:
+                answers = self._timed(len(requests), lambda: self.policy.get_actions(calls))
+            except Exception as error:  # noqa: BLE001 - a bug or a device failure in one request must not reach the others
+                log.warning("%d requests could not be computed together (%s); now each alone", len(requests), reason_of(error))
+        for request in [] if answers else requests:
+            try:
+                answers.append(self._timed(1, lambda request=request: self.policy.get_action(request.observation, **request.options)))
+            except Exception as error:  # noqa: BLE001 - a bug or a device failure in one request must reach its client and not end the service
+                answers.append(error)
+        return answers
+
+    def _timed(self, size: int, infer: Callable[[], _Answer]) -> _Answer:
+        began_s = time.monotonic()
+        answer = infer()
+        self.times.refine(size, time.monotonic() - began_s)
+        self.figures.batch(size)
+        return answer
 
 
 def _observation(value: Any) -> dict[str, Any]:
     observation = flat_observation(value) if is_nested(value) else string_keyed(value, "observation")
-    for key, frames in observation.items():
-        if isinstance(frames, np.ndarray) and key.startswith("video.") and frames.ndim == 5 and len(frames) > MAX_BATCH:
-            raise ObservationError(f"{key}: a batch of {len(frames)}; this server takes at most {MAX_BATCH} at once. Send several requests.")
+    if (batch := batch_of(observation)) > MAX_BATCH:
+        raise ObservationError(f"observation: a batch of {batch}; this server takes at most {MAX_BATCH} at once. Send several requests.")
     return observation
 
 
@@ -163,44 +194,11 @@ def _stopping_error() -> ServerError:
     return ServerError("the server is shutting down.", ServerError.STOPPING)
 
 
-class RequestLog:
-    """Counts requests and says so in the log every few seconds, however many come; a flood of garbage must not fill the disk."""
-
-    def __init__(self, every_s: float = PROGRESS_EVERY_S) -> None:
-        self._lock, self._every_s, self._said_s = threading.Lock(), every_s, time.monotonic() - every_s
-        self._durations_ms: list[float] = []
-        self._refused, self._reason, self._last_failure = 0, "", ""
-
-    def served(self, duration_ms: float) -> None:
-        with self._lock:
-            self._durations_ms.append(duration_ms)
-            self._say()
-
-    def refused(self, error: Exception) -> None:
-        """A bug leaves a traceback in the log, but not the same one again and again."""
-        reason = reason_of(error)
-        with self._lock:
-            if not isinstance(error, Gr00tFastError) and reason != self._last_failure:
-                self._last_failure = reason
-                log.error("a request failed", exc_info=error)
-            self._refused, self._reason = self._refused + 1, reason[:300]
-            self._say()
-
-    def _say(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._said_s < self._every_s:
-            return
-        figures = percentiles(self._durations_ms)
-        done = f"{figures['count']} requests served, p50 {figures['p50']:.1f} ms, p95 {figures['p95']:.1f} ms" if figures else "no request served"
-        log.info("%s%s", done, f"; {self._refused} refused, the last one because: {self._reason!r}" if self._refused else "")
-        self._said_s, self._durations_ms, self._refused = now_s, [], 0
-
-
 class PolicyServerBase(ABC):
     """A front of a `Service`: inference in the thread that calls `run`, talk with clients in another one."""
 
     def __init__(self, service: Service, address: str) -> None:
-        self.address, self._service = address, service
+        self.address, self.service = address, service
         if service.api_token is None and not _is_local(address):
             log.warning("%s can be reached from other machines and no api_token is asked for", address)
 
@@ -214,9 +212,9 @@ class PolicyServerBase(ABC):
         log.info("answering on %s", self.address)
         with ThreadPoolExecutor(1, "policy-server") as pool:
             talk = pool.submit(self._talk)
-            talk.add_done_callback(lambda _: self._service.stop())  # a server that cannot talk must not go on silently
+            talk.add_done_callback(lambda _: self.service.stop())  # a server that cannot talk must not go on silently
             try:
-                self._service.run()
+                self.service.run()
             finally:
                 self._end_talk()
                 wait((talk,))
@@ -225,7 +223,7 @@ class PolicyServerBase(ABC):
 
     def stop(self) -> None:
         """End `run` after the inference in progress. From any thread and from signal handlers."""
-        self._service.stop()
+        self.service.stop()
 
     @abstractmethod
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5 and N1.7 services. No sockets here.
+"""Messages as bytes, and bytes as messages: msgpack in the dialects of NVIDIA's GR00T N1.5 and N1.7 services, and of openpi. No sockets here.
 
     request    {"endpoint": str, "data": {...}, "api_token": str}      reply    {...}, or {"error": str, "code": str, only from ours}
     array      {"__ndarray_class__": true, "as_npy": bytes of a .npy file}
@@ -8,7 +8,10 @@
     array      {b"nd": true, b"type": "<f4", b"kind": b"", b"shape": [...], b"data": bytes}, as msgpack_numpy writes it
     config     {"__ModalityConfig__": true, "as_json": {"delta_indices": [0], "modality_keys": ["webcam"], ...}}
 
-Both are read wherever they come; which one is written, the writer says.
+    openpi     an observation, and actions, as they are; an error is text
+    array      {b"__ndarray__": true, b"data": bytes, b"dtype": "<f4", b"shape": [...]}
+
+All are read wherever they come; which one is written, the writer says.
 
 Whoever reaches the port can send anything, so reading trusts nothing: no pickle, no sizes taken on faith, and memory in proportion to
 the message.
@@ -41,6 +44,7 @@ _MAX_ELEMENTS, _MAX_ELEMENTS_IN_ALL = 2048, 8192  # of one list or map; a text o
 _MAX_TEXT_BYTES, _MAX_TEXT_ARRAY_BYTES = 2**16, 2**20
 _ARRAY, _CONFIG = "__ndarray_class__", "__ModalityConfig_class__"
 _ARRAY_N1D7, _CONFIG_N1D7 = b"nd", "__ModalityConfig__"
+_ARRAY_OPENPI, _SCALAR_OPENPI = b"__ndarray__", b"__npgeneric__"
 _PREFIXED = ("video", "state", "action")  # modalities whose keys have the modality's name in front in N1.5 and not in N1.7
 _KINDS = "biufUS"  # of numpy's dtypes: bool, numbers and text
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -57,6 +61,18 @@ def tcp_address(host: str, port: int) -> str:
 def encode(message: Any, n1d7: bool = False) -> bytes:
     """msgpack of a message that may hold numpy arrays and ModalityConfigs anywhere. Raises WireError for what the protocol cannot carry."""
     return bytes(Encoder().encode(message, n1d7))
+
+
+def encode_openpi(message: Any) -> bytes:
+    """msgpack of what openpi's clients read: maps, lists, text, numbers and arrays of numbers. Raises WireError."""
+
+    def to_wire(value: Any) -> dict[bytes, Any]:
+        if isinstance(value, np.ndarray) and value.dtype.kind in _KINDS:
+            return {_ARRAY_OPENPI: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": list(value.shape)}
+        raise WireError(f"the protocol carries maps, lists, text, numbers and numpy arrays, not {type(value).__name__}.")
+
+    packed: bytes = require("msgpack", "serving").packb(message, default=to_wire)
+    return packed
 
 
 def modality_config_message(configs: Mapping[str, ModalityConfig], n1d7: bool) -> dict[str, Any]:
@@ -184,7 +200,12 @@ class _Reader:
         if _CONFIG_N1D7 in value:
             return _modality_config(value.get("as_json"), ModalityConfigN1d7)
         if _ARRAY_N1D7 in value:
-            return _numpy_value(value)
+            array = _numpy_value(value, b"type")
+            return array if value[_ARRAY_N1D7] is True else array[()]
+        if _ARRAY_OPENPI in value:
+            return _numpy_value(value, b"dtype")
+        if _SCALAR_OPENPI in value and type(value.get(b"data")) in (bool, int, float):
+            return value[b"data"]
         return value
 
     def _count(self, value: Sized) -> None:
@@ -196,15 +217,14 @@ class _Reader:
             )
 
 
-def _numpy_value(value: Mapping[Any, Any]) -> Any:
-    """The array, or the scalar, that msgpack_numpy wrote. Raises WireError, for object and structured arrays too."""
-    dtype, shape, data = value.get(b"type"), value.get(b"shape", []), value.get(b"data")
+def _numpy_value(value: Mapping[Any, Any], type_key: bytes) -> np.ndarray:
+    """The array that msgpack_numpy, or openpi's form of it, wrote. Raises WireError, for object and structured arrays too."""
+    dtype, shape, data = value.get(type_key), value.get(b"shape", []), value.get(b"data")
     dtype = dtype.decode("latin-1") if isinstance(dtype, bytes) else dtype
     is_shape = isinstance(shape, list) and all(type(size) is int for size in shape)
     if not isinstance(dtype, str) or value.get(b"kind", b"") not in (b"", "") or not is_shape or not isinstance(data, bytes):
-        raise WireError('an array needs {b"nd": true, b"type": text such as "<f4", b"kind": b"", b"shape": whole numbers, b"data": bytes}.')
-    array = array_from_bytes(data, dtype, tuple(shape))
-    return array if value[_ARRAY_N1D7] is True else array[()]
+        raise WireError(f'an array needs {{{type_key!r}: text such as "<f4", b"shape": whole numbers, b"data": bytes}}, and no b"kind".')
+    return array_from_bytes(data, dtype, tuple(shape))
 
 
 def npy_array(data: Any) -> np.ndarray:
