@@ -266,6 +266,30 @@ def test_a_prefix_commits_to_the_longest_of_the_last_delays() -> None:
     assert committed[-1] == 3
 
 
+def test_a_server_is_told_how_long_the_actions_that_play_last() -> None:
+    """And nothing while the arm stands still, waiting."""
+    told: list[tuple[int, float | None]] = []
+
+    class Served(ScriptedPolicy):
+        takes_deadline = True
+
+        def get_action(self, observation: dict, deadline_s: float | None = None) -> dict[str, np.ndarray]:  # type: ignore[override]
+            told.append((int(observation["state.single_arm"][0, 0]), deadline_s))
+            return super().get_action(observation)
+
+    policy, worker = Served(["ok"], 16), VirtualWorker([5, 5, 60])
+    controller = overlapping(policy, worker=worker)
+    controller.reset()
+    controller.plan(observation(0))
+    play_ticks(controller, worker, 60)
+    assert told[0] == (0, None)
+    playing = 0  # the observation behind the chunk that plays when the next is asked for
+    for tick, deadline_s in told[1:]:
+        assert deadline_s == pytest.approx(max(playing + 16 - (tick + 1), 0) / FPS)
+        playing = tick
+    assert min(deadline_s for _, deadline_s in told[1:]) < max(deadline_s for _, deadline_s in told[1:])
+
+
 def bench(inference_s: float, timeout_s: float = 3.0, horizon: int = 16, episodes: int = 1, **options: Any) -> Bench:
     """A loop whose arm moves while the next chunk is computed, in virtual time."""
     control = ControllerOptions(**{"controller": "threaded", **options})
