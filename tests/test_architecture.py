@@ -19,6 +19,7 @@ NEEDS_TRITON = "gr00t_fast.engine.fp8_kernel"  # a kernel is decorated when its 
 IMPORT_BUDGET_S = 1.5
 # Module of each optional package -> the requirement of setup.cfg that brings it.
 REQUIREMENT_OF = {
+    "prometheus_client": "prometheus-client",
     "lerobot": "lerobot[feetech]",
     "av": "lerobot[feetech]",
     "datasets": "lerobot[feetech]",
