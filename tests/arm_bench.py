@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, LandingReport
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
+from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
 from gr00t_fast.robots.virtual_bus.servo import to_units
+
+OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what `VirtualBus.torque` says
 
 
 def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
@@ -28,8 +30,9 @@ def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerA
 
 @contextlib.contextmanager
 def connected(directory: Path, bus: VirtualBus | None = None, engaged: bool = True, **options: Any) -> Iterator[tuple[VirtualBus, SO100FollowerArm]]:
-    """A bus, and an arm on it that is connected and (`engaged`) switched on; landed at the end, and that is checked."""
-    with bus or VirtualBus() as bus:
+    """A bus (`bus`, which runs, or one of its own), and an arm on it that is connected and (`engaged`) switched on; landed at the end, and that is
+    checked."""
+    with contextlib.nullcontext(bus) if bus else VirtualBus() as bus:
         arm = make_arm(bus, directory, **options)
         arm.connect()
         try:
@@ -41,6 +44,22 @@ def connected(directory: Path, bus: VirtualBus | None = None, engaged: bool = Tr
         assert_landed(bus, arm, report)
 
 
+def power(bus: VirtualBus) -> None:
+    """As an earlier program that held the arm has left it."""
+    for servo in bus.servos:
+        servo.set_word(Register.GOAL_POSITION, servo.position)
+        servo.write(Register.TORQUE_ENABLE, b"\1")
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    """What raises `error` whatever it is called with."""
+
+    def call(*_: object, **named: object) -> NoReturn:
+        raise error
+
+    return call
+
+
 def true_joints(bus: VirtualBus) -> np.ndarray:
     """Where the shafts are, in degrees and gripper per cent, asked behind the driver's back."""
     values = zip(SO100_JOINTS, bus.servos, strict=True)
@@ -50,7 +69,7 @@ def true_joints(bus: VirtualBus) -> np.ndarray:
 def assert_landed(bus: VirtualBus, arm: SO100FollowerArm, report: LandingReport) -> None:
     """Torque register 0 on every servo the cable reaches, port closed, nothing still open on the terminal."""
     if bus.device is not None:
-        assert bus.torque() == dict.fromkeys(SO100_JOINTS, 0)
+        assert bus.torque() == OFF
         assert descriptors_on(bus.device) == 1, "only the bus itself may still hold the terminal"
     assert report.port_closed
     assert report.cameras_closed

@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from exports import Made
 
+    from gr00t_fast.robots.virtual_bus import VirtualBus
+
 ROOT = Path(__file__).parent.parent
 
 # Before torch is imported, so that no test pays for the import only to set this. One thread: spinning OpenMP barriers on a busy machine
@@ -59,6 +61,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from random_networks import write_network
 
     return write_network(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def bus() -> Iterator[VirtualBus]:
+    """A virtual servo bus that runs."""
+    from gr00t_fast.robots.virtual_bus import VirtualBus
+
+    with VirtualBus() as bus:
+        yield bus
 
 
 @pytest.fixture(autouse=True)

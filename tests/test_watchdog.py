@@ -1,16 +1,11 @@
-"""What stops the interpreter must not leave a powered arm: runs in another process on the virtual servo bus, killed, frozen, crashed and hung.
-
-GR00T_FAST_KILLS=200 python -m pytest tests/test_watchdog.py -k random -s
-"""
+"""What stops the interpreter must not leave a powered arm: runs in another process on the virtual servo bus, killed, frozen, crashed and hung."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import queue
-import random
 import signal
 import subprocess
 import sys
@@ -25,19 +20,16 @@ import pytest
 pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 
-from arm_bench import make_arm
+from arm_bench import OFF, ON, make_arm
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
 
-KILLS = int(os.environ.get("GR00T_FAST_KILLS", "8"))
 OFF_LIMIT_S, OFF_WHEN_FROZEN_S = 3.0, 4.0
-OFF = dict.fromkeys(SO100_JOINTS, 0)
 
 
 class Program:
@@ -63,16 +55,15 @@ class Program:
         save_calibration(bus.calibration, directory / "test.json")
         plain = {"controller": "sync", "phase": "none", "trouble": "none", "options": {}}
         self._process.stdin.write(json.dumps({"port": bus.port, "directory": str(directory), **plain, **scenario}) + "\n")
-        word, number = self.hear("pid").split()
-        assert word == "pid"
-        return int(number)
+        return int(self.hear("pid").split()[1])
 
-    def hear(self, beginning: str, patience_s: float = PATIENCE_S) -> str:
+    def hear(self, beginning: str) -> str:
         """The next line that begins so."""
-        while True:
-            line = self._lines.get(timeout=patience_s)
-            if line.startswith(beginning):
-                return line
+        return next(line for line in iter(lambda: self._lines.get(timeout=PATIENCE_S), None) if line.startswith(beginning))
+
+    def words(self) -> list[str]:
+        """The lines that it and its watchdogs have said."""
+        return self.said.read_text().splitlines()
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -87,36 +78,25 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     program.close()
 
 
-@pytest.fixture
-def bus() -> Iterator[VirtualBus]:
-    with VirtualBus() as bus:
-        yield bus
-
-
-def wait_until_off(bus: VirtualBus, limit_s: float) -> float:
-    """Seconds until no servo is powered any more."""
+def wait_until_off(bus: VirtualBus, limit_s: float) -> None:
     began_s = time.monotonic()
     while bus.torque() != OFF:
         assert time.monotonic() - began_s < limit_s, f"still powered after {limit_s} s: {bus.torque()}"
         time.sleep(0.005)
-    return time.monotonic() - began_s
 
 
-def stays_off(bus: VirtualBus, for_s: float = 0.3) -> None:
+def stays_off(bus: VirtualBus) -> None:
     """No goal comes after the landing: on this servo each would switch the torque on."""
     goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
-    end_s = time.monotonic() + for_s
-    while time.monotonic() < end_s:
-        assert bus.torque() == OFF
-        time.sleep(0.01)
+    time.sleep(0.3)
+    assert bus.torque() == OFF
     assert [servo.word(Register.GOAL_POSITION) for servo in bus.servos] == goals
 
 
 TROUBLES = [  # a signal, or what happens in the run itself (watchdog_arm.py); where; controller
-    *(("SIGKILL", "none", "threaded"), ("SIGSTOP", "none", "sync"), ("SIGSTOP", "none", "threaded")),
-    *(("native", phase, "sync") for phase in ("infer", "observe", "engage")),
-    *(("native", "wait", "threaded"), ("segfault", "infer", "threaded")),
-    *(("gil", phase, controller) for phase, controller in (("infer", "threaded"), ("send", "sync"), ("land", "sync"))),
+    *(("SIGKILL", "none", "threaded"), ("SIGSTOP", "none", "threaded"), ("segfault", "infer", "threaded")),
+    *(("native", "infer", "sync"), ("native", "engage", "sync")),
+    *(("gil", "infer", "threaded"), ("gil", "send", "sync"), ("gil", "land", "sync")),
 ]
 
 
@@ -126,21 +106,32 @@ def test_a_run_that_is_killed_or_frozen_or_hangs_or_crashes_in_native_code(
 ) -> None:
     """The hang begins with or after the line `ready`; `engage` hangs as soon as the torque is on."""
     within = {} if trouble.startswith("SIG") else {"trouble": trouble, "phase": phase, "timeout_s": 1.0 if phase == "land" else None}
-    before = len(program.said.read_text().splitlines())
+    before = len(program.words())
     pid = program.start(bus, tmp_path, controller=controller, **within)
     if phase == "engage":
-        until(lambda: set(bus.torque().values()) == {1})
+        until(lambda: bus.torque() == ON)
     else:
         program.hear("ready")
     if trouble.startswith("SIG"):
-        assert set(bus.torque().values()) == {1}
+        assert bus.torque() == ON
         os.kill(pid, signal.Signals[trouble])
     chunk_s = 16 / 30 if phase == "infer" else 1.0 if phase == "land" else 0.0  # until the next inference, or the end of the episode
     wait_until_off(bus, chunk_s + (OFF_WHEN_FROZEN_S if trouble == "SIGSTOP" else OFF_LIMIT_S))
     program.hear("ended")  # a frozen program would wake up one day, and go on
     stays_off(bus)
     if trouble.startswith("SIG"):  # else the program may have put the arm down itself
-        until(lambda: any(bus.port in line and "off" in line for line in program.said.read_text().splitlines()[before:]), "the watchdog's message")
+        until(lambda: any(bus.port in line and "off" in line for line in program.words()[before:]), "the watchdog's message")
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.4])
+def test_a_kill_while_the_arm_is_connected_and_switched_on(after_s: float, program: Program, bus: VirtualBus, tmp_path: Path) -> None:
+    pid = program.start(bus, tmp_path)
+    until(lambda: bus.requests)
+    time.sleep(after_s)
+    os.kill(pid, signal.SIGKILL)
+    program.hear("ended")
+    wait_until_off(bus, OFF_LIMIT_S)
+    stays_off(bus)
 
 
 def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
@@ -151,48 +142,22 @@ def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_p
     until(lambda: blocked.word(Register.GOAL_POSITION) - blocked.position > 20)
     os.kill(pid, signal.SIGKILL)
     program.hear("ended")
-    until(lambda: "still powered" in program.said.read_text().splitlines()[-1])
+    until(lambda: "still powered" in program.words()[-1])
     requests = bus.requests
     time.sleep(0.3)
-    assert set(bus.torque().values()) == {1}
+    assert bus.torque() == ON
     assert bus.requests == requests, "nobody writes any more"
     assert all(abs(servo.word(Register.GOAL_POSITION) - servo.position) <= 3 for servo in bus.servos[:5]), "no joint pushes on"
 
 
 def test_a_watchdog_never_speaks_while_the_program_lives(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
-    before = program.said.read_text()
-    program.start(bus, tmp_path, timeout_s=3.0)
+    before = program.words()
+    program.start(bus, tmp_path, timeout_s=2.0)
     program.hear("ready")
     assert program.hear("ended") == "ended 0"
     stays_off(bus)
     assert not _watchdogs(bus), "it ends with the run"
-    assert program.said.read_text() == before
-
-
-def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
-    """Any signal, any moment from the first write on, either controller."""
-    rng = random.Random(0)
-    numbers = [signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    times_s: dict[str, list[float]] = {}
-    before = len(program.said.read_text().splitlines())
-    for _ in range(KILLS):
-        number = rng.choice(numbers)
-        requests = bus.requests
-        pid = program.start(bus, tmp_path, controller=rng.choice(["sync", "threaded"]))
-        until(lambda requests=requests: bus.requests > requests)
-        time.sleep(rng.uniform(0.0, 0.8))
-        os.kill(pid, number)
-        was_on = bus.torque() != OFF
-        limit_s = OFF_WHEN_FROZEN_S if number == signal.SIGSTOP else OFF_LIMIT_S
-        times_s.setdefault(number.name, []).append(wait_until_off(bus, limit_s))
-        if number == signal.SIGSTOP and not was_on:  # frozen before its first heartbeat, perhaps: then nobody ends it
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        program.hear("ended")
-        stays_off(bus, 0.2)
-    said = program.said.read_text().splitlines()[before:]
-    assert [line for line in said if not (line.startswith("watchdog: ") and "off on all servos" in line)] == []
-    print({name: f"{len(values)} x, at most {max(values):.2f} s" for name, values in times_s.items()})
+    assert program.words() == before
 
 
 def beating(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
@@ -205,20 +170,9 @@ def beating(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerAr
     return arm
 
 
-def test_the_end_of_the_watchdog_ends_the_run(bus: VirtualBus, tmp_path: Path) -> None:
-    arm = beating(bus, tmp_path)
-    (pid,) = _watchdogs(bus)
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not _watchdogs(bus))
-    time.sleep(0.1)  # beats are not sent more often than twenty times a second
-    with pytest.raises(RobotError, match="watchdog"):
-        arm.keep_alive()
-    assert arm.land().safe
-    assert bus.torque() == OFF
-
-
 def test_a_watchdog_that_is_frozen_ends_the_run_but_not_a_machine_that_stood_still(bus: VirtualBus, tmp_path: Path) -> None:
     arm = beating(bus, tmp_path)
+    (pid,) = _watchdogs(bus)
 
     def loop(for_s: float) -> None:
         end_s = time.monotonic() + for_s
@@ -227,9 +181,8 @@ def test_a_watchdog_that_is_frozen_ends_the_run_but_not_a_machine_that_stood_sti
             time.sleep(1 / 30)
 
     loop(0.2)
-    (pid,) = _watchdogs(bus)
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(2.5)  # both stand still
+    time.sleep(2.0)  # both stand still
     os.kill(pid, signal.SIGCONT)
     loop(0.3)
     os.kill(pid, signal.SIGSTOP)
@@ -258,7 +211,7 @@ def test_a_watchdog_keeps_the_port_from_the_next_run_while_it_works(program: Pro
 
     until(over)
     assert len(refusals) > 10
-    assert "servo 3 did not confirm" in program.said.read_text().splitlines()[-1]
+    assert "servo 3 did not confirm" in program.words()[-1]
 
 
 def test_it_can_be_switched_off_and_an_arm_without_a_loop_owes_no_beats(bus: VirtualBus, tmp_path: Path) -> None:
@@ -270,7 +223,7 @@ def test_it_can_be_switched_off_and_an_arm_without_a_loop_owes_no_beats(bus: Vir
     arm.reset()
     time.sleep(1.2)
     arm.send(arm.observe().joints)
-    assert set(bus.torque().values()) == {1}
+    assert bus.torque() == ON
     assert arm.land().safe
 
 

@@ -3,7 +3,7 @@ takes seconds to import. Says `pid N` for each, and the run itself `ready` once 
 
     {"port": .., "directory": .., "controller": "sync"|"threaded", "phase": .., "trouble": .., "options": {..}}
 
-trouble: native (a call that never returns), gil (the same without giving up the interpreter lock), segfault, abort, none (runs on and on).
+trouble: native (a call that never returns), gil (the same without giving up the interpreter lock), segfault, none (runs on and on).
 phase, where it happens: infer, observe, send, wait, engage, land.
 """
 
@@ -91,8 +91,6 @@ def happen(trouble: str) -> None:
         ctypes.PyDLL(None).sleep(60)
     elif trouble == "segfault":
         ctypes.string_at(0)
-    elif trouble == "abort":
-        os.abort()
 
 
 if __name__ == "__main__":
