@@ -95,8 +95,7 @@ def stays_off(bus: VirtualBus) -> None:
 
 TROUBLES = [  # a signal, or what happens in the run itself (watchdog_arm.py); where; controller
     *(("SIGKILL", "none", "threaded"), ("SIGSTOP", "none", "threaded"), ("segfault", "infer", "threaded")),
-    *(("native", "infer", "sync"), ("native", "engage", "sync")),
-    *(("gil", "infer", "threaded"), ("gil", "send", "sync"), ("gil", "land", "sync")),
+    *(("native", "engage", "sync"), ("gil", "infer", "threaded"), ("gil", "send", "sync"), ("gil", "land", "sync")),
 ]
 
 
