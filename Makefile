@@ -17,13 +17,14 @@ INSTALL_312 := PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTR
 	.venv312/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
 
-.PHONY: help demo test test-again test-lerobot-0.6 python312 soak lint bench gpu-check clean
+.PHONY: help demo test test-again test-lerobot-0.6 python312 test-ray soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
 	@echo "make test-again what failed of 'make test', one after the other: a fault fails again, a neighbour's load does not"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
+	@echo "make test-ray   the service on a local Ray cluster"
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
@@ -52,6 +53,9 @@ test-again:
 
 test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile $(ARM_TESTS)
+
+test-ray: .venv/.ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_ray_serve.py
 
 soak: .venv/.dev
 	OMP_NUM_THREADS=1 GR00T_FAST_FUZZ_MESSAGES=100000 GR00T_FAST_VIRTUAL_TICKS=1000000 GR00T_FAST_SOAK_S=60 GR00T_FAST_COMPILE=1 \
@@ -99,6 +103,10 @@ clean:
 	$(INSTALL) '.[dev]'
 	@# a client that tests drive; it asks for numpy < 2 and works with later ones
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps openpi-client==0.1.2
+	@touch $@
+
+.venv/.ray: .venv/.dev
+	$(INSTALL) '.[ray]'
 	@touch $@
 
 python312:

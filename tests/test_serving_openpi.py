@@ -117,7 +117,7 @@ def test_connections_are_bounded_and_given_back(server: HttpPolicyServer) -> Non
         connect(uri(server))
     for each in open_ones:
         each.close()
-    until(lambda: server._websockets == 0)
+    until(lambda: server.application.websockets == 0)
     assert WebsocketClientPolicy("127.0.0.1", server.port).infer(observation())["actions"].shape == (16, 6)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 PATIENCE_S = 120.0  # a start of Python beside other work takes ten seconds and more
 
 
-def until(done: Callable[[], object], what: str = "it") -> None:
+def until(done: Callable[[], object], what: str = "it", patience_s: float = PATIENCE_S) -> None:
     """Raises AssertionError that says `what` did not happen."""
-    end_s = time.monotonic() + PATIENCE_S
+    end_s = time.monotonic() + patience_s
     while not done():
         assert time.monotonic() < end_s, f"{what} did not happen"
         time.sleep(0.02)

@@ -12,8 +12,6 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gr00t_fast.cli.main import EXIT_OK, Command
 from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
@@ -75,10 +73,7 @@ def serve(config: ServeConfig) -> int:
     logging.info("warming up")
     policy.warm_up()
     server = _server(config, policy)
-    if config.max_batch > 1 and policy.max_batch > 1:
-        logging.info("measuring batches")
-        noise: np.ndarray = np.zeros((1, *policy.chunk_shape), np.float32)  # given, so that a seed means the same noise as ever
-        server.service.measure_batches({"observation": policy.example_observation(), "noise": noise}, config.max_batch)
+    server.service.measure_batches(config.max_batch)
     if config.metrics_port:
         server.service.figures.serve(config.metrics_port)
     _stop_on_signals(server)

@@ -57,73 +57,35 @@ _Event = dict[str, Any]
 _Receive, _Send = Callable[[], Awaitable[_Event]], Callable[[_Event], Awaitable[None]]
 
 
-class HttpPolicyServer(PolicyServerBase):
-    """Serves one policy. Listens from construction on, answers while `run` runs."""
+def http_service(policy: Policy, api_token: str | None) -> Service:
+    """For an HttpApplication."""
+    return Service(policy, api_token, BUDGET_MESSAGES * MAX_BODY_BYTES)
 
-    def __init__(
-        self, policy: Policy, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, api_token: str | None = None, host_names: Collection[str] = ()
-    ) -> None:
-        """Port 0 picks a free one. `host_names`: further names by which clients call this machine, besides its own and all numeric addresses.
 
-        Raises ServerError when it cannot listen there, and MissingExtraError without uvicorn.
-        """
-        uvicorn, _ = require("uvicorn", "serving"), require("websockets", "serving")
-        self._names = {name.lower() for name in ("localhost", host, socket.gethostname(), f"{socket.gethostname()}.local", *host_names)}
+class HttpApplication:
+    """The protocols above as an ASGI application over one service, which somebody runs."""
+
+    def __init__(self, service: Service, host_names: Collection[str] = ()) -> None:
+        """host_names: by which clients call this machine, besides its own name and all numeric addresses."""
+        self.service = service
+        self._names = {name.lower() for name in ("localhost", socket.gethostname(), f"{socket.gethostname()}.local", *host_names)}
         self._bodies_bytes = 0  # of all requests that are being read
-        self._websockets = 0  # that are open
-        self._listener = listen_on_tcp(host, port)
-        address, bound_port, *_ = self._listener.getsockname()
-        place = f"[{address}]" if ":" in address else address
-        service = Service(policy, api_token, BUDGET_MESSAGES * MAX_BODY_BYTES)
-        super().__init__(service, f"http://{place}:{bound_port}")
-        config = uvicorn.Config(
-            self._application,
-            http="h11",
-            ws="websockets-sansio",
-            ws_max_size=MAX_BODY_BYTES,
-            ws_per_message_deflate=False,
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted by RequestLog; a line for each would fill the disk
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # would believe whoever calls from this machine
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=_IDLE_S,
-            backlog=64,  # asyncio accepts as many before it turns to its clients again
-            timeout_graceful_shutdown=_STOP_S,
-        )
-        self._uvicorn = uvicorn.Server(config)
+        self.websockets = 0  # that are open
 
-    def close(self) -> None:
-        self._listener.close()
-
-    def _talk(self) -> None:
-        asyncio.run(self._uvicorn.serve(sockets=[self._listener]))
-
-    def _end_talk(self) -> None:
-        self._uvicorn.should_exit = True
-
-    # One request
-
-    async def _application(self, scope: _Event, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: _Event, receive: _Receive, send: _Send) -> None:
         if scope["type"] == "websocket":
             return await self._converse(scope, receive, send)
         keep, kind = False, b"application/json"  # keep: the connection, once the body has been read
         try:
             body = await self._body(scope, receive)
             keep = True
-            status, reply = 200, body if isinstance(body, bytes) else await self._act(body, scope["client"], receive)
+            reply = body if isinstance(body, bytes) else await self._act(body, scope["client"], receive)
             kind = b"text/plain; version=0.0.4" if scope["path"] == "/metrics" else kind
         except _ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-            error = self._counted(error, scope["client"])
-            status, reply = _status(error), to_json({"detail": reason_of(error)})
-        headers = [(b"content-type", kind), (b"content-length", str(len(reply)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers if keep else [*headers, (b"connection", b"close")]})
-        await send({"type": "http.response.body", "body": reply})
+            return await refuse(scope, send, self._counted(error, scope["client"]), keep)
+        await _reply(send, 200, reply, kind)
 
     async def _body(self, scope: _Event, receive: _Receive) -> bytearray | bytes:
         """Of a request for actions; the whole reply, as bytes, to another one. Raises _RefusedError for a sender, path or size that is not served."""
@@ -224,12 +186,11 @@ class HttpPolicyServer(PolicyServerBase):
         try:
             self._check_sender(headers)
             self._check_token(headers)
-            if self._websockets >= MAX_WEBSOCKETS:
+            if self.websockets >= MAX_WEBSOCKETS:
                 raise _RefusedError(503, f"busy: {MAX_WEBSOCKETS} WebSockets are open.")
         except Gr00tFastError as error:
-            self._counted(error, scope["client"])
-            return await send({"type": "websocket.close", "code": 1008, "reason": reason_of(error)[:100]})  # before it was accepted: HTTP 403
-        self._websockets += 1
+            return await refuse(scope, send, self._counted(error, scope["client"]))
+        self.websockets += 1
         try:
             await receive()
             await send({"type": "websocket.accept"})
@@ -238,7 +199,7 @@ class HttpPolicyServer(PolicyServerBase):
         except _ClientGoneError:
             pass
         finally:
-            self._websockets -= 1
+            self.websockets -= 1
 
     async def _answer_each(self, client: Any, receive: _Receive, send: _Send) -> None:
         total_ms: dict[str, float] = {}
@@ -257,6 +218,67 @@ class HttpPolicyServer(PolicyServerBase):
                 await send({"type": "websocket.send", "text": reason_of(self._counted(error, client))})
             total_ms = {"prev_total_ms": 1000 * (time.monotonic() - began_s)}
             event = await next_event
+
+
+class HttpPolicyServer(PolicyServerBase):
+    """Serves one policy. Listens from construction on, answers while `run` runs."""
+
+    def __init__(
+        self, policy: Policy, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, api_token: str | None = None, host_names: Collection[str] = ()
+    ) -> None:
+        """Port 0 picks a free one. `host_names`: further names by which clients call this machine, besides its own and all numeric addresses.
+
+        Raises ServerError when it cannot listen there, and MissingExtraError without uvicorn.
+        """
+        uvicorn, _ = require("uvicorn", "serving"), require("websockets", "serving")
+        self._listener = listen_on_tcp(host, port)
+        address, bound_port, *_ = self._listener.getsockname()
+        place = f"[{address}]" if ":" in address else address
+        service = http_service(policy, api_token)
+        self.application = HttpApplication(service, (host, *host_names))
+        super().__init__(service, f"http://{place}:{bound_port}")
+        config = uvicorn.Config(
+            self.application,
+            http="h11",
+            ws="websockets-sansio",
+            ws_max_size=MAX_BODY_BYTES,
+            ws_per_message_deflate=False,
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted by RequestLog; a line for each would fill the disk
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # would believe whoever calls from this machine
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=_IDLE_S,
+            backlog=64,  # asyncio accepts as many before it turns to its clients again
+            timeout_graceful_shutdown=_STOP_S,
+        )
+        self._uvicorn = uvicorn.Server(config)
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _talk(self) -> None:
+        asyncio.run(self._uvicorn.serve(sockets=[self._listener]))
+
+    def _end_talk(self) -> None:
+        self._uvicorn.should_exit = True
+
+
+async def refuse(scope: _Event, send: _Send, error: Exception, keep: bool = False) -> None:
+    """Answer a request, or the begin of a WebSocket, with an error. keep: the connection, whose request was read."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": reason_of(error)[:100]})  # before it was accepted: HTTP 403
+    else:
+        await _reply(send, _status(error), to_json({"detail": reason_of(error)}), keep=keep)
+
+
+async def _reply(send: _Send, status: int, body: bytes, kind: bytes = b"application/json", keep: bool = True) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers if keep else [*headers, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _told(policy: Policy) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -72,14 +72,16 @@ class Service:
         if expected is not None and not hmac.compare_digest(text.encode("utf-8", "surrogatepass"), expected.encode("utf-8", "surrogatepass")):
             raise ServerError(UNAUTHORISED_TEXT, ServerError.UNAUTHORISED)
 
-    def measure_batches(self, call: Mapping[str, Any], most: int = SIZES[-1]) -> None:
-        """How long batches of calls of `Policy.get_action` like this one take, up to `most` together; to be asked before `run`, in its thread. Raises
-        what the policy raises."""
-
-        def infer(size: int) -> object:
-            return self.policy.get_actions([call] * size) if size > 1 else self.policy.get_action(**call)
-
-        self.times.measure(infer, min(most, self.policy.max_batch))
+    def measure_batches(self, most: int = SIZES[-1]) -> None:
+        """How long batches take, up to `most` together, of a policy that has a network; nothing where it computes one call at a time. To be asked
+        before `run`, in its thread. Raises what the policy raises."""
+        most = min(most, self.policy.max_batch)
+        if most == 1:
+            return
+        log.info("measuring batches")
+        noise: np.ndarray = np.zeros((1, *self.policy.chunk_shape), np.float32)  # given, so that a seed means the same noise as ever
+        call = {"observation": self.policy.example_observation(), "noise": noise}
+        self.times.measure(lambda size: self.policy.get_actions([call] * size) if size > 1 else self.policy.get_action(**call), most)
 
     def ask(
         self, observation: Any, client: Hashable, size_bytes: int = 0, name: str = "", deadline_s: Any = None, **options: Any
