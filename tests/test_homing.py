@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arm_bench import raising
 from control_fakes import LIMITS, Bench
 
 from gr00t_fast.cli import run
@@ -24,43 +25,32 @@ HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0,
 SPEED = 60.0  # 2 degrees a tick
 
 
-def bench(home=None, rest=None, **options) -> Bench:
-    return Bench(poses=Poses(home, rest, SPEED), camera_fault=None, **options)
+START = (1.0, -20.0, 30.0, 15.0, 5.0, 40.0)  # where the arm lay when its torque went on
+
+
+def bench(home=None, rest="start", lay=START, **options) -> Bench:
+    run = Bench(poses=Poses(home, rest, SPEED), camera_fault=None, **options)
+    run.robot.rest_pose = None if lay is None else np.array(lay)
+    return run
 
 
 def steps(sent: np.ndarray) -> np.ndarray:
     return np.abs(np.diff(np.vstack([[0, 0, 0, 0, 0, 50], sent]), axis=0)).max(axis=1)
 
 
-def test_the_arm_is_at_home_before_the_first_look_of_the_network() -> None:
-    run = bench(HOME)
+def test_the_arm_is_at_home_before_the_first_look_of_the_network_and_between_episodes() -> None:
+    run = bench(HOME, episodes=2, reset_time_s=2.0)
     run.loop.run()
     seen = np.concatenate([run.policy.seen[0]["state.single_arm"][0], run.policy.seen[0]["state.gripper"][0]])
     np.testing.assert_allclose(seen, HOME)
-    moving = steps(run.sent())[:30]
-    np.testing.assert_allclose(moving, SPEED / 30)
-    assert len(run.loop.trace) == 30, "the episode has its whole time, and the report its ticks alone"
-    assert run.robot.calls == ["connect", "reset", "land"]
-    assert run.robot.beats > 60
-
-
-def test_between_episodes_it_goes_home_before_things_are_put_back() -> None:
-    run = bench(HOME, episodes=2, reset_time_s=2.0)
-    run.loop.run()
+    np.testing.assert_allclose(steps(run.sent())[:30], SPEED / 30)
     back = [index for index, line in enumerate(run.said) if "home pose" in line]
     holds = next(index for index, line in enumerate(run.said) if "put things back" in line)
     assert len(back) == 2, "before each episode; the second move comes before the pause"
     assert back[1] < holds
-    assert len(run.loop.trace) == 60
-
-
-START = (1.0, -20.0, 30.0, 15.0, 5.0, 40.0)  # where the arm lay when its torque went on
-
-
-def lying(rest="start", home=None, **options) -> Bench:
-    run = bench(home, rest, **options)
-    run.robot.rest_pose = np.array(START)
-    return run
+    assert len(run.loop.trace) == 60, "the episodes have their whole time, and the report their ticks alone"
+    assert run.robot.calls == ["connect", "reset", "reset", "land"]
+    assert run.robot.beats > 120
 
 
 def after(run: Bench, count: int, act) -> None:
@@ -70,13 +60,6 @@ def after(run: Bench, count: int, act) -> None:
 
 def send(number: int):
     return lambda: os.kill(os.getpid(), number)
-
-
-def fails(error: BaseException):
-    def act(*_: object) -> None:
-        raise error
-
-    return act
 
 
 def answers(act):
@@ -93,18 +76,14 @@ def twice(run: Bench) -> None:
     run.robot.on_send = lambda: send(signal.SIGHUP)() if len(run.robot.sent) in (10, 12) else None
 
 
-def camera_gone(run: Bench) -> None:
-    after(run, 10, lambda: setattr(run.robot, "on_frames", fails(CameraError("no new frame for 0.5 s"))))
-
-
 def disk_full(run: Bench) -> None:
-    run.loop.observers = [type("Full", (), {"see": fails(OSError(28, "No space left on device"))})]
+    run.loop.observers = [type("Full", (), {"see": raising(OSError(28, "No space left on device"))})]
 
 
 def closed_terminal(run: Bench) -> None:
     """What is printed fails from the first word of the put-down on."""
     echo = run.loop.echo
-    run.loop.echo = lambda line: (echo(line), fails(OSError(5, "closed"))() if "put down" in line else None)
+    run.loop.echo = lambda line: (echo(line), raising(OSError(5, "closed"))() if "put down" in line else None)
     after(run, 10, lambda: run.stop.request("Esc"))
 
 
@@ -124,11 +103,11 @@ ENDS = {
     "a key": (lambda run: after(run, 10, lambda: run.stop.request("Esc")), None),
     "a recording that failed": (lambda run: after(run, 10, lambda: run.stop.request("the disk is full", 1)), None),
     **{number.name: (lambda run, number=number: after(run, 10, send(number)), None) for number in STOPS},
-    "a policy that raises": (answers(fails(ValueError("a bug"))), ValueError),
-    "an inference that hangs": (answers(fails(InferenceTimeoutError("held for 2 s"))), InferenceTimeoutError),
+    "a policy that raises": (answers(raising(ValueError("a bug"))), ValueError),
+    "an inference that hangs": (answers(raising(InferenceTimeoutError("held for 2 s"))), InferenceTimeoutError),
     "rows of NaN": (answers(lambda targets: targets * np.nan), UnsafeActionError),
     "one that is delivered twice": (twice, None),
-    "a camera": (camera_gone, CameraError),
+    "a camera": (lambda run: after(run, 10, lambda: setattr(run.robot, "on_frames", raising(CameraError("no frame")))), CameraError),
     "a full disk": (disk_full, OSError),
     "a terminal that is gone": (closed_terminal, None),
     "suspended on its way": (suspended_meanwhile, None),
@@ -138,7 +117,7 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS)
 def test_whatever_ends_a_run_the_arm_goes_back_to_where_it_lay(end: str) -> None:
-    run = lying()
+    run = bench()
     cause, raised = ENDS[end]
     cause(run)
     with run.stop, pytest.raises(raised) if raised else contextlib.nullcontext():
@@ -149,45 +128,38 @@ def test_whatever_ends_a_run_the_arm_goes_back_to_where_it_lay(end: str) -> None
     assert [line for line in run.said if "put down" in line and "Ctrl-C" in line and "torque goes off" in line]
 
 
-AT_ONCE = {  # what happens when so many targets are out, and the sent ones then
-    "the bus": ({10: fails(RobotError("the bus is gone"))}, 10),
-    "the bus, on the way": ({10: send(signal.SIGINT), 15: fails(RobotError("the bus is gone"))}, 15),
-    "a further stop": ({10: send(signal.SIGINT), 15: lambda: (time.sleep(SAME_STOP_S), send(signal.SIGINT)())}, 16),
+def stop_later() -> None:
+    time.sleep(SAME_STOP_S)
+    send(signal.SIGINT)()
+
+
+AT_ONCE = {  # what happens when so many targets are out; the sent ones then, the exit code, and what is said of it
+    "the bus": ({10: raising(RobotError("the bus is gone"))}, 10, None, 0),
+    "the bus, on the way": ({10: send(signal.SIGINT), 15: raising(RobotError("the bus is gone"))}, 15, 130, 1),
+    "a further stop": ({10: send(signal.SIGINT), 15: stop_later}, 16, 130, 2),
+    "a stop after a key": ({10: lambda: None, 15: stop_later}, 16, 0, 2),
 }
 
 
 @pytest.mark.parametrize("trouble", AT_ONCE)
 def test_a_fault_of_the_bus_and_a_further_stop_take_the_torque_off_at_once(trouble: str) -> None:
-    run, (acts, sent) = lying(), AT_ONCE[trouble]
+    acts, sent, exit_code, lines = AT_ONCE[trouble]
+    run = bench(rest=START)
+    run.robot.stays_powered = True
     run.robot.on_send = lambda: acts.get(len(run.robot.sent), lambda: None)()
+    if "key" in trouble:
+        acts = {**acts, 10: lambda: run.stop.request("Esc")}
     with run.stop, pytest.raises(RobotError) if "bus" in trouble else contextlib.nullcontext():
         run.loop.run()
     assert len(run.robot.sent) == sent
     assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
-    assert run.stop.exit_code == (None if trouble == "the bus" else 130)
-
-
-def test_a_stop_after_a_key_that_ended_the_run_ends_it_at_once_and_is_said_as_it_is() -> None:
-    run = lying(START)
-    run.robot.stays_powered = True
-    run.robot.on_send = lambda: {10: lambda: run.stop.request("Esc"), 15: send_late}.get(len(run.robot.sent), lambda: None)()
-
-    def send_late() -> None:
-        time.sleep(SAME_STOP_S)
-        send(signal.SIGINT)()
-
-    with run.stop:
-        run.loop.run()
-    assert len(run.robot.sent) == 16
-    assert (run.robot.calls[-1], run.robot.left_as_found) == ("land", False)
+    assert run.stop.exit_code == exit_code
     said = [line for line in run.said if "put down" in line or "stopped" in line]
-    assert len(said) == 2
-    assert all("stays powered" in line for line in said)
+    assert (len(said), all("stays powered" in line for line in said)) == (lines, True), said
 
 
 def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
-    run = bench(HOME, "start")
-    run.robot.rest_pose = np.array(START)
+    run = bench(HOME)
     after(run, 5, send(signal.SIGINT))
     with run.stop:
         run.loop.run()
@@ -199,14 +171,14 @@ def test_a_stop_on_the_way_home_puts_the_arm_down() -> None:
 @pytest.mark.parametrize("following_deg", [15.0, None])
 def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered(following_deg: float | None) -> None:
     """Nor does it push, also where the run's following error has no limit."""
-    run = lying(safety=SafetyOptions(max_following_error_deg=following_deg))
+    far = (110.0, *START[1:])  # further than a joint may be blocked in an episode
+    run = bench(lay=far, safety=SafetyOptions(max_following_error_deg=following_deg))
     pose = run.robot.pose.copy()
     run.robot.stopped_at = lambda goal: np.where(np.arange(6) == 1, pose, goal)
-    run.robot.rest_pose = np.array((110.0, *START[1:]))  # further than a joint may be blocked in an episode
     run.loop.run()
     assert run.robot.calls[-1] == "land"
     assert run.clock.now_s() - 100 < 14
-    np.testing.assert_allclose(run.sent()[-1][[0, 2, 3, 4, 5]], run.robot.rest_pose[[0, 2, 3, 4, 5]])
+    np.testing.assert_allclose(run.sent()[-1][[0, 2, 3, 4, 5]], np.array(far)[[0, 2, 3, 4, 5]])
     assert max(abs(sent[1] - pose[1]) for _, sent in run.robot.sent) <= 15, "its goal stays near"
     assert [line for line in run.said if "WARNING" in line and "shoulder_lift" in line]
 
@@ -214,7 +186,7 @@ def test_a_joint_that_is_stuck_does_not_keep_the_arm_powered(following_deg: floa
 @pytest.mark.parametrize(("fps", "line_s"), [(1.0, 0.0), (2.0, 0.0), (200.0, 0.025), (30.0, 0.15)])
 def test_a_slow_move_is_slow_and_arrives_whatever_the_runs_rate_and_the_arms_line(fps: float, line_s: float) -> None:
     far = (100.0, -100.0, *START[2:])
-    run = lying(fps=fps, home=far)
+    run = bench(fps=fps, home=far)
     run.robot.on_observe = lambda: run.clock.advance(line_s)
     home_s: list[float] = []
     run.robot.on_send = lambda: home_s.append(run.clock.now_s()) if not run.loop.trace.episodes else None
@@ -231,8 +203,8 @@ def test_a_slow_move_is_slow_and_arrives_whatever_the_runs_rate_and_the_arms_lin
 @pytest.mark.parametrize("own", [1.0, 8.0])
 def test_an_arm_that_cuts_off_larger_steps_is_put_down_all_the_way(own: float) -> None:
     """Its joints trail, so that goals which run ahead would be at the pose long before them."""
-    run = lying(timeout_s=4.0)
-    run.robot.max_step, run.robot.rest_pose, cut = np.full(6, own), np.array((-80.0, *START[1:])), []
+    run = bench(lay=(-80.0, *START[1:]), timeout_s=4.0)
+    run.robot.max_step, cut = np.full(6, own), []
     at_s = [run.clock.now_s()]
 
     def trails() -> None:
@@ -250,8 +222,7 @@ def test_an_arm_that_cuts_off_larger_steps_is_put_down_all_the_way(own: float) -
 
 @pytest.mark.parametrize(("rest", "lay", "left"), [("start", None, True), (REST, None, False), (None, START, True)])
 def test_an_arm_without_a_pose_is_left_as_it_was_found(rest, lay, left: bool) -> None:
-    run = bench(rest=rest)
-    run.robot.rest_pose = lay
+    run = bench(rest=rest, lay=lay)
     run.loop.run()
     assert run.robot.left_as_found == left
     assert np.allclose(run.sent()[-1], REST) == (rest == REST)
@@ -263,7 +234,7 @@ def holding(pose: np.ndarray) -> np.ndarray:
 
 
 def test_a_gripper_that_holds_something_does_not_keep_the_arm_from_home() -> None:
-    run = bench((*HOME[:5], 0.0))
+    run = bench((*HOME[:5], 0.0), rest=None)
     run.robot.stopped_at = holding
     run.loop.run()
     assert [line for line in run.said if "not quite" in line and "gripper" in line]
@@ -284,7 +255,7 @@ def test_a_gripper_keeps_its_squeeze_from_one_episode_to_the_next() -> None:
 
 @pytest.mark.parametrize("flag", ["home", "rest"])
 def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(flag: str) -> None:
-    for pose in (HOME[:5], (float("nan"), *HOME[1:]), "nowhere", "start" if flag == "home" else "home"):
+    for pose in (HOME[:5], (float("nan"), *HOME[1:])):
         with pytest.raises(ConfigError, match=f"--{flag}"):
             Poses(**{flag: pose})
     run = Bench(poses=Poses(**{flag: (200.0, *HOME[1:])}))
@@ -295,25 +266,23 @@ def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(flag: str) -> N
 
 
 FLAGS = ["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"]
+MEANINGLESS = ("--home=nowhere", "--home=[1, 2]", "--home=recordings", "--home=start", "--rest=home", "--home_speed_deg_s=0")
+ABSURD = ("--home_speed_deg_s=1e-6", "--max_speed_deg_s=1e-6", "--max_following_error_deg=1e-9", "--max_hold_s=1e9", "--reset_time_s=1e9")
 
 
-MEANINGLESS = ["--home=nowhere", "--home=[1, 2]", "--home=recordings", "--home=start", "--rest=home", "--home_speed_deg_s=0"]
-ABSURD = ["--home_speed_deg_s=1e-6", "--max_speed_deg_s=1e-6", "--max_following_error_deg=1e-9", "--max_hold_s=1e9", "--reset_time_s=1e9"]
-
-
-@pytest.mark.parametrize("words", [*([word] for word in MEANINGLESS + ABSURD), ["--home_speed_deg_s=20", "--rest=null"]])
-def test_poses_that_mean_nothing_are_usage_errors(words: list[str]) -> None:
-    with pytest.raises(run.ConfigError, match=words[0].split("=")[0]):
+@pytest.mark.parametrize("words", [*((word,) for word in (*MEANINGLESS, *ABSURD)), ("--home_speed_deg_s=20", "--rest=null")])
+def test_poses_that_mean_nothing_are_usage_errors(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=words[0].split("=")[0]):
         run.parse([*FLAGS, *words])
 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    config = run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home"])
+    poses = ["--home=[0, -90, 90, 60, 0, 10]", "--rest=home"]
+    config = run.parse([*FLAGS, *poses])
     assert (config.poses.home, config.poses.rest, config.safety.max_speed_deg_s) == ([0, -90, 90, 60, 0, 10], "home", "auto")
-    assert run.parse(FLAGS).poses.rest == "start"
-    assert run.parse([*FLAGS, "--rest=null"]).poses.rest is None
+    assert [run.parse([*FLAGS, *words]).poses.rest for words in ([], ["--rest=null"])] == ["start", None]
     assert "dry run" not in capsys.readouterr().err
-    run.parse([*FLAGS, "--home=[0, -90, 90, 60, 0, 10]", "--rest=home", "--dry_run"])
+    run.parse([*FLAGS, *poses, "--dry_run"])
     said = capsys.readouterr().err
     assert "--home and --rest" in said
     assert "dry run" in said

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import virtual_camera
-from random_networks import TINY, write_network
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
@@ -54,11 +53,6 @@ def plugin(installed: Path) -> Iterator[Any]:
     sys.path.insert(0, str(installed))
     yield importlib.import_module("lerobot_policy_gr00t_fast.modeling_gr00t_fast")
     sys.path.remove(str(installed))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("network") / "checkpoint", TINY)
 
 
 def make_policy(plugin: Any, checkpoint: Path, **options: Any) -> Any:
