@@ -72,7 +72,6 @@ def main(cameras: Path) -> None:
         "missing": scenario({"front": camera(), "wrist": camera(index_or_path=7)}),
         "wrong size": scenario({"front": camera(width=1280, height=720)}),
         "wrong rate": scenario({"front": camera(fps=60)}),
-        "wrong size, turned": scenario({"front": camera(width=64, height=720, rotation=90)}),
         "closed": scenario({"front": camera()}, close),
         "failing": scenario({"front": camera()}, fall(READS_FAIL)),
     }

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import RobotError
 from gr00t_fast.robots.lerobot_glue import GRIPPER, lock_port, outside_range
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
+from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
 from gr00t_fast.robots.virtual_bus.servo import Register
 
 try:
@@ -52,12 +52,11 @@ GOALS_KNOWN = 8  # the newest ones sent: a write to all is not acknowledged, and
 # its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
 LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
 FULL_LOAD_PERCENT, MOST_CURRENT_MA = 100.0, 10_000.0  # more than a servo can draw: its registers hold something else, and nothing is known
-ERROR_BITS = {0x01: "voltage", 0x02: "angle", 0x04: "overheat", 0x08: "overcurrent", 0x20: "overload"}
 
 
 def error_names(bits: int) -> list[str]:
     """The names of the set error bits."""
-    return [name for bit, name in ERROR_BITS.items() if bits & bit] or ([f"0x{bits:02x}"] if bits else [])
+    return [bit.name.lower() for bit in ErrorBit if bits & bit] or ([f"0x{bits:02x}"] if bits else [])
 
 
 class Result(IntEnum):
@@ -168,10 +167,6 @@ class Guard:
         """Raises OSError, as for a port that is lost, when it is closed; lerobot's own check takes that for a failed exchange."""
         if not self.port_handler.is_open:
             raise OSError("it is closed")
-
-    def check_servos(self) -> None:
-        """Are all servos there, of the right model and one firmware? Raises what the driver raises."""
-        self._handshake()
 
     # Transfers
 
@@ -371,35 +366,34 @@ def broadcast_torque_off(bus: Any) -> list[str]:
 def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
     """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet."""
     problems.extend(broadcast_torque_off(bus))
-    attempt("waiting for late answers", lambda: _wait_for_silence(bus.line), [])  # a lost line shows in the next step
-    found = {joint: _release_one(bus, joint, []) for joint in bus.motors}
-    if "unknown" in found.values() and _is_there(bus):
-        attempt("waiting for late answers", lambda: _wait_for_silence(bus.line), [])
-        for joint in [joint for joint, state in found.items() if state == "unknown"]:
-            found[joint] = _release_one(bus, joint, problems)
-    return found
+    powered, trouble = list(bus.motors), []
+    for _ in range(2):
+        attempt("waiting for late answers", lambda: _wait_for_silence(bus.line), [])  # a lost line shows in the next step
+        trouble = []
+        powered = [joint for joint in powered if not _is_released(bus, joint, trouble)]
+        if not powered or not _is_there(bus):
+            break
+    problems.extend(trouble)
+    return {joint: "unknown" if joint in powered else "off" for joint in bus.motors}
 
 
-def _release_one(bus: Any, joint: str, problems: list[str]) -> Torque:
-    servo_id, register = bus.motors[joint].id, []
-    name = f"torque off, {joint} (id {servo_id})"
-    attempt(name, lambda: register.append(_let_go(bus, servo_id)), problems)
-    if register == [0]:
-        return "off"
-    if register:
-        problems.append(f"{name}: it does not answer" if register == [None] else f"{name}: the servo still reports torque register {register[0]}")
-    return "unknown"
+def _is_released(bus: Any, joint: str, problems: list[str]) -> bool:
+    servo_id, wrong = bus.motors[joint].id, ["it does not answer"]
+    what = f"torque off, {joint} (id {servo_id})"
+    if attempt(what, lambda: wrong.append(_let_go(bus, servo_id)), problems) and wrong[-1]:
+        problems.append(f"{what}: {wrong[-1]}")
+    return not wrong[-1]
 
 
-def _let_go(bus: Any, servo_id: int) -> int | None:
-    """Torque off on one servo. Returns its torque register afterwards, 0 also where it only acknowledged; None: it does not answer. Error bits are
-    not looked at: a servo in overload acknowledges with one, and lets go all the same."""
+def _let_go(bus: Any, servo_id: int) -> str:
+    """Torque off on one servo. Returns what is wrong, empty for nothing. Error bits are not looked at: a servo in overload acknowledges with one,
+    and lets go all the same."""
     off = Request(servo_id, Instruction.WRITE, bytes((Register.TORQUE_ENABLE, 0)))
     acknowledged = bus.ask(off, tries=TRIES_PER_MOTOR) is not None
     answer = bus.ask(Request(servo_id, Instruction.READ, bytes((Register.TORQUE_ENABLE, 1))), 1, tries=TRIES_PER_MOTOR if acknowledged else 1)
-    if answer is not None:
-        return answer.params[0]
-    return 0 if acknowledged else None
+    if answer is None:
+        return "" if acknowledged else "it does not answer"
+    return f"the servo still reports torque register {answer.params[0]}" if answer.params[0] else ""
 
 
 def _is_there(bus: Any) -> bool:

@@ -6,10 +6,8 @@ lerobot takes five seconds to import, so that happens inside the functions.
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import fields
@@ -51,10 +49,7 @@ def check_numbers(config: SO100FollowerConfig) -> None:
             if not (math.isfinite(value) and low <= value <= high):
                 upper = f" to {high:g}" if high < math.inf else " or more"
                 raise ConfigError(f"--robot.{name} must be {low:g}{upper}{', or null for none' if name == 'watchdog_s' else ''}; got {value}.")
-    limit = _step_limit(config.max_relative_target)
-    for joint, value in (limit if isinstance(limit, dict) else {"every joint": limit}).items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"--robot.max_relative_target must be a positive number (or null for no limit), got {value} for {joint}.")
+    max_step(config)
 
 
 def make_follower(config: SO100FollowerConfig) -> Any:
@@ -72,18 +67,8 @@ def make_follower(config: SO100FollowerConfig) -> Any:
         ) from error
 
 
-def send_goals(follower: Any, goals: dict[str, float]) -> None:
-    """As the driver's `send_action`, which refuses when a camera is closed: the arm must still be put down then. `goals`: joint -> its unit."""
-    if (limit := follower.config.max_relative_target) is not None:
-        present = follower.bus.sync_read("Present_Position")
-        bounded = require("lerobot.robots.utils", "robot").ensure_safe_goal_position
-        goals = bounded({joint: (goal, present[joint]) for joint, goal in goals.items()}, limit)
-    follower.bus.sync_write("Goal_Position", goals)
-
-
 def to_lerobot_config(config: SO100FollowerConfig) -> Any:
-    """The same values in lerobot's own configuration classes. Raises ConfigError for a camera lerobot does not have, and for a setting that the
-    installed version does not have."""
+    """The same values in lerobot's own configuration classes. Raises ConfigError for a setting that the installed version does not have."""
     package = require("lerobot.robots.so_follower", "robot")
     values = {name: value for name, value in vars(config).items() if name not in _OWN_FIELDS}
     values["num_read_retries"] = 0  # ServoLink repeats below the driver, with what a damaged line needs in between; not both
@@ -91,9 +76,10 @@ def to_lerobot_config(config: SO100FollowerConfig) -> Any:
     if unknown := [name for name, usual in GAINS.items() if name not in known and values[name] != usual]:
         raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
     values = {name: value for name, value in values.items() if name in known}
-    values["max_relative_target"] = _step_limit(config.max_relative_target)
+    values["max_relative_target"] = None  # SO100FollowerArm limits steps itself
     drawn = rendered(config.cameras)  # not lerobot's business
-    values["cameras"] = {name: _camera(name, camera) for name, camera in config.cameras.items() if name not in drawn}
+    opencv = require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig
+    values["cameras"] = {name: opencv(**vars(camera)) for name, camera in config.cameras.items() if name not in drawn}
     return package.SO100FollowerConfig(**values)
 
 
@@ -172,63 +158,32 @@ def outside_range(positions: Mapping[str, int], calibration: Mapping[str, Any]) 
     return ", ".join(f"{joint} by {beyond:.0f} degrees" for joint, beyond in beyond_deg.items() if beyond > OUTSIDE_DEG)
 
 
-def joint_limits(calibration: dict[str, Any], use_degrees: bool) -> np.ndarray:
-    """(6, 2) lowest and highest target: degrees about mid-range or -100..100 for the body, 0..100 for the gripper."""
-    half = np.array([_range_deg(calibration[joint]) / 2 if use_degrees else 100.0 for joint in SO100_JOINTS])
+def scale_and_limits(calibration: Mapping[str, Any], use_degrees: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(6,) how much each joint's reading changes when its shaft turns by a degree; (6, 2) lowest and highest target: degrees about mid-range or
+    -100..100 for the body, 0..100 for the gripper."""
+    range_deg = np.array([(calibration[joint].range_max - calibration[joint].range_min) * 360 / TICKS for joint in SO100_JOINTS])  # (J,)
+    half = range_deg / 2 if use_degrees else np.full(len(SO100_JOINTS), 100.0)
     limits = np.stack([-half, half], axis=1)  # (J, 2)
     limits[GRIPPER] = 0.0, 100.0
-    return limits
-
-
-def units_per_deg(calibration: dict[str, Any], use_degrees: bool) -> np.ndarray:
-    """(6,) how much each joint's reading changes when its shaft turns by a degree."""
-    scale = np.array([1.0 if use_degrees else 200.0 / _range_deg(calibration[joint]) for joint in SO100_JOINTS])
-    scale[GRIPPER] = 100.0 / _range_deg(calibration[SO100_JOINTS[GRIPPER]])
-    return scale
-
-
-def _range_deg(values: Any) -> float:
-    return (values.range_max - values.range_min) * 360 / TICKS
-
-
-def _step_limit(limit: float | dict[str, float] | None) -> float | dict[str, float] | None:
-    if isinstance(limit, dict) and set(limit) != set(SO100_JOINTS):
-        raise ConfigError(f"--robot.max_relative_target as a mapping must name {', '.join(SO100_JOINTS)}; it names {', '.join(limit)}.")
-    return float(limit) if isinstance(limit, int) else limit  # an int makes the driver raise TypeError
+    return (limits[:, 1] - limits[:, 0]) / range_deg, limits
 
 
 def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
-    """(6,) how far from where a joint stands `send_goals` lets its goal be; None: no limit."""
-    limit = _step_limit(config.max_relative_target)
+    """(6,) how far from where a joint stands its goal may be; None: no limit. Raises ConfigError for one that is not positive."""
+    limit = config.max_relative_target
     if limit is None:
         return None
-    return np.array([limit[joint] if isinstance(limit, dict) else limit for joint in SO100_JOINTS])
-
-
-def _camera(name: str, camera: Any) -> Any:
-    if not isinstance(camera, OpenCVCameraConfig):
-        raise ConfigError(
-            f"camera '{name}' is of type {type(camera).__name__}, which the real arm does not have. "
-            f"Use {{type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}, or --robot.type=so100_sim for rendered cameras."
-        )
-    return require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**vars(camera))
+    by_joint = limit if isinstance(limit, dict) else dict.fromkeys(SO100_JOINTS, limit)
+    if set(by_joint) != set(SO100_JOINTS) or not all(math.isfinite(value) and value > 0 for value in by_joint.values()):
+        raise ConfigError(f"--robot.max_relative_target must be a positive number, or one for each of {', '.join(SO100_JOINTS)}; got {limit}.")
+    return np.array([float(by_joint[joint]) for joint in SO100_JOINTS])
 
 
 def camera_error_message(name: str, camera: OpenCVCameraConfig, error: Exception) -> str:
     """Why a camera could not be opened, and what to change in --robot.cameras. lerobot's message says what the camera gives instead."""
-    text = " ".join(str(error).split())
-    where = f"camera '{name}' of --robot.cameras (index_or_path: {camera.index_or_path})"
-    refused = re.search(r"failed to set (fps|capture_width|capture_height)=\S+ \(actual_\w+=([\d.]+)", text)
-    if refused is None:
-        reason = "cannot be opened" if "Failed to open" in text else f"cannot be used: {type(error).__name__}: {text.rstrip('.!')}"
-        return f"{where} {reason}. `lerobot-find-cameras opencv` lists the cameras that are there, with their sizes and rates."
-    setting = refused[1].removeprefix("capture_")
-    if setting != "fps" and camera.rotation in (90, -90):  # lerobot's sizes are those after the rotation
-        setting = "height" if setting == "width" else "width"
-    gives = f"{float(refused[2]):g}"
     return (
-        f"{where} does not deliver {setting}: {getattr(camera, setting)}; it gives {gives}. Set {setting}: {gives} there, or another mode that "
-        "`lerobot-find-cameras opencv` lists."
+        f"camera '{name}' of --robot.cameras (index_or_path: {camera.index_or_path}) cannot be used: {' '.join(str(error).split()).rstrip('.!')}. "
+        "`lerobot-find-cameras opencv` lists the cameras that are there, with the sizes and rates that they deliver."
     )
 
 
@@ -240,21 +195,13 @@ try:
 except ImportError:  # Windows opens a COM port for one program only, so no lock is needed there
     fcntl = None  # type: ignore[assignment]
 
-_PATTERNS = ("/dev/ttyACM*", "/dev/ttyUSB*", "/dev/tty.usbmodem*", "/dev/tty.usbserial*", "/dev/cu.usbmodem*")
 _PTYS = ("/dev/pts/", "/dev/ttys")  # Linux, macOS
 _PTY_MASTERS = ("/dev/ptmx", "/dev/pts/ptmx")
 
 
-def serial_ports_seen() -> list[str]:
-    """Device names of the serial ports that look like a servo adapter's."""
-    ports = {port.device for port in require("serial.tools.list_ports", "robot").comports() if port.vid is not None}
-    ports.update(path for pattern in _PATTERNS for path in glob.glob(pattern))
-    return sorted(ports)
-
-
 def ports_message() -> str:
-    """For an error message."""
-    seen = serial_ports_seen()
+    """For an error message: the serial ports that look like a servo adapter's."""
+    seen = sorted(port.device for port in require("serial.tools.list_ports", "robot").comports() if port.vid is not None)
     return f"Serial ports seen: {', '.join(seen)}" if seen else "No USB serial port is seen: check cable and power"
 
 

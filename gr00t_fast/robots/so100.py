@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 
@@ -80,36 +79,21 @@ class SO100FollowerArm:
         self._stage = Stage.APART
         self._follower: Any = None  # lerobot's SO100Follower
         self._bus: Any = None  # its bus, guarded
-        self._limits: np.ndarray | None = None
-        self._scale: np.ndarray | None = None
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
-        self._watchdog: Watchdog | None = None  # while connected, unless there is to be none
         self._landing: LandingReport | None = None
         self.check_stop: Callable[[], object] = lambda: None
         self.rest_pose: np.ndarray | None = None
         self.max_step = glue.max_step(config)
         self.stays_powered = not config.disable_torque_on_disconnect
-
-    @property
-    def joint_limits(self) -> np.ndarray:
-        """(6, 2) lowest and highest target from the calibration, in `joint_unit`. Raises RobotError before `connect`."""
-        return self._calibrated(self._limits)
-
-    @property
-    def units_per_deg(self) -> np.ndarray:
-        """(6,) how much each joint's reading changes when its shaft turns by a degree. Raises RobotError before `connect`."""
-        return self._calibrated(self._scale)
-
-    @staticmethod
-    def _calibrated(values: np.ndarray | None) -> np.ndarray:
-        if values is None:
-            raise RobotError("the joints' limits and units come from the arm's calibration, which is read by connect(). Call connect() first.")
-        return values
+        self._watchdog = Watchdog(config.port, config.watchdog_s, holds=self.stays_powered)
+        # from the calibration, which `connect` reads
+        self.units_per_deg = np.full(len(SO100_JOINTS), np.nan)  # how much each joint's reading changes when its shaft turns by a degree
+        self.joint_limits = np.full((len(SO100_JOINTS), 2), np.nan)  # lowest and highest target, in `joint_unit`
 
     def keep_alive(self) -> None:
         """A control loop's heartbeat. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
         other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog has ended or is frozen."""
-        if self._watchdog is not None and not self._watchdog.beat():
+        if not self._watchdog.beat():
             raise RobotError(
                 "the watchdog process, which takes the torque off when this program is stuck, has ended or is frozen. Start the run again."
             )
@@ -118,13 +102,12 @@ class SO100FollowerArm:
         """Open and check everything; the motors stay as they are until `reset` or `send`. Raises RobotError with everything closed again."""
         if self._stage not in (Stage.APART, Stage.LANDED):
             raise RobotError("the arm is already connected. Call land() before connecting again.")
-        self._stage, self._follower, self._landing, self._watchdog, self.rest_pose = Stage.APART, None, None, None, None
+        self._stage, self._follower, self._landing, self.rest_pose = Stage.APART, None, None, None
         self._goal: np.ndarray | None = None  # the last one that was sent
         self._found_on = False  # whether the servos were powered before this run
         self._unanswered = False  # whether servos were asked in vain while connecting
         self._looking = False  # whether the servos are being looked for
         self._held: np.ndarray | None = None  # the newest reading; also over an outage
-        self._reopen_s = LAND_REOPEN_S
         try:
             with self._explained("connecting to the arm"):
                 self._connect()
@@ -136,13 +119,13 @@ class SO100FollowerArm:
 
     def reset(self, seed: int | None = None) -> None:
         """Hold the arm where it is, if it is not held yet; a real arm has nothing to rearrange. Raises RobotError."""
-        with self._alone("reset"), self._explained("switching the motors on"):
+        with self._using("switching the motors on"):
             self._engage()
 
     def observe(self, with_frames: bool = True) -> Observation:
         """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError, a CameraError
         where only a camera is to blame."""
-        with self._alone("observe"), self._explained("observing"):
+        with self._using("observing"):
             joints, time_s = self._read_joints()
             taken = {name: self._read_frame(name, camera) for name, camera in self._follower.cameras.items() if with_frames}
             frames, ages_s = {name: frame for name, (frame, _) in taken.items()}, {name: age_s for name, (_, age_s) in taken.items()}
@@ -156,11 +139,16 @@ class SO100FollowerArm:
 
         Raises RobotError.
         """
-        with self._alone("send"), self._explained("sending a goal"):
-            goals = self._checked(targets)
+        with self._using("sending a goal"):
+            values = np.asarray(targets, dtype=np.float64)
+            if values.shape != (len(SO100_JOINTS),) or not np.isfinite(values).all():
+                raise RobotError(f"expected {len(SO100_JOINTS)} finite joint targets, got {targets!r}. They were not sent.")
+            goal = np.clip(values, *self.joint_limits.T)
+            if not np.array_equal(goal, values):
+                self.events["target_clipped"] += 1
             self._engage()
-            self._send(goals)
-            self._goal = np.array(list(goals.values()))
+            self._send(goal)
+            self._goal = goal
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Torque off (or held, as configured), port closed, cameras closed. An arm that was found powered stays so with `as_found`, or when this run
@@ -188,18 +176,14 @@ class SO100FollowerArm:
         glue.check_calibration_file(follower, self.config)
         tries, how_to_calibrate = 1 + self.config.num_read_retries, glue.calibrate_command(self.config)
         bus = follower.bus = self._bus = guarded(follower.bus, self.events, self._exchanging, tries, how_to_calibrate)
-        self._scale = glue.units_per_deg(follower.calibration, self.config.use_degrees)
-        self._guard = JumpGuard(self._scale)
-        self._health = ServoHealth(bus, self._scale, self.events)
+        self.units_per_deg, self.joint_limits = glue.scale_and_limits(follower.calibration, self.config.use_degrees)
+        self._guard = JumpGuard(self.units_per_deg)
+        self._health = ServoHealth(bus, self.units_per_deg, self.events)
         self._reconnects = PerMinute(RECONNECTS)
-        if self.config.watchdog_s is not None:
-            servo_ids = [motor.id for motor in bus.motors.values()]
-            self._watchdog = Watchdog(self.config.port, servo_ids, self.config.watchdog_s, holds=not self.config.disable_torque_on_disconnect)
         self._follower = follower  # last: what lands an arm that has one needs the others
         self._repeat("finding the servos", self._open_bus)
         self._repeat("asking the servos whether they are powered", self._see_power)
         self._repeat("reading the servos' calibration", lambda: glue.check_calibration_in_servos(follower, self.config))
-        self._limits = glue.joint_limits(follower.calibration, self.config.use_degrees)
         for name, camera in follower.cameras.items():
             self._open_camera(name, camera)
         self._read_joints()
@@ -216,17 +200,15 @@ class SO100FollowerArm:
     def _engage(self) -> None:
         if self._stage is Stage.ENGAGED:
             return
-        if self._watchdog is not None:
-            self._watchdog.start(self.check_stop)
-        if not self._found_on and self.config.disable_torque_on_disconnect:
+        self._watchdog.start(self.check_stop)
+        if not self._found_on and not self.stays_powered:
             self.rest_pose = self._read_joints()[0]
         self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
         self._repeat("configuring the servos", self._follower.configure)
         self._read_joints()
 
     def _exchanging(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.exchanging()
+        self._watchdog.exchanging()
         if self._looking:  # silent servos hold that up for seconds
             self.check_stop()
 
@@ -258,7 +240,7 @@ class SO100FollowerArm:
             self._stage = Stage.OPENED
         self._looking = True
         try:
-            self._bus.check_servos()
+            self._bus._handshake()  # are all servos there, of the right model and one firmware?
             check()
         except BaseException:
             self._bus.close()
@@ -281,7 +263,7 @@ class SO100FollowerArm:
     def _open_camera(self, name: str, camera: Any) -> None:
         try:
             camera.connect()
-            suppress_traceback_of(getattr(camera, "thread", None))
+            threading.excepthook = _no_traceback_of_cameras
             camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
         except Exception as error:
             raise RobotError(glue.camera_error_message(name, self.config.cameras[name], error)) from error
@@ -371,16 +353,7 @@ class SO100FollowerArm:
 
     # Sending
 
-    def _checked(self, targets: np.ndarray) -> dict[str, float]:  # joint -> goal
-        values = np.asarray(targets, dtype=np.float64)
-        if values.shape != (len(SO100_JOINTS),) or not np.isfinite(values).all():
-            raise RobotError(f"expected {len(SO100_JOINTS)} finite joint targets, got {targets!r}. They were not sent.")
-        inside = np.clip(values, self.joint_limits[:, 0], self.joint_limits[:, 1])
-        if not np.array_equal(inside, values):
-            self.events["target_clipped"] += 1
-        return dict(zip(SO100_JOINTS, inside.tolist(), strict=True))
-
-    def _send(self, goals: dict[str, float]) -> None:
+    def _send(self, goal: np.ndarray) -> None:
         give_up_s, dark = time.perf_counter() + READ_PATIENCE_S, False
         while True:
             try:
@@ -388,7 +361,7 @@ class SO100FollowerArm:
                 if (dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and self._restored(self._held):
                     self.events["goal_dropped"] += 1  # it was meant for another pose
                 else:
-                    glue.send_goals(self._follower, goals)
+                    self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
                 return
             except EXCHANGE_FAILED as error:
                 if time.perf_counter() > give_up_s:
@@ -402,6 +375,14 @@ class SO100FollowerArm:
                 self._reconnect(error)
                 self.events["goal_dropped"] += 1  # it was meant for the moment before the outage; the next tick sends a newer one
                 return
+
+    def _within_step(self, goal: np.ndarray) -> np.ndarray:
+        """lerobot's step limit, as its `send_action` applies it. That refuses when a camera is closed; the arm must still be put down then."""
+        if self.max_step is None:
+            return goal
+        present = self._bus.sync_read("Present_Position")
+        here = np.array([present[joint] for joint in SO100_JOINTS])
+        return np.clip(goal, here - self.max_step, here + self.max_step)
 
     # Losing and finding the port
 
@@ -422,7 +403,6 @@ class SO100FollowerArm:
                 raise
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
                 if time.perf_counter() > give_up_s:
-                    self._reopen_s = 0.0
                     raise RobotError(
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
                         f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
@@ -442,34 +422,33 @@ class SO100FollowerArm:
             report.port_closed = report.cameras_closed = True
             return
         engaged = self._stage is Stage.ENGAGED
-        holds = not self.config.disable_torque_on_disconnect or (self._found_on and (as_found or not engaged))
+        holds = self.stays_powered or (self._found_on and (as_found or not engaged))
         if self._stage is Stage.OPENED and self._unanswered and not holds:
             broadcast_torque_off(bus)  # they have not all answered, perhaps for want of power: nothing is claimed about them
         elif self._stage in (Stage.SEEN, Stage.ENGAGED) and not holds:
-            report.torque = release_torque(bus, self._reopen_s, report.problems)
+            report.torque = release_torque(bus, LAND_REOPEN_S, report.problems)
         elif engaged or self._found_on:
             if engaged:
                 attempt("holding the arm where it stands", bus.stop_pushing, report.problems)
             report.torque = dict.fromkeys(SO100_JOINTS, "held")
         attempt("closing the port", bus.close, report.problems)
         report.port_closed = not bus.is_connected
-        watchdog, self._watchdog = self._watchdog, None  # not before: it is fed by the exchanges above
-        if watchdog is not None:
-            watchdog.end("unknown" in report.torque.values())
+        self._watchdog.end("unknown" in report.torque.values())  # not before: it is fed by the exchanges above
         closed = [close_camera(name, camera, report.problems) for name, camera in follower.cameras.items()]
         report.cameras_closed = all(closed)
 
     # Helpers
 
     @contextlib.contextmanager
-    def _alone(self, doing: str) -> Iterator[None]:
-        """The bus is for one thread at a time, and only between connect and land."""
+    def _using(self, doing: str) -> Iterator[None]:
+        """The bus is for one thread at a time, and only between connect and land. What is raised says what was done."""
         if self._stage in (Stage.APART, Stage.LANDED):
-            raise RobotError(f"cannot {doing}: the arm is not connected. Call connect() first.")
+            raise RobotError(f"{doing}: the arm is not connected. Call connect() first.")
         if not self._busy.acquire(blocking=False):
-            raise RobotError(f"cannot {doing}: another thread is using the arm. Its bus takes one thread at a time.")
+            raise RobotError(f"{doing}: another thread is using the arm. Its bus takes one thread at a time.")
         try:
-            yield
+            with self._explained(doing):
+                yield
         finally:
             self._busy.release()
 
@@ -487,28 +466,13 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.!')}"
 
 
-# lerobot reads each camera in a thread that ends with an uncaught exception when the camera dies; Python would print its traceback.
-#
-# The missing frame raises RobotError in the control thread, so the thread's own traceback is suppressed.
+_excepthook = threading.excepthook
 
 
-_cameras: WeakSet[threading.Thread] = WeakSet()
-_previous_hook = threading.excepthook
-
-
-def suppress_traceback_of(thread: threading.Thread | None) -> None:
-    """From now on no traceback is printed when this thread dies; other threads keep theirs."""
-    global _previous_hook
-    if thread is None:
-        return
-    _cameras.add(thread)
-    if threading.excepthook is not _hook:
-        _previous_hook, threading.excepthook = threading.excepthook, _hook
-
-
-def _hook(arguments: threading.ExceptHookArgs) -> None:
-    if arguments.thread not in _cameras:
-        _previous_hook(arguments)
+def _no_traceback_of_cameras(arguments: threading.ExceptHookArgs) -> None:
+    """lerobot reads each camera in a thread that an exception ends when the camera dies; the missing frame is reported where it is asked for."""
+    if arguments.thread is None or not arguments.thread.name.endswith("_read_loop"):
+        _excepthook(arguments)
 
 
 def close_camera(name: str, camera: Any, problems: list[str]) -> bool:

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -45,22 +46,23 @@ class Watchdog:
     """Watches from `start` to `end`. From the first `beat` on it expects one every `limit_s`; without any it only watches for the end of
     this process."""
 
-    def __init__(self, port: str, servo_ids: list[int], limit_s: float, holds: bool) -> None:
-        """`holds`: the arm is to keep its pose when the program is gone (disable_torque_on_disconnect=false). Starts nothing."""
-        self._port, self._ids, self._limit_s, self._holds = port, servo_ids, limit_s, holds
+    def __init__(self, port: str, limit_s: float | None, holds: bool) -> None:
+        """limit_s: None for a watchdog that never starts. `holds`: the arm is to keep its pose when the program is gone
+        (disable_torque_on_disconnect=false). Starts nothing."""
+        self._port, self._limit_s, self._holds = port, limit_s, holds
         self._process: subprocess.Popen[bytes] | None = None
-        self._last_s = -math.inf
-        self._lives = True
         self._expected = False  # whether there are to be heartbeats
-        self._unanswered: list[float] = []  # when the beats since its last answer were sent
 
     def start(self, check_stop: Callable[[], object]) -> None:
         """Returns once it watches; a second call does nothing. `check_stop` is called meanwhile. Raises RobotError when it does not watch within
         START_S."""
+        from gr00t_fast.contracts import SO100_JOINTS
         from gr00t_fast.errors import require
 
-        if self._process is not None:
+        if self._process is not None or self._limit_s is None:
             return
+        self._last_s, self._lives = -math.inf, True
+        self._unanswered: list[float] = []  # when the beats since its last answer were sent
         if os.name != "posix":
             log.warning("there is no watchdog on this system: a program that is killed or crashes leaves the arm powered")
             return
@@ -70,7 +72,7 @@ class Watchdog:
                 "Start the container with an init process (docker run --init)"
             )
         pyserial, mode = str(Path(require("serial", "robot").__file__).parent.parent), "hold" if self._holds else "off"
-        command = [sys.executable, "-I", __file__, self._port, mode, pyserial, *map(str, self._ids)]
+        command = [sys.executable, "-I", __file__, self._port, mode, pyserial, *(str(index + 1) for index in range(len(SO100_JOINTS)))]
         # a session of its own: what is typed in the terminal, and signals to the program's group, are not for it
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
@@ -99,7 +101,9 @@ class Watchdog:
         """Heartbeat of a control loop. Returns False once the watchdog process has ended, or no longer answers."""
         self._expected = True
         now_s = time.monotonic()
-        if self._process is None or now_s - self._last_s < BEAT_EVERY_S:
+        if self._process is None:
+            return True
+        if now_s - self._last_s < BEAT_EVERY_S:
             return self._lives
         self._last_s = now_s
         try:
@@ -120,7 +124,7 @@ class Watchdog:
 
     def end(self, powered: bool = False) -> None:
         """The arm has landed. `powered`: it could not be; the other process goes on trying for a while, a cable may be put back. Never raises."""
-        process, self._process = self._process, None
+        process, self._process, self._expected = self._process, None, False
         if process is None:
             return
         with contextlib.suppress(OSError):
@@ -149,7 +153,8 @@ def readable(descriptor: int, wait_s: float | None) -> bool:
 BAUD_RATE = 1_000_000
 TORQUE_REGISTER, GOAL_REGISTER, POSITION_REGISTER = 40, 42, 56  # Feetech's STS3215 memory table; the positions are words
 READ, WRITE, SYNC_WRITE, BROADCAST = 0x02, 0x03, 0x83, 0xFE
-DISMISSED, CALLED, GONE, SILENT, UNENDING = "dismissed", "called", "gone", "silent", "unending"
+DISMISSED, CALLED, GONE = "has landed it", "could not switch the torque off itself", "ended without landing it"  # what the program did
+SILENT, UNENDING = "sent no heartbeat and was ended", "sent no heartbeat and could not be ended: end it by hand before it goes on"
 SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the program gets so long to say so
 DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
@@ -165,11 +170,11 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     sys.path.append(directory)
-    import serial  # before it is needed: a program that is in trouble may be on a disk that is, too
+    import serial  # noqa: F401 - before it is needed: a program that is in trouble may be on a disk that is, too
 
     os.set_blocking(1, False)  # a program that is busy does not read
     say(b"ready\n")
-    trouble, silent_s = wait_for_trouble()
+    trouble = wait_for_trouble()
     if trouble == DISMISSED:
         return
     if trouble == SILENT:
@@ -177,31 +182,31 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    left_on, alone = release(serial, port, ids, trouble == CALLED) if mode == "off" else stop_pushing(serial, port, ids)
+    left_on, alone = release(port, ids, trouble == CALLED) if mode == "off" else stop_pushing(port, ids)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
-        os.write(2, f"watchdog: {cause(trouble, port, silent_s)}. {outcome(mode, left_on, alone)}\n".encode())
+        os.write(2, f"watchdog: the program that drives the arm on {port} {trouble}. {outcome(mode, left_on, alone)}\n".encode())
 
 
-def wait_for_trouble() -> tuple[str, float]:
-    """What came, and the seconds without a heartbeat."""
+def wait_for_trouble() -> str:
+    """What the program did."""
     buffer, awaited_s, heard_s = b"", math.inf, time.monotonic()
     while True:
         wait_s = None if math.isinf(awaited_s) else max(0.0, heard_s + awaited_s - time.monotonic())
         if not (readable(0, wait_s) or readable(0, SECOND_LOOK_S)):
-            return SILENT, time.monotonic() - heard_s
+            return SILENT
         data = os.read(0, 65536)
         if not data:
-            return GONE, 0.0
+            return GONE
         buffer += data
         whole = len(buffer) // 4 * 4
         if whole:
             limits_s = struct.unpack(f"<{whole // 4}f", buffer[:whole])
             if any(map(math.isnan, limits_s)):
-                return DISMISSED, 0.0
+                return DISMISSED
             if min(limits_s) < 0:
-                return CALLED, 0.0
+                return CALLED
             awaited_s, heard_s, buffer = limits_s[-1], time.monotonic(), buffer[whole:]
         say(b".")
 
@@ -221,12 +226,18 @@ def has_ended(limit_s: float) -> bool:
     return False
 
 
-def release(serial, port: str, ids: list[int], had: bool) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+def opened(port: str) -> Any:
+    import serial
+
+    return serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5)
+
+
+def release(port: str, ids: list[int], had: bool) -> tuple[list[int], bool]:
     """Torque off. Returns the ids of the servos that did not confirm it, and whether the port was ours alone. Ends when a new run takes the port,
     which it has once the port was given up by the program (`had`) or by this one."""
     give_up_s, left_on, alone = time.monotonic() + PATIENCE_S, ids, True
     while True:
-        with contextlib.suppress(*port_errors()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
+        with contextlib.suppress(Exception), opened(port) as line:
             alone = locked(line)
             if had and not alone:
                 break
@@ -241,7 +252,7 @@ def release(serial, port: str, ids: list[int], had: bool) -> tuple[list[int], bo
     return left_on, alone
 
 
-def locked(line) -> bool:  # type: ignore[no-untyped-def]
+def locked(line: Any) -> bool:
     """Mark the port as ours, as every run does: a program that starts meanwhile is refused. Of a program that is ending the mark goes with it."""
     import fcntl
 
@@ -255,10 +266,10 @@ def locked(line) -> bool:  # type: ignore[no-untyped-def]
         time.sleep(0.002)
 
 
-def stop_pushing(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  # type: ignore[no-untyped-def]
+def stop_pushing(port: str, ids: list[int]) -> tuple[list[int], bool]:
     """The arm holds: goals become where the joints stand, for one that is held up shall not push for ever. The last servo is the gripper, which goes
     on holding what it holds. Returns as `release`."""
-    with contextlib.suppress(*port_errors()), serial.Serial(port, BAUD_RATE, timeout=0, write_timeout=0.5) as line:
+    with contextlib.suppress(Exception), opened(port) as line:
         for servo in ids[:-1] if locked(line) else ():
             position = register(line, servo, POSITION_REGISTER, 2)
             if position is not None and register(line, servo, TORQUE_REGISTER) == 1:  # a goal would switch on one that has let go
@@ -267,7 +278,7 @@ def stop_pushing(serial, port: str, ids: list[int]) -> tuple[list[int], bool]:  
     return [], True
 
 
-def register(line, servo: int, address: int, length: int = 1) -> int | None:  # type: ignore[no-untyped-def]
+def register(line: Any, servo: int, address: int, length: int = 1) -> int | None:
     """What the servo answers when asked; None when it does not."""
     while line.in_waiting:  # answers to the program's last requests
         line.reset_input_buffer()
@@ -290,16 +301,6 @@ def packet(servo: int, instruction: int, *parameters: int) -> bytes:
     return b"\xff\xff" + body + bytes((~sum(body) & 0xFF,))
 
 
-def cause(trouble: str, port: str, silent_s: float) -> str:
-    silent = f"the program that drives the arm on {port} sent no heartbeat for {silent_s:.1f} s"
-    return {
-        SILENT: f"{silent} and was ended",
-        UNENDING: f"{silent} and could not be ended: end it by hand before it goes on",
-        GONE: f"the program that drove the arm on {port} ended without landing it",
-        CALLED: f"the program could not switch the torque off on {port} itself",
-    }[trouble]
-
-
 def outcome(mode: str, left_on: list[int], alone: bool) -> str:
     if left_on:
         servos = ", ".join(map(str, left_on))
@@ -307,13 +308,6 @@ def outcome(mode: str, left_on: list[int], alone: bool) -> str:
     if mode == "hold":
         return "The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered."
     return "The torque is off on all servos." + ("" if alone else " Another program has the port open, and may switch it on again: end it.")
-
-
-def port_errors() -> tuple[type[Exception], ...]:
-    """What a port that is away or broken raises."""
-    import termios
-
-    return OSError, ValueError, termios.error
 
 
 if __name__ == "__main__":
