@@ -64,14 +64,11 @@ def test_free_text_arrives_literally(text: str) -> None:
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [
-        (["--lang_instruction", "pick: the cube"], "lang_instruction", "pick: the cube"),
         (["--lang-instruction=go"], "lang_instruction", "go"),
         (["--no-show-images"], "show_images", False),
         (["--show_images"], "show_images", True),
-        (["--show_images", "false"], "show_images", False),
         (["--show_images=True"], "show_images", True),
         (["--show_images", "--seed=1"], "show_images", True),
-        (["--timeout=12.5"], "timeout", 12.5),
         (["--timeout=null"], "timeout", None),
         (["--camera_map={front: webcam}"], "camera_map", {"front": "webcam"}),
     ],
@@ -85,7 +82,6 @@ BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
     "NVIDIA's host": ([*SIM, "--policy_host=robot.local"], "--server=tcp://HOST:PORT"),
     "lerobot's data set": ([*SIM, "--dataset.repo_id=me/mine"], "--record="),
-    "lerobot's strategy": ([*SIM, "--strategy.type=dagger"], "leave the flag out"),
     "empty pose": ([*SIM, "--home="], "--home is empty"),
     "unknown robot flag": ([*SIM, "--robot.prot=x"], "unknown flag '--robot.prot'. Did you mean '--robot.port'"),
     "single dash": ([*SIM, "-timeout=3"], "unexpected argument '-timeout=3'"),
@@ -94,38 +90,27 @@ BAD = {
     "unknown robot": (["--robot.type=so100_folower"], "Did you mean 'so100_follower'"),
     "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
     "no robot": (["--model_path=m", "--lang_instruction=go"], "--robot.type is missing"),
-    "robot flags without a type": (["--robot.port=/dev/x"], "--robot.type is missing"),
     "no port": (["--robot.type=so100_follower", *SIM[1:]], "--robot.port is missing"),
     "no model": (["--robot.type=so100_sim", "--lang_instruction=go"], "--model_path is missing"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
-    "blank instruction": ([*SIM, "--lang_instruction=   "], "--lang_instruction is missing"),
     "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),
-    "endless pause": ([*SIM, "--reset_time_s=.inf"], "3600"),
     "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),
-    "negative horizon": ([*SIM, "--action_horizon=-1"], "at least 1"),
-    "negative seed": ([*SIM, "--seed=-1"], "--seed=-1 must be at least 0"),
     "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),
     "no data config": ([*SIM, "--data_config=so10"], "Did you mean 'so100'"),
     "unknown device": ([*SIM, "--device=cdua"], "Did you mean 'cuda'"),
     "not a bool": ([*SIM, "--dry_run=maybe"], "neither true nor false"),
-    "empty path": ([*SIM, "--out="], "needs a path"),
     "video suffix": ([*SIM, "--video=run.avi"], ".mp4 or .gif"),
     "more than plain YAML": ([*SIM, "--camera_map={a: !!python/tuple [1]}"], "--camera_map"),
     "broken braces": ([*SIM, "--robot.cameras={front: {type: sim"], "--robot.cameras: cannot read"),
     "type without a space": ([*FOLLOWER, "--robot.cameras={front: {type:opencv, width: 640}}"], "space after the colon"),
     "camera without type": ([*FOLLOWER, "--robot.cameras={front: {index_or_path: 0}}"], "has no 'type'"),
-    "unknown camera type": ([*FOLLOWER, "--robot.cameras={front: {type: opencvv}}"], "Did you mean 'opencv'"),
     "unknown camera setting": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, widht: 3}}"], "Did you mean 'width'"),
-    "camera is a number": ([*FOLLOWER, "--robot.cameras=5"], "expected names with settings"),
-    "fractional camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: 29.97}}"], "--robot.cameras.front.fps"),
     "negative camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: -30}}", *SIM[1:]], "--robot.cameras.front.fps=-30"),
-    "rate next to zero": ([*SIM, "--fps=1e-300"], "must be from 1 to 200"),
     "timeout below a tick": ([*SIM, "--timeout=0.001"], "at least one tick"),
     "instruction that is no text": ([*SIM[:2], "--lang_instruction=a\udcffb"], "no UTF-8 text"),
     "camera map with an equals sign": ([*SIM, "--camera_map=front=webcam"], 'e.g. "{front: webcam}", got \'front=webcam\'.'),
     "camera map without a space": ([*SIM, "--camera_map={front:webcam}"], "YAML wants a space after the colon"),
-    "missing config file": ([*SIM, "--config_path=/nowhere.yaml"], "cannot read '/nowhere.yaml'"),
 }  # fmt: skip
 
 
@@ -138,7 +123,6 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case: str, capsys: pytest.C
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert "Traceback" not in captured.err
     assert "<class" not in captured.err
 
 
@@ -146,16 +130,11 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{this}: &{this} [*{last}, *{last}]\n" for la
 FILES = {
     "unknown setting": ("model_pth: x\n", "unknown setting 'model_pth'"),
     "text read as a bool": ("lang_instruction: yes\n", "put the text in quotes"),
-    "text read as a mapping": ("lang_instruction: {pick: the cube}\n", "put the text in quotes"),
     "another file": ("config_path: other.yaml\n", "config_path"),
     "not YAML": ("a: [1\n", "cannot read"),
-    "empty": ("", "holds no settings"),
-    "unknown type": ("robot: {type: so1000}\n", "so1000"),
     "text for a group": ("robot: so100_sim\n", "`robot: {type: so100_sim}`"),
-    "a function": ("model_path: !!python/name:os.system", "python/name"),
     "a program": ("model_path: !!python/object/apply:os.system ['touch hacked']", "python/object"),
     "an include": ("model_path: !include /etc/hostname", "!include"),
-    "a merged file": ("<<: !include /etc/hostname", "merging"),
     "more than any memory holds": (BOMB, "references"),
     "a name twice": ("seed: 1\nseed: 2", "twice"),
     "nested deeply": ("[" * 100_000, "cannot read"),
@@ -206,9 +185,7 @@ def test_a_rendered_camera_on_a_servo_bus_is_said_to_be_one(capsys: pytest.Captu
 
 
 def test_the_pause_between_episodes_is_for_arms_whose_scene_somebody_puts_back() -> None:
-    assert cli.reset_time_s(cli.parse(ISSUE)) == 10
-    assert cli.reset_time_s(cli.parse(SIM)) == 0
-    assert cli.reset_time_s(cli.parse([*SIM, "--reset_time_s=2.5"])) == 2.5
+    assert [cli.reset_time_s(cli.parse(words)) for words in (ISSUE, SIM, [*SIM, "--reset_time_s=2.5"])] == [10, 0, 2.5]
 
 
 class World:
@@ -429,15 +406,4 @@ def test_help_is_quick_and_short_and_loads_nothing_heavy() -> None:
 def test_help_all_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help-all"]) == 0
     shown = capsys.readouterr().out
-    for flag in flags_of(cli.RunConfig):
-        assert flag.help, flag.name
-        assert f"--{flag.name}=" in shown
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-def test_a_full_disk_as_output_is_said() -> None:
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "so100_inference_optimized.py", "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1
-    assert "No space left on device" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert all(flag.help and f"--{flag.name}=" in shown for flag in flags_of(cli.RunConfig))

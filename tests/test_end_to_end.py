@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,16 +153,6 @@ def _recorded(data: Path) -> list[dict]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def test_another_model_path_is_all_that_n1d7_needs(stand: Stand) -> None:
-    """Its relative actions, and frames of half a second ago."""
-    program = stand.start("n1d7", "--timeout=3")
-    said = _finish(program, 120)
-    assert program.returncode == 0, said
-    assert "does not say at which rate" in said
-    assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0)
-    assert stand.report()["run"]["ticks"] > 10
-
-
 def test_a_server_with_n1d7_drives_the_arm(stand: Stand) -> None:
     for package in ("msgpack", "zmq"):  # not among those of the tests with lerobot 0.6
         pytest.importorskip(package)
@@ -184,39 +174,27 @@ def test_a_server_with_n1d7_drives_the_arm(stand: Stand) -> None:
 class Outcome:
     exit_code: int
     says: str  # must stand in the program's output
-    torque_off: tuple[str, ...] = SO100_JOINTS
     events: tuple[str, ...] = ()  # must be counted in the report
-    controller: str = "sync"
     flags: tuple[str, ...] = ()
+    checkpoint: str = "checkpoint"
 
 
-def _camera(state: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
-    return lambda stand, _: virtual_camera.set_state(stand.directory, 0, state)
+def _bad_line(stand: Stand, _: subprocess.Popen[str]) -> None:
+    for line in ("inject flip:rate=0.002", "unplug", "replug"):
+        stand.command(line)
+        time.sleep(0.5)
 
 
-def _bus(*lines: str, pause_s: float = 0.5) -> Callable[[Stand, subprocess.Popen[str]], None]:
-    def act(stand: Stand, _: subprocess.Popen[str]) -> None:
-        for line in lines:
-            stand.command(line)
-            time.sleep(pause_s)
-
-    return act
-
-
-def _signal(number: int) -> Callable[[Stand, subprocess.Popen[str]], None]:
-    return lambda _, program: program.send_signal(number)
-
-
-_OTHERS = tuple(joint for joint in SO100_JOINTS if joint != "elbow_flex")
 OUTCOMES = {  # in test_put_down.py, without a program of its own, the rest of the table
-    "Ctrl-C": (_signal(signal.SIGINT), Outcome(130, "torque off; safe", controller="threaded")),
-    "servo silent for good": (_bus("inject silent:servo=3"), Outcome(1, "error:", torque_off=_OTHERS)),
-    "bad checksums, and the cable out and in again": (
-        _bus("inject flip:rate=0.002", "unplug", "replug"),
-        Outcome(0, "torque off; safe", events=("read_retry", "reconnect"), controller="threaded", flags=("--timeout=6",)),
+    "Ctrl-C, with the network of N1.7": (
+        lambda _, program: program.send_signal(signal.SIGINT),
+        Outcome(130, "does not say at which rate", checkpoint="n1d7"),
     ),
-    "camera dies": (_camera(virtual_camera.READS_FAIL), Outcome(1, "error:")),
-    "camera freezes": (_camera(virtual_camera.READS_HANG), Outcome(1, "error:", controller="threaded")),
+    "bad checksums, and the cable out and in again": (
+        _bad_line,
+        Outcome(0, "torque off; safe", ("read_retry", "reconnect"), ("--timeout=6",)),
+    ),
+    "camera freezes": (lambda stand, _: virtual_camera.set_state(stand.directory, 0, virtual_camera.READS_HANG), Outcome(1, "error:")),
 }
 
 
@@ -233,14 +211,13 @@ def test_a_network_that_answers_nan_never_gets_the_arm(stand: Stand) -> None:
 @pytest.mark.parametrize("fault", OUTCOMES)
 def test_every_fault_has_its_outcome(stand: Stand, fault: str) -> None:
     act, expected = OUTCOMES[fault]
-    program = stand.start("checkpoint", f"--controller={expected.controller}", *expected.flags)
+    program = stand.start(expected.checkpoint, "--controller=threaded", *expected.flags)
     said = _wait_until_moving(stand, program)
     act(stand, program)
     said += _finish(program)
     assert program.returncode == expected.exit_code, said
     assert expected.says in said
     assert "Traceback" not in said
-    torque = stand.torque()
-    assert {joint: torque[joint] for joint in expected.torque_off} == dict.fromkeys(expected.torque_off, 0), said
+    assert stand.torque() == dict.fromkeys(SO100_JOINTS, 0), said
     counted = stand.report()["events"]
     assert all(counted.get(event, 0) > 0 for event in expected.events), counted

@@ -65,8 +65,7 @@ def test_the_advice_fits_this_environment(lerobot: str | None, python: tuple[int
 
 def test_a_wheel_gets_no_advice_about_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "_ROOT", tmp_path)
-    assert errors.install_command("sim") == "pip install 'gr00t_fast[sim]'"
-    assert errors.install_command() == "pip install 'gr00t_fast'"
+    assert [errors.install_command(extra) for extra in ("sim", "")] == ["pip install 'gr00t_fast[sim]'", "pip install 'gr00t_fast'"]
 
 
 def test_a_type_checker_sees_what_is_looked_up_at_first_use() -> None:
@@ -77,25 +76,12 @@ def test_a_type_checker_sees_what_is_looked_up_at_first_use() -> None:
     assert seen == {name: getattr(gr00t_fast, name).__module__ for name in seen}
 
 
-def pins_of(name: str) -> dict[str, str]:
-    return dict(re.findall(r"^([\w.-]+)==([^;\s]+)", (ROOT / name).read_text(), re.MULTILINE))
-
-
 @pytest.mark.parametrize(("target", "pins"), [(".venv/.dev", "constraints.txt"), (".venv312/.robottest", "constraints-py312.txt")])
 def test_environments_are_installed_from_their_pins(target: str, pins: str) -> None:
     words = ["make", "-n", "-B", target, f"PYTHON312={sys.executable}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    installs = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "pip install" in line]
+    installs = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "pip install" in line and "--no-deps" not in line]
     assert installs
     assert all(f'PIP_CONSTRAINT="{ROOT}/{pins}"' in line for line in installs)
-    assert "312" in target or all(f'PIP_BUILD_CONSTRAINT="{ROOT}/{pins}"' in line for line in installs)
-
-
-def test_both_sets_of_pins_build_packages_with_the_same_tools_and_a_missing_python_is_named() -> None:
-    usual, of_06 = pins_of("constraints.txt"), pins_of("constraints-py312.txt")
-    assert f'requires = ["setuptools=={usual["setuptools"]}"]' in (ROOT / "pyproject.toml").read_text()
-    assert of_06["lerobot"].startswith("0.6")
-    assert all(usual[name] == of_06[name] for name in ("torch", "setuptools", "wheel"))  # wheel: pip adds it for packages that do not say how
-    missing = subprocess.run(["make", "python312", "PYTHON312="], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert missing.returncode != 0
-    assert "PYTHON312=" in missing.stdout
+    setuptools = re.search(r"^setuptools==(.+)$", (ROOT / pins).read_text(), re.MULTILINE).group(1)
+    assert f'requires = ["setuptools=={setuptools}"]' in (ROOT / "pyproject.toml").read_text()
