@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
+from benchmarks.lib import many_arms
 from benchmarks.lib.program import (
     PolicyFlags,
     check_counts,
@@ -410,6 +411,9 @@ class Config(PolicyFlags):
     max_minutes: float = 5.0  # begin no further counted round after that long; loading and warm-up are not in it
     server: str | None = None  # address of a running GR00T N1.5 inference service to time beside, e.g. tcp://192.168.0.7:5555
     api_token: str | None = None  # of that service
+    clients: int = 0  # instead of all that: so many arms with one server, requests together by deadline against one at a time
+    chunks: list[float] = field(default_factory=lambda: [1.75, 0.8])  # --clients: a chunk lasts so many times what a request of each arm takes
+    round_s: float = 5.0  # --clients: each server's turn; there are as many as --max_minutes allows
     out: Path = Path("outputs/ab_server")  # directory for JSON and table
 
 
@@ -417,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_flags(Config, argv, __doc__)
     config.data_config = config.data_config or "so100"
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(config.threads)))  # before torch is imported; the servers inherit them
-    return finish("ab_server", config, run, as_table)
+    return finish("ab_server", config, run_arms if config.clients else run, many_arms.as_table if config.clients else as_table)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -449,6 +453,19 @@ def run(config: Config) -> dict[str, Any]:
         "left_out": left_out,
         **provenance(config.seed),
     }
+
+
+def run_arms(config: Config) -> dict[str, Any]:
+    """`--clients`: several arms with one server. Raises Gr00tFastError."""
+    check_counts(config, "clients", "threads")
+    rounds = max(int(60 * config.max_minutes / config.round_s / len(config.chunks) / len(many_arms.MODES)), 1)
+    weights, model_path = weights_of(config), checkpoint_of(config, config.size, size_of(config.resolution))
+    policies = Policies(model_path, config.options("denoising_steps"))
+    ours, observation = policies.ours, _inputs(policies, config)[0][0]
+    setup = Setup("tcp", OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps)
+    make = partial(served_setup, model_path, config.options("denoising_steps"), setup, config.threads)
+    found = many_arms.drive(make, observation, config.clients, config.chunks, rounds, config.round_s)
+    return {"benchmark": "ab_server", "weights": weights, "device": str(ours.device), **found, **provenance(config.seed)}
 
 
 def _arms(plan: Plan, policies: Policies, config: Config, inputs: Inputs, servers: ExitStack) -> dict[Any, Call]:

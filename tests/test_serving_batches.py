@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 from serving_fakes import ArithmeticPolicy, assert_same, instructed, observation, running
 from waiting import until
 
@@ -22,6 +24,7 @@ from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.schedule import PATIENCE_S, BatchTimes, Queue, Request
 from gr00t_fast.serving.server import PolicyServer
 from gr00t_fast.serving.service import Service
+from gr00t_fast.serving.wire import encode
 
 GPU, CPU = {1: 0.10, 2: 0.11, 4: 0.13, 8: 0.20}, {1: 0.10, 2: 0.19, 4: 0.37, 8: 0.70}  # seconds of a batch
 
@@ -71,14 +74,20 @@ def test_only_what_one_inference_can_compute_goes_together() -> None:
 
 
 def test_a_client_in_a_hurry_overtakes_each_of_the_others_once() -> None:
-    """Its answers lie outside the lock-step of the queue: it asks again as soon as it has one."""
+    """It asks again as soon as it has its answer."""
     queue, now_s, served = queue_of({1: 0.1}, request("slow", 0.0), request("patient", 0.01, deadline_s=5.0)), 0.02, []
     for _ in range(5):
         queue.waiting["hurry"] = request("hurry", now_s, deadline_s=now_s + 0.001)
         served.append(names(queue.take(now_s)))
         now_s += 0.1
+        queue.served(now_s)
     assert served == ["hurry", "slow", "patient", "hurry", "hurry"]
     assert queue.take(now_s) == []
+    queue = queue_of(GPU, request("a"), request("b"))
+    for _ in range(2):
+        assert names(queue.take(now_s)) == "ab"
+        queue.waiting |= {client: request(client, now_s) for client in "ab"}  # asked again before they have their answers
+        queue.served(now_s + 0.1)
     assert PATIENCE_S < 5.0, "a deadline far away is behind those without one"
 
 
@@ -185,6 +194,54 @@ def test_who_goes_while_a_batch_is_computed_takes_nobody_along(together: tuple[P
         gone.get_action(instructed("wait 1"))
     with PolicyClient(port=server.port) as client:
         assert_same(client.get_action(observation()), ArithmeticPolicy().get_action(observation()))
+
+
+def hostile(kind: str, port: int, stop: threading.Event) -> None:
+    """Asks wrongly, again and again."""
+    wait = {"annotation.human.task_description": ["wait 0.1"]}
+    wrong = {
+        "past": ({}, {"deadline_s": -5.0}),
+        "hurry": (wait, {"deadline_s": 1e-3}),
+        "shapes": (wait, {}),
+        "NaN": ({"state.gripper": np.full((1, 1), np.nan)}, {}),
+    }
+    if kind == "flood":
+        message = encode({"endpoint": "get_action", "data": observation(**wait)})
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.connect(f"tcp://127.0.0.1:{port}")
+            while not stop.wait(0.005):
+                socket.send_multipart([b"", message])
+        return
+    changes, options = wrong[kind]
+    with PolicyClient(port=port, timeout_s=20) as client:
+        for number in itertools.count():
+            if stop.is_set():
+                return
+            size = (32 + number % 7, 40) if kind == "shapes" else (32, 40)
+            with contextlib.suppress(Gr00tFastError):
+                if kind == "past":  # our client sends none
+                    client._call("get_action_with_options", {"observation": observation(), **options})
+                client.get_action(observation(size=size, **changes), **({} if kind == "past" else options))
+
+
+@pytest.mark.parametrize("kind", ["past", "hurry", "flood", "shapes", "NaN"])
+def test_a_client_that_asks_wrongly_costs_the_others_no_more_than_what_is_computed(together: tuple[PolicyServer, Together], kind: str) -> None:
+    """An honest client's inference takes 0.1 s, and it waits for one of the other's at most."""
+    server, _ = together
+    server.service.times.seconds.clear()  # this policy's batches take as long as their parts
+    stop = threading.Event()
+    other = threading.Thread(target=hostile, args=(kind, server.port, stop))
+    other.start()
+    with PolicyClient(port=server.port) as client:
+        times_s = []
+        for _ in range(12):
+            began_s = time.monotonic()
+            client.get_action(instructed("wait 0.1"))
+            times_s.append(time.monotonic() - began_s)
+    stop.set()
+    other.join(30)
+    assert sorted(times_s)[-2] < 0.3, "three times an idle server's"
 
 
 @pytest.mark.parametrize("deadline_s", [0, -1.0, float("nan"), float("inf"), 1e9, "soon", True, [1]])

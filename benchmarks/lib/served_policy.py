@@ -22,13 +22,14 @@ _START_TIMEOUT_S, _END_TIMEOUT_S, _CALL_TIMEOUT_S = 600.0, 5.0, 60.0  # to load 
 class ServedPolicy:
     """Context manager: starts the server, gives a client that is connected to it, and ends both. `make` makes the policy, over there."""
 
-    def __init__(self, make: Callable[[], Policy], transport: Literal["tcp", "ipc"] = "tcp") -> None:
-        self._token = secrets.token_hex(8)
+    def __init__(self, make: Callable[[], Policy], transport: Literal["tcp", "ipc"] = "tcp", max_batch: int = 1) -> None:
+        """max_batch: how many clients' requests it may compute together."""
+        self.token = secrets.token_hex(8)
         self._directory = tempfile.TemporaryDirectory(prefix="gr00t-")  # short: an ipc path may have some hundred bytes only
         address = f"ipc://{Path(self._directory.name) / 'server'}" if transport == "ipc" else None
         context = multiprocessing.get_context("spawn")
         self._ours, self._theirs = context.Pipe()
-        arguments = (make, self._token, address, self._theirs)
+        arguments = (make, self.token, address, self._theirs, max_batch)
         self._process = context.Process(target=_serve, args=arguments, name="policy-server", daemon=True)
         self._client: PolicyClient | None = None
 
@@ -37,7 +38,7 @@ class ServedPolicy:
         self._process.start()
         self._theirs.close()  # else nobody would notice that the process has died
         try:
-            self._client = PolicyClient(address=self._address(), timeout_s=_CALL_TIMEOUT_S, api_token=self._token)
+            self._client = PolicyClient(address=self._address(), timeout_s=_CALL_TIMEOUT_S, api_token=self.token)
             self._client.get_modality_config()  # connected now: the first inference shall not pay for it
         except BaseException:
             self._end()
@@ -68,10 +69,11 @@ class ServedPolicy:
         self._directory.cleanup()
 
 
-def _serve(make: Callable[[], Policy], token: str, address: str | None, connection: Connection) -> None:
+def _serve(make: Callable[[], Policy], token: str, address: str | None, connection: Connection, max_batch: int) -> None:
     end_with_parent()
     try:
         server = PolicyServer(make(), port=0, address=address, api_token=token)
+        server.service.measure_batches(max_batch)
     except Gr00tFastError as error:
         connection.send(str(error))
         return

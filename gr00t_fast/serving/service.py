@@ -149,6 +149,8 @@ class Service:
         fresh = [request for request in requests if began_s - request.arrived_s <= self._max_wait_s]
         answers = dict(zip(fresh, self._answers(fresh), strict=True))
         ended_s = time.monotonic()
+        with self._lock:
+            self._queue.served(ended_s)
         for request in requests:
             too_old = ServerError(f"busy: the request waited longer than {self._max_wait_s:g} s. Try again later.", ServerError.BUSY)
             answer = answers.get(request, too_old)
