@@ -26,7 +26,7 @@ from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.virtual_bus import Fault, Register, Servo, VirtualBus, default_calibration, faults, load_calibration, save_calibration
 from gr00t_fast.robots.virtual_bus import protocol as p
 from gr00t_fast.robots.virtual_bus.bus import send_command
-from gr00t_fast.robots.virtual_bus.servo import HALF_RANGE_DEG, MAX_SPEED
+from gr00t_fast.robots.virtual_bus.servo import HALF_RANGE_DEG
 
 READ_POSITION = p.sync_read(Register.PRESENT_POSITION, 2, range(1, 7))
 
@@ -107,24 +107,6 @@ def test_what_a_servo_keeps_refuses_and_centres() -> None:
     assert (servo.word(Register.PRESENT_POSITION), servo.homing_offset, servo.torque) == (2048, -548, False)
 
 
-def test_the_servo_moves_along_a_trapezoid_within_its_limits() -> None:
-    servo = Servo(1, default_calibration()["shoulder_pan"])
-    servo.write(Register.ACCELERATION, bytes((50,)))
-    servo.write(Register.GOAL_POSITION, p.to_word(3900))  # beyond the limit: clamped by the servo
-    assert servo.torque, "a goal switches torque on"
-    positions = [servo.encoder]
-    for _ in range(200):
-        servo.settle(servo.plan(0.01) or 0.0, 0.01)
-        positions.append(servo.encoder)
-    speed = np.diff(positions) / 0.01
-    assert servo.position == default_calibration()["shoulder_pan"].range_max
-    assert speed.min() >= 0
-    assert 1000 < speed.max() <= MAX_SPEED + 1
-    assert np.abs(np.diff(speed)).max() / 0.01 <= 50 * 100 * 1.2
-    servo.write(Register.TORQUE_ENABLE, b"\0")
-    assert servo.plan(0.01) is None
-
-
 def test_a_servo_that_pushes_too_long_protects_itself() -> None:
     servo = Servo(1, default_calibration()["shoulder_pan"])
     servo.write(Register.P_GAIN, bytes((16,)))
@@ -182,70 +164,11 @@ def test_requests_are_obeyed_and_answered_as_the_manual_says(master: RawMaster, 
     assert master.read(1, Register.P_GAIN, 1) == bytes((9,))
 
 
-def test_half_a_request_and_answers_nobody_reads_do_not_stop_the_bus(master: RawMaster, bus: VirtualBus) -> None:
-    os.write(master.fd, READ_POSITION.encode()[:7])
-    time.sleep(0.05)
-    assert len(master.ask(READ_POSITION, 6)) == 6
-    for _ in range(300):
-        os.write(master.fd, READ_POSITION.encode())
-    time.sleep(0.1)
-    while master.answers(0, 0.3):  # until the line is quiet
-        continue
-    assert len(master.ask(READ_POSITION, 6)) == 6
-    assert bus.failure is None
-
-
 def test_usb_latency_and_wire_time() -> None:
     with VirtualBus(usb_latency_ms=8, wire_time=True) as bus, RawMaster(bus.port) as master:
         start_s = time.monotonic()
         assert len(master.ask(READ_POSITION, 6)) == 6
         assert time.monotonic() - start_s >= 0.008 + 6 * (8 * 10e-6 + 500e-6)
-
-
-# Faults on the line
-
-
-def test_silent_obeys_absent_does_not_and_requests_are_counted(master: RawMaster, bus: VirtualBus) -> None:
-    bus.inject("silent:servo=1")
-    bus.inject("absent:servo=2")
-    master.ask(p.sync_write(Register.P_GAIN, {1: b"\5", 2: b"\5"}), 0)
-    assert [bus.servos[i].registers[Register.P_GAIN] for i in (0, 1)] == [5, 32]
-    bus.clear()
-    bus.inject(f"silent:servo=1,on=write,register={int(Register.TORQUE_ENABLE)},after=1,count=1")
-    assert [len(master.write(1, Register.TORQUE_ENABLE, b"\0", count)) for count in (1, 0, 1)] == [1, 0, 1]
-
-
-def test_error_bits_missing_data_wrong_model_and_delay(master: RawMaster, bus: VirtualBus) -> None:
-    bus.inject("error:servo=3,bits=0x20")
-    bus.inject("no_data:servo=4,on=sync_read")
-    bus.inject("wrong_model:servo=5,model=42")
-    statuses = {status.servo_id: status for status in master.ask(READ_POSITION, 6)}
-    assert (statuses[3].error, statuses[4].params, len(statuses[3].params)) == (0x20, b"", 2)
-    assert master.read(5, Register.FIRMWARE_MINOR, 4) == bytes((10, 0, 42, 0))
-    bus.inject("delay:ms=40,servo=1,count=1,on=read")
-    start_s = time.monotonic()
-    master.read(1, Register.MODEL, 2)
-    assert 0.04 <= time.monotonic() - start_s < 2
-    assert master.read(1, Register.MODEL, 2) == p.to_word(777)
-
-
-def test_a_blocked_shaft_turns_back_but_not_on(master: RawMaster, bus: VirtualBus) -> None:
-    def turned(goal: int, until_s: float = 2.0) -> int:
-        """Ticks from the middle, as soon as it is at the goal or the time is up."""
-        master.ask(p.sync_write(Register.GOAL_POSITION, {3: p.to_word(middle + goal)}), 0)
-        end_s = time.monotonic() + until_s
-        while bus.servos[2].position - middle != goal and time.monotonic() < end_s:
-            time.sleep(0.01)
-        return bus.servos[2].position - middle
-
-    middle = bus.servos[2].position
-    bus.inject("blocked:servo=3,side=1")
-    assert turned(200, 0.5) == 0
-    assert master.read(3, Register.PRESENT_LOAD, 2) != p.to_word(0)
-    assert turned(-200) == -200
-    assert turned(200, 0.5) == 0
-    bus.clear()
-    assert turned(200) == 200
 
 
 def test_a_fault_that_is_misspelt_names_the_nearest_word_and_every_kind_is_documented() -> None:

@@ -32,7 +32,6 @@ from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, Robot
 from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100
 from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower
-from gr00t_fast.robots.motor_state import JumpGuard
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus, save_calibration
 
@@ -353,24 +352,6 @@ def test_a_real_port_is_exclusive(real: bool, arm: SO100FollowerArm, bus: Virtua
 # Readings
 
 
-def test_jump_guard() -> None:
-    guard, still = JumpGuard(np.ones(6)), np.zeros(6)
-    jumped = still + [15, 15, 15, 15, 15, 90]
-    for reading, asked_s, got_s, accepted in (
-        (still, 0.0, 0.001, False),  # a first reading needs a second one
-        (still, 0.001, 0.002, True),
-        (still + 15, 0.034, 0.035, True),  # fast, but possible
-        (jumped, 0.067, 0.068, False),
-        (still + 15, 0.068, 0.069, True),  # it was a damaged reading
-        (jumped, 0.1, 0.101, False),
-        (jumped, 0.101, 0.102, True),  # it really is there
-        (jumped - 60, 0.4, 0.5, False),  # after a pause two must agree
-        (jumped - 60, 0.5, 0.501, True),
-    ):
-        assert guard.accepts(reading, asked_s, got_s) == accepted, got_s
-        assert guard.jumped == (got_s == 0.102), "in 0.3 s a joint can turn so far"
-
-
 def test_a_program_that_is_held_up_takes_the_answers_that_are_there(arm: SO100FollowerArm, bus: VirtualBus) -> None:
     """Held up for longer than the SDK waits, before an answer is looked for and after a reading was taken, while the arm moves at full speed."""
     serial, sync_read = arm._bus.line, arm._bus.sync_read
@@ -411,9 +392,10 @@ def test_an_implausible_reading_never_comes_through_and_one_that_stays_is_believ
 
     def lying(*args: object, **options: object) -> dict:
         values = original(*args, **options)
-        return {**values, "elbow_flex": -180.0} if lies and lies.pop() else values
+        return {**values, "elbow_flex": -80.0} if lies and lies.pop() else values
 
     arm._bus.sync_read = lying  # stands for a damaged byte that passes the 8-bit checksum
+    time.sleep(0.3)  # in which a joint could turn so far: after a pause, too, two readings must agree
     np.testing.assert_allclose(arm.observe().joints, before, atol=0.2)
     assert (arm.events["implausible_reading"], arm.events["reading_jumped"]) == (1, 0)
     bus.push("elbow_flex", 80)
