@@ -191,8 +191,7 @@ def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:
     assert profile["tokens"][0] == spans[-1][1] + 2
     assert [length - images for length in profile["tokens"]] == list(profile["text_tokens"])
     for stage in ("language", "denoise_step"):
-        facts = build(made.onnx / f"{stage}.onnx", tmp_path / f"{stage}.engine", "tensorrt_rtx", (), profiles)
-        assert facts["read_back"] in ("parsed", "yes")
+        assert build(made.onnx / f"{stage}.onnx", tmp_path / f"{stage}.engine", "tensorrt_rtx", (), profiles)["layers"] >= 5
 
 
 def test_doctor_and_tune_know_its_exports(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -85,6 +85,10 @@ def _command(words: str, flags: type[C], make: Callable[[C], Made], exits: str =
     return Command(flags, work, usage, exits, interrupted, RunConfig, _NOT_OF_A_RUN)
 
 
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
 # --- export onnx --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +128,7 @@ def make_onnx(config: OnnxConfig) -> Made:
     usual = example.to(torch.device("cpu"), torch.float32)
     manifest = export_onnx(target, config, usual, command_line(), example.camera_size)
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    table = "\n".join(f"{name:<26} {entry['bytes'] / 1e6:>9.1f} MB" for name, entry in manifest.files.items())
+    table = _table(("file", "MB"), ((name, f"{entry['bytes'] / 1e6:.1f}") for name, entry in manifest.files.items()))
     result = {"out": str(config.out), "precision": manifest.precision, "bytes": size_bytes}
     return result, table, f"wrote {config.out}: {size_bytes / 1e6:.1f} MB in {manifest.precision}"
 
@@ -168,7 +172,7 @@ class TensorRTConfig(CameraFlags, BuildOptions, ExportFlags):
 def make_tensorrt(config: TensorRTConfig) -> Made:
     """Check everything small, export the graphs where none are named, build. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
-    from gr00t_fast.export.tensorrt import as_table, build_engines, check_feasible, run_alone
+    from gr00t_fast.export.tensorrt import build_engines, check_feasible, run_alone
 
     check_free(config.out, config.overwrite)
     check_feasible(config.builder, config.compute_capability, None if config.onnx else config.precision or _PRECISION)
@@ -176,17 +180,22 @@ def make_tensorrt(config: TensorRTConfig) -> Made:
     if config.onnx is None:
         run_alone(make_onnx, _of_graphs(config, graphs))  # the builder needs the memory that exporting leaves taken
     _, target = _opened(config)
-    check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={_PRECISION}"))
-    manifest = build_engines(graphs, config, command_line())
+    source = check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={_PRECISION}"))
+    manifest = build_engines(graphs, source, config, command_line())
+    stages = {name: stage["build"] for name, stage in manifest.stages.items()}
     result = {
         "program": "to_tensorrt",
         "out": str(config.out),
         "precision": manifest.precision,
         "quantisation": (manifest.quantisation or {}).get("format"),
         **{key: manifest.details[key] for key in ("builder", "builder_version", "compute_capability", "profiles")},
-        "stages": {name: stage["build"] for name, stage in manifest.stages.items()},
+        "stages": stages,
     }
-    return result, as_table(manifest.stages), f"wrote {config.out}"
+    rows = (
+        (name, made["layers"], f"{made['bytes'] / 1e6:.1f}", made["parse_s"], made["build_s"], f"{made['peak_memory_bytes'] / 1e6:.0f}")
+        for name, made in stages.items()
+    )
+    return result, _table(("stage", "layers", "MB", "parse s", "build s", "peak MB"), rows), f"wrote {config.out}"
 
 
 def _of_graphs(config: TensorRTConfig, out: Path) -> OnnxConfig:
@@ -237,32 +246,36 @@ def _written(directory: Path, name: str, result: Mapping[str, Any], text: str) -
     (directory / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    return ["", *(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))]
-
-
 def _calibration_table(report: Mapping[str, Any]) -> str:
     """report: `Manifest.quantisation` and that of a calibration, if there was one."""
-    lines = [f"# {report['format'].upper()} for {report['runtime']}", ""]
+    parts = [f"# {report['format'].upper()} for {report['runtime']}"]
     if data := report["calibration"]:
-        lines += [f"Calibrated with {data['frames']} frames of {data['episodes']} episodes from `{data['source']}`.", ""]
-        lines += [f"**Warning: {warning}.**" for warning in data["warnings"]]
+        parts.append(f"Calibrated with {data['frames']} frames of {data['episodes']} episodes from `{data['source']}`.")
+        parts += [f"**Warning: {warning}.**" for warning in data["warnings"]]
     if "groups" not in report:
-        return "\n".join([*lines, "All linear layers, activations rounded with scales found at run time."])
+        return "\n\n".join([*parts, "All linear layers, activations rounded with scales found at run time."])
     if error := report["action_error_on_trial_samples"]:
-        lines += [
-            f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: joint units "
-            f"p50 {error['p50']:.3g}, p99 {error['p99']:.3g}, largest {error['max']:.3g}; "
-            f"{error['relative_to_displacement']:.2%} of the displacement.",
-            "",
-        ]
-    rows = []
-    for group in report["groups"]:
-        alone = group["alone"]
-        figures = (f"{alone['p99']:.3g}", f"{alone['max']:.3g}", f"{alone['relative_to_displacement']:.2%}") if alone else ("", "", "")
-        rows.append((f"{group['group']} ({group['layers']})", f"{group['share_of_multiplications']:.2%}", *figures, group["kept_in_16_bits"] or ""))
-    lines += [f"{report['work_in_8_bits']:.1%} of the multiplications are in 8 bits. Each group rounded alone:"]
-    return "\n".join(lines + _markdown(("layers", "of the work", "p99", "largest", "of the displacement", "kept in 16 bits because"), rows))
+        figures = ", ".join(_figures(error))
+        parts.append(f"Actions on {report['trial_samples']} of these frames, {report['denoising_steps']} steps, against fp32: {figures}.")
+    parts.append(f"{report['work_in_8_bits']:.1%} of the multiplications are in 8 bits. Each group rounded alone:")
+    rows = [
+        (
+            f"{group['group']} ({group['layers']})",
+            f"{group['share_of_multiplications']:.2%}",
+            *(_figures(group["alone"]) if group["alone"] else [""] * len(_ERRORS)),
+            group["kept_in_16_bits"] or "",
+        )
+        for group in report["groups"]
+    ]
+    return "\n\n".join([*parts, _table(("layers", "of the work", *_ERRORS, "kept in 16 bits because"), rows)])
+
+
+_ERRORS = ("p50", "p99", "largest", "of the displacement")  # joint units
+
+
+def _figures(error: Mapping[str, float]) -> list[str]:
+    """By `_ERRORS`. error: of `ActionError.describe`."""
+    return [*(f"{error[key]:.3g}" for key in ("p50", "p99", "max")), f"{error['relative_to_displacement']:.3%}"]
 
 
 def _told(out: Path, what: str, report: Mapping[str, Any]) -> Made:
@@ -450,18 +463,15 @@ def make_verification(config: VerifyConfig) -> Made:
 
 def _verify_table(result: Mapping[str, Any]) -> str:
     source = result["source"]
-    stages = [[name, *(f"{values[key]:.2e}" for key in ("p50", "p99", "max"))] for name, values in result["relative_l2"].items()]
-    actions = [
-        [name, *(f"{error[key]:.4f}" for key in ("p50", "p99", "max")), f"{error['relative_to_displacement']:.3%}"]
-        for name, error in (("pixels to actions", result["actions"]), ("denoising alone", result["actions_of_denoise_alone"]))
-    ]
-    lines = [
+    stages = [(name, *(f"{values[key]:.2e}" for key in ("p50", "p99", "max"))) for name, values in result["relative_l2"].items()]
+    actions = {"pixels to actions": result["actions"], "denoising alone": result["actions_of_denoise_alone"]}
+    parts = [
         f"{result['engine']} ({result['format']}), {result['denoising_steps']} steps, {result['observations']} observations of {source['source']}",
         *(f"Warning: {warning}." for warning in source["warnings"]),
-        *_markdown(["relative L2 against the plain model in fp32", "p50", "p99", "largest"], stages),
-        *_markdown(["actions, joint units", "p50", "p99", "largest", "of the displacement"], actions),
+        _table(("relative L2 against the plain model in fp32", "p50", "p99", "largest"), stages),
+        _table(("actions, joint units", *_ERRORS), [(name, *_figures(error)) for name, error in actions.items()]),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def _verify_verdict(result: Mapping[str, Any]) -> str:

@@ -9,16 +9,14 @@ when named) and what the builder of 1.7.1 itself refuses: bf16, fp8 and fp32 mat
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -27,6 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gr00t_fast import tensorrt_library as library
+from gr00t_fast.console import progress_bar
 from gr00t_fast.errors import ConfigError, EngineError, install_command
 from gr00t_fast.export.options import BuildOptions, flags_given
 from gr00t_fast.files import whole_directory
@@ -42,29 +41,30 @@ Range = tuple[int, int, int]  # least, usual and most of a dimension
 Profiles = Sequence[Mapping[str, Range]]  # for each the range of each named dimension of the graph
 
 
-def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
-    """Build every stage of the export in the directory `onnx` and write the manifest, whose `stages` hold what is known of each build.
+def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: str) -> Manifest:
+    """Build every stage of the export in the directory `onnx`, whose checked manifest is `source`, and write the manifest of the engines; its
+    `stages` hold what is known of each build.
 
-    Raises EngineError for graphs that are missing, damaged or made for another runtime, ConfigError for what the target GPU cannot compute, the
-    library refuses, or an `out` that may not be replaced.
+    Raises EngineError for graphs of another runtime, ConfigError for what the target GPU cannot compute, the library refuses, or an `out` that may
+    not be replaced.
     """
     from gr00t_fast.engine.exported import TABLES_NAME
     from gr00t_fast.engine.manifest import TOKENS, describe_files
 
-    source = _read_source(onnx)
+    quantisation = source.quantisation or {}
+    if (runtime := quantisation.get("runtime", KIND)) != KIND:
+        raise EngineError(f"{onnx} holds 8-bit graphs for {runtime}. Make some for TensorRT with gr00t-fast quantise --target=tensorrt.")
     builder = library.choose(options.builder)
-    capabilities = check_feasible(builder, options.compute_capability, source.precision, (source.quantisation or {}).get("format"))
+    capabilities = check_feasible(builder, options.compute_capability, source.precision, quantisation.get("format"))
     profiles = prompt_profiles(source.shapes, options.max_text_tokens, one=builder == RTX)
-    with whole_directory(options.out, options.overwrite) as directory:
+    with whole_directory(options.out, options.overwrite) as directory, progress_bar("building", len(source.stages)) as tick:
         stages = {}
         for name, stage in source.stages.items():
             engine = directory / f"{name}.engine"
             built = run_alone(build, onnx / stage["file"], engine, builder, capabilities, profiles)
             stages[name] = {**stage, "file": engine.name, "source": stage["file"], "build": built}
-        try:  # a second name of the same file where the system allows: the embedding alone has 600 MB
-            os.link(onnx / TABLES_NAME, directory / TABLES_NAME)
-        except OSError:
-            shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
+            tick()
+        shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
         version = library.version_of(library.load(builder))
         manifest = replace(
             source,
@@ -85,22 +85,6 @@ def build_engines(onnx: Path, options: BuildOptions, command: str) -> Manifest:
             flags=(f"--onnx={onnx}", *flags_given(options, "builder", "compute_capability", "max_text_tokens")),
         )
         manifest.write(directory)
-    return manifest
-
-
-def _read_source(directory: Path) -> Manifest:
-    """The ONNX export, whole and meant for TensorRT."""
-    from gr00t_fast.engine.manifest import Digests, check_files, read_manifest
-
-    remedy = f"gr00t-fast export onnx --model_path=CHECKPOINT --data_config=CONFIG --precision=fp16 --out={directory}"
-    manifest = read_manifest(directory, remedy)
-    runtime = (manifest.quantisation or {}).get("runtime", KIND)
-    if (manifest.kind, runtime) != ("onnx", KIND):
-        raise EngineError(
-            f"{directory} holds an export of kind '{manifest.kind}' for {runtime}; expected ONNX graphs for TensorRT. Run: {remedy}, or for 8 bits "
-            "gr00t-fast quantise --target=tensorrt."
-        )
-    check_files(directory, manifest, Digests(directory), remedy)
     return manifest
 
 
@@ -127,17 +111,6 @@ def prompt_profiles(shapes: Mapping[str, Any], max_text_tokens: int | None, one:
     prompts = [(least, edges[0], most)] if one else [(start, edge, edge) for start, edge in zip(starts, edges, strict=True)]
     names = (TOKENS, TEXT_TOKENS) if spans else (TOKENS,)
     return tuple({name: tuple(varying_sizes(shapes, length)[name] for length in lengths) for name in names} for lengths in prompts)
-
-
-def as_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line per stage: layers of the network, size of the engine, seconds and peak memory of the build, and whether the library reads it back.
-    stages: as of the manifest."""
-    lines = [f"{'stage':<14}{'layers':>8}{'MB':>8}{'parse s':>9}{'build s':>9}{'peak MB':>9}  read back"]
-    for name, stage in stages.items():
-        facts = stage["build"]
-        times = f"{facts['parse_s']:>9.1f}{facts['build_s']:>9.1f}{facts['peak_memory_bytes'] / 1e6:>9.0f}"
-        lines.append(f"{name:<14}{facts['layers']:>8}{facts['bytes'] / 1e6:>8.1f}{times}  {facts['read_back']}")
-    return "\n".join(lines)
 
 
 # --- a process of its own
@@ -174,7 +147,7 @@ def _end_with_parent() -> None:
 
 
 def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[str], profiles: Profiles) -> dict[str, Any]:
-    """Parse the graph, build, write the file `engine`, check; returns what is known of it. Raises EngineError with the library's message when a step
+    """Parse the graph, build, write the file `engine`; returns what is known of it. Raises EngineError with the library's message when a step
     fails."""
     trt = library.load(builder_name)
     log = library.make_log(trt)
@@ -189,8 +162,7 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
     parsed_s = time.perf_counter()
     config = _configure(trt, builder, capabilities)
     _set_profiles(builder, config, network, profiles)
-    with _monitored(trt, config, onnx.stem):
-        plan = builder.build_serialized_network(network, config)
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{builder_name} {trt.__version__} cannot build {onnx.name}: {log.first_error()}")
     built_s = time.perf_counter()
@@ -200,10 +172,7 @@ def build(onnx: Path, engine: Path, builder_name: str, capabilities: Sequence[st
         "bytes": plan.nbytes,
         "parse_s": round(parsed_s - start_s, 2),
         "build_s": round(built_s - parsed_s, 2),
-        "inputs": _described(map(network.get_input, range(network.num_inputs))),
-        "outputs": _described(map(network.get_output, range(network.num_outputs))),
         "warnings": sorted({message for severity, message in log.lines if severity == "WARNING"}),
-        "read_back": read_back(trt, plan),
         "peak_memory_bytes": peak_rss_bytes(),
         "version": library.version_of(trt),
     }
@@ -230,70 +199,9 @@ def _set_profiles(builder: Any, config: Any, network: Any, profiles: Profiles) -
     for ranges in profiles:
         profile = builder.create_optimization_profile()
         for tensor in inputs:
-            sizes = [_extent(tensor, axis, ranges) for axis in range(len(tensor.shape))]
+            sizes = [ranges[tensor.get_dimension_name(axis)] if size < 0 else (size,) * 3 for axis, size in enumerate(tensor.shape)]
             profile.set_shape(tensor.name, *zip(*sizes, strict=True))  # least, usual and most of all axes
-        if config.add_optimization_profile(profile) < 0:
-            raise EngineError(f"the builder refuses the profile {dict(ranges)} of {network.name or 'the graph'}")
-
-
-def _extent(tensor: Any, axis: int, ranges: Mapping[str, Range]) -> Range:
-    size = tensor.shape[axis]
-    if size >= 0:
-        return (size, size, size)
-    name = tensor.get_dimension_name(axis)
-    if name not in ranges:
-        raise EngineError(
-            f"input '{tensor.name}' varies along axis {axis} ('{name}'), for which no range is known ({', '.join(ranges) or 'none'}). "
-            "Export the graphs again with gr00t-fast export onnx."
-        )
-    return ranges[name]
-
-
-@contextlib.contextmanager
-def _monitored(trt: ModuleType, config: Any, name: str) -> Iterator[None]:
-    """A bar on the terminal: the innermost phase that the builder is in, and how far that is."""
-    from tqdm import tqdm
-
-    class Monitor(trt.IProgressMonitor):  # called from the builder's own threads; the base class exists only once the library is loaded
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = max(steps, 1)
-            self.step_complete(phase, -1)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            bar.set_postfix_str(phase, refresh=False)
-            bar.update((step + 1) / self.steps[phase] - bar.n)
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            pass
-
-    form = "{desc}: {percentage:3.0f}% {elapsed} {postfix}"
-    with tqdm(total=1.0, desc=name, bar_format=form, leave=False, disable=not sys.stderr.isatty()) as bar:
-        if hasattr(config, "progress_monitor"):
-            config.progress_monitor = Monitor()
-        yield
-
-
-def _described(tensors: Iterator[Any]) -> dict[str, dict[str, Any]]:
-    return {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype.name} for tensor in tensors}
-
-
-def read_back(trt: ModuleType, plan: Any) -> str:
-    """Whether the library reads what it wrote: `yes`; `parsed`, where there is no CUDA driver to go on with; or why not, where the plan is for
-    another GPU than the one that is here. Raises EngineError when it finds the plan malformed: it checks tag, format version, size and table of
-    sections before its first CUDA call."""
-    log = library.make_log(trt)
-    runtime = trt.Runtime(log)
-    if runtime.deserialize_cuda_engine(plan) is not None:
-        return "yes"
-    here, reason = gpu_capability(), log.first_error()
-    if "Serialization assertion" in reason or (here is None and "Cuda Runtime" not in reason):
-        raise EngineError(f"{trt.__name__} does not recognise the engine it has just built: {reason}")
-    return "parsed" if here is None else f"not on this GPU ({here}): {reason}"
+        config.add_optimization_profile(profile)
 
 
 # --- for which GPUs
@@ -331,16 +239,13 @@ def check_feasible(builder: str, compute_capability: str, *formats: str | None) 
 
 def _parse_capabilities(text: str) -> tuple[str, ...]:
     """`8.6`, `8.6,8.9`, `any`, or `auto`: the GPU that is here, else `any`. Returns compute capabilities, empty for any. Raises ConfigError."""
-    words = re.split(r"[,\s]+", text.strip().lower())
-    if words in (["auto"], ["any"]):
-        here = gpu_capability() if words == ["auto"] else None
+    if text in ("auto", "any"):
+        here = gpu_capability() if text == "auto" else None
         return () if here is None else (here,)
-    matches = [re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", word) for word in words]
-    if not all(matches):
-        raise ConfigError(
-            f"--compute_capability: '{words[matches.index(None)]}' is none. Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0."
-        )
-    return tuple(dict.fromkeys(f"{int(match[1])}.{match[2]}" for match in matches if match))
+    words = [word.strip() for word in text.split(",")]
+    if wrong := [word for word in words if not re.fullmatch(r"\d+\.\d", word)]:
+        raise ConfigError(f"--compute_capability: '{wrong[0]}' is none. Expected auto, any, or compute capabilities such as 8.6 or 8.6,8.9,12.0.")
+    return tuple(dict.fromkeys(words))
 
 
 def rtx_capabilities(trt: ModuleType) -> dict[str, Any]:
