@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
@@ -21,7 +20,6 @@ from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
 
-_OWN_FIELDS = ("connect_attempts", "reconnect_s", "watchdog_s")  # ours, unknown to lerobot
 GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
 _OLDER_DIRECTORIES = ("so100_follower", "so101_follower")  # of lerobot before the two drivers became one
@@ -30,57 +28,49 @@ TICKS = 4095  # lerobot's scale: 360 degrees are 4095 ticks
 # So much, less than a tick of ordinary motion, is tolerated: readings and stops are not exact.
 OUTSIDE_DEG = 4.0
 GRIPPER = SO100_JOINTS.index("gripper")
-RANGES = {  # names of fields: the least and the most that makes sense
-    ("connect_attempts",): (1, math.inf),
-    ("reconnect_s",): (0.0, math.inf),
-    ("watchdog_s",): (0.5, 60.0),  # a busy machine holds up a sound program for some tenths of a second
-    ("num_read_retries",): (0, 10),  # a silent servo costs 0.15 s each time
-    tuple(GAINS): (0, 254),  # what the servo's register holds
+RANGES = {  # by field, the least and the most that makes sense
+    "connect_attempts": (1, math.inf),
+    "reconnect_s": (0.0, math.inf),
+    "watchdog_s": (0.5, 60.0),  # a busy machine holds up a sound program for some tenths of a second
+    "num_read_retries": (0, 10),  # a silent servo costs 0.15 s each time
+    **dict.fromkeys(GAINS, (0, 254)),  # what the servo's register holds
 }
 
 
 def check_numbers(config: SO100FollowerConfig) -> None:
     """Raise ConfigError for a flag of the arm whose number makes no sense. Imports and touches nothing."""
-    for names, (low, high) in RANGES.items():
-        for name in names:
-            value = getattr(config, name)
-            if value is None and name == "watchdog_s":
-                continue
-            if not (math.isfinite(value) and low <= value <= high):
-                upper = f" to {high:g}" if high < math.inf else " or more"
-                raise ConfigError(f"--robot.{name} must be {low:g}{upper}{', or null for none' if name == 'watchdog_s' else ''}; got {value}.")
+    for name, (low, high) in RANGES.items():
+        value = getattr(config, name)
+        if value is None and name == "watchdog_s":
+            continue
+        if not (math.isfinite(value) and low <= value <= high):
+            upper = f" to {high:g}" if high < math.inf else " or more"
+            raise ConfigError(f"--robot.{name} must be {low:g}{upper}{', or null for none' if name == 'watchdog_s' else ''}; got {value}.")
     max_step(config)
 
 
 def make_follower(config: SO100FollowerConfig) -> Any:
-    """lerobot's unmodified `SO100Follower`. Raises MissingExtraError without lerobot, RobotError when its constructor refuses."""
+    """lerobot's unmodified `SO100Follower`. Raises MissingExtraError without lerobot, ConfigError for a setting that the installed version does not
+    have, RobotError when its constructor refuses."""
     require("scservo_sdk", "robot")
     package = require("lerobot.robots.so_follower", "robot")
+    known = {field.name for field in fields(package.SO100FollowerConfig)}
+    values = {name: value for name, value in vars(config).items() if name in known}
+    if unknown := [name for name, usual in GAINS.items() if name not in known and getattr(config, name) != usual]:
+        raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
+    if "num_read_retries" in known:
+        values["num_read_retries"] = 0  # Guard repeats below the driver, with what a damaged line needs in between; not both
+    values["max_relative_target"] = None  # SO100FollowerArm limits steps itself
+    drawn = rendered(config.cameras)  # not lerobot's business
     try:
-        return package.SO100Follower(to_lerobot_config(config))
-    except ConfigError:
-        raise
+        filmed = {name: vars(camera) for name, camera in config.cameras.items() if name not in drawn}
+        values["cameras"] = {name: require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**camera) for name, camera in filmed.items()}
+        return package.SO100Follower(package.SO100FollowerConfig(**values))
     except Exception as error:
         raise RobotError(
             f"lerobot refused the arm's configuration or calibration file: {type(error).__name__}: {error}. "
             f"If the calibration file is damaged, make it anew: {calibrate_command(config)}"
         ) from error
-
-
-def to_lerobot_config(config: SO100FollowerConfig) -> Any:
-    """The same values in lerobot's own configuration classes. Raises ConfigError for a setting that the installed version does not have."""
-    package = require("lerobot.robots.so_follower", "robot")
-    values = {name: value for name, value in vars(config).items() if name not in _OWN_FIELDS}
-    values["num_read_retries"] = 0  # ServoLink repeats below the driver, with what a damaged line needs in between; not both
-    known = {field.name for field in fields(package.SO100FollowerConfig)}
-    if unknown := [name for name, usual in GAINS.items() if name not in known and values[name] != usual]:
-        raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
-    values = {name: value for name, value in values.items() if name in known}
-    values["max_relative_target"] = None  # SO100FollowerArm limits steps itself
-    drawn = rendered(config.cameras)  # not lerobot's business
-    opencv = require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig
-    values["cameras"] = {name: opencv(**vars(camera)) for name, camera in config.cameras.items() if name not in drawn}
-    return package.SO100FollowerConfig(**values)
 
 
 def calibrate_command(config: SO100FollowerConfig) -> str:
@@ -123,10 +113,9 @@ def check_calibration_exists(config: SO100FollowerConfig) -> None:
 def check_calibration_file(follower: Any, config: SO100FollowerConfig) -> None:
     """Raise RobotError when no calibration was found for the arm's id, or when it lacks joints. Touches no hardware."""
     check_calibration_exists(config)
-    path = follower.calibration_fpath
     if set(follower.calibration) != set(SO100_JOINTS) or any(c.range_min >= c.range_max for c in follower.calibration.values()):
         raise RobotError(
-            f"the calibration file {path} must hold range_min < range_max for the joints {', '.join(SO100_JOINTS)}; "
+            f"the calibration file {follower.calibration_fpath} must hold range_min < range_max for the joints {', '.join(SO100_JOINTS)}; "
             f"it holds {', '.join(sorted(follower.calibration)) or 'none'}. Calibrate again: {calibrate_command(config)}"
         )
 
@@ -210,10 +199,9 @@ def check_port(port: str) -> None:
     if os.name != "posix":
         return  # COM3 is not a path; opening it tells
     path = Path(port)
-    if not path.exists():
-        raise RobotError(f"the serial port {port} does not exist. {ports_message()}. Find the right one with `lerobot-find-port`.")
-    if not stat.S_ISCHR(path.stat().st_mode):
-        raise RobotError(f"{port} is not a serial device. {ports_message()}. Find the right one with `lerobot-find-port`.")
+    if not path.is_char_device():
+        wrong = "is not a serial device" if path.exists() else "does not exist"
+        raise RobotError(f"the serial port {port} {wrong}. {ports_message()}. Find the right one with `lerobot-find-port`.")
     if not os.access(path, os.R_OK | os.W_OK):
         raise RobotError(
             f"no permission to read and write {port}. On Linux join its group: `sudo usermod -aG dialout $USER`, then log in again "
@@ -246,27 +234,11 @@ def programs_using(port: str) -> list[str]:
 
     A program that also holds the master side of a pseudo-terminal is the virtual bus behind the port, not a rival.
     """
-    target = os.path.realpath(port)
-    users = []
+    target, users = os.path.realpath(port), []
     for directory in Path("/proc").glob("[0-9]*"):
-        if int(directory.name) == os.getpid():
-            continue
-        opened = _open_files(directory)
-        if target in opened and not opened.intersection(_PTY_MASTERS):
-            users.append(f"pid {directory.name} ({_command(directory)})")
+        with contextlib.suppress(OSError):  # ended meanwhile, or of another user: not visible is not an error
+            opened = {os.readlink(entry) for entry in (directory / "fd").iterdir()}
+            if int(directory.name) != os.getpid() and target in opened and not opened.intersection(_PTY_MASTERS):
+                words = (directory / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                users.append(f"pid {directory.name} ({words.strip()[:80]})")
     return users
-
-
-def _open_files(process: Path) -> set[str]:
-    try:
-        return {os.readlink(entry) for entry in (process / "fd").iterdir()}
-    except OSError:  # ended meanwhile, or of another user: not visible is not an error
-        return set()
-
-
-def _command(process: Path) -> str:
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return "ended meanwhile"
-    return " ".join(words).strip()[:80] or "no command line"

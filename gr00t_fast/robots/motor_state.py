@@ -14,10 +14,7 @@ from gr00t_fast.errors import RobotError
 from gr00t_fast.robots.bus import EXCHANGE_FAILED, LINK_LOST, ServoState, error_names
 from gr00t_fast.robots.lerobot_glue import GRIPPER
 
-# Refuses joint readings that no arm can have produced.
-#
-# The bus checksum has eight bits, so on a noisy line one damaged reading in some hundred passes it. A reading that moved further than the
-# motors can turn is read again, and accepted once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
+log = logging.getLogger(__name__)
 
 MAX_SPEED_DEG_S = 450.0  # an STS3215 turns 290 deg/s without load at 12 V; a hand can push it somewhat faster
 SLACK_DEG = 8.0  # what a hand or a servo adds to that speed
@@ -25,7 +22,11 @@ LONGEST_GAP_S = 0.1  # after a longer pause any large step asks for a second rea
 
 
 class JumpGuard:
-    """Holds the last accepted reading. One per arm; `forget` after a reconnect."""
+    """Refuses joint readings that no arm can have produced. One per arm; `forget` after a reconnect.
+
+    The bus checksum has eight bits, so on a noisy line one damaged reading in some hundred passes it. A reading that moved further than the motors
+    can turn is read again, and accepted once two in a row agree: the arm may really have moved, or be elsewhere after a pause.
+    """
 
     def __init__(self, units_per_deg: np.ndarray) -> None:
         """units_per_deg: (J,) how much each joint's reading changes per degree."""
@@ -54,8 +55,6 @@ class JumpGuard:
         limit_deg = SLACK_DEG + MAX_SPEED_DEG_S * min(max(got_s - other_asked_s, 0.0), longest_s)
         return bool(np.all(np.abs(reading - other) <= limit_deg * self._scale))
 
-
-log = logging.getLogger(__name__)
 
 POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms on a direct line
 # A joint that stands still so far from its goal is asked every second time, so that a stall is found before the servo trips (after 2 s at 80 %).

@@ -70,11 +70,7 @@ def examine(port: str, calibration: Mapping[str, JointCalibration] | None, how_t
     there = {joint: servo for joint, servo in found.items() if servo is not None}
     if not there:
         return [Finding("no servo answers", "Switch the arm's power supply on; check the cable from the adapter to servo 1, and --robot.port.")]
-    findings = []
-    for joint, servo in found.items():
-        name = f"servo {SO100_JOINTS.index(joint) + 1} ({joint})"
-        missing = [Finding(f"{name} does not answer", "Check its two plugs; `lerobot-setup-motors` repairs an id.")]
-        findings += missing if servo is None else _of_servo(name, servo)
+    findings = [finding for servo_id, joint in enumerate(SO100_JOINTS, 1) for finding in _of_servo(f"servo {servo_id} ({joint})", found[joint])]
     findings += _of_chain(there)
     if calibration is not None:
         findings.append(_of_calibration(there, calibration, how_to_calibrate))
@@ -101,7 +97,9 @@ def _read(line: Any, servo_id: int, address: int, length: int) -> Status | None:
     return None
 
 
-def _of_servo(name: str, servo: _Servo) -> list[Finding]:
+def _of_servo(name: str, servo: _Servo | None) -> list[Finding]:
+    if servo is None:
+        return [Finding(f"{name} does not answer", "Check its two plugs; `lerobot-setup-motors` repairs an id.")]
     heat_c, hottest_c = servo.memory[Register.PRESENT_TEMPERATURE], servo.memory[Register.MAX_TEMPERATURE]
     low_v, high_v = servo.memory[Register.MIN_VOLTAGE] / 10, servo.memory[Register.MAX_VOLTAGE] / 10
     volts, model = servo.voltage_v, servo.word(Register.MODEL)
