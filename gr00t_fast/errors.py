@@ -97,24 +97,17 @@ class MissingExtraError(Gr00tFastError, ImportError):
 
 def require(module: str, extra: str) -> ModuleType:
     """Import `module`, or raise MissingExtraError with the command that installs `extra`. OpenVINO is imported without its telemetry."""
-    if module.split(".")[0] == "openvino":
-        _leave_out_telemetry()
+    package = module.split(".")[0]
+    if package == "openvino":
+        # `import openvino` (2026.4) writes a client id into ~/intel and posts an event, unless this package cannot be imported. Its own switches are
+        # no use: `opt_in_out` writes into the user's home, and an environment variable for CI acts on child processes too.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+        if error.name is None or package != error.name.split(".")[0]:
             raise  # the module is there but broken inside: hiding that would mislead
-        raise MissingExtraError(
-            f"this needs the package '{module.split('.')[0]}', which is not installed. Install it with: {install_command(extra)}"
-        ) from error
-
-
-def _leave_out_telemetry() -> None:
-    """`import openvino` (2026.4) writes a client id into ~/intel and posts an event to an analytics address, unless that package cannot be imported.
-
-    Its own switches are no use here: `opt_in_out` writes into the user's home, and an environment variable for CI acts on child processes too.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # makes `import openvino_telemetry` an ImportError
+        raise MissingExtraError(f"this needs the package '{package}', which is not installed. Install it with: {install_command(extra)}") from error
 
 
 def install_command(extra: str = "") -> str:

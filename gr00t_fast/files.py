@@ -113,12 +113,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 
     A named pipe without a writer would hold the program up for ever, a device never ends: both are refused.
     """
-    _check_regular(path, os.stat(path), max_bytes)
-    with open(path, "rb") as file:
-        content = file.read(max_bytes)
-    if content.startswith(LFS_POINTER):
-        raise ValueError(LFS_REMEDY)
-    return content.decode("utf-8")
+    return _beginning(path, max_bytes, max_bytes).decode("utf-8")
 
 
 def read_json(path: Path, nan: bool = False) -> Any:
@@ -128,10 +123,7 @@ def read_json(path: Path, nan: bool = False) -> Any:
 
 def check_tokenizer_file(path: Path) -> None:
     """For files that a library opens itself. Raises like `read_text`."""
-    _check_regular(path, os.stat(path), _TOKENIZER_BYTES)
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(LFS_REMEDY)
+    _beginning(path, len(LFS_POINTER), _TOKENIZER_BYTES)
 
 
 def parse_json(text: str | bytes | bytearray, convert: Callable[[dict[str, Any]], Any] = lambda found: found, nan: bool = False) -> Any:
@@ -162,8 +154,15 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_regular(path: Path, state: os.stat_result, max_bytes: int) -> None:
+def _beginning(path: Path, read_bytes: int, max_bytes: int) -> bytes:
+    """Of a regular file that has at most `max_bytes`."""
+    state = os.stat(path)
     if not stat.S_ISREG(state.st_mode):
         raise OSError(f"{path} is a directory, a pipe or a device, expected a file")
     if state.st_size > max_bytes:
         raise ValueError(f"{state.st_size} bytes, expected at most {max_bytes}")
+    with open(path, "rb") as file:
+        content = file.read(read_bytes)
+    if content.startswith(LFS_POINTER):
+        raise ValueError(LFS_REMEDY)
+    return content

@@ -492,14 +492,11 @@ def _typed(where: str, hint: Any, raw: Any) -> Any:
 
 
 def _mapping(where: str, hint: Any, raw: Any) -> dict[str, Any]:
-    of_choice, item = _is_choice(typing.get_args(hint)[1]), typing.get_args(hint)[1]
-    example = "{front: {type: opencv, index_or_path: 0}}" if of_choice else "{front: webcam}"
-    glued = isinstance(raw, dict) and any(":" in str(name) and value is None for name, value in raw.items())  # what YAML makes of `{a:b}`
-    if glued or not isinstance(raw, dict) or not all(isinstance(name, str | int) for name in raw):
-        colon = " YAML wants a space after the colon." if glued else ""
-        what = "settings" if of_choice else "values"
-        raise ConfigError(f'{where}: expected names with {what} in braces, e.g. "{example}", got {raw!r}.{colon}')
-    if of_choice:
+    item = typing.get_args(hint)[1]
+    if not isinstance(raw, dict) or not all(isinstance(name, str | int) and value is not None for name, value in raw.items()):
+        example = "{front: {type: opencv, index_or_path: 0}}" if _is_choice(item) else "{front: webcam}"  # YAML makes None of the b in `{a:b}`
+        raise ConfigError(f'{where}: expected names with values in braces, e.g. "{example}", got {raw!r}. YAML wants a space after the colon.')
+    if _is_choice(item):
         return {str(name): _chosen(f"{where}.{name}", item, value) for name, value in raw.items()}
     return {str(name): _typed(f"{where}.{name}", item, str(value) if item is str else value) for name, value in raw.items()}
 

@@ -70,33 +70,30 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held at once."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage also counts what the parent held when it started this program
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if held := linux_says("self/status", "VmHWM"):  # where getrusage also counts what the parent held when it started this program
+        return int(held.split()[0]) * 1024
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def linux_says(file: str, name: str) -> str:
+    """The value of the first line `name: value` of a file below /proc; empty on other systems, and without such a line."""
+    path = Path("/proc") / file
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
 def machine() -> dict[str, Any]:
     """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
-    facts: dict[str, Any] = {"system": platform.platform(), "processor": _processor(), "cpus": os.cpu_count()}
+    # platform.processor() is empty or just the architecture on Linux
+    processor = linux_says("cpuinfo", "model name") or platform.processor() or platform.machine()
+    facts: dict[str, Any] = {"system": platform.platform(), "processor": processor, "cpus": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch is not None:
         facts["torch_threads"] = torch.get_num_threads()
         facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty or just the architecture on Linux
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

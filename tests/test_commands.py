@@ -47,7 +47,7 @@ def test_help_names_every_subcommand_and_loads_nothing_heavy() -> None:
         (["rnu"], "Did you mean 'run'"),
         (["export", "onxx"], "Did you mean 'export onnx'"),
         ([], "which command"),
-        (["export"], "  export tensorrt "),
+        (["export"], "export tensorrt"),
     ],
 )
 def test_a_word_that_is_no_subcommand(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -49,7 +49,7 @@ from gr00t_fast.errors import (
     one_line,
 )
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
-from gr00t_fast.measurement import peak_rss_bytes, percentiles, provenance
+from gr00t_fast.measurement import linux_says, peak_rss_bytes, percentiles, provenance
 
 if TYPE_CHECKING:
     import torch
@@ -293,7 +293,6 @@ class Bench:
 
         self.options, self.device, self.dtype = options, device, dtype
         self.path = self._checkpoint()
-        self._shared: Gr00t | None = None
         self.camera_sizes: dict[str, tuple[int, int]] = {}
         plain, source = self.policy(EagerEngine(self.network(torch.bfloat16, meta=True))), options.observations or f"random:{options.seed}"
         self.observations = observations_of(plain, source, options.frames, options.seed, options.camera_map, options.camera_px())
@@ -322,11 +321,9 @@ class Bench:
                 return Gr00t(open_checkpoint(self.path, with_weights=False).config).to(dtype)
         return load_model(open_checkpoint(self.path), self.options.embodiment_tag, self.device, dtype)
 
-    @property
+    @cached_property
     def shared(self) -> Gr00t:
-        if self._shared is None:
-            self._shared = self.network(self.dtype)
-        return self._shared
+        return self.network(self.dtype)
 
     def policy(self, engine: Any, **options: Any) -> Gr00tPolicy:
         """engine: a name, or an object."""
@@ -409,8 +406,8 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.memory_allocated(device)
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * 4096 if status.exists() else peak_rss_bytes()
+    held = linux_says("self/status", "VmRSS")
+    return int(held.split()[0]) * 1024 if held else peak_rss_bytes()
 
 
 def word_of(dtype: torch.dtype) -> str:
@@ -569,14 +566,12 @@ def random_noise(policy: Gr00tPolicy, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((1, *policy.chunk_shape)).astype(np.float32)
 
 
-_EXITS = "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted"
-_INTERRUPTED = "interrupted: no result; exports that were finished are kept"
 main = Command(
     BenchConfig,
     run,
     "usage: gr00t-fast bench --model_path=DIR [--observations=DATASET] [--make] [--flag=value ...]",
-    _EXITS,
-    _INTERRUPTED,
+    "exit codes: 0 done, 1 no engine keeps its limit on the error, or an error; 2 bad flag, 130 interrupted",
+    "interrupted: no result; exports that were finished are kept",
     file_of=RunConfig,
     not_from_file=_NOT_OF_A_RUN,
 )

@@ -29,10 +29,9 @@ def opencv_cameras(robot: RobotConfig | None) -> dict[str, OpenCVCameraConfig]:
 
 def device_faults(robot: RobotConfig | None) -> dict[str, ConfigError]:
     """Camera -> what keeps it from being opened, as far as its device tells without being opened."""
-    faults, cameras = {}, opencv_cameras(robot)
-    for number, (name, camera) in enumerate(cameras.items()):
-        twin = next((other for other in list(cameras)[:number] if cameras[other].index_or_path == camera.index_or_path), None)
-        if twin is not None:
+    faults, first = {}, dict[int | str, str]()  # device -> the camera that has it
+    for name, camera in opencv_cameras(robot).items():
+        if (twin := first.setdefault(camera.index_or_path, name)) != name:
             faults[name] = ConfigError(f"cameras {twin} and {name} are the same device, {camera.index_or_path}. Give each its own index_or_path.")
         elif fault := _device_fault(name, camera):
             faults[name] = ConfigError(fault)

@@ -213,12 +213,7 @@ def _change(first: Any, second: Any) -> str:
     return f"{second - first:+g}" if not first else f"{100 * (second - first) / abs(first):+.0f} %"
 
 
-_compare = Command(
-    CompareConfig,
-    work,
-    "usage: gr00t-fast compare RUN RUN [--flag=value ...]",
-    "exit codes: 0 compared, 1 a directory that holds no run, 2 bad flag.",
-)
+_compare = Command(CompareConfig, work, "usage: gr00t-fast compare RUN RUN [--flag=value ...]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

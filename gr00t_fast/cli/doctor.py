@@ -34,6 +34,7 @@ from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
+from gr00t_fast.measurement import linux_says
 from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, SO100SimConfig
 
 # What a run needs besides its engine -> (module, extra that brings it, the arm that cannot do without).
@@ -349,11 +350,9 @@ def _memory(torch: Any, parameters: int | None, rows: Rows) -> None:
         rows.add("GPU", "Apple GPU (mps)")
         return
     rows.add("GPU", f"torch {torch.__version__} sees no GPU", "The network runs on the CPU; gr00t-fast bench says how fast.", "warn")
-    memory = Path("/proc/meminfo")  # Linux
-    free = next((int(line.split()[1]) * 1024 for line in memory.open() if line.startswith("MemAvailable")), None) if memory.exists() else None
-    if free is not None:
+    if free := linux_says("meminfo", "MemAvailable"):
         each_bytes = select_precision("auto", torch.device("cpu")).itemsize
-        room(free, each_bytes, "this machine's memory", "Close other programs, or use an 8-bit export (docs/engines.md).")
+        room(int(free.split()[0]) * 1024, each_bytes, "this machine's memory", "Close other programs, or use an 8-bit export (docs/engines.md).")
 
 
 def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows) -> None:

@@ -41,12 +41,10 @@ if TYPE_CHECKING:
 RADIANS, GRIPPER = "radians", SO100_JOINTS[-1]
 UNITS, CAMERAS, RATE, TIMING, MODEL, FINE = "units/calibration", "cameras", "rate", "timing", "model", "looks fine: suspect the loop"
 ADVICE = {
-    FINE: "The checkpoint predicts what was recorded. If the arm still misbehaves: its calibration and cameras now (--dry_run compares them), the "
-    "rate of the loop, the light, --action_horizon, the delay of inference.",
+    FINE: "If the arm still misbehaves: its calibration and cameras now (--dry_run compares them), the loop's rate, the light, --action_horizon.",
     UNITS: "Recording and checkpoint count joints differently. Compare the ranges; check use_degrees, the calibration and meta/modality.json.",
     CAMERAS: "Compare the pictures with those of the training data: which camera is which (--camera_map), its place, mirroring, colours.",
-    TIMING: "The recorded actions belong to other frames than their states and pictures. Each row must hold the state and the pictures from just "
-    "before its action was sent; look for dropped or queued frames, and for training data with actions ahead of the joints.",
+    TIMING: "Actions belong to other frames than their states and pictures: look for dropped or queued frames, in the training data too.",
     RATE: "Recording and training ran at different rates. Use a recording at the checkpoint's rate.",
     MODEL: "The recording fits the checkpoint and is predicted poorly: train longer or on more data, or check instruction and checkpoint.",
 }
@@ -178,23 +176,25 @@ class Chunk:
         return recorded[np.clip(frames + shift, 0, len(recorded) - 1)]
 
 
+@dataclass(frozen=True)
 class Asked:
     """The policy at recorded frames. The noise of a frame depends on the seed and its row alone."""
 
-    def __init__(self, policy: Any, frames: LeRobotFrames, recorded: Recorded, config: EvalConfig) -> None:
-        self.policy, self._order, self._frames, self._seed = policy, recorded.widths, frames, config.seed
-        language = policy.get_modality_config()["language"].modality_keys[0]
-        self._told = {} if config.lang_instruction is None else {language: [config.lang_instruction]}
+    policy: Any
+    frames: LeRobotFrames
+    order: Iterable[str]  # of the parts
+    config: EvalConfig
 
     def observation(self, episode: Episode, frame: int) -> dict[str, Any]:
         """Raises ConfigError when a picture cannot be decoded."""
-        return self._frames[episode.first_row + frame] | self._told
+        found, said = self.frames[episode.first_row + frame], self.config.lang_instruction
+        return found if said is None else found | {self.policy.get_modality_config()["language"].modality_keys[0]: [said]}
 
     def chunk(self, episode: Episode, frame: int, observation: dict[str, Any]) -> Chunk:
         """Raises CheckpointError when the answer is not finite."""
-        random = np.random.default_rng([self._seed, episode.first_row + frame])
+        random = np.random.default_rng([self.config.seed, episode.first_row + frame])
         actions = self.policy.get_action(observation, noise=random.standard_normal((1, *self.policy.chunk_shape), np.float32))
-        targets: np.ndarray = joined({part: actions[f"action.{part}"] for part in self._order}, self._order).astype(np.float64)
+        targets: np.ndarray = joined({part: actions[f"action.{part}"] for part in self.order}, self.order).astype(np.float64)
         if not np.isfinite(targets).all():
             raise CheckpointError(f"the policy answers NaN or infinity to frame {frame} of episode {episode.number}. Try --precision=fp32.")
         return Chunk(episode, frame, targets, self.policy.last_timing["total"])
@@ -203,14 +203,12 @@ class Asked:
 @dataclass(frozen=True)
 class Compared:
     """One row per predicted action that has a recorded one. (N, J): predicted, recorded, held (the state at the chunk's start), replayed (NaN with a
-    single episode). (N,): episode, frame, lead (rows into the chunk)."""
+    single episode). (N,): lead (rows into the chunk)."""
 
     predicted: np.ndarray
     recorded: np.ndarray
     held: np.ndarray
     replayed: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
     lead: np.ndarray
 
 
@@ -219,11 +217,10 @@ def compare(recorded: Recorded, chunks: Sequence[Chunk], rows: int) -> Compared:
     replays = {number: recorded.replay(number) for number in {chunk.episode.number for chunk in chunks}}
 
     def columns(chunk: Chunk) -> tuple[np.ndarray, ...]:
-        number, actions = chunk.episode.number, chunk.actions(rows)
+        actions = chunk.actions(rows)
         lead = np.arange(len(actions))
-        frames: np.ndarray = chunk.start + lead
         held = np.broadcast_to(chunk.episode.states[chunk.start], actions.shape)
-        return chunk.targets[: len(actions)], actions, held, replays[number][frames], np.full(len(actions), number), frames, lead
+        return chunk.targets[: len(actions)], actions, held, replays[chunk.episode.number][chunk.start + lead], lead
 
     return Compared(*map(np.concatenate, zip(*map(columns, chunks), strict=True)))
 
@@ -463,7 +460,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         findings += findings_of_pictures(asked, chunks, config.action_horizon, list(frames.cameras))
     kind, evidence = judge(found, shift, findings)
     few = len(episodes) < ENOUGH_EPISODES
-    basis = {"episodes": len(episodes), "chunks": len(chunks), "frames": len(compared.frame), "few": few}
+    basis = {"episodes": len(episodes), "chunks": len(chunks), "frames": len(compared.lead), "few": few}
     return {
         "program": "eval",
         "checkpoint": Path(config.model_path).name,
@@ -498,7 +495,7 @@ def _chunks(config: EvalConfig, frames: LeRobotFrames, recorded: Recorded, episo
     policy = load_policy(config.model_path, **config.policy_options())
     policy.action_horizon = None  # it was checked; every row is looked at
     policy.warm_up()
-    asked, chunks = Asked(policy, frames, recorded, config), []
+    asked, chunks = Asked(policy, frames, recorded.widths, config), list[Chunk]()
     places = [(episode, start) for episode in episodes for start in range(0, len(episode.actions), config.action_horizon)]
     with progress_bar("inferences", len(places)) as tick:
         for episode, start in places:
@@ -538,8 +535,6 @@ main = Command(
     EvalConfig,
     run,
     "usage: gr00t-fast eval --model_path=DIR --dataset=DIR [--episodes 0 3 | all] [--flag=value ...]",
-    "exit codes: 0 compared, 1 error, 2 bad flag, 130 interrupted",
-    "interrupted: no result",
     file_of=RunConfig,
     not_from_file=_NOT_OF_A_RUN,
 )

@@ -64,7 +64,7 @@ class Command(Generic[C]):
     flags: type[C]
     work: Callable[[C], int]
     usage: str  # first lines of --help
-    epilog: str = ""  # last lines of --help
+    epilog: str = "exit codes: 0 done, 1 error, 2 bad flag, 130 interrupted"  # last lines of --help
     interrupted: str = "interrupted"
     file_of: type | None = None  # whose --config_path files are read too, but for what that program leaves ...
     not_from_file: Sequence[str] = ()  # ... and these settings
@@ -89,7 +89,7 @@ class Command(Generic[C]):
         return config
 
 
-def guarded(program: Callable[[], int], interrupted: str = "interrupted", verbose: bool = False) -> int:
+def guarded(program: Callable[[], int], interrupted: str, verbose: bool = False) -> int:
     """What `program` returns, or the exit code of the error that it raises, which is printed. verbose: with its traceback, which bugs always have."""
     try:
         return program()
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: that of the subcommand; 0 for --help, 2 for a word that is no subcommand."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words:
-        return _refuse("which command?", "")
+        return _refuse("which command?")
     if words[0] in ("--help", "-h", "help"):
         return _ending(lambda: _print_help(overview()))
     if words[0] == "--version":
@@ -128,14 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for count in (1, 2):
         if (name := " ".join(words[:count])) in COMMANDS:
             return command(name)(words[count:])
-    of_a_group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if of_a_group and ("--help" in words[1:] or "-h" in words[1:]):
-        return _ending(lambda: _print_help(overview(of_a_group)))
-    if of_a_group and len(words) == 1:
-        print(f"error: {words[0]} what?\n{overview(of_a_group)}", file=sys.stderr)
-        return EXIT_USAGE
-    asked = " ".join(words[: 2 if of_a_group else 1])
-    return _refuse(f"unknown command '{asked}'.", closest(asked, COMMANDS))
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group and ("--help" in words[1:] or "-h" in words[1:]):
+        return _ending(lambda: _print_help(overview(group)))
+    asked = " ".join(words[: 2 if group else 1])
+    return _refuse(f"unknown command '{asked}'.{closest(asked, COMMANDS)}")
 
 
 def command(name: str) -> Callable[[Sequence[str]], int]:
@@ -151,8 +148,8 @@ def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     return "\n".join([f"usage: {NAME} COMMAND [--flag=value ...]", "", *rows, "", f"{NAME} COMMAND --help lists a command's flags."])
 
 
-def _refuse(what: str, meant: str) -> int:
-    print(f"error: {what}{meant} Known: {', '.join(COMMANDS)}. See {NAME} --help.", file=sys.stderr)
+def _refuse(what: str) -> int:
+    print(f"error: {what} Known: {', '.join(COMMANDS)}. See {NAME} --help.", file=sys.stderr)
     return EXIT_USAGE
 
 

@@ -281,19 +281,9 @@ def load(config: RunConfig) -> Any:
         return policy
     from gr00t_fast.serving.remote import RemotePolicy
 
-    return RemotePolicy(
-        config.server,
-        config.api_token,
-        config.server_timeout_s,
-        config.server_reconnect_s,
-        model_path=config.model_path,
-        revision=config.revision,
-        embodiment_tag=config.embodiment_tag,
-        data_config=config.data_config,
-        action_horizon=config.action_horizon,
-        prompt_style=config.prompt_style,
-        echo=voice(config),
-    )
+    names = ("model_path", "revision", "embodiment_tag", "data_config", "action_horizon", "prompt_style")
+    options = {name: getattr(config, name) for name in names}
+    return RemotePolicy(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=voice(config), **options)
 
 
 def views(config: RunConfig, robot: Robot, fps: float, on_quit: Callable[[], None]) -> list[View]:
