@@ -116,7 +116,7 @@ class LaboratoryBench(Bench):
         cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
         trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
         network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed)).scales
+        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed))[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

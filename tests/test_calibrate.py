@@ -185,10 +185,10 @@ def test_a_trained_networks_actions_move_by_little(tmp_path: Path) -> None:
     cases = cases_of(TRAINED, 100, str(held_out))
     model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
     network = TorchNetwork(model, 4, emulated=True)
-    scales, _ = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0))
+    scales = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0))
     rounded = rewritten(model, scales, emulated=True)
     for steps, some in ((4, cases), (2, cases[::4]), (1, cases[::4])):
-        error = Trials(TorchNetwork(model, steps, emulated=True), some, {}).error_of(rounded, PARTS)
+        error = Trials(TorchNetwork(model, steps, emulated=True), some).error(rounded, PARTS)
         assert error.p50 > 0.001
         assert error.p99 < ACTION_LIMITS["fp8"], steps
         assert error.displacement < 0.03, steps

@@ -89,7 +89,7 @@ def scales(plain: Gr00tPolicy) -> dict[str, InputScale]:
     target = target_of(open_checkpoint(TRAINED), TAG, "so100")
     cases, _ = collect_cases(target, "random:0", frames=64, seed=0, noise_seed=0, allow_few=True)
     network = TorchNetwork(plain.engine.model, 4, emulated=False)
-    return dict(calibrate(network, cases, CalibrationOptions(limit=1.0, trial_frames=8)).scales)
+    return dict(calibrate(network, cases, CalibrationOptions(limit=1.0, trial_frames=8))[0])
 
 
 def test_the_engine_stays_within_the_limit(scales: dict[str, InputScale], plain: Gr00tPolicy) -> None:

@@ -68,18 +68,19 @@ def test_weights_are_rounded_per_output_channel(scheme: str) -> None:
 
 
 def test_balancing_is_taken_where_it_helps_and_only_there() -> None:
-    def chosen(rows: Tensor) -> tuple[InputScale, dict]:
-        return choose_scale(InputStatistics(("a",), rows.abs().amax(dim=0), len(rows), [rows]), [seeded(K, N, seed=1)], "int8")
+    """A range a quarter as wide as needed would change even rows more than rounding does; a channel of outliers needs balancing."""
+    rows, weight = seeded(200, K), seeded(K, N, seed=1)
+    uneven = rows * torch.where(torch.arange(K) == 3, 100.0, 1.0)  # outliers, as trained transformers have
 
-    rows = seeded(200, K)
-    uneven = rows.clone()
-    uneven[:, 3] *= 100  # a channel of outliers, as trained transformers have
-    scale, report = chosen(uneven)
-    assert report["balance"] is not None
-    assert scale.smoothing is not None
-    assert report["relative_error"] < 0.25 * report["plain"]
-    _, unneeded = chosen(rows)
-    assert unneeded["relative_error"] <= unneeded["plain"] < 0.02
+    def error(values: Tensor, scale: InputScale) -> float:
+        got = RoundedMatMul(MatMulLinear(weight, None), scale, "int8")(values)
+        return float((got - values @ weight).norm() / (values @ weight).norm())
+
+    for values, least, most in ((uneven, 0.0, 0.25), (rows, 0.5, 1.0)):
+        plain = InputScale(float(values.abs().max()))
+        chosen = choose_scale(InputStatistics(("a",), values.abs().amax(dim=0), len(values), [values]), [weight], "int8")
+        assert least <= error(values, chosen) / error(values, plain) <= most
+        assert (chosen.smoothing is not None) == (values is uneven)
 
 
 # --- graphs
@@ -222,9 +223,11 @@ def test_a_16_bit_export_is_calibrated_in_fp32(tiny_export: Made, tiny_engines: 
     narrow = tiny_export._replace(onnx=tiny_engines.with_name("engines-onnx"))
     for name, source in (("narrow", narrow), ("wide", tiny_export)):
         assert run(source, tmp_path / name, "--target=tensorrt", *FEW, "--trial_frames=0") == 0
-    first, second = (json.loads((tmp_path / name / "quantisation.json").read_text())["layers"] for name in ("narrow", "wide"))
-    assert first.keys() == second.keys()
-    assert all(first[name] == second[name] for name in first if name.startswith("vision."))  # later parts read embeddings of the export's own type
+    first, second = (Graph(tmp_path / name / "vision.onnx") for name in ("narrow", "wide"))
+    scales = [name for name in second.initializers if name.endswith("_scale")]
+    assert scales
+    for name in scales:
+        np.testing.assert_allclose(first.array(name), second.array(name), rtol=2e-3)  # of 16 bits
 
 
 def test_onnx_runtime_needs_no_calibration(

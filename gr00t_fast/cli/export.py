@@ -35,7 +35,7 @@ from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.manifest import Target
-    from gr00t_fast.export.calibrate import CalibrationResult
+    from gr00t_fast.engine.quantized import InputScale
     from gr00t_fast.export.samples import Case
 
 C = TypeVar("C", bound="ExportFlags")
@@ -280,7 +280,7 @@ def _figures(error: Mapping[str, float]) -> list[str]:
 
 def _told(out: Path, what: str, report: Mapping[str, Any]) -> Made:
     """`report` also lies in the output."""
-    brief = {key: value for key, value in report.items() if key not in ("groups", "layers")}
+    brief = {key: value for key, value in report.items() if key != "groups"}
     return {"out": str(out), **brief}, _calibration_table(report), f"wrote {out}{what}"
 
 
@@ -327,19 +327,20 @@ def make_quantised(config: QuantiseConfig) -> Made:
     if config.target != "tensorrt" and manifest.precision != "fp32":
         raise ConfigError(f"--onnx={config.onnx} is {manifest.precision}; {config.target} takes fp32 (gr00t-fast export onnx --precision=fp32).")
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
-    result, data = (None, {}) if config.observations is None else _calibrated_graphs(config, target, steps, manifest.shapes, remedy)
+    scales, found, data = (None, {}, {}) if config.observations is None else _calibrated_graphs(config, target, steps, manifest.shapes, remedy)
     quantisation = {"format": config.format, "runtime": config.target, "calibration": data}
-    report = quantisation | (result.report if result else {})
+    report = quantisation | found
     with whole_directory(config.out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
         made_with = config.made_with("onnx", "format", "target")
-        write_quantised_export(config.onnx, manifest, directory, result and result.scales, quantisation, command_line(), made_with)
+        write_quantised_export(config.onnx, manifest, directory, scales, quantisation, command_line(), made_with)
     return _told(config.out, f" for {config.target}", report)
 
 
 def _calibrated_graphs(
     config: QuantiseConfig, target: Target, steps: int, shapes: Mapping[str, Any], remedy: str
-) -> tuple[CalibrationResult, dict[str, Any]]:
+) -> tuple[dict[str, InputScale], dict[str, Any], dict[str, Any]]:
+    """Scales, how they were found, and what of."""
     from gr00t_fast.engine.exported import ExportTables
     from gr00t_fast.engine.manifest import check_picture
     from gr00t_fast.export.calibrate import GraphNetwork, calibrate
@@ -349,8 +350,7 @@ def _calibrated_graphs(
     cases, data = config.cases(target, noise_seed=config.seed, camera_size=shapes.get("camera_size"))
     for case in cases:
         check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
-    network = GraphNetwork(target, shapes, tables, steps, config.format)
-    return calibrate(network, cases, config), data
+    return *calibrate(GraphNetwork(target, shapes, tables, steps, config.format), cases, config), data
 
 
 _OF_QUANTISE = "quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET"
@@ -396,12 +396,12 @@ def make_calibration(config: CalibrateConfig) -> Made:
     cases, data = config.cases(target, noise_seed=config.seed)
     model = load_model(checkpoint, config.embodiment_tag, device, dtype)
     steps = config.denoising_steps or checkpoint.config.head.denoising_steps
-    result = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config)
-    report = {"format": FP8, "runtime": "torch", "calibration": data, **result.report}
+    scales, found = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config)
+    report = {"format": FP8, "runtime": "torch", "calibration": data, **found}
     with whole_directory(out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
         identity, made_with = target.identity(Digests(directory)), config.made_with("precision")
-        write_calibration(directory, result.scales, identity, data, versions(), command_line(), made_with)
+        write_calibration(directory, scales, identity, data, versions(), command_line(), made_with)
     return _told(out, ": run it with --engine=fp8", report)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,23 +49,22 @@ _SMALLEST = 1e-5
 
 
 class Network(ABC):
-    """A network in parts that run one after the other: the plain model, or the graphs that are exported.
+    """A network in parts that run one after the other: the plain model, or the graphs that are exported."""
 
-    layers: name within `module` -> linear layer, of all that can be rounded. parts: in the order of execution; weights_only: those whose inputs are
-    not rounded. scheme: "int8" or "fp8". steps: denoising steps of a run.
-    """
-
-    weights_only: Collection[str] = ()
+    weights_only: Collection[str] = ()  # parts whose inputs are not rounded
 
     def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], prefixes: Mapping[str, str], scheme: str, steps: int) -> None:
-        """prefixes: part -> how the names of its layers begin."""
+        """layers: name within `module` -> linear layer, of all that can be rounded; prefixes: part, in the order of execution -> how the names of its
+        layers begin; scheme: "int8" or "fp8"; steps: denoising steps of a run."""
         self.module, self.layers, self._prefixes, self.scheme, self.steps = module, layers, prefixes, scheme, steps
         self.parts = tuple(prefixes)
 
     def place(self, name: str) -> tuple[str, str]:
-        """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks: `blocks.*.mlp.up`."""
+        """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks: `blocks.*.mlp.down`. Gate and up of
+        the language model read one tensor: both or neither are rounded."""
         part, begin = next((part, begin) for part, begin in self._prefixes.items() if name.startswith(begin))
-        return part, re.sub(r"\b\d+\b", "*", name.removeprefix(begin))
+        kind = re.sub(r"\b\d+\b", "*", name.removeprefix(begin))
+        return part, re.sub(r"mlp\.(gate|up)$", "mlp.gate_up", kind) if part == "language" else kind
 
     def weight(self, name: str) -> Tensor:
         """fp32 (K, N) on the CPU."""
@@ -92,11 +91,6 @@ class TorchNetwork(Network):
         """emulated: 8-bit products are written out, for devices that lack them."""
         super().__init__(model, linear_layers(model), PARTS, "fp8", denoising_steps)
         self._emulated, self._tables = emulated, model.head.step_tables(denoising_steps)
-
-    def place(self, name: str) -> tuple[str, str]:
-        """Gate and up of the decoder are one product in the fused model: both or neither are rounded."""
-        part, kind = super().place(name)
-        return part, kind.replace("mlp.gate", "mlp.gate_up").replace("mlp.up", "mlp.gate_up") if part == "language" else kind
 
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
         return dict(rounded_layers(self.module, scales, self._emulated))
@@ -158,7 +152,7 @@ class RoundedMatMul(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
-# --- what goes into every layer -----------------------------------------------------------------------------------------------------------
+# --- how each layer is rounded ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -189,8 +183,11 @@ class InputStatistics:
 def record(network: Network, cases: Sequence[Case], seed: int) -> list[InputStatistics]:
     """Statistics of every tensor that linear layers read, over all observations and denoising steps, in the order of execution."""
     found: dict[tuple[str, ...], InputStatistics] = {}
+    calls: list[tuple[str, Tensor]] = []  # of one part: a layer, and its input
     generator = torch.Generator().manual_seed(seed)
-    with _watched(network.layers) as calls, progress_bar("calibrating", len(cases)) as tick:
+    with contextlib.ExitStack() as hooks, progress_bar("calibrating", len(cases)) as tick:
+        for name, layer in network.layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0]))))
         for number, case in enumerate(cases):
             outputs: dict[str, Tensor] = {}
             for part in network.parts:
@@ -201,18 +198,6 @@ def record(network: Network, cases: Sequence[Case], seed: int) -> list[InputStat
                 calls.clear()
             tick()
     return list(found.values())
-
-
-@contextlib.contextmanager
-def _watched(layers: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Inside, the list grows by (layer, its input) with every call."""
-    calls: list[tuple[str, Tensor]] = []
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, inputs[0]))) for name, layer in layers.items()]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], list[Tensor]]:
@@ -227,18 +212,25 @@ def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], lis
     return together
 
 
-# --- how a layer is rounded ---------------------------------------------------------------------------------------------------------------
+def scales_of(network: Network, statistics: Sequence[InputStatistics]) -> dict[str, InputScale]:
+    """Of each layer, by name; layers that read one tensor share one."""
+    scales: dict[str, InputScale] = {}
+    with progress_bar("scales", len(statistics)) as tick:
+        for entry in statistics:
+            bare = network.place(entry.readers[0])[0] in network.weights_only
+            scale = InputScale(0.0) if bare else choose_scale(entry, [network.weight(name) for name in entry.readers], network.scheme)
+            scales |= dict.fromkeys(entry.readers, scale)
+            tick()
+    return scales
 
 
-def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str) -> tuple[InputScale, dict[str, Any]]:
-    """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error. Beside it, for the report, the
-    exponent and clip of the choice, what it does to the layers' outputs (relative L2, kept rows), and what neither would do (`plain`)."""
+def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme: str) -> InputScale:
+    """For layers with `weights` (each (K, N)) that read one tensor: of all choices the one with the least error of their outputs on the kept rows."""
     rows, joined = torch.cat(statistics.rows), torch.cat(list(weights), dim=1).float()  # (R, K), (K, N)
     spread = joined.abs().amax(dim=1)  # (K,), of all columns
     joined = joined[:, :: max(1, joined.shape[1] // _COLUMNS)].contiguous()
     truth = rows @ joined  # (R, N)
-    size = max(float(truth.norm()), _SMALLEST)
-    scale, choice, plain = InputScale(0.0), {}, 0.0
+    chosen, least = InputScale(0.0), np.inf
     for exponent in _BALANCES:
         smoothing = None if exponent is None else _smoothing(statistics.largest, spread, exponent)
         divisor = torch.ones_like(spread) if smoothing is None else smoothing
@@ -247,11 +239,10 @@ def choose_scale(statistics: InputStatistics, weights: Sequence[Tensor], scheme:
         for clip in _CLIPS[scheme]:
             limit = max(largest * clip, _SMALLEST)
             step = limit / LARGEST[scheme]
-            error = float((rounded(inputs / step, scheme) * step @ (values * scales) - truth).norm()) / size
-            plain = plain or error
-            if not choice or error < choice["relative_error"] * _WORTH:
-                scale, choice = InputScale(limit, smoothing), {"balance": exponent, "clip": clip, "relative_error": error}
-    return scale, {**choice, "relative_error": round(choice["relative_error"], 5), "plain": round(plain, 5)}
+            error = float((rounded(inputs / step, scheme) * step @ (values * scales) - truth).norm())
+            if chosen.largest == 0 or error < least * _WORTH:
+                chosen, least = InputScale(limit, smoothing), error
+    return chosen
 
 
 def _smoothing(inputs: Tensor, weights: Tensor, exponent: float) -> Tensor:
@@ -304,22 +295,15 @@ def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[G
 class Trials:
     """Runs the network with some layers rounded. It runs once as it is; a trial begins at the first part that differs, with the outputs before it."""
 
-    def __init__(self, network: Network, cases: Sequence[Case], layers: Mapping[str, nn.Module]) -> None:
-        """layers: name -> its 8-bit form."""
-        self._network, self._cases, self._layers = network, cases, layers
+    def __init__(self, network: Network, cases: Sequence[Case]) -> None:
+        self._network, self._cases = network, cases
         self._known: list[dict[str, Tensor]] = [{} for _ in cases]
         self._truth = self._actions(network.module, network.parts, self._known)
 
-    def error(self, groups: Sequence[Group]) -> ActionError:
-        """Of the actions with the layers of `groups` in 8 bits, in joint units."""
-        layers = {name: self._layers[name] for group in groups for name in group.layers}
-        return self.error_of(with_layers(self._network.module, layers), {group.part for group in groups})
-
-    def error_of(self, module: nn.Module, parts: Collection[str]) -> ActionError:
-        """Of the actions of `module`, which differs from the network's own in `parts` only."""
+    def error(self, module: nn.Module, parts: Collection[str]) -> ActionError:
+        """Of the actions of `module`, which differs from the network's own in `parts` only, in joint units."""
         order = self._network.parts
-        begin = min((order.index(part) for part in parts), default=len(order) - 1)
-        actions = self._actions(module, order[begin:], [dict(known) for known in self._known])
+        actions = self._actions(module, order[min(map(order.index, parts)) :], [dict(known) for known in self._known])
         return action_error(actions, self._truth, self._cases)
 
     @torch.inference_mode()
@@ -339,59 +323,40 @@ def keep_sensitive(groups: Sequence[Group], error_of: Callable[[Sequence[Group]]
         for group in left:
             group.alone = error_of([group])
             tick()
-    total = error_of(left) if left else None
-    while left and not total.p99 <= limit:  # not: NaN is above every limit, and compares with none
+    while left:
+        total = error_of(left)
+        if total.p99 <= limit:  # NaN is above every limit
+            return total
         worst = max(left, key=lambda group: np.nan_to_num(group.alone.rms**2 / group.work, nan=np.inf, posinf=np.inf))
         left.remove(worst)
         worst.kept = f"p99 was {total.p99:.3g} with it, limit {limit:g}"
-        total = error_of(left) if left else None
-    return total
+    return None
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class CalibrationResult:
-    """scales: layer -> how it is rounded, without those that stay in 16 bits; layers that read one tensor share one. report: how that was
-    decided, for quantisation.json."""
-
-    scales: dict[str, InputScale]
-    report: dict[str, Any]
-
-
-def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions) -> CalibrationResult:
-    """Decide how to round each linear layer, and which stay in 16 bits. The network in fp32 makes sound trials."""
+def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions) -> tuple[dict[str, InputScale], dict[str, Any]]:
+    """Decide how to round each linear layer, and which stay in 16 bits. The network in fp32 makes sound trials. Returns layer -> how it is rounded,
+    without those that stay; and how that was decided, for quantisation.json."""
     statistics = record(network, cases, options.seed)
-    groups = groups_of(network, statistics)
-    scales, choices = scales_of(network, statistics)
+    groups, scales = groups_of(network, statistics), scales_of(network, statistics)
     picked = np.linspace(0, len(cases) - 1, min(options.trial_frames, len(cases))).round()  # evenly from first to last
     few = [cases[index] for index in np.unique(picked.astype(int))]
-    error = keep_sensitive(groups, Trials(network, few, network.rounded(scales)).error, options.limit) if few else None
-    chosen = {name for group in groups if not group.kept for name in group.layers}
+    error = None
+    if few:
+        trials, layers = Trials(network, few), network.rounded(scales)
+
+        def error_of(some: Sequence[Group]) -> ActionError:
+            replaced = {name: layers[name] for group in some for name in group.layers}
+            return trials.error(with_layers(network.module, replaced), {group.part for group in some})
+
+        error = keep_sensitive(groups, error_of, options.limit)
+    kept = [group for group in groups if group.kept]
     report = {
         "denoising_steps": network.steps,
         "limit_p99": options.limit,
         "trial_samples": len(few),
         "action_error_on_trial_samples": error and error.describe(),
-        "work_in_8_bits": round(1.0 - sum(group.work for group in groups if group.kept), 4),
+        "work_in_8_bits": round(1.0 - sum(group.work for group in kept), 4),
         "groups": [group.describe() for group in groups],
-        "layers": choices,
     }
-    return CalibrationResult({name: scale for name, scale in scales.items() if name in chosen}, report)
-
-
-def scales_of(network: Network, statistics: Sequence[InputStatistics]) -> tuple[dict[str, InputScale], dict[str, dict[str, Any]]]:
-    """Of each layer, by name: the scale, and how it was chosen."""
-    scales: dict[str, InputScale] = {}
-    choices: dict[str, dict[str, Any]] = {}
-    with progress_bar("scales", len(statistics)) as tick:
-        for entry in statistics:
-            if network.place(entry.readers[0])[0] in network.weights_only:
-                scales |= dict.fromkeys(entry.readers, InputScale(0.0))
-            else:
-                scale, choice = choose_scale(entry, [network.weight(name) for name in entry.readers], network.scheme)
-                scales |= dict.fromkeys(entry.readers, scale)
-                choices |= dict.fromkeys(entry.readers, choice)
-            tick()
-    return scales, choices
+    in_16_bits = {name for group in kept for name in group.layers}
+    return {name: scale for name, scale in scales.items() if name not in in_16_bits}, report
