@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(virtual_camera.compiler() is None, reason="needs
 
 ROOT = Path(__file__).resolve().parent.parent
 CAMERA = (640, 480)
-SOAK_S = float(os.environ.get("GR00T_FAST_SOAK_S", "4"))
+SOAK_S = float(os.environ.get("GR00T_FAST_SOAK_S", "3"))
 
 
 @dataclass

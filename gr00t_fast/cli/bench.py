@@ -77,13 +77,11 @@ class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
 
         gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset --make
 
-    First eager in fp32 answers all observations: the truth. Then the engines answer the same ones with the same noise; last they take turns at whole
-    calls, camera frame to joint targets, in random order: ratios are paired by round. An engine that cannot be used here gets a line that says why;
-    one that was named ends the program. Errors are in joint units: degrees, and per cent for the gripper, in most. At the end stand the settings
-    that a run with the fastest engine within its limit takes, to be pasted into its file; --config_path may be that file.
+    Engines answer the same observations with the same noise, then take turns at whole calls, camera frame to joint targets; errors are in joint
+    units: degrees, and per cent for the gripper, in most. One that cannot be used here gets a line that says why; one that was named ends the
+    program. Last come the settings of the fastest within its limit, for the file of your runs, which --config_path reads here too.
 
-    --make (or `gr00t-fast tune`) first makes the exports and calibrations that engines of this machine need, from your observations, in --exports;
-    those that are there and fit are kept. It takes minutes per engine: --engines says which.
+    --make (or `gr00t-fast tune`) first makes, from your observations, what engines of this machine need and --exports lacks: minutes per engine.
     """
 
     make: bool = False  # make the files that engines need and that are not there

@@ -29,7 +29,7 @@ def opencv_cameras(robot: RobotConfig | None) -> dict[str, OpenCVCameraConfig]:
 
 def device_faults(robot: RobotConfig | None) -> dict[str, ConfigError]:
     """Camera -> what keeps it from being opened, as far as its device tells without being opened."""
-    faults, first = {}, dict[int | str, str]()  # device -> the camera that has it
+    faults, first = {}, dict[int | Path, str]()  # device -> the camera that has it
     for name, camera in opencv_cameras(robot).items():
         if (twin := first.setdefault(camera.index_or_path, name)) != name:
             faults[name] = ConfigError(f"cameras {twin} and {name} are the same device, {camera.index_or_path}. Give each its own index_or_path.")

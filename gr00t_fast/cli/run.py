@@ -162,11 +162,11 @@ class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, S
         check_ranges(self, server_timeout_s=(0.05, 600.0), server_reconnect_s=(0.05, 3600.0))
         if self.given("max_hold_s"):
             raise ConfigError("--max_hold_s is for a network in this process; for a policy server it is --server_reconnect_s.")
-        telling = ("embodiment_tag",) if self.data_config == DEFAULT_DATA_CONFIG else ("embodiment_tag", "data_config")
-        of_the_server = ("denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox")
-        if given := self.given(*of_the_server, *(() if self.model_path.strip() else telling)):
-            only = " Here it only says how to read the metadata of --model_path, for a server that does not tell it." if given[0] in telling else ""
-            raise ConfigError(f"--{given[0]} belongs on the command line of the policy server.{only}")
+        of_the_server = ["denoising_steps", "device", "precision", "engine", "engine_path", "processor_path", "letterbox"]
+        if not self.model_path.strip():  # of one they say how its metadata are read, for a server that does not tell them
+            of_the_server += ["embodiment_tag"] if self.data_config == DEFAULT_DATA_CONFIG else ["embodiment_tag", "data_config"]
+        if given := self.given(*of_the_server):
+            raise ConfigError(f"--{given[0]} belongs on the command line of the policy server.")
 
     def _check_motion(self) -> None:
         controller_options(self)
