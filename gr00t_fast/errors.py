@@ -133,14 +133,14 @@ def closest(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean '{prefix}{match[0]}'?" if match else ""
 
 
-def check_ranges(options: object, **ranges: tuple[float, float]) -> None:
-    """Raises ConfigError for a field outside its range, or a list with such a number; fields are called as the flags that set them. None and "auto"
-    are no numbers and pass."""
+def check_ranges(options: object, prefix: str = "", /, **ranges: tuple[float, float]) -> None:
+    """Raises ConfigError for a field outside its range, or a list with such a number; fields are called as the flags that set them, without `prefix`.
+    None and "auto" are no numbers and pass."""
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         for each in value if isinstance(value, list) else [value]:
             if each not in (None, "auto") and not low <= each <= high:
-                raise ConfigError(f"--{name}={each:g} must be {f'at least {low:g}' if math.isinf(high) else f'from {low:g} to {high:g}'}.")
+                raise ConfigError(f"--{prefix}{name}={each:g} must be {f'at least {low:g}' if math.isinf(high) else f'from {low:g} to {high:g}'}.")
 
 
 def one_line(error: object) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError, require
+from gr00t_fast.errors import ConfigError, RobotError, check_ranges, require
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
 
 GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
@@ -30,7 +30,7 @@ OUTSIDE_DEG = 4.0
 GRIPPER = SO100_JOINTS.index("gripper")
 RANGES = {  # by field, the least and the most that makes sense
     "connect_attempts": (1, math.inf),
-    "reconnect_s": (0.0, math.inf),
+    "reconnect_s": (0.0, 3600.0),
     "watchdog_s": (0.5, 60.0),  # a busy machine holds up a sound program for some tenths of a second
     "num_read_retries": (0, 10),  # a silent servo costs 0.15 s each time
     **dict.fromkeys(GAINS, (0, 254)),  # what the servo's register holds
@@ -39,13 +39,7 @@ RANGES = {  # by field, the least and the most that makes sense
 
 def check_numbers(config: SO100FollowerConfig) -> None:
     """Raise ConfigError for a flag of the arm whose number makes no sense. Imports and touches nothing."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is None and name == "watchdog_s":
-            continue
-        if not (math.isfinite(value) and low <= value <= high):
-            upper = f" to {high:g}" if high < math.inf else " or more"
-            raise ConfigError(f"--robot.{name} must be {low:g}{upper}{', or null for none' if name == 'watchdog_s' else ''}; got {value}.")
+    check_ranges(config, "robot.", **RANGES)
     max_step(config)
 
 
