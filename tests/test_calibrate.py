@@ -76,10 +76,6 @@ def test_statistics_cover_every_layer_and_frame(checkpoint: Path) -> None:
         assert len(rows) == entry.rows_per_case * len(cases), name
 
 
-def test_a_digest_tells_other_observations_from_the_same(checkpoint: Path) -> None:
-    assert digest_of(cases_of(checkpoint)) == digest_of(cases_of(checkpoint)) != digest_of(cases_of(checkpoint, source="random:1"))
-
-
 # --- the store
 
 
@@ -88,7 +84,8 @@ def test_what_was_written_is_what_is_read(checkpoint: Path, calibrated: Path) ->
     found = read_calibration(calibrated, target)
     assert set(found) == set(linear_layers(load_network(checkpoint)))
     assert found["language.blocks.0.mlp.gate"] is found["language.blocks.0.mlp.up"]
-    assert len(manifest.quantisation["calibration"]["digest"]) == 64
+    same, other = cases_of(checkpoint, 4), cases_of(checkpoint, 4, "random:1")
+    assert manifest.quantisation["calibration"]["digest"] == digest_of(same) != digest_of(other)
     again = export.calibrate.parse(["--model_path=x", *manifest.flags])  # the message that names the command can be typed
     assert (again.frames, again.trial_frames, again.observations) == (4, 0, "random:0")
 
@@ -179,13 +176,13 @@ def _recorded(directory: Path, seeds: range) -> Path:
 
 
 def test_a_trained_networks_actions_move_by_little(tmp_path: Path) -> None:
-    """Every layer of the demo's network rounded, on 100 observations of episodes that calibration did not see; and it still reaches the block."""
+    """Every layer of the demo's network rounded, on 50 observations of episodes that calibration did not see; and it still reaches the block."""
     pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
-    seen, held_out = (_recorded(tmp_path / name, seeds) for name, seeds in (("calibration", range(500, 508)), ("held_out", range(600, 612))))
-    cases = cases_of(TRAINED, 100, str(held_out))
+    seen, held_out = (_recorded(tmp_path / name, seeds) for name, seeds in (("calibration", range(500, 504)), ("held_out", range(600, 604))))
+    cases = cases_of(TRAINED, 50, str(held_out))
     model = load_model(open_checkpoint(TRAINED), "new_embodiment", torch.device("cpu"), torch.float32)
     network = TorchNetwork(model, 4, emulated=True)
-    scales = scales_of(network, record(network, cases_of(TRAINED, 128, str(seen)), 0))
+    scales = scales_of(network, record(network, cases_of(TRAINED, 64, str(seen)), 0))
     rounded = rewritten(model, scales, emulated=True)
     for steps, some in ((4, cases), (2, cases[::4]), (1, cases[::4])):
         error = Trials(TorchNetwork(model, steps, emulated=True), some).error(rounded, PARTS)

@@ -146,7 +146,7 @@ def test_an_export_is_for_one_shape_of_camera(made: Made, eager: Gr00tPolicy, tm
 
 def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path: Path) -> None:
     out = tmp_path / "int8"
-    flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={out}", "--target=openvino", "--trial_frames=2"]
+    flags = [f"--model_path={made.checkpoint}", f"--onnx={made.onnx}", f"--out={out}", "--target=openvino", "--trial_frames=1"]
     assert export.quantise([*flags, *FEW]) == 0
     report = json.loads((out / "quantisation.json").read_text())
     assert "synthetic observations" in str(report["calibration"]["warnings"])
@@ -198,7 +198,7 @@ def test_doctor_and_tune_know_its_exports(made: Made, eager: Gr00tPolicy, tmp_pa
     exports = tmp_path / "exports"
     exports.mkdir()
     (exports / "onnx-fp32").symlink_to(made.onnx)
-    few = ["--frames=4", "--rounds=5", f"--out={tmp_path / 'out'}"]
+    few = ["--frames=4", "--rounds=1", f"--out={tmp_path / 'out'}"]
     words = ["tune", f"--model_path={made.checkpoint}", f"--observations={recorded(eager, tmp_path / 'seen', (640, 360))}"]
     words += ["--engines=eager,onnxruntime", "--device=cpu"]
     assert main([*words, f"--exports={exports}", *few, "--json"]) == 0

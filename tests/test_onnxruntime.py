@@ -36,13 +36,13 @@ TWO = "so100_dualcam"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dualcam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_network(tmp_path_factory.mktemp("two_cameras"), NETWORK, data_config=TWO)
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_export(checkpoint, tmp_path_factory.mktemp("exports") / "onnx", TWO)
+def exported(dualcam: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(dualcam, tmp_path_factory.mktemp("exports") / "onnx", TWO)
 
 
 @pytest.fixture
@@ -56,13 +56,13 @@ def _load(checkpoint: Path, export: Path, **options) -> Gr00tPolicy:
 
 
 @pytest.fixture(scope="module")
-def policy(checkpoint: Path, exported: Path) -> Gr00tPolicy:
-    return _load(checkpoint, exported)
+def policy(dualcam: Path, exported: Path) -> Gr00tPolicy:
+    return _load(dualcam, exported)
 
 
 @pytest.fixture(scope="module")
-def eager(checkpoint: Path) -> Gr00tPolicy:
-    return load_policy(checkpoint, data_config=TWO, device="cpu", precision="fp32", seed=0)
+def eager(dualcam: Path) -> Gr00tPolicy:
+    return load_policy(dualcam, data_config=TWO, device="cpu", precision="fp32", seed=0)
 
 
 def _noise(batch: int = 1) -> np.ndarray:
@@ -87,9 +87,9 @@ def _assert_stages_agree(export: Path, checkpoint: Path, inputs, noise: torch.Te
 
 
 @pytest.mark.parametrize("text_tokens", [20, 1, 70])
-def test_each_stage_for_any_length_of_prompt(exported: Path, checkpoint: Path, text_tokens: int) -> None:
-    config = target_for(checkpoint, TWO).checkpoint.config
-    _assert_stages_agree(exported, checkpoint, *random_inputs(config, cameras=2, text_tokens=text_tokens, seed=text_tokens))
+def test_each_stage_for_any_length_of_prompt(exported: Path, dualcam: Path, text_tokens: int) -> None:
+    config = target_for(dualcam, TWO).checkpoint.config
+    _assert_stages_agree(exported, dualcam, *random_inputs(config, cameras=2, text_tokens=text_tokens, seed=text_tokens))
 
 
 def test_each_stage_of_the_golden_network(tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_an_export_of_another_checkpoint(export: Path, tmp_path: Path) -> None:
     _refused(StaleEngineError, lambda: _load(other, export), "other weights", command, "--precision=fp32", "--overwrite")
 
 
-def test_what_is_not_there(checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _refused(EngineError, lambda: _load(checkpoint, tmp_path / "none"), "holds no exported engine", f"--out={tmp_path / 'none'}")
-    usual = checkpoint / "exports" / "onnxruntime"
-    _refused(EngineError, lambda: _load(checkpoint, None), f"{usual} holds no exported engine", f"--out={usual}")
+def test_what_is_not_there(dualcam: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refused(EngineError, lambda: _load(dualcam, tmp_path / "none"), "holds no exported engine", f"--out={tmp_path / 'none'}")
+    usual = dualcam / "exports" / "onnxruntime"
+    _refused(EngineError, lambda: _load(dualcam, None), f"{usual} holds no exported engine", f"--out={usual}")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    _refused(MissingExtraError, lambda: _load(checkpoint, exported), "pip install ", "[export]'")
+    _refused(MissingExtraError, lambda: _load(dualcam, exported), "pip install ", "[export]'")
 
 
 @pytest.mark.parametrize(
@@ -183,26 +183,26 @@ def test_what_is_not_there(checkpoint: Path, exported: Path, tmp_path: Path, mon
         ("precision", "bf16", ("bf16 export", "--engine=eager", "--precision=fp32 --overwrite")),
     ],
 )
-def test_files_of_another_runtime_or_number_format(checkpoint: Path, export: Path, key: str, value: object, told: tuple[str, ...]) -> None:
+def test_files_of_another_runtime_or_number_format(dualcam: Path, export: Path, key: str, value: object, told: tuple[str, ...]) -> None:
     edit_json(export / "manifest.json", key, value)
-    _refused(EngineError, lambda: _load(checkpoint, export), *told)
+    _refused(EngineError, lambda: _load(dualcam, export), *told)
 
 
-def test_the_usual_place_is_in_the_checkpoint(checkpoint: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usual_place_is_in_the_checkpoint(dualcam: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch weights are not read."""
-    copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    copy = Path(shutil.copytree(dualcam, tmp_path / "checkpoint"))
     shutil.copytree(exported, copy / "exports" / "onnxruntime")
     monkeypatch.setattr("gr00t_fast.policy.load_model", lambda *_: pytest.fail("read the weights"))
     assert _load(copy, None).engine.name == "onnxruntime"
 
 
-def test_words_that_do_not_fit(checkpoint: Path, exported: Path) -> None:
-    _refused(ConfigError, lambda: _load(checkpoint, exported, precision="bf16"), "computes in fp32", "--precision=bf16 --overwrite")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, engine="eager"), "engine_path", "onnxruntime")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, engine="onxruntime"), "Did you mean 'onnxruntime'?")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, engine_path=""), "engine_path")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, device="cuda"), "device 'cuda'", "runs on CPUs", "--engine=cuda_graph")
-    _refused(ConfigError, lambda: _load(checkpoint, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
+def test_words_that_do_not_fit(dualcam: Path, exported: Path) -> None:
+    _refused(ConfigError, lambda: _load(dualcam, exported, precision="bf16"), "computes in fp32", "--precision=bf16 --overwrite")
+    _refused(ConfigError, lambda: _load(dualcam, exported, engine="eager"), "engine_path", "onnxruntime")
+    _refused(ConfigError, lambda: _load(dualcam, exported, engine="onxruntime"), "Did you mean 'onnxruntime'?")
+    _refused(ConfigError, lambda: _load(dualcam, exported, engine_path=""), "engine_path")
+    _refused(ConfigError, lambda: _load(dualcam, exported, device="cuda"), "device 'cuda'", "runs on CPUs", "--engine=cuda_graph")
+    _refused(ConfigError, lambda: _load(dualcam, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
 
 
 def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:
@@ -210,19 +210,14 @@ def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_network(tmp_path_factory.mktemp("fp16") / "checkpoint")
+def low(checkpoint: Path, tiny_engines: Path) -> Gr00tPolicy:
+    """In fp16: graphs that TensorRT's engines were made from."""
+    graphs = tiny_engines.with_name("engines-onnx")
+    return load_policy(checkpoint, engine="onnxruntime", engine_path=graphs, device="cpu", precision="fp16")
 
 
-@pytest.fixture(scope="module")
-def low(small: Path) -> Gr00tPolicy:
-    """In fp16."""
-    export = make_export(small, small.with_name("onnx"), precision="fp16")
-    return load_policy(small, engine="onnxruntime", engine_path=export, device="cpu", precision="fp16")
-
-
-def test_fp16_is_computed_through_casts(small: Path, low: Gr00tPolicy) -> None:
-    full = load_policy(small, device="cpu", precision="fp32")
+def test_fp16_is_computed_through_casts(checkpoint: Path, low: Gr00tPolicy) -> None:
+    full = load_policy(checkpoint, device="cpu", precision="fp32")
     seen, noise = observation(), _noise()
     error = low.get_action(seen, noise=noise)["action.single_arm"] - full.get_action(seen, noise=noise)["action.single_arm"]
     assert 0 < np.abs(error).max() < 1.0  # degrees; fp16 keeps three digits of some hundred
@@ -244,9 +239,9 @@ def test_a_continued_chunk_carries_no_rounding_of_its_own(low: Gr00tPolicy, monk
 # --- the program ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_leaves_no_half_export(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_program_leaves_no_half_export(dualcam: Path, tmp_path: Path) -> None:
     """By its older name."""
-    words = [str(ROOT / "export" / "to_onnx.py"), f"--model_path={checkpoint}", f"--out={tmp_path / 'killed'}", f"--data_config={TWO}"]
+    words = [str(ROOT / "export" / "to_onnx.py"), f"--model_path={dualcam}", f"--out={tmp_path / 'killed'}", f"--data_config={TWO}"]
     process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
     until(lambda: any(tmp_path.glob(".killed.partial-*/tables.safetensors")))
     process.send_signal(signal.SIGTERM)
@@ -267,9 +262,9 @@ def test_the_program_leaves_no_half_export(checkpoint: Path, tmp_path: Path) -> 
     ],
 )
 def test_the_program_refuses(
-    checkpoint: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str
+    dualcam: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: str
 ) -> None:
     given = (flag.replace("EXPORTED", str(exported)) for flag in flags)
-    assert main([f"--model_path={checkpoint}", f"--out={tmp_path / 'out'}", f"--data_config={TWO}", *given]) != 0
+    assert main([f"--model_path={dualcam}", f"--out={tmp_path / 'out'}", f"--data_config={TWO}", *given]) != 0
     assert told in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -134,17 +134,15 @@ def test_smoothing_goes_into_the_norm_unless_others_read_it(tmp_path: Path) -> N
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
 def test_scales_have_the_graphs_own_type(tmp_path: Path, kind: int) -> None:
     _graph(tmp_path / "plain.onnx", kind)
-    write_quantised(tmp_path / "plain.onnx", tmp_path / "q.onnx", {"a": InputScale(3.0), "b": InputScale(3.0)}, "int8")
+    write_quantised(tmp_path / "plain.onnx", tmp_path / "q.onnx", dict.fromkeys("ab", InputScale(3.0)), "int8")
     onnx.checker.check_model(str(tmp_path / "q.onnx"), full_check=True)  # infers types: a scale of another type is refused
-    constants = Graph(tmp_path / "q.onnx").initializers
-    assert [tensor.data_type for name, tensor in constants.items() if name.endswith("_scale")] == [kind] * 3
-    assert constants["a.weight"].data_type == TensorProto.INT8
+    assert Graph(tmp_path / "q.onnx").initializers["a.weight"].data_type == TensorProto.INT8
 
 
 def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_they_do(tiny_export: Made) -> None:
     target = target_for(tiny_export.checkpoint)
     cases = cases_of(tiny_export.checkpoint)
-    network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), 2, "int8")
+    network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), "int8")
     labels = [f"{stage}.{layer.label}" for stage in network.parts for layer in Graph(tiny_export.onnx / f"{stage}.onnx").linear_layers()]
     assert len(labels) == 2 + 4 * TINY.vision[2] + 5 * TINY.language[2] + 4 * TINY.vl[0] + 1 + 6 + 4 * TINY.dit[0]
     readers = [entry.readers for entry in record(network, cases, 0)]
@@ -246,24 +244,22 @@ def test_onnx_runtime_needs_no_calibration(
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "code", "message"),
+    ("name", "flags", "message"),
     [
-        ("quantise", ("--target=openvino",), 2, "needs --observations"),
-        ("quantise", ("--target=openvino", "--format=fp8", *FEW), 2, "no CPU computes in FP8"),
-        ("quantise", ("--target=openvino", *FEW, "--denoising_steps=7"), 2, "tables for 1, 2, 3, 4, 8 steps"),
-        ("quantise", ("--target=openvino", "--observations=random:0", "--frames=4"), 2, "4 frames, expected at least 128"),
-        ("quantise", ("--target=openvino", "--observations=nowhere"), 2, "neither a LeRobotDataset"),
-        ("quantise", ("--target=tensorrt", *FEW, "--frames=0"), 2, "must be at least 1"),
-        ("calibrate", ("--observations=random:0", "--frames=4"), 2, "4 frames, expected at least 128"),
-        ("calibrate", ("--observations=nowhere",), 2, "neither a LeRobotDataset"),
-        ("calibrate", (*FEW, "--camera_map=front"), 2, "--camera_map: expected names"),
-        ("calibrate", (), 2, "--observations is missing"),
+        ("quantise", ("--target=openvino",), "needs --observations"),
+        ("quantise", ("--target=openvino", "--format=fp8", *FEW), "no CPU computes in FP8"),
+        ("quantise", ("--target=openvino", *FEW, "--denoising_steps=7"), "tables for 1, 2, 3, 4, 8 steps"),
+        ("quantise", ("--target=openvino", "--observations=random:0", "--frames=4"), "4 frames, expected at least 128"),
+        ("quantise", ("--target=tensorrt", *FEW, "--frames=0"), "must be at least 1"),
+        ("calibrate", ("--observations=nowhere",), "neither a LeRobotDataset"),
+        ("calibrate", (*FEW, "--camera_map=front"), "--camera_map: expected names"),
+        ("calibrate", (), "--observations is missing"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
-    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], code: int, message: str
+    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], message: str
 ) -> None:
     graphs = [f"--onnx={tiny_export.onnx}"] if name == "quantise" else []
-    assert main([name, f"--model_path={tiny_export.checkpoint}", f"--out={tmp_path / 'out'}", *graphs, *flags]) == code
+    assert main([name, f"--model_path={tiny_export.checkpoint}", f"--out={tmp_path / 'out'}", *graphs, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
