@@ -105,9 +105,9 @@ class LaboratoryBench(Bench):
 
     def _calibration(self, model: Gr00t) -> Mapping[str, InputScale]:
         from gr00t_fast.engine.quantized import has_product
+        from gr00t_fast.export import CalibrationOptions
         from gr00t_fast.export.calibrate import TorchNetwork, calibrate
-        from gr00t_fast.export.options import CalibrationOptions
-        from gr00t_fast.export.samples import case_of, transforms_only
+        from gr00t_fast.export.verify import case_of, transforms_only
 
         options, head = self.options, model.config.head
         common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}

@@ -12,10 +12,10 @@ from torch import Tensor
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import Target
 from gr00t_fast.engine.manifest import target_of
+from gr00t_fast.export import OnnxOptions
 from gr00t_fast.export.graphs import Layout, graph_tables, graphs_of, plain_outputs
 from gr00t_fast.export.onnx import export_onnx, shapes_of
-from gr00t_fast.export.options import OnnxOptions
-from gr00t_fast.export.samples import Case, collect_cases
+from gr00t_fast.export.verify import Case, collect_cases
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig

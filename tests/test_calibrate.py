@@ -26,8 +26,7 @@ from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.engine.quantized import PARTS, SCALES_NAME, InputScale, linear_layers, prepare_fp8, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
-from gr00t_fast.export.samples import digest_of
-from gr00t_fast.export.verify import ACTION_LIMITS
+from gr00t_fast.export.verify import ACTION_LIMITS, digest_of
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 

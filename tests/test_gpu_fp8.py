@@ -25,10 +25,9 @@ from gr00t_fast.engine.quantized import (
     to_fp8,
     weight_step_of,
 )
+from gr00t_fast.export import CalibrationOptions
 from gr00t_fast.export.calibrate import TorchNetwork, calibrate
-from gr00t_fast.export.options import CalibrationOptions
-from gr00t_fast.export.samples import collect_cases
-from gr00t_fast.export.verify import ACTION_LIMITS
+from gr00t_fast.export.verify import ACTION_LIMITS, collect_cases
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import RandomFrames
 from gr00t_fast.policy import Gr00tPolicy, load_policy

@@ -18,7 +18,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import EngineError, ObservationError
-from gr00t_fast.export.options import BuildOptions, OnnxOptions
+from gr00t_fast.export import BuildOptions, OnnxOptions
 from gr00t_fast.export.tensorrt import build_engines, rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
 
@@ -49,7 +49,7 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
     from gr00t_fast.export.onnx import export_onnx
-    from gr00t_fast.export.samples import network_inputs, transforms_only
+    from gr00t_fast.export.verify import network_inputs, transforms_only
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
     target = target_of(open_checkpoint(checkpoint), "new_embodiment", "so100")

@@ -23,7 +23,7 @@ from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import linear_layers, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
-from gr00t_fast.export.samples import network_inputs
+from gr00t_fast.export.verify import network_inputs
 from gr00t_fast.measurement import StageTimer
 
 for package in ("onnxruntime", "onnxscript", "openvino"):

@@ -25,7 +25,7 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, InputStatistics, RoundedMatMul, choose_scale, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear
 from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
-from gr00t_fast.export.samples import ActionError
+from gr00t_fast.export.verify import ActionError
 from gr00t_fast.inputs.dataset import textured_picture
 from gr00t_fast.measurement import StageTimer
 

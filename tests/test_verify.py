@@ -15,8 +15,7 @@ from random_networks import TINY
 from gr00t_fast.cli import export
 from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.manifest import describe_files, read_manifest
-from gr00t_fast.export.samples import Case, action_error, joints
-from gr00t_fast.export.verify import judged
+from gr00t_fast.export.verify import Case, action_error, joints, judged
 
 
 @pytest.fixture(scope="module")

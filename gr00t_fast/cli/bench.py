@@ -244,7 +244,7 @@ def _makers(config: BenchConfig, at: Path) -> dict[str, Callable[[Path], object]
 
 def _camera_size(config: BenchConfig, checkpoint: Checkpoint) -> str:
     """Of the first frame in --observations: what exports are made for."""
-    from gr00t_fast.export.samples import transforms_only
+    from gr00t_fast.export.verify import transforms_only
 
     names = ("embodiment_tag", "data_config", "processor_path", "letterbox")
     policy = transforms_only(checkpoint.path, **{name: getattr(config, name) for name in names})

@@ -27,7 +27,7 @@ from gr00t_fast.cli.shared_flags import (
     check_device,
 )
 from gr00t_fast.errors import AT_LEAST_1, ConfigError, check_ranges, require
-from gr00t_fast.export.options import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
+from gr00t_fast.export import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.files import check_free, whole_directory
 from gr00t_fast.inputs.dataset import MIN_FRAMES
 from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.manifest import Target
     from gr00t_fast.engine.quantized import InputScale
-    from gr00t_fast.export.samples import Case
+    from gr00t_fast.export.verify import Case
 
 C = TypeVar("C", bound="ExportFlags")
 Made = tuple[dict[str, Any], str, str]  # the result for --json, and as a table; and the verdict, one line
@@ -113,7 +113,7 @@ def make_onnx(config: OnnxConfig) -> Made:
     import torch
 
     from gr00t_fast.export.onnx import export_onnx
-    from gr00t_fast.export.samples import transforms_only
+    from gr00t_fast.export.verify import transforms_only
 
     for package in ("onnx", "onnxscript"):
         require(package, "export")
@@ -224,7 +224,7 @@ class SampleFlags(ObservationFlags, ExportFlags):
 
     def cases(self, target: Target, **options: Any) -> tuple[list[Case], dict[str, Any]]:
         """Preprocessed observations, and what is to be said of them. options: others of `collect_cases`."""
-        from gr00t_fast.export.samples import collect_cases
+        from gr00t_fast.export.verify import collect_cases
 
         names = ("frames", "seed", "camera_map", "allow_few", "processor_path", "prompt_style")
         return collect_cases(target, self.observations or _SYNTHETIC, **{name: getattr(self, name) for name in names}, **options)

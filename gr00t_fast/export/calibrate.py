@@ -26,11 +26,11 @@ from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, rounded_layers, with_layers
+from gr00t_fast.export import CalibrationOptions
 from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
-from gr00t_fast.export.options import CalibrationOptions
 from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
-from gr00t_fast.export.samples import ActionError, Case, action_error
+from gr00t_fast.export.verify import ActionError, Case, action_error
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.layers import CategoryLinear
 

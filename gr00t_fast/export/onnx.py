@@ -25,8 +25,8 @@ from gr00t_fast.engine import PRECISIONS
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.errors import CheckpointError, ConfigError, require
+from gr00t_fast.export import OnnxOptions, flags_given
 from gr00t_fast.export.graphs import TABLE_PARAMETERS, VARYING, Layout, example_inputs, graph_tables, graphs_of, needs_spans
-from gr00t_fast.export.options import OnnxOptions, flags_given
 from gr00t_fast.files import whole_directory
 from gr00t_fast.measurement import versions
 from gr00t_fast.model import Gr00t, ModelInputs
