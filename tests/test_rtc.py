@@ -98,7 +98,7 @@ class TestFlow:
         return second[2 * elapsed - 2 :: elapsed]  # the first chunk joins nothing; the second one's own rows begin at tick 2 * elapsed
 
     @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("delay", range(9))
+    @pytest.mark.parametrize("delay", [0, 3, 6, 7, 8])
     def test_the_change_of_velocity_at_a_boundary_is_cut(self, method: str, delay: int) -> None:
         """At delays of 7 and 8 of sixteen rows, about half of which a new chunk may still change, the factor sinks to
         2.7, and to 2.5 (rtc) or 1.6 (prefix)."""
@@ -120,23 +120,6 @@ class TestFlow:
         expected = s[known:, :known] @ torch.linalg.solve(s[:known, :known], rows)  # (H - known, A)
         assert largest(mean[:known] - rows) < 0.15
         assert largest(mean[known] - expected[0]) < 0.3 * largest(expected[0])
-
-    def test_the_gradient_goes_through_the_network(self) -> None:
-        """Free rows follow the known ones only by the Jacobian: the mask does not touch them."""
-        rows = torch.full((4, 6), 1.5)
-        noise = torch.zeros(1, HORIZON, 6)
-        free = denoise_towards(SmoothFlow(HORIZON, 8), noise, 8, goal_of("rtc", rows, 4))[0, 4:]
-        assert free[0].min() > 0.7
-        assert (free[:-1] > free[1:]).all()
-
-    @pytest.mark.parametrize("steps", [2, 4, 8])
-    def test_committed_rows(self, steps: int) -> None:
-        noise = torch.randn(1, HORIZON, 6, generator=torch.Generator().manual_seed(6))
-        rows = self.sample(steps, seed=5)[0, 4:]
-        free = denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal_of("rtc", rows[:0], 0))[0, :4]
-        overwritten, guided = (denoise_towards(SmoothFlow(HORIZON, steps), noise, steps, goal_of(m, rows, 4))[0, :4] for m in ("prefix", "rtc"))
-        assert torch.equal(overwritten, rows[:4])
-        assert largest(guided - rows[:4]) < largest(free - rows[:4])
 
 
 @pytest.fixture(scope="module", params=get_args(NetworkName))
@@ -185,8 +168,7 @@ def test_off_is_bit_identical(checkpoint: Path, precision: str) -> None:
         assert np.array_equal(joined(used.get_action(observation(1), noise=noise, prefix=ActionPrefix(empty, 0, method))), expected)
 
 
-@pytest.mark.parametrize(("precision", "action_horizon"), [("fp32", None), ("bf16", None), ("fp32", 10)])
-@pytest.mark.parametrize("delay", [0, 3, 8])
+@pytest.mark.parametrize(("precision", "action_horizon", "delay"), [("fp32", None, 0), ("fp32", None, 8), ("bf16", None, 3), ("fp32", 10, 3)])
 @pytest.mark.parametrize("method", METHODS)
 def test_committed_actions_come_out_exactly(checkpoint: Path, precision: str, action_horizon: int | None, delay: int, method: str) -> None:
     policy = load_policy(checkpoint, device="cpu", precision=precision, action_horizon=action_horizon, seed=0)

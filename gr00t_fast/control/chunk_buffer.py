@@ -10,17 +10,12 @@ Axis alphabet of this file: H horizon (rows of a chunk), J joints of the arm.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
 from gr00t_fast.contracts import ActionChunk
-
-# A spike must not count for long (about 20 chunks: seconds), and, at this quantile, one or two in the window not at all.
-DELAY_WINDOW, DELAY_QUANTILE = 20, 0.9
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,6 @@ class TimedChunk:
 
     chunk: ActionChunk
     observed: int
-    episode: int
     actions: Mapping[str, np.ndarray] = field(default_factory=dict)
     horizon: int | None = None
 
@@ -50,16 +44,10 @@ class DueTarget:
     entered: ActionChunk | None = None
 
 
-class Admission(Enum):
-    ENTERED = "plays from the tick it was offered for"
-    STALE = "from an older observation than the chunk that plays, or from another episode"
-    EXPIRED = "every row was due earlier"
-
-
 class ChunkBuffer:
     """Plays the chunk of the newest observation, each row at its tick. Pure bookkeeping: the same calls give the same answers.
 
-    underrun_ticks: ticks at which the last target was held. admissions: how many chunks got which admission.
+    underrun_ticks: ticks at which the last target was held. entered, expired: chunks that played, and that came when every row was over.
     """
 
     def __init__(self, resume: bool = False) -> None:
@@ -67,18 +55,12 @@ class ChunkBuffer:
         in a scene that waits for the arm nothing of the plan is left out or done twice. While rows are left it is the same as without `resume`,
         also where the pacer missed ticks: the rows of those are passed over.
         """
-        self.episode = 0
-        self.underrun_ticks = 0
-        self.admissions = dict.fromkeys(Admission, 0)
+        self.underrun_ticks = self.entered = self.expired = 0
         self._resume = resume
-        self._forget()
+        self.reset()
 
     def reset(self) -> None:
         """Begin an episode: nothing of the last one plays any more."""
-        self.episode += 1
-        self._forget()
-
-    def _forget(self) -> None:
         self._chunk: TimedChunk | None = None  # the one that plays
         self._origin = 0  # tick of its row 0; its `observed` unless the arm held since
         self._last_tick = -math.inf
@@ -90,21 +72,16 @@ class ChunkBuffer:
         """True until the first chunk of the episode."""
         return self._chunk is None
 
-    def offer(self, chunk: TimedChunk, tick: int) -> Admission:
-        """A chunk is there and may play from `tick` on."""
-        admission = self._admission(chunk, tick)
-        self.admissions[admission] += 1
-        if admission is Admission.ENTERED:
-            elapsed = self._elapsed(chunk, tick)
-            self._held = [held for held in self._held_before(tick) if held.stop > chunk.observed]  # later chunks saw later ticks
-            self._origin = tick - elapsed
-            self._chunk = chunk
-        return admission
-
-    def _admission(self, chunk: TimedChunk, tick: int) -> Admission:
-        if chunk.episode != self.episode or (self._chunk is not None and chunk.observed < self._chunk.observed):
-            return Admission.STALE
-        return Admission.EXPIRED if self._elapsed(chunk, tick) >= len(chunk) else Admission.ENTERED
+    def offer(self, chunk: TimedChunk, tick: int) -> bool:
+        """A chunk of a later observation than those before is there and may play from `tick` on. Returns whether a row of it is left then."""
+        elapsed = self._elapsed(chunk, tick)
+        if elapsed >= len(chunk):
+            self.expired += 1
+            return False
+        self.entered += 1
+        self._held = [held for held in self._held_before(tick) if held.stop > chunk.observed]  # later chunks saw later ticks
+        self._chunk, self._origin = chunk, tick - elapsed
+        return True
 
     def _elapsed(self, chunk: TimedChunk, tick: int) -> int:
         """Rows of the chunk that are over at `tick`."""
@@ -135,10 +112,6 @@ class ChunkBuffer:
             self._last_target = self._chunk.chunk.targets[row]
         return DueTarget(self._last_target, tick - self._chunk.observed, underrun, row)
 
-    def covers(self, tick: int) -> bool:
-        """Whether a row is left for `tick`."""
-        return self._chunk is not None and tick - self._origin < len(self._chunk)
-
     def leftover(self, tick: int) -> dict[str, np.ndarray]:
         """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""
         if self._chunk is None or not self.rows_left(tick):
@@ -146,27 +119,5 @@ class ChunkBuffer:
         return {key: values[tick - self._origin :] for key, values in self._chunk.actions.items()}
 
     def rows_left(self, tick: int) -> int:
-        """How many of them."""
+        """How many rows are left from `tick` on."""
         return 0 if self._chunk is None else max(self._origin + len(self._chunk) - tick, 0)
-
-
-class DelayEstimate:
-    """Ticks from an observation to the tick its chunk is there: a high quantile of the last few, so that a spike is forgotten.
-
-    (An all-time maximum, by contrast, is inflated for ever by one slow call.)
-    """
-
-    def __init__(self, quantile: float = DELAY_QUANTILE) -> None:
-        """`quantile` 1: the maximum of the window, where an answer that is later than estimated costs more than one that is earlier."""
-        self._window: deque[int] = deque(maxlen=DELAY_WINDOW)
-        self._quantile = quantile
-
-    def add(self, ticks: int) -> None:
-        self._window.append(ticks)
-
-    @property
-    def ticks(self) -> int:
-        """Nearest-rank quantile; 0 before the first measurement. Of fewer than ten measurements 0.9 is the maximum."""
-        if not self._window:
-            return 0
-        return sorted(self._window)[math.ceil(self._quantile * len(self._window)) - 1]

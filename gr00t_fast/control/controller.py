@@ -10,6 +10,7 @@ import dataclasses
 import math
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,7 +22,7 @@ import numpy as np
 
 from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.chunk_buffer import DELAY_QUANTILE, Admission, ChunkBuffer, DelayEstimate, DueTarget, TimedChunk
+from gr00t_fast.control.chunk_buffer import ChunkBuffer, DueTarget, TimedChunk
 from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
 from gr00t_fast.measurement import percentiles
@@ -40,7 +41,7 @@ _STALE_S = GAP_S + 1 / FPS_RANGE[0]  # a chunk may wait for its tick
 # them, well within what a chunk bridges, and each time twice as many, so that a machine that is busy now and then does not change the way the arm
 # moves again and again.
 _IN_A_ROW, _IN_A_ROW_AGAIN, _WELL_WITHIN = 3, 4, 0.75
-
+_DELAY_WINDOW = 20  # chunks, some seconds: a spike must not count for longer
 
 Length = Literal["short", "bridged", "long"]  # of an inference: within a tick, within what a chunk bridges, longer
 KEEP_ALIVE_EVERY_S = 0.1
@@ -185,8 +186,7 @@ class ChunkController:
         self._worker = worker or ThreadWorker()
         self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
         self._buffer = ChunkBuffer(resume=self.options.when_late == "resume")
-        # A row that plays but was not committed is a jump; one committed too many only fades a little later. Black et al. take a maximum, too.
-        self._delay = DelayEstimate(1.0 if self.options.prefix_method else DELAY_QUANTILE)
+        self._recent_ticks: deque[int] = deque([0], maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._watch = HoldLimit(fps, self.options.max_hold_s, None if recoverable else echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
         self._planned_s: float | None = None  # when, until the next target
@@ -207,7 +207,7 @@ class ChunkController:
         """True when the next target can only come from a new observation: the loop observes and calls `plan` before the next target."""
         if self._planned_s is not None:
             return self._clock.now_s() - self._planned_s > _STALE_S
-        return self._buffer.empty or (not self.overlaps and not self._buffer.covers(self._tick + 1))
+        return self._buffer.empty or (not self.overlaps and not self._buffer.rows_left(self._tick + 1))
 
     @property
     def instruction(self) -> str:
@@ -222,7 +222,7 @@ class ChunkController:
         timing_ms = self._warmed_up(self.instruction, lambda: None, math.inf)
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
         if self.options.prefix_method and "total" in timing_ms:
-            self._delay.add(self._ticks_of(timing_ms["total"]))
+            self._recent_ticks.append(self._ticks_of(timing_ms["total"]))
         if self.options.controller == "auto":
             self._choose_at_warm_up(timing_ms.get("total"))
         return timing_ms
@@ -235,7 +235,7 @@ class ChunkController:
         self._runner = dataclasses.replace(self._runner, instruction=instruction)
 
     def reset(self) -> None:
-        """An episode begins. What the last one left in the worker ends there and is dropped on arrival; the policy is reset before its next call."""
+        """An episode begins, with `plan`, which drops what the last one left in the worker; the policy is reset before its next call."""
         self._buffer.reset()
         self._runner.binding.reset()
         self._watch.reset()
@@ -299,15 +299,13 @@ class ChunkController:
 
     def summary(self) -> dict[str, Any]:
         """Figures for the report, JSON-ready; `kind` says whether the arm waits for inferences (sync) or moves meanwhile (threaded)."""
-        admissions = self._buffer.admissions
         return {
             "kind": "threaded" if self.overlaps else "sync",
             "smoothing": self.options.smoothing,
             "when_late": self.options.when_late,
             "underrun_ticks": self._buffer.underrun_ticks,
-            "chunks_entered": admissions[Admission.ENTERED],
-            "chunks_stale": admissions[Admission.STALE],
-            "chunks_expired": admissions[Admission.EXPIRED],
+            "chunks_entered": self._buffer.entered,
+            "chunks_expired": self._buffer.expired,
             "lost_inferences": self._lost_inferences,
             "delay_ticks": percentiles(self._delays),
             "delay_estimate_ticks": percentiles(self._estimates),
@@ -355,7 +353,7 @@ class ChunkController:
 
     def _submit(self, observation: Observation, tick: int, prefix: ActionPrefix | None, deadline_s: float | None = None) -> None:
         """deadline_s: until the arm has no action left."""
-        runner, episode, reset, self._reset_policy = self._runner, self._buffer.episode, self._reset_policy, False
+        runner, reset, self._reset_policy = self._runner, self._reset_policy, False
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         if deadline_s is not None and runner.policy.takes_deadline:
             options["deadline_s"] = deadline_s
@@ -370,7 +368,7 @@ class ChunkController:
                     f"the policy returned {len(chunk.targets)} actions, fewer than the {horizon} to be executed (--action_horizon). "
                     "Load the policy with the same action horizon."
                 )
-            return TimedChunk(chunk, tick, episode, {key: values[:horizon] for key, values in actions.items()}, horizon)
+            return TimedChunk(chunk, tick, {key: values[:horizon] for key, values in actions.items()}, horizon)
 
         self._call = self._worker.submit(infer)
 
@@ -380,7 +378,7 @@ class ChunkController:
         if not left or not all(np.isfinite(values).all() for values in left.values()):
             return None
         rows = min(len(values) for values in left.values())
-        return ActionPrefix(left, min(self._delay.ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
+        return ActionPrefix(left, min(self._expected_ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
 
     def _collect(self, tick: int) -> None:
         """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
@@ -393,16 +391,20 @@ class ChunkController:
             self._lost_inferences += 1
             return
         self._watch.inferred(timed.chunk.inference_ms / 1000)
-        if timed.episode == self._buffer.episode:
-            self._note_delay(tick - timed.observed)
-            self._reconsider(tick - timed.observed)
-        if self._buffer.offer(timed, tick) is Admission.ENTERED:
+        self._note_delay(tick - timed.observed)
+        self._reconsider(tick - timed.observed)
+        if self._buffer.offer(timed, tick):
             self._entered = timed.chunk
 
     def _note_delay(self, ticks: int) -> None:
-        self._delay.add(ticks)
+        self._recent_ticks.append(ticks)
         self._delays.append(ticks)
-        self._estimates.append(self._delay.ticks)
+        self._estimates.append(self._expected_ticks)
+
+    @property
+    def _expected_ticks(self) -> int:
+        """A row that plays but was not committed is a jump; one committed too many only fades a little later: the longest (as Black et al.)."""
+        return max(self._recent_ticks)
 
     def _too_late(self, ticks: int, horizon: int) -> None:
         if self.options.controller == "auto":
