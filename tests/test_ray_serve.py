@@ -53,7 +53,7 @@ def replicas_of_this_run() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def address(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`serve run` with a YAML, as printed in docs/server.md."""
+    """`serve run` with a YAML."""
     port, file = free_port(), tmp_path_factory.mktemp("ray") / "config.yaml"
     model = {"model_path": str(checkpoint), "device": "cpu", "precision": "fp32", "seed": 0}
     deployment = {"name": "PolicyDeployment", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}

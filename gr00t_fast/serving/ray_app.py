@@ -1,6 +1,6 @@
 """The HTTP and WebSocket service as a Ray Serve application: replicas on several GPUs or machines, several checkpoints, health, draining.
 
-    serve run config.yaml       where config.yaml says (docs/server.md):
+    serve run config.yaml       where config.yaml says:
 
     applications:
     - import_path: gr00t_fast.serving.ray_app:app
