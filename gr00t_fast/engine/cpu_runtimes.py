@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gr00t_fast.engine.exported import ExportedEngine, check_precision
-from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, read_manifest, remedy_for
+from gr00t_fast.engine.manifest import Manifest, Target, check_manifest, read_manifest, remedy_for
 from gr00t_fast.errors import ConfigError, EngineError, require
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -54,16 +54,17 @@ class OrtStages:
         # threads that spin for work took a third more CPU time, no less wall time, and the control loop and cameras live in this process
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._sessions = {}
-        for stage in STAGES:
-            path = directory / manifest.stages[stage]["file"]
+        for stage, file in manifest.stage_files.items():
+            path = directory / file
             try:
                 self._sessions[stage] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             except Exception as error:  # its exception classes have no common base
                 advice = f"Install the onnxruntime version that the export names in manifest.json, or run: {remedy}"
                 raise EngineError(f"ONNX Runtime {ort.__version__} cannot open {path}: {error}. {advice}") from error
 
-    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
-        return tuple(map(torch.from_numpy, self._sessions[stage].run(wanted, {name: value.detach().numpy() for name, value in inputs.items()})))
+    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...], batch: int = 1) -> tuple[Tensor, ...]:
+        arrays = {name: value.detach().numpy() for name, value in inputs.items()}
+        return tuple(map(torch.from_numpy, self._sessions[stage, batch].run(wanted, arrays)))
 
 
 class OpenVinoEngine(ExportedEngine):
@@ -101,15 +102,15 @@ class OpenVinoStages:
             "NUM_STREAMS": 1,  # one observation at a time: all threads work on it
             "PERFORMANCE_HINT": "LATENCY",
         }
-        for stage in STAGES:
-            path = directory / manifest.stages[stage]["file"]
+        for stage, file in manifest.stage_files.items():
+            path = directory / file
             try:
                 self._requests[stage] = core.compile_model(core.read_model(str(path)), "CPU", options).create_infer_request()
             except RuntimeError as error:
                 raise EngineError(f"OpenVINO {openvino.__version__} cannot open {path}: {error}. Run: {remedy}") from error
 
-    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
-        request = self._requests[stage]
+    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...], batch: int = 1) -> tuple[Tensor, ...]:
+        request = self._requests[stage, batch]
         for name, value in inputs.items():  # they outlive the call, and with it the request's view of them
             request.set_tensor(name, self._openvino.Tensor(value.detach().numpy(), shared_memory=True))
         request.infer()

@@ -1,12 +1,12 @@
 """What all engines over exported files share: batches, embeddings, step tables and the loop; a runtime only executes stages.
 
-Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A padded action width. One observation at a time: 1 for B.
+Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A padded action width.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,9 +31,9 @@ class Runtime(Protocol):
 
     device: torch.device
 
-    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Contiguous inputs of the export's dtype on `device` -> the `wanted` outputs. Outputs of vision and language may live in memory that the
-        next call of the same stage writes again; those of denoise_step may not."""
+    def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...], batch: int = 1) -> tuple[Tensor, ...]:
+        """Contiguous inputs of the export's dtype on `device`, of so many observations -> the `wanted` outputs. Outputs of vision and language may
+        live in memory that the next call of the same stage writes again; those of denoise_step may not."""
 
 
 class ExportedEngine(Engine):
@@ -51,6 +51,8 @@ class ExportedEngine(Engine):
         self.runtime, self._remedy = runtime, remedy
         self._tables = ExportTables(directory, remedy)
         self._steps: dict[int, StepTables] = {}
+        self.batch_sizes = sorted({size for _, size in manifest.stage_files})
+        self.max_batch = self.batch_sizes[-1]
         spans = manifest.shapes.get("image_spans")
         self._image_positions = spans and [place for first, behind in spans for place in range(first, behind)]
         self.camera_size = tuple(manifest.shapes["camera_size"]) if "camera_size" in manifest.shapes else None
@@ -62,7 +64,7 @@ class ExportedEngine(Engine):
 
     @torch.inference_mode()
     def run(self, inputs: Inputs, noise: Tensor, denoising_steps: int, timer: StageTimer, continuation: Continuation | None = None) -> Tensor:
-        """As `Engine.run`. Items of a batch run one after the other, each exactly as it would alone.
+        """As `Engine.run`. Items of a batch run as many at once as the export has graphs for and whose prompts are of one length.
 
         Raises ConfigError for a step count that the export cannot do, ObservationError for a prompt beyond its longest and for pictures of another
         size.
@@ -73,18 +75,27 @@ class ExportedEngine(Engine):
             inputs, noise = inputs.to(self.device, self.dtype), noise.to(self.device)
             continuation = continuation and continuation.to(self.device)
         prompts = [self._prompt(inputs, item) for item in range(noise.shape[0])]
-        chunks = []
-        for item, ids in enumerate(prompts):
-            one = slice(item, item + 1)
+        chunks = torch.empty_like(noise)
+        for items in self._batches([len(ids) for ids in prompts]):
             with timer.stage("vision"):
-                seen = self._call("vision", {"pixel_values": inputs.pixel_values[one]}, "tokens", *self.handed_on["vision"])
+                seen = self._call("vision", {"pixel_values": inputs.pixel_values[items]}, "tokens", *self.handed_on["vision"], batch=len(items))
             with timer.stage("language"):
-                embeddings = self._embed(ids, inputs.image_positions, seen.pop("tokens"))
-                condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"])
+                embeddings = self._embed([prompts[item] for item in items], inputs.image_positions, seen.pop("tokens"))
+                condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"], batch=len(items))
             with timer.stage("denoise"):
-                fixed = {"state": inputs.state[one], **condition}
-                chunks.append(self.denoise(noise[one], fixed, tables, continuation and continuation.item(item)))
-        return torch.cat(chunks)
+                fixed = {"state": inputs.state[items], **condition}
+                continued = continuation and Continuation.together([continuation.item(item) for item in items])
+                chunks[items] = self.denoise(noise[items], fixed, tables, continued).to(chunks.dtype)
+        return chunks
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Items of a batch, by the lengths of their prompts, that are computed together."""
+        left = sorted(range(len(lengths)), key=lengths.__getitem__)
+        while left:
+            alike = [item for item in left if lengths[item] == lengths[left[0]]]
+            size = max(size for size in self.batch_sizes if size <= len(alike))
+            yield alike[:size]
+            left = [item for item in left if item not in alike[:size]]
 
     def tables(self, steps: int) -> StepTables:
         """Of one step count, on the device; kept. Raises ConfigError for a count that was not exported."""
@@ -117,17 +128,18 @@ class ExportedEngine(Engine):
             )
         return ids.cpu()
 
-    def _embed(self, ids: Tensor, image_positions: Tensor, tokens: Tensor) -> Tensor:
-        """Embeddings (1, S, width) with the image tokens in their places."""
-        return self._tables.embed(ids).to(self.device).index_copy(1, image_positions, tokens)
+    def _embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings (B, S, width) with the image tokens in their places."""
+        return torch.cat([self._tables.embed(ids) for ids in prompts]).to(self.device).index_copy(1, image_positions, tokens)
 
     def denoise(self, noise: Tensor, fixed: dict[str, Tensor], tables: StepTables, continuation: Continuation | None = None) -> Tensor:
-        """noise (1, H, A) -> normalised actions (1, H, A). fixed: the inputs of denoise_step that all steps share, of the export's dtype."""
+        """noise (B, H, A) -> normalised actions (B, H, A). fixed: the inputs of denoise_step that all steps share, of the export's dtype."""
 
         def step(actions: Tensor, index: int, size: float) -> Tensor:
             of_step = {"tau": tables.tau[index], "modulation": tables.modulation[index]}
             length = torch.full((1,), size, dtype=self.dtype, device=self.device)
-            return self._call("denoise_step", {"actions": actions, **fixed, **of_step, "step_size": length}, "next_actions")["next_actions"]
+            given = {"actions": actions, **fixed, **of_step, "step_size": length}
+            return self._call("denoise_step", given, "next_actions", batch=len(actions))["next_actions"]
 
         def velocity(actions: Tensor, index: int) -> Tensor:
             rounded = actions.to(self.dtype)  # what is rounded away must not become part of the velocity
@@ -140,8 +152,9 @@ class ExportedEngine(Engine):
             actions = step(actions, index, 1.0 / tables.steps)
         return actions
 
-    def _call(self, stage: str, inputs: dict[str, Tensor], *wanted: str) -> dict[str, Tensor]:
-        outputs = self.runtime.run_stage(stage, {name: value.contiguous() for name, value in inputs.items()}, wanted)
+    def _call(self, stage: str, inputs: dict[str, Tensor], *wanted: str, batch: int) -> dict[str, Tensor]:
+        more = {} if batch == 1 else {"batch": batch}
+        outputs = self.runtime.run_stage(stage, {name: value.contiguous() for name, value in inputs.items()}, wanted, **more)
         return dict(zip(wanted, outputs, strict=True))
 
 

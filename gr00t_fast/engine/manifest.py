@@ -121,6 +121,12 @@ class Manifest:
     flags: tuple[str, ...] = ()
     format: int = FORMAT
 
+    @property
+    def stage_files(self) -> dict[tuple[str, int], str]:
+        """Stage and number of observations -> file; an ONNX export may have further ones for several observations at once."""
+        batches = {(stage, int(size)): file for size, files in self.details.get("batches", {}).items() for stage, file in files.items()}
+        return {(stage, 1): entry["file"] for stage, entry in self.stages.items()} | batches
+
     def write(self, directory: Path) -> None:
         with atomic_write(directory / MANIFEST_NAME) as file:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ class OnnxOptions(OutOptions):
     precision: ExportPrecision = "fp32"  # of weights, inputs and outputs
     denoising_steps: list[int] = field(default_factory=list)  # step counts to cover besides 1, 2, 4, 8 and the checkpoint's own
     max_text_tokens: int = 256  # longest prompt, without the tokens of the pictures
+    batch_sizes: list[int] = field(default_factory=list)  # observations at once besides one, e.g. 2,4: for a server; more graphs, the same weights
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,8 @@ blocks see text or pictures alone, keys and values are `text_keys`, `text_values
 later stage takes is for it. Pictures come before the instruction, so their tokens have the same places in every prompt: those are built in, and with
 them each token's position.
 
-One observation per call: batches are the caller's loop. The same numbers as `gr00t_fast.model` up to rounding; what differs, and why:
+One observation per call, or a fixed number of them (`Layout.batch`) with prompts of one length. The same numbers as `gr00t_fast.model` up to
+rounding; what differs, and why:
 
 * A projection is stored [in, out] and written as `x @ W`. `F.linear` would export as MatMul(x, Transpose(W)), and every use of a shared weight
   leaves its own Transpose, or its own copy of the weight.
@@ -20,7 +21,8 @@ One observation per call: batches are the caller's loop. The same numbers as `gr
 * The last transformer block computes its attention output and MLP for the action tokens only: the others are not used.
 
 Axis alphabet: C pictures, V image tokens, S prompt tokens (image tokens included), H horizon, A padded action width, D width of the
-transformer, L its blocks, X those that cross-attend, E deepstack layers, N heads, K head dim. The batch of one is written 1.
+transformer, L its blocks, X those that cross-attend, E deepstack layers, N heads, K head dim. The batch is written 1. Where it is more, X and E
+are that many times as long: the observations of a block, or of a layer, follow each other.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Layout:
     """What all prompts of an export have in common: so many pictures of height x width pixels, `image_tokens` together, and `max_tokens` at most.
 
     spans: of each picture the place of its first token and the one behind its last, for networks that these make a difference to; else empty.
+    batch: observations of a call.
     """
 
     pictures: int
@@ -58,13 +61,14 @@ class Layout:
     image_tokens: int
     max_tokens: int
     spans: tuple[tuple[int, int], ...] = ()
+    batch: int = 1
 
     @classmethod
-    def of(cls, shapes: Mapping[str, Any], config: ModelConfig) -> Layout:
+    def of(cls, shapes: Mapping[str, Any], config: ModelConfig, batch: int = 1) -> Layout:
         """From `Manifest.shapes`."""
         height, width = shapes.get("picture") or [config.vision.image_size] * 2
         spans = tuple((first, behind) for first, behind in shapes.get("image_spans", ()))
-        return cls(shapes["cameras"], height, width, shapes["image_tokens"], shapes["max_tokens"], spans)
+        return cls(shapes["cameras"], height, width, shapes["image_tokens"], shapes["max_tokens"], spans, batch)
 
     @property
     def least_tokens(self) -> int:
@@ -162,13 +166,13 @@ class VisionGraph(nn.Module):
         self.blocks, self.norm, self.connector = tower.blocks, tower.norm, tower.connector
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        _, c, channels, height, width = pixel_values.shape
-        p = self.patch
-        x = pixel_values.reshape(c, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (C, rows, columns, 3, p, p)
-        x = self.patch_embedding(x.reshape(c, -1, channels * p * p)) + self.position_embedding  # (C, T, width)
+        batch, c, channels, height, width = pixel_values.shape
+        p, all_pictures = self.patch, batch * c
+        x = pixel_values.reshape(all_pictures, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (C, rows, columns, 3, p, p)
+        x = self.patch_embedding(x.reshape(all_pictures, -1, channels * p * p)) + self.position_embedding  # (C, T, width)
         for block in self.blocks:
             x = block(x)
-        return self.connector(self.norm(x)).flatten(0, 1).unsqueeze(0)  # (1, V, width of the language model)
+        return _of_each(self.connector(self.norm(x)), batch)  # (1, V, width of the language model)
 
 
 class QwenVisionGraph(nn.Module):
@@ -188,14 +192,21 @@ class QwenVisionGraph(nn.Module):
         self.blocks, self.merger, self.deepstack_mergers = tower.blocks, tower.merger, tower.deepstack_mergers
 
     def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.patch_embedding(one_frame_patches(pixel_values[0], self.config).flatten(2)) + self.position_embedding  # (C, T, D)
+        batch = pixel_values.shape[0]
+        pictures = pixel_values[0] if batch == 1 else pixel_values.flatten(0, 1)
+        x = self.patch_embedding(one_frame_patches(pictures, self.config).flatten(2)) + self.position_embedding  # (C, T, D)
         deepstack = []
         for index, block in enumerate(self.blocks):
             x = block(x, rotary=(self.cos, self.sin))
             if index in self.config.deepstack:
-                deepstack.append(self.deepstack_mergers[len(deepstack)](x).flatten(0, 1))  # (V, width of the language model)
-        tokens = self.merger(x).flatten(0, 1).unsqueeze(0)  # (1, V, width of the language model)
-        return (tokens, torch.stack(deepstack)) if deepstack else tokens
+                deepstack.append(_of_each(self.deepstack_mergers[len(deepstack)](x), batch))  # (1, V, width of the language model)
+        tokens = _of_each(self.merger(x), batch)  # (1, V, width of the language model)
+        return (tokens, torch.cat(deepstack)) if deepstack else tokens
+
+
+def _of_each(x: Tensor, batch: int) -> Tensor:
+    """Tokens of all pictures of all observations, (B * C, T, D), -> (B, C * T, D)."""
+    return x.flatten(0, 1).unsqueeze(0) if batch == 1 else x.unflatten(0, (batch, -1)).flatten(1, 2)
 
 
 class LanguageGraph(nn.Module):
@@ -205,7 +216,7 @@ class LanguageGraph(nn.Module):
     def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
         language, dit, config = model.language, model.head.dit, model.config
-        self.heads, self.spans = config.head.dit.num_heads, layout.spans
+        self.heads, self.spans, self.batch = config.head.dit.num_heads, layout.spans, layout.batch
         crossing = crossing_blocks(config)
         self.crossing = {context: len(indices) for context, indices in crossing.items()}
         self.keys_values = nn.ModuleDict(
@@ -229,9 +240,9 @@ class LanguageGraph(nn.Module):
         for index, block in enumerate(self.blocks):
             x = x + _grouped_query_attention(block.attention, block.norm1(x), cos, sin, mask)
             x = x + block.mlp(block.norm2(x))
-            if index < len(deeper):
-                added = deeper[index].shape[0]
-                x = torch.cat((x[:, :added] + deeper[index], x[:, added:]), dim=1)  # (1, S, C)
+            if (index + 1) * self.batch <= len(deeper):
+                added = deeper.shape[1]
+                x = torch.cat((x[:, :added] + deeper[index * self.batch : (index + 1) * self.batch], x[:, added:]), dim=1)  # (1, S, C)
         backbone = self.norm(x)
         refined = self.vlln(backbone)
         for block in self.vl_blocks:
@@ -264,7 +275,9 @@ class LanguageGraph(nn.Module):
     def _per_block(self, x: Tensor, blocks: int) -> Tensor:
         """(1, S, X * D) -> (X, N, S, K)."""
         tokens, width = x.shape[1], x.shape[2] // (blocks * self.heads)
-        return x.reshape(tokens, blocks, self.heads, width).permute(1, 2, 0, 3)
+        if self.batch == 1:
+            return x.reshape(tokens, blocks, self.heads, width).permute(1, 2, 0, 3)
+        return x.reshape(self.batch, tokens, blocks, self.heads, width).permute(2, 0, 3, 1, 4).flatten(0, 1)
 
 
 def _keys_then_values(layers: Sequence[nn.Linear]) -> MatMulLinear:
@@ -296,8 +309,8 @@ def _grouped_query_attention(attention: nn.Module, x: Tensor, cos: Tensor, sin: 
 
 def _repeat_heads(x: Tensor, times: int) -> Tensor:
     """(1, M, S, K) -> (1, M * times, S, K), each head `times` times in a row."""
-    one, heads, tokens, width = x.shape
-    return x.unsqueeze(2).expand(one, heads, times, tokens, width).reshape(one, heads * times, tokens, width)
+    batch, heads, tokens, width = x.shape
+    return x.unsqueeze(2).expand(batch, heads, times, tokens, width).reshape(batch, heads * times, tokens, width)
 
 
 class DenoiseStepGraph(nn.Module):
@@ -309,8 +322,7 @@ class DenoiseStepGraph(nn.Module):
 
     def __init__(self, model: Gr00t, layout: Layout) -> None:
         super().__init__()
-        del layout
-        head = model.head
+        head, self.batch = model.head, layout.batch
         folded, self.horizon = FoldedEncoder.of(head), head.config.action_horizon
         self.encode = MatMulLinear(folded.weight, None)  # its bias is in tau
         self.mix = MatMulLinear(head.action_encoder.w3.weight, None)
@@ -328,10 +340,12 @@ class DenoiseStepGraph(nn.Module):
         self.contexts = tuple(crossing_blocks(model.config))
 
     def forward(self, actions: Tensor, state: Tensor, tau: Tensor, modulation: Tensor, step_size: Tensor, *keys_values: Tensor) -> Tensor:
-        crossed = {context: _per_block(*keys_values[2 * place : 2 * place + 2]) for place, context in enumerate(self.contexts)}
+        crossed = {context: _per_block(*keys_values[2 * place : 2 * place + 2], self.batch) for place, context in enumerate(self.contexts)}
         mixed = self.encode(actions) + tau  # (1, H, D)
         tokens = self.mix(mixed * torch.sigmoid(mixed)) + self.positions  # (1, H, D)
         prefix = [self.state_encoder(state).unsqueeze(1), *(() if self.future_tokens is None else (self.future_tokens.unsqueeze(0),))]
+        if self.batch > 1:  # a sum, because exporters write out what is repeated: the weights would be others than those of one observation
+            prefix[1:] = [each + 0.0 * prefix[0] for each in prefix[1:]]
         x = torch.cat((*prefix, tokens), dim=1)  # (1, 1 + F + H, D)
         for index, block in enumerate(self.blocks):
             queries = self.horizon if index == len(self.blocks) - 1 else None
@@ -350,9 +364,9 @@ class DenoiseStepGraph(nn.Module):
         return attention.out(merge_heads(attend(split_heads(attention.q(x), attention.heads), keys, values)))
 
 
-def _per_block(keys: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _per_block(keys: Tensor, values: Tensor, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(X, N, S, K) each -> (1, N, S, K) of one block after the other."""
-    return ((keys[index : index + 1], values[index : index + 1]) for index in range(keys.shape[0]))
+    return ((keys[first : first + batch], values[first : first + batch]) for first in range(0, keys.shape[0], batch))
 
 
 def graph_tables(model: Gr00t, steps: int) -> StepTables:
@@ -431,19 +445,19 @@ def plain_outputs(model: Gr00t, inputs: ModelInputs) -> tuple[dict[str, Tensor],
 
 def example_inputs(name: str, config: ModelConfig, layout: Layout, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Random inputs of the right shapes for the graph `name` and a prompt of `tokens`, in the order of its spec."""
-    head, width, images = config.head, config.head.dit.width, layout.image_tokens
+    head, width, images, batch = config.head, config.head.dit.width, layout.image_tokens, layout.batch
     shapes = {
-        "pixel_values": (1, layout.pictures, 3, layout.height, layout.width),
-        "embeddings": (1, tokens, config.language.hidden_size),
-        "deepstack": (len(getattr(config.vision, "deepstack", ())), images, config.language.hidden_size),
-        "actions": (1, head.action_horizon, head.action_dim),
-        "state": (1, head.state_dim),
+        "pixel_values": (batch, layout.pictures, 3, layout.height, layout.width),
+        "embeddings": (batch, tokens, config.language.hidden_size),
+        "deepstack": (batch * len(getattr(config.vision, "deepstack", ())), images, config.language.hidden_size),
+        "actions": (batch, head.action_horizon, head.action_dim),
+        "state": (batch, head.state_dim),
         "tau": (width,),
         "modulation": (head.dit.num_layers + 1, 2, width),
         "step_size": (1,),
     }
     counts = {"all": tokens, "text": tokens - images, "image": images}
     for context, indices in crossing_blocks(config).items():
-        shapes |= dict.fromkeys(KEYS_VALUES[context], (len(indices), head.dit.num_heads, counts[context], head.dit.head_dim))
+        shapes |= dict.fromkeys(KEYS_VALUES[context], (batch * len(indices), head.dit.num_heads, counts[context], head.dit.head_dim))
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(shapes[key], generator=generator).to(dtype) for key in graphs_of(config)[name].inputs)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import gc
 import inspect
 import io
@@ -22,6 +23,7 @@ from torch import nn
 from gr00t_fast.checkpoint import load_model
 from gr00t_fast.console import progress_bar
 from gr00t_fast.engine import PRECISIONS
+from gr00t_fast.engine.eager import MAX_BATCH
 from gr00t_fast.engine.exported import EMBEDDING, MODULATION, TABLES_NAME, TAU
 from gr00t_fast.engine.manifest import TEXT_TOKENS, TOKENS, Digests, Manifest, Target, describe_files
 from gr00t_fast.errors import CheckpointError, ConfigError, require
@@ -46,22 +48,30 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
     config = target.checkpoint.config
     dtype, steps = PRECISIONS[options.precision], step_counts(options.denoising_steps, config)
     shapes = shapes_of(config, usual, options.max_text_tokens)
-    flags = [*flags_given(options, "precision", "max_text_tokens", "denoising_steps")]
+    if any(not 1 < size <= MAX_BATCH for size in options.batch_sizes):
+        raise ConfigError(f"--batch_sizes={','.join(map(str, options.batch_sizes))}: expected whole numbers from 2 to {MAX_BATCH}.")
+    flags = [*flags_given(options, "precision", "max_text_tokens", "denoising_steps", "batch_sizes")]
     if camera_size is not None:
         shapes["camera_size"] = list(camera_size)
         flags.append("--camera_size={}x{}".format(*camera_size))
     graphs, stages = graphs_of(config), {}
-    with whole_directory(options.out, options.overwrite) as directory, progress_bar("exporting", len(graphs) + 2) as tick:
+    batches: dict[str, dict[str, str]] = {str(size): {} for size in sorted({*options.batch_sizes})}
+    with whole_directory(options.out, options.overwrite) as directory, progress_bar("exporting", len(graphs) * (1 + len(batches)) + 2) as tick:
         digests = Digests(directory)
         identity = target.identity(digests)
         _write_tables(target, dtype, steps, directory)
         tick()
         for name in graphs:
-            graph = build_graph(name, target, dtype, shapes)
-            stages[name] = write_onnx(name, graph, config, Layout.of(shapes, config), dtype, directory)
-            del graph
-            gc.collect()
-            tick()
+            for size in (1, *map(int, batches)):
+                graph = build_graph(name, target, dtype, shapes, size)
+                entry = write_onnx(name, graph, config, Layout.of(shapes, config, size), dtype, directory)
+                if size == 1:
+                    stages[name] = entry
+                else:
+                    batches[str(size)][name] = entry["file"]
+                del graph
+                gc.collect()
+                tick()
         files = describe_files(directory, digests)
         tick()
         manifest = Manifest(
@@ -74,7 +84,7 @@ def export_onnx(target: Target, options: OnnxOptions, usual: ModelInputs, comman
             files=files,
             versions=versions(),
             command=command,
-            details={"opset": OPSET},
+            details={"opset": OPSET, **({"batches": batches} if batches else {})},
             program="to_onnx.py",
             flags=tuple(flags),
         )
@@ -116,14 +126,14 @@ def step_counts(asked: Sequence[int], config: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted({*asked, *USUAL_STEPS, config.head.denoising_steps}))
 
 
-def build_graph(name: str, target: Target, dtype: torch.dtype, shapes: Mapping[str, Any]) -> nn.Module:
-    """The torch module of one graph, with the checkpoint's weights in `dtype` on the CPU; shapes: as in the manifest.
+def build_graph(name: str, target: Target, dtype: torch.dtype, shapes: Mapping[str, Any], batch: int = 1) -> nn.Module:
+    """The torch module of one graph, for a number of observations, with the checkpoint's weights in `dtype` on the CPU; shapes: as in the manifest.
 
     Raises CheckpointError for weights that are not finite in `dtype`.
     """
     config = target.checkpoint.config
     spec = graphs_of(config)[name]
-    return spec.build(_load(target, dtype, spec.parameters), Layout.of(shapes, config)).eval()
+    return spec.build(_load(target, dtype, spec.parameters), Layout.of(shapes, config, batch)).eval()
 
 
 def _write_tables(target: Target, dtype: torch.dtype, steps: tuple[int, ...], directory: Path) -> None:
@@ -149,10 +159,11 @@ OPSET = 20  # the first with Gelu; nothing in these graphs is shorter in a later
 
 
 def write_onnx(name: str, graph: nn.Module, config: ModelConfig, layout: Layout, dtype: torch.dtype, directory: Path) -> dict[str, Any]:
-    """Write `name`.onnx and `name`.onnx.data; returns the stage's entry of the manifest. Raises MissingExtraError without the onnx packages."""
+    """Write `name`.onnx and `name`.onnx.data, or `name`.batchN.onnx, which has its weights there too; returns the stage's entry of the manifest.
+    Raises MissingExtraError without the onnx packages."""
     onnx = require("onnx", "export")
     require("onnxscript", "export")
-    spec, path = graphs_of(config)[name], directory / f"{name}.onnx"
+    spec, path = graphs_of(config)[name], directory / (f"{name}.onnx" if layout.batch == 1 else f"{name}.batch{layout.batch}.onnx")
     varying = {
         TOKENS: torch.export.Dim(TOKENS, min=max(2, layout.least_tokens), max=layout.max_tokens),
         TEXT_TOKENS: torch.export.Dim(TEXT_TOKENS, min=2, max=layout.max_tokens - layout.image_tokens),
@@ -175,8 +186,25 @@ def write_onnx(name: str, graph: nn.Module, config: ModelConfig, layout: Layout,
     program.save(str(path), external_data=True)
     del program
     gc.collect()
+    if layout.batch > 1:
+        _share_weights(onnx, path, directory / f"{name}.onnx.data")
     onnx.checker.check_model(str(path))  # by path: a model over 2 GB cannot be checked in memory
     return stage_entry(path)
+
+
+def _share_weights(onnx: Any, path: Path, weights: Path) -> None:
+    """Let a graph read its weights in another one's file, which holds the same bytes. Where it does not (the exporter ordered them otherwise), the
+    graph keeps its own."""
+    own = path.with_name(f"{path.name}.data")
+    if not own.exists() or not filecmp.cmp(own, weights, shallow=False):
+        return
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weights.name
+    onnx.save(model, str(path))
+    own.unlink()
 
 
 def _forget_sources(model: Any) -> None:

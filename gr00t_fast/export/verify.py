@@ -194,9 +194,30 @@ def compare(
             for kept, actions in ((truth, plain["actions"]), (chained, got), (alone, outputs["actions"])):
                 kept.append(actions.float().cpu().numpy())
             tick()
+    with torch.inference_mode():
+        for size in engine.batch_sizes[1:]:
+            stages[f"actions, {size} at once"] = _in_batches(engine, cases, chained, steps, size)
     errors = [action_error(np.concatenate(actions), np.concatenate(truth), cases) for actions in (chained, alone)]
     name = engine.precision or engine.manifest.precision
     return judged(name, stages, *errors, ACTION_LIMITS[name] if limit is None else limit)
+
+
+def _in_batches(engine: ExportedEngine, cases: Sequence[Case], alone: Sequence[np.ndarray], steps: int, size: int) -> list[float]:
+    """Relative L2 of each observation's actions, computed with others whose prompts are as long, from those that the engine answers to it alone."""
+    groups: dict[int, list[int]] = {}
+    for number, case in enumerate(cases):
+        groups.setdefault(case.inputs.input_ids.shape[1], []).append(number)
+    found = []
+    for group in groups.values():
+        for first in range(0, len(group), size):
+            numbers = [group[place % len(group)] for place in range(first, first + size)]
+            parts = [cases[number].inputs for number in numbers]
+            pixels, ids, states = (torch.cat([getattr(part, name) for part in parts]) for name in ("pixel_values", "input_ids", "state"))
+            together = ModelInputs(pixels, ids, parts[0].image_positions, states).to(engine.device, engine.dtype)
+            noise = torch.cat([cases[number].noise for number in numbers]).to(engine.device)
+            actions = engine.run(together, noise, steps, StageTimer(engine.synchronise))
+            found += [relative_l2(got, torch.from_numpy(alone[number][0])) for got, number in zip(actions, numbers, strict=True)]
+    return found
 
 
 def _stage_outputs(
