@@ -9,7 +9,6 @@ import signal
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
@@ -33,11 +32,10 @@ class BusConfig(Flags):
     id: str = "virtual"  # name of the written calibration file
     scene: Literal["place", "reach"] | None = setting(None, bare="place")  # let the servos move the simulated arm; without a value: place
     fault: list[str] = setting(default_factory=list, whole_words=True)  # a fault from the start; may be repeated (see below)
-    noise: list[str] = field(default_factory=list)  # loss=RATE or flip=RATE: share of answered bytes lost or flipped
     usb_latency_ms: float = 0.0  # delay of every answer (an FTDI adapter: 1 to 16)
     wire_time: bool = False  # answers also take their time at 1 Mb/s and the servos' return delay
     servos: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])  # which servos are attached
-    seed: int = 0  # of the noise and of the scene
+    seed: int = 0  # of the faults `loss` and `flip`, and of the scene
     control: Path | None = None  # control socket; default: LINK.ctl
     send: str | None = None  # send a command to the bus at --control and exit (try 'state' or 'inject silent:servo=3')
     verbose: bool = False  # full tracebacks
@@ -60,17 +58,6 @@ def work(config: BusConfig) -> int:
     answer = send_command(config.control, config.send)
     print(json.dumps(answer.get("ok", answer), indent=2))
     return EXIT_ERROR if "error" in answer else EXIT_OK
-
-
-def noise_faults(specs: list[str]) -> list[Fault]:
-    """`loss=0.002` -> a fault on every answered byte. Raises ConfigError."""
-    faults = []
-    for spec in specs:
-        kind, _, rate = spec.partition("=")
-        if kind not in ("loss", "flip"):
-            raise ConfigError(f"--noise takes loss=RATE or flip=RATE, got '{spec}'.")
-        faults.append(Fault.parse(f"{kind}:rate={rate}"))
-    return faults
 
 
 def make_plant(task: str | None, seed: int) -> Plant | None:
@@ -123,17 +110,13 @@ def _a_run(flags: str, scene: bool) -> list[str]:
 def serve(config: BusConfig) -> int:
     """Run the bus until a signal or `quit`. Returns the exit code."""
     stop = threading.Event()
-
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
+        signal.signal(number, lambda _signal, _frame: stop.set())
     calibration, calibration_file = prepare_calibration(config)
     bus = VirtualBus(
         calibration,
         make_plant(config.scene, config.seed),
-        [*map(Fault.parse, config.fault), *noise_faults(config.noise)],
+        map(Fault.parse, config.fault),
         link=Path(os.path.abspath(config.link)),
         usb_latency_ms=config.usb_latency_ms,
         wire_time=config.wire_time,

@@ -68,7 +68,7 @@ def run(config: SimConfig) -> int:
             write_video(path, frames)
         imageio.imwrite(picture, frames[-1] if still is None else still)
         if config.xml:
-            scene.write_text(simulation.scene.xml)
+            scene.write_text(simulation.xml)
     except OSError as error:
         raise ConfigError(f"--out {config.out} cannot be written: {error}. Choose another directory.") from error
     verdict = f"solved after {solved_s:.1f} s" if solved_s else "NOT solved"

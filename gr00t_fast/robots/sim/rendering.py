@@ -213,14 +213,6 @@ _SHADOW_DARKEST = 0.42  # light left in the middle of a shadow, out of 1
 
 
 @dataclass(frozen=True)
-class Pose:
-    """Where every body of the model is: positions (bodies,3), rotations (bodies,3,3), in the model's order."""
-
-    positions: np.ndarray
-    rotations: np.ndarray
-
-
-@dataclass(frozen=True)
 class _Ground:
     """Per pixel: packed colour (P,) uint32, cell of the shadow map (P,), and inverse depth (H,W)."""
 
@@ -239,30 +231,29 @@ class SceneRenderer:
         self._hidden_face = np.concatenate([np.full(len(part.mesh.faces), part.hidden_from or "-") for part in parts])
         self._palette = _pack(shade_table(_LEVELS)).reshape(-1)
         self._ground_colours = np.concatenate([_pack(wood(_TEXELS)).reshape(-1), _pack(_backdrop())])
-        self._faces = {"": self._mesh.faces}
-        self._fixed_ground: dict[tuple, _Ground] = {}
+        self._front_ground: dict[tuple[int, int], _Ground] = {}
 
-    def draw(self, pose: Pose, camera: Pinhole, view: str, fixed: bool, samples: int = 1) -> np.ndarray:
-        """uint8 RGB (height, width, 3).
+    def draw(self, positions: np.ndarray, rotations: np.ndarray, camera: Pinhole, view: str, samples: int = 1) -> np.ndarray:
+        """uint8 RGB (height, width, 3) of bodies at positions (bodies,3), rotations (bodies,3,3), in the model's order.
 
-        view: the camera's name, for parts hidden from it. fixed: the camera never moves, so its table is worked out once.
-        samples: rays per pixel along each axis; 2 smooths edges at four times the cost.
+        view: the camera's name, for parts hidden from it; `front` never moves, so its table is worked out once.
+        samples: rays per pixel along each axis; 2 smooths edges at four times the cost. Raises ConfigError.
         """
         if samples not in (1, 2, 3, 4):
             raise ConfigError(f"samples must be 1, 2, 3 or 4 per axis, but it is {samples!r}")
         fine = Pinhole(camera.position, camera.axes, camera.fovy_deg, camera.width * samples, camera.height * samples, camera.near_m)
-        packed = self._draw_packed(pose, fine, view, fixed)
+        packed = self._draw_packed(positions[self._body_of_vertex], rotations[self._body_of_vertex], fine, view)
         image = packed.view(np.uint8).reshape(fine.height, fine.width, 4)[..., :3]
         if samples == 1:
             return np.ascontiguousarray(image)
         blocks = image.reshape(camera.height, samples, camera.width, samples, 3)
         return (blocks.sum((1, 3), dtype=np.uint16) // (samples * samples)).astype(np.uint8)
 
-    def _draw_packed(self, pose: Pose, camera: Pinhole, view: str, fixed: bool) -> np.ndarray:
-        rotations = pose.rotations[self._body_of_vertex]  # (V,3,3)
-        points = np.einsum("vij,vj->vi", rotations, self._mesh.vertices) + pose.positions[self._body_of_vertex]
+    def _draw_packed(self, positions: np.ndarray, rotations: np.ndarray, camera: Pinhole, view: str) -> np.ndarray:
+        """positions (V,3), rotations (V,3,3): of each vertex' body."""
+        points = np.einsum("vij,vj->vi", rotations, self._mesh.vertices) + positions
         normals = np.einsum("vij,vj->vi", rotations, self._mesh.normals)
-        ground = self._ground(camera, view if fixed else "")
+        ground = self._ground(camera, view)
         image = _shadowed(ground, self._shadow_map(points))
         seen = np.flatnonzero(self._hidden_face != view) if view in self._hidden else slice(None)
         fragments = render_faces(camera, points, self._mesh.faces[seen], _brightness(points, normals, camera.position), ground.inverse_depth)
@@ -270,13 +261,14 @@ class SceneRenderer:
         image[fragments.pixel] = self._palette.take(self._material_of_face[seen][fragments.face] * _LEVELS + level)
         return image
 
-    def _ground(self, camera: Pinhole, fixed_view: str) -> _Ground:
-        key = (fixed_view, camera.width, camera.height)
-        if not fixed_view:
-            return _see_ground(camera, self._ground_colours)
-        if key not in self._fixed_ground:
-            self._fixed_ground[key] = _see_ground(camera, self._ground_colours)
-        return self._fixed_ground[key]
+    def _ground(self, camera: Pinhole, view: str) -> _Ground:
+        size = (camera.width, camera.height)
+        ground = self._front_ground.get(size) if view == "front" else None
+        if ground is None:
+            ground = _see_ground(camera, self._ground_colours)
+            if view == "front":
+                self._front_ground[size] = ground
+        return ground
 
     def _shadow_map(self, points: np.ndarray) -> np.ndarray:
         """Light taken away per cell of the table, 0..255 (rows along y, columns along x), soft at the rim; the border cells are 0."""
@@ -340,16 +332,9 @@ def _shadowed(ground: _Ground, taken: np.ndarray) -> np.ndarray:
 
 def _box_sum(cells: np.ndarray, size: int) -> np.ndarray:
     """Sum over a size x size window around each cell; what lies outside counts as 0."""
-    reach = size // 2
-    for axis in (0, 1):
-        padded = np.pad(cells, [(reach, reach) if axis == i else (0, 0) for i in (0, 1)])
-        length = cells.shape[axis]
-        cells = sum(_window(padded, i, length, axis) for i in range(size))
-    return cells
-
-
-def _window(cells: np.ndarray, start: int, length: int, axis: int) -> np.ndarray:
-    return cells[start : start + length] if axis == 0 else cells[:, start : start + length]
+    (rows, columns), padded = cells.shape, np.pad(cells, size // 2)
+    padded = sum(padded[i : i + rows] for i in range(size))
+    return sum(padded[:, i : i + columns] for i in range(size))
 
 
 def _backdrop() -> np.ndarray:

@@ -14,7 +14,7 @@ from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, Lan
 from gr00t_fast.errors import CameraError, ConfigError, RobotError
 from gr00t_fast.robots.config import CameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.scene import LIMITS_DEG, check_joints, from_degrees, to_degrees, units_per_deg
-from gr00t_fast.robots.sim.simulation import CAMERA_VIEWS, HOME_DEG, Simulation
+from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation, check_picture
 
 LONGEST_DRAWING_S = 2.0  # a busy machine draws for a second
 MAX_CATCH_UP_S = 10.0  # after a longer pause (a debugger, a suspended machine) the arm continues from here; it came to rest long before
@@ -146,10 +146,7 @@ def _check_camera(name: str, camera: CameraConfig) -> None:
             f"camera '{name}' is of type {type(camera).__name__}, but the simulated arm only has rendered ones. "
             "Use {type: sim, view: front, width: 640, height: 480, fps: 30}."
         )
-    if camera.view not in CAMERA_VIEWS:
-        raise ConfigError(f"camera '{name}': view must be one of {', '.join(CAMERA_VIEWS)}, but it is '{camera.view}'.")
-    if not (0 < camera.width <= 4096 and 0 < camera.height <= 4096):
-        raise ConfigError(f"camera '{name}': width and height must be within 1..4096 pixels, but they are {camera.width}x{camera.height}.")
+    check_picture(camera.view, camera.width, camera.height, f"camera '{name}'")
 
 
 # `type: sim` cameras of a real (or virtual) servo bus: pictures for an arm that has no camera, so that a whole run can be tried on a desk.

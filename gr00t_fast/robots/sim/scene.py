@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, JointUnit
-from gr00t_fast.errors import ConfigError, closest, require
+from gr00t_fast.errors import ConfigError, closest
 
 Task = Literal["reach", "place"]
 
@@ -57,29 +57,10 @@ class Layout:
     bowl_xy_m: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A compiled model (`mujoco.MjModel`), its XML, and the layout drawn from the seed."""
-
-    model: Any
-    xml: str
-    layout: Layout
-    task: Task
-
-
-def build_scene(task: Task = "place", seed: int = 0, servo_lag_ms: float | None = None) -> Scene:
-    """Compile the world for `task`. The same seed gives the same layout on every platform. `servo_lag_ms`: see Simulation.
-
-    Raises ConfigError, MissingExtraError.
-    """
-    mujoco = require("mujoco", "sim")
-    xml = scene_xml(task, servo_lag_ms)
-    return Scene(mujoco.MjModel.from_xml_string(xml), xml, sample_layout(task, seed), task)
-
-
 def sample_layout(task: Task, seed: int) -> Layout:
-    """Random positions within reach, block and bowl apart; deterministic per (task, seed)."""
-    check_task(task)
+    """Random positions within reach, block and bowl apart; the same per (task, seed) on every platform. Raises ConfigError for an unknown task."""
+    if task not in get_args(Task):
+        raise ConfigError(f"task must be one of {', '.join(get_args(Task))}, but it is '{task}'.{closest(task, get_args(Task))}")
     rng = np.random.default_rng([seed, get_args(Task).index(task)])
     block = _polar(rng, _BLOCK_RADIUS_M)
     yaw = float(rng.uniform(-np.pi / 4, np.pi / 4))
@@ -89,12 +70,6 @@ def sample_layout(task: Task, seed: int) -> Layout:
         bowl = _polar(rng, _BOWL_RADIUS_RANGE_M)
         if np.hypot(bowl[0] - block[0], bowl[1] - block[1]) >= _SEPARATION_M:
             return Layout(block, yaw, bowl)
-
-
-def check_task(task: str) -> None:
-    """ConfigError unless `task` is one of the scene's tasks."""
-    if task not in get_args(Task):
-        raise ConfigError(f"task must be one of {', '.join(get_args(Task))}, but it is '{task}'.{closest(task, get_args(Task))}")
 
 
 def _polar(rng: np.random.Generator, radius_m: tuple[float, float]) -> tuple[float, float]:
@@ -124,8 +99,7 @@ def block_path(layout: Layout, seed: int, speed_m_s: float, time_s: float) -> tu
 
 
 def scene_xml(task: Task, servo_lag_ms: float | None = None) -> str:
-    """The whole world as MJCF; it also opens in MuJoCo's own viewer."""
-    check_task(task)
+    """The whole world as MJCF; it also opens in MuJoCo's own viewer. `servo_lag_ms`: see Simulation. Raises ConfigError."""
     lags_ms = [0.0] * len(SO100_JOINTS) if servo_lag_ms is None else _filter_ms(servo_lag_ms)
     filters = [f' timeconst="{lag_ms / 1e3:.6g}"' if lag_ms else "" for lag_ms in lags_ms]
     actuators = "\n    ".join(f'<position name="{n}" joint="{n}" class="servo"{f}/>' for n, f in zip(SO100_JOINTS, filters, strict=True))
@@ -237,9 +211,8 @@ def _bowl_xml() -> str:
     walls = []
     for i in range(sides):
         angle = 2 * np.pi * i / sides
-        pos = _numbers(
-            [BOWL_RADIUS_M * np.cos(angle), BOWL_RADIUS_M * np.sin(angle), BOWL_HEIGHT_M / 2 + 0.001]
-        )  # 1 mm up: only the plate rests on the table
+        # 1 mm up: only the plate rests on the table
+        pos = _numbers([BOWL_RADIUS_M * np.cos(angle), BOWL_RADIUS_M * np.sin(angle), BOWL_HEIGHT_M / 2 + 0.001])
         size = _numbers([0.002, half_width, BOWL_HEIGHT_M / 2 - 0.001])
         walls.append(f'<geom type="box" pos="{pos}" euler="0 0 {angle:.6f}" size="{size}" mass="0.01" {_touch(arm=False)}/>')
     plate = f'<geom type="cylinder" pos="0 0 0.002" size="{BOWL_RADIUS_M} 0.002" mass="0.08" {_touch(arm=False)}/>'

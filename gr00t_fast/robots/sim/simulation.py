@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.robots.sim.rendering import Pinhole, Pose, SceneRenderer
+from gr00t_fast.robots.sim.rendering import Pinhole, SceneRenderer
 from gr00t_fast.robots.sim.scene import (
     BLOCK_HALF_M,
     BOWL_HEIGHT_M,
@@ -18,11 +18,11 @@ from gr00t_fast.robots.sim.scene import (
     Layout,
     Task,
     block_path,
-    build_scene,
     check_joints,
     degrees_to_radians,
     radians_to_degrees,
     sample_layout,
+    scene_xml,
 )
 
 # Where an episode starts, lerobot degrees: gripper over the table, camera on the far side of the fingers, jaw a little open.
@@ -56,8 +56,8 @@ class Simulation:
         self._block_speed_m_s = block_speed_m_s
         self.watch: Callable[[], None] | None = None
         self._mujoco = require("mujoco", "sim")
-        self.scene = build_scene(task, seed, servo_lag_ms)
-        self.task, self.model = task, self.scene.model
+        self.task, self.xml = task, scene_xml(task, servo_lag_ms)
+        self.model = self._mujoco.MjModel.from_xml_string(self.xml)
         self.data = self._mujoco.MjData(self.model)
         self.lock = threading.RLock()
         self._render_lock = threading.Lock()
@@ -218,26 +218,26 @@ class Simulation:
 
     def render(self, view: str = "front", width: int = 640, height: int = 480, samples: int = 1) -> np.ndarray:
         """What a camera sees now, uint8 RGB (height, width, 3). samples=2 smooths edges at four times the cost."""
-        if view not in CAMERA_VIEWS:
-            raise ConfigError(f"view must be one of {', '.join(CAMERA_VIEWS)}, but it is '{view}'")
-        if not (0 < width <= 4096 and 0 < height <= 4096):
-            raise ConfigError(f"picture size must be within 1..4096 pixels, but it is {width}x{height}")
+        check_picture(view, width, height)
         with self.lock:
-            pose = Pose(self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy())
+            positions, rotations = self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy()
             camera = self._camera(view, width, height)
         with self._render_lock:
-            return self._get_renderer().draw(pose, camera, view, fixed=view == "front", samples=samples)
+            if self._renderer is None:
+                bodies = [self.model.body(i).name for i in range(self.model.nbody)]
+                self._renderer = SceneRenderer(bodies, with_bowl=self.task == "place")
+            return self._renderer.draw(positions, rotations, camera, view, samples)
 
     def _camera(self, view: str, width: int, height: int) -> Pinhole:
         index = self.model.camera(view).id
         axes = self.data.cam_xmat[index].reshape(3, 3) * [1, -1, -1]  # MuJoCo: right, up, backward
         return Pinhole(self.data.cam_xpos[index].copy(), axes, float(self.model.cam_fovy[index]), width, height)
 
-    def _get_renderer(self) -> SceneRenderer:
-        if self._renderer is None:
-            bodies = [self.model.body(i).name for i in range(self.model.nbody)]
-            self._renderer = SceneRenderer(bodies, with_bowl=self.task == "place")
-        return self._renderer
+
+def check_picture(view: str, width: int, height: int, name: str = "a picture") -> None:
+    """Raises ConfigError for what `Simulation.render` cannot draw."""
+    if view not in CAMERA_VIEWS or not (0 < width <= 4096 and 0 < height <= 4096):
+        raise ConfigError(f"{name} takes a view of {', '.join(CAMERA_VIEWS)}, width and height of 1 to 4096 pixels, got '{view}', {width}x{height}.")
 
 
 # --- the mechanics behind a servo bus -----------------------------------------------------------------------------------------------------------
