@@ -142,7 +142,7 @@ def test_scales_have_the_graphs_own_type(tmp_path: Path, kind: int) -> None:
 def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_they_do(tiny_export: Made) -> None:
     target = target_for(tiny_export.checkpoint)
     cases = cases_of(tiny_export.checkpoint)
-    network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), "int8")
+    network = GraphNetwork(target, read_manifest(tiny_export.onnx, "").shapes, ExportTables(tiny_export.onnx, ""), 2, "int8")
     labels = [f"{stage}.{layer.label}" for stage in network.parts for layer in Graph(tiny_export.onnx / f"{stage}.onnx").linear_layers()]
     assert len(labels) == 2 + 4 * TINY.vision[2] + 5 * TINY.language[2] + 4 * TINY.vl[0] + 1 + 6 + 4 * TINY.dit[0]
     readers = [entry.readers for entry in record(network, cases, 0)]
