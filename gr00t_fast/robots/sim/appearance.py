@@ -265,10 +265,6 @@ def _tilt_z(angle: float) -> np.ndarray:
     return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
 
 
-def _block() -> list[Part]:
-    return [_part("block", "block", box(BLOCK_HALF_M, BLOCK_HALF_M, BLOCK_HALF_M, 0.0012), (0, 0, 0))]
-
-
 def _bowl() -> list[Part]:
     rim, height = BOWL_RADIUS_M + 0.003, BOWL_HEIGHT_M + 0.001
     outside = [(0.0, 0.0), (rim - 0.012, 0.0), (rim - 0.006, 0.008), (rim - 0.002, 0.022), (rim, height - 0.001)]
@@ -279,7 +275,8 @@ def _bowl() -> list[Part]:
 def scene_parts(with_bowl: bool) -> list[Part]:
     """Every visible part except the table."""
     arm = [*_base(), *_shoulder(), *_upper_arm(), *_lower_arm(), *_wrist(), *_gripper(), *_jaw()]
-    return [*arm, *_block(), *(_bowl() if with_bowl else [])]
+    block = _part("block", "block", box(BLOCK_HALF_M, BLOCK_HALF_M, BLOCK_HALF_M), (0, 0, 0))
+    return [*arm, block, *(_bowl() if with_bowl else [])]
 
 
 def gather(parts: list[Part], bodies: list[str]) -> tuple[Mesh, np.ndarray, np.ndarray]:

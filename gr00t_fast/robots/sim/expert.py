@@ -12,7 +12,7 @@ import numpy as np
 
 from gr00t_fast.errors import RobotError
 from gr00t_fast.robots.sim.scene import BOWL_HEIGHT_M, GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians, radians_to_degrees
-from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
+from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
 
 # --- inverse kinematics -------------------------------------------------------------------------------------------------------------------------
 
@@ -96,18 +96,6 @@ def expert(simulation: Simulation) -> Iterator[np.ndarray]:
     yield from script(simulation, GraspKinematics(simulation))
 
 
-def run_expert(simulation: Simulation, max_ticks: int = 180) -> int | None:
-    """Play the expert; the tick at which the task had succeeded, or None. Physics only, nothing is drawn."""
-    for tick, targets in enumerate(expert(simulation)):
-        simulation.set_targets(targets)
-        simulation.advance(TICK_S)
-        if simulation.success:
-            return tick + 1
-        if tick + 1 >= max_ticks:
-            break
-    return None
-
-
 def _reach(simulation: Simulation, kinematics: GraspKinematics) -> Iterator[np.ndarray]:
     hover = kinematics.solve(_above(simulation.block_m, _HOVER_M), None, simulation.joints_deg, _WAYPOINT_M)
     goal = kinematics.solve(_above(simulation.block_m, _REACH_M), None, hover)
@@ -154,7 +142,7 @@ def _jaw(pose_deg: np.ndarray, percent: float) -> np.ndarray:
 def _move(simulation: Simulation, goal_deg: np.ndarray, speed: float = 1.0, near_deg: float = _ARRIVED_DEG) -> Iterator[np.ndarray]:
     """Joint-space line from the measured pose, all joints arriving together; then wait until the arm is near."""
     start = simulation.joints_deg
-    start[GRIPPER] = _last_jaw(simulation)  # closed on a block, the jaw's target must not become what was measured
+    start[GRIPPER] = simulation.targets_deg[GRIPPER]  # closed on a block, the jaw's target must not become what was measured
     limit = np.array([_STEP_DEG] * GRIPPER + [_JAW_STEP]) * speed
     ticks = max(1, int(np.ceil(np.max(np.abs(goal_deg - start) / limit))))
     for tick in range(1, ticks + 1):
@@ -167,11 +155,7 @@ def _move(simulation: Simulation, goal_deg: np.ndarray, speed: float = 1.0, near
 
 def _hold(simulation: Simulation, goal_deg: np.ndarray, ticks: int) -> Iterator[np.ndarray]:
     """Keep the arm and let the jaw move at its speed."""
-    jaw = _last_jaw(simulation)
+    jaw = simulation.targets_deg[GRIPPER]
     for _ in range(ticks):
         jaw += np.clip(goal_deg[GRIPPER] - jaw, -_JAW_STEP, _JAW_STEP)
         yield _jaw(goal_deg, jaw)
-
-
-def _last_jaw(simulation: Simulation) -> float:
-    return float(simulation.targets_deg[GRIPPER])

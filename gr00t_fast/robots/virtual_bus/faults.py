@@ -96,7 +96,7 @@ class FaultTable:
 
     def add(self, fault: Fault, now_s: float) -> None:
         """Put a fault in force from now on."""
-        self._active = [*self._active, _Active(fault, now_s + fault.at_s)]
+        self._active.append(_Active(fault, now_s + fault.at_s))
 
     def clear(self) -> None:
         """Heal everything."""
@@ -128,25 +128,22 @@ class FaultTable:
     def spoil(self, faults: list[Fault], request: Request, replies: list[Reply]) -> list[Reply]:
         """Apply faults to the answers of one request."""
         for fault in faults:
-            replies = self._spoil_one(fault, request, replies)
+            self._spoil_one(fault, request, [reply for reply in replies if reply.data and fault.hits(reply.servo_id)])
         return [reply for reply in replies if reply.data]
 
-    def _spoil_one(self, fault: Fault, request: Request, replies: list[Reply]) -> list[Reply]:
-        hit = [reply for reply in replies if fault.hits(reply.servo_id)]
-        if fault.kind in ("silent", "absent"):
-            return [reply for reply in replies if reply not in hit]
+    def _spoil_one(self, fault: Fault, request: Request, hit: list[Reply]) -> None:
         if fault.kind == "drop":
             _drop_byte(hit, fault.at)
-            return replies
-        if fault.kind == "delay":
+        elif fault.kind == "delay":
             for reply in hit[:1]:  # the answers behind it wait for it anyway
                 reply.delay_s += fault.ms / 1000
-            return replies
-        for reply in hit:
-            reply.data = self._bytes(fault, request, reply.data)
-        return replies
+        else:
+            for reply in hit:
+                reply.data = self._bytes(fault, request, reply.data)
 
     def _bytes(self, fault: Fault, request: Request, data: bytes) -> bytes:
+        if fault.kind in ("silent", "absent"):
+            return b""
         if fault.kind == "checksum":
             return data[:-1] + bytes((data[-1] ^ 0x55,))
         if fault.kind == "no_data":
