@@ -43,7 +43,6 @@ class Figures:
         self._lock, self._every_s, self._said_s = threading.Lock(), every_s, time.monotonic() - every_s
         self._clients: set[str] = set()
         self._counts = {"served": 0, "refused": 0, "deadlines_missed": 0, "batches": 0}
-        self._said = dict(self._counts)
         self._queue_ms: deque[float] = deque(maxlen=_KEPT)
         self._compute_ms: deque[float] = deque(maxlen=_KEPT)
         self._reason, self._last_failure = "", ""
@@ -82,8 +81,11 @@ class Figures:
     def status(self) -> dict[str, Any]:
         """Counts since the start, and percentiles in ms of the last requests; JSON-ready."""
         with self._lock:
-            counts = {"clients": len(self._clients), **self._counts}
-            return counts | {"queue_ms": percentiles(self._queue_ms), "compute_ms": percentiles(self._compute_ms)}
+            return self._status()
+
+    def _status(self) -> dict[str, Any]:
+        times = {"queue_ms": percentiles(self._queue_ms), "compute_ms": percentiles(self._compute_ms)}
+        return {"clients": len(self._clients), **self._counts, **times}
 
     def serve(self, port: int) -> None:
         """Answer GET /metrics at a port of this machine, in a thread of its own. Raises ServerError."""
@@ -105,9 +107,8 @@ class Figures:
         now_s = time.monotonic()
         if now_s - self._said_s < self._every_s:
             return
-        new = {name: count - self._said[name] for name, count in self._counts.items()}
-        log.info("%s", status_line(new | {"queue_ms": percentiles(self._queue_ms), "compute_ms": percentiles(self._compute_ms)}, self._reason))
-        self._said_s, self._said = now_s, dict(self._counts)
+        log.info("%s", status_line(self._status(), self._reason))
+        self._said_s = now_s
 
 
 def status_line(status: dict[str, Any], last_refusal: str = "") -> str:

@@ -211,7 +211,8 @@ class HttpApplication:
                 asked = {"name": _name(client), "deadline_s": deadline_s}
                 actions = await self._answered(observation, client, len(event["bytes"]), asked, next_event)
                 timing = {"infer_ms": 1000 * (time.monotonic() - began_s), **total_ms}
-                await send({"type": "websocket.send", "bytes": encode_openpi({**_side_by_side(actions), "server_timing": timing})})
+                joined = np.concatenate([*actions.values()], axis=-1)  # as openpi's programs expect them
+                await send({"type": "websocket.send", "bytes": encode_openpi({"actions": joined, **actions, "server_timing": timing})})
             except _ClientGoneError:
                 raise
             except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
@@ -246,7 +247,7 @@ class HttpPolicyServer(PolicyServerBase):
             lifespan="off",
             interface="asgi3",
             log_config=None,
-            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted by RequestLog; a line for each would fill the disk
+            log_level=logging.CRITICAL + 1,  # what clients do wrong is counted; a line for each would fill the disk
             access_log=False,
             server_header=False,
             proxy_headers=False,  # would believe whoever calls from this machine
@@ -298,11 +299,6 @@ def _from_openpi(event: _Event, policy: Policy) -> tuple[Any, Any]:
         joined = any(key.startswith("observation.") for key in observation)
         observation[LEROBOT_TASK if joined else policy.get_modality_config()["language"].modality_keys[0]] = observation.pop("prompt")
     return observation, deadline_s
-
-
-def _side_by_side(actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As they are, and all together as openpi's programs expect them."""
-    return {"actions": np.concatenate([*actions.values()], axis=-1), **actions}
 
 
 class _RefusedError(Gr00tFastError):

@@ -6,11 +6,10 @@ and again by each batch that is.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 SIZES = (1, 2, 4, 8)  # of batches: few, because some engines prepare themselves for each
 PATIENCE_S = 1.0  # the place in the queue of a request without a deadline is that of one with so much time
 _REFINED_BY = 0.1  # how much of a newly measured time goes into the known one
-_MEASURE_S, _MEASURED_CALLS = 10.0, 5  # a size that would take longer than this to measure is not used
+_MEASURE_S = 10.0  # a size that would take longer than this to measure is not used
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +60,10 @@ def batch_of(observation: Mapping[str, Any]) -> int:
     return max((len(value) for value, axes in pictures if value.ndim == axes), default=1)
 
 
-def _seconds_of(infer: Callable[[int], object], size: int) -> Iterator[float]:
-    """Of one call after the other, for a limited time; at least two, of which the first pays for what is new."""
-    began_s = ended_s = time.monotonic()
-    for number in itertools.count():
-        if number > 1 and ended_s - began_s > _MEASURE_S / _MEASURED_CALLS:
-            return
-        before_s = ended_s
-        infer(size)
-        ended_s = time.monotonic()
-        yield ended_s - before_s
+def _seconds_of(infer: Callable[[int], object], size: int) -> float:
+    began_s = time.monotonic()
+    infer(size)
+    return time.monotonic() - began_s
 
 
 class BatchTimes:
@@ -80,12 +73,13 @@ class BatchTimes:
         self.seconds: dict[int, float] = {}
 
     def measure(self, infer: Callable[[int], object], most: int) -> None:
-        """infer: computes a batch of a size, up to `most`. The fastest of some calls counts: what else a machine does only adds to it."""
+        """infer: computes a batch of a size, up to `most`. The fastest call after the first counts: what else a machine does only adds to it."""
         for size in SIZES:
             if size > most or 4 * self.seconds.get(size // 2, 0.0) > _MEASURE_S:
                 return
             try:
-                self.seconds[size] = min(itertools.islice(_seconds_of(infer, size), _MEASURED_CALLS))
+                first_s = _seconds_of(infer, size)
+                self.seconds[size] = min(_seconds_of(infer, size) for _ in range(4 if first_s < _MEASURE_S / 10 else 1))
             except RuntimeError as error:  # torch's, when memory is short
                 log.warning("%d requests cannot be computed together: %s", size, error)
                 return

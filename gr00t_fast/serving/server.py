@@ -140,7 +140,9 @@ class PolicyServer(PolicyServerBase):
         if route[-1]:
             self.service.figures.refused(WireError("frames that no REQ client sends"))  # a reply would have no address
             return
-        name = f"{_peer(frames[-1])}#{int.from_bytes(route[0][-2:], 'big')}"  # ZeroMQ numbers those who give themselves no name
+        name = (
+            f"{frames[-1].get('Peer-Address') or 'local'}#{int.from_bytes(route[0][-2:], 'big')}"  # ZeroMQ numbers those without a name
+        )
         try:
             if len(message) != 1:
                 raise WireError(f"expected a message of one part, got {len(message)}.")
@@ -183,14 +185,6 @@ class PolicyServer(PolicyServerBase):
         log.info("killed by a client")
         self.stop()
         return encode({"status": "ok", "message": "Server is shutting down"})
-
-
-def _peer(frame: Any) -> str:
-    """The address that a message came from."""
-    try:
-        return str(frame.get("Peer-Address")) or "local"
-    except Exception:  # noqa: BLE001 - pyzmq has several for a transport that knows none
-        return "local"
 
 
 def _fixed_replies(policy: Policy) -> dict[str, bytes]:
