@@ -140,9 +140,7 @@ class PolicyServer(PolicyServerBase):
         if route[-1]:
             self.service.figures.refused(WireError("frames that no REQ client sends"))  # a reply would have no address
             return
-        name = (
-            f"{frames[-1].get('Peer-Address') or 'local'}#{int.from_bytes(route[0][-2:], 'big')}"  # ZeroMQ numbers those without a name
-        )
+        name = f"{frames[-1].get('Peer-Address') or 'local'}#{int.from_bytes(route[0][-2:], 'big')}"  # ZeroMQ numbers those without a name
         try:
             if len(message) != 1:
                 raise WireError(f"expected a message of one part, got {len(message)}.")
