@@ -17,7 +17,7 @@ from gr00t_fast.flags import Flags, setting
 from gr00t_fast.robots.virtual_bus import faults as fault_kinds
 from gr00t_fast.robots.virtual_bus.bus import ControlSocket, VirtualBus, send_command
 from gr00t_fast.robots.virtual_bus.faults import Fault
-from gr00t_fast.robots.virtual_bus.servo import Calibration, Plant, default_calibration, load_calibration, save_calibration
+from gr00t_fast.robots.virtual_bus.servo import Calibration, default_calibration, load_calibration, save_calibration
 
 _CHECKPOINT = "outputs/demo/checkpoint"  # that of `make demo`
 
@@ -58,15 +58,6 @@ def work(config: BusConfig) -> int:
     answer = send_command(config.control, config.send)
     print(json.dumps(answer.get("ok", answer), indent=2))
     return EXIT_ERROR if "error" in answer else EXIT_OK
-
-
-def make_plant(task: str | None, seed: int) -> Plant | None:
-    """The MuJoCo scene behind the servos, or None. MuJoCo is imported only here."""
-    if task is None:
-        return None
-    from gr00t_fast.robots.sim.simulation import ScenePlant
-
-    return ScenePlant(task=task, seed=seed)
 
 
 def prepare_calibration(config: BusConfig) -> tuple[Calibration, Path | None]:
@@ -113,9 +104,14 @@ def serve(config: BusConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _signal, _frame: stop.set())
     calibration, calibration_file = prepare_calibration(config)
+    plant = None
+    if config.scene is not None:
+        from gr00t_fast.robots.sim.simulation import ScenePlant
+
+        plant = ScenePlant(config.scene, config.seed)
     bus = VirtualBus(
         calibration,
-        make_plant(config.scene, config.seed),
+        plant,
         map(Fault.parse, config.fault),
         link=Path(os.path.abspath(config.link)),
         usb_latency_ms=config.usb_latency_ms,

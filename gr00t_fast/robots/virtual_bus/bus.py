@@ -224,12 +224,9 @@ class VirtualBus:
         for reply in replies:
             due_s += reply.delay_s
             if self._wire_time:
-                due_s += len(reply.data) * BYTE_S + self._return_delay_s(reply.servo_id)
+                units = next((servo.registers[Register.RETURN_DELAY] for servo in self.servos if servo.id == reply.servo_id), 0)
+                due_s += len(reply.data) * BYTE_S + units * RETURN_DELAY_UNIT_S
             terminal.send(reply.data, due_s)
-
-    def _return_delay_s(self, servo_id: int) -> float:
-        units = next((servo.registers[Register.RETURN_DELAY] for servo in self.servos if servo.id == servo_id), 0)
-        return units * RETURN_DELAY_UNIT_S
 
     def _cable(self, now_s: float) -> None:
         if fault := self._faults.due_unplug(now_s):
