@@ -6,7 +6,9 @@ In virtual time, tests/test_homing.py shows more of what ends a run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import random
 import signal
 import threading
 import time
@@ -158,6 +160,11 @@ PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exceptio
     "an inference that hangs": (hangs, {"controller": "threaded"}, InferenceTimeoutError),
     "a camera": (lambda stand: stand.camera.disconnect(), {}, CameraError),
 }
+RANDOM: dict[str, Callable[[Stand], None]] = {
+    "an inference that hangs": hangs,
+    "a camera": lambda stand: stand.camera.disconnect(),
+    **{number.name: functools.partial(lambda number, stand: send(number), number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
+}
 AT_ONCE: dict[str, Callable[[Stand], None]] = {
     "servo silent": lambda stand: stand.bus.inject("silent:servo=3"),
     "servo without torque": lambda stand: stand.bus.servos[1].write(Register.TORQUE_ENABLE, b"\0"),
@@ -232,3 +239,17 @@ def test_an_arm_that_was_found_powered_is_left_where_it_stands(dry_run: bool, tm
         assert stand.bus.torque() == ON
         assert set(stand.loop.trace.landing.torque.values()) == {"held"}
         assert (stand.away_deg.max() < 1) == dry_run
+
+
+def test_random_stops_find_the_arm_where_it_lay(tmp_path: Path) -> None:
+    """`GR00T_FAST_STOPS=200 pytest tests/test_put_down.py -k random -s`"""
+    rng = random.Random(1)
+    for number in range(int(os.environ.get("GR00T_FAST_STOPS", "1"))):
+        fault, after_s = rng.choice([*RANDOM]), rng.uniform(0, 2.5)
+        with standing(tmp_path, controller=rng.choice(["sync", "threaded"])) as stand:
+            stand.run(RANDOM[fault], after_s)
+            print(f"{fault} after {after_s:.2f} s: {stand.away_deg.max():.1f} deg from where it lay")
+            assert stand.away_deg.max() < NEAR_DEG, (number, fault, after_s, stand.said)
+            assert stand.bus.torque() == OFF, (number, fault, after_s)
+            time.sleep(0.2)
+            assert stand.bus.torque() == OFF, (number, fault, after_s)

@@ -84,7 +84,8 @@ class HttpApplication:
         except _ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-            return await refuse(scope, send, self._counted(error, scope["client"]), keep)
+            self.service.figures.refused(error, _name(scope["client"]))
+            return await refuse(scope, send, error, keep)
         await _reply(send, 200, reply, kind)
 
     async def _body(self, scope: _Event, receive: _Receive) -> bytearray | bytes:
@@ -159,24 +160,14 @@ class HttpApplication:
             raise _RefusedError(500, str(error)) from error
 
     async def _answered(self, observation: Any, client: Any, size_bytes: int, asked: dict[str, Any], next_event: asyncio.Future[_Event]) -> Any:
-        """The actions. Raises what `Service.ask` does, _InferenceError, and _ClientGoneError when `next_event` is that the client hung up."""
+        """The actions. Raises what `Service.ask` and the inference do, and _ClientGoneError when `next_event` is that the client hung up."""
         answer = asyncio.wrap_future(self.service.ask(observation, client, size_bytes, **asked))
         await asyncio.wait((answer, next_event), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done() and next_event.result()["type"].endswith("disconnect"):
             answer.cancel()
             self.service.forget(lambda waiting: waiting == client)
             raise _ClientGoneError
-        try:
-            return await answer
-        except Exception as error:
-            raise _InferenceError from error
-
-    def _counted(self, error: Exception, client: Any) -> Exception:
-        """The error itself, counted; the service counts those of inferences."""
-        if isinstance(error, _InferenceError):
-            return error.__cause__
-        self.service.figures.refused(error, _name(client))
-        return error
+        return await answer
 
     # openpi's clients
 
@@ -189,7 +180,8 @@ class HttpApplication:
             if self.websockets >= MAX_WEBSOCKETS:
                 raise _RefusedError(503, f"busy: {MAX_WEBSOCKETS} WebSockets are open.")
         except Gr00tFastError as error:
-            return await refuse(scope, send, self._counted(error, scope["client"]))
+            self.service.figures.refused(error, _name(scope["client"]))
+            return await refuse(scope, send, error)
         self.websockets += 1
         try:
             await receive()
@@ -216,7 +208,8 @@ class HttpApplication:
             except _ClientGoneError:
                 raise
             except Exception as error:  # noqa: BLE001 - no request, whatever it holds, may end the service for the others
-                await send({"type": "websocket.send", "text": reason_of(self._counted(error, client))})
+                self.service.figures.refused(error, _name(client))
+                await send({"type": "websocket.send", "text": reason_of(error)})
             total_ms = {"prev_total_ms": 1000 * (time.monotonic() - began_s)}
             event = await next_event
 
@@ -305,10 +298,6 @@ class _RefusedError(Gr00tFastError):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
-
-
-class _InferenceError(Exception):
-    """What an inference ended with is its cause."""
 
 
 class _ClientGoneError(Exception):

@@ -72,7 +72,7 @@ class PolicyDeployment:
     def __init__(self, models: Mapping[str, Mapping[str, Any]], max_batch: int, api_token: str | None, host_names: Sequence[str]) -> None:
         self._models, self._options, self._host_names = models, (max_batch, api_token), host_names
         self._first = next(iter(models))
-        self._loaded: dict[str, weakref.ref[_Model]] = {}
+        self._loaded: weakref.WeakValueDictionary[str, _Model] = weakref.WeakValueDictionary()
 
     def __serve_build_asgi_app__(self) -> Any:
         async def application(scope: dict[str, Any], receive: Any, send: Any) -> None:  # a function: uvicorn takes a method for ASGI 2
@@ -87,13 +87,12 @@ class PolicyDeployment:
             raise ServerError(f"no model '{name}' is served here.{closest(name, self._models)} Expected one of: {', '.join(self._models)}.")
         model = _Model(self._models[name], *self._options)
         application = HttpApplication(await asyncio.wrap_future(model.loaded), self._host_names)
-        self._loaded[name] = weakref.ref(model)
+        self._loaded[name] = model
         return model, application
 
     def check_health(self) -> None:
         """Asked by Ray, which replaces a replica where this raises."""
-        broken = [name for name, model in self._loaded.items() if (there := model()) is not None and there.broken]
-        if broken:
+        if broken := [name for name, model in self._loaded.items() if model.broken]:
             raise ServerError(f"the thread of {', '.join(broken)} has ended.")
 
     async def _answer(self, scope: dict[str, Any], receive: Any, send: Any) -> None:

@@ -171,6 +171,8 @@ class PolicyServer(PolicyServerBase):
         client = (descriptor, *route[: -2 if correlated else -1])
 
         def send(answer: Future[dict[str, np.ndarray]]) -> None:
+            if (error := answer.exception()) is not None:
+                self.service.figures.refused(error, name)
             self._answers.put([*route, _answer_message(answer, n1d7)])
             self._wake_talker.send(b"x")
 

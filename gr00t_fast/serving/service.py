@@ -56,7 +56,7 @@ class Service:
     def __init__(
         self, policy: Policy, api_token: str | None, limit_bytes: int, max_waiting: int = MAX_WAITING, max_wait_s: float = MAX_WAIT_S
     ) -> None:
-        """`limit_bytes`: of all unanswered requests together, as they were sent."""
+        """`limit_bytes`: of all unanswered requests together, as they were sent. Refusals are counted in `figures` by who sends them."""
         self.policy, self.api_token, self.figures = policy, api_token, Figures()
         self.times = BatchTimes()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # its `put` may be interrupted by a signal handler that puts
@@ -156,7 +156,6 @@ class Service:
             answer = answers.get(request, too_old)
             self._running_bytes -= request.size_bytes  # before the answer: whoever has it may send the next request
             if isinstance(answer, Exception):
-                self.figures.refused(answer, request.client)
                 request.answer.set_exception(answer)
             else:
                 missed = request.deadline_s is not None and ended_s > request.deadline_s
