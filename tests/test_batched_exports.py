@@ -15,6 +15,7 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli import export
 from gr00t_fast.contracts import ActionPrefix
+from gr00t_fast.errors import EngineError
 
 SENTENCE = "put the red block into the bowl"
 
@@ -70,6 +71,18 @@ def test_verify_compares_items_with_single_calls(made: Made, tmp_path: Path) -> 
     flags = [f"--model_path={made.checkpoint}", "--data_config=so100_dualcam", f"--engine_path={made.onnx}", f"--out={tmp_path}"]
     assert export.verify([*flags, "--engine=onnxruntime", *FEW]) == 0
     assert json.loads((tmp_path / "verify.json").read_text())["relative_l2"]["actions, 2 at once"]["max"] < 1e-5
+
+
+def test_what_is_quantised_is_for_one_observation(made: Made, tmp_path: Path) -> None:
+    flags = [f"--model_path={made.checkpoint}", "--data_config=so100_dualcam", f"--onnx={made.onnx}", f"--out={tmp_path / 'int8'}"]
+    assert export.quantise([*flags, "--target=openvino", *FEW, "--trial_frames=0"]) == 0
+    policy = load_policy(made.checkpoint, data_config="so100_dualcam", engine="openvino", engine_path=tmp_path / "int8", precision="fp32")
+    assert policy.max_batch == 1
+    manifest = json.loads((made.onnx / "manifest.json").read_text())
+    manifest["details"]["batches"]["2"]["vision"] = "elsewhere.onnx"
+    (made.onnx / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EngineError, match="not among the files"):
+        load_policy(made.checkpoint, data_config="so100_dualcam", engine="onnxruntime", engine_path=made.onnx)
 
 
 @pytest.mark.parametrize("size", [1, 0, 99])

@@ -169,7 +169,7 @@ def read_manifest(directory: Path, remedy: str) -> Manifest:
             raise ValueError("a file's name leaves the directory")
         if manifest.stages and set(manifest.stages) != set(STAGES):
             raise ValueError(f"it has the stages {', '.join(manifest.stages)}, expected {', '.join(STAGES)}")
-        if any(stage["file"] not in manifest.files for stage in manifest.stages.values()):
+        if any(file not in manifest.files for file in manifest.stage_files.values()):
             raise ValueError("a stage's file is not among the files that are checked")
         if not all(isinstance(flag, str) for flag in manifest.flags):
             raise ValueError("flags have the wrong form")

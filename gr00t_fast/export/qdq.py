@@ -84,7 +84,7 @@ def write_quantised_export(
         program="quantise.py",
         flags=tuple(flags),
         quantisation=quantisation,
-        details={**manifest.details, "made_from": manifest.command},
+        details={name: value for name, value in manifest.details.items() if name != "batches"} | {"made_from": manifest.command},
     ).write(out)
 
 

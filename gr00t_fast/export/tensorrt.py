@@ -64,7 +64,10 @@ def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: 
             built = run_alone(build, onnx / stage["file"], engine, builder, capabilities, profiles)
             stages[name] = {**stage, "file": engine.name, "source": stage["file"], "build": built}
             tick()
-        shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
+        try:  # a second name of the same file where the system allows: the embedding alone has 600 MB
+            os.link(onnx / TABLES_NAME, directory / TABLES_NAME)
+        except OSError:
+            shutil.copyfile(onnx / TABLES_NAME, directory / TABLES_NAME)
         version = library.version_of(library.load(builder))
         manifest = replace(
             source,
