@@ -12,7 +12,7 @@ import logging
 import mmap
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,8 +94,8 @@ class TensorRTEngine(ExportedEngine):
             return inputs.input_ids[item]
         return super()._prompt(inputs, item)
 
-    def _embed(self, ids: Tensor, image_positions: Tensor, tokens: Tensor) -> Tensor:
-        text = self._embedding[ids.to(self.device, non_blocking=True)].unsqueeze(0)  # (1, S, width)
+    def _embed(self, prompts: Sequence[Tensor], image_positions: Tensor, tokens: Tensor) -> Tensor:
+        text = self._embedding[torch.stack([*prompts]).to(self.device, non_blocking=True)]  # (B, S, width)
         return text.index_copy_(1, image_positions, tokens)
 
     def _recording(self, prompt_tokens: int, steps: int) -> tuple[StageProgram, CapturedGraph]:
