@@ -106,19 +106,6 @@ def cells_of(config: Config) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all episodes of an evaluation share. servo_lag_ms: as SO100SimConfig."""
-
-    model_path: str
-    instruction: str = "Reach the block"
-    block_speed_m_s: float = 0.06
-    episode_s: float = 10.0
-    noise_seed: int = 0
-    device: str = "cpu"
-    servo_lag_ms: float | None = None
-
-
 # --- an episode ----------------------------------------------------------------------------------------------------------------------------
 
 _SOLVED, _TAIL_S = "solved", 0.5  # an episode goes on for a moment after success
@@ -217,38 +204,22 @@ class EvaluatedArm(SimArm):
 
 
 class EpisodeRunner:
-    """The simulated arm before a block that lies still or moves, for policies to drive. `metadata` are those of the checkpoint."""
+    """The simulated arm before a block that lies still or moves, for policies to drive; worlds are made once. `metadata`: the checkpoint's."""
 
-    def __init__(self, metadata: Any, noise_shape: tuple[int, int], settings: Settings) -> None:
+    def __init__(self, metadata: Any, noise_shape: tuple[int, int], config: Config) -> None:
         """noise_shape: trained horizon and padded action width. Raises ConfigError for a checkpoint of several cameras."""
         if len(metadata.resolutions) != 1:
             raise ConfigError(f"the evaluation shows one camera, from the front; this checkpoint wants {', '.join(metadata.resolutions)}.")
-        self._metadata, self._noise_shape, self._settings = metadata, noise_shape, settings
+        self._metadata, self._noise_shape, self._config = metadata, noise_shape, config
         self._arms: dict[Scene, tuple[VirtualClock, EvaluatedArm]] = {}
 
     def play(self, policy: Any, cell: Cell, seed: int) -> Outcome:
         """One episode. Raises ConfigError where a controller cannot bridge the latency."""
-        settings, (clock, arm) = self._settings, self._arm(cell)
+        metadata, config, (clock, arm) = self._metadata, self._config, self._arm(cell)
         clock.time_s = 0.0  # the same instants, to the last bit, whatever was played before
-        late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, (seed, settings.noise_seed))
-        options = LoopOptions(self._metadata.fps, timeout_s=settings.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
-        loop = play_until(arm.over, _SOLVED, arm, self._controller(cell, late, arm, clock), options, clock)
-        solved_s = None if arm.solved_s is None else round(arm.solved_s, 4)
-        return Outcome(seed, solved_s, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
-
-    def _arm(self, cell: Cell) -> tuple[VirtualClock, EvaluatedArm]:
-        if cell.scene not in self._arms:
-            clock, speed_m_s = VirtualClock(), self._settings.block_speed_m_s if cell.scene == "moving" else 0.0
-            (resolution,) = self._metadata.resolutions.values()
-            cameras = {"front": SimCameraConfig(*resolution)}
-            world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=speed_m_s, servo_lag_ms=self._settings.servo_lag_ms)
-            self._arms[cell.scene] = clock, EvaluatedArm(world, clock, self._settings.episode_s)
-        return self._arms[cell.scene]
-
-    def _controller(self, cell: Cell, policy: LatePolicy, arm: EvaluatedArm, clock: VirtualClock) -> ChunkController:
-        metadata, instruction = self._metadata, self._settings.instruction
+        late = LatePolicy(policy, self._noise_shape, clock, cell.latency_ms, (seed, config.seed))
         cameras = resolve_camera_map(arm.cameras, metadata.resolutions, None)
-        binding = RobotBinding(policy.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
+        binding = RobotBinding(late.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
         overlap = ControllerOptions(
             cell.controller if cell.controller in ("sync", "auto") else "threaded",
             "rtc" if cell.controller == "rtc" else "none",
@@ -256,15 +227,27 @@ class EpisodeRunner:
             None,
             cell.action_horizon,
         )
-        controller = ChunkController(policy, binding, instruction, clock, metadata.fps, overlap, VirtualWorker(clock))
+        controller = ChunkController(late, binding, config.lang_instruction, clock, metadata.fps, overlap, VirtualWorker(clock))
         if cell.controller == "auto":
             controller.warm_up()
-        return controller
+        options = LoopOptions(metadata.fps, timeout_s=config.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
+        loop = play_until(arm.over, _SOLVED, arm, controller, options, clock)
+        solved_s = None if arm.solved_s is None else round(arm.solved_s, 4)
+        return Outcome(seed, solved_s, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
+
+    def _arm(self, cell: Cell) -> tuple[VirtualClock, EvaluatedArm]:
+        if cell.scene not in self._arms:
+            clock, speed_m_s = VirtualClock(), self._config.block_speed_m_s if cell.scene == "moving" else 0.0
+            (resolution,) = self._metadata.resolutions.values()
+            cameras = {"front": SimCameraConfig(*resolution)}
+            world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=speed_m_s, servo_lag_ms=self._config.servo_lag_ms)
+            self._arms[cell.scene] = clock, EvaluatedArm(world, clock, self._config.episode_s)
+        return self._arms[cell.scene]
 
 
 def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:
     """Does a policy do the task at all? Episodes of 2.5 s without latency, the block at rest."""
-    runner = EpisodeRunner(policy.metadata, noise_shape, Settings("", episode_s=2.5))
+    runner = EpisodeRunner(policy.metadata, noise_shape, Config(episode_s=2.5))
     return [runner.play(policy, Cell(action_horizon=action_horizon), seed) for seed in seeds]
 
 
@@ -282,44 +265,30 @@ class Report:
     refused: str | None = None
 
 
-class Player:
-    """The policies and the arms of one process: weights and worlds are made once."""
-
-    def __init__(self, settings: Settings) -> None:
-        import torch
-
-        torch.set_num_threads(1)  # a core per process, and the same sums in every process
-        head = open_checkpoint(settings.model_path).config.head
-        metadata = read_policy_metadata(settings.model_path, EMBODIMENT_TAG, DATA_CONFIG)
-        self._settings, self._policies = settings, {}
-        self._runner = EpisodeRunner(metadata, (head.action_horizon, head.action_dim), settings)
-
-    def play(self, cell: Cell, seeds: Sequence[int]) -> Report:
-        policy = self._policy(cell)
-        try:
-            return Report(cell, tuple(self._runner.play(policy, cell, seed) for seed in seeds))
-        except ConfigError as error:  # the controller says so before the arm moves: a chunk that is over before it arrives
-            return Report(cell, (), str(error))
-
-    def _policy(self, cell: Cell) -> Any:
-        if cell.engine not in self._policies:
-            words, _, directory = cell.engine.partition("=")
-            name, _, precision = words.partition(":")
-            options = {"precision": precision if precision and not directory else "auto", "engine_path": directory or None}  # exports bring theirs
-            self._policies[cell.engine] = load_policy(self._settings.model_path, engine=name, device=self._settings.device, seed=0, **options)
-        policy = self._policies[cell.engine]
-        policy.denoising_steps = cell.denoising_steps
-        return policy
+_runners: dict[str, EpisodeRunner] = {}  # of this process: weights and worlds are made once
+_policies: dict[str, Any] = {}
 
 
-_players: dict[Settings, Player] = {}  # of this process
-
-
-def play(settings: Settings, cell: Cell, seeds: Sequence[int]) -> Report:
+def play(config: Config, cell: Cell, seeds: Sequence[int]) -> Report:
     """Run in a process of the pool."""
-    if settings not in _players:
-        _players[settings] = Player(settings)
-    return _players[settings].play(cell, seeds)
+    import torch
+
+    torch.set_num_threads(1)  # a core per process, and the same sums in every process
+    if (settings := str(config)) not in _runners:
+        head = open_checkpoint(config.model_path).config.head
+        metadata = read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
+        _runners[settings] = EpisodeRunner(metadata, (head.action_horizon, head.action_dim), config)
+    if (opened := f"{config.model_path} {cell.engine}") not in _policies:
+        words, _, directory = cell.engine.partition("=")
+        name, _, precision = words.partition(":")
+        options = {"precision": precision if precision and not directory else "auto", "engine_path": directory or None}  # exports bring theirs
+        _policies[opened] = load_policy(config.model_path, engine=name, device=config.device, seed=0, **options)
+    policy = _policies[opened]
+    policy.denoising_steps = cell.denoising_steps
+    try:
+        return Report(cell, tuple(_runners[settings].play(policy, cell, seed) for seed in seeds))
+    except ConfigError as error:  # the controller says so before the arm moves: a chunk that is over before it arrives
+        return Report(cell, (), str(error))
 
 
 class EpisodeLog:
@@ -396,17 +365,8 @@ def mean_interval(values: np.ndarray) -> list[float]:
 
 def as_table(result: Mapping[str, Any]) -> str:
     deadlines = [f"{deadline:g}" for deadline in result["deadlines_s"]]
-    columns = (
-        "block",
-        "controller",
-        "latency ms",
-        "steps",
-        "actions",
-        "engine",
-        "success % (95 %)",
-        *(f"within {deadline} s" for deadline in deadlines),
-    )
-    columns += ("mean time s (95 %)", "inferences")
+    columns = ("block", "controller", "latency ms", "steps", "actions", "engine", "success % (95 %)")
+    columns += (*(f"within {deadline} s" for deadline in deadlines), "mean time s (95 %)", "inferences")
     lag = "the motors' own, about 100 ms" if result["servo_lag_ms"] is None else f"{result['servo_lag_ms']:g} ms"
     preface = (
         f"Reach, {result['episodes']} layouts unseen in training, the same layouts and noise in every row; {result['episode_s']:g} s at 30 Hz; the "
@@ -488,9 +448,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> dict[str, Any]:
     cells, seeds = cells_of(config), seeds_of(config)
-    settings = settings_of(config)
-    log = EpisodeLog(config.out, {**asdict(settings), "model_path": digests_of(config.model_path)})
-    jobs = [(settings, *piece) for piece in log.missing(cells, seeds)]
+    check_network(config)
+    log = EpisodeLog(config.out, conditions_of(config))
+    jobs = [(config, *piece) for piece in log.missing(cells, seeds)]
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes to come share the cores among them
     with require("tqdm", "sim").tqdm(total=sum(len(job[2]) for job in jobs), unit=" episodes") as bar:
         for job, report in in_processes(play, jobs, config.jobs):
@@ -501,11 +461,7 @@ def run(config: Config) -> dict[str, Any]:
         "checkpoint": config.model_path.name,
         "episodes": len(seeds),
         "first_seed": seeds[0],
-        "episode_s": config.episode_s,
-        "deadlines_s": config.deadlines_s,
-        "block_speed_m_s": config.block_speed_m_s,
-        "servo_lag_ms": config.servo_lag_ms,
-        "instruction": config.lang_instruction,
+        **{name: getattr(config, name) for name in ("episode_s", "deadlines_s", "block_speed_m_s", "servo_lag_ms", "lang_instruction")},
         "rows": [row_of(cell, seeds, log, config) for cell in cells],
         **provenance(config.seed),
     }
@@ -518,9 +474,9 @@ def row_of(cell: Cell, seeds: Sequence[int], log: EpisodeLog, config: Config) ->
     return asdict(cell) | figures_of(played, config.episode_s, config.deadlines_s)
 
 
-def settings_of(config: Config) -> Settings:
-    """Checked before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator
-    cannot be told."""
+def check_network(config: Config) -> None:
+    """Before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator cannot
+    be told."""
     try:
         read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
     except ConfigError as error:
@@ -529,15 +485,14 @@ def settings_of(config: Config) -> Settings:
             f"{', '.join(DATA_CONFIGS[DATA_CONFIG].video_keys)} that was trained in this simulator, as checkpoints/so100-sim-reach. {error}"
         ) from error
     scene_xml("reach", config.servo_lag_ms)
-    shared = (config.block_speed_m_s, config.episode_s, config.seed, config.device, config.servo_lag_ms)
-    return Settings(str(config.model_path), config.lang_instruction, *shared)
 
 
-def digests_of(model_path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a checkpoint that decides about its actions, by name."""
-    directory = open_checkpoint(model_path).path
+def conditions_of(config: Config) -> dict[str, Any]:
+    """What all episodes share, the checkpoint by the SHA-256 of every file that decides about its actions."""
+    directory = open_checkpoint(config.model_path).path
     files = sorted(file for file in directory.rglob("*") if file.suffix in (".json", ".safetensors") and "exports" not in file.parts)
-    return {str(file.relative_to(directory)): sha256(file) for file in files}
+    shared = {name: getattr(config, name) for name in ("lang_instruction", "block_speed_m_s", "episode_s", "seed", "device", "servo_lag_ms")}
+    return shared | {"model_path": {str(file.relative_to(directory)): sha256(file) for file in files}}
 
 
 def seeds_of(config: Config) -> list[int]:

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("mujoco")
 
 from benchmarks import evaluate
-from benchmarks.evaluate import Cell, Outcome, Settings, figures_of, play
+from benchmarks.evaluate import Cell, Config, Outcome, figures_of, play
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints" / "so100-sim-reach"
-SETTINGS = Settings(str(CHECKPOINT), episode_s=3.0)
+SETTINGS = Config(CHECKPOINT, episode_s=3.0)
 LATE = Cell("moving", "sync", 200, 1, 8)
 
 
@@ -52,7 +52,7 @@ def test_an_episode_is_the_same_whatever_was_played_before() -> None:
 
 def test_servos_that_lag_as_real_ones_take_longer() -> None:
     cell = Cell("still", "sync", 0, 1, 8)
-    own, lagging = (play(Settings(str(CHECKPOINT), servo_lag_ms=lag_ms, episode_s=3.0), cell, (3,)).outcomes[0] for lag_ms in (None, 200.0))
+    own, lagging = (play(Config(CHECKPOINT, servo_lag_ms=lag_ms, episode_s=3.0), cell, (3,)).outcomes[0] for lag_ms in (None, 200.0))
     assert 0.05 < lagging.solved_s - own.solved_s < 1.5
 
 
