@@ -36,17 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
-from benchmarks.lib.program import (
-    Flags,
-    check_counts,
-    drawing,
-    finish,
-    in_processes,
-    markdown_table,
-    provenance,
-    read_flags,
-    show_progress,
-)
+from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags, show_progress
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DueTarget
@@ -360,27 +350,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Motion:
-    """What happened, in seconds since the first target, in degrees.
+class Trial:
+    """What came of one: its figures (`_FIGURES`), and at the instants grid_s (G,) since the first target the arm's pose (G, J) and the recording at
+    the scene's moment (G, J)."""
 
-    targets (K, J) at every deadline since the first target, those of pauses held; played_s (N,): the moment of the recording that each target sent
-    is from; frozen_ticks: deadlines at which the arm got nothing new because the network was not ready. grid_s (G,) at the control rate; arm (G, J)
-    its pose; reference (G, J) the recording at the scene's moment.
-    """
-
-    period_s: float
-    joint_names: tuple[str, ...]
-    targets: np.ndarray
-    played_s: np.ndarray
-    frozen_ticks: int
-    missed_ticks: int
+    figures: dict[str, float]
     grid_s: np.ndarray
     arm: np.ndarray
     reference: np.ndarray
-    finished: bool
 
 
-def run_trial(recording: Recording, config: Config, cell: Cell, trial: int) -> Motion:
+def run_trial(recording: Recording, config: Config, cell: Cell, trial: int) -> Trial:
     """Play the recording once. Raises Gr00tFastError when the setting cannot work."""
     clock = VirtualClock() if config.virtual else MonotonicClock()
     scene = Scene(cell.scene, 1 / config.fps)
@@ -389,15 +369,9 @@ def run_trial(recording: Recording, config: Config, cell: Cell, trial: int) -> M
     limit_s = (_PATIENCE if cell.scene == "still" else 1.0) * recording.duration_s + cell.delay.values_s[-1] + _SPARE_S
     safety = SafetyOptions(max_speed_deg_s=config.max_speed_deg_s, max_following_error_deg=None)
     end_s = recording.duration_s - 0.5 / config.fps
-    loop = play_until(
-        lambda observation: observation.joints[-1] >= end_s,
-        FINISHED,
-        arm,
-        controller,
-        LoopOptions(config.fps, timeout_s=limit_s, safety=safety, camera_fault=None),
-        clock,
-    )
-    return _motion(recording, loop, arm, scene, 1 / config.fps)
+    options = LoopOptions(config.fps, timeout_s=limit_s, safety=safety, camera_fault=None)
+    loop = play_until(lambda observation: observation.joints[-1] >= end_s, FINISHED, arm, controller, options, clock)
+    return measure(recording, loop, arm, scene, 1 / config.fps)
 
 
 def make_controller(config: Config, cell: Cell, policy: Policy, arm: FollowerArm, clock: Clock) -> ChunkController | FifoController:
@@ -412,82 +386,71 @@ def make_controller(config: Config, cell: Cell, policy: Policy, arm: FollowerArm
     return ChunkController(policy, binding, _INSTRUCTION, clock, config.fps, options, worker)
 
 
-def _motion(recording: Recording, loop: ControlLoop, arm: FollowerArm, scene: Scene, period_s: float) -> Motion:
-    data = loop.trace.arrays()
-    if not len(data["time_s"]):
-        raise ConfigError("the run ended before its first target; use a longer recording.")
-    instants = np.array([instant for instant, _, _ in arm.sends])[: len(data["time_s"])]  # a signal may have come between sending and noting
-    ticks = np.maximum(1, np.rint(np.diff(instants) / period_s)).astype(np.int64)  # (N - 1,) until the next target
-    grid_s = np.arange(0.0, instants[-1] - instants[0] + period_s / 2, period_s)
-    return Motion(
-        period_s,
-        recording.joint_names,
-        np.repeat(data["target"][:, :-1], np.append(ticks, 1), axis=0),
-        data["target"][:, -1],
-        max(0, int(data["underrun"].sum() + (ticks - 1).sum()) - loop.pacer.missed_ticks),
-        loop.pacer.missed_ticks,
-        grid_s,
-        arm.poses(instants[0] + grid_s),
-        recording.at(scene.at(instants[0] + grid_s)),
-        loop.trace.ended_by == FINISHED,
-    )
-
-
 # --- figures of a trial -------------------------------------------------------------------------------------------------------------------
 
 _DELAY_STEP_S = 0.01
 _ONE_TICK = 1.5  # a step of more than this many periods in the recording leaves something out; less is the jitter of the ticks
 _LONGEST_DELAY = 0.5  # of the motion; beyond, too little is left to compare
+# Figure -> its heading, and digits. frozen_ticks: deadlines at which the arm got nothing new because the network was not ready. velocity_jump: the
+# largest change of a body joint's commanded velocity from tick to tick. mae_raw compares arm and recording at equal instants, mae_aligned at the
+# delay at which they are closest.
+_FIGURES = {
+    "frozen_ticks": ("frozen ticks", 1),
+    "velocity_jump_deg_s": ("velocity's jump, deg/s", 0),
+    "tracking_delay_s": ("tracking delay, s", 2),
+    "mae_raw": ("MAE, same instant", 2),
+    "mae_aligned": ("MAE, delay out", 2),
+    "went_back_s": ("went back, s", 2),
+    "never_played_s": ("never played, s", 2),
+    "duration_s": ("took, s", 1),
+    "missed_ticks": ("missed ticks", 1),
+}
 
 
-def measure(motion: Motion) -> dict[str, float]:
-    """All figures of one trial. `mae_raw` compares arm and recording at equal instants, `mae_aligned` at the delay at which they are closest. The
-    velocity's jump is the largest change of a body joint's commanded velocity from tick to tick."""
-    body = [index for index, name in enumerate(motion.joint_names) if "gripper" not in name]
-    changes = np.diff(motion.targets[:, body], n=2, axis=0) / motion.period_s
-    delays_s = np.arange(0.0, _LONGEST_DELAY * motion.grid_s[-1] + _DELAY_STEP_S, _DELAY_STEP_S)
-    errors = [mean_error(motion, delay_s) for delay_s in delays_s]
-    steps_s = np.diff(motion.played_s)
-    return {
-        "frozen_ticks": float(motion.frozen_ticks),
-        "velocity_jump_deg_s": float(np.abs(changes).max(initial=0.0)),
-        "tracking_delay_s": float(delays_s[np.argmin(errors)]),
+def measure(recording: Recording, loop: ControlLoop, arm: FollowerArm, scene: Scene, period_s: float) -> Trial:
+    """All figures of a run that has ended. Raises ConfigError for one without a target."""
+    data, missed = loop.trace.arrays(), loop.pacer.missed_ticks
+    if not len(data["time_s"]):
+        raise ConfigError("the run ended before its first target; use a longer recording.")
+    instants = np.array([instant for instant, _, _ in arm.sends])[: len(data["time_s"])]  # a signal may have come between sending and noting
+    ticks = np.maximum(1, np.rint(np.diff(instants) / period_s)).astype(np.int64)  # (N - 1,) until the next target
+    grid_s = np.arange(0.0, instants[-1] - instants[0] + period_s / 2, period_s)
+    pose, reference = arm.poses(instants[0] + grid_s), recording.at(scene.at(instants[0] + grid_s))
+    body = [index for index, name in enumerate(recording.joint_names) if "gripper" not in name]
+    commanded = np.repeat(data["target"][:, :-1], np.append(ticks, 1), axis=0)[:, body]  # at every deadline; those of pauses are held
+    delays_s = np.arange(0.0, _LONGEST_DELAY * grid_s[-1] + _DELAY_STEP_S, _DELAY_STEP_S)
+    errors = [mean_error(grid_s, pose, reference, delay_s) for delay_s in delays_s]
+    steps_s = np.diff(data["target"][:, -1])  # of the moment played
+    figures = {
+        "frozen_ticks": max(0, int(data["underrun"].sum() + (ticks - 1).sum()) - missed),
+        "velocity_jump_deg_s": np.abs(np.diff(commanded, n=2, axis=0) / period_s).max(initial=0.0),
+        "tracking_delay_s": delays_s[np.argmin(errors)],
         "mae_raw": errors[0],
         "mae_aligned": min(errors),
-        "went_back_s": float(np.maximum(-steps_s, 0).sum()),
-        "never_played_s": float((steps_s - motion.period_s)[steps_s > _ONE_TICK * motion.period_s].sum()),
-        "duration_s": float(motion.grid_s[-1] + motion.period_s),
-        "finished": float(motion.finished),
-        "missed_ticks": float(motion.missed_ticks),
+        "went_back_s": np.maximum(-steps_s, 0).sum(),
+        "never_played_s": (steps_s - period_s)[steps_s > _ONE_TICK * period_s].sum(),
+        "duration_s": grid_s[-1] + period_s,
+        "missed_ticks": missed,
+        "finished": loop.trace.ended_by == FINISHED,
     }
+    return Trial({name: float(value) for name, value in figures.items()}, grid_s, pose, reference)
 
 
-def mean_error(motion: Motion, delay_s: float) -> float:
+def mean_error(grid_s: np.ndarray, pose: np.ndarray, reference: np.ndarray, delay_s: float) -> float:
     """Mean distance of the arm from where the recording was `delay_s` earlier, over joints and the instants that have an earlier one."""
-    grid_s = motion.grid_s[motion.grid_s >= delay_s - _EVEN_S]
-    reference = np.stack([np.interp(grid_s - delay_s, motion.grid_s, column) for column in motion.reference.T], axis=1)
-    return float(np.abs(motion.arm[-len(grid_s) :] - reference).mean())
+    later_s = grid_s[grid_s >= delay_s - _EVEN_S]
+    earlier = np.stack([np.interp(later_s - delay_s, grid_s, column) for column in reference.T], axis=1)
+    return float(np.abs(pose[-len(later_s) :] - earlier).mean())
 
 
-def summarise(trials: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def summarise(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
     """Mean and worst over trials of every figure."""
-    values = {name: [trial[name] for trial in trials] for name in trials[0]}
+    values = {name: [trial.figures[name] for trial in trials] for name in trials[0].figures}
     return {name: {"mean": round(float(np.mean(each)), 4), "max": round(float(np.max(each)), 4)} for name, each in values.items()}
 
 
 # --- the result ----------------------------------------------------------------------------------------------------------------------------
 
-_COLUMNS = (  # heading, figure, digits
-    ("frozen ticks", "frozen_ticks", 1),
-    ("velocity's jump, deg/s", "velocity_jump_deg_s", 0),
-    ("tracking delay, s", "tracking_delay_s", 2),
-    ("MAE, same instant", "mae_raw", 2),
-    ("MAE, delay out", "mae_aligned", 2),
-    ("went back, s", "went_back_s", 2),
-    ("never played, s", "never_played_s", 2),
-    ("took, s", "duration_s", 1),
-    ("missed ticks", "missed_ticks", 1),
-)
 _NOTES = (
     "A chunk must hold twice the delay and a margin (`needed`), or a controller that drops elapsed actions runs out of them.",
     "The policy replays a recording and waits: it stands for a network's delay and for chunks that disagree, not for a network's mistakes.",
@@ -504,40 +467,36 @@ def as_table(result: Mapping[str, Any]) -> str:
         f"{result['chunk_noise_deg']:g} deg, arm time constant {result['arm_time_constant_s']:g} s, mean of {result['trials']} trials, "
         f"{result['time']} time."
     )
-    columns = ("scene", "delay", "actions per chunk", "needed", "architecture", *(heading for heading, _, _ in _COLUMNS))
+    columns = ("scene", "delay", "actions per chunk", "needed", "architecture", *(heading for heading, _ in _FIGURES.values()))
     return "\n\n".join([regime, markdown_table(columns, [_line(row) for row in result["rows"]], 5), "\n".join(f"* {note}" for note in _NOTES)])
 
 
 def _line(row: Mapping[str, Any]) -> list[object]:
     figures = row["figures"]
-    texts = {name: f"{figures[name]['mean']:.{digits}f}" for _, name, digits in _COLUMNS}
+    texts = {name: f"{figures[name]['mean']:.{digits}f}" for name, (_, digits) in _FIGURES.items()}
     if row["scene"] == "still":  # its time is the arm's own: a lag behind it has no meaning
         texts["tracking_delay_s"] = ""
     if not figures["finished"]["mean"]:
         texts["duration_s"] = "not done"
-    return [
-        row["scene"],
-        *(row.get(name, "") for name in ("delay", "actions_per_chunk", "needed_actions_per_chunk")),
-        row["architecture"],
-        *texts.values(),
-    ]
+    setting = (row.get(name, "") for name in ("scene", "delay", "actions_per_chunk", "needed_actions_per_chunk", "architecture"))
+    return [*setting, *texts.values()]
 
 
-def plot(motions: Mapping[tuple[Cell, int], Motion], path: Path) -> None:
+def plot(trials: Mapping[tuple[Cell, int], Trial], joints: Sequence[str], path: Path) -> None:
     """The joint that moves most, first trials at the longest delay, a panel per scene."""
-    first = {cell: motion for (cell, trial), motion in motions.items() if trial == 0}
+    first = {cell: trial for (cell, number), trial in trials.items() if number == 0}
     slowest = max(first, key=lambda cell: (cell.delay.ticks(1000), -cell.horizon))
-    shown = {cell: motion for cell, motion in first.items() if (cell.delay, cell.horizon) == (slowest.delay, slowest.horizon)}
+    shown = {cell: trial for cell, trial in first.items() if (cell.delay, cell.horizon) == (slowest.delay, slowest.horizon)}
     scenes, joint = list(dict.fromkeys(cell.scene for cell in shown)), int(np.ptp(first[slowest].reference, axis=0).argmax())
-    title = f"{first[slowest].joint_names[joint]} (degrees), delay {slowest.delay.label}, {slowest.horizon} actions per chunk"
+    title = f"{joints[joint]} (degrees), delay {slowest.delay.label}, {slowest.horizon} actions per chunk"
     with drawing(path, title, 1, len(scenes), (7 * len(scenes), 4), sharey=True) as axes:
         for axis, scene in zip(axes[0], scenes, strict=True):
-            mine = {cell: motion for cell, motion in shown.items() if cell.scene == scene}
+            mine = {cell: trial for cell, trial in shown.items() if cell.scene == scene}
             if scene == "moving":  # a still scene has no time of its own
-                motion = next(iter(mine.values()))
-                axis.plot(motion.grid_s, motion.reference[:, joint], "k", linewidth=2.2, alpha=0.45, label="recording")
-            for cell, motion in mine.items():
-                axis.plot(motion.grid_s, motion.arm[:, joint], linewidth=1.1, label=cell.architecture)
+                trial = next(iter(mine.values()))
+                axis.plot(trial.grid_s, trial.reference[:, joint], "k", linewidth=2.2, alpha=0.45, label="recording")
+            for cell, trial in mine.items():
+                axis.plot(trial.grid_s, trial.arm[:, joint], linewidth=1.1, label=cell.architecture)
             axis.set_title(f"{scene} scene")
             axis.set_xlabel("time since the first target (s)")
             axis.legend(fontsize=7)
@@ -569,41 +528,38 @@ class Config(Flags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    motions: dict[tuple[Cell, int], Motion] = {}
+    trials: dict[tuple[Cell, int], Trial] = {}
     config = read_flags(Config, argv, __doc__)
-    return finish("control_architectures", config, lambda given: run(given, motions), as_table, lambda result, path: plot(motions, path))
+
+    def draw(result: Mapping[str, Any], path: Path) -> None:
+        plot(trials, result["recording"]["joints"], path)
+
+    return finish("control_architectures", config, lambda given: run(given, trials), as_table, draw)
 
 
-def run(config: Config, motions: dict[tuple[Cell, int], Motion]) -> dict[str, Any]:
-    """Leaves what the arm did in `motions`. Raises ConfigError."""
+def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]:
+    """Leaves what the arm did in `trials`. Raises ConfigError."""
     check_counts(config, "rounds", "jobs", "actions_per_chunk")
     check_counts(config, "fps", "arm_time_constant_s", least=1e-3)
     check_counts(config, "chunk_noise_deg", least=0)
     recording = made_up() if config.recording is None else load_recording(config.recording, config.episode, config.column)
     recording = recording.cut(config.start_s, config.seconds)
     cells = cells_of(config)
-    shuffled = [(cell, trial) for trial in range(config.rounds) for cell in random.Random(trial).sample(cells, len(cells))]  # they take turns
-    work = [(recording, config, cell, trial) for cell, trial in shuffled]
+    shuffled = [(cell, number) for number in range(config.rounds) for cell in random.Random(number).sample(cells, len(cells))]  # they take turns
+    work = [(recording, config, cell, number) for cell, number in shuffled]
     alone = config.jobs == 1 or config.virtual
-    for job, motion in ((job, run_trial(*job)) for job in work) if alone else in_processes(run_trial, work, config.jobs):
-        motions[job[2:]] = motion
-        show_progress("trial", len(motions), len(work))
+    for job, trial in ((job, run_trial(*job)) for job in work) if alone else in_processes(run_trial, work, config.jobs):
+        trials[job[2:]] = trial
+        show_progress("trial", len(trials), len(work))
     rows = []
     perfect = replace(config, chunk_noise_deg=0.0, virtual=True)
     for scene in config.scenes:
         floor = Cell(scene, "sync", max(2, round(config.fps)), parse_latency("0"))  # the recording itself, tick by tick: what nothing can beat
-        rows.append({"scene": scene, "architecture": "floor", "figures": summarise([measure(run_trial(recording, perfect, floor, 0))])})
+        rows.append({"scene": scene, "architecture": "floor", "figures": summarise([run_trial(recording, perfect, floor, 0)])})
         for cell in (cell for cell in cells if cell.scene == scene):
-            rows.append(
-                {
-                    "scene": scene,
-                    "architecture": cell.architecture,
-                    "delay": cell.delay.label,
-                    "actions_per_chunk": cell.horizon,
-                    "needed_actions_per_chunk": needed_actions(cell.delay.ticks(config.fps)),
-                    "figures": summarise([measure(motions[cell, trial]) for trial in range(config.rounds)]),
-                }
-            )
+            setting = {"scene": scene, "architecture": cell.architecture, "delay": cell.delay.label, "actions_per_chunk": cell.horizon}
+            setting["needed_actions_per_chunk"] = needed_actions(cell.delay.ticks(config.fps))
+            rows.append(setting | {"figures": summarise([trials[cell, number] for number in range(config.rounds)])})
     return {
         "benchmark": "control_architectures",
         "recording": {"source": recording.source, "seconds": round(recording.duration_s, 3), "joints": list(recording.joint_names)},
