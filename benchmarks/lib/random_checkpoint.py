@@ -14,13 +14,13 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -42,6 +42,8 @@ _SPECIAL_TOKENS = {
     "n1.5": (*_CHAT_TOKENS, n1d5.IMAGE_TOKEN, "<img>", "</img>"),
     "n1.7": (*_CHAT_TOKENS, "<|vision_start|>", "<|vision_end|>", n1d7.IMAGE_TOKEN),
 }
+# Those that would make a checkpoint of the one network be taken for the other's.
+_TELLING_FILES = ("config.json", BACKBONE_FILE, "processor_config.json", "experiment_cfg/metadata.json")
 _MAX_SHARD_BYTES = 5_000_000_000  # the published checkpoint's shards are just below this
 # Joint ranges of a plausible SO-100 data set in degrees (gripper in per cent), around the simulated arm's first pose.
 _RANGES_DEG = {
@@ -92,7 +94,7 @@ def write_random_checkpoint(
 
     resolution: (width, height), of N1.5's training videos; N1.7's files do not say it. frame_offsets: times of N1.7's pictures, steps back from now.
 
-    It is written beside `out` and put in its place when it is complete: one that was interrupted is never taken for a checkpoint.
+    One that was interrupted leaves nothing, and is never taken for a checkpoint.
     `weights=False`: the small files alone, for a network of `random_network`.
     `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
     """
@@ -115,11 +117,16 @@ def write_random_checkpoint(
     try:
         if not published_tokenizer:
             _write_tokenizer(unfinished / tokenizer, sizes.language.image_token_id, network)
-        for name, content in {"config.json": config, **files}.items():
+        for name, content in files.items():
             _write_json(unfinished / name, content)
         if weights:
-            _write_weights(unfinished, sizes, seed, dtype, max_shard_bytes)
-        _put_in_place(unfinished, out)
+            shapes, generator = _published_shapes(sizes), torch.Generator().manual_seed(seed)
+            tensors = {name: _random_tensor(name, shape, generator, dtype) for name, shape in shapes.items()}
+            save_torch_state_dict(tensors, unfinished, max_shard_size=max_shard_bytes)
+        for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
+            stale.unlink(missing_ok=True)
+        shutil.copytree(unfinished, out, dirs_exist_ok=True, copy_function=os.replace)  # exports and the like stay
+        _write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return out
@@ -142,24 +149,6 @@ def checkpoint_in(
     if not ((path / "config.json").exists() and any((path / file).exists() for file in weights)):
         write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
     return path
-
-
-# Those that would make a checkpoint of the one network be taken for the other's.
-_TELLING_FILES = ("config.json", BACKBONE_FILE, "processor_config.json", "experiment_cfg/metadata.json")
-
-
-def _put_in_place(finished: Path, out: Path) -> None:
-    """Files of `out` that are no part of a checkpoint stay, such as exports. config.json comes last: it is what a checkpoint is known by."""
-    if not out.exists():
-        finished.rename(out)
-        return
-    for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
-        stale.unlink(missing_ok=True)
-    for file in sorted(finished.rglob("*"), key=lambda file: file == finished / "config.json"):
-        if file.is_file():
-            place = out / file.relative_to(finished)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
 
 
 def network_config(size: str, published_vocabulary: bool, network: NetworkName = "n1.5") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -267,22 +256,6 @@ def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]
     return {"min": list(low), "max": list(high), "mean": mean, "std": std, "q01": list(low), "q99": list(high)}
 
 
-def _write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    shapes = _published_shapes(config)
-    shards = list(_shards(shapes, dtype, max_shard_bytes))
-    generator = torch.Generator().manual_seed(seed)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _random_tensor(name, shapes[name], generator, dtype) for name in names}
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-        print(f"wrote {file}: {len(names)} tensors", file=sys.stderr)
-    if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = Gr00t(config)
@@ -305,19 +278,6 @@ def _pooling_head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes.update({f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)})
     shapes.update({"layernorm.weight": (width,), "layernorm.bias": (width,)})
     return {prefix + name: shape for name, shape in shapes.items()}
-
-
-def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, limit_bytes: int) -> Iterator[list[str]]:
-    names: list[str] = []
-    filled = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        if names and filled + size > limit_bytes:
-            yield names
-            names, filled = [], 0
-        names.append(name)
-        filled += size
-    yield names
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -361,8 +321,6 @@ class RandomCheckpointConfig:
 
 
 def _write_as_asked(config: RandomCheckpointConfig) -> int:
-    if config.data_config not in SO100_CONFIGS:
-        raise ConfigError(f"--data_config={config.data_config} is not one of {', '.join(SO100_CONFIGS)}.")
     if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
         raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
     written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, network=config.network)
