@@ -8,19 +8,17 @@
     python -m benchmarks.gpu_check             # all of them; 39 minutes at most
     python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
-Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; this file itself uses the standard library
-only. What is missing is said and not counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay
+Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is said and not
+counted as passed. Each part of a step has a limit of its own: one that hangs costs only itself. In --out stay
 one JSON file and one log per step, and result.txt: a table, and whether what the project promises of an H200 was kept by the steps so far. A broken
 promise is said and does not change the exit code, which is about parts that broke.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -28,12 +26,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
+from benchmarks.lib.program import provenance, read_flags
+
+# --- what is promised of an H200 -----------------------------------------------------------------------------------------------------------
 
 _BF16, _FP8 = "bf16", "fp8"
 _P50_LIMITS_MS = ((_BF16, 4, 7.0), (_BF16, 4, 5.0), (_BF16, 2, 3.5), (_FP8, 4, 5.0), (_FP8, 4, 4.0))  # format, denoising steps
@@ -61,25 +62,41 @@ def promises(results: Iterable[Any]) -> Iterator[str]:
     trained = [each for each in found if not each["network"].startswith("random")]
     wrong = {name for each in trained for name, engine in each["engines"].items() if not engine["within_limit"]}
     rows = [row for each in found for row in _rows(each) if row.engine not in wrong]
+
+    def fastest(format: str, steps: int) -> Row | None:
+        return min((row for row in rows if (row.format, row.steps) == (format, steps)), key=lambda row: row.times["p50"], default=None)
+
     for format, steps, limit_ms in _P50_LIMITS_MS:
-        best = _fastest(rows, format, steps)
+        best = fastest(format, steps)
         detail = best and f"{best.times['p50']:.2f} ms ({best.engine}, {best.times['count']} calls)"
         yield _line(f"p50 <= {limit_ms:g} ms, {format}, {steps} steps", best and best.times["p50"] <= limit_ms, detail)
-    best = _fastest(rows, _BF16, 4)  # the engine to be used
+    best = fastest(_BF16, 4)  # the engine to be used
     over = best and best.times["p99"] / best.times["p50"]
     detail = best and f"{over:.2f} (p99 {best.times['p99']:.2f} ms, {best.engine})"
     yield _line(f"p99 <= {_P99_OVER_P50:g} x p50, {_BF16}, 4 steps", over and over <= _P99_OVER_P50, detail)
-    yield _speed_up(rows)
-    yield from _accuracy(trained)
+    # where the reference modules are not installed, against our eager engine, which does less than they do
+    known = [
+        (of, row.faster[of]["median"], row.engine)
+        for of in _NO_PRODUCT
+        for row in rows
+        if (row.format, row.steps) == (_BF16, 4) and row.faster.get(of)
+    ]
+    of, times, engine = max(known, default=("", 0.0, ""))
+    words = ", against our eager: the reference modules are not installed, and do more" if of == "eager" else ""
+    detail = f"{times:.2f} x ({engine}{words})" if known else None
+    yield _line(f">= {_TIMES_AS_FAST:g} x the reference modules, {_BF16}, 4 steps", times >= _TIMES_AS_FAST if known else None, detail)
+    for result in trained:
+        for name, engine in result["engines"].items():
+            detail = f"p99 {engine['error_deg']['p99']:.3f} in joint units over {result['observations']} observations"
+            kept = engine["within_limit"] if result["observations"] >= _LEAST_OBSERVATIONS else None
+            yield _line(f"actions of {name} near eager fp32, {result['network']}", kept, detail)
+    if not trained:
+        yield _line("actions near eager fp32, trained network", None, None)
 
 
 def _line(promise: str, kept: bool | None, detail: str | None) -> str:
     """kept: None where nothing was measured."""
     return f"{'not measured' if kept is None else 'PASS' if kept else 'FAIL':<12} {promise:<52} {detail or ''}"
-
-
-def _fastest(rows: list[Row], format: str, steps: int) -> Row | None:
-    return min((row for row in rows if (row.format, row.steps) == (format, steps)), key=lambda row: row.times["p50"], default=None)
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
@@ -92,27 +109,7 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
                 yield Row(name, engine["arithmetic"], int(steps), times, engine["times_as_fast_as"][steps])
 
 
-def _speed_up(rows: list[Row]) -> str:
-    """Against the reference modules; where they are not installed against our eager engine, which does less than they do: the line then says so."""
-    promise = f">= {_TIMES_AS_FAST:g} x the reference modules, {_BF16}, 4 steps"
-    for of, words in (("reference", ""), ("eager", ", against our eager: the reference modules are not installed, and do more")):
-        known = [(row.faster[of]["median"], row.engine) for row in rows if (row.format, row.steps) == (_BF16, 4) and row.faster.get(of)]
-        if known:
-            times, engine = max(known)
-            return _line(promise, times >= _TIMES_AS_FAST, f"{times:.2f} x ({engine}{words})")
-    return _line(promise, None, None)
-
-
-def _accuracy(trained: list[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each engine of each network."""
-    for result in trained:
-        for name, engine in result["engines"].items():
-            detail = f"p99 {engine['error_deg']['p99']:.3f} in joint units over {result['observations']} observations"
-            kept = engine["within_limit"] if result["observations"] >= _LEAST_OBSERVATIONS else None
-            yield _line(f"actions of {name} near eager fp32, {result['network']}", kept, detail)
-    if not trained:
-        yield _line("actions near eager fp32, trained network", None, None)
-
+# --- what is run ---------------------------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = "checkpoints/so100-sim-reach"  # degrees mean something on trained weights only
@@ -210,58 +207,37 @@ def _tests() -> list[Part]:
     ]
 
 
+@dataclass
+class Config:
+    step: list[Name] = field(default_factory=lambda: list(STEP_LIMITS_S))  # which, one after the other; default: all
+    device: Literal["cuda", "cpu"] = "cuda"  # cpu: try what can run there, with few calls
+    size: Literal["tiny", "demo", "full"] = "full"  # of the network with random weights, made on the GPU
+    out: Path = ROOT / "outputs" / "gpu_check"  # directory for a JSON file and a log per step, and result.txt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    options = _parser().parse_args([re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
-    gpu = describe_gpu() if options.device == "cuda" else {"name": "no GPU: a rehearsal", "cuda": None}
-    if gpu is None:
+    config = read_flags(Config, argv, __doc__)
+    if config.device == "cuda" and not has_gpu():
         print("error: this Python has no torch with a CUDA GPU. Run where it has one, or name another interpreter: make gpu-check PYTHON=...")
         return 1
-    out: Path = options.out.resolve()
+    out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    machine = {"gpu": gpu, "python": platform.python_version(), "packages": versions()}
-    failed, passed = False, False
-    for step in options.step:
-        outcomes, interrupted = run_step(step, options.device, options.size, out)
-        report(step, outcomes, machine, out)
-        failed |= any(outcome.outcome == "failed" for outcome in outcomes)
-        passed |= any(outcome.outcome == "passed" for outcome in outcomes)
+    origin, seen = provenance(), set()
+    for step in config.step:
+        outcomes, interrupted = run_step(step, config.device, config.size, out)
+        report(step, outcomes, origin, out)
+        seen |= {outcome.outcome for outcome in outcomes}
         if interrupted:
             return 130
-    return 1 if failed or not passed else 0
+    return 1 if "failed" in seen or "passed" not in seen else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    """argparse, and not the flags of the other programs: those need draccus, which a bare machine lacks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--step", nargs="+", choices=tuple(STEP_LIMITS_S), default=list(STEP_LIMITS_S), help="default: all, one after the other")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "outputs" / "gpu_check", help="directory for a JSON file and a log per step, and result.txt"
-    )
-    parser.add_argument("--size", default="full", choices=("tiny", "demo", "full"), help="of the network with random weights, made on the GPU")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: try what can run there, with few calls")
-    return parser
-
-
-def describe_gpu() -> dict[str, Any] | None:
-    """Name, memory and versions, or None without a usable GPU."""
+def has_gpu() -> bool:
     if not _is_there("torch"):
-        return None
+        return False
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    capability = f"{properties.major}.{properties.minor}"
-    return {"name": properties.name, "memory_bytes": properties.total_memory, "capability": capability, "cuda": torch.version.cuda}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide about speed; None for one that is not installed."""
-    from importlib.metadata import distribution
-
-    packages = ("torch", "triton", "transformers", "safetensors", "numpy", "lerobot", "tensorrt_rtx")
-    return {package: distribution(package).version if _is_there(package) else None for package in packages}
+    return torch.cuda.is_available()
 
 
 def _is_there(package: str) -> bool:
@@ -342,12 +318,12 @@ def run(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, 
 # --- reporting ----------------------------------------------------------------------------------------------------------------------------
 
 
-def report(step: Name, outcomes: Sequence[Outcome], machine: Mapping[str, Any], out: Path) -> None:
+def report(step: Name, outcomes: Sequence[Outcome], origin: Mapping[str, Any], out: Path) -> None:
     """Leave STEP.json, and print a table of at most 60 lines: this step's parts, what they measured, the promises as far as all steps so far tell."""
-    (out / f"{step}.json").write_text(json.dumps({"machine": machine, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
+    (out / f"{step}.json").write_text(json.dumps({**origin, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
     known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-E].json"))]
     promised = list(promises(part["result"] for each in known for part in each["parts"]))
-    head = f"step {step}: {machine['gpu']['name']}, torch {machine['packages']['torch']}, CUDA {machine['gpu']['cuda']}"
+    head = f"step {step}: {origin['machine'].get('gpu') or 'no GPU: a rehearsal'}, torch {origin['versions'].get('torch')}"
     measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]
     room = 58 - len(outcomes) - len(promised)
     table = [head, *map(_row, outcomes), *(row[:_ROW_WIDTH] for row in measured[: max(min(room, _MOST_ROWS), 0)]), "promised of an H200:", *promised]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
@@ -122,7 +122,7 @@ def write_random_checkpoint(
         if weights:
             shapes, generator = _published_shapes(sizes), torch.Generator().manual_seed(seed)
             tensors = {name: _random_tensor(name, shape, generator, dtype) for name, shape in shapes.items()}
-            save_torch_state_dict(tensors, unfinished, max_shard_size=max_shard_bytes)
+            _write_weights(unfinished, tensors, max_shard_bytes)
         for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
             stale.unlink(missing_ok=True)
         shutil.copytree(unfinished, out, dirs_exist_ok=True, copy_function=os.replace)  # exports and the like stay
@@ -254,6 +254,21 @@ def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]
     mean = [(a + b) / 2 for a, b in ranges]
     std = [(b - a) / 4 for a, b in ranges]
     return {"min": list(low), "max": list(high), "mean": mean, "std": std, "q01": list(low), "q99": list(high)}
+
+
+def _write_weights(out: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)] if shards[1:] else ["model.safetensors"]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, out / file, metadata={"format": "pt"})
+    if shards[1:]:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
