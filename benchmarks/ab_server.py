@@ -30,24 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib import many_arms
-from benchmarks.lib.program import (
-    PolicyFlags,
-    check_counts,
-    checkpoint_of,
-    count_of,
-    finish,
-    markdown_table,
-    paired_ratio,
-    provenance,
-    read_flags,
-    shuffled_rounds,
-    size_of,
-    size_text,
-    weights_of,
-)
+from benchmarks.lib import many_arms, program
 from benchmarks.lib.served_policy import ServedPolicy
-from gr00t_fast.contracts import ModalityConfig, Policy
+from gr00t_fast.cli.bench import observations_of, random_noise
 from gr00t_fast.errors import ConfigError, Gr00tFastError
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.measurement import percentiles
@@ -86,7 +71,7 @@ class Setup:
     def __str__(self) -> str:
         place = "in process" if self.transport == NONE else f"server, {self.transport}"
         engine = "reference modules" if self.engine == REFERENCE else f"{self.engine} engine"
-        return f"{place}; {self.preprocessing} pre-processing; {engine}; {count_of(self.steps, 'step')}"
+        return f"{place}; {self.preprocessing} pre-processing; {engine}; {program.count_of(self.steps, 'step')}"
 
 
 @dataclass(frozen=True)
@@ -226,22 +211,6 @@ def served_setup(model_path: Path, options: dict[str, Any], setup: Setup, thread
     return Policies(model_path, {**options, "engine": first}).policy(setup)
 
 
-class InstantPolicy(Policy):
-    """Answers zeros of these shapes without looking: what is left of a call is transport."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._actions = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-
-    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
-        return self._actions
-
-    def get_modality_config(self) -> dict[str, ModalityConfig]:
-        return {}
-
-    def reset(self) -> None:
-        """Nothing is kept."""
-
-
 # --- measuring -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +227,7 @@ def measure(arms: Mapping[Any, Call], inputs: Sequence[Inputs], config: Config, 
     """Time every arm once a round, in random order, on that round's inputs. `limits`: the largest difference that is allowed between the two of a
     contrast, in joint units. Raises DisagreementError at the first wrong action."""
     result, deadline_s = Measurement({name: [] for name in arms}, dict.fromkeys(limits, 0.0)), math.inf
-    for number, (order, counted) in enumerate(shuffled_rounds(arms, config.rounds, config.warm_up, config.seed)):
+    for number, (order, counted) in enumerate(program.shuffled_rounds(arms, config.rounds, config.warm_up, config.seed)):
         if number == config.warm_up:
             deadline_s = time.monotonic() + 60 * config.max_minutes  # loading, compiling and warming up are not in it
         elif time.monotonic() > deadline_s:
@@ -352,7 +321,7 @@ def figures(plan: Plan, measured: Measurement) -> dict[str, Any]:
         "arms": [{"arm": str(setup), **asdict(setup), "latency_ms": latency[setup]} for setup in plan.setups],
         "others": {name: p for name, p in latency.items() if isinstance(name, str)},
         "all_factors": paired(times[baseline], times[ours]),
-        "ratio": paired_ratio(times[baseline], times[ours]),
+        "ratio": program.paired_ratio(times[baseline], times[ours]),
         "waterfall": [worth(contrast) for contrast in plan.path],
         "alone": [worth(contrast) for contrast in plan.alone],
     }
@@ -362,14 +331,12 @@ def as_table(result: dict[str, Any]) -> str:
     early = " (**stopped early** by --max_minutes)" if result["stopped_early"] else ""
     regime = (
         f"{result['weights']} weights, {result['precision']} on {result['device']}, {result['cameras']} camera(s) of "
-        f"{size_text(result['resolution'])}, {count_of(result['threads'], 'CPU thread')} in every process. Camera frame to joint targets; "
-        f"{count_of(result['rounds'], 'round')}{early}, every arm once a round in random order. Times in ms."
+        f"{'x'.join(map(str, result['resolution']))}, {program.count_of(result['threads'], 'CPU thread')} in every process. Camera frame to joint "
+        f"targets; {program.count_of(result['rounds'], 'round')}{early}, every arm once a round in random order. Times in ms."
     )
     latency = {arm["arm"]: arm["latency_ms"] for arm in result["arms"]} | result["others"]
-    parts = [
-        regime,
-        markdown_table(("arm", "p50", "p95", "p99"), [(name, *(f"{p[q]:.2f}" for q in ("p50", "p95", "p99"))) for name, p in latency.items()]),
-    ]
+    rows = [(name, *(f"{p[q]:.2f}" for q in ("p50", "p95", "p99"))) for name, p in latency.items()]
+    parts = [regime, program.markdown_table(("arm", "p50", "p95", "p99"), rows)]
     if result["waterfall"]:
         parts += ["## From the baseline to ours, one factor after the other", _worth_table(result["waterfall"])]
         parts.append(
@@ -389,14 +356,14 @@ def _worth_table(rows: list[dict[str, Any]]) -> str:
         told = f"{worth['median']:.2f}" + ("" if worth["resolved"] else " (not told from 0)")
         levels, quartiles = f"{row['before_p50_ms']:.2f} → {row['after_p50_ms']:.2f}", f"{worth['p25']:.2f} to {worth['p75']:.2f}"
         lines.append((row["change"], levels, told, quartiles, f"{row['largest_action_difference']:.2g}"))
-    return markdown_table(columns, lines)
+    return program.markdown_table(columns, lines)
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Config(PolicyFlags):
+class Config(program.PolicyFlags):
     size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published sizes, 4.7 GB
     resolution: str = "640x480"  # of the random checkpoint and its cameras
     processor_path: Path | None = None  # tokenizer files, when the checkpoint has none
@@ -418,27 +385,27 @@ class Config(PolicyFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = read_flags(Config, argv, __doc__)
+    config = program.read_flags(Config, argv, __doc__)
     config.data_config = config.data_config or "so100"
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(config.threads)))  # before torch is imported; the servers inherit them
-    return finish("ab_server", config, run_arms if config.clients else run, many_arms.as_table if config.clients else as_table)
+    return program.finish("ab_server", config, run_arms if config.clients else run, many_arms.as_table if config.clients else as_table)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Load, start the servers, call in turn, and end the servers. Raises Gr00tFastError."""
-    check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds")
-    check_counts(config, "warm_up", "settle", least=0)
-    weights = weights_of(config)
-    model_path = checkpoint_of(config, config.size, size_of(config.resolution))
+    program.check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds")
+    program.check_counts(config, "warm_up", "settle", least=0)
+    weights = program.weights_of(config)
+    model_path = program.checkpoint_of(config, config.size, program.size_of(config.resolution))
     policies = Policies(model_path, config.options("denoising_steps"))
     ours = policies.ours
     engines, left_out = _other_engines(policies, config)
     plain = "eager" if makes_pixels(ours.engine) else ours.engine.name
     plan = make_plan(config, Setup(NONE, OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps), engines, plain)
-    inputs = _inputs(policies, config)
+    inputs = _inputs(ours, config)
     levels = pixel_levels_apart(policies, plain, inputs[0][0]) if "preprocessing" in config.factors else None
     with ExitStack() as servers:
-        arms = _arms(plan, policies, config, inputs[0], servers)
+        arms = _arms(plan, policies, config, servers)
         measured = measure(arms, inputs, config, action_limits(plan, ours))
     return {
         "benchmark": "ab_server",
@@ -451,27 +418,26 @@ def run(config: Config) -> dict[str, Any]:
         "pixel_levels_apart": levels,
         **figures(plan, measured),
         "left_out": left_out,
-        **provenance(config.seed),
+        **program.provenance(config.seed),
     }
 
 
 def run_arms(config: Config) -> dict[str, Any]:
     """`--clients`: several arms with one server. Raises Gr00tFastError."""
-    check_counts(config, "clients", "threads")
+    program.check_counts(config, "clients", "threads")
     rounds = max(int(60 * config.max_minutes / config.round_s / len(config.chunks) / len(many_arms.MODES)), 1)
-    weights, model_path = weights_of(config), checkpoint_of(config, config.size, size_of(config.resolution))
+    weights, model_path = program.weights_of(config), program.checkpoint_of(config, config.size, program.size_of(config.resolution))
     policies = Policies(model_path, config.options("denoising_steps"))
-    ours, observation = policies.ours, _inputs(policies, config)[0][0]
+    ours, observation = policies.ours, _inputs(policies.ours, config)[0][0]
     setup = Setup("tcp", OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps)
     make = partial(served_setup, model_path, config.options("denoising_steps"), setup, config.threads)
     found = many_arms.drive(make, observation, config.clients, config.chunks, rounds, config.round_s)
-    return {"benchmark": "ab_server", "weights": weights, "device": str(ours.device), **found, **provenance(config.seed)}
+    return {"benchmark": "ab_server", "weights": weights, "device": str(ours.device), **found, **program.provenance(config.seed)}
 
 
-def _arms(plan: Plan, policies: Policies, config: Config, inputs: Inputs, servers: ExitStack) -> dict[Any, Call]:
-    """Every setup; the transports by themselves; and the service that runs elsewhere."""
+def _arms(plan: Plan, policies: Policies, config: Config, servers: ExitStack) -> dict[Any, Call]:
+    """Every setup, and the service that runs elsewhere."""
     keys = policies.ours.get_modality_config()["action"].modality_keys
-    shapes = {key: rows.shape for key, rows in policies.ours.get_action(*inputs).items()}
     arms: dict[Any, Call] = {}
     for setup in plan.setups:
         if setup.transport == NONE:
@@ -479,8 +445,6 @@ def _arms(plan: Plan, policies: Policies, config: Config, inputs: Inputs, server
         else:
             make = partial(served_setup, policies.model_path, config.options("denoising_steps"), setup, config.threads)
             arms[setup] = _call(servers.enter_context(ServedPolicy(make, setup.transport)), keys)
-    for name in dict.fromkeys(setup.transport for setup in plan.setups if setup.transport != NONE):
-        arms[f"transport alone, {name}"] = _call(servers.enter_context(ServedPolicy(partial(InstantPolicy, shapes), name)), keys)
     if config.server:
         service = servers.enter_context(PolicyClient(address=config.server, api_token=config.api_token))
         arms[f"the service at {config.server}"] = _call(service, keys, with_noise=False)  # which NVIDIA's does not take
@@ -517,21 +481,10 @@ def _other_engines(policies: Policies, config: Config) -> tuple[list[str], list[
     return usable, left_out
 
 
-def _inputs(policies: Policies, config: Config) -> list[Inputs]:
-    """Random pictures of the size that training saw (the reference takes no other), joints in their range, and noise. Never zeros: they can run
-    faster."""
-    metadata, keys, found = policies.ours.metadata, load_data_config(config.data_config), []
-    for number in range(_OBSERVATIONS):
-        generator = np.random.default_rng(config.seed + number)
-        observation: dict[str, Any] = {keys.language_key: ["Place the block in the bowl"]}
-        for key in keys.video_keys:
-            width, height = metadata.resolutions[key.partition(".")[2]]
-            observation[key] = generator.integers(0, 256, (1, height, width, 3), dtype=np.uint8)
-        for key in keys.state_keys:
-            statistics = metadata.state_statistics[key.partition(".")[2]]
-            observation[key] = generator.uniform(statistics.min, statistics.max)[None]
-        found.append((observation, generator.standard_normal((1, *policies.ours.chunk_shape), dtype=np.float32)))
-    return found
+def _inputs(ours: Any, config: Config) -> list[Inputs]:
+    """Pictures of the size that training saw (the reference takes no other), joints in their range, and noise."""
+    observations = observations_of(ours, f"random:{config.seed}", _OBSERVATIONS, config.seed)
+    return [(observation, random_noise(ours, seed)) for seed, observation in enumerate(observations, config.seed)]
 
 
 if __name__ == "__main__":

@@ -24,20 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.lib import program
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_act, build_smolvla, observation_of
-from benchmarks.lib.program import (
-    Flags,
-    Result,
-    Size,
-    check_counts,
-    finish,
-    markdown_table,
-    paired_ratio,
-    provenance,
-    read_flags,
-    shuffled_rounds,
-    size_of,
-)
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
@@ -49,7 +37,7 @@ _NAMES = {"act": "ACT", "smolvla": "SmolVLA (pads every picture to one square)"}
 class NetworkAtResolutions:
     """One network; a resolution is only what the frames have. `network`: act or smolvla."""
 
-    def __init__(self, network: str, setting: Setting, sizes: Sequence[Size], batch: int) -> None:
+    def __init__(self, network: str, setting: Setting, sizes: Sequence[program.Size], batch: int) -> None:
         generator = np.random.default_rng(setting.seed)
         self._arm: Any = build_act(setting) if network == "act" else build_smolvla(setting)
         self._observations = {size: observation_of(replace(setting, resolution=size), generator) for size in sizes}
@@ -61,7 +49,7 @@ class NetworkAtResolutions:
     def parameters(self) -> int:
         return self._arm.parameters
 
-    def refill_ms(self, size: Size) -> float:
+    def refill_ms(self, size: program.Size) -> float:
         """From uint8 frames and joints to the first action of a new chunk on the host."""
         self._arm.policy.eval()
         self._arm.reset()
@@ -69,7 +57,7 @@ class NetworkAtResolutions:
         self._arm.act(self._observations[size])
         return 1e3 * (time.perf_counter() - began_s)
 
-    def training_step_ms(self, size: Size) -> float:
+    def training_step_ms(self, size: program.Size) -> float:
         """One update on random samples; of SmolVLA the vision tower and the language model stay frozen."""
         policy, samples = self._arm.policy, self._samples(size)
         policy.train()
@@ -83,7 +71,7 @@ class NetworkAtResolutions:
         self._wait()
         return 1e3 * (time.perf_counter() - began_s)
 
-    def tokens(self, size: Size) -> int:
+    def tokens(self, size: program.Size) -> int:
         """Of ACT all that enter the transformer's encoder (latent, state, pictures); of SmolVLA those of one picture, behind the connector."""
         seen: list[int] = []
         if self._network == "act":  # (S, B, D)
@@ -95,7 +83,7 @@ class NetworkAtResolutions:
         hook.remove()
         return seen[0]
 
-    def _samples(self, size: Size) -> dict[str, Tensor]:
+    def _samples(self, size: program.Size) -> dict[str, Tensor]:
         batch = {"observation.state": torch.randn(self._batch, JOINTS)}
         batch["action"] = torch.randn(self._batch, self._arm.policy.config.chunk_size, JOINTS)
         batch["action_is_pad"] = torch.zeros(self._batch, self._arm.policy.config.chunk_size, dtype=torch.bool)
@@ -113,7 +101,7 @@ class NetworkAtResolutions:
 
 
 @dataclass
-class Config(Flags):
+class Config(program.Flags):
     published: bool = False  # networks of the published sizes instead of small ones
     resolutions: list[str] = field(default_factory=lambda: ["640x480", "320x240", "224x224"])  # what the network sees, WIDTHxHEIGHT
     cameras: int = 1  # pictures of one observation
@@ -124,12 +112,12 @@ class Config(Flags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("act_resolution", read_flags(Config, argv, __doc__), run, as_table)
+    return program.finish("act_resolution", program.read_flags(Config, argv, __doc__), run, as_table)
 
 
-def run(config: Config) -> Result:
-    check_counts(config, "batch_size", "rounds", "cameras")
-    sizes = {text: size_of(text, "resolutions") for text in config.resolutions}
+def run(config: Config) -> program.Result:
+    program.check_counts(config, "batch_size", "rounds", "cameras")
+    sizes = {text: program.size_of(text, "resolutions") for text in config.resolutions}
     device = select_device(config.device)
     if not sizes or device.type not in ("cpu", "cuda"):
         raise ConfigError(f"expected --resolutions, each once, and --device cpu or cuda; got {config.resolutions} and {device}.")
@@ -145,14 +133,14 @@ def run(config: Config) -> Result:
         "batch_size": config.batch_size,
         "rounds": config.rounds,
         "networks": {name: measure(NetworkAtResolutions(name, setting, list(sizes.values()), config.batch_size), sizes, config) for name in networks},
-        **provenance(config.seed),
+        **program.provenance(config.seed),
     }
 
 
-def measure(network: NetworkAtResolutions, sizes: Mapping[str, Size], config: Config) -> Result:
+def measure(network: NetworkAtResolutions, sizes: Mapping[str, program.Size], config: Config) -> program.Result:
     """Ratios are paired by round, against the first resolution."""
     samples: dict[str, dict[str, list[float]]] = {name: {what: [] for what in _FIGURES} for name in sizes}
-    for order, counted in shuffled_rounds(sizes, config.rounds, 1, config.seed):
+    for order, counted in program.shuffled_rounds(sizes, config.rounds, 1, config.seed):
         for name in order:
             for what in _FIGURES:
                 value = getattr(network, what)(sizes[name])
@@ -162,14 +150,14 @@ def measure(network: NetworkAtResolutions, sizes: Mapping[str, Size], config: Co
         name: {
             "tokens": network.tokens(sizes[name]),
             **{what: percentiles(values) for what, values in found.items()},
-            "times_faster_than_first": {what: paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
+            "times_faster_than_first": {what: program.paired_ratio(samples[first][what], values)["median"] for what, values in found.items()},
         }
         for name, found in samples.items()
     }
     return {"parameters": network.parameters, "resolutions": rows}
 
 
-def as_table(result: Result) -> str:
+def as_table(result: program.Result) -> str:
     size = "published sizes" if result["published_sizes"] else "small networks"
     parts = [
         f"{size}, {result['dtype']} on {result['device']}, {result['cameras']} camera(s), batch {result['batch_size']}, {result['rounds']} rounds."
@@ -180,7 +168,7 @@ def as_table(result: Result) -> str:
         for name, row in found["resolutions"].items():
             cells = [(f"{row[what]['p50']:.1f}", f"{row[what]['p95']:.1f}", f"{row['times_faster_than_first'][what]:.2f}x") for what in _FIGURES]
             lines.append((name, row["tokens"], *cells[0], *cells[1]))
-        parts += [f"{_NAMES[network]}, {found['parameters'] / 1e6:.1f} M parameters", markdown_table(columns, lines)]
+        parts += [f"{_NAMES[network]}, {found['parameters'] / 1e6:.1f} M parameters", program.markdown_table(columns, lines)]
     return "\n\n".join(parts)
 
 

@@ -22,18 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-from benchmarks.lib.program import (
-    Flags,
-    Result,
-    check_counts,
-    finish,
-    make_directory,
-    markdown_table,
-    paired_ratio,
-    provenance,
-    read_flags,
-    shuffled_rounds,
-)
+from benchmarks.lib import program
 from gr00t_fast.errors import ConfigError, require
 
 CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
@@ -41,7 +30,7 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass
-class BenchLerobotFlags(Flags):
+class BenchLerobotFlags(program.Flags):
     processor_path: Path = Path("processor")  # directory of the tokenizer's files
     size: Literal["tiny", "demo", "full"] = "full"  # of the network; full: as published
     precision: Literal["fp32", "bf16"] = "bf16"  # of both; lerobot's bf16 is autocast over weights in bf16
@@ -49,11 +38,11 @@ class BenchLerobotFlags(Flags):
     out: Path = Path("outputs/bench_lerobot")  # where the policy and the result go
 
     def __post_init__(self) -> None:
-        check_counts(self, "rounds")
+        program.check_counts(self, "rounds")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("bench_lerobot", read_flags(BenchLerobotFlags, argv, __doc__), measure, as_table)
+    return program.finish("bench_lerobot", program.read_flags(BenchLerobotFlags, argv, __doc__), measure, as_table)
 
 
 def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, Any]:
@@ -132,9 +121,9 @@ def prepare_lerobot(config: BenchLerobotFlags, n1d7: bool) -> None:
     groot_n1.ensure_eagle_cache_ready = without_flash_attention
 
 
-def measure(config: BenchLerobotFlags) -> Result:
+def measure(config: BenchLerobotFlags) -> program.Result:
     """Raises MissingExtraError without lerobot's GR00T."""
-    make_directory(config.out)
+    program.make_directory(config.out)
     config.out = config.out.resolve()
     os.environ.setdefault("HF_LEROBOT_HOME", str(config.out / "lerobot"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(config.out / "hf")}
@@ -190,7 +179,7 @@ def measure(config: BenchLerobotFlags) -> Result:
     calls: dict[str, Callable[[], np.ndarray]] = {"lerobot": lerobots, "gr00t_fast": gr00t_fasts}
     actions = {name: call() for name, call in calls.items()}
     times_ms: dict[str, list[float]] = {name: [] for name in calls}
-    for order, counts in shuffled_rounds(calls, config.rounds, warm_up=1, seed=config.seed):
+    for order, counts in program.shuffled_rounds(calls, config.rounds, warm_up=1, seed=config.seed):
         for name in order:
             began_s = perf_counter()
             calls[name]()
@@ -208,20 +197,20 @@ def measure(config: BenchLerobotFlags) -> Result:
         "threads": torch.get_num_threads(),
         "rounds": config.rounds,
         "times_ms": percentiles,
-        "speed_up": paired_ratio(times_ms["lerobot"], times_ms["gr00t_fast"]),
+        "speed_up": program.paired_ratio(times_ms["lerobot"], times_ms["gr00t_fast"]),
         "difference_joint_units": {"largest": float(difference.max()), "median": float(np.median(difference))},
-        **provenance(config.seed),
+        **program.provenance(config.seed),
     }
 
 
-def as_table(result: Result) -> str:
+def as_table(result: program.Result) -> str:
     rows = [(name, *(f"{result['times_ms'][name][p]:.0f}" for p in ("p50", "p95", "p99"))) for name in ("lerobot", "gr00t_fast")]
     ratio, apart = result["speed_up"], result["difference_joint_units"]
     return "\n".join(
         [
             f"{result['network']}, {result['size']}, {result['precision']}, lerobot {result['lerobot']}, {result['threads']} threads, CPU",
             "",
-            markdown_table(("raw frames to actions, ms", "p50", "p95", "p99"), rows),
+            program.markdown_table(("raw frames to actions, ms", "p50", "p95", "p99"), rows),
             "",
             f"Paired by round, gr00t_fast is {ratio['median']:.2f} times as fast (quartiles {ratio['p25']:.2f} to {ratio['p75']:.2f})."
             f" Actions differ by at most {apart['largest']:.2g} degrees, half of them by less than {apart['median']:.2g}.",

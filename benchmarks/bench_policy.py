@@ -24,19 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch
 
-from benchmarks.lib.program import (
-    RandomFlags,
-    check_counts,
-    checkpoint_of,
-    figure,
-    finish,
-    markdown_table,
-    paired_ratio,
-    provenance,
-    read_flags,
-    shuffled_rounds,
-    weights_of,
-)
+from benchmarks.lib import program
 from benchmarks.lib.reference import reference_engine
 from benchmarks.lib.work import measure_ceilings, stage_work
 from gr00t_fast.engine import EXPORTED, check_engine, make_engine, open_engine, select_device, select_precision
@@ -52,7 +40,7 @@ _PICTURE_PIXELS_N1D7 = 256  # a side of the published settings
 
 
 @dataclass
-class Config(RandomFlags):
+class Config(program.RandomFlags):
     size: Literal["tiny", "demo", "full"] = "demo"  # of the random checkpoint; full: the published sizes, 4.7 GB, of N1.7 6.3 GB
     cameras: int = 1  # pictures of one observation
     rounds: int = 20  # turns of each arm
@@ -62,13 +50,13 @@ class Config(RandomFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("bench_policy", read_flags(Config, argv, __doc__), run, as_table)
+    return program.finish("bench_policy", program.read_flags(Config, argv, __doc__), run, as_table)
 
 
 def run(arguments: Config) -> dict[str, Any]:
-    check_counts(arguments, "rounds", "cameras", "denoising_steps")
+    program.check_counts(arguments, "rounds", "cameras", "denoising_steps")
     check_engine(arguments.engine, arguments.engine_path)
-    path = checkpoint_of(arguments, arguments.size)
+    path = program.checkpoint_of(arguments, arguments.size)
     ours, model, device, dtype = _load(path, arguments)
     inputs, noise = example_inputs(model.config, device, dtype, arguments.cameras, arguments.seed)
     reference = reference_engine(path, arguments.embodiment_tag, device, dtype) if arguments.reference else None
@@ -82,7 +70,7 @@ def run(arguments: Config) -> dict[str, Any]:
     floors = {stage: round(w.floor_ms(ceilings), 3) for stage, w in work.items()}
     return {
         "benchmark": "bench_policy",
-        "weights": weights_of(arguments),
+        "weights": program.weights_of(arguments),
         "engine": ours.name,
         "device": str(device),
         "precision": str(dtype).removeprefix("torch."),
@@ -93,14 +81,14 @@ def run(arguments: Config) -> dict[str, Any]:
         "times_ms": {arm: {stage: percentiles(values) for stage, values in stages.items()} for arm, stages in times.items()},
         "speed_up": _speed_up(times) if reference else None,
         # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
-        "speed_up_in_processor_time": paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
+        "speed_up_in_processor_time": program.paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
         "processor_ms": {arm: percentiles(values) for arm, values in busy.items()},
         "difference": difference,
         "floor_ms": {**floors, "total": round(sum(floors.values()), 3)},
         "total_over_floor": round(percentiles(times["ours"]["total"])["p50"] / sum(floors.values()), 2),
         "flop": {stage: w.flop for stage, w in work.items()},
         "ceilings": {"tflop_per_s": round(ceilings.flop_per_s / 1e12, 3), "gb_per_s": round(ceilings.bytes_per_s / 1e9, 2)},
-        **provenance(arguments.seed),
+        **program.provenance(arguments.seed),
     }
 
 
@@ -110,7 +98,7 @@ def interleave(ours, reference, inputs: ModelInputs, noise: torch.Tensor, steps:
     times: dict[str, dict[str, list[float]]] = {arm: {} for arm in arms}
     busy: dict[str, list[float]] = {arm: [] for arm in arms}
     results = {}
-    for order, counted in shuffled_rounds(arms, rounds, warm_up, seed):
+    for order, counted in program.shuffled_rounds(arms, rounds, warm_up, seed):
         for arm in order:
             timer, began_s = StageTimer(arms[arm].synchronise), time.process_time()
             results[arm] = arms[arm].run(inputs, noise, steps, timer)
@@ -165,7 +153,7 @@ def _load(path: Path, arguments: Config):
 def _speed_up(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Reference over ours, paired by round: a disturbance of the machine hits both arms of a round alike."""
     theirs, ours = times["reference"]["total"], times["ours"]["total"]
-    return paired_ratio(theirs, ours) | {"of_minima": round(min(theirs) / min(ours), 3)}
+    return program.paired_ratio(theirs, ours) | {"of_minima": round(min(theirs) / min(ours), 3)}
 
 
 def _difference(results: dict[str, torch.Tensor], noise: torch.Tensor) -> dict[str, float] | None:
@@ -182,8 +170,8 @@ def as_table(result: dict[str, Any]) -> str:
     for arm, stages in result["times_ms"].items():
         for stage, p in stages.items():
             floor = result["floor_ms"].get(stage) if arm == "ours" else None
-            rows.append((arm, stage, *(figure(p[name]) for name in ("p50", "p95", "p99")), figure(floor)))
-    lines = [markdown_table(("arm", "stage", "p50 ms", "p95", "p99", "floor"), rows, 2), ""]
+            rows.append((arm, stage, *(program.figure(p[name]) for name in ("p50", "p95", "p99")), program.figure(floor)))
+    lines = [program.markdown_table(("arm", "stage", "p50 ms", "p95", "p99", "floor"), rows, 2), ""]
     if result["speed_up"]:
         lines.append("Speed-up over the reference modules, paired by round: {median}x (quartiles {p25} to {p75}).".format(**result["speed_up"]))
     if result.get("speed_up_in_processor_time"):

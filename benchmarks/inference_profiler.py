@@ -27,17 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
+from benchmarks.lib import program
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
-from benchmarks.lib.program import (
-    RandomFlags,
-    checkpoint_of,
-    finish,
-    markdown_table,
-    provenance,
-    read_flags,
-    show_progress,
-    weights_of,
-)
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
@@ -58,7 +49,7 @@ def profile(policy: Policy, observation: dict[str, Any], rounds: int = 100, warm
         began_s = time.perf_counter()
         policy.get_action(observation)  # returns arrays: whatever computed them has finished
         latencies_s.append(time.perf_counter() - began_s)
-        show_progress("call", number + 1, rounds)
+        program.show_progress("call", number + 1, rounds)
     return latencies_s
 
 
@@ -102,14 +93,14 @@ def run(arguments: Config) -> dict[str, Any]:
     else:
         from gr00t_fast import load_policy  # imports torch
 
-        policy, weights = load_policy(checkpoint_of(arguments), **arguments.options()), weights_of(arguments)
+        policy, weights = load_policy(program.checkpoint_of(arguments), **arguments.options()), program.weights_of(arguments)
         observation = policy.example_observation(_INSTRUCTION)
         horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
         samples_ms = [1000 * each for each in profile(policy, observation, arguments.rounds, arguments.warm_up)]
         measured = {"latency_ms": percentiles(samples_ms), "samples_ms": [round(each, 3) for each in samples_ms], "rounds": len(samples_ms)}
         measured |= {"engine": policy.engine.name, "device": str(policy.device)}
     advice = [advise(measured["latency_ms"]["p99"] / 1000, fps, horizon) for fps in arguments.fps]
-    return {"benchmark": "inference_profiler", **measured, "advice": advice, "weights": weights, **provenance(arguments.seed)}
+    return {"benchmark": "inference_profiler", **measured, "advice": advice, "weights": weights, **program.provenance(arguments.seed)}
 
 
 def as_table(result: dict[str, Any]) -> str:
@@ -119,11 +110,11 @@ def as_table(result: dict[str, Any]) -> str:
     rows = [(f"{row['fps']:g}", *(row[key] for key in names.values())) for row in result["advice"]]
     measured = f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})"
     reasons = "\n".join(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])
-    return "\n\n".join([measured, markdown_table(("fps", *names), rows), reasons])
+    return "\n\n".join([measured, program.markdown_table(("fps", *names), rows), reasons])
 
 
 @dataclass
-class Config(RandomFlags):
+class Config(program.RandomFlags):
     latency_ms: str | None = None  # instead of measuring: milliseconds, or measured:FILE[#PLACE] (percentiles in a benchmark's JSON)
     fps: list[float] = field(default_factory=lambda: [30.0, 50.0])  # control rates to advise on
     actions_per_chunk: int | None = None  # default: what the policy answers; with --latency_ms 16
@@ -134,7 +125,7 @@ class Config(RandomFlags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("inference_profiler", read_flags(Config, argv, __doc__), run, as_table)
+    return program.finish("inference_profiler", program.read_flags(Config, argv, __doc__), run, as_table)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_a_whole_run_beside_a_service_that_runs_already(tmp_path: Path, capsys: 
     assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
     assert {arm["transport"] for arm in result["arms"]} == {"none", "tcp"}
     assert all(arm["latency_ms"]["count"] == 3 for arm in result["arms"])
-    assert len(result["others"]) == 2
+    assert len(result["others"]) == 1
     assert result["pixel_levels_apart"] == 0
     differs = {row["factor"]: row["largest_action_difference"] > 0 for row in result["alone"]}
     assert differs.keys() == {"transport", "preprocessing", "engine", "steps"}

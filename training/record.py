@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib.program import check_counts, execute, size_of, size_text
+from benchmarks.lib.program import check_counts, size_of
+from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.dataset_writer import MODALITY, features
 from gr00t_fast.control.pacer import StopSignals
@@ -119,16 +120,18 @@ class RecordConfig:
     out: Path  # directory to create
     task: Task = "reach"
     episodes: int = 20
-    resolution: str = size_text(RESOLUTION)  # of the pictures, WIDTHxHEIGHT
+    resolution: str = "x".join(map(str, RESOLUTION))  # of the pictures, WIDTHxHEIGHT
     noise_deg: float = 0.5  # disturbance of the arm, not of the labels
     seed: int = 0
     first_layout: int | None = None  # seed of the first layout; training never sees those below 1000000; default: above, by --seed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    told = "{0.out}: {1} of {0.episodes} episodes, in which the expert solved the task".format
-    return execute(RecordConfig, record, lambda config, written: print(told(config, written)), argv, __doc__, "interrupted: nothing was written")
+def run(config: RecordConfig) -> int:
+    print(f"{config.out}: {record(config)} of {config.episodes} episodes, in which the expert solved the task")
+    return 0
 
+
+main = Command(RecordConfig, run, __doc__.strip(), interrupted="interrupted: nothing was written")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 import torch
 
-from benchmarks.lib.program import check_counts, execute
+from benchmarks.lib.program import check_counts
+from gr00t_fast.cli.main import Command
 from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.model.vision import pixel_values
@@ -211,8 +211,8 @@ class SamplesConfig:
 
 
 def run(config: SamplesConfig) -> int:
-    """Returns how many samples there are. Shard i of a seed always begins with the same samples: whole ones are skipped, and a shorter one is made
-    anew. Raises ConfigError for a directory that holds samples of another seed."""
+    """Shard i of a seed always begins with the same samples: whole ones are skipped, and a shorter one is made anew. Raises
+    ConfigError for a directory that holds samples of another seed."""
     check_counts(config, "count")
     check_counts(config, "seed", least=0)
     torch.set_num_threads(1)
@@ -229,13 +229,12 @@ def run(config: SamplesConfig) -> int:
                 with atomic_write(path) as partial, partial.open("wb") as file:
                     np.savez(file, **vars(Sampler(config.seed * 100_003 + index).draw(size)))
             progress.update(size)
-    return config.count
+    print(f"{config.out}: {config.count} samples")
+    return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    stopped = f"interrupted: the same command goes on from the files of {_SHARD} samples that are in --out"
-    return execute(SamplesConfig, run, lambda config, count: print(f"{config.out}: {count} samples"), argv, __doc__, stopped)
-
+_STOPPED = f"interrupted: the same command goes on from the files of {_SHARD} samples that are in --out"
+main = Command(SamplesConfig, run, __doc__.strip(), interrupted=_STOPPED)
 
 if __name__ == "__main__":
     sys.exit(main())

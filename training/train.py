@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.program import check_counts, drawing, execute, provenance
+from benchmarks.lib.program import check_counts, drawing, provenance
+from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.engine import select_device
@@ -278,8 +279,8 @@ def pursue(trainer: Trainer, config: TrainConfig, held_out: TrainingSet | None, 
     return reason
 
 
-def run(config: TrainConfig) -> tuple[dict[str, Any], int]:
-    """What the last line tells, and the exit code: that of a signal, so that a script does not go on with half a training."""
+def run(config: TrainConfig) -> int:
+    """The last line tells what came of it. The exit code is that of a signal, so that a script does not go on with half a training."""
     check_counts(config, "steps", "batch_size", "threads", "check_every", "draws")
     check_counts(config, "seed", "learning_rate", "weight_decay", least=0)
     torch.set_num_threads(config.threads)
@@ -296,16 +297,11 @@ def run(config: TrainConfig) -> tuple[dict[str, Any], int]:
     plot(config.out / "loss.png", trainer.rows)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     counts = {"steps": trainer.steps_done, "samples": len(trainer.data), "parameters": parameters}
-    return {"run": "training", "stopped_by": reason, **counts, **trainer.rows[-1], **provenance()}, stop.exit_code or 0
+    print(json.dumps({"run": "training", "stopped_by": reason, **counts, **trainer.rows[-1], **provenance()}))
+    return stop.exit_code or 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    def tell(_: TrainConfig, found: tuple[dict[str, Any], int]) -> int:
-        print(json.dumps(found[0]))
-        return found[1]
-
-    return execute(TrainConfig, run, tell, argv, __doc__, "interrupted: the same command goes on from what is saved in --out")
-
+main = Command(TrainConfig, run, __doc__.strip(), interrupted="interrupted: the same command goes on from what is saved in --out")
 
 if __name__ == "__main__":
     sys.exit(main())

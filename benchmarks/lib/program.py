@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gr00t_fast.cli.main import Command, guarded
+from gr00t_fast.cli.main import guarded
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.flags import help_text, parse_flags
@@ -98,11 +98,6 @@ def size_of(text: str, flag: str = "resolution", least: int = 32) -> Size:
     return int(found[1]), int(found[2])
 
 
-def size_text(size: Sequence[int]) -> str:
-    """(320, 240) -> `320x240`."""
-    return "x".join(map(str, size))
-
-
 def check_counts(config: Any, *names: str, least: int = 1) -> None:
     """Raises ConfigError for a count below `least`; None passes, and every value of a list is checked."""
     for name in names:
@@ -110,23 +105,6 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
         for each in value if isinstance(value, list) else [value]:
             if each is not None and not each >= least:
                 raise ConfigError(f"--{name}={each}: must be at least {least}.")
-
-
-def execute(
-    config_class: type[Config],
-    work: Callable[[Config], T],
-    tell: Callable[[Config, T], int | None],
-    argv: Sequence[str] | None,
-    doc: str,
-    interrupted: str,
-) -> int:
-    """For a program that writes no report: read the flags, work, and `tell` the result. Returns the exit code, 0 unless `tell` says otherwise; 2 for
-    a ConfigError, 1 for any other expected error, 130 after Ctrl-C, with `interrupted` said."""
-
-    def run(config: Config) -> int:
-        return tell(config, work(config)) or 0
-
-    return Command(config_class, run, doc.strip(), interrupted=interrupted)(argv)
 
 
 # --- where a result comes from, and what it is measured on ---------------------------------------------------------------------------------
