@@ -12,7 +12,6 @@ turns, shuffled anew every round, after a round that is not counted.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.lib import program
 from benchmarks.lib.policy_zoo import JOINTS, Setting, build_act, build_smolvla, observation_of
 from gr00t_fast.engine import select_device
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.measurement import percentiles
+from gr00t_fast.measurement import StageTimer, percentiles
 
 _FIGURES = ("refill_ms", "training_step_ms")
 _NAMES = {"act": "ACT", "smolvla": "SmolVLA (pads every picture to one square)"}
@@ -53,23 +52,21 @@ class NetworkAtResolutions:
         """From uint8 frames and joints to the first action of a new chunk on the host."""
         self._arm.policy.eval()
         self._arm.reset()
-        began_s = time.perf_counter()
+        timer = StageTimer()
         self._arm.act(self._observations[size])
-        return 1e3 * (time.perf_counter() - began_s)
+        return timer.finish()["total"]
 
     def training_step_ms(self, size: program.Size) -> float:
         """One update on random samples; of SmolVLA the vision tower and the language model stay frozen."""
         policy, samples = self._arm.policy, self._samples(size)
         policy.train()
-        self._wait()
-        began_s = time.perf_counter()
+        timer = StageTimer(torch.cuda.synchronize if self._device.type == "cuda" else None)
         loss, _ = policy.forward(samples)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), self._clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._wait()
-        return 1e3 * (time.perf_counter() - began_s)
+        return timer.finish()["total"]
 
     def tokens(self, size: program.Size) -> int:
         """Of ACT all that enter the transformer's encoder (latent, state, pictures); of SmolVLA those of one picture, behind the connector."""
@@ -94,10 +91,6 @@ class NetworkAtResolutions:
             tokens = torch.randint(5, 200, (self._batch, 10))
             batch |= {"observation.language.tokens": tokens, "observation.language.attention_mask": torch.ones_like(tokens, dtype=torch.bool)}
         return {key: value.to(self._device) for key, value in batch.items()}
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 @dataclass
@@ -125,13 +118,8 @@ def run(config: Config) -> program.Result:
     setting = Setting(config.published, cameras, next(iter(sizes.values())), device, torch.float32, config.out, config.seed)
     networks = ("act", "smolvla") if config.smolvla else ("act",)
     return {
-        "benchmark": "act_resolution",
-        "published_sizes": config.published,
-        "device": device.type,
-        "dtype": "float32",
-        "cameras": config.cameras,
-        "batch_size": config.batch_size,
-        "rounds": config.rounds,
+        **{"benchmark": "act_resolution", "published_sizes": config.published, "device": device.type, "dtype": "float32"},
+        **{name: getattr(config, name) for name in ("cameras", "batch_size", "rounds")},
         "networks": {name: measure(NetworkAtResolutions(name, setting, list(sizes.values()), config.batch_size), sizes, config) for name in networks},
         **program.provenance(config.seed),
     }
@@ -159,9 +147,7 @@ def measure(network: NetworkAtResolutions, sizes: Mapping[str, program.Size], co
 
 def as_table(result: program.Result) -> str:
     size = "published sizes" if result["published_sizes"] else "small networks"
-    parts = [
-        f"{size}, {result['dtype']} on {result['device']}, {result['cameras']} camera(s), batch {result['batch_size']}, {result['rounds']} rounds."
-    ]
+    parts = [f"{size} on {result['device']}, {result['cameras']} camera(s), batch {result['batch_size']}, {result['rounds']} rounds."]
     columns = ("resolution", "tokens", "refill p50 ms", "p95", "faster", "training step p50 ms", "p95", "faster")
     for network, found in result["networks"].items():
         lines = []

@@ -7,10 +7,9 @@ Every call ends with one action. A **step** pops it from the policy's queue, a *
 read from the queue before it, never guessed from its duration. Weights are random: speed does not depend on them. All arms start from raw
 uint8 frames and joints and end with an action on the host.
 
-Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own, and minutes after the
-one before. What the machine does meanwhile is in the ratios; on a busy one only large ratios mean something. lerobot's arms are select_action on
-converted frames: the pre- and postprocessor that lerobot's loop runs at every tick are left out, GR00T's own are in its refill (`NOTES`). A policy
-that cannot be built or warmed up is told in its row, the others are measured, and the exit code is 1.
+Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own. On a busy machine only
+large ratios mean something. What else is not compared: `NOTES`. A policy that cannot be built or warmed up is told in its row, the others are
+measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ CONTROL_HZ = 30.0
 Name = Literal["act", "diffusion", "diffusion_ddim", "smolvla", "gr00t"]
 _OBSERVATIONS = 8  # different ones in turn
 _WARM_UP_CALLS = 2
-_KINDS, _FIGURES = ("step", "refill", "all"), ("mean", "median", "min", "max", "p95", "p99")
+_KINDS, _FIGURES = ("step", "refill", "all"), ("p50", "p95", "p99", "max")
 # What one policy can fail with: told in its row, since its fault must not hide the others' figures.
 _FAULTS = (Gr00tFastError, RuntimeError, ImportError, ValueError, LookupError, TypeError, AttributeError, OSError, MemoryError)
 NOTES = (
@@ -72,15 +71,8 @@ def exit_code(result: dict[str, Any]) -> int:
 def run(config: Config) -> dict[str, Any]:
     check_counts(config, "rounds", "threads")
     device = select_device(config.device)
-    setting = Setting(
-        published=config.published,
-        cameras=("front", "wrist")[: config.cameras],
-        resolution=size_of(config.resolution),
-        device=device,
-        dtype=select_precision(config.precision, device),
-        scratch=config.out,
-        seed=config.seed,
-    )
+    cameras, dtype = ("front", "wrist")[: config.cameras], select_precision(config.precision, device)
+    setting = Setting(config.published, cameras, size_of(config.resolution), device, dtype, config.out, config.seed)
     policies: dict[str, dict[str, Any]] = {}
     not_measured: dict[str, str] = {}
     for name in dict.fromkeys(config.policies):
@@ -126,7 +118,7 @@ def measure(name: str, setting: Setting, config: Config) -> dict[str, Any]:
         "actions_per_chunk": arm.actions_per_chunk,
         "memory_bytes": memory_bytes(setting.device) - before,
         "build_s": round(built_s, 2),
-        **{f"{kind}_ms": statistics_of(times["step"] + times["refill"] if kind == "all" else times[kind]) for kind in _KINDS},
+        **{f"{kind}_ms": percentiles(times["step"] + times["refill"] if kind == "all" else times[kind]) for kind in _KINDS},
         "amortised_ms_per_tick": amortised_ms(times, arm.actions_per_chunk),
         "success_rate": round(1 - len(failures) / max(sum(map(len, times.values())) + len(failures), 1), 4),
         "failures": failures[:5],
@@ -156,13 +148,6 @@ def time_calls(arm: Arm, observations: list[dict[str, Any]], config: Config) -> 
         if time.monotonic() > deadline_s:
             return times, failures, True
     return times, failures, False
-
-
-def statistics_of(samples: list[float]) -> dict[str, float] | None:
-    told = percentiles(samples)
-    if told is None:
-        return None
-    return {"mean": round(float(np.mean(samples)), 3), "median": told.pop("p50"), "min": round(min(samples), 3)} | told
 
 
 def amortised_ms(times: dict[str, list[float]], chunk: int) -> float | None:
@@ -199,14 +184,14 @@ def sentences(result: dict[str, Any]) -> Iterator[str]:
     yield from (f"{name}: not measured: {reason}" for name, reason in result["not_measured"].items())
     policies = result["policies"].values()
     for kind, values in (
-        ("refill", {p["name"]: p["refill_ms"]["median"] for p in policies if p["refill_ms"]}),
+        ("refill", {p["name"]: p["refill_ms"]["p50"] for p in policies if p["refill_ms"]}),
         ("amortised", {p["name"]: p["amortised_ms_per_tick"] for p in policies if p["amortised_ms_per_tick"]}),
     ):
         ordered = sorted(values.items(), key=lambda item: item[1])
         yield f"{kind}, times the fastest: {', '.join(f'{name} {ms / ordered[0][1]:.1f}x' for name, ms in ordered)}"
     for p in policies:
         if p["refill_ms"]:
-            ticks = p["refill_ms"]["median"] * result["control_hz"] / 1000
+            ticks = p["refill_ms"]["p50"] * result["control_hz"] / 1000
             yield f"{p['name']}: a refill takes {ticks:.1f} ticks at {result['control_hz']:g} Hz{': the arm waits' if ticks > 1 else ''}"
         if p["stopped_early"]:
             yield f"{p['name']}*: stopped by --max_minutes before all --rounds calls were made"

@@ -43,20 +43,15 @@ class LerobotArm:
     """A lerobot policy with its own queue, which is looked at and never touched.
 
     Of every arm: name, dtype, parameters, actions_per_chunk; `waiting`: actions in the queue (where there are none, the next call computes a chunk);
-    `act`: raw observation (`frames` by camera, `joints`) -> one action (J,); `reset` empties the queue.
+    `act`: raw observation (`frames` by camera, `joints`) -> one action (J,); `reset` empties the queue. `policy`: lerobot's own object.
     """
 
     def __init__(self, name: str, policy: Any, queue: Callable[[], Any], chunk: int, setting: Setting, extra: Mapping[str, torch.Tensor]) -> None:
         self.name, self.actions_per_chunk = name, chunk
-        self._policy, self._queue, self._setting, self._extra = policy.to(setting.device).eval(), queue, setting, extra
+        self.policy, self._queue, self._setting, self._extra = policy.to(setting.device).eval(), queue, setting, extra
         self.parameters = sum(parameter.numel() for parameter in policy.parameters())
         self.dtype = "+".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in policy.parameters()}))
         self.reset()
-
-    @property
-    def policy(self) -> Any:
-        """lerobot's own object, for benchmarks that look inside."""
-        return self._policy
 
     @property
     def waiting(self) -> int:
@@ -69,10 +64,10 @@ class LerobotArm:
         for name, frame in observation["frames"].items():
             pixels = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255  # (1, 3, H, W)
             batch[f"observation.images.{name}"] = pixels
-        return self._policy.select_action(batch | dict(self._extra)).float().cpu().numpy()[0]
+        return self.policy.select_action(batch | dict(self._extra)).float().cpu().numpy()[0]
 
     def reset(self) -> None:
-        self._policy.reset()
+        self.policy.reset()
 
 
 class Gr00tArm:
@@ -138,10 +133,6 @@ def build_diffusion(setting: Setting, scheduler: str = "DDPM", inference_steps: 
     return LerobotArm(name, policy, lambda: policy._queues["action"], policy.config.n_action_steps, setting, {})
 
 
-def build_ddim(setting: Setting) -> Arm:
-    return build_diffusion(setting, "DDIM", 10 if setting.published else 2)
-
-
 def build_smolvla(setting: Setting) -> Arm:
     require("num2words", "bench")
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -174,7 +165,7 @@ def build_gr00t(setting: Setting) -> Arm:
 BUILDERS: dict[str, Callable[[Setting], Arm]] = {
     "act": build_act,
     "diffusion": build_diffusion,
-    "diffusion_ddim": build_ddim,
+    "diffusion_ddim": lambda setting: build_diffusion(setting, "DDIM", 10 if setting.published else 2),
     "smolvla": build_smolvla,
     "gr00t": build_gr00t,
 }
