@@ -1,12 +1,12 @@
 """Which control architecture keeps an arm moving while its policy thinks, and how well it follows.
 
-    python benchmarks/control_architectures.py --virtual                # a made-up recording, 0 and 800 ms, moving and still scene; seconds
-    python benchmarks/control_architectures.py --recording=DATASET --episode=3 --latency_ms 0 measured:bench_policy.json
+    python benchmarks/control_architectures.py --virtual                # 0 and 800 ms, moving and still scene; seconds
+    python benchmarks/control_architectures.py --latency_ms 0 measured:bench_policy.json
 
-A recording is the task; a policy that knows it by heart answers each observation with the next actions, after a delay and with an error of its own
-per chunk. The product's control loop, pacer and controllers move an arm with a first-order lag. Architectures: `sync`, `threaded`, `threaded_resume`
-(--when_late=resume) and the baseline `naive_async` (a FIFO of chunks, each played from its first action). `floor` is the recording itself sent to
-the same arm: no delay, no error.
+A recording of a pick and place, made up, is the task; a policy that knows it by heart answers each observation with the next actions, after a delay
+and with an error of its own per chunk. The product's control loop, pacer and controllers move an arm with a first-order lag. Architectures: `sync`,
+`threaded`, `threaded_resume` (--when_late=resume) and the baseline `naive_async` (a FIFO of chunks, each played from its first action). `floor` is
+the recording itself sent to the same arm: no delay, no error.
 
 What comparisons of this kind commonly get wrong, and what is done here: one trial (here several, seeds paired); stale chunks played from index 0
 (here a baseline that is called so); an invented fixed delay (here also measured distributions); errors at equal instants only, which charge a delay
@@ -20,7 +20,6 @@ G instants of a regular grid.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections import deque
@@ -44,14 +43,14 @@ from gr00t_fast.control.controller import ChunkController, ControllerOptions, Po
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.errors import ConfigError
 
 Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async"]
 SceneKind = Literal["moving", "still"]
 
 # --- the recording -------------------------------------------------------------------------------------------------------------------------
 
-MARKER = "recording_time_s"  # no joint may be called so
+MARKER = "recording_time_s"
 _EVEN_S = 1e-9
 # A made-up pick and place in the angles of an SO-100 (last: gripper, per cent open).
 _HOME = (0.0, -50.0, 50.0, 70.0, -90.0, 10.0)
@@ -64,18 +63,11 @@ _DWELL_S, _MEAN_SPEED_DEG_S, _SHORTEST_S, _SAMPLE_HZ = 0.3, 60.0, 0.5, 100.0  # 
 
 @dataclass(frozen=True)
 class Recording:
-    """times_s float64 (T,), from 0, increasing; values float64 (T, J) in degrees. `source` says where it is from, without machine paths."""
+    """times_s float64 (T,), from 0, increasing; values float64 (T, J) in degrees."""
 
     joint_names: tuple[str, ...]
     times_s: np.ndarray
     values: np.ndarray
-    source: str
-
-    def __post_init__(self) -> None:
-        if len(self.times_s) < 2 or not (np.isfinite(self.values).all() and (np.diff(self.times_s) > 0).all()):
-            raise ConfigError(f"{self.source}: expected two rows or more, finite joints, and a time that increases. Choose another --episode.")
-        if MARKER in self.joint_names:
-            raise ConfigError(f"{self.source}: a joint is called '{MARKER}', as the study's own is. Choose another --column.")
 
     @property
     def duration_s(self) -> float:
@@ -85,35 +77,9 @@ class Recording:
         """Return the pose (..., J) at each of `times_s` (...,): linear in between, the first and last pose held outside."""
         return np.stack([np.interp(times_s, self.times_s, column) for column in self.values.T], axis=-1)
 
-    def cut(self, start_s: float, seconds: float) -> Recording:
-        """The part from `start_s` on, at most `seconds` long, with its time from 0. Raises ConfigError when nothing is left."""
-        end_s = min(self.duration_s, start_s + seconds)
-        if not 0 <= start_s < end_s:
-            raise ConfigError(f"--start_s={start_s:g} --seconds={seconds:g}: the recording lasts {self.duration_s:.2f} s, nothing of it is left.")
-        inner = self.times_s[(self.times_s > start_s + _EVEN_S) & (self.times_s < end_s - _EVEN_S)]
-        times_s = np.concatenate([[start_s], inner, [end_s]])
-        return Recording(self.joint_names, times_s - start_s, self.at(times_s), self.source)
 
-
-def load_recording(path: Path, episode: int, column: str) -> Recording:
-    """One episode of a LeRobotDataset v3 in the units it was recorded in. Raises ConfigError for a directory that is missing, of another format, or
-    damaged; MissingExtraError without pyarrow."""
-    parquet, chosen = require("pyarrow.parquet", "recordings"), [("episode_index", "==", episode)]
-    try:
-        names = json.loads((path / "meta" / "info.json").read_text(encoding="utf-8"))["features"][column]["names"]
-        tables = [parquet.read_table(file, columns=["timestamp", column], filters=chosen) for file in sorted((path / "data").rglob("*.parquet"))]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"--recording={path}: expected a LeRobotDataset v3 with joints in {column}; {type(error).__name__}: {error}.") from error
-    rows = [row for table in tables for row in table.to_pylist()]  # an episode may cross files
-    if not rows:
-        raise ConfigError(f"{path.name} has no rows of episode {episode}. Choose another one with --episode (they count from 0).")
-    times_s, values = (np.array([row[name] for row in rows], np.float64) for name in ("timestamp", column))
-    joints = tuple(str(name).removesuffix(".pos") for name in names)
-    return Recording(joints, times_s - times_s[0], values, f"LeRobotDataset {path.name}, episode {episode}, column {column}")
-
-
-def made_up() -> Recording:
-    """Pick and place of nobody: poses joined by minimum-jerk moves, with a dwell where the gripper works."""
+def pick_and_place(seconds: float) -> Recording:
+    """At most so long: poses joined by minimum-jerk moves, with a dwell where the gripper works."""
     poses = np.array([_HOME, _OVER_OBJECT, _AT_OBJECT, _AT_OBJECT, _OVER_OBJECT, _OVER_BOWL, _OVER_BOWL, _HOME])
     poses[[3, 4, 5], -1], poses[6, -1] = _SHUT, _OPEN
     times_s, values, now_s = [], [], 0.0
@@ -124,9 +90,8 @@ def made_up() -> Recording:
         times_s.append(now_s + phase * lasts_s)
         values.append(begin + shape[:, None] * (end - begin))
         now_s += lasts_s + (_DWELL_S if end[-1] != begin[-1] else 0.0)
-    times_s.append(np.array([now_s]))
-    values.append(poses[-1:])
-    return Recording(SO100_JOINTS, np.concatenate(times_s), np.concatenate(values), "made up: a minimum-jerk pick and place")
+    told_s, told = np.append(np.concatenate(times_s), now_s), np.concatenate([*values, poses[-1:]])
+    return Recording(SO100_JOINTS, told_s[told_s <= seconds], told[told_s <= seconds])
 
 
 # --- the policy ---------------------------------------------------------------------------------------------------------------------------
@@ -238,7 +203,7 @@ class FifoController:
 
 # Not measured on an arm: a plain figure for a small position-controlled servo under load. The row `floor` shows what it costs by itself.
 DEFAULT_TIME_CONSTANT_S = 0.06
-_PICTURE = (480, 640, 3)  # as large as a usual camera's, so that the server's transport carries what it would
+_PICTURE = (480, 640, 3)
 _BEYOND_DEG = 60.0
 
 
@@ -279,8 +244,6 @@ class FollowerArm:
         self.sends: list[tuple[float, np.ndarray, np.ndarray]] = []
         self.joint_unit: JointUnit = "degrees"
         self._recording, self._scene, self._clock, self._lag_s = recording, scene, clock, time_constant_s
-        self._picture = np.random.default_rng(0).integers(0, 256, _PICTURE, np.uint8)
-        self._picture.setflags(write=False)
 
     @property
     def joint_limits(self) -> np.ndarray:
@@ -306,7 +269,7 @@ class FollowerArm:
     def observe(self, with_frames: bool = True) -> Observation:
         now_s = self._clock.now_s()
         joints = np.append(self.poses(np.array([now_s]))[0], self._scene.at(np.array([now_s])))
-        return Observation(joints, {CAMERA: self._picture}, now_s)
+        return Observation(joints, {CAMERA: np.zeros(_PICTURE, np.uint8)}, now_s)
 
     def send(self, targets: np.ndarray) -> None:
         now_s = self._clock.now_s()
@@ -463,7 +426,7 @@ def as_table(result: Mapping[str, Any]) -> str:
     """One row per setting and architecture, means over the trials."""
     recording = result["recording"]
     regime = (
-        f"Recording: {recording['source']}, {recording['seconds']:.1f} s, {len(recording['joints'])} joints. {result['fps']:g} Hz, chunk error "
+        f"A minimum-jerk pick and place, made up, {recording['seconds']:.1f} s, {len(recording['joints'])} joints. {result['fps']:g} Hz, chunk error "
         f"{result['chunk_noise_deg']:g} deg, arm time constant {result['arm_time_constant_s']:g} s, mean of {result['trials']} trials, "
         f"{result['time']} time."
     )
@@ -508,10 +471,6 @@ def plot(trials: Mapping[tuple[Cell, int], Trial], joints: Sequence[str], path: 
 @dataclass
 class Config(Flags):
     device: Literal["cpu"] = "cpu"  # no network runs here
-    recording: Path | None = None  # LeRobotDataset v3, joints in degrees; default: made up
-    episode: int = 0  # of it
-    column: str = "action"  # of it: action or observation.state
-    start_s: float = 0.0  # where in the recording to begin
     seconds: float = 10.0  # how much of the recording to play, at most
     architectures: list[Architecture] | None = None  # default: all
     scenes: list[SceneKind] = field(default_factory=lambda: ["moving", "still"])  # moves on by itself, or waits for the arm
@@ -542,8 +501,8 @@ def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]
     check_counts(config, "rounds", "jobs", "actions_per_chunk")
     check_counts(config, "fps", "arm_time_constant_s", least=1e-3)
     check_counts(config, "chunk_noise_deg", least=0)
-    recording = made_up() if config.recording is None else load_recording(config.recording, config.episode, config.column)
-    recording = recording.cut(config.start_s, config.seconds)
+    check_counts(config, "seconds", least=1)
+    recording = pick_and_place(config.seconds)
     cells = cells_of(config)
     shuffled = [(cell, number) for number in range(config.rounds) for cell in random.Random(number).sample(cells, len(cells))]  # they take turns
     work = [(recording, config, cell, number) for cell, number in shuffled]
@@ -562,7 +521,11 @@ def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]
             rows.append(setting | {"figures": summarise([trials[cell, number] for number in range(config.rounds)])})
     return {
         "benchmark": "control_architectures",
-        "recording": {"source": recording.source, "seconds": round(recording.duration_s, 3), "joints": list(recording.joint_names)},
+        "recording": {
+            "source": "made up: a minimum-jerk pick and place",
+            "seconds": round(recording.duration_s, 3),
+            "joints": list(recording.joint_names),
+        },
         **{name: getattr(config, name) for name in ("fps", "chunk_noise_deg", "arm_time_constant_s", "max_speed_deg_s")},
         "time": "virtual" if config.virtual else "real",
         "trials": config.rounds,
