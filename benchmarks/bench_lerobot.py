@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.lib import program
 from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.measurement import percentiles
 
 CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -76,12 +78,11 @@ def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, 
     settings.save_pretrained(directory)
     for processor in processors:
         processor.save_pretrained(directory)
-    for name, target in (("config.json", "base_config.json"), ("backbone_config.json", "backbone_config.json")):
+    eagle = "eagle2_hg_model/config.json"
+    for name, target in {"config.json": "base_config.json", "backbone_config.json": "backbone_config.json", eagle: eagle}.items():
         if (base / name).exists():
-            (directory / target).write_text((base / name).read_text())
-    if (base / "eagle2_hg_model").exists():
-        (directory / "eagle2_hg_model").mkdir(exist_ok=True)
-        (directory / "eagle2_hg_model" / "config.json").write_text((base / "eagle2_hg_model" / "config.json").read_text())
+            (directory / target).parent.mkdir(exist_ok=True)
+            shutil.copy(base / name, directory / target)
     if not (directory / "model.safetensors").exists():
         weights = {f"_groot_model.{name}": tensor for file in sorted(base.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
         save_file(weights, directory / "model.safetensors")
@@ -93,9 +94,7 @@ def prepare_lerobot(config: BenchLerobotFlags, n1d7: bool) -> None:
     processor = config.processor_path.resolve()
     if n1d7:
         place = config.out / "nvidia" / "Cosmos-Reason2-2B"
-        place.mkdir(parents=True, exist_ok=True)
-        for file in processor.iterdir():
-            (place / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(processor, place, dirs_exist_ok=True)
         template = json.loads((place / "chat_template.json").read_text())["chat_template"]
         tokenizer = json.loads((place / "tokenizer_config.json").read_text())
         (place / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": template}))
@@ -155,14 +154,12 @@ def measure(config: BenchLerobotFlags) -> program.Result:
     noise = torch.from_numpy(random.standard_normal((1, *ours.chunk_shape)).astype(np.float32))
 
     def lerobots() -> np.ndarray:
-        from copy import copy
-
         try:
             from lerobot.policies.utils import prepare_observation_for_inference
         except ImportError:
             from lerobot.utils.control_utils import prepare_observation_for_inference
         with torch.inference_mode():
-            chunk = theirs.predict_action_chunk(before(prepare_observation_for_inference(copy(observation), torch.device("cpu"), TASK)))
+            chunk = theirs.predict_action_chunk(before(prepare_observation_for_inference(dict(observation), torch.device("cpu"), TASK)))
             rows = after(chunk) if n1d7 else torch.stack([after(chunk[:, row]) for row in range(chunk.shape[1])], 1)
         return rows[0].float().numpy()
 
@@ -186,17 +183,10 @@ def measure(config: BenchLerobotFlags) -> program.Result:
             if counts:
                 times_ms[name].append(1e3 * (perf_counter() - began_s))
     difference = np.abs(actions["gr00t_fast"] - actions["lerobot"])
-    percentiles = {
-        name: dict(zip(("p50", "p95", "p99"), np.percentile(times, (50, 95, 99)).tolist(), strict=True)) for name, times in times_ms.items()
-    }
     return {
-        "network": "n1.7" if n1d7 else "n1.5",
-        "lerobot": lerobot.__version__,
-        "size": config.size,
-        "precision": config.precision,
-        "threads": torch.get_num_threads(),
-        "rounds": config.rounds,
-        "times_ms": percentiles,
+        **{"network": "n1.7" if n1d7 else "n1.5", "lerobot": lerobot.__version__, "threads": torch.get_num_threads()},
+        **{name: getattr(config, name) for name in ("size", "precision", "rounds")},
+        "times_ms": {name: percentiles(times) for name, times in times_ms.items()},
         "speed_up": program.paired_ratio(times_ms["lerobot"], times_ms["gr00t_fast"]),
         "difference_joint_units": {"largest": float(difference.max()), "median": float(np.median(difference))},
         **program.provenance(config.seed),
@@ -206,15 +196,13 @@ def measure(config: BenchLerobotFlags) -> program.Result:
 def as_table(result: program.Result) -> str:
     rows = [(name, *(f"{result['times_ms'][name][p]:.0f}" for p in ("p50", "p95", "p99"))) for name in ("lerobot", "gr00t_fast")]
     ratio, apart = result["speed_up"], result["difference_joint_units"]
-    return "\n".join(
-        [
+    return "\n\n".join(
+        (
             f"{result['network']}, {result['size']}, {result['precision']}, lerobot {result['lerobot']}, {result['threads']} threads, CPU",
-            "",
             program.markdown_table(("raw frames to actions, ms", "p50", "p95", "p99"), rows),
-            "",
             f"Paired by round, gr00t_fast is {ratio['median']:.2f} times as fast (quartiles {ratio['p25']:.2f} to {ratio['p75']:.2f})."
             f" Actions differ by at most {apart['largest']:.2g} degrees, half of them by less than {apart['median']:.2g}.",
-        ]
+        )
     )
 
 

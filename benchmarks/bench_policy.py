@@ -69,17 +69,11 @@ def run(arguments: Config) -> dict[str, Any]:
         work["language"] += work.pop("refine")
     floors = {stage: round(w.floor_ms(ceilings), 3) for stage, w in work.items()}
     return {
-        "benchmark": "bench_policy",
-        "weights": program.weights_of(arguments),
-        "engine": ours.name,
-        "device": str(device),
-        "precision": str(dtype).removeprefix("torch."),
-        "denoising_steps": steps,
-        "cameras": arguments.cameras,
+        **{"benchmark": "bench_policy", "weights": program.weights_of(arguments), "engine": ours.name, "device": str(device)},
+        **{"precision": str(dtype).removeprefix("torch."), "denoising_steps": steps, "cameras": arguments.cameras, "rounds": arguments.rounds},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "rounds": arguments.rounds,
         "times_ms": {arm: {stage: percentiles(values) for stage, values in stages.items()} for arm, stages in times.items()},
-        "speed_up": _speed_up(times) if reference else None,
+        "speed_up": program.paired_ratio(times["reference"]["total"], times["ours"]["total"]) if reference else None,
         # on a shared machine what was computed says more than how long it took; a GPU's work is not in it
         "speed_up_in_processor_time": program.paired_ratio(busy["reference"], busy["ours"]) if reference and device.type == "cpu" else None,
         "processor_ms": {arm: percentiles(values) for arm, values in busy.items()},
@@ -150,12 +144,6 @@ def _load(path: Path, arguments: Config):
     return make_engine(arguments.engine, model), model, device, dtype
 
 
-def _speed_up(times: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Reference over ours, paired by round: a disturbance of the machine hits both arms of a round alike."""
-    theirs, ours = times["reference"]["total"], times["ours"]["total"]
-    return program.paired_ratio(theirs, ours) | {"of_minima": round(min(theirs) / min(ours), 3)}
-
-
 def _difference(results: dict[str, torch.Tensor], noise: torch.Tensor) -> dict[str, float] | None:
     """Relative to the displacement (action - noise): the noise itself, equal in both, would flatter the figure."""
     if "reference" not in results:
@@ -174,12 +162,8 @@ def as_table(result: dict[str, Any]) -> str:
     lines = [program.markdown_table(("arm", "stage", "p50 ms", "p95", "p99", "floor"), rows, 2), ""]
     if result["speed_up"]:
         lines.append("Speed-up over the reference modules, paired by round: {median}x (quartiles {p25} to {p75}).".format(**result["speed_up"]))
-    if result.get("speed_up_in_processor_time"):
-        lines.append(
-            "The same of processor time, without what the machine did besides: {median}x ({p25} to {p75}).".format(
-                **result["speed_up_in_processor_time"]
-            )
-        )
+    if busy := result.get("speed_up_in_processor_time"):
+        lines.append(f"The same of processor time, without what the machine did besides: {busy['median']}x ({busy['p25']} to {busy['p75']}).")
     return "\n".join([*lines, f"The total is {result['total_over_floor']}x the floor of this machine {result['ceilings']}."])
 
 

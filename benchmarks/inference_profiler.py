@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from benchmarks.lib import program
 from benchmarks.lib.latency import BRIDGE_MARGIN_TICKS, SYNC_MARGIN_S, needed_actions, parse_latency
-from gr00t_fast.contracts import Policy
+from gr00t_fast.cli.bench import seconds_of
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import percentiles
 
 _ENOUGH_CALLS = 50  # with fewer, p99 is the maximum and little else
 _TRAINED_HORIZON = 16  # of SO-100 fine-tunes, N1.5's and N1.7's
 _INSTRUCTION = "Place the block in the bowl"
-
-
-def profile(policy: Policy, observation: dict[str, Any], rounds: int = 100, warm_up: int = 3) -> list[float]:
-    """Latency of each call in seconds. Raises ConfigError for fewer than 50 calls."""
-    if rounds < _ENOUGH_CALLS:
-        raise ConfigError(f"--rounds={rounds}: at least {_ENOUGH_CALLS} are needed to say anything about the 99th percentile.")
-    for _ in range(warm_up):
-        policy.get_action(observation)
-    latencies_s = []
-    for number in range(rounds):
-        began_s = time.perf_counter()
-        policy.get_action(observation)  # returns arrays: whatever computed them has finished
-        latencies_s.append(time.perf_counter() - began_s)
-        program.show_progress("call", number + 1, rounds)
-    return latencies_s
 
 
 def advise(p99_s: float, fps: float, actions_per_chunk: int) -> dict[str, Any]:
@@ -86,6 +71,7 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> dict[str, Any]:
 
 
 def run(arguments: Config) -> dict[str, Any]:
+    program.check_counts(arguments, "rounds", least=_ENOUGH_CALLS)
     if arguments.latency_ms:
         delay = parse_latency(arguments.latency_ms)
         measured: dict[str, Any] = {"latency_ms": {f"p{percent}": 1000 * delay.at(percent / 100) for percent in (50, 95, 99)}}
@@ -96,7 +82,8 @@ def run(arguments: Config) -> dict[str, Any]:
         policy, weights = load_policy(program.checkpoint_of(arguments), **arguments.options()), program.weights_of(arguments)
         observation = policy.example_observation(_INSTRUCTION)
         horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
-        samples_ms = [1000 * each for each in profile(policy, observation, arguments.rounds, arguments.warm_up)]
+        calls = program.shuffled_rounds(["call"], arguments.rounds, arguments.warm_up, what="call")
+        samples_ms = [1000 * seconds_of(partial(policy.get_action, observation)) for _ in calls][arguments.warm_up :]
         measured = {"latency_ms": percentiles(samples_ms), "samples_ms": [round(each, 3) for each in samples_ms], "rounds": len(samples_ms)}
         measured |= {"engine": policy.engine.name, "device": str(policy.device)}
     advice = [advise(measured["latency_ms"]["p99"] / 1000, fps, horizon) for fps in arguments.fps]
