@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 from dataclasses import dataclass, replace
@@ -69,8 +67,7 @@ def write_network(
     write_json(directory / "eagle2_hg_model" / "config.json", eagle)
     write_json(directory / "experiment_cfg" / "metadata.json", rc._metadata(data_config, resolution))
     rc._write_tokenizer(directory / "eagle2_hg_model" / "tokenizer.json", eagle["image_token_index"])
-    with contextlib.redirect_stderr(io.StringIO()):
-        rc._write_weights(directory, n1d5.read_config(config, eagle), seed, dtype, shard_bytes)
+    rc.write_weights(directory, n1d5.read_config(config, eagle), seed, dtype, shard_bytes)
     return directory
 
 
@@ -115,8 +112,7 @@ def write_network_n1d7(
     for name, content in {**files, "embodiment_id.json": {"new_embodiment": sizes.row}}.items():
         write_json(directory / name, content)
     config, backbone = (json.loads((directory / name).read_text()) for name in ("config.json", BACKBONE_FILE))  # lists, as files hold them
-    with contextlib.redirect_stderr(io.StringIO()):
-        rc._write_weights(directory, n1d7.read_config(config, backbone), seed, dtype, shard_bytes)
+    rc.write_weights(directory, n1d7.read_config(config, backbone), seed, dtype, shard_bytes)
     return directory
 
 

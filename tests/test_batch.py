@@ -13,7 +13,6 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError
-from gr00t_fast.inputs.prompt import PromptEncoder
 
 UNEQUAL = ["pick", "put the red block into the bowl, then wave", "pick it up", "x"]
 EQUAL = ["pick a", "pick b", "pick c", "pick d"]
@@ -53,16 +52,6 @@ def test_each_item_equals_its_own_single_call(policy: Gr00tPolicy, instructions:
     assert np.abs(together["action.single_arm"][0] - together["action.single_arm"][1]).max() > 1, "items are not told apart"
 
 
-def test_an_item_does_not_depend_on_its_neighbours(policy: Gr00tPolicy) -> None:
-    noise = _noise(policy, 2)
-    pictures = observation(policy.name, batch=2, instruction=["pick", "pick"])
-    other = observation(policy.name, batch=2, instruction=["pick", "a much longer instruction than the first"], seed=9)
-    mixed = {key: np.stack([value[0], other[key][1]]) for key, value in pictures.items() if key.startswith(("video", "state"))}
-    mixed["annotation.human.task_description"] = ["pick", "a much longer instruction than the first"]
-    first = policy.get_action(pictures, noise=noise)["action.single_arm"][0]
-    np.testing.assert_allclose(policy.get_action(mixed, noise=noise)["action.single_arm"][0], first, rtol=0, atol=CLOSE_DEG)
-
-
 def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
     """The check above is sensitive: run the same padded batch without its mask, as the reference does, and the short prompts' actions move."""
     batched, noise = observation(policy.name, batch=4, instruction=UNEQUAL), _noise(policy, 4)
@@ -76,11 +65,6 @@ def test_without_the_mask_items_would_leak(policy: Gr00tPolicy) -> None:
     moved = np.abs(masked["action.single_arm"] - unmasked["action.single_arm"]).max(axis=(1, 2))
     assert moved[1] == 0, "the longest prompt has no padding"
     assert (moved[[0, 2, 3]] > 100 * CLOSE_DEG).all()
-
-
-def test_equal_lengths_need_no_mask(policy: Gr00tPolicy) -> None:
-    batched = observation(policy.name, batch=4, instruction=EQUAL)
-    assert policy.preprocess(batched).to(policy.device, policy.dtype).prompt_mask is None
 
 
 def test_padding_is_never_read(policy: Gr00tPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,13 +96,6 @@ def test_wrong_batches_are_refused(policy: Gr00tPolicy) -> None:
         policy.get_action(half)
     with pytest.raises(ObservationError, match=r"noise: .*\(3, \d+, \d+\).*got shape \(1, \d+, \d+\)"):
         policy.get_action(observation(policy.name, batch=3), noise=_noise(policy, 1))
-
-
-def test_every_prompt_has_its_pictures_in_the_same_places(policy: Gr00tPolicy) -> None:
-    """The batch shares one list of image positions: no instruction may move them."""
-    encode: PromptEncoder = policy.processor.prompts
-    places = [np.flatnonzero(encode(text, 4) == encode.image_token_id) for text in (*UNEQUAL, "<img>", "</img> <|im_end|>", "\n\n", "1 2 3", "né")]
-    assert all(np.array_equal(places[0], other) for other in places)
 
 
 def _call(batched: dict, item: int, noise: np.ndarray, **options: object) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_networks import TINY, Sizes, edit_json, load_network, observation, write_network
+from random_networks import Sizes, edit_json, load_network, observation, write_network
 
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
@@ -35,40 +35,22 @@ def checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
         ("model_type", "gr00t_n1_6", r"'gr00t_n1_6', expected 'gr00t_n1_5'.*N1.6"),
         ("model_type", ..., "model_type None"),
         ("action_head_cfg", ..., "no 'action_head_cfg' section"),
-        ("backbone_cfg", 3, "no 'backbone_cfg' section"),
-        ("action_head_cfg.diffusion_model_cfg", None, "no 'diffusion_model_cfg' section"),
-        ("action_head_cfg.vl_self_attention_cfg", [], "no 'vl_self_attention_cfg' section"),
         ("action_head_cfg.use_vln", True, "action_head_cfg: unknown key 'use_vln'. Did you mean 'use_vlln'"),
-        (
-            "action_head_cfg.diffusion_model_cfg.num_layer",
-            2,
-            r"action_head_cfg.diffusion_model_cfg: unknown key 'num_layer'. Did you mean 'num_layers'",
-        ),
-        ("backbone_cfg.tune_lm", True, "backbone_cfg: unknown key 'tune_lm'. Did you mean 'tune_llm'"),
         ("action_head_cfg.diffusion_model_cfg.norm_type", "layer_norm", "norm_type is 'layer_norm'; .* 'ada_norm' only"),
         ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
-        ("backbone_cfg.project_to_dim", 1536, "project_to_dim is 1536"),
         # an absent key means the default of the reference's class
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", ..., "interleave_self_attention is not given, which means False"),
         ("action_head_cfg.diffusion_model_cfg.positional_embeddings", ..., "diffusion_model_cfg: positional_embeddings .*'sinusoidal'"),
-        ("action_head_cfg.vl_self_attention_cfg.positional_embeddings", ..., "vl_self_attention_cfg: positional_embeddings .*'sinusoidal'"),
         ("backbone_cfg.project_to_dim", ..., "project_to_dim .*1536"),
         # said in two places
         ("action_dim", 16, "action_dim is 16, expected 32"),
-        ("action_horizon", 8, "action_horizon is 8, expected 16"),
         ("backbone_cfg.select_layer", 99, "select_layer .* between 1 and 1, got 99"),
-        ("backbone_cfg.select_layer", -1, "select_layer.* got -1"),
         ("action_head_cfg.action_horizon", 0, "'action_horizon' must be a whole number from 1 to 4096, got 0"),
-        ("action_head_cfg.action_horizon", "16", "got '16'"),
         ("action_head_cfg.num_inference_timesteps", ..., "'num_inference_timesteps' must be a whole number from 1"),
-        ("action_head_cfg.max_num_embodiments", "32", "'max_num_embodiments' must be a whole number from 1"),
         ("action_head_cfg.max_seq_len", 8, "max_seq_len is at least action_horizon"),
         ("action_head_cfg.num_timestep_buckets", 3, "num_timestep_buckets is at least num_inference_timesteps"),
         ("action_head_cfg.use_vlln", 1, "'use_vlln' must be true or false, got 1"),
-        ("action_head_cfg.use_vlln", "false", "'use_vlln' must be true or false, got 'false'"),
-        ("action_head_cfg.backbone_embedding_dim", 2048, "backbone_embedding_dim is 2048, expected 32"),
-        ("action_head_cfg.input_embedding_dim", 1536, "input_embedding_dim is 1536, expected 32"),
         ("action_head_cfg.max_action_dim", 16, "max_action_dim is 16, expected 32"),
         ("action_head_cfg.vl_self_attention_cfg.num_attention_heads", 3, "vl_self_attention_cfg .*24, expected 32"),
     ],
@@ -84,19 +66,13 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
     [
         ("use_pixel_shuffle", True, "use_pixel_shuffle is True"),
         ("use_pixel_shuffle", ..., "use_pixel_shuffle is not given, which means True"),
-        ("mlp_connector_layers", ..., "mlp_connector_layers is not given, which means 2"),
         ("select_layer", ..., "select_layer is not given, which means -4"),
         ("text_config.model_type", "qwen2", "text_config: model_type is 'qwen2'; .* 'qwen3' only"),
         ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling"),
-        ("vision_config", ..., "no 'vision_config' section"),
         ("text_config", "qwen3", "no 'text_config' section"),
         ("text_config.num_key_value_heads", 3, "multiple of num_key_value_heads"),
-        ("text_config.head_dim", 7, "head_dim is even"),
-        ("vision_config.num_attention_heads", 5, "multiple of num_attention_heads"),
-        ("text_config.rope_theta", "1e6", "'rope_theta' must be a positive number, got '1e6'"),
         ("text_config.rms_norm_eps", float("nan"), "NaN is no number"),
         ("image_token_index", 200_000, "image token's id is below vocab_size"),
-        ("image_token_index", ..., "'image_token_index' must be a whole number from 1"),
     ],
 )
 def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: object, pattern: str) -> None:
@@ -105,21 +81,10 @@ def test_an_eagle_configuration_that_cannot_be_run(checkpoint: Path, key: str, v
         open_checkpoint(checkpoint)
 
 
-def test_an_absent_rope_theta_means_the_library_s_default(checkpoint: Path) -> None:
-    edit_json(checkpoint / "eagle2_hg_model" / "config.json", "text_config.rope_theta", ...)
-    assert open_checkpoint(checkpoint).config.language.rope_theta == 10_000
-
-
 def test_sizes_of_the_published_network_are_the_default(checkpoint: Path) -> None:
     (checkpoint / "eagle2_hg_model" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="is 32, expected 2048"):
         open_checkpoint(checkpoint)  # a small network without its sizes is not silently read as something else
-
-
-def test_other_sizes_are_mis_shaped(checkpoint: Path) -> None:
-    edit_json(checkpoint / "config.json", "action_head_cfg.num_target_vision_tokens", 31)
-    with pytest.raises(CheckpointError, match=r"future_tokens.weight: expected \[31, 32\], got \[32, 32\]"):
-        load_network(checkpoint)
 
 
 def test_use_vlln_false_has_no_vl_attention(tmp_path: Path) -> None:
@@ -161,34 +126,18 @@ def test_an_embodiment_that_is_not_there(checkpoint: Path, tag: str, pattern: st
     ("key", "value"),
     [
         ("statistics", ...),
-        ("statistics.state", 3),
         ("statistics.state.gripper.min", ...),
-        ("statistics.action.gripper.max", [None]),
         ("statistics.action.gripper.max", [1.0, 2.0]),
-        ("statistics.state.single_arm.q99", [1.0]),
         ("statistics.state.single_arm.mean", [[1.0] * 5]),
-        ("statistics.state.gripper.min", [1e9]),
         ("statistics.state.gripper.min", "low"),
         ("modalities.video", ...),
-        ("modalities.video.webcam", 3),
-        ("modalities.video.webcam.resolution", [640]),
-        ("modalities.video.webcam.resolution", [640, 0]),
         ("modalities.video.webcam.resolution", [640.5, 480]),
         ("modalities.video.webcam.resolution", [31, 480]),
-        ("modalities.video.webcam.resolution", [640, 31]),
-        ("modalities.video.webcam.resolution", [1, 1]),
-        ("modalities.video.webcam.resolution", ["640", "480"]),
         ("modalities.video.webcam.resolution", [20_000, 20_000]),
-        ("modalities.video.webcam.resolution", [8000, 8000]),
-        ("modalities.video.webcam.resolution", [10**400, 480]),
         ("modalities.video.webcam.fps", 10**400),
         ("statistics.state.gripper.min", [10**400]),
         ("modalities.video.webcam.fps", -30),
-        ("modalities.video.webcam.fps", "fast"),
-        ("modalities.action", 3),
-        ("statistics.state.gripper.min", ["0"]),
         ("statistics.state.gripper.q99", [float("nan")]),
-        ("statistics.state.gripper.max", [1e30]),
         ("statistics.state.gripper.max", [50.0]),  # below q99
         ("statistics.state.gripper.min", [40.0]),  # above q01
         ("statistics.state.gripper.std", [-1.0]),
@@ -242,12 +191,6 @@ def test_numbers_that_are_none(checkpoint: Path, number: str) -> None:
         (checkpoint / file).write_text(text)
 
 
-def test_a_key_that_is_given_twice(checkpoint: Path) -> None:
-    (checkpoint / "config.json").write_text(f'{{"model_type": "other", {(checkpoint / "config.json").read_text().lstrip()[1:]}')
-    with pytest.raises(CheckpointError, match="'model_type' is given twice"):
-        open_checkpoint(checkpoint)
-
-
 @pytest.mark.parametrize("file", ["config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json"])
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "endless"])
 def test_files_that_are_none_are_refused_at_once(checkpoint: Path, file: str, kind: str) -> None:
@@ -271,10 +214,7 @@ def test_files_that_are_none_are_refused_at_once(checkpoint: Path, file: str, ki
     ("file", "key"),
     [
         ("config.json", "action_head_cfg.diffusion_model_cfg.num_layers"),
-        ("config.json", "action_head_cfg.vl_self_attention_cfg.num_layers"),
-        ("config.json", "action_head_cfg.action_horizon"),
         ("eagle2_hg_model/config.json", "vision_config.num_hidden_layers"),
-        ("eagle2_hg_model/config.json", "vision_config.image_size"),
         ("eagle2_hg_model/config.json", "text_config.hidden_size"),
     ],
 )
@@ -295,12 +235,6 @@ def test_statistics_of_no_values(checkpoint: Path) -> None:
             edit_json(checkpoint / "experiment_cfg" / "metadata.json", f"new_embodiment.statistics.state.gripper.{name}", [])
         with pytest.raises(CheckpointError, match="statistics of no values"):
             open_checkpoint(checkpoint).embodiment("new_embodiment")
-
-
-def test_the_smallest_camera(checkpoint: Path) -> None:
-    edit_json(checkpoint / "experiment_cfg" / "metadata.json", "new_embodiment.modalities.video.webcam.resolution", [32, 32])
-    camera = open_checkpoint(checkpoint).embodiment("new_embodiment").cameras["video.webcam"]
-    assert (camera.width, camera.height) == (32, 32)
 
 
 def test_facts_need_no_weights(checkpoint: Path) -> None:
@@ -400,8 +334,3 @@ def test_a_hub_that_does_not_answer(error: Exception, monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(CheckpointError, match=f"'a/b' is no local directory, and fetching it from the hub failed: {error}"):
         open_checkpoint("a/b")
-
-
-def test_the_sizes_of_a_random_checkpoint_are_what_was_asked(checkpoint: Path) -> None:
-    config = open_checkpoint(checkpoint).config
-    assert (config.head.action_horizon, config.head.dit.num_layers, config.language.num_kv_heads) == (TINY.horizon, TINY.dit[0], TINY.language[4])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig, check_trained_cameras, load_data_config
+from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig, load_data_config
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,6 @@ from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig, check_traine
         ({"normalisation": {"state.griper": "q99"}}, "'state.griper', which is no state or action key. Did you mean 'state.gripper'"),
         ({"normalisation": {"action.gripper": "sin_cos"}}, "'sin_cos' of 'action.gripper'"),
         ({"action_indices": (0, 2, 4)}, r"action_indices \[0, 2, 4\]"),
-        ({"action_indices": ()}, r"action_indices \[\]"),
     ],
 )
 def test_a_data_config_checks_itself(changes: dict, pattern: str) -> None:
@@ -35,13 +34,6 @@ def test_built_in_names() -> None:
     assert load_data_config("so100") is DATA_CONFIGS["so100"]
     with pytest.raises(ConfigError, match="unknown data_config 'so100_dualcamera'. Did you mean 'so100_dualcam'"):
         load_data_config("so100_dualcamera")
-
-
-def test_the_suggestion_is_for_the_same_robot() -> None:
-    """Cameras alone would point at another robot's configuration."""
-    for trained, suggested in ((["video.front", "video.wrist"], "--data_config=so100_dualcam"), (["video.image"], "module:")):
-        with pytest.raises(ConfigError, match=suggested):
-            check_trained_cameras(DATA_CONFIGS["so100"], trained)
 
 
 # --- a user's own classes ------------------------------------------------------------------------------------------------------------
@@ -218,20 +210,15 @@ _ROTATED = (
     ("body", "pattern"),
     [
         _ROTATED,
-        ("extra = [state_action.DeltaActionTransform(apply_to=['action.arm'], state_keys={})]", "step DeltaActionTransform"),
         ("extra = [StateActionTransform(apply_to=['action.arm'], clip=True)]", "StateActionTransform has clip"),
-        ("extra = [StateActionToTensor(apply_to=['action.arm'], output_dtypes={})]", "StateActionToTensor has output_dtypes"),
         ("def joints(self): return [StateActionTransform(apply_to=['state.arm'], normalization_modes={'state.arm': 'scale'})]", "'scale'"),
         ("def joints(self): return [StateActionSinCosTransform(apply_to=['action.arm'])]", "'sin_cos' of 'action.arm'"),
         ("scale = 0.9", "VideoCrop has scale=0.9; supported is 0.95"),
-        ("size = 256", "VideoResize has height=256; supported is 224"),
         ("extra = [VideoResize(apply_to=['video.top'], height=224, width=224)]", "treats pictures with"),
         ("observation_indices = [-1, 0]", r"observation_indices \[-1, 0\]"),
         ("action_indices = list(range(0, 32, 2))", "action_indices"),
-        ("language_keys = ['annotation.a', 'annotation.b']", "one language key"),
         ("orders = {'action_concat_order': ['action.arm']}", "joins action from action.arm"),
         ("model = {'action_horizon': 16}", "action_horizon=16.*has 8"),
-        ("model = {'embodiment_tag_mapping': {}}", "GR00TTransform has embodiment_tag_mapping"),
         ("extra = [GR00TTransform()]", "expected to end with"),
     ],
 )
@@ -258,17 +245,7 @@ def test_a_class_that_cannot_be_read_gets_the_one_to_write(loaded: Callable, bod
         loaded(f"class MyRobot:{example[2]}\n", "MyRobot")
 
 
-def test_a_class_for_nvidia_without_a_modality_config(loaded: Callable) -> None:
-    with pytest.raises(ConfigError, match="modality_config"):
-        loaded("class Mine:\n    video_keys = ['video.a']\n    def transform(self): pass\n", "Mine")
-
-
 @pytest.mark.parametrize("spec", [":Y", "..x:Y", "x:"])
 def test_a_malformed_name_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="module:ClassName"):
         load_data_config(spec)
-
-
-def test_a_module_that_cannot_be_imported_is_explained(loaded: Callable) -> None:
-    with pytest.raises(ConfigError, match="SyntaxError"):
-        loaded("def broken(:\n", "Mine")

@@ -120,9 +120,7 @@ def write_random_checkpoint(
         for name, content in files.items():
             _write_json(unfinished / name, content)
         if weights:
-            shapes, generator = _published_shapes(sizes), torch.Generator().manual_seed(seed)
-            tensors = {name: _random_tensor(name, shape, generator, dtype) for name, shape in shapes.items()}
-            _write_weights(unfinished, tensors, max_shard_bytes)
+            write_weights(unfinished, sizes, seed, dtype, max_shard_bytes)
         for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
             stale.unlink(missing_ok=True)
         shutil.copytree(unfinished, out, dirs_exist_ok=True, copy_function=os.replace)  # exports and the like stay
@@ -256,7 +254,9 @@ def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]
     return {"min": list(low), "max": list(high), "mean": mean, "std": std, "q01": list(low), "q99": list(high)}
 
 
-def _write_weights(out: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+def write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: _random_tensor(name, shape, generator, dtype) for name, shape in _published_shapes(config).items()}
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
