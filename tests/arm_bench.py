@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +45,27 @@ def connected(directory: Path, bus: VirtualBus | None = None, engaged: bool = Tr
         assert_landed(bus, arm, report)
 
 
+class Camera:
+    """One of lerobot's, as the driver's code uses it."""
+
+    thread = None
+
+    def __init__(self, age_s: float = 0.0) -> None:
+        self.is_connected, self._age_s = True, age_s
+
+    @property
+    def latest_timestamp(self) -> float:
+        return time.perf_counter() - self._age_s
+
+    def read_latest(self, max_age_ms: int) -> np.ndarray:
+        if not self.is_connected:
+            raise TimeoutError(f"no frame for {max_age_ms} ms")
+        return np.zeros((32, 40, 3), np.uint8)
+
+    def disconnect(self) -> None:
+        self.is_connected = False
+
+
 def power(bus: VirtualBus) -> None:
     """As an earlier program that held the arm has left it."""
     for servo in bus.servos:
@@ -80,8 +102,6 @@ def descriptors_on(device: str) -> int:
     """How many descriptors of this process are open on `device`."""
     count = 0
     for entry in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):
             count += os.readlink(f"/proc/self/fd/{entry}") == device
-        except OSError:
-            continue
     return count
