@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks.lib import many_arms, program
 from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.cli.bench import observations_of, random_noise
-from gr00t_fast.errors import ConfigError, Gr00tFastError
+from gr00t_fast.errors import Gr00tFastError
 from gr00t_fast.inputs.data_config import load_data_config
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving import PolicyClient
@@ -71,7 +71,7 @@ class Setup:
     def __str__(self) -> str:
         place = "in process" if self.transport == NONE else f"server, {self.transport}"
         engine = "reference modules" if self.engine == REFERENCE else f"{self.engine} engine"
-        return f"{place}; {self.preprocessing} pre-processing; {engine}; {program.count_of(self.steps, 'step')}"
+        return f"{place}; {self.preprocessing} pre-processing; {engine}; {self.steps} denoising step(s)"
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,8 @@ class Plan:
         return list(dict.fromkeys([*self.waterfall, *(setup for c in self.alone for setup in (c.before, c.after))]))
 
 
-def make_plan(config: Config, ours: Setup, engines: Sequence[str], plain_engine: str) -> Plan:
-    """`engines`: what ours is compared with; `plain_engine`: one that takes pixels, around which pre-processing alone is varied. A factor that is
-    left out stays at our level everywhere."""
+def make_plan(config: Config, ours: Setup, takes_pixels: bool = True) -> Plan:
+    """takes_pixels: whether our engine takes them from another pre-processing. A factor that is left out stays at our level everywhere."""
     factors = config.factors
     remote = [name for name in ("tcp", "ipc") if name in config.transports] if "transport" in factors else []
     baseline = replace(ours, transport=remote[0] if remote else NONE)
@@ -120,11 +119,8 @@ def make_plan(config: Config, ours: Setup, engines: Sequence[str], plain_engine:
     for name in ("transport", "preprocessing", "engine"):
         waterfall.append(replace(waterfall[-1], **{name: getattr(ours, name)}))
     alone = [Contrast(replace(ours, transport=name), ours) for name in remote]
-    if "preprocessing" in factors:
-        plain = replace(ours, engine=plain_engine)
-        alone.append(Contrast(replace(plain, preprocessing=REFERENCE), plain))
-    if "engine" in factors:
-        alone += [Contrast(replace(ours, engine=name), ours) for name in (REFERENCE, *engines) if name != ours.engine]
+    changed = ("preprocessing", "engine") if takes_pixels else ("engine",)
+    alone += [Contrast(replace(ours, **{name: REFERENCE}), ours) for name in changed if name in factors]
     if "steps" in factors:
         alone += [Contrast(ours, replace(ours, steps=count)) for count in config.other_denoising_steps if count != ours.steps]
     return Plan(list(dict.fromkeys(waterfall)), alone)
@@ -135,71 +131,41 @@ class Policies:
 
     def __init__(self, model_path: Path, options: dict[str, Any]) -> None:
         self.model_path, self._options = model_path, options
-        self._products: dict[str, Any] = {}
-        self._reference_engine: Any = None
 
-    @property
+    @cached_property
     def ours(self) -> Any:
         """The product's policy with the engine of the options."""
-        return self._product(self._options["engine"])
+        from gr00t_fast import load_policy
 
-    def policy(self, setup: Setup) -> Any:
-        """In this process, whatever the setup's transport. Raises Gr00tFastError."""
-        if setup.preprocessing == REFERENCE:
-            return self._with_reference_preprocessing(setup.engine, setup.steps)
-        policy = copy.copy(self._product(setup.engine))  # the same transforms and network; only the number of steps is this one's own
-        policy.denoising_steps = setup.steps
-        return policy
+        return load_policy(self.model_path, **self._options)
 
-    def _product(self, engine: str) -> Any:
-        """Our policy around that engine. Engines over the torch model share that of `eager`, where this is the one of the options."""
-        from gr00t_fast.engine import ENGINES, make_engine
-        from gr00t_fast.engine.eager import EagerEngine
-        from gr00t_fast.policy import load_policy
-
-        first = self._options["engine"]
-        if engine not in self._products:
-            if first in self._products and engine == self._products[first].engine.name:
-                return self._products[first]  # what `auto` took
-            over: Any = engine
-            if engine == REFERENCE:
-                over = self._reference()
-            elif engine != first and engine in ENGINES and isinstance(self.ours.engine, EagerEngine):
-                over = make_engine(engine, self.ours.engine.model)
-            self._products[engine] = load_policy(self.model_path, **{**self._options, "engine": over})
-        return self._products[engine]
-
+    @cached_property
     def _reference(self) -> Any:
         from benchmarks.lib.reference import ReferenceEngine
         from gr00t_fast.engine import select_device, select_precision
 
-        if self._reference_engine is None:
-            device = select_device(self._options["device"])
-            dtype = select_precision(self._options["precision"], device)
-            self._reference_engine = ReferenceEngine(self.model_path, self._options["embodiment_tag"], device, dtype)
-        return self._reference_engine
+        device = select_device(self._options["device"])
+        return ReferenceEngine(self.model_path, self._options["embodiment_tag"], device, select_precision(self._options["precision"], device))
 
-    def _with_reference_preprocessing(self, engine: str, denoising_steps: int) -> Any:
-        """Where the reference's engine runs behind it, nothing of ours is loaded."""
+    @cached_property
+    def _over_reference(self) -> Any:
+        """Our policy around the reference's modules."""
+        from gr00t_fast import load_policy
+
+        return load_policy(self.model_path, **{**self._options, "engine": self._reference})
+
+    def policy(self, setup: Setup) -> Any:
+        """In this process, whatever the setup's transport. Raises Gr00tFastError."""
+        if setup.preprocessing != REFERENCE:
+            policy = copy.copy(self._over_reference if setup.engine == REFERENCE else self.ours)  # only the number of steps is this one's own
+            policy.denoising_steps = setup.steps
+            return policy
         from benchmarks.lib.reference import ReferencePreprocessingPolicy
 
-        if engine == REFERENCE:
-            network = self._reference()
-            place = (network.device, network.dtype)
-        else:
-            product = self._product(engine)
-            if makes_pixels(product.engine):
-                raise ConfigError(f"the engine '{product.engine.name}' makes the pixels itself: no other pre-processing can go before it. Use eager.")
-            network, place = product.engine, (product.device, product.dtype)
+        engine = self._reference if setup.engine == REFERENCE else self.ours.engine
         config, tag = load_data_config(self._options["data_config"]), self._options["embodiment_tag"]
-        return ReferencePreprocessingPolicy(self.model_path, tag, config, self._options["processor_path"], network, place, denoising_steps)
-
-
-def makes_pixels(engine: Any) -> bool:
-    """Whether it takes frames as they are, so that pre-processing is part of it."""
-    from gr00t_fast.engine.cuda_graph import GraphEngine
-
-    return isinstance(engine, GraphEngine)
+        place = (engine.device, engine.dtype)
+        return ReferencePreprocessingPolicy(self.model_path, tag, config, self._options["processor_path"], engine, place, setup.steps)
 
 
 def served_setup(model_path: Path, options: dict[str, Any], setup: Setup, threads: int) -> Any:
@@ -207,8 +173,7 @@ def served_setup(model_path: Path, options: dict[str, Any], setup: Setup, thread
     import torch
 
     torch.set_num_threads(threads)
-    first = "auto" if setup.engine == REFERENCE else setup.engine
-    return Policies(model_path, {**options, "engine": first}).policy(setup)
+    return Policies(model_path, options).policy(setup)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------------------------------
@@ -268,13 +233,13 @@ def action_limits(plan: Plan, ours: Any) -> dict[Contrast, float]:
     return {contrast: {**limits, "transport": 0.0, "steps": math.inf}[contrast.factor] for contrast in (*plan.path, *plan.alone)}
 
 
-def pixel_levels_apart(policies: Policies, plain_engine: str, observation: dict[str, Any]) -> float:
+def pixel_levels_apart(policies: Policies, engine: str, observation: dict[str, Any]) -> float:
     """Largest difference of the two pre-processings in grey levels. Raises DisagreementError beyond one level, or when the prompts differ."""
     import torch
 
     place = torch.device("cpu"), torch.float32
     ours = policies.ours.preprocess(observation).to(*place)
-    theirs = policies.policy(Setup(NONE, REFERENCE, plain_engine, 1)).preprocessing(observation, *place)
+    theirs = policies.policy(Setup(NONE, REFERENCE, engine, 1)).preprocessing(observation, *place)
     levels = 127.5 * float((ours.pixel_values - theirs.pixel_values).abs().max())
     same_prompt = ours.input_ids.tolist() == theirs.input_ids.tolist()
     if levels > _MAX_PIXEL_LEVELS or not same_prompt:
@@ -331,8 +296,8 @@ def as_table(result: dict[str, Any]) -> str:
     early = " (**stopped early** by --max_minutes)" if result["stopped_early"] else ""
     regime = (
         f"{result['weights']} weights, {result['precision']} on {result['device']}, {result['cameras']} camera(s) of "
-        f"{'x'.join(map(str, result['resolution']))}, {program.count_of(result['threads'], 'CPU thread')} in every process. Camera frame to joint "
-        f"targets; {program.count_of(result['rounds'], 'round')}{early}, every arm once a round in random order. Times in ms."
+        f"{'x'.join(map(str, result['resolution']))}, {result['threads']} CPU thread(s) in every process. Camera frame to joint "
+        f"targets; {result['rounds']} rounds{early}, every arm once a round in random order. Times in ms."
     )
     latency = {arm["arm"]: arm["latency_ms"] for arm in result["arms"]} | result["others"]
     rows = [(name, *(f"{p[q]:.2f}" for q in ("p50", "p95", "p99"))) for name, p in latency.items()]
@@ -344,8 +309,8 @@ def as_table(result: dict[str, Any]) -> str:
         )
     if result["alone"]:
         parts += ["## Each factor alone, changed from ours", _worth_table(result["alone"])]
-    notes = ["Differences of actions are in joint units at equal noise. Fewer denoising steps give other actions: those rows are no free gain."]
-    return "\n\n".join([*parts, "\n".join(f"* {line}" for line in [*notes, *(f"Left out: {reason}" for reason in result["left_out"])])])
+    note = "* Differences of actions are in joint units at equal noise. Fewer denoising steps give other actions: those rows are no free gain."
+    return "\n\n".join([*parts, note])
 
 
 def _worth_table(rows: list[dict[str, Any]]) -> str:
@@ -370,7 +335,6 @@ class Config(program.PolicyFlags):
     factors: list[Factor] = field(default_factory=lambda: list(get_args(Factor)))  # what to vary; the rest stays as ours is
     transports: list[Transport] = field(default_factory=lambda: list(get_args(Transport)))  # each but none is one more server with weights
     other_denoising_steps: list[int] = field(default_factory=lambda: [2, 1, 8])  # that ours is compared with
-    engines: list[str] | None = None  # engines to compare with it; default: all that this machine can run
     threads: int = 1  # CPU threads of every process, clients and servers alike
     rounds: int = 200  # counted calls of each arm
     warm_up: int = 3  # rounds before them that are not counted
@@ -393,17 +357,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> dict[str, Any]:
     """Load, start the servers, call in turn, and end the servers. Raises Gr00tFastError."""
+    from gr00t_fast.engine.cuda_graph import GraphEngine  # whose pre-processing is part of it
+
     program.check_counts(config, "denoising_steps", "other_denoising_steps", "threads", "rounds")
     program.check_counts(config, "warm_up", "settle", least=0)
     weights = program.weights_of(config)
     model_path = program.checkpoint_of(config, config.size, program.size_of(config.resolution))
     policies = Policies(model_path, config.options("denoising_steps"))
     ours = policies.ours
-    engines, left_out = _other_engines(policies, config)
-    plain = "eager" if makes_pixels(ours.engine) else ours.engine.name
-    plan = make_plan(config, Setup(NONE, OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps), engines, plain)
+    takes_pixels = not isinstance(ours.engine, GraphEngine)
+    plan = make_plan(config, Setup(NONE, OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps), takes_pixels)
     inputs = _inputs(ours, config)
-    levels = pixel_levels_apart(policies, plain, inputs[0][0]) if "preprocessing" in config.factors else None
+    levels = (
+        pixel_levels_apart(policies, ours.engine.name if takes_pixels else REFERENCE, inputs[0][0]) if "preprocessing" in config.factors else None
+    )
     with ExitStack() as servers:
         arms = _arms(plan, policies, config, servers)
         measured = measure(arms, inputs, config, action_limits(plan, ours))
@@ -417,7 +384,6 @@ def run(config: Config) -> dict[str, Any]:
         "threads": config.threads,
         "pixel_levels_apart": levels,
         **figures(plan, measured),
-        "left_out": left_out,
         **program.provenance(config.seed),
     }
 
@@ -459,26 +425,6 @@ def _call(policy: Any, keys: Sequence[str], with_noise: bool = True) -> Call:
         return np.concatenate([np.atleast_2d(actions[key].T).T for key in keys], axis=-1)  # NVIDIA's squeezes (H, 1) to (H,)
 
     return call
-
-
-def _other_engines(policies: Policies, config: Config) -> tuple[list[str], list[str]]:
-    """Names of further engines that run here, and why others do not. One that was asked for by name must."""
-    from gr00t_fast.engine import ENGINES, EXPORTED
-
-    if "engine" not in config.factors:
-        return [], []
-    policies.policy(Setup(NONE, OURS, REFERENCE, 1))  # now, so that what is missing is said before anything takes long
-    exports = policies.model_path / "exports"
-    usable, left_out = [], []
-    for name in config.engines if config.engines is not None else [*ENGINES, *(name for name in EXPORTED if (exports / name).is_dir())]:
-        try:
-            policies.policy(Setup(NONE, OURS, name, 1))
-            usable.append(name)
-        except Gr00tFastError as error:
-            if config.engines is not None:
-                raise
-            left_out.append(f"engine {name}: {error}")
-    return usable, left_out
 
 
 def _inputs(ours: Any, config: Config) -> list[Inputs]:

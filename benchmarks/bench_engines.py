@@ -25,22 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import torch
 
-from benchmarks.lib.program import checkpoint_of, finish, provenance
+from benchmarks.lib.program import checkpoint_of, finish, provenance, read_flags
 from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, observations_of, random_noise, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.engine import CALIBRATED, select_device, select_precision
 from gr00t_fast.engine.quantized import InputScale
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.flags import help_text, parse_flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00t
 from gr00t_fast.policy import Gr00tPolicy
 
 REFERENCE = "reference"
-_USAGE = "usage: python benchmarks/bench_engines.py [--model_path=DIR | --size=full] [--engines NAME ...] [--flag=value ...]"
 
 
 @dataclass(kw_only=True)
@@ -120,35 +117,20 @@ class LaboratoryBench(Bench):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 error, 2 bad flag, 130 interrupted."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if "--help" in words or "-h" in words:
-        print(help_text(BenchEnginesConfig, _USAGE))
-        return 0
-    try:
-        options, _ = parse_flags(BenchEnginesConfig, words)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return finish("bench_engines", options, run, as_table)
+    return finish("bench_engines", read_flags(BenchEnginesConfig, argv, __doc__), run, as_table)
 
 
 def run(options: BenchEnginesConfig) -> dict[str, Any]:
     """Raises Gr00tFastError."""
     device = select_device(options.device)
     dtype = select_precision(options.precision, device)
-    result: dict[str, Any] = {"benchmark": "bench_engines", "device": str(device), "precision": word_of(dtype)}
-    return result | _compare(options, device, dtype) | provenance(options.seed)
-
-
-def _compare(options: BenchEnginesConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     bench = LaboratoryBench(options, device, dtype)
     found = compare(bench) | {"at_hz": options.at_hz}
     policies = {name: arm.pop("policy") for name, arm in found["engines"].items()}
     if options.at_hz:
         for name, arm in found["engines"].items():
             arm["at_hz_ms"] = percentiles(paced(policies[name], bench))
-    return found
+    return {"benchmark": "bench_engines", "device": str(device), "precision": word_of(dtype)} | found | provenance(options.seed)
 
 
 def paced(policy: Gr00tPolicy, bench: LaboratoryBench) -> list[float]:

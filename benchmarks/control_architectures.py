@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
-from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags, show_progress
+from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast.console import progress_bar
 from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DueTarget
@@ -507,9 +508,10 @@ def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]
     shuffled = [(cell, number) for number in range(config.rounds) for cell in random.Random(number).sample(cells, len(cells))]  # they take turns
     work = [(recording, config, cell, number) for cell, number in shuffled]
     alone = config.jobs == 1 or config.virtual
-    for job, trial in ((job, run_trial(*job)) for job in work) if alone else in_processes(run_trial, work, config.jobs):
-        trials[job[2:]] = trial
-        show_progress("trial", len(trials), len(work))
+    with progress_bar("trials", len(work)) as tick:
+        for job, trial in ((job, run_trial(*job)) for job in work) if alone else in_processes(run_trial, work, config.jobs):
+            trials[job[2:]] = trial
+            tick()
     rows = []
     perfect = replace(config, chunk_noise_deg=0.0, virtual=True)
     for scene in config.scenes:

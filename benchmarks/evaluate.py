@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker, play_until
-from benchmarks.lib.program import check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
+from benchmarks.lib.program import check_counts, finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
@@ -391,25 +391,6 @@ def _percent(rate: float, interval: Sequence[float]) -> str:
     return f"{100 * rate:.1f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Success within the first deadline against latency, a panel per scene; nothing where the rows hold fewer than two latencies."""
-    rows = [row for row in result["rows"] if "refused" not in row and (row["denoising_steps"], row["engine"]) == (4, "eager:fp32")]
-    scenes, deadline = list(dict.fromkeys(row["scene"] for row in rows)), f"{result['deadlines_s'][0]:g}"
-    if len({row["latency_ms"] for row in rows}) < 2:
-        return
-    title = f"{result['checkpoint']}, simulated time, n = {result['episodes']} layouts per point"
-    with drawing(path, title, 1, len(scenes), (6 * len(scenes), 4), sharey=True) as axes:
-        for axis, scene in zip(axes[0], scenes, strict=True):
-            for arm in dict.fromkeys((row["controller"], row["action_horizon"]) for row in rows):
-                mine = [row for row in rows if (row["scene"], row["controller"], row["action_horizon"]) == (scene, *arm)]
-                points = [(row["latency_ms"], 100 * row["within"][deadline]["rate"]) for row in mine]
-                axis.plot(*zip(*points, strict=True), marker="o", label=f"{arm[0]}, {arm[1]} actions")
-            axis.set_title(f"{scene} block")
-            axis.set_xlabel("latency of an inference (ms)")
-        axes[0][0].set_ylabel(f"success within {deadline} s (%)")
-        axes[0][0].legend(fontsize=8)
-
-
 # --- the program ---------------------------------------------------------------------------------------------------------------------------
 
 _EPISODES, _EPISODES_FULL = 20, 200
@@ -431,19 +412,19 @@ class Config:
     block_speed_m_s: float = 0.06  # of the moving block
     servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
     episode_s: float = 10.0  # length of an episode
-    deadlines_s: list[float] = field(default_factory=lambda: [1.0, 2.0])  # success is also counted within these; the first is plotted
+    deadlines_s: list[float] = field(default_factory=lambda: [1.0, 2.0])  # success is also counted within these
     lang_instruction: str = "Reach the block"  # what the policy is told
     jobs: int = os.cpu_count() or 1  # processes; default: one per core
     device: str = "cpu"  # of the torch engines
     seed: int = 0  # of the noise
     json: bool = False  # also print the result as one line of JSON, the last of the output
-    out: Path = ROOT / "outputs" / "evaluate"  # directory for episodes, JSON, table and plot
+    out: Path = ROOT / "outputs" / "evaluate"  # directory for episodes, JSON and table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = read_flags(Config, argv, __doc__)
     interrupted = f"interrupted: what was played is in {config.out}; the same command goes on from there"
-    return finish("evaluate", config, run, as_table, plot, interrupted=interrupted)
+    return finish("evaluate", config, run, as_table, interrupted=interrupted)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -120,7 +120,6 @@ TEST_LIMITS_S = {"test_gpu_graph.py": 80.0, "test_gpu.py": 40.0, "test_gpu_fp8.p
 _COMPILING_S = 460.0  # the published size: Inductor took up to 393 s of a busy core
 _MARKED = re.compile(r"^pytestmark = pytest\.mark\.gpu", re.MULTILINE)
 _NO_TESTS_COLLECTED = 5  # pytest's exit code
-_MOST_ROWS, _ROW_WIDTH = 40, 170  # of the parts' own tables that a step repeats
 
 Name = Literal["A", "B", "C", "D", "E"]
 
@@ -248,36 +247,27 @@ def _is_there(package: str) -> bool:
 
 
 def run_step(step: Name, device: str, size: str, out: Path) -> tuple[list[Outcome], bool]:
-    """What its parts did, and whether it was interrupted: then of the parts that had ended."""
+    """What its parts did, one after the other, and whether it was interrupted: then of the parts that had ended."""
     outcomes: list[Outcome] = []
     log = out / f"{step}.log"
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="gr00t_fast_") as scratch:
         try:
-            for outcome in run_parts(parts_of(step, device, size, Path(scratch)), device, log):
-                outcomes.append(outcome)
-                print(f"{step}: {_row(outcome)}", flush=True)
+            for part in parts_of(step, device, size, Path(scratch)):
+                outcomes.append(run_part(part, device, log))
+                print(f"{step}: {_row(outcomes[-1])}", flush=True)
         except KeyboardInterrupt:
             print("\ninterrupted: what ran until now", flush=True)
             return outcomes, True
     return outcomes, False
 
 
-def run_parts(parts: Sequence[Part], device: str, log: Path) -> Iterator[Outcome]:
-    """One after the other; output goes to `log`."""
-    for part in parts:
-        missing = [package for package in (*_NEEDED, *part.needs) if not _is_there(package)]
-        if part.needs_gpu and device != "cuda":
-            yield Outcome(part.name, "not run", 0.0, "needs a GPU")
-        elif missing:
-            yield Outcome(part.name, "not run", 0.0, f"not installed: {', '.join(missing)}")
-        else:
-            print(f"--- {part.name}: at most {part.limit_s:.0f} s, output in {log}", flush=True)
-            yield run_part(part, log)
-
-
-def run_part(part: Part, log: Path) -> Outcome:
-    """Tests that were all skipped have not run; a benchmark ends in one line of JSON, and anything else is a failure."""
+def run_part(part: Part, device: str, log: Path) -> Outcome:
+    """Tests that were all skipped have not run; a benchmark ends in one line of JSON, and anything else is a failure. Output goes to `log`."""
+    missing = [package for package in (*_NEEDED, *part.needs) if not _is_there(package)]
+    if missing or (part.needs_gpu and device != "cuda"):
+        return Outcome(part.name, "not run", 0.0, f"not installed: {', '.join(missing)}" if missing else "needs a GPU")
+    print(f"--- {part.name}: at most {part.limit_s:.0f} s, output in {log}", flush=True)
     code, seconds, lines = run((sys.executable, *part.command), log, part.limit_s)
     last = lines[-1] if lines else "no output"
     if code is None:
@@ -319,14 +309,13 @@ def run(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, 
 
 
 def report(step: Name, outcomes: Sequence[Outcome], origin: Mapping[str, Any], out: Path) -> None:
-    """Leave STEP.json, and print a table of at most 60 lines: this step's parts, what they measured, the promises as far as all steps so far tell."""
+    """Leave STEP.json, and print a table: this step's parts, what they measured, the promises as far as all steps so far tell."""
     (out / f"{step}.json").write_text(json.dumps({**origin, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
     known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-E].json"))]
     promised = list(promises(part["result"] for each in known for part in each["parts"]))
     head = f"step {step}: {origin['machine'].get('gpu') or 'no GPU: a rehearsal'}, torch {origin['versions'].get('torch')}"
     measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]
-    room = 58 - len(outcomes) - len(promised)
-    table = [head, *map(_row, outcomes), *(row[:_ROW_WIDTH] for row in measured[: max(min(room, _MOST_ROWS), 0)]), "promised of an H200:", *promised]
+    table = [head, *map(_row, outcomes), *measured, "promised of an H200:", *promised]
     (out / "result.txt").write_text("\n".join(table) + "\n", "utf-8")
     print("\n" + "\n".join(table), flush=True)
 

@@ -82,7 +82,7 @@ def run(arguments: Config) -> dict[str, Any]:
         policy, weights = load_policy(program.checkpoint_of(arguments), **arguments.options()), program.weights_of(arguments)
         observation = policy.example_observation(_INSTRUCTION)
         horizon = arguments.actions_per_chunk or len(next(iter(policy.get_action(observation).values())))
-        calls = program.shuffled_rounds(["call"], arguments.rounds, arguments.warm_up, what="call")
+        calls = program.shuffled_rounds(["call"], arguments.rounds, arguments.warm_up, what="calls")
         samples_ms = [1000 * seconds_of(partial(policy.get_action, observation)) for _ in calls][arguments.warm_up :]
         measured = {"latency_ms": percentiles(samples_ms), "samples_ms": [round(each, 3) for each in samples_ms], "rounds": len(samples_ms)}
         measured |= {"engine": policy.engine.name, "device": str(policy.device)}

@@ -35,7 +35,6 @@ _OLD_DEEP |= {"head": {"dh": 12, "heads": 3, "layers": 6, "out": 24, "hidden": 2
 _RELATIVE = ["--policy.use_relative_actions=true", "--policy.chunk_size=16", "--policy.n_action_steps=16"]
 _BUT_THE_GRIPPER = [*_RELATIVE, '--policy.relative_exclude_joints=["gripper"]']
 _EIGHT = ["--policy.chunk_size=8", "--policy.n_action_steps=8"]
-_TWENTY = ["--policy.chunk_size=20", "--policy.n_action_steps=20"]
 _LOCAL_BASE = {"base": "./GR00T-N1.7-3B"}
 N1D7: dict[str, dict[str, Any]] = {
     "one small camera": {"cams": {"top": (320, 240)}, "task": "Pick", "args": [], **_WIDE},

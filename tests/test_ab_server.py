@@ -25,11 +25,11 @@ FAST = Config(rounds=3, warm_up=1, settle=1)
 
 
 def test_every_contrast_changes_one_factor_and_the_waterfall_leads_from_the_baseline_to_ours() -> None:
-    plan = make_plan(Config(other_denoising_steps=[4, 2]), OURS, ["other"], "eager")
+    plan = make_plan(Config(other_denoising_steps=[4, 2]), OURS)
     assert plan.waterfall[0] == Setup("tcp", "reference", "reference", 4)
     assert plan.waterfall[-1] == OURS
     assert [c.factor for c in plan.path] == ["transport", "preprocessing", "engine"]
-    changes = ["engine: other → eager", "engine: reference → eager", "preprocessing: reference → ours", "steps: 4 → 2"]
+    changes = ["engine: reference → eager", "preprocessing: reference → ours", "steps: 4 → 2"]
     assert sorted(c.change for c in plan.alone) == [*changes, "transport: ipc → in process", "transport: tcp → in process"]
 
 
@@ -89,7 +89,7 @@ def run(out: Path, *flags: str) -> int:
 
 def test_a_whole_run_beside_a_service_that_runs_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with nvidia.Server(ArithmeticPolicy()) as service:
-        flags = ("--other_denoising_steps=1", "--engines=eager", "--transports", "none", "tcp", "--json")
+        flags = ("--other_denoising_steps=1", "--transports", "none", "tcp", "--json")
         assert run(tmp_path, *flags, f"--server=tcp://127.0.0.1:{service.port}") == 0
         assert all("noise" not in request["data"] for request in service.requests if request.get("endpoint") == "get_action")
     result = json.loads((tmp_path / "ab_server.json").read_text())

@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_networks import random_inputs
 
 from benchmarks import bench_engines
 from benchmarks.bench_engines import LaboratoryBench
-from benchmarks.lib.random_checkpoint import network_config, random_network
 from benchmarks.lib.reference import REFERENCE_HEAD
 from gr00t_fast.cli.bench import within_limit
-from gr00t_fast.engine.eager import EagerEngine
-from gr00t_fast.measurement import StageTimer
-from gr00t_fast.networks import n1d5
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -61,17 +56,6 @@ def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pyt
     assert "needs a CUDA GPU" in result["refused"]["fp8"]
     assert "gr00t-fast export tensorrt" in result["refused"]["tensorrt"]
     assert "openvino cannot be used here" in (tmp_path / "bench_engines.md").read_text()
-
-
-def test_a_random_network_is_made_where_it_runs() -> None:
-    """As the one that is written: of order one from end to end, with the same number of weights."""
-    config = n1d5.read_config(*network_config("tiny", published_vocabulary=False))
-    model = random_network(config, torch.device("cpu"), torch.float32)
-    inputs, noise = random_inputs(config)
-    actions = EagerEngine(model).run(inputs, noise, 2, StageTimer())
-    assert torch.isfinite(actions).all()
-    assert 0.05 < float((actions - noise).abs().mean()) < 20
-    assert all(float(parameter.float().std()) > 0 for parameter in model.parameters() if parameter.numel() > 1)
 
 
 def test_limits() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,11 @@ from benchmarks.evaluate import reach_for_still_blocks
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli import export
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.manifest import describe_files, read_manifest
-from gr00t_fast.engine.quantized import PARTS, SCALES_NAME, InputScale, linear_layers, prepare_fp8, read_calibration, rewritten
+from gr00t_fast.engine.quantized import PARTS, SCALES_NAME, InputScale, linear_layers, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, StaleEngineError
 from gr00t_fast.export.calibrate import TorchNetwork, Trials, record, scales_of
 from gr00t_fast.export.verify import ACTION_LIMITS, digest_of
@@ -104,30 +102,7 @@ def test_one_that_is_missing_damaged_or_stale_names_the_command(checkpoint: Path
             read_calibration(directory, target_for(checkpoint))
 
 
-def test_limit_and_overwrite(checkpoint: Path, calibrated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A limit that nothing meets keeps every layer; nothing is overwritten unasked."""
-    out = Path(shutil.copytree(calibrated, tmp_path / "out"))
-    assert run(checkpoint, out, *FEW) == 2
-    assert "say --overwrite" in capsys.readouterr().err
-    assert run(checkpoint, out, "--trial_frames=1", "--limit=1e-9", "--json", "--overwrite", *FEW) == 0
-    assert json.loads(capsys.readouterr().out)["work_in_8_bits"] == 0
-    assert read_calibration(out, target_for(checkpoint)) == {}
-    assert all(group["kept_in_16_bits"] for group in json.loads((out / "quantisation.json").read_text())["groups"])
-
-
 # --- from a name to an engine
-
-
-def test_load_policy_says_what_is_missing_before_it_reads_weights(checkpoint: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target, cuda = target_for(checkpoint), torch.device("cuda")
-    with pytest.raises(EngineError, match="engine 'fp8' needs a CUDA GPU of compute capability 8.9"):
-        load_policy(checkpoint, engine="fp8", device="cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
-    with pytest.raises(EngineError, match=r"exports/fp8 holds no exported engine.*gr00t-fast calibrate"):
-        prepare_fp8(checkpoint / "exports" / "fp8", target, cuda)
-    assert set(prepare_fp8(calibrated, target, cuda).keywords["scales"]) == set(linear_layers(load_network(checkpoint)))
-    with pytest.raises(ConfigError, match="needs files besides the torch model"):
-        make_engine("fp8", load_network(checkpoint))
 
 
 def test_in_the_fused_model_the_rounded_layers_do_what_they_do_in_the_plain_one(checkpoint: Path, calibrated: Path) -> None:

@@ -50,12 +50,6 @@ def test_an_episode_is_the_same_whatever_was_played_before() -> None:
     assert play(SETTINGS, LATE, (3,)) == first
 
 
-def test_servos_that_lag_as_real_ones_take_longer() -> None:
-    cell = Cell("still", "sync", 0, 1, 8)
-    own, lagging = (play(Config(CHECKPOINT, servo_lag_ms=lag_ms, episode_s=3.0), cell, (3,)).outcomes[0] for lag_ms in (None, 200.0))
-    assert 0.05 < lagging.solved_s - own.solved_s < 1.5
-
-
 def test_figures_count_failures_as_whole_episodes() -> None:
     figures = figures_of({seed: Outcome(seed, None if seed == 1 else 2.0 + seed, 4, 0) for seed in (3, 2, 1)}, 10.0, [4.0])
     assert figures["success"]["successes"] == 2

@@ -5,7 +5,6 @@ Needs onnx, onnxscript and a TensorRT that knows the GPU: `tensorrt_rtx` for GeF
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from gr00t_fast import tensorrt_library as library
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import target_of
-from gr00t_fast.errors import EngineError, ObservationError
 from gr00t_fast.export import BuildOptions, OnnxOptions
 from gr00t_fast.export.tensorrt import build_engines, rtx_capabilities
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -135,32 +133,6 @@ def test_a_chunk_is_continued_as_by_the_plain_model(policy: Gr00tPolicy, eager: 
     got = policy.get_action(observation, noise=noise, prefix=prefix)["action.single_arm"]
     np.testing.assert_array_equal(got[:3], known["action.single_arm"][:3])
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < TOLERANCE
-
-
-def test_compiled_kernels_are_kept_for_the_next_start(policy: Gr00tPolicy, engines: Path, checkpoint: Path, builder: str) -> None:
-    if builder != library.RTX:
-        pytest.skip("`tensorrt` compiles nothing at run time")
-    policy.get_action(policy.example_observation())
-    kept = list(engines.glob(".*.kernels"))
-    assert len(kept) == 3
-    again = load_policy(checkpoint, engine="tensorrt", engine_path=engines, seed=0)
-    noise = noise_of(9)
-    np.testing.assert_array_equal(displacement(again, noise), displacement(policy, noise))
-
-
-def test_a_prompt_beyond_the_longest_is_refused(policy: Gr00tPolicy) -> None:
-    with pytest.raises(ObservationError, match=r"prompt of \d+ tokens.*--max_text_tokens"):
-        policy.get_action(policy.example_observation("word " * 400))
-
-
-def test_an_altered_engine_is_refused_before_it_is_loaded(engines: Path, checkpoint: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(engines, tmp_path / "copy")
-    file = copy / "denoise_step.engine"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(content)
-    with pytest.raises(EngineError, match=r"denoise_step\.engine is altered.*gr00t-fast export tensorrt"):
-        load_policy(checkpoint, engine="tensorrt", engine_path=copy)
 
 
 def test_memory_does_not_grow_with_calls(policy: Gr00tPolicy) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine, check_compiler, compiled, cuda_graph_engine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
-from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten, round_layers
-from gr00t_fast.errors import ConfigError, MissingExtraError, ObservationError
+from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten
+from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t
 
@@ -68,19 +67,6 @@ def test_frames_to_joints_as_eager(policies: dict, steps: int) -> None:
         seen = observation(policies["name"], seed=seed)
         start = noise(policies["eager"], seed=seed)
         assert_close(policies["graph"].get_action(seen, noise=start), policies["eager"].get_action(seen, noise=start))
-
-
-def test_without_given_noise_too(policies: dict) -> None:
-    """Both draw from a generator of the same seed; a shorter horizon is the beginning of the same chunk."""
-    seen = observation(policies["name"])
-    for policy in (policies["eager"], policies["graph"]):
-        policy.reset()
-        policy.action_horizon = 8
-    try:
-        assert_close(policies["graph"].get_action(seen), policies["eager"].get_action(seen))
-    finally:
-        for policy in (policies["eager"], policies["graph"]):
-            policy.action_horizon = None
 
 
 def test_a_batch_of_unequal_prompts_is_its_single_calls(policies: dict) -> None:
@@ -149,13 +135,6 @@ def test_a_new_length_in_mid_run_is_said_aloud(policies: dict, caplog: pytest.Lo
     assert not policy.engine.warming_up
 
 
-def test_a_failed_warm_up_ends_all_the_same(policies: dict) -> None:
-    policy = policies["graph"]
-    with pytest.raises(ObservationError):
-        policy.warm_up(7)
-    assert not policy.engine.warming_up
-
-
 def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = policies["eager"]
     model = eager.engine.model
@@ -171,14 +150,6 @@ def test_where_engines_cannot_run_they_say_so(policies: dict, monkeypatch: pytes
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"looked for g\+\+, clang\+\+, c\+\+.*--engine=eager"):
         make_engine("compiled", model)
-
-
-def test_without_triton_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "gr00t_fast.engine.fp8_kernel", raising=False)
-    model = load_network(write_network(tmp_path))
-    with pytest.raises(MissingExtraError, match=r"'triton'.*\[triton\]"):
-        round_layers(model, {name: InputScale(1.0) for name in linear_layers(model)})
 
 
 def test_on_a_gpu_what_loads_a_kernel_is_looked_for_beforehand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -192,20 +192,3 @@ def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:
     assert [length - images for length in profile["tokens"]] == list(profile["text_tokens"])
     for stage in ("language", "denoise_step"):
         assert build(made.onnx / f"{stage}.onnx", tmp_path / f"{stage}.engine", "tensorrt_rtx", (), profiles)["layers"] >= 5
-
-
-def test_doctor_and_tune_know_its_exports(made: Made, eager: Gr00tPolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exports = tmp_path / "exports"
-    exports.mkdir()
-    (exports / "onnx-fp32").symlink_to(made.onnx)
-    few = ["--frames=4", "--rounds=1", f"--out={tmp_path / 'out'}"]
-    words = ["tune", f"--model_path={made.checkpoint}", f"--observations={recorded(eager, tmp_path / 'seen', (640, 360))}"]
-    words += ["--engines=eager,onnxruntime", "--device=cpu"]
-    assert main([*words, f"--exports={exports}", *few, "--json"]) == 0
-    told = capsys.readouterr()
-    result = json.loads(told.out)
-    assert set(result["engines"]) == {"eager", "onnxruntime fp32", "onnxruntime int8"}
-    assert "onnx-fp32: is there and fits, kept" in told.err
-    assert result["engines"]["onnxruntime fp32"]["error_deg"]["max"] < CLOSE_DEG
-    main(["doctor", f"--model_path={made.checkpoint}", "--engine=onnxruntime", f"--engine_path={exports / 'onnxruntime-int8'}"])
-    assert "onnx in int8, made for this checkpoint" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.cpu_runtimes import OnnxRuntimeEngine
-from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, ObservationError, StaleEngineError
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.measurement import StageTimer
 
 onnx = pytest.importorskip("onnx")
@@ -186,27 +186,6 @@ def test_what_is_not_there(dualcam: Path, exported: Path, tmp_path: Path, monkey
 def test_files_of_another_runtime_or_number_format(dualcam: Path, export: Path, key: str, value: object, told: tuple[str, ...]) -> None:
     edit_json(export / "manifest.json", key, value)
     _refused(EngineError, lambda: _load(dualcam, export), *told)
-
-
-def test_the_usual_place_is_in_the_checkpoint(dualcam: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch weights are not read."""
-    copy = Path(shutil.copytree(dualcam, tmp_path / "checkpoint"))
-    shutil.copytree(exported, copy / "exports" / "onnxruntime")
-    monkeypatch.setattr("gr00t_fast.policy.load_model", lambda *_: pytest.fail("read the weights"))
-    assert _load(copy, None).engine.name == "onnxruntime"
-
-
-def test_words_that_do_not_fit(dualcam: Path, exported: Path) -> None:
-    _refused(ConfigError, lambda: _load(dualcam, exported, precision="bf16"), "computes in fp32", "--precision=bf16 --overwrite")
-    _refused(ConfigError, lambda: _load(dualcam, exported, engine="eager"), "engine_path", "onnxruntime")
-    _refused(ConfigError, lambda: _load(dualcam, exported, engine="onxruntime"), "Did you mean 'onnxruntime'?")
-    _refused(ConfigError, lambda: _load(dualcam, exported, engine_path=""), "engine_path")
-    _refused(ConfigError, lambda: _load(dualcam, exported, device="cuda"), "device 'cuda'", "runs on CPUs", "--engine=cuda_graph")
-    _refused(ConfigError, lambda: _load(dualcam, exported, denoising_steps=5).warm_up(), "1, 2, 3, 4, 8 steps", "--denoising_steps=5")
-
-
-def test_a_prompt_beyond_the_longest(policy: Gr00tPolicy) -> None:
-    _refused(ObservationError, lambda: policy.get_action(observation(TWO, instruction="x" * 400)), "this export takes 288", "--max_text_tokens=")
 
 
 @pytest.fixture(scope="module")

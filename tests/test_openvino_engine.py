@@ -80,14 +80,6 @@ def test_items_of_a_batch_are_as_alone_and_prompts_may_differ_in_length(made: Ma
         assert (_together(policy.get_action(alone, noise[item : item + 1])) == together[item]).all()
 
 
-def test_stages_are_timed_and_calls_repeat(made: Made) -> None:
-    policy, seen, noise = made.policy(made.int8), observation(), _noise()
-    first = _together(policy.get_action(seen, noise))
-    assert {"vision", "language", "denoise", "total"} <= policy.last_timing.keys()
-    policy.get_action(observation(seed=1, instruction="something else altogether"), _noise() + 1)
-    assert (_together(policy.get_action(seen, noise)) == first).all()
-
-
 def test_a_chunk_is_continued_by_prefix(made: Made) -> None:
     policy, seen, noise = made.policy(made.onnx), observation(), _noise()
     known = {key: value[:6] + 1 for key, value in policy.get_action(seen, noise).items()}

@@ -131,14 +131,6 @@ def test_smoothing_goes_into_the_norm_unless_others_read_it(tmp_path: Path) -> N
         write_quantised(tmp_path / "plain.onnx", tmp_path / "q.onnx", {"c": scale}, "int8")
 
 
-@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
-def test_scales_have_the_graphs_own_type(tmp_path: Path, kind: int) -> None:
-    _graph(tmp_path / "plain.onnx", kind)
-    write_quantised(tmp_path / "plain.onnx", tmp_path / "q.onnx", dict.fromkeys("ab", InputScale(3.0)), "int8")
-    onnx.checker.check_model(str(tmp_path / "q.onnx"), full_check=True)  # infers types: a scale of another type is refused
-    assert Graph(tmp_path / "q.onnx").initializers["a.weight"].data_type == TensorProto.INT8
-
-
 def test_the_calibrated_network_has_the_layers_of_the_files_and_computes_what_they_do(tiny_export: Made) -> None:
     target = target_for(tiny_export.checkpoint)
     cases = cases_of(tiny_export.checkpoint)

@@ -25,7 +25,6 @@ from gr00t_fast.engine.quantized import (
     linear_layers,
     part_of,
     rewritten,
-    to_fp8,
     weight_step_of,
 )
 from gr00t_fast.errors import CheckpointError, EngineError
@@ -76,12 +75,6 @@ def e4m3(values: np.ndarray) -> np.ndarray:
     return np.rint(limited / grid) * grid
 
 
-def test_fp8_is_e4m3_and_saturates() -> None:
-    values = torch.cat((seeded(4096) * 10, seeded(4096) * 1e-3, seeded(512) * 1e4))
-    np.testing.assert_array_equal(to_fp8(values).float().numpy(), e4m3(values.numpy()))
-    assert to_fp8(torch.tensor([1e9, -1e9])).float().tolist() == [448, -448]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_hardware_layer_and_its_twin_agree(dtype: torch.dtype) -> None:
     linear, x, scale = layer(96, 48, dtype=dtype), seeded(2, 25, 96).to(dtype), InputScale(3.0)
@@ -117,11 +110,6 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         for make in (lambda: fp8_layer(linear, InputScale(1.0)), lambda: Fp8WeightLinear(linear)):
             with pytest.raises(CheckpointError, match="NaN or infinite"):
                 make()
-
-
-def test_inputs_that_are_always_zero_are_no_division_by_zero() -> None:
-    x, linear = torch.zeros(20, 32), layer(32, 16)
-    torch.testing.assert_close(fp8_layer(linear, InputScale(0.0))(x), linear(x))
 
 
 # --- the network

@@ -74,14 +74,6 @@ def test_facts_that_make_no_sense_are_refused_by_name(field: str, junk: Any) -> 
         metadata_from_message(message)
 
 
-def test_statistics_must_fit_the_widths_and_be_finite() -> None:
-    for change in ({"min": [0.0]}, {"max": [float("inf")] * 5}, {"q01": "low"}):
-        message = metadata_to_message(policy_metadata())
-        message["action_statistics"]["single_arm"].update(change)
-        with pytest.raises(WireError, match="action_statistics"):
-            metadata_from_message(message)
-
-
 # --- before the arm moves ----------------------------------------------------------------------------------------------------------------
 
 
@@ -182,14 +174,6 @@ def test_facts_come_from_the_metadata_beside_a_server_that_tells_none(world: Wor
     assert "delivers 40x32, the policy was trained with 64x48" in printed
 
 
-def test_metadata_of_another_checkpoint_than_the_servers(metadata: Path) -> None:
-    with (
-        reference.Server(ArithmeticPolicy("so100_dualcam")) as server,
-        pytest.raises(ConfigError, match=r"video is front, wrist; .* it would be webcam"),
-    ):
-        RemotePolicy(address_of(server), None, 5.0, 30.0, model_path=str(metadata))
-
-
 def test_metadata_and_style_are_those_of_our_server(metadata: Path) -> None:
     said: list[str] = []
     with running(PolicyServer(ArithmeticPolicy(), port=0)) as server:
@@ -276,17 +260,6 @@ def test_mistakes_on_the_command_line(flags: str, capsys: pytest.CaptureFixture[
     captured = capsys.readouterr()
     assert BAD[flags] in captured.err
     assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "address", ["tcp://127.0.0.1:5555", "tcp://[::1]:5555", "tcp://[fe80::1%eth0]:1", "tcp://my-robot.local:65535", "ipc:///tmp/x.sock"]
-)
-def test_addresses_go_with_flags_of_metadata_and_presets(address: str) -> None:
-    config = cli.parse([*SIM, f"--server={address}", "--controller=threaded", "--smoothing=rtc"])
-    assert (config.server, config.model_path, config.server_timeout_s, config.server_reconnect_s) == (address, "", 5.0, 30.0)
-    cli.parse([*SIM, f"--server={address}", "--model_path=m", "--data_config=so100_dualcam", "--embodiment_tag=gr1"])
-    preset = Path(__file__).parent.parent / "configs" / "so100_sim.yaml"
-    assert cli.parse([f"--config_path={preset}", f"--server={address}", "--controller=threaded"]).server == address
 
 
 def test_a_token_is_in_no_report() -> None:

@@ -144,32 +144,10 @@ def never_there(server: Server, flags: tuple[str, ...]) -> Run:
     return run.play()
 
 
-def between_episodes(server: Server, flags: tuple[str, ...]) -> Run:
-    """Killed when the second of three episodes begins; the run ends when the third one moves."""
-    run = server.run(*flags, "--server_timeout_s=3", timeout_s=120.0, episodes=3)
-    plain, timer, sent_before = run.robot.reset, threading.Timer(6.0, server.restart), []
-
-    def reset(seed: int | None) -> None:
-        if len(sent_before) == 1:
-            server.kill()
-            timer.start()
-        sent_before.append(len(run.robot.sent))
-        plain(seed)
-
-    def enough() -> None:
-        run.loop.session.over = bool(sent_before) and len(run.robot.sent) >= sent_before[-1] + 8
-
-    run.robot.reset, run.robot.on_observe = reset, enough
-    run.play()
-    timer.join(60)
-    assert len(run.robot.sent) > sent_before[2] > sent_before[1], "nothing moved after the outage"
-    return run
-
-
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
 CONTROLLERS = (SYNC, MOVING, (*MOVING, "--when_late=resume"), (*MOVING, "--smoothing=rtc"))
 SCENARIOS = [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
-SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there, between_episodes) for flags in (SYNC, MOVING)]
+SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there) for flags in (SYNC, MOVING)]
 
 
 def play(scenario: Callable[[Server, tuple[str, ...]], Run], flags: tuple[str, ...]) -> Run:
@@ -240,16 +218,6 @@ def test_a_server_that_stays_away_at_the_first_plan_is_an_error_and_nothing_move
     assert "has been away for" in str(run.error)
     assert run.policy.address in str(run.error)
     assert (run.robot.sent, run.robot.calls[-1], len(run.said)) == ([], "land", 1)
-
-
-@pytest.mark.parametrize("flags", [SYNC, MOVING], ids=" ".join)
-def test_a_run_goes_on_after_an_outage_between_two_episodes(scenarios: dict[Any, Future], flags: tuple[str, ...]) -> None:
-    run: Run = scenarios[between_episodes, flags].result()
-    assert (run.error, run.loop.trace.ended_by, run.loop.trace.episodes) == (None, "done", 3)
-    summary = run.loop.controller.summary()["server"]
-    assert summary["outages"] == 1
-    assert 1.0 < summary["away_s"] < 60
-    assert sum("is back after" in line for line in run.said) == 1
 
 
 # --- one at a time -----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from waiting import until
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
-from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError, WireError
+from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.schedule import PATIENCE_S, BatchTimes, Queue, Request
 from gr00t_fast.serving.server import PolicyServer
@@ -64,13 +64,6 @@ def test_who_is_computed_next_and_with_whom(times: dict[int, float], deadlines_s
     queue = queue_of(times, *requests)
     assert names(queue.take(0.0)) == taken
     assert len(queue.waiting) == len(requests) - len(taken)
-
-
-def test_only_what_one_inference_can_compute_goes_together() -> None:
-    prefixed = [request(name, prefix=type("Prefix", (), {"method": method})) for name, method in (("c", "rtc"), ("d", "rtc"), ("e", "prefix"))]
-    batches = [Request(observation(2), {}, Future(), name, 0.0, 0.0, None, 0) for name in "fg"]
-    queue = queue_of(GPU, request("a"), request("b", size=(64, 48)), *prefixed, *batches, request("h"))
-    assert [names(queue.take(0.0)) for _ in range(6)] == ["ah", "b", "cd", "e", "f", "g"]
 
 
 def test_a_client_in_a_hurry_overtakes_each_of_the_others_once() -> None:
@@ -242,13 +235,6 @@ def test_a_client_that_asks_wrongly_costs_the_others_no_more_than_what_is_comput
     stop.set()
     other.join(30)
     assert sorted(times_s)[-2] < 0.3, "three times an idle server's"
-
-
-@pytest.mark.parametrize("deadline_s", [0, -1.0, float("nan"), float("inf"), 1e9, "soon", True, [1]])
-def test_a_deadline_that_makes_no_sense_is_refused(deadline_s: Any) -> None:
-    service = Service(ArithmeticPolicy(), None, 10**9)
-    with pytest.raises(WireError, match="deadline_s: expected seconds from now"):
-        service.ask(observation(), "a", deadline_s=deadline_s)
 
 
 def test_deadlines_that_are_missed_are_counted_for_their_client(together: tuple[PolicyServer, Together]) -> None:

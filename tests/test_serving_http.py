@@ -14,7 +14,6 @@ import nvidia_style_service as reference
 import pytest
 from serving_fakes import ArithmeticPolicy, Mutator, assert_same, observation, running
 
-from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer
 from gr00t_fast.serving import http as module
 
@@ -43,19 +42,6 @@ def test_json_numpy_clients_are_served(data_config: str, cameras: tuple[str, ...
             status, actions = reference.http_post(f"{server.address}/act", message)
             assert status == 200
             assert_same(actions, expected)
-
-
-def test_n1d7_s_nested_observations_are_served(http_server: HttpPolicyServer) -> None:
-    """With a checkpoint of N1.7: tests/test_serving.py."""
-    act, (nested, _) = f"{http_server.address}/act", nested_observation(observation(2))
-    for message in ({"observation": nested}, {"encoded": reference.json_numpy_text({"observation": nested})}):
-        status, actions = reference.http_post(act, message)
-        assert status == 200
-        assert_same(actions, ArithmeticPolicy().get_action(flat_observation(nested)))
-    status, reply = reference.http_post(act, {"observation": {**nested, "state": {}}})
-    assert (status, "state.gripper" in reply["detail"]) == (400, True)
-    for junk in ({"video": {}, "state": {}, "language": {}}, {"video": {"webcam": 3}, "state": {"gripper": {}}, "language": {"": [[1, 2], 3]}}):
-        assert reference.http_post(act, {"observation": junk})[0] == 400
 
 
 def test_http_health_and_refusals(http_server: HttpPolicyServer, policy: ArithmeticPolicy) -> None:

@@ -58,19 +58,6 @@ def test_arrays_are_the_bytes_of_np_save_and_come_back(name: str) -> None:
     np.testing.assert_array_equal(reference.json_numpy_read(wire.to_json({"x": array}))["x"], array)
 
 
-def test_headers_that_numpy_rarely_writes_are_read() -> None:
-    """Format 2.0, and one of odd length, which must not misalign the numbers."""
-    file = io.BytesIO()
-    np.lib.format.write_array(file, ARRAYS["state"], version=(2, 0))
-    np.testing.assert_array_equal(wire.npy_array(file.getvalue()), ARRAYS["state"])
-    whole = npy(np.arange(4.0))
-    length = int.from_bytes(whole[8:10], "little")
-    shifted = whole[:8] + (length - 1).to_bytes(2, "little") + whole[10 : 9 + length].rstrip(b"\n")[: length - 2] + b"\n" + whole[10 + length :]
-    back = wire.npy_array(shifted)
-    np.testing.assert_array_equal(back, np.arange(4.0))
-    assert back.flags.aligned
-
-
 def test_an_encoder_never_overwrites_a_message_that_is_still_held() -> None:
     encoder = wire.Encoder()
     held = encoder.encode({"x": ARRAYS["frame"]})
@@ -79,14 +66,6 @@ def test_an_encoder_never_overwrites_a_message_that_is_still_held() -> None:
     with pytest.raises(WireError):
         encoder.encode({"x": object()})
     assert bytes(encoder.encode([1, 2])) == wire.encode([1, 2])  # an error leaves nothing behind
-
-
-def test_modality_configs_have_the_text_that_pydantic_writes() -> None:
-    config = {"video": ModalityConfig([0], ["video.webcam", "video.front"]), "language": ModalityConfig([], [])}
-    data = wire.encode(config)
-    assert b'{"delta_indices":[0],"modality_keys":["video.webcam","video.front"]}' in data
-    assert data == reference.pack(config)
-    assert wire.decode(data) == config
 
 
 def marked(data: Any) -> bytes:
@@ -102,61 +81,33 @@ def header(descr: str = "'|u1'", shape: str = "(4,)", order: str = "False", valu
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + values
 
 
-def test_the_messages_of_these_tests_are_right_but_for_what_is_changed() -> None:
-    assert wire.npy_array(header()).tolist() == list(b"abcd")
-    assert wire.decode(n1d7()).tolist() == [0, 0]
-
-
 REFUSED = {
     "nothing": b"",
     "half a message": reference.pack({"x": ARRAYS["frame"]})[:-1],
     "two messages": msgpack.packb({}) * 2,
-    "never used byte": b"\xc1",
     "number as key": msgpack.packb({1: 2}),
-    "text that is not UTF-8": b"\xa2\xff\xfe",
     "extension type": msgpack.packb(msgpack.ExtType(5, b"x")),
-    "time stamp": msgpack.packb(msgpack.Timestamp(1)),
     "long text": msgpack.packb("x" * 70000),
     "list that claims four billion": b"\xdd\xff\xff\xff\xff",
-    "map that claims four billion": b"\xdf\xff\xff\xff\xff",
     "nested lists": b"\x91" * 100_000 + b"\x90",
-    "nested maps": b"\x81\xa1a" * 100_000 + b"\x80",
     "nested lists that claim 2000 each": b"\xdc\x07\xd0" * 1000,
-    "many short texts": msgpack.packb([["ab"] * 2000] * 500),
     "long array of text": marked(npy(np.full(2**20, "ab"))),
     "lists side by side": msgpack.packb([[]] * 2000),
     "pickle": pickle.dumps({"x": 1}),
     "object array": marked(npy(np.array([{}], object), allow_pickle=True)),
-    "array of records": marked(npy(np.zeros(2, "i4,f4"))),
-    "array without bytes": msgpack.packb({"__ndarray_class__": True}),
     "array as text": marked("x"),
-    "no npy": marked(b"nothing of the kind"),
-    "npy format 3": marked(b"\x93NUMPY\x03\x00" + header()[8:]),
     "values missing": marked(header(values=b"abc")),
-    "values left over": marked(header(values=b"abcde")),
-    "header longer than the file": marked(b"\x93NUMPY\x01\x00\xff\xff" + header()[10:]),
     "shape of a terabyte": marked(header(shape="(1000000000000,)")),
-    "negative shape": marked(header(shape="(-4,)")),
-    "too many dimensions": marked(header(shape="(4," + "1," * 60 + ")")),
     "empty beyond the address space": marked(header(shape="(0,99999999999999999999,9999999999999999999)", values=b"")),
     "shape that is an expression": marked(header(shape="(2**2,)")),
     "header that is an expression": marked(header(descr="__import__('os')")),
-    "unknown dtype": marked(header(descr="'|u3'")),
     "dtype without size": marked(header(descr="'<U0'", shape="(1000000,)", values=b"")),
     "text that is not Unicode": marked(header(descr="'<U1'", shape="(1,)", values=b"\xff\xff\xff\xff")),
-    "half a surrogate pair": marked(header(descr="'<U1'", shape="(1,)", values=b"\x00\xd8\x00\x00")),
-    "n1d7 pickle": n1d7(type="|O", kind=b"O", data=b"pickle"),
     "n1d7 objects": n1d7(type="|O", shape=[1]),
-    "n1d7 records": n1d7(type=[["a", "<f4"]], kind=b"V"),
-    "n1d7 values missing": n1d7(shape=[3]),
     "n1d7 negative shape": n1d7(shape=[-1], data=b""),
-    "n1d7 shape as text": n1d7(shape="2"),
     "n1d7 no data": msgpack.packb({b"nd": True}),
     "n1d7 config of other types": msgpack.packb({"__ModalityConfig__": True, "as_json": {"delta_indices": ["0"], "modality_keys": []}}),
-    "n1d7 config without content": msgpack.packb({"__ModalityConfig__": True}),
-    "config that is no JSON": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "{"}),
     "config nested": msgpack.packb({"__ModalityConfig_class__": True, "as_json": "[" * 60000}),
-    "config without text": msgpack.packb({"__ModalityConfig_class__": True}),
     "config of other types": msgpack.packb({"__ModalityConfig_class__": True, "as_json": '{"delta_indices": ["0"], "modality_keys": []}'}),
 }
 
@@ -188,28 +139,18 @@ def test_what_cannot_travel_is_named_by_the_sender(value: Any) -> None:
 
 
 JSON_REFUSED = {
-    "nothing": b"",
     "not JSON": b"{'a': 1}",
-    "not UTF-8": b'"\xff"',
     "nested": b"[" * 9000,
-    "nested further": b"[" * 100_000,
     "many lists": b"[" + b"[]," * 50_000 + b"0]",
     "many numbers": b"[" + b"1," * 600_000 + b"0]",
     "endless integer": b"1" * 10_000,
-    "no number": b'{"a": NaN}',
     "a number beyond the largest": b'{"a": 1e400}',
     "a key twice": b'{"a": 1, "a": 2}',
-    "no dtype": b'{"__numpy__": "AAAA", "shape": [3]}',
     "object dtype": b'{"__numpy__": "AAAAAAAAAAA=", "dtype": "|O", "shape": [1]}',
     "dtype of fields": b'{"__numpy__": "AAAA", "dtype": [["a", "|u1"]], "shape": [3]}',
-    "dtype that is an expression": b'{"__numpy__": "AAAA", "dtype": ",", "shape": [3]}',
-    "not base64": b'{"__numpy__": "AAA*", "dtype": "|u1", "shape": [3]}',
-    "wrong padding": b'{"__numpy__": "AAA", "dtype": "|u1", "shape": [3]}',
     "wrong length": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [4]}',
     "shape of many dimensions": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [' + b"1" * 4000 + b",1" * 400_000 + b"]}",
     "shape beyond the address space": b'{"__numpy__": "", "dtype": "|u1", "shape": [0, 4000000000, 4000000000]}',
-    "negative shape": b'{"__numpy__": "AAAA", "dtype": "|u1", "shape": [-3]}',
-    "shape of truth": b'{"__numpy__": "AA==", "dtype": "|u1", "shape": [true]}',
 }
 
 

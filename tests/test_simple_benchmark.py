@@ -46,12 +46,6 @@ def test_what_a_call_was_is_read_from_the_queue() -> None:
     assert (len(times["refill"]), len(times["step"]), failures, stopped) == (3, 9, [], False)
 
 
-def test_a_time_limit_is_kept_and_said() -> None:
-    times, _, stopped = simple_benchmark.time_calls(SlowStepArm(), [{}], arguments(rounds=10**6, minutes=0.05 / 60))
-    assert stopped
-    assert 1 <= sum(map(len, times.values())) < 10**4
-
-
 def test_a_policy_that_cannot_be_built_costs_its_own_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "gr00t-tiny-so100_dualcam").write_text("no directory")  # GR00T's random checkpoint cannot be written there
     flags = ["--policies", "act", "gr00t", "--rounds=3", "--json", "--resolution=96x64", "--threads=1", "--device=cpu", f"--out={tmp_path}"]

@@ -125,15 +125,6 @@ def test_every_stall_is_counted_and_timed() -> None:
     assert len(arm.said) == 6
 
 
-def test_current_counts_as_load_does() -> None:
-    arm = Arm(stall_load_percent=None)
-    arm.blocked[ELBOW] = True
-    for current_ma, held in ((0.0, []), (1800.0, ["elbow_flex"])):
-        arm.current_ma = current_ma
-        arm.play(ahead(ELBOW, 60), ticks=50)
-        assert arm.held == held
-
-
 def fast_start(arm: Arm) -> None:
     """Full drive from rest and all the way, at 30 degrees a second."""
     arm.push[:] = 100.0

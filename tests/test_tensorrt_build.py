@@ -108,22 +108,6 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("inputs", "precision", "operator", "capabilities", "said"),
-    [
-        (STAGES["vision"], "fp16", "NoSuchOperator", (), r"odd\.onnx: node 'between' \(NoSuchOperator\)"),
-        (STAGES["vision"], "fp32", "Tanh", ("7.5",), r"cannot build odd\.onnx: .*Turing.*FP32"),
-    ],
-)
-def test_the_parsers_and_the_builders_own_words_come_through(
-    tmp_path: Path, inputs: tuple, precision: str, operator: str, capabilities: tuple[str, ...], said: str
-) -> None:
-    write_graph(tmp_path / "odd.onnx", *inputs, precision, 0, operator=operator)
-    with pytest.raises(EngineError, match=said):
-        built(tmp_path / "odd.onnx", *capabilities, tokens=(1, 2, 3))
-    assert not (tmp_path / "odd.engine").exists()
-
-
 # capabilities and number formats
 
 

@@ -26,8 +26,8 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine.eager import Continuation, EagerEngine, prefix_weights
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of, varying_sizes
-from gr00t_fast.engine.tensorrt import LoadedStage, RunStage, StageProgram, TensorRTEngine, check_capability, cuda_device, stage_shapes
-from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
+from gr00t_fast.engine.tensorrt import RunStage, StageProgram, TensorRTEngine, check_capability, stage_shapes
+from gr00t_fast.errors import EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import StepTables
@@ -295,16 +295,6 @@ def open_it(directory: Path, checkpoint: Path, device: str = "auto", precision: 
     return TensorRTEngine(directory, target_for(checkpoint, data_config), device, precision)
 
 
-def test_no_engines_at_all_names_the_command(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"no exported engine.*gr00t-fast export tensorrt --model_path=.*--data_config=so100 --out="):
-        open_it(tmp_path, checkpoint)
-
-
-def test_another_precision_is_refused(engines: Path, checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match=r"fp16, but --precision=bf16.*gr00t-fast export tensorrt .*--precision=bf16"):
-        open_it(engines, checkpoint, precision="bf16")
-
-
 @pytest.mark.parametrize("key", ["builder", "builder_version", "compute_capability"])
 def test_an_incomplete_manifest_is_refused(engines: Path, checkpoint: Path, key: str) -> None:
     edit_json(engines / "manifest.json", f"details.{key}", ...)
@@ -328,14 +318,6 @@ def test_a_library_that_does_not_load_says_so(tmp_path: Path, monkeypatch: pytes
         library.load(library.STANDARD)
 
 
-def test_no_library_at_all_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "installed", list)
-    with pytest.raises(MissingExtraError, match=r"tensorrt_rtx\].*'tensorrt'.*JetPack"):
-        library.choose("auto")
-    with pytest.raises(ConfigError, match="Did you mean 'tensorrt_rtx'"):
-        library.choose("tensorrt-rtx")
-
-
 def test_engines_of_another_version_are_refused(engines: Path, checkpoint: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*gr00t-fast export tensorrt"):
@@ -352,12 +334,6 @@ def test_without_a_gpu_it_says_what_to_use_instead(engines: Path, checkpoint: Pa
         load_policy(checkpoint, engine="tensorrt", engine_path=engines)
 
 
-def test_another_device_is_refused() -> None:
-    for name in ("cpu", "gpu", "cuda:first"):
-        with pytest.raises(ConfigError, match=rf"runs on CUDA GPUs.*--device={name}"):
-            cuda_device(name)
-
-
 @pytest.mark.parametrize(
     ("targets", "here", "fits"),
     [(["8.6"], "8.6", True), (["8.6", "12.0"], "12.0", True), ([], "8.0", True), ([], "12.0", True)]
@@ -367,13 +343,6 @@ def test_only_a_gpu_that_the_engines_were_built_for_passes(engines: Path, target
     edit_json(engines / "manifest.json", "details.compute_capability", targets)
     with contextlib.nullcontext() if fits else pytest.raises(StaleEngineError, match=rf"this GPU has {here}.*--compute_capability={here}: build"):
         check_capability(read_manifest(engines, ""), here, "build")
-
-
-def test_a_file_that_the_library_refuses_is_reported_in_its_words(engines: Path) -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    (engines / "vision.engine").write_bytes(b"vtrt" + bytes(5000))
-    with pytest.raises(EngineError, match=r"tensorrt_rtx .* cannot load .*vision\.engine: .*Serialization.*\. Run: build"):
-        LoadedStage(trt, "vision", engines, read_manifest(engines, ""), "build")
 
 
 def test_what_the_runtime_calls_exists_in_the_library() -> None:

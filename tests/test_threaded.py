@@ -455,13 +455,6 @@ def test_one_slow_inference_is_waited_for_and_then_the_arm_moves_again() -> None
     assert run.policy.resets == 2, "an episode goes on: the policy keeps what it remembers of it"
 
 
-def test_inferences_that_are_slow_now_and_then_do_not_change_the_way_again_and_again() -> None:
-    run = auto(180, 180, timeout_s=300.0, slow=(0.5, lambda number: number % 12 >= 8))
-    assert run.loop.run().ended_by == "done"
-    assert len(run.loop.trace.chunks) > 200
-    assert 3 <= len(choices(run)) <= 6
-
-
 @pytest.mark.parametrize(
     ("inference_ms", "told_ms", "kind", "why"),
     [(224, 13, "threaded", "bridge it"), (400, 13, "sync", "does not bridge"), (700, 40, "sync", "does not bridge")],

@@ -13,7 +13,6 @@ from exports import FEW, Made, cases_of
 from random_networks import TINY
 
 from gr00t_fast.cli import export
-from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.manifest import describe_files, read_manifest
 from gr00t_fast.export.verify import Case, action_error, joints, judged
 
@@ -92,13 +91,3 @@ def test_errors_are_in_joint_units_and_relative_to_the_displacement(cases: list[
     assert judged("int8", {"tokens": [0.0]}, sound, sound, 1.5)["passed"]
     assert judged("int8", {"tokens": [0.0]}, broken, sound, 1.5)["failures"], "NaN passes no limit"
     assert judged("fp32", {"tokens": [float("nan")]}, sound, sound, 1.5)["failures"]
-
-
-def test_long_work_tells_how_far_it_is_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("gr00t_fast.console.TELL_EVERY_S", -1.0)
-    with progress_bar("calibrating", 3) as tick:
-        for _ in range(3):
-            tick()
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" after")[0] for line in told[:2]] == ["calibrating: 1 of 3", "calibrating: 2 of 3"]
-    assert told[2].startswith("calibrating: 3 in")

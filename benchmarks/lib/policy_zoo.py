@@ -21,7 +21,6 @@ from benchmarks.lib.random_checkpoint import byte_tokenizer, checkpoint_in
 from gr00t_fast.errors import require
 
 JOINTS = 6
-PUBLISHED_MEMORY_GB, PUBLISHED_DISK_GB = 12, 6  # the largest arm (GR00T) in fp32 with its peak while loading; its random checkpoint
 _SMOLVLA_PROMPT_TOKENS = 10  # a short instruction in SmolVLM's own tokenizer
 _GR00T_ACTION_KEYS = ("action.single_arm", "action.gripper")
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gr00t_fast.cli.main import guarded
+from gr00t_fast.console import progress_bar
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.flags import help_text, parse_flags
@@ -176,30 +177,20 @@ def in_processes(call: Callable[..., T], jobs: Iterable[tuple[Any, ...]], proces
             raise
 
 
-def show_progress(what: str, done: int, total: int) -> None:
-    """One line on a terminal, nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r{what} {done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-
-def shuffled_rounds(arms: Iterable[T], rounds: int, warm_up: int = 0, seed: int = 0, what: str = "round") -> Iterator[tuple[list[T], bool]]:
+def shuffled_rounds(arms: Iterable[T], rounds: int, warm_up: int = 0, seed: int = 0, what: str = "rounds") -> Iterator[tuple[list[T], bool]]:
     """Each round's arms in an order drawn anew, so that a disturbance of the machine hits all alike and none always follows the same one; and whether
     the round counts. Shows progress."""
     order, arms = random.Random(seed), list(arms)
-    for number in range(warm_up + rounds):
-        yield order.sample(arms, len(arms)), number >= warm_up
-        show_progress(what, number + 1, warm_up + rounds)
+    with progress_bar(what, warm_up + rounds) as tick:
+        for number in range(warm_up + rounds):
+            yield order.sample(arms, len(arms)), number >= warm_up
+            tick()
 
 
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     """How many times longer, paired by round: median and quartiles."""
     p25, median, p75 = np.percentile(np.asarray(slow) / np.asarray(fast), (25, 50, 75))
     return {name: round(float(value), 3) for name, value in (("median", median), ("p25", p25), ("p75", p75))}
-
-
-def count_of(number: int, what: str) -> str:
-    """`1 round`, `2 rounds`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 # --- what it leaves ------------------------------------------------------------------------------------------------------------------------
