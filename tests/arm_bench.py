@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from control_fakes import FakeClock, FakePolicy, binding
 
 from gr00t_fast.contracts import SO100_JOINTS, LandingReport
+from gr00t_fast.control.controller import ChunkController, ControllerOptions
+from gr00t_fast.control.loop import ControlLoop, LoopOptions
+from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
@@ -80,6 +84,15 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
         raise error
 
     return call
+
+
+def real_time_loop(arm: SO100FollowerArm, controller: str, options: dict[str, Any], *rest: Any, **named: Any) -> tuple[ControlLoop, FakePolicy]:
+    """A loop that drives the arm in real time, and its policy. options: LoopOptions; the rest: what a ControlLoop takes from `stop` on."""
+    policy, clock = FakePolicy(FakeClock(), cameras=()), MonotonicClock()
+    horizon = 8 if controller == "sync" else None
+    source = ChunkController(policy, binding({}), "go", clock, 30.0, ControllerOptions(controller, max_hold_s=0.5, action_horizon=horizon))
+    source.warm_up()
+    return ControlLoop(arm, source, LoopOptions(30.0, **options), clock, *rest, **named), policy
 
 
 def true_joints(bus: VirtualBus) -> np.ndarray:

@@ -23,13 +23,10 @@ pytest.importorskip("lerobot")
 pytest.importorskip("scservo_sdk")
 pytest.importorskip("mujoco")
 
-from arm_bench import OFF, ON, make_arm, power, true_joints
-from control_fakes import FakeClock, FakePolicy, binding
+from arm_bench import OFF, Camera, make_arm, real_time_loop, true_joints
 
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.limits import Poses, SafetyOptions
-from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import SAME_STOP_S, MonotonicClock, StopSignals
+from gr00t_fast.control.pacer import SAME_STOP_S, StopSignals
 from gr00t_fast.errors import CameraError, InferenceTimeoutError, RobotError
 from gr00t_fast.robots.sim.simulation import ScenePlant
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus
@@ -42,46 +39,22 @@ NEAR_DEG = 5.0
 PLAYED_S = 0.8  # until something happens; by then the arm is well away from where it lay
 
 
-class Camera:
-    """One of lerobot's, as the driver's code uses it."""
-
-    is_connected, thread = True, None
-
-    @property
-    def latest_timestamp(self) -> float:
-        return time.perf_counter()
-
-    def read_latest(self, max_age_ms: int) -> np.ndarray:
-        if not self.is_connected:
-            raise TimeoutError(f"no frame for {max_age_ms} ms")
-        return np.zeros((32, 40, 3), np.uint8)
-
-    def disconnect(self) -> None:
-        self.is_connected = False
-
-
 class Stand:
     """A run on an arm that lies on its table. `lay`: where; `let_go`: where it is when the landing begins; both (6,) lerobot degrees."""
 
-    def __init__(self, directory: Path, controller: str = "sync", found: bool = False, **options: Any) -> None:
+    def __init__(self, directory: Path, controller: str = "sync", **options: Any) -> None:
         plant = ScenePlant("reach")
         for _ in range(200):  # four seconds without torque
             plant.step([None] * 6, 0.02)
         self.bus = VirtualBus(plant=plant, goal_enables_torque=False)
         self.bus.start()
-        if found:
-            power(self.bus)
         self.lay = true_joints(self.bus)
-        self.arm, self.clock, self.camera = make_arm(self.bus, directory), MonotonicClock(), Camera()
-        self.stop, self.said, self.over = StopSignals(), [], threading.Event()
+        self.arm, self.camera, self.stop, self.over = make_arm(self.bus, directory), Camera(), StopSignals(), threading.Event()
+        self.said: list[str] = []
         self.answer: Callable[[np.ndarray], np.ndarray] = lambda targets: targets
-        policy = FakePolicy(FakeClock(), cameras=())
+        loop = {"poses": Poses(home_speed_deg_s=60.0), "timeout_s": 6.0, **options}
+        self.loop, policy = real_time_loop(self.arm, controller, loop, self.stop, self._connected, echo=self.said.append)
         policy.on_action = lambda targets: self.answer(self._towards(targets[0]))
-        control = ControllerOptions(controller, max_hold_s=0.5, action_horizon=8 if controller == "sync" else None)
-        source = ChunkController(policy, binding({}), "go", self.clock, 30.0, control)
-        source.warm_up()
-        loop = LoopOptions(30.0, **{"poses": Poses(home_speed_deg_s=60.0), "timeout_s": 6.0, **options})
-        self.loop = ControlLoop(self.arm, source, loop, self.clock, self.stop, self._connected, echo=self.said.append)
         self.land, self.arm.land = self.arm.land, self._land
         self.let_go, self.let_go_s = np.full(6, np.nan), 0.0
 
@@ -230,15 +203,6 @@ def test_a_second_stop_does_not_wait_for_a_cable(tmp_path: Path) -> None:
         assert stand.run(act) is None
         assert stand.let_go_s - at_s[0] < 10.0, "the cable may take twenty seconds"
         assert stand.stop.exit_code == 130
-
-
-@pytest.mark.parametrize("dry_run", [True, False])
-def test_an_arm_that_was_found_powered_is_left_where_it_stands(dry_run: bool, tmp_path: Path) -> None:
-    with standing(tmp_path, found=True, dry_run=dry_run) as stand:
-        assert stand.run(lambda stand: send(signal.SIGTERM), 0.5) is None
-        assert stand.bus.torque() == ON
-        assert set(stand.loop.trace.landing.torque.values()) == {"held"}
-        assert (stand.away_deg.max() < 1) == dry_run
 
 
 def test_random_stops_find_the_arm_where_it_lay(tmp_path: Path) -> None:

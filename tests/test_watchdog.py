@@ -39,16 +39,9 @@ class Program:
 
     def __init__(self, directory: Path) -> None:
         self.said = directory / "stderr"
+        command = [sys.executable, str(Path(__file__).with_name("watchdog_arm.py"))]
         with self.said.open("w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("watchdog_arm.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                bufsize=1,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=lambda: [self._lines.put(line.strip()) for line in self._process.stdout], daemon=True).start()
 
@@ -81,10 +74,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
 
 
 def wait_until_off(bus: VirtualBus, limit_s: float) -> None:
-    began_s = time.monotonic()
-    while bus.torque() != OFF:
-        assert time.monotonic() - began_s < limit_s, f"still powered after {limit_s} s: {bus.torque()}"
-        time.sleep(0.005)
+    until(lambda: bus.torque() == OFF, "torque off", limit_s)
 
 
 def stays_off(bus: VirtualBus) -> None:
@@ -96,8 +86,8 @@ def stays_off(bus: VirtualBus) -> None:
 
 
 TROUBLES = [  # a signal, or what happens in the run itself (watchdog_arm.py); where; controller
-    *(("SIGKILL", "none", "threaded"), ("SIGSTOP", "none", "threaded"), ("segfault", "infer", "threaded")),
-    *(("native", "engage", "sync"), ("gil", "infer", "threaded"), ("gil", "send", "sync"), ("gil", "land", "sync")),
+    *(("SIGKILL", "none", "threaded"), ("SIGSTOP", "none", "threaded"), ("segfault", "get_action", "threaded")),
+    *(("native", "reset", "sync"), ("gil", "get_action", "threaded"), ("gil", "land", "sync")),
 ]
 
 
@@ -105,18 +95,18 @@ TROUBLES = [  # a signal, or what happens in the run itself (watchdog_arm.py); w
 def test_a_run_that_is_killed_or_frozen_or_hangs_or_crashes_in_native_code(
     trouble: str, phase: str, controller: str, program: Program, bus: VirtualBus, tmp_path: Path
 ) -> None:
-    """The hang begins with or after the line `ready`; `engage` hangs as soon as the torque is on."""
+    """The hang begins with or after the line `ready`; that of `reset` as soon as the torque is on."""
     within = {} if trouble.startswith("SIG") else {"trouble": trouble, "phase": phase, "timeout_s": 1.0 if phase == "land" else None}
     before = len(program.words())
     pid = program.start(bus, tmp_path, controller=controller, **within)
-    if phase == "engage":
+    if phase == "reset":
         until(lambda: bus.torque() == ON)
     else:
         program.hear("ready")
     if trouble.startswith("SIG"):
         assert bus.torque() == ON
         os.kill(pid, signal.Signals[trouble])
-    chunk_s = 16 / 30 if phase == "infer" else 1.0 if phase == "land" else 0.0  # until the next inference, or the end of the episode
+    chunk_s = 16 / 30 if phase == "get_action" else 1.0 if phase == "land" else 0.0  # until the next inference, or the end of the episode
     wait_until_off(bus, chunk_s + (OFF_WHEN_FROZEN_S if trouble == "SIGSTOP" else OFF_LIMIT_S))
     program.hear("ended")  # a frozen program would wake up one day, and go on
     stays_off(bus)

@@ -4,7 +4,7 @@ takes seconds to import. Says `pid N` for each, and the run itself `ready` once 
     {"port": .., "directory": .., "controller": "sync"|"threaded", "phase": .., "trouble": .., "options": {..}}
 
 trouble: native (a call that never returns), gil (the same without giving up the interpreter lock), segfault, none (runs on and on).
-phase, where it happens: infer, observe, send, wait, engage, land.
+phase, the method in which it happens: get_action, send, reset, land.
 """
 
 from __future__ import annotations
@@ -21,14 +21,9 @@ from typing import Any
 
 import lerobot.robots.so_follower  # noqa: F401 - before the fork
 import scservo_sdk  # noqa: F401
-from control_fakes import FakeClock, FakePolicy
+from arm_bench import real_time_loop
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.binding import RobotBinding
-from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.limits import Poses
-from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.robots.config import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 
@@ -53,9 +48,8 @@ def main() -> None:
 
 
 def run(port: str, directory: str, controller: str, phase: str, trouble: str, options: dict[str, Any], timeout_s: float | None = None) -> int:
-    clock = MonotonicClock()
     arm = SO100FollowerArm(SO100FollowerConfig(port=port, id="test", calibration_dir=Path(directory), **options))
-    policy = FakePolicy(FakeClock(), cameras=())
+    loop, policy = real_time_loop(arm, controller, {"timeout_s": timeout_s, "poses": Poses(home_speed_deg_s=180.0)}, echo=lambda line: None)
     sent = 0
 
     def troubled(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,21 +59,14 @@ def run(port: str, directory: str, controller: str, phase: str, trouble: str, op
             sent += name == "send"
             if name == "send" and sent == READY_AFTER:
                 print("ready", flush=True)
-            if name == phase and (sent >= READY_AFTER or name in ("engage", "land")):
+            if name == phase and (sent >= READY_AFTER or name in ("reset", "land")):
                 happen(trouble)
             return method(*arguments, **named) if name == "land" else result
 
         return wrapped
 
-    policy.get_action = troubled("infer", policy.get_action)
-    arm.observe, arm.send, arm.reset, arm.land = (
-        troubled(name, getattr(arm, method)) for name, method in (("observe", "observe"), ("send", "send"), ("engage", "reset"), ("land", "land"))
-    )
-    clock.sleep_until_s = troubled("wait", clock.sleep_until_s)
-    binding = RobotBinding(policy.get_modality_config(), policy.metadata.state_widths, policy.metadata.action_widths, SO100_JOINTS, {})
-    source = ChunkController(policy, binding, "go", clock, 30.0, ControllerOptions(controller, action_horizon=8 if controller == "sync" else None))
-    source.warm_up()
-    loop = ControlLoop(arm, source, LoopOptions(30.0, timeout_s=timeout_s, poses=Poses(home_speed_deg_s=180.0)), clock, echo=lambda line: None)
+    for owner, name in ((policy, "get_action"), (arm, "send"), (arm, "reset"), (arm, "land")):
+        setattr(owner, name, troubled(name, getattr(owner, name)))
     loop.run()
     return 0 if loop.trace.landing.safe else 3
 
