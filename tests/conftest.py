@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -90,31 +90,21 @@ def shared_dir() -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def eagle_dir(shared_dir: Path) -> Path:
-    """Tokenizer and processor files of Eagle."""
-    directory = shared_dir / "eagle2_hg_model"
-    if not (directory / "vocab.json").is_file():
-        pytest.skip(f"no Eagle processor files in {directory}: expected vocab.json, merges.txt and tokenizer_config.json")
+def _reference(name: str, file: str = ".") -> Any:
+    """A fixture: the directory `name` of the reference data, which holds `file`."""
+
+    @pytest.fixture(scope="session")
+    def directory(shared_dir: Path) -> Path:
+        if not (shared_dir / name / file).exists():
+            pytest.skip(f"no {shared_dir / name}, or no {file} in it")
+        return shared_dir / name
+
     return directory
 
 
-@pytest.fixture(scope="session")
-def golden_n1d7_dir(shared_dir: Path) -> Path:
-    """Recorded outputs of the reference's N1.7 code."""
-    directory = shared_dir / "golden_n1d7"
-    if not directory.is_dir():
-        pytest.skip(f"no recordings of N1.7 in {directory}")
-    return directory
-
-
-@pytest.fixture(scope="session")
-def qwen_dir(shared_dir: Path) -> Path:
-    """Tokenizer files of Qwen3-VL."""
-    directory = shared_dir / "qwen3_vl_processor"
-    if not (directory / "vocab.json").is_file():
-        pytest.skip(f"no Qwen3-VL processor files in {directory}: expected vocab.json, merges.txt and tokenizer_config.json")
-    return directory
+eagle_dir = _reference("eagle2_hg_model", "vocab.json")  # tokenizer and processor files of Eagle
+qwen_dir = _reference("qwen3_vl_processor", "vocab.json")  # tokenizer files of Qwen3-VL
+golden_n1d7_dir = _reference("golden_n1d7")  # recorded outputs of the reference's N1.7 code
 
 
 @pytest.fixture(scope="session")

@@ -25,11 +25,6 @@ def test_an_engine_whose_error_is_above_its_limit_never_wins() -> None:
     assert fastest({"engines": {"wrong": arms["wrong"]}}) is None
 
 
-def test_files_are_made_from_observations_that_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", f"--model_path={TRAINED}"]) == 2
-    assert "--observations" in capsys.readouterr().err
-
-
 def test_what_is_needed_is_made_once_and_the_settings_of_the_fastest_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason="needs the extra export")

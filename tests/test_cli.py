@@ -18,8 +18,7 @@ from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 from gr00t_fast.cli import run as cli
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.control.recorder import DatasetRecorder
-from gr00t_fast.errors import CheckpointError, ConfigError, MissingExtraError, RobotError
-from gr00t_fast.flags import flags_of
+from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
 
 ROOT = Path(__file__).parent.parent
@@ -49,68 +48,36 @@ def test_the_well_known_command_line_parses_as_printed() -> None:
     assert (config.denoising_steps, config.action_horizon, config.lang_instruction) == (2, 8, "Place the block in the bowl")
 
 
-TEXTS = [
-    *("pick: the cube", "yes", "null", "007", "1e3", "🤖 pick up 红色 cube", "\"quoted\" and 'single'", "{a: b}", "[1, 2", "# no comment", "- x"),
-    *("a\nb", "--dashes", "it's 50% & done!", "key=value", " spaces ", "~", "*star", "!tag", "`tick`", "\\n"),
-]
-
-
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "text", ["yes", "null", "007", "🤖 pick: 红色 cube", "\"quoted\" and 'single'", "{a: b}", "[1, 2", "# no comment", "a\nb", "--dashes", " *x=y "]
+)
 def test_free_text_arrives_literally(text: str) -> None:
     config = cli.parse([*SIM[:2], f"--lang_instruction={text}", f"--robot.id={text}", f"--model_path={text}", f"--out={text}"])
     assert (config.lang_instruction, config.robot.id, config.model_path, str(config.out)) == (text, text, text, str(Path(text)))
 
 
-@pytest.mark.parametrize(
-    ("words", "name", "value"),
-    [
-        (["--lang-instruction=go"], "lang_instruction", "go"),
-        (["--no-show-images"], "show_images", False),
-        (["--show_images"], "show_images", True),
-        (["--show_images=True"], "show_images", True),
-        (["--show_images", "--seed=1"], "show_images", True),
-        (["--timeout=null"], "timeout", None),
-        (["--camera_map={front: webcam}"], "camera_map", {"front": "webcam"}),
-    ],
-)
-def test_ways_to_write_a_flag(words: list[str], name: str, value: object) -> None:
-    assert getattr(cli.parse([*SIM, *words]), name) == value
+def test_ways_to_write_a_flag() -> None:
+    config = cli.parse([*SIM, "--lang-instruction=went", "--no-overwrite", "--show_images", "--timeout=null", "--seed", "3", "--camera_map={a: b}"])
+    assert (config.lang_instruction, config.overwrite, config.show_images, config.timeout) == ("went", False, True, None)
+    assert (config.seed, config.camera_map) == (3, {"a": "b"})
 
 
 FOLLOWER = ISSUE[:2]
 BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
     "NVIDIA's host": ([*SIM, "--policy_host=robot.local"], "--server=tcp://HOST:PORT"),
-    "lerobot's data set": ([*SIM, "--dataset.repo_id=me/mine"], "--record="),
-    "empty pose": ([*SIM, "--home="], "--home is empty"),
-    "unknown robot flag": ([*SIM, "--robot.prot=x"], "unknown flag '--robot.prot'. Did you mean '--robot.port'"),
-    "single dash": ([*SIM, "-timeout=3"], "unexpected argument '-timeout=3'"),
     "unquoted instruction": (["--lang_instruction=pick", "the", "cube"], "needs quotes"),
     "flag of another robot": ([*SIM, "--robot.port=/dev/x"], "does not apply to --robot.type=so100_sim"),
-    "unknown robot": (["--robot.type=so100_folower"], "Did you mean 'so100_follower'"),
     "lerobot's old name of the arm": (["--robot.type=so100", *SIM[1:]], "It is called so100_follower now"),
-    "no robot": (["--model_path=m", "--lang_instruction=go"], "--robot.type is missing"),
-    "no port": (["--robot.type=so100_follower", *SIM[1:]], "--robot.port is missing"),
-    "no model": (["--robot.type=so100_sim", "--lang_instruction=go"], "--model_path is missing"),
     "no instruction": (SIM[:2], "--lang_instruction is missing"),
-    "value missing at the end": ([*SIM, "--seed"], "--seed needs a value"),
     "not an int": ([*SIM, "--denoising_steps=two"], "--denoising_steps: 'two' is not a whole number"),
-    "float for an int": ([*SIM, "--action_horizon=8.5"], "--action_horizon: "),
     "episodes without end": ([*SIM, "--episodes=2"], "needs --timeout"),
     "no data config": ([*SIM, "--data_config=so10"], "Did you mean 'so100'"),
-    "unknown device": ([*SIM, "--device=cdua"], "Did you mean 'cuda'"),
-    "not a bool": ([*SIM, "--dry_run=maybe"], "neither true nor false"),
     "video suffix": ([*SIM, "--video=run.avi"], ".mp4 or .gif"),
-    "more than plain YAML": ([*SIM, "--camera_map={a: !!python/tuple [1]}"], "--camera_map"),
-    "broken braces": ([*SIM, "--robot.cameras={front: {type: sim"], "--robot.cameras: cannot read"),
-    "type without a space": ([*FOLLOWER, "--robot.cameras={front: {type:opencv, width: 640}}"], "space after the colon"),
-    "camera without type": ([*FOLLOWER, "--robot.cameras={front: {index_or_path: 0}}"], "has no 'type'"),
     "unknown camera setting": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, widht: 3}}"], "Did you mean 'width'"),
     "negative camera rate": ([*FOLLOWER, "--robot.cameras={front: {type: opencv, fps: -30}}", *SIM[1:]], "--robot.cameras.front.fps=-30"),
-    "timeout below a tick": ([*SIM, "--timeout=0.001"], "at least one tick"),
     "instruction that is no text": ([*SIM[:2], "--lang_instruction=a\udcffb"], "no UTF-8 text"),
     "camera map with an equals sign": ([*SIM, "--camera_map=front=webcam"], 'e.g. "{front: webcam}", got \'front=webcam\'.'),
-    "camera map without a space": ([*SIM, "--camera_map={front:webcam}"], "YAML wants a space after the colon"),
 }  # fmt: skip
 
 
@@ -123,22 +90,17 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(case: str, capsys: pytest.C
     assert captured.err.startswith("error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert "<class" not in captured.err
 
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{this}: &{this} [*{last}, *{last}]\n" for last, this in zip("abcdefgh", "bcdefghi", strict=True))
 FILES = {
     "unknown setting": ("model_pth: x\n", "unknown setting 'model_pth'"),
     "text read as a bool": ("lang_instruction: yes\n", "put the text in quotes"),
-    "another file": ("config_path: other.yaml\n", "config_path"),
-    "not YAML": ("a: [1\n", "cannot read"),
     "text for a group": ("robot: so100_sim\n", "`robot: {type: so100_sim}`"),
-    "a program": ("model_path: !!python/object/apply:os.system ['touch hacked']", "python/object"),
-    "an include": ("model_path: !include /etc/hostname", "!include"),
     "more than any memory holds": (BOMB, "references"),
     "a name twice": ("seed: 1\nseed: 2", "twice"),
     "nested deeply": ("[" * 100_000, "cannot read"),
-    "a zero byte": ("model_path: \x00", "cannot read"),
+    "a pipe": ("", "run.yaml"),  # without a writer it would hold the program up for ever
 }  # fmt: skip
 
 
@@ -146,7 +108,7 @@ FILES = {
 def test_bad_config_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     content, message = FILES[case]
-    Path("run.yaml").write_text(content)
+    Path("run.yaml").write_text(content) if content else os.mkfifo("run.yaml")
     assert cli.main(["--config_path=run.yaml", "--model_path=m", *([] if "lang" in content else SIM[2:])]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -154,16 +116,9 @@ def test_bad_config_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
-def test_a_pipe_as_config_file_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
-        cli.parse([*SIM, f"--config_path={tmp_path / 'config.yaml'}"])
-
-
 def test_presets_parse_and_flags_win() -> None:
     real = cli.parse([f"--config_path={ROOT}/configs/so100.yaml", "--robot.port=/dev/ttyACM0", *SIM[1:]])
-    assert real.robot.cameras["front"].width == 640
-    assert (real.robot.id, real.action_horizon, real.safety.max_speed_deg_s) == ("black", 8, "auto")
+    assert (real.robot.id, real.robot.cameras["front"].width, real.action_horizon) == ("black", 640, 8)
     sim = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", "--model_path=m", "--action_horizon=4", "--robot.task=place"])
     assert isinstance(sim.robot, SO100SimConfig)
     assert (sim.action_horizon, sim.robot.task, sim.lang_instruction) == (4, "place", "Reach the block")
@@ -171,21 +126,11 @@ def test_presets_parse_and_flags_win() -> None:
 
 
 def test_another_robot_type_than_the_files(capsys: pytest.CaptureFixture[str]) -> None:
-    cameras = "--robot.cameras={front: {type: opencv}}"
-    config = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", *ISSUE[:2], "--model_path=m", cameras])
-    assert config.robot == SO100FollowerConfig(port="/dev/tty.usbmodem58FA0921581", cameras={"front": OpenCVCameraConfig()})
-    assert "robot.task of the file does not apply" in capsys.readouterr().err
-
-
-def test_a_rendered_camera_on_a_servo_bus_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.parse([*FOLLOWER, "--robot.cameras={front: {type: sim}}", *SIM[1:]])
-    assert "camera front has type sim: it draws the simulated scene" in capsys.readouterr().err
-    cli.parse([*SIM])
-    assert capsys.readouterr().err == ""
-
-
-def test_the_pause_between_episodes_is_for_arms_whose_scene_somebody_puts_back() -> None:
-    assert [cli.reset_time_s(cli.parse(words)) for words in (ISSUE, SIM, [*SIM, "--reset_time_s=2.5"])] == [10, 0, 2.5]
+    config = cli.parse([f"--config_path={ROOT}/configs/so100_sim.yaml", *FOLLOWER, "--model_path=m", "--robot.cameras={front: {type: sim}}"])
+    assert isinstance(config.robot, SO100FollowerConfig)
+    told = capsys.readouterr().err
+    assert "robot.task of the file does not apply" in told
+    assert "camera front has type sim: it draws the simulated scene" in told
 
 
 class World:
@@ -215,19 +160,19 @@ def raising(error: BaseException):
 
 def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert world.run(f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images", "--controller=sync") == 0
+    world.policy.metadata = policy_metadata(cameras={"webcam": (16, 9)})
+    words = [f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images", "--controller=sync", "--preflight=warn"]
+    assert world.run(*words) == 0
     assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.html", "report.json", "report.txt", "run.csv", "run.npz"]
     assert (tmp_path / "run.mp4").stat().st_size > 0
     report = json.loads((out / "report.json").read_text())
     assert report["run"]["ended_by"] == "done"
-    assert report["settings"]["robot"]["type"] == "so100_sim"
-    assert report["settings"]["action_horizon"] == 4
+    assert (report["settings"]["robot"]["type"], report["settings"]["action_horizon"]) == ("so100_sim", 4)
+    assert any("ASPECT RATIO" in warning for warning in report["warnings"])
     printed = capsys.readouterr().out
-    assert "Direct inference time: 0." in printed
-    assert "Loop 1: 0." in printed
     starts = [printed.index(words) for words in ("loading m ...", "warming up ...", "ready: 4 of 16 actions", "connecting to the arm ...", "Direct")]
     assert starts == sorted(starts)
-    assert "instruction: 'go'" in printed
+    assert "frames are resized" in printed[printed.rindex("Loop 1: 0.") :], "said once more after all the lines that may have buried it"
     assert "ended by the time limit" in printed
     assert world.policy.warmed_up == "go"
     assert world.robot.calls == ["connect", "reset", "land"]
@@ -237,9 +182,6 @@ def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: P
     (tmp_path / "file").write_text("")
     assert world.run(f"--out={tmp_path / 'file' / 'x'}") == 2
     assert world.run(f"--video={tmp_path / 'file' / 'x.mp4'}") == 2
-    world.policy.metadata = policy_metadata(tag="gr1")
-    assert world.run() == 1
-    world.policy.metadata = FakePolicy(FakeClock()).metadata
     world.policy.warm_up = raising(MissingExtraError("pip install 'gr00t_fast[x]'"))
     assert world.run() == 1
     world.load = raising(CheckpointError("no metadata in 'm'"))
@@ -252,32 +194,16 @@ def test_everything_that_can_fail_comes_before_the_arm(world: World, tmp_path: P
     assert "Traceback" in capsys.readouterr().err
 
 
-def fail_at_the_third_target(world: World, error: BaseException) -> None:
-    world.robot.on_send = lambda: len(world.robot.sent) == 2 and raising(error)()
-
-
 def _silent_servo(world: World) -> None:
-    fail_at_the_third_target(world, RobotError("servo 3 is silent"))
-
-
-def _unsafe_action(world: World) -> None:
-    world.policy.on_action = lambda targets: targets * np.nan
-
-
-def _bug(world: World) -> None:
-    world.policy.on_action = raising(ZeroDivisionError())
-
-
-def _unsafe_landing(world: World) -> None:
-    world.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 did not answer"])
+    world.robot.on_send = lambda: len(world.robot.sent) == 2 and raising(RobotError("servo 3 is silent"))()
 
 
 @pytest.mark.parametrize(
     ("spoil", "told", "traceback"),
     [
         (_silent_servo, "error: servo 3 is silent", False),
-        (_unsafe_action, "NaN", False),
-        (_bug, "ZeroDivisionError", True),  # a bug keeps its traceback
+        (lambda world: setattr(world.policy, "on_action", lambda targets: targets * np.nan), "NaN", False),
+        (lambda world: setattr(world.policy, "on_action", raising(ZeroDivisionError())), "ZeroDivisionError", True),  # a bug keeps its traceback
     ],
 )
 def test_whatever_fails_the_arm_is_put_down_and_the_exit_code_is_1(
@@ -289,7 +215,7 @@ def test_whatever_fails_the_arm_is_put_down_and_the_exit_code_is_1(
     captured = capsys.readouterr()
     assert told in captured.err
     assert ("Traceback" in captured.err) == traceback
-    assert "ended by" in captured.out or spoil is _bug, "the report of what was done"
+    assert traceback or "ended by" in captured.out, "the report of what was done"
 
 
 def test_a_recording_that_cannot_be_reported_does_not_hide_why_the_run_ended(
@@ -309,13 +235,7 @@ def test_an_arm_that_never_moved_gets_no_report(world: World, tmp_path: Path, ca
     world.robot.on_observe = raising(RobotError("camera 'front' cannot be opened"))
     assert world.run(f"--out={tmp_path}") == 1
     assert not list(tmp_path.iterdir()), "the corrected command runs as it is"
-    captured = capsys.readouterr()
-    assert "camera 'front' cannot be opened" in captured.err
-    assert "was not moved" in captured.out
-    world.robot.on_observe = lambda: None
-    world.robot.on_send = raising(RobotError("servo 3 is silent"))
-    assert world.run() == 1
-    assert "was not moved" not in capsys.readouterr().out, "a target that may have arrived is a move"
+    assert "was not moved" in capsys.readouterr().out
 
 
 def test_a_reader_that_goes_away_lands_the_arm_and_is_named(
@@ -339,7 +259,7 @@ def test_a_report_that_cannot_be_written_hides_neither_the_error_nor_the_powered
             raise RobotError("servo 3 is silent")
 
     world.robot.on_send = dies
-    _unsafe_landing(world)
+    world.robot.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 did not answer"])
     assert world.run(f"--out={tmp_path}") == 1
     captured = capsys.readouterr()
     powered, warning, error = captured.err.splitlines()
@@ -356,9 +276,8 @@ def test_signals_have_their_usual_effect_once_the_arm_has_landed(world: World, m
     assert seen == [before]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("phase", ["load", "run"])
-def test_signals_end_with_the_shells_exit_code(world: World, number: int, code: int, phase: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("number", "code", "phase"), [(signal.SIGINT, 130, "load"), (signal.SIGTERM, 143, "run")])
+def test_signals_end_with_the_shells_exit_code(world: World, number: int, code: int, phase: str) -> None:
     if phase == "load":
         world.load = lambda config: signal.raise_signal(number)
     else:
@@ -367,23 +286,12 @@ def test_signals_end_with_the_shells_exit_code(world: World, number: int, code: 
     assert world.robot.calls == ([] if phase == "load" else ["connect", "reset", "land"])
 
 
-def test_dry_run_sends_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
-    assert world.run("--dry_run") == 0
+def test_a_dry_run_sends_nothing_and_leaves_pictures_and_a_table(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.run("--dry_run", f"--out={tmp_path}", f"--video={tmp_path / 'cameras.mp4'}") == 0
     assert world.robot.sent == []
     assert "nothing was sent" in capsys.readouterr().out
-
-
-def test_preflight_warnings_are_printed_and_reported(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    world.policy.metadata = policy_metadata(tag="gr1", cameras={"webcam": (16, 9)})
-    assert world.run("--preflight=warn", f"--out={tmp_path}") == 0
-    warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
-    assert any("gr1" in warning for warning in warnings)
-    assert any("ASPECT RATIO" in warning for warning in warnings)
-    printed = capsys.readouterr().out
-    assert [printed.count("frames are resized"), printed.count("camera 'front' is the policy's")] == [2, 2]
-    first, motion, again = printed.index("frames are resized"), printed.index("Direct inference"), printed.rindex("frames are resized")
-    assert first < motion < again  # said once more after all the lines that may have buried it
-    assert "frames are resized" in (tmp_path / "report.txt").read_text()
+    assert {"camera_front.png", "cameras.png", "dry_run.txt", "report.json", "cameras.mp4"} <= {file.name for file in tmp_path.iterdir()}
+    assert "gripper" in (tmp_path / "dry_run.txt").read_text()
 
 
 def test_help_is_quick_and_short_and_loads_nothing_heavy() -> None:
@@ -398,11 +306,4 @@ def test_help_is_quick_and_short_and_loads_nothing_heavy() -> None:
     assert told.startswith("[]")
     assert float(told.rpartition("CPU")[2]) < 1.5, "seconds; a fifth of it on a quiet machine"
     assert len(shown.splitlines()) <= 45
-    for part in ("--robot.port", "--lang_instruction", "checkpoint:", "arm:", "task:", "motion:", "safety:", "outputs:", "--help-all"):
-        assert part in shown
-
-
-def test_help_all_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help-all"]) == 0
-    shown = capsys.readouterr().out
-    assert all(flag.help and f"--{flag.name}=" in shown for flag in flags_of(cli.RunConfig))
+    assert all(part in shown for part in ("--robot.port", "--lang_instruction", "checkpoint:", "safety:", "outputs:", "--help-all"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import typing
@@ -17,6 +18,7 @@ from gr00t_fast.cli import export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
 from gr00t_fast.errors import ConfigError
+from gr00t_fast.flags import flags_of
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -41,54 +43,41 @@ def test_help_names_every_subcommand_and_loads_nothing_heavy() -> None:
     assert rest.endswith("HEAVY ['numpy']\n"), done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["rnu"], "Did you mean 'run'"),
-        (["export", "onxx"], "Did you mean 'export onnx'"),
-        ([], "which command"),
-        (["export"], "export tensorrt"),
-    ],
-)
-def test_a_word_that_is_no_subcommand(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words) == 2
-    assert said in capsys.readouterr().err
-
-
-RUN_ALONE = {"robot": {"type": "so100_sim"}, "episodes": 3, "engine": "eager"}
+def test_a_word_that_is_no_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (("export onxx", "Did you mean 'export onnx'"), ("", "which command"), ("export", "export tensorrt")):
+        assert main(words.split()) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("export onnx", ["--out=o"]),
         ("export tensorrt", ["--out=o"]),
         ("quantise", ["--out=o", "--onnx=x", "--target=onnxruntime"]),
-        ("calibrate", ["--out=o", "--observations=random:0"]),
         ("verify", ["--out=o", "--engine=openvino"]),
     ],
 )
 def test_exports_read_the_file_of_ones_runs_and_their_own(tmp_path: Path, name: str, flags: list[str]) -> None:
     """Of a run's file what both have counts, but for what means something else: where the run's report goes, its number format and its seed."""
-    both = {"model_path": "m", "data_config": "so100_dualcam", "denoising_steps": 2}
+    of_a_run = {"robot": {"type": "so100_sim"}, "episodes": 3, "engine": "eager", "verbose": True, "out": "run", "precision": "auto", "seed": 7}
     file = tmp_path / "file.json"
-    for content, verbose in ((RUN_ALONE | {"verbose": True, "out": "run", "precision": "auto", "seed": 7}, False), ({"verbose": True}, True)):
-        file.write_text(json.dumps(both | content))
+    for content, verbose in ((of_a_run, False), ({"verbose": True}, True)):
+        file.write_text(json.dumps({"model_path": "m", "data_config": "so100_dualcam", "denoising_steps": 2} | content))
         config = command(name).parse([f"--config_path={file}", *flags])
         assert (config.model_path, config.data_config, config.out, config.verbose) == ("m", "so100_dualcam", Path("o"), verbose)
         assert config.denoising_steps in (2, [2])
         assert getattr(config, "seed", 0) == 0
-    file.write_text(json.dumps(both | {"otu": "typo"}))
+    file.write_text(json.dumps({"otu": "typo"}))
     with pytest.raises(ConfigError, match="otu"):
         command(name).parse([f"--config_path={file}", *flags])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_of_every_subcommand_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*name.split(), "--help"]) == 0
+    assert main([*name.split(), "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: gr00t-fast {name}")
-    assert "exit codes:" in shown or name == "bus"
+    assert all(flag.help and f"--{flag.name}=" in shown for flag in flags_of(command(name).flags))
     assert main([*name.split(), "--bogus=1"]) == 2
     assert "unknown flag '--bogus'" in capsys.readouterr().err
 
@@ -130,13 +119,10 @@ def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_pat
     pytest.importorskip("mujoco", reason="needs `pip install 'gr00t_fast[sim]'`")
     build = "import sys; out = sys.argv[1]; from setuptools import build_meta as b; b.build_sdist(out); b.build_wheel(out)"  # it changes sys.argv
     source = tmp_path / "source"
-    listed = program("git", "ls-files", "-z", "-co", "--exclude-standard", "gr00t_fast", "*.cfg", "*.toml", "README.md", "LICENSE")
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.split("\0"):
+    shutil.copytree(ROOT / "gr00t_fast", source / "gr00t_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, source)
     done = program(sys.executable, "-c", build, tmp_path / "dist", cwd=source, PYTHONPATH="")
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = (tmp_path / "dist").glob("*.whl")
@@ -155,5 +141,4 @@ def test_a_wheel_installed_outside_the_checkout_drives_the_simulated_arm(tmp_pat
     flags += ["--lang_instruction=Reach the block", "--timeout=1", "--out=run", "--quiet", "--device=cpu"]
     ran = program(home / "bin" / "gr00t-fast", "run", *flags, cwd=outside, PYTHONPATH="")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "landing safe" in ran.stdout
     assert json.loads((outside / "run" / "report.json").read_text())["run"]["ticks"] > 0

@@ -36,11 +36,10 @@ def test_errors_and_baselines_by_hand() -> None:
     assert compared.lead.tolist() == [0, 1, 2, 3, 0, 1]
     found = program.figures(compared, NAMES, np.array([140.0, 80.0]))
     pan, gripper = found["joints"]["pan"], found["joints"]["gripper"]
-    assert (pan["mae"], gripper["mae"]) == (pytest.approx(4 / 6, abs=1e-3), 1.0)
+    assert (pan["mae"], gripper["mae"], gripper["r2"]) == (pytest.approx(4 / 6, abs=1e-3), 1.0, None)  # the gripper did not move
     assert found["mse"] == pytest.approx((4 + 18) / 12, abs=1e-3)
     assert pan["hold_mae"] == pytest.approx((0 + 1 + 2 + 3 + 1 + 2) / 6)  # states 0 and 3 are held
     assert pan["replay_mae"] == pytest.approx((10 + 19 + 28 + 27 + 26 + 25) / 6)  # the other episode, its last action held
-    assert gripper["r2"] is None  # it did not move
     assert program.by_lead(compared)["mae"] == pytest.approx([1.0, 1.0, 0.5, 0.5])
     late = [Chunk(ramp, start, ramp.actions[np.minimum(np.arange(start, start + 4) + 2, 5)]) for start in (0, 1)]
     assert program.best_shift(late, 4) == {"frames": 2, "mae": 0.0}
@@ -61,7 +60,6 @@ SLOW = Finding(RATE, "recorded at another rate")
     [
         (summary(0.8, 0.4, 2.4), NO_SHIFT, [], MODEL),  # radians: 46 degrees off
         (summary(0.8, 0.4), NO_SHIFT, [], FINE),  # degrees, and nothing moves
-        (summary(2.7, 1.8), NO_SHIFT, [], MODEL),  # small, but the arm moved and holding still was better
         (summary(3.0, 6.0), {"frames": 3, "mae": 1.6}, [], FINE),  # a shift is only told
         (summary(6.3, 6.0), {"frames": 2, "mae": 4.5}, [], MODEL),  # shifted, still bad
         (summary(5.9, 6.0), {"frames": -4, "mae": 1.7}, [SLOW], RATE),  # another rate shifts predictions too
@@ -88,22 +86,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def variant(dataset: Path, out: Path, joints: Callable[[np.ndarray, str], np.ndarray]) -> Path:
-    """A copy whose joint columns went through `joints(values (T, 6), column)`."""
-    import pyarrow
-    from pyarrow import parquet
-
-    shutil.copytree(dataset, out)
-    for file in (out / "data").rglob("*.parquet"):
-        table = parquet.read_table(file)
-        for column in ("observation.state", "action"):
-            field = table.schema.field(column)
-            values = joints(np.array(table[column].to_pylist(), np.float64), column).astype(np.float32)
-            table = table.set_column(table.schema.get_field_index(column), field, pyarrow.array(values.tolist(), type=field.type))
-        parquet.write_table(table, file)
-    return out
-
-
 def evaluate(dataset: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
     assert program.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={out}", "--episodes=all", "--json", *more]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -115,47 +97,44 @@ def test_the_trained_network_predicts_held_out_episodes(dataset: Path, tmp_path:
     assert result["ratio_to_hold"] < 0.7
     assert result["mae"] < result["replay_mae"]
     assert len(result["leads"]["mae"]) == 16
-    assert result["verdict"]["rests_on"].items() >= {"episodes": 3, "few": True}.items()
     assert {"machine", "versions", "git_commit", "command_line", "seed"} <= result.keys()
     assert "Fewer than 5 episodes" in (tmp_path / "eval.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("joints", "kind", "words"),
-    [
-        (lambda seen, column: np.concatenate([seen[:1].repeat(5, 0), seen[:-5]]) if column == "action" else seen, TIMING, "ahead of the recorded"),
-        (lambda seen, column: seen * np.r_[np.full(5, np.pi / 180), 0.01], UNITS, "radians against"),
-        (lambda seen, column: seen + np.array([30, 0, 0, 0, 0, 0]), UNITS, "shoulder_pan"),
-        (lambda seen, column: seen + np.array([0, 20, 0, 0, 0, 0]) * (column == "action"), UNITS, "shoulder_lift: predictions are off by -"),
-    ],
-)
-def test_mistakes_in_the_joints_are_told(
-    joints: Callable, kind: str, words: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    verdict = evaluate(variant(dataset, tmp_path / "data", joints), tmp_path / "out", capsys)["verdict"]
-    assert verdict["kind"] == kind, verdict
-    assert any(words in each["text"] for each in verdict["evidence"]), verdict
+def same(seen: np.ndarray, kind: str = "") -> np.ndarray:
+    return seen
 
 
 @pytest.mark.parametrize(
-    ("shown", "words"),
+    ("joints", "picture", "kind", "words"),
     [
-        (lambda picture: np.full_like(picture, 9), "shows nothing"),
-        (lambda picture: np.ascontiguousarray(picture[:, :, ::-1]), "mirrored the error falls"),
+        (lambda seen, kind: seen if kind == "state" else np.r_[seen[:1].repeat(3, 0), seen[:-3]], same, TIMING, "ahead of the recorded"),
+        (lambda seen, kind: seen * np.r_[np.full(5, np.pi / 180), 0.01], same, UNITS, "radians against"),
+        (lambda seen, kind: seen + [30, 0, 0, 0, 0, 0], same, UNITS, "shoulder_pan"),
+        (lambda seen, kind: seen + np.array([0, 20 * (kind == "action"), 0, 0, 0, 0]), same, UNITS, "shoulder_lift: predictions are off by -"),
+        (same, lambda picture: np.full_like(picture, 9), CAMERAS, "shows nothing"),
+        (same, lambda picture: np.ascontiguousarray(picture[:, :, ::-1]), CAMERAS, "mirrored the error falls"),
     ],
 )
-def test_mistakes_with_a_camera_are_told(
-    shown: Callable, words: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_mistakes_of_a_recording_are_told(
+    joints: Callable, picture: Callable, kind: str, words: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    read = LeRobotFrames.__getitem__
+    """joints: what becomes of the values (T, 6) of states and actions. picture: of each."""
+    columns, frame = LeRobotFrames.columns, LeRobotFrames.__getitem__
 
-    def changed(self: LeRobotFrames, index: int) -> dict[str, Any]:
-        observation = read(self, index)
-        return observation | {"video.webcam": shown(observation["video.webcam"])}
+    def changed_columns(self: LeRobotFrames, kind: str, rows: range) -> dict[str, np.ndarray]:
+        parts = columns(self, kind, rows)
+        values = joints(np.concatenate(list(parts.values()), axis=1), kind)
+        return dict(zip(parts, np.split(values, [5], axis=1), strict=True))
 
-    monkeypatch.setattr(LeRobotFrames, "__getitem__", changed)
+    def changed_frame(self: LeRobotFrames, index: int) -> dict[str, Any]:
+        observation, state = frame(self, index), self.columns("state", range(index, index + 1))
+        return observation | {f"state.{part}": values for part, values in state.items()} | {"video.webcam": picture(observation["video.webcam"])}
+
+    monkeypatch.setattr(LeRobotFrames, "columns", changed_columns)
+    monkeypatch.setattr(LeRobotFrames, "__getitem__", changed_frame)
     verdict = evaluate(dataset, tmp_path, capsys)["verdict"]
-    assert verdict["kind"] == CAMERAS, verdict
+    assert verdict["kind"] == kind, verdict
     assert any(words in each["text"] for each in verdict["evidence"]), verdict
 
 
@@ -165,8 +144,7 @@ def test_an_untrained_network_is_told(dataset: Path, tmp_path: Path, capsys: pyt
     network = tmp_path / "untrained"
     shutil.copytree(CHECKPOINT, network)
     weights = load_file(network / "model.safetensors")
-    weights = {name: values * 0 if "action_decoder" in name else values for name, values in weights.items()}  # actions stay noise
-    save_file(weights, network / "model.safetensors")
+    save_file({name: values * ("action_decoder" not in name) for name, values in weights.items()}, network / "model.safetensors")  # noise stays
     result = evaluate(dataset, tmp_path / "out", capsys, f"--model_path={network}")
     assert result["ratio_to_hold"] > 1
     assert result["verdict"]["kind"] == MODEL
@@ -174,10 +152,6 @@ def test_an_untrained_network_is_told(dataset: Path, tmp_path: Path, capsys: pyt
 
 def open_frames(path: Path) -> LeRobotFrames:
     return LeRobotFrames(path, DATA_CONFIGS["so100"], read_policy_metadata(CHECKPOINT, "new_embodiment", "so100"), {})
-
-
-def _remove(name: str) -> Callable[[Path], object]:
-    return lambda path: shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
 
 
 def _edit(file: str, edit: Callable[[dict], object]) -> Callable[[Path], object]:
@@ -189,27 +163,14 @@ def _edit(file: str, edit: Callable[[dict], object]) -> Callable[[Path], object]
     return change
 
 
-def _overwrite(pattern: str) -> Callable[[Path], object]:
-    return lambda path: next(path.rglob(pattern)).write_bytes(b"nothing")
-
-
-def _another_robot(path: Path) -> None:
-    """Its info.json, beside the files and the modality.json of ours."""
-    _edit("meta/info.json", lambda info: [info["features"][column].update(shape=[7]) for column in ("action", "observation.state")])(path)
-
-
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (_remove("videos"), r"the videos of observation\.images\.front are missing, expected videos/"),
-        (_remove("meta/tasks.parquet"), "the tasks are missing"),
-        (_overwrite("data/**/*.parquet"), "lerobot cannot open it"),
-        (_overwrite("videos/**/*.mp4"), "frame 0 cannot be decoded"),
-        (lambda path: (path / "meta/info.json").write_text("{"), r"info\.json: cannot be read"),
+        (lambda path: shutil.rmtree(path / "videos"), r"the videos of observation\.images\.front are missing, expected videos/"),
+        (lambda path: next(path.rglob("data/**/*.parquet")).write_bytes(b"nothing"), "lerobot cannot open it"),
+        (lambda path: next(path.rglob("videos/**/*.mp4")).write_bytes(b"nothing"), "frame 0 cannot be decoded"),
         (_edit("meta/info.json", lambda info: info.update(codebase_version="v2.1")), r"v2\.1, expected v3.* --repo-id=damaged --push"),
-        (_another_robot, r"lerobot cannot open it.*meta/info\.json describes other columns"),
         (_edit("meta/modality.json", lambda told: told["state"].pop("gripper")), r"no place for state\.gripper.*says nothing"),
-        (_edit("meta/modality.json", lambda told: told["state"]["gripper"].update(end=9)), r"state\.gripper.*'end': 9"),
         (_edit("meta/modality.json", lambda told: told["video"]["webcam"].update(original_key="observation.images.top")), "says 'top'.*has front"),
     ],
 )
@@ -217,42 +178,14 @@ def test_a_damaged_data_set_is_refused_with_the_reason(damage: Callable[[Path], 
     path = tmp_path / "damaged"
     shutil.copytree(dataset, path)
     damage(path)
-
-    def read_a_little() -> None:
-        frames = open_frames(path)
-        frames.columns("action", range(3))
-        frames[0]
-
     with pytest.raises(ConfigError, match=told):
-        read_a_little()
+        _ = open_frames(path)[0]
 
 
-def test_episodes_out_of_order_are_refused(dataset: Path) -> None:
-    frames = open_frames(dataset)
-    meta = frames._data.meta
-    meta.episodes = meta.episodes.select([1, 0, 2])
-    with pytest.raises(ConfigError, match=r"lists the episodes as \[1, 0, 2\]"):
-        _ = frames.episodes
-
-
-@pytest.mark.parametrize(
-    ("flag", "told"),
-    [
-        (f"--dataset={CHECKPOINT}", "meta/info.json is missing"),
-        ("--episodes=7", "there is no episode '7'"),
-        ("--action_horizon=17", "16"),
-        ("--data_config=so100_dualcam", "--data_config=so100"),
-        ("--embodiment_tag=gr1", "gr1"),
-    ],
-)
-def test_wrong_flags_are_refused_with_the_way_out(flag: str, told: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}", flag]) == 2
-    assert told in capsys.readouterr().err
-
-
-def test_a_recording_without_task_text_needs_an_instruction(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_what_does_not_fit_is_refused_with_the_way_out(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    wrong = {f"--dataset={CHECKPOINT}": "info.json is missing", "--episodes=7": "no episode '7'"}
     monkeypatch.setattr(LeRobotFrames, "tasks_of", lambda self, number: [])
-    flags = [f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}"]
-    assert program.main(flags) == 2
-    assert "--lang_instruction" in capsys.readouterr().err
+    for flag, told in (wrong | {"--seed=0": "--lang_instruction"}).items():
+        assert program.main([f"--model_path={CHECKPOINT}", f"--dataset={dataset}", f"--out={tmp_path}", flag]) == 2
+        assert told in capsys.readouterr().err
     assert evaluate(dataset, tmp_path, capsys, "--lang_instruction=Reach the block")["instructions"] == ["Reach the block"]

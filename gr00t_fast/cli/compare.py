@@ -6,11 +6,9 @@ Axis alphabet of this file: T ticks, J joints of the arm without the gripper.
 from __future__ import annotations
 
 import math
-import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +211,4 @@ def _change(first: Any, second: Any) -> str:
     return f"{second - first:+g}" if not first else f"{100 * (second - first) / abs(first):+.0f} %"
 
 
-_compare = Command(CompareConfig, work, "usage: gr00t-fast compare RUN RUN [--flag=value ...]")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 compared, 1 error, 2 bad flag."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    directories = list(takewhile(lambda word: not word.startswith("-"), words))
-    if directories:
-        words = ["--runs", *directories, *words[len(directories) :]]
-    return _compare(words)
+main = Command(CompareConfig, work, "usage: gr00t-fast compare RUN RUN [--flag=value ...]", first_words="runs")

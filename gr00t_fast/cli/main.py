@@ -69,11 +69,14 @@ class Command(Generic[C]):
     file_of: type | None = None  # whose --config_path files are read too, but for what that program leaves ...
     not_from_file: Sequence[str] = ()  # ... and these settings
     drives_arm: bool = False  # a terminal that takes no output holds up nothing
+    first_words: str = ""  # the flag whose values may come first, without it
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         if {"--help", "-h", "--help-all"} & set(words):
             return _ending(lambda: _print_help(help_text(self.flags, self.usage, self.epilog, "--help-all" in words)))
+        if self.first_words and words and not words[0].startswith("-"):
+            words = [f"--{self.first_words}", *words]
 
         def program() -> int:
             config = self.parse(words)
