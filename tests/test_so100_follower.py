@@ -78,13 +78,12 @@ def test_newer_drivers_set_gains(bus: VirtualBus, tmp_path: Path) -> None:
         assert {servo.registers[Register.P_GAIN] for servo in bus.servos} == {24}
 
 
-@pytest.mark.parametrize(("retries", "failed"), [(0, 4), (4, 0)])
-def test_so_many_retries_as_the_flag_says(retries: int, failed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("retries", [0, 4])
+def test_so_many_retries_as_the_flag_says(retries: int, tmp_path: Path) -> None:
     with connected(tmp_path, engaged=False, num_read_retries=retries) as (bus, arm):
-        before = arm.events["read_retry"]
         bus.inject("checksum:servo=2,count=4,on=sync_read")
         arm.observe()
-        assert (arm.events["read_retry"] - before, arm.events["read_failed"]) == (retries, failed)
+        assert arm.events["read_failed"] == 4 - retries
 
 
 @pytest.mark.parametrize(
@@ -233,11 +232,14 @@ def test_what_is_missing_is_told_before_anything_slow(bus: VirtualBus, tmp_path:
     refused(RobotError, rf"--robot\.calibration_dir={before}")
     save_calibration(bus.calibration, now / "black.json")
     check_ready(config)
-    config.port = "/dev/none"
-    refused(RobotError, "does not exist")
+    for config.port, named in (("/dev/none", "none does not exist.*lerobot-find-port"), (str(now / "black.json"), "not a serial device")):
+        refused(RobotError, named)
     config.port, config.cameras = bus.port, {"webcam": ours.SimCameraConfig()}
     monkeypatch.setitem(sys.modules, "mujoco", None)
     refused(MissingExtraError, "sim")
+    config.cameras = {}
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may open everything, so the refusal itself cannot be had here
+    refused(RobotError, "no permission.*dialout")
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"gripper": {"id": 6}}', "another arm"])
@@ -254,20 +256,6 @@ def test_a_calibration_file_that_is_missing_or_damaged_or_of_another_arm(content
 
 
 # The port
-
-
-@pytest.mark.parametrize(
-    ("name", "text"), [("file", "not a serial device"), ("none", "none does not exist.*lerobot-find-port"), ("tty", "no permission.*dialout")]
-)
-def test_a_port_that_cannot_be_opened(name: str, text: str, bus: VirtualBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "tty").symlink_to(bus.port)
-    if name == "tty":
-        monkeypatch.setattr(os, "access", lambda *_: False)  # root may open everything, so the refusal itself cannot be had here
-    arm = make_arm(bus, tmp_path, port=str(tmp_path / name))
-    with pytest.raises(RobotError, match=text):
-        arm.connect()
-    assert arm.land().safe
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="other programs are found through /proc")
