@@ -240,30 +240,26 @@ def finish(
 
         torch.set_num_threads(arguments.threads)
 
-    found: list[Result] = []
-
-    def run_in_out() -> int:
+    def study() -> int:
         make_directory(arguments.out)
-        found.append(run(arguments))
-        return 0
+        result = run(arguments)
+        table = as_table(result)
+        print(table)
+        (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (arguments.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+        if plot is not None:
+            try:
+                plot(result, arguments.out / f"{name}.png")
+            except MissingExtraError as error:
+                print(f"no plot: {error}", file=sys.stderr)
+        print(f"written to {arguments.out}", file=sys.stderr)
+        if getattr(arguments, "json", True):
+            print(json.dumps(result))
+        return exit_code(result)
 
     existed = arguments.out.exists()
-    if code := guarded(run_in_out, interrupted):
-        if not existed:
-            with suppress(OSError):  # something is in it
-                arguments.out.rmdir()
-        return code
-    result = found[0]
-    table = as_table(result)
-    print(table)
-    (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (arguments.out / f"{name}.md").write_text(table + "\n", encoding="utf-8")
-    if plot is not None:
-        try:
-            plot(result, arguments.out / f"{name}.png")
-        except MissingExtraError as error:
-            print(f"no plot: {error}", file=sys.stderr)
-    print(f"written to {arguments.out}", file=sys.stderr)
-    if getattr(arguments, "json", True):
-        print(json.dumps(result))
-    return exit_code(result)
+    code = guarded(study, interrupted)
+    if not existed:
+        with suppress(OSError):  # something is in it
+            arguments.out.rmdir()
+    return code

@@ -11,13 +11,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -94,7 +92,7 @@ def write_random_checkpoint(
 
     resolution: (width, height), of N1.5's training videos; N1.7's files do not say it. frame_offsets: times of N1.7's pictures, steps back from now.
 
-    One that was interrupted leaves nothing, and is never taken for a checkpoint.
+    One that was interrupted is never taken for a checkpoint. Other files of `out` stay, such as exports.
     `weights=False`: the small files alone, for a network of `random_network`.
     `published_tokenizer`: keep the published vocabulary and image token id and write no tokenizer files (pass --processor_path when loading).
     """
@@ -102,8 +100,6 @@ def write_random_checkpoint(
         raise ConfigError(f"size must be one of {', '.join(SIZES)} and data_config one of {', '.join(SO100_CONFIGS)}; got '{size}', '{data_config}'.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; expected a directory for the checkpoint, or a name that is free.")
-    if network not in get_args(NetworkName):
-        raise ConfigError(f"network must be one of {', '.join(get_args(NetworkName))}; got '{network}'.")
     config, backbone = network_config(size, published_tokenizer or size == "full", network)
     if network == "n1.7":
         processor, statistics = _processor_n1d7(data_config, frame_offsets)
@@ -113,20 +109,15 @@ def write_random_checkpoint(
     else:
         files = {"eagle2_hg_model/config.json": backbone, "experiment_cfg/metadata.json": _metadata(data_config, resolution)}
         sizes, tokenizer = n1d5.read_config(config, backbone), "eagle2_hg_model/tokenizer.json"
-    unfinished = (out if out.is_dir() else out.parent) / f"{out.name}.unfinished-{os.getpid()}"  # on the same disk: it can be renamed
-    try:
-        if not published_tokenizer:
-            _write_tokenizer(unfinished / tokenizer, sizes.language.image_token_id, network)
-        for name, content in files.items():
-            _write_json(unfinished / name, content)
-        if weights:
-            write_weights(unfinished, sizes, seed, dtype, max_shard_bytes)
-        for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
-            stale.unlink(missing_ok=True)
-        shutil.copytree(unfinished, out, dirs_exist_ok=True, copy_function=os.replace)  # exports and the like stay
-        _write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for stale in (*(out / name for name in _TELLING_FILES), *out.glob("model*.safetensors*")):
+        stale.unlink(missing_ok=True)
+    if not published_tokenizer:
+        _write_tokenizer(out / tokenizer, sizes.language.image_token_id, network)
+    for name, content in files.items():
+        _write_json(out / name, content)
+    if weights:
+        write_weights(out, sizes, seed, dtype, max_shard_bytes)
+    _write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
     return out
 
 
@@ -143,8 +134,7 @@ def checkpoint_in(
     width, height = resolution
     told = ((network, "n1.5"), (data_config, "so100"), (f"seed{seed}", "seed0"), (f"{width}x{height}", "640x480"))
     path = directory / "-".join([name, size, *(text for text, default in told if text != default)])
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    if not ((path / "config.json").exists() and any((path / file).exists() for file in weights)):
+    if not ((path / "config.json").exists() and any(path.glob("model*.safetensors"))):
         write_random_checkpoint(path, size, data_config, resolution, seed=seed, network=network)
     return path
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.contracts import ModalityConfig, Policy
-from gr00t_fast.errors import CheckpointError, ObservationError, require
+from gr00t_fast.errors import CheckpointError, require
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.prompt import find_tokenizer
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
@@ -200,9 +200,9 @@ class ReferencePreprocessing:
         sizes = {(embodiment.cameras[key].height, embodiment.cameras[key].width) for key in config.video_keys}
         if len(sizes) != 1:
             raise CheckpointError(f"the reference takes cameras of one resolution only; this checkpoint was trained with {sorted(sizes)}.")
-        ((self._height, self._width),) = sizes
+        ((height, width),) = sizes
         self._config, vision = config, checkpoint.config.vision
-        self._crop = v2.CenterCrop((int(self._height * _CROP_SCALE), int(self._width * _CROP_SCALE)))
+        self._crop = v2.CenterCrop((int(height * _CROP_SCALE), int(width * _CROP_SCALE)))
         self._resize = v2.Resize((vision.image_size, vision.image_size), interpolation=v2.InterpolationMode.BILINEAR, antialias=True)
         half = [0.5] * 3
         self._images = transformers.SiglipImageProcessorFast(do_resize=False, image_mean=half, image_std=half)
@@ -213,7 +213,7 @@ class ReferencePreprocessing:
         self._state = StateTransform(embodiment)
 
     def __call__(self, observation: dict[str, Any], device: torch.device, dtype: torch.dtype) -> ModelInputs:
-        """Unbatched `video.*` (1, H, W, 3), `state.*` (1, D), instruction as [str]. Raises ObservationError for another frame size."""
+        """Unbatched `video.*` (1, H, W, 3), `state.*` (1, D), instruction as [str]. Frames have the training size."""
         frames = self._frames(observation)
         pixels, ids = self._processor(frames, str(observation[self._config.language_key][0]))
         state = torch.from_numpy(self._state({key: np.asarray(observation[key], np.float64) for key in self._config.state_keys}))
@@ -223,10 +223,6 @@ class ReferencePreprocessing:
     def _frames(self, observation: dict[str, Any]) -> list[np.ndarray]:
         """Bytes (224, 224, 3) per camera. Every step of the reference joins the cameras and parts them again, which copies."""
         views = [np.asarray(observation[key]) for key in self._config.video_keys]
-        for key, view in zip(self._config.video_keys, views, strict=True):
-            if view.shape != (1, self._height, self._width, 3) or view.dtype != np.uint8:
-                expected = f"uint8 of shape (1, {self._height}, {self._width}, 3)"
-                raise ObservationError(f"{key}: the reference takes frames of the training size only: expected {expected}, got {view.shape}.")
         x = (torch.from_numpy(np.concatenate(views)).to(torch.float32) / 255.0).permute(0, 3, 1, 2)  # (C, 3, H, W)
         x = self._crop(torch.cat(list(x.split(1))))
         x = self._resize(torch.cat(list(x.split(1))))  # (C, 3, 224, 224)
@@ -261,20 +257,17 @@ class ReferencePreprocessingPolicy(Policy):
         denoising_steps: int,
     ) -> None:
         checkpoint = open_checkpoint(checkpoint_path)
-        head = checkpoint.config.head
         self.engine, self.denoising_steps = engine, denoising_steps
         self._device, self._dtype = place
-        self._config, self._shape = config, (1, head.action_horizon, head.action_dim)
+        self._config = config
         self.preprocessing = ReferencePreprocessing(checkpoint, embodiment_tag, config, processor_path)
         self._action = ActionTransform(checkpoint.embodiment(embodiment_tag, config))
 
     def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
-        """As `Policy.get_action`, for one unbatched observation. noise: (1, H, A)."""
+        """As `Policy.get_action`, for one unbatched observation. noise: (1, H, A), which has to be given."""
         inputs = self.preprocessing(observation, self._device, self._dtype)
-        start = torch.randn(self._shape) if noise is None else torch.as_tensor(noise, dtype=torch.float32)
-        if tuple(start.shape) != self._shape:
-            raise ObservationError(f"noise: expected shape {self._shape}, got {tuple(start.shape)}.")
-        actions = self.engine.run(inputs, start.to(self._device), self.denoising_steps, StageTimer(self.engine.synchronise))
+        start = torch.as_tensor(noise, dtype=torch.float32).to(self._device)
+        actions = self.engine.run(inputs, start, self.denoising_steps, StageTimer(self.engine.synchronise))
         return {key: rows[0] for key, rows in self._action(actions.float().cpu().numpy()).items()}
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
