@@ -20,7 +20,7 @@ from waiting import until
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli.export import onnx as main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.cpu_runtimes import OnnxRuntimeEngine
+from gr00t_fast.engine.exported import OnnxRuntimeEngine
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.measurement import StageTimer
 

@@ -13,7 +13,7 @@ from random_networks import TINY, edit_json, observation
 from gr00t_fast import load_policy
 from gr00t_fast.cli import export
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.cpu_runtimes import choose_arithmetic
+from gr00t_fast.engine.exported import choose_arithmetic
 from gr00t_fast.errors import ConfigError, EngineError
 
 STEPS = 3

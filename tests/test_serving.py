@@ -28,9 +28,8 @@ from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.errors import ConfigError, ObservationError, ServerError, ServerUnreachableError, WireError
 from gr00t_fast.inputs.observation import flat_observation, nested_observation
 from gr00t_fast.serving import HttpPolicyServer, PolicyClient, PolicyServer
-from gr00t_fast.serving.figures import Figures
 from gr00t_fast.serving.remote import RemotePolicy
-from gr00t_fast.serving.service import Service, check_free
+from gr00t_fast.serving.service import Figures, Service, check_free
 
 FUZZ_MESSAGES = int(os.environ.get("GR00T_FAST_FUZZ_MESSAGES") or 500)
 FUZZ_BATCH = 100

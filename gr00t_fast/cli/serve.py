@@ -17,8 +17,7 @@ from gr00t_fast.cli.run import RunConfig
 from gr00t_fast.cli.shared_flags import PolicyFlags
 from gr00t_fast.errors import ConfigError, ServerError, require
 from gr00t_fast.serving.client import PING_TIMEOUT_S, PolicyClient
-from gr00t_fast.serving.figures import status_line
-from gr00t_fast.serving.service import check_free
+from gr00t_fast.serving.service import check_free, status_line
 from gr00t_fast.serving.wire import tcp_address
 
 

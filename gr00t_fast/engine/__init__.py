@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from gr00t_fast.engine.cpu_runtimes import OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.cuda_graph import check_device, compiled_engine, cuda_graph_engine
 from gr00t_fast.engine.eager import PRECISIONS, Continuation, EagerEngine, Engine, PolicyInputs, check_own_engine, prefix_weights, warming_up
-from gr00t_fast.engine.exported import ExportedEngine
+from gr00t_fast.engine.exported import ExportedEngine, OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.manifest import Target
 from gr00t_fast.engine.quantized import prepare_fp8
 from gr00t_fast.engine.tensorrt import TensorRTEngine

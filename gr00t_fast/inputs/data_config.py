@@ -1,26 +1,30 @@
 """Which cameras and joints a fine-tune was trained on, in NVIDIA's naming, and how their numbers are normalised.
 
 A DataConfig is NVIDIA's class of the same purpose without the transform objects. A user's own class is passed as `module:ClassName`: one
-that was written for NVIDIA's package is read by what its `transform()` does (nvidia_config.py), one that holds key lists alone as it is.
+that was written for NVIDIA's package is read by what its `transform()` does, one that holds key lists alone as it is.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.inputs.nvidia_config import DEFAULT_ACTION_INDICES, check_present_only, published_class, read_steps, stand_ins
 
 # The modes of the reference's Normalizer; "sin_cos" is its StateActionSinCosTransform, "none" a part that no transform normalises.
 NORMALISATIONS = ("min_max", "q99", "mean_std", "binary", "sin_cos", "none")
 DEFAULT_DATA_CONFIG = "so100"  # of an N1.5 checkpoint
 DEFAULT_NORMALISATION = "min_max"  # what NVIDIA's SO-100 data configs use for every part
+DEFAULT_ACTION_INDICES = tuple(range(16))
 DEFAULT_LANGUAGE_KEY = "annotation.human.task_description"
 
 
@@ -205,3 +209,236 @@ def _bare(source: Any) -> str:
     lines = [f"    {name} = {value}" for name, value in {**lists, "normalisation": modes}.items()]
     what = f"A class of key lists needs no import; MODE is what its transform() does to the part, one of {', '.join(NORMALISATIONS)}:"
     return "\n".join([what, "class MyRobot:", *lines])
+
+
+# --- classes written for NVIDIA's package ----------------------------------------------------------------------------------------------------
+#
+# Such a class says in `modality_config()` which keys there are, and in `transform()` what is done to them. While it is imported and called, the
+# modules `gr00t.*` are stand-ins whose classes keep what their constructors were given and do nothing. Every step is then compared with what
+# this library computes; one that is anything else is refused by name. The steps and their defaults are those of Isaac-GR00T's branch
+# n1.5-release (gr00t/data/transform, gr00t/model/transforms.py).
+
+_PACKAGE = "gr00t"
+_CONFIG_MODULE = "gr00t.experiment.data_config"
+_PRESENT = [0]  # observation_indices of every published configuration
+
+# What evaluation does to pictures, in order, with the settings that `model.vision.pixel_values` has.
+_PICTURE_STEPS: dict[str, dict[str, Any]] = {
+    "VideoToTensor": {},
+    "VideoCrop": {"scale": 0.95},
+    "VideoResize": {"height": 224, "width": 224},
+    "VideoToNumpy": {},
+}
+_PICTURE_DEFAULTS = {"backend": "torchvision", "interpolation": "linear", "antialias": True, "height": None, "width": None}
+_TRAINING_STEPS = {  # augmentations: in evaluation they hand on what they are given
+    *("VideoColorJitter", "VideoRandomRotation", "VideoHorizontalFlip", "VideoGrayscale", "VideoRandomGrayscale", "VideoRandomPosterize"),
+    *("StateActionPerturbation", "StateActionDropout"),
+}
+_JOINT_STEPS = {  # name -> the settings that are understood
+    "StateActionToTensor": {"apply_to"},
+    "StateActionTransform": {"apply_to", "normalization_modes", "target_rotations"},
+    "StateActionSinCosTransform": {"apply_to"},
+}
+_CONCAT, _MODEL = "ConcatTransform", "GR00TTransform"
+_ORDERS = {"video": "video_concat_order", "state": "state_concat_order", "action": "action_concat_order"}
+_MODEL_SETTINGS = {  # widths are the checkpoint's, and the language settings act in training only
+    *("state_horizon", "action_horizon", "max_state_dim", "max_action_dim", "max_length"),
+    *("default_instruction", "language_dropout_prob", "formalize_language", "apply_to"),
+}
+
+
+class Step:
+    """Stands for any class of the `gr00t` package: an instance has the keyword arguments that it was made with as attributes."""
+
+    def __init__(self, **settings: Any) -> None:
+        vars(self).update(settings)
+
+
+def step(name: str, **settings: Any) -> Step:
+    """An instance of a stand-in class of that name."""
+    return type(name, (Step,), {})(**settings)
+
+
+class BaseDataConfig:
+    """Stands for the class of that name which users' configurations derive from."""
+
+    def modality_config(self: Any) -> dict[str, Step]:
+        seen = getattr(self, "observation_indices", _PRESENT)
+        keys = {"video": self.video_keys, "state": self.state_keys, "action": self.action_keys, "language": self.language_keys}
+        indices = dict.fromkeys(keys, seen) | {"action": getattr(self, "action_indices", list(DEFAULT_ACTION_INDICES))}
+        return {name: step("ModalityConfig", delta_indices=indices[name], modality_keys=keys[name]) for name in keys}
+
+
+def published_class(name: str, config: Any) -> type:
+    """Stands for one of NVIDIA's own configurations, for users' classes that derive from it: the key lists of a DataConfig, and a transform that
+    normalises every part by min_max."""
+
+    def transform(self: Any) -> Step:
+        parts = (self.action_keys, self.state_keys)
+        joints = [step("StateActionTransform", apply_to=keys, normalization_modes=dict.fromkeys(keys, "min_max")) for keys in parts]
+        pictures = [step(picture, apply_to=self.video_keys, **settings) for picture, settings in _PICTURE_STEPS.items()]
+        orders = {_ORDERS["video"]: self.video_keys, _ORDERS["state"]: self.state_keys, _ORDERS["action"]: self.action_keys}
+        return step("ComposedModalityTransform", transforms=[*pictures, *joints, step(_CONCAT, **orders), step(_MODEL)])
+
+    lists = {name: list(getattr(config, name)) for name in ("video_keys", "state_keys", "action_keys")}
+    return type(name, (BaseDataConfig,), {**lists, "language_keys": [config.language_key], "transform": transform})
+
+
+class _Package(ModuleType):
+    """A module whose every capitalised name is a stand-in class; other names are its modules."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = type(name, (Step,), {"__module__": self.__name__}) if name[0].isupper() else importlib.import_module(f"{self.__name__}.{name}")
+        setattr(self, name, made)
+        return made
+
+
+class _Finder(MetaPathFinder, Loader):
+    def __init__(self, published: Mapping[str, Any]) -> None:
+        self._published = published
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == _PACKAGE else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Package(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__name__ == _CONFIG_MODULE:
+            vars(module).update(self._published, BaseDataConfig=BaseDataConfig)
+
+
+@contextmanager
+def stand_ins(published: Mapping[str, Any], user_package: str) -> Iterator[None]:
+    """Inside, `gr00t` and its modules are stand-ins, installed or not: the real ones load a tokenizer and pytorch3d, and reading needs neither.
+
+    published: names of gr00t.experiment.data_config besides BaseDataConfig. Afterwards the stand-ins and the modules of `user_package` that
+    were imported with them are forgotten. A process that has imported the real `gr00t` keeps it: its objects have the same attributes.
+    """
+    if _PACKAGE in sys.modules:
+        yield
+        return
+    finder, before = _Finder(published), set(sys.modules)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        new = set(sys.modules) - before
+        if _PACKAGE in new:
+            for name in new:
+                if name.split(".")[0] in (_PACKAGE, user_package):
+                    del sys.modules[name]
+
+
+def read_steps(source: Any) -> dict[str, Any]:
+    """Fields of a DataConfig from an object with NVIDIA's `modality_config()` and `transform()`.
+
+    Raises ConfigError that names the first setting or step which is not what this library computes.
+    """
+    steps = list(source.transform().transforms)
+    keys, action_indices = _modalities(source.modality_config())
+    names = [type(each).__name__ for each in steps]
+    unknown = [name for name in names if name not in {*_PICTURE_STEPS, *_TRAINING_STEPS, *_JOINT_STEPS, _CONCAT, _MODEL}]
+    if unknown:
+        raise ConfigError(f"its transform() has the step {', '.join(unknown)}, and what that computes is not known here")
+    _check_pictures([(name, each) for name, each in zip(names, steps, strict=True) if name in _PICTURE_STEPS], keys["video"])
+    modes = _modes([(name, each) for name, each in zip(names, steps, strict=True) if name in _JOINT_STEPS], keys)
+    if [name for name in names if name in (_CONCAT, _MODEL)] != names[-2:] or names[-2:] != [_CONCAT, _MODEL]:
+        raise ConfigError(f"its transform() is expected to end with one {_CONCAT} and one {_MODEL}")
+    orders = _orders(steps[-2], keys)
+    _check_model_step(steps[-1], len(action_indices))
+    return {
+        **{f"{modality}_keys": tuple(order) for modality, order in orders.items()},
+        "language_key": keys["language"][0],
+        "action_indices": tuple(action_indices),
+        "normalisation": modes,
+    }
+
+
+def _modalities(config: Mapping[str, Any]) -> tuple[dict[str, list[str]], list[int]]:
+    keys = {name: list(modality.modality_keys) for name, modality in config.items()}
+    if set(keys) != {*_ORDERS, "language"}:
+        raise ConfigError(f"its modality_config() has {', '.join(keys)}; expected video, state, action and language")
+    for modality in ("video", "state"):
+        check_present_only(list(config[modality].delta_indices))
+    if len(keys["language"]) != 1:
+        raise ConfigError(f"expected one language key, got {keys['language']}")
+    return keys, list(config["action"].delta_indices)
+
+
+def check_present_only(observation_indices: Sequence[int]) -> None:
+    """Raises ConfigError for a history of frames."""
+    if list(observation_indices) != _PRESENT:
+        raise ConfigError(f"observation_indices {list(observation_indices)} are not supported (a history of observations); expected [0]")
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """What a step was made with; of a real one, which is a pydantic model, what differs from its class's defaults."""
+    if isinstance(given, Step):
+        return dict(vars(given))
+    return {name: getattr(given, name) for name in given.model_fields_set}
+
+
+def _check_pictures(steps: Sequence[tuple[str, Any]], keys: Sequence[str]) -> None:
+    names = [name for name, _ in steps]
+    if names != list(_PICTURE_STEPS):
+        raise ConfigError(
+            f"its transform() treats pictures with {', '.join(names) or 'nothing'}; supported is {', '.join(_PICTURE_STEPS)}, in this order"
+        )
+    for name, each in steps:
+        settings = {"training": True, **_settings(each)}
+        expected = {**_PICTURE_DEFAULTS, **_PICTURE_STEPS[name], "apply_to": list(keys), "training": settings["training"]}
+        for setting, value in settings.items():
+            found, supported = (sorted(each) if setting == "apply_to" else each for each in (value, expected.get(setting, ...)))
+            if found != supported:
+                instead = "" if supported is ... else f"; supported is {supported}"
+                raise ConfigError(f"its {name} has {setting}={value}{instead}")
+        missing = [setting for setting in _PICTURE_STEPS[name] if setting not in settings]
+        if missing:
+            raise ConfigError(f"its {name} does not say {', '.join(missing)}")
+
+
+def _modes(steps: Sequence[tuple[str, Any]], keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Key -> mode; "none" for a part that no step normalises, as the reference has it."""
+    modes: dict[str, str] = {}
+    for name, each in steps:
+        settings = _settings(each)
+        if other := sorted(set(settings) - _JOINT_STEPS[name] - {"training"}):
+            raise ConfigError(f"its {name} has {', '.join(other)}, which is not supported")
+        if rotations := settings.get("target_rotations"):
+            raise ConfigError(
+                f"its {name} has target_rotations ({', '.join(f'{key} to {to}' for key, to in rotations.items())}); rotations are not supported"
+            )
+        for key in settings.get("apply_to", ()):
+            mode = "sin_cos" if name == "StateActionSinCosTransform" else settings.get("normalization_modes", {}).get(key)
+            if mode is not None and key in modes:
+                raise ConfigError(f"its transform() changes '{key}' twice ({modes[key]}, {mode}); expected one step for each part")
+            if mode is not None:
+                modes[key] = str(mode)
+    return {key: modes.get(key, "none") for key in (*keys["state"], *keys["action"])}
+
+
+def _orders(concat: Any, keys: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The order in which pictures and parts reach the network is the concatenation's, not modality_config's."""
+    settings = _settings(concat)
+    if other := sorted(set(settings) - {*_ORDERS.values(), "apply_to", "training"}):
+        raise ConfigError(f"its {_CONCAT} has {', '.join(other)}, which is not supported")
+    orders = {modality: list(settings.get(name) or ()) for modality, name in _ORDERS.items()}
+    for modality, order in orders.items():
+        if sorted(order) != sorted(keys[modality]):
+            raise ConfigError(
+                f"its {_CONCAT} joins {modality} from {', '.join(order) or 'nothing'}; modality_config() has {', '.join(keys[modality])}"
+            )
+    return orders
+
+
+def _check_model_step(model: Any, actions: int) -> None:
+    settings = _settings(model)
+    if other := sorted(set(settings) - _MODEL_SETTINGS - {"training"}):
+        raise ConfigError(f"its {_MODEL} has {', '.join(other)}, which is not supported")
+    for name, expected in (("state_horizon", 1), ("action_horizon", actions)):
+        if settings.get(name, expected) != expected:
+            raise ConfigError(f"its {_MODEL} has {name}={settings[name]}, but modality_config() has {expected}")

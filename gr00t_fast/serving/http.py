@@ -34,7 +34,6 @@ import numpy as np
 from gr00t_fast.contracts import Policy
 from gr00t_fast.errors import Gr00tFastError, ServerError, WireError, require
 from gr00t_fast.inputs.observation import LEROBOT_TASK
-from gr00t_fast.serving.figures import reason_of
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     DEFAULT_HOST,
@@ -42,6 +41,7 @@ from gr00t_fast.serving.service import (
     PolicyServerBase,
     Service,
     listen_on_tcp,
+    reason_of,
     string_keyed,
 )
 from gr00t_fast.serving.wire import decode, encode_openpi, from_json, metadata_to_message, to_json

@@ -18,7 +18,6 @@ import numpy as np
 from gr00t_fast.contracts import ActionPrefix, Policy
 from gr00t_fast.errors import ServerError, WireError, require
 from gr00t_fast.inputs.observation import is_nested, nested_actions
-from gr00t_fast.serving.figures import reason_of
 from gr00t_fast.serving.service import (
     BUDGET_MESSAGES,
     DEFAULT_HOST,
@@ -27,6 +26,7 @@ from gr00t_fast.serving.service import (
     Service,
     cannot_listen,
     check_free,
+    reason_of,
     string_keyed,
 )
 from gr00t_fast.serving.wire import (
