@@ -16,7 +16,6 @@ from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
 from gr00t_fast.contracts import LandingReport, Observation
-from gr00t_fast.control.controller import ControllerOptions
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.loop import ControlLoop
 from gr00t_fast.control.pacer import SAME_STOP_S, StopRequested, StopSignals
@@ -298,15 +297,6 @@ def test_after_an_outage_steps_are_limited_from_where_the_arm_is(event: str, mom
     bench.loop.run()
     index = 8 if moment == "observe" else 9
     assert np.abs(robot.sent[index][1] - sagged[0]).max() <= STEP + 1e-9
-
-
-@pytest.mark.parametrize("overlapped", [False, True])
-def test_a_long_run_says_every_few_seconds_that_it_lives(overlapped: bool) -> None:
-    bench = Bench(timeout_s=12.0, control=ControllerOptions("threaded") if overlapped else None, inference_s=0.2 if overlapped else 0.0)
-    bench.loop.run()
-    progress = [line for line in bench.said if " ticks (" in line]
-    assert [line.split(":")[0] for line in progress] == ["5 s", "10 s"]
-    assert "0 missed, 0 waiting for inference)" in progress[0]
 
 
 def test_handles_signals_itself_when_nobody_else_does() -> None:

@@ -74,15 +74,6 @@ def test_the_terminal_is_as_before_afterwards(terminal: tuple[int, int]) -> None
     assert termios.tcgetattr(program) == before
 
 
-def test_a_terminal_that_goes_away_gives_no_more_keys() -> None:
-    person, program = pty.openpty()
-    with Keys(program) as keys:
-        os.close(person)
-        assert keys.poll() == []
-        assert keys.poll() == []
-    os.close(program)
-
-
 class Fingers:
     """Keys pressed at given ticks, in place of a terminal's."""
 
@@ -159,12 +150,6 @@ def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[s
     assert bench.loop.trace.episodes == episodes
     if not pressed:
         assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
-
-
-def test_a_key_held_down_is_one_press() -> None:
-    """The right arrow that ended the first episode does not end the second one too."""
-    _, recorder = played({10: [RIGHT], **{poll: [RIGHT] for poll in range(25, 40)}}, episodes=2)
-    assert [told[1] for told in recorder.told if told[0] == "end"][1] > 5
 
 
 def test_escape_ends_the_run_and_the_episode_is_kept() -> None:

@@ -203,27 +203,6 @@ def test_what_is_no_stall(what: str) -> None:
     assert not arm.said
 
 
-def test_one_reading_is_none_however_old_it_gets() -> None:
-    arm = Arm()
-    arm.blocked[ELBOW] = True
-    arm.play(ahead(ELBOW, 60), ticks=POLL_TICKS + 1)
-    arm.asked[ELBOW] = False  # its servo does not answer any more
-    try:
-        arm.play(ahead(ELBOW, 60), ticks=300)
-    except UnsafeActionError as error:
-        assert "elbow_flex" in str(error), "the limit for arms without such readings"  # noqa: PT017
-    assert arm.safety.blocked.count[ELBOW] == 0
-
-
-@pytest.mark.parametrize("options", [{"stall_after_s": None}, {"stall_load_percent": None, "stall_current_ma": None}])
-def test_without_limits_the_joint_pushes_on_until_the_run_ends(options: dict) -> None:
-    arm = Arm(**options)
-    arm.blocked[ELBOW] = True
-    with pytest.raises(UnsafeActionError, match="elbow_flex"):
-        arm.play(ahead(ELBOW, 60), ticks=300)
-    assert arm.goal[ELBOW] == 15.0
-
-
 # In the loop
 
 
