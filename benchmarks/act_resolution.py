@@ -40,13 +40,9 @@ class NetworkAtResolutions:
         generator = np.random.default_rng(setting.seed)
         self._arm: Any = build_act(setting) if network == "act" else build_smolvla(setting)
         self._observations = {size: observation_of(replace(setting, resolution=size), generator) for size in sizes}
-        self._network, self._device, self._batch = network, setting.device, batch
+        self._network, self._device, self._batch, self.parameters = network, setting.device, batch, self._arm.parameters
         preset = self._arm.policy.config.get_optimizer_preset()
         self._optimizer, self._clip_norm = preset.build(self._arm.policy.get_optim_params()), preset.grad_clip_norm
-
-    @property
-    def parameters(self) -> int:
-        return self._arm.parameters
 
     def refill_ms(self, size: program.Size) -> float:
         """From uint8 frames and joints to the first action of a new chunk on the host."""

@@ -143,13 +143,12 @@ def paced(policy: Gr00tPolicy, bench: LaboratoryBench) -> list[float]:
 
 
 def as_table(result: dict[str, Any]) -> str:
-    return "\n".join([*table_rows(result, partial(_more_rows, result)), verdict(result, apart_from=REFERENCE)])
+    def at_rate(arm: Mapping[str, Any]) -> list[str]:
+        times = arm.get("at_hz_ms")
+        line = times and f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {times['p50']:.3f}, p99 {times['p99']:.3f} ms"
+        return [line] if line else []
 
-
-def _more_rows(result: dict[str, Any], arm: Mapping[str, Any]) -> list[str]:
-    if not arm.get("at_hz_ms"):
-        return []
-    return [f"{'':<18} at {result['at_hz']:g} Hz, idle in between: p50 {arm['at_hz_ms']['p50']:.3f}, p99 {arm['at_hz_ms']['p99']:.3f} ms"]
+    return "\n".join([*table_rows(result, at_rate), verdict(result, apart_from=REFERENCE)])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.measurement import percentiles
 
 CAMERAS, JOINTS, TASK, WIDTH, HEIGHT = ("front", "wrist"), 6, "Place the block in the bowl", 640, 480
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass
@@ -49,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, Any]:
     """A directory as lerobot saves it; and lerobot's policy, pre- and postprocessor."""
-    import torch
     from lerobot.configs.types import FeatureType, PolicyFeature
     from lerobot.policies.groot.configuration_groot import GrootConfig
     from lerobot.policies.groot.modeling_groot import GrootPolicy
     from lerobot.policies.groot.processor_groot import make_groot_pre_post_processors
     from safetensors.torch import load_file, save_file
+
+    from gr00t_fast.engine import PRECISIONS
 
     base, directory = config.out / f"base-{config.size}", config.out / f"policy-{config.size}"
     if (base / "backbone_config.json").exists():  # other sizes than those that lerobot holds
@@ -64,11 +64,9 @@ def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, 
         (base / "config.json").write_text(json.dumps({**told, "model_name": str(base / "backbone")}))
     inputs = {f"observation.images.{camera}": PolicyFeature(FeatureType.VISUAL, (3, HEIGHT, WIDTH)) for camera in CAMERAS}
     inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (JOINTS,))
+    features = {"input_features": inputs, "output_features": {"action": PolicyFeature(FeatureType.ACTION, (JOINTS,))}}
     own = {"model_params_fp32": config.precision == "fp32"} if n1d7 else {}
-    outputs = {"action": PolicyFeature(FeatureType.ACTION, (JOINTS,))}
-    settings = GrootConfig(
-        input_features=inputs, output_features=outputs, device="cpu", base_model_path=str(base), use_bf16=config.precision == "bf16", **own
-    )
+    settings = GrootConfig(**features, device="cpu", base_model_path=str(base), use_bf16=config.precision == "bf16", **own)
     statistics = {key: {"min": np.full(JOINTS, -90.0), "max": np.full(JOINTS, 90.0)} for key in ("observation.state", "action")}
     policy = GrootPolicy(settings).eval()
     if config.precision == "fp32" and not n1d7:
@@ -86,7 +84,7 @@ def make_policy(config: BenchLerobotFlags, n1d7: bool) -> tuple[Path, Any, Any, 
     if not (directory / "model.safetensors").exists():
         weights = {f"_groot_model.{name}": tensor for file in sorted(base.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
         save_file(weights, directory / "model.safetensors")
-    return directory, policy.to(getattr(torch, PRECISIONS[config.precision])), *processors
+    return directory, policy.to(PRECISIONS[config.precision]), *processors
 
 
 def prepare_lerobot(config: BenchLerobotFlags, n1d7: bool) -> None:
@@ -122,7 +120,6 @@ def prepare_lerobot(config: BenchLerobotFlags, n1d7: bool) -> None:
 
 def measure(config: BenchLerobotFlags) -> program.Result:
     """Raises MissingExtraError without lerobot's GR00T."""
-    program.make_directory(config.out)
     config.out = config.out.resolve()
     os.environ.setdefault("HF_LEROBOT_HOME", str(config.out / "lerobot"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(config.out / "hf")}

@@ -38,7 +38,6 @@ from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.robot import SimArm
@@ -429,7 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> dict[str, Any]:
     cells, seeds = cells_of(config), seeds_of(config)
-    check_network(config)
+    read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)  # refuses another robot or camera; who trained it cannot be told
+    scene_xml("reach", config.servo_lag_ms)
     log = EpisodeLog(config.out, conditions_of(config))
     jobs = [(config, *piece) for piece in log.missing(cells, seeds)]
     os.environ["OMP_NUM_THREADS"] = "1"  # the processes to come share the cores among them
@@ -453,19 +453,6 @@ def row_of(cell: Cell, seeds: Sequence[int], log: EpisodeLog, config: Config) ->
         return asdict(cell) | {"refused": log.refused[cell]}
     played = {seed: log.outcomes[cell][seed] for seed in seeds}
     return asdict(cell) | figures_of(played, config.episode_s, config.deadlines_s)
-
-
-def check_network(config: Config) -> None:
-    """Before processes begin. Raises ConfigError for a checkpoint of another robot or other cameras; whether it was trained in this simulator cannot
-    be told."""
-    try:
-        read_policy_metadata(str(config.model_path), EMBODIMENT_TAG, DATA_CONFIG)
-    except ConfigError as error:
-        raise ConfigError(
-            f"--model_path={config.model_path}: expected a network with the embodiment {EMBODIMENT_TAG} and the camera "
-            f"{', '.join(DATA_CONFIGS[DATA_CONFIG].video_keys)} that was trained in this simulator, as checkpoints/so100-sim-reach. {error}"
-        ) from error
-    scene_xml("reach", config.servo_lag_ms)
 
 
 def conditions_of(config: Config) -> dict[str, Any]:

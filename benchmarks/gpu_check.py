@@ -32,7 +32,8 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
-from benchmarks.lib.program import provenance, read_flags
+from benchmarks.lib.program import read_flags
+from gr00t_fast.measurement import provenance
 
 # --- what is promised of an H200 -----------------------------------------------------------------------------------------------------------
 
@@ -232,11 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def has_gpu() -> bool:
-    if not _is_there("torch"):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return _is_there("torch") and importlib.import_module("torch").cuda.is_available()
 
 
 def _is_there(package: str) -> bool:

@@ -62,9 +62,6 @@ def advise(p99_s: float, fps: float, actions_per_chunk: int) -> dict[str, Any]:
         "needed_actions_per_chunk": needed,
         "actions_per_chunk": actions_per_chunk,
         "controller": "threaded" if bridges and not sync else "sync",
-        "bridges": bridges,
-        "sync_is_enough": sync,
-        "sync_pause_ticks_per_chunk": 0 if sync else delay,
         "highest_fps_without_pauses": math.floor(10 * max(longest / p99_s, 1 / (p99_s + SYNC_MARGIN_S)) + 1e-6) / 10,  # with overlap or without
         "reason": reason,
     }
@@ -92,12 +89,11 @@ def run(arguments: Config) -> dict[str, Any]:
 
 def as_table(result: dict[str, Any]) -> str:
     p = result["latency_ms"]
-    names = {"delay, ticks": "delay_ticks", "needed actions": "needed_actions_per_chunk", "has": "actions_per_chunk", "controller": "controller"}
-    names |= {"highest fps without pauses": "highest_fps_without_pauses"}
-    rows = [(f"{row['fps']:g}", *(row[key] for key in names.values())) for row in result["advice"]]
+    keys = ("delay_ticks", "needed_actions_per_chunk", "actions_per_chunk", "controller", "highest_fps_without_pauses")
+    rows = [(f"{row['fps']:g}", *(row[key] for key in keys)) for row in result["advice"]]
     measured = f"latency p50 {p['p50']:.1f} ms, p95 {p['p95']:.1f} ms, p99 {p['p99']:.1f} ms ({result['weights']})"
     reasons = "\n".join(f"* {row['fps']:g} Hz: {row['reason']}." for row in result["advice"])
-    return "\n\n".join([measured, program.markdown_table(("fps", *names), rows), reasons])
+    return "\n\n".join([measured, program.markdown_table(("fps", *keys), rows), reasons])
 
 
 @dataclass

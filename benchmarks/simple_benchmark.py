@@ -8,8 +8,8 @@ read from the queue before it, never guessed from its duration. Weights are rand
 uint8 frames and joints and end with an action on the host.
 
 Unlike in the other benchmarks arms do NOT take turns: each runs alone in a process of its own, so that its memory is its own. On a busy machine only
-large ratios mean something. What else is not compared: `NOTES`. A policy that cannot be built or warmed up is told in its row, the others are
-measured, and the exit code is 1.
+large ratios mean something. What else is not compared: `NOTES`. A policy that cannot be built, or fails at a
+call, is told in its row, the others are measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class Config(Flags):
     policies: list[Name] = field(default_factory=lambda: list(BUILDERS))  # which to measure
     published: bool = False  # the published sizes instead of small networks
     rounds: int = 210  # calls per policy, one action each
-    max_minutes: float = 10.0  # at most this long per policy, without building it; what was cut is said
     cameras: Literal[1, 2] = 2  # pictures of one observation
     resolution: str = "640x480"  # of the cameras, WIDTHxHEIGHT
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # of SmolVLA's language model and GR00T; the others run in fp32
@@ -61,11 +60,7 @@ class Config(Flags):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return finish("simple_benchmark", read_flags(Config, argv, __doc__), run, as_table, exit_code=exit_code)
-
-
-def exit_code(result: dict[str, Any]) -> int:
-    return 1 if result["not_measured"] or any(policy["failures"] for policy in result["policies"].values()) else 0
+    return finish("simple_benchmark", read_flags(Config, argv, __doc__), run, as_table, exit_code=lambda result: int(bool(result["not_measured"])))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -82,13 +77,8 @@ def run(config: Config) -> dict[str, Any]:
         except _FAULTS as error:
             not_measured[name] = f"{type(error).__name__}: {error}"
     return {
-        "benchmark": "simple_benchmark",
-        "published_sizes": setting.published,
-        "device": str(device),
-        "dtype_asked": str(setting.dtype).removeprefix("torch."),
-        "cameras": len(setting.cameras),
-        "resolution": list(setting.resolution),
-        "control_hz": CONTROL_HZ,
+        **{"benchmark": "simple_benchmark", "published_sizes": setting.published, "device": str(device), "control_hz": CONTROL_HZ},
+        **{"dtype_asked": str(dtype).removeprefix("torch."), "cameras": len(cameras), "resolution": list(setting.resolution)},
         "policies": policies,
         "not_measured": not_measured,
         "notes": NOTES,
@@ -109,7 +99,7 @@ def measure(name: str, setting: Setting, config: Config) -> dict[str, Any]:
         arm.reset()
         arm.act(observation)
     arm.reset()
-    times, failures, stopped_early = time_calls(arm, observations, config)
+    times = time_calls(arm, observations, config.rounds)
     return {
         "name": name,
         "network": arm.name,
@@ -120,34 +110,19 @@ def measure(name: str, setting: Setting, config: Config) -> dict[str, Any]:
         "build_s": round(built_s, 2),
         **{f"{kind}_ms": percentiles(times["step"] + times["refill"] if kind == "all" else times[kind]) for kind in _KINDS},
         "amortised_ms_per_tick": amortised_ms(times, arm.actions_per_chunk),
-        "success_rate": round(1 - len(failures) / max(sum(map(len, times.values())) + len(failures), 1), 4),
-        "failures": failures[:5],
-        "stopped_early": stopped_early,
     }
 
 
-def time_calls(arm: Arm, observations: list[dict[str, Any]], config: Config) -> tuple[dict[str, list[float]], list[str], bool]:
-    """ms of each call, by what it was. A call that raises or gives anything but finite joints is a failure, and is told."""
+def time_calls(arm: Arm, observations: list[dict[str, Any]], rounds: int) -> dict[str, list[float]]:
+    """ms of each call, by what it was. Raises what a call raises, and ValueError for anything but finite joints."""
     times: dict[str, list[float]] = {"step": [], "refill": []}
-    failures: list[str] = []
-    deadline_s = time.monotonic() + 60 * config.max_minutes
-    for number in range(config.rounds):
-        kind = "step" if arm.waiting else "refill"
-        began_s = time.perf_counter()
-        try:
-            action = arm.act(observations[number % len(observations)])
-        except _FAULTS as error:
-            failures.append(f"call {number}: {type(error).__name__}: {error}")
-            arm.reset()
-        else:
-            taken_ms = 1000 * (time.perf_counter() - began_s)
-            if action.shape == (JOINTS,) and np.isfinite(action).all():
-                times[kind].append(taken_ms)
-            else:
-                failures.append(f"call {number}: expected {JOINTS} finite joints, got {action}")
-        if time.monotonic() > deadline_s:
-            return times, failures, True
-    return times, failures, False
+    for number in range(rounds):
+        kind, began_s = "step" if arm.waiting else "refill", time.perf_counter()
+        action = arm.act(observations[number % len(observations)])
+        times[kind].append(1000 * (time.perf_counter() - began_s))
+        if action.shape != (JOINTS,) or not np.isfinite(action).all():
+            raise ValueError(f"call {number}: expected {JOINTS} finite joints, got {action}")
+    return times
 
 
 def amortised_ms(times: dict[str, list[float]], chunk: int) -> float | None:
@@ -166,14 +141,13 @@ def memory_bytes(device: torch.device) -> int:
 def as_table(result: dict[str, Any]) -> str:
     calls, facts = [], []
     for p in result["policies"].values():
-        label = p["name"] + "*" * p["stopped_early"]
         for kind in _KINDS:
             found = p[f"{kind}_ms"] or {"count": 0}
-            calls.append((label, kind, found["count"], *(figure(found.get(name)) for name in _FIGURES)))
+            calls.append((p["name"], kind, found["count"], *(figure(found.get(name)) for name in _FIGURES)))
         sizes = (f"{p['parameters']:,}", f"{p['memory_bytes'] / 1e6:.0f}", p["actions_per_chunk"])
-        facts.append((label, f"{p['network']}, {p['dtype']}", *sizes, figure(p["amortised_ms_per_tick"]), f"{100 * p['success_rate']:.1f}%"))
+        facts.append((p["name"], f"{p['network']}, {p['dtype']}", *sizes, figure(p["amortised_ms_per_tick"])))
     parts = [markdown_table(("policy", "call", "count", *(f"{name}, ms" for name in _FIGURES)), calls, 2)]
-    parts.append(markdown_table(("policy", "network", "parameters", "memory MB", "chunk", "ms per tick", "success"), facts, 2))
+    parts.append(markdown_table(("policy", "network", "parameters", "memory MB", "chunk", "ms per tick"), facts, 2))
     return "\n\n".join([*parts, "\n".join(f"* {line}" for line in sentences(result))])
 
 
@@ -193,9 +167,6 @@ def sentences(result: dict[str, Any]) -> Iterator[str]:
         if p["refill_ms"]:
             ticks = p["refill_ms"]["p50"] * result["control_hz"] / 1000
             yield f"{p['name']}: a refill takes {ticks:.1f} ticks at {result['control_hz']:g} Hz{': the arm waits' if ticks > 1 else ''}"
-        if p["stopped_early"]:
-            yield f"{p['name']}*: stopped by --max_minutes before all --rounds calls were made"
-        yield from (f"{p['name']}: {failure}" for failure in p["failures"])
     yield from (f"note: {note}" for note in result["notes"])
 
 

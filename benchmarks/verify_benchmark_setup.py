@@ -5,10 +5,7 @@
 A policy that cannot be built is told in its row, with what to install. Exit code 0 when every policy answered. Nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
@@ -16,10 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from benchmarks import simple_benchmark
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else list(argv)
+def main(words: list[str]) -> int:
     return simple_benchmark.main(["--rounds=2", "--out=outputs/verify_benchmark_setup", *words])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

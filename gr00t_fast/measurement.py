@@ -6,11 +6,12 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _PACKAGES = (
     *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "mujoco-core", "opencv-python-headless"),
     *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt_rtx", "tensorrt"),
 )
+
+# A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
+_DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
 
 
 class StageTimer:
@@ -124,6 +128,11 @@ def command_line() -> str:
     return shlex.join(sys.argv)
 
 
+def without_machine_paths(words: Sequence[str]) -> str:
+    """The words as a shell would need them, absolute paths shortened to their last name: fit to be published."""
+    return shlex.join(_DIRECTORIES.sub(r"\1", word.rstrip("/")) for word in words)
+
+
 def provenance() -> dict[str, Any]:
     """Where a result comes from."""
-    return {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": command_line()}
+    return {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": without_machine_paths(sys.argv)}

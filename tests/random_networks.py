@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.lib import random_checkpoint as rc
+from benchmarks.lib.random_checkpoint import write_json
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t, ModelInputs
@@ -114,11 +115,6 @@ def write_network_n1d7(
     config, backbone = (json.loads((directory / name).read_text()) for name in ("config.json", BACKBONE_FILE))  # lists, as files hold them
     rc.write_weights(directory, n1d7.read_config(config, backbone), seed, dtype, shard_bytes)
     return directory
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 def edit_json(file: Path, dotted: str, value: Any) -> None:

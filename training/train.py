@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.lib.program import check_counts, drawing, provenance
+from benchmarks.lib.program import check_counts, drawing
 from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.pacer import StopSignals
@@ -39,6 +39,7 @@ from gr00t_fast.files import atomic_write
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.prompt import PromptEncoder
 from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
+from gr00t_fast.measurement import provenance
 from gr00t_fast.model import ModelConfig, ModelInputs
 from gr00t_fast.networks import n1d5
 from gr00t_fast.robots.sim.scene import GRIPPER

@@ -6,7 +6,6 @@ host, and says whether an action was waiting in its queue. lerobot's loop conver
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.lib.random_checkpoint import byte_tokenizer, checkpoint_in
+from benchmarks.lib.random_checkpoint import byte_tokenizer, checkpoint_in, write_json
 from gr00t_fast.errors import require
 
 JOINTS = 6
@@ -195,14 +194,10 @@ def write_smolvlm(directory: Path, published: bool) -> None:
     vision = {"model_type": "smolvlm_vision", "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
     vision |= {"num_attention_heads": heads, "image_size": picture, "patch_size": 16}
     config = {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"], "text_config": text, "vision_config": vision}
-    _write_json(directory / "config.json", config | {"image_token_id": 49190, "scale_factor": 4, "tie_word_embeddings": False})
-    _write_json(directory / "preprocessor_config.json", {"image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor"})
+    write_json(directory / "config.json", config | {"image_token_id": 49190, "scale_factor": 4, "tie_word_embeddings": False})
+    write_json(directory / "preprocessor_config.json", {"image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor"})
     names = dict(zip(("fake_image_token", "global_image_token", "image_token", "end_of_utterance_token"), _SPECIAL[1:], strict=True))
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "SmolVLMProcessor", "chat_template": "{{ messages }}"}
     tokenizer |= {"extra_special_tokens": names, "eos_token": _SPECIAL[0], "pad_token": _SPECIAL[0]}
-    _write_json(directory / "tokenizer_config.json", tokenizer)
+    write_json(directory / "tokenizer_config.json", tokenizer)
     byte_tokenizer(_SPECIAL).save(str(directory / "tokenizer.json"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2))

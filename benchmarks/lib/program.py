@@ -11,7 +11,6 @@ import multiprocessing.connection
 import os
 import random
 import re
-import shlex
 import signal
 import sys
 import threading
@@ -24,16 +23,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from gr00t_fast import measurement
 from gr00t_fast.cli.main import guarded
 from gr00t_fast.console import progress_bar
 from gr00t_fast.contracts import NetworkName
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.flags import help_text, parse_flags
-from gr00t_fast.measurement import git_commit, machine, versions
 
 EXIT_DIFFERS, EXIT_USAGE = 1, 2
-# A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
-_DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
 
 Result = dict[str, Any]
 Config, T = TypeVar("Config"), TypeVar("T")
@@ -111,15 +108,9 @@ def check_counts(config: Any, *names: str, least: int = 1) -> None:
 # --- where a result comes from, and what it is measured on ---------------------------------------------------------------------------------
 
 
-def without_machine_paths(words: Sequence[str]) -> str:
-    """The words as a shell would need them, absolute paths shortened to their last name: fit to be published."""
-    return shlex.join(_DIRECTORIES.sub(r"\1", word.rstrip("/")) for word in words)
-
-
-def provenance(seed: int | None = None) -> Result:
-    """Where a result comes from: machine, versions, commit, command, and the seed where there is one."""
-    found = {"machine": machine(), "versions": versions(), "git_commit": git_commit(), "command_line": without_machine_paths(sys.argv)}
-    return found if seed is None else found | {"seed": seed}
+def provenance(seed: int) -> Result:
+    """Where a result comes from: machine, versions, commit, command and seed."""
+    return {**measurement.provenance(), "seed": seed}
 
 
 def checkpoint_of(arguments: Any, size: str = "demo", resolution: Size = (640, 480)) -> Path:

@@ -114,10 +114,10 @@ def write_random_checkpoint(
     if not published_tokenizer:
         _write_tokenizer(out / tokenizer, sizes.language.image_token_id, network)
     for name, content in files.items():
-        _write_json(out / name, content)
+        write_json(out / name, content)
     if weights:
         write_weights(out, sizes, seed, dtype, max_shard_bytes)
-    _write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
+    write_json(out / "config.json", config)  # last: it is what a checkpoint is known by
     return out
 
 
@@ -193,10 +193,10 @@ def _write_tokenizer(path: Path, image_token_id: int, network: NetworkName = "n1
         if token["content"] == _IMAGE_TOKENS[network]:
             token["id"] = image_token_id
         content["model"]["vocab"][token["content"]] = token["id"]
-    _write_json(path, content)
+    write_json(path, content)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -258,7 +258,7 @@ def write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype,
     if shards[1:]:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

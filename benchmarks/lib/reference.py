@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gr00t_fast.checkpoint import Checkpoint, open_checkpoint
 from gr00t_fast.contracts import ModalityConfig, Policy
+from gr00t_fast.engine import Engine
 from gr00t_fast.errors import CheckpointError, require
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.prompt import find_tokenizer
@@ -157,8 +158,8 @@ def reference_engine(checkpoint: Path, embodiment_tag: str, device: torch.device
     return ReferenceEngineN1d7(checkpoint, embodiment_tag, device, dtype)
 
 
-class ReferenceEngine:
-    """The second reference (transformers' towers, lerobot's action head, language head included) behind the engine protocol."""
+class ReferenceEngine(Engine):
+    """The second reference (transformers' towers, lerobot's action head, language head included)."""
 
     name, continues = "reference", frozenset()
 
@@ -182,10 +183,6 @@ class ReferenceEngine:
             features = self.modules.encode_language(inputs.input_ids, tokens)
         with timer.stage("refine+denoise"):  # the head does both in one call
             return self.modules.denoise(features, inputs.state, noise.to(features.dtype), denoising_steps, self._row)
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 class ReferencePreprocessing:

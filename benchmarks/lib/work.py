@@ -6,11 +6,13 @@ floor of a stage is the larger of FLOP over the machine's best matrix rate and b
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.vision import QwenVisionTower
@@ -88,17 +90,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(2.0 * size**3 / matrix_s, big.numel() * 4 / read_s)
 
 
-def _best_s(run, device: torch.device, repeats: int) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    run()
-    wait()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def _best_s(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    def once_s() -> float:
+        timer = StageTimer(partial(torch.cuda.synchronize, device) if device.type == "cuda" else None)
         run()
-        wait()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        return timer.finish()["total"] / 1000
+
+    once_s()  # warms up
+    return min(once_s() for _ in range(repeats))
