@@ -156,7 +156,7 @@ def arm(config: DoctorConfig) -> Rows:
     if not isinstance(robot, SO100FollowerConfig):
         return rows
     from gr00t_fast.robots.lerobot_glue import calibrate_command, calibration_file, check_calibration_exists, check_port
-    from gr00t_fast.robots.servo_check import examine
+    from gr00t_fast.robots.motor_state import examine
     from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
     calibration, path, port = None, calibration_file(robot), robot.port or "(none)"
