@@ -92,6 +92,19 @@ def exchange(line: Any, request: Request, ids: Sequence[int], length: int = 0) -
     return found, Result.ANSWERED
 
 
+def drop_input(line: Any, first_s: float, quiet_s: float, limit_s: float) -> int:
+    """Drop what comes until the line was silent for `first_s`, or for `quiet_s` after something came; at most `limit_s`. Returns how often it came."""
+    begin_s = now_s = time.monotonic()
+    came, end_s = 0, begin_s + first_s
+    while now_s < min(end_s, begin_s + limit_s):
+        if line.in_waiting:
+            line.reset_input_buffer()
+            came, end_s = came + 1, time.monotonic() + quiet_s
+        time.sleep(0.0005)
+        now_s = time.monotonic()
+    return came
+
+
 @dataclass(frozen=True)
 class ServoState:
     """What a servo says of itself in one reading, goal as in the register. Load in per cent of the drive and current in mA: NaN where not told."""
@@ -253,15 +266,10 @@ class Guard:
 
     def _let_pass(self, result: Result, late_answer_s: float) -> None:
         """Drop the rest of a damaged answer, or a late one; then the line is ready for the next request."""
-        limit_s = time.monotonic() + (late_answer_s if self._heard else LATE_ANSWER_UNPOWERED_S)
-        quiet_s = limit_s if result is Result.MISSED else time.monotonic() + QUIET_S
-        while time.monotonic() < min(quiet_s, limit_s):
-            if self.line.in_waiting:
-                self.line.reset_input_buffer()
-                self._heard = True
-                self._events["late_answer"] += result is Result.MISSED
-                quiet_s = time.monotonic() + QUIET_S
-            time.sleep(0.0005)
+        limit_s = late_answer_s if self._heard else LATE_ANSWER_UNPOWERED_S
+        if came := drop_input(self.line, limit_s if result is Result.MISSED else QUIET_S, QUIET_S, limit_s):
+            self._heard = True
+            self._events["late_answer"] += came * (result is Result.MISSED)
 
     def restore_settings(self, joint: str) -> None:
         """Write what a servo forgets with its power. Raises what the driver raises."""
@@ -368,7 +376,9 @@ def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
     problems.extend(broadcast_torque_off(bus))
     powered, trouble = list(bus.motors), []
     for _ in range(2):
-        attempt("waiting for late answers", lambda: _wait_for_silence(bus.line), [])  # a lost line shows in the next step
+        attempt(
+            "waiting for late answers", lambda: drop_input(bus.line, SILENT_S, SILENT_S, LONGEST_CHATTER_S), []
+        )  # a lost line shows in the next step
         trouble = []
         powered = [joint for joint in powered if not _is_released(bus, joint, trouble)]
         if not powered or not _is_there(bus):
@@ -399,15 +409,6 @@ def _let_go(bus: Any, servo_id: int) -> str:
 def _is_there(bus: Any) -> bool:
     """Whether the port is still there."""
     return bool(bus.is_connected) and attempt("asking the port", lambda: bus.line.in_waiting, [])
-
-
-def _wait_for_silence(line: Any) -> None:
-    begin_s = quiet_since_s = time.monotonic()
-    while (now_s := time.monotonic()) - quiet_since_s < SILENT_S and now_s - begin_s < LONGEST_CHATTER_S:
-        if line.in_waiting:
-            line.reset_input_buffer()
-            quiet_since_s = now_s
-        time.sleep(0.001)
 
 
 def _line_is_open(bus: Any, give_up_s: float) -> bool:

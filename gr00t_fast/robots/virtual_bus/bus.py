@@ -65,7 +65,7 @@ class VirtualBus:
         self.requests = 0  # well-formed requests so far
         self._attached = [servo for servo in self.servos if servo.id in servo_ids]
         self._gearbox = Gearbox(self.servos, self.calibration, plant)
-        self._faults = FaultTable(faults, seed)
+        self._faults = FaultTable(seed)
         self._latency_s, self._wire_time = usb_latency_ms / 1000, wire_time
         self._own_directory = None if link else tempfile.TemporaryDirectory(prefix="virtual_bus_")
         self._link = Path(link) if link else Path(self._own_directory.name) / "port"
@@ -76,6 +76,8 @@ class VirtualBus:
         self._thread: threading.Thread | None = None
         self._cycle = 0  # rounds of the thread so far
         self._replug_at_s: float | None = None
+        for fault in faults:
+            self.inject(fault)
 
     @property
     def port(self) -> str:
@@ -104,7 +106,6 @@ class VirtualBus:
         except BaseException:
             self._give_back()
             raise
-        self._faults.start(time.monotonic())
         self._thread = threading.Thread(target=self._run, name="virtual_bus", daemon=True)
         self._thread.start()
 
@@ -210,9 +211,7 @@ class VirtualBus:
             now_s = time.monotonic()
             faults = self._faults.strike(request, now_s)
             if pulled := next((fault for fault in faults if fault.kind == "unplug"), None):
-                self._replug_at_s = None if pulled.for_s is None else now_s + pulled.for_s
-                self._unplug()
-                return
+                return self._pull(pulled, now_s)
             absent = [fault for fault in faults if fault.kind == "absent"]
             obeying = [servo for servo in self._attached if not any(fault.hits(servo.id) for fault in absent)]
             replies = self._faults.spoil(faults, request, answer(request, obeying))
@@ -230,10 +229,13 @@ class VirtualBus:
 
     def _cable(self, now_s: float) -> None:
         if fault := self._faults.due_unplug(now_s):
-            self._replug_at_s = None if fault.for_s is None else now_s + fault.for_s
-            self._unplug()
+            self._pull(fault, now_s)
         if self._replug_at_s is not None and now_s >= self._replug_at_s:
             self._replug()
+
+    def _pull(self, fault: Fault, now_s: float) -> None:
+        self._replug_at_s = None if fault.for_s is None else now_s + fault.for_s
+        self._unplug()
 
     def _unplug(self) -> None:
         terminal, self._terminal = self._terminal, None
@@ -245,8 +247,11 @@ class VirtualBus:
     def _replug(self) -> None:
         self._replug_at_s = None
         if self._terminal is None:
+            _check_replaceable(self._link)
             self._terminal = _Terminal()
-            place_link(self._link, self._terminal.device)
+            temporary = self._link.with_name(f".{self._link.name}.{os.getpid()}.{threading.get_ident()}")
+            temporary.symlink_to(self._terminal.device)
+            temporary.replace(self._link)  # in one step, also over a link that a dead bus left behind
 
 
 class _Terminal:
@@ -360,17 +365,6 @@ def claim(link: Path) -> IO[str]:
         return file
     file.close()  # its owner has removed it in between: the next bus would find another file
     return claim(link)
-
-
-def place_link(link: Path, target: str) -> None:
-    """Point `link` at `target` in one step, replacing a link a dead bus left behind. Raises RobotError when something else is there."""
-    _check_replaceable(link)
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.symlink_to(target)
-        temporary.replace(link)
-    except OSError as error:
-        raise RobotError(f"the link {link} cannot be placed: {error.strerror}. Its directory must exist and be writable.") from error
 
 
 def _check_replaceable(link: Path) -> None:

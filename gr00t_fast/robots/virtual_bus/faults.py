@@ -23,7 +23,7 @@ Every fault also takes `on=` (read, write, ping, sync_read, ..), `register=` (ad
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -89,10 +89,9 @@ class Reply:
 class FaultTable:
     """The faults in force, with how often each has struck."""
 
-    def __init__(self, faults: Iterable[Fault] = (), seed: int = 0) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
         self._active: list[_Active] = []
-        self._waiting = list(faults)  # injected when the clock is first read
 
     def add(self, fault: Fault, now_s: float) -> None:
         """Put a fault in force from now on."""
@@ -100,13 +99,7 @@ class FaultTable:
 
     def clear(self) -> None:
         """Heal everything."""
-        self._active, self._waiting = [], []
-
-    def start(self, now_s: float) -> None:
-        """The bus begins to run: the faults given beforehand count their `at_s` from here."""
-        waiting, self._waiting = self._waiting, []
-        for fault in waiting:
-            self.add(fault, now_s)
+        self._active = []
 
     def strike(self, request: Request, now_s: float) -> list[Fault]:
         """The faults that apply to this request; their counts go down."""
@@ -128,35 +121,15 @@ class FaultTable:
     def spoil(self, faults: list[Fault], request: Request, replies: list[Reply]) -> list[Reply]:
         """Apply faults to the answers of one request."""
         for fault in faults:
-            self._spoil_one(fault, request, [reply for reply in replies if reply.data and fault.hits(reply.servo_id)])
+            hit = [reply for reply in replies if reply.data and fault.hits(reply.servo_id)]
+            if fault.kind == "drop":
+                _drop_byte(hit, fault.at)
+            elif fault.kind == "delay" and hit:
+                hit[0].delay_s += fault.ms / 1000  # the answers behind it wait for it anyway
+            elif fault.kind in _SPOILED:
+                for reply in hit:
+                    reply.data = _SPOILED[fault.kind](reply.data, fault, request, self._random)
         return [reply for reply in replies if reply.data]
-
-    def _spoil_one(self, fault: Fault, request: Request, hit: list[Reply]) -> None:
-        if fault.kind == "drop":
-            _drop_byte(hit, fault.at)
-        elif fault.kind == "delay":
-            for reply in hit[:1]:  # the answers behind it wait for it anyway
-                reply.delay_s += fault.ms / 1000
-        else:
-            for reply in hit:
-                reply.data = self._bytes(fault, request, reply.data)
-
-    def _bytes(self, fault: Fault, request: Request, data: bytes) -> bytes:
-        if fault.kind in ("silent", "absent"):
-            return b""
-        if fault.kind == "checksum":
-            return data[:-1] + bytes((data[-1] ^ 0x55,))
-        if fault.kind == "no_data":
-            return Status(data[2], data[4]).encode()
-        if fault.kind == "error":
-            return Status(data[2], data[4] | fault.bits, data[5:-1]).encode()
-        if fault.kind == "wrong_model":
-            return _with_model(data, request, fault.model)
-        if fault.kind == "loss":
-            return bytes(byte for byte in data if self._random.random() >= fault.rate)
-        if fault.kind == "flip":
-            return bytes(byte ^ (1 << self._random.randrange(8) if self._random.random() < fault.rate else 0) for byte in data)
-        return data
 
 
 @dataclass
@@ -209,12 +182,33 @@ def _drop_byte(replies: list[Reply], position: int) -> None:
         position -= len(reply.data)
 
 
-def _with_model(data: bytes, request: Request, model: int) -> bytes:
+def _with_model(data: bytes, fault: Fault, request: Request, _: random.Random) -> bytes:
     registers, payload = touched_registers(request), bytearray(data[5:-1])
-    for address, byte in zip((Register.MODEL, Register.MODEL + 1), to_word(model), strict=True):
+    for address, byte in zip((Register.MODEL, Register.MODEL + 1), to_word(fault.model), strict=True):
         if address in registers and address - registers[0] < len(payload):
             payload[address - registers[0]] = byte
     return Status(data[2], data[4], bytes(payload)).encode()
+
+
+def _lost(data: bytes, fault: Fault, _: Request, numbers: random.Random) -> bytes:
+    return bytes(byte for byte in data if numbers.random() >= fault.rate)
+
+
+def _flipped(data: bytes, fault: Fault, _: Request, numbers: random.Random) -> bytes:
+    return bytes(byte ^ (1 << numbers.randrange(8) if numbers.random() < fault.rate else 0) for byte in data)
+
+
+# What becomes of a status packet: FF FF id length error data.. checksum
+_SPOILED: dict[str, Callable[[bytes, Fault, Request, random.Random], bytes]] = {
+    "silent": lambda *_: b"",
+    "absent": lambda *_: b"",
+    "checksum": lambda data, *_: data[:-1] + bytes((data[-1] ^ 0x55,)),
+    "no_data": lambda data, *_: Status(data[2], data[4]).encode(),
+    "error": lambda data, fault, *_: Status(data[2], data[4] | fault.bits, data[5:-1]).encode(),
+    "wrong_model": _with_model,
+    "loss": _lost,
+    "flip": _flipped,
+}
 
 
 def _option(spec: str, item: str) -> tuple[str, object]:
