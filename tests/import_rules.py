@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-BASE = ("errors", "contracts", "tensorrt_library", "flags", "measurement", "console", "files")
+BASE = ("errors", "contracts", "flags", "measurement", "console", "files")
 SCRIPT = "a script"
 PROGRAMS = ("cli", "export", SCRIPT)
 LAYERS = (BASE, ("model",), ("inputs",), ("networks",), ("checkpoint",), ("engine",), ("policy",), ("serving", "control", "robots"), PROGRAMS)

@@ -27,8 +27,7 @@ from gr00t_fast.inputs.embodiment import Arithmetic, Camera, Embodiment, Part
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.networks import NETWORKS, n1d5
-from gr00t_fast.networks.spec import read_object
-from gr00t_fast.networks.weights import rows
+from gr00t_fast.networks.spec import read_object, rows
 
 # The description, which would be gr00t_fast/networks/toy.py
 

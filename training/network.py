@@ -28,7 +28,7 @@ from gr00t_fast.model.action_head import ActionHead, Condition
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.model.layers import CategoryLinear
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS, IMAGE_TOKEN, WEIGHTS, render_prompt
-from gr00t_fast.networks.weights import Layout, published_shapes, sources_of
+from gr00t_fast.networks.spec import Layout, published_shapes, sources_of
 
 # --- sizes, tokenizer, first weights ------------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
 from gr00t_fast.networks import n1d5, n1d7
 from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE
-from gr00t_fast.networks.weights import published_shapes
+from gr00t_fast.networks.spec import published_shapes
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}

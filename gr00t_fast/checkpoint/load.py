@@ -27,8 +27,7 @@ from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.networks import NETWORKS, network_of
-from gr00t_fast.networks.spec import EmbodimentFiles, NetworkSpec, read_object
-from gr00t_fast.networks.weights import Layout, published_shapes, sources_of
+from gr00t_fast.networks.spec import EmbodimentFiles, Layout, NetworkSpec, published_shapes, read_object, sources_of
 
 log = logging.getLogger(__name__)
 _READ_THREADS = 4  # enough to keep an NVMe disk or the page cache busy; more does not help on two cores

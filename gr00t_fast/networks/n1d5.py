@@ -23,8 +23,21 @@ from gr00t_fast.inputs.images import ResizeFrames
 from gr00t_fast.inputs.processor import PolicyInputs, left_padded
 from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ActionHeadConfig, ModelConfig, VisionConfig
-from gr00t_fast.networks.spec import PUBLISHED_SELF_ATTENTION, NetworkSpec, Section, check_head, expect, read_object, read_qwen3, read_transformer
-from gr00t_fast.networks.weights import HEAD, linear, norm, qwen3, rows
+from gr00t_fast.networks.spec import (
+    HEAD,
+    PUBLISHED_SELF_ATTENTION,
+    NetworkSpec,
+    Section,
+    check_head,
+    expect,
+    linear,
+    norm,
+    qwen3,
+    read_object,
+    read_qwen3,
+    read_transformer,
+    rows,
+)
 
 # Sizes. Fields that would change the computation in a way this implementation does not cover are refused by name.
 

@@ -31,17 +31,22 @@ from gr00t_fast.inputs.prompt import PromptForm
 from gr00t_fast.model.config import ActionHeadConfig, LanguageConfig, ModelConfig, QwenVisionConfig, TransformerConfig
 from gr00t_fast.model.vision import patches_of
 from gr00t_fast.networks.spec import (
+    HEAD,
     PUBLISHED_SELF_ATTENTION,
+    Layout,
     NetworkSpec,
     Section,
+    Sources,
     check_head,
     damaged,
     expect,
+    linear,
+    qwen3,
     read_object,
     read_qwen3,
     read_transformer,
+    rows,
 )
-from gr00t_fast.networks.weights import HEAD, Layout, Sources, linear, qwen3, rows
 
 MODEL_TYPE = "Gr00tN1d7"
 CONFIG_FILE, BACKBONE_FILE = "config.json", "backbone_config.json"
