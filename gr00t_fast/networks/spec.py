@@ -127,7 +127,8 @@ def published_shapes(weights: Mapping[str, Sources], parameter: str, shape: tupl
     if sources.layout is Layout.CATEGORY:
         return {sources.names[0]: (config.head.embodiments, *shape)}
     if sources.layout is Layout.PATCHES:
-        assert isinstance(vision := config.vision, QwenVisionConfig)
+        vision = config.vision
+        assert isinstance(vision, QwenVisionConfig)
         return {sources.names[0]: (shape[0], 3, vision.frames_per_patch, vision.patch_size, vision.patch_size)}
     return {name: (rows, *shape[1:]) for name, rows in zip(sources.names, _row_split(parameter, shape[0], len(sources.names), config), strict=True)}
 
