@@ -93,7 +93,7 @@ def exchange(line: Any, request: Request, ids: Sequence[int], length: int = 0) -
 
 
 def drop_input(line: Any, first_s: float, quiet_s: float, limit_s: float) -> int:
-    """Drop what comes until the line was silent for `first_s`, or for `quiet_s` after something came; at most `limit_s`. Returns how often it came."""
+    """Drop what comes until the line was silent for `first_s`, or for `quiet_s` after something came; `limit_s` at most. How often it came."""
     begin_s = now_s = time.monotonic()
     came, end_s = 0, begin_s + first_s
     while now_s < min(end_s, begin_s + limit_s):
