@@ -51,7 +51,8 @@ TABLE = {
     "one missed reply at connect": Row("connect", "silent:servo=5,count=4", "read_retry"),
     "silent while being configured": Row("connect", "silent:servo=2,on=write", says="configuring the servos"),
     "wrong model": Row("connect", "wrong_model:servo=4", says="incorrect model numbers"),
-    "bad checksum": Row("run", "checksum:servo=2,count=1", "read_retry"),
+    "byte lost in the header": Row("run", "drop:at=0,count=1", "read_retry"),
+    "random byte loss 0.2 %": Row("run", "loss:rate=0.002", "read_retry", ticks=40),
     "random byte flips 1 %": Row("run", "flip:rate=0.01", "read_retry", ticks=40),
     "replies of 30 ms": Row("run", "delay:ms=30"),
     "two replies later than 50 ms": Row("run", "delay:ms=110,count=2", "late_answer"),
@@ -363,7 +364,6 @@ def test_two_threads(tmp_path: Path) -> None:
         with pytest.raises(RobotError, match="one thread at a time"):
             arm.observe()
         first.join()
-        arm.observe()
 
 
 @pytest.mark.parametrize("max_step", [None, 5])

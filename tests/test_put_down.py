@@ -5,14 +5,13 @@ In virtual time, tests/test_homing.py shows more of what ends a run.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +95,18 @@ class Stand:
             actor.join(10)
         return None
 
+    def __enter__(self) -> Stand:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.land()
+        self.bus.close()
+
     @property
     def away_deg(self) -> np.ndarray:
         """(6,) from where it lay, when the landing began."""
         return np.abs(self.let_go - self.lay)
-
-
-@contextlib.contextmanager
-def standing(directory: Path, **options: Any) -> Iterator[Stand]:
-    stand = Stand(directory, **options)
-    try:
-        yield stand
-    finally:
-        stand.over.set()
-        stand.land()
-        stand.bus.close()
 
 
 def send(number: int) -> None:
@@ -148,7 +144,7 @@ AT_ONCE: dict[str, Callable[[Stand], None]] = {
 @pytest.mark.parametrize("fault", PUT_DOWN)
 def test_the_arm_is_where_it_lay_when_its_torque_goes_off(fault: str, tmp_path: Path) -> None:
     act, options, expected = PUT_DOWN[fault]
-    with standing(tmp_path, **options) as stand:
+    with Stand(tmp_path, **options) as stand:
         error = stand.run(act)
         assert (type(error) if error else stand.stop.exit_code or 0) == expected, (error, stand.said)
         assert stand.loop.trace.moved
@@ -161,7 +157,7 @@ def test_the_arm_is_where_it_lay_when_its_torque_goes_off(fault: str, tmp_path: 
 
 @pytest.mark.parametrize("fault", AT_ONCE)
 def test_what_forbids_a_move_takes_the_torque_off_at_once(fault: str, tmp_path: Path) -> None:
-    with standing(tmp_path) as stand:
+    with Stand(tmp_path) as stand:
         error = stand.run(AT_ONCE[fault])
         assert isinstance(error, RobotError), (error, stand.said)
         assert stand.away_deg.max() > NEAR_DEG, "it does not take the time to move"
@@ -180,7 +176,7 @@ def test_a_joint_that_is_blocked_on_the_way_down_is_not_pushed(tmp_path: Path) -
             pushes.append(abs(goal_deg - true_joints(stand.bus)[2]))
             time.sleep(0.02)
 
-    with standing(tmp_path, safety=SafetyOptions(stall_after_s=None, max_following_error_deg=None)) as stand:
+    with Stand(tmp_path, safety=SafetyOptions(stall_after_s=None, max_following_error_deg=None)) as stand:
         assert stand.run(act) is None
         assert [line for line in stand.said if "elbow_flex is blocked" in line]
         assert "servo_overload" not in stand.arm.events
@@ -198,7 +194,7 @@ def test_a_second_stop_does_not_wait_for_a_cable(tmp_path: Path) -> None:
         send(signal.SIGINT)
         at_s.append(time.monotonic())
 
-    with standing(tmp_path) as stand:
+    with Stand(tmp_path) as stand:
         stand.arm.config.reconnect_s = 20.0
         assert stand.run(act) is None
         assert stand.let_go_s - at_s[0] < 10.0, "the cable may take twenty seconds"
@@ -210,7 +206,7 @@ def test_random_stops_find_the_arm_where_it_lay(tmp_path: Path) -> None:
     rng = random.Random(1)
     for number in range(int(os.environ.get("GR00T_FAST_STOPS", "1"))):
         fault, after_s = rng.choice([*RANDOM]), rng.uniform(0, 2.5)
-        with standing(tmp_path, controller=rng.choice(["sync", "threaded"])) as stand:
+        with Stand(tmp_path, controller=rng.choice(["sync", "threaded"])) as stand:
             stand.run(RANDOM[fault], after_s)
             print(f"{fault} after {after_s:.2f} s: {stand.away_deg.max():.1f} deg from where it lay")
             assert stand.away_deg.max() < NEAR_DEG, (number, fault, after_s, stand.said)

@@ -104,17 +104,22 @@ def test_connect_observe_send_land(arm: SO100FollowerArm, bus: VirtualBus, monke
     monkeypatch.setattr(Servo, "write", lambda servo, at, data: (written.append((at, data[0])), write(servo, at, data))[1])
     arm.observe()
     assert (Register.TORQUE_ENABLE, 1) not in written, "looking needs no power"
+    bus.push("elbow_flex", 40)  # moved by hand: the goal registers still hold the old pose
+    lay = true_joints(bus)
+    assert arm.rest_pose is None
     arm.reset()
+    time.sleep(0.3)
+    np.testing.assert_allclose(true_joints(bus), lay, atol=0.1)
+    np.testing.assert_allclose(arm.rest_pose, lay, atol=0.1)
     assert bus.torque() == ON
     arm.send(np.array([10, -20, 30, -40, 50, 60], dtype=np.float32))
     time.sleep(0.6)
     observation = arm.observe()
     np.testing.assert_allclose(observation.joints, [10, -20, 30, -40, 50, 60], atol=0.15)
-    assert (observation.joints.dtype, observation.joints.shape, dict(observation.frames)) == (np.float64, (6,), {})
-    assert abs(observation.time_s - time.perf_counter()) < 2
+    assert (observation.joints.dtype, dict(observation.frames)) == (np.float64, {})
     report = arm.land()
     assert (report.safe, report.problems, report.torque) == (True, [], dict.fromkeys(SO100_JOINTS, "off"))
-    assert dict(arm.events) == {}
+    assert set(arm.events) <= {"implausible_reading", "reading_jumped"}, "a hand moved it"
     for call in (arm.observe, lambda: arm.send(np.zeros(6))):  # on this servo a goal would switch the torque on again
         with pytest.raises(RobotError, match="not connected"):
             call()
@@ -129,16 +134,6 @@ def test_joint_limits_come_from_the_calibration_in_both_units(use_degrees: bool,
         np.testing.assert_allclose(arm.observe().joints, arm.joint_limits[:, 1], atol=0.2)
         assert [servo.position for servo in bus.servos] == pytest.approx([c.range_max for c in bus.calibration.values()], abs=1)
         assert arm.joint_unit == ("degrees" if use_degrees else "range_m100_100")
-
-
-def test_switching_on_never_moves_the_arm_and_remembers_where_it_lay(arm: SO100FollowerArm, bus: VirtualBus) -> None:
-    bus.push("elbow_flex", 40)  # moved by hand: the goal registers still hold the old pose
-    lay = true_joints(bus)
-    assert arm.rest_pose is None
-    arm.reset()
-    time.sleep(0.3)
-    np.testing.assert_allclose(true_joints(bus), lay, atol=0.1)
-    np.testing.assert_allclose(arm.rest_pose, lay, atol=0.1)
 
 
 @pytest.mark.parametrize("side", [1, -1])

@@ -73,10 +73,6 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     program.close()
 
 
-def wait_until_off(bus: VirtualBus, limit_s: float) -> None:
-    until(lambda: bus.torque() == OFF, "torque off", limit_s)
-
-
 def stays_off(bus: VirtualBus) -> None:
     """No goal comes after the landing: on this servo each would switch the torque on."""
     goals = [servo.word(Register.GOAL_POSITION) for servo in bus.servos]
@@ -99,7 +95,7 @@ def test_a_run_that_hangs_or_crashes_in_native_code(
     else:
         program.hear("ready")
     pause_s = {"get_action": 16 / 30, "land": 1.0, "reset": 0.0}[phase]  # until the next inference, or the end of the episode
-    wait_until_off(bus, pause_s + OFF_LIMIT_S)
+    until(lambda: bus.torque() == OFF, "torque off", pause_s + OFF_LIMIT_S)
     program.hear("ended")
     stays_off(bus)
 
@@ -119,7 +115,7 @@ def test_random_kills_leave_no_powered_servo(program: Program, bus: VirtualBus, 
         time.sleep(rng.uniform(0.0, 0.8))
         os.kill(pid, number)
         was_on, killed_s = bus.torque() != OFF, time.monotonic()
-        wait_until_off(bus, OFF_WHEN_FROZEN_S if number == signal.SIGSTOP else OFF_LIMIT_S)
+        until(lambda: bus.torque() == OFF, "torque off", OFF_WHEN_FROZEN_S if number == signal.SIGSTOP else OFF_LIMIT_S)
         print(f"{number.name}: off after {time.monotonic() - killed_s:.2f} s")
         if number == signal.SIGSTOP and not was_on:  # frozen before its first heartbeat, perhaps: then nobody ends it
             with contextlib.suppress(ProcessLookupError):
