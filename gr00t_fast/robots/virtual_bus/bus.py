@@ -20,7 +20,7 @@ import time
 import tty
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import IO
 
@@ -324,7 +324,7 @@ def answer(request: Request, servos: Sequence[Servo]) -> list[Reply]:
             replies = [_reply(servo) for servo in named]  # before acting: a change of id is acknowledged under the old one
             for servo in named:
                 servo.write(params[0], params[1:])
-            return [reply for servo, reply in zip(named, replies, strict=True) if servo.answers_writes and not to_all]
+            return [reply for servo, reply in zip(named, replies, strict=True) if servo.registers[Register.RESPONSE_LEVEL] and not to_all]
         case Instruction.SYNC_WRITE if len(params) >= 2 and to_all:
             address, length = params[:2]
             for start in range(2, len(params) - length, length + 1):
@@ -405,14 +405,11 @@ class ControlSocket:
             except OSError:  # closed
                 return
             with client, contextlib.suppress(EOFError, OSError):  # a client that went away does not need its answer
-                self._converse(client)
-
-    def _converse(self, client: Connection) -> None:
-        while client.poll(_COMMAND_S):
-            line = client.recv_bytes(4096).decode(errors="replace").strip()
-            client.send_bytes(json.dumps({"ok": None} if line == "quit" else self._answer(line)).encode())
-            if line == "quit":  # after the answer, which the end of the program would cut off
-                self._quit()
+                while client.poll(_COMMAND_S):
+                    line = client.recv_bytes(4096).decode(errors="replace").strip()
+                    client.send_bytes(json.dumps({"ok": None} if line == "quit" else self._answer(line)).encode())
+                    if line == "quit":  # after the answer, which the end of the program would cut off
+                        self._quit()
 
     def _answer(self, line: str) -> dict:
         command, _, argument = line.partition(" ")

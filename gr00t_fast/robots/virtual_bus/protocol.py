@@ -157,9 +157,7 @@ def sync_read(address: int, length: int, servo_ids: Sequence[int]) -> Request:
 
 
 def sync_write(address: int, data_by_id: dict[int, bytes]) -> Request:
-    """One request that writes to several servos and that none answers. All values must have the same length."""
-    lengths = {len(data) for data in data_by_id.values()}
-    if len(lengths) != 1:
-        raise ValueError(f"a sync write needs values of one length, got lengths {sorted(lengths)}")
+    """One request that writes to several servos and that none answers. All values have the same length."""
+    (length,) = {len(data) for data in data_by_id.values()}
     body = b"".join(bytes((servo_id,)) + data for servo_id, data in data_by_id.items())
-    return Request(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, lengths.pop())) + body)
+    return Request(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, length)) + body)

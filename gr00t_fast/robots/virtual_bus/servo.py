@@ -122,7 +122,9 @@ class Servo:
         self._deliver()
         self.registers[Register.ID] = servo_id
         if calibration is not None:
-            self._calibrate(calibration)
+            self.set_word(Register.HOMING_OFFSET, encode_signed(calibration.homing_offset, 11))
+            self.set_word(Register.MIN_POSITION, calibration.range_min)
+            self.set_word(Register.MAX_POSITION, calibration.range_max)
         self._eeprom = bytes(self.registers[:EEPROM_END])
         self.encoder = float(round(calibration.middle) + calibration.homing_offset) if calibration else float(CENTRE)
         self.set_point = self.encoder
@@ -139,11 +141,6 @@ class Servo:
     def torque(self) -> bool:
         """Whether the motor holds."""
         return self.registers[Register.TORQUE_ENABLE] == 1
-
-    @property
-    def answers_writes(self) -> bool:
-        """Whether the response level asks for an acknowledgement of everything."""
-        return self.registers[Register.RESPONSE_LEVEL] != 0
 
     @property
     def position(self) -> int:
@@ -288,11 +285,6 @@ class Servo:
             self.registers[address] = value
         for address, value in _FACTORY_WORDS.items():
             self.set_word(address, value)
-
-    def _calibrate(self, values: JointCalibration) -> None:
-        self.set_word(Register.HOMING_OFFSET, encode_signed(values.homing_offset, 11))
-        self.set_word(Register.MIN_POSITION, values.range_min)
-        self.set_word(Register.MAX_POSITION, values.range_max)
 
     def _power_on(self) -> None:
         self.registers[Register.TORQUE_ENABLE] = 0
