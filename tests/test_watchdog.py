@@ -144,7 +144,7 @@ def test_an_arm_that_is_to_hold_is_held(program: Program, bus: VirtualBus, tmp_p
 
 def test_a_watchdog_never_speaks_while_the_program_lives(program: Program, bus: VirtualBus, tmp_path: Path) -> None:
     before = program.words()
-    program.start(bus, tmp_path, timeout_s=2.0)
+    program.start(bus, tmp_path, timeout_s=1.2)
     program.hear("ready")
     assert program.hear("ended") == "ended 0"
     stays_off(bus)

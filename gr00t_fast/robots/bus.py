@@ -190,7 +190,9 @@ class Guard:
         tries = self._tries if tries is None else tries
         for attempt in range(tries):
             self._on_exchange()
-            self._flush_input()
+            if self.line.in_waiting:
+                self._events["stale_bytes"] += 1
+                self.line.reset_input_buffer()
             found, result = exchange(self.line, request, ids, length)
             self._heard |= bool(found)
             self.error_bits.update({servo_id: status.error for servo_id, status in found.items()})
@@ -258,11 +260,6 @@ class Guard:
         if raise_on_error and error:
             raise RuntimeError(f"{err_msg} {self.packet_handler.getRxPacketError(error)}")
         return int.from_bytes(status.params, "little") if status is not None else 0, result, error
-
-    def _flush_input(self) -> None:
-        if self.line.in_waiting:
-            self._events["stale_bytes"] += 1
-            self.line.reset_input_buffer()
 
     def _let_pass(self, result: Result, late_answer_s: float) -> None:
         """Drop the rest of a damaged answer, or a late one; then the line is ready for the next request."""
