@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from random_networks import random_inputs, random_inputs_n1d7
@@ -19,6 +19,7 @@ from gr00t_fast.export.verify import Case, collect_cases
 from gr00t_fast.model import Gr00t, ModelInputs
 from gr00t_fast.model.action_head import euler_step
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
+from gr00t_fast.policy import Gr00tPolicy
 
 
 class Made(NamedTuple):
@@ -37,6 +38,10 @@ def target_for(checkpoint: Path, data_config: str | None = "so100", tag: str = "
 
 def cases_of(checkpoint: Path, count: int = 3, source: str = "random:0") -> list[Case]:
     return collect_cases(target_for(checkpoint), source, frames=count, seed=0, noise_seed=0, allow_few=True)[0]
+
+
+def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInputs:
+    return policy.preprocess(observation).to(torch.device("cpu"), torch.float32)
 
 
 def make_export(

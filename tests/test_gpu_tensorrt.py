@@ -46,8 +46,10 @@ def engines(checkpoint: Path, builder: str, tmp_path_factory: pytest.TempPathFac
     """fp16 engines for this GPU."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason="needs `pip install 'gr00t_fast[export]'`")
+    from exports import network_inputs
+
     from gr00t_fast.export.onnx import export_onnx
-    from gr00t_fast.export.verify import network_inputs, transforms_only
+    from gr00t_fast.export.verify import transforms_only
 
     graphs, out = (tmp_path_factory.mktemp(name) / "export" for name in ("graphs", "engines"))
     target = target_of(open_checkpoint(checkpoint), "new_embodiment", "so100")

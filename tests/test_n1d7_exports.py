@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exports import FEW, Made, target_for
+from exports import FEW, Made, network_inputs, target_for
 from random_networks import edit_json
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
@@ -23,7 +23,6 @@ from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import linear_layers, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
-from gr00t_fast.export.verify import network_inputs
 from gr00t_fast.measurement import StageTimer
 
 for package in ("onnxruntime", "onnxscript", "openvino"):
@@ -42,7 +41,7 @@ WIDE, USUAL = (64, 36), (64, 48)  # cameras of 16:9, which the export is for, an
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     directory = tmp_path_factory.mktemp("n1d7")
     checkpoint = write_random_checkpoint(directory / "checkpoint", "tiny", **OPTIONS)
-    assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}", "--camera_size=640x360"]) == 0
+    assert export.onnx([f"--model_path={checkpoint}", f"--out={directory / 'onnx'}", "--camera_size=640x360", "--batch_sizes=2"]) == 0
     return Made(checkpoint, directory / "onnx")
 
 
@@ -74,11 +73,11 @@ def assert_close(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(got[key], rows, rtol=0, atol=CLOSE_DEG)
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path, engine: str) -> None:
-    flags = [f"--model_path={made.checkpoint}", f"--engine={engine}", f"--engine_path={made.onnx}", "--precision=fp32", f"--out={tmp_path}"]
+def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path) -> None:
+    flags = [f"--model_path={made.checkpoint}", "--engine=onnxruntime", f"--engine_path={made.onnx}", "--precision=fp32", f"--out={tmp_path}"]
     assert export.verify([*flags, *FEW]) == 0
     result = json.loads((tmp_path / "verify.json").read_text())
+    assert result["relative_l2"].pop("actions, 2 at once")["max"] < 1e-5
     assert set(result["relative_l2"]) == OUTPUTS
     assert all(0 < figures["max"] < 1e-5 for figures in result["relative_l2"].values())
     assert result["actions"]["max"] < CLOSE_DEG

@@ -181,7 +181,8 @@ def write_onnx(name: str, graph: nn.Module, config: ModelConfig, layout: Layout,
             dynamic_shapes=_by_parameter(graph, sizes),
             verbose=False,
         )
-    _forget_sources(program.model)
+    for node in program.model.graph:  # the exporter's stack traces: half of the file, and the directories of whoever exported
+        node.metadata_props.clear()
     _name_sizes(program.model)
     program.save(str(path), external_data=True)
     del program
@@ -205,12 +206,6 @@ def _share_weights(onnx: Any, path: Path, weights: Path) -> None:
                 entry.value = weights.name
     onnx.save(model, str(path))
     own.unlink()
-
-
-def _forget_sources(model: Any) -> None:
-    """The exporter writes stack traces and names of our classes into every node: half of the file, and the directories of whoever exported."""
-    for node in model.graph:
-        node.metadata_props.clear()
 
 
 def _by_parameter(graph: nn.Module, sizes: tuple[Any, ...]) -> dict[str, Any]:

@@ -63,11 +63,6 @@ def transforms_only(model_path: str | Path, **options: Any) -> Gr00tPolicy:
     return load_policy(model_path, engine=NoNetwork(), **options)
 
 
-def network_inputs(policy: Gr00tPolicy, observation: dict[str, Any]) -> ModelInputs:
-    """One unbatched observation as the network gets it, in fp32 on the CPU."""
-    return policy.preprocess(observation).to(torch.device("cpu"), torch.float32)
-
-
 def case_of(policy: Gr00tPolicy, observation: dict[str, Any], noise: np.ndarray) -> Case:
     """noise: fp32 (1, H, A)."""
     given, processor = policy.preprocess(observation), policy.processor
