@@ -137,34 +137,33 @@ def load_network(checkpoint: Path, dtype: torch.dtype = torch.float32, tag: str 
 
 def random_inputs(config: ModelConfig, batch: int = 1, cameras: int = 1, text_tokens: int = 20, seed: int = 0) -> tuple[ModelInputs, torch.Tensor]:
     """Inputs of equal prompt lengths, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    vision, language, head = config.vision, config.language, config.head
-    images = cameras * vision.tokens
-    ids = torch.randint(0, language.vocab_size - 8, (batch, images + text_tokens), generator=generator)
-    assert language.image_token_id >= language.vocab_size - 8, "text must not hold the image token"
+    images, side = cameras * config.vision.tokens, config.vision.image_size
     positions = torch.arange(images) + text_tokens // 2
-    ids[:, positions] = language.image_token_id
-    pixels = torch.rand((batch, cameras, 3, vision.image_size, vision.image_size), generator=generator) * 2 - 1
-    state = torch.randn((batch, head.state_dim), generator=generator)
-    noise = torch.randn((batch, head.action_horizon, head.action_dim), generator=generator)
-    return ModelInputs(pixels, ids, positions, state), noise
+    return _inputs(config, positions, (batch, images + text_tokens), config.language.vocab_size - 8, (batch, cameras, 3, side, side), seed)
 
 
 def random_inputs_n1d7(
     config: ModelConfig, batch: int = 1, pictures: int = 1, patches: tuple[int, int] = (4, 4), text_tokens: int = 9, seed: int = 0
 ) -> tuple[ModelInputs, torch.Tensor]:
     """Inputs of equal prompt lengths with a text token on either side of each picture of `patches` rows and columns, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-    vision, language, head = config.vision, config.language, config.head
-    each = math.prod(patches) // vision.merge_size**2
+    each = math.prod(patches) // config.vision.merge_size**2
     positions = torch.cat([3 + picture * (each + 2) + torch.arange(each) for picture in range(pictures)])
-    ids = torch.randint(0, 256, (batch, int(positions[-1]) + 1 + text_tokens), generator=generator)  # letters of the byte tokenizer
-    assert language.image_token_id >= 256, "text must not hold the image token"
-    ids[:, positions] = language.image_token_id
-    height, width = (count * vision.patch_size for count in patches)
-    pixels = torch.rand((batch, pictures, 3, height, width), generator=generator) * 2 - 1
-    state = torch.randn((batch, head.state_dim), generator=generator)
-    noise = torch.randn((batch, head.action_horizon, head.action_dim), generator=generator)
+    height, width = (count * config.vision.patch_size for count in patches)
+    prompt = (batch, int(positions[-1]) + 1 + text_tokens)
+    return _inputs(config, positions, prompt, 256, (batch, pictures, 3, height, width), seed)  # 256: letters of the byte tokenizer
+
+
+def _inputs(
+    config: ModelConfig, positions: torch.Tensor, prompt: tuple[int, int], words: int, pictures: tuple[int, ...], seed: int
+) -> tuple[ModelInputs, torch.Tensor]:
+    """Image tokens at `positions` of prompts of this shape, otherwise ids below `words`."""
+    generator, head, image_token = torch.Generator().manual_seed(seed), config.head, config.language.image_token_id
+    assert image_token >= words, "text must not hold the image token"
+    ids = torch.randint(0, words, prompt, generator=generator)
+    ids[:, positions] = image_token
+    pixels = torch.rand(pictures, generator=generator) * 2 - 1
+    state = torch.randn((prompt[0], head.state_dim), generator=generator)
+    noise = torch.randn((prompt[0], head.action_horizon, head.action_dim), generator=generator)
     return ModelInputs(pixels, ids, positions, state), noise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_networks import Sizes, SizesN1d7, load_network, write_network, write_network_n1d7
+from random_networks import Sizes, load_network, write_network
 from safetensors.torch import load_file, save_file
 
 from gr00t_fast.checkpoint import open_checkpoint
@@ -66,15 +66,6 @@ def test_every_weight_arrives_where_the_table_says(checkpoint: Path) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def test_all_of_the_file_is_used_but_the_unused(checkpoint: Path) -> None:
-    """Element counts agree: nothing is read twice, nothing left out."""
-    published = load_file(checkpoint / WEIGHTS)
-    per_embodiment = sum(t.numel() for n, t in published.items() if n.endswith((".W", ".b")))
-    unused = sum(t.numel() for n, t in published.items() if ".vision_model.head." in n)
-    expected = sum(t.numel() for t in published.values()) - unused - per_embodiment * 31 // 32
-    assert sum(p.numel() for p in _parameters(checkpoint).values()) == expected
-
-
 def test_sharded_and_single_files_are_the_same_network(checkpoint: Path, tmp_path: Path) -> None:
     sharded = write_network(tmp_path, shard_bytes=60_000)
     assert len(list(sharded.glob("model-*.safetensors"))) > 5
@@ -101,14 +92,6 @@ def test_each_embodiment_reads_its_own_rows(checkpoint: Path, tag: str) -> None:
     own = {name: p for name, p in _parameters(checkpoint, tag=tag).items() if any(x in name for x in ("_encoder.", "_decoder."))}
     assert len(own) == 14
     assert all((p == {"new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24}[tag]).all() for p in own.values())
-
-
-def test_unused_tensors_are_ignored(checkpoint: Path) -> None:
-    before = _parameters(checkpoint)
-    names = {"backbone.eagle_model.language_model.lm_head.weight": (7, 3), "backbone.eagle_model.vision_model.vision_model.head.probe": (1, 1, 5)}
-    _change(checkpoint, lambda t: t.update({name: torch.zeros(shape) for name, shape in names.items()}))
-    after = _parameters(checkpoint)
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 # --- names and shapes ----------------------------------------------------------------------------------------------------------------
@@ -235,9 +218,6 @@ def test_weight_files_that_are_not_there(checkpoint: Path) -> None:
     (checkpoint / WEIGHTS).rename(checkpoint / "weights.safetensors")
     with pytest.raises(CheckpointError, match=r"neither model.safetensors nor model.safetensors.index.json"):
         open_checkpoint(checkpoint)
-    (checkpoint / WEIGHTS).mkdir()
-    with pytest.raises(CheckpointError, match=r"neither model.safetensors"):
-        open_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -278,17 +258,9 @@ print(json.dumps([peak() - before, sum(p.numel() * p.element_size() for p in mod
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory high-water mark from /proc")
-@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
-def test_loading_needs_the_weights_once(tmp_path: Path, network: str) -> None:
-    if network == "n1.5":
-        sizes = Sizes(language=(1280, 5120, 4, 16, 8, 64), vl=(1, 16, 80), vision=(512, 2048, 2, 8), dit=(2, 16, 32), hidden=64)
-        small, large = write_network(tmp_path / "small"), write_network(tmp_path / "large", sizes, shard_bytes=100_000_000)
-    else:
-        sizes_n1d7 = SizesN1d7(
-            vision=(512, 2048, 2, 8, (0, 1), 36), language=(1280, 5120, 4, 16, 8, 64), sections=(12, 10, 10), vl=(1, 16, 80), dit=(2, 16, 32)
-        )
-        small = write_network_n1d7(tmp_path / "small")
-        large = write_network_n1d7(tmp_path / "large", sizes_n1d7, shard_bytes=100_000_000)
+def test_loading_needs_the_weights_once(tmp_path: Path) -> None:
+    sizes = Sizes(language=(1280, 5120, 4, 16, 8, 64), vl=(1, 16, 80), vision=(512, 2048, 2, 8), dit=(2, 16, 32), hidden=64)
+    small, large = write_network(tmp_path / "small"), write_network(tmp_path / "large", sizes, shard_bytes=100_000_000)
     values = {"ROOT": str(ROOT), "TESTS": str(ROOT / "tests"), "SMALL": str(small), "LARGE": str(large)}
     code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + _MEMORY
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
