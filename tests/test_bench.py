@@ -26,8 +26,7 @@ def test_an_engine_whose_error_is_above_its_limit_never_wins() -> None:
 
 
 def test_what_is_needed_is_made_once_and_the_settings_of_the_fastest_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for package in ("onnxruntime", "onnxscript"):
-        pytest.importorskip(package, reason="needs the extra export")
+    pytest.importorskip("onnxscript", reason="needs the extra export")
     shutil.copytree(TRAINED, tmp_path / "checkpoint")
     file = tmp_path / "my.yaml"
     file.write_text(f"robot: {{type: so100_sim}}\nlang_instruction: go\nmodel_path: {tmp_path / 'checkpoint'}\n")

@@ -61,7 +61,6 @@ SLOW = Finding(RATE, "recorded at another rate")
         (summary(0.8, 0.4, 2.4), NO_SHIFT, [], MODEL),  # radians: 46 degrees off
         (summary(0.8, 0.4), NO_SHIFT, [], FINE),  # degrees, and nothing moves
         (summary(3.0, 6.0), {"frames": 3, "mae": 1.6}, [], FINE),  # a shift is only told
-        (summary(6.3, 6.0), {"frames": 2, "mae": 4.5}, [], MODEL),  # shifted, still bad
         (summary(5.9, 6.0), {"frames": -4, "mae": 1.7}, [SLOW], RATE),  # another rate shifts predictions too
         (summary(5.9, 6.0), {"frames": -4, "mae": 1.7}, [], TIMING),
         (summary(10.0, 8.0, bias=10.0), {"frames": 3, "mae": 0.5}, [], TIMING),  # a delay in steady motion looks like an offset
@@ -136,18 +135,6 @@ def test_mistakes_of_a_recording_are_told(
     verdict = evaluate(dataset, tmp_path, capsys)["verdict"]
     assert verdict["kind"] == kind, verdict
     assert any(words in each["text"] for each in verdict["evidence"]), verdict
-
-
-def test_an_untrained_network_is_told(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from safetensors.torch import load_file, save_file
-
-    network = tmp_path / "untrained"
-    shutil.copytree(CHECKPOINT, network)
-    weights = load_file(network / "model.safetensors")
-    save_file({name: values * ("action_decoder" not in name) for name, values in weights.items()}, network / "model.safetensors")  # noise stays
-    result = evaluate(dataset, tmp_path / "out", capsys, f"--model_path={network}")
-    assert result["ratio_to_hold"] > 1
-    assert result["verdict"]["kind"] == MODEL
 
 
 def open_frames(path: Path) -> LeRobotFrames:

@@ -101,9 +101,8 @@ def _exported(case: Path, common: dict[str, Any], size: list[str], out: Path) ->
     made = {"onnxruntime fp32": out / "onnx", "openvino fp32": out / "onnx"}
     if case.name not in ("so100", "so101"):  # one of each network: quantising takes most of the time
         return made
-    program(
-        "quantise", *flags, f"--onnx={out / 'onnx'}", f"--out={out / 'int8'}", "--target=onnxruntime", "--observations=random:0", "--trial_frames=0"
-    )
+    flags += ["--target=onnxruntime", "--observations=random:0", "--trial_frames=0"]
+    program("quantise", *flags, f"--onnx={out / 'onnx'}", f"--out={out / 'int8'}")
     return made | {"onnxruntime int8": out / "int8"}
 
 
@@ -154,10 +153,8 @@ def control() -> Iterator[Record]:
         policy.seed(0) if hasattr(policy, "seed") else None
         robot = FakeRobot(clock, {"front": (64, 48)})
         binding = RobotBinding(policy.get_modality_config(), known.state_widths, known.action_widths, SO100_JOINTS, {"front": "webcam"})
-        if smoothing is None:
-            controller: Any = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("sync", action_horizon=8))
-        else:
-            controller = ChunkController(policy, binding, "reach", clock, FPS, ControllerOptions("threaded", smoothing), Slow([0]))
+        how = [ControllerOptions("sync", action_horizon=8)] if smoothing is None else [ControllerOptions("threaded", smoothing), Slow([0])]
+        controller = ChunkController(policy, binding, "reach", clock, FPS, *how)
         options = LoopOptions(FPS, episodes=2, timeout_s=2.0, seed=0)
         ControlLoop(robot, controller, options, clock, StopSignals(), echo=lambda line: None).run()
         yield f"{name}/times_s", np.array([time_s for time_s, _ in robot.sent])
@@ -236,20 +233,9 @@ def wire() -> Iterator[Record]:
     nested = {"video": {"webcam": frames}, "state": {"single_arm": state}, "language": {"annotation.human.task_description": [["pick"]]}}
     configs = {"video": ModalityConfig([0], ["video.webcam"]), "action": ModalityConfig(list(range(16)), ["action.single_arm"])}
     for name, n1d7, message in (("n1.5", False, flat), ("n1.7", True, nested)):
-        request = {"endpoint": "get_action", "data": message}
-        yield f"{name}/request", form.encode(request, n1d7)
+        yield f"{name}/request", form.encode({"endpoint": "get_action", "data": message}, n1d7)
         yield f"{name}/modality", form.encode(form.modality_config_message(configs, n1d7), n1d7)
-        back = form.decode(form.encode(request, n1d7))
-        yield f"{name}/decoded", json.dumps(sorted(_flattened(back)))
     yield "json", form.to_json(flat)
-
-
-def _flattened(value: Any, path: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flattened(inner, f"{path}/{key}")
-    else:
-        yield f"{path} {json.dumps(digest(value)) if isinstance(value, np.ndarray) else value!r}"
 
 
 # A recorded data set
@@ -293,9 +279,7 @@ def pictures() -> Iterator[Record]:
             simulation.advance(TICK_S)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {
-    section.__name__: section for section in (actions, exports, control, bus, wire, dataset, pictures)
-}
+SECTIONS: dict[str, Callable[[], Iterator[Record]]] = {each.__name__: each for each in (actions, exports, control, bus, wire, dataset, pictures)}
 
 
 def main(arguments: list[str]) -> None:
