@@ -27,6 +27,9 @@ if "torch" in sys.modules:  # a plugin was faster
     sys.modules["torch"].set_num_threads(1)
 
 
+_SCHEDULING = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None  # Linux has it
+
+
 @functools.cache
 def _has_cuda() -> bool:
     import torch
@@ -67,6 +70,15 @@ def bus() -> Iterator[VirtualBus]:
 
     with VirtualBus() as bus:
         yield bus
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority() -> Iterator[None]:
+    """A test that leaves the process with a real-time priority makes later ones fail: whatever they wait for gets no processor."""
+    yield
+    if _SCHEDULING is not None and (left := os.sched_getscheduler(0)) != _SCHEDULING[0]:
+        os.sched_setscheduler(0, *_SCHEDULING)
+        pytest.fail(f"the test, or a fixture of its, left this thread with another scheduling policy ({left})")
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,10 @@ OUTCOMES = {  # in test_put_down.py, without a program of its own, the rest of t
         _bad_line,
         Outcome(0, "torque off; safe", ("read_retry", "reconnect"), ("--timeout=6",)),
     ),
-    "camera freezes": (lambda stand, _: virtual_camera.set_state(stand.directory, 0, virtual_camera.READS_HANG), Outcome(1, "error:")),
+    "camera freezes": (
+        lambda stand, _: virtual_camera.set_state(stand.directory, 0, virtual_camera.READS_HANG),
+        Outcome(1, "camera 'front' stopped delivering"),
+    ),
 }
 
 
