@@ -123,6 +123,10 @@ def test_importing_the_package_is_quick_and_imports_nothing_else() -> None:
     assert modules.split() == ["gr00t_fast"]
 
 
+def test_what_builds_tensorrt_s_engines_in_processes_of_its_own_needs_no_torch() -> None:
+    assert _run("import sys, gr00t_fast.export.tensorrt; print('torch' in sys.modules)") == ["False"]
+
+
 def test_every_module_imports_without_the_extras_and_without_side_effects(sources: dict[str, str]) -> None:
     own = (name for name in sources if name.split(".")[0] == "gr00t_fast" or ("." not in name and name not in rules.OUTSIDE))
     modules = sorted(name for name in own if not name.endswith("__main__") and not name.startswith(DECORATED))

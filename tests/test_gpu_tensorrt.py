@@ -14,7 +14,7 @@ import torch
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine import tensorrt as library
+from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.export import BuildOptions, OnnxOptions
 from gr00t_fast.export.tensorrt import build_engines, rtx_capabilities

@@ -19,7 +19,7 @@ from tiny_graphs import IMAGE_TOKENS, STAGES, write_export, write_graph
 from waiting import until
 
 from gr00t_fast.cli import export
-from gr00t_fast.engine import tensorrt as library
+from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.manifest import Digests, read_manifest
 from gr00t_fast.errors import ConfigError, EngineError
 from gr00t_fast.export.tensorrt import build, check_feasible, prompt_profiles, run_alone

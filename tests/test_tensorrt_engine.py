@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import tensorrt, warming_up
-from gr00t_fast.engine import tensorrt as library
+from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.eager import Continuation, EagerEngine, prefix_weights
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of, varying_sizes
 from gr00t_fast.engine.tensorrt import RunStage, StageProgram, TensorRTEngine, check_capability, stage_shapes

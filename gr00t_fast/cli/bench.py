@@ -173,7 +173,7 @@ def obstacles() -> dict[str, tuple[str, str]]:
     """Engine -> why it cannot run on this machine, empty where it can, and what to do about that. Files of an export are another question."""
     import torch
 
-    from gr00t_fast.engine.tensorrt import installed
+    from gr00t_fast.engine.tensorrt_library import installed
 
     cuda, libraries = torch.cuda.is_available(), installed()
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
