@@ -373,9 +373,8 @@ def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
     problems.extend(broadcast_torque_off(bus))
     powered, trouble = list(bus.motors), []
     for _ in range(2):
-        attempt(
-            "waiting for late answers", lambda: drop_input(bus.line, SILENT_S, SILENT_S, LONGEST_CHATTER_S), []
-        )  # a lost line shows in the next step
+        # a lost line shows in the next step
+        attempt("waiting for late answers", lambda: drop_input(bus.line, SILENT_S, SILENT_S, LONGEST_CHATTER_S), [])
         trouble = []
         powered = [joint for joint in powered if not _is_released(bus, joint, trouble)]
         if not powered or not _is_there(bus):
