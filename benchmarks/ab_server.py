@@ -368,9 +368,8 @@ def run(config: Config) -> dict[str, Any]:
     takes_pixels = not isinstance(ours.engine, GraphEngine)
     plan = make_plan(config, Setup(NONE, OURS, ours.engine.name, config.denoising_steps or ours.denoising_steps), takes_pixels)
     inputs = _inputs(ours, config)
-    levels = (
-        pixel_levels_apart(policies, ours.engine.name if takes_pixels else REFERENCE, inputs[0][0]) if "preprocessing" in config.factors else None
-    )
+    behind = ours.engine.name if takes_pixels else REFERENCE
+    levels = pixel_levels_apart(policies, behind, inputs[0][0]) if "preprocessing" in config.factors else None
     with ExitStack() as servers:
         arms = _arms(plan, policies, config, servers)
         measured = measure(arms, inputs, config, action_limits(plan, ours))

@@ -25,8 +25,8 @@ _PACKAGES = (
     *("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tensorrt_rtx", "tensorrt"),
 )
 
-# A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name.
-_DIRECTORIES = re.compile(r"(^|[=:])/(?:[^/]*/)*(?=[^/])")
+# A path from the root, at the begin of a word or after `--flag=` and `measured:`, down to its last name; not what follows `tcp:`.
+_DIRECTORIES = re.compile(r"(^|=|measured:)/(?:[^/]*/)*(?=[^/])")
 
 
 class StageTimer:

@@ -65,8 +65,8 @@ def test_a_random_checkpoint_is_that_of_the_flags(more: dict, name: str, cameras
 
 
 def test_what_is_published_has_no_machine_paths() -> None:
-    words = ["/root/x/study.py", "--out=/tmp/a b/c/", "--latency_ms", "800", "measured:/tmp/r.json#a.b", "outputs/x"]
-    assert without_machine_paths(words) == "study.py --out=c --latency_ms 800 'measured:r.json#a.b' outputs/x"
+    words = ["/root/x/study.py", "--out=/tmp/a b/c/", "--latency_ms", "800", "measured:/tmp/r.json#a.b", "outputs/x", "--server=tcp://a:1"]
+    assert without_machine_paths(words) == "study.py --out=c --latency_ms 800 'measured:r.json#a.b' outputs/x --server=tcp://a:1"
 
 
 @pytest.mark.parametrize(("network", "modules"), [("n1.5", REFERENCE_HEAD), ("n1.7", "lerobot.policies.groot.groot_n1_7")])

@@ -34,10 +34,6 @@ class Arm:
     latencies_s: list[float]
     missed: int = 0
 
-    def add(self, other: Arm) -> None:
-        self.latencies_s += other.latencies_s
-        self.missed += other.missed
-
     def note(self, asked_s: float, deadline_s: float | None, answered_s: float) -> None:
         self.latencies_s.append(answered_s - asked_s)
         self.missed += deadline_s is not None and answered_s > deadline_s
@@ -89,7 +85,8 @@ def drive(make: Callable[[], Policy], observation: dict[str, Any], arms: int, ch
                     for pipe in pipes:
                         pipe.send((clients[mode].address, server.token, chunk_s, round_s))
                     for arm, pipe in zip(seen[mode], pipes, strict=True):
-                        arm.add(pipe.recv())
+                        turn = pipe.recv()
+                        arm.latencies_s, arm.missed = arm.latencies_s + turn.latencies_s, arm.missed + turn.missed
             for mode, most in MODES.items():
                 virtual = simulate(seconds, most, arms, chunk_s, rounds * round_s)
                 row = {"chunk_ms": round(1000 * chunk_s, 1), "server": mode, **_figures(seen[mode], rounds * round_s)}

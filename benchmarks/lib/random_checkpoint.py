@@ -245,19 +245,22 @@ def _part_statistics(ranges: list[tuple[float, float]]) -> dict[str, list[float]
 
 
 def write_weights(out: Path, config: ModelConfig, seed: int, dtype: torch.dtype, max_shard_bytes: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {name: _random_tensor(name, shape, generator, dtype) for name, shape in _published_shapes(config).items()}
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(each.nbytes for each in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
+    """One shard is in memory at a time."""
+    shapes, generator, filled = _published_shapes(config), torch.Generator().manual_seed(seed), 0
+    shards: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        filled += math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled > max_shard_bytes:
+            shards.append([])
+            filled = math.prod(shape) * dtype.itemsize
+        shards[-1].append(name)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)] if shards[1:] else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, out / file, metadata={"format": "pt"})
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: _random_tensor(name, shapes[name], generator, dtype) for name in names}, out / file, metadata={"format": "pt"})
+        print(f"wrote {file}: {len(names)} tensors", file=sys.stderr)
     if shards[1:]:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
