@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 import time
 from types import TracebackType
 from typing import Any
@@ -34,12 +35,13 @@ PING_TIMEOUT_S = 2.0
 # A machine that vanished without closing its connections is noticed after this long. Answered by ZeroMQ itself, also while a server computes.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 1000, 5000
 _RECONNECT_MS = 50
+_LOOK_MS = 200  # between two looks, while it waits, at whether another thread has closed the client
 _LEAST_DEADLINE_S = 1e-3  # of a chunk that should be there already
 _CODES_OF_TEXTS = {UNAUTHORISED_TEXT: ServerError.UNAUTHORISED, UNKNOWN_ENDPOINT_TEXT: ServerError.UNKNOWN_ENDPOINT}
 
 
 class PolicyClient(Policy):
-    """A policy over a socket. One thread at a time; close it, or use it as a context manager."""
+    """A policy over a socket. One thread at a time, but any may close it; close it, or use it as a context manager."""
 
     continues = frozenset({"rtc", "prefix"})  # as far as the server does: another one refuses
 
@@ -70,6 +72,7 @@ class PolicyClient(Policy):
         self._connections = itertools.count()
         self._n1d7: bool | None = None  # whether the server speaks N1.7's protocol, once it was asked
         self._context = self._zmq.Context()
+        self._in_use, self._closed = threading.Lock(), False  # ZeroMQ's sockets are one thread's: closed beside a call, they crash the process
         try:
             self._connect()
         except self._zmq.ZMQError as error:
@@ -143,13 +146,22 @@ class PolicyClient(Policy):
         self._call("kill")  # NVIDIA's server answers with nil
 
     def close(self) -> None:
-        """Close the connection; never waits. Calling it again is harmless."""
-        if not self._context.closed:
-            self._drop_socket()
-            self._context.destroy(linger=0)
+        """Close the connection; never waits. Calling it again is harmless. A call of another thread then ends with ServerError, and closes it."""
+        self._closed = True
+        self._close_unless_in_use()
+
+    def _close_unless_in_use(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            return
+        try:
+            if not self._context.closed:
+                self._drop_socket()
+                self._context.destroy(linger=0)
+        finally:
+            self._in_use.release()
 
     def __del__(self) -> None:
-        if hasattr(self, "_context"):
+        if hasattr(self, "_in_use"):
             self.close()  # the garbage collector would close the sockets in an order that can block for ever, see _drop_socket
 
     def __enter__(self) -> PolicyClient:
@@ -169,15 +181,18 @@ class PolicyClient(Policy):
 
     def _call(self, endpoint: str, data: Any = None, timeout_s: float | None = None, resend: bool = True) -> Any:
         """One request and its reply. Fills `last_timing`: stages in ms."""
-        if self._context.closed:
-            raise ServerError("this client is closed; make a new one.")
         began_s = time.monotonic()
         request = self._encoder.encode(
             {"endpoint": endpoint} | ({} if data is None else {"data": data}) | ({} if self._token is None else {"api_token": self._token}),
             n1d7=bool(self._n1d7),
         )
         sent_s = time.monotonic()
-        answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s), resend)
+        try:
+            with self._in_use:
+                answer = self._exchange(request, began_s + (self.timeout_s if timeout_s is None else timeout_s), resend)
+        finally:
+            if self._closed:
+                self._close_unless_in_use()
         answered_s = time.monotonic()
         reply = decode(answer, self._max_bytes)
         stages_s = {"encode": sent_s - began_s, "server": answered_s - sent_s, "decode": time.monotonic() - answered_s}
@@ -187,7 +202,8 @@ class PolicyClient(Policy):
         return reply
 
     def _exchange(self, request: memoryview, deadline_s: float, resend: bool) -> bytes:
-        """Send and wait. With `resend`, a request whose connection broke is sent again until the deadline."""
+        """Send and wait. With `resend`, a request whose connection broke is sent again until the deadline. Raises ServerError once it is closed."""
+        self._check_open()
         broke = self._count_breaks()
         while True:
             if broke and not resend:
@@ -215,7 +231,8 @@ class PolicyClient(Policy):
     def _wait(self, deadline_s: float) -> bytes | None:
         """The answer, or None when the connection broke. Raises ServerUnreachableError at the deadline."""
         while True:
-            ready = dict(self._poller.poll(max(math.ceil(1000 * (deadline_s - time.monotonic())), 0)))
+            self._check_open()
+            ready = dict(self._poller.poll(min(max(math.ceil(1000 * (deadline_s - time.monotonic())), 0), _LOOK_MS)))
             if self._socket in ready:
                 with contextlib.suppress(self._zmq.Again):  # an earlier request's answer
                     return self._socket.recv(self._zmq.NOBLOCK)
@@ -226,6 +243,10 @@ class PolicyClient(Policy):
                 )
             if self._monitor in ready:
                 return None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ServerError("this client is closed; make a new one.")
 
     def _count_breaks(self) -> bool:
         """Whether the connection broke since it was last looked at."""
