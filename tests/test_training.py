@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from waiting import is_there, until
+from waiting import PATIENCE_S, is_there, until
 
 pytest.importorskip("mujoco")
 from benchmarks.evaluate import reach_for_still_blocks
@@ -23,7 +23,7 @@ from gr00t_fast.robots.sim.expert import GraspKinematics
 from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
 from training import record, samples, train
 from training.network import INSTRUCTIONS, draw_times, item_tables, small_tokenizer, write_checkpoint
-from training.samples import HORIZON, IMAGE_SIZE, RESOLUTION, Sampler, Samples, as_the_network_sees, expert_chunk, waypoints
+from training.samples import HORIZON, RESOLUTION, Sampler, Samples, as_the_network_sees, expert_chunk, waypoints
 from training.train import Options, Trainer, TrainingSet
 
 ROOT = Path(__file__).parent.parent
@@ -38,13 +38,27 @@ def drawn() -> Samples:
 
 
 @pytest.fixture
+def shards(drawn: Samples, tmp_path: Path) -> str:
+    """The flag that names a directory of samples."""
+    (tmp_path / "samples").mkdir()
+    np.savez(tmp_path / "samples" / "shard_0000.npz", **vars(drawn))
+    return f"--samples={tmp_path / 'samples'}"
+
+
+@pytest.fixture
 def trainer(drawn: Samples) -> Trainer:
-    return Trainer(drawn, SMALL, CPU)
+    """With weights without the zeros of the beginning, so that time and every joint matter."""
+    made = Trainer(drawn, SMALL, CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return made
 
 
 def test_the_labels_solve_the_task_when_they_are_played() -> None:
     """In closed loop, looking anew every 8 ticks."""
-    for seed in range(6):
+    for seed in range(3):
         simulation = Simulation("reach", seed)
         kinematics = GraspKinematics(simulation)
         for _ in range(5):
@@ -54,30 +68,11 @@ def test_the_labels_solve_the_task_when_they_are_played() -> None:
         assert simulation.success, seed
 
 
-def test_the_block_is_where_the_sample_says(drawn: Samples) -> None:
-    """Strongly red pixels lie around it, wherever the arm does not hide it."""
-    pictures = drawn.pictures.astype(int)
-    red = (pictures[..., 0] > 100) & (pictures[..., 1] < 60) & (pictures[..., 2] < 60)
-    visible = np.flatnonzero(red.sum((1, 2)) >= 6)
-    assert len(visible) > len(drawn) / 2
-    centres = np.array([[np.nonzero(red[index])[axis].mean() + 0.5 for axis in (1, 0)] for index in visible])
-    assert np.median(np.abs(centres - drawn.block[visible] * IMAGE_SIZE)) < 1.5  # pixels
-
-
 # --- the loss --------------------------------------------------------------------------------------------------------------------------------
-
-
-def disturb(trainer: Trainer) -> None:
-    """Weights without the zeros of the beginning, so that time and every joint matter."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 def test_times_of_the_batch_give_the_velocities_of_the_inference_path(trainer: Trainer) -> None:
     """Item i of a batch with a time each = the model's own velocity of that item alone, at that time, from the tables of inference."""
-    disturb(trainer)
     model, head, steps = trainer.model, trainer.model.head, 4
     inputs, *_ = trainer.data.batch(np.arange(steps), trainer.prompts, INSTRUCTIONS[0], CPU)
     noisy = torch.randn((steps, HORIZON, 32), generator=torch.Generator().manual_seed(1))
@@ -121,7 +116,6 @@ def test_training_on_a_few_samples_learns_them_and_leaves_padded_joints_alone(dr
 
 def test_what_is_written_is_what_was_trained(trainer: Trainer, tmp_path: Path) -> None:
     """Through files, loader and policy: the actions of the network in memory."""
-    disturb(trainer)
     write_checkpoint(tmp_path, trainer.model, trainer.dicts, trainer.metadata, torch.float32)
     frame = Simulation("reach", 4).render("front", *RESOLUTION)
     state = {"state.single_arm": HOME_DEG[None, :5], "state.gripper": HOME_DEG[None, 5:]}
@@ -153,23 +147,14 @@ def test_samples_are_continued_and_others_refused(tmp_path: Path, monkeypatch: p
     assert (len(before), len(after), (tmp_path / "shard_0000.npz").stat().st_mtime_ns) == (3, 5, first)
     np.testing.assert_array_equal(after.pictures[:3], before.pictures)
     np.testing.assert_array_equal(after.chunks[:3], before.chunks)
-    for flags, code, expected in (
-        (["--count=5", "--seed=2"], 2, r"'seed': 1,.*'seed': 2,.*--out"),
-        (["--count=0"], 2, "--count=0"),
-        (["--seed=-1"], 2, "--seed=-1"),
-        (["--cuont=3"], 2, "--count"),
-    ):
+    for flags, expected in ((["--count=5", "--seed=2"], r"'seed': 1,.*'seed': 2,.*--out"), (["--count=0"], "--count=0")):
         capsys.readouterr()
-        assert samples.main([out, *flags]) == code, flags
-        assert re.search(expected, capsys.readouterr().err), flags
+        assert samples.main([out, *flags]) == 2
+        assert re.search(expected, capsys.readouterr().err)
 
 
-def test_training_stops_continues_to_the_same_bits_and_leaves_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = f"--samples={tmp_path / 'samples'}"
-    assert train.main([made, f"--out={tmp_path / 'run'}"]) == 2
-    assert "samples.py" in capsys.readouterr().err
-    assert samples.main([f"--out={tmp_path / 'samples'}", "--count=16"]) == 0
-    common = [made, f"--held_out={tmp_path / 'samples'}", "--steps=4", "--batch_size=8", "--check_every=2", "--device=cpu"]
+def test_training_stops_continues_to_the_same_bits_and_leaves_everything(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [shards, f"--held_out={tmp_path / 'samples'}", "--steps=4", "--batch_size=8", "--check_every=2", "--device=cpu"]
 
     def result(run: str, *flags: str) -> dict:
         capsys.readouterr()
@@ -191,63 +176,57 @@ def test_training_stops_continues_to_the_same_bits_and_leaves_everything(tmp_pat
     assert [outcome.solved_s for outcome in reach_for_still_blocks(untrained, (HORIZON, 32), (0,))] == [None]
 
 
-def interrupted(script: str, *flags: str, when: Path, pattern: str) -> subprocess.CompletedProcess[str]:
-    """Run a program and press Ctrl-C once a file of `pattern` is below `when`."""
+def interrupted(script: str, *flags: str, when: Path, pattern: str) -> tuple[str, str]:
+    """Run a program and press Ctrl-C once a file of `pattern` is below `when`, which tells that its handler is in place. Returns its output, and the
+    last line of its errors."""
     program = [sys.executable, str(ROOT / "training" / script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
         try:
             until(lambda: is_there(when, pattern) or process.poll() is not None, pattern)
             os.killpg(process.pid, signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    return subprocess.CompletedProcess(program, process.returncode, out, err)
+    return out, err.splitlines()[-1]
 
 
-def test_ctrl_c_keeps_what_was_made(tmp_path: Path) -> None:
-    done = interrupted("samples.py", f"--out={tmp_path / 'half'}", "--count=100000", when=tmp_path, pattern="about.json")
-    assert "the same command goes on" in done.stderr.splitlines()[-1]
-    assert samples.main([f"--out={tmp_path / 'samples'}", "--count=16"]) == 0
+def test_ctrl_c_keeps_what_was_made(shards: str, tmp_path: Path) -> None:
+    _, last = interrupted("samples.py", f"--out={tmp_path / 'half'}", "--count=100000", when=tmp_path, pattern="about.json")
+    assert "the same command goes on" in last
     run = tmp_path / "run"
-    flags = [f"--samples={tmp_path / 'samples'}", f"--out={run}", "--batch_size=8", "--device=cpu", "--check_every=1"]
-    done = interrupted("train.py", *flags, when=run, pattern="loss.csv")
-    assert json.loads(done.stdout.splitlines()[-1])["stopped_by"] == "SIGINT"
-    assert "the same command goes on" in done.stderr.splitlines()[-1]
+    flags = [shards, f"--out={run}", "--batch_size=8", "--device=cpu", "--check_every=1"]
+    out, last = interrupted("train.py", *flags, when=run, pattern="loss.csv")
+    assert json.loads(out.splitlines()[-1])["stopped_by"] == "SIGINT"
+    assert "the same command goes on" in last
     assert (run / "state.pt").exists()
 
 
 # --- recording -------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_recorded_data_set_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lerobot")
+def test_a_recorded_data_set_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lerobot = pytest.importorskip("lerobot.datasets.lerobot_dataset")
     out = tmp_path / "demonstrations"
-    assert record.main([f"--out={out}", "--episodes=2", "--resolution=64x48"]) == 0
-    for flags, code, expected in (([], 2, "there already"), (["--resolution=64"], 2, "WIDTHxHEIGHT"), (["--episodes=0"], 2, "--episodes=0")):
-        assert record.main([f"--out={out}", *flags]) == code
-        assert expected in capsys.readouterr().err
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    data = LeRobotDataset("local/demonstrations", root=out, video_backend="pyav")
+    flags = [f"--out={out}", "--resolution=64x48"]
+    _, last = interrupted("record.py", *flags, "--episodes=500", when=tmp_path, pattern="*.mp4")  # Arrow's files are open by then
+    assert "nothing was written" in last
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "expert", lambda simulation: iter([HOME_DEG]))
+        assert record.main([*flags, "--episodes=2"]) == 2
+    assert "none of the 2 layouts" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert record.main([*flags, "--episodes=2"]) == 0
+    data = lerobot.LeRobotDataset("local/demonstrations", root=out, video_backend="pyav")
     assert (data.num_episodes, data.fps, list(tmp_path.iterdir())) == (2, 30, [out])
     row = data[0]
     np.testing.assert_allclose(row["observation.state"].numpy(), HOME_DEG, atol=1e-4)
     assert (row["observation.images.front"].shape, row["task"]) == ((3, 48, 64), "Reach the block")
     assert json.loads((out / "meta" / "modality.json").read_text())["video"]["webcam"]["original_key"] == "observation.images.front"
-
-
-def test_a_data_set_is_whole_or_not_there(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("lerobot")
-    flags = [f"--out={tmp_path / 'set'}", "--resolution=64x48"]
-    done = interrupted("record.py", *flags, "--episodes=500", when=tmp_path, pattern="*.mp4")  # Arrow's files are open by then
-    assert "nothing was written" in done.stderr.splitlines()[-1]
-    monkeypatch.setattr(record, "expert", lambda simulation: iter([HOME_DEG]))
-    assert record.main([*flags, "--episodes=2"]) == 2
-    assert "none of the 2 layouts" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert record.main(flags) == 2
+    assert "there already" in capsys.readouterr().err
 
 
 def test_disturbances_move_the_arm_and_not_the_labels() -> None:
@@ -259,23 +238,11 @@ def test_disturbances_move_the_arm_and_not_the_labels() -> None:
 # --- what ships ------------------------------------------------------------------------------------------------------------------------------
 
 
-class SeesGrey:
-    """The policy behind a covered lens."""
-
-    def __init__(self, policy) -> None:
-        self._policy, self.metadata = policy, policy.metadata
-        self.get_modality_config, self.reset = policy.get_modality_config, policy.reset
-
-    def get_action(self, observation: dict, noise=None) -> dict[str, np.ndarray]:
-        return self._policy.get_action({**observation, "video.webcam": np.full_like(observation["video.webcam"], 127)}, noise=noise)
-
-
-def test_the_shipped_network_is_small_looks_and_reaches_the_block() -> None:
+def test_the_shipped_network_is_small_and_reaches_the_block() -> None:
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 15e6
     shipped = load_policy(SHIPPED, device="cpu", action_horizon=8)
-    for policy, layouts, least, most in ((shipped, 6, 5, 6), (SeesGrey(shipped), 4, 0, 1)):
-        outcomes = reach_for_still_blocks(policy, (HORIZON, 32), range(layouts))
-        assert least <= sum(outcome.solved_s is not None for outcome in outcomes) <= most, outcomes
+    outcomes = reach_for_still_blocks(shipped, (HORIZON, 32), range(4))
+    assert all(outcome.solved_s is not None for outcome in outcomes), "a blind network finds none of them"
 
 
 @pytest.mark.parametrize(("successes", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (38, 40, 0.8350, 0.9862), (200, 200, 0.9812, 1.0)])

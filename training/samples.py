@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.lib.program import check_counts
 from gr00t_fast.cli.main import Command
+from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.errors import ConfigError, RobotError, require
 from gr00t_fast.files import atomic_write
 from gr00t_fast.model.vision import pixel_values
@@ -126,9 +127,12 @@ class Sampler:
         self._kinematics = GraspKinematics(self._simulation)
         self._elsewhere: Waypoints | None = None  # of the layout before
 
-    def draw(self, count: int) -> Samples:
+    def draw(self, count: int, stop: StopSignals | None = None) -> Samples:
+        """Raises KeyboardInterrupt at the layout after a Ctrl-C that `stop` took note of: raised inside an import or a C library, it can be lost."""
         rows: list[tuple[np.ndarray, ...]] = []
         while len(rows) < count:
+            if stop and stop.reason:
+                raise KeyboardInterrupt
             points = self._new_layout()
             for _ in range(_STATES_PER_LAYOUT if points is not None else 0):
                 rows.append(self._sample(points))
@@ -216,18 +220,18 @@ def run(config: SamplesConfig) -> int:
     check_counts(config, "count")
     check_counts(config, "seed", least=0)
     torch.set_num_threads(1)
-    require("mujoco", "sim")  # before the work: Ctrl-C while a C library begins becomes an ImportError
+    require("mujoco", "sim")  # before anything is written
     config.out.mkdir(parents=True, exist_ok=True)
     about, note = {"seed": config.seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}, config.out / "about.json"
     if note.exists() and (told := json.loads(note.read_text())) != about:
         raise ConfigError(f"{config.out} holds samples of {told}, asked for were {about}. Choose another --out, the same --seed, or remove it.")
-    note.write_text(json.dumps(about) + "\n")
-    with require("tqdm", "sim").tqdm(total=config.count, unit=" samples", mininterval=1) as progress:
+    with StopSignals() as stop, require("tqdm", "sim").tqdm(total=config.count, unit=" samples", mininterval=1) as progress:
+        note.write_text(json.dumps(about) + "\n")
         for index, start in enumerate(range(0, config.count, _SHARD)):
             path, size = config.out / f"shard_{index:04d}.npz", min(_SHARD, config.count - start)
             if not path.exists() or len(load_samples([path])) < size:
                 with atomic_write(path) as partial, partial.open("wb") as file:
-                    np.savez(file, **vars(Sampler(config.seed * 100_003 + index).draw(size)))
+                    np.savez(file, **vars(Sampler(config.seed * 100_003 + index).draw(size, stop)))
             progress.update(size)
     print(f"{config.out}: {config.count} samples")
     return 0
