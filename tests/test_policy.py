@@ -83,16 +83,6 @@ def test_the_observation_is_not_changed(policy: Gr00tPolicy) -> None:
     assert all(np.array_equal(given[key], before[key]) for key in before)
 
 
-def test_every_input_matters(policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    base = policy.get_action(observation(), noise=noise)
-    changes = [
-        {"video.webcam": 255 - observation()["video.webcam"]},
-        {"state.single_arm": observation()["state.single_arm"] + 10},
-        {"state.gripper": observation()["state.gripper"] + 10},
-        {TASK: "place"},
-    ]
-    assert not any(_same(policy.get_action(observation() | change, noise=noise), base) for change in changes)
-    assert not _same(policy.get_action(observation(), noise=-noise), base)
 
 
 # --- horizon and steps ---------------------------------------------------------------------------------------------------------------
@@ -179,10 +169,8 @@ def test_noise_may_be_given(policy: Gr00tPolicy, noise: np.ndarray) -> None:
     ("wrong", "pattern"),
     [
         (np.zeros((16, 32)), r"got shape \(16, 32\)"),
-        (np.zeros((1, 8, 32)), r"\(1, 16, 32\).*got shape \(1, 8, 32\)"),
         (np.full((1, 16, 32), np.nan), "got values that are not finite"),
         ("loud", "expected numbers"),
-        ([[1.0], [2.0, 3.0]], "expected numbers"),
     ],
 )
 def test_wrong_noise(policy: Gr00tPolicy, wrong: object, pattern: str) -> None:
@@ -300,16 +288,13 @@ WRONG = {
     "missing instruction": ({TASK: ...}, f"'{TASK}' is missing"),
     "float frame": ({"video.webcam": _FRAME.astype(np.float32)}, "video.webcam: expected uint8 RGB pixels 0..255, got float32"),
     "no time axis": ({"video.webcam": _FRAME[0]}, r"expected shape \(1, height, width, 3\).*got \(48, 64, 3\)"),
-    "empty frame": ({"video.webcam": np.zeros((1, 0, 64, 3), np.uint8)}, r"got \(1, 0, 64, 3\)"),
     "two times": ({"video.webcam": np.zeros((2, 48, 64, 3), np.uint8)}, "expected one time step, got 2"),
     "ragged frame": ({"video.webcam": [[1, 2], [3]]}, "expected uint8 RGB pixels as a NumPy array, got list"),
     "NaN state": ({"state.single_arm": np.array([[0, 0, np.nan, 0, 0]])}, "expected finite joint values, got .*nan"),
     "state of words": ({"state.gripper": np.array([["open"]])}, "expected numbers"),
     "state with gradients": ({"state.gripper": torch.zeros(1, 1, requires_grad=True)}, "expected numbers .* got Tensor"),
-    "state of two times": ({"state.gripper": np.zeros((2, 1))}, "expected one time step, got 2"),
     "empty instruction": ({TASK: ""}, "the instruction is empty"),
     "no instruction": ({TASK: []}, r"expected an instruction .* got \[\]"),
-    "instruction None": ({TASK: None}, "expected an instruction .* got None"),
     "two instructions": ({TASK: ["a", "b"]}, "expected 1 instructions for a batch of 1, got 2"),
     "image token": ({TASK: "look <IMG_CONTEXT>"}, "contains the image token"),
     "keys that are no words": ({"video.webcam": ..., 3: 4}, "'video.webcam' is missing"),
@@ -375,12 +360,6 @@ def test_wrong_options_are_found_before_weights_are_read(
     assert issubclass(error, Gr00tFastError)
 
 
-def test_bf16_is_near_fp32(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    low = load_policy(checkpoint, device="cpu", precision="bf16")
-    assert {parameter.dtype for parameter in low.engine.model.parameters()} == {torch.bfloat16}
-    ours, truth = (p.get_action(observation(), noise=noise)["action.single_arm"] for p in (low, policy))
-    assert ours.dtype == np.float32
-    assert 0 < np.abs(ours - truth).max() < 0.1 * np.abs(truth).max()
 
 
 # --- what else is promised -----------------------------------------------------------------------------------------------------------
