@@ -83,8 +83,6 @@ def test_the_observation_is_not_changed(policy: Gr00tPolicy) -> None:
     assert all(np.array_equal(given[key], before[key]) for key in before)
 
 
-
-
 # --- horizon and steps ---------------------------------------------------------------------------------------------------------------
 
 
@@ -358,8 +356,6 @@ def test_wrong_options_are_found_before_weights_are_read(
     with pytest.raises(error, match=pattern):
         load_policy(**({"model_path": checkpoint, **LOAD, option: value}))
     assert issubclass(error, Gr00tFastError)
-
-
 
 
 # --- what else is promised -----------------------------------------------------------------------------------------------------------
