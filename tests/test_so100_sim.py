@@ -13,7 +13,7 @@ from gr00t_fast.cli import sim as program
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.rendering import Pinhole, fill_mask, render_faces, spans
+from gr00t_fast.robots.sim.rendering import Pinhole, render_faces
 from gr00t_fast.robots.sim.scene import (
     FRONT_CAMERA,
     LIMITS_DEG,
@@ -29,7 +29,7 @@ pytest.importorskip("mujoco")
 from gr00t_fast.robots.sim.appearance import box, disc, lathe
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.robot import SimArm
-from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, ScenePlant, Simulation
+from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
 
 EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
 
@@ -63,22 +63,10 @@ def test_layouts_repeat_differ_and_are_in_view(task):
 # --- rasteriser ------------------------------------------------------------------------------------------------------------------------------
 
 
-def square(half: float, z: float, tilt: float = 0.0) -> np.ndarray:
-    """Four corners facing the camera at the origin, anticlockwise seen from it (y down); tilt: z changes along x."""
-    x, y = np.array([-half, -half, half, half]), np.array([-half, half, half, -half])
-    return np.column_stack([x, y, z + tilt * x])
-
-
-def squares(*corners: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points, faces (two per square) and the value i for square i."""
-    faces = np.concatenate([np.array([[0, 1, 2], [0, 2, 3]]) + 4 * i for i in range(len(corners))])
-    return np.concatenate(corners), faces, np.repeat(np.arange(len(corners), dtype=float), 4)
-
-
-def picture(camera: Pinhole, points: np.ndarray, faces: np.ndarray, values: np.ndarray, **options: np.ndarray) -> np.ndarray:
+def picture(camera: Pinhole, points: np.ndarray, faces: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values per pixel, -1 where nothing is seen."""
     image = np.full(camera.height * camera.width, -1.0)
-    fragments = render_faces(camera, points, faces, values, **options)
+    fragments = render_faces(camera, points, faces, values)
     image[fragments.pixel] = fragments.value
     return image.reshape(camera.height, camera.width)
 
@@ -95,28 +83,6 @@ def cast_rays(camera: Pinhole, points: np.ndarray, faces: np.ndarray) -> np.ndar
         closer = (solution >= 0).all(-1) & (depth > camera.near_m) & (depth < nearest)
         nearest[closer], hit[closer] = depth[closer], number
     return hit
-
-
-def test_the_table_hides_what_is_below_it():
-    points, faces, values = squares(square(0.3, 1.0))
-    assert (picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 0.9)) == -1).all()
-    assert picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 1.1))[18, 24] == 0
-
-
-def test_shared_edges_leave_no_gap_and_no_overlap():
-    rng = np.random.default_rng(3)
-    grid = np.stack(np.meshgrid(np.linspace(-5, 55, 9), np.linspace(-5, 45, 8)), -1)
-    grid[1:-1, 1:-1] += rng.uniform(-3, 3, grid[1:-1, 1:-1].shape)
-    a, b, c, d = grid[:-1, :-1], grid[:-1, 1:], grid[1:, 1:], grid[1:, :-1]
-    triangles = np.concatenate([np.stack(corners, 2).reshape(-1, 3, 2) for corners in ((a, b, c), (a, c, d))])  # (F,3,2)
-    row, first, last, _ = spans(triangles[..., 0].T, triangles[..., 1].T, 48, 36)
-    count = np.zeros((36, 48), int)
-    for y, start, stop in zip(row, first, last, strict=True):
-        count[y, start:stop] += 1
-    assert (count == 1).all()
-    mask = np.zeros((36, 48), bool)
-    fill_mask(mask, triangles[..., 0].T, triangles[..., 1].T)
-    assert mask.all()
 
 
 def test_near_plane_clipping_agrees_with_ray_casting():
@@ -146,15 +112,6 @@ def test_closed_meshes_agree_with_ray_casting():
         assert (image.reshape(36, 48) != cast_rays(EYE, moved.vertices, moved.faces)).mean() < 0.01
         normal = np.cross(*(moved.vertices[moved.faces[:, i]] - moved.vertices[moved.faces[:, 0]] for i in (1, 2)))
         assert ((normal * moved.normals[moved.faces].mean(1)).sum(1) > -1e-9).all()  # faces and normals both point outwards
-
-
-def test_values_are_interpolated_and_the_order_of_faces_does_not_matter():
-    points, faces, _ = squares(square(0.4, 1.0))
-    image = picture(EYE, points, faces, points[:, 0])
-    seen = image > -1
-    columns = np.broadcast_to((np.arange(48) + 0.5 - 24) / EYE.focal_px, image.shape)
-    np.testing.assert_allclose(image[seen], columns[seen], atol=1e-9)
-    np.testing.assert_array_equal(image, picture(EYE, points, faces[::-1], points[:, 0]))
 
 
 # --- pictures of the scene -------------------------------------------------------------------------------------------------------------------
@@ -319,17 +276,6 @@ def test_success_needs_the_task_done():
         if place.block_in_bowl and not place.block_released:
             assert not place.success  # still between the fingers
     assert place.success
-
-
-def test_plant_follows_targets_only_with_torque():
-    plant = ScenePlant("place", 0)
-    np.testing.assert_allclose(plant.step([None] * 6, 0.0), HOME_DEG, atol=1e-6)
-    for _ in range(400):
-        positions = plant.step([20.0, None, 20.0, 75.0, -90.0, 40.0], 0.005)
-    assert abs(positions[0] - 20) < 1
-    assert abs(positions[5] - 40) < 2
-    assert plant.simulation.torque_on.tolist() == [True, False, True, True, True, True]
-    assert plant.simulation.time_s == pytest.approx(2.0)
 
 
 # --- robot -----------------------------------------------------------------------------------------------------------------------------------
