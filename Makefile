@@ -40,9 +40,11 @@ demo: .venv/.demo
 	@echo "report:  $(DEMO)/report.html (and report.txt, report.json)"
 
 # One thread each: on a busy machine OpenMP's spin barriers make two threads slower than one. Files stay whole: what they set up is shared by their tests.
+# A test that hangs says where after five minutes; the longest takes half a minute, and three times as long beside four busy jobs.
 TEST_JOBS ?= 2
+TEST := -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile -o faulthandler_timeout=300
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(TEST)
 
 # Up to three tests: more is no accident of time.
 AGAIN_IN ?= .venv
@@ -52,7 +54,7 @@ test-again:
 	OMP_NUM_THREADS=1 $(AGAIN_IN)/bin/python -m pytest -q --last-failed --last-failed-no-failures=none
 
 test-lerobot-0.6: .venv312/.robottest
-	OMP_NUM_THREADS=1 .venv312/bin/python -m pytest -q --numprocesses=$(TEST_JOBS) --dist=loadfile $(ARM_TESTS)
+	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) $(ARM_TESTS)
 
 test-ray: .venv/.ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_ray_serve.py
