@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -53,6 +54,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a trained checkpoint: set GR00T_CHECKPOINT=DIR")
     if item.get_closest_marker("hardware") and not os.environ.get("SO100_PORT"):
         pytest.skip("moves a real SO-100: clear its surroundings and set SO100_PORT=/dev/ttyACM0")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_garbage_collections() -> Iterator[None]:
+    """A run begins with a full collection: a second, where tests have loaded everything. What the first of a module exempts stays so to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
