@@ -61,7 +61,7 @@ class ServerFlags(Flags):
 
     GROUP = "checkpoint"
 
-    server: str = ""  # infer on this policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's
+    server: str = ""  # in place of --model_path: a policy server, tcp://HOST:PORT or ipc://PATH, ours or NVIDIA's
     api_token: str | None = None  # secret that the policy server asks for
     server_timeout_s: float = 5.0  # how long an answer of the policy server may take
     server_reconnect_s: float = 30.0  # how long the arm holds its pose for a policy server that is away before the run ends
