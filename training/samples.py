@@ -163,8 +163,7 @@ class Sampler:
         else:
             joints = self._on_the_way(points if kind < 0.75 else self._other)
             noise = 0.3 * 27 ** self._rng.random()
-        joints = joints + self._rng.normal(0, noise, 6)
-        return np.clip(joints, *LIMITS_DEG.T)
+        return np.clip(joints + self._rng.normal(0, noise, 6), *LIMITS_DEG.T)
 
     def _on_the_way(self, points: Waypoints) -> np.ndarray:
         """Uniform in time along home, hover, goal; body joints ahead of or behind the jaw, as it comes."""
@@ -220,7 +219,6 @@ def run(config: SamplesConfig) -> int:
     check_counts(config, "count")
     check_counts(config, "seed", least=0)
     torch.set_num_threads(1)
-    require("mujoco", "sim")  # before anything is written
     config.out.mkdir(parents=True, exist_ok=True)
     about, note = {"seed": config.seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}, config.out / "about.json"
     if note.exists() and (told := json.loads(note.read_text())) != about:
@@ -237,8 +235,7 @@ def run(config: SamplesConfig) -> int:
     return 0
 
 
-_STOPPED = f"interrupted: the same command goes on from the files of {_SHARD} samples that are in --out"
-main = Command(SamplesConfig, run, __doc__.strip(), interrupted=_STOPPED)
+main = Command(SamplesConfig, run, __doc__.strip(), interrupted="interrupted: the same command goes on from the whole files in --out")
 
 if __name__ == "__main__":
     sys.exit(main())
