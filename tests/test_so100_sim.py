@@ -13,7 +13,7 @@ from gr00t_fast.cli import sim as program
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
 from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.rendering import Pinhole, render_faces
+from gr00t_fast.robots.sim.rendering import Pinhole, fill_mask, render_faces, spans
 from gr00t_fast.robots.sim.scene import (
     FRONT_CAMERA,
     LIMITS_DEG,
@@ -63,10 +63,10 @@ def test_layouts_repeat_differ_and_are_in_view(task):
 # --- rasteriser ------------------------------------------------------------------------------------------------------------------------------
 
 
-def picture(camera: Pinhole, points: np.ndarray, faces: np.ndarray, values: np.ndarray) -> np.ndarray:
+def picture(camera: Pinhole, points: np.ndarray, faces: np.ndarray, values: np.ndarray, **options: np.ndarray) -> np.ndarray:
     """Values per pixel, -1 where nothing is seen."""
     image = np.full(camera.height * camera.width, -1.0)
-    fragments = render_faces(camera, points, faces, values)
+    fragments = render_faces(camera, points, faces, values, **options)
     image[fragments.pixel] = fragments.value
     return image.reshape(camera.height, camera.width)
 
@@ -83,6 +83,29 @@ def cast_rays(camera: Pinhole, points: np.ndarray, faces: np.ndarray) -> np.ndar
         closer = (solution >= 0).all(-1) & (depth > camera.near_m) & (depth < nearest)
         nearest[closer], hit[closer] = depth[closer], number
     return hit
+
+
+def test_the_table_hides_what_is_below_it():
+    points, faces, values = 0.3 * np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]), np.array([[0, 1, 2], [0, 2, 3]]), np.zeros(4)
+    points = np.column_stack([points, np.ones(4)])
+    assert (picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 0.9)) == -1).all()
+    assert picture(EYE, points, faces, values, behind=np.full((36, 1), 1 / 1.1))[18, 24] == 0
+
+
+def test_shared_edges_leave_no_gap_and_no_overlap():
+    rng = np.random.default_rng(3)
+    grid = np.stack(np.meshgrid(np.linspace(-5, 55, 9), np.linspace(-5, 45, 8)), -1)
+    grid[1:-1, 1:-1] += rng.uniform(-3, 3, grid[1:-1, 1:-1].shape)
+    a, b, c, d = grid[:-1, :-1], grid[:-1, 1:], grid[1:, 1:], grid[1:, :-1]
+    triangles = np.concatenate([np.stack(corners, 2).reshape(-1, 3, 2) for corners in ((a, b, c), (a, c, d))])  # (F,3,2)
+    row, first, last, _ = spans(triangles[..., 0].T, triangles[..., 1].T, 48, 36)
+    count = np.zeros((36, 48), int)
+    for y, start, stop in zip(row, first, last, strict=True):
+        count[y, start:stop] += 1
+    assert (count == 1).all()
+    mask = np.zeros((36, 48), bool)
+    fill_mask(mask, triangles[..., 0].T, triangles[..., 1].T)
+    assert mask.all()
 
 
 def test_near_plane_clipping_agrees_with_ray_casting():

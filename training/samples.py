@@ -214,11 +214,11 @@ class SamplesConfig:
 
 
 def run(config: SamplesConfig) -> int:
-    """Shard i of a seed always begins with the same samples: whole ones are skipped, and a shorter one is made anew. Raises
-    ConfigError for a directory that holds samples of another seed."""
+    """Whole shards are skipped, a shorter one is made anew and begins with the same samples. Raises ConfigError for samples of another seed."""
     check_counts(config, "count")
     check_counts(config, "seed", least=0)
     torch.set_num_threads(1)
+    require("mujoco", "sim")  # before anything is written
     config.out.mkdir(parents=True, exist_ok=True)
     about, note = {"seed": config.seed, "resolution": list(RESOLUTION), "image_size": IMAGE_SIZE}, config.out / "about.json"
     if note.exists() and (told := json.loads(note.read_text())) != about:
