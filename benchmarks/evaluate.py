@@ -39,9 +39,9 @@ from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.measurement import wilson_interval
-from gr00t_fast.robots.config import SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.robot import SimArm
+from gr00t_fast.robots import SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.scene import scene_xml
+from gr00t_fast.robots.sim.simulation import SimArm
 from training.samples import FIRST_LAYOUT_SEED
 
 Scene = Literal["still", "moving"]

@@ -16,7 +16,7 @@ from gr00t_fast.contracts import SO100_JOINTS, LandingReport
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
 from gr00t_fast.robots.virtual_bus.servo import to_units

@@ -41,7 +41,7 @@ def sources() -> dict[str, str]:
 
 def test_imports_follow_the_arrow(sources: dict[str, str]) -> None:
     assert rules.arrow_violations(sources) == []
-    against = "from gr00t_fast.control.loop import ControlLoop\ndef f():\n    from gr00t_fast.robots.config import RobotConfig"
+    against = "from gr00t_fast.control.loop import ControlLoop\ndef f():\n    from gr00t_fast.robots import RobotConfig"
     wrong = dict.fromkeys(("gr00t_fast.model.layers", "gr00t_fast.control.report", "gr00t_fast.robots.bus"), against)
     assert len(rules.arrow_violations(dict.fromkeys(sources, "") | wrong)) == 4, "the rule refuses what it should"
 

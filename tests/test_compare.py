@@ -11,8 +11,7 @@ import pytest
 from control_fakes import Bench
 
 from gr00t_fast.cli.main import main
-from gr00t_fast.control.outputs import contents, write_files
-from gr00t_fast.control.report import build_report
+from gr00t_fast.control.report import build_report, contents, write_files
 
 JERK = "jerk of commands, rms (units/s^3)"
 

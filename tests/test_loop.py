@@ -16,11 +16,11 @@ from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
 from gr00t_fast.contracts import LandingReport, Observation
+from gr00t_fast.control.chunk_buffer import TickRecord
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
 from gr00t_fast.control.loop import ControlLoop
 from gr00t_fast.control.pacer import SAME_STOP_S, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report
-from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.errors import RobotError, UnsafeActionError
 
 STEP = DEFAULT_MAX_SPEED_DEG_S * TICK_S  # how far a target may go in a tick

@@ -15,7 +15,7 @@ from random_networks import TINY, cast, load_network, observation, random_inputs
 
 from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.contracts import Policy
-from gr00t_fast.control.trace import summary
+from gr00t_fast.control.session import summary
 from gr00t_fast.engine import Engine
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS

@@ -29,9 +29,8 @@ from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import export, replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import recorder as recording
-from gr00t_fast.control.dataset_writer import ROLLOUTS, SUCCESS
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.control.recorder import ROLLOUTS, SUCCESS, DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.session import Session
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.files import is_running

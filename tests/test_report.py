@@ -14,8 +14,7 @@ import pytest
 from control_fakes import TICK_S, Bench
 
 from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.outputs import Outputs, contents, joints_figure, write_files
-from gr00t_fast.control.report import SCHEMA, as_text, build_report
+from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, contents, joints_figure, write_files
 from gr00t_fast.errors import ConfigError, RecordingError
 from gr00t_fast.measurement import percentiles
 

@@ -23,10 +23,10 @@ pytest.importorskip("scservo_sdk")
 from arm_bench import ON, Camera, assert_landed, connected, make_arm, power, raising, true_joints
 from waiting import until
 
+from gr00t_fast import robots as ours
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import CameraError, ConfigError, MissingExtraError, RobotError
 from gr00t_fast.robots import check_ready, lerobot_glue, make_robot, so100
-from gr00t_fast.robots import config as ours
 from gr00t_fast.robots.lerobot_glue import GAINS, calibration_file, make_follower
 from gr00t_fast.robots.so100 import SO100FollowerArm
 from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus, save_calibration
@@ -360,7 +360,7 @@ def test_an_arm_without_a_camera_can_have_a_drawn_one(bus: VirtualBus, tmp_path:
         with pytest.raises(CameraError, match="out of memory"):
             arm.observe()
         monkeypatch.setattr(simulation, "render", lambda *_: over.wait())
-        monkeypatch.setattr("gr00t_fast.robots.sim.robot.LONGEST_DRAWING_S", 0.3)
+        monkeypatch.setattr("gr00t_fast.robots.sim.simulation.LONGEST_DRAWING_S", 0.3)
         with pytest.raises(CameraError, match="0.3 s"):
             arm.observe()
         arm.observe(with_frames=False)  # the arm can still be put down

@@ -12,7 +12,7 @@ from control_fakes import FakeClock
 from gr00t_fast.cli import sim as program
 from gr00t_fast.contracts import SO100_JOINTS, Robot
 from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.config import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
+from gr00t_fast.robots import OpenCVCameraConfig, SimCameraConfig, SO100SimConfig
 from gr00t_fast.robots.sim.rendering import Pinhole, fill_mask, render_faces, spans
 from gr00t_fast.robots.sim.scene import (
     FRONT_CAMERA,
@@ -28,8 +28,7 @@ from gr00t_fast.robots.sim.scene import (
 pytest.importorskip("mujoco")
 from gr00t_fast.robots.sim.appearance import box, disc, lathe
 from gr00t_fast.robots.sim.expert import expert
-from gr00t_fast.robots.sim.robot import SimArm
-from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, Simulation
+from gr00t_fast.robots.sim.simulation import HOME_DEG, TICK_S, SimArm, Simulation
 
 EYE = Pinhole(np.zeros(3), np.eye(3), fovy_deg=60, width=48, height=36)  # looks along +z, y down
 

@@ -20,9 +20,18 @@ from waiting import PATIENCE_S, children, until
 
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import views
-from gr00t_fast.control.rerun_view import DisplayTarget, display_target, display_view
-from gr00t_fast.control.trace import TickRecord
-from gr00t_fast.control.views import QUEUED_TICKS, View, side_by_side, video_view, window_obstacle, window_view
+from gr00t_fast.control.chunk_buffer import TickRecord
+from gr00t_fast.control.views import (
+    QUEUED_TICKS,
+    DisplayTarget,
+    View,
+    display_target,
+    display_view,
+    side_by_side,
+    video_view,
+    window_obstacle,
+    window_view,
+)
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.files import is_running
 

@@ -24,7 +24,7 @@ import scservo_sdk  # noqa: F401
 from arm_bench import real_time_loop
 
 from gr00t_fast.control.limits import Poses
-from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.so100 import SO100FollowerArm
 
 READY_AFTER = 10  # targets

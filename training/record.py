@@ -28,9 +28,8 @@ import numpy as np
 from benchmarks.lib.program import check_counts, size_of
 from gr00t_fast.cli.main import Command
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.dataset_writer import MODALITY, features
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.recorder import modality_of
+from gr00t_fast.control.recorder import MODALITY, features, modality_of
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.robots.sim.expert import expert
 from gr00t_fast.robots.sim.scene import GRIPPER, Task

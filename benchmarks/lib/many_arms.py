@@ -22,7 +22,7 @@ from benchmarks.lib.served_policy import ServedPolicy
 from gr00t_fast.contracts import Policy
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.serving.client import PolicyClient
-from gr00t_fast.serving.schedule import SIZES, BatchTimes, Queue, Request
+from gr00t_fast.serving.service import SIZES, BatchTimes, Queue, Request
 
 MODES = {"one at a time": 1, "together": SIZES[-1]}  # how many requests are computed at once, at most
 

@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 
 from gr00t_fast.cli.bench import obstacles
-from gr00t_fast.cli.cameras import device_faults, opencv_cameras, take_pictures, write_pictures
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
+from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, write_pictures
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
 from gr00t_fast.measurement import linux_says
-from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, SO100SimConfig
+from gr00t_fast.robots import RobotConfig, SO100FollowerConfig, SO100SimConfig
+from gr00t_fast.robots.lerobot_glue import device_faults, opencv_cameras, take_pictures
 
 # What a run needs besides its engine -> (module, extra that brings it, the arm that cannot do without).
 _EXTRAS = {

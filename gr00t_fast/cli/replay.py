@@ -20,9 +20,8 @@ from gr00t_fast.cli.main import Command
 from gr00t_fast.cli.run import EXITS, RecordedFacts, RunConfig, drive
 from gr00t_fast.cli.shared_flags import ArmFlags, RunOutputFlags, SafetyFlags
 from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
-from gr00t_fast.control.dataset_writer import MODALITY, ROLLOUTS
 from gr00t_fast.control.limits import SPEEDS_DEG_S, Poses
-from gr00t_fast.control.recorder import dataset_directory
+from gr00t_fast.control.recorder import MODALITY, ROLLOUTS, dataset_directory
 from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
 from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import load_data_config

@@ -22,28 +22,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gr00t_fast import flags
-from gr00t_fast.cli.cameras import device_faults, write_pictures
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
-from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags
+from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, write_pictures
 from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.outputs import Outputs
 from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.rerun_view import display_target, display_view
-from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle
-from gr00t_fast.control.trace import summary
-from gr00t_fast.control.views import View, video_view, window_view
+from gr00t_fast.control.report import Outputs
+from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle, summary
+from gr00t_fast.control.views import View, display_target, display_view, video_view, window_view
 from gr00t_fast.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
-from gr00t_fast.robots.config import SO100FollowerConfig
+from gr00t_fast.robots import SO100FollowerConfig
+from gr00t_fast.robots.lerobot_glue import device_faults
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
 _SIMULATED_MAX_HOLD_S = 30.0

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from gr00t_fast.contracts import MAX_FRAME_PX, MIN_FRAME_PX
 from gr00t_fast.control.camera_watch import CameraFault
 from gr00t_fast.control.limits import SafetyOptions
-from gr00t_fast.control.rerun_view import WINDOW, display_target
+from gr00t_fast.control.views import WINDOW, display_target
 from gr00t_fast.errors import AT_LEAST_0, AT_LEAST_1, ConfigError, check_ranges, closest
 from gr00t_fast.flags import OUTPUTS, Flags, setting
 from gr00t_fast.inputs.data_config import load_data_config
-from gr00t_fast.robots.config import RobotConfig, SO100FollowerConfig, rendered
+from gr00t_fast.robots import RobotConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_numbers
 
 # The words of gr00t_fast.engine, which imports torch; a test compares them.
@@ -26,6 +28,8 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 DATA_SETS = "a LeRobotDataset or recordings directory, or random:SEED (which says nothing about trained weights)"
+SHEET_NAME = "cameras.png"
+_HEIGHT, _BAND = 360, 58  # pixels of a picture on the sheet, and of the words above it
 
 
 @dataclass(kw_only=True)
@@ -217,3 +221,39 @@ def check_device(device: str) -> None:
     """Raises ConfigError."""
     if not _DEVICE.fullmatch(device):
         raise ConfigError(f"--device={device} is not one of auto, cuda, cuda:N, cpu, mps.{closest(device, ('auto', 'cuda', 'cpu', 'mps'))}")
+
+
+def write_pictures(frames: Mapping[str, np.ndarray], titles: Mapping[str, str], out: Path, name: str, text: str) -> str:
+    """frames: camera -> uint8 RGB (height, width, 3); titles: what is said under a camera's name. Writes `camera_<name>.png` of each, SHEET_NAME and
+    `text` as the file `name` into the directory `out`; returns what to tell the user. Raises ConfigError when that cannot be written."""
+    pictures = {"camera_" + re.sub(r"[^\w-]", "_", camera) + ".png": frame for camera, frame in frames.items()}
+    if frames:
+        pictures[SHEET_NAME] = np.hstack([_tile(camera, titles.get(camera, ""), frame) for camera, frame in frames.items()])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, picture in pictures.items():
+            (out / file).write_bytes(_png(picture))
+        (out / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to '{out}': {error.strerror}.") from error
+    return f"wrote {out / name}" + (f"; look at {out / SHEET_NAME}: is each camera under its name?" if frames else "")
+
+
+def _png(picture: np.ndarray) -> bytes:
+    import cv2
+
+    encoded: np.ndarray = cv2.imencode(".png", picture[..., ::-1])[1]
+    return encoded.tobytes()
+
+
+def _tile(name: str, title: str, frame: np.ndarray) -> np.ndarray:
+    """(_BAND + _HEIGHT, width, 3): the name and what is said of it above the picture."""
+    import cv2
+
+    font, width = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(frame.shape[1] * _HEIGHT / frame.shape[0]))
+    band = np.full((_BAND, width, 3), 255, np.uint8)
+    for line, (text, size) in enumerate(((name, 0.8), (title, 0.45))):
+        longest = cv2.getTextSize(text, font, size, 1)[0][0]
+        cv2.putText(band, text, (6, 24 + 24 * line), font, size * min(1.0, (width - 12) / max(longest, 1)), (0, 0, 0), 1, cv2.LINE_AA)
+    picture = cv2.resize(np.ascontiguousarray(frame), (width, _HEIGHT), interpolation=cv2.INTER_AREA)
+    return cv2.copyMakeBorder(np.vstack([band, picture]), 0, 0, 0, 8, cv2.BORDER_CONSTANT, value=(255, 255, 255))

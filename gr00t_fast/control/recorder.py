@@ -1,14 +1,23 @@
-"""`--record`: a run's episodes become a LeRobotDataset v3. This is the run's end, which costs the control loop a copy of the pictures per tick; the
-other end is a process of its own (dataset_writer.py)."""
+"""`--record`: a run's episodes become a LeRobotDataset v3. `DatasetRecorder` is the run's end, which costs the control loop a copy of the pictures
+per tick; `DatasetWriter`, in a process beside it, writes with lerobot's own writer.
+
+Each episode is written into a directory beside the data set and moved into it when it is whole, in an order in which the data set can be read at
+any instant. So a full disk, a camera that fails or a crash costs at most the episode in progress. What a crash leaves is tidied up by the next
+recording into the same data set: an episode whose move had begun is moved to its end, anything else is removed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +25,10 @@ import numpy as np
 
 from gr00t_fast.contracts import Observation
 from gr00t_fast.control.binding import joints_of_parts
-from gr00t_fast.control.dataset_writer import SUCCESS, DatasetWriter, check_whole, features, tidy_up
-from gr00t_fast.control.sink import Sink
+from gr00t_fast.control.sink import Sink, Tell
 from gr00t_fast.control.views import check_writable
 from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
+from gr00t_fast.files import is_running
 
 QUEUE_S = 3.0  # of ticks that may wait for the other process
 _LEAST_FREE_BYTES = 200 << 20  # a few minutes of one camera
@@ -31,6 +40,16 @@ _SLOWER = 1.1  # an episode that took so many times what its rows say is told
 _DISK_FULL = ("No space left", "Errno 28", "Disk quota", "File too large")
 _WHOLE = "Episodes saved before are whole."
 _BY_LEROBOT = ("timestamp", "frame_index", "episode_index", "index", "task_index")  # columns of every data set
+ROLLOUTS = "meta/rollouts.json"  # of each episode what lerobot has no place for
+MODALITY = "meta/modality.json"  # NVIDIA's name for which columns are which part
+_FACTS = ("meta/tasks.parquet", "meta/stats.json", ROLLOUTS, MODALITY, "meta/info.json")  # replaced, the one that counts last
+_MOVING = ".moving"  # lies in a whole episode's directory while its files are moved
+_ENCODER_QUEUE = 60  # frames of a camera; 55 MB at 640x480
+_ENCODER_PATIENCE_S = 5.0
+# H.264: half the processor time of lerobot's default (AV1) at 640x480, plays everywhere. And SVT-AV1, run by root, gives its thread a real-time
+# priority above the control loop.
+_CODEC = "h264"
+SUCCESS = "next.success"
 
 
 def dataset_directory(name: str) -> Path:
@@ -271,3 +290,270 @@ def _kind(column: Mapping[str, Any] | None) -> str:
         return "missing"
     names = f" ({', '.join(column.get('names') or ())})" if column["dtype"] == "float32" else ""
     return " x ".join(map(str, column["shape"])) + names
+
+
+def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]], success: bool = False) -> dict[str, Any]:
+    """Columns of a data set as lerobot's own recorder names them; `cameras`: name -> (height, width, ...). `success`: true in the last row of an
+    episode that was solved."""
+    vector = {"dtype": "float32", "shape": (len(joints),), "names": [f"{joint}.pos" for joint in joints]}
+    names = ["height", "width", "channels"]
+    pictures = {f"observation.images.{name}": {"dtype": "video", "shape": (*size[:2], 3), "names": names} for name, size in cameras.items()}
+    outcome = {SUCCESS: {"dtype": "bool", "shape": (1,), "names": None}} if success else {}
+    return {"observation.state": vector, "action": vector, **pictures, **outcome}
+
+
+class DatasetWriter:
+    """What the recorder asks for, done in order: `open` once, then for each episode `begin`, `add` for each row, `end`, and `save` or `discard`.
+
+    An episode that is cut off because the run was killed is saved: `ended_by` says it. All raise what lerobot and the file system raise; the data set
+    is then as it was.
+    """
+
+    def __init__(self, tell: Tell, out: Path) -> None:
+        """Imports lerobot, whose progress bars are off."""
+        self._tell, self._out = tell, out
+        self._beside = out.with_name(f".{out.name}.recording-{os.getpid()}")
+        self._root = self._beside / out.name
+        self._dataset: Any = None  # of the episode, while there is one
+        self._ended: dict[str, Any] = {}
+        self._cache = tempfile.TemporaryDirectory(prefix="gr00t_fast-")
+        os.environ["HF_DATASETS_CACHE"] = self._cache.name  # lerobot reads each episode's entry back through `datasets`, which keeps a copy
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a local data set: nothing is asked of the hub
+        self._lerobot = require("lerobot.datasets.lerobot_dataset", "robot")
+        require("datasets", "robot").disable_progress_bars()
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self.save(self._ended)
+        finally:
+            self.discard()
+            self._cache.cleanup()
+
+    def open(
+        self,
+        fps: int,
+        joints: tuple[str, ...],
+        cameras: Mapping[str, tuple[int, ...]],
+        joint_unit: str,
+        robot_type: str,
+        modality: Mapping[str, Any] | None,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """What all episodes have in common. cameras: name -> shape of its pictures. facts: JSON-ready, for meta/rollouts.json."""
+        self._columns = features(joints, cameras, success=True)
+        self._fps, self._robot_type, self._joint_unit, self._modality, self._facts = fps, robot_type, joint_unit, modality, facts
+
+    def begin(self, task: str) -> None:
+        self.discard()
+        self._task, self._rows, self._last = task, 0, dict[str, np.ndarray]()
+        self._ended = {"success": None, "ended_by": "the program was killed"}
+        self._beside.mkdir(parents=True)
+        if _is_dataset(self._out):
+            known = _read_map(self._out, "meta/info.json")["features"]
+            self._columns = {name: column for name, column in self._columns.items() if name in known}
+            self._dataset = self._continue()
+        else:
+            self._dataset = self._create()
+
+    def _create(self) -> Any:
+        """An empty LeRobotDataset beside."""
+        create, repo_id = self._lerobot.LeRobotDataset.create, f"local/{self._out.name}"
+        return create(repo_id, self._fps, dict(self._columns), root=self._root, robot_type=self._robot_type, **_encoding(create))
+
+    def _continue(self) -> Any:
+        """A LeRobotDataset beside that numbers on from the one in `out`. Of that only the facts and the last episode's entry are read."""
+        cls, repo_id = self._lerobot.LeRobotDataset, f"local/{self._out.name}"
+        if hasattr(cls, "resume"):  # 0.6
+            self._copy_facts()
+            return cls.resume(repo_id, root=self._root, **_encoding(cls.resume))
+        dataset = self._create()
+        shutil.rmtree(self._root / "meta")
+        self._copy_facts()
+        dataset.meta = self._lerobot.LeRobotDatasetMetadata(repo_id, root=self._root)
+        dataset.episode_buffer = dataset.create_episode_buffer()
+        return dataset
+
+    def _copy_facts(self) -> None:
+        last = max((self._out / "meta" / "episodes").rglob("*.parquet"), key=lambda file: file.relative_to(self._out).as_posix())
+        for file in (*(self._out / name for name in _FACTS), last):
+            if file.is_file():
+                target = self._root / file.relative_to(self._out)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+    def add(self, observation: Observation, commanded: np.ndarray) -> None:
+        """Copies the row. It is written with the next one, for the episode's outcome is told in its last row."""
+        if self._last:
+            self._write(solved=False)
+        pictures = {f"observation.images.{name}": np.array(picture) for name, picture in observation.frames.items()}
+        self._last = {"observation.state": observation.joints.astype(np.float32), "action": commanded.astype(np.float32), **pictures}
+        self._rows += 1
+
+    def _write(self, solved: bool) -> None:
+        self._let_encoders_catch_up()
+        outcome = {SUCCESS: np.array([solved])} if SUCCESS in self._columns else {}
+        self._dataset.add_frame({**self._last, **outcome, "task": self._task})
+
+    def _let_encoders_catch_up(self) -> None:
+        """lerobot drops pictures when an encoder's queue is full; here nothing is in a hurry."""
+        owner = getattr(self._dataset, "writer", None) or self._dataset  # 0.6, 0.4
+        queues = getattr(getattr(owner, "_streaming_encoder", None), "_frame_queues", {})
+        end_s = time.monotonic() + _ENCODER_PATIENCE_S
+        while time.monotonic() < end_s and any(queue.qsize() >= _ENCODER_QUEUE - 1 for queue in queues.values()):
+            time.sleep(0.002)
+
+    def end(self, outcome: dict[str, Any]) -> None:
+        self._ended = outcome
+
+    def save(self, outcome: dict[str, Any]) -> None:
+        if self._dataset is None:
+            return
+        if self._rows == 1:  # lerobot makes no statistics of it, and cannot read a data set that begins so
+            self._tell("short")
+        elif self._rows:
+            self._write(solved=bool(outcome.get("success")))
+            number = int(self._dataset.meta.total_episodes)
+            self._dataset.save_episode()
+            self._dataset.finalize()
+            self._check_videos()
+            self._add_facts(number, outcome)
+            self._move()
+            self._dataset = None
+            self._tell("saved", {"lost_ticks": 0, "duration_s": 0.0, **outcome, "episode": number, "frames": self._rows})
+        self.discard()
+
+    def discard(self) -> None:
+        dataset, self._dataset = self._dataset, None
+        if dataset is not None:
+            with contextlib.suppress(Exception):  # whatever is wrong with it, it is removed
+                dataset.clear_episode_buffer()
+                dataset.finalize()
+        shutil.rmtree(self._beside, ignore_errors=True)
+
+    def _check_videos(self) -> None:
+        """lerobot's encoder leaves frames out when it cannot keep up: every later picture would belong to another row."""
+        av = require("av", "robot")
+        for file in (self._root / "videos").rglob("*.mp4"):
+            with av.open(str(file)) as container:
+                found = container.streams.video[0].frames
+            if found != self._rows:
+                raise RuntimeError(f"{file.name} has {found} pictures of {self._rows}: the video encoder could not keep up")
+
+    def _add_facts(self, number: int, outcome: Mapping[str, Any]) -> None:
+        file, modality = self._root / ROLLOUTS, self._root / MODALITY
+        told = _read_map(self._root, ROLLOUTS) if file.is_file() else {"program": "gr00t-fast"}
+        entry = {"episode": number, "frames": self._rows, "task": self._task, **outcome, **self._facts}
+        told["episodes"] = [*(other for other in told.get("episodes", []) if other["episode"] != number), entry]
+        file.write_text(json.dumps({**told, "joint_unit": self._joint_unit}, indent=1) + "\n")
+        if self._modality and not modality.is_file():
+            modality.write_text(json.dumps(self._modality, indent=2) + "\n")
+
+    def _move(self) -> None:
+        """The whole episode into the data set."""
+        _sync(self._root)
+        if _is_dataset(self._out):
+            (self._beside / _MOVING).touch()
+            move_into(self._out, self._root)
+        else:
+            self._root.rename(self._out)
+
+
+def _encoding(method: Any) -> dict[str, Any]:
+    """Arguments of lerobot's writer by what the installed version knows: encode while frames come in."""
+    known = inspect.signature(method).parameters
+    settings = {"streaming_encoding": True, "encoder_queue_maxsize": _ENCODER_QUEUE, "encoder_threads": 1, "vcodec": _CODEC}
+    if "rgb_encoder" in known:  # 0.6
+        settings["rgb_encoder"] = require("lerobot.configs.video", "robot").RGBEncoderConfig(vcodec=_CODEC)
+    return {name: value for name, value in settings.items() if name in known}
+
+
+# Directories
+
+
+def _is_dataset(out: Path) -> bool:
+    return (out / "meta" / "info.json").is_file()
+
+
+def _read_map(out: Path, name: str) -> dict[str, Any]:
+    found = json.loads((out / name).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds no JSON object")
+    return found
+
+
+def move_into(out: Path, root: Path) -> None:
+    """Move an episode's files from `root` into the data set `out`; may be done again where it was interrupted.
+
+    First what nothing refers to yet, then the episode's entry, last the counts: a reader finds a whole data set, with the episode or without it.
+    """
+    new = sorted(file for part in ("data", "videos", "meta/episodes") for file in (root / part).rglob("*") if file.is_file())
+    new = [file for file in new if not (out / file.relative_to(root)).exists()]
+    new = [*(file for file in new if "episodes" not in file.parts), *(file for file in new if "episodes" in file.parts)]
+    for file in (*new, *(root / name for name in _FACTS if (root / name).is_file())):
+        target = out / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    _sync(out / "meta")
+
+
+def tidy_up(out: Path) -> int:
+    """Finish or remove what recordings into `out` left that were killed. Returns how many episodes were rescued."""
+    rescued = 0
+    for found in out.parent.glob(f".{out.name}.recording-*"):
+        owner = found.name.rpartition("-")[2]
+        if not owner.isdigit() or is_running(int(owner)):
+            continue
+        if (found / _MOVING).exists() and _is_dataset(out):
+            move_into(out, found / out.name)
+            rescued += 1
+        shutil.rmtree(found, ignore_errors=True)
+    return rescued
+
+
+def check_whole(out: Path) -> None:
+    """Whether a recording can go on in the data set `out`: its counts agree and every file that they name is there. Raises ValueError that names the
+    file, and what pyarrow and the file system raise."""
+    parquet, info = require("pyarrow.parquet", "recordings"), _read_map(out, "meta/info.json")
+    if not isinstance(info.get("features"), dict):
+        raise ValueError("meta/info.json has no map of features")
+    for name in (name for name in (ROLLOUTS, "meta/stats.json") if (out / name).exists()):
+        if not all(isinstance(entry, dict) and "episode" in entry for entry in _read_map(out, name).get("episodes", [])):
+            raise ValueError(f"{name} has an entry without an episode")
+    parquet.read_metadata(out / "meta" / "tasks.parquet")
+    entries = [entry for file in sorted((out / "meta" / "episodes").glob("*/*.parquet")) for entry in _entries(parquet, file)]
+    numbers = sorted(entry["episode_index"] for entry in entries)
+    if not numbers or numbers != list(range(info.get("total_episodes", 0))):
+        raise ValueError(f"meta/info.json counts {info.get('total_episodes')} episodes, meta/episodes has {len(numbers)}")
+    rows: Counter[str] = Counter()
+    for entry in entries:
+        rows[info["data_path"].format(**_place(entry, "data"))] += entry["length"]
+        for name in (name for name, column in info["features"].items() if column.get("dtype") == "video"):
+            video = info["video_path"].format(video_key=name, **_place(entry, f"videos/{name}"))
+            if not (out / video).is_file():
+                raise ValueError(f"{video} of episode {entry['episode_index']} is missing")
+    for file, count in rows.items():
+        if (found := parquet.read_metadata(out / file).num_rows) != count:
+            raise ValueError(f"{file} has {found} rows, meta/episodes counts {count}")
+    if sum(rows.values()) != info.get("total_frames"):
+        raise ValueError(f"meta/info.json counts {info.get('total_frames')} rows, meta/episodes {sum(rows.values())}")
+
+
+def _entries(parquet: Any, file: Path) -> list[dict[str, Any]]:
+    """Of the episodes, without their statistics."""
+    names = [name for name in parquet.read_schema(file).names if not name.startswith("stats/")]
+    return parquet.read_table(file, columns=names).to_pylist()
+
+
+def _place(entry: Mapping[str, Any], what: str) -> dict[str, int]:
+    return {part: entry[f"{what}/{part}"] for part in ("chunk_index", "file_index")}
+
+
+def _sync(directory: Path) -> None:
+    """A power cut after this loses none of the files."""
+    for file in [path for path in directory.rglob("*") if path.is_file()]:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())

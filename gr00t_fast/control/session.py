@@ -1,7 +1,7 @@
 """A run as a row of episodes with a person at the keyboard: which end early, which are played again, what they showed, what is recorded of them.
 
 Keys are read without waiting while the arm moves, also over ssh and without a keyboard library: the terminal gives each at once and does not show it
-while `Keys` is open; Ctrl-C and the like stay signals.
+while `Keys` is open; Ctrl-C and the like stay signals. What the person reads meanwhile is here too: a run in a line, its progress, a dry run's table.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
-from gr00t_fast.control.pacer import StopSignals
+from gr00t_fast.contracts import Clock, Observation, Policy
+from gr00t_fast.control.chunk_buffer import RunTrace
+from gr00t_fast.control.pacer import Pacer, StopSignals
 from gr00t_fast.control.recorder import DatasetRecorder
 
 try:
@@ -39,6 +40,8 @@ _NAMES = {"\x1b": ESCAPE, "\r": ENTER, "\n": ENTER, "\x7f": BACKSPACE, "\b": BAC
 _NAMES |= {"\x1b[C": RIGHT, "\x1bOC": RIGHT, "\x1b[D": LEFT, "\x1bOD": LEFT}
 _KEY = re.compile(r"\x1b(O.|\[[^@-~]*[@-~]|(?=[^O\[]))|[^\x1b]", re.DOTALL)  # a terminal's sequence, the key Esc before another key, or one key
 _ESCAPE_S = 0.1  # after Esc alone nothing follows; an arrow's three bytes may come in two packets
+PROGRESS_EVERY_S = 5.0  # often enough to see that it lives, seldom enough to leave the warnings in sight
+_WIDTH = 16
 
 
 def keys_obstacle() -> str | None:
@@ -236,3 +239,45 @@ class Session:
             return
         self._typed = typed[:-1] if key == BACKSPACE else typed + key * (len(key) <= 1)
         print(f"\r> {self._typed}\x1b[K", end="", file=sys.stderr, flush=True)  # standard output is --json's; \x1b[K clears the rest of the line
+
+
+class ProgressLine:
+    """A line every few seconds, whatever the controller: one that infers while the arm moves has no other sign of life."""
+
+    def __init__(self, trace: RunTrace, pacer: Pacer, clock: Clock, echo: Callable[[str], None]) -> None:
+        self._trace, self._pacer, self._clock, self._echo = trace, pacer, clock, echo
+        self.begin()
+
+    def begin(self) -> None:
+        """The arm begins to move now."""
+        self._due_s = self._clock.now_s() + PROGRESS_EVERY_S
+
+    def __call__(self) -> None:
+        """After each tick; says something when it is time."""
+        now_s = self._clock.now_s()
+        if now_s >= self._due_s:
+            self._due_s = now_s + PROGRESS_EVERY_S
+            self._echo(self._line(now_s))
+
+    def _line(self, now_s: float) -> str:
+        trace = self._trace
+        last = f", the last took {trace.chunks[-1].inference_ms:.0f} ms" if trace.chunks else ""
+        ticks = f"{len(trace)} ticks ({self._pacer.missed_ticks} missed, {self._pacer.waiting_ticks} waiting for inference)"
+        return f"{now_s - trace.began_s:.0f} s: {ticks}, {len(trace.chunks)} inferences{last}"
+
+
+def dry_run_table(names: Sequence[str], present: np.ndarray, wanted: np.ndarray, sent: np.ndarray) -> str:
+    """The first target by joint, each array (J,): where the arm stands, what the policy asked for, and what clamping and step limit make of it."""
+    lines = ["Dry run: nothing was sent. By joint: the pose now, the policy's first target, and what would have been sent."]
+    lines.append(f"{'':<{_WIDTH}}{'present':>12}{'policy':>12}{'to be sent':>12}")
+    rows = zip(names, present, wanted, sent, strict=True)
+    return "\n".join(lines + [f"{name:<{_WIDTH}}{now:>12.1f}{target:>12.1f}{limited:>12.1f}" for name, now, target, limited in rows])
+
+
+def summary(policy: Policy, robot_name: str, fps: float, action_horizon: int | None, instruction: str) -> str:
+    """One line about what is going to run."""
+    trained = policy.metadata.trained_horizon  # type: ignore[union-attr]  # known once a run has its policy
+    played = action_horizon or policy.action_horizon or trained
+    inference = [f"{played} of {trained} actions per inference"] if policy.computes else []
+    what = [*policy.describe(), *inference, f"{fps:g} Hz", f"{robot_name}, instruction: {instruction!r}"]
+    return "ready: " + ", ".join(what)

@@ -1,12 +1,98 @@
-"""Arms: the real SO-100 through lerobot's driver, a simulated one, and a virtual servo bus. Each is imported when it is made."""
+"""Arms: the real SO-100 through lerobot's driver, a simulated one, and a virtual servo bus. Each is imported when it is made.
+
+Their flags (`--robot.*`): which arm, on which port, with which cameras. The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`,
+`OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have), so that a command line written for lerobot works unchanged. They are declared here once
+more because importing lerobot takes five seconds, which `--help` must not; a test compares the two.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gr00t_fast.errors import ConfigError, require
+from gr00t_fast.flags import Choice
 
 if TYPE_CHECKING:
     from gr00t_fast.contracts import Robot
-    from gr00t_fast.robots.config import RobotConfig
+
+
+@dataclass
+class CameraConfig(Choice):
+    """A camera by `type`; width, height and fps are what it is asked to deliver."""
+
+    width: int = 640
+    height: int = 480
+    fps: int = 30
+
+
+@dataclass
+class OpenCVCameraConfig(CameraConfig, type="opencv"):
+    """A camera that OpenCV opens by number or device path (lerobot's `type: opencv`)."""
+
+    index_or_path: int | Path = 0
+    color_mode: Literal["rgb", "bgr"] = "rgb"
+    rotation: Literal[0, 90, 180, -90] = 0
+    warmup_s: int = 1
+    fourcc: str | None = None
+    backend: int = 0  # OpenCV's number of a capture backend; 0: any
+
+
+@dataclass
+class SimCameraConfig(CameraConfig, type="sim"):
+    """A rendered camera of the simulated scene; for a servo bus, of that scene with the arm in the pose its servos report."""
+
+    view: Literal["front", "wrist"] = "front"
+
+
+@dataclass
+class RobotConfig(Choice):
+    """An arm by `type`."""
+
+    id: str | None = None  # names the calibration file
+    calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it
+
+
+@dataclass
+class SO100FollowerConfig(RobotConfig, type="so100_follower"):
+    """The real arm, driven by lerobot's unmodified `SO100Follower`."""
+
+    port: str = ""  # serial device, e.g. /dev/ttyACM0; required
+    cameras: dict[str, CameraConfig] = field(default_factory=dict)  # "{name: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}"
+    disable_torque_on_disconnect: bool = True  # False: hold the last pose when the run ends
+    max_relative_target: float | dict[str, float] | None = None  # lerobot's own step limit, on top of ours
+    use_degrees: bool = True  # body joints in degrees; false: -100 to 100 over the calibrated range
+    num_read_retries: int = 2  # so often a request that a servo missed or answered damaged is repeated
+    position_p_coefficient: int = 16  # the servos' position gain; other gains than these need lerobot 0.6
+    position_i_coefficient: int = 0  # their integral gain
+    position_d_coefficient: int = 32  # their derivative gain
+    connect_attempts: int = 3  # a slow bus may miss a reply now and then
+    reconnect_s: float = 5.0  # how long an unplugged port may stay away before the run ends
+    watchdog_s: float | None = 1.0  # without a heartbeat for so long, a process beside the program ends it and takes the torque off; null: never
+
+
+@dataclass
+class SO101FollowerConfig(SO100FollowerConfig, type="so101_follower"):
+    """The same driver and settings; reports and recordings name this arm."""
+
+
+@dataclass
+class SO100SimConfig(RobotConfig, type="so100_sim"):
+    """A MuJoCo SO-100 on a table with a block and a bowl; needs no hardware and no OpenGL."""
+
+    task: Literal["reach", "place"] = "place"  # what stands on the table, and what counts as solved
+    cameras: dict[str, CameraConfig] = field(default_factory=lambda: {"front": SimCameraConfig()})
+    use_degrees: bool = True
+    block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
+    servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
+    disable_torque_on_disconnect: bool = True
+
+
+def rendered(cameras: Mapping[str, CameraConfig]) -> dict[str, SimCameraConfig]:
+    """Those that are drawn, not filmed."""
+    return {name: camera for name, camera in cameras.items() if isinstance(camera, SimCameraConfig)}
 
 
 def check_ready(config: RobotConfig) -> None:
@@ -14,9 +100,6 @@ def check_ready(config: RobotConfig) -> None:
 
     Raises RobotError, or MissingExtraError for cameras of `type: sim` without MuJoCo.
     """
-    from gr00t_fast.errors import require
-    from gr00t_fast.robots.config import SO100FollowerConfig, rendered
-
     if isinstance(config, SO100FollowerConfig):
         if rendered(config.cameras):
             require("mujoco", "sim")
@@ -28,15 +111,12 @@ def check_ready(config: RobotConfig) -> None:
 
 def make_robot(config: RobotConfig) -> Robot:
     """The arm that `config` describes, not yet connected. Raises ConfigError, or MissingExtraError when its packages are not installed."""
-    from gr00t_fast.errors import ConfigError
-    from gr00t_fast.robots.config import SO100FollowerConfig, SO100SimConfig
-
     if isinstance(config, SO100FollowerConfig):
         from gr00t_fast.robots.so100 import SO100FollowerArm
 
         return SO100FollowerArm(config)
     if isinstance(config, SO100SimConfig):
-        from gr00t_fast.robots.sim.robot import SimArm
+        from gr00t_fast.robots.sim.simulation import SimArm
 
         return SimArm(config)
     raise ConfigError(f"no arm is known for a configuration of type {type(config).__name__}; expected so100_follower, so101_follower or so100_sim.")

@@ -1,4 +1,4 @@
-"""From our configuration to lerobot's objects, and lerobot's calibration explained.
+"""From our configuration to lerobot's objects, its calibration explained, and its cameras before a run: are their devices there, a picture of each.
 
 lerobot takes five seconds to import, so that happens inside the functions.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
@@ -18,7 +21,7 @@ import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.errors import ConfigError, RobotError, check_ranges, require
-from gr00t_fast.robots.config import OpenCVCameraConfig, SO100FollowerConfig, rendered
+from gr00t_fast.robots import OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, rendered
 
 GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
@@ -35,6 +38,9 @@ RANGES = {  # by field, the least and the most that makes sense
     "num_read_retries": (0, 10),  # a silent servo costs 0.15 s each time
     **dict.fromkeys(GAINS, (0, 254)),  # what the servo's register holds
 }
+CAMERA_S = 6.0  # a camera that has given no picture by then counts as one that gives none; lerobot lets it warm up for a second
+_V4L = 200  # OpenCV's number of the backend that opens device files
+_OTHER_BACKENDS = ("OPENCV_VIDEOIO_PLUGIN_PATH", "OPENCV_VIDEOIO_PRIORITY_LIST")  # cameras may then come without a device file
 
 
 def check_numbers(config: SO100FollowerConfig) -> None:
@@ -236,3 +242,70 @@ def programs_using(port: str) -> list[str]:
                 words = (directory / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
                 users.append(f"pid {directory.name} ({words.strip()[:80]})")
     return users
+
+
+def opencv_cameras(robot: RobotConfig | None) -> dict[str, OpenCVCameraConfig]:
+    return {name: each for name, each in getattr(robot, "cameras", {}).items() if isinstance(each, OpenCVCameraConfig)}
+
+
+def device_faults(robot: RobotConfig | None) -> dict[str, ConfigError]:
+    """Camera -> what keeps it from being opened, as far as its device tells without being opened."""
+    faults, first = {}, dict[int | Path, str]()  # device -> the camera that has it
+    for name, camera in opencv_cameras(robot).items():
+        if (twin := first.setdefault(camera.index_or_path, name)) != name:
+            faults[name] = ConfigError(f"cameras {twin} and {name} are the same device, {camera.index_or_path}. Give each its own index_or_path.")
+        elif fault := _device_fault(name, camera):
+            faults[name] = ConfigError(fault)
+    return faults
+
+
+def device_of(camera: OpenCVCameraConfig) -> Path:
+    return Path(f"/dev/video{camera.index_or_path}" if isinstance(camera.index_or_path, int) else camera.index_or_path)
+
+
+def _device_fault(name: str, camera: OpenCVCameraConfig) -> str | None:
+    """On Linux, where cameras are files unless OpenCV was given another source of them."""
+    path = device_of(camera)
+    if sys.platform != "linux" or camera.backend not in (0, _V4L) or any(os.environ.get(each) for each in _OTHER_BACKENDS):
+        return None
+    if not path.exists():
+        seen = ", ".join(sorted(str(each) for each in Path("/dev").glob("video*"))) or "none"
+        return f"camera {name}: there is no {path}. Video devices seen: {seen}. `lerobot-find-cameras opencv` lists them."
+    if not os.access(path, os.R_OK | os.W_OK):
+        return f"camera {name}: no permission for {path}. Join its group: `sudo usermod -aG video $USER`, then log in again."
+    return None
+
+
+def take_pictures(cameras: Mapping[str, OpenCVCameraConfig]) -> dict[str, np.ndarray | RobotError]:
+    """A picture of each as the policy gets it, uint8 (height, width, 3), or why there is none. All are opened at once, as a run opens them, each in a
+    thread that the program does not wait for when the driver hangs: takes CAMERA_S at most. Raises MissingExtraError without lerobot."""
+    driver = require("lerobot.cameras.opencv", "robot") if cameras else None  # before the clock runs: it can take seconds to import
+    taken: dict[str, np.ndarray | RobotError] = {}
+
+    def take(name: str) -> None:
+        taken[name] = _picture(driver, name, cameras[name])
+
+    threads = [threading.Thread(target=take, args=(name,), name=f"gr00t_fast-camera-{name}", daemon=True) for name in cameras]
+    for thread in threads:
+        thread.start()
+    give_up_s = time.monotonic() + CAMERA_S
+    for thread in threads:
+        thread.join(max(0.0, give_up_s - time.monotonic()))
+    for name, camera in cameras.items():
+        shown = taken.setdefault(name, RobotError(f"camera '{name}' ({camera.index_or_path}) gives no picture. Plug it in again."))
+        if isinstance(shown, RobotError) and (users := programs_using(str(device_of(camera)))):
+            taken[name] = RobotError(f"{shown} It is in use by {'; '.join(users)}: stop that program.")
+    return {name: taken[name] for name in cameras}
+
+
+def _picture(driver: Any, name: str, camera: OpenCVCameraConfig) -> np.ndarray | RobotError:
+    opened = driver.OpenCVCamera(driver.OpenCVCameraConfig(**vars(camera)))
+    try:
+        opened.connect()
+        frame: np.ndarray = opened.async_read(timeout_ms=1000 * CAMERA_S)
+        return frame
+    except Exception as error:  # noqa: BLE001 - whatever lerobot and OpenCV raise
+        return RobotError(camera_error_message(name, camera, error))
+    finally:
+        if opened.is_connected:
+            opened.disconnect()

@@ -19,6 +19,7 @@ import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
 from gr00t_fast.errors import CameraError, ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.robots import SO100FollowerConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.bus import (
     EXCHANGE_FAILED,
@@ -30,10 +31,9 @@ from gr00t_fast.robots.bus import (
     guarded,
     release_torque,
 )
-from gr00t_fast.robots.config import SO100FollowerConfig, rendered
 from gr00t_fast.robots.lerobot_glue import check_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, PerMinute, ServoHealth
-from gr00t_fast.robots.sim.robot import RenderedCameras
+from gr00t_fast.robots.sim.simulation import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

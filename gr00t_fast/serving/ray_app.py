@@ -22,8 +22,7 @@ from typing import Any
 
 from gr00t_fast.errors import ConfigError, Gr00tFastError, ServerError, closest, require
 from gr00t_fast.serving.http import MAX_CONNECTIONS, HttpApplication, http_service, refuse
-from gr00t_fast.serving.schedule import SIZES
-from gr00t_fast.serving.service import Service
+from gr00t_fast.serving.service import SIZES, Service
 
 serve = require("ray.serve", "ray")
 MODELS_PER_REPLICA = 3  # that are loaded at once; the one that was asked for longest ago makes room
