@@ -285,6 +285,7 @@ class OpenVinoStages:
     def __init__(self, openvino: ModuleType, core: Any, directory: Path, manifest: Manifest, arithmetic: str, remedy: str) -> None:
         """Raises EngineError when OpenVINO refuses a file."""
         self._openvino, self._requests = openvino, {}
+        self._given: dict[tuple[str, int], dict[str, Tensor]] = {}  # what each request reads; held, so that an identity means one tensor
         options = {
             "INFERENCE_PRECISION_HINT": _FORMATS[arithmetic],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -295,13 +296,16 @@ class OpenVinoStages:
             path = directory / file
             try:
                 self._requests[stage] = core.compile_model(core.read_model(str(path)), "CPU", options).create_infer_request()
+                self._given[stage] = {}
             except RuntimeError as error:
                 raise EngineError(f"OpenVINO {openvino.__version__} cannot open {path}: {error}. Run: {remedy}") from error
 
     def run_stage(self, stage: str, inputs: Mapping[str, Tensor], wanted: tuple[str, ...], batch: int = 1) -> tuple[Tensor, ...]:
-        request = self._requests[stage, batch]
-        for name, value in inputs.items():  # they outlive the call, and with it the request's view of them
-            request.set_tensor(name, self._openvino.Tensor(value.detach().numpy(), shared_memory=True))
+        request, given = self._requests[stage, batch], self._given[stage, batch]
+        for name, value in inputs.items():
+            if given.get(name) is not value:  # most inputs of a denoising step are those of the step before
+                request.set_tensor(name, self._openvino.Tensor(value.detach().numpy(), shared_memory=True))
+                given[name] = value
         request.infer()
         outputs = tuple(torch.from_numpy(request.get_tensor(name).data) for name in wanted)
         # large outputs may stay where the request has them; a step's are the next step's inputs
