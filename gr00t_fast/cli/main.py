@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if group and ("--help" in words[1:] or "-h" in words[1:]):
         return _ending(lambda: _print_help(overview(group)))
     asked = " ".join(words[: 2 if group else 1])
-    return _refuse(f"unknown command '{asked}'.{closest(asked, COMMANDS)}")
+    known = (*COMMANDS, "--help", "--version")
+    return _refuse(f"unknown command '{asked}'.{closest(asked, known) or closest(' '.join(words[:2]), known)}")
 
 
 def command(name: str) -> Callable[[Sequence[str]], int]:

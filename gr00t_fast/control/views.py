@@ -240,6 +240,9 @@ def desktop_obstacle() -> str | None:
     return None
 
 
+# Everything in rerun: a viewer, a file, or both
+
+
 @dataclass(frozen=True)
 class DisplayTarget:
     """Where a run is shown: a viewer of ours (`spawn`) or of others at `host`, `port`; an .rrd file; or both."""
@@ -284,9 +287,6 @@ def display_view(target: DisplayTarget, name: str, unit: str, joints: tuple[str,
         if target.rrd.is_dir():
             raise ConfigError(f"--display: '{target.rrd}' is a directory. Name a file that ends in .rrd.")
     return View("--display", RerunView, target, name, unit, joints, list(cameras), echo=echo, path=target.rrd)
-
-
-# The other process
 
 
 class RerunView(contextlib.AbstractContextManager):
