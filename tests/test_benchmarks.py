@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from benchmarks import bench_engines, bench_policy, inference_profiler
-from benchmarks.lib.program import PolicyFlags, checkpoint_of, finish, in_processes, read_flags
+from benchmarks.lib.program import PolicyFlags, in_processes, read_flags
 from benchmarks.lib.random_checkpoint import network_config
 from benchmarks.lib.reference import REFERENCE_HEAD
 from benchmarks.lib.work import Ceilings, stage_work
-from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.measurement import without_machine_paths
 from gr00t_fast.model import Gr00t
 from gr00t_fast.networks import n1d5, n1d7
@@ -43,25 +42,6 @@ def test_a_mistake_names_the_flag_and_ends_with_2(words: list[str], told: str, c
     with pytest.raises(SystemExit, match="2"):
         flags(*words)
     assert told in capsys.readouterr().err
-
-
-def test_an_out_that_cannot_be_a_directory_is_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "taken").write_text("mine")
-    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert finish("x", Config(out=out), lambda _: pytest.fail("it ran"), str) == 2
-        assert f"--out={out}" in capsys.readouterr().err
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("more", "name", "cameras"),
-    [({}, "checkpoint-tiny", 1), ({"data_config": "so100_dualcam"}, "checkpoint-tiny-so100_dualcam", 2), ({"seed": 1}, "checkpoint-tiny-seed1", 1)],
-)
-def test_a_random_checkpoint_is_that_of_the_flags(more: dict, name: str, cameras: int, tmp_path: Path) -> None:
-    path = checkpoint_of(Config(out=tmp_path, **more), "tiny")
-    assert path == tmp_path / name
-    assert len(open_checkpoint(path).embodiment("new_embodiment", more.get("data_config")).cameras) == cameras
-    assert checkpoint_of(Config(out=tmp_path, model_path=Path("given")), "tiny") == Path("given")
 
 
 def test_what_is_published_has_no_machine_paths() -> None:

@@ -22,15 +22,6 @@ def observation(cameras: tuple[str, ...] = ("front",)) -> Observation:
     return Observation(np.arange(6.0), {name: np.full((6, 8, 3), 7, np.uint8) for name in cameras}, 0.0)
 
 
-def test_observation_has_the_reference_keys_shapes_and_dtypes() -> None:
-    built = binding().policy_observation(observation(), "pick: the cube")
-    assert set(built) == {"video.webcam", "state.single_arm", "state.gripper", "annotation.human.task_description"}
-    assert (built["video.webcam"].shape, built["video.webcam"].dtype) == ((1, 6, 8, 3), np.uint8)
-    assert (built["state.single_arm"].shape, built["state.single_arm"].dtype) == ((1, 5), np.float64)
-    assert built["state.gripper"].tolist() == [[5.0]]
-    assert built["annotation.human.task_description"] == ["pick: the cube"]
-
-
 def test_actions_come_back_in_robot_order_whatever_the_order_of_parts() -> None:
     swapped = ModalityConfig(list(range(16)), ["action.gripper", "action.single_arm"])
     actions = {"action.gripper": np.full((4, 1), 9.0), "action.single_arm": np.tile(np.arange(5.0), (4, 1))}
@@ -87,21 +78,6 @@ def test_earlier_frames_are_shown_to_a_policy_that_reads_them() -> None:
 def test_parts_of_another_robot_are_refused(widths: dict[str, int]) -> None:
     with pytest.raises(PreflightError, match="another robot"):
         joints_of_parts(widths, SO100_JOINTS, "state")
-
-
-@pytest.mark.parametrize(
-    ("robot", "policy", "requested", "expected"),
-    [
-        (["front"], ["webcam"], None, {"front": "webcam"}),
-        (["front", "wrist"], ["front", "wrist"], None, {"front": "front", "wrist": "wrist"}),
-        (["top", "front"], ["front"], None, {"front": "front"}),
-        (["cam1", "wrist"], ["front", "wrist"], {"cam1": "front"}, {"cam1": "front", "wrist": "wrist"}),
-        (["front", "wrist"], ["front", "wrist"], {"front": "wrist", "wrist": "front"}, {"front": "wrist", "wrist": "front"}),
-        (["a", "b"], ["webcam"], {"b": "webcam"}, {"b": "webcam"}),
-    ],
-)
-def test_camera_map(robot: list[str], policy: list[str], requested: dict | None, expected: dict[str, str]) -> None:
-    assert resolve_camera_map(robot, policy, requested) == expected
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import pytest
 from gr00t_fast.cli import export, shared_flags
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
-from gr00t_fast.errors import ConfigError
 from gr00t_fast.flags import flags_of
 
 ROOT = Path(__file__).parent.parent
@@ -47,21 +46,6 @@ def test_a_word_that_is_no_subcommand(capsys: pytest.CaptureFixture[str]) -> Non
     for words, said in (("export onxx", "Did you mean 'export onnx'"), ("", "which command"), ("export", "export tensorrt")):
         assert main(words.split()) == 2
         assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [["export tensorrt"], ["quantise", "--onnx=x", "--target=onnxruntime"], ["verify", "--engine=openvino"]])
-def test_exports_read_the_file_of_ones_runs_and_their_own(tmp_path: Path, words: list[str]) -> None:
-    """Of a run's file what both have counts, but for what means something else: where the run's report goes, its number format and its seed."""
-    of_a_run = {"robot": {"type": "so100_sim"}, "episodes": 3, "engine": "eager", "verbose": True, "out": "run", "precision": "auto", "seed": 7}
-    name, *flags = *words, "--out=o", f"--config_path={tmp_path / 'file.json'}"
-    for content, verbose in ((of_a_run, False), ({"verbose": True}, True)):
-        (tmp_path / "file.json").write_text(json.dumps({"model_path": "m", "data_config": "so100_dualcam"} | content))
-        config = command(name).parse(flags)
-        assert (config.model_path, config.data_config, config.out, config.verbose) == ("m", "so100_dualcam", Path("o"), verbose)
-        assert getattr(config, "seed", 0) == 0
-    (tmp_path / "file.json").write_text(json.dumps({"otu": "typo"}))
-    with pytest.raises(ConfigError, match="otu"):
-        command(name).parse(flags)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

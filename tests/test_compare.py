@@ -65,17 +65,6 @@ def test_figures_and_settings_that_differ(runs: list[str], compare) -> None:
     assert compare(runs[0], f"{runs[1]}/report.json", "--json")[1] == out, "the report itself may be named"
 
 
-def test_jerk_of_known_motion(tmp_path: Path, compare) -> None:
-    """Third differences of +1, -1, +1 ... units are +-4 units a tick cubed, at 30 Hz 4 * 30^3."""
-    run = recorded(tmp_path / "run", Bench(timeout_s=1.0))
-    arrays = dict(np.load(run / "run.npz"))
-    zigzag = np.where(np.arange(len(arrays["time_s"])) % 2, 0.5, -0.5)
-    arrays["commanded"] = np.repeat(zigzag[:, None], 6, axis=1)
-    arrays["commanded"][:, -1] = np.random.default_rng(0).uniform(0, 100, len(zigzag))  # the gripper does not count
-    np.savez(run / "run.npz", **arrays)
-    assert json.loads(compare(run, run, "--json")[1])["figures"]["motion"][JERK] == pytest.approx([4 * 30**3] * 2)
-
-
 def test_the_table_is_for_people(runs: list[str], compare) -> None:
     out = compare("--runs", *runs)[1]
     for word in ("missed ticks", "denoising_steps:  4 -> 2", "not set -> 1", "machine: the same", "speed-limited steps"):

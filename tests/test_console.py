@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import logging
 import os
 import pty
 import subprocess
@@ -46,17 +45,6 @@ leave(script.main(["--robot.type=so100_sim", "--model_path=m", "--lang_instructi
 def start(log: Path, *flags: str, bug: bool = False, **streams: object) -> subprocess.Popen[bytes]:
     code = PROGRAM.format(root=str(ROOT), tests=str(ROOT / "tests"), log=str(log), flags=list(flags), bug=bug)
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, **streams)
-
-
-def test_what_is_printed_and_logged_arrives_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console():
-        for number in range(100):
-            print(number)
-        logging.getLogger("test").warning("look out")
-        print("error", file=sys.stderr)
-    captured = capsys.readouterr()
-    assert captured.out == "".join(f"{number}\n" for number in range(100))
-    assert captured.err.endswith("error\n")
 
 
 def test_a_closed_stream_and_letters_that_the_terminal_lacks_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

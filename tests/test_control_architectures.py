@@ -36,20 +36,3 @@ def test_a_run_shows_what_each_architecture_costs(tmp_path: Path) -> None:
     assert "| moving | 800 ms | 100 | 84 | threaded |" in table
     pytest.importorskip("matplotlib")
     assert (tmp_path / "control_architectures.png").stat().st_size > 10_000
-
-
-def test_real_time(tmp_path: Path) -> None:
-    flags = ("--architectures=threaded", "--scenes=moving", "--latency_ms=20", "--rounds=2", "--jobs=2", "--seconds=2")
-    assert run(tmp_path, *flags)["moving", "threaded", "20 ms", 50]["finished"] == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["--virtual", "--seconds=0"], "--seconds"),
-        (["--virtual", "--architectures=threaded_resume", "--latency_ms=0"], "threaded_resume"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert control_architectures.main([*flags, f"--out={tmp_path / 'out'}"]) == 2
-    assert named in capsys.readouterr().err

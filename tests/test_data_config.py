@@ -155,14 +155,6 @@ def test_a_module_that_cannot_be_imported(loaded: Callable) -> None:
 # --- classes written for NVIDIA's package --------------------------------------------------------------------------------------------
 
 
-def test_what_transform_does_is_read_without_the_package(loaded: Callable) -> None:
-    config = loaded(_NVIDIA_STYLE, "Robot")
-    assert (config.video_keys, config.language_key, config.action_indices) == (("video.top", "video.side"), "annotation.task", tuple(range(8)))
-    assert [config.normalisation_of(key) for key in (*config.state_keys, *config.action_keys)] == ["min_max", "min_max", "mean_std", "binary"]
-    assert not [name for name in sys.modules if name.split(".")[0] == "gr00t"], "the stand-ins are gone"
-    assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("gr00t_fast")]
-
-
 def test_an_object_is_as_good_as_its_name(loaded: Callable) -> None:
     class Lists:
         video_keys, state_keys, action_keys = ["video.top"], ["state.arm"], ["action.arm"]
@@ -170,24 +162,11 @@ def test_an_object_is_as_good_as_its_name(loaded: Callable) -> None:
     assert load_data_config(Lists()) == DataConfig(("video.top",), ("state.arm",), ("action.arm",))
 
 
-def test_a_part_that_no_step_normalises_stays_as_it_is(loaded: Callable) -> None:
-    """The reference's StateActionTransform leaves out what its modes do not name."""
-    body = '    def joints(self): return [StateActionTransform(apply_to=self.state_keys, normalization_modes={"state.arm": "q99"})]'
-    config = loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{body}\n", "Mine")
-    assert [config.normalisation_of(key) for key in (*config.state_keys, *config.action_keys)] == ["q99", "none", "none", "none"]
-
-
 def test_sines_and_cosines_of_the_state(loaded: Callable) -> None:
     body = "    def joints(self): return [StateActionSinCosTransform(apply_to=['state.arm'])]"
     assert loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{body}\n", "Mine").normalisation_of("state.arm") == "sin_cos"
     with pytest.raises(ConfigError, match="'state.arm' twice"):
         loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n    extra = [StateActionSinCosTransform(apply_to=['state.arm'])]\n", "Mine")
-
-
-def test_the_order_is_the_concatenations(loaded: Callable) -> None:
-    changed = '    orders = {"video_concat_order": ["video.side", "video.top"], "state_concat_order": ["state.hand", "state.arm"]}'
-    config = loaded(f"{_NVIDIA_STYLE}\nclass Mine(Robot):\n{changed}\n", "Mine")
-    assert (config.video_keys, config.state_keys) == (("video.side", "video.top"), ("state.hand", "state.arm"))
 
 
 def test_a_class_that_derives_from_one_of_nvidias(loaded: Callable) -> None:

@@ -12,7 +12,7 @@ from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.contracts import PolicyMetadata
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
-from gr00t_fast.inputs.dataset import MIN_EPISODES, RandomFrames, draw, open_frames, read
+from gr00t_fast.inputs.dataset import MIN_EPISODES, draw, open_frames, read
 
 CONFIG = DATA_CONFIGS["so100"]
 
@@ -47,17 +47,6 @@ def test_recordings_come_back_frame_by_frame(tmp_path: Path, metadata: PolicyMet
     assert [frames[row][CONFIG.language_key] for row in (2, 7)] == [["task 0"], ["task 1"]]
 
 
-def test_frames_are_drawn_from_everywhere(tmp_path: Path, metadata: PolicyMetadata) -> None:
-    frames = open_frames(str(_record(tmp_path, metadata, [40] * 10)), CONFIG, metadata)
-    sample = draw(frames, 128, seed=3, allow_few=False)
-    assert (len(set(sample.indices)), sample.episodes, sample.warnings) == (128, 10, [])
-    places = np.array(sample.indices) % 40
-    assert places.min() < 5
-    assert places.max() > 34
-    assert abs(places.mean() - 19.5) < 4
-    assert draw(frames, 128, seed=3, allow_few=False) == sample != draw(frames, 128, seed=4, allow_few=False)
-
-
 def test_too_little_is_refused_or_said(tmp_path: Path, metadata: PolicyMetadata) -> None:
     frames = open_frames(str(_record(tmp_path, metadata, [60, 60, 60])), CONFIG, metadata)
     for count, named in ((128, f"3 episodes.*{MIN_EPISODES}"), (20, "20 frames.*128")):
@@ -85,17 +74,3 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path, metadata: Polic
     for source, words in sources.items():
         with pytest.raises(ConfigError, match=words):
             open_frames(source, CONFIG, metadata)
-
-
-def test_synthetic_observations_are_textured_within_range_and_say_what_they_are(metadata: PolicyMetadata) -> None:
-    frames, again = RandomFrames(5, CONFIG, metadata), RandomFrames(5, CONFIG, metadata)
-    picture = frames[0]["video.webcam"].astype(np.float64)
-    assert (picture == again[0]["video.webcam"]).all()
-    assert (picture != frames[1]["video.webcam"]).any()
-    assert 1 < np.abs(np.diff(picture, axis=2)).mean() < picture.std(), "neither flat nor noise"
-    assert picture.std() > 20
-    for part, statistics in metadata.state_statistics.items():
-        assert ((frames[0][f"state.{part}"] >= statistics.min) & (frames[0][f"state.{part}"] <= statistics.max)).all()
-    sample = draw(frames, 128, seed=0, allow_few=False)
-    assert sample.synthetic
-    assert any("synthetic" in warning for warning in sample.warnings)

@@ -135,13 +135,6 @@ def test_a_missing_extra_is_named(flags: list[str], capsys: pytest.CaptureFixtur
     assert "[robot]" in asked(flags, capsys)[2]
 
 
-def test_the_file_of_a_run_is_understood(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "my.yaml"
-    file.write_text(f"lang_instruction: go\nmax_speed_deg_s: 100\nout: {tmp_path}/of_the_run\nmodel_path: {TRAINED}\nembodiment_tag: gr1\n")
-    assert "gr1" in asked([*flags, f"--config_path={file}"], capsys)[2]
-    assert not (tmp_path / "of_the_run").exists()
-
-
 def test_pictures_of_cameras_and_mistakes_with_them(flags: list[str], tmp_path: Path) -> None:
     """In a process of its own: OpenCV looks for its plugins once."""
     import cv2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +69,3 @@ def test_figures_count_failures_as_whole_episodes() -> None:
 def test_settings_that_cannot_be_are_refused(flags: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([*flags, f"--out={tmp_path / 'out'}", "--jobs=1"]) == 2
     assert named in capsys.readouterr().err
-
-
-def test_a_network_of_another_camera_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    copy = tmp_path / "checkpoint"
-    shutil.copytree(CHECKPOINT, copy)
-    metadata = copy / "experiment_cfg" / "metadata.json"
-    metadata.write_text(metadata.read_text().replace('"webcam"', '"front"'))
-    assert evaluate.main([f"--model_path={copy}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "video.webcam" in capsys.readouterr().err

@@ -272,22 +272,6 @@ def test_many_prompt_lengths_can_be_compiled(tmp_path: Path, any_length: bool) -
 # --- weights packed once -------------------------------------------------------------------------------------------------------------------
 
 
-def _storage_bytes(tensors) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def test_packing_moves_weights_and_changes_no_value(tmp_path: Path) -> None:
-    model = load_network(write_network(tmp_path / "network", SIZES))
-    before, names = _storage_bytes(model.parameters()), {name: value.clone() for name, value in model.named_parameters()}
-    inputs, start = random_inputs(model.config)
-    expected = EagerEngine(model).run(inputs, start, 2, StageTimer())
-    FusedModel(model)
-    assert all(torch.equal(value, names[name]) for name, value in model.named_parameters())
-    assert _storage_bytes(model.parameters()) <= before, "nothing is held twice"
-    torch.testing.assert_close(EagerEngine(model).run(inputs, start, 2, StageTimer()), expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("sizes", [SIZES, Sizes(use_vlln=False), Sizes(dit=(1, 4, 8)), Sizes(horizon=8, future=4, state_dim=12, action_dim=7)])
 def test_the_fused_network_is_the_plain_one_and_loses_no_precision(tmp_path: Path, sizes: Sizes) -> None:
     """In fp32 up to rounding; in bf16 as near to fp32 as the plain model. Engines over one model share its packed weights."""

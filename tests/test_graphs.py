@@ -11,8 +11,7 @@ from exports import inputs_for, layout_of, stages_of
 from golden_cases import relative_error
 from random_networks import Sizes, SizesN1d7, cast, load_network, write_network, write_network_n1d7
 
-from gr00t_fast.checkpoint import load_model, open_checkpoint
-from gr00t_fast.export.graphs import TABLE_PARAMETERS, Layout, example_inputs, graph_tables, graphs_of
+from gr00t_fast.export.graphs import Layout, graphs_of
 
 SHAPES = {
     "tiny": Sizes(),
@@ -83,20 +82,3 @@ def test_in_sixteen_bits(checkpoints: dict[str, Path], shape: str, dtype: torch.
             error, of_eager = (relative_error(found, expected[stage][1][name]) for found in (value, of_low[name]))
             assert error < TOLERANCE[dtype], name
             assert error < 1.5 * of_eager + 1e-3, f"{name}: the graph loses precision that the plain model keeps"
-
-
-@pytest.mark.parametrize("shape", ["deeper", "n1.7"])
-def test_every_parameter_is_in_a_graph_or_in_the_tables(checkpoints: dict[str, Path], shape: str) -> None:
-    """What one of them forgets to load stays on the meta device, and building or running it would raise."""
-    checkpoint = open_checkpoint(checkpoints[shape])
-    config = checkpoint.config
-    specs, layout = graphs_of(config), layout_of(config, inputs_for(config)[0])
-    needed = {"language.embedding.", *TABLE_PARAMETERS}.union(*(spec.parameters for spec in specs.values()))
-    assert [name for name, _ in load_network(checkpoints[shape]).named_parameters() if not name.startswith(tuple(needed))] == []
-    for stage, spec in specs.items():
-        model = load_model(checkpoint, "new_embodiment", torch.device("cpu"), torch.float32, only=spec.parameters)
-        assert any(parameter.device.type == "meta" for parameter in model.parameters())
-        graph = spec.build(model, layout)
-        assert {value.device.type for value in (*graph.parameters(), *graph.buffers())} == {"cpu"}
-        graph(*example_inputs(stage, config, layout, 30, torch.float32))
-    graph_tables(load_model(checkpoint, "new_embodiment", torch.device("cpu"), torch.float32, only=TABLE_PARAMETERS), 4)

@@ -15,25 +15,12 @@ import pytest
 from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.contracts import LandingReport, Observation
-from gr00t_fast.control.chunk_buffer import TickRecord
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
-from gr00t_fast.control.loop import ControlLoop
 from gr00t_fast.control.pacer import SAME_STOP_S, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report
 from gr00t_fast.errors import RobotError, UnsafeActionError
 
 STEP = DEFAULT_MAX_SPEED_DEG_S * TICK_S  # how far a target may go in a tick
-
-
-def test_a_free_inference_gives_an_even_thirty_hertz() -> None:
-    bench = Bench(timeout_s=2.0)
-    trace = bench.loop.run()
-    assert len(trace) == 60
-    assert np.allclose(np.diff(bench.times()), TICK_S)
-    assert (bench.loop.pacer.missed_ticks, bench.loop.pacer.waiting_ticks) == (0, 0)
-    assert trace.ended_by == "done"
-    assert bench.robot.calls == ["connect", "reset", "land"]
 
 
 @pytest.mark.parametrize(("horizon", "played"), [(8, [*range(8)] * 3), (None, [*range(16), *range(8)])])
@@ -45,19 +32,6 @@ def test_executes_the_first_actions_of_each_chunk_in_order_and_then_looks_again(
     last = (horizon or 16) - 1
     assert [seen["state.single_arm"][0, 0] for seen in bench.policy.seen] == [0, *[last] * (3 if horizon else 1)]
     assert bench.policy.seen[0]["annotation.human.task_description"] == ["pick: the cube"]
-
-
-def test_a_slow_inference_pauses_once_per_chunk_and_misses_nothing() -> None:
-    bench = Bench(inference_s=0.4, timeout_s=3.0)
-    bench.loop.run()
-    gaps = np.diff(bench.times())
-    boundaries = np.arange(7, len(gaps), 8)
-    assert np.allclose(gaps[boundaries], 0.4)  # thinking begins right after the last action: its tick is not lost
-    assert np.allclose(np.delete(gaps, boundaries), TICK_S)  # even within a chunk: neither burst nor gap
-    assert bench.loop.pacer.missed_ticks == 0
-    pauses_ms = [chunk.pause_ms for chunk in bench.loop.trace.chunks]
-    assert pauses_ms == pytest.approx([0] + [400 - 1000 * TICK_S] * (len(pauses_ms) - 1))  # before the first there was no motion
-    assert bench.loop.pacer.waiting_ticks == 11 * (len(pauses_ms) - 1)
 
 
 def test_a_quick_inference_is_ready_when_its_action_is_due_and_begins_no_earlier_than_it_must() -> None:
@@ -131,20 +105,6 @@ def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
     assert (bench.policy.resets, trace.episodes) == (3, 3)
     assert np.bincount(trace.arrays()["episode"]).tolist() == [15, 15, 15]
     assert trace.tracking_error().shape == (39, 6)  # no pair across two episodes, none that ends at a new chunk
-
-
-def test_between_episodes_there_is_time_to_put_things_back() -> None:
-    bench = Bench(episodes=3, timeout_s=0.5, reset_time_s=4.0)
-    looked: list[float] = []
-    bench.robot.on_observe = lambda: looked.append(bench.clock.now_s())
-    trace = bench.loop.run()
-    times = bench.times().reshape(3, 15)
-    assert np.allclose(times[1:, 0] - times[:-1, -1], 4.0 + TICK_S)  # the arm keeps its last target
-    held = [when for when in looked if times[0, -1] + TICK_S <= when < times[1, 0]]
-    assert len(held) >= 100  # a camera that dies or a servo that gives up in the pause is noticed
-    assert trace.episodes == 3
-    told = [line for line in bench.said if line.startswith("Episode")]
-    assert told[:3] == ["Episode 1 of 3", "Episode 1 of 3 is over. The arm holds its pose for 4 s: put things back.", "Episode 2 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -228,15 +188,6 @@ def test_a_policy_that_is_away_is_asked_again_at_every_tick_while_the_arm_holds(
         bench.loop.controller.plan(bench.robot.observe())
 
 
-def test_the_time_limit_holds_in_the_middle_of_an_inference() -> None:
-    bench = Bench(horizon=4, timeout_s=1.0)
-    bench.policy.on_action = lambda targets: (bench.clock.advance(1e6 if len(bench.policy.seen) > 1 else 0.0), targets)[1]
-    trace = bench.loop.run()
-    assert trace.ended_by == "done"
-    assert trace.ended_s - trace.began_s < 1.5
-    assert bench.robot.calls[-1] == "land"
-
-
 @pytest.mark.parametrize("overslept", [False, True])
 def test_a_program_that_was_stopped_plays_nothing_old_and_steps_on_from_where_the_arm_is(overslept: bool) -> None:
     """For 10 s, in the sleep between two ticks or in the middle of one, while somebody has moved the arm."""
@@ -297,24 +248,6 @@ def test_after_an_outage_steps_are_limited_from_where_the_arm_is(event: str, mom
     bench.loop.run()
     index = 8 if moment == "observe" else 9
     assert np.abs(robot.sent[index][1] - sagged[0]).max() <= STEP + 1e-9
-
-
-def test_handles_signals_itself_when_nobody_else_does() -> None:
-    bench = Bench()
-    loop = ControlLoop(bench.robot, bench.loop.controller, bench.loop.options, bench.clock, echo=bench.said.append)
-    bench.policy.on_action = lambda targets: signal.raise_signal(signal.SIGINT)
-    landed_with = []
-    bench.robot.landing, land = LandingReport(port_closed=True, cameras_closed=True), bench.robot.land
-
-    def land_and_be_interrupted(as_found: bool) -> LandingReport:
-        signal.raise_signal(signal.SIGINT)
-        landed_with.append("intact")
-        return land()
-
-    bench.robot.land = land_and_be_interrupted
-    assert loop.run().ended_by == "SIGINT"
-    assert landed_with == ["intact"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class TestStopSignals:
@@ -407,25 +340,3 @@ def test_a_signal_lands_the_arm(tmp_path: Path, mode: str, number: int, launcher
     events = log.read_text().splitlines()
     assert events[-len(ends) :] == ends
     assert (mode == "infer") == ("inferred" not in events), "the inference would have taken a minute"
-
-
-def test_observers_see_each_tick_with_what_the_chunk_holds_from_it_on() -> None:
-    bench = Bench(inference_s=0.1, episodes=2, reset_time_s=0.5)
-    seen: list[TickRecord | None] = []
-
-    class Onlooker:
-        def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
-            seen.append(tick)
-
-    bench.loop.observers = [Onlooker()]
-    trace = bench.loop.run()
-    ticks = [tick for tick in seen if tick is not None]
-    data = trace.arrays()
-    assert [tick.number for tick in ticks] == list(range(len(trace)))
-    assert [tick.episode for tick in ticks] == data["episode"].tolist()
-    assert np.allclose([tick.time_s for tick in ticks], data["time_s"])
-    assert np.array_equal([tick.commanded for tick in ticks], data["commanded"])
-    assert all(np.array_equal(tick.ahead[0], tick.target) for tick in ticks)
-    assert {len(tick.ahead) for tick in ticks} == set(range(9, 17))  # eight of sixteen rows are played
-    assert all(tick.inference_ms == pytest.approx(100) for tick in ticks)
-    assert seen.count(None) >= 15, "half a second between the episodes"

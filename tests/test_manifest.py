@@ -20,8 +20,6 @@ from gr00t_fast.engine.manifest import (
     Manifest,
     check_manifest,
     describe_files,
-    remedy_for,
-    sha256,
 )
 from gr00t_fast.errors import EngineError
 
@@ -68,13 +66,6 @@ def _refused(export: Path, target: Target, kind: str = "onnx") -> str:
         check_manifest(export, kind, target, REMEDY)
     assert str(caught.value).endswith(f"Run: {REMEDY}")
     return f"{type(caught.value).__name__}: {caught.value}"
-
-
-def test_a_whole_export_of_this_checkpoint_is_accepted_wherever_both_lie(export: Path, checkpoint: Path) -> None:
-    edit_json(export / MANIFEST_NAME, "unheard_of", 1)  # of a later version
-    manifest = check_manifest(export, "onnx", target_for(checkpoint), REMEDY)
-    assert (manifest.kind, manifest.precision, manifest.stages["vision"]["file"]) == ("onnx", "fp32", "vision.onnx")
-    assert set(manifest.files) == {"vision.onnx", "vision.onnx.data"}
 
 
 def _other_weights(checkpoint: Path) -> Target:
@@ -154,25 +145,3 @@ def test_damaged(export: Path, checkpoint: Path, damage, told: str) -> None:
     check_manifest(export, "onnx", target_for(checkpoint), REMEDY)  # digests are remembered now
     damage(export)
     assert told in _refused(export, target_for(checkpoint))
-
-
-def test_the_remedy_repeats_what_made_the_export(export: Path, checkpoint: Path, tmp_path: Path) -> None:
-    target = target_for(checkpoint)
-    common = f"--model_path={checkpoint} --embodiment_tag=new_embodiment --data_config=so100 --out="
-    assert remedy_for(export, target, "quantise.py", "--x=1") == f"gr00t-fast export onnx {common}{export} --precision=fp32 --overwrite"
-    assert remedy_for(tmp_path / "none", target, "quantise.py", "--x=1") == f"gr00t-fast quantise {common}{tmp_path / 'none'} --x=1"
-
-
-# --- digests -------------------------------------------------------------------------------------------------------------------------
-
-
-def test_a_digest_is_computed_once_per_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, read = tmp_path / "a", []
-    file.write_bytes(b"one")
-    monkeypatch.setattr("gr00t_fast.engine.manifest.sha256", lambda path: read.append(path) or sha256(path))
-    first = Digests(tmp_path).of([file])
-    assert Digests(tmp_path).of([file]) == first
-    assert len(read) == 1
-    file.write_bytes(b"two")
-    assert Digests(tmp_path).of([file]) != first
-    assert len(read) == 2

@@ -18,7 +18,6 @@ from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
 from gr00t_fast.checkpoint import load_model, open_checkpoint
 from gr00t_fast.cli.run import main
-from gr00t_fast.contracts import ActionPrefix
 from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.embodiment import ImageSettings
@@ -68,20 +67,6 @@ def test_a_relative_chunk_counts_from_the_state_that_it_was_inferred_from(policy
     there = policy.postprocess(chunk, policy.preprocess({**seen, "state.single_arm": seen["state.single_arm"] + 10}))
     np.testing.assert_allclose(there["action.single_arm"], here["action.single_arm"] + 10, atol=1e-4)
     assert np.array_equal(there["action.gripper"], here["action.gripper"])
-
-
-@pytest.mark.parametrize("method", ["rtc", "prefix"])
-def test_a_chunk_continues_another_one_in_joint_units(policy: Gr00tPolicy, method: str) -> None:
-    """Re-anchored: the rows that are known are absolute, and count from where the arm is at the new observation."""
-    seen, start = observation(), noise(policy)
-    before = policy.get_action(seen, noise=start)
-    moved = {**seen, "state.single_arm": before["action.single_arm"][3:4].astype(float)}
-    known = ActionPrefix({key: value[4:] for key, value in before.items()}, 2, method)
-    continued, afresh = policy.get_action(moved, noise=start, prefix=known), policy.get_action(moved, noise=start)
-    for key, value in continued.items():
-        assert np.array_equal(value[:2], before[key][4:6])
-    gap, free = (np.abs(each["action.single_arm"][2:4] - before["action.single_arm"][6:8]).max() for each in (continued, afresh))
-    assert gap < free
 
 
 def test_the_nested_form_gives_the_same(policy: Gr00tPolicy) -> None:
@@ -223,27 +208,6 @@ def test_files_that_do_not_fit_are_refused_by_name(tiny: Path, file: str, key: s
     edit_json(tiny / file, key, value)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tiny).embodiment(TAG)
-
-
-def test_wrong_weights_are_listed_at_once(tiny: Path) -> None:
-    edit_json(tiny / "backbone_config.json", "vision_config.deepstack_visual_indexes", [0, 1, 2])
-    edit_json(tiny / "config.json", "use_vlln", False)
-    with pytest.raises(CheckpointError, match="backbone_config.json") as error:
-        load_model(open_checkpoint(tiny), TAG, torch.device("cpu"), torch.float32)
-    assert "deepstack_merger_list.2.norm.weight" in str(error.value)
-    assert "action_head.vlln.weight" in str(error.value)
-
-
-def test_the_processor_s_files_may_lie_in_a_directory_of_their_own(tiny: Path) -> None:
-    (tiny / "processor").mkdir()
-    for name in ("processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"):
-        (tiny / name).rename(tiny / "processor" / name)
-    assert load_policy(tiny, device="cpu").metadata.trained_horizon == 16
-    (tiny / "processor" / "embodiment_id.json").unlink()
-    assert open_checkpoint(tiny).row_of(TAG) == 10, "the reference's own table"
-    (tiny / "processor" / "statistics.json").unlink()
-    with pytest.raises(CheckpointError, match="statistics.json is missing.*N1.7"):
-        open_checkpoint(tiny)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------

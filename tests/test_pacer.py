@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from control_fakes import TICK_S, FakeClock
 
-from gr00t_fast.control.pacer import MonotonicClock, Pacer
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.control.pacer import Pacer
 
 
 @pytest.fixture
@@ -68,37 +65,3 @@ def test_after_an_oversleep_the_tick_is_the_one_that_is_due_and_nothing_bursts(c
     pacer.wait()
     assert (pacer.tick, pacer.missed_ticks) == (303, 300)
     assert clock.now_s() - before == pytest.approx(TICK_S)
-
-
-@pytest.mark.parametrize(
-    ("first", "lead_s", "takes_s", "pause_s", "next_s", "waiting"),
-    [
-        (True, 0.0, 2.0, 0.0, TICK_S, 0),
-        (False, 0.010, 0.006, 0.0, TICK_S, 0),
-        (False, 0.0, 0.005, 0.005, TICK_S - 0.005, 0),
-        (False, 0.0, 0.25, 0.25, TICK_S, 7),
-    ],
-    ids=["an episode's first plan", "an early plan waits for its deadline", "a short pause keeps the grid", "a long one begins a new grid"],
-)
-def test_plans(clock: FakeClock, pacer: Pacer, first: bool, lead_s: float, takes_s: float, pause_s: float, next_s: float, waiting: int) -> None:
-    """How long the arm pauses for a plan, and when the tick after it is due."""
-    if not first:
-        pacer.wait(lead_s)
-    clock.advance(takes_s)
-    assert pacer.resume() == pytest.approx(pause_s)
-    sent_s = clock.now_s()
-    pacer.wait()
-    assert clock.now_s() - sent_s == pytest.approx(next_s)
-    assert (pacer.missed_ticks, pacer.waiting_ticks) == (0, waiting)
-
-
-def test_the_real_clock_never_wakes_early_and_does_not_burn_a_core() -> None:
-    pacer = Pacer(100, MonotonicClock())
-    pacer.start()
-    cpu_s = time.process_time()
-    for _ in range(25):
-        pacer.wait()
-    assert min(pacer.tick_errors_s) >= 0
-    assert time.process_time() - cpu_s < 0.15  # of 0.25 s
-    with pytest.raises(ConfigError, match="positive"):
-        Pacer(float("nan"), FakeClock())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from random_networks import TINY, cast, load_network, observation, random_inputs
+from random_networks import cast, load_network, observation, random_inputs
 
 from gr00t_fast import Gr00tPolicy, load_policy
-from gr00t_fast.contracts import Policy
-from gr00t_fast.control.session import summary
 from gr00t_fast.engine import Engine
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
-from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import language
 
 TASK = "annotation.human.task_description"
@@ -144,25 +140,6 @@ def test_a_seed_repeats_and_warming_up_does_not_disturb(checkpoint: Path) -> Non
     assert all(map(_same, first, _sequence(plain)))
 
 
-def test_without_a_seed_each_policy_differs_and_reset_does_not_repeat(checkpoint: Path) -> None:
-    one, two = (load_policy(checkpoint, **LOAD) for _ in range(2))
-    first = _sequence(one, 1)[0]
-    assert not _same(first, _sequence(two, 1)[0])
-    one.reset()
-    assert not _same(first, _sequence(one, 1)[0])
-
-
-def test_noise_may_be_given(policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    forms = [noise, torch.from_numpy(noise), noise.astype(np.float64), noise.tolist(), torch.from_numpy(noise).requires_grad_()]
-    first, *others = [policy.get_action(observation(), noise=form) for form in forms]
-    assert all(_same(first, other) for other in others)
-    policy.reset()
-    drawn = _sequence(policy, 1)[0]
-    policy.reset()
-    policy.get_action(observation(), noise=noise)
-    assert _same(drawn, _sequence(policy, 1)[0]), "a call with given noise must not use up the policy's own"
-
-
 @pytest.mark.parametrize(
     ("wrong", "pattern"),
     [
@@ -190,90 +167,11 @@ def test_values_of_nvidias_types_are_accepted(checkpoint: Path, policy: Gr00tPol
     assert _same(load_policy(checkpoint, **{**LOAD, **changes}).get_action(observation(), noise=noise), policy.get_action(observation(), noise=noise))
 
 
-def test_transforms_can_be_made_alone(policy: Gr00tPolicy) -> None:
-    seen = observation(batch=2, instruction=["pick", "put it down"])
-    inputs = policy.apply_transforms(seen)
-    shapes = {name: tuple(value.shape) for name, value in inputs.items()}
-    longest = shapes["eagle_input_ids"][1]
-    size = policy.apply_transforms(observation())["eagle_pixel_values"].shape[-1]
-    assert shapes == {
-        "state": (2, 1, 64),
-        "state_mask": (2, 1, 64),
-        "eagle_input_ids": (2, longest),
-        "eagle_attention_mask": (2, longest),
-        "eagle_pixel_values": (2, 3, size, size),
-        "eagle_image_sizes": (2, 2),
-        "embodiment_id": (2,),
-    }
-    assert inputs["embodiment_id"].tolist() == [31, 31]
-    assert inputs["state_mask"].sum(-1).tolist() == [[6], [6]]
-    lengths = inputs["eagle_attention_mask"].sum(1).tolist()
-    assert lengths[0] < lengths[1] == longest
-    single = policy.apply_transforms(observation(instruction="pick"))["eagle_input_ids"][0]
-    assert torch.equal(inputs["eagle_input_ids"][0, -lengths[0] :], single)
-    assert not inputs["eagle_attention_mask"][0, : longest - lengths[0]].any()
-
-
 def test_unapplied_transforms_give_joint_units(policy: Gr00tPolicy) -> None:
     middle = policy.unapply_transforms({"action": torch.zeros(2, 16, 32, dtype=torch.bfloat16)})
     known = policy.metadata.action_statistics["single_arm"]
     np.testing.assert_allclose(middle["action.single_arm"], np.broadcast_to((known.min + known.max) / 2, (2, 16, 5)), rtol=1e-5)
     assert middle["action.gripper"].shape == (2, 16, 1)
-
-
-# --- data configurations ---------------------------------------------------------------------------------------------------------------
-
-
-def test_as_many_actions_as_the_data_config_has_indices(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    eight = replace(DATA_CONFIGS["so100"], action_indices=tuple(range(8)))
-    short, every = load_policy(checkpoint, **LOAD, data_config=eight), policy.get_action(observation(), noise=noise)
-    assert _same(short.get_action(observation(), noise=noise), {key: rows[:8] for key, rows in every.items()})
-    assert "8 of 16 actions" in summary(short, "arm", 30.0, None, "go")
-    short.action_horizon = 16  # what training predicts may be asked for
-    assert _same(short.get_action(observation(), noise=noise), every)
-    many = replace(eight, action_indices=tuple(range(24)))
-    assert load_policy(checkpoint, **LOAD, data_config=many).action_horizon == 16
-
-
-def test_the_normalisation_is_that_of_the_data_config(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    """The network's own numbers, and the same network on a state in sines and cosines."""
-    plain = replace(DATA_CONFIGS["so100"], normalisation={"action.single_arm": "none"})
-    raw = load_policy(checkpoint, **LOAD, data_config=plain).get_action(observation(), noise=noise)["action.single_arm"]
-    padded = np.zeros((1, 16, 32), np.float32)
-    padded[0, :, :5] = raw
-    expected = policy.get_action(observation(), noise=noise)
-    np.testing.assert_array_equal(policy.unapply_transforms({"action": padded})["action.single_arm"][0], expected["action.single_arm"])
-    turned = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": "sin_cos"})
-    assert not _same(load_policy(checkpoint, **LOAD, data_config=turned).get_action(observation(), noise=noise), expected)
-
-
-def test_the_only_annotation_is_the_instruction(policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    """As in the reference, whatever the data config calls it; of several it has to be that one."""
-    seen = observation(instruction="put it down")
-    expected = policy.get_action(seen, noise=noise)
-    elsewhere = {"annotation.human.action.task_description" if key == TASK else key: value for key, value in seen.items()}
-    assert _same(policy.get_action(elsewhere, noise=noise), expected)
-    assert _same(policy.get_action({**seen, "annotation.other": ["pick"]}, noise=noise), expected)
-    with pytest.raises(ObservationError, match=TASK):
-        policy.get_action({**elsewhere, "annotation.other": ["pick"]}, noise=noise)
-
-
-def test_brackets_are_for_single_observations(checkpoint: Path, policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    """The reference prints a list where it adds the batch axis itself; in a batch each item has its own plain text."""
-    bracketed = load_policy(checkpoint, **LOAD, prompt_style="nvidia")
-    plain = policy.get_action(observation(), noise=noise)
-    in_batch = bracketed.get_action(observation(batch=1), noise=noise)
-    assert _same({key: rows[0] for key, rows in in_batch.items()}, plain)
-    single = bracketed.get_action(observation(), noise=noise)
-    assert not _same(single, plain)
-    printed = str(np.array(["pick"]))
-    assert _same(single, policy.get_action(observation(instruction=printed), noise=noise))
-    for listed in ([["pick"]], np.array([["pick"]])):  # (B, T), as NVIDIA documents batches: each item's own list is printed
-        expected = policy.get_action(observation(batch=1, instruction=[printed]), noise=noise)
-        assert _same(bracketed.get_action(observation(batch=1, instruction=listed), noise=noise), expected)
-        assert _same(policy.get_action(observation(batch=1, instruction=listed), noise=noise), in_batch)
-    with pytest.raises(ObservationError, match=TASK):
-        policy.get_action(observation(batch=2, instruction=[["pick", "put"], ["a", "b"]]))
 
 
 # --- wrong observations --------------------------------------------------------------------------------------------------------------
@@ -361,22 +259,6 @@ def test_wrong_options_are_found_before_weights_are_read(
 # --- what else is promised -----------------------------------------------------------------------------------------------------------
 
 
-def test_it_implements_the_protocol_and_describes_itself(policy: Gr00tPolicy) -> None:
-    assert isinstance(policy, Policy)
-    modality = policy.get_modality_config()
-    assert {name: config.modality_keys for name, config in modality.items()} == {
-        "video": ["video.webcam"],
-        "state": ["state.single_arm", "state.gripper"],
-        "action": ["action.single_arm", "action.gripper"],
-        "language": [TASK],
-    }
-    assert modality["action"].delta_indices == list(range(16))
-    known = policy.metadata
-    assert (known.resolutions, known.fps, known.trained_horizon) == ({"webcam": (64, 48)}, 30.0, TINY.horizon)
-    assert (known.state_widths, known.action_widths) == ({"single_arm": 5, "gripper": 1}, {"single_arm": 5, "gripper": 1})
-    assert known.action_statistics["gripper"].q99.tolist() == [60.0]
-
-
 def test_timing_names_every_stage(policy: Gr00tPolicy) -> None:
     policy.get_action(observation())
     stages = dict(policy.last_timing)
@@ -400,14 +282,6 @@ class OwnEngine(Engine):
 
     def run(self, inputs, noise, denoising_steps, timer, continuation=None):
         return self.answer
-
-
-def test_three_calls_are_get_action(policy: Gr00tPolicy, noise: np.ndarray) -> None:
-    inputs = policy.preprocess(observation())
-    assert [frames.shape for frames in inputs.frames] == [(1, 48, 64, 3)]
-    chunk = policy.infer(inputs, noise=noise)
-    assert (chunk.shape, chunk.dtype) == ((1, *policy.chunk_shape), np.float32)
-    assert _same(policy.postprocess(chunk, inputs), policy.get_action(observation(), noise=noise))
 
 
 @pytest.mark.parametrize("lacks", ["synchronise", "device", "run"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from benchmarks.lib.random_checkpoint import byte_tokenizer, write_random_checkpoint
 from gr00t_fast import load_policy
@@ -62,14 +62,6 @@ def test_the_whole_prompt_equals_that_of_transformers(qwen, ours: Tokenizer) -> 
 # --- rendering -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_template() -> None:
-    assert render_prompt("Do it", 2, 3) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<image 1><img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img><image 2><img><IMG_CONTEXT><IMG_CONTEXT><IMG_CONTEXT></img>"
-        "Do it<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("instruction", "printed"),
     [("Do it", "['Do it']"), ("don't", '["don\'t"]'), ('say "x"', "['say \"x\"']"), ("new\nline", "['new\\nline']"), ("émoji 🤖", "['émoji 🤖']")],
@@ -82,35 +74,9 @@ def test_style_nvidia_prints_a_list(instruction: str, printed: str) -> None:
 # --- the encoder ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Counting:
-    """A tokenizer that counts how often it is used."""
-
-    def __init__(self) -> None:
-        self.inner, self.calls = byte_tokenizer(), 0
-
-    def token_to_id(self, token: str) -> int:
-        return self.inner.token_to_id(token)
-
-    def encode(self, *args: object, **options: object):
-        self.calls += 1
-        return self.inner.encode(*args, **options)
-
-
 def _encoder(tokenizer: object = None, style: str = "plain") -> PromptEncoder:
     tokenizer = tokenizer or byte_tokenizer()
     return PromptEncoder(PROMPT, tokenizer, 2, tokenizer.token_to_id(IMAGE_TOKEN), style)
-
-
-def test_an_instruction_is_tokenised_once() -> None:
-    tokenizer = _Counting()
-    encode = _encoder(tokenizer)
-    first = encode("a", 5)
-    assert encode("a", 5) is first
-    assert tokenizer.calls == 1
-    encode("b", 5)
-    assert tokenizer.calls == 2
-    with pytest.raises(ValueError, match="read-only"):
-        first[0] = 1  # what is remembered cannot be spoilt
 
 
 def test_image_tokens_in_the_instruction_are_refused() -> None:
@@ -145,16 +111,6 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return asked
-
-
-def test_the_given_path_goes_before_the_checkpoint(checkpoint: Path, tmp_path: Path, no_hub: list[str]) -> None:
-    other = byte_tokenizer()
-    other.add_tokens([AddedToken("block")])
-    (tmp_path / "given").mkdir()
-    other.save(str(tmp_path / "given" / "tokenizer.json"))
-    assert find_tokenizer(PROMPT, tmp_path / "given", checkpoint).get_vocab_size() == other.get_vocab_size()
-    assert find_tokenizer(PROMPT, None, checkpoint).get_vocab_size() == byte_tokenizer().get_vocab_size()
-    assert no_hub == []
 
 
 def test_a_given_path_without_a_tokenizer_is_an_error_even_if_the_checkpoint_has_one(checkpoint: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
 from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError
-from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, InputStatistics, RoundedMatMul, choose_scale, keep_sensitive, record
+from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, RoundedMatMul, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear
-from gr00t_fast.export.qdq import LARGEST, Graph, quantised_weight, rounded, write_quantised
+from gr00t_fast.export.qdq import LARGEST, Graph, write_quantised
 from gr00t_fast.export.verify import ActionError
 from gr00t_fast.inputs.dataset import textured_picture
 from gr00t_fast.measurement import StageTimer
@@ -53,34 +53,6 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 # --- arithmetic
-
-
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_weights_are_rounded_per_output_channel(scheme: str) -> None:
-    """FP8 is E4M3."""
-    weight = seeded(K, N) * torch.logspace(-3, 3, N)
-    values, scales = quantised_weight(weight, scheme)
-    assert scales.shape == (N,)
-    assert values.abs().max() == LARGEST[scheme]
-    step = scales if scheme == "int8" else weight.abs() * 2**-3 + scales * 2**-8  # three mantissa bits; and subnormals
-    assert ((values * scales - weight).abs() <= step * 0.5001 + 1e-12).all()
-    assert rounded(torch.tensor([1.0, 1.06, 1.07, 447.0, 1e6]), "fp8").tolist() == [1.0, 1.0, 1.125, 448.0, 448.0]
-
-
-def test_balancing_is_taken_where_it_helps_and_only_there() -> None:
-    """A range a quarter as wide as needed would change even rows more than rounding does; a channel of outliers needs balancing."""
-    rows, weight = seeded(200, K), seeded(K, N, seed=1)
-    uneven = rows * torch.where(torch.arange(K) == 3, 100.0, 1.0)  # outliers, as trained transformers have
-
-    def error(values: Tensor, scale: InputScale) -> float:
-        got = RoundedMatMul(MatMulLinear(weight, None), scale, "int8")(values)
-        return float((got - values @ weight).norm() / (values @ weight).norm())
-
-    for values, least, most in ((uneven, 0.0, 0.25), (rows, 0.5, 1.0)):
-        plain = InputScale(float(values.abs().max()))
-        chosen = choose_scale(InputStatistics(("a",), values.abs().amax(dim=0), len(values), [values]), [weight], "int8")
-        assert least <= error(values, chosen) / error(values, plain) <= most
-        assert (chosen.smoothing is not None) == (values is uneven)
 
 
 # --- graphs

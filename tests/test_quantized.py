@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 from random_networks import TINY, load_network, write_network
 from torch import Tensor, nn
 
-from gr00t_fast.engine.fused import FusedModel
 from gr00t_fast.engine.quantized import (
     Fp8Linear,
     Fp8WeightLinear,
@@ -23,7 +20,6 @@ from gr00t_fast.engine.quantized import (
     fp8_product,
     inverse_of,
     linear_layers,
-    part_of,
     rewritten,
     weight_step_of,
 )
@@ -120,48 +116,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     return load_network(write_network(tmp_path_factory.mktemp("eight_bit"), TINY))
 
 
-def scales_for(model: Gr00t) -> dict[str, InputScale]:
-    """Gate and up read one tensor."""
-    found = {name: InputScale(8.0) for name in linear_layers(model)}
-    return found | {name: found[name.replace("mlp.up", "mlp.gate")] for name in found if name.startswith("language") and name.endswith("mlp.up")}
-
-
-def test_a_rewritten_network_shares_all_but_the_replaced_layers(model: Gr00t) -> None:
-    before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    scales = {name: scale for name, scale in scales_for(model).items() if part_of(name) in ("vision", "dit")}
-    made = rewritten(model, scales, emulated=True)
-    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
-    assert {name: id(parameter) for name, parameter in made.named_parameters()} == {
-        name: key for name, key in before.items() if name.rpartition(".")[0] not in scales
-    }
-    assert isinstance(made.vision.blocks[0].mlp.up, Fp8Linear)
-    assert isinstance(made.head.dit.blocks[0].mlp.up, Fp8WeightLinear)
-    assert isinstance(model.head.dit.blocks[0].mlp.up, nn.Linear)
-    assert made.dtype == model.dtype
-    assert isinstance(made, Gr00t)
-
-
 def weight_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-
-
-def test_memory_shrinks_once_the_plain_network_is_dropped(tmp_path) -> None:
-    """The fused model keeps nothing of it either."""
-    plain = load_network(write_network(tmp_path, TINY), torch.bfloat16)
-    whole, replaced = weight_bytes(plain), sum(layer.weight.numel() for layer in linear_layers(plain).values())
-    gone = [weakref.ref(layer.weight) for layer in linear_layers(plain).values()]
-    made = rewritten(plain, scales_for(plain), emulated=True)
-    fused = FusedModel(made)
-    del plain
-    gc.collect()
-    assert all(reference() is None for reference in gone)
-    spared, overhead = 2 * replaced, 1.6 * replaced  # of 16-bit weights; 8-bit ones, their scales and the input scales (much, at this size)
-    assert weight_bytes(made) < whole - spared + overhead
-    mlp = made.language.blocks[0].mlp
-    gate, up, both = (layer.weight.view(torch.uint8) for layer in (mlp.gate, mlp.up, fused.gate_up[0]))
-    assert torch.equal(torch.cat((gate, up)), both)
-    assert gate.data_ptr() == both.data_ptr(), "nothing is held twice"
-    assert fused.dtype == torch.bfloat16
 
 
 def test_scales_of_another_network_are_refused(model: Gr00t) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import re
 from pathlib import Path
 
@@ -13,10 +12,8 @@ import numpy as np
 import pytest
 from control_fakes import TICK_S, Bench
 
-from gr00t_fast.contracts import LandingReport
-from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, contents, joints_figure, write_files
+from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, contents, write_files
 from gr00t_fast.errors import ConfigError, RecordingError
-from gr00t_fast.measurement import percentiles
 
 
 def report_of(bench: Bench, **kwargs: object) -> dict:
@@ -28,11 +25,6 @@ def bench() -> Bench:
     bench = Bench(inference_s=0.2, timeout_s=2.0)
     bench.loop.run()
     return bench
-
-
-def test_percentiles() -> None:
-    assert percentiles([]) is None
-    assert percentiles([1.0, float("nan"), 3.0]) == {"count": 2, "p50": 2.0, "p95": 2.9, "p99": 2.98, "max": 3.0}
 
 
 def test_figures_of_a_known_run(bench: Bench) -> None:
@@ -67,20 +59,6 @@ def test_safety_counts_are_per_joint() -> None:
     assert safety["speed_limited"]["gripper"] > 0
 
 
-def test_text_has_a_line_for_every_stage_and_joint(bench: Bench) -> None:
-    bench.loop.trace.landing = LandingReport({"gripper": "unknown"}, True, True, ["servo 6 silent"])
-    report = report_of(bench, warnings=["look out"], argv=["prog", "--lang_instruction=pick: the cube"])
-    assert report["command_line"] == "prog '--lang_instruction=pick: the cube'"
-    text = as_text(report)
-    stages = ("observe", "infer", "infer/network", "send", "wait", "loop", "tick error", "pause per chunk")
-    for word in (*stages, "wrist_roll", "gripper", "missed ticks", "p99", "read_retry 2", "look out", "the time limit"):
-        assert word in text
-    for word in ("pause per chunk:", "wait:", "infer/refine:", "speed-limited:", "following-limited:", "tracking:"):
-        assert word in text, f"{word} is explained nowhere"
-    assert "NOT SAFE: servo 6 silent" in text
-    assert max(map(len, text.splitlines())) < 120
-
-
 def test_a_run_that_failed_at_connect_and_a_dry_run_have_a_report(tmp_path: Path) -> None:
     failed, dry = Bench(), Bench(dry_run=True)
     failed.robot.on_connect = lambda: (_ for _ in ()).throw(OSError("no port"))
@@ -96,39 +74,12 @@ def test_a_run_that_failed_at_connect_and_a_dry_run_have_a_report(tmp_path: Path
     assert (tmp_path / "report.json").is_file()
 
 
-def test_files(bench: Bench, tmp_path: Path) -> None:
-    report = build_report(bench.loop, {"reconnect_s": float("inf"), "path": "a\udcffb"})
-    as_json, text, npz, csv = write_files(tmp_path / "deep" / "out", contents(bench.loop.trace, report))
-    loaded = json.loads(as_json.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert loaded["settings"] == {"reconnect_s": "inf", "path": "a\udcffb"}
-    assert text.read_text().startswith("run ")
-    data, sent = np.load(npz), np.array([targets for _, targets in bench.robot.sent])
-    assert np.array_equal(data["commanded"], sent)
-    assert data["joint_names"].tolist()[-1] == "gripper"
-    assert np.allclose(np.diff(data["time_s"]), np.diff(bench.times()))
-    header, *rows = csv.read_text().splitlines()
-    assert (len(rows), len(header.split(","))) == (len(sent), 20)
-    assert np.allclose([float(value) for value in rows[-1].split(",")[-6:]], sent[-1], atol=1e-4)
-
-
 def test_unwritable_directory(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="--out"):
         write_files(tmp_path / "file" / "out", contents(bench.loop.trace, report_of(bench)))
     with pytest.raises(ConfigError, match="--out"):
         Outputs(tmp_path / "file" / "out")
-
-
-def test_the_plot_marks_episodes_and_joins_nothing_across_a_pause() -> None:
-    bench = Bench(episodes=2, timeout_s=0.5, reset_time_s=3.0)
-    bench.loop.run()
-    times_s = bench.loop.trace.arrays()["time_s"]
-    lines = joints_figure(bench.loop.trace, "degrees").axes[0].lines
-    assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == "--"] == [times_s[15]]
-    (measured,) = (line for line in lines if line.get_label() == "measured")
-    gaps = np.isnan(measured.get_ydata())
-    assert np.flatnonzero(gaps).tolist() == [15], "before the second episode, and at no ordinary tick"
-    assert np.array_equal(measured.get_xdata()[~gaps], times_s)
 
 
 HOSTILE = "<script>alert('x')</script> & \udcff"

@@ -486,14 +486,6 @@ class Work(ArithmeticPolicy):
         return self.outcomes
 
 
-def test_clients_take_turns_in_the_order_in_which_they_came() -> None:
-    work = Work(max_waiting=5)
-    for client in ("a", "b", "a", "c", "a"):
-        work.submit(client)
-    work.service.forget(lambda client: client == "c")
-    assert work.run() == [("a", ServerError.REPLACED), ("a", ServerError.REPLACED), ("a", "done"), ("b", "done"), ("last", None)]
-
-
 def test_places_and_bytes_are_bounded_and_given_back() -> None:
     work = Work(limit_bytes=10, max_waiting=3)
     for client, size_bytes in (("a", 4), ("b", 4)):

@@ -22,7 +22,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.errors import Gr00tFastError, ObservationError, ServerError
 from gr00t_fast.serving.client import PolicyClient
 from gr00t_fast.serving.server import PolicyServer
-from gr00t_fast.serving.service import PATIENCE_S, BatchTimes, Queue, Request, Service
+from gr00t_fast.serving.service import BatchTimes, Queue, Request, Service
 from gr00t_fast.serving.wire import encode
 
 GPU, CPU = {1: 0.10, 2: 0.11, 4: 0.13, 8: 0.20}, {1: 0.10, 2: 0.19, 4: 0.37, 8: 0.70}  # seconds of a batch
@@ -63,24 +63,6 @@ def test_who_is_computed_next_and_with_whom(times: dict[int, float], deadlines_s
     queue = queue_of(times, *requests)
     assert names(queue.take(0.0)) == taken
     assert len(queue.waiting) == len(requests) - len(taken)
-
-
-def test_a_client_in_a_hurry_overtakes_each_of_the_others_once() -> None:
-    """It asks again as soon as it has its answer."""
-    queue, now_s, served = queue_of({1: 0.1}, request("slow", 0.0), request("patient", 0.01, deadline_s=5.0)), 0.02, []
-    for _ in range(5):
-        queue.waiting["hurry"] = request("hurry", now_s, deadline_s=now_s + 0.001)
-        served.append(names(queue.take(now_s)))
-        now_s += 0.1
-        queue.served(now_s)
-    assert served == ["hurry", "slow", "patient", "hurry", "hurry"]
-    assert queue.take(now_s) == []
-    queue = queue_of(GPU, request("a"), request("b"))
-    for _ in range(2):
-        assert names(queue.take(now_s)) == "ab"
-        queue.waiting |= {client: request(client, now_s) for client in "ab"}  # asked again before they have their answers
-        queue.served(now_s + 0.1)
-    assert PATIENCE_S < 5.0, "a deadline far away is behind those without one"
 
 
 def test_a_size_is_measured_as_far_as_that_is_quick_and_refined_by_what_is_served() -> None:

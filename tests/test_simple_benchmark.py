@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import simple_benchmark, verify_benchmark_setup
+from benchmarks import simple_benchmark
 from benchmarks.lib.policy_zoo import BUILDERS, JOINTS, Setting, observation_of
 
 
@@ -37,27 +36,6 @@ def test_what_a_call_was_is_read_from_the_queue() -> None:
     assert (len(times["refill"]), len(times["step"])) == (3, 9)
     with pytest.raises(ValueError, match="call 4"):
         simple_benchmark.time_calls(SlowStepArm(bad=5), [{}], 12)
-
-
-def test_a_policy_that_cannot_be_built_costs_its_own_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "gr00t-tiny-so100_dualcam").write_text("no directory")  # GR00T's random checkpoint cannot be written there
-    flags = ["--policies", "act", "gr00t", "--rounds=3", "--json", "--resolution=96x64", "--threads=1", "--device=cpu", f"--out={tmp_path}"]
-    assert simple_benchmark.main(flags) == 1
-    shown = capsys.readouterr().out
-    result = json.loads(shown.splitlines()[-1])
-    assert result["policies"]["act"]["refill_ms"]["count"] >= 1
-    assert result["policies"].keys() == {"act"}
-    assert "is a file" in result["not_measured"]["gr00t"]
-    assert "gr00t: not measured: " in shown
-    assert json.loads((tmp_path / "simple_benchmark.json").read_text()) == result
-
-
-def test_the_check_of_a_machine_asks_every_policy_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simple_benchmark, "in_processes", lambda call, jobs, _: [(job, call(*job)) for job in jobs])  # importing torch takes seconds
-    flags = ["--policies", "act", "--device=cpu", "--resolution=96x64", "--threads=1", f"--out={tmp_path}"]
-    assert verify_benchmark_setup.main(flags) == 0
-    act = json.loads((tmp_path / "simple_benchmark.json").read_text())["policies"]["act"]
-    assert (act["refill_ms"]["count"], act["step_ms"]["count"]) == (1, 1)
 
 
 def test_amortised_cost_counts_one_refill_per_chunk() -> None:

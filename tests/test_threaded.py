@@ -308,24 +308,6 @@ def test_the_loop_never_pauses_after_the_first_plan_of_an_episode() -> None:
     assert run.policy.resets == 2
 
 
-def test_underruns_are_counted_and_resuming_has_fewer() -> None:
-    """An inference of 12 ticks and 16 actions: catching up leaves out what was due while the arm held."""
-    runs = {when_late: bench(0.4, timeout_s=6.0, when_late=when_late) for when_late in ("hold", "resume")}
-    figures = {}
-    for when_late, run in runs.items():
-        run.loop.run()
-        report = build_report(run.loop, {})
-        figures[when_late] = report["controller"]
-        assert figures[when_late]["underrun_ticks"] == run.underrun
-        assert report["stages_ms"]["infer"]["count"] == report["run"]["inferences"] == figures[when_late]["chunks_entered"]
-    assert figures["hold"]["underrun_ticks"] > 80
-    assert figures["resume"]["underrun_ticks"] < 0.7 * figures["hold"]["underrun_ticks"]
-    assert figures["hold"]["delay_ticks"]["p50"] == 12
-    text = as_text(report)
-    assert "underrun ticks" in text
-    assert "delay" in text
-
-
 @pytest.mark.parametrize("max_hold_s", [5.0, None])
 def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: float | None) -> None:
     run = bench(0.1, timeout_s=20.0, max_hold_s=max_hold_s)
@@ -409,32 +391,6 @@ def auto(
 
 def choices(run: Bench) -> list[str]:
     return [line for line in run.said if line.startswith("controller:")]
-
-
-CHOICES = [
-    (20, 16, "hold", False, "less than a tick"),
-    (40, 16, "hold", True, "16 actions per chunk bridge it"),
-    (200, 16, "hold", True, "longer than a tick"),
-    (200, 8, "hold", False, "leave out --action_horizon"),
-    (400, 16, "hold", False, "24 actions would"),
-    (None, 16, "hold", True, "not known"),
-    (20, 16, "resume", True, "--when_late"),
-]
-
-
-@pytest.mark.parametrize(("told_ms", "horizon", "when_late", "overlaps", "reason"), CHOICES)
-def test_the_choice_is_said_with_its_reason_and_makes_no_pause(told_ms: float, horizon: int, when_late: str, overlaps: bool, reason: str) -> None:
-    run = auto(told_ms or 200, told_ms, horizon, timeout_s=3.0, when_late=when_late, episodes=2)
-    (line,) = choices(run)
-    assert reason in line
-    assert "--controller=auto" in line
-    run.loop.run()
-    assert run.controller.summary()["kind"] == ("threaded" if overlaps else "sync")
-    assert run.controller.summary()["chosen_because"] in line
-    assert choices(run) == [line], "it stays so in the second episode"
-    assert run.underrun == 0
-    if overlaps or told_ms == 20:
-        assert (run.loop.pacer.waiting_ticks, run.loop.pacer.missed_ticks) == (0, 0)
 
 
 def assert_no_leap(run: Bench) -> None:

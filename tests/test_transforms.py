@@ -12,7 +12,7 @@ from gr00t_fast.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS, DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment, Part
 from gr00t_fast.inputs.images import to_trained_size
-from gr00t_fast.inputs.transforms import ActionTransform, Normaliser, StateTransform
+from gr00t_fast.inputs.transforms import Normaliser, StateTransform
 from gr00t_fast.model.vision import pixel_values
 from gr00t_fast.networks import n1d5
 from gr00t_fast.networks.n1d5 import ARITHMETIC, PUBLISHED_EAGLE, MetadataFile
@@ -69,11 +69,6 @@ def test_pixel_values_are_those_of_eagles_image_processor() -> None:
 
 
 # --- cameras of another resolution ---------------------------------------------------------------------------------------------------
-
-
-def test_frames_of_the_trained_size_are_not_touched() -> None:
-    frames = _frames(480, 640).numpy()
-    assert to_trained_size(frames, 640, 480) is frames
 
 
 @pytest.mark.parametrize(("width", "height"), [(320, 240), (1280, 720), (640, 480), (1920, 1080), (641, 480)])
@@ -147,19 +142,6 @@ def test_modes_need_their_statistics(mode: str, absent: str) -> None:
     config = replace(DATA_CONFIGS["so100"], normalisation={"state.single_arm": mode})
     with pytest.raises(ConfigError, match=f"state.single_arm.*'{mode}'.*{absent}"):
         embodiment(config, {name: STATISTICS[name] for name in ("min", "max")})
-
-
-def test_state_is_joined_in_order_and_padded() -> None:
-    state = StateTransform(embodiment())({"state.gripper": np.array([[[50.0]]]), "state.single_arm": np.array([[[100.0, 0.0, 5.0]]])})
-    assert state.dtype == np.float32
-    np.testing.assert_allclose(state, [[1, -1, 0, 0.5, 0, 0, 0, 0]])
-
-
-def test_actions_are_split_in_order() -> None:
-    actions = ActionTransform(embodiment())(np.broadcast_to([1.0, -1.0, 0.3, 0.5, 7, 7, 7, 7], (2, 4, 8)))
-    assert {key: value.shape for key, value in actions.items()} == {"action.single_arm": (2, 4, 3), "action.gripper": (2, 4, 1)}
-    np.testing.assert_allclose(actions["action.single_arm"][1, 3], [100, 0, 5])
-    np.testing.assert_allclose(actions["action.gripper"][0, 0], [50])
 
 
 def test_a_state_of_sines_and_cosines_takes_twice_the_room() -> None:
