@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from golden_cases import recorded
 from serving_fakes import ArithmeticPolicy
 
 from benchmarks import ab_server
-from benchmarks.ab_server import Config, Setup, make_plan, paired
+from benchmarks.ab_server import Config, Contrast, DisagreementError, Setup, make_plan, measure, paired
 from benchmarks.lib.reference import ReferencePreprocessing
 from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.inputs.data_config import load_data_config
 
 OURS = Setup("none", "ours", "eager", 4)
+INPUTS = [({"number": k}, np.full((1, 1), k, np.float32)) for k in range(3)]
+FAST = Config(rounds=3, warm_up=1, settle=1)
 
 
 def test_every_contrast_changes_one_factor_and_the_waterfall_leads_from_the_baseline_to_ours() -> None:
@@ -32,6 +35,30 @@ def test_every_contrast_changes_one_factor_and_the_waterfall_leads_from_the_base
 
 def constant(value: float):
     return lambda observation, noise: np.full((16, 6), value, np.float32)
+
+
+def test_all_arms_get_the_same_inputs_each_round_in_an_order_that_changes() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def arm(name: str):
+        return lambda observation, noise: calls.append((name, observation["number"])) or noise
+
+    result = measure({name: arm(name) for name in "abc"}, INPUTS, replace(FAST, rounds=6), {})
+    rounds = [calls[start : start + 6] for start in range(0, len(calls), 6)]
+    assert [{number for _, number in each} for each in rounds] == [{k % 3} for k in range(7)]
+    assert all(sorted(name for name, _ in each[::2]) == ["a", "b", "c"] and each[::2] == each[1::2] for each in rounds)
+    assert len({tuple(each) for each in rounds[::3]}) > 1
+    assert {name: len(samples) for name, samples in result.times_ms.items()} == {"a": 6, "b": 6, "c": 6}
+
+
+def test_arms_that_disagree_end_the_run() -> None:
+    pair, next_value = Contrast(replace(OURS, engine="other"), OURS), float(np.nextafter(np.float32(1), np.float32(2)))
+    for other, limit in ((1.0, 0.0), (1.25, 0.5)):
+        measured = measure({OURS: constant(1.0), pair.before: constant(other)}, INPUTS, FAST, {pair: limit})
+        assert measured.differences == {pair: other - 1}
+    for other, limit in ((next_value, 0.0), (2.0, 0.5), (np.nan, np.inf)):
+        with pytest.raises(DisagreementError, match="other engine"):
+            measure({OURS: constant(1.0), pair.before: constant(other)}, INPUTS, FAST, {pair: limit})
 
 
 def test_a_difference_is_claimed_only_where_it_can_be_told() -> None:
@@ -76,6 +103,12 @@ def test_a_whole_run_beside_a_service_that_runs_already(tmp_path: Path, capsys: 
     assert differs.keys() == {"transport", "preprocessing", "engine", "steps"}
     assert (differs["transport"], differs["steps"]) == (False, True)
     assert "| transport: tcp → in process |" in (tmp_path / "ab_server.md").read_text()
+
+
+def test_a_pre_processing_that_is_another_function_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("benchmarks.lib.reference._CROP_SCALE", 0.9)
+    assert run(tmp_path, "--factors=preprocessing") == 1
+    assert "grey levels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flag", "named"), [("--engine=warp", "warp"), ("--resolution=640", "WIDTHxHEIGHT"), ("--rounds=0", "--rounds=0")])

@@ -18,7 +18,6 @@ from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.errors import CheckpointError
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS
 
-ROOT = Path(__file__).parent.parent
 WEIGHTS = "model.safetensors"
 DECODER = "action_head.action_decoder.layer2.b"
 PROJECTION = "backbone.eagle_model.mlp1.0.weight"

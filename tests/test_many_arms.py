@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from benchmarks import ab_server
 from benchmarks.lib.many_arms import simulate
 
@@ -19,6 +21,15 @@ def missed(seconds: dict[int, float], most: int, chunk_s: float) -> list[float]:
 def test_together_all_are_in_time_where_one_at_a_time_misses_more_than_half() -> None:
     assert max(missed(GPU, 8, 0.5)) == 0
     assert min(missed(GPU, 1, 0.5)) > 0.5
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_a_load_that_cannot_be_met_is_shared_evenly(most: int) -> None:
+    shares = missed(GPU, most, 0.2)
+    assert min(shares) > 0.5
+    assert max(shares) - min(shares) < 0.05
+    served = [len(arm.latencies_s) for arm in simulate(GPU, most, 8, 0.2, 120.0)]
+    assert max(served) - min(served) <= 1
 
 
 def test_the_program_from_end_to_end(tmp_path: Path) -> None:

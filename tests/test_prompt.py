@@ -1,4 +1,4 @@
-"""The prompt: rendered as the reference's template does, tokenised as transformers' Qwen2 tokenizer does, and remembered."""
+"""The prompt: rendered as the reference's template does, tokenised as transformers' Qwen2 tokenizer does."""
 
 from __future__ import annotations
 

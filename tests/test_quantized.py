@@ -116,10 +116,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Gr00t:
     return load_network(write_network(tmp_path_factory.mktemp("eight_bit"), TINY))
 
 
-def weight_bytes(model: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-
-
 def test_scales_of_another_network_are_refused(model: Gr00t) -> None:
     with pytest.raises(EngineError, match=r"layers that this network lacks \(head.dit.blocks.99.mlp.up\).*gr00t-fast calibrate"):
         rewritten(model, {"head.dit.blocks.99.mlp.up": InputScale(1.0)})

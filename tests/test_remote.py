@@ -26,7 +26,6 @@ from gr00t_fast.serving import PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.wire import metadata_from_message, metadata_to_message
 
-FPS = 30.0
 SIM = ["--robot.type=so100_sim", "--lang_instruction=go", "--fps=30"]
 NOWHERE = "tcp://127.0.0.1:1"
 
