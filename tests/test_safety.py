@@ -157,10 +157,11 @@ def test_a_joint_that_only_lags_moves_on() -> None:
 def test_a_joint_that_does_not_follow_is_said_and_ends_the_run(drift_deg: float) -> None:
     said: list[str] = []
     safety = SafetyFilter(LIMITS, SO100_JOINTS, fps=FPS, units_per_deg=np.ones(6), echo=said.append)
-    safety.start(START)
+    stands = START + [0, 30, 0, 0, 0, 0]
+    safety.start(stands)
     ended_at = None
     for tick in range(400):
-        safety.measured(START + [0, drift_deg * tick, 0, 0, 0, 0], tick / FPS)
+        safety.measured(stands + [0, drift_deg * tick, 0, 0, 0, 0], tick / FPS)
         try:
             safety(START + [0, 90, 0, 0, 0, 0])
         except UnsafeActionError as error:
