@@ -291,8 +291,10 @@ class ChunkController:
         self._planned_s, self._tick = None, tick
         if self.overlaps:
             self._collect(tick)
-        self.note = due = dataclasses.replace(self._buffer.due(tick), entered=self._entered)
-        self._entered = None
+        due = self._buffer.due(tick)
+        if self._entered is not None:
+            due, self._entered = dataclasses.replace(due, entered=self._entered), None
+        self.note = due
         if self.overlaps:
             self._watch(tick, due.underrun)
         return due.target

@@ -175,7 +175,7 @@ class SafetyFilter:
         if not np.isfinite(target).all():
             return self._hold(target)
         self._held_in_a_row = 0
-        inside = np.clip(target, self._limits[:, 0], self._limits[:, 1])
+        inside = target.clip(self._limits[:, 0], self._limits[:, 1])
         self.clamped += inside != target
         self._target = self.blocked.hold(inside)
         step = self.max_speed_deg_s / self.fps * self._units_per_deg  # (J,) joint units a tick
@@ -201,12 +201,11 @@ class SafetyFilter:
 
     def _within_reach(self, goal: np.ndarray) -> np.ndarray:
         """Bound the following error, and what the arm would cut off by itself."""
-        most = np.full_like(goal, np.inf)
+        most = self._arms_own
         if self._following_deg is not None:
             lag = np.maximum(0.0, self._speed * np.sign(goal - self._measured)) * LAG_S  # while it moves towards its goal
-            most = self._following_deg * self._units_per_deg + lag
-        most = np.minimum(most, self._arms_own)
-        return np.clip(goal, self._measured - most, self._measured + most)
+            most = np.minimum(self._following_deg * self._units_per_deg + lag, most)
+        return goal.clip(self._measured - most, self._measured + most)
 
     def _checked_shape(self, values: np.ndarray, what: str) -> np.ndarray:
         values = np.array(values, np.float64)
