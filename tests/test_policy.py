@@ -260,12 +260,15 @@ def test_wrong_options_are_found_before_weights_are_read(
 
 
 def test_timing_names_every_stage(policy: Gr00tPolicy) -> None:
-    policy.get_action(observation())
-    stages = dict(policy.last_timing)
-    total = stages.pop("total")
-    assert set(stages) == {"preprocess", "vision", "language", "refine", "denoise", "postprocess"}
-    assert min(stages.values()) > 0
-    assert 0.9 * total < sum(stages.values()) <= total
+    shares = []
+    for _ in range(20):  # another program may take the processor between two stages
+        policy.get_action(observation())
+        stages = dict(policy.last_timing)
+        total = stages.pop("total")
+        assert set(stages) == {"preprocess", "vision", "language", "refine", "denoise", "postprocess"}
+        assert min(stages.values()) > 0
+        shares.append(sum(stages.values()) / total)
+    assert 0.9 < max(shares) <= 1 + 1e-9
     assert policy.warm_up() == policy.last_timing
 
 
