@@ -235,6 +235,3 @@ class RunTrace:
         waited_for = [chunk.first_tick - 1 for chunk in self.chunks if not chunk.overlapped and 0 < chunk.first_tick < len(self)]
         comparable[waited_for] = False
         return np.abs(data["commanded"][:-1] - data["measured"][1:])[comparable]
-
-
-# What a run says on the terminal while it goes on: what is about to happen, how far it is, and what a dry run would have sent.

@@ -241,6 +241,9 @@ class Session:
         print(f"\r> {self._typed}\x1b[K", end="", file=sys.stderr, flush=True)  # standard output is --json's; \x1b[K clears the rest of the line
 
 
+# What a run says on the terminal while it goes on: what is about to happen, how far it is, and what a dry run would have sent.
+
+
 class ProgressLine:
     """A line every few seconds, whatever the controller: one that infers while the arm moves has no other sign of life."""
 
