@@ -85,7 +85,7 @@ class EvalConfig(OutputFlags, PolicyFlags):
     def check(self) -> None:
         super().check()
         if not (self.dataset / "meta" / "info.json").is_file():
-            what = "is no LeRobotDataset: meta/info.json is missing" if self.dataset.is_dir() else "does not exist"
+            what = "is no LeRobotDataset: meta/info.json is missing" if self.dataset.is_dir() else "is no directory"
             raise ConfigError(f"--dataset: '{self.dataset}' {what}. Expected the directory of a LeRobotDataset v3, as lerobot-record leaves it.")
 
 
