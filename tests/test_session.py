@@ -101,7 +101,7 @@ class Recorder:
         self.told.append(("begin", task))
         self.rows = 0
 
-    def add(self, observation: object, commanded: object) -> None:
+    def add(self, observation: object, commanded: object, underrun: bool = False) -> None:
         self.rows += 1
 
     def end(self, **outcome: object) -> None:

@@ -49,7 +49,14 @@ _ENCODER_PATIENCE_S = 5.0
 # H.264: half the processor time of lerobot's default (AV1) at 640x480, plays everywhere. And SVT-AV1, run by root, gives its thread a real-time
 # priority above the control loop.
 _CODEC = "h264"
-SUCCESS = "next.success"
+SUCCESS, UNDERRUN, TIME_S = "next.success", "underrun", "time_s"
+# Columns beside lerobot's own: whether the episode was solved, in its last row; whether the arm only held at this row, for want of actions; when the
+# row was, in seconds since the first one of the episode. (`timestamp` is counted: lerobot finds the pictures by it.)
+_OWN = {
+    SUCCESS: {"dtype": "bool", "shape": (1,), "names": None},
+    UNDERRUN: {"dtype": "bool", "shape": (1,), "names": None},
+    TIME_S: {"dtype": "float32", "shape": (1,), "names": None},
+}
 
 
 def dataset_directory(name: str) -> Path:
@@ -97,7 +104,7 @@ class DatasetRecorder:
         self.failure: str | None = None
         self.episodes: list[int] = []  # numbers of those saved
         self._sink = Sink(DatasetWriter, self.out, on_answer=self._take)
-        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._opened, self._sizes = False, dict[str, tuple[int, ...]]()
         self._recording = False
         self._lost_before = 0  # ticks, in the episodes before the present one
         self._ticks_s: list[float] = []  # when the episode's first and latest tick were seen
@@ -132,8 +139,8 @@ class DatasetRecorder:
         self._fps = fps
         self._check_continued()
 
-    def _check_continued(self, cameras: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """Raises ConfigError where rows of this run would be of another kind than those that are there."""
+    def _check_continued(self, cameras: Mapping[str, tuple[int, ...]] | None = None, robot_type: str = "", joint_unit: str = "") -> None:
+        """Raises ConfigError where rows of this run would be of another kind than those that are there. What is empty is not known yet."""
         if not (self.out / "meta" / "info.json").is_file():
             return
         info = json.loads((self.out / "meta" / "info.json").read_text(encoding="utf-8"))
@@ -141,7 +148,10 @@ class DatasetRecorder:
         pairs = [("version", str(info.get("codebase_version"))[:2], "v3"), ("frames a second", info.get("fps"), self._fps)]
         pairs += [(name, _kind(there.get(name)), _kind(column)) for name, column in wanted.items()]
         if cameras is not None:
-            pairs += [(name, "there", "missing") for name in there if name not in (*wanted, SUCCESS, *_BY_LEROBOT)]
+            pairs += [(name, "there", "missing") for name in there if name not in (*wanted, *_OWN, *_BY_LEROBOT)]
+        facts = _read_map(self.out, ROLLOUTS) if (self.out / ROLLOUTS).is_file() else {}  # lerobot's own recordings do not say the unit
+        for name, known, here in (("robot type", info.get("robot_type"), robot_type), ("joint unit", facts.get("joint_unit"), joint_unit)):
+            pairs += [(name, known, here)] if known and here else []
         if differences := [f"its {name} is {known}, this run's {here}" for name, known, here in pairs if known != here]:
             raise ConfigError(f"--record_append: {self.out} cannot be continued: {'; '.join(differences)}. Record into another directory.")
 
@@ -176,8 +186,8 @@ class DatasetRecorder:
         """Fixes the columns by the first observation. `facts` go into meta/rollouts.json with each episode. Raises
         ConfigError when the data set to continue has other columns, RecordingError when the other process does not answer."""
         sizes = {name: frame.shape for name, frame in observation.frames.items()}
-        self._check_continued(sizes)
-        self._sizes = sizes
+        self._check_continued(sizes, robot_type, joint_unit)
+        self._opened, self._sizes = True, sizes
         self._sink.slots = round(QUEUE_S * self._fps)
         self._sink.prepare(observation)
         self._sink.call("open", int(self._fps), self._joints, sizes, joint_unit, robot_type, modality, dict(facts))
@@ -200,8 +210,9 @@ class DatasetRecorder:
             self._sink.call("begin", task)
             self._recording, self._lost_before, self._ticks_s = True, self.lost_ticks, []
 
-    def add(self, observation: Observation, commanded: np.ndarray) -> None:
-        """A tick: what was seen, and what was sent (J,) then. Ticks for which there is no room are left out and counted."""
+    def add(self, observation: Observation, commanded: np.ndarray, underrun: bool = False) -> None:
+        """A tick: what was seen, what was sent (J,) then, and whether that is the last target once more for want of actions. Ticks for which there is
+        no room are left out and counted."""
         if not self._recording or self.failure is not None:
             return
         for name, size in self._sizes.items():
@@ -212,7 +223,7 @@ class DatasetRecorder:
                 self._fail(f"{got}, the recording has {size[1]}x{size[0]}. Set its width and height, and record again.")
                 return
         self._ticks_s = [*self._ticks_s[:1], observation.time_s]
-        self._sink.put(observation, commanded)
+        self._sink.put(observation, (commanded, underrun))
         _ = self.busy
 
     def end(self, **outcome: Any) -> None:
@@ -241,17 +252,16 @@ class DatasetRecorder:
         """Waits until what was ended is saved, and says so. May be called again. `failure` says what went wrong."""
         if not self._sink.running:
             return
-        opened = bool(self._sizes)  # where nothing was recorded there is nothing to wait for
         try:
-            if opened:
+            if self._opened:  # else there is nothing to wait for
                 self.save(success=None, ended_by="error")
                 if not self._sink.wait(_TELL_AFTER_S):
                     self._echo("saving the last episode ...")
                 while self.busy:
                     time.sleep(0.02)
         finally:
-            self._sink.close(_END_S if opened else 0.0)
-        if opened:
+            self._sink.close(_END_S if self._opened else 0.0)
+        if self._opened:
             self._echo(f"{len(self.episodes)} episode(s) recorded into {self.out}")
 
     @property
@@ -292,14 +302,12 @@ def _kind(column: Mapping[str, Any] | None) -> str:
     return " x ".join(map(str, column["shape"])) + names
 
 
-def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]], success: bool = False) -> dict[str, Any]:
-    """Columns of a data set as lerobot's own recorder names them; `cameras`: name -> (height, width, ...). `success`: true in the last row of an
-    episode that was solved."""
+def features(joints: Sequence[str], cameras: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Columns of a data set as lerobot's own recorder names them; `cameras`: name -> (height, width, ...)."""
     vector = {"dtype": "float32", "shape": (len(joints),), "names": [f"{joint}.pos" for joint in joints]}
     names = ["height", "width", "channels"]
     pictures = {f"observation.images.{name}": {"dtype": "video", "shape": (*size[:2], 3), "names": names} for name, size in cameras.items()}
-    outcome = {SUCCESS: {"dtype": "bool", "shape": (1,), "names": None}} if success else {}
-    return {"observation.state": vector, "action": vector, **pictures, **outcome}
+    return {"observation.state": vector, "action": vector, **pictures}
 
 
 class DatasetWriter:
@@ -344,12 +352,12 @@ class DatasetWriter:
         facts: Mapping[str, Any],
     ) -> None:
         """What all episodes have in common. cameras: name -> shape of its pictures. facts: JSON-ready, for meta/rollouts.json."""
-        self._columns = features(joints, cameras, success=True)
+        self._columns = features(joints, cameras) | _OWN
         self._fps, self._robot_type, self._joint_unit, self._modality, self._facts = fps, robot_type, joint_unit, modality, facts
 
     def begin(self, task: str) -> None:
         self.discard()
-        self._task, self._rows, self._last = task, 0, dict[str, np.ndarray]()
+        self._task, self._rows, self._began_s, self._last = task, 0, 0.0, dict[str, np.ndarray]()
         self._ended = {"success": None, "ended_by": "the program was killed"}
         self._beside.mkdir(parents=True)
         if _is_dataset(self._out):
@@ -385,12 +393,17 @@ class DatasetWriter:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
 
-    def add(self, observation: Observation, commanded: np.ndarray) -> None:
-        """Copies the row. It is written with the next one, for the episode's outcome is told in its last row."""
+    def add(self, observation: Observation, note: tuple[np.ndarray, bool]) -> None:
+        """Copies the row: what was seen, and in `note` what was sent (J,) and whether the arm only held. It is written with the next one, for the
+        episode's outcome is told in its last row."""
         if self._last:
             self._write(solved=False)
+        commanded, underrun = note
+        self._began_s = self._began_s if self._rows else observation.time_s
+        own = {UNDERRUN: np.array([underrun]), TIME_S: np.array([observation.time_s - self._began_s], np.float32)}
         pictures = {f"observation.images.{name}": np.array(picture) for name, picture in observation.frames.items()}
         self._last = {"observation.state": observation.joints.astype(np.float32), "action": commanded.astype(np.float32), **pictures}
+        self._last |= {name: value for name, value in own.items() if name in self._columns}
         self._rows += 1
 
     def _write(self, solved: bool) -> None:

@@ -147,10 +147,10 @@ class Session:
         if self._recorder is not None:
             self._recorder.begin(instruction)
 
-    def see(self, observation: Observation, commanded: np.ndarray) -> None:
-        """A tick: what was seen, and the target (J,) that was sent."""
+    def see(self, observation: Observation, commanded: np.ndarray, underrun: bool = False) -> None:
+        """A tick: what was seen, the target (J,) that was sent, and whether it is the last one once more for want of actions."""
         if self._recorder is not None:
-            self._recorder.add(observation, commanded)
+            self._recorder.add(observation, commanded, underrun)
         self._end_with_the_recording()
         self.poll()
 

@@ -107,9 +107,10 @@ class Sink:
         if not self._free or _bytes_of(observation) > self._ring.slot_bytes:
             self.dropped += 1
             return
-        slot = self._free.popleft()
-        self._ring.write(slot, observation, note)
-        self.call("add", slot)
+        if self._ring.write(self._free[0], observation, note):
+            self.call("add", self._free.popleft())
+        else:
+            self.dropped += 1
 
     def call(self, method: str, *arguments: Any) -> None:
         """Have a method called in the other process, after everything that was given before. Small arguments: the pipe takes them at once."""
@@ -205,12 +206,16 @@ class _Ring:
         self.slot_bytes = slot_bytes
         os.close(self._fd)
 
-    def write(self, slot: int, observation: Observation, note: Any) -> None:
+    def write(self, slot: int, observation: Observation, note: Any) -> bool:
+        """Returns False where the note is too large."""
         shapes = {name: frame.shape for name, frame in observation.frames.items()}
         head = pickle.dumps((replace(observation, frames={}), note, shapes))
+        if len(head) > _HEAD_BYTES:
+            return False
         self._slots[slot, : len(head)] = np.frombuffer(head, np.uint8)
         for name, picture in self._pictures(slot, shapes):
             np.copyto(picture, observation.frames[name])
+        return True
 
     def read(self, slot: int) -> tuple[Observation, Any]:
         observation, note, shapes = pickle.loads(self._slots[slot, :_HEAD_BYTES].data)
