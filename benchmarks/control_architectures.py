@@ -254,6 +254,9 @@ class FollowerArm:
     def connect(self) -> None:
         """Nothing to open."""
 
+    def lower_if_killed(self, pose: object) -> None:
+        pass
+
     def reset(self, seed: int | None = None) -> None:
         """Stands at the recording's first pose."""
         self.sends.clear()

@@ -239,7 +239,7 @@ class Robot(Protocol):
         """(J,) how much each joint's reading changes when its shaft turns by a degree. Valid after `connect`."""
 
     def keep_alive(self) -> None:
-        """The control loop's heartbeat, several times a second from `connect` to `land`. Raises RobotError when the arm must land at once."""
+        """The control loop's heartbeat, several times a second from `connect` to `land`. Raises RobotError when the run must end."""
 
     def connect(self) -> None:
         """Open bus and cameras, switch torque on. Raises RobotError, never prompts; on error everything is closed again."""
@@ -247,9 +247,12 @@ class Robot(Protocol):
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode. A real arm does nothing; a simulation rearranges its scene from `seed`."""
 
+    def lower_if_killed(self, pose: Sequence[float] | None) -> None:
+        """Where (J,) the arm is to be put down if this program is killed while the torque is on; None: the torque goes off where it is."""
+
     def observe(self, with_frames: bool = True) -> Observation:
-        """Read joints and newest frames; without frames cameras may have failed. Retries and reconnects; raises RobotError when that did not help, a
-        CameraError where only a camera is to blame."""
+        """Read joints and newest frames; without frames cameras may have failed. Retries and reconnects; raises BusFault when that did not help, a
+        CameraError where only a camera is to blame, another RobotError where the arm can still be put down."""
 
     def send(self, targets: np.ndarray) -> None:
         """Send goal positions (J,), finite and already limited by the caller. Raises RobotError."""

@@ -57,6 +57,10 @@ class RobotError(Gr00tFastError, RuntimeError):
     """The arm, its bus or a camera failed in a way that retries and reconnecting did not cure."""
 
 
+class BusFault(RobotError):  # noqa: N818 - the name in the fault table of docs/safety.md
+    """The servo bus or a servo cannot be relied on: a slow move down is not possible, so that the torque goes off at once."""
+
+
 class CameraError(RobotError):
     """A camera failed; arm and bus are sound."""
 

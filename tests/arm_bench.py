@@ -25,12 +25,9 @@ OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what
 
 
 def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
-    """An arm whose calibration file agrees with the bus's servos.
-
-    Its watchdog is patient: what it ends is the process of the tests, when a busy machine stands still for a second.
-    """
+    """An arm whose calibration file agrees with the bus's servos; its other flags are the defaults that a user has, but for `options`."""
     save_calibration(bus.calibration, directory / "test.json")
-    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, "watchdog_s": 60.0, **options}))
+    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, **options}))
 
 
 @contextlib.contextmanager

@@ -77,6 +77,9 @@ class FakeRobot:
         self.calls.append("reset")
         self.seeds.append(seed)
 
+    def lower_if_killed(self, pose: Any) -> None:
+        self.lowered_to = pose
+
     def observe(self, with_frames: bool = True) -> Observation:
         self.on_observe()
         self._move()

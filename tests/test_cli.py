@@ -191,7 +191,7 @@ def test_whatever_fails_the_arm_is_put_down_and_the_exit_code_is_1(
     spoil: Callable[[World], None], told: str, traceback: bool, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(world)
-    assert world.run("--max_held_ticks=2") == 1
+    assert world.run("--timeout=1") == 1
     assert world.robot.calls[-1] == "land"
     captured = capsys.readouterr()
     assert told in captured.err

@@ -17,8 +17,8 @@ from control_fakes import LIMITS, Bench
 from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Poses, SafetyFilter, SafetyOptions
-from gr00t_fast.control.pacer import SAME_STOP_S
-from gr00t_fast.errors import CameraError, ConfigError, PreflightError, RobotError
+from gr00t_fast.control.pacer import FURTHER_AFTER_S
+from gr00t_fast.errors import BusFault, CameraError, ConfigError, PreflightError, RobotError
 from gr00t_fast.inputs.dataset import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)
@@ -69,6 +69,16 @@ def terminal_closes(run: Bench) -> None:
     run.stop.request("Esc")
 
 
+def once(run: Bench, error: Exception):
+    """What raises when the robot is observed, and then no more."""
+
+    def hook() -> None:
+        run.robot.on_observe = lambda: None
+        raise error
+
+    return hook
+
+
 FULL = type("Full", (), {"see": raising(OSError(28, "No space left on device"))})
 ENDS = {  # after so many targets, of which the episode has 30; what happens; raised
     "a key": (10, lambda run: run.stop.request("Esc"), None),
@@ -76,6 +86,10 @@ ENDS = {  # after so many targets, of which the episode has 30; what happens; ra
     "one that is delivered twice": (10, lambda run: (send(signal.SIGHUP), send(signal.SIGHUP)), None),  # as a terminal that closes does
     "a policy that raises": (10, lambda run: setattr(run.policy, "on_action", raising(ValueError("a bug"))), ValueError),
     "a camera": (10, lambda run: setattr(run.robot, "on_frames", raising(CameraError("no frame"))), CameraError),
+    "a hot servo": (10, lambda run: setattr(run.robot, "on_observe", once(run, RobotError("too hot"))), RobotError),
+    "three within 0.4 s": (10, lambda run: [send(signal.SIGINT) or time.sleep(0.15) for _ in range(3)], None),
+    "a terminal that closes on the way": (34, lambda run: (time.sleep(FURTHER_AFTER_S + 0.05), send(signal.SIGHUP)), None),
+    "one Ctrl-C after the end": (34, lambda run: (time.sleep(FURTHER_AFTER_S + 0.05), send(signal.SIGINT)), None),
     "a full disk": (10, lambda run: setattr(run.loop, "observers", [FULL()]), OSError),
     "a terminal that is gone": (10, terminal_closes, None),
     "suspended on its way": (40, lambda run: setattr(run.clock, "asleep_s", 60.0), None),
@@ -101,12 +115,12 @@ def test_whatever_ends_a_run_the_arm_goes_back_to_where_it_lay(end: str) -> None
 
 
 def stop_again(run: Bench) -> None:
-    time.sleep(SAME_STOP_S)
+    time.sleep(FURTHER_AFTER_S + 0.05)
     send(signal.SIGINT)
 
 
 def bus_fails(run: Bench) -> None:
-    raise RobotError("the bus is gone")
+    raise BusFault("the bus is gone")
 
 
 AT_ONCE = {  # what happens after 10 and 15 targets; the sent ones then, the exit code, and how often it is said that the arm stays powered

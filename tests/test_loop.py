@@ -15,8 +15,8 @@ import pytest
 from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, SafetyOptions
-from gr00t_fast.control.pacer import SAME_STOP_S, StopRequested, StopSignals
+from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
+from gr00t_fast.control.pacer import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report
 from gr00t_fast.errors import RobotError, UnsafeActionError
 
@@ -73,14 +73,14 @@ def test_at_low_rates_a_blocked_joint_has_its_goal_near_and_a_free_one_is_not_sl
     assert max(errors[2] for _, errors in ahead) == pytest.approx(15.0)
     began_s = bench.times()[0]
     arrived_s = next(when for when, errors in ahead if errors[0] < 1.0 and when > began_s + 0.2 and bench.sent()[bench.times() <= when][-1][0] == 100)
-    assert arrived_s - began_s < 100 / 300 + 1 / fps + 0.15  # the speed limit lets a tick's step of 350 deg/s out at a time
+    assert arrived_s - began_s < 0.7 + 1 / fps + 0.15  # the speed limit grows from 30 to 350 deg/s in a second, and lets a tick's step out at a time
 
 
 def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> None:
-    """Blocked at full speed as the chunk's last goal went out."""
-    bench = Bench(inference_s=1.9, timeout_s=4.0)
+    """Blocked at speed as the chunk's last goal went out."""
+    bench = Bench(inference_s=1.9, timeout_s=4.0, poses=Poses(home_speed_deg_s=180.0))
     bench.policy.on_action = lambda targets: targets[:1] + 10.0 * np.arange(16)[:, None]  # 300 deg/s
-    with_servos(bench, 150.0)
+    with_servos(bench, 80.0)
     move = bench.robot._move
 
     def blocked_from_the_eighth() -> None:
@@ -110,7 +110,7 @@ def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:
 @pytest.mark.parametrize(
     ("options", "answer", "named", "sent"),
     [
-        ({"safety": SafetyOptions(max_held_ticks=4)}, np.nan, "NaN", 4),
+        ({}, np.nan, "NaN", MAX_HELD_TICKS),
         ({"horizon": 16, "policy_horizon": 8}, 1.0, "--action_horizon", 0),
     ],
     ids=["NaN is held, and then ends the run", "too few actions"],
@@ -157,7 +157,8 @@ def test_a_dry_run_sends_nothing_and_shows_by_joint_what_would_have_been_sent() 
     assert bench.robot.calls == ["connect", "land"]
     assert "nothing was sent" in bench.said[-1]
     rows = {line.split()[0]: line.split()[1:] for line in bench.said[-1].splitlines()[2:]}
-    assert rows["shoulder_pan"] == ["0.0", "57.2", f"{STEP:.1f}"]  # the policy's wish is a leap: one step of it would have gone out
+    step = HOME_SPEED_DEG_S / 30 + (STEP - HOME_SPEED_DEG_S / 30) / 30
+    assert rows["shoulder_pan"] == ["0.0", "57.2", f"{step:.1f}"]  # the policy's wish is a leap: one slow step of it would have gone out
     assert rows["gripper"] == ["50.0", "51.0", "51.0"]
     assert not bench.loop.trace.moved
 
@@ -294,9 +295,8 @@ class TestStopSignals:
             signal.raise_signal(signal.SIGINT)  # outside nothing is raised
 
     @pytest.mark.parametrize("first", ["signal", "request", "none"])
-    def test_a_further_stop_cuts_the_orderly_end_short(self, first: str) -> None:
-        """Copies within SAME_STOP_S are the same stop; what the program asks for again before it is obeyed is, too. A stop that comes just after the
-        run has ended by itself was meant for the run."""
+    def test_a_deliberate_further_stop_cuts_the_orderly_end_short_and_nothing_else_does(self, first: str) -> None:
+        """Not a lost terminal, a key that is held down, or what comes within a second; nor the first stop of all, after the run's own end."""
         with StopSignals() as stop:
             if first == "signal":
                 signal.raise_signal(signal.SIGHUP)
@@ -304,13 +304,18 @@ class TestStopSignals:
                 stop.request("the disk is full", 1)
             stop.request("and again", 1) if first != "none" else None
             stop.obeyed()
-            signal.raise_signal(signal.SIGHUP)
-            stop.check()
-            time.sleep(SAME_STOP_S)
             signal.raise_signal(signal.SIGINT)
+            time.sleep(FURTHER_AFTER_S + 0.05)
+            for number in (signal.SIGHUP, signal.SIGINT):  # the second within PRESSED_ANEW_S
+                signal.raise_signal(number)
+            stop.request("Esc")
+            stop.check()
+            time.sleep(PRESSED_ANEW_S + 0.05)
+            signal.raise_signal(signal.SIGTERM)
             with pytest.raises(StopRequested):
                 stop.check()
-        assert (stop.reason, stop.exit_code) == {"request": ("the disk is full", 1)}.get(first, ("SIGHUP", 129))
+        known = {"request": ("the disk is full", 1), "signal": ("SIGHUP", 129), "none": ("SIGINT", 130)}
+        assert (stop.reason, stop.exit_code) == known[first]
 
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import pytest
 from control_fakes import LIMITS
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.control.limits import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, SafetyFilter, SafetyOptions
+from gr00t_fast.control.limits import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, SafetyFilter, SafetyOptions
 from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
@@ -17,7 +17,8 @@ STEP = DEFAULT_MAX_SPEED_DEG_S / FPS
 
 def gate(limits: np.ndarray = LIMITS, fps: float = FPS, units_per_deg: np.ndarray | None = None, **options: object) -> SafetyFilter:
     scale = np.ones(6) if units_per_deg is None else units_per_deg
-    return SafetyFilter(limits, SO100_JOINTS, SafetyOptions(**options), fps=fps, units_per_deg=scale)
+    # at full speed from the start
+    return SafetyFilter(limits, SO100_JOINTS, SafetyOptions(**options), fps=fps, units_per_deg=scale, slow_deg_s=np.inf)
 
 
 def started(start: np.ndarray = START, **options: object) -> SafetyFilter:
@@ -60,17 +61,29 @@ def test_what_is_sent_and_counted(max_speed_deg_s: object, begin: np.ndarray, ta
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_finite_is_held_counted_and_never_sent(bad: float) -> None:
     """Only those in a row count towards the limit."""
-    safety, poisoned = started(max_held_ticks=2), at(3, bad)
+    safety, poisoned = started(), at(3, bad)
     assert np.array_equal(safety(poisoned), START), "before anything was sent, the measured pose"
     good = safety(START + 1).copy()
     safety(START + 1)[:] = 1e9
-    for _ in range(2):
+    for _ in range(MAX_HELD_TICKS):
         assert np.array_equal(safety(poisoned), good), "the caller cannot change it"
-    with pytest.raises(UnsafeActionError, match=r"wrist_flex in 3 ticks in a row.*max_held_ticks"):
+    with pytest.raises(UnsafeActionError, match=rf"wrist_flex in {MAX_HELD_TICKS + 1} ticks in a row"):
         safety(poisoned)
-    assert safety.held_ticks == 4
-    with pytest.raises(UnsafeActionError):
-        started(max_held_ticks=0)(poisoned)
+    assert safety.held_ticks == MAX_HELD_TICKS + 2
+
+
+@pytest.mark.parametrize("fps", [10.0, 30.0, 200.0])
+def test_after_a_start_the_speed_limit_grows_from_a_slow_move_to_its_maximum_within_a_second(fps: float) -> None:
+    far = at(0, 1e4)  # further than any joint: what is looked at is the speed
+    safety = SafetyFilter(LIMITS * 100, SO100_JOINTS, SafetyOptions(max_following_error_deg=None), fps=fps, units_per_deg=np.ones(6))
+    for begin in (safety.start, lambda pose: safety.speed_up_anew()):
+        begin(START)
+        path = [safety.last[0], *(safety(far)[0] for _ in range(int(2 * fps)))]
+        speed_deg_s = np.diff(path) * fps
+        slowest = HOME_SPEED_DEG_S + (DEFAULT_MAX_SPEED_DEG_S - HOME_SPEED_DEG_S) / fps
+        assert speed_deg_s[0] == pytest.approx(slowest)
+        assert (np.diff(speed_deg_s) > -1e-6).all()
+        np.testing.assert_allclose(speed_deg_s[int(fps) :], DEFAULT_MAX_SPEED_DEG_S)
 
 
 def test_a_new_episode_is_limited_against_the_new_pose() -> None:
@@ -80,7 +93,7 @@ def test_a_new_episode_is_limited_against_the_new_pose() -> None:
     assert safety(START + 81)[0] == 81
 
 
-OPTIONS = {"max_speed_deg_s": (0, np.nan), "max_following_error_deg": (0,), "max_held_ticks": (-1,), "stall_after_s": (0,)}
+OPTIONS = {"max_speed_deg_s": (0, np.nan), "max_following_error_deg": (0,), "stall_after_s": (0,)}
 OPTIONS |= {"stall_load_percent": (-1,), "stall_current_ma": (np.nan,)}
 
 

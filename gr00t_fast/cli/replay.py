@@ -19,7 +19,7 @@ import numpy as np
 from gr00t_fast.cli.main import Command
 from gr00t_fast.cli.run import EXITS, RecordedFacts, RunConfig, drive
 from gr00t_fast.cli.shared_flags import ArmFlags, RunOutputFlags, SafetyFlags
-from gr00t_fast.contracts import ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
+from gr00t_fast.contracts import ActionPrefix, ModalityConfig, PartStatistics, Policy, PolicyMetadata, Robot
 from gr00t_fast.control.limits import SPEEDS_DEG_S, Poses
 from gr00t_fast.control.recorder import MODALITY, ROLLOUTS, dataset_directory
 from gr00t_fast.errors import AT_LEAST_0, ConfigError, check_ranges
@@ -99,21 +99,23 @@ class RecordedEpisode(Policy):
         statistics = (_statistics(states), _statistics(self._actions))
         self.metadata = PolicyMetadata("new_embodiment", {}, frames.fps, _PARTS, _PARTS, *statistics, len(rows))
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: Any = None) -> dict[str, np.ndarray]:
-        """The way to the first action and all actions; after that the last one, and `on_end` is called."""
-        if self._played:
+    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: ActionPrefix | None = None) -> dict[str, np.ndarray]:
+        """The way to the first action and all actions; after that the last one, and `on_end` is called. With a `prefix`, what was left when the
+        arm was out of reach, the way to its first row and all of it."""
+        if self._played and prefix is None:
             self._on_end()
             return {f"action.{part}": values[-1:].astype(np.float32) for part, values in self._actions.items()}
         self._played = True
-        joints = {part: np.asarray(observation[f"state.{part}"], np.float64)[-1] for part in self._actions}
-        return {f"action.{part}": values.astype(np.float32) for part, values in self._from(joints).items()}
+        rows = self._actions if prefix is None else {part: prefix.actions[f"action.{part}"] for part in self._actions}
+        joints = {part: np.asarray(observation[f"state.{part}"], np.float64)[-1] for part in rows}
+        return {f"action.{part}": values.astype(np.float32) for part, values in self._led(joints, rows).items()}
 
-    def _from(self, joints: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All joints arrive at the same time."""
-        away = np.concatenate([values[0] - joints[part] for part, values in self._actions.items()])
+    def _led(self, joints: Mapping[str, np.ndarray], rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The `rows` by part, and before them the way to the first. All joints arrive at the same time."""
+        away = np.concatenate([values[0] - joints[part] for part, values in rows.items()])
         ticks = math.ceil(float(np.abs(away / self._robot.units_per_deg).max()) / self._approach_deg_s * self._fps)
         shares = np.arange(1, ticks + 1)[:, None] / max(1, ticks)
-        return {part: np.concatenate([joints[part] + shares * (values[0] - joints[part]), values]) for part, values in self._actions.items()}
+        return {part: np.concatenate([joints[part] + shares * (values[0] - joints[part]), values]) for part, values in rows.items()}
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         parts = list(self._actions)

@@ -48,7 +48,8 @@ _SIMULATED_MAX_HOLD_S = 30.0
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 HIDDEN = "(hidden)"  # in a report, in place of a secret
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
-EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal put the arm down and end the run; a second one takes its torque off at once.
+EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal put the arm down and end the run; a further Ctrl-C or SIGTERM, a second after
+that was said or later, takes its torque off at once.
 exit codes: 0 done, 1 error (the arm has been put down), 2 a flag that cannot be understood; 128 + signal when stopped:
 129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."""
 
@@ -315,13 +316,12 @@ def build_recorder(config: RunConfig, robot: Robot) -> DatasetRecorder:
 
 
 def keys_of_session(config: RunConfig) -> Keys | None:
-    """Keys where there are episodes to end or to record, and a terminal to press them in."""
-    if not config.record and config.episodes == 1:
-        return None
+    """Keys where there is a terminal to press them in."""
     if (why := keys_obstacle()) is None:
         voice(config)(KEYS_HELP)
         return Keys()
-    voice(config)(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
+    if config.record or config.episodes > 1:
+        voice(config)(f"no keys: {why}. Episodes end by --timeout, the run by Ctrl-C or SIGTERM.")
     return None
 
 

@@ -77,6 +77,11 @@ class ChunkBuffer:
         """True until the first chunk of the episode."""
         return self._chunk is None
 
+    def expire(self) -> None:
+        """No row of the chunk that plays is for a tick to come."""
+        if self._chunk is not None:
+            self._origin = -len(self._chunk)
+
     def offer(self, chunk: TimedChunk, tick: int) -> bool:
         """A chunk of a later observation than those before is there and may play from `tick` on. Returns whether a row of it is left then."""
         elapsed = self._elapsed(chunk, tick)
@@ -142,8 +147,8 @@ class ChunkRecord:
 class TickRecord:
     """A tick as those see it who look on.
 
-    time_s: when its target was sent, since the run began. target, commanded (J,): what the policy wanted, what was sent. ahead (L, J): the rows of
-    the playing chunk from this tick's on, L 0 when it has run out. inference_ms: of that chunk. tick_error_ms: how late the last tick was that had a
+    time_s: when its target was sent, since the run began. target, commanded (J,): what the policy wanted, what was sent. ahead (L, J): the next rows
+    of the playing chunk from this tick's on, L 0 when it has run out. inference_ms: of that chunk. tick_error_ms: how late the last tick was that had a
     deadline. missed_ticks: so far.
     """
 

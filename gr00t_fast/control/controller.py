@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
+from statistics import median_low
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,8 +32,9 @@ from gr00t_fast.measurement import percentiles
 # torque off within three seconds.
 DEFAULT_MAX_HOLD_S = 2.0
 _WARM_UP_LIMIT_S = 600.0  # for another instruction: engines that compile take minutes
-# Where inference takes seconds (a CPU), the arm waits so many times the slowest one so far: garbage, a busy machine, a cold cache.
-SLOWEST_TIMES = 3.0
+# Where inference takes seconds (a CPU), the arm waits so many times the median of the last ones: garbage, a busy machine, a cold cache. Not times the
+# slowest, of which each slow one would allow a slower one.
+USUAL_TIMES = 3.0
 _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
 # A loop that was held up for so long (a cable that was out, a program that was stopped) looks at the arm anew, and what was planned before is over.
 GAP_S = 0.5
@@ -107,8 +109,8 @@ class ControllerOptions:
     smoothing: how a chunk joins the one before: the policy continues it (see Policy.continues).
     when_late: hold: an action plays at its tick or not at all, and the arm holds when none is left. resume: after that it goes on where it stopped,
     see ChunkBuffer.
-    max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or SLOWEST_TIMES the slowest inference so far where that
-    is longer (HoldLimit); None: no limit (the policy has one of its own).
+    max_hold_s: how long the arm may hold its pose for want of actions before the run ends, or USUAL_TIMES an ordinary inference where that is longer
+    (HoldLimit); None: no limit (the policy has one of its own).
     action_horizon: rows of a chunk that may play; None: all the policy returns.
     """
 
@@ -189,6 +191,8 @@ class ChunkController:
         self._recent_ticks: deque[int] = deque([0], maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._watch = HoldLimit(fps, self.options.max_hold_s, None if recoverable else echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
+        self._dropped = False  # whether what the call that runs makes is over already
+        self._rest: Mapping[str, np.ndarray] = {}  # of a recording that was interrupted
         self._planned_s: float | None = None  # when, until the next target
         self._tick = 0  # of the last target, or the last observation since
         self._entered: ActionChunk | None = None
@@ -240,18 +244,20 @@ class ChunkController:
         self._runner.binding.reset()
         self._watch.reset()
         self._first = self._planned_s = self._entered = None
-        self._reset_policy = True
+        self._reset_policy, self._rest = True, {}
 
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk | None:
         """Make targets from an observation, while the arm stands still; may take as long as an inference. `keep_alive` is called several times a
         second meanwhile; what it raises ends the wait. Returns the chunk that comes next; None when the policy failed in a way that may pass: the
-        next target holds the last one (the first of an episode raises: there is nothing to hold yet).
+        next target holds the last one (the first of an episode raises: there is nothing to hold yet); None also when it is over already, `expire`.
 
         Raises what the policy raises, InferenceTimeoutError when no chunk comes within `max_hold_s`, and, where the arm is to move meanwhile,
         ConfigError when the very first inference takes so long that nothing of a later chunk would be left to play."""
         self._runner.binding.remember(observation)
         self._drop_what_runs(keep_alive)
-        self._submit(observation, tick=0, prefix=None)
+        self._dropped = False
+        rest, self._rest = self._rest, {}
+        self._submit(observation, tick=0, prefix=ActionPrefix(rest, 0, "prefix") if rest else None)
         try:
             timed: TimedChunk = self._waited_for(keep_alive, self._watch.limit_s, "the next chunk is not there")
         except self._recoverable:
@@ -259,6 +265,10 @@ class ChunkController:
                 raise
             self._lost_inferences += 1
             self._planned_s, self._others_ticks = self._clock.now_s(), []
+            return None
+        if self._dropped:
+            self._dropped, self._rest = False, rest
+            self._reset_policy |= self._buffer.empty  # it has played nothing
             return None
         self._first, self._planned_s = timed, self._clock.now_s()
         chunk = timed.chunk
@@ -278,9 +288,19 @@ class ChunkController:
         self._runner.binding.remember(observation)
         self._tick = max(self._tick, tick)
         if self.overlaps:
-            self._collect(tick + 1)  # this tick's target is out
-            if self._call is None:
+            self._collect(tick + 1)  # this tick's target is out; `auto` may have gone over to waiting by it
+            if self.overlaps and self._call is None:
                 self._submit(observation, tick, self._prefix(tick), self._buffer.rows_left(tick + 1) / self._fps)
+
+    def expire(self) -> None:
+        """The arm was out of reach for a while: what was planned before is over, also what an inference under way makes of it. What was recorded goes
+        on where it stopped: the next call of such a policy gets the rest to continue."""
+        if not self._runner.policy.computes:
+            left = self._first.actions if self._first is not None else self._buffer.leftover(self._tick + 1)
+            self._rest = left or self._rest
+        self._buffer.expire()
+        self._first = self._planned_s = None
+        self._dropped = self._call is not None
 
     def next_target(self, tick: int) -> np.ndarray:
         """The target (J,) of this tick: the first row when the arm has waited for a chunk, then one a tick. Rows of missed ticks are over; where all
@@ -386,11 +406,13 @@ class ChunkController:
         """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
         if self._call is None or not self._call.done():
             return
-        call, self._call = self._call, None
+        call, self._call, dropped, self._dropped = self._call, None, self._dropped, False
         try:
             timed: TimedChunk = call.result()
         except self._recoverable:
             self._lost_inferences += 1
+            return
+        if dropped:
             return
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         self._note_delay(tick - timed.observed)
@@ -433,7 +455,7 @@ class ChunkController:
         self._length, tick_ms = self._length_of(ticks), 1000 / self._fps
         took = f"{took} {ticks * tick_ms:.0f} ms"
         reasons = {
-            "short": f"{took}, less than a tick of {tick_ms:.0f} ms: no pause is to be expected",
+            "short": f"{took}, less than a tick of {tick_ms:.0f} ms: with the cameras' time a pause of a tick at most is to be expected",
             "bridged": f"{took}, longer than a tick of {tick_ms:.0f} ms, and {self._horizon} actions per chunk bridge it",
             "long": f"{took}, which {self._too_short(math.ceil(ticks))}",
         }
@@ -482,18 +504,20 @@ class ChunkController:
 class HoldLimit:
     """Ends a run whose arm has held its pose for too long because no action is left (an inference hangs or is too slow).
 
-    limit_s: how long it may: `max_hold_s`, or longer where inferences take long; infinite without a limit.
+    limit_s: how long it may: `max_hold_s`, or USUAL_TIMES the median of the last inferences where that is longer; infinite without a limit.
     """
 
     def __init__(self, fps: float, max_hold_s: float | None, echo: Callable[[str], None] | None) -> None:
         """`max_hold_s` None: no end. `echo` None: says nothing."""
         self._fps, self._echo = fps, echo
-        self.limit_s = math.inf if max_hold_s is None else max_hold_s
+        self.limit_s = self._least_s = math.inf if max_hold_s is None else max_hold_s
+        self._lasted_s: deque[float] = deque(maxlen=_DELAY_WINDOW)
         self.reset()
 
     def inferred(self, duration_s: float) -> None:
         """An inference has taken so long."""
-        self.limit_s = max(self.limit_s, SLOWEST_TIMES * duration_s)
+        self._lasted_s.append(duration_s)
+        self.limit_s = max(self._least_s, USUAL_TIMES * median_low(self._lasted_s))
 
     def reset(self) -> None:
         """An episode begins."""
@@ -522,7 +546,7 @@ class HoldLimit:
 def timed_out(limit_s: float, why: str) -> InferenceTimeoutError:
     """The error that ends the run."""
     return InferenceTimeoutError(
-        f"the arm has held its pose for {limit_s:.1f} s, as long as --max_hold_s and {SLOWEST_TIMES:g} times the slowest inference so far allow: "
+        f"the arm has held its pose for {limit_s:.1f} s, as long as --max_hold_s and {USUAL_TIMES:g} times an ordinary inference allow: "
         f"{why}, because inference hangs or comes too late. Check the device (nvidia-smi, dmesg); for one that pauses now and then give a longer "
         "--max_hold_s, or null for no limit."
     )

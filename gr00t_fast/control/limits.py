@@ -21,6 +21,12 @@ from gr00t_fast.flags import setting
 # ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).
 DEFAULT_MAX_SPEED_DEG_S = 350.0
 RECORDED_SPEED_TIMES = 1.5
+# That is faster than a servo turns: a first target far away would be a leap. After a start and after a gap the limit grows from the speed of a slow
+# move to its maximum, in this time of motion (ros2_control bounds a step by the present speed and an acceleration: the same idea).
+SPEED_UP_S = 1.0
+# A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
+MAX_HELD_TICKS = 10
+HOME_SPEED_DEG_S = 30.0  # of slow moves: a third of a turn in four seconds, slow enough to see where it goes
 # How far a goal may be ahead of a joint that stands still: one that is held up would otherwise wind its goal ahead and leap when it is free. One that
 # moves lags: real arms follow 0.13 to 0.2 s behind, and readings are up to a tick old. The rest of a larger step follows as the joint comes after
 # (`again`).
@@ -46,8 +52,6 @@ class SafetyOptions:
 
     max_speed_deg_s: float | Literal["auto"] | None = "auto"  # how fast targets may change; auto: 350, with --recordings less; null: no limit
     max_following_error_deg: float | None = DEFAULT_MAX_FOLLOWING_ERROR_DEG  # how far a goal may be ahead of a joint at rest; null: no limit
-    # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
-    max_held_ticks: int = 10  # NaN or infinite targets in a row that are held before the run ends
     # An STS3215 drives its motor with gain * 0.166 per radian of error (Rhoban's project bam, with an oscilloscope): at lerobot's gain of 16 a goal
     # that is ahead by the following error limit of 15 degrees makes 70 %, and its own protection trips at 80 % for 2 s. An SO-101 stretched out
     # level, the worst case of gravity, needs about 45 % (0.39 kg, centre at 0.22 m, of 1.9 Nm at 7.4 V: an estimate, no arm was measured).
@@ -60,7 +64,7 @@ class SafetyOptions:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what makes no sense, generously: beyond, the arm would stand still or push for days."""
-        check_ranges(self, max_speed_deg_s=(1.0, 1e4), max_following_error_deg=(1.0, 360.0), max_held_ticks=(0, 1e6))
+        check_ranges(self, max_speed_deg_s=(1.0, 1e4), max_following_error_deg=(1.0, 360.0))
         check_ranges(self, stall_load_percent=(5.0, 100.0), stall_current_ma=(50.0, 1e4), stall_after_s=(0.05, 60.0))
 
     @property
@@ -93,12 +97,13 @@ class SafetyFilter:
         *,
         fps: float,
         units_per_deg: np.ndarray,
+        slow_deg_s: float = HOME_SPEED_DEG_S,
         max_step: np.ndarray | None = None,
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
-        second; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step); `echo` is told of a joint that is blocked. Raises
-        ConfigError when the limits make no sense."""
+        second; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step); `echo`
+        is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
         self.options, self.joint_names, self.fps = options or SafetyOptions(), joint_names, fps
         self._limits = np.array(limits, np.float64)
         if self._limits.shape != (len(joint_names), 2) or not (np.isfinite(self._limits).all() and (self._limits[:, 0] < self._limits[:, 1]).all()):
@@ -107,6 +112,7 @@ class SafetyFilter:
             )
         self._units_per_deg = np.asarray(units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
+        self._slow_deg_s, self._moved_s = min(slow_deg_s, self.max_speed_deg_s), 0.0  # moved_s: for how long targets have come since a start
         self._following_deg = self.options.max_following_error_deg
         self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
@@ -140,6 +146,18 @@ class SafetyFilter:
         self._speed_from, self._speed_from_s = measured, -np.inf
         self._held_in_a_row = 0
         self.blocked.reset()
+        self.speed_up_anew()
+
+    def speed_up_anew(self) -> None:
+        """The arm stands still: from the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
+        self._moved_s = 0.0
+
+    def _speed_limit_deg_s(self) -> float:
+        """Of the target that comes now."""
+        self._moved_s += 1 / self.fps
+        if self._moved_s >= SPEED_UP_S or math.isinf(self.max_speed_deg_s):
+            return self.max_speed_deg_s
+        return self._slow_deg_s + (self.max_speed_deg_s - self._slow_deg_s) * self._moved_s / SPEED_UP_S
 
     def measured(self, joints: np.ndarray, time_s: float, loads: MotorLoads | None = None) -> bool:
         """Take note of the pose (J,) measured at `time_s`: goals stay within the following error of it. With `loads` a blocked joint is found.
@@ -167,7 +185,7 @@ class SafetyFilter:
     def __call__(self, target: np.ndarray) -> np.ndarray:
         """Return the target (J,) float64 that may be sent.
 
-        Raises UnsafeActionError for a wrong shape, when more than `max_held_ticks` targets in a row were not finite, and when a joint has been
+        Raises UnsafeActionError for a wrong shape, when more than MAX_HELD_TICKS targets in a row were not finite, and when a joint has been
         blocked for BLOCKED_END_S.
         """
         last = self.last
@@ -178,7 +196,7 @@ class SafetyFilter:
         inside = target.clip(self._limits[:, 0], self._limits[:, 1])
         self.clamped += inside != target
         self._target = self.blocked.hold(inside)
-        step = self.max_speed_deg_s / self.fps * self._units_per_deg  # (J,) joint units a tick
+        step = self._speed_limit_deg_s() / self.fps * self._units_per_deg  # (J,) joint units a tick
         too_fast = np.abs(self._target - last) > step
         self.speed_limited += too_fast
         # the unchanged ones exactly, without the rounding of a sum
@@ -190,11 +208,11 @@ class SafetyFilter:
     def _hold(self, target: np.ndarray) -> np.ndarray:
         self.held_ticks += 1
         self._held_in_a_row += 1
-        if self._held_in_a_row > self.options.max_held_ticks:
+        if self._held_in_a_row > MAX_HELD_TICKS:
             bad = [name for name, value in zip(self.joint_names, target, strict=True) if not np.isfinite(value)]
             raise UnsafeActionError(
                 f"the policy returned NaN or infinite targets for {', '.join(bad)} in {self._held_in_a_row} ticks in a row "
-                f"(held at most {self.options.max_held_ticks}, --max_held_ticks); none was sent. "
+                f"(held at most {MAX_HELD_TICKS}); none was sent. "
                 "Check the checkpoint and its statistics, or try --precision=fp32."
             )
         return self.last
@@ -334,8 +352,7 @@ class Poses:
 
     home: Pose | str | None = None  # before each episode, move slowly to "[0, -90, 90, 60, 0, 10]" or where the `recordings` begin
     rest: Pose | str | None = "start"  # before the torque goes off; start: where it lay; or as --home, `home`, null
-    # A third of a turn in four seconds: slow enough to see where it goes.
-    home_speed_deg_s: float = 30.0  # how fast the arm moves to these poses
+    home_speed_deg_s: float = HOME_SPEED_DEG_S  # how fast the arm moves to these poses
 
     def __post_init__(self) -> None:
         check_ranges(self, home_speed_deg_s=SPEEDS_DEG_S)
@@ -374,7 +391,8 @@ class Poses:
 
 
 class Move:
-    """From wherever the last target is to a pose, in MOVE_HZ steps a second or as many as the arm's line can take; all joints arrive together."""
+    """From wherever the last target is to a pose, in MOVE_HZ steps a second or as many as the arm's line can take: first the body, all its joints
+    arriving together, then the gripper, which may hold something that must not fall on the way."""
 
     def __init__(self, pose: Pose, start: np.ndarray, robot: Robot, speed_deg_s: float) -> None:
         """`start` (J,): the last target."""
@@ -383,27 +401,36 @@ class Move:
         if robot.max_step is not None:
             step = np.minimum(step, robot.max_step / _TRAILS_S / MOVE_HZ)
         self._near = ARRIVED_DEG * robot.units_per_deg
+        self._body = np.array([name != GRIPPER for name in robot.joint_names])
         way = np.abs(self.pose - start)
-        self.ticks = int(np.ceil((way / step).max() - 1e-9))
+        ticks = np.ceil(way / step - 1e-9)  # (J,)
+        body_ticks = int(max(ticks[self._body], default=0))
+        self.ticks = body_ticks + int(max(ticks[~self._body], default=0))
         self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S * MOVE_HZ)
         # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
-        self._steps = np.maximum(way / max(1, self.ticks), _SLOWEST * step)
-        self._played = self._settled = 0  # ticks: in all, and since no goal is held back
-        self._body = np.array([name != GRIPPER for name in robot.joint_names])
+        self._steps = np.maximum(way / max(1, body_ticks), _SLOWEST * step)
+        self._steps[~self._body] = step[~self._body]
+        self._moving = self._body  # (J,) bool: which joints do now
+        self._played = self._settled = 0  # ticks: in all, and since no goal goes on
+        self._before = start
 
     def next_target(self, last: np.ndarray) -> np.ndarray:
         """The target (J,) after `last`, which the limits may have held back."""
         self._played += 1
-        return last + np.clip(self.pose - last, -self._steps, self._steps)
+        return np.where(self._moving, last + np.clip(self.pose - last, -self._steps, self._steps), last)
 
     def away(self, measured: np.ndarray) -> np.ndarray:
         """Which joints (J,) are not there."""
         return np.abs(measured - self.pose) > self._near
 
     def over(self, last: np.ndarray, measured: np.ndarray, stalled: np.ndarray) -> bool:
-        """Asked once a tick: whether the arm has arrived, or has had its time. One whose goal is still held back is waited for, but for `stalled`
-        (J,) joints, which get no further, and a gripper, which may go on holding what it holds."""
+        """Asked once a tick: whether the arm has arrived, or has had its time. A joint whose goal is still held back is waited for, but for `stalled`
+        (J,) joints, which get no further, and a gripper whose goal stands still: it goes on holding what it holds."""
         reached = np.isclose(last, self.pose) | stalled
-        arrived = bool(reached.all()) and not self.away(measured).any()
-        self._settled = self._settled + 1 if reached[self._body].all() else 0
-        return arrived or self._settled > SETTLE_S * MOVE_HZ or self._played >= self._most_ticks
+        ready = reached | (~self._body & (last == self._before))
+        self._settled, self._before = (self._settled + 1 if ready[self._moving].all() else 0), last
+        if (reached & ~self.away(measured))[self._moving].all() or self._settled > SETTLE_S * MOVE_HZ:
+            if self._moving is not self._body:
+                return True
+            self._moving, self._settled = ~self._body, 0
+        return self._played >= self._most_ticks

@@ -22,7 +22,7 @@ from gr00t_fast.control.controller import GAP_S, ChunkController
 from gr00t_fast.control.limits import ARRIVED_DEG, MOVE_HZ, Move, Pose, Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
 from gr00t_fast.control.session import ProgressLine, Session, dry_run_table
-from gr00t_fast.errors import CameraError, ConfigError, ObservationError, RobotError, UnsafeActionError
+from gr00t_fast.errors import BusFault, ConfigError, ObservationError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
@@ -31,6 +31,7 @@ _STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to res
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
+_SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
 _DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
 
@@ -103,7 +104,7 @@ class ControlLoop:
         self._loop_began_s: float | None = None
         self._putting_down = False
         self._outages = 0
-        self._lost = False  # what was planned before is no place to hold
+        self._lost = False  # after a gap: the arm holds the pose that was measured then, until the new plan is there
         self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
         self._again_due = False  # the goal is to be another one than the motors know
         self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
@@ -142,13 +143,12 @@ class ControlLoop:
 
     def _put_down(self, error: BaseException | None = None) -> bool:
         """Whatever ended the run: hold, and move slowly to where the arm can be let go. Needs the bus alone, neither policy nor pictures. A fault of
-        the bus, and a further stop: the torque goes off at once. Returns whether an arm that was found powered is to be left so."""
+        the bus, and a deliberate further stop: the torque goes off at once. Returns whether an arm that was found powered is to be left so."""
         self.stop.obeyed()
         self.echo = _unfailing(self.echo)
-        if isinstance(error, RobotError) and not isinstance(error, CameraError):
+        if isinstance(error, BusFault):
             return False
-        rest = self.options.poses.rest
-        pose = self.robot.rest_pose if rest == "start" else rest
+        pose = self._rest_pose
         try:
             self.stop.check()
             if pose is None or not self.trace.moved:
@@ -156,7 +156,8 @@ class ControlLoop:
             self._putting_down = True
             self.safety.protect()
             self._say_put_down(error)
-            self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if rest == "start" else "the rest pose", last=True)
+            lay = self.options.poses.rest == "start"
+            self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if lay else "the rest pose", last=True)
         except StopRequested:
             self.echo(f"stopped once more: {self._at_once}, where the arm is")
         except Exception as trouble:
@@ -166,12 +167,19 @@ class ControlLoop:
         return False
 
     @property
+    def _rest_pose(self) -> Pose | None:
+        """Where the arm is put down; None: nowhere."""
+        rest = self.options.poses.rest
+        return self.robot.rest_pose if rest == "start" else rest  # type: ignore[return-value]  # resolved: no other words
+
+    @property
     def _at_once(self) -> str:
         return "it stops and stays powered" if self.robot.stays_powered else "the torque goes off at once"
 
     def _say_put_down(self, error: BaseException | None) -> None:
         cause = self.stop.reason or ("" if error is None else f"{type(error).__name__}: {str(error).partition('. ')[0]}")
-        ending, further = (f"the run ends ({cause})", "Ctrl-C again") if cause else ("the run ends", "Ctrl-C")
+        ending = f"the run ends ({cause})" if cause else "the run ends"
+        further = "another Ctrl-C, a second from now or later," if self.stop.reason else "Ctrl-C, twice and a second apart,"
         self.echo(f"{ending}: the arm is put down. After {further} {self._at_once}, wherever the arm is.")
 
     def _go_to(self, pose: Pose | None, what: str, last: bool = False) -> None:
@@ -214,6 +222,7 @@ class ControlLoop:
             self.options.safety,
             fps=self.options.fps,
             units_per_deg=self.robot.units_per_deg,
+            slow_deg_s=self.options.poses.home_speed_deg_s,
             max_step=self.robot.max_step,
             echo=lambda line: self.echo(line),
         )
@@ -281,11 +290,13 @@ class ControlLoop:
         """Play until the episode's time is up. A simulated scene is rearranged by the seed; a real arm goes on where it stands."""
         before = self._observe().joints if self.trace.moved else None
         self.robot.reset(None if self.options.seed is None else self.options.seed + index)
+        self.robot.lower_if_killed(self._rest_pose)
         self.controller.reset()
         joints = self.robot.observe().joints
         held = before is not None and not (np.abs(joints - before) > ARRIVED_DEG * self.robot.units_per_deg).any()  # the simulated arm leaps home
         self.safety.start(joints, self.safety.last if held and self._outage_count() == self._outages else None)
         self._go_to(self.options.poses.home, "the home pose")
+        self.safety.speed_up_anew()
         self.safety.fps = self.options.fps
         self.trace.episodes += 1
         self._loop_began_s = None
@@ -320,7 +331,7 @@ class ControlLoop:
             record = self._record(*sent)
             for observer in self.observers:
                 observer.see(observation, record)
-        self.session.see(observation, sent[1])
+        self.session.see(observation, sent[1], note.underrun)
         self._progress()
         with self.trace.timed("wait"):
             self.pacer.wait(self._plan_lead_s() if self.controller.needs_observation else 0.0)
@@ -344,7 +355,7 @@ class ControlLoop:
             time_s=sent_s - self.trace.began_s,
             target=target,
             commanded=commanded,
-            ahead=self._chunk.targets[len(self._chunk.targets) if note.underrun else note.row :],
+            ahead=self._chunk.targets[len(self._chunk.targets) if note.underrun else note.row :][:_SHOWN_ROWS],
             inference_ms=self._chunk.inference_ms,
             age_ticks=note.age_ticks,
             underrun=note.underrun,
@@ -371,9 +382,10 @@ class ControlLoop:
 
     def _look(self) -> Observation:
         observation = self.robot.observe(not self._putting_down)
-        if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target
+        if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target, with a new plan
             self._outages, self._lost = self._outage_count(), True
             self.safety.start(observation.joints)
+            self.controller.expire()
         self._looked_s = self.clock.now_s()
         self._again_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
         return observation
@@ -441,6 +453,7 @@ class ControlLoop:
         self._lost &= self.controller.note.underrun
         if self._lost:
             target = self.safety.last
+            self.safety.speed_up_anew()
         if self.controller.note.entered is not None:
             self._chunk = self.controller.note.entered
             self.trace.add_chunk(self.controller.note.entered, 0.0, overlapped=True)

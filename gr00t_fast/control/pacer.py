@@ -163,7 +163,11 @@ SIGNAL_EXIT_BASE = 128
 # SIGHUP: the terminal or the ssh connection went away. SIGQUIT and SIGTSTP (Ctrl-\, Ctrl-Z) would end or freeze the program with the motors
 # holding. All but the first two are absent on Windows.
 _STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
-SAME_STOP_S = 0.3  # a closed terminal, make and uv deliver a stop twice within milliseconds: one stop; a person is slower, or presses a third time
+# While the arm is put down, only these mean that its torque is to go off at once: a person or a supervisor sends them on purpose. A terminal that is
+# lost, an Esc or a closed window does not.
+_DELIBERATE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+FURTHER_AFTER_S = 1.0  # after the put-down was announced: before, they were meant for the run
+PRESSED_ANEW_S = 0.7  # after the last one: a key that is held down repeats sooner, first after up to 0.5 s; make and uv deliver a stop twice
 
 
 class StopRequested(KeyboardInterrupt):  # not an Exception: what survives faults must not swallow it
@@ -180,9 +184,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._first: tuple[str, int] | None = None
-        self._first_s, self._ends_s = 0.0, -math.inf
-        self._stops = self._obeyed = 0  # 2: a further one has come
-        self._raises = False
+        self._last_s, self._put_down_s = -math.inf, math.inf  # when the last signal came, and the put-down was announced
+        self._due = self._raises = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -209,18 +212,19 @@ class StopSignals:
 
     def request(self, reason: str, exit_code: int = 0) -> None:
         """Ask for the end from the program itself (a key press, another thread)."""
-        if self._first is None or self._obeyed:
-            self._note(reason, exit_code)
+        if self._first is None:
+            self._first, self._due = (reason, exit_code), math.isinf(self._put_down_s)
 
     def check(self) -> None:
         """Raise StopRequested if a stop has come that has not been obeyed."""
-        if self._stops > self._obeyed and self._first is not None:
+        if self._due and self._first is not None:
             raise StopRequested(*self._first)
 
     def obeyed(self) -> None:
-        """The orderly end begins, which may take a while: from now on `check` raises for a further stop, also for one that has come already.
-        `reason` and `exit_code` stay the first one's."""
-        self._raises, self._obeyed, self._ends_s = False, min(1, self._stops), time.monotonic()
+        """The orderly end begins and is announced, which may take a while: from now on `check` raises for a deliberate further stop alone, see
+        `_on_signal`. `reason` and `exit_code` stay the first one's."""
+        self._raises = self._due = False
+        self._put_down_s = time.monotonic()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -233,22 +237,17 @@ class StopSignals:
             self._raises = False
         self.check()  # a library may have swallowed it
 
-    def _note(self, reason: str, exit_code: int) -> bool:
-        """Returns False for a copy of the stop before."""
-        now_s = time.monotonic()
-        if self._first is None:
-            self._first, self._first_s, self._stops = (reason, exit_code), now_s, 1
-            if now_s - self._ends_s < SAME_STOP_S:  # it was meant for the run, which has just ended by itself
-                self._obeyed = 1
-            return True
-        if now_s - self._first_s < SAME_STOP_S:
-            return False
-        self._stops = 2
-        return True
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._note(signal.Signals(number).name, SIGNAL_EXIT_BASE + number) and self._raises:
-            raise StopRequested(*self._first)  # type: ignore[misc]  # set by `_note`
+        """The first stop of a run ends it. While the arm is put down a further one lets go at once, if it is deliberate: Ctrl-C or SIGTERM, pressed
+        anew, FURTHER_AFTER_S after the announcement or later. The first stop of all is none: it was meant for a run that had just ended by itself."""
+        now_s, before_s = time.monotonic(), self._last_s
+        self._last_s = now_s
+        if self._first is None:
+            self.request(signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
+        elif number in _DELIBERATE and now_s - self._put_down_s > FURTHER_AFTER_S and now_s - before_s > PRESSED_ANEW_S:
+            self._due = True
+        if self._due and self._raises:
+            self.check()
 
 
 def _ignored_on_purpose(number: int) -> bool:

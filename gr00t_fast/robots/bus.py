@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import RobotError
+from gr00t_fast.errors import BusFault
 from gr00t_fast.robots.lerobot_glue import GRIPPER, lock_port, outside_range
 from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, PacketParser, Request, Status, from_word, sync_read, sync_write
 from gr00t_fast.robots.virtual_bus.servo import Register
@@ -47,7 +47,6 @@ LATE_ANSWER_S, LATE_ANSWER_CONNECTING_S = 0.1, 0.3
 LATE_ANSWER_UNPOWERED_S = 0.02  # as long as no servo has ever answered: their power is off
 QUIET_S = 0.002  # after a damaged answer, the rest of it has passed once the line is silent for so long
 ACCELERATION = 254  # lerobot's configure_motors() writes it; of all that is configured, only this does not outlast the servo's power
-GOALS_KNOWN = 8  # the newest ones sent: a write to all is not acknowledged, and a bad line may lose some
 # Feetech's memory table of the STS series: load is the duty cycle of the motor's drive in 0.1 %, bit 10 its direction; current counts 6.5 mA, bit 15
 # its sign. Which direction the bit means is not written there, so that it is dropped: the goal tells which way the motor pushes.
 LOAD_PERCENT, LOAD_BITS, CURRENT_MA, CURRENT_BITS = 0.1, 0x3FF, 6.5, 0x7FFF
@@ -107,11 +106,10 @@ def drop_input(line: Any, first_s: float, quiet_s: float, limit_s: float) -> int
 
 @dataclass(frozen=True)
 class ServoState:
-    """What a servo says of itself in one reading, goal as in the register. Load in per cent of the drive and current in mA: NaN where not told."""
+    """What a servo says of itself in one reading. Load in per cent of the drive and current in mA: NaN where not told."""
 
     torque: int
     acceleration: int
-    goal: int
     error_bits: int
     load_percent: float = math.nan
     current_ma: float = math.nan
@@ -119,7 +117,7 @@ class ServoState:
     @classmethod
     def of(cls, data: bytes, error_bits: int) -> ServoState:
         """data: registers indexed by address, at least as far as the status."""
-        state = (data[Register.TORQUE_ENABLE], data[Register.ACCELERATION], _word(data, Register.GOAL_POSITION), error_bits | data[Register.STATUS])
+        state = (data[Register.TORQUE_ENABLE], data[Register.ACCELERATION], error_bits | data[Register.STATUS])
         if len(data) <= Register.PRESENT_CURRENT:
             return cls(*state)
         percent = (_word(data, Register.PRESENT_LOAD) & LOAD_BITS) * LOAD_PERCENT
@@ -131,7 +129,7 @@ class Guard:
     """Transfers that survive a bad line, mixed into lerobot's `FeetechMotorsBus` by `guarded`: its five methods that touch the line, written anew.
 
     events: counts `read_retry`, `late_answer`, `stale_bytes`. error_bits: id -> error byte of that servo's newest status packet.
-    sent_goals: id -> the newest goals sent, as in the register. late_answer_s: how long a missed answer may still come.
+    late_answer_s: how long a missed answer may still come.
     """
 
     port: str
@@ -141,13 +139,12 @@ class Guard:
     packet_handler: Any
 
     def __init__(self, driver: Any, events: Counter[str], on_exchange: Callable[[], object], tries: int, how_to_calibrate: str) -> None:
-        """driver: lerobot's bus object, whose place this one takes. on_exchange: called before each request. tries: of each request."""
+        """driver: lerobot's bus object, whose place this one takes. on_exchange: called before each request, a heartbeat. tries: of each request."""
         super().__init__(driver.port, driver.motors, driver.calibration)  # FeetechMotorsBus
-        self._events, self._on_exchange, self._tries, self._how_to_calibrate = events, on_exchange, tries, how_to_calibrate
+        self._events, self.beat, self._tries, self._how_to_calibrate = events, on_exchange, tries, how_to_calibrate
         self._heard = False
         self.late_answer_s = LATE_ANSWER_CONNECTING_S
         self.error_bits: dict[int, int] = {}
-        self.sent_goals: defaultdict[int, deque[int]] = defaultdict(lambda: deque(maxlen=GOALS_KNOWN))
 
     # The port
 
@@ -189,7 +186,7 @@ class Guard:
         """As `exchange`, repeated until all have answered. Raises one of LINK_LOST."""
         tries = self._tries if tries is None else tries
         for attempt in range(tries):
-            self._on_exchange()
+            self.beat()
             if self.line.in_waiting:
                 self._events["stale_bytes"] += 1
                 self.line.reset_input_buffer()
@@ -228,8 +225,6 @@ class Guard:
     def _write(
         self, addr: int, length: int, motor_id: int, value: int, *, num_retry: int = 0, raise_on_error: bool = True, err_msg: str = ""
     ) -> tuple[int, int]:
-        if addr == Register.GOAL_POSITION:
-            self.sent_goals[motor_id].append(value)
         data = bytes((addr, *self._serialize_data(value, length)))
         found, result = self.transfer(Request(motor_id, Instruction.WRITE, data), [motor_id])
         return self._judged(found.get(motor_id), result, raise_on_error, err_msg)[1:]
@@ -245,9 +240,6 @@ class Guard:
     def _sync_write(
         self, addr: int, length: int, ids_values: dict[int, int], num_retry: int = 0, raise_on_error: bool = True, err_msg: str = ""
     ) -> int:
-        if addr == Register.GOAL_POSITION:
-            for servo_id, value in ids_values.items():
-                self.sent_goals[servo_id].append(value)
         serialize = self._serialize_data
         _, result = self.transfer(sync_write(addr, {servo_id: bytes(serialize(value, length)) for servo_id, value in ids_values.items()}), [])
         return result
@@ -290,7 +282,7 @@ class Guard:
         joint outside its calibrated range, and what the driver raises."""
         positions = self.sync_read("Present_Position", motors, normalize=False)
         if outside := outside_range(positions, self.calibration):
-            raise RobotError(
+            raise BusFault(
                 f"the arm stands outside its calibrated range: {outside}. Switching it on would throw it to the border, so it stays without power. "
                 f"Move the joint back into its range by hand and start again; if the range is wrong, calibrate again: {self._how_to_calibrate}"
             )
@@ -369,34 +361,39 @@ def broadcast_torque_off(bus: Any) -> list[str]:
 
 
 def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
-    """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet."""
+    """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet. Where no servo answers
+    (their supply is off), each is asked once and no more."""
     problems.extend(broadcast_torque_off(bus))
     powered, trouble = list(bus.motors), []
-    for _ in range(2):
+    heard: list[dict[int, Status]] = []
+    request = sync_read(Register.TORQUE_ENABLE, 1, [motor.id for motor in bus.motors.values()])
+    attempt("asking all servos", lambda: heard.append(bus.transfer(request, [motor.id for motor in bus.motors.values()], 1)[0]), [])
+    tries = TRIES_PER_MOTOR if any(heard) else 1
+    for _ in range(2 if any(heard) else 1):
         # a lost line shows in the next step
         attempt("waiting for late answers", lambda: drop_input(bus.line, SILENT_S, SILENT_S, LONGEST_CHATTER_S), [])
         trouble = []
-        powered = [joint for joint in powered if not _is_released(bus, joint, trouble)]
+        powered = [joint for joint in powered if not _is_released(bus, joint, tries, trouble)]
         if not powered or not _is_there(bus):
             break
     problems.extend(trouble)
     return {joint: "unknown" if joint in powered else "off" for joint in bus.motors}
 
 
-def _is_released(bus: Any, joint: str, problems: list[str]) -> bool:
+def _is_released(bus: Any, joint: str, tries: int, problems: list[str]) -> bool:
     servo_id, wrong = bus.motors[joint].id, ["it does not answer"]
     what = f"torque off, {joint} (id {servo_id})"
-    if attempt(what, lambda: wrong.append(_let_go(bus, servo_id)), problems) and wrong[-1]:
+    if attempt(what, lambda: wrong.append(_let_go(bus, servo_id, tries)), problems) and wrong[-1]:
         problems.append(f"{what}: {wrong[-1]}")
     return not wrong[-1]
 
 
-def _let_go(bus: Any, servo_id: int) -> str:
+def _let_go(bus: Any, servo_id: int, tries: int) -> str:
     """Torque off on one servo. Returns what is wrong, empty for nothing. Error bits are not looked at: a servo in overload acknowledges with one,
     and lets go all the same."""
     off = Request(servo_id, Instruction.WRITE, bytes((Register.TORQUE_ENABLE, 0)))
-    acknowledged = bus.ask(off, tries=TRIES_PER_MOTOR) is not None
-    answer = bus.ask(Request(servo_id, Instruction.READ, bytes((Register.TORQUE_ENABLE, 1))), 1, tries=TRIES_PER_MOTOR if acknowledged else 1)
+    acknowledged = bus.ask(off, tries=tries) is not None
+    answer = bus.ask(Request(servo_id, Instruction.READ, bytes((Register.TORQUE_ENABLE, 1))), 1, tries=tries if acknowledged else 1)
     if answer is None:
         return "" if acknowledged else "it does not answer"
     return f"the servo still reports torque register {answer.params[0]}" if answer.params[0] else ""
@@ -409,6 +406,7 @@ def _is_there(bus: Any) -> bool:
 
 def _line_is_open(bus: Any, give_up_s: float) -> bool:
     while True:
+        bus.beat()
         if _is_there(bus) or (attempt("reopening the port", bus.open, []) and _is_there(bus)):
             return True
         if time.monotonic() > give_up_s:

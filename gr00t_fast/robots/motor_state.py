@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, MotorLoads
-from gr00t_fast.errors import RobotError, require
+from gr00t_fast.errors import BusFault, Gr00tFastError, RobotError, require
 from gr00t_fast.robots.bus import BAUD_RATE, EXCHANGE_FAILED, LINK_LOST, WAIT_S, ServoState, error_names, exchange
 from gr00t_fast.robots.lerobot_glue import GRIPPER, calibration_differences, lock_port, outside_range
 from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request, Status, decode_signed, from_word
@@ -65,8 +65,6 @@ POLL_EVERY_S = 0.2  # one servo each time, so each is asked every 1.2 s; 0.2 ms 
 SUSPECT_DEG, STILL_DEG = 3.0, 1.0
 SELDOM_AFTER = 3  # polls in a row without an answer; each costs 70 ms
 SELDOM_S = 1.0  # from then on all servos are asked at once whether they hold, in the way that joint readings take
-SAME_GOAL_TICKS = 8  # 0.7 degrees
-FOREIGN_GOALS = 2  # so many within a minute are warned of: a damaged answer in some hundred passes its checksum
 LONGEST_TROUBLE_S = 1.0
 FELL_DEG = 20.0  # motors found without torque are switched on again only if the arm moved less
 _OVERLOAD = 0x20
@@ -88,7 +86,7 @@ class ServoHealth:
     """Watches the servos' error bits, which the driver's sync read hides, and their torque. loads: as last answered.
 
     Overload is survived: the servo limits its own force, and a gripper that holds a block may stay in it. Wrong voltage, heat, current or a broken
-    encoder that lasts ends the run. Each error is counted as `servo_<error>` and logged once per onset.
+    encoder that lasts ends the run, by a RobotError that is raised once. Each error is counted as `servo_<error>` and logged once per onset.
     """
 
     def __init__(self, bus: Any, units_per_deg: np.ndarray, events: Counter[str]) -> None:
@@ -96,8 +94,6 @@ class ServoHealth:
         self._bus, self._scale, self._events = bus, units_per_deg, events
         self._states: dict[int, ServoState] = {}  # by id, as last answered
         self._accelerations: dict[int, int] = {}  # by id, as first seen while holding: another one after a reset
-        self._shows_goals: set[int] = set()  # ids of servos that were seen to have a goal as it was sent
-        self._foreign = PerMinute(FOREIGN_GOALS)
         never = np.full(len(SO100_JOINTS), np.nan)
         self.loads = MotorLoads(never, never, never)
         self._next_poll_s, self._next_joint = 0.0, 0
@@ -107,6 +103,7 @@ class ServoHealth:
         self._missed = 0  # polls in a row
         self._tell_loads = True  # whether servos answer a poll that asks for load and current too
         self._known: dict[int, int] = {}
+        self._ended = False  # whether an error that lasts has ended the run
         self._since_s: dict[int, float] = {}
 
     def check(self, now_s: float, holding: bool, joints: np.ndarray, goal: np.ndarray | None = None) -> None:
@@ -139,7 +136,7 @@ class ServoHealth:
     def _check_not_fallen(self, before: np.ndarray | None) -> None:
         now = self._bus.sync_read("Present_Position")
         if before is not None and np.any(np.abs(before - [now[joint] for joint in SO100_JOINTS]) > FELL_DEG * self._scale):
-            raise RobotError(
+            raise BusFault(
                 f"the servos lost power for a moment, and the arm moved more than {FELL_DEG:g} degrees. It is not switched on again by "
                 "itself. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
@@ -189,6 +186,8 @@ class ServoHealth:
     def _answered(poll: Callable[[], Any]) -> Any:
         try:
             return poll()
+        except Gr00tFastError:
+            raise
         except (*EXCHANGE_FAILED, *LINK_LOST):  # type: ignore[misc]  # the next joint reading meets the same line, and handles it
             return None
 
@@ -204,26 +203,18 @@ class ServoHealth:
     def _demand_torque(self, servo_id: int, torque: int) -> None:
         """An overloaded servo may let go to protect itself; any other one without torque lost its power, and the next goal is a leap."""
         if not torque and not self._error_bits(servo_id) & _OVERLOAD:
-            raise RobotError(
+            raise BusFault(
                 f"servo {servo_id} ({SO100_JOINTS[servo_id - 1]}) lost its torque while it should hold: its supply dipped, or another program "
                 "switched it off. Check the power supply (voltage, current, plug), put the arm upright and start the run again."
             )
 
     def _demand_settings(self, servo_id: int, state: ServoState, now_s: float) -> None:
-        """A servo that was reset has forgotten what this run wrote (the next goal switched it on again); another program writes other goals."""
+        """A servo that was reset has forgotten what this run wrote (the next goal switched it on again)."""
         joint = SO100_JOINTS[servo_id - 1]
         if self._accelerations.setdefault(servo_id, state.acceleration) != state.acceleration:
             self._events["servo_reset"] += 1
             log.warning("servo %d (%s) was reset while it held, and is on again; check the power supply (voltage, current, plug)", servo_id, joint)
             self._answered(lambda: self._bus.restore_settings(joint))
-        elif any(abs(state.goal - sent) <= SAME_GOAL_TICKS for sent in self._bus.sent_goals[servo_id]):
-            self._shows_goals.add(servo_id)
-        elif servo_id in self._shows_goals:
-            self._events["foreign_goal"] += 1
-            message = f"servo {servo_id} ({joint}) has a goal that this run did not send: another program drives this arm, too. End it."
-            if self._foreign.exceeded(now_s):
-                raise RobotError(message)
-            log.warning(message)
 
     def _judge(self, servo_id: int, bits: int, now_s: float) -> None:
         joint = SO100_JOINTS[servo_id - 1]
@@ -233,7 +224,8 @@ class ServoHealth:
         self._known[servo_id] = bits
         if not bits & ~_OVERLOAD:
             self._since_s.pop(servo_id, None)
-        elif now_s - self._since_s.setdefault(servo_id, now_s) > LONGEST_TROUBLE_S:
+        elif now_s - self._since_s.setdefault(servo_id, now_s) > LONGEST_TROUBLE_S and not self._ended:
+            self._ended = True  # the arm is put down now, which the same servo must not end half-way
             raise RobotError(
                 f"servo {servo_id} ({joint}) reports {', '.join(error_names(bits))} for more than {LONGEST_TROUBLE_S:g} s. "
                 "Check the supply voltage and that the joint moves freely, let it cool down, then switch its power off and on."

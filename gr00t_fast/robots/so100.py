@@ -11,14 +11,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import CameraError, ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.errors import BusFault, CameraError, ConfigError, Gr00tFastError, RobotError
 from gr00t_fast.robots import SO100FollowerConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.bus import (
@@ -92,8 +92,9 @@ class SO100FollowerArm:
 
     def keep_alive(self) -> None:
         """A control loop's heartbeat. Once there was one and the motors are on, the watchdog ends this process and takes the torque off when no
-        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError when the watchdog has ended or is frozen."""
-        if not self._watchdog.beat():
+        other, and no exchange with the servos, follows within `watchdog_s`. Raises RobotError, once, when the watchdog has ended or is frozen."""
+        if not self._watchdog.beat() and not self._unwatched:
+            self._unwatched = True
             raise RobotError(
                 "the watchdog process, which takes the torque off when this program is stuck, has ended or is frozen. Start the run again."
             )
@@ -104,7 +105,8 @@ class SO100FollowerArm:
             raise RobotError("the arm is already connected. Call land() before connecting again.")
         self._stage, self._follower, self._landing, self.rest_pose = Stage.APART, None, None, None
         self._goal: np.ndarray | None = None  # the last one that was sent
-        self._found_on = False  # whether the servos were powered before this run
+        self._found_on: dict[str, bool] = {}  # by joint: whether it was powered before this run
+        self._unwatched = False  # whether the watchdog was found to have ended
         self._unanswered = False  # whether servos were asked in vain while connecting
         self._looking = False  # whether the servos are being looked for
         self._held: np.ndarray | None = None  # the newest reading; also over an outage
@@ -121,6 +123,13 @@ class SO100FollowerArm:
         """Hold the arm where it is, if it is not held yet; a real arm has nothing to rearrange. Raises RobotError."""
         with self._using("switching the motors on"):
             self._engage()
+
+    def lower_if_killed(self, pose: Sequence[float] | None) -> None:
+        """Tell the watchdog where (6,) to put the arm down when this program is gone; None changes nothing, and the torque goes off at once."""
+        if pose is not None and not self.stays_powered:
+            ids = (self._bus.motors[joint].id for joint in SO100_JOINTS)
+            steps = self._bus._unnormalize(dict(zip(ids, np.clip(pose, *self.joint_limits.T).tolist(), strict=True)))
+            self._watchdog.lower_to([*steps.values()])
 
     def observe(self, with_frames: bool = True) -> Observation:
         """Joints (6,) in `joint_unit` and the newest frames, RGB unless the camera's `color_mode` says otherwise. Raises RobotError, a CameraError
@@ -191,17 +200,23 @@ class SO100FollowerArm:
 
     def _see_power(self) -> None:
         """An arm that is powered already was left so by a program that ended without landing it, or that was told to hold."""
-        self._found_on = any(self._bus.sync_read("Torque_Enable").values())
+        self._found_on = {joint: bool(on) for joint, on in self._bus.sync_read("Torque_Enable").items()}
         self._stage = Stage.SEEN
-        if self._found_on:
+        if any(self._found_on.values()):
             self.events["found_powered"] += 1
-            log.warning("the arm on %s was powered already: an earlier program has left it so", self.config.port)
+            which = "" if self._found_powered else f" ({', '.join(joint for joint, on in self._found_on.items() if on)})"
+            log.warning("the arm on %s was powered already%s: an earlier program has left it so", self.config.port, which)
+
+    @property
+    def _found_powered(self) -> bool:
+        """Whether the whole arm was. One that hangs on a few powered servos lies on its table, and is put down there again."""
+        return bool(self._found_on) and all(self._found_on.values())
 
     def _engage(self) -> None:
         if self._stage is Stage.ENGAGED:
             return
         self._watchdog.start(self.check_stop)
-        if not self._found_on and not self.stays_powered:
+        if not self._found_powered and not self.stays_powered:
             self.rest_pose = self._read_joints()[0]
         self._stage = Stage.ENGAGED  # before the first write: whatever goes wrong in it, landing has motors to switch off
         self._repeat("configuring the servos", self._follower.configure)
@@ -228,7 +243,7 @@ class SO100FollowerArm:
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
                 if number == attempts:
                     self._unanswered = True
-                    raise RobotError(self._connect_failure(what, attempts, error)) from error
+                    raise BusFault(self._connect_failure(what, attempts, error)) from error
                 self.events["connect_retry"] += 1
                 self.check_stop()
                 time.sleep(RETRY_PAUSE_S)
@@ -296,6 +311,8 @@ class SO100FollowerArm:
                     problem = f"readings jump without two in a row agreeing (newest: {np.round(joints, 1).tolist()})"
                     if readings == 1:
                         continue  # to a program that was held up it comes late, and needs the second one all the same
+            except Gr00tFastError:
+                raise
             except EXCHANGE_FAILED as error:
                 problem = _one_line(error)
                 self.events["read_failed"] += 1
@@ -304,7 +321,7 @@ class SO100FollowerArm:
                 give_up_s, problem = time.perf_counter() + READ_PATIENCE_S, ""
             self.check_stop()
             if time.perf_counter() > give_up_s:
-                raise RobotError(
+                raise BusFault(
                     f"no plausible joint reading from {self.config.port} for {READ_PATIENCE_S} s: {problem}. "
                     f"{self._slowness()}Check cables and power of the servos."
                 )
@@ -363,9 +380,11 @@ class SO100FollowerArm:
                 else:
                     self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
                 return
+            except Gr00tFastError:
+                raise
             except EXCHANGE_FAILED as error:
                 if time.perf_counter() > give_up_s:
-                    raise RobotError(
+                    raise BusFault(
                         f"the goal could not be sent on {self.config.port}: {_one_line(error)}. {self._slowness()}Check cables and power."
                     ) from error
                 self.check_stop()
@@ -389,7 +408,7 @@ class SO100FollowerArm:
     def _reconnect(self, cause: Exception) -> None:
         """Wait up to `reconnect_s` for the port, and check that the same arm is behind it. Raises RobotError."""
         if self._reconnects.exceeded(time.perf_counter()):
-            raise RobotError(
+            raise BusFault(
                 f"the port {self.config.port} was lost more than {RECONNECTS} times within a minute. Check the USB cable and its plugs."
             ) from cause
         log.warning("lost %s (%s); waiting up to %.1f s for it", self.config.port, _one_line(cause), self.config.reconnect_s)
@@ -399,16 +418,16 @@ class SO100FollowerArm:
                 self._open_bus(lambda: glue.check_calibration_in_servos(self._follower, self.config))
                 self._restored(self._held)
                 break
-            except Gr00tFastError:
-                raise
+            except Gr00tFastError as error:  # another arm is behind the port, it fell, or another program has taken it
+                raise BusFault(str(error)) from error
             except (*EXCHANGE_FAILED, *LINK_LOST) as error:
                 if time.perf_counter() > give_up_s:
-                    raise RobotError(
+                    raise BusFault(
                         f"the port {self.config.port} was lost ({_one_line(cause)}) and did not come back within "
                         f"{self.config.reconnect_s} s ({_one_line(error)}). Plug it in again. {ports_message()}."
                     ) from cause
                 self._bus.close()  # whoever uses the bus next finds and checks the arm anew
-                self.check_stop()
+                self._waiting()  # a port that is away takes no exchange, which would be a heartbeat
                 time.sleep(RETRY_PAUSE_S)
         self._guard.forget()
         self.events["reconnect"] += 1
@@ -422,15 +441,15 @@ class SO100FollowerArm:
             report.port_closed = report.cameras_closed = True
             return
         engaged = self._stage is Stage.ENGAGED
-        holds = self.stays_powered or (self._found_on and (as_found or not engaged))
+        holds = self.stays_powered or (self._found_powered and as_found) or (any(self._found_on.values()) and not engaged)
         if self._stage is Stage.OPENED and self._unanswered and not holds:
             broadcast_torque_off(bus)  # they have not all answered, perhaps for want of power: nothing is claimed about them
         elif self._stage in (Stage.SEEN, Stage.ENGAGED) and not holds:
             report.torque = release_torque(bus, LAND_REOPEN_S, report.problems)
-        elif engaged or self._found_on:
+        elif holds:
             if engaged:
                 attempt("holding the arm where it stands", bus.stop_pushing, report.problems)
-            report.torque = dict.fromkeys(SO100_JOINTS, "held")
+            report.torque = {joint: "held" if engaged or self._found_on.get(joint, False) else "off" for joint in SO100_JOINTS}
         attempt("closing the port", bus.close, report.problems)
         report.port_closed = not bus.is_connected
         self._watchdog.end("unknown" in report.torque.values())  # not before: it is fed by the exchanges above

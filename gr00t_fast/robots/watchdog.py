@@ -5,13 +5,13 @@
     python -I watchdog.py PORT off|hold DIRECTORY ID [ID ...]      # DIRECTORY: where pyserial is
 
 Standard input carries the heartbeat: little-endian float32, each the number of seconds within which the next one will come (infinity: at no time).
-NaN dismisses the watchdog: the arm has landed. A negative number asks it to go on with what the program could not do itself. The end of the input
-without either means that the program is gone. "ready" on standard output once everything that is needed is loaded, and a byte for what is heard each
-time: so a watchdog that is frozen is noticed.
+NaN dismisses the watchdog: the arm has landed. -1 asks it to go on with what the program could not do itself. -2 and a position for each servo, in
+encoder steps, say where the arm is to be put down. The end of the input without NaN or -1 means that the program is gone. "ready" on standard output
+once everything that is needed is loaded, and a byte for what is heard each time: so a watchdog that is frozen is noticed.
 
-When the program is gone, or a heartbeat stays away, the torque is taken off all servos: by a write to all of them, repeated, then read back from
-each; with `hold`, goals become where the joints stand. A program that is still there but silent is killed first, else it would go on sending goals
-when it wakes up, and each goal switches the torque on again.
+When the program is gone, the arm is put down slowly if all servos answer and it is known where. Then, and at once when a heartbeat stays away, the
+torque is taken off all servos: by a write to all of them, repeated, then read back from each; with `hold`, goals become where the joints stand. A
+program that is still there but silent is killed first, else it would go on sending goals when it wakes up: each goal switches the torque on again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-DISMISS, CALL = struct.pack("<f", math.nan), struct.pack("<f", -1.0)
+CALL, POSE = -1.0, -2.0
 
 START_S = 10.0  # an interpreter on a machine that is busy
 LOOK_S = 0.1  # meanwhile, between two looks at whether the run is to stop
@@ -106,15 +106,25 @@ class Watchdog:
         if now_s - self._last_s < BEAT_EVERY_S:
             return self._lives
         self._last_s = now_s
-        try:
-            os.write(self._process.stdin.fileno(), struct.pack("<f", self._limit_s))
-        except OSError:
-            self._lives = False
+        self._lives &= self._write(self._limit_s)
         if self._process.stdout.read(4096):
             self._unanswered.clear()
         self._unanswered.append(now_s)
         self._lives &= len(self._unanswered) <= UNANSWERED_BEATS or now_s - self._unanswered[0] <= UNANSWERED_S
         return self._lives
+
+    def lower_to(self, positions: list[int]) -> None:
+        """Where the arm is to be put down when this process is gone: a position for each servo, in encoder steps."""
+        if self._process is not None:
+            self._write(POSE, *positions)
+
+    def _write(self, *values: float) -> bool:
+        """A message, whole or not at all: it is shorter than what a pipe takes at once. Returns whether somebody may read it."""
+        try:
+            os.write(self._process.stdin.fileno(), struct.pack(f"<{len(values)}f", *values))
+        except OSError:
+            return False
+        return True
 
     def exchanging(self) -> None:
         """Heartbeat of an exchange with the servos, where heartbeats are expected. A watchdog that has ended is reported by `beat`, not here:
@@ -124,11 +134,11 @@ class Watchdog:
 
     def end(self, powered: bool = False) -> None:
         """The arm has landed. `powered`: it could not be; the other process goes on trying for a while, a cable may be put back. Never raises."""
-        process, self._process, self._expected = self._process, None, False
+        process, self._expected = self._process, False
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            os.write(process.stdin.fileno(), CALL if powered else DISMISS)
+        self._write(CALL if powered else math.nan)
+        self._process = None
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -161,6 +171,9 @@ PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to an
 BLIND_WRITES = 5  # a broadcast write is not acknowledged
 ANSWER_S = 0.03
 LOCK_S = 0.05
+# Of the slow move of an arm whose program is gone, in encoder steps (4096 a turn): 30 degrees a second, goals at most 15 degrees ahead of a joint.
+MOVE_TICK_S, MOVE_STEPS_S, MOST_AHEAD, ARRIVED, MOVE_SETTLE_S = 1 / 30, 341.0, 170.0, 34, 1.0
+PUT_DOWN = "The arm was put down. "
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
 
 
@@ -174,7 +187,7 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
 
     os.set_blocking(1, False)  # a program that is busy does not read
     say(b"ready\n")
-    trouble = wait_for_trouble()
+    trouble, pose = wait_for_trouble(len(ids))
     if trouble == DISMISSED:
         return
     if trouble == SILENT:
@@ -182,32 +195,32 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    left_on, alone = release(port, ids, trouble == CALLED) if mode == "off" else stop_pushing(port, ids)
+    lowered = trouble == GONE and mode == "off" and pose is not None and lower(port, ids, pose)
+    left_on, alone = release(port, ids, trouble == CALLED or lowered) if mode == "off" else stop_pushing(port, ids)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
     with contextlib.suppress(OSError):
-        os.write(2, f"watchdog: the program that drives the arm on {port} {trouble}. {outcome(mode, left_on, alone)}\n".encode())
+        os.write(2, f"watchdog: the program that drives the arm on {port} {trouble}. {PUT_DOWN * lowered}{outcome(mode, left_on, alone)}\n".encode())
 
 
-def wait_for_trouble() -> str:
-    """What the program did."""
-    buffer, awaited_s, heard_s = b"", math.inf, time.monotonic()
+def wait_for_trouble(servos: int) -> tuple[str, list[int] | None]:
+    """What the program did, and where the arm is to be put down, a position for each of so many `servos`; None: that is not known."""
+    awaited_s, heard_s, pose = math.inf, time.monotonic(), None
     while True:
         wait_s = None if math.isinf(awaited_s) else max(0.0, heard_s + awaited_s - time.monotonic())
         if not (readable(0, wait_s) or readable(0, SECOND_LOOK_S)):
-            return SILENT
+            return SILENT, pose
         data = os.read(0, 65536)
         if not data:
-            return GONE
-        buffer += data
-        whole = len(buffer) // 4 * 4
-        if whole:
-            limits_s = struct.unpack(f"<{whole // 4}f", buffer[:whole])
-            if any(map(math.isnan, limits_s)):
-                return DISMISSED
-            if min(limits_s) < 0:
-                return CALLED
-            awaited_s, heard_s, buffer = limits_s[-1], time.monotonic(), buffer[whole:]
+            return GONE, pose
+        values = iter(struct.unpack(f"<{len(data) // 4}f", data))
+        for value in values:
+            if math.isnan(value) or value == CALL:
+                return DISMISSED if math.isnan(value) else CALLED, pose
+            if value == POSE:
+                pose = [round(next(values)) for _ in range(servos)]
+            else:
+                awaited_s, heard_s = value, time.monotonic()
         say(b".")
 
 
@@ -252,11 +265,48 @@ def release(port: str, ids: list[int], had: bool) -> tuple[list[int], bool]:
     return left_on, alone
 
 
-def locked(line: Any) -> bool:
+def lower(port: str, ids: list[int], pose: list[int]) -> bool:
+    """Move slowly to the `pose` (encoder steps), the last servo, the gripper, after the others. Returns False where the arm cannot be moved: the port
+    is not ours, a servo does not answer or is without torque."""
+    with contextlib.suppress(Exception), opened(port) as line:
+        if locked(line, DEATH_S) and all(register(line, servo, TORQUE_REGISTER) == 1 for servo in ids):
+            goals = [signed(register(line, servo, POSITION_REGISTER, 2)) for servo in ids]
+            body, gripper = range(len(ids) - 1), range(len(ids) - 1, len(ids))
+            return all(moved(line, ids, goals, pose, group) for group in (body, gripper))
+    return False
+
+
+def moved(line: Any, ids: list[int], goals: list[float], pose: list[int], group: range) -> bool:
+    """Move the servos at the indices in `group`, which arrive together; `goals` (encoder steps) are kept up to date, never further from a joint than
+    MOST_AHEAD. Returns False once a servo does not answer. A joint that is held up is not waited for longer than MOVE_SETTLE_S."""
+    ways = {index: pose[index] - goals[index] for index in group}
+    ticks = math.ceil(max(map(abs, ways.values())) / MOVE_STEPS_S / MOVE_TICK_S)
+    begin_s = time.monotonic()
+    for tick in range(1, ticks + math.ceil(MOVE_SETTLE_S / MOVE_TICK_S)):
+        here = {index: signed(register(line, ids[index], POSITION_REGISTER, 2)) for index in group}
+        for index, way in ways.items():
+            wanted = goals[index] + max(-abs(way) / max(1, ticks), min(abs(way) / max(1, ticks), pose[index] - goals[index]))
+            goals[index] = max(here[index] - MOST_AHEAD, min(here[index] + MOST_AHEAD, wanted))
+        if all(abs(here[index] - pose[index]) <= ARRIVED for index in group):
+            return True
+        words = (byte for index in group for byte in (ids[index], *round(goals[index]).to_bytes(2, "little")))
+        line.write(packet(BROADCAST, SYNC_WRITE, GOAL_REGISTER, 2, *words))
+        time.sleep(max(0.0, begin_s + tick * MOVE_TICK_S - time.monotonic()))
+    return True
+
+
+def signed(word: int | None) -> int:
+    """A position as the servo means it: bit 15 is its sign. Raises OSError where there was no answer."""
+    if word is None:
+        raise OSError("a servo does not answer")
+    return -(word & 0x7FFF) if word & 0x8000 else word
+
+
+def locked(line: Any, wait_s: float = LOCK_S) -> bool:
     """Mark the port as ours, as every run does: a program that starts meanwhile is refused. Of a program that is ending the mark goes with it."""
     import fcntl
 
-    end_s = time.monotonic() + LOCK_S
+    end_s = time.monotonic() + wait_s
     while True:
         with contextlib.suppress(OSError):
             fcntl.flock(line.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

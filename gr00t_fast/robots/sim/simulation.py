@@ -344,6 +344,9 @@ class SimArm:
         self._frames()
         self._next_seed = 0
 
+    def lower_if_killed(self, pose: Sequence[float] | None) -> None:
+        """It is gone with the program."""
+
     def reset(self, seed: int | None = None) -> None:
         """Put the arm in its home pose and the objects where `seed` says; without a seed, the one after the last (the first is 0)."""
         seed = self._next_seed if seed is None else seed

@@ -1,0 +1,367 @@
+"""Every row of docs/safety.md with the flags that a user gives: port, calibration, checkpoint, time limit. Whole commands, each in a process of its
+own, on a virtual servo bus; watchdog_s is 1 s and reconnect_s 5 s, as on a desk.
+
+    GR00T_FAST_DEFAULTS=all pytest tests/test_defaults.py -s    # each with sync and threaded, with inferences of 0.01, 0.3 and 3 s
+
+What is judged is what the servos did: where the arm was when its torque went off, and how fast its joints turned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lerobot")
+pytest.importorskip("scservo_sdk")
+
+from arm_bench import OFF, ON
+from waiting import PATIENCE_S, until
+from watched_bus import Sample, started
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
+
+LONG = os.environ.get("GR00T_FAST_DEFAULTS") == "all"
+AT_ONCE_RUNNING = 3  # runs beside each other: they wait most of the time
+NEAR_DEG = 4.0  # a servo stops within 3 degrees of its goal
+SPEED_OVER_S = 0.1
+BODY = slice(0, 5)
+
+
+class Programs:
+    """Starts commands, and says when they have ended."""
+
+    def __init__(self, directory: Path) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("default_arm.py"))]
+        self._errors = (directory / "programs").open("w")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, bufsize=1)
+        self._heard: dict[str, queue.SimpleQueue[int]] = {}
+        self._lock, self._numbers = threading.Lock(), itertools.count()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def start(self, **scenario: Any) -> int:
+        """The number of the new process."""
+        name = f"run{next(self._numbers)}"
+        self._heard[name] = queue.SimpleQueue()
+        with self._lock:
+            self._process.stdin.write(json.dumps({"name": name, **scenario}) + "\n")
+        pid = self._heard[name].get(timeout=PATIENCE_S)
+        return pid
+
+    def status(self, pid: int) -> int:
+        """How the process ended, which is waited for."""
+        return self._heard[str(pid)].get(timeout=PATIENCE_S)
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            what, first, second = line.split()
+            if what == "pid":
+                self._heard[first] = queue.SimpleQueue()
+                self._heard[second].put(int(first))
+            else:
+                self._heard[second].put(int(first))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+
+class Drive:
+    """A command on an arm of its own, and what the servos did. `lay`, `let_go` (6,): where the joints were before, and at the last moment with power,
+    in degrees and gripper per cent. `status`: exit code, or the negative number of a signal."""
+
+    def __init__(self, programs: Programs, directory: Path, argv: list[str], powered: tuple[int, ...] = (), **scenario: Any) -> None:
+        """powered: ids of servos that hold from the start."""
+        directory.mkdir(parents=True)
+        self._closing = contextlib.ExitStack()
+        self.bus = self._closing.enter_context(started(directory, powered))
+        self._log, self._port = directory / "log", self.bus.port()
+        self.lay, self.status, self.torque = self.bus.joints(), 0, {}
+        self._samples: list[Sample] = []
+        arm = ["--robot.type=so100_follower", f"--robot.port={self._port}", "--robot.id=test", f"--robot.calibration_dir={directory}"]
+        self._programs, command = programs, [argv[0], *arm, *argv[1:]]
+        self.pid = programs.start(argv=command, log=str(self._log), **scenario)
+
+    # What a test does
+
+    def moves(self, by_deg: float = 5.0) -> None:
+        """Waits until the arm is that far from where it lay."""
+        until(lambda: np.abs(self.bus.joints() - self.lay)[BODY].max() > by_deg or self.said("error"), "the arm moves")
+        assert not self.said("error:"), self.words()
+
+    def says(self, words: str) -> None:
+        until(lambda: self.said(words), f"says {words!r}", 30.0)
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.pid, number)
+
+    def ends(self) -> None:
+        """Waits for the program, and for its watchdog."""
+        self.status = self._programs.status(self.pid)
+        until(lambda: not self.watchdogs(), "its watchdog ends", 30.0)
+        time.sleep(0.3)
+        self.torque, self._samples = self.bus.torque(), self.bus.close()
+
+    def watchdogs(self) -> list[int]:
+        """Numbers of the processes beside the program that know its port."""
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._port.encode() in (directory / "cmdline").read_bytes():
+                    found.append(int(directory.name))
+        return found
+
+    # What came of it
+
+    def words(self) -> str:
+        return self._log.read_text() if self._log.exists() else ""
+
+    def said(self, words: str) -> bool:
+        return words in self.words()
+
+    @property
+    def powered(self) -> np.ndarray:
+        return np.array([on for _, on, _ in self._samples])
+
+    @property
+    def off_s(self) -> float:
+        """When the torque went off for good."""
+        return self._samples[int(np.flatnonzero(self.powered)[-1])][0]
+
+    @property
+    def let_go(self) -> np.ndarray:
+        return self._samples[int(np.flatnonzero(self.powered)[-1])][2]
+
+    @property
+    def away_deg(self) -> np.ndarray:
+        return np.abs(self.let_go - self.lay)
+
+    @property
+    def reached_deg(self) -> float:
+        """How far the body was from where it lay, at most."""
+        return float(max(np.abs(joints - self.lay)[BODY].max() for _, _, joints in self._samples))
+
+    def fastest_deg_s(self, begin_s: float = 0.0, end_s: float = np.inf) -> float:
+        """Of any joint of the body, between two times of the monotonic clock."""
+        shown = [(at_s, joints) for at_s, _, joints in self._samples if begin_s <= at_s <= end_s]
+        times_s, poses = np.array([at_s for at_s, _ in shown]), np.array([joints for _, joints in shown])
+        later = np.searchsorted(times_s, times_s + SPEED_OVER_S)
+        pairs = np.flatnonzero(later < len(times_s))
+        if not len(pairs):
+            return 0.0
+        ways = np.abs(poses[later[pairs]] - poses[pairs])[:, BODY].max(axis=1)
+        return float((ways / (times_s[later[pairs]] - times_s[pairs])).max())
+
+    def close(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self._closing.close()
+
+
+# What happens, and what is promised. An outcome names where the arm is let go, and the exit code.
+
+DOWN, AT_ONCE, HELD = "put down", "let go at once", "stays powered"
+
+
+class Row(NamedTuple):
+    act: Callable[[Drive], None]
+    outcome: str
+    status: int
+    answer: str = "towards"
+    timeout_s: float | None = None  # of the episode; None: the program goes on until something ends it
+    powered: tuple[int, ...] = ()
+    says: str = ""
+
+
+def stop(number: int, *after_s: float) -> Callable[[Drive], None]:
+    """A signal once the arm is well away, and once more after each of these times."""
+
+    def act(drive: Drive) -> None:
+        drive.moves(50.0)
+        drive.signal(number)
+        for pause_s in after_s:
+            time.sleep(pause_s)
+            drive.signal(number)
+
+    return act
+
+
+def stop_and_then(number: int, after_s: float) -> Callable[[Drive], None]:
+    """Ctrl-C, and another signal while the arm is put down."""
+
+    def act(drive: Drive) -> None:
+        stop(signal.SIGINT)(drive)
+        time.sleep(after_s)
+        drive.signal(number)
+
+    return act
+
+
+def after_the_end(number: int, after_s: float) -> Callable[[Drive], None]:
+    """A signal when the run has ended by itself and the arm is on its way down."""
+
+    def act(drive: Drive) -> None:
+        drive.says("is put down")
+        time.sleep(after_s)
+        drive.signal(number)
+
+    return act
+
+
+def fault(spec: str) -> Callable[[Drive], None]:
+    return lambda drive: (drive.moves(50.0), drive.bus.inject(spec))[0]
+
+
+def cable_in_the_put_down(drive: Drive) -> None:
+    stop(signal.SIGINT)(drive)
+    time.sleep(0.3)
+    drive.bus.inject("unplug:for_s=2.5")
+
+
+def held_up(for_s: float) -> Callable[[Drive], None]:
+    def act(drive: Drive) -> None:
+        drive.moves()
+        drive.signal(signal.SIGSTOP)
+        time.sleep(for_s)
+        drive.signal(signal.SIGCONT)
+
+    return act
+
+
+def watchdog_ends(drive: Drive) -> None:
+    drive.moves(50.0)
+    for number in drive.watchdogs():
+        os.kill(number, signal.SIGKILL)
+
+
+def torque_lost(drive: Drive) -> None:
+    drive.moves(50.0)
+    drive.bus.keep_off(2, 1.5)
+
+
+def fell(drive: Drive) -> None:
+    drive.moves(50.0)
+    drive.bus.inject("silent:for_s=0.4")
+    time.sleep(0.2)  # no goal comes any more that would switch them on again
+    drive.bus.fall(40.0)
+
+
+def nothing(drive: Drive) -> None:
+    pass
+
+
+ROWS = {
+    # What stops the program
+    "time limit": Row(nothing, DOWN, 0, timeout_s=2.5),
+    "Ctrl-C": Row(stop(signal.SIGINT), DOWN, 130),
+    "SIGTERM": Row(stop(signal.SIGTERM), DOWN, 143),
+    "closed terminal": Row(stop(signal.SIGHUP), DOWN, 129),
+    "Ctrl-\\": Row(stop(signal.SIGQUIT), DOWN, 131),
+    "Ctrl-Z": Row(stop(signal.SIGTSTP), DOWN, 148),
+    "Ctrl-C, and the terminal closes": Row(stop_and_then(signal.SIGHUP, 0.5), DOWN, 130),
+    "Ctrl-C, and the terminal closes later": Row(stop_and_then(signal.SIGHUP, 1.4), DOWN, 130),
+    "Ctrl-C held down": Row(stop(signal.SIGINT, 0.5, *[0.033] * 40), DOWN, 130),
+    "three Ctrl-C within 0.4 s": Row(stop(signal.SIGINT, 0.2, 0.2), DOWN, 130),
+    "Ctrl-C after the time limit": Row(after_the_end(signal.SIGINT, 0.1), DOWN, 130, timeout_s=2.5),
+    "Ctrl-C a second after the time limit": Row(after_the_end(signal.SIGINT, 1.2), DOWN, 130, timeout_s=2.5),
+    "a supervisor's SIGTERM after the time limit": Row(after_the_end(signal.SIGTERM, 0.6), DOWN, 143, timeout_s=2.5),
+    "a deliberate further Ctrl-C": Row(stop(signal.SIGINT, 1.3), AT_ONCE, 130),
+    "a deliberate further SIGTERM": Row(stop_and_then(signal.SIGTERM, 1.3), AT_ONCE, 130),
+    "SIGKILL": Row(stop(signal.SIGKILL), DOWN, -9, says="watchdog"),
+    "a crash": Row(stop(signal.SIGSEGV), DOWN, -11, says="watchdog"),
+    "SIGSTOP": Row(stop(signal.SIGSTOP), AT_ONCE, -9, says="watchdog"),
+    "an inference that hangs": Row(nothing, DOWN, 1, "hangs", says="held its pose"),
+    "a policy that raises": Row(nothing, DOWN, 1, "raises", says="a bug of the policy"),
+    "held up for 0.8 s": Row(held_up(0.8), DOWN, 0, timeout_s=4.0),
+    "held up for 0.3 s": Row(held_up(0.3), DOWN, 0, timeout_s=4.0),
+    "servos lose their power": Row(fault("silent"), AT_ONCE, 1, says="STILL BE POWERED"),
+    "cable out for 0.5 s": Row(fault("unplug:for_s=0.5"), DOWN, 0, timeout_s=5.0, says="is back"),
+    "cable out for 1.2 s": Row(fault("unplug:for_s=1.2"), DOWN, 0, timeout_s=5.0, says="is back"),
+    "cable out for 4.5 s": Row(fault("unplug:for_s=4.5"), DOWN, 0, timeout_s=8.0, says="is back"),
+    "cable out for 8 s": Row(fault("unplug:for_s=8"), AT_ONCE, 1, says="STILL BE POWERED"),
+    "cable out in the put-down": Row(cable_in_the_put_down, DOWN, 130, says="is back"),
+    "the watchdog ends": Row(watchdog_ends, DOWN, 1, says="watchdog"),
+    # What reaches the motors, what the bus does
+    "NaN": Row(nothing, DOWN, 1, "nan", says="NaN"),
+    "a servo silent": Row(fault("silent:servo=3"), AT_ONCE, 1, says="no plausible joint reading"),
+    "a servo without torque": Row(torque_lost, AT_ONCE, 1, says="lost its torque"),
+    "the arm falls": Row(fell, AT_ONCE, 1, says="not switched on again"),
+    "heat": Row(fault("error:servo=3,bits=4"), DOWN, 1, says="overheat"),
+    "overload": Row(fault("error:servo=3,bits=32"), DOWN, 0, timeout_s=3.0, says="overload"),
+    "one servo found powered": Row(nothing, DOWN, 0, timeout_s=2.5, powered=(6,), says="powered already (gripper)"),
+    "an arm found powered": Row(nothing, HELD, 0, timeout_s=2.5, powered=(1, 2, 3, 4, 5, 6), says="powered already"),
+}
+INFERENCES_S = (0.01, 0.3, 3.0)
+SETTINGS = list(itertools.product(("sync", "threaded"), INFERENCES_S))
+# One setting for each row, all of them in turn; with GR00T_FAST_DEFAULTS=all each row with all.
+CASES = [
+    (name, *setting)
+    for index, name in enumerate(ROWS)
+    for setting in (SETTINGS if LONG else [(("auto", "threaded", "sync", "auto")[index % 4], (0.01, 0.3)[index % 2])])
+]
+
+
+def driven(programs: Programs, directory: Path, row: Row, controller: str, inference_s: float) -> Drive:
+    """The run from start to end."""
+    argv = ["run", "--model_path=stands-for-one", "--lang_instruction=go", f"--controller={controller}"]
+    argv += [] if row.timeout_s is None else [f"--timeout={row.timeout_s + 2 * inference_s}"]
+    drive = Drive(programs, directory, argv, row.powered, inference_s=inference_s, answer=row.answer)
+    try:
+        row.act(drive)
+        drive.ends()
+    finally:
+        drive.close()
+    return drive
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    programs = Programs(tmp_path_factory.mktemp("programs"))
+    yield programs
+    programs.close()
+
+
+@pytest.fixture(scope="module")
+def runs(programs: Programs, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[Any, Future[Drive]]]:
+    """All cases that are asked for, some beside each other."""
+    asked = [item.callspec.params["case"] for item in request.session.items if getattr(item, "callspec", None) and "case" in item.callspec.params]
+    directory = tmp_path_factory.mktemp("runs")
+    with ThreadPoolExecutor(AT_ONCE_RUNNING) as pool:
+        yield {case: pool.submit(driven, programs, directory / str(number), ROWS[case[0]], *case[1:]) for number, case in enumerate(asked)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_what_docs_safety_promises(case: tuple[str, str, float], runs: dict[Any, Future[Drive]]) -> None:
+    row, drive = ROWS[case[0]], runs[case].result()
+    print(
+        f"{' '.join(map(str, case))}: {drive.reached_deg:.0f} deg away, let go {drive.away_deg.max():.1f} deg from where it lay, exit {drive.status}"
+    )
+    assert drive.status == row.status, drive.words()
+    assert row.says in drive.words()
+    assert drive.reached_deg > 15, "it was well away"
+    if row.outcome == HELD:
+        assert drive.torque == ON
+        return
+    assert drive.torque == OFF
+    if row.outcome == DOWN:
+        assert drive.away_deg.max() < NEAR_DEG, drive.words()
+    else:
+        assert drive.away_deg.max() > NEAR_DEG, "it does not take the time to move"
+    assert "Traceback" not in drive.words() or row.answer == "raises"
