@@ -33,6 +33,10 @@ from arm_bench import OFF, ON
 from waiting import PATIENCE_S, until
 from watched_bus import Sample, started
 
+from gr00t_fast.contracts import SO100_JOINTS, Observation
+from gr00t_fast.control.recorder import DatasetRecorder
+from gr00t_fast.errors import ConfigError
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="signals and processes as on Linux")
 
 LONG = os.environ.get("GR00T_FAST_DEFAULTS") == "all"
@@ -40,6 +44,7 @@ AT_ONCE_RUNNING = 3  # runs beside each other: they wait most of the time
 NEAR_DEG = 4.0  # a servo stops within 3 degrees of its goal
 SPEED_OVER_S = 0.1
 BODY = slice(0, 5)
+CALM_DEG_S = 60.0  # the policy asks for 45 degrees a second, the recording for 30
 
 
 class Programs:
@@ -93,7 +98,7 @@ class Drive:
         self.bus = self._closing.enter_context(started(directory, powered))
         self._log, self._port = directory / "log", self.bus.port()
         self.lay, self.status, self.torque = self.bus.joints(), 0, {}
-        self._samples: list[Sample] = []
+        self.samples: list[Sample] = []
         arm = ["--robot.type=so100_follower", f"--robot.port={self._port}", "--robot.id=test", f"--robot.calibration_dir={directory}"]
         self._programs, command = programs, [argv[0], *arm, *argv[1:]]
         self.pid = programs.start(argv=command, log=str(self._log), **scenario)
@@ -117,7 +122,7 @@ class Drive:
         self.status = self._programs.status(self.pid)
         until(lambda: not self.watchdogs(), "its watchdog ends", 30.0)
         time.sleep(0.3)
-        self.torque, self._samples = self.bus.torque(), self.bus.close()
+        self.torque, self.samples = self.bus.torque(), self.bus.close()
 
     def watchdogs(self) -> list[int]:
         """Numbers of the processes beside the program that know its port."""
@@ -138,16 +143,16 @@ class Drive:
 
     @property
     def powered(self) -> np.ndarray:
-        return np.array([on for _, on, _ in self._samples])
+        return np.array([on for _, on, _ in self.samples])
 
     @property
     def off_s(self) -> float:
         """When the torque went off for good."""
-        return self._samples[int(np.flatnonzero(self.powered)[-1])][0]
+        return self.samples[int(np.flatnonzero(self.powered)[-1])][0]
 
     @property
     def let_go(self) -> np.ndarray:
-        return self._samples[int(np.flatnonzero(self.powered)[-1])][2]
+        return self.samples[int(np.flatnonzero(self.powered)[-1])][2]
 
     @property
     def away_deg(self) -> np.ndarray:
@@ -156,11 +161,11 @@ class Drive:
     @property
     def reached_deg(self) -> float:
         """How far the body was from where it lay, at most."""
-        return float(max(np.abs(joints - self.lay)[BODY].max() for _, _, joints in self._samples))
+        return float(max(np.abs(joints - self.lay)[BODY].max() for _, _, joints in self.samples))
 
     def fastest_deg_s(self, begin_s: float = 0.0, end_s: float = np.inf) -> float:
         """Of any joint of the body, between two times of the monotonic clock."""
-        shown = [(at_s, joints) for at_s, _, joints in self._samples if begin_s <= at_s <= end_s]
+        shown = [(at_s, joints) for at_s, _, joints in self.samples if begin_s <= at_s <= end_s]
         times_s, poses = np.array([at_s for at_s, _ in shown]), np.array([joints for _, joints in shown])
         later = np.searchsorted(times_s, times_s + SPEED_OVER_S)
         pairs = np.flatnonzero(later < len(times_s))
@@ -362,6 +367,81 @@ def test_what_docs_safety_promises(case: tuple[str, str, float], runs: dict[Any,
     assert drive.torque == OFF
     if row.outcome == DOWN:
         assert drive.away_deg.max() < NEAR_DEG, drive.words()
+        if case[0] != "held up for 0.3 s":  # no gap: the rows of the ticks that were missed are left out, at full speed
+            assert drive.fastest_deg_s() < CALM_DEG_S, "no leap, also after a gap"
     else:
         assert drive.away_deg.max() > NEAR_DEG, "it does not take the time to move"
     assert "Traceback" not in drive.words() or row.answer == "raises"
+
+
+# Recordings
+
+FPS, PLAYED_S = 30, 6.0
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of one episode: up by 60 degrees at 30 degrees a second, down to 10, up to 40."""
+    out = tmp_path_factory.mktemp("recording") / "set"
+    row = np.arange(round(PLAYED_S * FPS))
+    way = np.interp(row / FPS, [0, 2, 2 + 5 / 3, 2 + 8 / 3, PLAYED_S], [0, 60, 10, 40, 40])
+    with DatasetRecorder(out, False, SO100_JOINTS, echo=print) as recorder:
+        recorder.set_rate(FPS)
+        recorder.wait_until_ready()
+        poses = np.stack([way, -way, way / 2, way / 2, way, np.full_like(way, 50.0)], axis=1)
+        recorder.open(Observation(poses[0], {}, 0.0), "so100_follower", "degrees", None, {})
+        recorder.begin("go")
+        for number, pose in enumerate(poses):
+            recorder.add(Observation(pose, {}, number / FPS), pose, underrun=number == 3)
+            time.sleep(0.02)  # as ticks come; the writer has room for three seconds of them
+        recorder.end(success=None)
+        recorder.close()
+    assert recorder.failure is None
+    return out
+
+
+def test_a_recording_without_cameras_is_kept_and_tells_held_rows_and_when_rows_were(recording: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (file,) = (recording / "data").rglob("*.parquet")
+    table = parquet.read_table(file).to_pydict()
+    assert len(table["action"]) == PLAYED_S * FPS
+    assert [number for number, held in enumerate(table["underrun"]) if held] == [3]
+    np.testing.assert_allclose(table["time_s"], np.arange(PLAYED_S * FPS) / FPS, atol=1e-4)
+
+
+@pytest.mark.parametrize(("facts", "named"), [({"joint_unit": "range_m100_100"}, "joint unit"), ({"robot_type": "so101_follower"}, "robot type")])
+def test_rows_of_another_unit_or_arm_are_not_added_to_a_recording(facts: dict[str, str], named: str, recording: Path) -> None:
+    recorder = DatasetRecorder(recording, True, SO100_JOINTS, echo=print)
+    recorder.set_rate(FPS)
+    known = {"robot_type": "so100_follower", "joint_unit": "degrees", **facts}
+    with pytest.raises(ConfigError, match=f"its {named} is"):
+        recorder.open(Observation(np.zeros(6), {}, 0.0), known["robot_type"], known["joint_unit"], None, {})
+
+
+GAPS: dict[str, tuple[Callable[[Drive], None], float]] = {  # what happens, and how long it lasts
+    "held up": (lambda drive: (drive.signal(signal.SIGSTOP), time.sleep(0.8), drive.signal(signal.SIGCONT))[0], 0.8),
+    "cable out for 0.9 s": (lambda drive: drive.bus.inject("unplug:for_s=0.9"), 0.9),
+    "cable out for 4 s": (lambda drive: drive.bus.inject("unplug:for_s=4"), 4.0),
+}
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_a_replay_goes_on_where_it_stopped(gap: str, recording: Path, programs: Programs, tmp_path: Path) -> None:
+    happen, lasts_s = GAPS[gap]
+    drive = Drive(programs, tmp_path / "run", ["replay", f"--dataset={recording}"])
+    try:
+        drive.moves(30.0)
+        began_s = time.monotonic()
+        happen(drive)
+        drive.ends()
+    finally:
+        drive.close()
+    assert drive.status == 0, drive.words()
+    assert drive.fastest_deg_s(began_s) < CALM_DEG_S
+    assert drive.away_deg.max() < NEAR_DEG
+    lift = np.array([joints[1] - drive.lay[1] for _, _, joints in drive.samples])
+    assert lift.min() == pytest.approx(-60, abs=NEAR_DEG), "the way up was played to its end"
+    later = lift[int(lift.argmin()) :]
+    low = int(later[: int(np.argmax(later > -12))].size)
+    assert later[low:].min() == pytest.approx(-40, abs=NEAR_DEG), "and so was the rest"
+    assert drive.off_s - began_s > lasts_s + PLAYED_S - 2.0

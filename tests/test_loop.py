@@ -15,6 +15,7 @@ import pytest
 from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
+from gr00t_fast.control.controller import ControllerOptions
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
 from gr00t_fast.control.pacer import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report
@@ -96,6 +97,37 @@ def test_while_an_inference_runs_the_goal_of_a_blocked_joint_comes_back() -> Non
     assert goals[last_s] > 30.0
     assert [ahead_deg for when, ahead_deg in goals.items() if when > last_s + 0.45] == []
     assert goals[max(goals)] == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("inference_s", [0.01, 0.2])
+@pytest.mark.parametrize("controller", ["sync", "threaded"])
+@pytest.mark.parametrize("gap", ["held up", "outage"])
+def test_nothing_planned_before_a_gap_plays_after_it(gap: str, controller: str, inference_s: float) -> None:
+    """Nor what an inference makes that was under way."""
+    bench = Bench(inference_s=inference_s, policy_horizon=50, control=ControllerOptions(controller), timeout_s=6.0)
+
+    def happen() -> None:
+        if len(bench.robot.sent) == 20:
+            bench.clock.advance(0.8 if gap == "held up" else 0.3)
+            bench.robot.events |= {"reconnect": 1} if gap == "outage" else {}
+            seen.append(len(bench.policy.seen))
+
+    seen: list[int] = []
+    bench.robot.on_send = happen
+    bench.loop.run()
+    assert np.diff(bench.sent(), axis=0).max() < 2.0, "each plan begins where the arm was seen, and goes on by about a degree a tick"
+    after = bench.policy.seen[seen[0] + (controller == "threaded" and inference_s > 0.1)]  # one was under way
+    assert after["state.single_arm"][0, 0] >= bench.sent()[19, 0] - 1.1, "it looks again"
+
+
+def test_auto_throws_no_inference_away_when_it_gives_up_overlap() -> None:
+    bench = Bench(inference_s=0.1, control=ControllerOptions("auto"), timeout_s=20.0, recoverable=())
+    bench.policy.warm_up = lambda *_: {"total": 100.0}
+    bench.controller.warm_up()
+    bench.policy.on_action = lambda targets: (setattr(bench.policy, "inference_s", 0.4 if bench.clock.now_s() > 105 else 0.1), targets)[1]
+    trace = bench.loop.run()
+    assert [line for line in bench.said if "the arm waits for each inference" in line]
+    assert len(bench.policy.seen) - len(trace.chunks) <= 1  # what runs as the time is up
 
 
 def test_episodes_reset_robot_and_policy_with_their_own_seed() -> None:

@@ -324,7 +324,7 @@ def test_an_inference_that_hangs_does_not_hold_the_arm_for_ever(max_hold_s: floa
 
 @pytest.mark.parametrize("underrun", [False, True], ids=["while a chunk plays", "while the arm holds"])
 def test_a_cable_that_was_out_is_no_inference_that_hangs(underrun: bool) -> None:
-    """For 3 s, with an inference of 13 ticks and 16 actions; the arm has sagged when it is back, and holds there until there is a new chunk."""
+    """For 3 s, with an inference of 13 ticks and 16 actions; the arm has sagged when it is back, and waits for a new chunk."""
     run = bench(0.42, timeout_s=8.0, max_hold_s=2.0)
     robot, out, sagged = run.robot, [], []
 
@@ -341,8 +341,8 @@ def test_a_cable_that_was_out_is_no_inference_that_hangs(underrun: bool) -> None
     trace = run.loop.run()
     assert trace.ended_by == "done"
     commanded = trace.arrays()["commanded"][out[0] :]
-    assert sum(np.abs(row - sagged[0]).max() <= 1e-9 for row in commanded) >= 5
     assert np.abs(commanded[0] - sagged[0]).max() <= STEP
+    assert np.abs(np.diff(commanded[:10], axis=0)).max() <= 2.0, "a new plan, from where it is"
     assert run.loop.pacer.missed_ticks >= 89
 
 

@@ -55,13 +55,13 @@ class ChunkBuffer:
     underrun_ticks: ticks at which the last target was held. entered, expired: chunks that played, and that came when every row was over.
     """
 
-    def __init__(self, resume: bool = False) -> None:
+    def __init__(self, resume: bool = False, in_order: bool = False) -> None:
         """`resume`: ticks for which no row was left do not count as elapsed, so that a chunk is entered where the arm stopped when it had to hold:
         in a scene that waits for the arm nothing of the plan is left out or done twice. While rows are left it is the same as without `resume`,
-        also where the pacer missed ticks: the rows of those are passed over.
+        also where the pacer missed ticks: the rows of those are passed over. `in_order`: not even those; a recording is not about the present.
         """
         self.underrun_ticks = self.entered = self.expired = 0
-        self._resume = resume
+        self._resume, self._in_order = resume, in_order
         self.reset()
 
     def reset(self) -> None:
@@ -74,13 +74,12 @@ class ChunkBuffer:
 
     @property
     def empty(self) -> bool:
-        """True until the first chunk of the episode."""
+        """True until the first chunk of the episode, and from `expire` to the next chunk."""
         return self._chunk is None
 
     def expire(self) -> None:
-        """No row of the chunk that plays is for a tick to come."""
-        if self._chunk is not None:
-            self._origin = -len(self._chunk)
+        """No row of the chunk that plays is for a tick to come: it is as before the first one, but for the last target, which can be held."""
+        self._chunk, self._held = None, []
 
     def offer(self, chunk: TimedChunk, tick: int) -> bool:
         """A chunk of a later observation than those before is there and may play from `tick` on. Returns whether a row of it is left then."""
@@ -107,10 +106,16 @@ class ChunkBuffer:
 
     def due(self, tick: int) -> DueTarget:
         """The target of `tick`. Ticks must increase. Raises RuntimeError before the first chunk of an episode, or for a tick that is over."""
-        if self._chunk is None:
-            raise RuntimeError("no chunk yet: the first one of an episode must be planned before the first target")
         if tick <= self._last_tick:
             raise RuntimeError(f"tick {tick} was asked for after tick {self._last_tick}: targets go out in order")
+        if self._chunk is None:
+            if self._last_target is None:
+                raise RuntimeError("no chunk yet: the first one of an episode must be planned before the first target")
+            self._last_tick = tick
+            self.underrun_ticks += 1
+            return DueTarget(self._last_target, underrun=True)
+        if self._in_order and self._origin <= self._last_tick:
+            self._origin += tick - int(self._last_tick) - 1
         self._last_tick = tick
         row = tick - self._origin
         underrun = row >= len(self._chunk)
@@ -121,6 +126,11 @@ class ChunkBuffer:
         else:
             self._last_target = self._chunk.chunk.targets[row]
         return DueTarget(self._last_target, tick - self._chunk.observed, underrun, row)
+
+    @property
+    def next_tick(self) -> int:
+        """The one after the last target."""
+        return 0 if math.isinf(self._last_tick) else int(self._last_tick) + 1
 
     def leftover(self, tick: int) -> dict[str, np.ndarray]:
         """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""

@@ -187,7 +187,7 @@ class ChunkController:
         self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
         self._worker = worker or ThreadWorker()
         self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
-        self._buffer = ChunkBuffer(resume=self.options.when_late == "resume")
+        self._buffer = ChunkBuffer(resume=self.options.when_late == "resume", in_order=not policy.computes)
         self._recent_ticks: deque[int] = deque([0], maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._watch = HoldLimit(fps, self.options.max_hold_s, None if recoverable else echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
@@ -261,14 +261,14 @@ class ChunkController:
         try:
             timed: TimedChunk = self._waited_for(keep_alive, self._watch.limit_s, "the next chunk is not there")
         except self._recoverable:
-            if self._buffer.empty:
+            if not self._buffer.next_tick:
                 raise
             self._lost_inferences += 1
             self._planned_s, self._others_ticks = self._clock.now_s(), []
             return None
         if self._dropped:
             self._dropped, self._rest = False, rest
-            self._reset_policy |= self._buffer.empty  # it has played nothing
+            self._reset_policy |= not self._buffer.next_tick  # it has played nothing
             return None
         self._first, self._planned_s = timed, self._clock.now_s()
         chunk = timed.chunk
@@ -287,20 +287,20 @@ class ChunkController:
         """Take note of an observation made at `tick`, after its target, while targets are still left."""
         self._runner.binding.remember(observation)
         self._tick = max(self._tick, tick)
-        if self.overlaps:
+        if self.overlaps and not self._buffer.empty:
             self._collect(tick + 1)  # this tick's target is out; `auto` may have gone over to waiting by it
             if self.overlaps and self._call is None:
                 self._submit(observation, tick, self._prefix(tick), self._buffer.rows_left(tick + 1) / self._fps)
 
     def expire(self) -> None:
-        """The arm was out of reach for a while: what was planned before is over, also what an inference under way makes of it. What was recorded goes
-        on where it stopped: the next call of such a policy gets the rest to continue."""
+        """The arm was out of reach for a while: what was planned before is over, also what an inference under way makes of it, and `plan` comes next. What
+        was recorded goes on where it stopped: the next call of such a policy gets the rest to continue."""
         if not self._runner.policy.computes:
-            left = self._first.actions if self._first is not None else self._buffer.leftover(self._tick + 1)
+            left = self._first.actions if self._first is not None else self._buffer.leftover(self._buffer.next_tick)
             self._rest = left or self._rest
         self._buffer.expire()
         self._first = self._planned_s = None
-        self._dropped = self._call is not None
+        self._dropped = True
 
     def next_target(self, tick: int) -> np.ndarray:
         """The target (J,) of this tick: the first row when the arm has waited for a chunk, then one a tick. Rows of missed ticks are over; where all
@@ -406,13 +406,11 @@ class ChunkController:
         """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
         if self._call is None or not self._call.done():
             return
-        call, self._call, dropped, self._dropped = self._call, None, self._dropped, False
+        call, self._call = self._call, None
         try:
             timed: TimedChunk = call.result()
         except self._recoverable:
             self._lost_inferences += 1
-            return
-        if dropped:
             return
         self._watch.inferred(timed.chunk.inference_ms / 1000)
         self._note_delay(tick - timed.observed)
