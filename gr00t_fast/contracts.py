@@ -75,6 +75,7 @@ class PolicyMetadata:
     trained_horizon: int
     letterbox: Letterbox | None = None  # of N1.7
     n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
+    fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
+    fingerprint: str = ""  # a digest of the checkpoint's content, so the same for a copy of it; empty: not known
     nested: bool = False  # whether NVIDIA's clients of it speak the nested form (N1.7's), else the flat one
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def test_facts_that_make_no_sense_are_refused_by_name(field: str, junk: Any) -> 
         del message[field]
     else:
         message[field] = junk
-    allowed = (field, junk) in (("fps", 0.5), ("fps", ...), ("letterbox", ...), ("embodiment_tag", ...), ("n_action_steps", ...))
+    optional = ("fps", "letterbox", "embodiment_tag", "n_action_steps", "fingerprint")
+    allowed = (field, junk) == ("fps", 0.5) or (field in optional and junk is ...)
     with contextlib.nullcontext() if allowed else pytest.raises(WireError, match=field):
         metadata_from_message(message)
 
@@ -79,6 +81,29 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
+
+
+def test_a_fingerprint_is_of_the_content_of_a_checkpoint(tmp_path: Path) -> None:
+    """And not of its place, the device or what is asked of it. NVIDIA's clients get the answer as ever."""
+    from random_networks import write_network
+
+    from gr00t_fast import load_policy
+
+    first = write_network(tmp_path / "first")
+    shutil.copytree(first, tmp_path / "copy")
+    copy = load_policy(tmp_path / "copy", device="cpu", precision="bf16", denoising_steps=1)
+    others = [write_network(tmp_path / "weights", seed=1), write_network(tmp_path / "statistics")]
+    metadata = others[1] / "experiment_cfg" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    content["new_embodiment"]["statistics"]["action"]["single_arm"]["max"][0] += 1.0
+    metadata.write_text(json.dumps(content))
+    told = [load_policy(path, device="cpu").fingerprint for path in (first, *others)]
+    assert copy.fingerprint == told[0]
+    assert len(set(told)) == 3
+    with running(PolicyServer(copy, port=0)) as server, connected(server) as remote, reference.Client(server.port) as nvidias:
+        seen = copy.example_observation()
+        assert remote.get_action(seen).keys() == nvidias.get_action(seen).keys() == {"action.single_arm", "action.gripper"}
+        assert remote.metadata.fingerprint
 
 
 @pytest.mark.parametrize("controller", ["sync", "threaded"])

@@ -75,9 +75,9 @@ class RemotePolicy(Policy):
         except BaseException:
             self.close()
             raise
-        self._tells_metadata = told is not None
+        self._tells_metadata, self._client.fingerprint = told is not None, self.metadata.fingerprint
         self._in_a_batch = told is None and prompt_style == "plain"  # NVIDIA's server prints the instruction of a single one with brackets
-        self._known_connection = self._client.connection  # the one on which the server proved to be the one of `metadata`
+        self._known_connection: int | None = self._client.connection  # the one on which the server proved to be the one of `metadata`
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return dict(self._served)
@@ -200,7 +200,8 @@ class RemotePolicy(Policy):
         raise ServerUnreachableError(f"the policy server at {self.address} {'answers again' if self._answers_again else 'is still away'}.")
 
     def _check_same_policy(self) -> None:
-        """A new connection may lead to a server that was started with another checkpoint, which the pre-flight check has not seen."""
+        """After an outage, or on a new connection, a server may answer that was started with another checkpoint, which the pre-flight check has not
+        seen."""
         if self._client.connection == self._known_connection:
             return
         connection = self._client.connection
@@ -214,6 +215,7 @@ class RemotePolicy(Policy):
 
     def _note_loss(self, began_s: float, error: ServerError) -> None:
         """Raises ServerError when the outage has lasted too long."""
+        self._known_connection = None  # behind a proxy the connection stays, and another server answers
         if self._away_since_s is None:
             self._away_since_s, self._outages = began_s, self._outages + 1
             self._echo(f"WARNING: {error} The arm holds its pose and waits for the server, at most {self._reconnect_s:g} s (--server_reconnect_s).")
