@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from websockets.sync.client import connect
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
+from gr00t_fast.serving import http
 from gr00t_fast.serving.http import MAX_BODY_BYTES, MAX_WEBSOCKETS, HttpPolicyServer
 
 
@@ -119,6 +121,16 @@ def test_connections_are_bounded_and_given_back(server: HttpPolicyServer) -> Non
         each.close()
     until(lambda: server.application.websockets == 0)
     assert WebsocketClientPolicy("127.0.0.1", server.port).infer(observation())["actions"].shape == (16, 6)
+
+
+def test_a_websocket_outlasts_the_shortened_limits_of_silent_connections(policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_HEADER_S", 0.3)
+    monkeypatch.setattr(http, "_IDLE_S", 0.3)
+    with running(HttpPolicyServer(policy, port=0)) as server, connect(uri(server)) as socket:
+        socket.recv()
+        time.sleep(1.0)
+        socket.send(msgpack_numpy.packb(observation()))
+        assert msgpack_numpy.unpackb(socket.recv())["actions"].shape == (16, 6)
 
 
 def test_a_request_whose_client_is_gone_is_not_computed(server: HttpPolicyServer, policy: ArithmeticPolicy) -> None:

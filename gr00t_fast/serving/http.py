@@ -50,7 +50,8 @@ MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carr
 MAX_CONNECTIONS = 256  # further requests are answered with 503
 MAX_WEBSOCKETS = 32  # at once: each may hold a message
 BODY_S = 30.0  # for all of a body
-_IDLE_S = 30  # between two requests of a connection
+_HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
+_IDLE_S = 30  # from an answer to the whole header of the connection's next request
 _STOP_S = 1
 _HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
@@ -233,7 +234,7 @@ class HttpPolicyServer(PolicyServerBase):
         super().__init__(service, f"http://{place}:{bound_port}")
         config = uvicorn.Config(
             self.application,
-            http="h11",
+            http=_h11_protocol(),
             ws="websockets-sansio",
             ws_max_size=MAX_BODY_BYTES,
             ws_per_message_deflate=False,
@@ -259,6 +260,31 @@ class HttpPolicyServer(PolicyServerBase):
 
     def _end_talk(self) -> None:
         self._uvicorn.should_exit = True
+
+
+def _h11_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's, which has no limit for a header: silent connections would take all places for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._limit = self.loop.call_later(_HEADER_S, self._end_unless_asked, self.cycle)
+
+        def on_response_complete(self) -> None:
+            self._limit.cancel()
+            self._limit = self.loop.call_later(_IDLE_S, self._end_unless_asked, self.cycle)
+            super().on_response_complete()  # may begin with the next request
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._limit.cancel()
+            super().connection_lost(exc)
+
+        def _end_unless_asked(self, answered: Any) -> None:
+            if self.cycle is answered and self.transport.get_protocol() is self:  # else it is a request's or a WebSocket's
+                self.transport.abort()
+
+    return TimedProtocol
 
 
 async def refuse(scope: _Event, send: _Send, error: Exception, keep: bool = False) -> None:
