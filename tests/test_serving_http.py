@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,6 +71,17 @@ def test_http_health_and_refusals(http_server: HttpPolicyServer, policy: Arithme
         assert (response.status, response.getheader("Connection")) == (expected, "close")
     assert reference.http_post(act, {"observation": observation()})[0] == 200
     assert len(policy.threads) == 1
+
+
+def test_a_client_that_connects_anew_for_each_request_is_counted_as_one(http_server: HttpPolicyServer) -> None:
+    for seen in (observation(), {}):
+        for _ in range(3):
+            reference.http_post(f"{http_server.address}/act", {"observation": seen})
+    with urllib.request.urlopen(f"{http_server.address}/metrics") as reply:
+        figures = reply.read().decode()
+    assert 'gr00t_requests_served_total{client="127.0.0.1"} 3.0' in figures
+    assert 'gr00t_requests_refused_total{client="127.0.0.1"} 3.0' in figures
+    assert http_server.service.status()["clients"] == 1
 
 
 def test_http_token() -> None:

@@ -342,8 +342,8 @@ def _status(error: Exception) -> int:
 
 
 def _name(client: Any) -> str:
-    """Of a client, for people."""
-    return ":".join(map(str, client or ()))
+    """Of a client, for people and figures: its address without the port, which is another one for each connection."""
+    return str(client[0]) if client else ""
 
 
 def _payload(body: bytearray) -> dict[str, Any]:
