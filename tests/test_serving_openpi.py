@@ -56,16 +56,24 @@ def test_openpi_s_client_gets_the_actions_of_our_policy(server: HttpPolicyServer
     assert server.service.status()["deadlines_missed"] == 0
 
 
-def test_a_network_is_asked_in_openpi_s_spelling_of_lerobot_s_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", ["observation/images/webcam", "observation/image"])
+def test_a_network_is_asked_in_openpi_s_spelling_of_lerobot_s_names(tmp_path: Path, picture: str) -> None:
     policy = load_policy(write_random_checkpoint(tmp_path, "tiny", "so100"), device="cpu", precision="fp32", seed=0)
     seen = policy.example_observation("pick it up")
     state = np.concatenate([seen["state.single_arm"][0], seen["state.gripper"][0]])
     with running(HttpPolicyServer(policy, port=0)) as server:
         client = WebsocketClientPolicy("127.0.0.1", server.port)
-        answer = client.infer({"observation/images/webcam": seen["video.webcam"][0], "observation/state": state, "prompt": "pick it up"})
+        answer = client.infer({picture: seen["video.webcam"][0], "observation/state": state, "prompt": "pick it up"})
     policy.reset()
     expected = policy.get_action(seen)
     np.testing.assert_array_equal(answer["actions"], np.concatenate([*expected.values()], axis=-1))
+
+
+def test_a_single_picture_for_two_cameras_is_refused() -> None:
+    with running(HttpPolicyServer(ArithmeticPolicy("so100_dualcam"), port=0)) as server, connect(uri(server), compression=None) as socket:
+        socket.recv()
+        socket.send(msgpack_numpy.packb({"observation/image": np.zeros((32, 40, 3), np.uint8), "observation/state": np.zeros(6), "prompt": "go"}))
+        assert "observation.images.front" in socket.recv()
 
 
 @pytest.mark.parametrize(

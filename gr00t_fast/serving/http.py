@@ -10,7 +10,7 @@ NVIDIA has none for N1.7.
 
     WebSocket     on connect: metadata, with "keys", what an observation holds. Then an observation -> {"actions": (H, J), "action.<part>": ...,
                   "server_timing": {"infer_ms", "prev_total_ms"}}, or the reason of a refusal as text. Its keys may have / in place of a point
-                  (`observation/state`), `prompt` is the instruction, and `deadline_s` may be among them.
+                  (`observation/state`, `observation/images/webcam`), `prompt` is the instruction, and `deadline_s` may be among them.
 
 NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` (openpi: `Api-Key <token>`) gets 401 when a token
 is set.
@@ -314,6 +314,9 @@ def _from_openpi(event: _Event, policy: Policy) -> tuple[Any, Any]:
     message = string_keyed(decode(event["bytes"], MAX_BODY_BYTES), "observation")
     deadline_s = message.pop("deadline_s", None)
     observation = {key.replace("/", "."): value for key, value in message.items()}
+    pictures = [f"observation.images.{key.removeprefix('video.')}" for key in policy.get_modality_config()["video"].modality_keys]
+    if "observation.image" in observation and len(pictures) == 1 and pictures[0] not in observation:
+        observation[pictures[0]] = observation.pop("observation.image")  # openpi's usual name of the only picture
     if "prompt" in observation:
         joined = any(key.startswith("observation.") for key in observation)
         observation[LEROBOT_TASK if joined else policy.get_modality_config()["language"].modality_keys[0]] = observation.pop("prompt")
