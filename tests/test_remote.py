@@ -23,7 +23,7 @@ from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import without_secrets
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
-from gr00t_fast.serving import PolicyServer
+from gr00t_fast.serving import HttpPolicyServer, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.wire import metadata_from_message, metadata_to_message
 
@@ -127,7 +127,8 @@ def test_the_program_drives_the_arm_from_a_server(world: World, controller: str,
         (PolicyServer, [], "Unauthorized.* --api_token=..."),
         (PolicyServer, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
         (reference.Server, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
-        (None, ["--server_timeout_s=0.3"], f"no policy server answers at {NOWHERE} within 0.3 s"),
+        (None, ["--server_timeout_s=0.3"], f"no policy server answers at {NOWHERE} within 0.3 s.*gr00t-fast serve "),
+        (HttpPolicyServer, [], "no policy server answers .* without --http"),
         (PolicyServer, ["--api_token=right"], "--robot.use_degrees=false"),  # its metadata go through the pre-flight check
     ],
 )
@@ -136,8 +137,8 @@ def test_what_is_said_before_the_arm_is_touched(world: World, kind: Any, flags: 
     policy.metadata = policy_metadata(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
     with contextlib.ExitStack() as stack:
         server = NOWHERE
-        if kind is PolicyServer:
-            server = stack.enter_context(running(PolicyServer(policy, port=0, api_token="right")))
+        if kind in (PolicyServer, HttpPolicyServer):
+            server = stack.enter_context(running(kind(policy, port=0, api_token="right")))
         elif kind is not None:
             server = stack.enter_context(reference.Server(policy, api_token="right"))
         assert world.run(server, *flags) == 1
@@ -233,7 +234,7 @@ def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: py
             remote.warm_up("go")
     with reference.Server(ArithmeticPolicy()) as server, connected(server, model_path=str(metadata)) as remote:
         remote.warm_up("go")
-        with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks"):
+        with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks.* gr00t-fast serve"):
             remote.warm_up("go", prefix_method="prefix")
 
 

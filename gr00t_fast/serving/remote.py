@@ -144,8 +144,8 @@ class RemotePolicy(Policy):
             raise ServerError(f"{error}. Give the token that the server was started with: --api_token=...") from error
         if not answers:
             raise ServerUnreachableError(
-                f"no policy server answers at {self.address} within {self._timeout_s:g} s. Start it first (python -m gr00t_fast.serving "
-                "--model_path=... --port=...), look at address, --host and firewall, or wait longer with --server_timeout_s."
+                f"no policy server answers at {self.address} within {self._timeout_s:g} s. Start it first (gr00t-fast serve "
+                "--model_path=... --port=..., without --http), look at address, --host and firewall, or wait longer with --server_timeout_s."
             )
 
     def _infer(self, observation: dict[str, Any], **options: Any) -> dict[str, np.ndarray]:
@@ -241,7 +241,7 @@ class RemotePolicy(Policy):
                 raise
             raise ConfigError(
                 f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
-                "Use --smoothing=none, or serve with python -m gr00t_fast.serving."
+                "Use --smoothing=none, or serve the checkpoint with gr00t-fast serve."
             ) from error
 
     def _checked(self, actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
