@@ -102,7 +102,6 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
-    fingerprint: str = ""  # a digest of the checkpoint's content, so the same for a copy of it; empty: not known
     nested: bool = False  # whether NVIDIA's clients of it speak the nested form (N1.7's), else the flat one
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
@@ -126,6 +125,10 @@ class Policy(Protocol):
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """Modality name (`video`, `state`, `action`, `language`) -> its keys and offsets."""
+
+    def fingerprint(self) -> str:
+        """A digest of the checkpoint's content, so the same for a copy of it; empty where there is none, or it is not known."""
+        return ""
 
     def reset(self) -> None:
         """Forget whatever one episode left behind."""

@@ -204,7 +204,6 @@ class Gr00tPolicy(Policy):
     def action_horizon(self, horizon: int | None) -> None:
         self._action_horizon = check_action_horizon(horizon, self.processor.embodiment)
 
-    @property
     def fingerprint(self) -> str:
         """As `Policy.fingerprint`: of weights, statistics, embodiment and data configuration. It reads the weight files (1 s per GB), unless a hidden
         file of the checkpoint's directory has their digests from an earlier call. Raises OSError."""

@@ -97,8 +97,8 @@ def test_a_fingerprint_is_of_the_content_of_a_checkpoint(tmp_path: Path) -> None
     content = json.loads(metadata.read_text())
     content["new_embodiment"]["statistics"]["action"]["single_arm"]["max"][0] += 1.0
     metadata.write_text(json.dumps(content))
-    told = [load_policy(path, device="cpu").fingerprint for path in (first, *others)]
-    assert copy.fingerprint == told[0]
+    told = [load_policy(path, device="cpu").fingerprint() for path in (first, *others)]
+    assert copy.fingerprint() == told[0]
     assert len(set(told)) == 3
     with running(PolicyServer(copy, port=0)) as server, connected(server) as remote, reference.Client(server.port) as nvidias:
         seen = copy.example_observation()

@@ -362,7 +362,7 @@ def test_another_policy_behind_a_proxy_is_noticed_after_a_time_out() -> None:
 def test_servers_with_different_policies_behind_one_address_are_told_apart() -> None:
     """Without an outage, and where only the weights differ."""
     first, second = ArithmeticPolicy(), ArithmeticPolicy()
-    first.fingerprint, second.fingerprint = "weights of one", "weights of another"
+    first.fingerprint, second.fingerprint = lambda: "weights of one", lambda: "weights of another"
     with running(PolicyServer(first, port=0)) as one, running(PolicyServer(second, port=0)) as other:
         with Proxy(one, one) as proxy, closing(RemotePolicy(address_of(proxy), None, 5.0, 30.0)) as remote:
             for _ in range(3):

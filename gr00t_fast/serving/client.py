@@ -67,7 +67,7 @@ class PolicyClient(Policy):
         self.address = address or tcp_address(host, port)
         self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
         self.last_timing = {}
-        self.fingerprint: str | None = None  # of the only policy whose actions are taken; None: whoever answers. It needs our server
+        self.expected_fingerprint: str | None = None  # of the only policy whose actions are taken; None: whoever answers. It needs our server
         self.connection = 0  # another number whenever it broke: what answers now may be another server than before
         self._encoder = Encoder()
         self._connections = itertools.count()
@@ -98,14 +98,12 @@ class PolicyClient(Policy):
             self.get_modality_config()
             left_s -= time.monotonic() - began_s
 
-        if any(option is not None for option in (noise, prefix, deadline_s, self.fingerprint)):
-            options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
+        if any(option is not None for option in (noise, prefix, deadline_s, self.expected_fingerprint)):
+            options: dict[str, Any] = {"fingerprint": True} | ({} if noise is None else {"noise": np.asarray(noise, np.float32)})
             if deadline_s is not None:
                 options["deadline_s"] = max(float(deadline_s), _LEAST_DEADLINE_S)
             if prefix is not None:
                 options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
-            if self.fingerprint is not None:
-                options["fingerprint"] = True
             reply = self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend)
             self._check_fingerprint(reply)
             return _actions(reply)
@@ -119,7 +117,8 @@ class PolicyClient(Policy):
 
     def _check_fingerprint(self, reply: Any) -> None:
         """Takes it out of the reply. Raises ServerError when it is not the expected one."""
-        if self.fingerprint is not None and (not isinstance(reply, dict) or reply.pop("fingerprint", None) != self.fingerprint):
+        found = reply.pop("fingerprint", None) if isinstance(reply, dict) else None
+        if self.expected_fingerprint not in (None, found):
             raise ServerError(
                 f"the policy server at {self.address} answered with another policy than before: it has another checkpoint now, or several servers "
                 "share the address. The answer is not used. Start the program again to check the policy."

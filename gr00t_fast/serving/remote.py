@@ -75,7 +75,7 @@ class RemotePolicy(Policy):
         except BaseException:
             self.close()
             raise
-        self._tells_metadata, self._client.fingerprint = told is not None, self.metadata.fingerprint
+        self._tells_metadata, self._client.expected_fingerprint = told is not None, self.metadata.fingerprint
         self._in_a_batch = told is None and prompt_style == "plain"  # NVIDIA's server prints the instruction of a single one with brackets
         self._known_connection: int | None = self._client.connection  # the one on which the server proved to be the one of `metadata`
 

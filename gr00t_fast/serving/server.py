@@ -171,8 +171,7 @@ class PolicyServer(PolicyServerBase):
         if endpoint == "get_status":  # an extension
             return encode(self.service.status())
         observation, options, n1d7 = _asked(endpoint, data := request.get("data", {}))
-        asks = endpoint == "get_action_with_options" and data.get("fingerprint") is True  # NVIDIA's clients never do
-        beside = {"fingerprint": self._fingerprint} if asks else {}
+        beside = {"fingerprint": self._fingerprint} if endpoint == "get_action_with_options" and "fingerprint" in data else {}  # never for NVIDIA's
         correlated = len(route) > 2 and len(route[-2]) == 4  # the number of the request, which REQ_CORRELATE puts there
         client = (descriptor, *route[: -2 if correlated else -1])
 
@@ -194,10 +193,10 @@ class PolicyServer(PolicyServerBase):
 
 
 def _fingerprint(policy: Policy) -> str:
-    """A digest of the checkpoint and of what the policy says of itself. Both ends compare it, so that one client gets one policy's actions."""
+    """A digest of the checkpoint and of what the policy says of itself, by which a client tells one policy from another."""
     log.info("taking the fingerprint of the checkpoint")
     told = None if policy.metadata is None else metadata_to_message(policy.metadata)
-    said = [policy.fingerprint, modality_config_message(policy.get_modality_config(), n1d7=True), told]
+    said = [policy.fingerprint(), modality_config_message(policy.get_modality_config(), n1d7=True), told]
     return hashlib.sha256(to_json(said)).hexdigest()
 
 
