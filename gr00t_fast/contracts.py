@@ -75,6 +75,7 @@ class PolicyMetadata:
     trained_horizon: int
     letterbox: Letterbox | None = None  # of N1.7
     n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
+    fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ class Policy(Protocol):
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """Modality name (`video`, `state`, `action`, `language`) -> its keys and offsets."""
+
+    def fingerprint(self) -> str:
+        """A digest of the checkpoint's content, so the same for a copy of it; empty where there is none, or it is not known."""
+        return ""
 
     def reset(self) -> None:
         """Forget whatever one episode left behind."""

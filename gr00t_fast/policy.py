@@ -38,7 +38,7 @@ from gr00t_fast.engine import (
     select_precision,
     warming_up,
 )
-from gr00t_fast.engine.manifest import target_of
+from gr00t_fast.engine.manifest import Digests, Target, sha256_of_json, target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, EngineError, Gr00tFastError, ObservationError, UnsafeActionError
 from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
@@ -203,6 +203,11 @@ class Gr00tPolicy(Policy):
     @action_horizon.setter
     def action_horizon(self, horizon: int | None) -> None:
         self._action_horizon = check_action_horizon(horizon, self.processor.embodiment)
+
+    def fingerprint(self) -> str:
+        """As `Policy.fingerprint`: of weights, statistics, embodiment and data configuration. It reads the weight files (1 s per GB), unless a hidden
+        file of the checkpoint's directory has their digests from an earlier call. Raises OSError."""
+        return sha256_of_json(Target(self.checkpoint, self.processor.embodiment).identity(Digests(self.checkpoint.path)))
 
     @property
     def nested(self) -> bool:

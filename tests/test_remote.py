@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gr00t_fast.contracts import ModalityConfig
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.control.report import without_secrets
 from gr00t_fast.errors import ConfigError, PreflightError, ServerError, WireError
-from gr00t_fast.serving import PolicyServer
+from gr00t_fast.serving import HttpPolicyServer, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy
 from gr00t_fast.serving.wire import metadata_from_message, metadata_to_message
 
@@ -57,7 +58,8 @@ def test_facts_that_make_no_sense_are_refused_by_name(field: str, junk: Any) -> 
         del message[field]
     else:
         message[field] = junk
-    allowed = (field, junk) in (("fps", 0.5), ("fps", ...), ("letterbox", ...), ("embodiment_tag", ...), ("n_action_steps", ...))
+    optional = ("fps", "letterbox", "embodiment_tag", "n_action_steps", "fingerprint")
+    allowed = (field, junk) == ("fps", 0.5) or (field in optional and junk is ...)
     with contextlib.nullcontext() if allowed else pytest.raises(WireError, match=field):
         metadata_from_message(message)
 
@@ -81,6 +83,29 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
+def test_a_fingerprint_is_of_the_content_of_a_checkpoint(tmp_path: Path) -> None:
+    """And not of its place, the device or what is asked of it. NVIDIA's clients get the answer as ever."""
+    from random_networks import write_network
+
+    from gr00t_fast import load_policy
+
+    first = write_network(tmp_path / "first")
+    shutil.copytree(first, tmp_path / "copy")
+    copy = load_policy(tmp_path / "copy", device="cpu", precision="bf16", denoising_steps=1)
+    others = [write_network(tmp_path / "weights", seed=1), write_network(tmp_path / "statistics")]
+    metadata = others[1] / "experiment_cfg" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    content["new_embodiment"]["statistics"]["action"]["single_arm"]["max"][0] += 1.0
+    metadata.write_text(json.dumps(content))
+    told = [load_policy(path, device="cpu").fingerprint() for path in (first, *others)]
+    assert copy.fingerprint() == told[0]
+    assert len(set(told)) == 3
+    with running(PolicyServer(copy, port=0)) as server, connected(server) as remote, reference.Client(server.port) as nvidias:
+        seen = copy.example_observation()
+        assert remote.get_action(seen).keys() == nvidias.get_action(seen).keys() == {"action.single_arm", "action.gripper"}
+        assert remote.metadata.fingerprint
+
+
 @pytest.mark.parametrize("controller", ["sync", "threaded"])
 def test_the_program_drives_the_arm_from_a_server(world: World, controller: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ArithmeticPolicy()
@@ -102,7 +127,8 @@ def test_the_program_drives_the_arm_from_a_server(world: World, controller: str,
         (PolicyServer, [], "Unauthorized.* --api_token=..."),
         (PolicyServer, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
         (reference.Server, ["--api_token=wrong"], "Unauthorized.* --api_token=..."),
-        (None, ["--server_timeout_s=0.3"], f"no policy server answers at {NOWHERE} within 0.3 s"),
+        (None, ["--server_timeout_s=0.3"], f"no policy server answers at {NOWHERE} within 0.3 s.*gr00t-fast serve "),
+        (HttpPolicyServer, [], "no policy server answers .* without --http"),
         (PolicyServer, ["--api_token=right"], "--robot.use_degrees=false"),  # its metadata go through the pre-flight check
     ],
 )
@@ -111,8 +137,8 @@ def test_what_is_said_before_the_arm_is_touched(world: World, kind: Any, flags: 
     policy.metadata = policy_metadata(low=[-100.0] * 5 + [0.0], high=[100.0] * 6)
     with contextlib.ExitStack() as stack:
         server = NOWHERE
-        if kind is PolicyServer:
-            server = stack.enter_context(running(PolicyServer(policy, port=0, api_token="right")))
+        if kind in (PolicyServer, HttpPolicyServer):
+            server = stack.enter_context(running(kind(policy, port=0, api_token="right")))
         elif kind is not None:
             server = stack.enter_context(reference.Server(policy, api_token="right"))
         assert world.run(server, *flags) == 1
@@ -208,7 +234,7 @@ def test_warm_up_finds_what_the_server_cannot_do(metadata: Path, monkeypatch: py
             remote.warm_up("go")
     with reference.Server(ArithmeticPolicy()) as server, connected(server, model_path=str(metadata)) as remote:
         remote.warm_up("go")
-        with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks"):
+        with pytest.raises(ConfigError, match=r"cannot continue a chunk, as --smoothing=prefix asks.* gr00t-fast serve"):
             remote.warm_up("go", prefix_method="prefix")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 from control_fakes import FakeRobot
 from serving_fakes import ArithmeticPolicy, ServerProcess, observation, running
 from waiting import until
@@ -125,6 +126,32 @@ class Server:
         self._stack.enter_context(ServerProcess(port=self.process.port, fps=fps))
 
 
+class Proxy:
+    """A ZeroMQ proxy in a thread, in front of one server or of several in turn. Its clients keep their connection when a server goes."""
+
+    def __init__(self, *servers: Any) -> None:
+        self._context = zmq.Context()
+        self._front, self._back = self._context.socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
+        self.port = self._front.bind_to_random_port("tcp://127.0.0.1")
+        for server in servers:
+            self._back.connect(address_of(server))
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+
+    def _pass_on(self) -> None:
+        with contextlib.suppress(zmq.ContextTerminated):
+            zmq.proxy(self._front, self._back)
+        self._front.close(0)
+        self._back.close(0)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.term()
+        self._thread.join(10)
+
+
 def restarted(server: Server, flags: tuple[str, ...]) -> Run:
     return server.run(*flags, timeout_s=120.0).ends_when_back().play((0.4, server.kill), (2.2, server.restart))
 
@@ -144,9 +171,17 @@ def never_there(server: Server, flags: tuple[str, ...]) -> Run:
     return run.play()
 
 
+def another_behind_a_proxy(server: Server, flags: tuple[str, ...]) -> Run:
+    """Asked of the same connection after the outage. The other policy differs in the rate of its data."""
+    with Proxy(server.process) as proxy:
+        server.latest = Run(proxy, *flags, timeout_s=60.0)
+        return server.latest.play((0.4, server.kill), (1.0, partial(server.restart, fps=15.0)))
+
+
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
 CONTROLLERS = (SYNC, MOVING, (*MOVING, "--when_late=resume"), (*MOVING, "--smoothing=rtc"))
-SCENARIOS = [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
+SCENARIOS = [(another_behind_a_proxy, ())]
+SCENARIOS += [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
 SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there) for flags in (SYNC, MOVING)]
 
 
@@ -200,6 +235,14 @@ def test_a_server_that_stays_away_ends_the_run_with_the_arm_landed(scenarios: di
     assert not isinstance(run.error, ServerUnreachableError)
     assert 1.1 < run.landed_s - run.times_s["killed"] < 60
     assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("error", True)
+
+
+def test_another_policy_behind_a_proxy_ends_the_run_before_it_moves_the_arm(scenarios: dict[Any, Future]) -> None:
+    run: Run = scenarios[another_behind_a_proxy, ()].result()
+    assert "another policy" in str(run.error)
+    assert (run.loop.trace.ended_by, run.loop.trace.landing.safe) == ("error", True)
+    played = ~run.underrun
+    assert run.observed_s()[played].max() < run.times_s["back"], "what the other policy answered has moved the arm"
 
 
 def test_a_server_that_hangs_for_a_while(scenarios: dict[Any, Future]) -> None:
@@ -300,6 +343,42 @@ def test_a_restart_between_two_calls_is_noticed_by_the_next_one() -> None:
             for reason in ("broke", "answers again", "came back with another policy"):
                 with pytest.raises(ServerError, match=reason):
                     remote.get_action(observation())
+
+
+def test_another_policy_behind_a_proxy_is_noticed_after_a_time_out() -> None:
+    """It is asked what it serves before it is asked for actions: NVIDIA's servers have no fingerprint."""
+    with ServerProcess() as first, Proxy(first) as proxy, closing(RemotePolicy(address_of(proxy), None, 1.0, 60.0)) as remote:
+        remote.get_action(observation())
+        first.kill()
+        with pytest.raises(ServerUnreachableError, match="no answer"):
+            remote.get_action(observation())
+        with ServerProcess(port=first.port, fps=15.0):
+            remote.reset()  # waits for it
+            with pytest.raises(ServerError, match="came back with another policy"):
+                remote.get_action(observation())
+        assert remote.summary()["server"]["reconnects"] == 0
+
+
+def test_servers_with_different_policies_behind_one_address_are_told_apart() -> None:
+    """Without an outage, and where only the weights differ."""
+    first, second = ArithmeticPolicy(), ArithmeticPolicy()
+    first.fingerprint, second.fingerprint = lambda: "weights of one", lambda: "weights of another"
+    with running(PolicyServer(first, port=0)) as one, running(PolicyServer(second, port=0)) as other:
+        with Proxy(one, one) as proxy, closing(RemotePolicy(address_of(proxy), None, 5.0, 30.0)) as remote:
+            for _ in range(3):
+                remote.get_action(observation())
+        with Proxy(one, other) as proxy, closing(RemotePolicy(address_of(proxy), None, 5.0, 30.0)) as remote:
+            caught = [_error_of(remote) for _ in range(4)]
+    assert caught[0::2] != caught[1::2]
+    assert {"answered with another policy" in error for error in caught if error} == {True}
+
+
+def _error_of(remote: RemotePolicy) -> str:
+    try:
+        remote.get_action(observation())
+    except ServerError as error:
+        return str(error)
+    return ""
 
 
 def test_an_episode_waits_for_a_server_that_goes_at_its_beginning() -> None:

@@ -6,13 +6,15 @@ import contextlib
 import http.client
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import nvidia_style_service as reference
 import pytest
-from serving_fakes import ArithmeticPolicy, Mutator, assert_same, observation, running
+from serving_fakes import ArithmeticPolicy, Mutator, assert_same, instructed, observation, running
+from waiting import until
 
 from gr00t_fast.serving import HttpPolicyServer
 from gr00t_fast.serving import http as module
@@ -71,6 +73,17 @@ def test_http_health_and_refusals(http_server: HttpPolicyServer, policy: Arithme
     assert len(policy.threads) == 1
 
 
+def test_a_client_that_connects_anew_for_each_request_is_counted_as_one(http_server: HttpPolicyServer) -> None:
+    for seen in (observation(), {}):
+        for _ in range(3):
+            reference.http_post(f"{http_server.address}/act", {"observation": seen})
+    with urllib.request.urlopen(f"{http_server.address}/metrics") as reply:
+        figures = reply.read().decode()
+    assert 'gr00t_requests_served_total{client="127.0.0.1"} 3.0' in figures
+    assert 'gr00t_requests_refused_total{client="127.0.0.1"} 3.0' in figures
+    assert http_server.service.status()["clients"] == 1
+
+
 def test_http_token() -> None:
     """UTF-8 outside ASCII."""
     body = reference.json_numpy_text({"observation": observation()}).encode()
@@ -92,6 +105,41 @@ def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch
             with contextlib.suppress(OSError):  # closed
                 slow.sendall(b"x")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_silent_connections_are_closed_and_the_server_answers_again(http_server: HttpPolicyServer, policy: ArithmeticPolicy) -> None:
+    """More than it takes, with nothing sent, or a part of a header. One whose request is computed for longer than that stays."""
+    place, act = ("127.0.0.1", http_server.port), f"{http_server.address}/act"
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(reference.http_post, act, {"observation": instructed("wait 12")})
+        until(lambda: policy.calls)
+        silent = [stack.enter_context(socket.create_connection(place, timeout=60)) for _ in range(module.MAX_CONNECTIONS + 4)]
+        for connection in silent[::2]:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert reference.http_post(act, {"observation": observation()})[0] == 503
+        until(lambda: reference.http_post(act, {})[0] == 400, "the end of silent connections", patience_s=30)
+        assert slow.result(60)[0] == 200
+        assert [connection.recv(100) for connection in silent[:3]] == [b""] * 3
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+def test_a_connection_is_closed_where_no_further_request_comes_in_a_shortened_time(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """A byte now and then, of a header or of the body of a request that was answered without it, buys no time."""
+    monkeypatch.setattr(module, "_IDLE_S", 0.3)
+    with running(HttpPolicyServer(ArithmeticPolicy(), port=0)) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        for size in (0, 0, 0, length):
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % size)
+            answer = b""
+            while b"healthy" not in answer:
+                answer += slow.recv(1000)
+        until(lambda: not _takes_a_byte(slow), "the end of the connection", patience_s=20)
+
+
+def _takes_a_byte(connection: socket.socket) -> bool:
+    time.sleep(0.1)
+    with contextlib.suppress(ConnectionError):
+        return connection.send(b"x") == 1
+    return False
 
 
 def test_what_is_announced_and_not_sent_takes_no_room(http_server: HttpPolicyServer) -> None:

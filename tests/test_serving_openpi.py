@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from websockets.sync.client import connect
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
 from gr00t_fast import load_policy
+from gr00t_fast.serving import http
 from gr00t_fast.serving.http import MAX_BODY_BYTES, MAX_WEBSOCKETS, HttpPolicyServer
 
 
@@ -54,16 +56,24 @@ def test_openpi_s_client_gets_the_actions_of_our_policy(server: HttpPolicyServer
     assert server.service.status()["deadlines_missed"] == 0
 
 
-def test_a_network_is_asked_in_openpi_s_spelling_of_lerobot_s_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("picture", ["observation/images/webcam", "observation/image"])
+def test_a_network_is_asked_in_openpi_s_spelling_of_lerobot_s_names(tmp_path: Path, picture: str) -> None:
     policy = load_policy(write_random_checkpoint(tmp_path, "tiny", "so100"), device="cpu", precision="fp32", seed=0)
     seen = policy.example_observation("pick it up")
     state = np.concatenate([seen["state.single_arm"][0], seen["state.gripper"][0]])
     with running(HttpPolicyServer(policy, port=0)) as server:
         client = WebsocketClientPolicy("127.0.0.1", server.port)
-        answer = client.infer({"observation/images/webcam": seen["video.webcam"][0], "observation/state": state, "prompt": "pick it up"})
+        answer = client.infer({picture: seen["video.webcam"][0], "observation/state": state, "prompt": "pick it up"})
     policy.reset()
     expected = policy.get_action(seen)
     np.testing.assert_array_equal(answer["actions"], np.concatenate([*expected.values()], axis=-1))
+
+
+def test_a_single_picture_for_two_cameras_is_refused() -> None:
+    with running(HttpPolicyServer(ArithmeticPolicy("so100_dualcam"), port=0)) as server, connect(uri(server), compression=None) as socket:
+        socket.recv()
+        socket.send(msgpack_numpy.packb({"observation/image": np.zeros((32, 40, 3), np.uint8), "observation/state": np.zeros(6), "prompt": "go"}))
+        assert "observation.images.front" in socket.recv()
 
 
 @pytest.mark.parametrize(
@@ -119,6 +129,16 @@ def test_connections_are_bounded_and_given_back(server: HttpPolicyServer) -> Non
         each.close()
     until(lambda: server.application.websockets == 0)
     assert WebsocketClientPolicy("127.0.0.1", server.port).infer(observation())["actions"].shape == (16, 6)
+
+
+def test_a_websocket_outlasts_the_shortened_limits_of_silent_connections(policy: ArithmeticPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_HEADER_S", 0.3)
+    monkeypatch.setattr(http, "_IDLE_S", 0.3)
+    with running(HttpPolicyServer(policy, port=0)) as server, connect(uri(server)) as socket:
+        socket.recv()
+        time.sleep(1.0)
+        socket.send(msgpack_numpy.packb(observation()))
+        assert msgpack_numpy.unpackb(socket.recv())["actions"].shape == (16, 6)
 
 
 def test_a_request_whose_client_is_gone_is_not_computed(server: HttpPolicyServer, policy: ArithmeticPolicy) -> None:

@@ -67,6 +67,7 @@ class PolicyClient(Policy):
         self.address = address or tcp_address(host, port)
         self.timeout_s, self._token, self._max_bytes, self._resend = timeout_s, api_token, max_message_bytes, resend
         self.last_timing = {}
+        self.expected_fingerprint: str | None = None  # of the only policy whose actions are taken; None: whoever answers. It needs our server
         self.connection = 0  # another number whenever it broke: what answers now may be another server than before
         self._encoder = Encoder()
         self._connections = itertools.count()
@@ -87,8 +88,8 @@ class PolicyClient(Policy):
 
         States travel as float64 and an instruction as a list, whatever they are here: NVIDIA's server refuses every state of another type than
         the first one it saw, and fails on a bare text.
-        Raises ServerError with the server's reason, ServerUnreachableError when it did not answer, WireError when the answer makes no sense, and
-        ObservationError for a state of something else than numbers.
+        Raises ServerError with the server's reason, or when the answer has another fingerprint, ServerUnreachableError when it did not answer,
+        WireError when the answer makes no sense, and ObservationError for a state of something else than numbers.
         """
         observation = _as_nvidia_takes_it(flat_observation(observation) if is_nested(observation) else observation)
         left_s = self.timeout_s
@@ -97,13 +98,15 @@ class PolicyClient(Policy):
             self.get_modality_config()
             left_s -= time.monotonic() - began_s
 
-        if noise is not None or prefix is not None or deadline_s is not None:
-            options: dict[str, Any] = {} if noise is None else {"noise": np.asarray(noise, np.float32)}
+        if any(option is not None for option in (noise, prefix, deadline_s, self.expected_fingerprint)):
+            options: dict[str, Any] = {"fingerprint": True} | ({} if noise is None else {"noise": np.asarray(noise, np.float32)})
             if deadline_s is not None:
                 options["deadline_s"] = max(float(deadline_s), _LEAST_DEADLINE_S)
             if prefix is not None:
                 options["prefix"] = {"actions": dict(prefix.actions), "delay": int(prefix.inference_delay), "method": prefix.method}
-            return _actions(self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend))
+            reply = self._call("get_action_with_options", {"observation": observation, **options}, left_s, self._resend)
+            self._check_fingerprint(reply)
+            return _actions(reply)
         if not self._n1d7:
             return _actions(self._call("get_action", observation, left_s, self._resend))
         nested, batched = nested_observation(observation)
@@ -111,6 +114,15 @@ class PolicyClient(Policy):
         if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], dict):
             raise WireError(f"get_action: expected actions and info from the server, got {type(reply).__name__}.")
         return _actions(flat_actions(reply[0], batched))
+
+    def _check_fingerprint(self, reply: Any) -> None:
+        """Takes it out of the reply. Raises ServerError when it is not the expected one."""
+        found = reply.pop("fingerprint", None) if isinstance(reply, dict) else None
+        if self.expected_fingerprint not in (None, found):
+            raise ServerError(
+                f"the policy server at {self.address} answered with another policy than before: it has another checkpoint now, or several servers "
+                "share the address. The answer is not used. Start the program again to check the policy."
+            )
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         """As `Policy.get_modality_config`; raises like `get_action`. Its form tells in which protocol `get_action` is to speak."""

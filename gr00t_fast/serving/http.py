@@ -10,7 +10,7 @@ NVIDIA has none for N1.7.
 
     WebSocket     on connect: metadata, with "keys", what an observation holds. Then an observation -> {"actions": (H, J), "action.<part>": ...,
                   "server_timing": {"infer_ms", "prev_total_ms"}}, or the reason of a refusal as text. Its keys may have / in place of a point
-                  (`observation/state`), `prompt` is the instruction, and `deadline_s` may be among them.
+                  (`observation/state`, `observation/images/webcam`), `prompt` is the instruction, and `deadline_s` may be among them.
 
 NVIDIA's server takes a token and ignores it. Here a request without `Authorization: Bearer <token>` (openpi: `Api-Key <token>`) gets 401 when a token
 is set.
@@ -50,7 +50,8 @@ MAX_BODY_BYTES = 2**24 + 2**16  # two frames of 1920x1080 as base64; ZeroMQ carr
 MAX_CONNECTIONS = 256  # further requests are answered with 503
 MAX_WEBSOCKETS = 32  # at once: each may hold a message
 BODY_S = 30.0  # for all of a body
-_IDLE_S = 30  # between two requests of a connection
+_HEADER_S = 10.0  # from a connection's begin until it has sent the whole header of a request
+_IDLE_S = 30  # from an answer to the whole header of the connection's next request
 _STOP_S = 1
 _HEALTH = b'{"status":"healthy","model":"GR00T"}'
 _Event = dict[str, Any]
@@ -233,7 +234,7 @@ class HttpPolicyServer(PolicyServerBase):
         super().__init__(service, f"http://{place}:{bound_port}")
         config = uvicorn.Config(
             self.application,
-            http="h11",
+            http=_h11_protocol(),
             ws="websockets-sansio",
             ws_max_size=MAX_BODY_BYTES,
             ws_per_message_deflate=False,
@@ -259,6 +260,31 @@ class HttpPolicyServer(PolicyServerBase):
 
     def _end_talk(self) -> None:
         self._uvicorn.should_exit = True
+
+
+def _h11_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's, which has no limit for a header: silent connections would take all places for ever."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._limit = self.loop.call_later(_HEADER_S, self._end_unless_asked, self.cycle)
+
+        def on_response_complete(self) -> None:
+            self._limit.cancel()
+            self._limit = self.loop.call_later(_IDLE_S, self._end_unless_asked, self.cycle)
+            super().on_response_complete()  # may begin with the next request
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._limit.cancel()
+            super().connection_lost(exc)
+
+        def _end_unless_asked(self, answered: Any) -> None:
+            if self.cycle is answered and self.transport.get_protocol() is self:  # else it is a request's or a WebSocket's
+                self.transport.abort()
+
+    return TimedProtocol
 
 
 async def refuse(scope: _Event, send: _Send, error: Exception, keep: bool = False) -> None:
@@ -288,6 +314,9 @@ def _from_openpi(event: _Event, policy: Policy) -> tuple[Any, Any]:
     message = string_keyed(decode(event["bytes"], MAX_BODY_BYTES), "observation")
     deadline_s = message.pop("deadline_s", None)
     observation = {key.replace("/", "."): value for key, value in message.items()}
+    pictures = [f"observation.images.{key.removeprefix('video.')}" for key in policy.get_modality_config()["video"].modality_keys]
+    if "observation.image" in observation and len(pictures) == 1 and pictures[0] not in observation:
+        observation[pictures[0]] = observation.pop("observation.image")  # openpi's usual name of the only picture
     if "prompt" in observation:
         joined = any(key.startswith("observation.") for key in observation)
         observation[LEROBOT_TASK if joined else policy.get_modality_config()["language"].modality_keys[0]] = observation.pop("prompt")
@@ -316,8 +345,8 @@ def _status(error: Exception) -> int:
 
 
 def _name(client: Any) -> str:
-    """Of a client, for people."""
-    return ":".join(map(str, client or ()))
+    """Of a client, for people and figures: its address without the port, which is another one for each connection."""
+    return str(client[0]) if client else ""
 
 
 def _payload(body: bytearray) -> dict[str, Any]:

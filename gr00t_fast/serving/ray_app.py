@@ -35,6 +35,7 @@ class _Model:
 
     def __init__(self, options: Mapping[str, Any], max_batch: int, api_token: str | None) -> None:
         self.loaded: Future[Service] = Future()
+        self.loaded.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         # the thread does not know this object, which ends it when Ray drops it
         self._thread = threading.Thread(target=_serve, args=(self.loaded, options, max_batch, api_token), name="policy", daemon=True)
         self._thread.start()
@@ -102,7 +103,8 @@ class PolicyDeployment:
             await receive()
             return await send({"type": "lifespan.shutdown.complete"})
         try:
-            model, application = await self.load(serve.get_multiplexed_model_id() or self._first)
+            # shielded: a client that hangs up leaves the loading to the next one, which would load it again beside that
+            model, application = await asyncio.shield(self.load(serve.get_multiplexed_model_id() or self._first))
         except Gr00tFastError as error:
             return await refuse(scope, send, error)
         await application(scope, receive, send)

@@ -75,9 +75,9 @@ class RemotePolicy(Policy):
         except BaseException:
             self.close()
             raise
-        self._tells_metadata = told is not None
+        self._tells_metadata, self._client.expected_fingerprint = told is not None, self.metadata.fingerprint
         self._in_a_batch = told is None and prompt_style == "plain"  # NVIDIA's server prints the instruction of a single one with brackets
-        self._known_connection = self._client.connection  # the one on which the server proved to be the one of `metadata`
+        self._known_connection: int | None = self._client.connection  # the one on which the server proved to be the one of `metadata`
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:
         return dict(self._served)
@@ -144,8 +144,8 @@ class RemotePolicy(Policy):
             raise ServerError(f"{error}. Give the token that the server was started with: --api_token=...") from error
         if not answers:
             raise ServerUnreachableError(
-                f"no policy server answers at {self.address} within {self._timeout_s:g} s. Start it first (python -m gr00t_fast.serving "
-                "--model_path=... --port=...), look at address, --host and firewall, or wait longer with --server_timeout_s."
+                f"no policy server answers at {self.address} within {self._timeout_s:g} s. Start it first (gr00t-fast serve "
+                "--model_path=... --port=..., without --http), look at address, --host and firewall, or wait longer with --server_timeout_s."
             )
 
     def _infer(self, observation: dict[str, Any], **options: Any) -> dict[str, np.ndarray]:
@@ -200,7 +200,8 @@ class RemotePolicy(Policy):
         raise ServerUnreachableError(f"the policy server at {self.address} {'answers again' if self._answers_again else 'is still away'}.")
 
     def _check_same_policy(self) -> None:
-        """A new connection may lead to a server that was started with another checkpoint, which the pre-flight check has not seen."""
+        """After an outage, or on a new connection, a server may answer that was started with another checkpoint, which the pre-flight check has not
+        seen."""
         if self._client.connection == self._known_connection:
             return
         connection = self._client.connection
@@ -214,6 +215,7 @@ class RemotePolicy(Policy):
 
     def _note_loss(self, began_s: float, error: ServerError) -> None:
         """Raises ServerError when the outage has lasted too long."""
+        self._known_connection = None  # behind a proxy the connection stays, and another server answers
         if self._away_since_s is None:
             self._away_since_s, self._outages = began_s, self._outages + 1
             self._echo(f"WARNING: {error} The arm holds its pose and waits for the server, at most {self._reconnect_s:g} s (--server_reconnect_s).")
@@ -239,7 +241,7 @@ class RemotePolicy(Policy):
                 raise
             raise ConfigError(
                 f"the policy server at {self.address} cannot continue a chunk, as --smoothing={prefix.method} asks (NVIDIA's cannot). "
-                "Use --smoothing=none, or serve with python -m gr00t_fast.serving."
+                "Use --smoothing=none, or serve the checkpoint with gr00t-fast serve."
             ) from error
 
     def _checked(self, actions: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

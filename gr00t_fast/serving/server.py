@@ -6,11 +6,13 @@ network that is served. One thread talks: a silent or broken client never holds 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import queue
 import socket
 import sys
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from gr00t_fast.serving.wire import (
     metadata_to_message,
     modality_config_message,
     tcp_address,
+    to_json,
 )
 
 log = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ class PolicyServer(PolicyServerBase):
         Raises ServerError or ConfigError when it cannot listen there, and MissingExtraError without pyzmq and msgpack.
         """
         self._zmq, self._max_bytes = require("zmq", "serving"), max_message_bytes
-        self._told = _fixed_replies(policy)  # answered by the talking thread, which must not touch the policy
+        self._fingerprint = _fingerprint(policy)
+        self._told = _fixed_replies(policy, self._fingerprint)  # answered by the talking thread, which must not touch the policy
         self._context = self._zmq.Context()
         self._answers: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()  # of the inference thread; a socket belongs to one thread
         self._wake_talker, self._woken = socket.socketpair()
@@ -166,14 +170,15 @@ class PolicyServer(PolicyServerBase):
             return self._kill()
         if endpoint == "get_status":  # an extension
             return encode(self.service.status())
-        observation, options, n1d7 = _asked(endpoint, request.get("data", {}))
+        observation, options, n1d7 = _asked(endpoint, data := request.get("data", {}))
+        beside = {"fingerprint": self._fingerprint} if endpoint == "get_action_with_options" and "fingerprint" in data else {}  # never for NVIDIA's
         correlated = len(route) > 2 and len(route[-2]) == 4  # the number of the request, which REQ_CORRELATE puts there
         client = (descriptor, *route[: -2 if correlated else -1])
 
         def send(answer: Future[dict[str, np.ndarray]]) -> None:
             if (error := answer.exception()) is not None:
                 self.service.figures.refused(error, name)
-            self._answers.put([*route, _answer_message(answer, n1d7)])
+            self._answers.put([*route, _answer_message(answer, n1d7, beside)])
             self._wake_talker.send(b"x")
 
         self.service.ask(observation, client, len(message), name, **options).add_done_callback(send)
@@ -187,7 +192,15 @@ class PolicyServer(PolicyServerBase):
         return encode({"status": "ok", "message": "Server is shutting down"})
 
 
-def _fixed_replies(policy: Policy) -> dict[str, bytes]:
+def _fingerprint(policy: Policy) -> str:
+    """A digest of the checkpoint and of what the policy says of itself, by which a client tells one policy from another."""
+    log.info("taking the fingerprint of the checkpoint")
+    told = None if policy.metadata is None else metadata_to_message(policy.metadata)
+    said = [policy.fingerprint(), modality_config_message(policy.get_modality_config(), n1d7=True), told]
+    return hashlib.sha256(to_json(said)).hexdigest()
+
+
+def _fixed_replies(policy: Policy, fingerprint: str) -> dict[str, bytes]:
     """By endpoint."""
     replies = {
         "ping": {"status": "ok", "message": "Server is running"},
@@ -195,7 +208,7 @@ def _fixed_replies(policy: Policy) -> dict[str, bytes]:
         "reset": {"status": "ok"},  # nothing to do: what belongs to an episode is with the client, and the policy is everybody's
     }
     if policy.metadata is not None:
-        replies["get_facts"] = metadata_to_message(policy.metadata)  # an extension
+        replies["get_facts"] = metadata_to_message(replace(policy.metadata, fingerprint=fingerprint))  # an extension
     return {endpoint: encode(reply) for endpoint, reply in replies.items()}
 
 
@@ -210,10 +223,10 @@ def _asked(endpoint: str, data: Any) -> tuple[Any, dict[str, Any], bool]:
     return data["observation"] if n1d7 else data, {}, n1d7
 
 
-def _answer_message(answer: Future[dict[str, np.ndarray]], n1d7: bool) -> bytes:
+def _answer_message(answer: Future[dict[str, np.ndarray]], n1d7: bool, beside: dict[str, str]) -> bytes:
     try:
         actions = answer.result()
-        return encode([nested_actions(actions), {}] if n1d7 else actions, n1d7)
+        return encode([nested_actions(actions), {}] if n1d7 else {**actions, **beside}, n1d7)
     except Exception as error:  # noqa: BLE001 - of the inference, or of what the policy returned, which cannot be sent
         return _error_message(error)
 
