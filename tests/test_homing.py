@@ -225,6 +225,20 @@ def test_a_gripper_keeps_its_squeeze_from_one_episode_to_the_next() -> None:
     assert squeezed[begins[1] :].max() == pytest.approx(30)
 
 
+@pytest.mark.parametrize("pose", ["home", "rest"])
+def test_the_gripper_moves_when_the_body_is_there_and_is_waited_for(pose: str) -> None:
+    """What it holds is put down, and does not fall from the air. The body has little to go, the gripper much."""
+    far = (2.0, -2.0, 2.0, 0.0, 0.0, 95.0)
+    run = bench(far if pose == "home" else None, rest="start", lay=far, timeout_s=0.1)
+    run.policy.on_action = lambda targets: np.tile(run.robot.pose, (len(targets), 1))
+    run.loop.run()
+    sent = run.sent()
+    begins = int(np.flatnonzero(np.abs(np.diff(sent[:, 5])) > 0.1)[0])
+    np.testing.assert_allclose(sent[begins, :5], far[:5], atol=0.1)
+    np.testing.assert_allclose(run.robot.pose, far, atol=SPEED / 30)
+    assert not [line for line in run.said if "not quite" in line]
+
+
 @pytest.mark.parametrize("flag", ["home", "rest"])
 def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(flag: str) -> None:
     run = Bench(poses=Poses(**{flag: (200.0, *HOME[1:])}))

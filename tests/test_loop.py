@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.control.controller import ControllerOptions
+from gr00t_fast.control.controller import ControllerOptions, HoldLimit
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
 from gr00t_fast.control.pacer import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.report import build_report
@@ -118,6 +119,21 @@ def test_nothing_planned_before_a_gap_plays_after_it(gap: str, controller: str, 
     assert np.diff(bench.sent(), axis=0).max() < 2.0, "each plan begins where the arm was seen, and goes on by about a degree a tick"
     after = bench.policy.seen[seen[0] + (controller == "threaded" and inference_s > 0.1)]  # one was under way
     assert after["state.single_arm"][0, 0] >= bench.sent()[19, 0] - 1.1, "it looks again"
+
+
+def test_an_ordinary_inference_and_not_the_slowest_says_how_long_the_arm_may_hold() -> None:
+    limit = HoldLimit(30.0, 2.0, None)
+    for duration_s, allowed_s in ((0.1, 2.0), (1.9, 2.0), (5.6, 5.7), (5.6, 5.7), (5.6, 16.8)):
+        limit.inferred(duration_s)
+        assert limit.limit_s == pytest.approx(allowed_s)
+
+
+def test_who_looks_on_sees_the_next_rows_of_a_long_chunk_and_not_thousands() -> None:
+    seen: list[np.ndarray] = []
+    bench = Bench(policy_horizon=4000, horizon=4000)
+    bench.loop.observers = [type("Watching", (), {"see": lambda self, observation, tick=None: seen.append(tick.ahead)})()]
+    bench.loop.run()
+    assert len(pickle.dumps(seen[0])) < 1 << 13
 
 
 def test_auto_throws_no_inference_away_when_it_gives_up_overlap() -> None:

@@ -119,6 +119,23 @@ def cable_out_and_stop(stand: Stand, for_s: float) -> None:
     send(signal.SIGINT)
 
 
+def held_down(stand: Stand) -> None:
+    """Ctrl-C, as a keyboard repeats it."""
+    send(signal.SIGINT)
+    time.sleep(0.5)
+    for _ in range(45):
+        if not stand.let_go_s:
+            send(signal.SIGINT)
+        time.sleep(0.033)
+
+
+def stop_and_hang_up(stand: Stand) -> None:
+    send(signal.SIGINT)
+    time.sleep(1.2)
+    if not stand.let_go_s:
+        send(signal.SIGHUP)
+
+
 def hangs(stand: Stand) -> None:
     stand.answer = lambda targets: (stand.over.wait(60), targets)[1]
 
@@ -132,6 +149,8 @@ PUT_DOWN: dict[str, tuple[Callable[[Stand], None], dict[str, Any], type[Exceptio
 RANDOM: dict[str, Callable[[Stand], None]] = {
     "an inference that hangs": hangs,
     "a camera": lambda stand: stand.camera.disconnect(),
+    "Ctrl-C held down": held_down,
+    "Ctrl-C, and the terminal closes": stop_and_hang_up,
     **{number.name: functools.partial(lambda number, stand: send(number), number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
 }
 AT_ONCE: dict[str, Callable[[Stand], None]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import sys
 import termios
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from control_fakes import Bench
 from waiting import PATIENCE_S
 
+from gr00t_fast.cli import run
 from gr00t_fast.control.controller import ThreadWorker
 from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SAVE_LIMIT_S, Keys, Session
 from gr00t_fast.errors import ObservationError, RobotError
@@ -150,6 +152,20 @@ def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[s
     assert bench.loop.trace.episodes == episodes
     if not pressed:
         assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
+
+
+def test_every_run_in_a_terminal_has_keys(
+    terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one episode that is not recorded."""
+    config = run.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"])
+    assert run.keys_of_session(config) is None
+    assert "no keys" not in capsys.readouterr().out, "none were asked for"
+    monkeypatch.setattr(run, "keys_obstacle", lambda: None)
+    with os.fdopen(os.dup(terminal[1])) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert isinstance(run.keys_of_session(config), Keys)
+    assert "Esc stops" in capsys.readouterr().out
 
 
 def test_escape_ends_the_run_and_the_episode_is_kept() -> None:

@@ -158,8 +158,8 @@ class TickRecord:
     """A tick as those see it who look on.
 
     time_s: when its target was sent, since the run began. target, commanded (J,): what the policy wanted, what was sent. ahead (L, J): the next rows
-    of the playing chunk from this tick's on, L 0 when it has run out. inference_ms: of that chunk. tick_error_ms: how late the last tick was that had a
-    deadline. missed_ticks: so far.
+    of the playing chunk from this tick's on, L 0 when it has run out. inference_ms: of that chunk. tick_error_ms: how late the last tick was that
+    had a deadline. missed_ticks: so far.
     """
 
     number: int

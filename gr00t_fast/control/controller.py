@@ -293,8 +293,8 @@ class ChunkController:
                 self._submit(observation, tick, self._prefix(tick), self._buffer.rows_left(tick + 1) / self._fps)
 
     def expire(self) -> None:
-        """The arm was out of reach for a while: what was planned before is over, also what an inference under way makes of it, and `plan` comes next. What
-        was recorded goes on where it stopped: the next call of such a policy gets the rest to continue."""
+        """The arm was out of reach for a while: what was planned before is over, also what an inference under way makes of it, and `plan` comes next.
+        What was recorded goes on where it stopped: the next call of such a policy gets the rest to continue."""
         if not self._runner.policy.computes:
             left = self._first.actions if self._first is not None else self._buffer.leftover(self._buffer.next_tick)
             self._rest = left or self._rest

@@ -102,8 +102,8 @@ class SafetyFilter:
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
         """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `fps` targets a
-        second; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step); `echo`
-        is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
+        second; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be (Robot.max_step);
+        `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
         self.options, self.joint_names, self.fps = options or SafetyOptions(), joint_names, fps
         self._limits = np.array(limits, np.float64)
         if self._limits.shape != (len(joint_names), 2) or not (np.isfinite(self._limits).all() and (self._limits[:, 0] < self._limits[:, 1]).all()):
