@@ -11,8 +11,8 @@
     print(help_text(BenchConfig, "usage: ..."))         # every flag with its values, default and the comment behind its field
 
 One dialect: `--name=value`, `--name value`, bare `--switch` and `--no-switch`, dashes and underscores alike. Lists are `--name A B`, `--name=A,B` or
-the flag again. Text and paths are taken literally, mappings are YAML. `--config_path` names a YAML file, or the report of an earlier run, that comes
-below the command line.
+the flag again. Text and paths are taken literally, mappings are YAML; `null` leaves an optional setting out. `--config_path` names a YAML file, or
+the report of an earlier run, that comes below the command line.
 
 A field that is a dataclass contributes its fields as flags; one that is a `Choice`, such as a robot, contributes `<field>.type` and
 `<field>.<setting>` of all its classes. Everything is read with the standard library; YAML is imported when a value or a file needs it.
@@ -135,6 +135,11 @@ class Flag:
     @property
     def kind(self) -> Kind:
         return _kind(self.hint)
+
+    @property
+    def optional(self) -> bool:
+        """Whether `null` leaves it out, as its default does. A required text, such as an instruction, is literal."""
+        return self.default is None or (self.default == "" and not self.help.endswith("required"))
 
 
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
@@ -376,6 +381,8 @@ def _following_value(flag: Flag, words: list[str]) -> Any:
 
 def _from_text(flag: Flag, text: str) -> Any:
     """The value that is written on the command line; not of a list."""
+    if flag.optional and text == "null":
+        return flag.default
     if flag.kind == "yaml" and not text.strip():
         raise ConfigError(f"--{flag.name} is empty; it needs a value.")
     try:
@@ -404,7 +411,10 @@ def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], 
     if not written.keys() <= table.keys():  # it is the other program's
         written = {name: value for name, value in written.items() if name not in not_from_file and not (name in also and also[name].group == OUTPUTS)}
     used = {name: (table[name], value) for name, value in written.items() if name in table}
-    return {name: None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value) for name, (flag, value) in used.items()}
+    return {
+        name: flag.default if value is None and flag.default in (None, "") else _value(f"{path}: {name}", flag, value)
+        for name, (flag, value) in used.items()
+    }
 
 
 def _flatten(path: Path, content: Mapping[str, Any], table: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:

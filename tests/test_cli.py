@@ -43,6 +43,17 @@ def test_ways_to_write_a_flag() -> None:
     assert (config.seed, config.camera_map) == (3, {"a": "b"})
 
 
+@pytest.mark.parametrize("written", ["text", "nothing"])
+def test_null_unsets_what_a_file_sets(written: str, tmp_path: Path) -> None:
+    """A required text is literal: `null` is an instruction like another. The file itself can say it, too."""
+    unset = {"out": None, "video": None, "record": "", "server": "", "engine_path": None, "revision": None, "display": None, "timeout": None}
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {'x.mp4' if written == 'text' and name != 'timeout' else 'null'}\n" for name in unset))
+    flags = [f"--{name}=null" for name in unset] if written == "text" else []
+    config = cli.parse([f"--config_path={tmp_path}/run.yaml", *SIM[:2], "--lang_instruction=null", *flags])
+    assert {name: getattr(config, name) for name in unset} == unset
+    assert config.lang_instruction == "null"
+
+
 FOLLOWER = ISSUE[:2]
 BAD = {
     "unknown flag": ([*SIM, "--lang_instructoin=x"], "Did you mean '--lang_instruction'"),
