@@ -150,6 +150,8 @@ REFUSED: dict[str, tuple[str, str, str, Any, str]] = {  # case, file, dotted key
     "an unknown setting": ("n1d7", PRE, "steps.3.config.sharpen", True, "sharpen"),
     "other wording": ("n1d5", PRE, "steps.2.config.formalize_language", True, "formalize_language"),
     "raw joints": ("n1d7", POST, "steps.0.config.normalize_min_max", False, "normalize_min_max"),
+    "no settings (N1.5)": ("n1d5", POST, "steps.0.config", {}, "env_action_dim"),
+    "no settings (N1.7)": ("n1d7", POST, "steps.0.config", {}, "env_action_dim"),
     "two frames": ("n1d7", PRE, "steps.2.config.video_horizon", 2, "video_horizon"),
     "renamed joints": ("n1d7", PRE, "steps.0.config.rename_map", {"observation.joints": "observation.state"}, "observation.joints"),
     "LIBERO's gripper": ("n1d7_relative", POLICY, "action_decode_transform", "libero", "libero"),
