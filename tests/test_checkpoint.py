@@ -169,9 +169,16 @@ def test_impossible_headers(checkpoint: Path, header: dict | bytes) -> None:
 
 def test_a_wrong_dtype_is_named(checkpoint: Path) -> None:
     _change(checkpoint, lambda tensors: tensors.update({DECODER: tensors[DECODER].to(torch.int64)}))
-    message = _expect_damage(checkpoint, "dtype I64, expected one of BF16")
+    message = _expect_damage(checkpoint, "has it as I64")
     assert DECODER in message
     assert "damaged" not in message, "the file is whole; copying it again would not help"
+
+
+def test_whole_numbers_that_nothing_reads_are_left_alone(checkpoint: Path) -> None:
+    before = _parameters(checkpoint)
+    _change(checkpoint, lambda tensors: tensors.update({"backbone.position_ids": torch.arange(7), "steps": torch.ones(2, dtype=torch.bool)}))
+    after = _parameters(checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:

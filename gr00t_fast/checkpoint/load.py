@@ -218,6 +218,10 @@ def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[Te
     counted = Counter(name.removeprefix(network.prefix) for file in files for name in file.entries)
     twice = sorted(name for name, count in counted.items() if count > 1)
     if missing or extra or wrong or twice:
+        whole = {
+            name.removeprefix(network.prefix): f"{name} ({file.path.name} has it as {dtype})" for file in files for name, dtype in file.whole.items()
+        }
+        missing = [whole.get(name, name) for name in missing]
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("there twice", twice)]
         raise CheckpointError(
