@@ -181,6 +181,19 @@ def test_whole_numbers_that_nothing_reads_are_left_alone(checkpoint: Path) -> No
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_two_16_bit_formats_are_refused_and_fp32_beside_one_is_not(checkpoint: Path) -> None:
+    """Bytes of one that the header calls the other are other numbers."""
+    name = "action_head.vlln.weight"
+    _change(checkpoint, lambda tensors: tensors.update({key: value.bfloat16() for key, value in tensors.items() if key != name}))
+    _parameters(checkpoint)
+    before = load_file(checkpoint / WEIGHTS)
+    _change(checkpoint, lambda tensors: tensors.update({name: tensors[name].bfloat16().view(torch.float16)}))
+    with pytest.raises(CheckpointError, match=rf"1 in float16 and \d+ in bfloat16(.|\n)*{name}"):
+        _parameters(checkpoint)
+    save_file({key: value.half() for key, value in before.items()}, checkpoint / WEIGHTS)
+    _parameters(checkpoint)
+
+
 def test_a_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:
     with TensorFile(checkpoint / WEIGHTS) as file:
         entry = max(file.entries.values(), key=lambda e: e.offset)
