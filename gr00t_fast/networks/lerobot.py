@@ -228,6 +228,7 @@ class LerobotFiles:
             action_indices=tuple(range(steps)),
         )
         files = {"policy": self.policy.values, **{step.name: step.settings.values for step in (*self.pre.values(), *self.post.values())}}
+        files = {name: {key: value for key, value in values.items() if key != "device"} for name, values in files.items()}  # it decides no number
         statistics = {feature: {name: values.tolist() for name, values in found.items()} for feature, found in self.statistics.items()}
         clip = decode.switch("clip_normalized_action", False) if self._decode.name == _UNPACK_N1D7 else self._decode.name == _DECODE
         return Embodiment(
