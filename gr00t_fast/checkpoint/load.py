@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from gr00t_fast.checkpoint.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraDelta, TensorIndex, merge, read_adapter
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.errors import CheckpointError, ConfigError
+from gr00t_fast.errors import CheckpointError, ConfigError, closest
 from gr00t_fast.inputs.data_config import DataConfig, load_data_config
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t
@@ -144,8 +144,11 @@ def _local_directory(model_path: str | Path, with_weights: bool, revision: str |
     if path.is_file():
         raise CheckpointError(f"model_path {path} is a file; expected the checkpoint's directory (with config.json in it).")
     text = str(model_path)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"model_path '{text}' does not exist. Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B.")
+    meant_here = path.parent.is_dir() and revision is None  # a directory `user` stands before the hub's
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or meant_here:
+        beside = [found.name for found in path.parent.glob("*") if found.is_dir()]
+        expected = "Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B."
+        raise CheckpointError(f"model_path '{text}' does not exist.{closest(path.name, beside, f'{path.parent}/')} {expected}")
     return _download(text, with_weights, revision)
 
 
