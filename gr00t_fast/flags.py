@@ -27,6 +27,7 @@ import functools
 import inspect
 import io
 import re
+import shutil
 import textwrap
 import tokenize
 import types
@@ -44,35 +45,52 @@ Kind = Literal["text", "path", "bool", "choice", "whole", "number", "list", "yam
 CONFIG_FLAG = "config_path"
 OUTPUTS = "outputs"  # the group of what a program leaves
 _TRUE, _FALSE, _NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("null", "none", "~")
-_WIDTH, _INDENT = 92, 34
+_WIDTH, _INDENT, _LEAST_WIDTH, _WIDE = 92, 34, 40, 200  # columns of --help: of a flag's text at most and before it, at least, and without a terminal
 
-# Flags of Isaac-GR00T's scripts and of lerobot's programs by what is in their place here; a name that ends in a dot stands for what begins with it.
+# Flags of other programs: whose, and what is in their place here -> names; one that ends in a dot stands for what begins with it.
 _IN_PLACE_OF_OTHERS = {
-    "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run.": "policy_host policy_port host port client",
-    "This program is the server: leave the flag out.": "server",
-    "HTTP is spoken by gr00t-fast serve --http.": "http_server",
-    "Use --engine=tensorrt.": "use_tensorrt",
-    "Use --engine_path=DIR.": "trt_engine_path",
-    "That is chosen when the engine is made: gr00t-fast export tensorrt --precision.": "vit_dtype llm_dtype dit_dtype",
-    "Nothing like it is needed here: leave the flag out.": "play_sounds use_policy dataset.push_to_hub strategy.",
-    "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute duration dataset.episode_time_s",
-    'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
-    "Use --video=FILE.mp4.": "record_imgs",
-    "Use --model_path=DIR: the checkpoint says which network it is.": "policy.path policy.pretrained_path policy.type",
-    "Settings of the network are flags of their own, such as --device and --denoising_steps.": "policy.",
-    'Use --lang_instruction="...".': "dataset.single_task task",
-    "Use --episodes=N.": "dataset.num_episodes",
-    "Use --reset_time_s=SECONDS.": "dataset.reset_time_s",
-    "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.": "dataset.fps",
-    'Use --camera_map="{mine: checkpoint\'s}".': "dataset.rename_map rename_map",
-    "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
-    "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
-    "Use --record_append=true, beside --record.": "resume",
-    "Use --action_horizon=N.": "actions_per_chunk",
-    "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
-    "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
+    "NVIDIA's": {
+        "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run.": "policy_host policy_port host port client",
+        "This program is the server: leave the flag out.": "server",
+        "HTTP is spoken by gr00t-fast serve --http.": "http_server",
+        "Use --engine=tensorrt.": "use_tensorrt",
+        "Use --engine_path=DIR.": "trt_engine_path",
+        "That is chosen when the engine is made: gr00t-fast export tensorrt --precision.": "vit_dtype llm_dtype dit_dtype",
+        "Nothing like it is needed here: leave the flag out.": "use_policy",
+        "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute",
+        'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
+        "Use --video=FILE.mp4.": "record_imgs",
+        "Use --dataset=DIR of gr00t-fast eval.": "dataset_path",
+        "Use --episodes=0,3 of gr00t-fast eval, or --episodes=all.": "trajs traj_ids",
+        "gr00t-fast eval compares whole episodes. Steps of the network: --denoising_steps=N.": "steps",
+        "gr00t-fast eval draws no plot: its table has the error of each joint.": "plot save_plot_path",
+        "gr00t-fast eval compares all joints: leave the flag out.": "modality_keys",
+        "Observations are taken in both forms, nested and flat: leave the flag out.": "use_sim_policy_wrapper",
+    },
+    "lerobot's": {
+        "Nothing like it is needed here: leave the flag out.": "play_sounds",
+        "There is no human takeover here, and episodes need no strategy. For takeover install plugins/lerobot_policy_gr00t_fast, and use "
+        "lerobot-rollout --policy.type=gr00t_fast.": "strategy.",
+        "There is no upload here. Use --record=DIR, then `hf upload user/name DIR --repo-type=dataset`.": "dataset.push_to_hub",
+        "The length of a run is given in seconds: --timeout=SECONDS.": "duration dataset.episode_time_s",
+        "Use --model_path=DIR: the checkpoint says which network it is.": "policy.path policy.pretrained_path policy.type",
+        "Use --action_horizon=N.": "policy.n_action_steps actions_per_chunk",
+        "Settings of the network are flags of their own, such as --device and --denoising_steps.": "policy.",
+        'Use --lang_instruction="...".': "dataset.single_task task",
+        "Use --episodes=N.": "dataset.num_episodes",
+        "Use --reset_time_s=SECONDS.": "dataset.reset_time_s",
+        "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.": "dataset.fps",
+        'Use --camera_map="{mine: checkpoint\'s}".': "dataset.rename_map rename_map",
+        "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
+        "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
+        "Use --record_append=true, beside --record.": "resume",
+        "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
+        "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
+    },
 }
-_FLAGS_OF_OTHERS = {name: remedy for remedy, names in _IN_PLACE_OF_OTHERS.items() for name in names.split()}
+_FLAGS_OF_OTHERS = {
+    name: (owner, remedy) for owner, remedies in _IN_PLACE_OF_OTHERS.items() for remedy, names in remedies.items() for name in names.split()
+}
 # Names that lerobot had for an arm before version 0.2 -> as it is called since.
 _WORDS_OF_OTHERS = {"so100": "so100_follower", "so101": "so101_follower"}
 
@@ -223,13 +241,23 @@ def help_text(config_class: type, usage: str, epilog: str = "", everything: bool
         lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
     if len(shown) < len(flags):
         lines.append(f"{len(flags) - len(shown)} more flags: --help-all")
-    return "\n".join([*lines, *(["", epilog] if epilog else [])])
+    lines = "\n".join([*lines, *(["", epilog] if epilog else [])]).splitlines()
+    return "\n".join(part for line in lines for part in (_folded(line) if len(line) > _columns() else [line]))
+
+
+def _columns() -> int:
+    return max(shutil.get_terminal_size((_WIDE, 0)).columns, _INDENT + _LEAST_WIDTH)
+
+
+def _folded(line: str) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, _columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _help_lines(flag: Flag, most_types: int) -> list[str]:
     head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
     only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
-    body = textwrap.wrap(f"{flag.help}{default}{only}", _WIDTH)
+    body = textwrap.wrap(f"{flag.help}{default}{only}", min(_WIDTH, _columns() - _INDENT))
     if len(head) < _INDENT and body:
         head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
     return [head, *(" " * _INDENT + line for line in body)]
@@ -364,8 +392,9 @@ def _flag_of(written: str, table: Mapping[str, Flag], more: str) -> tuple[Flag, 
         return table[name], False
     if name.startswith("no_") and (positive := table.get(name[3:])) and positive.kind == "bool":
         return positive, True
-    if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
-        raise ConfigError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
+    if found := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
+        owner, remedy = found
+        raise ConfigError(f"unknown flag '--{written}', which is {owner}. {remedy}")
     raise ConfigError(f"unknown flag '--{written}'.{closest(name, [*table, 'help'], '--')} {more}")
 
 
