@@ -60,11 +60,8 @@ _IN_PLACE_OF_OTHERS = {
         "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute",
         'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
         "Use --video=FILE.mp4.": "record_imgs",
-        "Use --dataset=DIR of gr00t-fast eval.": "dataset_path",
-        "Use --episodes=0,3 of gr00t-fast eval, or --episodes=all.": "trajs traj_ids",
-        "gr00t-fast eval compares whole episodes. Steps of the network: --denoising_steps=N.": "steps",
-        "gr00t-fast eval draws no plot: its table has the error of each joint.": "plot save_plot_path",
-        "gr00t-fast eval compares all joints: leave the flag out.": "modality_keys",
+        "gr00t-fast eval has --dataset=DIR and --episodes=0,3 (or all), compares whole episodes and all joints, and draws no plot. "
+        "Steps of the network are --denoising_steps=N.": "dataset_path trajs traj_ids steps plot save_plot_path modality_keys",
         "Observations are taken in both forms, nested and flat: leave the flag out.": "use_sim_policy_wrapper",
     },
     "lerobot's": {
@@ -231,33 +228,25 @@ def help_text(config_class: type, usage: str, epilog: str = "", everything: bool
     need."""
     flags, common = list(flags_of(config_class)), getattr(config_class, "COMMON", ())
     shown = [flag for flag in flags if everything or not common or flag.name in common]
-    doc = config_class.__doc__ or ""
+    columns, doc = max(shutil.get_terminal_size((_WIDE, 0)).columns, _INDENT + _LEAST_WIDTH), config_class.__doc__ or ""
     about = "" if doc.startswith(f"{config_class.__name__}(") else inspect.cleandoc(doc)  # what dataclass writes where there is none
     lines = [usage, "", *([about, ""] if about else [])]
     lines.append("--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2")
     for group in sorted(dict.fromkeys(flag.group for flag in shown), key=lambda group: (group != Flags.GROUP) + (group == OUTPUTS)):
         members = [flag for flag in shown if flag.group == group]
         most_types = max(len(flag.owners) for flag in members)
-        lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
+        lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types, columns))]
     if len(shown) < len(flags):
         lines.append(f"{len(flags) - len(shown)} more flags: --help-all")
-    lines = "\n".join([*lines, *(["", epilog] if epilog else [])]).splitlines()
-    return "\n".join(part for line in lines for part in (_folded(line) if len(line) > _columns() else [line]))
+    text = "\n".join([*lines, *(["", epilog] if epilog else [])])
+    fold = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns else fold.fill(line) for line in text.splitlines())
 
 
-def _columns() -> int:
-    return max(shutil.get_terminal_size((_WIDE, 0)).columns, _INDENT + _LEAST_WIDTH)
-
-
-def _folded(line: str) -> list[str]:
-    indent = line[: len(line) - len(line.lstrip())]
-    return textwrap.wrap(line, _columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _help_lines(flag: Flag, most_types: int) -> list[str]:
+def _help_lines(flag: Flag, most_types: int, columns: int) -> list[str]:
     head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
     only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
-    body = textwrap.wrap(f"{flag.help}{default}{only}", min(_WIDTH, _columns() - _INDENT))
+    body = textwrap.wrap(f"{flag.help}{default}{only}", min(_WIDTH, columns - _INDENT))
     if len(head) < _INDENT and body:
         head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
     return [head, *(" " * _INDENT + line for line in body)]

@@ -234,9 +234,8 @@ def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[Te
         )
     halves = {dtype: sorted(name for name in needed if located[name][1].dtype == dtype) for dtype in (torch.float16, torch.bfloat16)}
     if all(halves.values()):  # no training writes both; bytes of one that are read as the other are other numbers
-        counts = " and ".join(f"{len(names)} in {str(dtype).removeprefix('torch.')}" for dtype, names in halves.items())
         raise CheckpointError(
-            f"the weights in {checkpoint.base} have two 16-bit formats, {counts}, expected one (fp32 may lie beside it):\n"
+            f"the weights in {checkpoint.base} are float16 and bfloat16, expected one of them (fp32 may lie beside it):\n"
             f"{_listing('of the rarer one', min(halves.values(), key=len))}\nCopy or download the checkpoint again, or convert it to bfloat16."
         )
     return located
