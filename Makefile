@@ -5,35 +5,39 @@ GPU_CHECK_FLAGS ?=
 BENCH_FLAGS ?= --size=demo --device=auto --seed=0 --out=outputs/bench_policy
 BIN := .venv/bin
 PINS := setup.cfg pyproject.toml constraints.txt
-# lerobot 0.6 needs Python 3.12: the first of these that runs. A name on PATH may be pyenv's shim of a version that is not chosen.
-PYTHON312 ?= $(shell for candidate in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
-	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, 12))" 2>/dev/null && echo "$$candidate" && break; done)
+# Python 3.12 (lerobot 0.6 needs it) and 3.13: the first of these that runs. A name on PATH may be pyenv's shim of a version that is not chosen.
+find_python = $(shell for candidate in python3.$(1) $$HOME/.pyenv/versions/3.$(1)*/bin/python3.$(1); do \
+	"$$candidate" -c "import sys; sys.exit(sys.version_info[:2] != (3, $(1)))" 2>/dev/null && echo "$$candidate" && break; done)
+PYTHON312 ?= $(call find_python,12)
+PYTHON313 ?= $(call find_python,13)
 ARM_TESTS := tests/test_so100_follower.py tests/test_feetech_bus.py tests/test_faults.py tests/test_watchdog.py tests/test_put_down.py tests/test_cli.py \
 	tests/test_end_to_end.py tests/test_lerobot_plugin.py
+QUICK_TESTS := tests/test_loop.py tests/test_limits.py tests/test_threaded.py tests/test_feetech_bus.py tests/test_so100_follower.py
 # By the environment, and not by --constraint alone: only so it reaches the tools that build packages, too.
 INSTALL := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
-INSTALL_312 := PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints-py312.txt" \
-	.venv312/bin/python -m pip install --quiet --disable-pip-version-check --editable
+INSTALL_LEROBOT_06 = PIP_CONSTRAINT="$(CURDIR)/constraints-py312.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints-py312.txt" \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 DEMO := outputs/demo
+RUN_DEMO := so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach --timeout=3 --episodes=3 --seed=0
 
-.PHONY: help demo test test-again test-lerobot-0.6 python312 test-ray soak lint bench gpu-check clean
+.PHONY: help demo test test-again test-lerobot-0.6 demo-python3.13 test-python3.13 python312 python313 test-ray soak lint bench gpu-check clean
 
 help:
 	@echo "make demo       a simulated SO-100, reaches for blocks, driven from its camera by a small trained network; leaves a video, a plot and a report"
 	@echo "make test       all tests that need no GPU, trained weights or arm"
 	@echo "make test-again what failed of 'make test', one after the other: a fault fails again, a neighbour's load does not"
 	@echo "make test-lerobot-0.6   the tests of the arm with lerobot 0.6, which needs Python 3.12, in .venv312"
+	@echo "make demo-python3.13, test-python3.13   the demo, and quick tests of control loop and arm, on Python 3.13, in .venv313"
 	@echo "make test-ray   the service on a local Ray cluster"
 	@echo "make soak       the long forms of some tests, several minutes on a quiet machine"
 	@echo "make lint       ruff, mypy, and the import arrow"
 	@echo "make bench      inference time, a few minutes"
 	@echo "make gpu-check  GPU tests and benchmarks; needs no installation where '$(PYTHON)' has torch with CUDA"
-	@echo "make clean      remove .venv, .venv312 and everything made"
+	@echo "make clean      remove .venv, .venv312, .venv313 and everything made"
 
 demo: .venv/.demo
-	$(BIN)/python so100_inference_optimized.py --config_path=configs/so100_sim.yaml --model_path=checkpoints/so100-sim-reach \
-		--timeout=3 --episodes=3 --seed=0 --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
+	$(BIN)/python $(RUN_DEMO) --out=$(DEMO) --video=$(DEMO)/demo.mp4 --overwrite
 	@echo
 	@echo "picture: $(DEMO)/joints.png"
 	@echo "video:   $(DEMO)/demo.mp4"
@@ -55,6 +59,12 @@ test-again:
 
 test-lerobot-0.6: .venv312/.robottest
 	OMP_NUM_THREADS=1 .venv312/bin/python $(TEST) $(ARM_TESTS)
+
+demo-python3.13: .venv313/.robottest
+	.venv313/bin/python $(RUN_DEMO) --out=$(DEMO)-3.13 --overwrite
+
+test-python3.13: .venv313/.robottest
+	OMP_NUM_THREADS=1 .venv313/bin/python $(TEST) $(QUICK_TESTS)
 
 test-ray: .venv/.ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_ray_serve.py
@@ -86,11 +96,11 @@ gpu-check:
 	fi
 
 clean:
-	rm -rf .venv .venv312 build dist outputs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv312 .venv313 build dist outputs *.egg-info .pytest_cache .ruff_cache
 
 .venv/.created:
-	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" || { \
-		echo "gr00t_fast needs Python 3.10 to 3.13; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" || { \
+		echo "gr00t_fast needs Python 3.11 to 3.13; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
@@ -111,16 +121,16 @@ clean:
 	$(INSTALL) '.[ray]'
 	@touch $@
 
-python312:
-	@test -n "$(PYTHON312)" || { \
-		echo "lerobot 0.6 needs Python 3.12, and none was found on PATH or among pyenv's versions."; \
-		echo "Install one (pyenv install 3.12), or name it: make test-lerobot-0.6 PYTHON312=/path/to/python3.12"; exit 1; }
+python312 python313: python3%:
+	@test -n "$(PYTHON3$*)" || { \
+		echo "this needs Python 3.$*, and none was found on PATH or among pyenv's versions."; \
+		echo "Install one (pyenv install 3.$*), or name it: make $(MAKECMDGOALS) PYTHON3$*=/path/to/python3.$*"; exit 1; }
 
-.venv312/.created: | python312
-	$(PYTHON312) -m venv .venv312
+.venv312/.created .venv313/.created: .venv3%/.created: | python3%
+	$(PYTHON3$*) -m venv $(@D)
 	@touch $@
 
-.venv312/.robottest: setup.cfg pyproject.toml constraints-py312.txt | .venv312/.created
-	@echo "installing lerobot 0.6 and what the tests of the arm need into .venv312 (some minutes and 7 GB, once)"
-	$(INSTALL_312) '.[robottest]'
+.venv312/.robottest .venv313/.robottest: .venv3%/.robottest: setup.cfg pyproject.toml constraints-py312.txt | .venv3%/.created
+	@echo "installing lerobot 0.6 and what the tests of the arm need into $(@D) (some minutes and 8 GB, once)"
+	$(INSTALL_LEROBOT_06) '.[robottest]'
 	@touch $@

@@ -85,8 +85,8 @@ class ActionPrefix:
     actions: `action.<part>` in joint units, (L, D) or (B, L, D) as the observation is batched; row 0 is due at the observation's own tick.
     inference_delay: so many rows are expected to have been executed when the new chunk arrives (0 <= inference_delay <= L), and come back exactly as
     they were given; the rest may still change, the sooner due the less. A chunk that arrives later than expected joins at a row that could change.
-    method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" overwrites
-    them at every denoising step (cheaper).
+    method: "rtc" pulls the denoising towards the rows through the network's gradient (real-time chunking, Black et al. 2025), "prefix" mixes them
+    in at every denoising step, by the same weights and without a gradient (cheaper): in full within the delay, then the less the later they are due.
     """
 
     actions: Mapping[str, np.ndarray]
@@ -120,7 +120,7 @@ class Policy(Protocol):
 
     def get_actions(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, np.ndarray] | Exception]:
         """Several calls of `get_action`, each by its arguments and with the answer or the error that it would have alone. They are computed together:
-        pictures of one size, and none or all with a prefix, of one method. Raises what ends all of them."""
+        pictures of one size, and prefixes of one method. Raises what ends all of them."""
         return [self.get_action(**call) for call in calls]
 
     def get_modality_config(self) -> dict[str, ModalityConfig]:

@@ -117,7 +117,8 @@ def require(module: str, extra: str) -> ModuleType:
 def install_command(extra: str = "") -> str:
     """What to type to add an extra to this installation, a clone or a wheel; without `extra`, to install it again.
 
-    In a clone it names the pins that this environment can have: lerobot 0.6, which needs Python 3.12, breaks with those of lerobot 0.4.
+    In a clone it names the pins that this environment can have: lerobot 0.6, which needs Python 3.12, breaks with those of lerobot 0.4, and the extra
+    `bench` with those of lerobot 0.6.
     """
     import importlib.metadata  # not needed by programs that lack nothing
 
@@ -128,6 +129,8 @@ def install_command(extra: str = "") -> str:
         with_06 = importlib.metadata.version("lerobot") >= "0.5"
     except importlib.metadata.PackageNotFoundError:
         with_06 = sys.version_info >= (3, 12)
+    if with_06 and extra == "bench":
+        return f"pip install -e '.{bracket}' -c constraints.txt (in the clone, in an environment of Python 3.11: lerobot 0.6 does not go with it)"
     return f"pip install -e '.{bracket}' -c constraints{'-py312' if with_06 else ''}.txt (in the clone)"
 
 

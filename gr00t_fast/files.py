@@ -19,6 +19,7 @@ from gr00t_fast.errors import ConfigError
 MANIFEST_NAME = "manifest.json"  # lies in every export, and is what one is recognised by
 MAX_BYTES = 2**24  # the largest published configuration has 100 kB
 LFS_POINTER, LFS_REMEDY = b"version https://git-lfs", "it is git-lfs's pointer, not the file: run `git lfs pull` where it was cloned"
+_OLD = "-old"  # ends the name of a directory that makes room for the new one
 _TOKENIZER_BYTES = 2**26  # Qwen's tokenizer.json has 11 MB
 
 
@@ -26,22 +27,22 @@ _TOKENIZER_BYTES = 2**26  # Qwen's tokenizer.json has 11 MB
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` where the block makes a file or a directory, which replaces `path` when the block ends well.
 
-    When it does not, what was made is removed and `path` stays as it was. A process that is killed leaves the hidden path behind; the next write of
-    the same `path` removes it. Raises OSError as the file system does.
+    When it does not, what was made is removed and `path` stays as it was. A process that is killed leaves hidden paths behind; the next write of the
+    same `path` removes them, and puts a directory back that was moved aside. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    old = path.with_name(f"{partial.name}{_OLD}")
     try:
         yield partial
         if path.is_dir():  # a directory cannot be renamed onto one that has content
-            old = path.with_name(f"{partial.name}-old")
             path.rename(old)
             partial.rename(path)
-            _remove(old)
         else:
             partial.replace(path)
     finally:
+        _settle(old, path)
         _remove(partial)
 
 
@@ -53,6 +54,7 @@ def whole_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_free(out, overwrite)
     with atomic_write(out.resolve()) as partial:
+        check_free(out, overwrite)  # one that a killed process had moved aside is back
         partial.mkdir()
         yield partial
         check_free(out, overwrite)  # again: minutes have passed
@@ -79,9 +81,16 @@ def check_kept(files: Iterable[Path], flag: str, overwrite: bool) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     for found in path.parent.glob(f".{path.name}.partial-*"):
-        owner = found.name.removeprefix(f".{path.name}.partial-").removesuffix("-old")
+        owner = found.name.removeprefix(f".{path.name}.partial-").removesuffix(_OLD)
         if owner.isdigit() and not is_running(int(owner)):
-            _remove(found)
+            _settle(found, path) if found.name.endswith(_OLD) else _remove(found)
+
+
+def _settle(old: Path, path: Path) -> None:
+    """`old`, which was moved aside for a new `path`, goes back where that has not come."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    _remove(old)
 
 
 def _remove(path: Path) -> None:

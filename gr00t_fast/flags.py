@@ -11,8 +11,8 @@
     print(help_text(BenchConfig, "usage: ..."))         # every flag with its values, default and the comment behind its field
 
 One dialect: `--name=value`, `--name value`, bare `--switch` and `--no-switch`, dashes and underscores alike. Lists are `--name A B`, `--name=A,B` or
-the flag again. Text and paths are taken literally, mappings are YAML. `--config_path` names a YAML file, or the report of an earlier run, that comes
-below the command line.
+the flag again. Text and paths are taken literally, mappings are YAML; `null` leaves an optional setting out. `--config_path` names a YAML file, or
+the report of an earlier run, that comes below the command line.
 
 A field that is a dataclass contributes its fields as flags; one that is a `Choice`, such as a robot, contributes `<field>.type` and
 `<field>.<setting>` of all its classes. Everything is read with the standard library; YAML is imported when a value or a file needs it.
@@ -27,6 +27,7 @@ import functools
 import inspect
 import io
 import re
+import shutil
 import textwrap
 import tokenize
 import types
@@ -44,35 +45,49 @@ Kind = Literal["text", "path", "bool", "choice", "whole", "number", "list", "yam
 CONFIG_FLAG = "config_path"
 OUTPUTS = "outputs"  # the group of what a program leaves
 _TRUE, _FALSE, _NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("null", "none", "~")
-_WIDTH, _INDENT = 92, 34
+_WIDTH, _INDENT, _LEAST_WIDTH, _WIDE = 92, 34, 40, 200  # columns of --help: of a flag's text at most and before it, at least, and without a terminal
 
-# Flags of Isaac-GR00T's scripts and of lerobot's programs by what is in their place here; a name that ends in a dot stands for what begins with it.
+# Flags of other programs: whose, and what is in their place here -> names; one that ends in a dot stands for what begins with it.
 _IN_PLACE_OF_OTHERS = {
-    "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run.": "policy_host policy_port host port client",
-    "This program is the server: leave the flag out.": "server",
-    "HTTP is spoken by gr00t-fast serve --http.": "http_server",
-    "Use --engine=tensorrt.": "use_tensorrt",
-    "Use --engine_path=DIR.": "trt_engine_path",
-    "That is chosen when the engine is made: gr00t-fast export tensorrt --precision.": "vit_dtype llm_dtype dit_dtype",
-    "Nothing like it is needed here: leave the flag out.": "play_sounds use_policy dataset.push_to_hub strategy.",
-    "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute duration dataset.episode_time_s",
-    'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
-    "Use --video=FILE.mp4.": "record_imgs",
-    "Use --model_path=DIR: the checkpoint says which network it is.": "policy.path policy.pretrained_path policy.type",
-    "Settings of the network are flags of their own, such as --device and --denoising_steps.": "policy.",
-    'Use --lang_instruction="...".': "dataset.single_task task",
-    "Use --episodes=N.": "dataset.num_episodes",
-    "Use --reset_time_s=SECONDS.": "dataset.reset_time_s",
-    "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.": "dataset.fps",
-    'Use --camera_map="{mine: checkpoint\'s}".': "dataset.rename_map rename_map",
-    "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
-    "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
-    "Use --record_append=true, beside --record.": "resume",
-    "Use --action_horizon=N.": "actions_per_chunk",
-    "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
-    "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
+    "NVIDIA's": {
+        "The policy server's address is --server=tcp://HOST:PORT of gr00t-fast run.": "policy_host policy_port host port client",
+        "This program is the server: leave the flag out.": "server",
+        "HTTP is spoken by gr00t-fast serve --http.": "http_server",
+        "Use --engine=tensorrt.": "use_tensorrt",
+        "Use --engine_path=DIR.": "trt_engine_path",
+        "That is chosen when the engine is made: gr00t-fast export tensorrt --precision.": "vit_dtype llm_dtype dit_dtype",
+        "Nothing like it is needed here: leave the flag out.": "use_policy",
+        "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute",
+        'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
+        "Use --video=FILE.mp4.": "record_imgs",
+        "gr00t-fast eval has --dataset=DIR and --episodes=0,3 (or all), compares whole episodes and all joints, and draws no plot. "
+        "Steps of the network are --denoising_steps=N.": "dataset_path trajs traj_ids steps plot save_plot_path modality_keys",
+        "Observations are taken in both forms, nested and flat: leave the flag out.": "use_sim_policy_wrapper",
+    },
+    "lerobot's": {
+        "Nothing like it is needed here: leave the flag out.": "play_sounds",
+        "There is no human takeover here, and episodes need no strategy. For takeover install plugins/lerobot_policy_gr00t_fast, and use "
+        "lerobot-rollout --policy.type=gr00t_fast.": "strategy.",
+        "There is no upload here. Use --record=DIR, then `hf upload user/name DIR --repo-type=dataset`.": "dataset.push_to_hub",
+        "The length of a run is given in seconds: --timeout=SECONDS.": "duration dataset.episode_time_s",
+        "Use --model_path=DIR: the checkpoint says which network it is.": "policy.path policy.pretrained_path policy.type",
+        "Use --action_horizon=N.": "policy.n_action_steps actions_per_chunk",
+        "Settings of the network are flags of their own, such as --device and --denoising_steps.": "policy.",
+        'Use --lang_instruction="...".': "dataset.single_task task",
+        "Use --episodes=N.": "dataset.num_episodes",
+        "Use --reset_time_s=SECONDS.": "dataset.reset_time_s",
+        "Use --fps=N; without it the arm runs at the rate of the checkpoint's training data.": "dataset.fps",
+        'Use --camera_map="{mine: checkpoint\'s}".': "dataset.rename_map rename_map",
+        "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
+        "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
+        "Use --record_append=true, beside --record.": "resume",
+        "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
+        "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
+    },
 }
-_FLAGS_OF_OTHERS = {name: remedy for remedy, names in _IN_PLACE_OF_OTHERS.items() for name in names.split()}
+_FLAGS_OF_OTHERS = {
+    name: (owner, remedy) for owner, remedies in _IN_PLACE_OF_OTHERS.items() for remedy, names in remedies.items() for name in names.split()
+}
 # Names that lerobot had for an arm before version 0.2 -> as it is called since.
 _WORDS_OF_OTHERS = {"so100": "so100_follower", "so101": "so101_follower"}
 
@@ -135,6 +150,11 @@ class Flag:
     @property
     def kind(self) -> Kind:
         return _kind(self.hint)
+
+    @property
+    def optional(self) -> bool:
+        """Whether `null` leaves it out, as its default does. A required text, such as an instruction, is literal."""
+        return self.default is None or (self.default == "" and not self.help.endswith("required"))
 
 
 def parse_flags(config_class: type[T], argv: Sequence[str], file_of: type | None = None, not_from_file: Sequence[str] = ()) -> tuple[T, list[str]]:
@@ -208,23 +228,25 @@ def help_text(config_class: type, usage: str, epilog: str = "", everything: bool
     need."""
     flags, common = list(flags_of(config_class)), getattr(config_class, "COMMON", ())
     shown = [flag for flag in flags if everything or not common or flag.name in common]
-    doc = config_class.__doc__ or ""
+    columns, doc = max(shutil.get_terminal_size((_WIDE, 0)).columns, _INDENT + _LEAST_WIDTH), config_class.__doc__ or ""
     about = "" if doc.startswith(f"{config_class.__name__}(") else inspect.cleandoc(doc)  # what dataclass writes where there is none
     lines = [usage, "", *([about, ""] if about else [])]
     lines.append("--name=value or --name value, dashes or underscores; lists as --name 1 2 or --name=1,2")
     for group in sorted(dict.fromkeys(flag.group for flag in shown), key=lambda group: (group != Flags.GROUP) + (group == OUTPUTS)):
         members = [flag for flag in shown if flag.group == group]
         most_types = max(len(flag.owners) for flag in members)
-        lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types))]
+        lines += [f"{group}:", *(line for flag in members for line in _help_lines(flag, most_types, columns))]
     if len(shown) < len(flags):
         lines.append(f"{len(flags) - len(shown)} more flags: --help-all")
-    return "\n".join([*lines, *(["", epilog] if epilog else [])])
+    text = "\n".join([*lines, *(["", epilog] if epilog else [])])
+    fold = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if len(line) <= columns else fold.fill(line) for line in text.splitlines())
 
 
-def _help_lines(flag: Flag, most_types: int) -> list[str]:
+def _help_lines(flag: Flag, most_types: int, columns: int) -> list[str]:
     head, default = f"  --{flag.name}={_values(flag)}", _shown_default(flag)
     only = f" ({', '.join(flag.owners)} only)" if flag.owners and len(flag.owners) < most_types else ""
-    body = textwrap.wrap(f"{flag.help}{default}{only}", _WIDTH)
+    body = textwrap.wrap(f"{flag.help}{default}{only}", min(_WIDTH, columns - _INDENT))
     if len(head) < _INDENT and body:
         head, body = f"{head:<{_INDENT}}{body[0]}", body[1:]
     return [head, *(" " * _INDENT + line for line in body)]
@@ -359,8 +381,9 @@ def _flag_of(written: str, table: Mapping[str, Flag], more: str) -> tuple[Flag, 
         return table[name], False
     if name.startswith("no_") and (positive := table.get(name[3:])) and positive.kind == "bool":
         return positive, True
-    if remedy := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
-        raise ConfigError(f"unknown flag '--{written}', which is one of NVIDIA's or lerobot's programs. {remedy}")
+    if found := _FLAGS_OF_OTHERS.get(name) or _FLAGS_OF_OTHERS.get(name.partition(".")[0] + "."):
+        owner, remedy = found
+        raise ConfigError(f"unknown flag '--{written}', which is {owner}. {remedy}")
     raise ConfigError(f"unknown flag '--{written}'.{closest(name, [*table, 'help'], '--')} {more}")
 
 
@@ -376,6 +399,8 @@ def _following_value(flag: Flag, words: list[str]) -> Any:
 
 def _from_text(flag: Flag, text: str) -> Any:
     """The value that is written on the command line; not of a list."""
+    if flag.optional and text == "null":
+        return flag.default
     if flag.kind == "yaml" and not text.strip():
         raise ConfigError(f"--{flag.name} is empty; it needs a value.")
     try:
@@ -404,7 +429,10 @@ def _read_file(path: Path, table: Mapping[str, Flag], also: Mapping[str, Flag], 
     if not written.keys() <= table.keys():  # it is the other program's
         written = {name: value for name, value in written.items() if name not in not_from_file and not (name in also and also[name].group == OUTPUTS)}
     used = {name: (table[name], value) for name, value in written.items() if name in table}
-    return {name: None if value is None and flag.default is None else _value(f"{path}: {name}", flag, value) for name, (flag, value) in used.items()}
+    return {
+        name: flag.default if value is None and flag.default in (None, "") else _value(f"{path}: {name}", flag, value)
+        for name, (flag, value) in used.items()
+    }
 
 
 def _flatten(path: Path, content: Mapping[str, Any], table: Mapping[str, Flag], prefix: str = "") -> Iterator[tuple[str, Any]]:

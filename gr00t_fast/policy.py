@@ -299,6 +299,8 @@ class Gr00tPolicy(Policy):
                 answers[number] = error
         if begun:
             _, parts, starts, continued, _ = zip(*begun, strict=True)
+            if method := next((part.method for part in continued if part is not None), None):  # weights of 0 continue nothing
+                continued = [part or Continuation(*[torch.zeros(start.shape)] * 2, method) for part, start in zip(continued, starts, strict=True)]
             rows = self._run(PolicyInputs.together(parts), torch.cat(starts), Continuation.together(continued), timer)
             chunks = np.split(rows, np.cumsum([part.batch for part in parts])[:-1])
             for (number, inputs, _, _, prefix), chunk in zip(begun, chunks, strict=True):

@@ -151,5 +151,7 @@ def test_the_advice_fits_this_environment(lerobot: str | None, python: tuple[int
     monkeypatch.setattr(sys, "version_info", python)
     assert errors.install_command("sim").startswith(f"pip install -e '.[sim]' -c {pins} ")
     assert "\nlerobot==" in (ROOT / pins).read_text()
+    assert ("-c constraints.txt (" in (advice := errors.install_command("bench"))) is True
+    assert ("Python 3.11" in advice) == (lerobot == "0.6.1")
     monkeypatch.setattr(errors, "_ROOT", ROOT / "tests")  # as of a wheel, beside which no pins lie
     assert errors.install_command("sim") == "pip install 'gr00t_fast[sim]'"

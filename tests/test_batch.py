@@ -134,5 +134,19 @@ def test_one_batch_is_of_one_form(policy: Gr00tPolicy) -> None:
     batched, noise = observation(policy.name, batch=2, instruction=EQUAL[:2]), _noise(policy, 2)
     calls = [_call(batched, item, noise) for item in range(2)]
     before = policy.get_action(**calls[0])
-    with pytest.raises(ConfigError, match="none or in all"):
-        policy.get_actions([calls[0], calls[1] | {"prefix": ActionPrefix(before, 2, "prefix")}])
+    one, other = ({"prefix": ActionPrefix(before, 2, method)} for method in ("prefix", "rtc"))
+    with pytest.raises(ConfigError, match="of one method"):
+        policy.get_actions([calls[0] | one, calls[1] | other])
+
+
+@pytest.mark.parametrize("method", ["rtc", "prefix"])
+def test_a_prefix_without_rows_is_none_in_a_batch_too(policy: Gr00tPolicy, method: str) -> None:
+    batched, noise = observation(policy.name, batch=3, instruction=EQUAL[:3]), _noise(policy, 3)
+    calls = [_call(batched, item, noise) for item in range(3)]
+    alone = [policy.get_action(**call) for call in calls]
+    calls[0]["prefix"] = ActionPrefix({key: values[:7] for key, values in alone[2].items()}, 2, method)
+    calls[1]["prefix"] = ActionPrefix({key: values[:0] for key, values in alone[2].items()}, 0, method)
+    alone[0] = policy.get_action(**calls[0])
+    for found, expected in zip(policy.get_actions(calls), alone, strict=True):
+        for key, values in expected.items():
+            np.testing.assert_allclose(found[key], values, rtol=0, atol=CLOSE_DEG)

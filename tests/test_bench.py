@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -46,3 +47,14 @@ def test_what_is_needed_is_made_once_and_the_settings_of_the_fastest_can_be_past
     assert result["settings"]["engine"] == best["engine"]
     assert main(["bench", "--make", *words]) == 0
     assert "is there and fits, kept" in capsys.readouterr().err
+
+
+def test_observations_of_another_robot_are_refused_before_anything_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(TRAINED, tmp_path / "checkpoint")
+    rows = {"state.single_arm": np.full((20, 5), 9000.0), "state.gripper": np.full((20, 1), 50.0)}
+    np.savez(tmp_path / "episode.npz", **{"video.webcam": np.zeros((20, 48, 64, 3), np.uint8), "annotation.human.task_description": "Reach"}, **rows)
+    assert main(["tune", f"--model_path={tmp_path / 'checkpoint'}", f"--observations={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
+    told = capsys.readouterr().err
+    assert "far outside the checkpoint's training range" in told
+    assert "making it" not in told
+    assert not (tmp_path / "checkpoint" / "exports").exists()

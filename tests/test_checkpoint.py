@@ -169,9 +169,29 @@ def test_impossible_headers(checkpoint: Path, header: dict | bytes) -> None:
 
 def test_a_wrong_dtype_is_named(checkpoint: Path) -> None:
     _change(checkpoint, lambda tensors: tensors.update({DECODER: tensors[DECODER].to(torch.int64)}))
-    message = _expect_damage(checkpoint, "dtype I64, expected one of BF16")
+    message = _expect_damage(checkpoint, "has it as I64")
     assert DECODER in message
     assert "damaged" not in message, "the file is whole; copying it again would not help"
+
+
+def test_whole_numbers_that_nothing_reads_are_left_alone(checkpoint: Path) -> None:
+    before = _parameters(checkpoint)
+    _change(checkpoint, lambda tensors: tensors.update({"backbone.position_ids": torch.arange(7), "steps": torch.ones(2, dtype=torch.bool)}))
+    after = _parameters(checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_16_bit_formats_are_refused_and_fp32_beside_one_is_not(checkpoint: Path) -> None:
+    """Bytes of one that the header calls the other are other numbers."""
+    name = "action_head.vlln.weight"
+    _change(checkpoint, lambda tensors: tensors.update({key: value.bfloat16() for key, value in tensors.items() if key != name}))
+    _parameters(checkpoint)
+    before = load_file(checkpoint / WEIGHTS)
+    _change(checkpoint, lambda tensors: tensors.update({name: tensors[name].bfloat16().view(torch.float16)}))
+    with pytest.raises(CheckpointError, match=rf"float16 and bfloat16(.|\n)*1 of the rarer one:\s*{name}"):
+        _parameters(checkpoint)
+    save_file({key: value.half() for key, value in before.items()}, checkpoint / WEIGHTS)
+    _parameters(checkpoint)
 
 
 def test_a_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:

@@ -234,6 +234,28 @@ def test_paths_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
+def test_a_mistyped_path_asks_no_hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the directory before the slash is here; with a revision it is the hub's all the same."""
+    import huggingface_hub
+
+    shutil.copytree(checkpoint, tmp_path / "outputs" / "checkpoint-demo")
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def snapshot_download(repo_id: str, **_: object) -> str:
+        asked.append(repo_id)
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for path in ("outputs/checkpoint-dem", "outputs/checkpoint-dem/", tmp_path / "outputs/checkpoint-dem"):
+        with pytest.raises(CheckpointError, match=r"does not exist. Did you mean '\S*outputs/checkpoint-demo'"):
+            open_checkpoint(path)
+    assert not asked
+    open_checkpoint("outputs/checkpoint-dem", revision="main")
+    open_checkpoint("someone/checkpoint-dem")
+    assert asked == ["outputs/checkpoint-dem", "someone/checkpoint-dem"]
+
+
 def test_a_hub_id_is_downloaded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

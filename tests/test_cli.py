@@ -15,6 +15,7 @@ import pytest
 from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 
 from gr00t_fast.cli import run as cli
+from gr00t_fast.cli.main import main
 from gr00t_fast.contracts import LandingReport
 from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.robots import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
@@ -41,6 +42,42 @@ def test_ways_to_write_a_flag() -> None:
     config = cli.parse([*SIM, "--lang-instruction=went", "--no-overwrite", "--show_images", "--timeout=null", "--seed", "3", "--camera_map={a: b}"])
     assert (config.lang_instruction, config.overwrite, config.show_images, config.timeout) == ("went", False, True, None)
     assert (config.seed, config.camera_map) == (3, {"a": "b"})
+
+
+OTHERS = {  # flags of other programs -> whose they are, and what is said to use
+    "run --strategy.type=dagger": ("lerobot's", "lerobot-rollout"),
+    "run --dataset.push_to_hub=true": ("lerobot's", "hf upload"),
+    "run --policy.path=x": ("lerobot's", "--model_path"),
+    "run --policy.n_action_steps=8": ("lerobot's", "--action_horizon"),
+    "run --policy_host=robot.local": ("NVIDIA's", "--server"),
+    "eval --dataset_path=x": ("NVIDIA's", "--dataset="),
+    "eval --trajs=3": ("NVIDIA's", "--episodes"),
+    "eval --steps=150": ("NVIDIA's", "--denoising_steps"),
+    "eval --plot": ("NVIDIA's", "no plot"),
+    "eval --modality_keys single_arm": ("NVIDIA's", "all joints"),
+    "serve --use_sim_policy_wrapper": ("NVIDIA's", "nested and flat"),
+}
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_a_flag_of_another_program_names_its_owner_and_what_to_use(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    owner, remedy = OTHERS[line]
+    assert main(line.split()) == 2
+    told = capsys.readouterr().err
+    assert f"which is {owner}." in told
+    assert remedy in told
+    assert not ("leave the flag out" in told and owner == "lerobot's"), "takeover and upload do not exist here, they are not needless"
+
+
+@pytest.mark.parametrize("written", ["text", "nothing"])
+def test_null_unsets_what_a_file_sets(written: str, tmp_path: Path) -> None:
+    """A required text is literal: `null` is an instruction like another. The file itself can say it, too."""
+    unset = {"out": None, "video": None, "record": "", "server": "", "engine_path": None, "revision": None, "display": None, "timeout": None}
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {'x.mp4' if written == 'text' and name != 'timeout' else 'null'}\n" for name in unset))
+    flags = [f"--{name}=null" for name in unset] if written == "text" else []
+    config = cli.parse([f"--config_path={tmp_path}/run.yaml", *SIM[:2], "--lang_instruction=null", *flags])
+    assert {name: getattr(config, name) for name in unset} == unset
+    assert config.lang_instruction == "null"
 
 
 FOLLOWER = ISSUE[:2]

@@ -49,16 +49,34 @@ def test_a_word_that_is_no_subcommand(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_flag_of_every_subcommand_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_of_every_subcommand_is_explained(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*name.split(), "--help-all"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: gr00t-fast {name}")
+    monkeypatch.setenv("COLUMNS", "200")
     assert main([*name.split(), "--help"]) == 0
     assert name != "run" or len(capsys.readouterr().out.splitlines()) <= 45
     capsys.readouterr()
     assert all(flag.help and f"--{flag.name}=" in shown for flag in flags_of(command(name).flags))
     assert main([*name.split(), "--bogus=1"]) == 2
     assert "unknown flag '--bogus'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wish", ["--help=1", "--help-all=true", "--help_all"])
+def test_help_is_help_however_it_is_asked_for(wish: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", wish]) == 0
+    assert ("--smoothing=" in capsys.readouterr().out) == (wish != "--help=1")
+
+
+def test_help_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for a word that is longer by itself, such as the values of a flag; the widest text is what it is without a terminal."""
+    for columns in (80, 100, 400):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        for name in COMMANDS:
+            assert main([*name.split(), "--help-all"]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert not [line for line in lines if len(line) > columns and " " in line.strip()]
+            assert max(map(len, lines)) < 150
 
 
 @pytest.mark.parametrize("words", FORMER, ids=" ".join)

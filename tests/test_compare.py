@@ -11,6 +11,7 @@ import pytest
 from control_fakes import Bench
 
 from gr00t_fast.cli.main import main
+from gr00t_fast.control.controller import ControllerOptions
 from gr00t_fast.control.report import build_report, contents, write_files
 
 JERK = "jerk of commands, rms (units/s^3)"
@@ -63,6 +64,14 @@ def test_figures_and_settings_that_differ(runs: list[str], compare) -> None:
     assert rough > 3 * smooth
     assert "missed ticks" in err, "the table goes to standard error"
     assert compare(runs[0], f"{runs[1]}/report.json", "--json")[1] == out, "the report itself may be named"
+
+
+def test_what_auto_chose_is_a_setting(tmp_path: Path, compare) -> None:
+    for name, mode in (("sync", "sync"), ("threaded", "threaded"), ("again", "sync")):
+        recorded(tmp_path / name, Bench(inference_s=0.1, timeout_s=1.0, control=ControllerOptions(mode)), controller="auto")
+    found = json.loads(compare(tmp_path / "sync", tmp_path / "threaded", "--json")[1])
+    assert found["settings"] == {"controller": ["auto, sync", "auto, threaded"]}
+    assert json.loads(compare(tmp_path / "sync", tmp_path / "again", "--json")[1])["settings"] == {}
 
 
 def test_the_table_is_for_people(runs: list[str], compare) -> None:

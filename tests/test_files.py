@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -47,3 +48,34 @@ def test_an_output_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     for path, overwrite, told in ((precious, True, "delete"), (out, False, "--overwrite"), (out / "manifest.json", True, "is a file")):
         with pytest.raises(ConfigError, match=told), whole_directory(path, overwrite):
             pytest.fail("nothing is done before it is refused")
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_the_old_directory_survives_a_swap_that_fails(tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever rename; the third puts the old one back, and the process ends there, too: then the next write does it."""
+    out, calls, rename = tmp_path / "out", itertools.count(1), Path.rename
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+
+    def broken(source: Path, target: Path) -> Path:
+        if next(calls) in (failing, 2):
+            raise OSError("no space left")
+        return rename(source, target)
+
+    def replace() -> None:
+        with whole_directory(out, overwrite=True) as directory:
+            (directory / "manifest.json").write_text("new")
+            monkeypatch.setattr(Path, "rename", broken)
+
+    with pytest.raises(OSError, match="no space left"):
+        replace()
+    monkeypatch.undo()
+    if failing == 3:
+        (aside,) = tmp_path.glob(".out.partial-*-old")
+        ended = subprocess.Popen([sys.executable, "-c", ""])
+        ended.wait()
+        aside.rename(tmp_path / f".out.partial-{ended.pid}-old")
+        with pytest.raises(ConfigError, match="--overwrite"), whole_directory(out, overwrite=False):
+            pytest.fail("the old one is there again, and may not be replaced")
+    assert (out / "manifest.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]

@@ -405,6 +405,11 @@ def test_the_whole_circle(tmp_path: Path, capfd: pytest.CaptureFixture[str], mon
     assert "model_path" not in entry
     assert replay.main([*ROBOT, f"--dataset={out}", "--episode=3"]) == 2
     assert "0 to 2" in capfd.readouterr().err
+    fast = Path(shutil.copytree(out, tmp_path / "fast"))
+    (fast / "meta" / "info.json").write_text(json.dumps({**info(out), "fps": 300}))
+    assert replay.main([*ROBOT, f"--dataset={fast}"]) == 1
+    assert "300 Hz" in (said := capfd.readouterr().err)
+    assert "--fps" not in said, "it has no such flag"
 
     monkeypatch.setattr(
         sys, "argv", ["open_loop.py", f"--model_path={CHECKPOINT}", f"--dataset={out}", "--episodes=0", f"--out={tmp_path / 'open_loop'}"]

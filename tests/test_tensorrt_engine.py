@@ -27,7 +27,7 @@ from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.eager import Continuation, EagerEngine, prefix_weights
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of, varying_sizes
 from gr00t_fast.engine.tensorrt import RunStage, StageProgram, TensorRTEngine, check_capability, stage_shapes
-from gr00t_fast.errors import EngineError, MissingExtraError, StaleEngineError
+from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import StepTables
@@ -310,6 +310,11 @@ def test_engines_of_another_version_are_refused(engines: Path, checkpoint: Path)
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(StaleEngineError, match=r"built by tensorrt_rtx 0\.0\.1, and tensorrt_rtx .* is installed.*gr00t-fast export tensorrt"):
         open_it(engines, checkpoint)
+
+
+def test_another_precision_replaces_the_engines_that_are_there(engines: Path, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"gr00t-fast export tensorrt .*--precision=bf16 --overwrite"):
+        open_it(engines, checkpoint, precision="bf16")
 
 
 @pytest.mark.skipif(has_gpu or torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -84,6 +84,14 @@ def test_other_sizes_show_the_same_scene(width: int, height: int) -> None:
     np.testing.assert_allclose(resized[1, ::-1].astype(int), resized[0], atol=1)
 
 
+@pytest.mark.parametrize("size", [(640, 120), (1280, 120), (160, 480), (160, 960), (160, 120)], ids=str)
+def test_a_side_that_shrinks_is_averaged_whatever_the_other_does(size: tuple[int, int]) -> None:
+    """Stripes finer than the pixels left become grey, and no pattern that was not there."""
+    stripes = (np.arange(640) % 4 == 1)[None, :] if size[0] < 640 else (np.arange(480) % 4 == 1)[:, None]
+    scene = np.broadcast_to(stripes, (480, 640))[None, ..., None].repeat(3, axis=-1).astype(np.uint8) * 252
+    assert np.unique(to_trained_size(scene, *size)).tolist() == [63]
+
+
 # --- joint values --------------------------------------------------------------------------------------------------------------------
 
 STATISTICS = {

@@ -75,7 +75,7 @@ class RandomFlags(PolicyFlags):
 def read_flags(config_class: type[Config], argv: Sequence[str] | None, doc: str) -> Config:
     """The command line as `config_class`. `--help` prints `doc` and every flag with its default, and ends the program; a mistake ends it with 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "--help-all", "-h"} & set(words):
+    if {"--help", "--help-all", "-h"} & {word.partition("=")[0].replace("_", "-") for word in words}:
         print(help_text(config_class, doc.strip()))
         raise SystemExit(0)
     try:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from gr00t_fast.checkpoint.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, LoraDelta, TensorIndex, merge, read_adapter
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
 from gr00t_fast.contracts import PolicyMetadata
-from gr00t_fast.errors import CheckpointError, ConfigError
+from gr00t_fast.errors import CheckpointError, ConfigError, closest
 from gr00t_fast.inputs.data_config import DataConfig, load_data_config
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.model import Gr00t
@@ -144,8 +144,11 @@ def _local_directory(model_path: str | Path, with_weights: bool, revision: str |
     if path.is_file():
         raise CheckpointError(f"model_path {path} is a file; expected the checkpoint's directory (with config.json in it).")
     text = str(model_path)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise CheckpointError(f"model_path '{text}' does not exist. Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B.")
+    meant_here = path.parent.is_dir() and revision is None  # a directory `user` stands before the hub's
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or meant_here:
+        beside = [found.name for found in path.parent.glob("*") if found.is_dir()]
+        expected = "Expected a checkpoint directory, or a hub id such as nvidia/GR00T-N1.5-3B."
+        raise CheckpointError(f"model_path '{text}' does not exist.{closest(path.name, beside, f'{path.parent}/')} {expected}")
     return _download(text, with_weights, revision)
 
 
@@ -218,12 +221,22 @@ def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[Te
     counted = Counter(name.removeprefix(network.prefix) for file in files for name in file.entries)
     twice = sorted(name for name, count in counted.items() if count > 1)
     if missing or extra or wrong or twice:
+        whole = {
+            name.removeprefix(network.prefix): f"{name} ({file.path.name} has it as {dtype})" for file in files for name, dtype in file.whole.items()
+        }
+        missing = [whole.get(name, name) for name in missing]
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("there twice", twice)]
         raise CheckpointError(
             f"the weights in {checkpoint.base} do not fit config.json (and {network.backbone_file}):\n"
             + "\n".join(part for part in parts if part)
             + f"\nCheck that all files come from the same {network.title} checkpoint."
+        )
+    halves = {dtype: sorted(name for name in needed if located[name][1].dtype == dtype) for dtype in (torch.float16, torch.bfloat16)}
+    if all(halves.values()):  # no training writes both; bytes of one that are read as the other are other numbers
+        raise CheckpointError(
+            f"the weights in {checkpoint.base} are float16 and bfloat16, expected one of them (fp32 may lie beside it):\n"
+            f"{_listing('of the rarer one', min(halves.values(), key=len))}\nCopy or download the checkpoint again, or convert it to bfloat16."
         )
     return located
 

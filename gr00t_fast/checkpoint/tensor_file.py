@@ -19,6 +19,7 @@ from gr00t_fast.errors import CheckpointError
 from gr00t_fast.files import LFS_POINTER, LFS_REMEDY, parse_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_WHOLE = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 2**23  # a published file's has 150 kB
 _MAX_DIMENSIONS = 8
@@ -43,7 +44,10 @@ class TensorEntry:
 
 
 class TensorFile:
-    """A .safetensors file open for positional reads. Safe to read from several threads."""
+    """A .safetensors file open for positional reads. Safe to read from several threads.
+
+    entries: its tensors by name. whole: name -> dtype of those that hold whole numbers, which no weight is made of: counters and positions.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError when the file is not a whole safetensors file."""
@@ -52,6 +56,7 @@ class TensorFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror}. Expected a readable weight file.") from error
+        self.whole: dict[str, str] = {}
         try:
             self.entries = self._read_header()
         except BaseException:
@@ -100,12 +105,14 @@ class TensorFile:
             end += entry.size_bytes
         if end != size:
             raise self._damaged(f"expected {end} bytes, got {size}")
-        return entries
+        self.whole = {name: header[name]["dtype"] for name in entries if header[name]["dtype"] in _WHOLE}
+        return {name: entry for name, entry in entries.items() if name not in self.whole}
 
     def _entry(self, name: str, raw: dict, data_start: int) -> TensorEntry:
-        if raw["dtype"] not in _DTYPES:
+        dtype = (_DTYPES | _WHOLE).get(raw["dtype"])
+        if dtype is None:
             raise CheckpointError(f"{self.path}: tensor '{name}' has dtype {raw['dtype']}, expected one of {', '.join(_DTYPES)}.")
-        entry = TensorEntry(_DTYPES[raw["dtype"]], tuple(raw["shape"]), data_start + raw["data_offsets"][0])
+        entry = TensorEntry(dtype, tuple(raw["shape"]), data_start + raw["data_offsets"][0])
         if len(entry.shape) > _MAX_DIMENSIONS or any(
             isinstance(size, bool) or not isinstance(size, int) or size < 0 for size in (*entry.shape, *raw["data_offsets"])
         ):

@@ -131,8 +131,9 @@ def run(config: BenchConfig) -> int:
     name = "tune" if isinstance(config, TuneConfig) else "bench"
     out = config.out or Path("outputs") / name
     out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be made is found out before the minutes
+    bench = Bench(config, device, dtype)  # observations that do not fit are found out before the minutes of exporting
     made, refused = make_all(config, device) if config.make else (None, {})
-    result = {"program": name, "device": str(device), "precision": word_of(dtype), **compare(Bench(config, device, dtype), made)}
+    result = {"program": name, "device": str(device), "precision": word_of(dtype), **compare(bench, made)}
     result["engines"] = {name: {key: value for key, value in arm.items() if key != "policy"} for name, arm in result["engines"].items()}
     result |= {"refused": refused | result["refused"], **provenance(), "seed": config.seed}
     table, judged = "\n".join(table_rows(result)), verdict(result)

@@ -108,16 +108,22 @@ def compare_runs(first: RecordedRun, second: RecordedRun) -> dict[str, Any]:
     """JSON-ready. settings, versions, machine: name -> [of the first, of the second], those that differ. figures: group -> name -> both."""
     runs = (first, second)
     tables = [_figures(run) for run in runs]
-    without_places = [{k: v for k, v in flat(run.report["settings"]).items() if k.partition(".")[0] not in _PLACES} for run in runs]
     return {
         "schema": COMPARISON_SCHEMA,
         "schema_version": COMPARISON_VERSION,
         "runs": [str(run.directory) for run in runs],
-        "settings": _differences(*without_places),
+        "settings": _differences(*map(_settings, runs)),
         "figures": {group: {name: [table[group][name] for table in tables] for name in rows} for group, rows in tables[0].items()},
         "machine": _differences(*(run.report["machine"] for run in runs)),
         "versions": _differences(*({**run.report["versions"], "commit": run.report["git_commit"]} for run in runs)),
     }
+
+
+def _settings(run: RecordedRun) -> dict[str, Any]:
+    """Without its places; of the controller `auto` what it chose, too."""
+    found = {name: value for name, value in flat(run.report["settings"]).items() if name.partition(".")[0] not in _PLACES}
+    chosen = {"controller": f"auto, {run.report['controller'].get('kind')}"} if found.get("controller") == "auto" else {}
+    return found | chosen
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

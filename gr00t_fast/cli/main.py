@@ -73,8 +73,9 @@ class Command(Generic[C]):
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
-        if {"--help", "-h", "--help-all"} & set(words):
-            return _ending(lambda: _print_help(help_text(self.flags, self.usage, self.epilog, "--help-all" in words)))
+        wishes = {word.partition("=")[0].replace("_", "-") for word in words}
+        if {"--help", "-h", "--help-all"} & wishes:
+            return _ending(lambda: _print_help(help_text(self.flags, self.usage, self.epilog, "--help-all" in wishes)))
         if self.first_words and words and not words[0].startswith("-"):
             words = [f"--{self.first_words}", *words]
 

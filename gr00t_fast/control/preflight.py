@@ -172,7 +172,8 @@ class Preflight:
         recorded_fps, fps = self._metadata.fps, self._rate(loop_fps)
         if fps is None or (loop_fps is None and not FPS_RANGE[0] <= fps <= FPS_RANGE[1]):
             said, needed = "no rate" if fps is None else f"{fps:g} Hz", f"{FPS_RANGE[0]:g} to {FPS_RANGE[1]:g} Hz"
-            yield "impossible", f"the policy says {said} of its training data, the loop needs {needed}. Give it: --fps=30 (lerobot's default)."
+            remedy = "It cannot be played" if self._source == "recording" else "Give it: --fps=30 (lerobot's default)"
+            yield "impossible", f"the {self._source} says {said} of its data, the loop needs {needed}. {remedy}."
             return
         if recorded_fps is None and loop_fps is None:
             text = (

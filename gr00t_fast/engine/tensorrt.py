@@ -48,7 +48,7 @@ class TensorRTEngine(ExportedEngine):
         """
         remedy = remedy_for(directory, target, "to_tensorrt.py")
         manifest = check_manifest(directory, KIND, target, remedy)
-        check_precision(manifest, precision, target.command("to_tensorrt.py", f"--out={directory}", f"--precision={precision}"))
+        check_precision(manifest, precision, target.command("to_tensorrt.py", f"--out={directory}", f"--precision={precision}", "--overwrite"))
         check_details(manifest, directory, remedy)
         trt = load(manifest.details["builder"])
         check_version(manifest, trt.__version__, remedy)

@@ -244,12 +244,13 @@ def _interpolated(image: np.ndarray, size: Size, mode: str) -> np.ndarray:
 def to_trained_size(frames: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 (B, H, W, 3) of any size -> (B, height, width, 3): what a camera of the training videos' resolution would have delivered.
 
-    The reference refuses other sizes, so the kernel is our choice: area averaging where pixels are lost, bilinear elsewhere.
+    The reference refuses other sizes, so the kernel is our choice: area averaging along a side that loses pixels, then bilinear along one that
+    gains them.
     """
     if frames.shape[1:3] == (height, width):
         return frames
     import cv2  # here, because importing it changes the environment of the process
 
-    shrinks = frames.shape[1] > height and frames.shape[2] > width
-    kernel = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(frame, (width, height), interpolation=kernel) for frame in frames])
+    least = min(frames.shape[2], width), min(frames.shape[1], height)
+    shrunk = [cv2.resize(frame, least, interpolation=cv2.INTER_AREA) for frame in frames]
+    return np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_LINEAR) for frame in shrunk])

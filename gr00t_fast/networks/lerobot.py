@@ -228,6 +228,7 @@ class LerobotFiles:
             action_indices=tuple(range(steps)),
         )
         files = {"policy": self.policy.values, **{step.name: step.settings.values for step in (*self.pre.values(), *self.post.values())}}
+        files = {name: {key: value for key, value in values.items() if key != "device"} for name, values in files.items()}  # it decides no number
         statistics = {feature: {name: values.tolist() for name, values in found.items()} for feature, found in self.statistics.items()}
         clip = decode.switch("clip_normalized_action", False) if self._decode.name == _UNPACK_N1D7 else self._decode.name == _DECODE
         return Embodiment(
@@ -257,6 +258,7 @@ class LerobotFiles:
         widths = {"max_state_dim": head.state_dim, "max_action_dim": head.action_dim}
         for section, expected in ((self.policy, {**widths, "embodiment_tag": self.tag}), (pack, widths), (decode, {"env_action_dim": actions})):
             section.refuse_different(expected)
+        decode.whole("env_action_dim")  # lerobot writes it always; without it the other settings have been lost, too
         if self._decode.name == _DECODE:
             decode.refuse_different({key: pack.values.get(key) for key in ("raw_stats", "modality_config", "use_percentiles")})
         self.policy.refuse_other({"action_decode_transform": (None, None)} if self._pack.name == _PACK_N1D7 else {})

@@ -30,6 +30,7 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.cli import run
 from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine import PolicyInputs
+from gr00t_fast.engine.manifest import Digests, target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.embodiment import Embodiment
 from gr00t_fast.inputs.images import view
@@ -150,6 +151,8 @@ REFUSED: dict[str, tuple[str, str, str, Any, str]] = {  # case, file, dotted key
     "an unknown setting": ("n1d7", PRE, "steps.3.config.sharpen", True, "sharpen"),
     "other wording": ("n1d5", PRE, "steps.2.config.formalize_language", True, "formalize_language"),
     "raw joints": ("n1d7", POST, "steps.0.config.normalize_min_max", False, "normalize_min_max"),
+    "no settings (N1.5)": ("n1d5", POST, "steps.0.config", {}, "env_action_dim"),
+    "no settings (N1.7)": ("n1d7", POST, "steps.0.config", {}, "env_action_dim"),
     "two frames": ("n1d7", PRE, "steps.2.config.video_horizon", 2, "video_horizon"),
     "renamed joints": ("n1d7", PRE, "steps.0.config.rename_map", {"observation.joints": "observation.state"}, "observation.joints"),
     "LIBERO's gripper": ("n1d7_relative", POLICY, "action_decode_transform", "libero", "libero"),
@@ -224,6 +227,16 @@ SETTINGS: dict[str, tuple[str, str, str, Any, Callable[[Embodiment], Any], Any]]
         *(lambda e: e.action[1].mode, "min_max"),
     ),
 }
+
+
+def test_an_export_fits_whatever_device_the_policy_was_trained_on(shared_dir: Path, tmp_path: Path) -> None:
+    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+    before = target_of(open_checkpoint(checkpoint), "new_embodiment", None).identity(Digests(tmp_path))
+    for file, dotted in ((POLICY, "device"), (PRE, "steps.3.config.device"), (PRE, "steps.4.config.device"), (POST, "steps.1.config.device")):
+        _edit(checkpoint / file, dotted, "cuda:7")
+    assert target_of(open_checkpoint(checkpoint), "new_embodiment", None).identity(Digests(tmp_path)) == before
+    _edit(checkpoint / POST, "steps.0.config.clip_normalized_action", False)
+    assert target_of(open_checkpoint(checkpoint), "new_embodiment", None).identity(Digests(tmp_path)) != before
 
 
 def _edit(file: Path, dotted: str, value: Any) -> None:
