@@ -154,9 +154,7 @@ def test_what_becomes_of_episodes(pressed: dict[int, list[str]], options: dict[s
         assert recorder.told == [("begin", TASK), ("end", 30, None), ("save", None)] * 2
 
 
-def test_every_run_in_a_terminal_has_keys(
-    terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_run_in_a_terminal_has_keys(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one episode that is not recorded."""
     config = run.parse(["--robot.type=so100_sim", "--model_path=m", "--lang_instruction=go"])
     assert run.keys_of_session(config) is None
