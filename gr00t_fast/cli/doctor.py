@@ -131,8 +131,8 @@ def work(config: DoctorConfig) -> int:
 def packages(config: DoctorConfig) -> Rows:
     """The interpreter, the core's requirements, and optional packages: needed where the robot asks for them, else only mentioned."""
     rows = Rows()
-    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    rows.add("software", f"Python {platform.python_version()}", "" if supported else "Use Python 3.10 to 3.13.")
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    rows.add("software", f"Python {platform.python_version()}", "" if supported else "Use Python 3.11 to 3.13.")
     for package in _PACKAGES:
         try:
             rows.add("software", f"{package} {importlib.metadata.version(package)}")
