@@ -157,6 +157,20 @@ def scale_and_limits(calibration: Mapping[str, Any], use_degrees: bool) -> tuple
     return (limits[:, 1] - limits[:, 0]) / range_deg, limits
 
 
+def readings(positions: Mapping[str, int], calibration: Mapping[str, Any], use_degrees: bool) -> np.ndarray:
+    """(6,) what lerobot's driver makes of `positions`, joint -> ticks: degrees about mid-range, the rest within its range (a test compares them)."""
+    low, high = scale_and_limits(calibration, use_degrees)[1].T  # (J,)
+    shares = []
+    for joint in SO100_JOINTS:
+        values = calibration[joint]
+        share = (positions[joint] - values.range_min) / (values.range_max - values.range_min)
+        if not use_degrees or joint == SO100_JOINTS[GRIPPER]:
+            share = min(max(share, 0.0), 1.0)
+            share = 1 - share if values.drive_mode else share
+        shares.append(share)
+    return low + np.array(shares) * (high - low)
+
+
 def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
     """(6,) how far from where a joint stands its goal may be; None: no limit. Raises ConfigError for one that is not positive."""
     limit = config.max_relative_target
