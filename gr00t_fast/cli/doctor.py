@@ -35,8 +35,8 @@ from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
 from gr00t_fast.measurement import linux_says
-from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, make_robot, rendered
-from gr00t_fast.robots.lerobot_glue import device_faults, opencv_cameras, take_pictures
+from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, make_robot, rendered
+from gr00t_fast.robots.lerobot_glue import device_faults, source_of, take_pictures
 
 
 def _is_real(config: DoctorConfig) -> bool:
@@ -212,7 +212,7 @@ def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
 
 def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
     """What the cameras showed: name -> uint8 RGB (height, width, 3), and the findings."""
-    rows, pictures, known = Rows(), {}, opencv_cameras(config.robot)
+    rows, pictures, known = Rows(), {}, filmed(config.robot)
     faults = device_faults(config.robot)
     for name, error in faults.items():
         rows.add("cameras", f"camera {name} cannot be opened", one_line(error))
@@ -222,7 +222,7 @@ def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
                 rows.add("cameras", f"camera {name} gives no picture", one_line(shown))
                 continue
             pictures[name] = shown
-            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {known[name].index_or_path}")
+            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {source_of(known[name])}")
             if min(shown.shape[:2]) >= SMALLEST and (fault := fault_of(shown)):
                 rows.add("cameras", f"camera {name} {fault[0]}", f"{fault[1]}.", "warn")
     return pictures, rows
