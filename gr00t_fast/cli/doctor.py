@@ -36,7 +36,7 @@ from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
 from gr00t_fast.measurement import linux_says
 from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, make_robot, rendered
-from gr00t_fast.robots.lerobot_glue import device_faults, source_of, take_pictures
+from gr00t_fast.robots import lerobot_glue as glue
 
 
 def _is_real(config: DoctorConfig) -> bool:
@@ -171,7 +171,6 @@ def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
             return rows, simulated, seen
     if not isinstance(robot, SO100FollowerConfig):
         return rows, None, None
-    from gr00t_fast.robots import lerobot_glue as glue
     from gr00t_fast.robots.motor_state import examine
     from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
@@ -200,29 +199,28 @@ def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
             glue.make_follower(replace(robot, cameras={}))
     if calibration is None or any(row.state == "fail" for row in rows):
         return rows, known, None
-    joints = glue.readings(positions, calibration, robot.use_degrees)
-    seen = Observation(joints, {}, 0.0)
+    seen = Observation(glue.readings(positions, calibration, robot.use_degrees), {}, 0.0)
     with rows.trying("cameras", "the cameras of type sim cannot be drawn"):
         if drawn := rendered(robot.cameras):
             from gr00t_fast.robots.sim.simulation import RenderedCameras
 
-            seen.frames.update(RenderedCameras(drawn, unit).frames(joints))
+            seen.frames.update(RenderedCameras(drawn, unit).frames(seen.joints))
     return rows, known, seen
 
 
 def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
     """What the cameras showed: name -> uint8 RGB (height, width, 3), and the findings."""
     rows, pictures, known = Rows(), {}, filmed(config.robot)
-    faults = device_faults(config.robot)
+    faults = glue.device_faults(config.robot)
     for name, error in faults.items():
         rows.add("cameras", f"camera {name} cannot be opened", one_line(error))
     with rows.trying("cameras", "the cameras cannot be opened"):
-        for name, shown in take_pictures({name: known[name] for name in known if name not in faults}).items():
+        for name, shown in glue.take_pictures({name: known[name] for name in known if name not in faults}).items():
             if not isinstance(shown, np.ndarray):
                 rows.add("cameras", f"camera {name} gives no picture", one_line(shown))
                 continue
             pictures[name] = shown
-            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {source_of(known[name])}")
+            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {glue.source_of(known[name])}")
             if min(shown.shape[:2]) >= SMALLEST and (fault := fault_of(shown)):
                 rows.add("cameras", f"camera {name} {fault[0]}", f"{fault[1]}.", "warn")
     return pictures, rows

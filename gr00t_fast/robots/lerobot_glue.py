@@ -170,15 +170,11 @@ def scale_and_limits(calibration: Mapping[str, Any], use_degrees: bool) -> tuple
 def readings(positions: Mapping[str, int], calibration: Mapping[str, Any], use_degrees: bool) -> np.ndarray:
     """(6,) what lerobot's driver makes of `positions`, joint -> ticks: degrees about mid-range, the rest within its range (a test compares them)."""
     low, high = scale_and_limits(calibration, use_degrees)[1].T  # (J,)
-    shares = []
-    for joint in SO100_JOINTS:
-        values = calibration[joint]
-        share = (positions[joint] - values.range_min) / (values.range_max - values.range_min)
-        if not use_degrees or joint == SO100_JOINTS[GRIPPER]:
-            share = min(max(share, 0.0), 1.0)
-            share = 1 - share if values.drive_mode else share
-        shares.append(share)
-    return low + np.array(shares) * (high - low)
+    of_joint = [calibration[joint] for joint in SO100_JOINTS]
+    first, last, turned = np.array([(values.range_min, values.range_max, bool(values.drive_mode)) for values in of_joint]).T
+    share = (np.array([positions[joint] for joint in SO100_JOINTS]) - first) / (last - first)
+    bounded = (np.arange(len(SO100_JOINTS)) == GRIPPER) | (not use_degrees)
+    return low + (high - low) * np.where(bounded, np.clip(np.where(turned, 1 - share, share), 0, 1), share)
 
 
 def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
@@ -214,10 +210,9 @@ def _settings(theirs: type) -> list[tuple[str, Any, Any]]:
     """Name, type and default of what a configuration of lerobot has beyond a CameraConfig. Enumerations become their values."""
     hints, found = get_type_hints(theirs), []
     for each in fields(theirs):
+        hint, default = hints[each.name], getattr(each.default, "value", each.default)
+        hint = Literal[tuple(word.value for word in hint)] if isinstance(hint, type) and issubclass(hint, Enum) else hint
         if each.init and each.name not in CameraConfig.__dataclass_fields__:
-            default = each.default.value if isinstance(each.default, Enum) else each.default
-            hint: Any = hints[each.name]
-            hint = Literal[tuple(word.value for word in hint)] if isinstance(hint, type) and issubclass(hint, Enum) else hint
             found.append((each.name, hint, field(default=default, default_factory=each.default_factory)))
     return found
 
