@@ -123,6 +123,10 @@ class Choice:
         if type:
             cls.types[type], cls.type_name = cls, type
 
+    @classmethod
+    def find_types(cls) -> None:
+        """A base may add to `types` what takes seconds to import; called when a type is named that is not among them."""
+
 
 def setting(default: Any = MISSING, *, default_factory: Any = MISSING, bare: Any = None, whole_words: bool = False, flag: bool = True) -> Any:
     """A field of a configuration with more to it than a type and a default.
@@ -547,11 +551,19 @@ def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
     classes = base.types
     if not isinstance(raw, dict) or "type" not in raw:
         raise ConfigError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
+    if raw["type"] not in classes:
+        base.find_types()
     chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"])]
     known = {flag.name: flag for flag in _fields(chosen)}
     if unknown := [str(key) for key in raw if key != "type" and key not in known]:
         raise ConfigError(f"{where} has the unknown setting '{unknown[0]}'.{closest(unknown[0], known)} Known: {', '.join(known)}.")
-    return chosen(**{key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"})
+    if needed := [name for name, flag in known.items() if flag.default is MISSING and name not in raw]:
+        raise ConfigError(f"{where} needs the setting '{needed[0]}'. Known: {', '.join(known)}.")
+    values = {key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"}
+    try:
+        return chosen(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:
