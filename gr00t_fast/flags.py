@@ -60,6 +60,7 @@ _IN_PLACE_OF_OTHERS = {
         "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute",
         'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
         "Use --video=FILE.mp4.": "record_imgs",
+        "Use --display: rerun's viewer shows the cameras.": "show_images",
         "gr00t-fast eval has --dataset=DIR and --episodes=0,3 (or all), compares whole episodes and all joints, and draws no plot. "
         "Steps of the network are --denoising_steps=N.": "dataset_path trajs traj_ids steps plot save_plot_path modality_keys",
         "Observations are taken in both forms, nested and flat: leave the flag out.": "use_sim_policy_wrapper",
