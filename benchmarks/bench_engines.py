@@ -6,9 +6,8 @@
     python benchmarks/bench_engines.py --size=full --device=cuda --rounds=1000                          # random weights, made on the GPU
     python benchmarks/bench_engines.py --network=n1.7                                                    # random weights of N1.7's network
 
-`gr00t-fast bench` compares them; this adds networks with random weights, calls at a rate, and more to compare with:
-`fp8` without a directory is calibrated here; `reference` is a second, independent implementation (transformers' towers and lerobot's action head
-behind our pre-processing).
+`gr00t-fast bench` compares them; this adds networks with random weights, calls at a rate, and one more to compare with: `reference` is a second,
+independent implementation (transformers' towers and lerobot's action head behind our pre-processing).
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ import torch
 from benchmarks.lib.program import checkpoint_of, finish, provenance, read_flags
 from benchmarks.lib.random_checkpoint import random_network, write_random_checkpoint
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, observations_of, random_noise, seconds_of, table_rows, verdict, word_of
+from gr00t_fast.cli.bench import ARMS, Bench, BenchConfig, compare, seconds_of, table_rows, verdict, word_of
 from gr00t_fast.contracts import NetworkName
-from gr00t_fast.engine import CALIBRATED, select_device, select_precision
-from gr00t_fast.engine.quantized import InputScale
+from gr00t_fast.engine import select_device, select_precision
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.measurement import percentiles
 from gr00t_fast.model import Gr00t
@@ -46,7 +44,6 @@ class BenchEnginesConfig(BenchConfig):
 
     network: NetworkName = "n1.5"  # with random weights; a --model_path tells its own
     size: Literal["tiny", "demo", "full"] = "demo"  # of the network with random weights
-    calibration_frames: int = 16  # random ones, for fp8 without a calibration; they tell speed and little else
     at_hz: float = 0.0  # also calls at this rate, idle in between as in a control loop; 0: none
     at_hz_seconds: float = 20.0  # how long
     out: Path = Path("outputs/bench_engines")  # directory for JSON and table
@@ -56,7 +53,7 @@ class BenchEnginesConfig(BenchConfig):
 
 
 class LaboratoryBench(Bench):
-    """With networks of random weights, fp8 calibrated on the spot, and engines that are no user's choice."""
+    """With networks of random weights, and engines that are no user's choice."""
 
     names = (*ARMS, REFERENCE)
     compared_with = (*Bench.compared_with, REFERENCE)
@@ -84,36 +81,7 @@ class LaboratoryBench(Bench):
             from benchmarks.lib.reference import reference_engine
 
             return self.policy(reference_engine(self.path, self.options.embodiment_tag, self.device, self.dtype)), word_of(self.dtype)
-        if name in CALIBRATED:
-            return self._fp8(directory), name
         return super().open(name, directory)
-
-    def _fp8(self, directory: Path | None) -> Gr00tPolicy:
-        """With the calibration in `directory` or where it lies by default, else with one that is made here, on other observations than errors are
-        measured on."""
-        from gr00t_fast.engine.quantized import check_gpu, fp8_engine
-
-        check_gpu(self.device)
-        if directory is not None or (self.path / "exports" / "fp8").is_dir():
-            return self.policy("fp8", engine_path=directory, device=str(self.device), precision=word_of(self.dtype))
-        model = self.network(torch.float32)
-        calibration = self._calibration(model)
-        return self.policy(fp8_engine(self.network(self.dtype), calibration))
-
-    def _calibration(self, model: Gr00t) -> Mapping[str, InputScale]:
-        from gr00t_fast.engine.quantized import has_product
-        from gr00t_fast.export import CalibrationOptions
-        from gr00t_fast.export.calibrate import TorchNetwork, calibrate
-        from gr00t_fast.export.verify import case_of, transforms_only
-
-        options, head = self.options, model.config.head
-        common = {name: getattr(options, name) for name in ("embodiment_tag", "data_config", "processor_path")}
-        transforms = transforms_only(self.path, **common)
-        seen = observations_of(transforms, f"random:{options.seed + 1}", options.calibration_frames, options.seed)
-        cases = [case_of(transforms, one, random_noise(transforms, index)) for index, one in enumerate(seen)]
-        trials = 0 if self._on_device else 8  # in a network with random weights there is no action for an error to be small against
-        network = TorchNetwork(model, head.denoising_steps, emulated=not has_product(self.device))
-        return calibrate(network, cases, CalibrationOptions(trial_frames=trials, seed=options.seed))[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,10 @@
-"""Everything that needs a GPU, in five steps that stand alone and fit ten minutes each, on a machine where nothing can be installed.
+"""Everything that needs a GPU, in four steps that stand alone and fit ten minutes each, on a machine where nothing can be installed.
 
     python -m benchmarks.gpu_check --step A    # correctness: the tests marked gpu; 5 minutes at most
     python -m benchmarks.gpu_check --step B    # cuda_graph: error, 1000 calls; 10 minutes at most
-    python -m benchmarks.gpu_check --step C    # fp8; 10 minutes at most
-    python -m benchmarks.gpu_check --step D    # compiled; 10 minutes at most
-    python -m benchmarks.gpu_check --step E    # TensorRT where it is installed; 4 minutes at most
-    python -m benchmarks.gpu_check             # all of them; 39 minutes at most
+    python -m benchmarks.gpu_check --step C    # compiled; 10 minutes at most
+    python -m benchmarks.gpu_check --step D    # TensorRT where it is installed; 4 minutes at most
+    python -m benchmarks.gpu_check             # all of them; 29 minutes at most
     python -m benchmarks.gpu_check --device=cpu --size=tiny    # a rehearsal of what runs without a GPU, which shows that it runs and nothing else
 
 Needs a Python with torch (CUDA), triton, numpy, safetensors, tokenizers and opencv, and for step A pytest; what else is missing is said and not
@@ -37,8 +36,8 @@ from gr00t_fast.measurement import provenance
 
 # --- what is promised of an H200 -----------------------------------------------------------------------------------------------------------
 
-_BF16, _FP8 = "bf16", "fp8"
-_P50_LIMITS_MS = ((_BF16, 4, 7.0), (_BF16, 4, 5.0), (_BF16, 2, 3.5), (_FP8, 4, 5.0), (_FP8, 4, 4.0))  # format, denoising steps
+_BF16 = "bf16"
+_P50_LIMITS_MS = ((4, 7.0), (4, 5.0), (2, 3.5))  # denoising steps
 _P99_OVER_P50 = 1.25
 _TIMES_AS_FAST = 6.0  # as the reference modules
 _LEAST_CALLS, _LEAST_OBSERVATIONS = 1000, 100
@@ -64,14 +63,14 @@ def promises(results: Iterable[Any]) -> Iterator[str]:
     wrong = {name for each in trained for name, engine in each["engines"].items() if not engine["within_limit"]}
     rows = [row for each in found for row in _rows(each) if row.engine not in wrong]
 
-    def fastest(format: str, steps: int) -> Row | None:
-        return min((row for row in rows if (row.format, row.steps) == (format, steps)), key=lambda row: row.times["p50"], default=None)
+    def fastest(steps: int) -> Row | None:
+        return min((row for row in rows if (row.format, row.steps) == (_BF16, steps)), key=lambda row: row.times["p50"], default=None)
 
-    for format, steps, limit_ms in _P50_LIMITS_MS:
-        best = fastest(format, steps)
+    for steps, limit_ms in _P50_LIMITS_MS:
+        best = fastest(steps)
         detail = best and f"{best.times['p50']:.2f} ms ({best.engine}, {best.times['count']} calls)"
-        yield _line(f"p50 <= {limit_ms:g} ms, {format}, {steps} steps", best and best.times["p50"] <= limit_ms, detail)
-    best = fastest(_BF16, 4)  # the engine to be used
+        yield _line(f"p50 <= {limit_ms:g} ms, {_BF16}, {steps} steps", best and best.times["p50"] <= limit_ms, detail)
+    best = fastest(4)  # the engine to be used
     over = best and best.times["p99"] / best.times["p50"]
     detail = best and f"{over:.2f} (p99 {best.times['p99']:.2f} ms, {best.engine})"
     yield _line(f"p99 <= {_P99_OVER_P50:g} x p50, {_BF16}, 4 steps", over and over <= _P99_OVER_P50, detail)
@@ -114,15 +113,15 @@ def _rows(result: Mapping[str, Any]) -> Iterator[Row]:
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = "checkpoints/so100-sim-reach"  # degrees mean something on trained weights only
-STEP_LIMITS_S = {"A": 300.0, "B": 600.0, "C": 600.0, "D": 600.0, "E": 240.0}
+STEP_LIMITS_S = {"A": 300.0, "B": 600.0, "C": 600.0, "D": 240.0}
 _NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "cv2")  # by every part
 # Seconds that a file of GPU tests may take: to import torch and start CUDA, on the CPU for what it compares with, and to compile kernels.
-TEST_LIMITS_S = {"test_gpu_graph.py": 80.0, "test_gpu.py": 40.0, "test_gpu_fp8.py": 60.0, "test_gpu_tensorrt.py": 30.0}
+TEST_LIMITS_S = {"test_gpu_graph.py": 80.0, "test_gpu.py": 40.0, "test_gpu_tensorrt.py": 30.0}
 _COMPILING_S = 460.0  # the published size: Inductor took up to 393 s of a busy core
 _MARKED = re.compile(r"^pytestmark = pytest\.mark\.gpu", re.MULTILINE)
 _NO_TESTS_COLLECTED = 5  # pytest's exit code
 
-Name = Literal["A", "B", "C", "D", "E"]
+Name = Literal["A", "B", "C", "D"]
 
 
 @dataclass(frozen=True)
@@ -178,11 +177,6 @@ def parts_of(step: Name, device: str, size: str, scratch: Path) -> list[Part]:
             engines("two cameras", 150.0, graph, f"--size={size}", "--rounds=200", "--data_config=so100_dualcam"),
         ]
     if step == "C":
-        return [
-            engines("fp8 trained", 130.0, ("eager", "fp8"), *trained, "--calibration_frames=64", needs_gpu=True),
-            engines("fp8 full", _COMPILING_S, ("eager", "cuda_graph", "fp8"), *full, *two_step_counts, "--frames=4", needs_gpu=True),
-        ]
-    if step == "D":
         return [
             engines("compiled trained", 130.0, ("eager", "compiled"), *trained),
             engines("compiled full", _COMPILING_S, ("eager", "cuda_graph", "compiled"), *full, "--frames=4", needs_gpu=True),
@@ -308,7 +302,7 @@ def run(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, 
 def report(step: Name, outcomes: Sequence[Outcome], origin: Mapping[str, Any], out: Path) -> None:
     """Leave STEP.json, and print a table: this step's parts, what they measured, the promises as far as all steps so far tell."""
     (out / f"{step}.json").write_text(json.dumps({**origin, "parts": [asdict(each) for each in outcomes]}, indent=1) + "\n", "utf-8")
-    known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-E].json"))]
+    known = [json.loads(file.read_text("utf-8")) for file in sorted(out.glob("[A-D].json"))]
     promised = list(promises(part["result"] for each in known for part in each["parts"]))
     head = f"step {step}: {origin['machine'].get('gpu') or 'no GPU: a rehearsal'}, torch {origin['versions'].get('torch')}"
     measured = [row for each in outcomes if isinstance(each.result, dict) for row in _measured(each)]

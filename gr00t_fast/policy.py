@@ -75,8 +75,8 @@ def load_policy(
     `letterbox` ("always", "never") says of an N1.7 checkpoint whether its pictures were padded to a square when it was trained; by default its files
     tell, which are silent on fine-tunes of April to June 2026 without `experiment_cfg/`.
     `denoising_steps` defaults to the checkpoint's own; `action_horizon` to the number of the data config's `action_indices`, or what the
-    checkpoint predicts if that is less. `engine_path` is the directory of an export or of a calibration, for engines that need one (default:
-    `<checkpoint>/exports/<engine>`); exports read no weights, they compare them. An Engine of your own can stand for a name, an object with NVIDIA's
+    checkpoint predicts if that is less. `engine_path` is the directory of an export, for engines that run one (default:
+    `<checkpoint>/exports/<engine>`); they read no weights, they compare them. An Engine of your own can stand for a name, an object with NVIDIA's
     attributes for a data config. As in NVIDIA's Gr00tPolicy, `embodiment_tag` may be an EmbodimentTag and `device` the number of a GPU.
 
     Raises ConfigError for an argument that cannot be used, CheckpointError for files that are missing, damaged or of another network, and
@@ -108,7 +108,7 @@ def load_policy(
         return policy(open_engine(name, engine_path, target, device, precision))
     where = select_device(device)
     dtype = select_precision(precision, where)
-    over = prepare_engine(name, engine_path, target, where)
+    over = prepare_engine(name, where)
     with byte_bar("weights") as progress:
         model = load_model(checkpoint, embodiment_tag, where, dtype, progress)
     return policy(over(model))

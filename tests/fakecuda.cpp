@@ -566,11 +566,8 @@ struct Layout {
   int batch = 1;
 };
 struct Desc {
-  int ta = 0, tb = 0, epilogue = 1, fast = 0;
+  int ta = 0, tb = 0, epilogue = 1;
   void* bias = nullptr;
-  void* sa = nullptr;
-  void* sb = nullptr;
-  int sma = 0, smb = 0;
 };
 static cudaStream_t blas_stream = 0;
 static thread_local cudaStream_t blas_stream_tl = 0;
@@ -640,11 +637,6 @@ API cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t h, cublas
   case CUBLASLT_MATMUL_DESC_TRANSB: d->tb = *(int*)v; break;
   case CUBLASLT_MATMUL_DESC_EPILOGUE: d->epilogue = *(int*)v; break;
   case CUBLASLT_MATMUL_DESC_BIAS_POINTER: d->bias = *(void**)v; break;
-  case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: d->sa = *(void**)v; break;
-  case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: d->sb = *(void**)v; break;
-  case CUBLASLT_MATMUL_DESC_FAST_ACCUM: d->fast = *(char*)v; break;
-  case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: d->sma = *(int*)v; break;
-  case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: d->smb = *(int*)v; break;
   default: break;
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -667,19 +659,9 @@ API cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p)
 API cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void*, size_t) {
   return CUBLAS_STATUS_SUCCESS;
 }
-static bool fp8(int t) { return t == CUDA_R_8F_E4M3 || t == CUDA_R_8F_E5M2; }
 API cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t h, cublasLtMatrixLayout_t A, cublasLtMatrixLayout_t B,
                                                   cublasLtMatrixLayout_t, cublasLtMatrixLayout_t D, cublasLtMatmulPreference_t, int,
                                                   cublasLtMatmulHeuristicResult_t* r, int* n) {
-  auto d = (Desc*)h;
-  auto a = (Layout*)A, b = (Layout*)B, o = (Layout*)D;
-  if (fp8(a->type) && (!d->ta || d->tb || a->ld % 16 || b->ld % 16 || o->ld * (o->type == CUDA_R_32F ? 4 : 2) % 16 || CC() < 89)) {
-    SAY("VIOLATION: cuBLASLt has no FP8 product of this layout: ta %d tb %d lda %ld ldb %ld ldd %ld cc %d", d->ta, d->tb, (long)a->ld, (long)b->ld,
-        (long)o->ld, CC());
-    violations++;
-    *n = 0;
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-  }
   memset(r, 0, sizeof *r);
   r->state = CUBLAS_STATUS_SUCCESS;
   *n = 1;
@@ -690,12 +672,8 @@ API cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t h, cons
                                   const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t s) {
   auto d = (Desc*)h;
   auto a = (Layout*)A, b = (Layout*)B, o = (Layout*)D;
-  if (fp8(a->type) && (((size_t)pa | (size_t)pb | (size_t)pd) % 16)) {
-    SAY("VIOLATION: FP8 operand not aligned to 16 bytes");
-    violations++;
-  }
   char e[64];
-  snprintf(e, 64, " epilogue%d%s%s->%d", d->epilogue, d->fast ? " fast" : "", fp8(a->type) && (!d->sa || !d->sb) ? " NOSCALE" : "", o->type);
+  snprintf(e, 64, " epilogue%d->%d", d->epilogue, o->type);
   submit(s, shape("ltMatmul", o->rows, o->cols, d->ta ? a->rows : a->cols, d->ta, d->tb, a->type) + e);
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -56,20 +56,20 @@ class Case:
 
 
 def groups(quick: bool) -> list[list[Case]]:
-    """What is committed, by process: what ran before in one is seen in what the next engine reserves. The engine that changes the model comes last.
+    """What is committed, by process: what ran before in one is seen in what the next engine reserves.
 
-    quick: Inductor compiles one engine only, with few blocks: fp8, which is compiled and has other layers besides, of the network with more in it.
+    quick: Inductor compiles only once, with few blocks, of the network with more in it.
     """
     found = []
     for network in ("n1.5", "n1.7"):
         case = functools.partial(Case, network, "cuda_graph")
-        compiled, fp8 = (functools.partial(Case, network, engine, short=True) for engine in ("compiled", "fp8"))
+        compiled = functools.partial(Case, network, "compiled", short=True)
         recorded = [case(), case(cameras=2), case(continuation="prefix"), case(continuation="rtc")]
         if quick:
-            found += [recorded] if network == "n1.5" else [[fp8()], recorded]
+            found += [recorded] if network == "n1.5" else [[compiled()], recorded]
         else:
-            found.append([compiled(), compiled(cameras=2), compiled(continuation="rtc"), fp8(), fp8(cameras=2)])
-            found += [recorded, [Case(network, "compiled"), Case(network, "fp8")]]
+            found.append([compiled(), compiled(cameras=2), compiled(continuation="rtc")])
+            found += [recorded, [Case(network, "compiled")]]
         if network == "n1.7":
             recorded.append(case(wide=True))
     return found
@@ -177,18 +177,6 @@ def published_network(version: str, short: bool = False) -> Any:
         torch.set_default_dtype(torch.float32)
 
 
-def engine_of(name: str, model: Any) -> Any:
-    from gr00t_fast.engine import make_engine, quantized
-    from gr00t_fast.engine.quantized import fp8_engine
-
-    if name != "fp8":
-        return make_engine(name, model)
-    scales = {layer: quantized.InputScale(1.0) for layer in quantized.linear_layers(model)}
-    # gate and up read one tensor
-    up = {layer: scales[layer.replace("mlp.up", "mlp.gate")] for layer in scales if layer.startswith("language") and layer.endswith("mlp.up")}
-    return fp8_engine(model, scales | up)
-
-
 def call(engine: Any, case: Case, seed: int = 0) -> Any:
     """One inference: four steps, a picture of the usual size per camera, an instruction of as many tokens as `Place the block in the bowl`."""
     import numpy as np
@@ -239,11 +227,13 @@ def inside(wanted: list[Case]) -> Iterator[tuple[str, dict[str, Any]]]:
     """One network for all of them, one engine at a time."""
     import torch
 
+    from gr00t_fast.engine import make_engine
+
     device = Device()
     model = published_network(wanted[0].network, wanted[0].short)
     for name in dict.fromkeys(case.engine for case in wanted):
         device.reset()
-        engine = engine_of(name, model)
+        engine = make_engine(name, model)
         making_gb = round(device.peak / 1e9, 2)
         gc.collect()
         torch.cuda.empty_cache()

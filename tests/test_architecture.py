@@ -21,7 +21,7 @@ OPTIONAL = (
     *("tensorrt", "tensorrt_rtx", "transformers", "diffusers", "psutil", "pandas", "PIL", "rerun", "gr00t", "triton"),
     *("yaml", "tokenizers", "huggingface_hub", "tqdm", "requests", "httpx"),  # a plain policy, too, loads without importing them
 )
-DECORATED = ("gr00t_fast.engine.fp8_kernel", "gr00t_fast.serving.ray_app")  # by Triton, by Ray, when the module is imported
+DECORATED = ("gr00t_fast.serving.ray_app",)  # by Ray, when the module is imported
 IMPORT_BUDGET_S = 1.5
 # Module of each optional package -> the requirement of setup.cfg that brings it.
 REQUIREMENT_OF = {

@@ -50,7 +50,7 @@ def test_an_unnamed_engine_that_cannot_run_is_a_line(tmp_path: Path, capsys: pyt
     monkeypatch.setattr(LaboratoryBench, "names", tuple(name for name in LaboratoryBench.names if name not in ("compiled", "reference")))  # a minute
     result = run(tmp_path, capsys)
     assert list(result["engines"]) == ["eager"]
-    assert set(result["refused"]) == {"cuda_graph", "fp8", "onnxruntime", "openvino", "tensorrt"}
-    assert "needs a CUDA GPU" in result["refused"]["fp8"]
+    assert set(result["refused"]) == {"cuda_graph", "onnxruntime", "openvino", "tensorrt"}
+    assert "needs a CUDA GPU" in result["refused"]["cuda_graph"]
     assert "gr00t-fast export tensorrt" in result["refused"]["tensorrt"]
     assert "openvino cannot be used here" in (tmp_path / "bench_engines.md").read_text()

@@ -22,7 +22,7 @@ from gr00t_fast.flags import flags_of
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
 FORMER = [
-    *(["export/to_onnx.py"], ["export/to_tensorrt.py"], ["export/quantise.py"], ["export/calibrate.py"], ["export/verify.py"]),
+    *(["export/to_onnx.py"], ["export/to_tensorrt.py"], ["export/quantise.py"], ["export/verify.py"]),
     *(["so100_inference_optimized.py"], ["gr00t_fast.serving"], ["gr00t_fast", "run"]),
 ]
 
@@ -89,10 +89,27 @@ def test_the_former_names_still_work(words: list[str], monkeypatch: pytest.Monke
     assert capsys.readouterr().err.startswith("error: unknown flag '--bogus'")
 
 
-def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
-    from gr00t_fast.engine import CALIBRATED, ENGINES, EXPORTED, PRECISIONS
+@pytest.mark.parametrize("words", [["calibrate"], ["calibrate", "--model_path=DIR", "--observations=DATASET"], ["calibrate", "--help"]])
+def test_a_command_that_is_gone_says_what_to_use(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "gr00t-fast quantise" in line
+    assert "--engine=tensorrt" in line
+    assert program(sys.executable, "export/calibrate.py", *words[1:]).returncode == 2
 
-    assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *CALIBRATED, *EXPORTED}
+
+def test_an_engine_that_is_gone_is_refused_with_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--robot.type=so100_sim", f"--model_path={TRAINED}", "--lang_instruction=x", "--engine=fp8"]) == 2
+    said = capsys.readouterr().err
+    assert "--engine=fp8" in said
+    assert "tensorrt" in said
+
+
+def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None:
+    from gr00t_fast.engine import ENGINES, EXPORTED, PRECISIONS
+
+    assert set(typing.get_args(shared_flags.EngineName)) == {"auto", *ENGINES, *EXPORTED}
     assert set(typing.get_args(shared_flags.ExportedName)) == set(EXPORTED)
     assert typing.get_args(export.ExportPrecision) == tuple(PRECISIONS)
 

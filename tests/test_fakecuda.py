@@ -64,39 +64,9 @@ def test_graphs_and_memory_of_what_engines_ask_a_gpu_for_are_the_committed_ones(
     assert here == there, "if it is meant: python tests/fakecuda.py"
 
 
-def test_fp8_is_made_where_both_forms_of_the_weights_have_no_room(library: Path) -> None:
-    """N1.7: 5.7 GB in 16 bits, 3.5 in 8. And what it says of itself: layers of 8 bits have no gradient, which `rtc` needs."""
-    code = "import fakecuda; print(*fakecuda.engine_of('fp8', fakecuda.published_network('n1.7')).continues)"
-    done = python(library, "-c", code, memory_gb=6.5)
-    assert (done.returncode, done.stdout.split()) == (0, ["prefix"]), done.stderr[-2000:]
-
-
 def test_recordings_and_stages_on_the_stand_in(library: Path) -> None:
     """The tests of tests/on_fakecuda."""
     done = python(library, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/on_fakecuda", devices=2)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
-
-
-# --- the kernel of 8-bit weights
-
-
-def test_in_the_interpreter_the_kernel_computes_what_its_twin_does() -> None:
-    """In a process of its own: a kernel is interpreted or compiled from when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{fakecuda.ROOT}{os.pathsep}{fakecuda.ROOT / 'tests'}"}
-    command = [sys.executable, "-W", "ignore", "tests/fp8_kernel_checks.py", "interpret"]
-    done = subprocess.run(command, cwd=fakecuda.ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def test_for_each_gpu_the_kernel_compiles_and_fits(library: Path) -> None:
-    """At the published sizes. A process for each: Triton 3.6 converts E4M3 for all GPUs as for the first one that a process compiles for."""
-    gpus = {"RTX 4060": (89, 24), "H100": (90, 132), "RTX 5090": (120, 170)}
-
-    def compiled(gpu: tuple[int, int]) -> str:
-        done = python(library, "tests/fp8_kernel_checks.py", "compile", capability=gpu[0], multiprocessors=gpu[1])
-        return done.stderr[-2000:] if done.returncode else ""
-
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        assert dict(zip(gpus, pool.map(compiled, gpus.values()), strict=True)) == dict.fromkeys(gpus, "")

@@ -134,7 +134,7 @@ def test_what_it_runs_needs_little_to_be_installed() -> None:
     """torch, triton, tokenizers, safetensors, numpy, opencv and pytest; TensorRT's part asks for what it needs."""
     absent = ["transformers", "lerobot", "draccus", "yaml", "matplotlib", "pandas", "pyarrow", "datasets", "PIL"]
     absent += ["onnx", "onnxruntime", "openvino", "mujoco", "zmq"]
-    modules = ["benchmarks.gpu_check", "benchmarks.bench_engines", "gr00t_fast.engine.quantized", "gr00t_fast.export.calibrate"]
+    modules = ["benchmarks.gpu_check", "benchmarks.bench_engines", "gr00t_fast.export.calibrate"]
     modules += [file.stem for file in gpu_check.test_files() if file.stem != "test_gpu_tensorrt"]
     code = f"import importlib, sys\nsys.path[:0] = ['.', 'tests']\nsys.modules.update(dict.fromkeys({absent}))\n"
     done = subprocess.run(

@@ -26,7 +26,6 @@ from gr00t_fast.engine import make_engine
 from gr00t_fast.engine.cuda_graph import GraphEngine, check_compiler, compiled, cuda_graph_engine
 from gr00t_fast.engine.eager import EagerEngine
 from gr00t_fast.engine.fused import FusedModel, Stages, fused_model
-from gr00t_fast.engine.quantized import InputScale, linear_layers, rewritten
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.measurement import StageTimer
 from gr00t_fast.model import Gr00t
@@ -156,18 +155,18 @@ def test_on_a_gpu_what_loads_a_kernel_is_looked_for_beforehand(monkeypatch: pyte
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"engine 'fp8' needs a C compiler, .*CC=no-such-compiler.*--engine=cuda_graph"):
-        check_compiler("fp8", "cuda")
+    with pytest.raises(ConfigError, match=r"engine 'compiled' needs a C compiler, .*CC=no-such-compiler.*--engine=cuda_graph"):
+        check_compiler("compiled", "cuda")
     monkeypatch.setenv("CC", "sh")  # anything that is there
     monkeypatch.setattr("sysconfig.get_paths", lambda *_: {"include": str(tmp_path)})
     with pytest.raises(ConfigError, match=rf"headers of Python .* no {tmp_path}/Python.h.*python3\.\d+-dev"):
-        check_compiler("fp8", "cuda")
+        check_compiler("compiled", "cuda")
     (tmp_path / "Python.h").touch()
-    check_compiler("fp8", "cuda")
+    check_compiler("compiled", "cuda")
     monkeypatch.setenv("CC", "no-such-compiler")
     (tmp_path / "ab").mkdir()
     (tmp_path / "ab" / f"cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}").touch()
-    check_compiler("fp8", "cuda")  # what it keeps on disk needs none
+    check_compiler("compiled", "cuda")  # what it keeps on disk needs none
 
 
 @pytest.mark.skipif("GR00T_FAST_COMPILE" not in os.environ, reason="compiles for a minute or more: enable with GR00T_FAST_COMPILE=1")
@@ -206,25 +205,15 @@ def traced(fused: FusedModel, any_length: bool) -> Stages:
     return compiled(fused.stages(), any_length, backend="eager")
 
 
-def rounded(model: Gr00t) -> Gr00t:
-    scales = {name: InputScale(8.0) for name in linear_layers(model)}
-    up = {name: scales[name.replace("mlp.up", "mlp.gate")] for name in scales if name.startswith("language") and name.endswith("mlp.up")}
-    return rewritten(model, scales | up, emulated=True)
-
-
 @pytest.mark.parametrize(
-    ("make", "any_length", "mode"),
-    [
-        (lambda model: model, True, contextlib.nullcontext()),
-        (lambda model: model, False, torch.device("cpu")),
-        (rounded, True, torch.device("cpu")),
-    ],
-    ids=["compiled on a GPU", "compiled on a CPU", "fp8"],
+    ("any_length", "mode"),
+    [(True, contextlib.nullcontext()), (False, torch.device("cpu")), (True, torch.device("cpu"))],
+    ids=["on a GPU", "on a CPU", "on a GPU with a default device"],
 )
-def test_every_stage_is_traced_whole(network: Gr00t, make, any_length: bool, mode) -> None:
+def test_every_stage_is_traced_whole(network: Gr00t, any_length: bool, mode) -> None:
     """In what the engines call them in; twice where a caller has chosen a default device, which is a TorchFunctionMode: dynamo cannot trace all of
     torch's methods in one (Tensor.unflatten is such a method)."""
-    fused = fused_model(make(network))
+    fused = fused_model(network)
     stages, tables = traced(fused, any_length), fused.step_tables(2)
     inputs, start = inputs_for(network.config)
     with torch.no_grad():

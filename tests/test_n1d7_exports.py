@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exports import FEW, Made, network_inputs, target_for
+from exports import FEW, Made, network_inputs
 from random_networks import edit_json
 
 from benchmarks.lib.random_checkpoint import write_random_checkpoint
@@ -19,9 +19,7 @@ from gr00t_fast import Gr00tPolicy, load_policy
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import main
 from gr00t_fast.contracts import ActionPrefix
-from gr00t_fast.engine.fused import FusedModelN1d7, fused_model
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.engine.quantized import linear_layers, read_calibration, rewritten
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, StaleEngineError
 from gr00t_fast.measurement import StageTimer
 
@@ -157,24 +155,6 @@ def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path
     got, expected = (policy.get_action(observation(), noise=noise_of(eager)) for policy in (rounded, eager))
     gap = np.abs(got["action.single_arm"] - expected["action.single_arm"]).max()
     assert 1e-4 < gap < 1.0  # degrees, of relative ranges of some 4 to 34
-
-
-def test_fp8_is_calibrated_and_its_fused_twin_agrees(made: Made, eager: Gr00tPolicy, tmp_path: Path) -> None:
-    """What a GPU would run, with products of 8 bits written out: the fused network is the rewritten one."""
-    out = tmp_path / "fp8"
-    assert export.calibrate([f"--model_path={made.checkpoint}", f"--out={out}", "--device=cpu", "--trial_frames=0", *FEW]) == 0
-    calibration = read_calibration(out, target_for(made.checkpoint, None))
-    model = eager.engine.model
-    assert 0 < len(calibration) <= len(linear_layers(model))
-    made_of = rewritten(model, calibration, emulated=True)
-    inputs, start = network_inputs(eager, observation()), torch.from_numpy(noise_of(eager))
-    fused = fused_model(made_of)
-    assert isinstance(fused, FusedModelN1d7)
-    with torch.no_grad():
-        plain = model(inputs, start, model.head.step_tables(2))
-        rounded = made_of(inputs, start, model.head.step_tables(2))
-        torch.testing.assert_close(fused.stages()(inputs, fused.constants(inputs), start, fused.step_tables(2)), rounded, rtol=2e-2, atol=2e-2)
-    assert 1e-4 < (rounded - plain).norm() / (plain - start).norm() < 0.3
 
 
 def test_tensorrt_builds_the_graphs(made: Made, tmp_path: Path) -> None:

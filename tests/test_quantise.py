@@ -20,12 +20,11 @@ from gr00t_fast.cli.main import main
 from gr00t_fast.engine import open_engine
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import read_manifest
-from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError
 from gr00t_fast.export.calibrate import NEGLIGIBLE, GraphNetwork, Group, RoundedMatMul, keep_sensitive, record
 from gr00t_fast.export.graphs import MatMulLinear
-from gr00t_fast.export.qdq import LARGEST, Graph, write_quantised
-from gr00t_fast.export.verify import ActionError
+from gr00t_fast.export.qdq import LARGEST, Graph, InputScale, write_quantised
+from gr00t_fast.export.verify import ActionError, digest_of
 from gr00t_fast.inputs.dataset import textured_picture
 from gr00t_fast.measurement import StageTimer
 
@@ -165,6 +164,10 @@ def test_one_command_from_export_to_openvino(tiny_export: Made, tmp_path: Path, 
     manifest = read_manifest(tmp_path / "out", "")
     assert (manifest.kind, manifest.program, manifest.quantisation["format"]) == ("openvino", "quantise.py", "int8")
     assert manifest.quantisation["calibration"]["source"] == "random:0"
+    same, other = cases_of(tiny_export.checkpoint, 4), cases_of(tiny_export.checkpoint, 4, "random:1")
+    assert manifest.quantisation["calibration"]["digest"] == digest_of(same) != digest_of(other)
+    again = export.quantise.parse(["--model_path=x", "--out=y", *manifest.flags])  # the message that names the command can be typed
+    assert (again.target, again.frames, again.trial_frames, again.observations) == ("openvino", 4, 2, "random:0")
     assert len(manifest.quantisation["calibration"]["warnings"]) == 2
     assert {"vision.xml", "vision.bin", "tables.safetensors", "quantisation.md", "quantisation.json"} <= manifest.files.keys()
     report = (tmp_path / "out" / "quantisation.md").read_text()
@@ -211,20 +214,20 @@ def test_onnx_runtime_needs_no_calibration(
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "message"),
+    ("flags", "message"),
     [
-        ("quantise", ("--target=openvino",), "needs --observations"),
-        ("quantise", ("--target=openvino", "--format=fp8", *FEW), "no CPU computes in FP8"),
-        ("quantise", ("--target=openvino", *FEW, "--denoising_steps=7"), "tables for 1, 2, 3, 4, 8 steps"),
-        ("quantise", ("--target=openvino", "--observations=random:0", "--frames=4"), "4 frames, expected at least 128"),
-        ("calibrate", ("--observations=nowhere",), "neither a LeRobotDataset"),
-        ("calibrate", (*FEW, "--camera_map=front"), "--camera_map: expected names"),
+        ((), "needs --observations"),
+        (("--format=fp8", *FEW), "no CPU computes in FP8"),
+        ((*FEW, "--denoising_steps=7"), "tables for 1, 2, 3, 4, 8 steps"),
+        (("--observations=random:0", "--frames=4"), "4 frames, expected at least 128"),
+        (("--observations=nowhere",), "neither a LeRobotDataset"),
+        ((*FEW, "--camera_map=front"), "--camera_map: expected names"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
-    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: tuple[str, ...], message: str
+    tiny_export: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
 ) -> None:
-    graphs = [f"--onnx={tiny_export.onnx}"] if name == "quantise" else []
-    assert main([name, f"--model_path={tiny_export.checkpoint}", f"--out={tmp_path / 'out'}", *graphs, *flags]) == 2
+    given = [f"--model_path={tiny_export.checkpoint}", f"--onnx={tiny_export.onnx}", f"--out={tmp_path / 'out'}", "--target=openvino"]
+    assert main(["quantise", *given, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import cases_of
 from waiting import PATIENCE_S, children, is_there, until
 
 from gr00t_fast.checkpoint import read_policy_metadata
-from gr00t_fast.cli import export, replay
+from gr00t_fast.cli import replay
 from gr00t_fast.contracts import SO100_JOINTS, Observation
 from gr00t_fast.control import recorder as recording
 from gr00t_fast.control.pacer import StopSignals
@@ -417,10 +418,9 @@ def test_the_whole_circle(tmp_path: Path, capfd: pytest.CaptureFixture[str], mon
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "benchmarks" / "open_loop.py"), run_name="__main__")
     assert left.value.code == 0
-    few = ("--frames=4", "--allow_few", "--trial_frames=0")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        assert export.calibrate([f"--model_path={CHECKPOINT}", f"--observations={out}", f"--out={tmp_path / 'fp8'}", *few]) == 0
+        assert len(cases_of(CHECKPOINT, 4, str(out))) == 4, "what calibration and verification read"
     assert not [warning for warning in told if "torchvision" in str(warning.message)], "about which reader lerobot uses"
 
 

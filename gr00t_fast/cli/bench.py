@@ -161,7 +161,6 @@ _CANDIDATES = (
     ("eager", "eager", "", ()),
     ("compiled", "compiled", "", ()),
     ("cuda_graph", "cuda_graph", "cuda", ()),
-    ("fp8", "fp8", "cuda", ("fp8",)),
     ("tensorrt fp16", "tensorrt", "cuda", ("onnx-fp16", "tensorrt-fp16")),
     ("onnxruntime fp32", "onnxruntime", "cpu", ("onnx-fp32",)),
     ("onnxruntime int8", "onnxruntime", "cpu", ("onnx-fp32", "onnxruntime-int8")),
@@ -178,12 +177,10 @@ def obstacles() -> dict[str, tuple[str, str]]:
 
     cuda, libraries = torch.cuda.is_available(), installed()
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    quick = cuda and torch.cuda.get_device_capability() >= (8, 9)
     found = {
         "eager": ("", ""),
         "compiled": ("" if compiler else "no C++ compiler", "Install g++ or clang++."),
         "cuda_graph": ("" if cuda else "needs a CUDA GPU", ""),
-        "fp8": ("" if quick else "needs a GPU of Ada, Hopper or newer (8.9)", ""),
         "tensorrt": ("neither tensorrt_rtx nor tensorrt is installed", install_command("tensorrt_rtx")),
     }
     if libraries:
@@ -238,7 +235,6 @@ def _makers(config: BenchConfig, at: Path) -> dict[str, Callable[[Path], object]
         "onnx-fp16": partial(onnx, "fp16"),
         "onnxruntime-int8": partial(quantised, "onnxruntime"),
         "openvino-int8": partial(quantised, "openvino"),
-        "fp8": lambda out: export.make_calibration(export.CalibrateConfig(**data, out=out, device=config.device)),
         "tensorrt-fp16": lambda out: export.make_tensorrt(export.TensorRTConfig(**own, out=out, onnx=at / "onnx-fp16")),
     }
 
@@ -340,8 +336,6 @@ class Bench:
         if name in EXPORTED:
             policy = self.policy(name, engine_path=directory, device=str(self.device) if name == "tensorrt" else "auto")
             return policy, policy.precision
-        if name == "fp8":
-            return self.policy(name, engine_path=directory, device=str(self.device), precision=word_of(self.dtype)), name
         return self.policy(make_engine(name, self.shared)), word_of(self.dtype)
 
     def answers(self, policy: Gr00tPolicy) -> list[Actions]:

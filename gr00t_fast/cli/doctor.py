@@ -344,11 +344,11 @@ def _picture_size(config: DoctorConfig, found: Any, metadata: Any, rows: Rows) -
 
 def _exports(config: DoctorConfig, found: Any, picture: tuple[int, int] | None, rows: Rows) -> None:
     """Exports beside the checkpoint, and the one that --engine asks for: whole, and of this checkpoint?"""
-    from gr00t_fast.engine import CALIBRATED, EXPORTED
+    from gr00t_fast.engine import EXPORTED
     from gr00t_fast.files import MANIFEST_NAME
 
     asked = None
-    if config.engine in (*CALIBRATED, *EXPORTED):
+    if config.engine in EXPORTED:
         asked = (config.engine_path.expanduser() if config.engine_path else found.path / "exports" / config.engine).resolve()
     elif config.engine_path is not None:
         rows.add("exports", f"--engine_path={config.engine_path} without an engine that reads files", "Give --engine too.")

@@ -1,4 +1,4 @@
-"""`gr00t-fast export onnx | export tensorrt | quantise | calibrate | verify`: files for the engines that need some, and what they are worth.
+"""`gr00t-fast export onnx | export tensorrt | quantise | verify`: files for the engines that need some, and what they are worth.
 
 Each checks what is small (flags, data, the exports it begins with) before weights are read. torch is imported in the functions that need it.
 """
@@ -35,7 +35,7 @@ from gr00t_fast.measurement import command_line, peak_rss_bytes, provenance
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.manifest import Target
-    from gr00t_fast.engine.quantized import InputScale
+    from gr00t_fast.export.qdq import InputScale
     from gr00t_fast.export.verify import Case
 
 C = TypeVar("C", bound="ExportFlags")
@@ -208,7 +208,7 @@ def _of_graphs(config: TensorRTConfig, out: Path) -> OnnxConfig:
 tensorrt = _command("export tensorrt --model_path=DIR --out=DIR", TensorRTConfig, make_tensorrt)
 
 
-# --- quantise and calibrate ---------------------------------------------------------------------------------------------------------------
+# --- quantise ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -228,16 +228,6 @@ class SampleFlags(ObservationFlags, ExportFlags):
 
         names = ("frames", "seed", "camera_map", "allow_few", "processor_path", "prompt_style")
         return collect_cases(target, self.observations or _SYNTHETIC, **{name: getattr(self, name) for name in names}, **options)
-
-
-@dataclass(kw_only=True)
-class CalibrationFlags(CalibrationOptions, SampleFlags):
-    """What both kinds of 8 bits take."""
-
-    def made_with(self, *more: str) -> list[str]:
-        """Flags by which the manifest names the command that makes the same again."""
-        names = ("observations", "frames", "denoising_steps", "limit", "trial_frames", "prompt_style", "processor_path", "seed", "camera_map")
-        return list(flags_given(self, *more, *names, "allow_few"))
 
 
 def _written(directory: Path, name: str, result: Mapping[str, Any], text: str) -> None:
@@ -278,14 +268,8 @@ def _figures(error: Mapping[str, float]) -> list[str]:
     return [*(f"{error[key]:.3g}" for key in ("p50", "p99", "max")), f"{error['relative_to_displacement']:.3%}"]
 
 
-def _told(out: Path, what: str, report: Mapping[str, Any]) -> Made:
-    """`report` also lies in the output."""
-    brief = {key: value for key, value in report.items() if key != "groups"}
-    return {"out": str(out), **brief}, _calibration_table(report), f"wrote {out}{what}"
-
-
 @dataclass(kw_only=True)
-class QuantiseConfig(OutOptions, CalibrationFlags):
+class QuantiseConfig(OutOptions, CalibrationOptions, SampleFlags):
     """Make an 8-bit version of an ONNX export, calibrated with observations of your robot.
 
         gr00t-fast quantise --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --onnx=exports/onnx --out=exports/openvino \\
@@ -308,6 +292,11 @@ class QuantiseConfig(OutOptions, CalibrationFlags):
             raise ConfigError(f"--format=fp8 --target={self.target}: no CPU computes in FP8. Expected --format=int8, or --target=tensorrt.")
         if self.observations is None and self.target != "onnxruntime":
             raise ConfigError(f"--target={self.target} needs --observations: {DATA_SETS}.")
+
+    def made_with(self) -> list[str]:
+        """Flags by which the manifest names the command that makes the same again."""
+        names = ("onnx", "format", "target", "observations", "frames", "denoising_steps", "limit", "trial_frames", "prompt_style")
+        return list(flags_given(self, *names, "processor_path", "seed", "camera_map", "allow_few"))
 
 
 def make_quantised(config: QuantiseConfig) -> Made:
@@ -332,9 +321,9 @@ def make_quantised(config: QuantiseConfig) -> Made:
     report = quantisation | found
     with whole_directory(config.out, config.overwrite) as directory:
         _written(directory, "quantisation", report, _calibration_table(report))
-        made_with = config.made_with("onnx", "format", "target")
-        write_quantised_export(config.onnx, manifest, directory, scales, quantisation, command_line(), made_with)
-    return _told(config.out, f" for {config.target}", report)
+        write_quantised_export(config.onnx, manifest, directory, scales, quantisation, command_line(), config.made_with())
+    brief = {key: value for key, value in report.items() if key != "groups"}  # which lie in the output
+    return {"out": str(config.out), **brief}, _calibration_table(report), f"wrote {config.out} for {config.target}"
 
 
 def _calibrated_graphs(
@@ -355,57 +344,6 @@ def _calibrated_graphs(
 
 _OF_QUANTISE = "quantise --model_path=DIR --onnx=DIR --out=DIR --target=RUNTIME --observations=DATASET"
 quantise = _command(_OF_QUANTISE, QuantiseConfig, make_quantised)
-
-
-@dataclass(kw_only=True)
-class CalibrateConfig(CalibrationFlags):
-    """Make the scales of the engine fp8 from observations of your robot.
-
-        gr00t-fast calibrate --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --observations=./my-lerobot-dataset
-
-    fp8 is for Ada, Hopper and Blackwell GPUs. The result is small (scales, no weights) and belongs to these weights, this robot and these cameras:
-    with any other the engine refuses it. Calibration itself runs on any device; 8-bit products that the device lacks are written out. Layers whose
-    rounding the actions cannot spare stay in 16 bits (--limit).
-    """
-
-    GROUP = "export"
-
-    out: Path | None = None  # directory to make; default: exports/fp8 in the checkpoint's, where the engine looks
-    overwrite: bool = False  # replace the calibration that is there, once the new one is whole
-    device: str = "auto"  # auto, cuda, cuda:N, cpu, mps
-    precision: PrecisionName = "fp32"  # of the plain model that trials compare with
-
-    def needs_observations(self) -> bool:
-        return True
-
-
-def make_calibration(config: CalibrateConfig) -> Made:
-    """Check everything small, load, calibrate, write. Raises Gr00tFastError."""
-    from gr00t_fast.checkpoint import load_model
-    from gr00t_fast.engine import select_device, select_precision
-    from gr00t_fast.engine.manifest import Digests
-    from gr00t_fast.engine.quantized import has_product, write_calibration
-    from gr00t_fast.export.calibrate import TorchNetwork, calibrate
-    from gr00t_fast.measurement import versions
-
-    checkpoint, target = _opened(config)
-    out = config.out or checkpoint.path / "exports" / FP8
-    check_free(out, config.overwrite)
-    device = select_device(config.device)
-    dtype = select_precision(config.precision, device)
-    cases, data = config.cases(target, noise_seed=config.seed)
-    model = load_model(checkpoint, config.embodiment_tag, device, dtype)
-    steps = config.denoising_steps or checkpoint.config.head.denoising_steps
-    scales, found = calibrate(TorchNetwork(model, steps, emulated=not has_product(device)), cases, config)
-    report = {"format": FP8, "runtime": "torch", "calibration": data, **found}
-    with whole_directory(out, config.overwrite) as directory:
-        _written(directory, "quantisation", report, _calibration_table(report))
-        identity, made_with = target.identity(Digests(directory)), config.made_with("precision")
-        write_calibration(directory, scales, identity, data, versions(), command_line(), made_with)
-    return _told(out, ": run it with --engine=fp8", report)
-
-
-calibrate = _command("calibrate --model_path=DIR --observations=DATASET", CalibrateConfig, make_calibration)
 
 
 # --- verify -------------------------------------------------------------------------------------------------------------------------------

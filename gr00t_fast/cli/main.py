@@ -41,7 +41,6 @@ COMMANDS = {
     "export onnx": ("export:onnx", "write a checkpoint as ONNX graphs"),
     "export tensorrt": ("export:tensorrt", "build TensorRT engines"),
     "quantise": ("export:quantise", "make an 8-bit version of an ONNX export"),
-    "calibrate": ("export:calibrate", "make the scales of the engine fp8"),
     "verify": ("export:verify", "compare an exported engine with the plain model"),
     "bench": ("bench:main", "time every engine that runs here, and check its actions"),
     "tune": ("bench:tune", "bench --make: make the engines that can run here, then compare them"),
@@ -49,6 +48,8 @@ COMMANDS = {
     "bus": ("bus:main", "virtual servo bus of an SO-100 on a pseudo-terminal"),
     "sim": ("sim:main", "show the simulated scene, solved by a scripted expert"),
 }
+# Words of a subcommand that is gone -> what to do instead.
+GONE = {"calibrate": "the engine fp8 and its calibration are gone. For 8 bits use gr00t-fast quantise, for a GPU then --engine=tensorrt."}
 
 C = TypeVar("C")
 
@@ -129,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _ending(lambda: _print_help(overview()))
     if words[0] == "--version":
         return _ending(_print_version)
+    if words[0] in GONE:
+        print(f"error: {GONE[words[0]]}", file=sys.stderr)
+        return EXIT_USAGE
     for count in (1, 2):
         if (name := " ".join(words[:count])) in COMMANDS:
             return command(name)(words[count:])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gr00t_fast.engine.choose import (
-        CALIBRATED,
         ENGINES,
         EXPORTED,
         check_engine,
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from gr00t_fast.engine.manifest import Target
 
 __all__ = [
-    "CALIBRATED",
     "ENGINES",
     "EXPORTED",
     "PRECISIONS",

@@ -12,15 +12,13 @@ from gr00t_fast.engine.cuda_graph import check_device, compiled_engine, cuda_gra
 from gr00t_fast.engine.eager import PRECISIONS, EagerEngine, Engine
 from gr00t_fast.engine.exported import ExportedEngine, OnnxRuntimeEngine, OpenVinoEngine
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.quantized import prepare_fp8
 from gr00t_fast.engine.tensorrt import TensorRTEngine
 from gr00t_fast.errors import ConfigError, closest
 from gr00t_fast.model import Gr00t
 
-# Engines over the torch model; over exported files, which read no torch weights; and over the torch model with a calibration on the disk.
+# Engines over the torch model, and over exported files, which read no torch weights.
 ENGINES: dict[str, Callable[[Gr00t], Engine]] = {"eager": EagerEngine, "cuda_graph": cuda_graph_engine, "compiled": compiled_engine}
 EXPORTED: dict[str, type[ExportedEngine]] = {"onnxruntime": OnnxRuntimeEngine, "tensorrt": TensorRTEngine, "openvino": OpenVinoEngine}
-CALIBRATED = {"fp8": prepare_fp8}
 
 
 def make_engine(name: str, model: Gr00t) -> Engine:
@@ -31,14 +29,11 @@ def make_engine(name: str, model: Gr00t) -> Engine:
     return ENGINES["eager" if name == "auto" else name](model)
 
 
-def prepare_engine(name: str, engine_path: str | Path | None, target: Target, device: torch.device) -> Callable[[Gr00t], Engine]:
-    """`make_engine` for every engine over the torch model, in two parts: its files, the GPU and the compiler are checked now, before weights are
-    read, and what is returned makes it. Files lie in `engine_path`, by default in `<checkpoint>/exports/<engine>`.
+def prepare_engine(name: str, device: torch.device) -> Callable[[Gr00t], Engine]:
+    """`make_engine` in two parts: the GPU and the compiler are checked now, before weights are read, and what is returned makes the engine.
 
-    Raises EngineError and StaleEngineError, naming the command to run, and ConfigError for a device or compiler that the engine cannot use.
+    Raises ConfigError for a device or compiler that the engine cannot use.
     """
-    if name in CALIBRATED:
-        return CALIBRATED[name](_directory(name, engine_path, target), target, device)
     check_device(name, device)
     return functools.partial(make_engine, name)
 
@@ -49,21 +44,17 @@ def open_engine(name: str, engine_path: str | Path | None, target: Target, devic
     Raises EngineError and StaleEngineError, naming the command to run, MissingExtraError, and ConfigError for a device or precision that the
     export does not have.
     """
-    return EXPORTED[name](_directory(name, engine_path, target), target, device, precision)
-
-
-def _directory(name: str, engine_path: str | Path | None, target: Target) -> Path:
-    return target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
+    directory = target.checkpoint.path / "exports" / name if engine_path is None else Path(engine_path).expanduser()
+    return EXPORTED[name](directory, target, device, precision)
 
 
 def check_engine(name: str, engine_path: str | Path | None = None) -> None:
     """Raises ConfigError for an unknown name, or a path for an engine that takes none: to be asked before gigabytes are read."""
-    known = (*ENGINES, *CALIBRATED, *EXPORTED)
+    known = (*ENGINES, *EXPORTED)
     if name not in ("auto", *known):
         raise ConfigError(f"unknown engine '{name}'.{closest(name, known)} Expected auto or one of: {', '.join(known)}.")
-    if engine_path is not None and name not in (*CALIBRATED, *EXPORTED):
-        takers = ", ".join((*EXPORTED, *CALIBRATED))
-        raise ConfigError(f"engine_path={engine_path} is for an engine with files of its own ({takers}); engine is '{name}'.")
+    if engine_path is not None and name not in EXPORTED:
+        raise ConfigError(f"engine_path={engine_path} is for an engine with files of its own ({', '.join(EXPORTED)}); engine is '{name}'.")
 
 
 def select_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 Eager PyTorch launches some 1,500 kernels per inference, and the CPU that launches them is slower than the GPU that runs them: that is most of
 the time on a fast GPU. A graph is recorded once per shape of call (batch, cameras and their sizes, prompt length, denoising steps, and whether and
 how a chunk continues another one) and replayed with a single launch. All engines here run the fused model: `cuda_graph` records it as it is,
-`compiled` lets Inductor fuse it first, and runs on a CPU too, where nothing is recorded; `fp8` is made in engine/quantized.py.
+`compiled` lets Inductor fuse it first, and runs on a CPU too, where nothing is recorded.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class GraphEngine(Engine):
     """Over a fused model: camera frames in one upload, the rest recorded. Not thread-safe, as its policy is not."""
 
     max_batch = MAX_BATCH
+    continues = frozenset({"rtc", "prefix"})
 
-    def __init__(self, name: str, model: FusedModel, stages: Stages | None = None, continues: frozenset[str] = frozenset({"rtc", "prefix"})) -> None:
-        """stages: the model's own, or those compiled. continues: without `rtc` where layers have no gradient."""
-        self.name, self.model, self.stages, self.continues = name, model, stages or model.stages(), continues
+    def __init__(self, name: str, model: FusedModel, stages: Stages | None = None) -> None:
+        """stages: the model's own, or those compiled."""
+        self.name, self.model, self.stages = name, model, stages or model.stages()
         self.device, self.dtype = model.device, model.dtype
         self._prepared: OrderedDict[CallShape, tuple[StaticCall, CapturedGraph | None]] = OrderedDict()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

@@ -113,8 +113,6 @@ def folded_decoder(head: ActionHead) -> tuple[Tensor, Tensor]:
 
 
 class FusedModel(nn.Module):
-    """Linear layers may be those of engine/quantized.py."""
-
     def __init__(self, model: Gr00t) -> None:
         """The weights of `model` are moved into joined matrices: their values do not change."""
         super().__init__()
@@ -325,11 +323,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def joined(layers: Sequence[nn.Module]) -> nn.Module:
-    """One layer whose outputs are those of `layers` side by side. Weights of plain layers become views of its weights, if they are not yet; layers of
-    8 bits join by themselves."""
-    if rounded := [layer for layer in layers if type(layer) is not nn.Linear]:
-        return rounded[0].joined_with([layer for layer in layers if layer is not rounded[0]])
+def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer whose outputs are those of `layers` side by side. Their weights become views of its weights, if they are not yet."""
     weight = _side_by_side([layer.weight for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     for layer, part in zip(layers, weight.split([layer.out_features for layer in layers]), strict=True):

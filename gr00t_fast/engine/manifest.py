@@ -24,7 +24,7 @@ from gr00t_fast.inputs.data_config import DataConfig
 from gr00t_fast.inputs.embodiment import Embodiment
 
 FORMAT = 1
-STAGES = ("vision", "language", "denoise_step")  # of an exported network; a calibration has none
+STAGES = ("vision", "language", "denoise_step")  # of an exported network
 # Sizes of inputs and outputs that vary between calls: of a prompt all tokens, and those that are no image tokens.
 TOKENS, TEXT_TOKENS = "tokens", "text_tokens"
 
@@ -32,7 +32,6 @@ TOKENS, TEXT_TOKENS = "tokens", "text_tokens"
 PROGRAMS = {
     "to_onnx.py": ("gr00t-fast", "export", "onnx"),
     "quantise.py": ("gr00t-fast", "quantise"),
-    "calibrate.py": ("gr00t-fast", "calibrate"),
     "to_tensorrt.py": ("gr00t-fast", "export", "tensorrt"),
 }
 
@@ -167,8 +166,8 @@ def read_manifest(directory: Path, remedy: str) -> Manifest:
             raise ValueError("a section is no mapping")
         if any(Path(name).name != name for name in manifest.files):
             raise ValueError("a file's name leaves the directory")
-        if manifest.stages and set(manifest.stages) != set(STAGES):
-            raise ValueError(f"it has the stages {', '.join(manifest.stages)}, expected {', '.join(STAGES)}")
+        if set(manifest.stages) != set(STAGES):
+            raise ValueError(f"it has the stages {', '.join(manifest.stages) or 'none'}, expected {', '.join(STAGES)}")
         if any(file not in manifest.files for file in manifest.stage_files.values()):
             raise ValueError("a stage's file is not among the files that are checked")
         if not all(isinstance(flag, str) for flag in manifest.flags):

@@ -1,8 +1,8 @@
 """How each linear layer of a network is best rounded to 8 bits, and which layers its actions cannot spare.
 
-`record` runs observations through the network in torch, with hooks on the linear layers. `choose_scale` then rounds the inputs of each layer in a
-few ways and takes the one that changes the layer's outputs least. `keep_sensitive` decides on the actions, in joint units: layers at the same place
-of every block are one group (`vision blocks.*.mlp.down`); each group alone is rounded, everything else stays as it is, and the actions are compared.
+`record` runs observations through the exported graphs in torch, with hooks on the linear layers. `choose_scale` then rounds the inputs of each
+layer in a few ways and takes the one that changes the layer's outputs least. `keep_sensitive` decides on the actions, in joint units: layers at the
+same place of every block are one group (`vision blocks.*.mlp.down`); each group alone is rounded, the rest stays as it is, and actions are compared.
 Then all groups are rounded together; as long as that is above the limit, the group with the most squared error per multiplication stays in 16 bits.
 Groups with a negligible share of the multiplications stay in 16 bits without a trial.
 
@@ -12,8 +12,8 @@ Axis alphabet: n observations, H horizon, A padded action width, R kept rows, K 
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,13 +25,11 @@ from torch import Tensor, nn
 from gr00t_fast.console import progress_bar
 from gr00t_fast.engine.exported import ExportTables
 from gr00t_fast.engine.manifest import Target
-from gr00t_fast.engine.quantized import PARTS, WEIGHTS_ONLY, InputScale, linear_layers, rounded_layers, with_layers
 from gr00t_fast.export import CalibrationOptions
 from gr00t_fast.export.graphs import MatMulLinear, graphs_of
 from gr00t_fast.export.onnx import build_graph
-from gr00t_fast.export.qdq import LARGEST, quantised_weight, rounded
+from gr00t_fast.export.qdq import LARGEST, InputScale, quantised_weight, rounded
 from gr00t_fast.export.verify import ActionError, Case, action_error
-from gr00t_fast.model import Gr00t
 from gr00t_fast.model.layers import CategoryLinear
 
 NEGLIGIBLE = 0.002  # share of all multiplications of an inference: nothing to gain from 8 bits
@@ -48,79 +46,36 @@ _SMALLEST = 1e-5
 # --- the network --------------------------------------------------------------------------------------------------------------------------
 
 
-class Network(ABC):
-    """A network in parts that run one after the other: the plain model, or the graphs that are exported."""
+class GraphNetwork:
+    """The graphs of an ONNX export as torch modules, in fp32 on the CPU: layer `a` of the file `vision.onnx` is `vision.a` here. Its parts are the
+    graphs, which run one after the other."""
 
-    weights_only: Collection[str] = ()  # parts whose inputs are not rounded
-
-    def __init__(self, module: nn.Module, layers: Mapping[str, nn.Module], prefixes: Mapping[str, str], scheme: str, steps: int) -> None:
-        """layers: name within `module` -> linear layer, of all that can be rounded; prefixes: part, in the order of execution -> how the names of its
-        layers begin; scheme: "int8" or "fp8"; steps: denoising steps of a run."""
-        self.module, self.layers, self._prefixes, self.scheme, self.steps = module, layers, prefixes, scheme, steps
-        self.parts = tuple(prefixes)
+    def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
+        """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export; scheme: "int8" or "fp8"; denoising_steps: of a run."""
+        self._graphs, self._tables, self._step_tables = graphs_of(target.checkpoint.config), tables, tables.steps(denoising_steps)
+        self.parts, self.scheme, self.steps = tuple(self._graphs), scheme, denoising_steps
+        self.module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self.parts})
+        # name within `module` -> linear layer, of all that can be rounded
+        self.layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, MatMulLinear | CategoryLinear)}
 
     def place(self, name: str) -> tuple[str, str]:
         """The part a layer belongs to, and a name that it shares with the layers at its place in other blocks: `blocks.*.mlp.down`. Gate and up of
         the language model read one tensor: both or neither are rounded."""
-        part, begin = next((part, begin) for part, begin in self._prefixes.items() if name.startswith(begin))
-        kind = re.sub(r"\b\d+\b", "*", name.removeprefix(begin))
+        part, _, rest = name.partition(".")
+        kind = re.sub(r"\b\d+\b", "*", rest)
         return part, re.sub(r"mlp\.(gate|up)$", "mlp.gate_up", kind) if part == "language" else kind
 
     def weight(self, name: str) -> Tensor:
         """fp32 (K, N) on the CPU."""
-        layer = self.layers[name]
-        weight = layer.weight.detach().float().cpu()
-        return weight.t() if isinstance(layer, nn.Linear) else weight
+        return self.layers[name].weight.detach().float().cpu()
 
-    @abstractmethod
     def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
         """The 8-bit form of each layer in `scales`."""
-
-    @abstractmethod
-    def run(self, module: Any, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of one part of `module`, which is the network's own or has some layers replaced. `outputs`: of the parts before it. Those of the
-        last part are `actions` (1, H, A)."""
-
-
-class TorchNetwork(Network):
-    """The plain model, for the torch engine `fp8`. Of the diffusion transformer only weights are rounded."""
-
-    weights_only = (WEIGHTS_ONLY,)
-
-    def __init__(self, model: Gr00t, denoising_steps: int, emulated: bool) -> None:
-        """emulated: 8-bit products are written out, for devices that lack them."""
-        super().__init__(model, linear_layers(model), PARTS, "fp8", denoising_steps)
-        self._emulated, self._tables = emulated, model.head.step_tables(denoising_steps)
-
-    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
-        return dict(rounded_layers(self.module, scales, self._emulated))
-
-    def run(self, module: Gr00t, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = case.inputs.to(self.module.device, self.module.dtype)
-        if part == "vision":
-            return {"tokens": module.encode_vision(inputs.pixel_values)}
-        if part == "language":
-            return {"features": module.encode_language(inputs, outputs["tokens"])}
-        if part == "refine":
-            return {"refined": module.head.refine(outputs["features"])}
-        condition = module.head.condition(outputs["refined"], inputs.state, None, inputs.image_positions)
-        return {"actions": module.head.denoise(case.noise.to(self.module.device, self.module.dtype), condition, self._tables)}
-
-
-class GraphNetwork(Network):
-    """The graphs of an ONNX export as torch modules, in fp32 on the CPU: layer `a` of the file `vision.onnx` is `vision.a` here."""
-
-    def __init__(self, target: Target, shapes: Mapping[str, Any], tables: ExportTables, denoising_steps: int, scheme: str) -> None:
-        """Loads the checkpoint's weights, 8 GB at full size. shapes, tables: of the export."""
-        self._graphs, self._tables, self._step_tables = graphs_of(target.checkpoint.config), tables, tables.steps(denoising_steps)
-        module = nn.ModuleDict({name: build_graph(name, target, torch.float32, shapes) for name in self._graphs})
-        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, MatMulLinear | CategoryLinear)}
-        super().__init__(module, layers, {name: f"{name}." for name in self._graphs}, scheme, denoising_steps)
-
-    def rounded(self, scales: Mapping[str, InputScale]) -> dict[str, nn.Module]:
         return {name: RoundedMatMul(self.layers[name], scale, self.scheme) for name, scale in scales.items()}
 
     def run(self, module: nn.ModuleDict, part: str, case: Case, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of one part of `module`, which is the network's own or has some layers replaced. `outputs`: of the parts before it. Those of the
+        last part are `actions` (1, H, A)."""
         inputs, spec = case.inputs, self._graphs[part]
         known = {**outputs, "pixel_values": inputs.pixel_values, "state": inputs.state}
         if part == "denoise_step":
@@ -152,6 +107,21 @@ class RoundedMatMul(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+def with_layers(module: nn.ModuleDict, layers: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """A module of the same weights with `layers` in the places that their names say; `module` itself stays as it is."""
+
+    def replaced(module: nn.Module, name: str) -> nn.Module:
+        if name in layers:
+            return layers[name]
+        twin = copy.copy(module)  # its tables of parameters and modules are still the original's: each gets its own
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._modules = {key: child and replaced(child, f"{name}.{key}".removeprefix(".")) for key, child in module._modules.items()}
+        return twin
+
+    whole: nn.ModuleDict = replaced(module, "")
+    return whole
+
+
 # --- how each layer is rounded ------------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +150,7 @@ class InputStatistics:
 
 
 @torch.inference_mode()
-def record(network: Network, cases: Sequence[Case], seed: int) -> list[InputStatistics]:
+def record(network: GraphNetwork, cases: Sequence[Case], seed: int) -> list[InputStatistics]:
     """Statistics of every tensor that linear layers read, over all observations and denoising steps, in the order of execution."""
     found: dict[tuple[str, ...], InputStatistics] = {}
     calls: list[tuple[str, Tensor]] = []  # of one part: a layer, and its input
@@ -212,13 +182,12 @@ def _by_tensor(calls: Sequence[tuple[str, Tensor]]) -> dict[tuple[str, ...], lis
     return together
 
 
-def scales_of(network: Network, statistics: Sequence[InputStatistics]) -> dict[str, InputScale]:
+def scales_of(network: GraphNetwork, statistics: Sequence[InputStatistics]) -> dict[str, InputScale]:
     """Of each layer, by name; layers that read one tensor share one."""
     scales: dict[str, InputScale] = {}
     with progress_bar("scales", len(statistics)) as tick:
         for entry in statistics:
-            bare = network.place(entry.readers[0])[0] in network.weights_only
-            scale = InputScale(0.0) if bare else choose_scale(entry, [network.weight(name) for name in entry.readers], network.scheme)
+            scale = choose_scale(entry, [network.weight(name) for name in entry.readers], network.scheme)
             scales |= dict.fromkeys(entry.readers, scale)
             tick()
     return scales
@@ -282,7 +251,7 @@ class Group:
         }
 
 
-def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[Group]:
+def groups_of(network: GraphNetwork, statistics: Iterable[InputStatistics]) -> list[Group]:
     """All layers that were recorded, in groups."""
     alike: dict[tuple[str, str], dict[str, int]] = {}
     for entry in statistics:
@@ -295,19 +264,19 @@ def groups_of(network: Network, statistics: Iterable[InputStatistics]) -> list[G
 class Trials:
     """Runs the network with some layers rounded. It runs once as it is; a trial begins at the first part that differs, with the outputs before it."""
 
-    def __init__(self, network: Network, cases: Sequence[Case]) -> None:
+    def __init__(self, network: GraphNetwork, cases: Sequence[Case]) -> None:
         self._network, self._cases = network, cases
         self._known: list[dict[str, Tensor]] = [{} for _ in cases]
         self._truth = self._actions(network.module, network.parts, self._known)
 
-    def error(self, module: nn.Module, parts: Collection[str]) -> ActionError:
+    def error(self, module: nn.ModuleDict, parts: Collection[str]) -> ActionError:
         """Of the actions of `module`, which differs from the network's own in `parts` only, in joint units."""
         order = self._network.parts
         actions = self._actions(module, order[min(map(order.index, parts)) :], [dict(known) for known in self._known])
         return action_error(actions, self._truth, self._cases)
 
     @torch.inference_mode()
-    def _actions(self, module: nn.Module, parts: Iterable[str], known: Sequence[dict[str, Tensor]]) -> np.ndarray:
+    def _actions(self, module: nn.ModuleDict, parts: Iterable[str], known: Sequence[dict[str, Tensor]]) -> np.ndarray:
         """(n, H, A). Adds to `known` what `parts` give."""
         for part in parts:
             for case, outputs in zip(self._cases, known, strict=True):
@@ -333,8 +302,8 @@ def keep_sensitive(groups: Sequence[Group], error_of: Callable[[Sequence[Group]]
     return None
 
 
-def calibrate(network: Network, cases: Sequence[Case], options: CalibrationOptions) -> tuple[dict[str, InputScale], dict[str, Any]]:
-    """Decide how to round each linear layer, and which stay in 16 bits. The network in fp32 makes sound trials. Returns layer -> how it is rounded,
+def calibrate(network: GraphNetwork, cases: Sequence[Case], options: CalibrationOptions) -> tuple[dict[str, InputScale], dict[str, Any]]:
+    """Decide how to round each linear layer, and which stay in 16 bits. Returns layer -> how it is rounded,
     without those that stay; and how that was decided, for quantisation.json."""
     statistics = record(network, cases, options.seed)
     groups, scales = groups_of(network, statistics), scales_of(network, statistics)

@@ -27,12 +27,20 @@ from torch import Tensor
 
 from gr00t_fast.engine.exported import TABLES_NAME
 from gr00t_fast.engine.manifest import Manifest, describe_files
-from gr00t_fast.engine.quantized import InputScale
 from gr00t_fast.errors import ConfigError, require
 from gr00t_fast.measurement import versions
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_RANGE = 1e-6  # of a channel that is always zero: any scale will do, but not zero
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """How the inputs of one or more layers are rounded. largest: |input| that the largest 8-bit number stands for, after division by `smoothing`
+    (fp32 (K,), positive), if any."""
+
+    largest: float
+    smoothing: Tensor | None = None
 
 
 def quantised_weight(weight: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
