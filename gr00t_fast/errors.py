@@ -57,7 +57,7 @@ class RobotError(Gr00tFastError, RuntimeError):
     """The arm, its bus or a camera failed in a way that retries and reconnecting did not cure."""
 
 
-class BusFault(RobotError):  # noqa: N818 - the name in the fault table of docs/safety.md
+class BusFault(RobotError):  # noqa: N818 - what it is called, as an emergency stop is
     """The servo bus or a servo cannot be relied on: a slow move down is not possible, so that the torque goes off at once."""
 
 

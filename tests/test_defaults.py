@@ -261,6 +261,32 @@ def watchdog_ends(drive: Drive) -> None:
         os.kill(number, signal.SIGKILL)
 
 
+def watchdog_ends_in_the_put_down(drive: Drive) -> None:
+    stop(signal.SIGINT)(drive)
+    time.sleep(0.3)
+    for number in drive.watchdogs():
+        os.kill(number, signal.SIGKILL)
+
+
+def heat_in_the_put_down(drive: Drive) -> None:
+    stop(signal.SIGINT)(drive)
+    time.sleep(0.1)
+    drive.bus.inject("error:servo=3,bits=4")
+
+
+def closes_and_terminates(drive: Drive) -> None:
+    """As the end of an ssh session does."""
+    after_the_end(signal.SIGHUP, 0.1)(drive)
+    time.sleep(1.0)
+    drive.signal(signal.SIGTERM)
+
+
+def kill_on_a_bad_line(drive: Drive) -> None:
+    drive.moves(50.0)
+    drive.bus.inject("flip:rate=0.001")
+    drive.signal(signal.SIGKILL)
+
+
 def torque_lost(drive: Drive) -> None:
     drive.moves(50.0)
     drive.bus.keep_off(2, 3.0)
@@ -292,9 +318,12 @@ ROWS = {
     "Ctrl-C after the time limit": Row(after_the_end(signal.SIGINT, 0.1), DOWN, 130, timeout_s=2.5),
     "Ctrl-C a second after the time limit": Row(after_the_end(signal.SIGINT, 1.2), DOWN, 130, timeout_s=2.5),
     "a supervisor's SIGTERM after the time limit": Row(after_the_end(signal.SIGTERM, 0.6), DOWN, 143, timeout_s=2.5),
+    "the terminal closes after the time limit, then SIGTERM": Row(closes_and_terminates, DOWN, 129, timeout_s=2.5),
     "a deliberate further Ctrl-C": Row(stop(signal.SIGINT, 1.3), AT_ONCE, 130),
     "a deliberate further SIGTERM": Row(stop_and_then(signal.SIGTERM, 1.3), AT_ONCE, 130),
     "SIGKILL": Row(stop(signal.SIGKILL), DOWN, -9, says="watchdog"),
+    "SIGKILL on a bad line": Row(kill_on_a_bad_line, DOWN, -9, says="watchdog"),
+    "SIGKILL of an arm found powered": Row(stop(signal.SIGKILL), HELD, -9, powered=(1, 2, 3, 4, 5, 6), says="still powered"),
     "a crash": Row(stop(signal.SIGSEGV), DOWN, -11, says="watchdog"),
     "SIGSTOP": Row(stop(signal.SIGSTOP), AT_ONCE, -9, says="watchdog"),
     "an inference that hangs": Row(nothing, DOWN, 1, "hangs", says="held its pose"),
@@ -308,6 +337,8 @@ ROWS = {
     "cable out for 8 s": Row(fault("unplug:for_s=8"), AT_ONCE, 1, says="STILL BE POWERED"),
     "cable out in the put-down": Row(cable_in_the_put_down, DOWN, 130, says="is back"),
     "the watchdog ends": Row(watchdog_ends, DOWN, 1, says="watchdog"),
+    "the watchdog ends in the put-down": Row(watchdog_ends_in_the_put_down, DOWN, 130, says="watchdog"),
+    "heat in the put-down": Row(heat_in_the_put_down, DOWN, 130, says="overheat"),
     # What reaches the motors, what the bus does
     "NaN": Row(nothing, DOWN, 1, "nan", says="NaN"),
     "a servo silent": Row(fault("silent:servo=3"), AT_ONCE, 1, says="no plausible joint reading"),

@@ -239,6 +239,18 @@ def test_the_gripper_moves_when_the_body_is_there_and_is_waited_for(pose: str) -
     assert not [line for line in run.said if "not quite" in line]
 
 
+def test_a_gripper_keeps_its_squeeze_over_a_gap_on_the_way_down() -> None:
+    """Its goal lies within what it holds; begun anew at where it stands, it would open its hand in the air."""
+    run = bench(lay=(-40.0, *START[1:5], 50.0))
+    run.policy.on_action = lambda targets: np.tile([20.0, 0, 0, 0, 0, 30], (len(targets), 1))
+    run.robot.stopped_at = holding
+    after(run, 45, lambda run: run.robot.events.update(reconnect=1))  # the episode has 30
+    run.loop.run()
+    sent = run.sent()
+    moving = np.abs(sent[:, 0] + 40) > 0.1
+    assert sent[40:][moving[40:], 5].max() == pytest.approx(30, abs=0.1), "until the body is there"
+
+
 @pytest.mark.parametrize("flag", ["home", "rest"])
 def test_a_pose_the_arm_cannot_take_is_refused_before_the_torque(flag: str) -> None:
     run = Bench(poses=Poses(**{flag: (200.0, *HOME[1:])}))

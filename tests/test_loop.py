@@ -121,6 +121,24 @@ def test_nothing_planned_before_a_gap_plays_after_it(gap: str, controller: str, 
     assert after["state.single_arm"][0, 0] >= bench.sent()[19, 0] - 1.1, "it looks again"
 
 
+def test_an_inference_that_holds_up_the_program_itself_is_not_made_for_ever() -> None:
+    """Native code that keeps the interpreter's lock: each is a gap, and only one plan in a row is made anew for that."""
+    bench = Bench(inference_s=0.7, timeout_s=8.0)
+    look = bench.loop._still_time
+    bench.loop._still_time = lambda: look() if bench.policy.seen else None
+    assert bench.loop.run().ended_by == "done"
+    assert bench.robot.sent
+
+
+@pytest.mark.parametrize("skipped_s", [0.1, 0.4])
+def test_rows_that_missed_ticks_left_out_are_not_made_up_for_at_once(skipped_s: float) -> None:
+    bench = Bench(policy_horizon=50, horizon=50, timeout_s=3.0)
+    bench.policy.on_action = lambda targets: targets + np.arange(50)[:, None]  # 60 degrees a second
+    bench.robot.on_send = lambda: bench.clock.advance(skipped_s) if len(bench.robot.sent) == 35 else None
+    bench.loop.run()
+    assert np.diff(bench.sent()[34:40, 0]).max() * 30 < (350 if skipped_s < 0.2 else 120)
+
+
 def test_an_ordinary_inference_and_not_the_slowest_says_how_long_the_arm_may_hold() -> None:
     limit = HoldLimit(30.0, 2.0, None)
     for duration_s, allowed_s in ((0.1, 2.0), (1.9, 2.0), (5.6, 5.7), (5.6, 5.7), (5.6, 16.8)):

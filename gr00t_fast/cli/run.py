@@ -49,7 +49,7 @@ _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.rese
 HIDDEN = "(hidden)"  # in a report, in place of a secret
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
 EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM, a closed terminal put the arm down; after a second, Ctrl-C or SIGTERM again takes its torque off at once.
-exit codes: 0 done, 1 error (the arm has been put down), 2 a flag that cannot be understood; 128 + signal when stopped:
+exit codes: 0 done, 1 error, 2 a flag that cannot be understood; 128 + signal when stopped:
 129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."""
 
 

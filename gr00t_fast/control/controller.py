@@ -191,7 +191,7 @@ class ChunkController:
         self._recent_ticks: deque[int] = deque([0], maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._watch = HoldLimit(fps, self.options.max_hold_s, None if recoverable else echo)
         self._first: TimedChunk | None = None  # planned while the arm stood still: its time begins when it plays
-        self._dropped = False  # whether what the call that runs makes is over already
+        self._dropped = self._replanned = False  # whether what the call that runs makes is over already, and that of the call before was
         self._rest: Mapping[str, np.ndarray] = {}  # of a recording that was interrupted
         self._planned_s: float | None = None  # when, until the next target
         self._tick = 0  # of the last target, or the last observation since
@@ -266,8 +266,9 @@ class ChunkController:
             self._lost_inferences += 1
             self._planned_s, self._others_ticks = self._clock.now_s(), []
             return None
-        if self._dropped:
-            self._dropped, self._rest = False, rest
+        self._replanned = self._dropped and not self._replanned  # once: an inference that itself holds up the program is not made for ever
+        if self._replanned:
+            self._rest = rest
             self._reset_policy |= not self._buffer.next_tick  # it has played nothing
             return None
         self._first, self._planned_s = timed, self._clock.now_s()

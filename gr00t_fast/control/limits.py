@@ -148,6 +148,14 @@ class SafetyFilter:
         self.blocked.reset()
         self.speed_up_anew()
 
+    def start_anew(self, measured: np.ndarray) -> None:
+        """As `start`, after a gap: a gripper that is near its goal keeps it, for it may hold something."""
+        last = measured if self._last is None else self._last
+        squeezes = np.array([name == GRIPPER for name in self.joint_names]) & (
+            np.abs(last - measured) < DEFAULT_MAX_FOLLOWING_ERROR_DEG * self._units_per_deg
+        )
+        self.start(measured, np.where(squeezes, last, measured))
+
     def speed_up_anew(self) -> None:
         """The arm stands still: from the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
         self._moved_s = 0.0

@@ -22,7 +22,7 @@ from gr00t_fast.control.controller import GAP_S, ChunkController
 from gr00t_fast.control.limits import ARRIVED_DEG, MOVE_HZ, Move, Pose, Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
 from gr00t_fast.control.session import ProgressLine, Session, dry_run_table
-from gr00t_fast.errors import BusFault, ConfigError, ObservationError, UnsafeActionError
+from gr00t_fast.errors import BusFault, ConfigError, ObservationError, RobotError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001
@@ -31,6 +31,7 @@ _STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to res
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
+_SKIPPED_S = 0.15  # of ticks that were missed
 _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
 _DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
@@ -105,6 +106,7 @@ class ControlLoop:
         self._putting_down = False
         self._outages = 0
         self._lost = False  # after a gap: the arm holds the pose that was measured then, until the new plan is there
+        self._tick_before = 0
         self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
         self._again_due = False  # the goal is to be another one than the motors know
         self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
@@ -156,8 +158,7 @@ class ControlLoop:
             self._putting_down = True
             self.safety.protect()
             self._say_put_down(error)
-            lay = self.options.poses.rest == "start"
-            self._go_to(tuple(pose), "the pose in which it lay before its torque went on" if lay else "the rest pose", last=True)
+            self._lower(tuple(pose))
         except StopRequested:
             self.echo(f"stopped once more: {self._at_once}, where the arm is")
         except Exception as trouble:
@@ -165,6 +166,18 @@ class ControlLoop:
                 raise
             self.echo(f"WARNING: the arm did not get there, {self._at_once}: {trouble}")
         return False
+
+    def _lower(self, pose: Pose) -> None:
+        """The move down. What is wrong but leaves the bus sound (a watchdog that has ended, a hot servo) is raised once each, said, and the move goes
+        on."""
+        what = "the pose in which it lay before its torque went on" if self.options.poses.rest == "start" else "the rest pose"
+        for more in (2, 1, 0):
+            try:
+                return self._go_to(pose, what, last=True)
+            except RobotError as error:
+                if isinstance(error, BusFault) or not more:
+                    raise
+                self.echo(f"WARNING: {error}")
 
     @property
     def _rest_pose(self) -> Pose | None:
@@ -304,6 +317,7 @@ class ControlLoop:
             self._end_s = self.clock.now_s() + self.options.timeout_s - 0.5 * self.pacer.period_s
         self.session.begin(self.controller.instruction)
         self.pacer.start()
+        self._tick_before = 0
         self._progress.begin()
         played = len(self.trace)
         with suppress(_EpisodeOver):
@@ -321,6 +335,11 @@ class ControlLoop:
             self.controller.see(self._observe(), self.pacer.tick - 1)
         while self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
             observation, planned = self._plan(), True
+        if (
+            not planned and self.pacer.tick - self._tick_before > _SKIPPED_S * self.options.fps + 1
+        ):  # their rows are over: not at once to the present one
+            self.safety.speed_up_anew()
+        self._tick_before = self.pacer.tick
         sent = self._send()  # the move is due now: send first, so that its instant does not depend on the cameras
         if not planned:
             observation = self._observe()
@@ -384,7 +403,7 @@ class ControlLoop:
         observation = self.robot.observe(not self._putting_down)
         if self._held_up():  # the arm may have sagged meanwhile: step on from where it is, not from the last target, with a new plan
             self._outages, self._lost = self._outage_count(), True
-            self.safety.start(observation.joints)
+            self.safety.start_anew(observation.joints)
             self.controller.expire()
         self._looked_s = self.clock.now_s()
         self._again_due |= self.safety.measured(observation.joints, observation.time_s, observation.loads)
@@ -483,9 +502,10 @@ class ControlLoop:
     def _dry_run(self) -> None:
         """One observation and one inference, checked but not sent."""
         self.controller.reset()
-        observation = self._observe()
-        self.safety.start(observation.joints)
-        self._infer(observation, self.clock.now_s())
+        while self.controller.needs_observation:
+            observation = self._observe()
+            self.safety.start(observation.joints)
+            self._infer(observation, self.clock.now_s())
         target = self.controller.next_target(self.pacer.tick)
         limited = self.safety(target)
         self.trace.episodes += 1

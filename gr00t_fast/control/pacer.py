@@ -185,7 +185,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._first: tuple[str, int] | None = None
         self._last_s, self._put_down_s = -math.inf, math.inf  # when the last signal came, and the put-down was announced
-        self._due = self._raises = False
+        self._due = self._raises = self._asked = False  # asked: whether a person has ended the run, or tried to since
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -224,7 +224,7 @@ class StopSignals:
         """The orderly end begins and is announced, which may take a while: from now on `check` raises for a deliberate further stop alone, see
         `_on_signal`. `reason` and `exit_code` stay the first one's."""
         self._raises = self._due = False
-        self._put_down_s = time.monotonic()
+        self._asked, self._put_down_s = self._first is not None, time.monotonic()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -239,13 +239,15 @@ class StopSignals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """The first stop of a run ends it. While the arm is put down a further one lets go at once, if it is deliberate: Ctrl-C or SIGTERM, pressed
-        anew, FURTHER_AFTER_S after the announcement or later. The first stop of all is none: it was meant for a run that had just ended by itself."""
+        anew, FURTHER_AFTER_S after the announcement or later. After a run that ended by itself the first of these is none: it was meant for the
+        run."""
         now_s, before_s = time.monotonic(), self._last_s
         self._last_s = now_s
         if self._first is None:
             self.request(signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
-        elif number in _DELIBERATE and now_s - self._put_down_s > FURTHER_AFTER_S and now_s - before_s > PRESSED_ANEW_S:
-            self._due = True
+        if number in _DELIBERATE and not math.isinf(self._put_down_s):
+            self._due |= self._asked and now_s - self._put_down_s > FURTHER_AFTER_S and now_s - before_s > PRESSED_ANEW_S
+            self._asked = True
         if self._due and self._raises:
             self.check()
 

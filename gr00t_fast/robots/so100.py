@@ -125,8 +125,11 @@ class SO100FollowerArm:
             self._engage()
 
     def lower_if_killed(self, pose: Sequence[float] | None) -> None:
-        """Tell the watchdog where (6,) to put the arm down when this program is gone; None changes nothing, and the torque goes off at once."""
-        if pose is not None and not self.stays_powered:
+        """Tell the watchdog where (6,) to put the arm down when this program is gone. None: an arm that was found powered holds where it stands, the
+        torque of any other goes off at once."""
+        if pose is None and self._found_powered:
+            self._watchdog.lower_to([])
+        elif pose is not None and not self.stays_powered:
             ids = (self._bus.motors[joint].id for joint in SO100_JOINTS)
             steps = self._bus._unnormalize(dict(zip(ids, np.clip(pose, *self.joint_limits.T).tolist(), strict=True)))
             self._watchdog.lower_to([*steps.values()])

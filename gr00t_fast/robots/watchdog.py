@@ -6,8 +6,9 @@
 
 Standard input carries the heartbeat: little-endian float32, each the number of seconds within which the next one will come (infinity: at no time).
 NaN dismisses the watchdog: the arm has landed. -1 asks it to go on with what the program could not do itself. -2 and a position for each servo, in
-encoder steps, say where the arm is to be put down. The end of the input without NaN or -1 means that the program is gone. "ready" on standard output
-once everything that is needed is loaded, and a byte for what is heard each time: so a watchdog that is frozen is noticed.
+encoder steps, say where the arm is to be put down; -3, that it was found powered and is to be left so. The end of the input without NaN or -1 means
+that the program is gone. "ready" on standard output once everything that is needed is loaded, and a byte for what is heard each time: so a watchdog
+that is frozen is noticed.
 
 When the program is gone, the arm is put down slowly if all servos answer and it is known where. Then, and at once when a heartbeat stays away, the
 torque is taken off all servos: by a write to all of them, repeated, then read back from each; with `hold`, goals become where the joints stand. A
@@ -32,7 +33,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-CALL, POSE = -1.0, -2.0
+CALL, POSE, HOLD = -1.0, -2.0, -3.0
 
 START_S = 10.0  # an interpreter on a machine that is busy
 LOOK_S = 0.1  # meanwhile, between two looks at whether the run is to stop
@@ -114,9 +115,9 @@ class Watchdog:
         return self._lives
 
     def lower_to(self, positions: list[int]) -> None:
-        """Where the arm is to be put down when this process is gone: a position for each servo, in encoder steps."""
+        """Where the arm is to be put down when this process is gone: a position for each servo, in encoder steps; none: it holds where it stands."""
         if self._process is not None:
-            self._write(POSE, *positions)
+            self._write(*((POSE, *positions) if positions else (HOLD,)))
 
     def _write(self, *values: float) -> bool:
         """A message, whole or not at all: it is shorter than what a pipe takes at once. Returns whether somebody may read it."""
@@ -169,11 +170,11 @@ SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the p
 DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
 BLIND_WRITES = 5  # a broadcast write is not acknowledged
-ANSWER_S = 0.03
+ANSWER_S, ASKS = 0.03, 4
 LOCK_S = 0.05
 # Of the slow move of an arm whose program is gone, in encoder steps (4096 a turn): 30 degrees a second, goals at most 15 degrees ahead of a joint.
 MOVE_TICK_S, MOVE_STEPS_S, MOST_AHEAD, ARRIVED, MOVE_SETTLE_S = 1 / 30, 341.0, 170.0, 34, 1.0
-PUT_DOWN = "The arm was put down. "
+PUT_DOWN = "The arm was moved down slowly. "
 MESSAGE_S = 10  # a terminal that takes no text for so long does not get it
 
 
@@ -195,7 +196,8 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
             if os.getppid() == parent:
                 os.kill(parent, signal.SIGKILL)
         trouble = SILENT if has_ended(DEATH_S) else UNENDING
-    lowered = trouble == GONE and mode == "off" and pose is not None and lower(port, ids, pose)
+    mode = "hold" if trouble == GONE and pose == [] else mode
+    lowered = bool(trouble == GONE and mode == "off" and pose) and lower(port, ids, pose)
     left_on, alone = release(port, ids, trouble == CALLED or lowered) if mode == "off" else stop_pushing(port, ids)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(MESSAGE_S)
@@ -204,7 +206,7 @@ def main(port: str, mode: str, directory: str, ids: list[int]) -> None:
 
 
 def wait_for_trouble(servos: int) -> tuple[str, list[int] | None]:
-    """What the program did, and where the arm is to be put down, a position for each of so many `servos`; None: that is not known."""
+    """What the program did, and where the arm is to be put down, a position for each of so many `servos`; empty: it holds; None: not known."""
     awaited_s, heard_s, pose = math.inf, time.monotonic(), None
     while True:
         wait_s = None if math.isinf(awaited_s) else max(0.0, heard_s + awaited_s - time.monotonic())
@@ -217,8 +219,8 @@ def wait_for_trouble(servos: int) -> tuple[str, list[int] | None]:
         for value in values:
             if math.isnan(value) or value == CALL:
                 return DISMISSED if math.isnan(value) else CALLED, pose
-            if value == POSE:
-                pose = [round(next(values)) for _ in range(servos)]
+            if value in (POSE, HOLD):
+                pose = [round(next(values)) for _ in range(servos if value == POSE else 0)]
             else:
                 awaited_s, heard_s = value, time.monotonic()
         say(b".")
@@ -289,7 +291,7 @@ def moved(line: Any, ids: list[int], goals: list[float], pose: list[int], group:
             goals[index] = max(here[index] - MOST_AHEAD, min(here[index] + MOST_AHEAD, wanted))
         if all(abs(here[index] - pose[index]) <= ARRIVED for index in group):
             return True
-        words = (byte for index in group for byte in (ids[index], *round(goals[index]).to_bytes(2, "little")))
+        words = (byte for index in group for byte in (ids[index], *max(0, round(goals[index])).to_bytes(2, "little")))
         line.write(packet(BROADCAST, SYNC_WRITE, GOAL_REGISTER, 2, *words))
         time.sleep(max(0.0, begin_s + tick * MOVE_TICK_S - time.monotonic()))
     return True
@@ -329,13 +331,19 @@ def stop_pushing(port: str, ids: list[int]) -> tuple[list[int], bool]:
 
 
 def register(line: Any, servo: int, address: int, length: int = 1) -> int | None:
-    """What the servo answers when asked; None when it does not."""
+    """What the servo answers; it is asked ASKS times, for one lost answer must not let go of an arm in mid-air. None when it does not."""
+    asked = (_asked(line, servo, address, length) for _ in range(ASKS))
+    return next((value for value in asked if value is not None), None)
+
+
+def _asked(line: Any, servo: int, address: int, length: int) -> int | None:
     while line.in_waiting:  # answers to the program's last requests
         line.reset_input_buffer()
         time.sleep(0.002)
     line.write(packet(servo, READ, address, length))
-    heard, end_s = b"", time.monotonic() + ANSWER_S
-    while time.monotonic() < end_s:
+    heard, late, end_s = b"", False, time.monotonic() + ANSWER_S
+    while not late:
+        late = time.monotonic() >= end_s  # what came while this process was held up is read all the same
         heard += line.read(64)
         start = heard.find(bytes((0xFF, 0xFF, servo, 2 + length)))
         if start >= 0 and len(heard) >= start + 6 + length:
@@ -356,7 +364,7 @@ def outcome(mode: str, left_on: list[int], alone: bool) -> str:
         servos = ", ".join(map(str, left_on))
         return f"THE ARM MAY STILL BE POWERED: servo {servos} did not confirm that its torque is off. Hold the arm and switch its power supply off."
     if mode == "hold":
-        return "The arm holds its last pose, as configured (disable_torque_on_disconnect=false): it is still powered."
+        return "The arm holds its last pose, as configured (disable_torque_on_disconnect=false) or as it was found: it is still powered."
     return "The torque is off on all servos." + ("" if alone else " Another program has the port open, and may switch it on again: end it.")
 
 
