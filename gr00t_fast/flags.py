@@ -60,6 +60,7 @@ _IN_PLACE_OF_OTHERS = {
         "The length of a run is given in seconds: --timeout=SECONDS.": "actions_to_execute",
         'A camera is given as --robot.cameras="{front: {type: opencv, index_or_path: 0}}".': "cam_idx",
         "Use --video=FILE.mp4.": "record_imgs",
+        "Use --display: rerun's viewer shows the cameras.": "show_images",
         "gr00t-fast eval has --dataset=DIR and --episodes=0,3 (or all), compares whole episodes and all joints, and draws no plot. "
         "Steps of the network are --denoising_steps=N.": "dataset_path trajs traj_ids steps plot save_plot_path modality_keys",
         "Observations are taken in both forms, nested and flat: leave the flag out.": "use_sim_policy_wrapper",
@@ -122,6 +123,10 @@ class Choice:
             cls.types = {}
         if type:
             cls.types[type], cls.type_name = cls, type
+
+    @classmethod
+    def find_types(cls) -> None:
+        """A base may add to `types` what takes seconds to import; called when a type is named that is not among them."""
 
 
 def setting(default: Any = MISSING, *, default_factory: Any = MISSING, bare: Any = None, whole_words: bool = False, flag: bool = True) -> Any:
@@ -547,11 +552,19 @@ def _chosen(where: str, base: type[Choice], raw: Any) -> Any:
     classes = base.types
     if not isinstance(raw, dict) or "type" not in raw:
         raise ConfigError(f"{where} has no 'type' (one of {', '.join(classes)}); YAML wants a space after the colon.")
+    if raw["type"] not in classes:
+        base.find_types()
     chosen = classes[_chosen_word(f"{where}.type", tuple(classes), raw["type"])]
     known = {flag.name: flag for flag in _fields(chosen)}
     if unknown := [str(key) for key in raw if key != "type" and key not in known]:
         raise ConfigError(f"{where} has the unknown setting '{unknown[0]}'.{closest(unknown[0], known)} Known: {', '.join(known)}.")
-    return chosen(**{key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"})
+    if needed := [name for name, flag in known.items() if flag.default is MISSING and name not in raw]:
+        raise ConfigError(f"{where} needs the setting '{needed[0]}'. Known: {', '.join(known)}.")
+    values = {key: _value(f"{where}.{key}", known[key], value) for key, value in raw.items() if key != "type"}
+    try:
+        return chosen(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _number(where: str, kind: Kind, raw: Any, words: Sequence[Any]) -> int | float:

@@ -3,8 +3,8 @@ and forks a process for each, for the driver takes seconds to import. Says `pid 
 
     {"name": .., "argv": [COMMAND, ..], "inference_s": .., "answer": "towards"|"nan"|"raises"|"hangs", "log": FILE}
 
-COMMAND is run or replay. A checkpoint is stood in for by a policy whose inference takes `inference_s` and leads to REACHED; with `answer` its eighth
-second, or its first inference after that, does something else.
+COMMAND is run or replay. A checkpoint is stood in for by a policy whose inference takes `inference_s` and leads to REACHED; with `answer` the
+first inference that begins a second after the first chunk does something else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gr00t_fast.contracts import Robot
 
 REACHED = np.array([25.0, -45.0, 20.0, 45.0, -60.0, 40.0])
 STEP = 1.5  # degrees a row: 45 a second
-ODD_AFTER_S = 1.0  # after the first inference
+ODD_AFTER_S = 1.0  # after the first chunk
 
 
 class Standing(FakePolicy):
@@ -42,15 +42,15 @@ class Standing(FakePolicy):
         self.action_horizon = max(16, math.ceil(2.5 * 30 * inference_s))
         super().__init__(FakeClock(), horizon=self.action_horizon, cameras=())
         self.metadata = dataclasses.replace(self.metadata, resolutions={}, trained_horizon=self.action_horizon)
-        self._inference_s, self._answer, self._began_s = inference_s, answer, math.inf
+        self._inference_s, self._answer, self._first_s = inference_s, answer, math.inf
 
     def get_modality_config(self) -> dict[str, Any]:
         return modality_config(())
 
     def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
-        self._began_s = min(self._began_s, time.monotonic())
+        odd = self._answer if time.monotonic() > self._first_s + ODD_AFTER_S else "towards"
         time.sleep(self._inference_s)
-        odd = self._answer if time.monotonic() > self._began_s + ODD_AFTER_S else "towards"
+        self._first_s = min(self._first_s, time.monotonic())
         if odd == "raises":
             raise ValueError("a bug of the policy")
         time.sleep(60.0 if odd == "hangs" else 0.0)

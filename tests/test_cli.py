@@ -39,8 +39,8 @@ def test_the_well_known_command_line_parses_as_printed() -> None:
 
 
 def test_ways_to_write_a_flag() -> None:
-    config = cli.parse([*SIM, "--lang-instruction=went", "--no-overwrite", "--show_images", "--timeout=null", "--seed", "3", "--camera_map={a: b}"])
-    assert (config.lang_instruction, config.overwrite, config.show_images, config.timeout) == ("went", False, True, None)
+    config = cli.parse([*SIM, "--lang-instruction=went", "--no-overwrite", "--verbose", "--timeout=null", "--seed", "3", "--camera_map={a: b}"])
+    assert (config.lang_instruction, config.overwrite, config.verbose, config.timeout) == ("went", False, True, None)
     assert (config.seed, config.camera_map) == (3, {"a": "b"})
 
 
@@ -176,7 +176,7 @@ def raising(error: BaseException):
 def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     world.policy.metadata = policy_metadata(cameras={"webcam": (16, 9)})
-    words = [f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--show_images", "--controller=sync", "--preflight=warn"]
+    words = [f"--out={out}", f"--video={tmp_path / 'run.mp4'}", "--action_horizon=4", "--controller=sync", "--preflight=warn"]
     assert world.run(*words) == 0
     assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.html", "report.json", "report.txt", "run.csv", "run.npz"]
     assert (tmp_path / "run.mp4").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arm_bench
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,9 @@ import virtual_camera
 from exports import target_for
 
 from gr00t_fast.cli.main import main
+from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, describe_files
+from gr00t_fast.robots.lerobot_glue import readings
 from gr00t_fast.robots.virtual_bus import VirtualBus, save_calibration
 from gr00t_fast.robots.virtual_bus.servo import JointCalibration, Register
 
@@ -32,6 +36,8 @@ pytest.importorskip("serial", reason="needs `pip install 'gr00t_fast[robot]'`")
 def flags(bus: VirtualBus, tmp_path: Path) -> list[str]:
     """Of a set-up without mistakes, but for its camera, which is drawn."""
     save_calibration(bus.calibration, tmp_path / "black.json")
+    bus.push("wrist_flex", 70)  # to where the recordings began
+    bus.push("wrist_roll", -85)
     arm = [f"--robot.port={bus.port}", "--robot.id=black", f"--robot.calibration_dir={tmp_path}", "--robot.cameras={webcam: {type: sim}}"]
     return ["--robot.type=so100_follower", *arm, f"--model_path={TRAINED}"]
 
@@ -109,6 +115,86 @@ def test_a_checkpoint_that_cannot_run_is_named(
     got, _, told = asked([*flags, f"--model_path={copy}", *more], capsys)
     assert all(word in told for word in named), told
     assert got == code, told
+
+
+def trained_otherwise(directory: Path, joint: int, low: float, high: float) -> str:
+    """The flag of a checkpoint whose data lies in this range for a joint, an index."""
+    copy = shutil.copytree(TRAINED, directory / "other")
+    file = copy / "experiment_cfg" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    for what in ("state", "action"):
+        of_arm = metadata["new_embodiment"]["statistics"][what]["single_arm"]
+        for name, value in {"min": low, "q01": low, "mean": (low + high) / 2, "q99": high, "max": high, "std": (high - low) / 4}.items():
+            of_arm[name][joint] = value
+    file.write_text(json.dumps(metadata))
+    return f"--model_path={copy}"
+
+
+@pytest.mark.parametrize("led", [False, True])
+@pytest.mark.parametrize("unit", ["degrees", "range"])
+def test_doctor_says_of_pose_and_range_what_a_run_says(
+    led: bool, unit: str, bus: VirtualBus, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The arm stands where another program left it: a run refuses, and only warns where it is led away. The data reaches beyond the arm."""
+    bus.push("wrist_roll", -62)  # to -147
+    other = trained_otherwise(tmp_path, 4, 3.0, 3.0) if unit == "degrees" else trained_otherwise(tmp_path, 2, -20.0, 101.5)
+    same = [*flags, other, *(["--home=[0, 0, 0, 0, 0, 10]"] if led else [])]
+    if unit == "range":
+        bus.push("wrist_roll", 62)
+    stop = "--timeout=0.1", "--lang_instruction=reach", "--dry_run"
+    ran = main(["run", *same, *stop])
+    said = "".join(capsys.readouterr())
+    code, result, told = asked(same, capsys)
+    assert code == ran == (unit == "degrees" and not led), told
+    rows = [row for row in result["rows"] if row["section"] == "fit" and row["state"] in ("warn", "fail")]
+    assert [row["what"].partition(":")[0] for row in rows] == ["wrist_roll" if unit == "degrees" else "elbow_flex"]
+    assert rows[0]["what"] in said, "in the run's own words"
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--device=cuda:7", "cuda:7"),
+        ("--engine=cuda_graph", "cuda_graph"),
+        ("--denoising_steps=100000", "denoising_steps"),
+        ("--home=[0, 0, 0, 0, 170, 10]", "wrist_roll 170"),
+        ("--robot.connect_attempts=0", "connect_attempts"),
+        ("--robot.position_p_coefficient=20", "position_p_coefficient"),
+    ],
+)
+def test_what_a_run_refuses_is_no_set_up_that_is_ready(flag: str, named: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is refused by a run before its arm moves."""
+    if "coefficient" in flag and not importlib.metadata.version("lerobot").startswith("0.4"):
+        pytest.skip("lerobot 0.6 takes it")
+    code = main(["doctor", *flags, flag])
+    said = "".join(capsys.readouterr())
+    assert code != 0
+    assert named in said
+    if flag.startswith("--robot"):
+        return
+    assert main(["run", *flags, flag, "--timeout=0.1", "--lang_instruction=reach", "--dry_run"]) != 0
+
+
+@pytest.mark.parametrize("use_degrees", [True, False])
+def test_readings_are_those_of_the_driver(use_degrees: bool, bus: VirtualBus, tmp_path: Path) -> None:
+    bus.push("elbow_flex", -95)  # outside its range, by less than is refused (4 degrees)
+    bus.push("elbow_flex", 3)
+    bus.push("wrist_flex", 70)
+    with arm_bench.connected(tmp_path, bus, engaged=False, use_degrees=use_degrees) as (_, arm):
+        seen = arm.observe().joints
+    positions = {joint: servo.position for joint, servo in zip(SO100_JOINTS, bus.servos, strict=True)}
+    np.testing.assert_allclose(readings(positions, bus.calibration, use_degrees), seen, atol=1e-9)
+
+
+def test_drawn_cameras_are_drawn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import cv2
+
+    simulated = ["--robot.type=so100_sim", "--robot.cameras={webcam: {type: sim}}", f"--model_path={TRAINED}"]
+    for number, words in enumerate((flags, simulated)):
+        out = tmp_path / str(number)
+        assert asked([*words, f"--out={out}"], capsys)[0] == 0
+        assert cv2.imread(str(out / "camera_webcam.png")).shape == (480, 640, 3)
+        assert (out / "cameras.png").is_file()
 
 
 def test_a_stale_export_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

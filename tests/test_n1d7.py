@@ -22,7 +22,7 @@ from gr00t_fast.engine.manifest import target_of
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError
 from gr00t_fast.inputs.embodiment import ImageSettings
 from gr00t_fast.inputs.images import _interpolated, accepted_size, picture, view, view_size
-from gr00t_fast.inputs.transforms import ActionTransform, StateTransform, _absolute, _matrix, _relative
+from gr00t_fast.inputs.transforms import ActionTransform, StateTransform
 from gr00t_fast.model.config import QwenVisionConfig
 from gr00t_fast.model.vision import patches_of, picture_values
 from gr00t_fast.networks import n1d7
@@ -200,6 +200,10 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
         ("processor_config.json", f"{MODALITIES}.action.action_configs", None, "'single_arm' is absolute, but statistics.json"),
         ("processor_config.json", f"{MODALITIES}.action.action_configs", [{"rep": "ABSOLUTE"}] * 2, "'single_arm' is absolute, but statistics.json"),
         ("processor_config.json", f"{MODALITIES}.action.action_configs", [{"rep": "DELTA"}] * 2, "'single_arm' has rep DELTA"),
+        *(
+            ("processor_config.json", f"{MODALITIES}.action.action_configs", [{"rep": rep, "type": "EEF", "format": form}] * 2, "'single_arm' .*EEF")
+            for rep, form in (("RELATIVE", "XYZ_ROT6D"), ("RELATIVE", "XYZ_ROTVEC"), ("ABSOLUTE", "DEFAULT"))
+        ),
         ("statistics.json", f"{TAG}.action.gripper.max", [1e30], "action.gripper.max exceeds"),
         ("statistics.json", f"{TAG}.action.gripper.max", [50.0], "action.gripper.q99 exceeds action.gripper.max"),
     ],
@@ -381,26 +385,3 @@ def test_actions_are_absolute_without_relative_action(tiny: Path) -> None:
     assert np.array_equal(relative, np.full((1, 16, 5), 10.0)), "no motion"
     absolute = ActionTransform(_embodiment(tiny, use_relative_action=False))(chunk, state)["action.single_arm"]
     np.testing.assert_allclose(absolute[0, 0], [0, -20, 20, 67.5, -90], atol=1e-4)
-
-
-@pytest.mark.parametrize("pose", ["XYZ_ROT6D", "XYZ_ROTVEC"])
-def test_poses_are_composed_and_taken_apart(pose: str) -> None:
-    generator = np.random.default_rng(0)
-    width = 9 if pose == "XYZ_ROT6D" else 6
-
-    def random_pose(*lead: int) -> np.ndarray:
-        values = generator.uniform(-1.5, 1.5, (*lead, width))
-        matrix = _matrix(values, pose)
-        np.testing.assert_allclose(matrix[..., :3] @ np.swapaxes(matrix[..., :3], -1, -2), np.broadcast_to(np.eye(3), (*lead, 3, 3)), atol=1e-12)
-        return values
-
-    moves, reference = random_pose(2, 4), random_pose(2)
-    absolute = _absolute(moves, reference, pose)
-    found, base, expected = (_matrix(values, pose) for values in (absolute, reference[:, None], moves))
-    np.testing.assert_allclose(found[..., :3], base[..., :3] @ expected[..., :3], atol=1e-9)
-    np.testing.assert_allclose(found[..., 3], (base[..., :3] @ expected[..., 3:])[..., 0] + base[..., 3], atol=1e-9)
-    np.testing.assert_allclose(_matrix(_relative(absolute, reference, pose), pose), expected, atol=1e-9)
-    half_turn = np.zeros((1, 1, 6))
-    half_turn[..., 3] = math.pi
-    if pose == "XYZ_ROTVEC":
-        np.testing.assert_allclose(np.abs(_absolute(half_turn, np.zeros((1, 6)), pose)), half_turn, atol=1e-9)

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,6 @@ from gr00t_fast.control.views import (
     display_view,
     side_by_side,
     video_view,
-    window_obstacle,
-    window_view,
 )
 from gr00t_fast.errors import ConfigError, MissingExtraError
 from gr00t_fast.files import is_running
@@ -271,61 +268,3 @@ def test_an_encoder_that_fails_or_hangs_never_disturbs_the_run(tmp_path: Path, m
     assert "did not finish" in view.warnings[0]
     assert view.written is None
     until(lambda: not is_running(encoders[0]))  # killed, but the kernel takes its time
-
-
-def test_where_no_window_can_be_opened_it_is_said_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    said: list[str] = []
-    assert window_view(said.append) is None
-    assert len(said) == 1
-    assert "--video=run.mp4" in said[0]
-    monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:                           NONE\n")
-    assert "pip install opencv-python" in window_obstacle()
-
-
-@pytest.fixture
-def window_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """A desktop, and an OpenCV for the process that shows the window: what `imshow` does, and a q after the second picture. Returns the file with a
-    dot for each picture."""
-
-    def write(imshow: str) -> Path:
-        shown = tmp_path / "shown"
-        (tmp_path / "cv2.py").write_text(
-            "import os, time\nclass error(Exception): pass\nshown = []\ndef namedWindow(name): pass\n"
-            f"def imshow(name, picture):\n    shown.append(picture.shape)\n    open({str(shown)!r}, 'a').write('.')\n"
-            f"    {imshow}\ndef waitKey(ms): return ord('q') if len(shown) == 2 else -1\n"
-        )
-        return shown
-
-    monkeypatch.setattr(views, "window_obstacle", lambda: None)
-    monkeypatch.syspath_prepend(tmp_path)
-    return write
-
-
-def test_a_window_that_stalls_delays_nothing_and_shows_the_present(window_of: Callable[[str], Path], tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    shown = window_of(f"while not os.path.exists({str(go)!r}): time.sleep(0.01)")
-    said: list[str] = []
-    quits = threading.Event()
-    with window_view(said.append, quits.set) as view:
-        for number in range(400):  # returns, although the first picture is not shown yet
-            view.see(frames_of(number % 256))
-        go.touch()
-        until(quits.is_set, "q stops the run")
-    assert 2 <= len(shown.read_text()) < 10, "what it is too slow for is left out"
-    assert said == []
-
-
-def test_a_window_that_fails_is_given_up(window_of: Callable[[str], Path]) -> None:
-    window_of("raise error('no window system')")
-    said: list[str] = []
-    with window_view(said.append) as view:
-        view.see(frames_of(0))
-        until(lambda: said)
-        view.see(frames_of(1))
-    assert len(said) == 1
-    assert "--show_images" in said[0]
-    assert "no window system" in said[0]

@@ -14,10 +14,10 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,22 +27,29 @@ import numpy as np
 from gr00t_fast.cli.bench import obstacles
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags, write_pictures
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec
+from gr00t_fast.cli.shared_flags import ArmFlags, OutputFlags, PolicyFlags, write_pictures
+from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, Observation
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
+from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.errors import CheckpointError, ConfigError, Gr00tFastError, MissingExtraError, PreflightError, install_command, one_line
 from gr00t_fast.measurement import linux_says
-from gr00t_fast.robots import RobotConfig, SO100FollowerConfig, SO100SimConfig
-from gr00t_fast.robots.lerobot_glue import device_faults, opencv_cameras, take_pictures
+from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, make_robot, rendered
+from gr00t_fast.robots import lerobot_glue as glue
 
-# What a run needs besides its engine -> (module, extra that brings it, the arm that cannot do without).
-_EXTRAS = {
-    "real arm (lerobot)": ("lerobot", "robot", SO100FollowerConfig),
-    "simulated arm (MuJoCo)": ("mujoco", "sim", SO100SimConfig),
-    "pictures of a run": ("matplotlib", "plots", None),
-    "policy server": ("msgpack", "serving", None),
+
+def _is_real(config: DoctorConfig) -> bool:
+    return isinstance(config.robot, SO100FollowerConfig)
+
+
+# What a run needs besides its engine -> (module, extra that brings it, whether these flags need it).
+_EXTRAS: dict[str, tuple[str, str, Callable[[DoctorConfig], bool]]] = {
+    "real arm (lerobot)": ("lerobot", "robot", _is_real),
+    "its servos (feetech-servo-sdk)": ("scservo_sdk", "robot", _is_real),
+    "simulated arm (MuJoCo)": ("mujoco", "sim", lambda config: isinstance(config.robot, SO100SimConfig) or bool(rendered(config.cameras))),
+    "pictures of a run": ("matplotlib", "plots", lambda config: False),
+    "policy server": ("msgpack", "serving", lambda config: False),
 }
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "opencv-python-headless")
 _GIB = 2**30
@@ -51,7 +58,7 @@ _READ_AT_MOST_BYTES = 512 * 2**20  # of weights, to compare an export with them:
 
 
 @dataclass(kw_only=True)
-class DoctorConfig(OutputFlags, PolicyFlags):
+class DoctorConfig(OutputFlags, ArmFlags, PolicyFlags):
     """Say what is installed, which engines can run here and which exports are stale, what a checkpoint needs, and whether the arm, its servos, its
     calibration and its cameras are ready for a run.
 
@@ -65,11 +72,11 @@ class DoctorConfig(OutputFlags, PolicyFlags):
     camera_map: dict[str, str] = field(default_factory=dict)  # "{robot camera: policy camera}", when the names differ
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     out: Path | None = None  # directory for a picture of each camera, all of them on one sheet (cameras.png), doctor.json and doctor.txt; replaced
-    robot: RobotConfig | None = None
+    poses: Poses = field(default_factory=Poses)
 
-    def needs_checkpoint(self) -> bool:
-        """The machine and the arm can be looked at without."""
-        return False
+    def missing(self) -> Iterator[tuple[str, str]]:
+        """The machine can be looked at without a checkpoint and an arm."""
+        yield from ()
 
     @property
     def cameras(self) -> dict[str, Any]:
@@ -113,8 +120,10 @@ def work(config: DoctorConfig) -> int:
         print("looking at packages, engines, checkpoint, servos and cameras: some seconds ...", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(3) as pool:
         of_arm, of_cameras, inside = (pool.submit(look, config) for look in (arm, cameras, network))
-        (pictures, camera_rows), (titles, inside_rows) = of_cameras.result(), inside.result()
-        rows = [*packages(config), *inside_rows, *of_arm.result(), *camera_rows]
+        (arm_rows, robot, seen), (pictures, camera_rows), (titles, metadata, inside_rows) = of_arm.result(), of_cameras.result(), inside.result()
+    fits = fit(config, metadata, robot, seen, titles) if metadata is not None and robot is not None else []
+    pictures |= {} if seen is None else seen.frames
+    rows = [*packages(config), *inside_rows, *fits, *arm_rows, *camera_rows]
     counts, seconds = Counter(row.state for row in rows), round(time.perf_counter() - began_s, 2)
     result = {"program": "doctor", "ok": not counts["fail"], "seconds": seconds, "rows": [asdict(row) for row in rows]}
     table = "\n".join(f"{row.state:<5} {row.section:<11} {row.what}" + (f"\n{'':<18}-> {row.what_to_do}" if row.what_to_do else "") for row in rows)
@@ -131,63 +140,87 @@ def work(config: DoctorConfig) -> int:
 def packages(config: DoctorConfig) -> Rows:
     """The interpreter, the core's requirements, and optional packages: needed where the robot asks for them, else only mentioned."""
     rows = Rows()
-    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    rows.add("software", f"Python {platform.python_version()}", "" if supported else "Use Python 3.10 to 3.13.")
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    rows.add("software", f"Python {platform.python_version()}", "" if supported else "Use Python 3.11 to 3.13.")
     for package in _PACKAGES:
         try:
             rows.add("software", f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             rows.add("software", f"{package} is not installed", install_command())
-    for what, (module, extra, needed_by) in _EXTRAS.items():
+    for what, (module, extra, needed) in _EXTRAS.items():
         if importlib.util.find_spec(module) is not None:
             rows.add("software", f"{what}: installed")
         else:
-            state = "fail" if needed_by is not None and isinstance(config.robot, needed_by) else "warn"
-            rows.add("software", f"{what}: '{module}' is not installed", install_command(extra), state)
+            rows.add("software", f"{what}: '{module}' is not installed", install_command(extra), "fail" if needed(config) else "warn")
     return rows
 
 
 # --- the arm and its cameras ---------------------------------------------------------------------------------------------------------------
 
 
-def arm(config: DoctorConfig) -> Rows:
-    """Port, servos and calibration file of a real arm. Nothing is written to the servos."""
+def arm(config: DoctorConfig) -> tuple[Rows, Any, Observation | None]:
+    """Port, servos and calibration file of a real arm, to which nothing is written. Also what `Preflight` takes of a robot, and what a run would
+    observe, with the frames of drawn cameras alone; None where that is not known."""
     rows, robot = Rows(), config.robot
+    if isinstance(robot, SO100SimConfig):
+        with rows.trying("arm", "the simulated arm cannot be used"):
+            simulated = make_robot(robot)
+            simulated.connect()
+            seen = simulated.observe()
+            simulated.land()
+            return rows, simulated, seen
     if not isinstance(robot, SO100FollowerConfig):
-        return rows
-    from gr00t_fast.robots.lerobot_glue import calibrate_command, calibration_file, check_calibration_exists, check_port
+        return rows, None, None
     from gr00t_fast.robots.motor_state import examine
     from gr00t_fast.robots.virtual_bus.servo import load_calibration
 
-    calibration, path, port = None, calibration_file(robot), robot.port or "(none)"
+    specs = {name: CameraSpec(camera.width, camera.height, camera.fps) for name, camera in config.cameras.items()}
+    unit: JointUnit = "degrees" if robot.use_degrees else "range_m100_100"
+    known: Any = SimpleNamespace(cameras=specs, joint_names=SO100_JOINTS, joint_unit=unit)
+    calibration, path, port, positions = None, glue.calibration_file(robot), robot.port or "(none)", dict[str, int]()
     with rows.trying("arm", f"no calibration file {path}"):
-        check_calibration_exists(robot)
+        glue.check_calibration_exists(robot)
         try:
             calibration = load_calibration(path)
             rows.add("arm", f"calibration file {path}")
         except ConfigError as error:
-            rows.add("arm", f"calibration file {path} is no calibration of an SO-100: {error}", calibrate_command(robot))
+            rows.add("arm", f"calibration file {path} is no calibration of an SO-100: {error}", glue.calibrate_command(robot))
     with rows.trying("arm", f"port {port} cannot be used"):
-        check_port(robot.port)
+        glue.check_port(robot.port)
         rows.add("arm", f"port {port} is free")
-        for finding in examine(robot.port, calibration, calibrate_command(robot)):
+        findings, positions = examine(robot.port, calibration, glue.calibrate_command(robot))
+        for finding in findings:
             rows.add("arm", *finding)
-    return rows
+    if calibration is not None:
+        scale, known.joint_limits = glue.scale_and_limits(calibration, robot.use_degrees)
+        with rows.trying("arm", "a pose cannot be reached"):
+            config.poses.check(known.joint_limits, SO100_JOINTS, scale)
+        with rows.trying("arm", "lerobot does not take these flags"):
+            glue.make_follower(replace(robot, cameras={}))
+    if calibration is None or any(row.state == "fail" for row in rows):
+        return rows, known, None
+    seen = Observation(glue.readings(positions, calibration, robot.use_degrees), {}, 0.0)
+    with rows.trying("cameras", "the cameras of type sim cannot be drawn"):
+        if drawn := rendered(robot.cameras):
+            from gr00t_fast.robots.sim.simulation import RenderedCameras
+
+            seen.frames.update(RenderedCameras(drawn, unit).frames(seen.joints))
+    return rows, known, seen
 
 
 def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
     """What the cameras showed: name -> uint8 RGB (height, width, 3), and the findings."""
-    rows, pictures, known = Rows(), {}, opencv_cameras(config.robot)
-    faults = device_faults(config.robot)
+    rows, pictures, known = Rows(), {}, filmed(config.robot)
+    faults = glue.device_faults(config.robot)
     for name, error in faults.items():
         rows.add("cameras", f"camera {name} cannot be opened", one_line(error))
     with rows.trying("cameras", "the cameras cannot be opened"):
-        for name, shown in take_pictures({name: known[name] for name in known if name not in faults}).items():
+        for name, shown in glue.take_pictures({name: known[name] for name in known if name not in faults}).items():
             if not isinstance(shown, np.ndarray):
                 rows.add("cameras", f"camera {name} gives no picture", one_line(shown))
                 continue
             pictures[name] = shown
-            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {known[name].index_or_path}")
+            rows.add("cameras", f"camera {name}: {shown.shape[1]}x{shown.shape[0]} from {glue.source_of(known[name])}")
             if min(shown.shape[:2]) >= SMALLEST and (fault := fault_of(shown)):
                 rows.add("cameras", f"camera {name} {fault[0]}", f"{fault[1]}.", "warn")
     return pictures, rows
@@ -196,25 +229,29 @@ def cameras(config: DoctorConfig) -> tuple[dict[str, np.ndarray], Rows]:
 # --- what needs torch ----------------------------------------------------------------------------------------------------------------------
 
 
-def network(config: DoctorConfig) -> tuple[dict[str, str], Rows]:
-    """Devices, engines, the checkpoint, and whether it fits the arm. Also what a sheet of pictures says under each camera's name."""
+def network(config: DoctorConfig) -> tuple[dict[str, str], Any, Rows]:
+    """Devices, engines and the checkpoint. Also what a sheet of pictures says under each camera's name, and what the checkpoint was trained on; None
+    where that is not known."""
     rows, titles = Rows(), {name: f"{camera.width}x{camera.height}" for name, camera in config.cameras.items()}
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
         rows.add("GPU", f"torch cannot be imported: {one_line(error)}", install_command())
-        return titles, rows
+        return titles, None, rows
+    from gr00t_fast.engine import ENGINES
+
     found, parameters = _opened(config, rows)
     metadata = None if found is None else _training(config, found, rows)
     if found is not None:
         _tokenizer(config, found, rows)
+        if metadata is not None:
+            _engine(config, found, rows)
         _exports(config, found, None if metadata is None else _picture_size(config, found, metadata, rows), rows)
     _memory(torch, parameters, rows)
     for name, (why_not, advice) in obstacles().items():
-        rows.add("engines", f"{name}: {why_not or 'can run here'}", advice if why_not else "", "warn" if why_not else "ok")
-    if metadata is not None and config.robot is not None:
-        _fit(config, metadata, titles, rows)
-    return titles, rows
+        state = "ok" if not why_not else "fail" if name == config.engine and name not in ENGINES else "warn"
+        rows.add("engines", f"{name}: {why_not or 'can run here'}", (advice or "Use another --engine.") if why_not else "", state)
+    return titles, metadata, rows
 
 
 def _opened(config: DoctorConfig, rows: Rows) -> tuple[Any, int | None]:
@@ -260,6 +297,17 @@ def _training(config: DoctorConfig, found: Any, rows: Rows) -> Any:
         return metadata
 
 
+def _engine(config: DoctorConfig, found: Any, rows: Rows) -> None:
+    """Device and engine as a run chooses them, but for files, which `_exports` looks at."""
+    from gr00t_fast.engine import EXPORTED, prepare_engine, select_device
+    from gr00t_fast.policy import check_denoising_steps
+
+    with rows.trying("engines", f"--engine={config.engine} --device={config.device} cannot run"):
+        check_denoising_steps(config.denoising_steps or found.config.head.denoising_steps, found.config)
+        if config.engine not in EXPORTED:
+            prepare_engine(config.engine, select_device(config.device))
+
+
 def _tokenizer(config: DoctorConfig, found: Any, rows: Rows) -> None:
     from gr00t_fast.inputs.prompt import find_tokenizer
 
@@ -282,7 +330,7 @@ def _picture_size(config: DoctorConfig, found: Any, metadata: Any, rows: Rows) -
     try:
         mapping = resolve_camera_map(config.cameras, metadata.resolutions, config.camera_map)
     except PreflightError:
-        return None  # said by `_fit`
+        return None  # said by `fit`
     with rows.trying("fit", "these cameras do not go together"):
         images = found.network.images(found.embodiment(config.embodiment_tag, config.data_config), found.config)
         sizes = {policy: (config.cameras[name].height, config.cameras[name].width) for name, policy in mapping.items()}
@@ -355,23 +403,27 @@ def _memory(torch: Any, parameters: int | None, rows: Rows) -> None:
         room(int(free.split()[0]) * 1024, each_bytes, "this machine's memory", "Close other programs, or use an 8-bit export (docs/engines.md).")
 
 
-def _fit(config: DoctorConfig, metadata: Any, titles: dict[str, str], rows: Rows) -> None:
-    """What is known of robot and checkpoint before connecting, judged as a run judges it. Fills in what stands under the cameras' names."""
-    specs = {name: CameraSpec(camera.width, camera.height, camera.fps) for name, camera in config.cameras.items()}
-    unit = "degrees" if config.robot.use_degrees else "range_m100_100"  # type: ignore[union-attr]  # there is one
-    robot: Any = SimpleNamespace(cameras=specs, joint_names=SO100_JOINTS, joint_unit=unit)
-    found = Preflight(robot, metadata).look(config.fps, config.camera_map, config.action_horizon)
-    states = {"impossible": "fail", "problem": "fail", "warning": "warn", "note": "ok"}
+def fit(config: DoctorConfig, metadata: Any, robot: Any, seen: Observation | None, titles: dict[str, str]) -> Rows:
+    """What a run says of robot and checkpoint before it connects and, where the arm was `seen`, after. Fills in what stands under cameras' names."""
+    rows, refuses = Rows(), config.preflight == "refuse"
+    checks = Preflight(robot, metadata, led=config.poses.home is not None)
+    found = checks.look(config.fps, config.camera_map, config.action_horizon)
+    fits = not any(kind == "impossible" for kind, _ in found)
+    if fits and seen is not None:
+        found += checks.look_at(seen)
+    states = {"impossible": "fail", "problem": "fail" if refuses else "warn", "warning": "warn", "note": "ok"}
     for kind, state in states.items():
         for text in [text for each, text in found if each == kind]:
             rows.add("fit", text, state=state)
-    if not any(states[kind] == "fail" for kind, _ in found):
-        rows.add("fit", "cameras, joints and units of the arm are the checkpoint's")
+    if not any(kind in ("impossible", "problem") for kind, _ in found):
+        rows.add("fit", "cameras, joints and units of the arm are the checkpoint's" + ("" if seen is not None else "; its pose was not looked at"))
+    if fits:
         mapping = resolve_camera_map(config.cameras, metadata.resolutions, config.camera_map)
         for name in titles:
             size = metadata.resolutions.get(mapping.get(name))
             whose = f"the checkpoint's '{mapping[name]}'" + (f" {size[0]}x{size[1]}" if size else "") if name in mapping else "not the checkpoint's"
             titles[name] += f": {whose}"
+    return rows
 
 
 main = Command(

@@ -34,7 +34,7 @@ from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.report import Outputs
 from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle, summary
-from gr00t_fast.control.views import View, display_target, display_view, video_view, window_view
+from gr00t_fast.control.views import View, display_target, display_view, video_view
 from gr00t_fast.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.files import check_kept
 from gr00t_fast.flags import Flags
@@ -48,8 +48,7 @@ _SIMULATED_MAX_HOLD_S = 30.0
 _RESET_TIME_S = 10.0  # for a hand to put a block back; lerobot's --dataset.reset_time_s has 60, for a whole scene
 HIDDEN = "(hidden)"  # in a report, in place of a secret
 _SERVER = re.compile(r"tcp://([\w.-]+|\[[\da-fA-F:.%\w]+\]):(?P<port>\d{1,5})|ipc://.+")
-EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM and a closed terminal put the arm down and end the run; a further Ctrl-C or SIGTERM, a second after
-that was said or later, takes its torque off at once.
+EXITS = """Ctrl-C, Ctrl-\\, Ctrl-Z, SIGTERM, a closed terminal put the arm down; after a second, Ctrl-C or SIGTERM again takes its torque off at once.
 exit codes: 0 done, 1 error (the arm has been put down), 2 a flag that cannot be understood; 128 + signal when stopped:
 129 closed terminal (SIGHUP), 130 Ctrl-C, 131 Ctrl-\\, 143 SIGTERM, 148 Ctrl-Z (146 on macOS). A run under `nohup` outlives its terminal."""
 
@@ -229,7 +228,7 @@ def drive(config: RunConfig, load_policy: Callable[[Robot, Callable[[str], None]
             led = config.poses.home is not None or not policy.computes  # a replay begins where the episode did
             preflight = Preflight(robot, policy.metadata, config.preflight == "refuse", say, source, led)
             fps = preflight.before_connecting(config.fps, config.camera_map, config.action_horizon)
-            outputs = Outputs(config.out, views(config, robot, fps, lambda: stop.request("window closed")), config.quiet, config.json)
+            outputs = Outputs(config.out, views(config, robot, fps), config.quiet, config.json)
             keys = keys_of_session(config)
             session = Session(stop, keys, recorder, echo=say)
             begin = [preflight.connected, outputs.prepare]
@@ -285,13 +284,12 @@ def load(config: RunConfig) -> Any:
     return RemotePolicy(config.server, config.api_token, config.server_timeout_s, config.server_reconnect_s, echo=voice(config), **options)
 
 
-def views(config: RunConfig, robot: Robot, fps: float, on_quit: Callable[[], None]) -> list[View]:
+def views(config: RunConfig, robot: Robot, fps: float) -> list[View]:
     """Raises MissingExtraError without imageio-ffmpeg or rerun, ConfigError for a file that cannot be written."""
     say, target = voice(config), display_target(config.display, config.out)
     found = [
         None if config.video is None else video_view(config.video, fps, say),
         None if target is None else display_view(target, config.lang_instruction, robot.joint_unit, robot.joint_names, robot.cameras, say),
-        window_view(say, on_quit) if config.show_images else None,
     ]
     return [view for view in found if view is not None]
 

@@ -205,7 +205,6 @@ class RunOutputFlags(OutputFlags):
     video: Path | None = None  # record the cameras to this .mp4 or .gif
     record: str = ""  # write the run as a LeRobotDataset v3: a directory, or user/name in lerobot's cache
     record_append: bool = False  # add the episodes to the data set of --record that is there
-    show_images: bool = False  # live window of the cameras (q stops)
     display: str | None = setting(None, bare=WINDOW)  # show the run in rerun: in a window here, at HOST:PORT, or in FILE.rrd; kept with --out
 
     def check(self) -> None:

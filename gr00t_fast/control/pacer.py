@@ -164,7 +164,7 @@ SIGNAL_EXIT_BASE = 128
 # holding. All but the first two are absent on Windows.
 _STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP") if hasattr(signal, name))
 # While the arm is put down, only these mean that its torque is to go off at once: a person or a supervisor sends them on purpose. A terminal that is
-# lost, an Esc or a closed window does not.
+# lost and an Esc do not.
 _DELIBERATE = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
 FURTHER_AFTER_S = 1.0  # after the put-down was announced: before, they were meant for the run
 PRESSED_ANEW_S = 0.7  # after the last one: a key that is held down repeats sooner, first after up to 0.5 s; make and uv deliver a stop twice

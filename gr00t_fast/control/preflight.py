@@ -81,9 +81,14 @@ class Preflight:
 
     def connected(self, observation: Observation) -> None:
         """Check the arm's calibrated limits and its present pose against the training data. Raises PreflightError."""
-        if self._metadata.state_statistics:  # else that was said before connecting, and waved through
-            joints = zip(self._robot.joint_names, self._training_range(), self._robot.joint_limits, observation.joints, strict=True)
-            self._judge([finding for joint in joints for finding in self._joint_findings(*joint)])
+        self._judge(self.look_at(observation))
+
+    def look_at(self, observation: Observation) -> list[Finding]:
+        """As `connected`, for joints that fit; raises and says nothing."""
+        if not self._metadata.state_statistics:  # that was said before connecting, and waved through
+            return []
+        joints = zip(self._robot.joint_names, self._training_range(), self._robot.joint_limits, observation.joints, strict=True)
+        return [finding for joint in joints for finding in self._joint_findings(*joint)]
 
     def _judge(self, found: list[Finding]) -> None:
         of: dict[str, list[str]] = {kind: [text for each, text in found if each == kind] for kind in ("impossible", "problem", "warning", "note")}

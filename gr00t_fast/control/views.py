@@ -1,5 +1,5 @@
-"""What looks on at a run, each in a process of its own (sink.py): a video of the cameras (`--video`), the cameras in a window (`--show_images`), and
-everything in rerun's viewer, in an .rrd file or both (`--display`).
+"""What looks on at a run, each in a process of its own (sink.py): a video of the cameras (`--video`), and everything in
+rerun's viewer, in an .rrd file or both (`--display`).
 
 What a viewer of rerun does not take, rerun keeps in memory without a limit: so it is asked now and then whether it has taken everything, and left out
 while it has not. J: joints of the arm, L: rows that the playing chunk still holds.
@@ -32,14 +32,12 @@ from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, r
 
 Echo = Callable[[str], None]
 QUEUED_TICKS = 60  # two seconds at 30 Hz; 55 MB of a 640x480 camera
-_QUEUED_IMAGES = 2  # a window shows the present: what it is too slow for is left out
 _START_S = 10.0
 _FINISH_S = 20.0  # to encode what is queued; the process has a lower priority than the rest of a busy machine. Ctrl-C ends the waiting
 _GIF_FINISH_S_PER_FRAME = 0.1  # a GIF is only encoded once its palette, and so its last frame, is known
 _GIF_FPS = 10.0  # GIF stores every frame nearly whole; viewers show 10 frames/s reliably
 _GIF = ["-filter_complex", "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse", "-c:v", "gif"]  # a palette of the clip's own 256 colours
 _H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]  # plays everywhere; 16: hardly to be told from the original
-_TITLE = "gr00t_fast (q: stop)"
 WINDOW = "window"  # what `--display` without a value means
 DEFAULT_PORT = 9876  # rerun's own
 RECORDING = "display.rrd"  # in --out
@@ -63,8 +61,7 @@ class View:
         """`flag` that asked for it; `consumer` and `arguments` as of Sink; `path` of the file that it writes. `echo` is told, in another thread, what
         goes wrong. Starts nothing."""
         self.path, self.warnings = path, list[str]()  # warnings: for the report, complete once the run is over
-        self.on_quit: Callable[[], None] = lambda: None  # q or Escape was pressed in the window; called in another thread
-        self.every, self.finish_s_per_frame, self.counts_drops = 1, 0.0, True
+        self.every, self.finish_s_per_frame = 1, 0.0
         self.sink = Sink(consumer, *arguments, on_answer=self._take, slots=QUEUED_TICKS)
         self._flag, self._echo, self._seen, self._failed = flag, echo, 0, False
 
@@ -85,7 +82,7 @@ class View:
         if not self.sink.close(limit_s):
             self._failed = True
             self.warnings.append(f"{self._flag}: its process did not finish within {limit_s:.0f} s and was ended.")
-        if self.sink.dropped and self.counts_drops:
+        if self.sink.dropped:
             self.warnings.append(f"{self._flag} lacks {self.sink.dropped} of {self._seen} ticks: its process was slower than the loop.")
 
     @property
@@ -94,9 +91,6 @@ class View:
         return self.path if self.path is not None and self.path.exists() and not self._failed else None
 
     def _take(self, what: str, value: Any) -> None:
-        if what == "quit":
-            self.on_quit()
-            return
         self._failed = self._failed or what == "error"
         text = f"{self._flag}: {value if what == 'say' else f'failed ({value}). The run goes on without it.'}"
         self.warnings.append(text)
@@ -174,63 +168,6 @@ def side_by_side(frames: Mapping[str, np.ndarray]) -> np.ndarray:
     height = min(frame.shape[0] for frame in frames.values())
     picture = np.concatenate([frame[:height] for frame in frames.values()], axis=1)
     return np.ascontiguousarray(picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2])
-
-
-# The cameras in a window
-
-
-def window_view(echo: Echo = print, on_quit: Callable[[], None] = lambda: None) -> View | None:
-    """What `--show_images` means; where no window can be opened `echo` is told why and what to do."""
-    if obstacle := window_obstacle():
-        echo(f"--show_images: {obstacle} The run goes on without a window.")
-        return None
-    view = View("--show_images", Window, echo=echo)
-    view.sink.slots, view.counts_drops, view.on_quit = _QUEUED_IMAGES, False, on_quit
-    return view
-
-
-class Window(contextlib.AbstractContextManager):
-    """The cameras side by side."""
-
-    def __init__(self, tell: Tell) -> None:
-        """Opened now and not with the first picture: over a network it takes seconds, and the arm is under power then."""
-        import cv2  # changes the environment when it is imported
-
-        self._cv2, self._tell, self._open = cv2, tell, True
-        self._try(lambda: cv2.namedWindow(_TITLE))
-
-    def __exit__(self, *error: object) -> None:
-        pass  # it closes with the process
-
-    def add(self, observation: Observation, tick: TickRecord | None) -> None:
-        if observation.frames and self._open:
-            self._try(lambda: self._cv2.imshow(_TITLE, side_by_side(observation.frames)[:, :, ::-1]))  # RGB -> BGR
-
-    def _try(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-            if self._cv2.waitKey(1) & 0xFF in (ord("q"), 27):
-                self._tell("quit")
-        except self._cv2.error as error:  # no window system, or it went away
-            self._tell("say", f"the window failed ({str(error).strip()}). The run goes on without it.")
-            self._open = False
-
-
-def window_obstacle() -> str | None:
-    """Return why no window of OpenCV can be opened here and what to do about it, or None."""
-    if obstacle := desktop_obstacle():
-        return f"{obstacle} Run it on a desktop or with 'ssh -X', or record with --video=run.mp4."
-    try:
-        import cv2
-    except ImportError:
-        return "OpenCV is not installed. Install it with: pip install opencv-python"
-    gui = next((line.split(":", 1)[1].strip() for line in cv2.getBuildInformation().splitlines() if line.strip().startswith("GUI:")), "")
-    if gui == "NONE":
-        return (
-            "this OpenCV was built without windows (opencv-python-headless, which lerobot installs). Replace it with: "
-            "pip uninstall -y opencv-python-headless && pip install opencv-python"
-        )
-    return None
 
 
 def desktop_obstacle() -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ _ORDER_TOLERANCE = 1e-3
 _ORDER_SLACK = 1e-6
 _LARGEST = 1e6  # no joint value in any unit; a chosen limit
 
-Pose = Literal["XYZ_ROT6D", "XYZ_ROTVEC"]
 Statistics = Mapping[str, np.ndarray]  # name of STATISTICS -> float64 (D,)
 
 
@@ -83,7 +82,6 @@ class Part:
     """One state or action part. mode: of data_config.NORMALISATIONS. low and high, or mean and deviation, float64 (D,), of a relative action (H, D).
 
     clip: whether a normalised state is clipped to [-1, 1]. reference: key of the state that a relative action counts from, None for an absolute one.
-    pose: a relative action that is a pose, composed with the reference's; None: it is added.
     """
 
     key: str  # with its prefix, `state.gripper`
@@ -93,7 +91,6 @@ class Part:
     statistics: Statistics
     clip: bool = False
     reference: str | None = None
-    pose: Pose | None = None
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gr00t_fast.errors import ObservationError
-from gr00t_fast.inputs.embodiment import Arithmetic, Embodiment, Part, Pose
+from gr00t_fast.inputs.embodiment import Arithmetic, Embodiment, Part
 
 
 class Normaliser:
@@ -106,7 +106,7 @@ class ActionTransform:
             part = each.part
             values = each.inverse(actions[..., start : start + part.width].astype(np.float32))
             if part.reference is not None:
-                values = _absolute(values, _present(part.reference, state).astype(np.float32), part.pose)
+                values = values + _present(part.reference, state).astype(np.float32)[:, None]
             result[part.key] = values.astype(np.float32)
             start += part.width
         return result
@@ -122,7 +122,7 @@ class ActionTransform:
             part = each.part
             values: np.ndarray = actions[part.key].astype(np.float64)
             if part.reference is not None:
-                values = _relative(values, _present(part.reference, state).astype(np.float64), part.pose)
+                values = values - _present(part.reference, state).astype(np.float64)[:, None]
             joined.append(each.exact(values))
         return np.concatenate(joined, axis=-1, dtype=np.float32)
 
@@ -132,73 +132,3 @@ def _present(reference: str, state: Mapping[str, np.ndarray] | None) -> np.ndarr
     if state is None or reference not in state:
         raise ObservationError(f"actions are relative to {reference}, which was not given; expected it under 'state'.")
     return state[reference][:, -1]
-
-
-# Relative actions
-
-
-def _absolute(values: np.ndarray, reference: np.ndarray, pose: Pose | None) -> np.ndarray:
-    """values (B, H, D), reference (B, D)."""
-    if pose is None:
-        return values + reference[:, None]
-    base, move = _matrix(reference[:, None].astype(np.float64), pose), _matrix(values, pose)
-    rotation = base[..., :3, :3] @ move[..., :3, :3]
-    place = (base[..., :3, :3] @ move[..., :3, 3:])[..., 0] + base[..., :3, 3]
-    return np.concatenate([place, _rotation_values(rotation, pose)], axis=-1)
-
-
-def _relative(values: np.ndarray, reference: np.ndarray, pose: Pose | None) -> np.ndarray:
-    if pose is None:
-        return values - reference[:, None]
-    base, goal = _matrix(reference[:, None], pose), _matrix(values, pose)
-    back = np.swapaxes(base[..., :3, :3], -1, -2)
-    place = (back @ (goal[..., :3, 3:] - base[..., :3, 3:]))[..., 0]
-    return np.concatenate([place, _rotation_values(back @ goal[..., :3, :3], pose)], axis=-1)
-
-
-def _matrix(values: np.ndarray, pose: str) -> np.ndarray:
-    """(..., 9) or (..., 6) -> (..., 3, 4): rotation and place."""
-    rotation = _from_rot6d(values[..., 3:]) if pose == "XYZ_ROT6D" else _from_rotvec(values[..., 3:])
-    return np.concatenate([rotation, values[..., :3, None]], axis=-1)
-
-
-def _rotation_values(rotation: np.ndarray, pose: str) -> np.ndarray:
-    """(..., 3, 3) -> the first two rows (..., 6), or axis times angle (..., 3)."""
-    return rotation[..., :2, :].reshape(*rotation.shape[:-2], 6) if pose == "XYZ_ROT6D" else _to_rotvec(rotation)
-
-
-def _from_rot6d(values: np.ndarray) -> np.ndarray:
-    """(..., 6), two rows -> (..., 3, 3): made orthonormal (Zhou et al. 2019)."""
-    first, second = values[..., :3], values[..., 3:]
-    first = first / np.linalg.norm(first, axis=-1, keepdims=True)
-    second = second - (first * second).sum(-1, keepdims=True) * first
-    second = second / np.linalg.norm(second, axis=-1, keepdims=True)
-    return np.stack([first, second, np.cross(first, second)], axis=-2)
-
-
-def _from_rotvec(values: np.ndarray) -> np.ndarray:
-    """(..., 3) -> (..., 3, 3), Rodrigues' formula."""
-    angle = np.linalg.norm(values, axis=-1)[..., None, None]
-    x, y, z = np.moveaxis(values, -1, 0)
-    zero = np.zeros_like(x)
-    cross = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(*values.shape[:-1], 3, 3)
-    return np.eye(3) + np.sinc(angle / np.pi) * cross + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (cross @ cross)
-
-
-def _to_rotvec(rotation: np.ndarray) -> np.ndarray:
-    """(..., 3, 3) -> (..., 3), by way of the quaternion's largest component, so that half turns are exact too."""
-    diagonal, trace = np.diagonal(rotation, axis1=-2, axis2=-1), np.trace(rotation, axis1=-2, axis2=-1)
-    flat, result = rotation.reshape(-1, 3, 3), []
-    for matrix, entries, total in zip(flat, diagonal.reshape(-1, 3), np.ravel(trace), strict=True):
-        largest = int(np.argmax([*entries, total]))
-        if largest == 3:
-            q = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1], 1 + total])
-        else:
-            i, j, k = largest, (largest + 1) % 3, (largest + 2) % 3
-            q = np.empty(4)
-            q[i], q[j], q[k] = 1 - total + 2 * matrix[i, i], matrix[j, i] + matrix[i, j], matrix[k, i] + matrix[i, k]
-            q[3] = matrix[k, j] - matrix[j, k]
-        q = q / np.linalg.norm(q) * (-1 if q[3] < 0 else 1)
-        sine = np.linalg.norm(q[:3])
-        result.append(q[:3] * (2 * np.arctan2(sine, q[3]) / sine if sine > 1e-12 else 2.0))
-    return np.stack(result).reshape(*rotation.shape[:-2], 3)

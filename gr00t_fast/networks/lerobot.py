@@ -291,8 +291,6 @@ class LerobotFiles:
                 f"{decode.where}: delta_indices {shown(list(steps))}; expected 0, 1, 2 and so on, {self.config.head.action_horizon} at most."
             )
         state, action = (tuple(map(_in_fp32, parts)) for parts in (reader.state(), reader.action(len(steps))))
-        if any(part.pose for part in action):
-            raise CheckpointError(f"{decode.where}: poses (EEF) are not computed for lerobot's checkpoints.")
         for feature, parts in ((_STATE, state), (_ACTION, action)):
             for name, found in (("min", [part.low for part in parts]), ("max", [part.high for part in parts])):
                 if not np.array_equal(np.concatenate([values.ravel() for values in found]), self.statistics[feature][name].astype(np.float32)):

@@ -301,7 +301,6 @@ _SAID_TWICE = ("use_percentiles", "use_relative_action", "apply_sincos_state_enc
 _SETTINGS_COMPUTED = {"model_type": ("qwen", "qwen"), "use_tactile": (False, False)}
 _MODALITY_KEYS = {"delta_indices", "modality_keys", "sin_cos_embedding_keys", "mean_std_embedding_keys", "action_configs"}
 _MOST_HISTORY = 1000  # steps back; a chosen limit
-_EEF_WIDTHS = {"XYZ_ROT6D": 9, "XYZ_ROTVEC": 6}
 # The reference forms differences in float64 and rounds them to float32; it restores actions in float64.
 ARITHMETIC = Arithmetic(forward=np.float32, inverse=np.float64, close=True, clip_actions=True, keep_constant=True)
 LETTERBOX_WORDS = ("auto", "always", "never")
@@ -541,6 +540,7 @@ class Modalities:
             raise ValueError(f"{len(configs)} action_configs for {len(names)} parts")
         for name, config in zip(names, configs, strict=True):
             mode, rep = "mean_std" if name in mean_std else "min_max", config.get("rep", "ABSOLUTE")
+            self._check_joints(name, config.get("type", "NON_EEF"))
             self._check_rep(name, rep)
             if rep == "RELATIVE" and self._settings["use_relative_action"]:
                 yield self._relative(name, mode, config, steps)
@@ -563,6 +563,13 @@ class Modalities:
                 "copies what an earlier one left beside the data set."
             )
 
+    def _check_joints(self, name: str, kind: Any) -> None:
+        if kind != "NON_EEF":
+            raise CheckpointError(
+                f"{self._file}: action part '{name}' has type {shown(kind)}, expected NON_EEF. Poses of the end effector (EEF) are not "
+                "played here: an SO-100 takes joint positions. Train with joint positions, or play this checkpoint with NVIDIA's Isaac-GR00T."
+            )
+
     def _relative(self, name: str, mode: str, config: Mapping[str, Any], steps: int) -> Part:
         """Its statistics are min and max (or mean and deviation) for each step, percentiles never."""
         if name not in self._statistics["relative_action"]:
@@ -573,19 +580,12 @@ class Modalities:
             raise CheckpointError(
                 f"{self._numbers}: relative_action.{name} has shape {statistics['min'].shape}, expected {(steps, width)}: one row for each action."
             )
-        kind, form = config.get("type", "NON_EEF"), config.get("format", "DEFAULT")
-        if kind not in ("EEF", "NON_EEF") or (kind == "EEF" and _EEF_WIDTHS.get(form) != width):
-            raise CheckpointError(
-                f"{self._file}: action part '{name}' of {width} values has type {shown(kind)} and format {shown(form)}; expected NON_EEF, or EEF "
-                f"with {' or '.join(f'{known} ({size} values)' for known, size in _EEF_WIDTHS.items())}."
-            )
         if reference not in self.keys("state") or len(self._statistics["state"][reference]["min"]) != width:
             raise CheckpointError(
                 f"{self._file}: relative action part '{name}' counts from state part '{reference}', which is none of {width} values."
             )
         low, high = self._range(statistics, mode, f"relative_action.{name}", percentiles=False)
-        pose = form if kind == "EEF" else None
-        return Part(f"action.{name}", mode, low, high, absolute, reference=f"state.{reference}", pose=pose)
+        return Part(f"action.{name}", mode, low, high, absolute, reference=f"state.{reference}")
 
     def _range(self, statistics: Statistics, mode: str, where: str, percentiles: bool | None = None) -> tuple[np.ndarray, np.ndarray]:
         """percentiles: None: as the settings say."""

@@ -21,11 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class CameraConfig(Choice):
-    """A camera by `type`; width, height and fps are what it is asked to deliver."""
+    """A camera by `type`; width, height and fps are what it is asked to deliver. Types beyond those here are the installed lerobot's."""
 
     width: int = 640
     height: int = 480
     fps: int = 30
+
+    @classmethod
+    def find_types(cls) -> None:
+        from gr00t_fast.robots.lerobot_glue import find_camera_types
+
+        find_camera_types()
 
 
 @dataclass
@@ -88,6 +94,11 @@ class SO100SimConfig(RobotConfig, type="so100_sim"):
     block_speed_m_s: float = 0.0  # reach only: the block is carried to and fro on an arc about the arm; slow inference then misses it
     servo_lag_ms: float | None = None  # how far a moving joint trails its target; default: the motors' 90 to 103; a real SO-101: 133 to 200
     disable_torque_on_disconnect: bool = True
+
+
+def filmed(config: RobotConfig | None) -> dict[str, CameraConfig]:
+    """The cameras that lerobot opens."""
+    return {name: camera for name, camera in getattr(config, "cameras", {}).items() if not isinstance(camera, SimCameraConfig)}
 
 
 def rendered(cameras: Mapping[str, CameraConfig]) -> dict[str, SimCameraConfig]:

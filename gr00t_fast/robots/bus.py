@@ -364,12 +364,11 @@ def _release_all(bus: Any, problems: list[str]) -> dict[str, Torque]:
     """All at once without asking, then each by name; what stayed unknown is asked once more on a line that has become quiet. Where no servo answers
     (their supply is off), each is asked once and no more."""
     problems.extend(broadcast_torque_off(bus))
-    powered, trouble = list(bus.motors), []
-    heard: list[dict[int, Status]] = []
-    request = sync_read(Register.TORQUE_ENABLE, 1, [motor.id for motor in bus.motors.values()])
-    attempt("asking all servos", lambda: heard.append(bus.transfer(request, [motor.id for motor in bus.motors.values()], 1)[0]), [])
-    tries = TRIES_PER_MOTOR if any(heard) else 1
-    for _ in range(2 if any(heard) else 1):
+    powered, trouble, heard = list(bus.motors), [], list[int]()
+    ids = [motor.id for motor in bus.motors.values()]
+    attempt("asking all servos", lambda: heard.extend(bus.transfer(sync_read(Register.TORQUE_ENABLE, 1, ids), ids, 1)[0]), [])
+    tries, rounds = (TRIES_PER_MOTOR, 2) if heard else (1, 1)
+    for _ in range(rounds):
         # a lost line shows in the next step
         attempt("waiting for late answers", lambda: drop_input(bus.line, SILENT_S, SILENT_S, LONGEST_CHATTER_S), [])
         trouble = []

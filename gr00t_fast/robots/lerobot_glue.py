@@ -6,22 +6,26 @@ lerobot takes five seconds to import, so that happens inside the functions.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import math
 import os
+import pkgutil
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import fields
-from importlib.metadata import version
+from dataclasses import field, fields, make_dataclass
+from enum import Enum
+from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 
 from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError, check_ranges, require
-from gr00t_fast.robots import OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, rendered
+from gr00t_fast.errors import ConfigError, RobotError, check_ranges, one_line, require
+from gr00t_fast.robots import CameraConfig, OpenCVCameraConfig, RobotConfig, SO100FollowerConfig, filmed
 
 GAINS = {"position_p_coefficient": 16, "position_i_coefficient": 0, "position_d_coefficient": 32}  # what lerobot writes; settable since 0.6
 _LEROBOT_NAME = "so_follower"  # of the driver since lerobot 0.4.3, and of the directory with its calibrations
@@ -39,6 +43,12 @@ RANGES = {  # by field, the least and the most that makes sense
     **dict.fromkeys(GAINS, (0, 254)),  # what the servo's register holds
 }
 CAMERA_S = 6.0  # a camera that has given no picture by then counts as one that gives none; lerobot lets it warm up for a second
+_FINDERS = {"opencv": "lerobot-find-cameras opencv", "intelrealsense": "lerobot-find-cameras realsense"}
+_LIBRARIES = {  # type of camera -> what it imports, and how to install that
+    "intelrealsense": ("pyrealsense2", "lerobot[intelrealsense]"),
+    "reachy2_camera": ("reachy2_sdk", "lerobot[reachy2]"),
+    "zmq": ("zmq", "pyzmq"),
+}
 _V4L = 200  # OpenCV's number of the backend that opens device files
 _OTHER_BACKENDS = ("OPENCV_VIDEOIO_PLUGIN_PATH", "OPENCV_VIDEOIO_PRIORITY_LIST")  # cameras may then come without a device file
 
@@ -54,23 +64,23 @@ def make_follower(config: SO100FollowerConfig) -> Any:
     have, RobotError when its constructor refuses."""
     require("scservo_sdk", "robot")
     package = require("lerobot.robots.so_follower", "robot")
-    known = {field.name for field in fields(package.SO100FollowerConfig)}
+    known = {each.name for each in fields(package.SO100FollowerConfig)}
     values = {name: value for name, value in vars(config).items() if name in known}
     if unknown := [name for name, usual in GAINS.items() if name not in known and getattr(config, name) != usual]:
         raise ConfigError(f"--robot.{unknown[0]} needs lerobot 0.6 or newer (Python 3.12): {version('lerobot')} always writes {GAINS[unknown[0]]}.")
     if "num_read_retries" in known:
         values["num_read_retries"] = 0  # Guard repeats below the driver, with what a damaged line needs in between; not both
     values["max_relative_target"] = None  # SO100FollowerArm limits steps itself
-    drawn = rendered(config.cameras)  # not lerobot's business
+    values["cameras"] = {}
     try:
-        filmed = {name: vars(camera) for name, camera in config.cameras.items() if name not in drawn}
-        values["cameras"] = {name: require("lerobot.cameras.opencv", "robot").OpenCVCameraConfig(**camera) for name, camera in filmed.items()}
-        return package.SO100Follower(package.SO100FollowerConfig(**values))
+        follower = package.SO100Follower(package.SO100FollowerConfig(**values))
     except Exception as error:
         raise RobotError(
             f"lerobot refused the arm's configuration or calibration file: {type(error).__name__}: {error}. "
             f"If the calibration file is damaged, make it anew: {calibrate_command(config)}"
         ) from error
+    follower.cameras = {name: make_camera(name, camera) for name, camera in filmed(config).items()}
+    return follower
 
 
 def calibrate_command(config: SO100FollowerConfig) -> str:
@@ -157,6 +167,16 @@ def scale_and_limits(calibration: Mapping[str, Any], use_degrees: bool) -> tuple
     return (limits[:, 1] - limits[:, 0]) / range_deg, limits
 
 
+def readings(positions: Mapping[str, int], calibration: Mapping[str, Any], use_degrees: bool) -> np.ndarray:
+    """(6,) what lerobot's driver makes of `positions`, joint -> ticks: degrees about mid-range, the rest within its range (a test compares them)."""
+    low, high = scale_and_limits(calibration, use_degrees)[1].T  # (J,)
+    of_joint = [calibration[joint] for joint in SO100_JOINTS]
+    first, last, turned = np.array([(values.range_min, values.range_max, bool(values.drive_mode)) for values in of_joint]).T
+    share = (np.array([positions[joint] for joint in SO100_JOINTS]) - first) / (last - first)
+    bounded = (np.arange(len(SO100_JOINTS)) == GRIPPER) | (not use_degrees)
+    return low + (high - low) * np.where(bounded, np.clip(np.where(turned, 1 - share, share), 0, 1), share)
+
+
 def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
     """(6,) how far from where a joint stands its goal may be; None: no limit. Raises ConfigError for one that is not positive."""
     limit = config.max_relative_target
@@ -168,12 +188,98 @@ def max_step(config: SO100FollowerConfig) -> np.ndarray | None:
     return np.array([float(by_joint[joint]) for joint in SO100_JOINTS])
 
 
-def camera_error_message(name: str, camera: OpenCVCameraConfig, error: Exception) -> str:
+# Cameras, each of a type that lerobot knows.
+
+
+def find_camera_types() -> None:
+    """Make a CameraConfig, with lerobot's settings and checks, of each type of camera that the installed lerobot or a plugin of it registers. Raises
+    MissingExtraError without lerobot."""
+    package = require("lerobot.cameras", "robot")
+    modules = [f"lerobot.cameras.{each.name}" for each in pkgutil.iter_modules(package.__path__) if each.ispkg]
+    modules += [name for each in distributions() if (name := each.metadata["Name"] or "").startswith("lerobot_camera_")]
+    for module in modules:
+        with contextlib.suppress(ImportError):  # a plugin's; lerobot's own are imported without their libraries
+            importlib.import_module(module)
+    for name, theirs in package.CameraConfig.get_known_choices().items():
+        if name not in CameraConfig.types:
+            made = make_dataclass(theirs.__name__, _settings(theirs), bases=(CameraConfig,), kw_only=True, namespace={"__post_init__": _checked})
+            CameraConfig.types[name], made.type_name = made, name
+
+
+def _settings(theirs: type) -> list[tuple[str, Any, Any]]:
+    """Name, type and default of what a configuration of lerobot has beyond a CameraConfig. Enumerations become their values."""
+    hints, found = get_type_hints(theirs), []
+    for each in fields(theirs):
+        hint, default = hints[each.name], getattr(each.default, "value", each.default)
+        hint = Literal[tuple(word.value for word in hint)] if isinstance(hint, type) and issubclass(hint, Enum) else hint
+        if each.init and each.name not in CameraConfig.__dataclass_fields__:
+            found.append((each.name, hint, field(default=default, default_factory=each.default_factory)))
+    return found
+
+
+def _checked(camera: CameraConfig) -> None:
+    """Raises ConfigError for what lerobot refuses."""
+    try:
+        _lerobots(camera)
+    except Exception as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def _lerobots(camera: CameraConfig) -> Any:
+    """lerobot's configuration of it."""
+    package = require("lerobot.cameras", "robot")
+    if isinstance(camera, OpenCVCameraConfig):
+        require("lerobot.cameras.opencv", "robot")  # registers it
+    return package.CameraConfig.get_choice_class(camera.type_name)(**vars(camera))
+
+
+def make_camera(name: str, camera: CameraConfig) -> Any:
+    """lerobot's, not yet opened. Raises RobotError, MissingExtraError without lerobot."""
+    package = require("lerobot.cameras", "robot")
+    try:
+        return package.make_cameras_from_configs({name: _lerobots(camera)})[name]
+    except Exception as error:
+        raise RobotError(camera_error_message(name, camera, error)) from error
+
+
+def open_camera(name: str, camera: CameraConfig, opened: Any, timeout_ms: float) -> np.ndarray:
+    """Connect `opened`, lerobot's, and return its first picture, uint8 (height, width, 3). Raises RobotError, also for a picture of another size."""
+    try:
+        opened.connect(warmup=camera.type_name != "zmq")  # that one fails as `disconnect_camera` says
+        frame: np.ndarray = opened.async_read(timeout_ms=timeout_ms)  # with warmup_s=0 connect() returns before there is a picture
+        if frame.shape[:2] != (camera.height, camera.width):  # lerobot's zmq camera takes any
+            raise ValueError(f"it delivers {frame.shape[1]}x{frame.shape[0]}, not width: {camera.width}, height: {camera.height}")
+    except Exception as error:
+        raise RobotError(camera_error_message(name, camera, error)) from error
+    return frame
+
+
+def disconnect_camera(opened: Any) -> None:
+    """When its thread has ended. lerobot's zmq camera closes its socket under a thread that waits for a picture; libzmq then aborts the program."""
+    if getattr(opened, "stop_event", None) is not None and hasattr(opened, "timeout_ms"):
+        opened.stop_event.set()
+        opened.thread.join(opened.timeout_ms / 1000 + 0.5)
+    opened.disconnect()
+
+
+def newest_frame(opened: Any, oldest_ms: int) -> tuple[np.ndarray, float]:
+    """Of a camera of lerobot, and its age in seconds. One without a thread of its own (Reachy 2's, a plugin's) is read now. Raises what it raises."""
+    if not (hasattr(opened, "thread") and hasattr(opened, "latest_timestamp")):
+        return opened.async_read(timeout_ms=oldest_ms), 0.0
+    came_s = opened.latest_timestamp  # before the frame, which is this one or a newer one
+    return opened.read_latest(max_age_ms=oldest_ms), max(0.0, time.perf_counter() - came_s)
+
+
+def source_of(camera: CameraConfig) -> str:
+    """What tells this camera from others, in a word or two."""
+    return f"index_or_path: {camera.index_or_path}" if isinstance(camera, OpenCVCameraConfig) else f"type: {camera.type_name}"
+
+
+def camera_error_message(name: str, camera: CameraConfig, error: Exception) -> str:
     """Why a camera could not be opened, and what to change in --robot.cameras. lerobot's message says what the camera gives instead."""
-    return (
-        f"camera '{name}' of --robot.cameras (index_or_path: {camera.index_or_path}) cannot be used: {' '.join(str(error).split()).rstrip('.!')}. "
-        "`lerobot-find-cameras opencv` lists the cameras that are there, with the sizes and rates that they deliver."
-    )
+    finder = _FINDERS.get(camera.type_name)
+    advice = f"`{finder}` lists the cameras that are there, with the sizes and rates that they deliver." if finder else "Check its settings."
+    return f"camera '{name}' of --robot.cameras ({source_of(camera)}) cannot be used: {one_line(error).rstrip('.!')}. {advice}"
 
 
 # Whether a serial port exists, may be opened and is free.
@@ -244,14 +350,15 @@ def programs_using(port: str) -> list[str]:
     return users
 
 
-def opencv_cameras(robot: RobotConfig | None) -> dict[str, OpenCVCameraConfig]:
-    return {name: each for name, each in getattr(robot, "cameras", {}).items() if isinstance(each, OpenCVCameraConfig)}
-
-
 def device_faults(robot: RobotConfig | None) -> dict[str, ConfigError]:
-    """Camera -> what keeps it from being opened, as far as its device tells without being opened."""
+    """Camera -> what keeps it from being opened, as far as its device and its library tell without being opened."""
     faults, first = {}, dict[int | Path, str]()  # device -> the camera that has it
-    for name, camera in opencv_cameras(robot).items():
+    for name, camera in filmed(robot).items():
+        library, package = _LIBRARIES.get(camera.type_name, ("sys", ""))
+        if importlib.util.find_spec(library) is None:
+            faults[name] = ConfigError(f"camera {name}: type {camera.type_name} needs {library}. Install it with: pip install '{package}'")
+        if not isinstance(camera, OpenCVCameraConfig):
+            continue
         if (twin := first.setdefault(camera.index_or_path, name)) != name:
             faults[name] = ConfigError(f"cameras {twin} and {name} are the same device, {camera.index_or_path}. Give each its own index_or_path.")
         elif fault := _device_fault(name, camera):
@@ -276,14 +383,15 @@ def _device_fault(name: str, camera: OpenCVCameraConfig) -> str | None:
     return None
 
 
-def take_pictures(cameras: Mapping[str, OpenCVCameraConfig]) -> dict[str, np.ndarray | RobotError]:
+def take_pictures(cameras: Mapping[str, CameraConfig]) -> dict[str, np.ndarray | RobotError]:
     """A picture of each as the policy gets it, uint8 (height, width, 3), or why there is none. All are opened at once, as a run opens them, each in a
     thread that the program does not wait for when the driver hangs: takes CAMERA_S at most. Raises MissingExtraError without lerobot."""
-    driver = require("lerobot.cameras.opencv", "robot") if cameras else None  # before the clock runs: it can take seconds to import
+    if cameras:
+        require("lerobot.cameras.opencv", "robot")  # before the clock runs: it can take seconds to import
     taken: dict[str, np.ndarray | RobotError] = {}
 
     def take(name: str) -> None:
-        taken[name] = _picture(driver, name, cameras[name])
+        taken[name] = _picture(name, cameras[name])
 
     threads = [threading.Thread(target=take, args=(name,), name=f"gr00t_fast-camera-{name}", daemon=True) for name in cameras]
     for thread in threads:
@@ -292,20 +400,19 @@ def take_pictures(cameras: Mapping[str, OpenCVCameraConfig]) -> dict[str, np.nda
     for thread in threads:
         thread.join(max(0.0, give_up_s - time.monotonic()))
     for name, camera in cameras.items():
-        shown = taken.setdefault(name, RobotError(f"camera '{name}' ({camera.index_or_path}) gives no picture. Plug it in again."))
-        if isinstance(shown, RobotError) and (users := programs_using(str(device_of(camera)))):
+        shown = taken.setdefault(name, RobotError(f"camera '{name}' ({source_of(camera)}) gives no picture. Plug it in again."))
+        if isinstance(shown, RobotError) and isinstance(camera, OpenCVCameraConfig) and (users := programs_using(str(device_of(camera)))):
             taken[name] = RobotError(f"{shown} It is in use by {'; '.join(users)}: stop that program.")
     return {name: taken[name] for name in cameras}
 
 
-def _picture(driver: Any, name: str, camera: OpenCVCameraConfig) -> np.ndarray | RobotError:
-    opened = driver.OpenCVCamera(driver.OpenCVCameraConfig(**vars(camera)))
+def _picture(name: str, camera: CameraConfig) -> np.ndarray | RobotError:
+    opened = None
     try:
-        opened.connect()
-        frame: np.ndarray = opened.async_read(timeout_ms=1000 * CAMERA_S)
-        return frame
-    except Exception as error:  # noqa: BLE001 - whatever lerobot and OpenCV raise
-        return RobotError(camera_error_message(name, camera, error))
+        opened = make_camera(name, camera)
+        return open_camera(name, camera, opened, 1000 * CAMERA_S)
+    except RobotError as error:
+        return error
     finally:
-        if opened.is_connected:
-            opened.disconnect()
+        if opened is not None and opened.is_connected:
+            disconnect_camera(opened)

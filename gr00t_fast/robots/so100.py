@@ -276,12 +276,8 @@ class SO100FollowerArm:
         return f"{late} answers came too late: the USB adapter or its hub is slow (try another port). " if late else ""
 
     def _open_camera(self, name: str, camera: Any) -> None:
-        try:
-            camera.connect()
-            threading.excepthook = _no_traceback_of_cameras
-            camera.async_read(timeout_ms=FIRST_FRAME_MS)  # with warmup_s=0 connect() returns before there is a picture
-        except Exception as error:
-            raise RobotError(glue.camera_error_message(name, self.config.cameras[name], error)) from error
+        threading.excepthook = _no_traceback_of_cameras
+        glue.open_camera(name, self.config.cameras[name], camera, FIRST_FRAME_MS)
 
     # Observing
 
@@ -349,8 +345,7 @@ class SO100FollowerArm:
         while True:
             self._exchanging()
             try:
-                came_s = camera.latest_timestamp  # before the frame, which is this one or a newer one
-                return camera.read_latest(max_age_ms=OLDEST_FRAME_MS), max(0.0, time.perf_counter() - came_s)
+                return glue.newest_frame(camera, OLDEST_FRAME_MS)
             except Exception as error:
                 if not isinstance(error, TimeoutError) or time.perf_counter() > give_up_s:
                     raise CameraError(
@@ -499,7 +494,7 @@ def close_camera(name: str, camera: Any, problems: list[str]) -> bool:
     thread = getattr(camera, "thread", None)
     if thread is None and not camera.is_connected:
         return True
-    closed = attempt(f"closing camera '{name}'", camera.disconnect, problems)
+    closed = attempt(f"closing camera '{name}'", lambda: glue.disconnect_camera(camera), problems)
     if thread is not None and thread.is_alive():
         problems.append(f"camera '{name}': its reading thread is stuck in the capture driver; unplug the camera")
         return False
