@@ -1,15 +1,16 @@
-"""What can be known of the TensorRT engine without a GPU: the sequence it records, and everything it refuses."""
+"""What can be known of the TensorRT engine without a GPU: the sequence of its stages, how it calls the library, and everything it refuses."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
-import functools
 import json
 import logging
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +26,11 @@ from gr00t_fast.checkpoint import open_checkpoint
 from gr00t_fast.engine import tensorrt, warming_up
 from gr00t_fast.engine import tensorrt_library as library
 from gr00t_fast.engine.eager import Continuation, EagerEngine, prefix_weights
-from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of, varying_sizes
-from gr00t_fast.engine.tensorrt import RunStage, StageProgram, TensorRTEngine, check_capability, stage_shapes
+from gr00t_fast.engine.manifest import STAGES, Digests, Manifest, Target, describe_files, read_manifest, target_of
+from gr00t_fast.engine.tensorrt import LoadedStage, TensorRTEngine, check_capability
 from gr00t_fast.errors import ConfigError, EngineError, MissingExtraError, StaleEngineError
 from gr00t_fast.export.graphs import Layout, example_inputs, graph_tables, graphs_of
 from gr00t_fast.measurement import StageTimer
-from gr00t_fast.model import StepTables
 from gr00t_fast.model.config import ModelConfig
 from gr00t_fast.policy import load_policy
 
@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_network(tmp_path_factory.mktemp("checkpoint"))
 
 
-# the sequence that is recorded, over the exported graphs' own modules
+# the engine over the exported graphs' own modules, on the CPU
 
 
 MARK = 997  # a prompt length that no other size is
@@ -69,124 +69,40 @@ def stages_of(config: ModelConfig, layout: Layout) -> dict[str, dict]:
     }
 
 
-class GraphModules:
-    """Stands in for TensorRT: runs the exported graphs' torch modules on the buffers it is given, and writes down what ran."""
+class StageModule:
+    """Stands in for a loaded stage: runs the exported graph's torch module on the inputs that it is given, and writes down that it ran."""
 
-    def __init__(self, checkpoint: Path, layout: Layout) -> None:
-        self.calls: list[str] = []
-        self._specs = graphs_of(open_checkpoint(checkpoint).config)
-        self._graphs = {name: spec.build(load_network(checkpoint), layout).eval() for name, spec in self._specs.items()}
+    def __init__(self, name: str, checkpoint: Path, layout: Layout, calls: list[str]) -> None:
+        self._name, self._spec, self._calls = name, graphs_of(open_checkpoint(checkpoint).config)[name], calls
+        self._graph = self._spec.build(load_network(checkpoint), layout).eval()
 
     @torch.no_grad()
-    def __call__(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
-        self.calls.append(stage)
-        outputs = self._graphs[stage](*(tensors[name] for name in self._specs[stage].inputs))
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        for name, value in zip(self._specs[stage].outputs, outputs, strict=True):
-            assert tensors[name].shape == value.shape, name
-            tensors[name].copy_(value)
+    def run(self, inputs: Mapping[str, Tensor], stream: Any) -> dict[str, Tensor]:
+        assert set(inputs) == set(self._spec.inputs)
+        self._calls.append(self._name)
+        outputs = self._graph(*(inputs[name] for name in self._spec.inputs))
+        return dict(zip(self._spec.outputs, (outputs,) if isinstance(outputs, Tensor) else outputs, strict=True))
 
 
-@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_the_recorded_sequence_gives_the_eager_actions(checkpoint: Path, steps: int, network: str, tmp_path: Path) -> None:
-    checkpoint = checkpoint if network == "n1.5" else write_network_n1d7(tmp_path)
-    model = load_network(checkpoint)
-    inputs, noise = inputs_for(model.config, 2, TEXT)
-    expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
-    tokens, images = inputs.input_ids.shape[1], len(inputs.image_positions)
-    layout = layout_of(model.config, inputs)
-    graphs = GraphModules(checkpoint, layout)
-    shapes = stage_shapes(stages_of(model.config, layout), varying_sizes({"image_tokens": images}, tokens))
-    with torch.no_grad():
-        tables = graph_tables(model, steps)
-    program = StageProgram(shapes, images, StepTables(tables.tau, tables.modulation), model.language.embedding.weight.detach())
-    before = [buffer.data_ptr() for buffer in program.buffers.values()]
-    for _ in range(2):  # the second call must not see what the first left behind
-        program.fill(inputs.pixel_values, inputs.input_ids[0], inputs.image_positions, inputs.state, noise)
-        program.enqueue(graphs)
-        error = (program.actions - expected).norm() / (expected - noise).norm()
-        assert error < 1e-4
-    assert graphs.calls == ["vision", "language", *["denoise_step"] * steps] * 2
-    assert [buffer.data_ptr() for buffer in program.buffers.values()] == before, "a recording keeps its addresses"
-
-
-# the engine around it, on a stand-in for CUDA, on the CPU: streams that run at once, graphs that repeat what was recorded
-
-
-class AtOnce:
-    """A stream or an event: everything has already run."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
-
-
-class RepeatingGraph:
-    """Repeats the sequence that was submitted while it was recorded, on the same tensors."""
-
-    recording: RepeatingGraph | None = None
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], None]] = []
-
-    def replay(self) -> None:
-        for submit in self.work:
-            submit()
-
-    @classmethod
-    @contextlib.contextmanager
-    def record(cls, graph: RepeatingGraph, **_: Any) -> Iterator[None]:
-        cls.recording = graph
-        yield
-        cls.recording = None
-
-
-class RecordedProgram(StageProgram):
-    def enqueue(self, run_stage: RunStage) -> None:
-        if RepeatingGraph.recording is None:
-            super().enqueue(run_stage)
-        else:  # what is recorded does not run
-            RepeatingGraph.recording.work.append(functools.partial(StageProgram.enqueue, self, run_stage))
-
-
-def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch, run_stage: RunStage) -> None:
+def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, layout: Layout, calls: list[str]) -> None:
     """Replace CUDA and the execution of stages in gr00t_fast.engine.tensorrt."""
-    cuda = SimpleNamespace(Stream=AtOnce, Event=AtOnce, current_stream=AtOnce, CUDAGraph=RepeatingGraph, graph=RepeatingGraph.record)
-    cuda.stream = cuda.device = contextlib.nullcontext
-    cuda.synchronize = lambda *_: None
+    cuda = SimpleNamespace(Stream=lambda device: None, device=contextlib.nullcontext, synchronize=lambda: None)
     cuda.get_device_capability = lambda _: (8, 6)
 
-    class StandInExecution:
-        capturable = True
-
-        def __init__(self, stage: SimpleNamespace, shapes: Mapping[str, tuple[int, ...]], scratch: Tensor, stream: Any) -> None:
-            self._name, self._shapes = stage.name, shapes
-
-        def enqueue(self, tensors: Mapping[str, Tensor]) -> None:
-            assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(self._shapes), self._name
-            run_stage(self._name, tensors)
-
-    def loaded(trt: Any, name: str, directory: Path, manifest: Manifest, remedy: str) -> SimpleNamespace:
-        return SimpleNamespace(name=name, scratch_bytes=64, check_dtypes=lambda dtype: None, save_cache=lambda: None)
+    def loaded(trt: Any, name: str, directory: Path, manifest: Manifest, remedy: str) -> StageModule:
+        return StageModule(name, checkpoint, layout, calls)
 
     monkeypatch.setattr(torch, "cuda", cuda)
-    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: None)
-    monkeypatch.setattr(tensorrt, "StageExecution", StandInExecution)
-    monkeypatch.setattr(tensorrt, "StageProgram", RecordedProgram)
     monkeypatch.setattr(tensorrt, "cuda_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(tensorrt, "LoadedStage", loaded)
 
 
-@pytest.fixture
-def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
-    """A TensorRTEngine whose stages are the exported graphs' modules, in fp32 on the CPU."""
+def opened_over(checkpoint: Path, engines: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> tuple[TensorRTEngine, list[str]]:
+    """A TensorRTEngine whose stages are the exported graphs' modules, in fp32 on the CPU; and which of them it has run."""
     trt = pytest.importorskip("tensorrt_rtx")
     model = load_network(checkpoint)
     tables = {"embedding": model.language.embedding.weight.detach().clone()}
-    for steps in (1, 2, 4):
+    for steps in (1, 2, 3, 4):
         with torch.no_grad():
             of_steps = graph_tables(model, steps)
         tables |= {f"tau.{steps}": of_steps.tau, f"modulation.{steps}": of_steps.modulation}
@@ -195,8 +111,28 @@ def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> 
     manifest |= {"precision": "fp32", "files": describe_files(engines)}
     manifest["details"]["builder_version"] = trt.__version__
     (engines / "manifest.json").write_text(json.dumps(manifest))
-    stand_in_for_cuda(monkeypatch, GraphModules(checkpoint, LAYOUT))
-    return TensorRTEngine(engines, target_for(checkpoint), "cuda", "auto")
+    calls: list[str] = []
+    stand_in_for_cuda(monkeypatch, checkpoint, layout, calls)
+    return TensorRTEngine(engines, target_for(checkpoint), "cuda", "auto"), calls
+
+
+@pytest.fixture
+def opened(checkpoint: Path, engines: Path, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
+    return opened_over(checkpoint, engines, LAYOUT, monkeypatch)[0]
+
+
+@pytest.mark.parametrize("network", ["n1.5", "n1.7"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_stages_give_the_eager_actions(checkpoint: Path, steps: int, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = checkpoint if network == "n1.5" else write_network_n1d7(tmp_path / "checkpoint")
+    model = load_network(checkpoint)
+    inputs, noise = inputs_for(model.config, 2, TEXT)
+    expected = EagerEngine(model).run(inputs, noise, steps, StageTimer())
+    layout = layout_of(model.config, inputs)
+    engine, calls = opened_over(checkpoint, write_engines(tmp_path / "engines", checkpoint, layout), layout, monkeypatch)
+    for _ in range(2):  # the second call must not see what the first left behind
+        assert distance(engine.run(inputs, noise, steps, StageTimer()), expected, noise) < 1e-4
+    assert calls == ["vision", "language", *["denoise_step"] * steps] * 2
 
 
 def distance(got: Tensor, expected: Tensor, noise: Tensor) -> float:
@@ -212,16 +148,7 @@ def test_a_new_length_in_mid_run_is_said_aloud(opened: TensorRTEngine, checkpoin
         assert not caplog.records
         opened.run(*random_inputs(config, text_tokens=11), 2, StageTimer())
     (record,) = caplog.records
-    assert "27 prompt tokens, 2 denoising steps" in record.getMessage()
-
-
-def test_recordings_beyond_the_limit_are_dropped(opened: TensorRTEngine, checkpoint: Path) -> None:
-    config = open_checkpoint(checkpoint).config
-    for text in range(10, 20):
-        inputs, noise = random_inputs(config, text_tokens=text)
-        opened.run(inputs, noise, 1, StageTimer())
-    assert len(opened.recordings) == 8
-    assert min(length for length, _ in opened.recordings) == 16 + 12, "the oldest went first"
+    assert "27 prompt tokens" in record.getMessage()
 
 
 def test_a_padded_batch_gives_each_item_its_own_actions(opened: TensorRTEngine, checkpoint: Path) -> None:
@@ -246,6 +173,111 @@ def test_a_chunk_is_continued_as_by_the_eager_engine(opened: TensorRTEngine, che
     assert distance(opened.run(inputs, noise, 4, StageTimer(), continuation), expected, noise) < 1e-4
 
 
+# a stage over a library that is not there: one graph, x (1, tokens, 3) -> y of the same shape, that doubles what it is given
+
+
+class StandInLibrary:
+    """What LoadedStage asks of TensorRT-RTX, as one object in place of its module and of its engine, context, configuration and cache."""
+
+    __name__, __version__, num_io_tensors = "stand_in", "1.0", 2
+    TensorIOMode = SimpleNamespace(INPUT="input")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    ILogger = type("ILogger", (), {"WARNING": 2})
+    IRuntimeCache = object
+    ranges = (((1, 1, 3), (1, 4, 3), (1, 4, 3)), ((1, 5, 3), (1, 8, 3), (1, 8, 3)))  # of x, least, usual and most of each profile
+    num_optimization_profiles = len(ranges)
+
+    def __init__(self, kind: str = "FLOAT") -> None:
+        self.kind, self.kept, self.profiles = kind, list[bytes](), list[int]()
+        self._shape: tuple[int, ...] = ()
+        self._addresses: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("Runtime", "deserialize_cuda_engine", "create_runtime_config", "create_runtime_cache", "create_execution_context"):
+            return lambda *_: self
+        if name in ("set_runtime_cache", "infer_shapes"):
+            return lambda *_: None
+        raise AttributeError(name)
+
+    def get_tensor_name(self, index: int) -> str:
+        return "xy"[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name == "x" else "output"
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self.kind)
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (1, -1, 3) if name == "x" else self._shape
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> tuple[tuple[int, ...], ...]:
+        return self.ranges[index]
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profiles.append(index)
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        assert address % 256 == 0 or name == "y"
+        self._addresses[name] = address
+
+    def execute_async_v3(self, stream: int) -> bool:
+        x, y = ((ctypes.c_float * math.prod(self._shape)).from_address(self._addresses[name]) for name in "xy")
+        y[:] = [2 * value for value in x]
+        return True
+
+    def serialize(self) -> bytes:
+        return b"compiled"
+
+    def deserialize(self, content: bytes) -> None:
+        self.kept.append(content)
+
+
+class AtOnce:
+    """A stream: everything has already run."""
+
+    cuda_stream, device = 0, torch.device("cpu")
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def stage_over(library: StandInLibrary, directory: Path) -> LoadedStage:
+    (directory / "language.engine").write_bytes(b"engine")
+    manifest = SimpleNamespace(stages={"language": {"file": "language.engine"}}, details={"builder_version": "1.0"}, precision="fp32")
+    return LoadedStage(library, "language", directory, manifest, "build")
+
+
+def test_a_stage_runs_at_the_shapes_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the profile that holds them; what was compiled is kept for the next start."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    library, memory = StandInLibrary(), torch.zeros(1024)
+    stage, stream, begin = stage_over(library, tmp_path), AtOnce(), -memory.data_ptr() % 256 // 4
+    # a GPU's allocations are aligned as the library wants them, which a CPU's are not
+    monkeypatch.setattr(Tensor, "clone", lambda given: memory[begin + 512 :][: given.numel()].view(given.shape).copy_(given))
+    for offset, length in ((begin, 3), (begin, 6), (begin + 1, 3)):
+        x = memory[offset : offset + 3 * length].view(1, length, 3).copy_(torch.arange(3 * length).view(1, length, 3))
+        assert torch.equal(stage.run({"x": x}, stream)["y"], 2 * x)
+    assert library.profiles == [0, 1, 0]
+    with pytest.raises(EngineError, match=r"not built for x \(1, 9, 3\).*--max_text_tokens: build"):
+        stage.run({"x": memory[begin : begin + 27].view(1, 9, 3)}, stream)
+    (kept,) = tmp_path.glob(".language.*")
+    assert kept.read_bytes() == b"compiled"
+    again = StandInLibrary()
+    stage_over(again, tmp_path)
+    assert again.kept == [b"compiled"]
+
+
+def test_a_stage_of_another_number_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"language: 'x' is HALF, expected FLOAT\. Run: build"):
+        stage_over(StandInLibrary("HALF"), tmp_path)
+
+
 # refusals, in the order in which they are checked
 
 
@@ -255,18 +287,21 @@ def target_for(checkpoint: Path, data_config: str = "so100") -> Target:
 
 @pytest.fixture
 def engines(checkpoint: Path, tmp_path: Path) -> Path:
-    """Engine files as far as the manifest's checks go: what is in them is nobody's business before they are loaded."""
-    directory = tmp_path / "engines"
+    return write_engines(tmp_path / "engines", checkpoint, LAYOUT)
+
+
+def write_engines(directory: Path, checkpoint: Path, layout: Layout) -> Path:
+    """Engine files as far as the manifest's checks go: what is in them does not matter before they are loaded."""
     directory.mkdir()
     for name in (*(f"{stage}.engine" for stage in STAGES), "tables.safetensors"):
         (directory / name).write_bytes(name.encode() * 100)
     config = open_checkpoint(checkpoint).config
-    stages = {name: {"file": f"{name}.engine", **entry} for name, entry in stages_of(config, LAYOUT).items()}
+    stages = {name: {"file": f"{name}.engine", **entry} for name, entry in stages_of(config, layout).items()}
     Manifest(
         kind="tensorrt",
         precision="fp16",
         identity=target_for(checkpoint).identity(Digests(directory)),
-        shapes={"cameras": 1, "image_tokens": 16, "max_tokens": 64},
+        shapes={"cameras": layout.pictures, "image_tokens": layout.image_tokens, "max_tokens": layout.max_tokens},
         denoising_steps=(4,),
         stages=stages,
         files=describe_files(directory),

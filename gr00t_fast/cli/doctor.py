@@ -299,16 +299,13 @@ def _training(config: DoctorConfig, found: Any, rows: Rows) -> Any:
 
 def _engine(config: DoctorConfig, found: Any, rows: Rows) -> None:
     """Device and engine as a run chooses them, but for files, which `_exports` looks at."""
-    from gr00t_fast.engine import CALIBRATED, EXPORTED, prepare_engine, select_device
-    from gr00t_fast.engine.manifest import target_of
+    from gr00t_fast.engine import EXPORTED, prepare_engine, select_device
     from gr00t_fast.policy import check_denoising_steps
 
     with rows.trying("engines", f"--engine={config.engine} --device={config.device} cannot run"):
         check_denoising_steps(config.denoising_steps or found.config.head.denoising_steps, found.config)
         if config.engine not in EXPORTED:
-            device = select_device(config.device)
-            if config.engine not in CALIBRATED:
-                prepare_engine(config.engine, None, target_of(found, config.embodiment_tag, config.data_config), device)
+            prepare_engine(config.engine, select_device(config.device))
 
 
 def _tokenizer(config: DoctorConfig, found: Any, rows: Rows) -> None:

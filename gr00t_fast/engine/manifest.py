@@ -136,16 +136,6 @@ def varying_sizes(shapes: Mapping[str, Any], prompt_tokens: int) -> dict[str, in
     return {TOKENS: prompt_tokens, TEXT_TOKENS: prompt_tokens - shapes.get("image_tokens", 0)}
 
 
-def prompt_tokens_of(stage: Mapping[str, Any], inputs: Mapping[str, Any], shapes: Mapping[str, Any]) -> int | None:
-    """Length of the prompt by the tensors that an entry of `Manifest.stages` gets; None for a stage that none of them tells."""
-    none = varying_sizes(shapes, 0)
-    for name, tensor in inputs.items():
-        for size, here in zip(stage["inputs"][name], tensor.shape, strict=True):
-            if isinstance(size, str):
-                return here - none[size]
-    return None
-
-
 def describe_files(directory: Path, digests: Digests | None = None) -> dict[str, dict[str, Any]]:
     """`Manifest.files` for all that lies in `directory` (hidden files and the manifest apart)."""
     files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != MANIFEST_NAME and not file.name.startswith("."))

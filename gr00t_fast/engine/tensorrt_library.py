@@ -88,11 +88,6 @@ def make_log(trt: ModuleType) -> Any:
     return Log()
 
 
-def scratch_bytes(engine: Any) -> int:
-    """Activations and workspace of one execution context of a deserialised engine."""
-    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)
-
-
 def version_tuple(capability: str) -> tuple[int, ...]:
     """A compute capability as numbers, to be compared: `10.0` -> (10, 0)."""
     return tuple(int(part) for part in capability.split("."))
