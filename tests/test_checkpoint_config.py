@@ -33,7 +33,6 @@ def checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
         ("model_type", "gr00t_n1_6", r"'gr00t_n1_6', expected 'gr00t_n1_5'.*N1.6"),
         ("model_type", ..., "model_type None"),
         ("action_head_cfg", ..., "no 'action_head_cfg' section"),
-        ("action_head_cfg.use_vln", True, "action_head_cfg: unknown key 'use_vln'. Did you mean 'use_vlln'"),
         ("action_head_cfg.diffusion_model_cfg.norm_type", "layer_norm", "norm_type is 'layer_norm'; .* 'ada_norm' only"),
         ("action_head_cfg.add_pos_embed", False, "add_pos_embed is False"),
         ("action_head_cfg.diffusion_model_cfg.interleave_self_attention", False, "interleave_self_attention is False"),
@@ -57,6 +56,15 @@ def test_a_configuration_that_cannot_be_run(checkpoint: Path, key: str, value: o
     edit_json(checkpoint / "config.json", key, value)
     with pytest.raises(CheckpointError, match=pattern):
         open_checkpoint(checkpoint)
+
+
+def test_keys_that_nothing_reads_are_named_in_a_warning(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for key in ("use_vln", "a_setting_of_next_year"):
+        edit_json(checkpoint / "config.json", f"action_head_cfg.{key}", True)
+    assert load_network(checkpoint)
+    (warning,) = caplog.messages
+    for named in ("config.json action_head_cfg", "'use_vln' Did you mean 'use_vlln'", "'a_setting_of_next_year'"):
+        assert named in warning
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _pipeline(directory: Path, file: str, expected: Collection[tuple[str, ...]])
         raise CheckpointError(f"{directory / file} has the steps {', '.join(names)}; expected {known}. What another one does is not computed here.")
     for step in steps:
         computed = _COMPUTED.get(step.name, {})
-        step.settings.refuse_unknown({*computed, *_READ.get(step.name, ())})
+        step.settings.warn_of_unknown({*computed, *_READ.get(step.name, ())})
         step.settings.refuse_other(computed)
     return {step.name: step for step in steps}
 
