@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gr00t_fast.errors import CheckpointError
-from gr00t_fast.files import LFS_POINTER, LFS_REMEDY
+from gr00t_fast.files import check_no_pointer
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -38,12 +38,12 @@ class TensorFile:
         """Raises CheckpointError when the file is not a whole safetensors file."""
         self.path = path
         try:
+            check_no_pointer(path)
             self._file = safe_open(path, framework="pt")
         except OSError as error:
             raise CheckpointError(f"cannot open {path}: {error.strerror or error}. Expected a readable weight file.") from error
-        except SafetensorError as error:
-            why = LFS_REMEDY if _is_lfs_pointer(path) else str(error)
-            raise CheckpointError(f"{path} is damaged or cut short: {why}. Copy or download it again.") from error
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short: {error}. Copy or download it again.") from error
         self.entries: dict[str, TensorEntry] = {}
         self.others: dict[str, str] = {}
         for name in self._file.keys():  # noqa: SIM118 - it is no mapping
@@ -65,8 +65,3 @@ class TensorFile:
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor of the file on the CPU, or one row (1, ...) of it: a view of the file, to be copied before the file is closed."""
         return self._file.get_tensor(name) if row is None else self._file.get_slice(name)[row : row + 1]
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER

@@ -304,7 +304,6 @@ _MOST_HISTORY = 1000  # steps back; a chosen limit
 # The reference forms differences in float64 and rounds them to float32; it restores actions in float64.
 ARITHMETIC = Arithmetic(forward=np.float32, inverse=np.float64, close=True, clip_actions=True, keep_constant=True)
 LETTERBOX_WORDS = ("auto", "always", "never")
-_TRAINING_BYTES = 2**26  # the first of TRAINING_FILES holds all statistics as text
 
 
 @dataclass(frozen=True)
@@ -457,7 +456,7 @@ def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Let
     found = {}
     for name in TRAINING_FILES:
         try:
-            found[name] = read_text(checkpoint / name, _TRAINING_BYTES)
+            found[name] = read_text(checkpoint / name)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
