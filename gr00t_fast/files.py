@@ -1,5 +1,5 @@
-"""Files written whole or not at all (under a hidden name beside their place, then renamed), and small files of others read without trust: regular
-files of bounded size, and JSON without numbers that are none."""
+"""Files written whole or not at all (under a hidden name beside their place, then renamed), and small files of others: no pointers of
+git-lfs, and JSON without numbers that are none."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import json
 import math
 import os
 import shutil
-import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ from typing import Any
 from gr00t_fast.errors import ConfigError
 
 MANIFEST_NAME = "manifest.json"  # lies in every export, and is what one is recognised by
-MAX_BYTES = 2**24  # the largest published configuration has 100 kB
 LFS_POINTER, LFS_REMEDY = b"version https://git-lfs", "it is git-lfs's pointer, not the file: run `git lfs pull` where it was cloned"
 _OLD = "-old"  # ends the name of a directory that makes room for the new one
-_TOKENIZER_BYTES = 2**26  # Qwen's tokenizer.json has 11 MB
 
 
 @contextlib.contextmanager
@@ -117,12 +113,12 @@ def is_running(process: int) -> bool:
 # --- small files of others -----------------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """UTF-8 text of a regular file. Raises OSError, and ValueError for a file that is too large or no text.
-
-    A named pipe without a writer would hold the program up for ever, a device never ends: both are refused.
-    """
-    return _beginning(path, max_bytes, max_bytes).decode("utf-8")
+def read_text(path: Path) -> str:
+    """UTF-8 text. Raises OSError, and ValueError for no text, git-lfs's pointer to one among it."""
+    content = path.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise ValueError(LFS_REMEDY)
+    return content.decode("utf-8")
 
 
 def read_json(path: Path, nan: bool = False) -> Any:
@@ -130,29 +126,24 @@ def read_json(path: Path, nan: bool = False) -> Any:
     return parse_json(read_text(path), nan=nan)
 
 
-def check_tokenizer_file(path: Path) -> None:
-    """For files that a library opens itself. Raises like `read_text`."""
-    _beginning(path, len(LFS_POINTER), _TOKENIZER_BYTES)
+def check_no_pointer(path: Path) -> None:
+    """Also for files that a library opens itself. Raises OSError, and ValueError for git-lfs's pointer."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(LFS_REMEDY)
 
 
-def parse_json(text: str | bytes | bytearray, convert: Callable[[dict[str, Any]], Any] = lambda found: found, nan: bool = False) -> Any:
-    """JSON whose numbers are finite (nan: or NaN, as Python's json module writes it) and whose objects name each key once. `convert` gets each
-    object. Raises ValueError and what `convert` raises."""
+def parse_json(text: str | bytes | bytearray, convert: Callable[[dict[str, Any]], Any] | None = None, nan: bool = False) -> Any:
+    """JSON whose numbers are finite (nan: or NaN, as Python's json module writes it). `convert` gets each object. Raises ValueError and what
+    `convert` raises."""
 
     def constant(name: str) -> float:
         if nan and name == "NaN":
             return math.nan
         raise ValueError(f"{name} is no number of JSON")
 
-    def one_of_each(pairs: list[tuple[str, Any]]) -> Any:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key '{twice[:80]}' is given twice")
-        return convert(found)
-
     try:
-        return json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=one_of_each)
+        return json.loads(text, parse_constant=constant, parse_float=_finite, object_hook=convert)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -161,17 +152,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {text[:80]} is too large")
     return value
-
-
-def _beginning(path: Path, read_bytes: int, max_bytes: int) -> bytes:
-    """Of a regular file that has at most `max_bytes`."""
-    state = os.stat(path)
-    if not stat.S_ISREG(state.st_mode):
-        raise OSError(f"{path} is a directory, a pipe or a device, expected a file")
-    if state.st_size > max_bytes:
-        raise ValueError(f"{state.st_size} bytes, expected at most {max_bytes}")
-    with open(path, "rb") as file:
-        content = file.read(read_bytes)
-    if content.startswith(LFS_POINTER):
-        raise ValueError(LFS_REMEDY)
-    return content

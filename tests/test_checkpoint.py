@@ -14,7 +14,6 @@ from random_networks import load_network, write_network
 from safetensors.torch import load_file, save_file
 
 from gr00t_fast.checkpoint import open_checkpoint
-from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.errors import CheckpointError
 from gr00t_fast.networks.n1d5 import EMBODIMENT_ROWS
 
@@ -192,14 +191,6 @@ def test_two_16_bit_formats_are_refused_and_fp32_beside_one_is_not(checkpoint: P
         _parameters(checkpoint)
     save_file({key: value.half() for key, value in before.items()}, checkpoint / WEIGHTS)
     _parameters(checkpoint)
-
-
-def test_a_file_that_shrinks_while_it_is_read(checkpoint: Path) -> None:
-    with TensorFile(checkpoint / WEIGHTS) as file:
-        entry = max(file.entries.values(), key=lambda e: e.offset)
-        (checkpoint / WEIGHTS).write_bytes((checkpoint / WEIGHTS).read_bytes()[: entry.offset])
-        with pytest.raises(CheckpointError, match="ended early"):
-            file.read_into(torch.empty(entry.shape, dtype=entry.dtype), entry)
 
 
 def test_weight_files_that_are_not_there(checkpoint: Path) -> None:

@@ -118,7 +118,6 @@ FILES = {
     "more than any memory holds": (BOMB, "references"),
     "a name twice": ("seed: 1\nseed: 2", "twice"),
     "nested deeply": ("[" * 100_000, "cannot read"),
-    "a pipe": ("", "run.yaml"),  # without a writer it would hold the program up for ever
 }  # fmt: skip
 
 
@@ -126,7 +125,7 @@ FILES = {
 def test_bad_config_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     content, message = FILES[case]
-    Path("run.yaml").write_text(content) if content else os.mkfifo("run.yaml")
+    Path("run.yaml").write_text(content)
     assert cli.main(["--config_path=run.yaml", "--model_path=m", *([] if "lang" in content else SIM[2:])]) == 2
     error = capsys.readouterr().err
     assert message in error

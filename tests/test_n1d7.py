@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,15 +183,14 @@ def test_absent_keys_mean_the_reference_s_defaults(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "key", "value", "message"),
     [
-        ("config.json", "select_layers", 3, "unknown key 'select_layers'.*Did you mean 'select_layer'"),
         ("config.json", "use_tactile", True, "use_tactile is True"),
+        ("config.json", "strict_action_padding_mask", True, "strict_action_padding_mask is True"),
         ("config.json", "diffusion_model_cfg.positional_embeddings", ..., "positional_embeddings .*'sinusoidal'"),
         ("config.json", "max_num_embodiments", 10, "selects row 10 .* there are 10"),
         ("config.json", "max_state_dim", 131, "max_state_dim is 132, expected 131"),
         ("backbone_config.json", "text_config.rope_scaling.mrope_interleaved", False, "mrope_interleaved"),
         ("backbone_config.json", "text_config.rope_scaling.mrope_section", [2, 2, 1], "half of head_dim"),
         ("backbone_config.json", "vision_config.deepstack_visual_indexes", [1, 0], "deepstack_visual_indexes"),
-        ("processor_config.json", "processor_kwargs.use_percentile", True, "unknown key 'use_percentile'"),
         ("processor_config.json", f"{MODALITIES}.action.delta_indices", [1, 2], "action delta_indices"),
         ("processor_config.json", f"{MODALITIES}.state.delta_indices", [-1, 0], "state_history_length"),
         ("statistics.json", f"{TAG}.relative_action", ..., "relative_action has no statistics"),
@@ -212,6 +212,22 @@ def test_files_that_do_not_fit_are_refused_by_name(tiny: Path, file: str, key: s
     edit_json(tiny / file, key, value)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tiny).embodiment(TAG)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "names"),
+    [
+        ("config.json", "select_layers", "'select_layers' Did you mean 'select_layer'"),
+        ("config.json", "diffusion_model_cfg.gate", "config.json diffusion_model_cfg.*'gate'"),
+        ("processor_config.json", "processor_kwargs.use_percentile", "processor_config.json.*'use_percentile'"),
+        ("processor_config.json", f"{MODALITIES}.state.jitter", "processor_config.json state.*'jitter'"),
+    ],
+)
+def test_keys_that_nothing_reads_are_named_in_a_warning(tiny: Path, caplog: pytest.LogCaptureFixture, file: str, key: str, names: str) -> None:
+    edit_json(tiny / file, key, 3)
+    open_checkpoint(tiny).embodiment(TAG)
+    (warning,) = caplog.messages
+    assert re.search(names, warning)
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------

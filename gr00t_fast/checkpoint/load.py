@@ -1,6 +1,6 @@
 """From a checkpoint directory or hub id to a model ready to run.
 
-The model is built on the meta device (no memory), then each parameter is allocated once and filled straight from the file.
+The model is built on the meta device (no memory), then each parameter is allocated once and filled from the mapped file.
 """
 
 from __future__ import annotations
@@ -221,10 +221,10 @@ def _check_names_and_shapes(model: Gr00t, checkpoint: Checkpoint, files: list[Te
     counted = Counter(name.removeprefix(network.prefix) for file in files for name in file.entries)
     twice = sorted(name for name, count in counted.items() if count > 1)
     if missing or extra or wrong or twice:
-        whole = {
-            name.removeprefix(network.prefix): f"{name} ({file.path.name} has it as {dtype})" for file in files for name, dtype in file.whole.items()
+        unusable = {
+            name.removeprefix(network.prefix): f"{name} ({file.path.name} has it as {dtype})" for file in files for name, dtype in file.others.items()
         }
-        missing = [whole.get(name, name) for name in missing]
+        missing = [unusable.get(name, name) for name in missing]
         mis_shaped = [f"{name}: expected {list(needed[name])}, got {list(located[name][1].shape)}" for name in wrong]
         parts = [_listing("missing", missing), _listing("unexpected", extra), _listing("mis-shaped", mis_shaped), _listing("there twice", twice)]
         raise CheckpointError(
@@ -250,12 +250,12 @@ def _listing(kind: str, names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Read:
-    """One piece of work: fill `target` (part of a parameter) from a published tensor's rows, `first_row` on."""
+    """One piece of work: fill `target` (part of a parameter) with a published tensor, or with one row of it."""
 
     target: Tensor
     file: TensorFile
     entry: TensorEntry
-    first_row: int
+    row: int | None = None
     delta: LoraDelta | None = None
 
     @property
@@ -263,11 +263,8 @@ class _Read:
         return self.target.numel() * self.entry.dtype.itemsize
 
     def run(self) -> int:
-        direct = self.target.dtype == self.entry.dtype and self.target.device.type == "cpu" and self.delta is None
-        buffer = self.target if direct else torch.empty(self.target.shape, dtype=self.entry.dtype)
-        self.file.read_into(buffer, self.entry, self.first_row)
-        if not direct:
-            self.target.copy_(buffer if self.delta is None else self.delta.add_to(buffer))
+        published = self.file.read(self.entry.name, self.row).reshape(self.target.shape)  # a convolution over patches becomes rows
+        self.target.copy_(published if self.delta is None else self.delta.add_to(published))
         return self.size_bytes
 
 
@@ -298,10 +295,10 @@ def _plan(
         setattr(model.get_submodule(owner), leaf, parameter)
         sources = sources_of(network.weights, name)
         if sources.layout is Layout.CATEGORY:
-            yield _Read(parameter.data[None], *located[sources.names[0]], first_row=row)
+            yield _Read(parameter.data[None], *located[sources.names[0]], row)
             continue
         start = 0
         for source in sources.names:
             file, entry = located[source]
-            yield _Read(parameter.data[start : start + entry.shape[0]], file, entry, first_row=0, delta=deltas.get(source))
+            yield _Read(parameter.data[start : start + entry.shape[0]], file, entry, delta=deltas.get(source))
             start += entry.shape[0]

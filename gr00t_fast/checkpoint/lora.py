@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gr00t_fast.checkpoint.tensor_file import TensorEntry, TensorFile
@@ -78,9 +77,7 @@ class LoraDelta:
 
     def add_to(self, weight: Tensor) -> Tensor:
         """(out, in) on the CPU, as the base has it -> fp32 (out, in)."""
-        a, b = (torch.empty(entry.shape, dtype=entry.dtype) for entry in (self.a, self.b))
-        self.file.read_into(a, self.a)
-        self.file.read_into(b, self.b)
+        a, b = (self.file.read(entry.name) for entry in (self.a, self.b))
         return weight.float() + (b.float() @ a.float()) * self.scale
 
 

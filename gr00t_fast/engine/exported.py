@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,6 @@ from gr00t_fast.model import ModelInputs, StepTables
 
 TABLES_NAME = "tables.safetensors"
 EMBEDDING, TAU, MODULATION = "embedding", "tau", "modulation"
-_WORDS = {1: np.uint8, 2: np.int16, 4: np.int32}  # NumPy knows no bf16: rows travel as integers of the same size
 
 
 class Runtime(Protocol):
@@ -177,21 +175,18 @@ class ExportTables:
 
     def __init__(self, directory: Path, remedy: str) -> None:
         """`remedy`: the command that makes the export with other step counts. Raises CheckpointError for a damaged file."""
-        self._path, self._remedy = directory / TABLES_NAME, remedy
-        with TensorFile(self._path) as file:
-            self._entries = file.entries
-        entry = self._entries[EMBEDDING]
-        self.dtype = entry.dtype
-        self._embedding = np.memmap(self._path, _WORDS[entry.dtype.itemsize], "r", entry.offset, entry.shape)
+        self._file, self._remedy = TensorFile(directory / TABLES_NAME), remedy
+        self.dtype = self._file.entries[EMBEDDING].dtype
+        self._embedding = self._file.read(EMBEDDING)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids int64 (S,) on the CPU -> embeddings (1, S, width)."""
-        return torch.from_numpy(self._embedding[ids.numpy()]).view(self.dtype).unsqueeze(0)
+        return self._embedding[ids].unsqueeze(0)
 
     def steps(self, count: int) -> StepTables:
         """tau (count, D) and modulation (count, L + 1, 2, D) as `denoise_step` takes them. Raises ConfigError for a count that was not exported."""
-        if f"{TAU}.{count}" not in self._entries:
-            there = sorted(int(name.rpartition(".")[2]) for name in self._entries if name.startswith(f"{TAU}."))
+        if f"{TAU}.{count}" not in self._file.entries:
+            there = sorted(int(name.rpartition(".")[2]) for name in self._file.entries if name.startswith(f"{TAU}."))
             raise ConfigError(
                 f"denoising_steps={count}: this export holds tables for {', '.join(map(str, there))} steps. Choose one of them, or make "
                 f"the graphs again with gr00t-fast export onnx and --denoising_steps={count}, and what was made from them: {self._remedy}"
@@ -200,11 +195,7 @@ class ExportTables:
 
     def read(self, name: str = EMBEDDING) -> Tensor:
         """A whole tensor."""
-        with TensorFile(self._path) as file:
-            entry = file.entries[name]
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            file.read_into(tensor, entry)
-        return tensor
+        return self._file.read(name).clone()
 
 
 ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"

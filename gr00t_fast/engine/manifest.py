@@ -192,24 +192,11 @@ def check_manifest(directory: Path, kind: str, target: Target, remedy: str) -> M
             f"in another directory."
         )
     digests = Digests(directory)
-    here = target.identity(digests)
-    differences = _differences(manifest.identity, here)
-    if differences:
-        listed, command = "\n  ".join(differences), _source_again(manifest, target, here) + remedy
-        raise StaleEngineError(f"the engine in {directory} was not made for this checkpoint and robot:\n  {listed}\nRun: {command}")
+    if differences := _differences(manifest.identity, target.identity(digests)):
+        listed = "\n  ".join(differences)
+        raise StaleEngineError(f"the engine in {directory} was not made for this checkpoint and robot:\n  {listed}\nRun: {remedy}")
     check_files(directory, manifest, digests, remedy)
     return manifest
-
-
-def _source_again(manifest: Manifest, target: Target, here: Mapping[str, Any]) -> str:
-    """`COMMAND && ` for the graphs that an export was made from, where they are stale too, or gone."""
-    for source in (Path(flag.removeprefix("--onnx=")) for flag in manifest.flags if flag.startswith("--onnx=")):
-        command = remedy_for(source, target, "to_onnx.py", f"--precision={manifest.precision}")
-        with contextlib.suppress(EngineError):
-            if not _differences(read_manifest(source, command).identity, here):
-                return ""
-        return f"{command} && "
-    return ""
 
 
 def check_picture(shapes: Mapping[str, Any], picture: Sequence[int], camera_size: Sequence[int] | None, remedy: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gr00t_fast.errors import CheckpointError, ConfigError, ObservationError, closest
-from gr00t_fast.files import check_tokenizer_file, read_json
+from gr00t_fast.files import check_no_pointer, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -116,7 +116,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     try:
         if (directory / "tokenizer.json").exists():
-            check_tokenizer_file(directory / "tokenizer.json")
+            check_no_pointer(directory / "tokenizer.json")
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
             tokenizer.no_truncation()  # saved files may carry a training run's truncation and padding; the reference's prompt has neither
             tokenizer.no_padding()
@@ -133,7 +133,7 @@ def _from_slow_files(directory: Path) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     for name in ("vocab.json", "merges.txt"):
-        check_tokenizer_file(directory / name)
+        check_no_pointer(directory / name)
     tokenizer = Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated")

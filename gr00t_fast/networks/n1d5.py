@@ -154,7 +154,7 @@ def read_config(config: Mapping[str, Any], eagle: Mapping[str, Any]) -> ModelCon
     """From the checkpoint's `config.json` and Eagle's. Raises CheckpointError."""
     whole, backbone = Section(config, CONFIG_FILE), Section(eagle, BACKBONE_FILE)
     section = whole.section("backbone_cfg")
-    section.refuse_unknown(_BACKBONE_KEYS)
+    section.warn_of_unknown(_BACKBONE_KEYS)
     section.refuse_other({"project_to_dim": (1536, None), "reproject_vision": (False, False)})
     backbone.refuse_other({"use_pixel_shuffle": (True, False), "mlp_connector_layers": (2, 1), "select_layer": (-4, -1)})
     text = backbone.section("text_config")
@@ -178,7 +178,7 @@ def _vision(section: Section) -> VisionConfig:
 
 
 def _head(section: Section, width: int) -> ActionHeadConfig:
-    section.refuse_unknown(_HEAD_KEYS)
+    section.warn_of_unknown(_HEAD_KEYS)
     section.refuse_other({"add_pos_embed": (True, True)})
     dit_section, use_vlln = section.section("diffusion_model_cfg"), section.switch("use_vlln", True)
     dit, vl_attention = read_transformer(dit_section, is_dit=True), read_transformer(section.section("vl_self_attention_cfg"))

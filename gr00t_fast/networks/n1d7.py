@@ -168,7 +168,7 @@ _VISION_SIZES = {
 
 def read_config(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> ModelConfig:
     """From the checkpoint's `config.json` and its `backbone_config.json` (PUBLISHED_BACKBONE where there is none). Raises CheckpointError."""
-    Section(config, CONFIG_FILE).refuse_unknown({*DEFAULTS, *_COMPUTED, *_WITHOUT_EFFECT})
+    Section(config, CONFIG_FILE).warn_of_unknown({*DEFAULTS, *_COMPUTED, *_WITHOUT_EFFECT})
     whole, qwen = Section({**DEFAULTS, **config}, CONFIG_FILE), Section(backbone, BACKBONE_FILE)
     whole.refuse_other(_COMPUTED)
     vision = _vision(qwen.section("vision_config"))
@@ -304,7 +304,6 @@ _MOST_HISTORY = 1000  # steps back; a chosen limit
 # The reference forms differences in float64 and rounds them to float32; it restores actions in float64.
 ARITHMETIC = Arithmetic(forward=np.float32, inverse=np.float64, close=True, clip_actions=True, keep_constant=True)
 LETTERBOX_WORDS = ("auto", "always", "never")
-_TRAINING_BYTES = 2**26  # the first of TRAINING_FILES holds all statistics as text
 
 
 @dataclass(frozen=True)
@@ -358,9 +357,9 @@ class ProcessorFiles:
         return found
 
     def _checked_settings(self) -> dict[str, Any]:
-        """With what absent keys mean. Raises CheckpointError for those that are unknown, not computed, or contradict config.json."""
+        """With what absent keys mean. Raises CheckpointError for those that are not computed, or contradict config.json."""
         section, head = Section(self._settings, PROCESSOR_FILE), self.config.head
-        section.refuse_unknown({*_SETTINGS, *_SETTINGS_WITHOUT_EFFECT, *_SETTINGS_COMPUTED})
+        section.warn_of_unknown({*_SETTINGS, *_SETTINGS_WITHOUT_EFFECT, *_SETTINGS_COMPUTED})
         section.refuse_other(_SETTINGS_COMPUTED)
         for key, absent in _SETTINGS.items():
             if isinstance(absent, bool):
@@ -457,7 +456,7 @@ def letterbox_of(checkpoint: Path, config: Mapping[str, Any], asked: str) -> Let
     found = {}
     for name in TRAINING_FILES:
         try:
-            found[name] = read_text(checkpoint / name, _TRAINING_BYTES)
+            found[name] = read_text(checkpoint / name)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
@@ -496,9 +495,7 @@ class Modalities:
         kinds = ("state", "action", "relative_action")
         self._statistics = {modality: _statistics_of(modality, statistics.get(modality, {}), needed) for modality in kinds}
         for modality, config in modalities.items():
-            for key in config:
-                if key not in _MODALITY_KEYS:
-                    raise CheckpointError(f"{self._file}: unknown key '{key}' in {modality}.{closest(key, _MODALITY_KEYS)}")
+            Section(config, f"{self._file} {modality}").warn_of_unknown(_MODALITY_KEYS)
 
     def keys(self, modality: str) -> tuple[str, ...]:
         keys = self._modalities[modality]["modality_keys"]

@@ -1,4 +1,4 @@
-"""What a network's description holds: which published tensors make up each parameter of ours, and how its configuration files are read, strictly, by
+"""What a network's description holds: which published tensors make up each parameter of ours, and how its configuration files are read by
 tables.
 
 A published network is one file of this folder, which exports a NetworkSpec. `gr00t_fast.networks.NETWORKS` lists them. In names of tensors `{i}`
@@ -7,6 +7,7 @@ stands for a layer index. Several sources are stacked by rows (fused projections
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from gr00t_fast.inputs.processor import PolicyInputs, Processor
 from gr00t_fast.inputs.prompt import PromptEncoder, PromptForm
 from gr00t_fast.model.config import LanguageConfig, ModelConfig, QwenVisionConfig, TransformerConfig
 from gr00t_fast.model.vision import pixels_of
+
+log = logging.getLogger(__name__)
 
 
 class Layout(Enum):
@@ -225,14 +228,12 @@ def damaged(file: str, why: str) -> CheckpointError:
     return CheckpointError(f"{file}: {why}. Copy or download the checkpoint again.")
 
 
-# Ten times the published sizes or more. What is larger is damage, and building such a network would take hours or all memory before the weights
-# showed it.
+# The weights show a wrong size, but only once the network is built, which takes hours for a million layers.
+# Nothing shows too many steps in time; their tables would take all memory.
+_MOST = {**dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "select_layer"), 256), "num_timestep_buckets": 10_000}
 _MOST_OTHERWISE = 2**18  # widths, vocabulary
-_MOST = {"num_hidden_layers": 256, "num_layers": 256, "image_size": 2048, "patch_size": 2048, "action_horizon": 4096, "max_num_embodiments": 4096}
-_MOST |= {"num_target_vision_tokens": 4096, "num_timestep_buckets": 10_000, "action_dim": 4096, "max_state_dim": 4096, "max_seq_len": 2**16}
-_MOST |= {"num_attention_heads": 1024, "num_key_value_heads": 1024, "head_dim": 4096, "attention_head_dim": 4096}
-_MOST |= {"num_heads": 1024, "depth": 256, "select_layer": 256, "temporal_patch_size": 16, "spatial_merge_size": 16, "state_history_length": 64}
 _REQUIRED: Any = object()
+_LISTED = 12  # keys named in one warning
 
 
 @dataclass(frozen=True)
@@ -272,12 +273,14 @@ class Section:
             raise self._wrong(key, "true or false", value)
         return value
 
-    def refuse_unknown(self, known: Iterable[str]) -> None:
-        """Keys that may change the computation."""
+    def warn_of_unknown(self, known: Iterable[str]) -> None:
+        """One warning that names all keys that nothing reads here: most are new settings of training. Those that are known to change the computation
+        are in the tables of `refuse_other`."""
         known = set(known)
-        for key in self.values:
-            if key not in known:
-                raise CheckpointError(f"{self.where}: unknown key '{key}'.{closest(key, known)} It may change the computation, so it is refused.")
+        if unknown := [key for key in self.values if key not in known]:
+            told = ", ".join(f"{shown(key)}{closest(key, known)}" for key in unknown[:_LISTED])
+            more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+            log.warning("%s: unknown and not read: %s%s. If one of them changes actions, they will be wrong.", self.where, told, more)
 
     def refuse_other(self, computed: Mapping[str, tuple[Any, Any]]) -> None:
         """computed: key -> what an absent one means, and the value that this implementation computes with; any other would need other code."""
@@ -324,7 +327,7 @@ _TRANSFORMER_KEYS = {
 
 
 def read_transformer(section: Section, is_dit: bool = False) -> TransformerConfig:
-    section.refuse_unknown(_TRANSFORMER_KEYS)
+    section.warn_of_unknown(_TRANSFORMER_KEYS)
     section.refuse_other(_COMPUTED_BY_TRANSFORMERS | (_COMPUTED_BY_THE_DIT if is_dit else {}))
     return TransformerConfig(**section.wholes({"num_layers": "num_layers", "num_heads": "num_attention_heads", "head_dim": "attention_head_dim"}))
 

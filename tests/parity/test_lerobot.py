@@ -148,7 +148,6 @@ REFUSED: dict[str, tuple[str, str, str, Any, str]] = {  # case, file, dotted key
     "an unknown step": ("n1d7", PRE, "steps.0.registry_name", "tokenizer_processor", "tokenizer_processor"),
     "no packing": ("n1d7", PRE, "steps.2.registry_name", "pack_v9", "pack_v9"),
     "another postprocessor": ("n1d5", POST, "steps.0.registry_name", "groot_action_unpack_unnormalize_v2", "unnormalize_v2"),
-    "an unknown setting": ("n1d7", PRE, "steps.3.config.sharpen", True, "sharpen"),
     "other wording": ("n1d5", PRE, "steps.2.config.formalize_language", True, "formalize_language"),
     "raw joints": ("n1d7", POST, "steps.0.config.normalize_min_max", False, "normalize_min_max"),
     "no settings (N1.5)": ("n1d5", POST, "steps.0.config", {}, "env_action_dim"),
@@ -227,6 +226,13 @@ SETTINGS: dict[str, tuple[str, str, str, Any, Callable[[Embodiment], Any], Any]]
         *(lambda e: e.action[1].mode, "min_max"),
     ),
 }
+
+
+def test_a_setting_that_nothing_reads_is_named_in_a_warning(shared_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = _copy(shared_dir, "n1d7", tmp_path)
+    _edit(checkpoint / PRE, "steps.3.config.sharpen", True)
+    open_checkpoint(checkpoint)
+    assert "'sharpen'" in caplog.text
 
 
 def test_an_export_fits_whatever_device_the_policy_was_trained_on(shared_dir: Path, tmp_path: Path) -> None:
