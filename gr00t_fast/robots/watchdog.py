@@ -170,7 +170,8 @@ SECOND_LOOK_S = 0.2  # a machine that stood still as a whole held up both: the p
 DEATH_S = 0.5  # a killed program has closed its files within milliseconds; one stuck in the kernel must not hold up the rest
 PATIENCE_S = 5.0  # a port that is away gets so long to come back, a servo to answer
 BLIND_WRITES = 5  # a broadcast write is not acknowledged
-ANSWER_S, ASKS = 0.03, 4
+ANSWER_S = 0.03
+SILENT_S = 0.5  # an arm in mid-air holds while a servo is asked again: one lost answer must not let go of it
 LOCK_S = 0.05
 # Of the slow move of an arm whose program is gone, in encoder steps (4096 a turn): 30 degrees a second, goals at most 15 degrees ahead of a joint.
 MOVE_TICK_S, MOVE_STEPS_S, MOST_AHEAD, ARRIVED, MOVE_SETTLE_S = 1 / 30, 341.0, 170.0, 34, 1.0
@@ -271,8 +272,8 @@ def lower(port: str, ids: list[int], pose: list[int]) -> bool:
     """Move slowly to the `pose` (encoder steps), the last servo, the gripper, after the others. Returns False where the arm cannot be moved: the port
     is not ours, a servo does not answer or is without torque."""
     with contextlib.suppress(Exception), opened(port) as line:
-        if locked(line, DEATH_S) and all(register(line, servo, TORQUE_REGISTER) == 1 for servo in ids):
-            goals = [signed(register(line, servo, POSITION_REGISTER, 2)) for servo in ids]
+        if locked(line, DEATH_S) and all(known(line, servo, TORQUE_REGISTER) == 1 for servo in ids):
+            goals = [position(line, servo) for servo in ids]
             body, gripper = range(len(ids) - 1), range(len(ids) - 1, len(ids))
             return all(moved(line, ids, goals, pose, group) for group in (body, gripper))
     return False
@@ -285,7 +286,7 @@ def moved(line: Any, ids: list[int], goals: list[float], pose: list[int], group:
     ticks = math.ceil(max(map(abs, ways.values())) / MOVE_STEPS_S / MOVE_TICK_S)
     begin_s = time.monotonic()
     for tick in range(1, ticks + math.ceil(MOVE_SETTLE_S / MOVE_TICK_S)):
-        here = {index: signed(register(line, ids[index], POSITION_REGISTER, 2)) for index in group}
+        here = {index: position(line, ids[index]) for index in group}
         for index, way in ways.items():
             wanted = goals[index] + max(-abs(way) / max(1, ticks), min(abs(way) / max(1, ticks), pose[index] - goals[index]))
             goals[index] = max(here[index] - MOST_AHEAD, min(here[index] + MOST_AHEAD, wanted))
@@ -297,11 +298,19 @@ def moved(line: Any, ids: list[int], goals: list[float], pose: list[int], group:
     return True
 
 
-def signed(word: int | None) -> int:
-    """A position as the servo means it: bit 15 is its sign. Raises OSError where there was no answer."""
-    if word is None:
-        raise OSError("a servo does not answer")
+def position(line: Any, servo: int) -> int:
+    """In encoder steps; bit 15 is the sign."""
+    word = known(line, servo, POSITION_REGISTER, 2)
     return -(word & 0x7FFF) if word & 0x8000 else word
+
+
+def known(line: Any, servo: int, address: int, length: int = 1) -> int:
+    """As `register`, asked again for SILENT_S. Raises OSError when there is no answer."""
+    end_s = time.monotonic() + SILENT_S
+    while (value := register(line, servo, address, length)) is None:
+        if time.monotonic() > end_s:
+            raise OSError("a servo does not answer")
+    return value
 
 
 def locked(line: Any, wait_s: float = LOCK_S) -> bool:
@@ -331,12 +340,7 @@ def stop_pushing(port: str, ids: list[int]) -> tuple[list[int], bool]:
 
 
 def register(line: Any, servo: int, address: int, length: int = 1) -> int | None:
-    """What the servo answers; it is asked ASKS times, for one lost answer must not let go of an arm in mid-air. None when it does not."""
-    asked = (_asked(line, servo, address, length) for _ in range(ASKS))
-    return next((value for value in asked if value is not None), None)
-
-
-def _asked(line: Any, servo: int, address: int, length: int) -> int | None:
+    """What the servo answers when asked; None when it does not."""
     while line.in_waiting:  # answers to the program's last requests
         line.reset_input_buffer()
         time.sleep(0.002)
