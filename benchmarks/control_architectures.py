@@ -161,6 +161,9 @@ class FifoController:
         self._queue.clear()
         self._playing, self._row = None, 0
 
+    def expire(self) -> None:
+        """It looks at nothing but its queue."""
+
     def plan(self, observation: Observation, keep_alive: Callable[[], None] = lambda: None) -> ActionChunk:
         self._submit(observation, 0)
         self._call.exception()  # waits

@@ -88,6 +88,12 @@ def linux_says(file: str, name: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
+def saturates_8_bits() -> bool:
+    """Whether this processor (x86 without VNNI) adds two 8-bit products in 16 bits, which large ones exceed: Linux alone says it."""
+    known = linux_says("cpuinfo", "flags").split()
+    return "avx2" in known and not {"avx512_vnni", "avx_vnni"} & set(known)
+
+
 def machine() -> dict[str, Any]:
     """Host facts a reader needs to judge a latency; asks torch about the GPU only when torch is loaded already."""
     # platform.processor() is empty or just the architecture on Linux

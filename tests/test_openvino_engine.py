@@ -14,6 +14,7 @@ from gr00t_fast import load_policy
 from gr00t_fast.cli import export
 from gr00t_fast.engine.exported import choose_arithmetic
 from gr00t_fast.errors import ConfigError, EngineError
+from gr00t_fast.measurement import saturates_8_bits
 
 STEPS = 3
 
@@ -48,7 +49,7 @@ def _together(actions: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate(list(actions.values()), axis=-1)
 
 
-def test_fp32_is_the_plain_model_and_int8_is_near(made: Made) -> None:
+def test_fp32_is_the_plain_model_and_int8_is_near(made: Made, caplog: pytest.LogCaptureFixture) -> None:
     import openvino
 
     seen, noise = observation(), _noise()
@@ -56,7 +57,8 @@ def test_fp32_is_the_plain_model_and_int8_is_near(made: Made) -> None:
     truth = _together(made.eager().get_action(seen, noise))
     errors = [np.abs(_together(policy.get_action(seen, noise)) - truth).max() for policy in (exact, rounded, wide)]
     assert errors[0] < 1e-3  # joint units, of ranges up to 100
-    assert all(1e-3 < error < 5.0 for error in errors[1:]), errors
+    assert ("no VNNI" in caplog.text) == saturates_8_bits()
+    assert all(1e-3 < error < 5.0 for error in errors[1:]) or saturates_8_bits(), errors  # large products of random weights
     arithmetic, usual = choose_arithmetic("auto", openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")), made.policy(made.onnx, "auto")
     assert [policy.precision for policy in (usual, exact, rounded)] == [arithmetic, "fp32", "int8"]
     assert arithmetic in usual.describe()

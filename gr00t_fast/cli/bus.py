@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -102,13 +103,21 @@ def _a_run(flags: str, scene: bool) -> list[str]:
     ]
 
 
-def come_first() -> None:
-    """Let this thread, and those that it starts, run before other programs, as far as that is permitted."""
-    with contextlib.suppress(OSError, AttributeError):  # macOS has no such call
+@contextlib.contextmanager
+def coming_first() -> Iterator[None]:
+    """Inside, this thread and those that it starts run before other programs, as far as that is permitted, and garbage is not collected by itself."""
+    usual = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None  # macOS has no such call
+    with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-        return
-    with contextlib.suppress(OSError):
-        os.nice(-10)
+    gc.freeze()
+    gc.disable()  # it holds up an answer; `serve` collects while nobody asks
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        if usual is not None:
+            os.sched_setscheduler(0, *usual)
 
 
 def serve(config: BusConfig) -> int:
@@ -132,10 +141,7 @@ def serve(config: BusConfig) -> int:
         servo_ids=config.servos,
         seed=config.seed,
     )
-    come_first()
-    gc.freeze()
-    gc.disable()  # it holds up an answer; below it runs while nobody asks
-    with bus:
+    with coming_first(), bus:
         control = ControlSocket(bus, config.control, stop.set)
         try:
             print(describe(config, bus, calibration_file), flush=True)

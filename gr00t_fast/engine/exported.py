@@ -10,6 +10,7 @@ Axis alphabet: B batch, C cameras, S prompt tokens, V image tokens, H horizon, A
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +23,10 @@ from gr00t_fast.checkpoint.tensor_file import TensorFile
 from gr00t_fast.engine.eager import PRECISIONS, Continuation, Engine, Inputs, denoise_towards
 from gr00t_fast.engine.manifest import STAGES, Manifest, Target, check_manifest, check_picture, read_manifest, remedy_for
 from gr00t_fast.errors import ConfigError, EngineError, ObservationError, require
-from gr00t_fast.measurement import StageTimer
+from gr00t_fast.measurement import StageTimer, saturates_8_bits
 from gr00t_fast.model import ModelInputs, StepTables
+
+log = logging.getLogger(__name__)
 
 TABLES_NAME = "tables.safetensors"
 EMBEDDING, TAU, MODULATION = "embedding", "tau", "modulation"
@@ -330,6 +333,12 @@ def _check_runnable(name: str, manifest: Manifest, directory: Path, target: Targ
         raise EngineError(
             f"the {quantisation.get('format')} files in {directory} are made for '{runtime}'. Use --engine={runtime}, or quantise for this engine: "
             f"{target.command('quantise.py', *flags)}"
+        )
+    if quantisation.get("format") == "int8" and saturates_8_bits():
+        log.warning(
+            "%s is in 8 bits, and this processor has no VNNI: sums of large products saturate, and actions may be wrong. Compare them first: "
+            "gr00t-fast verify, or gr00t-fast tune",
+            directory,
         )
     if manifest.precision not in precisions:
         raise EngineError(
