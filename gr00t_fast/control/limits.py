@@ -22,7 +22,7 @@ from gr00t_fast.flags import setting
 DEFAULT_MAX_SPEED_DEG_S = 350.0
 RECORDED_SPEED_TIMES = 1.5
 # That is faster than a servo turns: a first target far away would be a leap. After a start and after a gap the limit grows from the speed of a slow
-# move to its maximum, in this time of motion (ros2_control bounds a step by the present speed and an acceleration: the same idea).
+# move to its maximum, in this time from the first target on (ros2_control bounds a step by the present speed and an acceleration: the same idea).
 SPEED_UP_S = 1.0
 # A third of a second at 30 Hz: long enough for one bad inference of 8 actions, short enough not to look like a fault of the arm.
 MAX_HELD_TICKS = 10
@@ -112,7 +112,8 @@ class SafetyFilter:
             )
         self._units_per_deg = np.asarray(units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
-        self._slow_deg_s, self._moved_s = min(slow_deg_s, self.max_speed_deg_s), 0.0  # moved_s: for how long targets have come since a start
+        self._slow_deg_s = min(slow_deg_s, self.max_speed_deg_s)
+        self._moved_s, self._moving_since_s = 0.0, -np.inf  # since the first target after a start; inf: there was none yet
         self._following_deg = self.options.max_following_error_deg
         self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
@@ -158,11 +159,13 @@ class SafetyFilter:
 
     def speed_up_anew(self) -> None:
         """The arm stands still: from the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
-        self._moved_s = 0.0
+        self._moved_s, self._moving_since_s = 0.0, -np.inf
 
     def _speed_limit_deg_s(self) -> float:
         """Of the target that comes now."""
-        self._moved_s += 1 / self.fps
+        if not math.isfinite(self._moving_since_s):
+            self._moving_since_s = self._measured_s
+        self._moved_s = max(self._moved_s + 1 / self.fps, self._measured_s - self._moving_since_s)  # with the pauses between chunks
         if self._moved_s >= SPEED_UP_S or math.isinf(self.max_speed_deg_s):
             return self.max_speed_deg_s
         return self._slow_deg_s + (self.max_speed_deg_s - self._slow_deg_s) * self._moved_s / SPEED_UP_S
