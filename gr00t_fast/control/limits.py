@@ -113,7 +113,7 @@ class SafetyFilter:
         self._units_per_deg = np.asarray(units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
         self._slow_deg_s = min(slow_deg_s, self.max_speed_deg_s)
-        self._moved_s, self._moving_since_s = 0.0, -np.inf  # since the first target after a start; inf: there was none yet
+        self._moved_s, self._moving_since_s = 0.0, -np.inf  # since the first target after a start; -inf: there was none yet
         self._following_deg = self.options.max_following_error_deg
         self._arms_own = np.inf if max_step is None else STEP_SHARE * max_step
         self.blocked = BlockedJoints(joint_names, self.options, self._units_per_deg, echo)
@@ -152,10 +152,9 @@ class SafetyFilter:
     def start_anew(self, measured: np.ndarray) -> None:
         """As `start`, after a gap: a gripper that is near its goal keeps it, for it may hold something."""
         last = measured if self._last is None else self._last
-        squeezes = np.array([name == GRIPPER for name in self.joint_names]) & (
-            np.abs(last - measured) < DEFAULT_MAX_FOLLOWING_ERROR_DEG * self._units_per_deg
-        )
-        self.start(measured, np.where(squeezes, last, measured))
+        near = np.abs(last - measured) < DEFAULT_MAX_FOLLOWING_ERROR_DEG * self._units_per_deg
+        gripper = np.array([name == GRIPPER for name in self.joint_names])
+        self.start(measured, np.where(gripper & near, last, measured))
 
     def speed_up_anew(self) -> None:
         """The arm stands still: from the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""

@@ -31,7 +31,7 @@ _STILL_LOOK_S = 0.2  # while an inference is waited for: the arm has come to res
 _OUTAGES = ("reconnect", "torque_restored")  # events of an arm that was out of our hands for a while
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
-_SKIPPED_S = 0.15  # of ticks that were missed
+_SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows anew
 _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
 _DRY_RUN_LOOK_S = 2.0  # what a video of a dry run shows
 
@@ -106,7 +106,7 @@ class ControlLoop:
         self._putting_down = False
         self._outages = 0
         self._lost = False  # after a gap: the arm holds the pose that was measured then, until the new plan is there
-        self._tick_before = 0
+        self._tick_before = 0  # of the last target
         self._looked_s, self._suspended_s = clock.now_s(), clock.suspended_s()
         self._again_due = False  # the goal is to be another one than the motors know
         self._chunk = ActionChunk(np.empty((0, len(robot.joint_names)), np.float32))  # the one that plays
@@ -335,11 +335,9 @@ class ControlLoop:
             self.controller.see(self._observe(), self.pacer.tick - 1)
         while self.controller.needs_observation:  # the chunk is played out: observe, infer, then move
             observation, planned = self._plan(), True
-        if (
-            not planned and self.pacer.tick - self._tick_before > _SKIPPED_S * self.options.fps + 1
-        ):  # their rows are over: not at once to the present one
+        ticks, self._tick_before = self.pacer.tick - self._tick_before, self.pacer.tick
+        if not planned and ticks > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
             self.safety.speed_up_anew()
-        self._tick_before = self.pacer.tick
         sent = self._send()  # the move is due now: send first, so that its instant does not depend on the cameras
         if not planned:
             observation = self._observe()
