@@ -20,6 +20,7 @@ G instants of a regular grid.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections import deque
@@ -35,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
-from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
-from gr00t_fast.console import progress_bar
-from gr00t_fast.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
+from benchmarks.lib.program import Flags, drawing, finish, in_processes, markdown_table, provenance, read_flags
+from gr00t_fast.base.console import progress_bar
+from gr00t_fast.base.contracts import SO100_JOINTS, ActionChunk, CameraSpec, Clock, JointUnit, LandingReport, ModalityConfig, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, check_ranges
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import DueTarget
 from gr00t_fast.control.controller import ChunkController, ControllerOptions, PolicyRunner, ThreadWorker, Worker
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.errors import ConfigError
 
 Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async"]
 SceneKind = Literal["moving", "still"]
@@ -496,10 +497,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, trials: dict[tuple[Cell, int], Trial]) -> dict[str, Any]:
     """Leaves what the arm did in `trials`. Raises ConfigError."""
-    check_counts(config, "rounds", "jobs", "actions_per_chunk")
-    check_counts(config, "fps", "arm_time_constant_s", least=1e-3)
-    check_counts(config, "chunk_noise_deg", least=0)
-    check_counts(config, "seconds", least=1)
+    check_ranges(config, **dict.fromkeys(("rounds", "jobs", "actions_per_chunk"), (1, math.inf)))
+    check_ranges(config, fps=(1e-3, math.inf), arm_time_constant_s=(1e-3, math.inf))
+    check_ranges(config, chunk_noise_deg=(0, math.inf))
+    check_ranges(config, seconds=(1, math.inf))
     recording = pick_and_place(config.seconds)
     cells = cells_of(config)
     shuffled = [(cell, number) for number in range(config.rounds) for cell in random.Random(number).sample(cells, len(cells))]  # they take turns

@@ -28,21 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker, play_until
-from benchmarks.lib.program import check_counts, finish, in_processes, markdown_table, provenance, read_flags
+from benchmarks.lib.program import finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
+from gr00t_fast.base.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, check_ranges, require
+from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
-from gr00t_fast.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import LoopOptions
 from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.engine.manifest import sha256
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.measurement import wilson_interval
 from gr00t_fast.robots import SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.scene import scene_xml
-from gr00t_fast.robots.sim.simulation import SimArm
-from training.samples import FIRST_LAYOUT_SEED
+from gr00t_fast.virtual.sim.scene import scene_xml
+from gr00t_fast.virtual.sim.simulation import FIRST_LAYOUT_SEED, SimArm
 
 Scene = Literal["still", "moving"]
 ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc"]
@@ -97,8 +96,8 @@ def cells_of(config: Config) -> list[Cell]:
     else:
         named["scene"] = scenes
         cells = [Cell(**dict(zip(named, values, strict=True))) for values in itertools.product(*named.values())]
-    check_counts(config, "latency_ms", least=0)
-    check_counts(config, "denoising_steps", "action_horizon")
+    check_ranges(config, latency_ms=(0, math.inf))
+    check_ranges(config, denoising_steps=(1, math.inf), action_horizon=(1, math.inf))
     trained = open_checkpoint(config.model_path).config.head.action_horizon
     if any(cell.action_horizon > trained for cell in cells):
         raise ConfigError(f"this checkpoint predicts {trained} actions; more of them cannot play. Lower --action_horizon.")
@@ -464,9 +463,9 @@ def conditions_of(config: Config) -> dict[str, Any]:
 
 
 def seeds_of(config: Config) -> list[int]:
-    check_counts(config, "episodes", "jobs")
-    check_counts(config, "first_seed", "seed", "deadlines_s", least=0)
-    check_counts(config, "episode_s", least=0.5)
+    check_ranges(config, episodes=(1, math.inf), jobs=(1, math.inf))
+    check_ranges(config, **dict.fromkeys(("first_seed", "seed", "deadlines_s"), (0, math.inf)))
+    check_ranges(config, episode_s=(0.5, math.inf))
     count = config.episodes or (_EPISODES_FULL if config.full else _EPISODES)
     if config.first_seed > FIRST_LAYOUT_SEED - count:
         raise ConfigError(f"layouts are held out below seed {FIRST_LAYOUT_SEED}; got {count} from {config.first_seed} on.")

@@ -12,14 +12,16 @@ from typing import Any, NoReturn
 import numpy as np
 from control_fakes import FakeClock, FakePolicy, binding
 
-from gr00t_fast.contracts import SO100_JOINTS, LandingReport
+from gr00t_fast.base.contracts import SO100_JOINTS, LandingReport
 from gr00t_fast.control.controller import ChunkController, ControllerOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.robots import SO100FollowerConfig
+from gr00t_fast.robots.calibration import save_calibration, to_units
+from gr00t_fast.robots.feetech import Register
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, VirtualBus, save_calibration
-from gr00t_fast.robots.virtual_bus.servo import to_units
+from gr00t_fast.virtual import rendered_cameras
+from gr00t_fast.virtual.bus import VirtualBus
 
 OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what `VirtualBus.torque` says
 
@@ -27,7 +29,8 @@ OFF, ON = dict.fromkeys(SO100_JOINTS, 0), dict.fromkeys(SO100_JOINTS, 1)  # what
 def make_arm(bus: VirtualBus, directory: Path, **options: Any) -> SO100FollowerArm:
     """An arm whose calibration file agrees with the bus's servos; its other flags are the defaults that a user has, but for `options`."""
     save_calibration(bus.calibration, directory / "test.json")
-    return SO100FollowerArm(SO100FollowerConfig(**{"port": bus.port, "id": "test", "calibration_dir": directory, **options}))
+    config = {"port": bus.port, "id": "test", "calibration_dir": directory, **options}
+    return SO100FollowerArm(SO100FollowerConfig(**config), rendered_cameras)
 
 
 @contextlib.contextmanager

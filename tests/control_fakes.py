@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lib.latency import VirtualWorker
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, LandingReport, ModalityConfig, Observation, PartStatistics, Policy, PolicyMetadata
+from gr00t_fast.base.contracts import (
+    SO100_JOINTS,
+    CameraSpec,
+    Clock,
+    LandingReport,
+    ModalityConfig,
+    Observation,
+    PartStatistics,
+    Policy,
+    PolicyMetadata,
+)
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.controller import ChunkController, ControllerOptions, ThreadWorker, Worker
 from gr00t_fast.control.loop import ControlLoop, LoopOptions

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from control_fakes import FakeClock, FakePolicy, FakeRobot, policy_metadata
 
+from gr00t_fast.base.contracts import LandingReport
+from gr00t_fast.base.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.cli import run as cli
 from gr00t_fast.cli.main import main
-from gr00t_fast.contracts import LandingReport
-from gr00t_fast.errors import CheckpointError, MissingExtraError, RobotError
 from gr00t_fast.robots import OpenCVCameraConfig, SO100FollowerConfig, SO100SimConfig
 
 ROOT = Path(__file__).parent.parent

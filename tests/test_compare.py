@@ -12,7 +12,7 @@ from control_fakes import Bench
 
 from gr00t_fast.cli.main import main
 from gr00t_fast.control.controller import ControllerOptions
-from gr00t_fast.control.report import build_report, contents, write_files
+from gr00t_fast.record.report import build_report, contents, write_files
 
 JERK = "jerk of commands, rms (units/s^3)"
 

@@ -23,14 +23,14 @@ pytest.importorskip("scservo_sdk")
 
 from arm_bench import OFF, ON, assert_landed, connected, make_arm, raising, true_joints
 
-from gr00t_fast.contracts import MotorLoads
-from gr00t_fast.errors import RobotError
+from gr00t_fast.base.contracts import MotorLoads
+from gr00t_fast.base.errors import RobotError
 from gr00t_fast.robots import motor_state
 from gr00t_fast.robots.bus import ServoState
+from gr00t_fast.robots.feetech import Instruction, Register, Request
 from gr00t_fast.robots.motor_state import SELDOM_AFTER
 from gr00t_fast.robots.so100 import SO100FollowerArm
-from gr00t_fast.robots.virtual_bus import Register, Servo, VirtualBus
-from gr00t_fast.robots.virtual_bus.protocol import Instruction, Request
+from gr00t_fast.virtual.bus import Servo, VirtualBus
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the checks of open descriptors need Linux")
 

@@ -14,11 +14,11 @@ import pytest
 from arm_bench import raising
 from control_fakes import LIMITS, Bench
 
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import BusFault, CameraError, ConfigError, PreflightError, RobotError
 from gr00t_fast.cli import run
-from gr00t_fast.contracts import SO100_JOINTS
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import FURTHER_AFTER_S
-from gr00t_fast.errors import BusFault, CameraError, ConfigError, PreflightError, RobotError
 from gr00t_fast.inputs.dataset import read_recordings
 
 HOME, REST = (10.0, -60.0, 45.0, 20.0, 0.0, 30.0), (0.0, -90.0, 85.0, 60.0, 0.0, 5.0)

@@ -16,11 +16,11 @@ import pytest
 from control_fakes import TICK_S, Bench
 from waiting import PATIENCE_S, until
 
+from gr00t_fast.base.errors import RobotError, UnsafeActionError
 from gr00t_fast.control.controller import ControllerOptions, HoldLimit
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
 from gr00t_fast.control.pacer import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
-from gr00t_fast.control.report import build_report
-from gr00t_fast.errors import RobotError, UnsafeActionError
+from gr00t_fast.record.report import build_report
 
 STEP = DEFAULT_MAX_SPEED_DEG_S * TICK_S  # how far a target may go in a tick
 

@@ -26,17 +26,17 @@ import pytest
 from exports import cases_of
 from waiting import PATIENCE_S, children, is_there, until
 
+from gr00t_fast.base.contracts import SO100_JOINTS, Observation
+from gr00t_fast.base.errors import ConfigError
+from gr00t_fast.base.files import is_running
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import replay
-from gr00t_fast.contracts import SO100_JOINTS, Observation
-from gr00t_fast.control import recorder as recording
 from gr00t_fast.control.pacer import StopSignals
-from gr00t_fast.control.recorder import ROLLOUTS, SUCCESS, DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.control.session import Session
-from gr00t_fast.errors import ConfigError
-from gr00t_fast.files import is_running
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import draw, open_frames, read
+from gr00t_fast.record import recorder as recording
+from gr00t_fast.record.recorder import ROLLOUTS, SUCCESS, DatasetRecorder, dataset_directory, modality_of
 
 pytest.importorskip("lerobot")
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from control_fakes import TICK_S, Bench
 
-from gr00t_fast.control.report import SCHEMA, Outputs, as_text, build_report, contents, write_files
-from gr00t_fast.errors import ConfigError, RecordingError
+from gr00t_fast.base.errors import ConfigError, RecordingError
+from gr00t_fast.record.report import SCHEMA, Outputs, as_text, build_report, contents, write_files
 
 
 def report_of(bench: Bench, **kwargs: object) -> dict:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from control_fakes import LIMITS
 
-from gr00t_fast.contracts import SO100_JOINTS
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import ConfigError, UnsafeActionError
 from gr00t_fast.control.limits import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, SafetyFilter, SafetyOptions
-from gr00t_fast.errors import ConfigError, UnsafeActionError
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
 FPS = 30.0

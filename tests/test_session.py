@@ -14,10 +14,10 @@ import pytest
 from control_fakes import Bench
 from waiting import PATIENCE_S
 
+from gr00t_fast.base.errors import ObservationError, RobotError
 from gr00t_fast.cli import run
 from gr00t_fast.control.controller import ThreadWorker
 from gr00t_fast.control.session import BACKSPACE, ENTER, ESCAPE, LEFT, RIGHT, SAVE_LIMIT_S, Keys, Session
-from gr00t_fast.errors import ObservationError, RobotError
 
 TASK = "pick: the cube"  # of the bench
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from control_fakes import LIMITS, TICK_S, Bench
 
-from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Observation
+from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Observation
+from gr00t_fast.base.errors import UnsafeActionError
 from gr00t_fast.control.limits import Poses, SafetyFilter, SafetyOptions
-from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.errors import UnsafeActionError
+from gr00t_fast.record.report import as_text, build_report
 
 START = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 50.0])
 ELBOW, GRIPPER = 2, 5

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from virtual_worker import VirtualWorker
 from waiting import PATIENCE_S, until
 
-from gr00t_fast.contracts import ActionPrefix, Observation, Policy
+from gr00t_fast.base.contracts import ActionPrefix, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError
 from gr00t_fast.control.controller import ChunkController, ControllerOptions, thread_left_running
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.report import as_text, build_report
-from gr00t_fast.errors import ConfigError, InferenceTimeoutError
+from gr00t_fast.record.report import as_text, build_report
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
 TICKS = int(os.environ.get("GR00T_FAST_VIRTUAL_TICKS", "40000"))

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from waiting import PATIENCE_S, children, until
 
-from gr00t_fast.contracts import SO100_JOINTS, Observation
-from gr00t_fast.control import views
+from gr00t_fast.base.contracts import SO100_JOINTS, Observation
+from gr00t_fast.base.errors import ConfigError, MissingExtraError
+from gr00t_fast.base.files import is_running
 from gr00t_fast.control.chunk_buffer import TickRecord
-from gr00t_fast.control.views import (
+from gr00t_fast.record import views
+from gr00t_fast.record.views import (
     QUEUED_TICKS,
     DisplayTarget,
     View,
@@ -29,8 +31,6 @@ from gr00t_fast.control.views import (
     side_by_side,
     video_view,
 )
-from gr00t_fast.errors import ConfigError, MissingExtraError
-from gr00t_fast.files import is_running
 
 rerun = pytest.importorskip("rerun")
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Clock, Observation, Robot
+from gr00t_fast.base.contracts import Clock, Observation, Robot
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.control.controller import ChunkController
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import StopSignals, VirtualClock
-from gr00t_fast.errors import ConfigError
 
 # One tick because an answer plays from the tick after it came, the others for threads that wake up late.
 BRIDGE_MARGIN_TICKS = 4

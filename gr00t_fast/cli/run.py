@@ -21,25 +21,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gr00t_fast import flags
+from gr00t_fast.base import flags
+from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
+from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
+from gr00t_fast.base.files import check_kept
+from gr00t_fast.base.flags import Flags
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, write_pictures
-from gr00t_fast.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.controller import DEFAULT_MAX_HOLD_S, ChunkController, ControllerOptions
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.control.recorder import DatasetRecorder, dataset_directory, modality_of
-from gr00t_fast.control.report import Outputs
 from gr00t_fast.control.session import KEYS_HELP, Keys, Session, keys_obstacle, summary
-from gr00t_fast.control.views import View, display_target, display_view, video_view
-from gr00t_fast.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
-from gr00t_fast.files import check_kept
-from gr00t_fast.flags import Flags
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
+from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
+from gr00t_fast.record.report import Outputs
+from gr00t_fast.record.views import View, display_target, display_view, video_view
 from gr00t_fast.robots import SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
 
@@ -296,7 +296,8 @@ def views(config: RunConfig, robot: Robot, fps: float) -> list[View]:
 
 def build_robot(config: RunConfig) -> Robot:
     """The arm, not yet connected: a wrong port, a missing calibration or camera is found out here, before weights are read."""
-    from gr00t_fast.robots import check_ready, make_robot
+    from gr00t_fast.robots import check_ready
+    from gr00t_fast.virtual import make_robot
 
     check_ready(config.robot)
     for fault in device_faults(config.robot).values():

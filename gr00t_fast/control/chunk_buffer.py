@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, Clock, LandingReport
+from gr00t_fast.base.contracts import ActionChunk, Clock, LandingReport
 
 
 @dataclass(frozen=True)

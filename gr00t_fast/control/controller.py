@@ -21,12 +21,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
+from gr00t_fast.base.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
+from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
+from gr00t_fast.base.measurement import percentiles
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.chunk_buffer import ChunkBuffer, DueTarget, TimedChunk
 from gr00t_fast.control.pacer import FPS_RANGE
-from gr00t_fast.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
-from gr00t_fast.measurement import percentiles
 
 # How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
 # torque off within three seconds.

@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, MotorLoads, Robot
-from gr00t_fast.errors import ConfigError, PreflightError, UnsafeActionError, check_ranges
-from gr00t_fast.flags import setting
+from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Robot
+from gr00t_fast.base.errors import ConfigError, PreflightError, UnsafeActionError, check_ranges
+from gr00t_fast.base.flags import setting
 
 # One and a half times the fastest change of a target seen in a public recording of a real SO-101 (7.7 units per tick at 30 Hz), rounded up: clips no
 # ordinary motion, and turns a leap between two chunks into a ramp about as steep as an STS3215 can turn (270 to 290 degrees a second without load).

@@ -15,14 +15,14 @@ from typing import Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import ActionChunk, Clock, Observation, Robot
+from gr00t_fast.base.contracts import ActionChunk, Clock, Observation, Robot
+from gr00t_fast.base.errors import BusFault, ConfigError, ObservationError, RobotError, UnsafeActionError
 from gr00t_fast.control.camera_watch import CameraFault, CameraWatch
 from gr00t_fast.control.chunk_buffer import RunTrace, TickRecord
 from gr00t_fast.control.controller import GAP_S, ChunkController
 from gr00t_fast.control.limits import ARRIVED_DEG, MOVE_HZ, Move, Pose, Poses, SafetyFilter, SafetyOptions
 from gr00t_fast.control.pacer import Pacer, StopRequested, StopSignals
 from gr00t_fast.control.session import ProgressLine, Session, dry_run_table
-from gr00t_fast.errors import BusFault, ConfigError, ObservationError, RobotError, UnsafeActionError
 
 _REMEMBERED_PLANS = 8  # about two seconds of chunks: a spike is forgotten soon
 _LEAD_MARGIN_S = 0.001

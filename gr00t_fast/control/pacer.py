@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-from gr00t_fast.contracts import Clock
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.contracts import Clock
+from gr00t_fast.base.errors import ConfigError
 
 # The operating system wakes a sleeper late: about 0.06 ms on Linux (timer slack), above 1 ms on a busy machine. The last
 # stretch is polled instead; 1 ms of a 33 ms tick is 3 % of a core.

@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Clock, Observation, Policy
+from gr00t_fast.base.contracts import Clock, Observation, Policy
 from gr00t_fast.control.chunk_buffer import RunTrace
 from gr00t_fast.control.pacer import Pacer, StopSignals
-from gr00t_fast.control.recorder import DatasetRecorder
 
 try:
     import termios
@@ -125,7 +124,7 @@ class Session:
         self,
         stop: StopSignals,
         keys: Keys | None = None,
-        recorder: DatasetRecorder | None = None,
+        recorder: Any = None,
         echo: Callable[[str], None] = print,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:

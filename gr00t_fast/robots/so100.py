@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import BusFault, CameraError, ConfigError, Gr00tFastError, RobotError
-from gr00t_fast.robots import SO100FollowerConfig, rendered
+from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, JointUnit, LandingReport, Observation
+from gr00t_fast.base.errors import BusFault, CameraError, ConfigError, Gr00tFastError, RobotError
+from gr00t_fast.robots import SimCameraConfig, SO100FollowerConfig, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.robots.bus import (
     EXCHANGE_FAILED,
@@ -33,7 +33,6 @@ from gr00t_fast.robots.bus import (
 )
 from gr00t_fast.robots.lerobot_glue import check_port, ports_message
 from gr00t_fast.robots.motor_state import JumpGuard, PerMinute, ServoHealth
-from gr00t_fast.robots.sim.simulation import RenderedCameras
 from gr00t_fast.robots.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -58,14 +57,25 @@ class Stage(Enum):
     LANDED = "landed"
 
 
+class RenderedCameras(Protocol):
+    """Cameras of `type: sim`: pictures of a scene with the arm in the pose that its servos report."""
+
+    def frames(self, joints: np.ndarray, while_drawing: Callable[[], None]) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 RGB (height, width, 3), of the arm with these joints (6,) in its unit. `while_drawing` is called several times
+        meanwhile."""
+
+
 class SO100FollowerArm:
     """`contracts.Robot` for the real arm. One thread at a time; nothing but Gr00tFastError (and Ctrl-C) leaves its methods."""
 
     joint_names = SO100_JOINTS
     episodes_solved = success = None
 
-    def __init__(self, config: SO100FollowerConfig) -> None:
-        """Touches no hardware. Raises ConfigError when the port is missing or a number makes no sense."""
+    def __init__(
+        self, config: SO100FollowerConfig, render: Callable[[Mapping[str, SimCameraConfig], JointUnit], RenderedCameras] | None = None
+    ) -> None:
+        """`render` opens the cameras of `type: sim`, if there are any. Touches no hardware. Raises ConfigError when the port is missing or a number
+        makes no sense."""
         if not config.port:
             raise ConfigError(f"--robot.port is required for the real arm, e.g. /dev/ttyACM0. {ports_message()}.")
         glue.check_numbers(config)
@@ -79,6 +89,7 @@ class SO100FollowerArm:
         self._stage = Stage.APART
         self._follower: Any = None  # lerobot's SO100Follower
         self._bus: Any = None  # its bus, guarded
+        self._render = render
         self._rendered: RenderedCameras | None = None  # where cameras are of `type: sim`
         self._landing: LandingReport | None = None
         self.check_stop: Callable[[], object] = lambda: None
@@ -183,7 +194,7 @@ class SO100FollowerArm:
     def _connect(self) -> None:
         check_port(self.config.port)
         if self._rendered is None and (drawn := rendered(self.config.cameras)):
-            self._rendered = RenderedCameras(drawn, self.joint_unit)
+            self._rendered = self._render(drawn, self.joint_unit)
         follower = glue.make_follower(self.config)
         glue.check_calibration_file(follower, self.config)
         tries, how_to_calibrate = 1 + self.config.num_read_retries, glue.calibrate_command(self.config)

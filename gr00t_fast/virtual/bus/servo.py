@@ -6,19 +6,15 @@ acceleration register units are 100 ticks/s^2, the speed limit register 50 ticks
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import IntEnum
-from pathlib import Path
 from typing import Protocol
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import ConfigError, RobotError
-from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, decode_signed, encode_signed, from_word, to_word
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import RobotError
+from gr00t_fast.robots.calibration import OFFSET_LIMIT, Calibration, JointCalibration, from_units, to_units
+from gr00t_fast.robots.feetech import MODEL_STS3215, ErrorBit, Register, decode_signed, encode_signed, from_word, to_word
 
-MODEL_STS3215 = 777
 FIRMWARE = (3, 10)
 EEPROM_END = 40  # addresses below survive a power cycle (when Lock is 0 as they are written)
 ADDRESS_SPACE = 256
@@ -33,50 +29,6 @@ DUTY_PER_GAIN_AND_TICK = 0.166 * 2 * math.pi / 4096
 STALL_CURRENT_MA = 2700.0  # of the 12 V servo, data sheet; 7.4 V: 2400 to 2500
 CURRENT_UNIT_MA = 6.5
 PROTECTION_TIME_UNIT_S = 0.01
-
-
-class Register(IntEnum):
-    """Addresses that something here or in a test refers to by name."""
-
-    FIRMWARE_MAJOR = 0
-    FIRMWARE_MINOR = 1
-    MODEL = 3
-    ID = 5
-    BAUD_RATE = 6
-    RETURN_DELAY = 7  # units of 2 us
-    RESPONSE_LEVEL = 8  # 0: answer only PING and READ
-    MIN_POSITION = 9
-    MAX_POSITION = 11
-    MAX_TEMPERATURE = 13
-    MAX_VOLTAGE = 14
-    MIN_VOLTAGE = 15
-    MAX_TORQUE = 16
-    PHASE = 18  # bits: 4 speed in ticks/s, 8 a speed of 0 is the largest, 16 positions count turns
-    P_GAIN = 21
-    D_GAIN = 22
-    I_GAIN = 23
-    PROTECTION_CURRENT = 28
-    HOMING_OFFSET = 31  # sign in bit 11
-    MODE = 33
-    PROTECTIVE_TORQUE = 34  # what an overloaded servo still pushes with, per cent
-    PROTECTION_TIME = 35  # how long it pushes with OVERLOAD_TORQUE or more before it is overloaded, 10 ms
-    OVERLOAD_TORQUE = 36  # per cent
-    TORQUE_ENABLE = 40
-    ACCELERATION = 41
-    GOAL_POSITION = 42  # sign in bit 15
-    GOAL_SPEED = 46
-    TORQUE_LIMIT = 48
-    LOCK = 55
-    PRESENT_POSITION = 56  # sign in bit 15
-    PRESENT_SPEED = 58  # sign in bit 15
-    PRESENT_LOAD = 60  # duty cycle of the drive, 0.1 %, direction in bit 10
-    PRESENT_VOLTAGE = 62  # units of 0.1 V
-    PRESENT_TEMPERATURE = 63
-    STATUS = 65
-    MOVING = 66
-    PRESENT_CURRENT = 69  # units of 6.5 mA, sign in bit 15
-    SPEED_LIMIT = 84
-    MAX_ACCELERATION = 85
 
 
 READ_ONLY = frozenset([*range(5), *range(56, 71)])
@@ -292,96 +244,6 @@ class Servo:
         self.set_point, self._speed = self.encoder, 0.0
         self.set_word(Register.GOAL_POSITION, encode_signed(self.position, 15))
         self._show_position()
-
-
-# lerobot's calibration file: reading, checking, writing, and converting encoder ticks to the units lerobot shows.
-#
-# The virtual bus preloads its servos from the same file that the driver compares them with; when both agree, connecting asks nothing.
-
-
-TICKS_PER_TURN = 4096  # 12-bit magnetic encoder
-DEG_PER_TICK = 360 / (TICKS_PER_TURN - 1)  # lerobot divides by 4095, not 4096; its datasets carry that scale
-OFFSET_LIMIT = 2047  # Homing_Offset is sign-magnitude in 11 bits
-GRIPPER = "gripper"
-# Half of each joint's range. The body joints have the limits of the simulated arm (a test compares them): the bus can move it everywhere.
-HALF_RANGE_DEG = {"shoulder_pan": 110, "shoulder_lift": 100, "elbow_flex": 90, "wrist_flex": 95, "wrist_roll": 160, GRIPPER: 55}
-
-
-@dataclass(frozen=True)
-class JointCalibration:
-    """One joint of a calibration file, in encoder ticks (the field names are lerobot's)."""
-
-    id: int
-    drive_mode: int
-    homing_offset: int
-    range_min: int
-    range_max: int
-
-    @property
-    def middle(self) -> float:
-        """The position lerobot calls zero degrees."""
-        return (self.range_min + self.range_max) / 2
-
-
-Calibration = dict[str, JointCalibration]
-
-
-def default_calibration() -> Calibration:
-    """A plausible SO-100: every joint's range is around the middle of the encoder, offsets differ so that mixing them up shows."""
-    calibration = {}
-    for index, joint in enumerate(SO100_JOINTS):
-        half = round(HALF_RANGE_DEG[joint] / DEG_PER_TICK)
-        middle = 2047 + 5 * index
-        calibration[joint] = JointCalibration(index + 1, 0, (-1) ** index * (40 + 15 * index), middle - half, middle + half)
-    return calibration
-
-
-def load_calibration(path: Path) -> Calibration:
-    """Read and check a lerobot calibration file. Raises ConfigError naming joint and field."""
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"expected a lerobot calibration file at {path}, but it cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"expected JSON in the calibration file {path}, but: {error}. Re-create it with lerobot-calibrate.") from error
-    if not isinstance(raw, dict) or set(raw) != set(SO100_JOINTS):
-        got = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise ConfigError(f"the calibration file {path} must hold the joints {list(SO100_JOINTS)}, got {got}.")
-    return {joint: _joint(path, joint, raw[joint]) for joint in SO100_JOINTS}
-
-
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the file as lerobot does (four spaces, five keys a joint)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({joint: asdict(values) for joint, values in calibration.items()}, indent=4))
-
-
-def to_units(joint: str, values: JointCalibration, position: float) -> float:
-    """Register position -> degrees about mid-range, or 0..100 for the gripper (lerobot's `use_degrees`)."""
-    if joint != GRIPPER:
-        return (position - values.middle) * DEG_PER_TICK
-    percent = (position - values.range_min) / (values.range_max - values.range_min) * 100
-    return 100 - percent if values.drive_mode else percent
-
-
-def from_units(joint: str, values: JointCalibration, target: float) -> float:
-    """Inverse of `to_units`, not rounded."""
-    if joint != GRIPPER:
-        return target / DEG_PER_TICK + values.middle
-    percent = 100 - target if values.drive_mode else target
-    return percent / 100 * (values.range_max - values.range_min) + values.range_min
-
-
-def _joint(path: Path, joint: str, raw: object) -> JointCalibration:
-    fields = JointCalibration.__dataclass_fields__
-    if not isinstance(raw, dict) or set(raw) != set(fields) or not all(isinstance(raw[name], int) for name in fields):
-        raise ConfigError(f"joint '{joint}' in {path} needs the whole numbers {list(fields)}, got {raw!r}. Re-create it with lerobot-calibrate.")
-    values = JointCalibration(**raw)
-    if not 0 <= values.range_min < values.range_max < TICKS_PER_TURN or abs(values.homing_offset) > OFFSET_LIMIT:
-        raise ConfigError(
-            f"joint '{joint}' in {path}: expected 0 <= range_min < range_max <= 4095 and |homing_offset| <= {OFFSET_LIMIT}, got {raw!r}."
-        )
-    return values
 
 
 # What the servos move: nothing but themselves (`FreePlant`), or any arm that implements `Plant`, such as the MuJoCo scene.

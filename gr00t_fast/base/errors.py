@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 AT_LEAST_1, AT_LEAST_0 = (1, math.inf), (0, math.inf)  # ranges of counts, for `check_ranges`
-_ROOT = Path(__file__).parent.parent  # of the clone
+_ROOT = Path(__file__).parents[2]  # of the clone
 _HEAD_CHARACTERS, _TAIL_CHARACTERS, _SHOWN_CHARACTERS = 4000, 1000, 80
 
 
@@ -123,15 +123,15 @@ def install_command(extra: str = "") -> str:
     import importlib.metadata  # not needed by programs that lack nothing
 
     bracket = f"[{extra}]" if extra else ""
-    if not (_ROOT / "constraints.txt").is_file():
+    if not (_ROOT / "requirements/constraints.txt").is_file():
         return f"pip install 'gr00t_fast{bracket}'"
     try:
         with_06 = importlib.metadata.version("lerobot") >= "0.5"
     except importlib.metadata.PackageNotFoundError:
         with_06 = sys.version_info >= (3, 12)
     if with_06 and extra == "bench":
-        return f"pip install -e '.{bracket}' -c constraints.txt (in the clone, in an environment of Python 3.11: lerobot 0.6 does not go with it)"
-    return f"pip install -e '.{bracket}' -c constraints{'-py312' if with_06 else ''}.txt (in the clone)"
+        return f"pip install -e '.{bracket}' -c requirements/constraints.txt (in the clone, on Python 3.11: lerobot 0.6 does not go with it)"
+    return f"pip install -e '.{bracket}' -c requirements/constraints{'-py312' if with_06 else ''}.txt (in the clone)"
 
 
 def closest(word: str, known: Iterable[str], prefix: str = "") -> str:

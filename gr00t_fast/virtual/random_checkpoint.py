@@ -1,7 +1,7 @@
 """Write a checkpoint with random weights in NVIDIA's published format: for demonstrations, tests and timing where no real one is at hand.
 
-    python -m benchmarks.lib.random_checkpoint --size=demo --out=outputs/demo/checkpoint
-    python -m benchmarks.lib.random_checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
+    gr00t-fast random-checkpoint --size=demo --out=outputs/demo/checkpoint
+    gr00t-fast random-checkpoint --network=n1.7 --size=demo --out=outputs/demo/n1d7
 
 It carries a small tokenizer of its own (every byte is a token), so nothing is downloaded. What it does with an arm means nothing.
 """
@@ -13,19 +13,15 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from benchmarks.lib.program import size_of
-from gr00t_fast.cli.main import Command
-from gr00t_fast.contracts import SO100_JOINTS, NetworkName
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.contracts import SO100_JOINTS, NetworkName
+from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.model import Gr00t
 from gr00t_fast.model.config import ModelConfig, QwenVisionConfig
@@ -33,6 +29,9 @@ from gr00t_fast.networks import n1d5, n1d7
 from gr00t_fast.networks.n1d5 import PUBLISHED_EAGLE
 from gr00t_fast.networks.n1d7 import BACKBONE_FILE, PUBLISHED_BACKBONE
 from gr00t_fast.networks.spec import published_shapes
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _IMAGE_TOKENS = {"n1.5": n1d5.IMAGE_TOKEN, "n1.7": n1d7.IMAGE_TOKEN}
@@ -178,6 +177,8 @@ def sized_config(network: NetworkName, sizes: Mapping[str, Any], published_vocab
 
 def byte_tokenizer(special_tokens: Sequence[str] = _SPECIAL_TOKENS["n1.5"]) -> Tokenizer:
     """One token per byte, plus the special tokens of the prompt: the smallest tokenizer that can read any instruction."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -313,35 +314,3 @@ def random_network(config: ModelConfig, device: torch.device, dtype: torch.dtype
     for name, parameter in model.named_parameters():
         parameter.normal_(*_distribution(name, tuple(parameter.shape)), generator=generator)
     return model
-
-
-@dataclass(kw_only=True)
-class RandomCheckpointConfig:
-    """Write a checkpoint with random weights in NVIDIA's published format, for demonstrations, tests and timing."""
-
-    out: Path  # directory to create
-    network: NetworkName = "n1.5"  # which of the published networks
-    size: Literal["tiny", "demo", "full"] = "demo"  # full: the published sizes, 4.7 GB, of N1.7 6.3 GB
-    data_config: str = "so100"  # one of NVIDIA's for this arm: so100, so100_dualcam
-    resolution: str = "640x480"  # of the imagined training videos
-    seed: int = 0  # of the weights
-    overwrite: bool = False  # replace the files of a checkpoint that is there
-
-
-def _write_as_asked(config: RandomCheckpointConfig) -> int:
-    if config.out.is_dir() and any(config.out.iterdir()) and not config.overwrite:
-        raise ConfigError(f"{config.out} exists and is not empty. Choose another --out, or say --overwrite.")
-    written = write_random_checkpoint(config.out, config.size, config.data_config, size_of(config.resolution), config.seed, network=config.network)
-    print(f"{written}: a GR00T {config.network.upper()} checkpoint of size '{config.size}' with RANDOM weights. Its actions mean nothing.")
-    return 0
-
-
-main = Command(
-    RandomCheckpointConfig,
-    _write_as_asked,
-    "usage: python -m benchmarks.lib.random_checkpoint --out=DIR [--flag=value ...]",
-    interrupted="interrupted: no checkpoint was written",
-)
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,11 +24,12 @@ from multiprocessing.connection import Client, Listener
 from pathlib import Path
 from typing import IO
 
-from gr00t_fast.contracts import SO100_JOINTS
-from gr00t_fast.errors import Gr00tFastError, RobotError, closest
-from gr00t_fast.robots.virtual_bus.faults import Fault, FaultTable, Reply, addressed
-from gr00t_fast.robots.virtual_bus.protocol import BROADCAST_ID, Instruction, PacketParser, Request, Status
-from gr00t_fast.robots.virtual_bus.servo import Calibration, Gearbox, Plant, Register, Servo, default_calibration
+from gr00t_fast.base.contracts import SO100_JOINTS
+from gr00t_fast.base.errors import Gr00tFastError, RobotError, closest
+from gr00t_fast.robots.calibration import Calibration, default_calibration
+from gr00t_fast.robots.feetech import BROADCAST_ID, Instruction, PacketParser, Register, Request, Status
+from gr00t_fast.virtual.bus.faults import Fault, FaultTable, Reply, addressed
+from gr00t_fast.virtual.bus.servo import Gearbox, Plant, Servo
 
 STEP_S = 0.005  # how often the mechanics move on; a 30 Hz loop cannot see finer
 BYTE_S = 10e-6  # ten bits at 1 Mb/s

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
+from gr00t_fast.base.files import is_running
 from gr00t_fast.control.binding import joints_of_parts
-from gr00t_fast.control.sink import Sink, Tell
-from gr00t_fast.control.views import check_writable
-from gr00t_fast.errors import ConfigError, MissingExtraError, RecordingError, install_command, require
-from gr00t_fast.files import is_running
+from gr00t_fast.record.sink import Sink, Tell
+from gr00t_fast.record.views import check_writable
 
 QUEUE_S = 3.0  # of ticks that may wait for the other process
 _LEAST_FREE_BYTES = 200 << 20  # a few minutes of one camera

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gr00t_fast.errors import RobotError
-from gr00t_fast.robots.sim.scene import BOWL_HEIGHT_M, GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians, radians_to_degrees
-from gr00t_fast.robots.sim.simulation import HOME_DEG, Simulation
+from gr00t_fast.base.errors import RobotError
+from gr00t_fast.virtual.sim.scene import BOWL_HEIGHT_M, GRIPPER, LIMITS_DEG, PAN_AXIS_XY_M, degrees_to_radians, radians_to_degrees
+from gr00t_fast.virtual.sim.simulation import HOME_DEG, Simulation
 
 # --- inverse kinematics -------------------------------------------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import MissingExtraError, RecordingError, install_command, require
+from gr00t_fast.base.measurement import git_commit, machine, percentiles, versions
 from gr00t_fast.control.chunk_buffer import RunTrace, TickRecord
 from gr00t_fast.control.loop import ControlLoop, Observer
-from gr00t_fast.control.views import View, check_writable
-from gr00t_fast.errors import MissingExtraError, RecordingError, install_command, require
-from gr00t_fast.measurement import git_commit, machine, percentiles, versions
+from gr00t_fast.record.views import View, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

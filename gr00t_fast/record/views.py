@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
+from gr00t_fast.base.errors import ConfigError, MissingExtraError, install_command, require
 from gr00t_fast.control.chunk_buffer import TickRecord
-from gr00t_fast.control.sink import Sink, Tell
-from gr00t_fast.errors import ConfigError, MissingExtraError, install_command, require
+from gr00t_fast.record.sink import Sink, Tell
 
 Echo = Callable[[str], None]
 QUEUED_TICKS = 60  # two seconds at 30 Hz; 55 MB of a 640x480 camera

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, JointUnit
-from gr00t_fast.errors import ConfigError, closest
+from gr00t_fast.base.contracts import SO100_JOINTS, JointUnit
+from gr00t_fast.base.errors import ConfigError, closest
 
 Task = Literal["reach", "place"]
 

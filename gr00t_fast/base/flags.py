@@ -37,8 +37,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from gr00t_fast.errors import ConfigError, closest, one_line
-from gr00t_fast.files import parse_json, read_text
+from gr00t_fast.base.errors import ConfigError, closest, one_line
+from gr00t_fast.base.files import parse_json, read_text
 
 T = TypeVar("T")
 Kind = Literal["text", "path", "bool", "choice", "whole", "number", "list", "yaml"]
@@ -626,3 +626,11 @@ def _build(config_class: type[T], settings: Mapping[str, Any], table: Mapping[st
         elif flag.default is MISSING:
             values[flag.name], missing[flag.name] = None, flag.help or "see --help"
     return config_class(**values)
+
+
+def size_of(text: str, flag: str = "resolution", least: int = 32) -> tuple[int, int]:
+    """`640x480` -> (640, 480): width and height. Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.lower())
+    if found is None or min(int(found[1]), int(found[2])) < least:
+        raise ConfigError(f"--{flag}={text}: expected WIDTHxHEIGHT such as 640x480, each at least {least}.")
+    return int(found[1]), int(found[2])

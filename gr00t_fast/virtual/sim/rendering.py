@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gr00t_fast.errors import ConfigError, require
-from gr00t_fast.robots.sim.appearance import gather, scene_parts, shade_table, wood
+from gr00t_fast.base.errors import ConfigError, require
+from gr00t_fast.virtual.sim.appearance import gather, scene_parts, shade_table, wood
 
 # --- rasteriser ---------------------------------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
 
 MANIFEST_NAME = "manifest.json"  # lies in every export, and is what one is recognised by
 LFS_POINTER, LFS_REMEDY = b"version https://git-lfs", "it is git-lfs's pointer, not the file: run `git lfs pull` where it was cloned"

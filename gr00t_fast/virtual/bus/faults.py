@@ -27,9 +27,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from gr00t_fast.errors import ConfigError, closest
-from gr00t_fast.robots.virtual_bus.protocol import ErrorBit, Instruction, Request, Status, to_word
-from gr00t_fast.robots.virtual_bus.servo import Register
+from gr00t_fast.base.errors import ConfigError, closest
+from gr00t_fast.robots.feetech import ErrorBit, Instruction, Register, Request, Status, to_word
 
 Kind = Literal["silent", "absent", "wrong_model", "checksum", "drop", "loss", "flip", "delay", "no_data", "error", "unplug", "blocked"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -1,4 +1,4 @@
-"""Feetech protocol v0 as bytes: framing, checksums and the parser a servo uses. No I/O, no clock, no registers.
+"""Feetech protocol v0 as bytes: framing, checksums and the parser a servo uses; and the registers of its STS3215. No I/O, no clock.
 
 Request: `FF FF id length instruction params.. checksum`; status: `FF FF id length error params.. checksum`, where length counts what
 follows it and the checksum is the inverted sum of everything between header and checksum. Source: Feetech's STS communication manual; the
@@ -161,3 +161,52 @@ def sync_write(address: int, data_by_id: dict[int, bytes]) -> Request:
     (length,) = {len(data) for data in data_by_id.values()}
     body = b"".join(bytes((servo_id,)) + data for servo_id, data in data_by_id.items())
     return Request(BROADCAST_ID, Instruction.SYNC_WRITE, bytes((address, length)) + body)
+
+
+# The STS3215's register table. Source: Feetech's memory table of this servo.
+
+MODEL_STS3215 = 777
+
+
+class Register(IntEnum):
+    """Addresses that something here or in a test refers to by name."""
+
+    FIRMWARE_MAJOR = 0
+    FIRMWARE_MINOR = 1
+    MODEL = 3
+    ID = 5
+    BAUD_RATE = 6
+    RETURN_DELAY = 7  # units of 2 us
+    RESPONSE_LEVEL = 8  # 0: answer only PING and READ
+    MIN_POSITION = 9
+    MAX_POSITION = 11
+    MAX_TEMPERATURE = 13
+    MAX_VOLTAGE = 14
+    MIN_VOLTAGE = 15
+    MAX_TORQUE = 16
+    PHASE = 18  # bits: 4 speed in ticks/s, 8 a speed of 0 is the largest, 16 positions count turns
+    P_GAIN = 21
+    D_GAIN = 22
+    I_GAIN = 23
+    PROTECTION_CURRENT = 28
+    HOMING_OFFSET = 31  # sign in bit 11
+    MODE = 33
+    PROTECTIVE_TORQUE = 34  # what an overloaded servo still pushes with, per cent
+    PROTECTION_TIME = 35  # how long it pushes with OVERLOAD_TORQUE or more before it is overloaded, 10 ms
+    OVERLOAD_TORQUE = 36  # per cent
+    TORQUE_ENABLE = 40
+    ACCELERATION = 41
+    GOAL_POSITION = 42  # sign in bit 15
+    GOAL_SPEED = 46
+    TORQUE_LIMIT = 48
+    LOCK = 55
+    PRESENT_POSITION = 56  # sign in bit 15
+    PRESENT_SPEED = 58  # sign in bit 15
+    PRESENT_LOAD = 60  # duty cycle of the drive, 0.1 %, direction in bit 10
+    PRESENT_VOLTAGE = 62  # units of 0.1 V
+    PRESENT_TEMPERATURE = 63
+    STATUS = 65
+    MOVING = 66
+    PRESENT_CURRENT = 69  # units of 6.5 mA, sign in bit 15
+    SPEED_LIMIT = 84
+    MAX_ACCELERATION = 85

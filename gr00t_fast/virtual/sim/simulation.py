@@ -11,11 +11,11 @@ from concurrent.futures import Future, wait
 
 import numpy as np
 
-from gr00t_fast.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, LandingReport, Observation
-from gr00t_fast.errors import CameraError, ConfigError, RobotError, require
+from gr00t_fast.base.contracts import SO100_JOINTS, CameraSpec, Clock, JointUnit, LandingReport, Observation
+from gr00t_fast.base.errors import CameraError, ConfigError, RobotError, require
 from gr00t_fast.robots import CameraConfig, SimCameraConfig, SO100SimConfig
-from gr00t_fast.robots.sim.rendering import Pinhole, SceneRenderer
-from gr00t_fast.robots.sim.scene import (
+from gr00t_fast.virtual.sim.rendering import Pinhole, SceneRenderer
+from gr00t_fast.virtual.sim.scene import (
     BLOCK_HALF_M,
     BOWL_HEIGHT_M,
     BOWL_RADIUS_M,
@@ -37,6 +37,7 @@ from gr00t_fast.robots.sim.scene import (
 # Where an episode starts, lerobot degrees: gripper over the table, camera on the far side of the fingers, jaw a little open.
 HOME_DEG = np.array([0.0, -20.0, 20.0, 75.0, -90.0, 10.0])
 
+FIRST_LAYOUT_SEED = 1_000_000  # of training and of recorded data; layouts below are held out for evaluation
 TICK_S = 1 / 30  # success is judged at the datasets' rate
 REACH_M, REACH_TICKS = 0.03, 5
 _RELEASED_M = 0.02  # more than this from the block to the nearest finger pad is not holding it

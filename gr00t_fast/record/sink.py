@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gr00t_fast.contracts import Observation
+from gr00t_fast.base.contracts import Observation
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

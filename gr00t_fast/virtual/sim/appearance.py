@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gr00t_fast.robots.sim.scene import BLOCK_HALF_M, BOWL_HEIGHT_M, BOWL_RADIUS_M
+from gr00t_fast.virtual.sim.scene import BLOCK_HALF_M, BOWL_HEIGHT_M, BOWL_RADIUS_M
 
 # --- meshes -------------------------------------------------------------------------------------------------------------------------------------
 

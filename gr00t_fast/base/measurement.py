@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gr00t_fast.errors import ConfigError
+from gr00t_fast.base.errors import ConfigError
 
 _PACKAGES = (
     *("gr00t_fast", "torch", "numpy", "lerobot", "transformers", "mujoco-core", "opencv-python-headless"),
@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `-dirty` when changed; None when it is not a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
