@@ -256,11 +256,12 @@ class Robot(Protocol):
         """Where (J,) the arm is to be put down if this program is killed while the torque is on; None: the torque goes off where it is."""
 
     def observe(self, with_frames: bool = True) -> Observation:
-        """Read joints and newest frames; without frames cameras may have failed. Retries and reconnects; raises BusFault when that did not help, a
-        CameraError where only a camera is to blame, another RobotError where the arm can still be put down."""
+        """Read joints and newest frames; without frames cameras may have failed. One attempt, which looks for a connection that is lost, too. Raises
+        MissedReadingError and ArmAwayError where the next one may succeed, BusFault where the arm cannot be relied on, a CameraError where only a
+        camera is to blame, another RobotError where the arm can still be put down."""
 
     def send(self, targets: np.ndarray) -> None:
-        """Send goal positions (J,), finite and already limited by the caller. Raises RobotError."""
+        """Send goal positions (J,), finite and already limited by the caller. One attempt; raises as `observe`."""
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Release (or hold, as configured) torque, close port and cameras. `as_found`: an arm that was powered before the run is held. One that the

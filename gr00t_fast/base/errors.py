@@ -61,6 +61,18 @@ class BusFault(RobotError):  # noqa: N818 - what it is called, as an emergency s
     """The servo bus or a servo cannot be relied on: a slow move down is not possible, so that the torque goes off at once."""
 
 
+class MissedReadingError(RobotError):
+    """An exchange with the servos failed in a way that usually passes; the arm holds its last goal meanwhile."""
+
+
+class ArmAwayError(RobotError):
+    """The arm is out of reach for a while, or was: its port is lost, or its torque was and is on again. `patience_s`: how long to wait for it."""
+
+    def __init__(self, message: str, patience_s: float) -> None:
+        super().__init__(message)
+        self.patience_s = patience_s
+
+
 class CameraError(RobotError):
     """A camera failed; arm and bus are sound."""
 

@@ -39,7 +39,6 @@ _FIGURES = {
         "rate, first to last target (Hz)": "run.achieved_hz",
         "missed ticks": "pacing.missed_ticks",
         "ticks waiting for inference": "pacing.waiting_for_inference_ticks",
-        "underrun ticks": "controller.underrun_ticks",
         "tick error p50 (ms)": "pacing.tick_error_ms.p50",
         "tick error p99 (ms)": "pacing.tick_error_ms.p99",
         "inference p50 (ms)": "stages_ms.{infer}.p50",

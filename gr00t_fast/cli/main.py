@@ -249,7 +249,7 @@ def leave(code: int) -> NoReturn:
     code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
     if console.stuck():
         os._exit(code)
-    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.controller")  # without it no inference can be running
+    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.planner")  # without it no inference can be running
     if controller is None or not controller.thread_left_running():
         sys.exit(code)
     sys.stdout.flush()

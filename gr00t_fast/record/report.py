@@ -25,21 +25,23 @@ import numpy as np
 from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.errors import MissingExtraError, RecordingError, install_command, require
 from gr00t_fast.base.measurement import git_commit, machine, percentiles, versions
-from gr00t_fast.control.chunk_buffer import RunTrace, TickRecord
 from gr00t_fast.control.loop import ControlLoop, Observer
+from gr00t_fast.control.modes import Mode
+from gr00t_fast.control.trace import RunTrace, TickRecord
 from gr00t_fast.record.views import View, check_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gr00t_fast.control.limits import SafetyFilter
+    from gr00t_fast.control.limits import Limits
+
 
 SCHEMA, SCHEMA_VERSION = "gr00t_fast.run_report", 1
 LIMITS = ("clamped", "speed_limited", "following_limited")  # of a target; counted by joint
 _PERCENTILES = ("p50", "p95", "p99", "max")
 _STAGES = (
-    "pause per chunk: the arm stood still for a new chunk. wait: until the next tick; counted twice where a chunk begins.",
-    "loop: one inference and its actions played. infer/refine: what vision and language found, made ready for denoising.",
+    "pause per chunk: the arm stood still for a new chunk. wait: until the next tick.",
+    "infer/refine: what vision and language found, made ready for denoising.",
 )
 _LIMIT_NOTES = (
     "clamped: target beyond the calibrated range. speed-limited: faster than --max_speed_deg_s.",
@@ -68,20 +70,19 @@ def build_report(
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
-        "run": _run(trace, pacer.fps),
+        "run": _run(trace, loop.options.fps),
         "stages_ms": {stage: percentiles(values) for stage, values in trace.stages_ms.items()},
         "pacing": {
             "tick_error_ms": percentiles(1000 * np.asarray(pacer.tick_errors_s)),
             "missed_ticks": pacer.missed_ticks,
-            "waiting_for_inference_ticks": pacer.waiting_ticks,
-            "pause_per_chunk_ms": percentiles([chunk.pause_ms for chunk in trace.chunks]),
+            "waiting_for_inference_ticks": int(data["underrun"].sum()),
+            "pause_per_chunk_ms": percentiles([chunk.pause_ms for chunk in trace.chunks if not chunk.overlapped]),
         },
         "controller": {
-            "underrun_ticks": int(data["underrun"].sum()),
-            **loop.controller.summary(),
+            **loop.planner.summary(),
             "target_age_ticks": percentiles(data["age_ticks"][~data["underrun"]]),
         },
-        "safety": None if loop.safety is None else _safety(loop.safety),
+        "safety": None if loop.limits is None else _safety(loop.limits),
         "tracking_error": {
             "unit": loop.robot.joint_unit,
             "joints": {name: percentiles(errors[:, index]) for index, name in enumerate(trace.joint_names)},
@@ -112,12 +113,12 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 def _run(trace: RunTrace, fps: float) -> dict[str, Any]:
     """`achieved_hz`: from the first target of each episode to its last, so without the inference before the one and the wait after the other."""
     data, intervals_s = trace.arrays(), trace.intervals_s()
-    waited = np.isin(np.arange(1, len(trace)), data["chunk_starts"]) | data["underrun"][1:]
+    waited = np.diff(np.flatnonzero(~data["underrun"])) > 1  # rows were held in between
     return {
         "ended_by": trace.ended_by,
         "episodes": trace.episodes,
         "episodes_solved": trace.episodes_solved,
-        "ticks": len(trace),
+        "ticks": int((~data["underrun"]).sum()),
         "inferences": len(trace.chunks),
         "duration_s": round(trace.ended_s - trace.began_s, 3),
         "target_hz": fps,
@@ -131,7 +132,7 @@ def _rate(intervals_s: np.ndarray) -> float | None:
     return round(float(valid.size / valid.sum()), 3) if valid.size and valid.sum() > 0 else None
 
 
-def _safety(safety: SafetyFilter) -> dict[str, Any]:
+def _safety(safety: Limits) -> dict[str, Any]:
     counts = {name: getattr(safety, name).tolist() for name in LIMITS}
     stalled = zip(safety.joint_names, safety.blocked.count.tolist(), safety.blocked.total_s.tolist(), strict=True)
     return {
@@ -332,7 +333,7 @@ class Outputs:
     def observers(self) -> list[Observer]:
         return [*self._views, *([self] if self._out is not None else [])]
 
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
+    def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         self._first = self._first or observation.frames
         self._last = observation.frames or self._last
 
@@ -392,7 +393,7 @@ class Outputs:
     def _contents(self, loop: ControlLoop, report: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         yield from contents(loop.trace, report)
         if len(loop.trace):
-            joints, pace = _png(joints_figure(loop.trace, loop.robot.joint_unit)), _png(pace_figure(loop.trace, loop.pacer.fps))
+            joints, pace = _png(joints_figure(loop.trace, loop.robot.joint_unit)), _png(pace_figure(loop.trace, loop.options.fps))
             page = as_page(report, [("joints", joints), ("pace", pace)], [("first", self._first), ("last", self._last)])
             yield from {"joints.png": joints, "report.html": page.encode()}.items()
 
@@ -461,12 +462,12 @@ def joints_figure(trace: RunTrace, unit: str) -> Figure:
 
 def pace_figure(trace: RunTrace, fps: float) -> Figure:
     """The time between two targets, tick by tick, and what each inference took. Raises MissingExtraError without matplotlib."""
-    data, chunks = trace.arrays(), [chunk for chunk in trace.chunks if chunk.first_tick < len(trace)]
+    data, chunks = trace.arrays(), [chunk for chunk in trace.chunks if chunk.first_row < len(trace)]
     figure = _figure(3.0)
     axis = figure.subplots()
-    axis.plot(data["time_s"][1:], 1000 * trace.intervals_s(), linewidth=0.8, label="between two targets")
+    axis.plot(data["time_s"][~data["underrun"]][1:], 1000 * trace.intervals_s(), linewidth=0.8, label="between two targets")
     axis.axhline(1000 / fps, color="0.6", linewidth=0.8, label=f"at {fps:g} Hz")
-    at_s = [data["time_s"][chunk.first_tick] for chunk in chunks]
+    at_s = [data["time_s"][chunk.first_row] for chunk in chunks]
     axis.plot(at_s, [chunk.inference_ms for chunk in chunks], ".", color="tab:red", label="inference")
     axis.set(xlabel="time (s)", ylabel="ms", ylim=(0, None))
     axis.legend(loc="upper right", ncols=3, fontsize=8)
@@ -491,9 +492,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _with_gaps(trace: RunTrace) -> tuple[np.ndarray, np.ndarray]:
-    """Times (T,) and measured joints (T, J) with NaN, which no line crosses, before each episode and after each pause."""
-    data, intervals_s = trace.arrays(), trace.intervals_s()
-    played_s = intervals_s[np.isfinite(intervals_s)]
-    usual_s = np.median(played_s) if len(played_s) else 0.0
-    places = np.flatnonzero(~(intervals_s <= 2 * usual_s)) + 1
+    """Times (T,) and measured joints (T, J) with NaN, which no line crosses, before each episode."""
+    data = trace.arrays()
+    places = np.flatnonzero(np.diff(data["episode"]) > 0) + 1
     return np.insert(data["time_s"], places, np.nan), np.insert(data["measured"], places, np.nan, axis=0)

@@ -27,7 +27,8 @@ import numpy as np
 
 from gr00t_fast.base.contracts import Observation
 from gr00t_fast.base.errors import ConfigError, MissingExtraError, install_command, require
-from gr00t_fast.control.chunk_buffer import TickRecord
+from gr00t_fast.control.modes import Mode
+from gr00t_fast.control.trace import TickRecord
 from gr00t_fast.record.sink import Sink, Tell
 
 Echo = Callable[[str], None]
@@ -65,7 +66,7 @@ class View:
         self.sink = Sink(consumer, *arguments, on_answer=self._take, slots=QUEUED_TICKS)
         self._flag, self._echo, self._seen, self._failed = flag, echo, 0, False
 
-    def see(self, observation: Observation, tick: TickRecord | None = None) -> None:
+    def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         if self._seen % self.every == 0:
             self.sink.put(observation, tick)
         self._seen += 1
