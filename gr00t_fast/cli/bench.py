@@ -39,17 +39,9 @@ from gr00t_fast.base.measurement import linux_says, peak_rss_bytes, percentiles,
 from gr00t_fast.cli import export
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, leave_result
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import (
-    CameraFlags,
-    CheckpointFlags,
-    EngineName,
-    ExportedName,
-    ObservationFlags,
-    OutputFlags,
-    PrecisionName,
-    check_device,
-)
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
+from gr00t_fast.options import CameraOptions, CheckpointOptions, EngineName, ExportedName, ObservationOptions, PrecisionName, check_device
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +64,7 @@ Made = dict[str, tuple[str, Path | None]]  # name in the table -> engine and the
 
 
 @dataclass(kw_only=True)
-class BenchConfig(OutputFlags, ObservationFlags, CameraFlags, CheckpointFlags):
+class BenchConfig(OutputFlags, ObservationOptions, CameraOptions, CheckpointOptions):
     """Time get_action of a checkpoint on every engine that can run here, and compare its actions with the plain model's in fp32.
 
         gr00t-fast bench --model_path=./gr00t-n1.5-so100-finetuned --observations=./my-lerobot-dataset --make

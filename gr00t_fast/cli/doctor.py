@@ -30,12 +30,14 @@ from gr00t_fast.base.measurement import linux_says
 from gr00t_fast.cli.bench import obstacles
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, show
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import ArmFlags, OutputFlags, PolicyFlags, write_pictures
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.control.binding import resolve_camera_map
 from gr00t_fast.control.camera_watch import SMALLEST, fault_of
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.preflight import Preflight
-from gr00t_fast.robots import SO100FollowerConfig, SO100SimConfig, filmed, rendered
+from gr00t_fast.options import PolicyOptions
+from gr00t_fast.record.pictures import write_pictures
+from gr00t_fast.robots import ArmOptions, SO100FollowerConfig, SO100SimConfig, filmed, rendered
 from gr00t_fast.robots import lerobot_glue as glue
 from gr00t_fast.virtual import make_robot
 
@@ -59,7 +61,7 @@ _READ_AT_MOST_BYTES = 512 * 2**20  # of weights, to compare an export with them:
 
 
 @dataclass(kw_only=True)
-class DoctorConfig(OutputFlags, ArmFlags, PolicyFlags):
+class DoctorConfig(OutputFlags, ArmOptions, PolicyOptions):
     """Say what is installed, which engines can run here and which exports are stale, what a checkpoint needs, and whether the arm, its servos, its
     calibration and its cameras are ready for a run.
 

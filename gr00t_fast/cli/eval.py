@@ -31,9 +31,10 @@ from gr00t_fast.base.errors import CheckpointError, ConfigError
 from gr00t_fast.base.measurement import percentiles, provenance
 from gr00t_fast.cli.main import EXIT_OK, Command, leave_result
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import OutputFlags, PolicyFlags
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.control.preflight import ASPECT_TOLERANCE, FPS_TOLERANCE, NORMALISED_LIMIT, RADIANS_LIMIT, SATURATED_EXTREMES, SATURATION_TOLERANCE
 from gr00t_fast.inputs.dataset import LeRobotFrames
+from gr00t_fast.options import PolicyOptions
 
 if TYPE_CHECKING:
     from gr00t_fast.base.contracts import PolicyMetadata
@@ -66,7 +67,7 @@ PROBED_FRAMES, ENOUGH_EPISODES = 12, 5
 
 
 @dataclass(kw_only=True)
-class EvalConfig(OutputFlags, PolicyFlags):
+class EvalConfig(OutputFlags, PolicyOptions):
     """Compare a checkpoint's actions with those of a recorded data set, joint by joint, and say what is wrong where they differ.
 
         gr00t-fast eval --model_path=./gr00t-n1.5-so100-finetuned --dataset=./my-lerobot-dataset --episodes 0 3

@@ -19,18 +19,10 @@ from gr00t_fast.base.files import check_free, whole_directory
 from gr00t_fast.base.measurement import command_line, peak_rss_bytes, provenance
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command, end_on_sigterm, show
 from gr00t_fast.cli.run import RunConfig
-from gr00t_fast.cli.shared_flags import (
-    DATA_SETS,
-    CameraFlags,
-    CheckpointFlags,
-    ExportedName,
-    ObservationFlags,
-    OutputFlags,
-    PrecisionName,
-    check_device,
-)
+from gr00t_fast.cli.shared_flags import OutputFlags
 from gr00t_fast.export import BuildOptions, CalibrationOptions, ExportPrecision, OnnxOptions, OutOptions, flags_given
 from gr00t_fast.inputs.dataset import MIN_FRAMES
+from gr00t_fast.options import DATA_SETS, CameraOptions, CheckpointOptions, ExportedName, ObservationOptions, PrecisionName, check_device
 
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
@@ -48,7 +40,7 @@ _NOT_OF_A_RUN = ("precision", "seed", "camera_map")  # settings of a run's file 
 
 
 @dataclass(kw_only=True)
-class ExportFlags(OutputFlags, CheckpointFlags):
+class ExportFlags(OutputFlags, CheckpointOptions):
     """What all of them take."""
 
     GROUP = "export"
@@ -93,7 +85,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 @dataclass(kw_only=True)
-class OnnxConfig(CameraFlags, OnnxOptions, ExportFlags):
+class OnnxConfig(CameraOptions, OnnxOptions, ExportFlags):
     """Export a checkpoint to ONNX: vision, language and one denoising step, for your cameras and your embodiment.
 
         gr00t-fast export onnx --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/onnx --precision=fp32
@@ -143,7 +135,7 @@ _EXPORTED = ("precision", "denoising_steps", "camera_size", "lang_instruction") 
 
 
 @dataclass(kw_only=True)
-class TensorRTConfig(CameraFlags, BuildOptions, ExportFlags):
+class TensorRTConfig(CameraOptions, BuildOptions, ExportFlags):
     """Build TensorRT engines for a checkpoint: for your cameras, your embodiment and your GPU.
 
         gr00t-fast export tensorrt --model_path=./gr00t-n1.5-so100-finetuned --data_config=so100 --out=exports/tensorrt
@@ -212,7 +204,7 @@ tensorrt = _command("export tensorrt --model_path=DIR --out=DIR", TensorRTConfig
 
 
 @dataclass(kw_only=True)
-class SampleFlags(ObservationFlags, ExportFlags):
+class SampleFlags(ObservationOptions, ExportFlags):
     """Which observations are taken."""
 
     GROUP = "observations"
