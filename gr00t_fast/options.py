@@ -53,7 +53,7 @@ class CheckpointOptions(Flags):
         """Whether there is nothing to do without one."""
         return True
 
-    def options(self, *more: str) -> dict[str, Any]:
+    def checkpoint_options(self, *more: str) -> dict[str, Any]:
         """These by name, but for model_path, and `more` of the configuration."""
         names = [field.name for field in dataclasses.fields(CheckpointOptions) if field.name != "model_path"]
         return {name: getattr(self, name) for name in (*names, *more)}

@@ -16,9 +16,9 @@ import pytest
 
 from gr00t_fast import options
 from gr00t_fast.base.flags import flags_of
-from gr00t_fast.cli import export
 from gr00t_fast.cli.main import COMMANDS, command, main
 from gr00t_fast.cli.run import parse, settings_of
+from gr00t_fast.export import ExportPrecision
 
 ROOT = Path(__file__).parent.parent
 TRAINED = ROOT / "checkpoints" / "so100-sim-reach"
@@ -112,7 +112,7 @@ def test_the_words_for_engines_and_precisions_are_those_of_the_engines() -> None
 
     assert set(typing.get_args(options.EngineName)) == {"auto", *ENGINES, *EXPORTED}
     assert set(typing.get_args(options.ExportedName)) == set(EXPORTED)
-    assert typing.get_args(export.ExportPrecision) == tuple(PRECISIONS)
+    assert typing.get_args(ExportPrecision) == tuple(PRECISIONS)
 
 
 def test_a_report_can_be_played_again(tmp_path: Path) -> None:

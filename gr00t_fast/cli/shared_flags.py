@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class OutputFlags(Flags):
         out = getattr(self, "out", None)  # of most programs
         if out is not None and out.is_file():
             raise ConfigError(f"--out={out} is a file. Expected a directory, existing or not.")
+
+    def tell(self, text: str) -> None:
+        """What is being done, on standard error: each part takes seconds to minutes."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(kw_only=True)

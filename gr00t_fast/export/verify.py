@@ -9,6 +9,7 @@ Axis alphabet: n observations, H horizon, A padded action width, J joints.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from gr00t_fast.base.console import progress_bar
 from gr00t_fast.base.errors import EngineError
-from gr00t_fast.base.measurement import StageTimer
+from gr00t_fast.base.measurement import StageTimer, provenance
 from gr00t_fast.checkpoint import load_model
-from gr00t_fast.engine import Continuation, Engine, PolicyInputs
-from gr00t_fast.engine.exported import ExportedEngine
+from gr00t_fast.engine import Continuation, Engine, PolicyInputs, open_engine
+from gr00t_fast.engine.exported import ExportedEngine, ExportTables
 from gr00t_fast.engine.manifest import Target
+from gr00t_fast.export import LEAST_VERIFIED, VerifyOptions
 from gr00t_fast.export.graphs import plain_outputs
+from gr00t_fast.export.report import verification_table, verification_verdict, written
 from gr00t_fast.inputs.dataset import MIN_FRAMES, draw, open_frames, read
 from gr00t_fast.model import ModelInputs
 from gr00t_fast.policy import Gr00tPolicy, load_policy
@@ -34,6 +37,28 @@ _FP32_STAGE_LIMIT = 1e-5  # relative L2: rounding of another order of operations
 # p99 of |action error| in joint units that a format may cost: a repeated SO-100 pose is no better than half a degree
 ACTION_LIMITS = {"fp32": 0.5, "fp16": 0.5, "bf16": 0.5, "int8": 1.5, "fp8": 1.5}
 Outputs = Mapping[str, Tensor]  # of the plain model for one observation, by the graphs' names, fp32
+
+
+def verify(options: VerifyOptions) -> dict[str, Any]:
+    """Check the data and the export, run the plain model, free it, run the engine; leave verify.json and verify.md, and return
+    what the former says. Raises Gr00tFastError."""
+    checkpoint, target = options.opened()
+    directory = options.engine_path or checkpoint.path / "exports" / options.engine
+    size = open_engine(options.engine, directory, target, options.device, options.precision).camera_size  # refused now rather than in ten minutes
+    steps = options.denoising_steps or checkpoint.config.head.denoising_steps
+    tables = ExportTables(directory, target.command("to_onnx.py"))
+    tables.steps(steps)
+    noise_seed = (options.seed, 1)  # not the noise of the calibration
+    cases, source = options.cases(target, least=LEAST_VERIFIED, noise_seed=noise_seed, camera_size=size)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out, prefix=".reference-") as work:
+        record_reference(target, cases, steps, Path(work))
+        engine = open_engine(options.engine, directory, target, options.device, options.precision)
+        judged = compare(engine, tables.embed, cases, steps, Path(work), options.limit)
+    facts = {"program": "verify", "engine": options.engine, "device": str(engine.device), "denoising_steps": steps, "source": source}
+    result = {**facts, **judged, **provenance(), "seed": options.seed}
+    written(options.out, "verify", result, f"{verification_table(result)}\n\n{verification_verdict(result)}")
+    return result
 
 
 # --- observations
