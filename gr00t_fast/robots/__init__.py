@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gr00t_fast.base.errors import ConfigError, require
 from gr00t_fast.base.flags import Choice, Flags
@@ -53,6 +53,8 @@ class SimCameraConfig(CameraConfig, type="sim"):
 @dataclass
 class RobotConfig(Choice):
     """An arm by `type`."""
+
+    former: ClassVar = {"so100": "so100_follower", "so101": "so101_follower"}  # lerobot's before version 0.2
 
     id: str | None = None  # names the calibration file
     calibration_dir: Path | None = None  # where that file is; default: where lerobot keeps it
