@@ -34,8 +34,7 @@ def work(config: DoctorConfig) -> int:
     """Run all checks, print them and leave what --out asks for. Raises Gr00tFastError."""
     began_s = time.perf_counter()
     config.tell("looking at packages, engines, checkpoint, servos and cameras: some seconds ...")
-    looked = look(config)
-    rows = looked.rows
+    rows, pictures, titles = look(config)
     counts, seconds = Counter(row.state for row in rows), round(time.perf_counter() - began_s, 2)
     result = {"program": "doctor", "ok": not counts["fail"], "seconds": seconds, "rows": [asdict(row) for row in rows]}
     table = "\n".join(f"{row.state:<5} {row.section:<11} {row.what}" + (f"\n{'':<18}-> {row.what_to_do}" if row.what_to_do else "") for row in rows)
@@ -43,7 +42,7 @@ def work(config: DoctorConfig) -> int:
     judged = f"NOT READY: {'; '.join(wrong)}" if wrong else "ready: nothing that these flags need is missing"
     judged += f" ({len(rows)} checks, {counts['warn']} warnings, {seconds:.1f} s)"
     if config.out is not None:
-        table += "\n" + write_pictures(looked.pictures, looked.titles, config.out, "doctor.txt", f"{table}\n\n{judged}\n")
+        table += "\n" + write_pictures(pictures, titles, config.out, "doctor.txt", f"{table}\n\n{judged}\n")
         (config.out / "doctor.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     show(result, table + "\n", judged, config)
     return EXIT_ERROR if wrong else EXIT_OK

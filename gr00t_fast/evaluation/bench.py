@@ -187,19 +187,12 @@ def _makers(options: BenchOptions, at: Path) -> dict[str, Callable[[Path], objec
     own = {"model_path": options.model_path, "overwrite": True, **options.checkpoint_options()}
     data = own | options.checkpoint_options("observations", "camera_map", "seed") | {"denoising_steps": next(iter(options.denoising_steps), None)}
     data |= {"frames": min(options.frames, MIN_FRAMES), "trial_frames": min(options.frames, 8), "allow_few": True}
-
-    def onnx(precision: Any, out: Path) -> object:
-        sizes = options.checkpoint_options("camera_size", "denoising_steps")
-        return export_checkpoint(OnnxOptions(**own | sizes, out=out, precision=precision))
-
-    def quantised(target: Any, out: Path) -> object:
-        return quantise(QuantiseOptions(**data, onnx=at / "onnx-fp32", out=out, target=target))
-
+    sizes = own | options.checkpoint_options("camera_size", "denoising_steps")
     return {
-        "onnx-fp32": partial(onnx, "fp32"),
-        "onnx-fp16": partial(onnx, "fp16"),
-        "onnxruntime-int8": partial(quantised, "onnxruntime"),
-        "openvino-int8": partial(quantised, "openvino"),
+        "onnx-fp32": lambda out: export_checkpoint(OnnxOptions(**sizes, out=out, precision="fp32")),
+        "onnx-fp16": lambda out: export_checkpoint(OnnxOptions(**sizes, out=out, precision="fp16")),
+        "onnxruntime-int8": lambda out: quantise(QuantiseOptions(**data, onnx=at / "onnx-fp32", out=out, target="onnxruntime")),
+        "openvino-int8": lambda out: quantise(QuantiseOptions(**data, onnx=at / "onnx-fp32", out=out, target="openvino")),
         "tensorrt-fp16": lambda out: build_checkpoint(BuildOptions(**own, out=out, onnx=at / "onnx-fp16")),
     }
 

@@ -99,23 +99,14 @@ class Rows(list[Row]):
             self.append(Row(state, section, what, one_line(error)))
 
 
-@dataclass(frozen=True)
-class Looked:
-    """pictures: what cameras showed, name -> uint8 RGB (height, width, 3); titles: what is to be said under their names."""
-
-    rows: list[Row]
-    pictures: dict[str, np.ndarray]
-    titles: dict[str, str]
-
-
-def look(options: DoctorOptions) -> Looked:
-    """Run all checks."""
+def look(options: DoctorOptions) -> tuple[list[Row], dict[str, np.ndarray], dict[str, str]]:
+    """All checks: what was found, what cameras showed (name -> uint8 RGB (height, width, 3)), and what is to be said under their names."""
     with ThreadPoolExecutor(3) as pool:
         of_arm, of_cameras, inside = pool.submit(arm, options), pool.submit(cameras, options), pool.submit(network, options)
         (arm_rows, robot, seen), (pictures, camera_rows), (titles, metadata, inside_rows) = of_arm.result(), of_cameras.result(), inside.result()
     fits = fit(options, metadata, robot, seen, titles) if metadata is not None and robot is not None else []
     pictures |= {} if seen is None else seen.frames
-    return Looked([*packages(options), *inside_rows, *fits, *arm_rows, *camera_rows], pictures, titles)
+    return [*packages(options), *inside_rows, *fits, *arm_rows, *camera_rows], pictures, titles
 
 
 def packages(options: DoctorOptions) -> Rows:

@@ -19,7 +19,6 @@ from gr00t_fast.options import DATA_SETS, CameraOptions, CheckpointOptions, Expo
 if TYPE_CHECKING:
     from gr00t_fast.checkpoint import Checkpoint
     from gr00t_fast.engine.manifest import Target
-    from gr00t_fast.export.verify import Case
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]  # PRECISIONS of gr00t_fast.engine, which imports torch; a test compares them
 DEFAULT_PRECISION: ExportPrecision = "fp16"  # of graphs for TensorRT: every GPU that it knows computes in it; bf16 needs Ampere
@@ -114,13 +113,6 @@ class SampleOptions(ObservationOptions, ExportOptions):
     frames: int = MIN_FRAMES  # how many observations, spread over all episodes
     denoising_steps: int | None = None  # default: the checkpoint's own; calibrate with as many as will run
     seed: int = 0  # of the choice of frames and of the noise
-
-    def cases(self, target: Target, **options: Any) -> tuple[list[Case], dict[str, Any]]:
-        """Preprocessed observations, and what is to be said of them. options: others of `collect_cases`."""
-        from gr00t_fast.export.verify import collect_cases
-
-        names = ("frames", "seed", "camera_map", "allow_few", "processor_path", "prompt_style")
-        return collect_cases(target, self.observations or SYNTHETIC, **{name: getattr(self, name) for name in names}, **options)
 
 
 @dataclass(kw_only=True)

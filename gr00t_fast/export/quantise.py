@@ -14,6 +14,7 @@ from gr00t_fast.export import QuantiseOptions
 from gr00t_fast.export.calibrate import GraphNetwork, calibrate
 from gr00t_fast.export.qdq import InputScale, write_quantised_export
 from gr00t_fast.export.report import quantisation_table, written
+from gr00t_fast.export.verify import collect_cases
 
 
 def quantise(options: QuantiseOptions) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def _calibrated_graphs(
     """Scales, how they were found, and what of."""
     tables = ExportTables(options.onnx, remedy)
     tables.steps(steps)  # a count that was not exported is refused before minutes pass
-    cases, data = options.cases(target, noise_seed=options.seed, camera_size=shapes.get("camera_size"))
+    cases, data = collect_cases(target, options, options.seed, camera_size=shapes.get("camera_size"))
     for case in cases:
         check_picture(shapes, case.inputs.pixel_values.shape[-2:], None, remedy)
     return *calibrate(GraphNetwork(target, shapes, tables, steps, options.format), cases, options), data

@@ -44,12 +44,13 @@ Profiles = Sequence[Mapping[str, Range]]  # for each the range of each named dim
 def build_checkpoint(options: BuildOptions) -> Manifest:
     """Check everything small, export the graphs where none are named, build. Raises Gr00tFastError."""
     from gr00t_fast.engine.manifest import check_manifest, remedy_for
+    from gr00t_fast.export.onnx import export_checkpoint
 
     check_free(options.out, options.overwrite)
     check_feasible(options.builder, options.compute_capability, None if options.onnx else options.precision or DEFAULT_PRECISION)
     graphs = options.onnx or options.out.with_name(f"{options.out.name}-onnx")
     if options.onnx is None:
-        run_alone(_export, _of_graphs(options, graphs))  # the builder needs the memory that exporting leaves taken
+        run_alone(export_checkpoint, _of_graphs(options, graphs))  # the builder needs the memory that exporting leaves taken
     _, target = options.opened()
     source = check_manifest(graphs, "onnx", target, remedy_for(graphs, target, "to_onnx.py", f"--precision={DEFAULT_PRECISION}"))
     return build_engines(graphs, source, options, command_line())
@@ -60,12 +61,6 @@ def _of_graphs(options: BuildOptions, out: Path) -> OnnxOptions:
     names = {each.name for each in fields(BuildOptions)} & {each.name for each in fields(OnnxOptions)}
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return OnnxOptions(**{**given, "out": out, "precision": options.precision or DEFAULT_PRECISION})
-
-
-def _export(options: OnnxOptions) -> None:
-    from gr00t_fast.export.onnx import export_checkpoint
-
-    export_checkpoint(options)
 
 
 def build_engines(onnx: Path, source: Manifest, options: BuildOptions, command: str) -> Manifest:
