@@ -21,6 +21,6 @@ A field that is a dataclass contributes its fields as flags; one that is a `Choi
 from gr00t_fast.base.flags.help import help_text
 from gr00t_fast.base.flags.parse import parse_flags, settings_of
 from gr00t_fast.base.flags.values import size_of
-from gr00t_fast.base.flags.words import OUTPUTS, Choice, Flag, Flags, flags_of, setting
+from gr00t_fast.base.flags.words import OUTPUTS, Choice, Flags, flags_of, setting
 
-__all__ = ["OUTPUTS", "Choice", "Flag", "Flags", "flags_of", "help_text", "parse_flags", "setting", "settings_of", "size_of"]
+__all__ = ["OUTPUTS", "Choice", "Flags", "flags_of", "help_text", "parse_flags", "setting", "settings_of", "size_of"]
