@@ -24,6 +24,7 @@ from gr00t_fast.base import console
 from gr00t_fast.base.console import CLOSED_TERMINAL, Console
 from gr00t_fast.base.errors import ConfigError, Gr00tFastError, closest
 from gr00t_fast.base.flags import help_text, parse_flags
+from gr00t_fast.cli.others import FLAGS_OF_OTHERS
 from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Command(Generic[C]):
 
     def parse(self, argv: Sequence[str]) -> C:
         """The checked configuration; notes go to stderr. Raises ConfigError."""
-        config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file)
+        config, notes = parse_flags(self.flags, argv, self.file_of, self.not_from_file, FLAGS_OF_OTHERS)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
         return config

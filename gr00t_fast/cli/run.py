@@ -28,7 +28,7 @@ from gr00t_fast.base.files import check_kept
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.base.keyboard import Keys, keys_obstacle
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
-from gr00t_fast.cli.shared_flags import ArmFlags, PolicyFlags, RunOutputFlags, SafetyFlags, write_pictures
+from gr00t_fast.cli.shared_flags import RunOutputFlags, SafetyFlags
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
@@ -38,11 +38,13 @@ from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.session import KEYS_HELP, Session
 from gr00t_fast.inputs.data_config import DEFAULT_DATA_CONFIG
 from gr00t_fast.inputs.dataset import read_recordings
+from gr00t_fast.options import PolicyOptions
+from gr00t_fast.record.pictures import write_pictures
 from gr00t_fast.record.progress import Progress, dry_run_table, summary
 from gr00t_fast.record.recorder import DatasetRecorder, dataset_directory, modality_of
 from gr00t_fast.record.report import Outputs
 from gr00t_fast.record.views import View, display_target, display_view, video_view
-from gr00t_fast.robots import SO100FollowerConfig
+from gr00t_fast.robots import ArmOptions, SO100FollowerConfig
 from gr00t_fast.robots.lerobot_glue import device_faults
 
 _RECORDED_FACTS = ("model_path", "revision", "embodiment_tag", "server", "denoising_steps", "controller")
@@ -96,7 +98,7 @@ class MotionFlags(Flags):
 
 
 @dataclass(kw_only=True)
-class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmFlags, ServerFlags, PolicyFlags):
+class RunConfig(RunOutputFlags, SafetyFlags, MotionFlags, TaskFlags, ArmOptions, ServerFlags, PolicyOptions):
     """Drive an arm with GR00T. Whatever can fail comes before the arm gets torque."""
 
     COMMON = (
