@@ -30,7 +30,9 @@ from gr00t_fast.control.trace import RunTrace, TickRecord
 TICK_HZ = 30.0  # at least: a policy of a lower rate has several ticks to an action, so that keys, limits and watchdog keep theirs
 # A loop that was held up for so long (a program that was stopped, a camera that hung) looks at the arm anew, and what was planned before is over.
 GAP_S = 0.5
-PATIENCE_S = 0.5  # without a reading or a send that worked for so long, the bus counts as faulty; the arm meanwhile holds its last goal
+# Without a reading or a send that worked for so long, and so often (on a machine that is held up one attempt lasts), the bus counts as faulty. The
+# arm holds its last goal meanwhile.
+PATIENCE_S, _MISSES = 0.5, 4
 _SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows anew
 _TROUBLES = 3  # of the bus's surroundings (a watchdog that has ended, a hot servo) that the move down survives
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
@@ -108,7 +110,7 @@ class ControlLoop:
         self._commanded = np.empty(0)  # the last goal that was sent (J,)
         self._playing: ActionChunk | None = None
         self._held_steps = 0  # of the policy, since the last row played
-        self._seen_s, self._missed_s = clock.now_s(), math.inf  # the last reading, and the first since that failed
+        self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
         self._step = self._last_step = 0
         self._error: BaseException | None = None  # the one that ended the run
@@ -154,18 +156,20 @@ class ControlLoop:
             elif now_s >= self._until_s:
                 self._fail(BusFault(f"{error} It did not come back within {error.patience_s:g} s."))
         except MissedReadingError as error:
-            self._missed_s = min(self._missed_s, self.clock.now_s())
-            if self.clock.now_s() - self._missed_s >= PATIENCE_S:
+            self._missed_s, self._misses = min(self._missed_s, self.clock.now_s()), self._misses + 1
+            if self._misses >= _MISSES and self.clock.now_s() - self._missed_s >= PATIENCE_S:
                 self._fail(BusFault(f"{error} So for {PATIENCE_S:g} s. Check cables and power of the servos."))
         except BaseException as error:  # noqa: BLE001 - raised again once the arm has landed
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        self._error = self._error or error
-        if self._shutting_down and self.mode not in ENDS:
+        fatal = isinstance(error, BusFault)
+        if self._shutting_down:  # said, and the way down goes on
             self._troubles += 1
+            fatal |= self._troubles >= _TROUBLES
             self.echo(f"WARNING: {error}")
-        fatal = isinstance(error, BusFault) or self._troubles >= _TROUBLES
+        if fatal or not self._shutting_down:
+            self._error = self._error or error
         self._happen(Event.FAULT if fatal else Event.STOP)
 
     # From mode to mode
@@ -452,7 +456,7 @@ class ControlLoop:
         with self.trace.timed("observe"):
             observation = self.robot.observe(self._is_step and self.mode not in (Mode.PUT_DOWN, Mode.AWAY))
         self._notice_gap()
-        self._seen, self._seen_s, self._missed_s = observation, self.clock.now_s(), math.inf
+        self._seen, self._seen_s, self._missed_s, self._misses = observation, self.clock.now_s(), math.inf, 0
         if self.mode is Mode.AWAY:  # it may have sagged meanwhile: on from where it is, not from the last goal
             if self.trace.moved:
                 self.limits.start_anew(observation.joints)
