@@ -91,7 +91,7 @@ class ActionPrefix:
 
     actions: Mapping[str, np.ndarray]
     inference_delay: int
-    method: Literal["rtc", "prefix"] = "rtc"
+    method: Literal["rtc", "prefix", "identity", "seam", "seam_strong"] = "rtc"
 
 
 @runtime_checkable

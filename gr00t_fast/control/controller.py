@@ -115,7 +115,7 @@ class ControllerOptions:
     """
 
     controller: Literal["auto", "sync", "threaded"] = "auto"
-    smoothing: Literal["none", "rtc", "prefix"] = "none"
+    smoothing: Literal["none", "rtc", "prefix", "identity", "seam", "seam_strong"] = "none"
     when_late: Literal["hold", "resume"] = "hold"
     max_hold_s: float | None = DEFAULT_MAX_HOLD_S
     action_horizon: int | None = None

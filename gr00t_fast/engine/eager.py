@@ -32,7 +32,7 @@ class Continuation:
 
     actions: Tensor
     weights: Tensor
-    method: Literal["rtc", "prefix"]
+    method: Literal["rtc", "prefix", "identity", "seam", "seam_strong"]
 
     def to(self, device: torch.device) -> Continuation:
         return Continuation(self.actions.to(device), self.weights.to(device), self.method)
@@ -87,7 +87,7 @@ class Engine(Protocol):
 
 class EagerEngine(Engine):
     name = "eager"
-    continues = frozenset({"rtc", "prefix"})
+    continues = frozenset({"rtc", "prefix", "identity", "seam", "seam_strong"})
     max_batch = MAX_BATCH
 
     def __init__(self, model: Gr00t) -> None:
@@ -215,7 +215,23 @@ def denoise_towards(velocity: Velocity, noise: Tensor, steps: int, continuation:
         t = step / steps
         return torch.lerp(actions, (1 - t) * noise + t * known, weights)  # exactly the path where the weight is 1
 
+    def guided_without_gradient(actions: Tensor, step: int) -> Tensor:
+        t = step / steps
+        flow = velocity(actions, step).float()
+        return flow + guidance_weight(t, steps) * weights * (known - actions - (1 - t) * flow)
+
+    def steered(actions: Tensor, flow: Tensor, step_size: float) -> Tensor:
+        nonlocal t
+        t += step_size
+        moved = torch.add(actions, flow, alpha=step_size)
+        return moved - 2 * strength * t * (weights > 0) * (moved - t * known)
+
     if continuation.method == "rtc":
         return integrate(guided, noise, steps)
+    if continuation.method == "identity":
+        return integrate(guided_without_gradient, noise, steps)
+    if continuation.method in ("seam", "seam_strong"):  # arXiv 2607.04609, Eq. 4 to 8: lambda 0.1; or as much in N steps as theirs in 10
+        t, strength = 0.0, 0.1 if continuation.method == "seam" else 0.1 * 11 / (steps + 1)
+        return integrate(lambda actions, step: velocity(actions, step).float(), noise, steps, update=steered)
     actions = integrate(lambda actions, step: velocity(actions, step).float(), noise, steps, before=on_path)
     return torch.lerp(actions, known, weights)
