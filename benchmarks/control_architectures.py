@@ -33,7 +33,6 @@ from typing import Any, Literal, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from any directory
 
 import numpy as np
-import torch
 
 from benchmarks.lib.latency import Latency, VirtualWorker, needed_actions, parse_latency, play_until
 from benchmarks.lib.program import Flags, check_counts, drawing, finish, in_processes, markdown_table, provenance, read_flags
@@ -45,11 +44,9 @@ from gr00t_fast.control.controller import ChunkController, ControllerOptions, Po
 from gr00t_fast.control.limits import SafetyOptions
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
 from gr00t_fast.control.pacer import MonotonicClock, VirtualClock
-from gr00t_fast.engine.eager import Continuation, denoise_towards, prefix_weights
 from gr00t_fast.errors import ConfigError
 
-SMOOTHING = ("rtc", "prefix", "identity", "seam", "seam_strong")
-Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async", "rtc", "prefix", "identity", "seam", "seam_strong"]
+Architecture = Literal["sync", "threaded", "threaded_resume", "naive_async"]
 SceneKind = Literal["moving", "still"]
 
 # --- the recording -------------------------------------------------------------------------------------------------------------------------
@@ -101,7 +98,6 @@ def pick_and_place(seconds: float) -> Recording:
 # --- the policy ---------------------------------------------------------------------------------------------------------------------------
 
 CAMERA = "front"
-_UNIT_DEG, _STEPS = 45.0, 4
 _START_OF_ERROR = 0.5  # how much of the error at a chunk's end its begin has: predictions further ahead are worse
 
 
@@ -113,48 +109,20 @@ class DelayedReplay(Policy):
     standard deviation of `chunk_noise_deg`. Call k of an episode errs alike, and takes as long, in every architecture.
     """
 
-    continues = frozenset(SMOOTHING)
-
     def __init__(self, recording: Recording, config: Config, cell: Cell, trial: int, clock: Clock) -> None:
         self._recording, self._config, self._cell, self._trial, self._clock = recording, config, cell, trial, clock
         self.reset()
 
-    def _denoised(self, mean: np.ndarray, noise: np.ndarray, prefix: Any) -> np.ndarray:
-        """What four Euler steps make of noise (H, J) along the exact flow to chunks around mean (H, J) in degrees, that deviate from it as `mean`
-        deviates from the recording. 45 degrees are 1."""
-        share, deviation, unit = np.linspace(0.0, 1.0, len(mean)), self._config.chunk_noise_deg / _UNIT_DEG, torch.eye(len(mean), dtype=torch.float64)
-        begin, end = torch.from_numpy(_START_OF_ERROR * (1 - share)), torch.from_numpy(share)
-        covariance = deviation**2 * (torch.outer(begin, begin) + torch.outer(end, end)) + 1e-6 * unit
-        center = torch.from_numpy(mean / _UNIT_DEG)
-
-        def velocity(actions: torch.Tensor, step: int) -> torch.Tensor:
-            t = step / _STEPS
-            matrix = (t * covariance - (1 - t) * unit) @ torch.linalg.inv(t**2 * covariance + (1 - t) ** 2 * unit)
-            return center + matrix @ (actions.double() - t * center)
-
-        start = torch.from_numpy(noise)[None].float()
-        known, weights, method = torch.zeros(start.shape), torch.zeros(start.shape), "prefix"
-        if prefix is not None:
-            rows = prefix.actions["action.joints"]
-            known[0, : len(rows)] = torch.from_numpy(rows[: len(mean)] / _UNIT_DEG)
-            weights[0] = prefix_weights(len(mean), prefix.inference_delay, len(rows))[:, None]
-            method = prefix.method
-        actions = _UNIT_DEG * denoise_towards(velocity, start, _STEPS, Continuation(known, weights, method))[0].double().numpy()
-        if prefix is not None:
-            actions[: prefix.inference_delay] = prefix.actions["action.joints"][: prefix.inference_delay]
-        return actions
-
     def reset(self) -> None:
         self._errors, self._delays = (np.random.default_rng([self._config.seed, self._trial, stream]) for stream in (0, 1))
 
-    def get_action(self, observation: dict[str, Any], noise: Any = None, prefix: Any = None) -> dict[str, np.ndarray]:
+    def get_action(self, observation: dict[str, Any], noise: Any = None) -> dict[str, np.ndarray]:
         """Return `action.joints` (H, J) and `action.<MARKER>` (H, 1)."""
         ends_s = self._clock.now_s() + self._cell.delay.sample_s(self._delays)
         times_s = float(observation[f"state.{MARKER}"][0, 0]) + np.arange(self._cell.horizon) / self._config.fps  # (H,)
         begin, end = self._errors.normal(0.0, self._config.chunk_noise_deg, (2, len(self._recording.joint_names)))  # (J,) each
         share = np.linspace(0.0, 1.0, self._cell.horizon)[:, None]
         actions = self._recording.at(times_s) + (1 - share) * _START_OF_ERROR * begin + share * end
-        actions = self._denoised(actions, self._errors.normal(size=actions.shape), prefix)
         self._clock.sleep_until_s(ends_s)
         return {"action.joints": actions.astype(np.float32), f"action.{MARKER}": times_s[:, None].astype(np.float32)}
 
@@ -375,7 +343,7 @@ def make_controller(config: Config, cell: Cell, policy: Policy, arm: FollowerArm
     if cell.architecture == "naive_async":
         return FifoController(policy, binding, clock, worker)
     when_late = "resume" if cell.architecture == "threaded_resume" else "hold"
-    options = ControllerOptions("sync" if cell.architecture == "sync" else "threaded", cell.architecture if cell.architecture in SMOOTHING else "none", when_late, max_hold_s=None)
+    options = ControllerOptions("sync" if cell.architecture == "sync" else "threaded", when_late=when_late, max_hold_s=None)
     return ChunkController(policy, binding, _INSTRUCTION, clock, config.fps, options, worker)
 
 
@@ -390,8 +358,6 @@ _LONGEST_DELAY = 0.5  # of the motion; beyond, too little is left to compare
 _FIGURES = {
     "frozen_ticks": ("frozen ticks", 1),
     "velocity_jump_deg_s": ("velocity's jump, deg/s", 0),
-    "seam_deg_s": ("velocity's change at a seam, mean", 1),
-    "jerk_rms_deg_s3": ("jerk rms, 1000 deg/s^3", 2),
     "tracking_delay_s": ("tracking delay, s", 2),
     "mae_raw": ("MAE, same instant", 2),
     "mae_aligned": ("MAE, delay out", 2),
@@ -419,8 +385,6 @@ def measure(recording: Recording, loop: ControlLoop, arm: FollowerArm, scene: Sc
     figures = {
         "frozen_ticks": max(0, int(data["underrun"].sum() + (ticks - 1).sum()) - missed),
         "velocity_jump_deg_s": np.abs(np.diff(commanded, n=2, axis=0) / period_s).max(initial=0.0),
-        "seam_deg_s": seam_of(commanded, loop, period_s),
-        "jerk_rms_deg_s3": np.sqrt(np.mean(np.diff(commanded, n=3, axis=0) ** 2)) / period_s**3 / 1000,
         "tracking_delay_s": delays_s[np.argmin(errors)],
         "mae_raw": errors[0],
         "mae_aligned": min(errors),
@@ -431,12 +395,6 @@ def measure(recording: Recording, loop: ControlLoop, arm: FollowerArm, scene: Sc
         "finished": loop.trace.ended_by == FINISHED,
     }
     return Trial({name: float(value) for name, value in figures.items()}, grid_s, pose, reference)
-
-
-def seam_of(commanded: np.ndarray, loop: ControlLoop, period_s: float) -> float:
-    starts = [chunk.first_tick - 2 for chunk in loop.trace.chunks if chunk.overlapped and 2 <= chunk.first_tick < len(commanded)]
-    change = np.abs(np.diff(commanded, n=2, axis=0)).max(axis=1) / period_s
-    return float(np.mean(change[starts])) if starts else 0.0
 
 
 def mean_error(grid_s: np.ndarray, pose: np.ndarray, reference: np.ndarray, delay_s: float) -> float:

@@ -45,8 +45,7 @@ from gr00t_fast.robots.sim.simulation import SimArm
 from training.samples import FIRST_LAYOUT_SEED
 
 Scene = Literal["still", "moving"]
-SMOOTHING = ("rtc", "prefix", "identity", "seam", "seam_strong")
-ControllerName = Literal["sync", "threaded", "auto", "resume", "rtc", "prefix", "identity", "seam", "seam_strong"]
+ControllerName = Literal["sync", "threaded", "auto", "resume", "prefix"]
 Study = Literal["latency", "steps", "precision"]
 EMBODIMENT_TAG, DATA_CONFIG = "new_embodiment", "so100"  # what training/ writes, and the simulation shows
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,14 +72,14 @@ FACTORS = tuple(field.name for field in fields(Cell))
 
 
 def cells_of_study(study: Study, scenes: Sequence[Scene], engines: Sequence[str]) -> list[Cell]:
-    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; resume and rtc could
+    """latency: loops that wait play 8 or 16 actions per inference, those that think ahead need all 16 to bridge the wait; resume and prefix could
     differ from threaded only where chunks come late or overlap for long. steps: fewer denoising steps, longer chunks. precision: number formats."""
     if study == "steps":
         return [Cell(scene, "sync", 0, steps, horizon) for scene in scenes for steps in (1, 2, 4, 8) for horizon in (4, 8, 16)]
     if study == "precision":
         return [Cell(scene, engine=engine) for scene in scenes for engine in dict.fromkeys(("eager:fp32", "eager:bf16", *engines))]
     all_ms = (0, 50, 200, 800)
-    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("resume", 16, all_ms[2:]), ("rtc", 16, all_ms[2:3])]
+    arms = [("sync", 8, all_ms), ("sync", 16, all_ms), ("threaded", 16, all_ms), ("resume", 16, all_ms[2:]), ("prefix", 16, all_ms[2:3])]
     return [Cell(scene, name, ms, action_horizon=horizon) for scene in scenes for name, horizon, latencies_ms in arms for ms in latencies_ms]
 
 
@@ -120,16 +119,12 @@ class Outcome:
     solved_s: float | None
     inferences: int
     underrun_ticks: int
-    seams_deg_s: list[float] = field(default_factory=list)  # change of the commanded velocity, body joint of the largest, where a chunk took over
-    within_deg_s: list[float] = field(default_factory=list)  # the same at the other ticks
-    jerk_deg_s3: float | None = None  # root mean square of the commanded motion's third difference, body joints, where it moves
-    measured_jerk_deg_s3: float | None = None  # the same of where the joints were at the ticks
 
 
 class LatePolicy(Policy):
     """A policy whose answers take `latency_ms` of simulated time. Inference k of an episode starts from the same noise in every cell."""
 
-    continues = frozenset(SMOOTHING)
+    continues = True
 
     def __init__(self, policy: Any, noise_shape: tuple[int, int], clock: VirtualClock, latency_ms: float, seed: tuple[int, int]) -> None:
         self._policy, self._noise_shape, self._clock, self._latency_s = policy, noise_shape, clock, latency_ms / 1000
@@ -149,7 +144,7 @@ class LatePolicy(Policy):
     def reset(self) -> None:
         self._policy.reset()
 
-    def warm_up(self, instruction: str, prefix_method: str | None = None) -> dict[str, float]:
+    def warm_up(self, instruction: str, continuing: bool = False) -> dict[str, float]:
         """Nothing to warm; what an inference will take."""
         return {"total": 1000 * self._latency_s}
 
@@ -226,7 +221,7 @@ class EpisodeRunner:
         binding = RobotBinding(late.get_modality_config(), metadata.state_widths, metadata.action_widths, arm.joint_names, cameras)
         overlap = ControllerOptions(
             cell.controller if cell.controller in ("sync", "auto") else "threaded",
-            cell.controller if cell.controller in SMOOTHING else "none",
+            "prefix" if cell.controller == "prefix" else "none",
             "resume" if cell.controller == "resume" else "hold",
             None,
             cell.action_horizon,
@@ -237,8 +232,7 @@ class EpisodeRunner:
         options = LoopOptions(metadata.fps, timeout_s=config.episode_s, seed=seed, camera_fault=None)  # pictures are drawn when looked at
         loop = play_until(arm.over, _SOLVED, arm, controller, options, clock)
         solved_s = None if arm.solved_s is None else round(arm.solved_s, 4)
-        data = loop.trace.arrays()
-        return Outcome(seed, solved_s, late.inferences, int(data["underrun"].sum()), **smoothness_of(loop, arm.units_per_deg, metadata.fps))
+        return Outcome(seed, solved_s, late.inferences, int(loop.trace.arrays()["underrun"].sum()))
 
     def _arm(self, cell: Cell) -> tuple[VirtualClock, EvaluatedArm]:
         if cell.scene not in self._arms:
@@ -248,32 +242,6 @@ class EpisodeRunner:
             world = SO100SimConfig(task="reach", cameras=cameras, block_speed_m_s=speed_m_s, servo_lag_ms=self._config.servo_lag_ms)
             self._arms[cell.scene] = clock, EvaluatedArm(world, clock, self._config.episode_s)
         return self._arms[cell.scene]
-
-
-_BODY = slice(0, 5)
-_MOVING_DEG = 0.1  # per tick
-
-
-def smoothness_of(loop: Any, units_per_deg: np.ndarray, fps: float) -> dict[str, Any]:
-    data, chunks = loop.trace.arrays(), loop.trace.chunks
-    target, measured = ((data[name] / units_per_deg)[:, _BODY] for name in ("target", "measured"))
-    if len(target) < 4:
-        return {}
-    change = np.abs(np.diff(target, n=2, axis=0)).max(axis=1) * fps  # entry i is about tick i + 2
-    seam = np.zeros(len(change), bool)
-    seam[[chunk.first_tick - 2 for chunk in chunks if chunk.overlapped and 2 <= chunk.first_tick < len(target)]] = True
-    return {
-        "seams_deg_s": [round(float(each), 2) for each in change[seam]],
-        "within_deg_s": [round(float(each), 2) for each in change[~seam]],
-        "jerk_deg_s3": jerk_of(target, fps),
-        "measured_jerk_deg_s3": jerk_of(measured, fps),
-    }
-
-
-def jerk_of(joints_deg: np.ndarray, fps: float) -> float | None:
-    moving = (np.abs(np.diff(joints_deg, axis=0)) > _MOVING_DEG).any(axis=1)  # (N - 1,)
-    counted = (np.diff(joints_deg, n=3, axis=0) * fps**3)[moving[:-2] | moving[1:-1] | moving[2:]]
-    return round(float(np.sqrt(np.mean(counted**2))), 1) if len(counted) else None
 
 
 def reach_for_still_blocks(policy: Any, noise_shape: tuple[int, int], seeds: Iterable[int], action_horizon: int = 8) -> list[Outcome]:
@@ -379,26 +347,7 @@ def figures_of(outcomes: Mapping[int, Outcome], episode_s: float, deadlines_s: S
         "mean_time_95_s": mean_interval(bounded_s),
         "mean_inferences": round(float(np.mean([each.inferences for each in outcomes.values()])), 2),
         "mean_underrun_ticks": round(float(np.mean([each.underrun_ticks for each in outcomes.values()])), 2),
-        **seam_figures(list(outcomes.values())),
         "failed_seeds": [each.seed for each in outcomes.values() if each.solved_s is None],
-    }
-
-
-def seam_figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """seam: change of velocity at the ticks where a chunk took over, by episode's mean, then over episodes; jerk: median over episodes."""
-    each = [np.mean(outcome.seams_deg_s) for outcome in outcomes if outcome.seams_deg_s]
-    every = [value for outcome in outcomes for value in outcome.seams_deg_s]
-    within = [value for outcome in outcomes for value in outcome.within_deg_s]
-    if not every:
-        return {}
-    return {
-        "seams": len(every),
-        "seam_deg_s": round(float(np.mean(each)), 2),
-        "seam_95_deg_s": mean_interval(np.array(each)),
-        "seam_p95_deg_s": round(float(np.percentile(every, 95)), 1),
-        "within_deg_s": round(float(np.mean(within)), 2) if within else None,  # where chunks take over at every tick there is none
-        "median_jerk_deg_s3": round(float(np.median([outcome.jerk_deg_s3 or 0 for outcome in outcomes]))),
-        "median_measured_jerk_deg_s3": round(float(np.median([outcome.measured_jerk_deg_s3 or 0 for outcome in outcomes]))),
     }
 
 
@@ -417,7 +366,6 @@ def as_table(result: Mapping[str, Any]) -> str:
     deadlines = [f"{deadline:g}" for deadline in result["deadlines_s"]]
     columns = ("block", "controller", "latency ms", "steps", "actions", "engine", "success % (95 %)")
     columns += (*(f"within {deadline} s" for deadline in deadlines), "mean time s (95 %)", "inferences")
-    columns += ("seams", "change of velocity at a seam, deg/s (95 %)", "its 95th percentile", "at other ticks", "jerk, 1000 deg/s^3", "measured")
     lag = "the motors' own, about 100 ms" if result["servo_lag_ms"] is None else f"{result['servo_lag_ms']:g} ms"
     preface = (
         f"Reach, {result['episodes']} layouts unseen in training, the same layouts and noise in every row; {result['episode_s']:g} s at 30 Hz; the "
@@ -435,12 +383,7 @@ def _line(row: Mapping[str, Any], deadlines: Sequence[str]) -> list[object]:
         return [*setting, "cannot run", *["-"] * (len(deadlines) + 2)]
     rates = (row["success"], *(row["within"][deadline] for deadline in deadlines))
     mean_time = f"{row['mean_time_s']:.2f} ({row['mean_time_95_s'][0]:.2f} to {row['mean_time_95_s'][1]:.2f})"
-    seam: list[object] = ["-"] * 6
-    if "seams" in row:
-        interval = "{:.1f} to {:.1f}".format(*row["seam_95_deg_s"])
-        jerks = (f"{row[name] / 1000:.2f}" for name in ("median_jerk_deg_s3", "median_measured_jerk_deg_s3"))
-        seam = [row["seams"], f"{row['seam_deg_s']:.1f} ({interval})", row["seam_p95_deg_s"], row["within_deg_s"] or "-", *jerks]
-    return [*setting, *(_percent(rate["rate"], rate["wilson_95"]) for rate in rates), mean_time, f"{row['mean_inferences']:.1f}", *seam]
+    return [*setting, *(_percent(rate["rate"], rate["wilson_95"]) for rate in rates), mean_time, f"{row['mean_inferences']:.1f}"]
 
 
 def _percent(rate: float, interval: Sequence[float]) -> str:

@@ -115,7 +115,7 @@ class ControllerOptions:
     """
 
     controller: Literal["auto", "sync", "threaded"] = "auto"
-    smoothing: Literal["none", "rtc", "prefix", "identity", "seam", "seam_strong"] = "none"
+    smoothing: Literal["none", "prefix"] = "none"
     when_late: Literal["hold", "resume"] = "hold"
     max_hold_s: float | None = DEFAULT_MAX_HOLD_S
     action_horizon: int | None = None
@@ -134,8 +134,8 @@ class ControllerOptions:
         return "smoothing" if self.smoothing != "none" else "when_late" if self.when_late != "hold" else None
 
     @property
-    def prefix_method(self) -> str | None:
-        return None if self.smoothing == "none" else self.smoothing
+    def continuing(self) -> bool:
+        return self.smoothing != "none"
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ChunkController:
         """`recoverable`: errors of the policy after which the arm holds and the next observation is tried (a server that restarts, which tells of
         waiting itself); others end the run. `echo` is told what `auto` chooses and why, and when the arm holds for long. Raises ConfigError."""
         self.options = options or ControllerOptions()
-        if self.options.prefix_method and self.options.smoothing not in policy.continues:
+        if self.options.continuing and not policy.continues:
             raise ConfigError(
                 f"--smoothing={self.options.smoothing} needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
                 "Use --engine=eager, or --smoothing=none."
@@ -225,7 +225,7 @@ class ChunkController:
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
         timing_ms = self._warmed_up(self.instruction, lambda: None, math.inf)
         self._watch.inferred(timing_ms.get("total", 0.0) / 1000)
-        if self.options.prefix_method and "total" in timing_ms:
+        if self.options.continuing and "total" in timing_ms:
             self._recent_ticks.append(self._ticks_of(timing_ms["total"]))
         if self.options.controller == "auto":
             self._choose_at_warm_up(timing_ms.get("total"))
@@ -257,7 +257,7 @@ class ChunkController:
         self._drop_what_runs(keep_alive)
         self._dropped = False
         rest, self._rest = self._rest, {}
-        self._submit(observation, tick=0, prefix=ActionPrefix(rest, 0, "prefix") if rest else None)
+        self._submit(observation, tick=0, prefix=ActionPrefix(rest, 0) if rest else None)
         try:
             timed: TimedChunk = self._waited_for(keep_alive, self._watch.limit_s, "the next chunk is not there")
         except self._recoverable:
@@ -346,7 +346,7 @@ class ChunkController:
     # Inference
 
     def _warmed_up(self, instruction: str, keep_alive: Callable[[], None], limit_s: float) -> Mapping[str, float]:
-        self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.prefix_method))
+        self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.continuing))
         timing_ms: Mapping[str, float] = self._waited_for(keep_alive, limit_s, "the policy still makes itself ready for the instruction")
         return timing_ms
 
@@ -397,11 +397,11 @@ class ChunkController:
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
-        left = self._buffer.leftover(tick) if self.options.prefix_method else {}
+        left = self._buffer.leftover(tick) if self.options.continuing else {}
         if not left or not all(np.isfinite(values).all() for values in left.values()):
             return None
         rows = min(len(values) for values in left.values())
-        return ActionPrefix(left, min(self._expected_ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
+        return ActionPrefix(left, min(self._expected_ticks, rows))
 
     def _collect(self, tick: int) -> None:
         """Take what the worker has finished; it may play from `tick` on. Raises the policy's error."""
