@@ -138,7 +138,7 @@ class FakePolicy(Policy):
     def reset(self) -> None:
         self.resets += 1
 
-    def warm_up(self, instruction: str | None = None, prefix_method: str | None = None) -> dict[str, float]:
+    def warm_up(self, instruction: str | None = None, continuing: bool = False) -> dict[str, float]:
         self.warmed_up = instruction
         return {}
 

@@ -179,7 +179,7 @@ def another_behind_a_proxy(server: Server, flags: tuple[str, ...]) -> Run:
 
 
 SYNC, MOVING = ("--controller=sync", "--action_horizon=8"), ("--controller=threaded",)
-CONTROLLERS = (SYNC, MOVING, (*MOVING, "--smoothing=rtc"))
+CONTROLLERS = (SYNC, MOVING, (*MOVING, "--smoothing=prefix"))
 SCENARIOS = [(another_behind_a_proxy, ())]
 SCENARIOS += [(restarted, flags) for flags in CONTROLLERS] + [(hanging, MOVING)]
 SCENARIOS += [(scenario, flags) for scenario in (for_good, never_there) for flags in (SYNC, MOVING)]

@@ -35,7 +35,7 @@ _IN_PLACE_OF_OTHERS = {
         "gr00t-fast run records with --record=user/name (or --record=DIR), and gr00t-fast replay plays --dataset=user/name.": "dataset.",
         "Use --display, or --display=HOST:PORT.": "display_data display_ip display_port",
         "Use --record_append=true, beside --record.": "resume",
-        "Use --controller=threaded with --smoothing=rtc (real-time chunking) or --smoothing=prefix.": "aggregate_fn_name inference.",
+        "Use --controller=threaded with --smoothing=prefix.": "aggregate_fn_name inference.",
         "There is no teleoperation here: use lerobot-teleoperate or lerobot-record.": "teleop.",
     },
 }

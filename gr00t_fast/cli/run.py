@@ -91,7 +91,7 @@ class MotionFlags(Flags):
 
     fps: float | None = None  # control rate; default: the rate at which the training data was recorded
     controller: Literal["auto", "sync", "threaded"] = "auto"  # sync: wait for inferences; threaded: move meanwhile; auto: what suits
-    smoothing: Literal["none", "rtc", "prefix"] = "none"  # threaded: how a chunk joins the one before
+    smoothing: Literal["none", "prefix"] = "none"  # threaded: how a chunk joins the one before
     max_hold_s: float | Literal["auto"] | None = "auto"  # how long the arm holds for want of actions; auto: see docs/safety.md; null: no limit
     recordings: Path | None = None  # LeRobotDataset behind the checkpoint: how fast its targets change, and where its episodes begin
     poses: Poses = field(default_factory=Poses)

@@ -107,7 +107,7 @@ class PlannerOptions:
     """
 
     controller: Literal["auto", "sync", "threaded"] = "auto"
-    smoothing: Literal["none", "rtc", "prefix"] = "none"
+    smoothing: Literal["none", "prefix"] = "none"
     max_hold_s: float | None = DEFAULT_MAX_HOLD_S
     action_horizon: int | None = None
 
@@ -118,8 +118,8 @@ class PlannerOptions:
             raise ConfigError(f"--smoothing={self.smoothing} needs --controller=auto or threaded: only there inference overlaps the motion.")
 
     @property
-    def prefix_method(self) -> str | None:
-        return None if self.smoothing == "none" else self.smoothing
+    def continuing(self) -> bool:
+        return self.smoothing != "none"
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Planner:
         """`recoverable`: errors of the policy after which the arm holds and the next observation is tried (a server that restarts, which tells of
         waiting itself); others end the run. `echo` is told what `auto` chooses and why. Raises ConfigError."""
         self.options = options or PlannerOptions()
-        if self.options.prefix_method and self.options.smoothing not in policy.continues:
+        if self.options.continuing and not policy.continues:
             raise ConfigError(
                 f"--smoothing={self.options.smoothing} needs a policy that can continue a chunk; {type(policy).__name__} cannot. "
                 "Use --engine=eager, or --smoothing=none."
@@ -275,7 +275,7 @@ class Planner:
         and raises what it raises. Waits for it; the arm is not connected yet.
 
         The first chunk continues none and is cheaper to make than those after it: the delay of these is taken from here."""
-        call = self._worker.submit(lambda: self._runner.policy.warm_up(self.instruction, self.options.prefix_method))
+        call = self._worker.submit(lambda: self._runner.policy.warm_up(self.instruction, self.options.continuing))
         call.exception()
         timing_ms: Mapping[str, float] = call.result()
         if "total" in timing_ms:
@@ -299,7 +299,7 @@ class Planner:
                 raise self.timed_out(_WARM_UP_LIMIT_S, "the policy still makes itself ready for the instruction")
             return True
         if math.isinf(end_s):  # nothing of the last episode runs any more
-            self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.prefix_method))
+            self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.continuing))
             self._getting_ready = instruction, self._clock.now_s() + _WARM_UP_LIMIT_S
             return True
         call, self._call, self._getting_ready = self._call, None, None
@@ -368,7 +368,7 @@ class Planner:
         left = self._buffer.rows_left(tick + 1)
         self._idle = not left
         rest, self._rest = self._rest, {}
-        prefix = ActionPrefix(rest, 0, "prefix") if rest else self._prefix(tick) if left else None
+        prefix = ActionPrefix(rest, 0) if rest else self._prefix(tick) if left else None
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         if left and self._runner.policy.takes_deadline:
             options["deadline_s"] = left / self._fps  # until the arm has no action left
@@ -403,7 +403,7 @@ class Planner:
             return math.inf
         usual = median_low([*self._recent_ticks][-_USUAL_WINDOW:] or [1])
         # As many rows are over on arrival as play until the next one. How many there are may not be known before the first.
-        bridged = 2 * usual <= (self._horizon or math.inf) or self.options.prefix_method is not None
+        bridged = 2 * usual <= (self._horizon or math.inf) or self.options.continuing
         return self._expected_ticks + 1.0 if bridged else 0.0
 
     @property
@@ -452,11 +452,11 @@ class Planner:
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
-        left = self._buffer.leftover(tick) if self.options.prefix_method else {}
+        left = self._buffer.leftover(tick) if self.options.continuing else {}
         if not left or not all(np.isfinite(values).all() for values in left.values()):
             return None
         rows = min(len(values) for values in left.values())
-        return ActionPrefix(left, min(self._expected_ticks, rows), self.options.smoothing)  # type: ignore[arg-type]  # not "none"
+        return ActionPrefix(left, min(self._expected_ticks, rows))
 
     def _note(self, inference_s: float, ticks: int | None = None) -> None:
         """An inference has taken so long, and its chunk was there `ticks` after its observation; None: it was no chunk's."""

@@ -331,7 +331,7 @@ def open_arms(bench: Bench, made: Made | None = None) -> tuple[dict[str, dict[st
             "arithmetic": limit,
             "engine": engine,
             "directory": None if directory is None else str(directory),
-            "smoothing": sorted(policy.continues),
+            "continues": policy.continues,
             "memory_bytes": max(_memory_bytes(bench.device) - before, 0),
         }
     return arms, refused
@@ -463,7 +463,7 @@ def table_rows(result: Mapping[str, Any], after: Callable[[Mapping[str, Any]], l
         for steps, t in arm["times_ms"].items():
             faster = arm["times_as_fast_as"][steps]["eager"]
             judged = "within its limit" if arm["within_limit"] else "ERROR ABOVE ITS LIMIT: do not use it"
-            judged += "" if arm["smoothing"] else ", no --smoothing"
+            judged += "" if arm["continues"] else ", no --smoothing"
             e, of = arm["error_deg"], "-" if faster is None else f"{faster['median']:.2f}"
             cells = f"{t['p50']:>9.3f} {t['p95']:>9.3f} {t['p99']:>9.3f} {of:>8} {e['p99']:>9.4f} {e['max']:>9.4f} {arm['memory_bytes'] / 1e6:>7.0f}"
             rows.append(f"{name:<18} {steps:>5} {cells}  {arm['arithmetic']}, {judged}")
