@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 import numpy as np
 
-from benchmarks.lib.latency import VirtualWorker, play_until
+from benchmarks.lib.latency import VirtualClock, VirtualWorker, play_until
 from benchmarks.lib.program import finish, in_processes, markdown_table, provenance, read_flags
 from gr00t_fast import load_policy
 from gr00t_fast.base.contracts import ActionPrefix, Clock, LandingReport, Observation, Policy
@@ -36,7 +36,6 @@ from gr00t_fast.base.measurement import wilson_interval
 from gr00t_fast.checkpoint import open_checkpoint, read_policy_metadata
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.loop import LoopOptions
-from gr00t_fast.control.pacer import VirtualClock
 from gr00t_fast.control.planner import Planner, PlannerOptions
 from gr00t_fast.engine.manifest import sha256
 from gr00t_fast.robots import SimCameraConfig, SO100SimConfig

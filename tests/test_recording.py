@@ -29,9 +29,9 @@ from waiting import PATIENCE_S, children, is_there, until
 from gr00t_fast.base.contracts import SO100_JOINTS, Observation
 from gr00t_fast.base.errors import ConfigError
 from gr00t_fast.base.files import is_running
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.checkpoint import read_policy_metadata
 from gr00t_fast.cli import replay
-from gr00t_fast.control.pacer import StopSignals
 from gr00t_fast.control.session import Session
 from gr00t_fast.inputs.data_config import DATA_CONFIGS
 from gr00t_fast.inputs.dataset import draw, open_frames, read

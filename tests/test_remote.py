@@ -17,11 +17,11 @@ import pytest
 from control_fakes import FakeRobot, policy_metadata
 from serving_fakes import ArithmeticPolicy, assert_same, observation, running
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import ModalityConfig
 from gr00t_fast.base.errors import ConfigError, PreflightError, ServerError, WireError
 from gr00t_fast.cli import run as cli
 from gr00t_fast.cli import serve
-from gr00t_fast.control.pacer import MonotonicClock
 from gr00t_fast.record.report import without_secrets
 from gr00t_fast.serving import HttpPolicyServer, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy

@@ -23,11 +23,12 @@ from control_fakes import FakeRobot
 from serving_fakes import ArithmeticPolicy, ServerProcess, observation, running
 from waiting import until
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.errors import ServerError, ServerUnreachableError
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli import run as cli
 from gr00t_fast.control.binding import RobotBinding
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import MonotonicClock, StopSignals
 from gr00t_fast.record.report import as_text, build_report
 from gr00t_fast.serving import PolicyClient, PolicyServer
 from gr00t_fast.serving.remote import RemotePolicy

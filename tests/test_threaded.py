@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from virtual_worker import VirtualWorker
 from waiting import PATIENCE_S, until
 
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import ActionPrefix, Observation, Policy
 from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError
+from gr00t_fast.base.worker import thread_left_running
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S
 from gr00t_fast.control.modes import Mode
-from gr00t_fast.control.pacer import MonotonicClock
-from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions, thread_left_running
+from gr00t_fast.control.planner import DueTarget, Planner, PlannerOptions
 from gr00t_fast.record.report import as_text, build_report
 
 # `GR00T_FAST_VIRTUAL_TICKS=1000000 pytest tests/test_threaded.py` is the full count, under a minute.
@@ -449,7 +450,7 @@ class TestThread:
         program = """
 import time
 from gr00t_fast.cli.main import leave
-from gr00t_fast.control.planner import ThreadWorker
+from gr00t_fast.base.worker import ThreadWorker
 worker = ThreadWorker()
 worker.submit(lambda: time.sleep(1000))
 assert not worker.close(0.1)

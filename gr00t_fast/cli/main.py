@@ -17,15 +17,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from gr00t_fast.base import console
 from gr00t_fast.base.console import CLOSED_TERMINAL, Console
 from gr00t_fast.base.errors import ConfigError, Gr00tFastError, closest
 from gr00t_fast.base.flags import help_text, parse_flags
+from gr00t_fast.base.signals import SIGNAL_EXIT_BASE, StopRequested
+from gr00t_fast.base.worker import thread_left_running
 from gr00t_fast.cli.others import FLAGS_OF_OTHERS
-from gr00t_fast.control.pacer import SIGNAL_EXIT_BASE, StopRequested
 
 if TYPE_CHECKING:
     from gr00t_fast.cli.shared_flags import OutputFlags
@@ -250,8 +250,7 @@ def leave(code: int) -> NoReturn:
     code of another thread runs (it may abort instead), so what is left to do at exit is then done here."""
     if console.stuck():
         os._exit(code)
-    controller: ModuleType | None = sys.modules.get("gr00t_fast.control.planner")  # without it no inference can be running
-    if controller is None or not controller.thread_left_running():
+    if not thread_left_running():
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

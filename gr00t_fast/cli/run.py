@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gr00t_fast.base import flags
+from gr00t_fast.base.clock import MonotonicClock
 from gr00t_fast.base.contracts import Clock, LandingReport, Observation, Robot
 from gr00t_fast.base.errors import AT_LEAST_1, ConfigError, ServerUnreachableError, check_ranges
 from gr00t_fast.base.files import check_kept
 from gr00t_fast.base.flags import Flags
 from gr00t_fast.base.keyboard import Keys, keys_obstacle
+from gr00t_fast.base.signals import StopSignals
 from gr00t_fast.cli.main import EXIT_ERROR, EXIT_OK, Command
 from gr00t_fast.cli.shared_flags import RunOutputFlags, SafetyFlags
 from gr00t_fast.control.binding import RobotBinding, resolve_camera_map
 from gr00t_fast.control.limits import Poses
 from gr00t_fast.control.loop import ControlLoop, LoopOptions
-from gr00t_fast.control.pacer import FPS_RANGE, MonotonicClock, StopSignals
+from gr00t_fast.control.pacer import FPS_RANGE
 from gr00t_fast.control.planner import DEFAULT_MAX_HOLD_S, Planner, PlannerOptions
 from gr00t_fast.control.preflight import Preflight
 from gr00t_fast.control.session import KEYS_HELP, Session

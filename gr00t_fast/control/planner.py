@@ -13,21 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 from statistics import median_low
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from gr00t_fast.base.contracts import ActionChunk, ActionPrefix, Clock, Observation, Policy
 from gr00t_fast.base.errors import ConfigError, InferenceTimeoutError, UnsafeActionError, check_ranges
 from gr00t_fast.base.measurement import percentiles
+from gr00t_fast.base.worker import ThreadWorker, Worker
 from gr00t_fast.control.binding import RobotBinding
 
 # How long the arm may hold its pose because no action is left. With half a second of actions still to play, an inference that hangs leads to
@@ -40,58 +39,6 @@ USUAL_TIMES = 3.0
 _DELAY_WINDOW = 20  # chunks, some seconds: a spike must not count for longer
 _USUAL_WINDOW = 5  # chunks whose median says whether the arm moves during inferences: three in a row change that
 _TELL_AFTER_S = 2.0  # longer than one or two late chunks last
-_in_a_call: set[threading.Thread] = set()
-
-
-class Worker(Protocol):
-    """Where inference runs, one call at a time. Tests and simulations of slow networks use one without a thread."""
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Start a call; the one before has ended. Of the answer `done`, `exception` and `result` are asked."""
-
-    def close(self, timeout_s: float) -> bool:
-        """Take no more calls and wait for the running one, at most `timeout_s`. True when it has ended."""
-
-
-class ThreadWorker:
-    """A daemon thread, started with the first call: a call may hang for ever (a driver, a network connection) and must not keep the program from
-    ending, as one of a ThreadPoolExecutor would."""
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="gr00t_fast-inference", daemon=True)
-            self._thread.start()
-        future: Future[Any] = Future()
-        self._calls.put((future, call))
-        return future
-
-    def close(self, timeout_s: float) -> bool:
-        self._calls.put(None)
-        if self._thread is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            future, call = item
-            _in_a_call.add(threading.current_thread())
-            try:
-                result, error = call(), None
-            except BaseException as raised:  # noqa: BLE001 - not handled here but handed over: the other thread raises it
-                result, error = None, raised
-            _in_a_call.discard(threading.current_thread())
-            future.set_result(result) if error is None else future.set_exception(error)
-            del item, future, call, result, error  # they hold an observation
-
-
-def thread_left_running() -> bool:
-    """Whether some inference still runs in a thread that could not be joined."""
-    return bool(_in_a_call)
 
 
 @dataclass(frozen=True)
@@ -224,7 +171,8 @@ class Planner:
     """Asks for chunks and says what is due. One thread calls it; the policy, its reset included, runs in the worker only. Nothing here waits but
     `warm_up`.
 
-    lead: a chunk is asked for when so many rows or fewer are left; 0: the arm waits for each. limit_s: how long the arm may hold for want of one.
+    buffer: the chunk that plays. lead: the next one is asked for when so many rows or fewer are left; 0: the arm waits for each. limit_s: how long
+    the arm may hold for want of one.
     """
 
     def __init__(
@@ -250,7 +198,7 @@ class Planner:
         self._runner = PolicyRunner(policy, binding, instruction, clock)
         self._fps, self._clock, self._recoverable, self._echo = fps, clock, recoverable, echo
         self._worker = worker or ThreadWorker()
-        self._buffer = ChunkBuffer(in_order=not policy.computes)
+        self.buffer = ChunkBuffer(in_order=not policy.computes)
         self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
         self._dropped = self._dropped_before = False  # whether what the call that runs makes is over already, and that of the call before was
         self._getting_ready: tuple[str, float] | None = None  # the next instruction, and until when the policy may take for it
@@ -260,7 +208,7 @@ class Planner:
         self._recent_ticks: deque[int] = deque(maxlen=_DELAY_WINDOW)  # from an observation to the tick its chunk is there
         self._recent_s: deque[float] = deque(maxlen=_DELAY_WINDOW)  # what an inference took
         self._lost_inferences = self._rows = 0  # rows: of the last chunk
-        self._delays, self._estimates = array("q"), array("q")
+        self._delays = array("q")
         self._left_running = False
         self._overlapped: bool | None = None  # what was said last of `auto`
         self._reason = ""
@@ -318,8 +266,8 @@ class Planner:
         """What was planned is over, also what an inference under way makes of it. What was recorded goes on where it stopped: the next call of such a
         policy gets the rest to continue."""
         if not self._runner.policy.computes:
-            self._rest = self._buffer.leftover(self._buffer.next_row_tick()) or self._rest
-        self._buffer.clear()
+            self._rest = self.buffer.leftover(self.buffer.next_row_tick()) or self._rest
+        self.buffer.clear()
         self._dropped = self._call is not None
 
     # At each tick
@@ -346,26 +294,22 @@ class Planner:
             return None
         self._rows = len(timed.chunk.targets)
         self._note(timed.chunk.inference_ms / 1000, max(1, tick - timed.observed))
-        if not self._buffer.offer(timed, tick, self._idle and holding):
+        if not self.buffer.offer(timed, tick, self._idle and holding):
             return None
         self._played = True
         return timed.chunk
 
     def chunk_due(self, tick: int) -> DueTarget | None:
         """What plays at `tick`; None: no row is for it."""
-        return self._buffer.due(tick)
-
-    def ahead(self, tick: int, rows: int) -> np.ndarray:
-        """The next targets (L, J) of the chunk that plays, from `tick` on, at most `rows`; L 0 when it has run out."""
-        return self._buffer.ahead(tick, rows)
+        return self.buffer.due(tick)
 
     def want_inference(self, tick: int) -> bool:
         """Whether to ask now: nothing runs, and `lead` rows or fewer are left after `tick`."""
-        return self._call is None and self._buffer.rows_left(tick + 1) <= self.lead
+        return self._call is None and self.buffer.rows_left(tick + 1) <= self.lead
 
     def ask(self, observation: Observation, tick: int) -> None:
         """Begin the inference of the next chunk, from an observation made at `tick` after its target was sent."""
-        left = self._buffer.rows_left(tick + 1)
+        left = self.buffer.rows_left(tick + 1)
         self._idle = not left
         rest, self._rest = self._rest, {}
         prefix = ActionPrefix(rest, 0) if rest else self._prefix(tick) if left else None
@@ -434,11 +378,10 @@ class Planner:
         return {
             "kind": "threaded" if self.lead else "sync",
             "smoothing": self.options.smoothing,
-            "chunks_entered": self._buffer.entered,
-            "chunks_expired": self._buffer.expired,
+            "chunks_entered": self.buffer.entered,
+            "chunks_expired": self.buffer.expired,
             "lost_inferences": self._lost_inferences,
             "delay_ticks": percentiles(self._delays),
-            "delay_estimate_ticks": percentiles(self._estimates),
             "inference_left_running": self._left_running,
             **({"chosen_because": self._reason} if self.options.controller == "auto" else {}),
             **self._runner.policy.summary(),
@@ -452,7 +395,7 @@ class Planner:
 
     def _prefix(self, tick: int) -> ActionPrefix | None:
         """What the new chunk shall continue; None when that is nothing, or nothing to rely on (the policy returned NaN)."""
-        left = self._buffer.leftover(tick) if self.options.continuing else {}
+        left = self.buffer.leftover(tick) if self.options.continuing else {}
         if not left or not all(np.isfinite(values).all() for values in left.values()):
             return None
         rows = min(len(values) for values in left.values())
@@ -464,7 +407,6 @@ class Planner:
         first = not self._delays
         if ticks is not None:
             self._delays.append(ticks)
-            self._estimates.append(self._expected_ticks)
         took = max(1, math.ceil(inference_s * self._fps))
         self._recent_ticks.append(took if ticks is None else ticks)
         if ticks is not None and first and self.options.controller == "threaded" and took >= self._horizon:
