@@ -176,7 +176,8 @@ class EvaluatedArm(SimArm):
         self.solved_s: float | None = None
 
     def connect(self) -> None:
-        """Connected already."""
+        """Connected already; what the last episode came to is over."""
+        self.solved_s = None
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Stays connected, and no longer watched: what is left of this episode is none of the next one's business."""

@@ -339,7 +339,8 @@ class ControlLoop:
             self._judge_move(observation)
         if self.mode is Mode.CONNECTED:
             self._meet(observation)
-        elif planning and self.mode in (Mode.HOLD, Mode.PLAY):
+            return
+        if planning and self.mode in (Mode.HOLD, Mode.PLAY):
             self._plan(observation)
         self._show(observation, target, sent_s)
 
