@@ -25,7 +25,6 @@ from gr00t_fast.control.limits import ARRIVED_DEG, Limits, Move, Pose, Poses, Sa
 from gr00t_fast.control.modes import ENDS, Event, Mode, after
 from gr00t_fast.control.pacer import Pacer
 from gr00t_fast.control.planner import DueTarget, Planner
-from gr00t_fast.control.session import Session
 from gr00t_fast.control.trace import RunTrace, TickRecord
 
 TICK_HZ = 30.0  # at least: a policy of a lower rate has several ticks to an action, so that keys, limits and watchdog keep theirs
@@ -46,6 +45,36 @@ class Observer(Protocol):
 
     def see(self, observation: Observation, tick: TickRecord | None = None, mode: Mode = Mode.HOLD) -> None:
         """`tick` is None where no policy drives the arm, as between episodes."""
+
+
+class Session(Protocol):
+    """The person and the recording beside a run (record/session.py), asked at each tick; nothing here waits.
+
+    over: the episode, or the pause after it, is to end now. again: the episode does not count. pause: the arm is to hold, or to go on. instruction:
+    typed for the episodes to come. The loop takes the last two.
+    """
+
+    over: bool
+    again: bool
+    pause: bool
+    instruction: str | None
+    typing: bool  # whether an instruction is being typed
+    waits: bool  # whether the next episode is to wait although the pause is over
+
+    def poll(self) -> None:
+        """Take note of what was pressed."""
+
+    def begin(self, instruction: str) -> None:
+        """An episode begins."""
+
+    def see(self, observation: Observation, commanded: np.ndarray, underrun: bool) -> None:
+        """A tick of it."""
+
+    def end(self, ended_by: str, solved: bool | None) -> None:
+        """Its last tick has been."""
+
+    def settle(self) -> bool:
+        """The pause is over, or the run. Returns whether the episode is to be played again. May be called again."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +106,16 @@ class ControlLoop:
         planner: Planner,
         options: LoopOptions,
         clock: Clock,
-        stop: StopSignals | None = None,
+        stop: StopSignals,
+        session: Session,
         on_connected: Callable[[Observation], None] = lambda observation: None,
         observers: Sequence[Observer] = (),
         echo: Callable[[str], None] = print,
-        session: Session | None = None,
     ) -> None:
-        """`on_connected` gets the first observation and raises to refuse the run (the arm has not moved then). `session` ends episodes early and
-        records them.
-
-        Without `stop` the loop handles Ctrl-C and SIGTERM itself while it runs.
-        """
+        """`stop` is installed by the caller. `on_connected` gets the first observation and raises to refuse the run (the arm has not moved then)."""
         self.robot, self.planner, self.options, self.clock = robot, planner, options, clock
-        self.stop = stop or StopSignals()
-        self._signals = nullcontext() if stop else self.stop  # the owner of `stop` has installed the handlers
+        self.stop, self.session = stop, session
         self.on_connected, self.observers, self.echo = on_connected, observers, echo
-        self.session = session or Session(self.stop)
         robot.check_stop = self.stop.check
         self._ticks_per_step = max(1, math.ceil(TICK_HZ / options.fps))  # of the policy
         self.pacer = Pacer(self._ticks_per_step * options.fps, clock)
@@ -119,7 +142,7 @@ class ControlLoop:
     def run(self) -> RunTrace:
         """Connect, play all episodes, put the arm down, land. Returns normally when done or stopped; raises, after landing, what arm or policy
         raised."""
-        with self._signals, _few_garbage_collections():
+        with _few_garbage_collections():
             try:
                 self._guarded(self._connect)
                 while self.mode not in ENDS:
