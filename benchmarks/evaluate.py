@@ -177,7 +177,8 @@ class EvaluatedArm(SimArm):
         self.solved_s: float | None = None
 
     def connect(self) -> None:
-        """Connected already."""
+        """Connected already; nothing of the episode before counts."""
+        self.solved_s = None
 
     def land(self, as_found: bool = False) -> LandingReport:
         """Stays connected, and no longer watched: what is left of this episode is none of the next one's business."""
