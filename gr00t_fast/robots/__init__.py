@@ -1,8 +1,8 @@
 """The real SO-100 through lerobot's driver, and the flags of every arm (`--robot.*`): which arm, on which port, with which cameras.
 
-The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have, but for the servos'
-gains), so that a command line written for lerobot works unchanged. They are declared here once more because importing lerobot takes five seconds, which `--help` must not; a
-test compares the two.
+The fields of the real arm are lerobot's own (`SOFollowerRobotConfig`, `OpenCVCameraConfig`; all that versions 0.4.3 to 0.6.1 have, but for the gains
+of the servos), so that a command line written for lerobot works unchanged. They are declared here once more because importing lerobot takes five
+seconds, which `--help` must not; a test compares the two.
 """
 
 from __future__ import annotations
