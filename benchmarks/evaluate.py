@@ -177,7 +177,7 @@ class EvaluatedArm(SimArm):
         self.solved_s: float | None = None
 
     def connect(self) -> None:
-        """Connected already; nothing of the episode before counts."""
+        """Connected already; what the last episode came to is over."""
         self.solved_s = None
 
     def land(self, as_found: bool = False) -> LandingReport:

@@ -181,6 +181,8 @@ def test_a_run_leaves_everything_behind(world: World, tmp_path: Path, capsys: py
     assert world.run(*words) == 0
     assert sorted(path.name for path in out.iterdir()) == ["joints.png", "report.html", "report.json", "report.txt", "run.csv", "run.npz"]
     assert (tmp_path / "run.mp4").stat().st_size > 0
+    columns = (out / "run.csv").read_text().partition("\n")[0].split(",")
+    assert (columns[:2], columns[-1], len(columns)) == (["time_s", "episode"], "underrun", 21)
     report = json.loads((out / "report.json").read_text())
     assert report["run"]["ended_by"] == "done"
     assert (report["settings"]["robot"]["type"], report["settings"]["action_horizon"]) == ("so100_sim", 4)
