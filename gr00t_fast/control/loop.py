@@ -135,7 +135,7 @@ class ControlLoop:
         self._held_steps = 0  # of the policy, since the last row played
         self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
-        self._step = self._last_step = 0
+        self._last_step = 0
         self._error: BaseException | None = None  # the one that ended the run
         self._troubles = 0
 
@@ -368,6 +368,11 @@ class ControlLoop:
         self._show(observation, target, sent_s)
 
     @property
+    def _step(self) -> int:
+        """The policy's tick."""
+        return self.pacer.tick // self._ticks_per_step
+
+    @property
     def _is_step(self) -> bool:
         return self.pacer.tick % self._ticks_per_step == 0
 
@@ -427,7 +432,9 @@ class ControlLoop:
 
     def _next_row(self) -> None:
         """Take the chunk that has arrived, if one has, and the row that is due."""
-        self._step = self.pacer.tick // self._ticks_per_step
+        steps, self._last_step = self._step - self._last_step, self._step
+        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
+            self.limits.slow_start()
         chunk = self.planner.arrived(self._step, holding=self.mode is Mode.HOLD)
         self._due = self.planner.chunk_due(self._step)
         if chunk is not None:
@@ -460,12 +467,7 @@ class ControlLoop:
         """Where the mode wants the arm (J,); None: at its last goal."""
         if self._move is not None and self.mode in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN):
             return self._move.next_target(self.limits.last)
-        if self.mode is not Mode.PLAY or not self._is_step:
-            return None
-        steps, self._last_step = self._step - self._last_step, self._step
-        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
-            self.limits.slow_start()
-        return self._due.target
+        return self._due.target if self.mode is Mode.PLAY and self._is_step else None
 
     def _observe(self) -> Observation:
         """One look. Raises MissedReadingError and ArmAwayError where it fails in a way that may pass."""
@@ -485,7 +487,6 @@ class ControlLoop:
         return observation
 
     def _plan(self, observation: Observation) -> None:
-        self._step = self.pacer.tick // self._ticks_per_step
         self.planner.remember(observation)
         if self.planner.want_inference(self._step):
             self.planner.ask(observation, self._step)
