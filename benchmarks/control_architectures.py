@@ -179,7 +179,7 @@ class FifoPlanner:
             return self._playing[1]
         return None
 
-    def chunk_due(self, tick: int) -> DueTarget | None:
+    def due(self, tick: int) -> DueTarget | None:
         if self._playing is None or self._row >= len(self._playing[1].targets):
             return None
         self._row += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,12 @@ class FakeRobot:
         self.left_as_found = as_found
         self.calls.append("land")
         return self.landing
+
+
+def joints(limits: np.ndarray = LIMITS, units_per_deg: np.ndarray | None = None, max_step: np.ndarray | None = None) -> Any:
+    """What limits ask of a robot."""
+    scale = np.ones(6) if units_per_deg is None else units_per_deg
+    return SimpleNamespace(joint_limits=limits, joint_names=SO100_JOINTS, units_per_deg=scale, max_step=max_step)
 
 
 class FakePolicy(Policy):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arm_bench import raising
-from control_fakes import LIMITS, Bench
+from control_fakes import Bench, joints
 
 from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ArmAwayError, BusFault, CameraError, ConfigError, PreflightError, RobotError
@@ -66,7 +66,7 @@ def terminal_closes(run: Bench) -> None:
     """What is printed fails from the first word of the put-down on."""
     echo = run.loop.echo
     run.loop.echo = lambda line: (echo(line), raising(OSError(5, "closed"))() if "put down" in line else None)
-    run.stop.request("Esc")
+    run.stop.request("Esc", by_person=True)
 
 
 def once(run: Bench, error: Exception):
@@ -93,7 +93,7 @@ def cable_out(run: Bench, seconds: float) -> None:
 
 FULL = type("Full", (), {"see": raising(OSError(28, "No space left on device"))})
 ENDS = {  # after so many targets, of which the episode has 30; what happens; raised
-    "a key": (10, lambda run: run.stop.request("Esc"), None),
+    "a key": (10, lambda run: run.stop.request("Esc", by_person=True), None),
     "SIGTERM": (10, lambda run: send(signal.SIGTERM), None),
     "one that is delivered twice": (10, lambda run: (send(signal.SIGHUP), send(signal.SIGHUP)), None),  # as a terminal that closes does
     "a policy that raises": (10, lambda run: setattr(run.policy, "on_action", raising(ValueError("a bug"))), ValueError),
@@ -136,7 +136,7 @@ AT_ONCE = {  # what happens after 10 and 15 targets; the sent ones then, the exi
     "the bus": (bus_fails, None, 10, None, 0),
     "the bus, on the way": (lambda run: send(signal.SIGINT), bus_fails, 15, 130, 1),
     "a further stop": (lambda run: send(signal.SIGINT), stop_again, 16, 130, 2),
-    "a stop after a key": (lambda run: run.stop.request("Esc"), stop_again, 16, 0, 2),
+    "a stop after a key": (lambda run: run.stop.request("Esc", by_person=True), stop_again, 16, 0, 2),
 }
 
 
@@ -305,5 +305,5 @@ def test_recordings_say_where_they_begin_and_how_fast_they_are(tmp_path: Path) -
     np.testing.assert_allclose(found.fastest_units_s, [60.0] * 5 + [120.0])
     assert found.episodes == 3
     for recorded, limit_deg_s in ((tuple(found.fastest_units_s.tolist()), 180.0), ((9000.0,) * 6, DEFAULT_MAX_SPEED_DEG_S)):
-        safety = Limits(LIMITS, SO100_JOINTS, SafetyOptions(recorded_units_s=recorded), period_s=1 / 30, units_per_deg=np.ones(6))
+        safety = Limits(joints(), SafetyOptions(recorded_units_s=recorded), 1 / 30)
         assert safety.max_speed_deg_s == pytest.approx(limit_deg_s)

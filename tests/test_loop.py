@@ -19,7 +19,6 @@ from waiting import PATIENCE_S, until
 from gr00t_fast.base.errors import ArmAwayError, RobotError, UnsafeActionError
 from gr00t_fast.base.signals import FURTHER_AFTER_S, PRESSED_ANEW_S, StopRequested, StopSignals
 from gr00t_fast.control.limits import DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Poses
-from gr00t_fast.control.modes import Mode
 from gr00t_fast.control.planner import PlannerOptions
 from gr00t_fast.record.progress import dry_run_table
 from gr00t_fast.record.report import build_report, tracking_error
@@ -125,7 +124,15 @@ def test_nothing_planned_before_a_gap_plays_after_it(gap: str, controller: str, 
 def test_an_inference_that_holds_up_the_program_itself_is_not_made_for_ever() -> None:
     """Native code that keeps the interpreter's lock: each is a gap, and only one plan in a row is made anew for that."""
     bench = Bench(timeout_s=8.0)
-    bench.robot.on_observe = lambda: bench.clock.advance(0.7) if bench.loop.mode is Mode.HOLD else None
+    sleep, asked = bench.clock.sleep_until_s, [0]
+
+    def held_up(deadline_s: float) -> None:
+        sleep(deadline_s)
+        if len(bench.policy.seen) > asked[0]:
+            asked[0] += 1
+            bench.clock.advance(0.7)
+
+    bench.clock.sleep_until_s = held_up
     assert bench.loop.run().ended_by == "done"
     assert bench.robot.sent
 
@@ -368,7 +375,7 @@ class TestStopSignals:
             if first == "signal":
                 signal.raise_signal(signal.SIGHUP)
             elif first == "request":
-                stop.request("the disk is full", 1)
+                stop.request("the disk is full", 1, by_person=True)
             stop.request("and again", 1) if first != "none" else None
             stop.begin_shutdown()
             signal.raise_signal(signal.SIGINT)

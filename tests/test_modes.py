@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arm_bench import raising
 from control_fakes import TICK_S, Bench
 
 from gr00t_fast.base.errors import ArmAwayError, BusFault, InferenceTimeoutError, MissedReadingError
@@ -196,3 +197,102 @@ def test_a_slow_policy_has_several_ticks_to_an_action(fps: float) -> None:
     assert bench.robot.beats >= 3.5 * tick_hz
     targets = bench.loop.trace.arrays()["target"][:, 0]
     assert np.allclose(np.diff(targets[:8]), 1.0)
+
+
+def test_an_arm_that_was_lost_while_the_program_was_held_up_is_not_waited_for_for_ever() -> None:
+    """The gap leads to AWAY first, and has no deadline of its own."""
+    bench = Bench(timeout_s=600.0)
+
+    def happen() -> None:
+        if len(bench.robot.sent) == 20:
+            bench.clock.advance(0.8)
+            bench.robot.on_observe = raising(ArmAwayError("the port is lost.", 5.0))
+
+    bench.robot.on_send = happen
+    with pytest.raises(BusFault, match="did not come back"):
+        bench.loop.run()
+    assert bench.clock.now_s() - bench.times()[-1] < 7.0
+
+
+def test_two_pauses_in_a_row_drop_two_plans() -> None:
+    """What was asked for before a pause never plays after it, however long ago that was."""
+    bench = Bench(inference_s=1.5, timeout_s=20.0)
+    presses = [104.0, 104.8, 106.2, 166.0]
+
+    def look() -> None:
+        if presses and bench.clock.now_s() >= presses[0]:
+            presses.pop(0)
+            bench.loop.session.pause = True
+
+    bench.robot.on_observe = look
+    bench.loop.run()
+    data = bench.loop.trace.arrays()
+    seen_s = data["time_s"] - data["age_ticks"] * TICK_S
+    after = (data["time_s"] > 66.0) & ~data["underrun"]
+    assert after.any()
+    assert seen_s[after].min() > 60.0
+
+
+def test_a_look_without_pictures_is_neither_recorded_nor_does_it_accept_the_run() -> None:
+    bench, first = Bench(timeout_s=3.0, fps=10.0), [True]
+    recorded, met = [], []
+    bench.loop.session.see = lambda observation, commanded, underrun: recorded.append(bool(observation.frames))
+    bench.loop.on_connected = lambda observation: met.append(bool(observation.frames))
+
+    def lose() -> None:
+        if first or len(bench.robot.sent) == 40:
+            first.clear()
+            bench.robot.sent.append((bench.clock.now_s(), bench.robot.pose.copy()))
+            raise ArmAwayError("the port is lost.", 5.0)
+
+    bench.robot.on_observe = lose
+    bench.loop.run()
+    assert met == [True]
+    assert recorded
+    assert all(recorded)
+
+
+def test_a_goal_that_did_not_leave_moves_no_limit() -> None:
+    """For 0.4 s nothing can be sent; then the goal goes on from the last one that arrived."""
+    bench = Bench(timeout_s=4.0, policy_horizon=50, horizon=50)
+    bench.policy.on_action = lambda targets: targets[:1] + 4.0 * np.arange(50)[:, None]
+    until_s: list[float] = []
+
+    def fail() -> None:
+        if len(bench.robot.sent) == 30 and not until_s:
+            until_s.append(bench.clock.now_s() + 0.4)
+        if until_s and bench.clock.now_s() < until_s[0]:
+            raise MissedReadingError("the goal could not be sent.")
+
+    bench.robot.on_send = fail
+    bench.loop.run()
+    assert until_s
+    assert np.abs(np.diff(bench.sent(), axis=0)).max() <= 350 / 30 + 1e-6
+
+
+def test_an_instruction_is_not_waited_for_for_ever_behind_an_inference_that_hangs() -> None:
+    bench = Bench(episodes=2, reset_time_s=1.0, timeout_s=2.0)
+    bench.robot.on_send = lambda: len(bench.robot.sent) == 40 and setattr(bench.policy, "inference_s", 1e6)
+    typed = ["lift it"]
+    bench.robot.on_observe = lambda: setattr(bench.loop.session, "instruction", typed.pop()) if typed and bench.loop.mode is Mode.BETWEEN else None
+    with pytest.raises(InferenceTimeoutError):
+        bench.loop.run()
+    assert bench.clock.now_s() - 100 < 700
+
+
+def test_an_outage_on_a_slow_move_begins_it_anew_from_where_the_arm_is() -> None:
+    bench = Bench(timeout_s=2.0, poses=Poses(None, (-40.0, 0, 0, 0, 0, 50), 30.0))
+    sagged: list[int] = []
+
+    def lose() -> None:
+        if bench.loop.mode is Mode.PUT_DOWN and not sagged:
+            sagged.append(len(bench.robot.sent))
+            bench.robot.pose = bench.robot.pose + 12.0
+            bench.robot.sent.append((bench.clock.now_s(), bench.robot.pose.copy()))  # where it stays
+            raise ArmAwayError("the port is lost.", 5.0)
+
+    bench.robot.on_observe = lose
+    bench.loop.run()
+    after = bench.sent()[sagged[0] :]
+    assert np.abs(np.diff(after[:, 0])).max() <= 1.0 + 1e-6
+    np.testing.assert_allclose(after[-1], [-40, 0, 0, 0, 0, 50], atol=1e-6)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from control_fakes import LIMITS
+from control_fakes import LIMITS, joints
 
-from gr00t_fast.base.contracts import SO100_JOINTS
 from gr00t_fast.base.errors import ConfigError, UnsafeActionError
 from gr00t_fast.control.limits import BLOCKED_END_S, DEFAULT_MAX_SPEED_DEG_S, HOME_SPEED_DEG_S, MAX_HELD_TICKS, Limits, SafetyOptions
 
@@ -16,9 +15,8 @@ STEP = DEFAULT_MAX_SPEED_DEG_S / FPS
 
 
 def gate(limits: np.ndarray = LIMITS, fps: float = FPS, units_per_deg: np.ndarray | None = None, **options: object) -> Limits:
-    scale = np.ones(6) if units_per_deg is None else units_per_deg
     # at full speed from the start
-    return Limits(limits, SO100_JOINTS, SafetyOptions(**options), period_s=1 / fps, units_per_deg=scale, slow_deg_s=np.inf)
+    return Limits(joints(limits, units_per_deg), SafetyOptions(**options), 1 / fps, slow_deg_s=np.inf)
 
 
 def started(start: np.ndarray = START, **options: object) -> Limits:
@@ -75,7 +73,7 @@ def test_not_finite_is_held_counted_and_never_sent(bad: float) -> None:
 @pytest.mark.parametrize("fps", [10.0, 30.0, 200.0])
 def test_after_a_start_the_speed_limit_grows_from_a_slow_move_to_its_maximum_within_a_second(fps: float) -> None:
     far = at(0, 1e4)  # further than any joint: what is looked at is the speed
-    safety = Limits(LIMITS * 100, SO100_JOINTS, SafetyOptions(max_following_error_deg=None), period_s=1 / fps, units_per_deg=np.ones(6))
+    safety = Limits(joints(LIMITS * 100), SafetyOptions(max_following_error_deg=None), 1 / fps)
     for begin in (safety.start, lambda pose: safety.slow_start()):
         begin(START)
         path = [safety.last[0], *(safety.apply(far)[0] for _ in range(int(2 * fps)))]
@@ -171,7 +169,7 @@ def test_a_joint_that_only_lags_moves_on() -> None:
 @pytest.mark.parametrize("drift_deg", [0.0, -0.5], ids=["blocked", "drifts away from its goal"])
 def test_a_joint_that_does_not_follow_is_said_and_ends_the_run(drift_deg: float) -> None:
     said: list[str] = []
-    safety = Limits(LIMITS, SO100_JOINTS, period_s=1 / FPS, units_per_deg=np.ones(6), echo=said.append)
+    safety = Limits(joints(), SafetyOptions(), 1 / FPS, echo=said.append)
     stands = START + [0, 30, 0, 0, 0, 0]
     safety.start(stands)
     ended_at = None

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from control_fakes import LIMITS, TICK_S, Bench
+from control_fakes import TICK_S, Bench, joints
 
 from gr00t_fast.base.contracts import SO100_JOINTS, MotorLoads, Observation
 from gr00t_fast.base.errors import UnsafeActionError
@@ -26,7 +26,7 @@ class Arm:
     def __init__(self, **options: object) -> None:
         self.said: list[str] = []
         safety = SafetyOptions(max_speed_deg_s=None, **options)
-        self.safety = Limits(LIMITS, SO100_JOINTS, safety, period_s=1 / 30, units_per_deg=np.ones(6), echo=self.said.append)
+        self.safety = Limits(joints(), safety, 1 / 30, echo=self.said.append)
         self.safety.start(START)
         self.joints, self.goal = START.copy(), START.copy()
         self.blocked, self.push, self.current_ma = np.zeros(6, bool), np.full(6, np.nan), 0.0

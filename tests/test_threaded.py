@@ -100,7 +100,7 @@ def play_ticks(planner: Planner, worker: VirtualWorker, ticks: int) -> None:
     for tick in range(ticks):
         worker.now = 2 * tick
         planner.arrived(tick, holding)
-        holding = planner.chunk_due(tick) is None
+        holding = planner.buffer.due(tick) is None
         worker.now += 1
         if planner.want_inference(tick):
             planner.ask(observation(tick), tick)
@@ -151,7 +151,7 @@ def play(
             entered = planner.arrived(tick, holding)
             if entered is not None:
                 account.enter(int(entered.targets[0, 0]), tick, holding)
-            due = planner.chunk_due(tick)
+            due = planner.buffer.due(tick)
             check(account, due, tick, policy)
             holding, account.ticks = due is None, account.ticks + 1
             worker.now = 2 * tick + 1

@@ -71,10 +71,10 @@ class StopSignals:
         """Why the end was requested, if it was."""
         return None if self._first is None else self._first[0]
 
-    def request(self, reason: str, exit_code: int = 0) -> None:
-        """Ask for the end from the program itself (a key press, another thread)."""
+    def request(self, reason: str, exit_code: int = 0, by_person: bool = False) -> None:
+        """Ask for the end from the program itself (another thread, or a key: `by_person`)."""
         if self._first is None:
-            self._first, self._due = (reason, exit_code), math.isinf(self._put_down_s)
+            self._first, self._due, self._asked = (reason, exit_code), math.isinf(self._put_down_s), by_person
 
     def check(self) -> None:
         """Raise StopRequested if a stop has come that has not been obeyed."""
@@ -85,7 +85,7 @@ class StopSignals:
         """The orderly end begins and is announced, which may take a while: from now on `check` raises for a deliberate further stop alone, see
         `_on_signal`. `reason` and `exit_code` stay the first one's."""
         self._raises = self._due = False
-        self._asked, self._put_down_s = self._first is not None, time.monotonic()
+        self._put_down_s = time.monotonic()
 
     @contextmanager
     def raise_at_once(self) -> Iterator[None]:
@@ -105,7 +105,7 @@ class StopSignals:
         now_s, before_s = time.monotonic(), self._last_s
         self._last_s = now_s
         if self._first is None:
-            self.request(signal.Signals(number).name, SIGNAL_EXIT_BASE + number)
+            self.request(signal.Signals(number).name, SIGNAL_EXIT_BASE + number, by_person=math.isinf(self._put_down_s))
         if number in _DELIBERATE and not math.isinf(self._put_down_s):
             self._due |= self._asked and now_s - self._put_down_s > FURTHER_AFTER_S and now_s - before_s > PRESSED_ANEW_S
             self._asked = True

@@ -83,26 +83,23 @@ class Limits:
 
     def __init__(
         self,
-        limits: np.ndarray,
-        joint_names: tuple[str, ...],
-        options: SafetyOptions | None = None,
-        *,
+        robot: Robot,
+        options: SafetyOptions,
         period_s: float,
-        units_per_deg: np.ndarray,
         slow_deg_s: float = HOME_SPEED_DEG_S,
-        max_step: np.ndarray | None = None,
         echo: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`limits` (J, 2), lowest and highest target in joint units; `units_per_deg` (J,) how many of these a degree of the shaft is; `period_s`
-        between two ticks; `slow_deg_s` the speed limit right after a start; `max_step` (J,) how far from a joint the arm lets its goal be
-        (Robot.max_step); `echo` is told of a joint that is blocked. Raises ConfigError when the limits make no sense."""
-        self.options, self.joint_names, self._period_s = options or SafetyOptions(), joint_names, period_s
-        self._limits = np.array(limits, np.float64)
+        """`robot`: its joints, their range and scale, and how far from a joint it lets its goal be; connected. `period_s` between two ticks;
+        `slow_deg_s` the speed limit right after a start; `echo` is told of a joint that is blocked. Raises ConfigError when the range makes no
+        sense."""
+        self.options, self.joint_names, self._period_s = options, robot.joint_names, period_s
+        joint_names, max_step = robot.joint_names, robot.max_step
+        self._limits = np.array(robot.joint_limits, np.float64)
         if self._limits.shape != (len(joint_names), 2) or not (np.isfinite(self._limits).all() and (self._limits[:, 0] < self._limits[:, 1]).all()):
             raise ConfigError(
                 f"joint limits must be finite pairs (low, high) for {', '.join(joint_names)}, got {self._limits.tolist()}. Calibrate the arm again."
             )
-        self._units_per_deg = np.asarray(units_per_deg, np.float64)
+        self._units_per_deg = np.asarray(robot.units_per_deg, np.float64)
         self.max_speed_deg_s = self.options.speed_limit_deg_s(self._units_per_deg)
         self._slow_deg_s = min(slow_deg_s, self.max_speed_deg_s)
         self._following_deg = self.options.max_following_error_deg
@@ -150,6 +147,10 @@ class Limits:
     def stay(self) -> None:
         """What was wanted is over: the last goal is."""
         self.wanted = self._goal = self.last
+
+    def take_back(self, last: np.ndarray) -> None:
+        """What `apply` gave last did not reach the arm, whose goal is still `last` (J,)."""
+        self._last = last
 
     def slow_start(self) -> None:
         """From the next target on the speed limit grows from the slow one to its maximum, in SPEED_UP_S."""
@@ -402,7 +403,7 @@ class Move:
         ticks = np.ceil(way / step - 1e-9)  # (J,)
         body_ticks = int(max(ticks[self._body], default=0))
         self.ticks = body_ticks + int(max(ticks[~self._body], default=0))
-        self._most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S / period_s)
+        self.most_ticks = math.ceil(_LONGEST_TIMES * self.ticks + _LONGEST_SLACK_S / period_s)
         # A joint that the limits hold back does not slow the others; one that was pushed off its way comes back.
         self._steps = np.maximum(way / max(1, body_ticks), _SLOWEST * step)
         self._steps[~self._body] = step[~self._body]
@@ -429,4 +430,4 @@ class Move:
             if self._moving is not self._body:
                 return True
             self._moving, self._settled = ~self._body, 0
-        return self._played >= self._most_ticks
+        return self._played >= self.most_ticks

@@ -37,6 +37,7 @@ _SKIPPED_S = 0.15  # more missed ticks in a row than this: the speed limit grows
 _TROUBLES = 3  # of the bus's surroundings (a watchdog that has ended, a hot servo) that the move down survives
 # How long a finished run waits for an inference still under way; the arm has landed by then. Longer ones are left to end with the program.
 _JOIN_TIMEOUT_S = 2.0
+_LONGEST_TIMES = 2  # what the move down may take, if it has to begin anew on its way
 _SHOWN_ROWS = 64  # of a chunk, to those who look on; a recording that is replayed is one of thousands
 
 
@@ -135,9 +136,10 @@ class ControlLoop:
         self._held_steps = 0  # of the policy, since the last row played
         self._seen_s, self._missed_s, self._misses = clock.now_s(), math.inf, 0  # the last reading, the first since that failed, and how many
         self._suspended_s = clock.suspended_s()
-        self._last_step = 0
+        self._last_step, self._is_step = -1, True  # of the policy's ticks
         self._error: BaseException | None = None  # the one that ended the run
-        self._troubles = 0
+        self._troubles, self._engaged = 0, False
+        self._ticks_left = 0  # of the move down, outages and hold-ups on the way included
 
     def run(self) -> RunTrace:
         """Connect, play all episodes, put the arm down, land. Returns normally when done or stopped; raises, after landing, what arm or policy
@@ -152,11 +154,14 @@ class ControlLoop:
             finally:
                 self.trace.landing = self.robot.land(self.mode is Mode.HELD)
                 self.trace.ended_s = self.clock.now_s()
-                self.session.end(self.trace.ended_by, self.robot.success)
-                self.session.settle()
-                self.planner.close(_JOIN_TIMEOUT_S)
                 self.trace.events = dict(self.robot.events) | (dict(self.cameras.events) if self.cameras else {})
                 self.trace.episodes_solved = self.robot.episodes_solved
+                self.planner.close(_JOIN_TIMEOUT_S)
+            try:
+                self.session.end(self.trace.ended_by, self.robot.success)
+                self.session.settle()
+            except Exception as error:  # noqa: BLE001 - what ended the run comes first
+                self._error = self._error or error
         if self._error is not None:
             raise self._error
         return self.trace
@@ -172,11 +177,11 @@ class ControlLoop:
                 self.echo(f"stopped once more: {self._at_once}, where the arm is")
             self._happen(Event.STOP_AGAIN if self.stop.shutting_down else Event.STOP)
         except ArmAwayError as error:
-            now_s = self.clock.now_s()
-            if self.mode is not Mode.AWAY:
-                self._happen(Event.LOST)
-                self._until_s = now_s + error.patience_s
-            elif now_s >= self._until_s:
+            self._happen(Event.LOST)
+            self.planner.expire(forget=True)
+            if self.mode is not Mode.AWAY:  # not connected yet
+                self._fail(error)
+            elif self.clock.now_s() - self._began_s >= error.patience_s:
                 self._fail(BusFault(f"{error} It did not come back within {error.patience_s:g} s."))
         except MissedReadingError as error:
             self._missed_s, self._misses = min(self._missed_s, self.clock.now_s()), self._misses + 1
@@ -203,6 +208,8 @@ class ControlLoop:
         if self.mode is before:
             return
         self._began_s, self._until_s, self._told = self.clock.now_s(), math.inf, False
+        if event is Event.DONE:
+            self.trace.ended_by = "done"
         if event is Event.LOST or (event is Event.PAUSE and self.mode is Mode.PAUSED):
             self._before[self.mode] = before
         if event is Event.PAUSE and self.mode is Mode.PAUSED:
@@ -228,6 +235,7 @@ class ControlLoop:
             self.echo(f"Episode {self._episode + 1} of {self.options.episodes}")
         goal = self.limits.last if self.trace.moved else None
         self.robot.reset(None if self.options.seed is None else self.options.seed + self._episode)
+        self._engaged = True
         self.robot.lower_if_killed(self._rest_pose)
         joints = self.robot.observe().joints
         near = goal is not None and not (np.abs(joints - self._seen.joints) > ARRIVED_DEG * self.robot.units_per_deg).any()
@@ -254,14 +262,10 @@ class ControlLoop:
         self.limits.stay()
         more, hold_s = self._episode + 1 < self.options.episodes or self.session.again, self.options.reset_time_s
         if not more:
-            self._done()
+            self._happen(Event.DONE)
         elif hold_s:
             self._begin_move(self.options.poses.home, "the home pose")
             self.echo(f"Episode {self._episode + 1} of {self.options.episodes} is over. The arm holds its pose for {hold_s:g} s: put things back.")
-
-    def _done(self) -> None:
-        self.trace.ended_by = "done"
-        self._happen(Event.DONE)
 
     def _pause(self) -> None:
         self.limits.stay()
@@ -272,8 +276,9 @@ class ControlLoop:
         """After a pause, or an outage: nothing that was planned before plays."""
         if event is Event.PAUSE:
             self._episode_end_s += self.clock.now_s() - self._paused_s
-        self.planner.expire()
+        self.planner.expire(forget=event is Event.PAUSE)
         self.limits.slow_start()
+        self._held_steps = 0
         if self._move is not None:
             self._begin_move(self._move.pose, self._what, say=False)
 
@@ -284,7 +289,8 @@ class ControlLoop:
         if self.mode is not Mode.PUT_DOWN:
             return
         pose = self._rest_pose
-        if pose is None or not self.trace.moved:
+        named = self.options.poses.rest != "start"  # an arm that was held up as its torque went on may have to go there before its first target
+        if pose is None or not (self.trace.moved or (named and self._engaged)):
             self._happen(Event.KEPT)
             return
         self.limits.protect()
@@ -292,6 +298,7 @@ class ControlLoop:
         self._say_put_down()
         start = self.options.poses.rest == "start"
         self._begin_move(pose, "the pose in which it lay before its torque went on" if start else "the rest pose")
+        self._ticks_left = _LONGEST_TIMES * self._move.most_ticks
 
     @property
     def _rest_pose(self) -> Pose | None:
@@ -314,16 +321,8 @@ class ControlLoop:
         with self.stop.raise_at_once():
             self.robot.connect()
         self.robot.keep_alive()
-        self.limits = Limits(
-            self.robot.joint_limits,
-            self.robot.joint_names,
-            self.options.safety,
-            period_s=self.pacer.period_s,
-            units_per_deg=self.robot.units_per_deg,
-            slow_deg_s=self.options.poses.home_speed_deg_s,
-            max_step=self.robot.max_step,
-            echo=lambda line: self.echo(line),
-        )
+        slow_deg_s = self.options.poses.home_speed_deg_s
+        self.limits = Limits(self.robot, self.options.safety, self.pacer.period_s, slow_deg_s, lambda line: self.echo(line))
         self.options.poses.check(self.robot.joint_limits, self.robot.joint_names, self.robot.units_per_deg)
         self._happen(Event.READY)
         self._refresh()
@@ -347,36 +346,49 @@ class ControlLoop:
 
     def _tick(self) -> None:
         self.robot.keep_alive()
-        self._take_in()
+        steps, self._last_step = self._step - self._last_step, self._step
+        self._is_step = steps > 0
+        self._take_in(steps)
         if self.mode in ENDS:
             return
-        target = self._target()
+        target, unsent = self._target(), None
         if self.mode is not Mode.AWAY and (target is not None or self.trace.moved) and not self.options.dry_run:
-            self._commanded = self.limits.apply(target)
-            with self.trace.timed("send"):
-                self.trace.moved = True
-                self.robot.send(self._commanded)
-        sent_s, planning = self.clock.now_s(), self.mode in (Mode.HOLD, Mode.PLAY) and self._is_step
-        observation = self._observe()
+            unsent = self._send(target)
+        began, sent_s = self.mode, self.clock.now_s()
+        pictures = (self._is_step or began is Mode.CONNECTED) and began not in (Mode.PUT_DOWN, Mode.AWAY)
+        observation = self._observe(pictures)
+        if unsent is not None:
+            raise unsent
+        self._missed_s, self._misses = math.inf, 0
+        if began is Mode.AWAY or self.mode is Mode.AWAY:  # the next tick goes on
+            return
         if self._move is not None:
             self._judge_move(observation)
-        if self.mode is Mode.CONNECTED:
+        if began is Mode.CONNECTED:
             self._meet(observation)
-            return
-        if planning and self.mode in (Mode.HOLD, Mode.PLAY):
-            self._plan(observation)
-        self._show(observation, target, sent_s)
+        elif pictures:
+            if began in (Mode.HOLD, Mode.PLAY) and self.mode in (Mode.HOLD, Mode.PLAY):
+                self._plan(observation)
+            self._show(observation, target, sent_s)
+
+    def _send(self, target: np.ndarray | None) -> MissedReadingError | None:
+        """The only way to the arm. Returns why the goal did not leave, if it did not: the look that follows says whether the bus is sound."""
+        last, self._commanded = self.limits.last, self.limits.apply(target)
+        self.trace.moved = True
+        try:
+            with self.trace.timed("send"):
+                self.robot.send(self._commanded)
+        except MissedReadingError as error:
+            self.limits.take_back(last)
+            return error
+        return None
 
     @property
     def _step(self) -> int:
         """The policy's tick."""
         return self.pacer.tick // self._ticks_per_step
 
-    @property
-    def _is_step(self) -> bool:
-        return self.pacer.tick % self._ticks_per_step == 0
-
-    def _take_in(self) -> None:
+    def _take_in(self, steps: int) -> None:
         """What has come in since the last tick: stops, gaps, keys, the end of a time, a chunk."""
         self.stop.check()
         self._notice_gap()
@@ -386,15 +398,17 @@ class ControlLoop:
             self.session.pause = False
             self._happen(Event.PAUSE)
         now_s = self.clock.now_s()
-        if self.mode in (Mode.HOLD, Mode.PLAY, Mode.PAUSED) and (
-            self.session.over or (now_s >= self._episode_end_s and self.mode is not Mode.PAUSED)
-        ):
+        playing = self.mode in (Mode.HOLD, Mode.PLAY)
+        paused = self.mode is Mode.PAUSED and self._before[Mode.PAUSED] in (Mode.HOLD, Mode.PLAY)
+        if (playing and now_s >= self._episode_end_s) or (self.session.over and (playing or paused)):
             self._happen(Event.OVER)
         elif self.mode is Mode.BETWEEN and self._ready(now_s):
             self._happen(Event.READY)
         elif self.mode is Mode.MOVE and self._move is None:
             self._prepare_episode()
-        elif self.mode in (Mode.HOLD, Mode.PLAY) and self._is_step:
+        elif playing and self._is_step:
+            if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
+                self.limits.slow_start()
             self._next_row()
 
     def _notice_gap(self) -> None:
@@ -432,26 +446,20 @@ class ControlLoop:
 
     def _next_row(self) -> None:
         """Take the chunk that has arrived, if one has, and the row that is due."""
-        steps, self._last_step = self._step - self._last_step, self._step
-        if steps > _SKIPPED_S * self.options.fps + 1:  # rows of missed ticks are over: not at once to the present one
-            self.limits.slow_start()
         chunk = self.planner.arrived(self._step, holding=self.mode is Mode.HOLD)
-        self._due = self.planner.chunk_due(self._step)
+        self._due = self.planner.buffer.due(self._step)
         if chunk is not None:
-            self._enter(chunk)
+            pause_s = self._held_steps / self.options.fps if self._playing else 0.0
+            self.trace.add_chunk(chunk, pause_s, overlapped=self.mode is Mode.PLAY)
+            self._playing = chunk
         if self._due is None:
             self._happen(Event.UNDERRUN)
             self._check_hold()
         elif self.options.dry_run:  # one observation and one inference, checked but not sent
-            self.trace.dry_run = self._seen, self._due.target, self.limits.apply(self._due.target)
-            self._done()
+            self.trace.dry_run = self._asked, self._due.target, self.limits.apply(self._due.target)
+            self._happen(Event.DONE)
         else:
             self._happen(Event.CHUNK)
-
-    def _enter(self, chunk: ActionChunk) -> None:
-        stood = self.mode is Mode.HOLD
-        self.trace.add_chunk(chunk, self._held_steps / self.options.fps if self._playing else 0.0, overlapped=not stood)
-        self._playing = chunk
 
     def _check_hold(self) -> None:
         """Raises InferenceTimeoutError when the arm has held its pose for too long for want of actions."""
@@ -469,13 +477,14 @@ class ControlLoop:
             return self._move.next_target(self.limits.last)
         return self._due.target if self.mode is Mode.PLAY and self._is_step else None
 
-    def _observe(self) -> Observation:
+    def _observe(self, pictures: bool) -> Observation:
         """One look. Raises MissedReadingError and ArmAwayError where it fails in a way that may pass."""
+        away = self.mode is Mode.AWAY
         with self.trace.timed("observe"):
-            observation = self.robot.observe(self._is_step and self.mode not in (Mode.PUT_DOWN, Mode.AWAY))
+            observation = self.robot.observe(pictures)
         self._notice_gap()
-        self._seen, self._seen_s, self._missed_s, self._misses = observation, self.clock.now_s(), math.inf, 0
-        if self.mode is Mode.AWAY:  # it may have sagged meanwhile: on from where it is, not from the last goal
+        self._seen, self._seen_s = observation, self.clock.now_s()
+        if away:  # it may have sagged meanwhile: on from where it is, not from the last goal
             if self.trace.moved:
                 self.limits.start_anew(observation.joints)
             self._happen(Event.BACK)
@@ -489,12 +498,11 @@ class ControlLoop:
     def _plan(self, observation: Observation) -> None:
         self.planner.remember(observation)
         if self.planner.want_inference(self._step):
+            self._asked = observation
             self.planner.ask(observation, self._step)
 
     def _show(self, observation: Observation, target: np.ndarray | None, sent_s: float) -> None:
-        """The tick to the trace, the recording and those who look on. What goes wrong with these is no reason to let go half-way."""
-        if not self._is_step or self.mode is Mode.PUT_DOWN:
-            return
+        """The tick to the trace, the recording and those who look on."""
         record = None
         self._held_steps = 0 if self.mode is Mode.PLAY else self._held_steps + 1
         if self.mode is Mode.PLAY or (self.mode is Mode.HOLD and len(self.trace) > self._first_row):
@@ -541,7 +549,11 @@ class ControlLoop:
         if (blocked := self.limits.blocked.count > self._stalls).any() and self.mode is not Mode.PUT_DOWN:
             names = self._names(blocked)
             raise UnsafeActionError(f"joint {names} is blocked on the way to {self._what}. Clear the way, or move the arm by hand, and start again.")
-        if self.mode not in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN) or not move.over(self.limits.last, observation.joints, self.limits.blocked.held):
+        over = move.over(self.limits.last, observation.joints, self.limits.blocked.held)
+        if self.mode is Mode.PUT_DOWN:
+            self._ticks_left -= 1
+            over |= self._ticks_left <= 0
+        if self.mode not in (Mode.MOVE, Mode.BETWEEN, Mode.PUT_DOWN) or not over:
             return
         self._move = None
         if (away := move.away(observation.joints)).any():

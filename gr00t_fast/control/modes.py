@@ -21,7 +21,7 @@ class Mode(Enum):
     AWAY = "out of reach (its port is lost, the program was held up): nothing is sent until it has been seen again"
     PUT_DOWN = "moves slowly to where it can be let go"
     RELEASED = "the torque goes off"
-    HELD = "an arm that the run has not moved, or that stays powered, is left as it is"
+    HELD = "an arm that the run has not moved is left as it was found"
 
 
 class Event(Enum):
@@ -54,7 +54,7 @@ TABLE: dict[Mode, dict[Event, Mode | str]] = {
     Mode.HOLD: {**_EPISODE, Event.CHUNK: Mode.PLAY, Event.DONE: Mode.PUT_DOWN},
     Mode.PLAY: {**_EPISODE, Event.UNDERRUN: Mode.HOLD},
     Mode.PAUSED: {**_ALWAYS, Event.OVER: Mode.BETWEEN, Event.PAUSE: BEFORE},
-    Mode.BETWEEN: {**_ALWAYS, Event.READY: Mode.MOVE, Event.DONE: Mode.PUT_DOWN},
+    Mode.BETWEEN: {**_ALWAYS, Event.READY: Mode.MOVE, Event.DONE: Mode.PUT_DOWN, Event.PAUSE: Mode.PAUSED},
     Mode.AWAY: {**_ALWAYS, Event.BACK: BEFORE, Event.STOP_AGAIN: Mode.RELEASED},
     Mode.PUT_DOWN: {**_ALWAYS, Event.ARRIVED: Mode.RELEASED, Event.KEPT: Mode.HELD, Event.STOP_AGAIN: Mode.RELEASED},
     Mode.RELEASED: {},

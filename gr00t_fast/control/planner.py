@@ -122,7 +122,7 @@ class ChunkBuffer:
         """Nothing of what was planned plays any more."""
         self._chunk: TimedChunk | None = None  # the one that plays
         self._origin, self._rows = 0, 0  # the tick of its row 0, and the row after its last
-        self._last_tick = -math.inf
+        self._last_tick = -1
 
     def offer(self, chunk: TimedChunk, tick: int, stood: bool) -> bool:
         """A chunk of a later observation than those before is there and may play from `tick` on. `stood`: the arm has stood still since that
@@ -141,13 +141,15 @@ class ChunkBuffer:
         if self._chunk is None:
             return None
         if self._in_order and self._origin <= self._last_tick:
-            self._origin += tick - int(self._last_tick) - 1
+            self._origin += tick - self._last_tick - 1
         self._last_tick = tick
         row = tick - self._origin
         return DueTarget(self._chunk.chunk.targets[row], tick - self._chunk.observed, row) if row < self._rows else None
 
-    def leftover(self, tick: int) -> dict[str, np.ndarray]:
-        """What the playing chunk holds from `tick` on, as the policy's own arrays; empty when it has run out."""
+    def leftover(self, tick: int | None = None) -> dict[str, np.ndarray]:
+        """What the playing chunk holds from `tick` on (None: behind the last row that was due), as the policy's own arrays; empty when it has run
+        out."""
+        tick = max(self._origin, self._last_tick + 1) if tick is None else tick
         if self._chunk is None or not self.rows_left(tick):
             return {}
         return {key: values[tick - self._origin : self._rows] for key, values in self._chunk.actions.items()}
@@ -161,10 +163,6 @@ class ChunkBuffer:
         if self._chunk is None:
             return np.empty((0, 0), np.float32)
         return self._chunk.chunk.targets[tick - self._origin : self._rows][:rows]
-
-    def next_row_tick(self) -> int:
-        """Of the chunk that plays: the tick of the row after the last one that was due."""
-        return self._origin if math.isinf(self._last_tick) else int(self._last_tick) + 1
 
 
 class Planner:
@@ -202,6 +200,7 @@ class Planner:
         self._call: Future[Any] | None = None  # what runs, or has ended and was not taken yet
         self._dropped = self._dropped_before = False  # whether what the call that runs makes is over already, and that of the call before was
         self._getting_ready: tuple[str, float] | None = None  # the next instruction, and until when the policy may take for it
+        self._warming_up = False  # whether it has begun
         self._rest: Mapping[str, np.ndarray] = {}  # of a recording that was interrupted
         self._reset_policy = self._played = False
         self._idle = True  # whether no row was left when the call that runs was made
@@ -234,7 +233,7 @@ class Planner:
 
     def instruct(self, instruction: str) -> None:
         """Another instruction for the episodes to come; between episodes only. `getting_ready` says when the policy is ready for it."""
-        self._getting_ready = instruction, math.inf
+        self._getting_ready, self._warming_up = (instruction, self._clock.now_s() + _WARM_UP_LIMIT_S), False
 
     def getting_ready(self) -> bool:
         """Whether the policy still makes itself ready for a new instruction: for minutes where it compiles. Raises what the policy raises about the
@@ -246,9 +245,8 @@ class Planner:
             if self._clock.now_s() >= end_s:
                 raise self.timed_out(_WARM_UP_LIMIT_S, "the policy still makes itself ready for the instruction")
             return True
-        if math.isinf(end_s):  # nothing of the last episode runs any more
-            self._call = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.continuing))
-            self._getting_ready = instruction, self._clock.now_s() + _WARM_UP_LIMIT_S
+        if not self._warming_up:  # nothing of the last episode runs any more
+            self._call, self._warming_up = self._worker.submit(lambda: self._runner.policy.warm_up(instruction, self.options.continuing)), True
             return True
         call, self._call, self._getting_ready = self._call, None, None
         call.result()  # type: ignore[union-attr]  # it was submitted above
@@ -262,11 +260,12 @@ class Planner:
         self._reset_policy, self._rest = True, {}
         self._played = self._dropped_before = False
 
-    def expire(self) -> None:
+    def expire(self, forget: bool = False) -> None:
         """What was planned is over, also what an inference under way makes of it. What was recorded goes on where it stopped: the next call of such a
-        policy gets the rest to continue."""
+        policy gets the rest to continue. `forget`: it was no inference that held up the program."""
+        self._dropped_before &= not forget
         if not self._runner.policy.computes:
-            self._rest = self.buffer.leftover(self.buffer.next_row_tick()) or self._rest
+            self._rest = self.buffer.leftover() or self._rest
         self.buffer.clear()
         self._dropped = self._call is not None
 
@@ -296,12 +295,8 @@ class Planner:
         self._note(timed.chunk.inference_ms / 1000, max(1, tick - timed.observed))
         if not self.buffer.offer(timed, tick, self._idle and holding):
             return None
-        self._played = True
+        self._played, self._rest = True, {}
         return timed.chunk
-
-    def chunk_due(self, tick: int) -> DueTarget | None:
-        """What plays at `tick`; None: no row is for it."""
-        return self.buffer.due(tick)
 
     def want_inference(self, tick: int) -> bool:
         """Whether to ask now: nothing runs, and `lead` rows or fewer are left after `tick`."""
@@ -311,8 +306,7 @@ class Planner:
         """Begin the inference of the next chunk, from an observation made at `tick` after its target was sent."""
         left = self.buffer.rows_left(tick + 1)
         self._idle = not left
-        rest, self._rest = self._rest, {}
-        prefix = ActionPrefix(rest, 0) if rest else self._prefix(tick) if left else None
+        prefix = ActionPrefix(self._rest, 0) if self._rest else self._prefix(tick) if left else None
         options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
         if left and self._runner.policy.takes_deadline:
             options["deadline_s"] = left / self._fps  # until the arm has no action left
@@ -429,18 +423,14 @@ class Planner:
         if overlapped is self._overlapped:
             return
         self._overlapped, took = overlapped, f"an inference takes up to {1000 * self._expected_ticks / self._fps:.0f} ms"
-        short = "" if self._expected_ticks > self._trained_horizon // 2 else "; leave out --action_horizon"
-        bridges = f"{self._horizon} actions per chunk bridge it" if overlapped else f"which {self._horizon} actions per chunk do not bridge{short}"
+        bridges = f"and {self._horizon} actions per chunk bridge it" if overlapped else f"which {self._horizon} actions per chunk do not bridge"
         does = "the arm moves while the next chunk is computed" if overlapped else "the arm waits for each inference"
-        self._reason = f"{took}, {'and ' if overlapped else ''}{bridges}"
+        self._reason = f"{took}, {bridges}"
         self._echo(f"controller: {does}, because {self._reason} (--controller=auto)")
 
     @property
-    def _trained_horizon(self) -> int:
-        metadata = self._runner.policy.metadata
-        return 0 if metadata is None else metadata.trained_horizon
-
-    @property
     def _horizon(self) -> int:
-        """Actions of a chunk that may play."""
-        return self.options.action_horizon or self._runner.policy.action_horizon or self._trained_horizon or self._rows
+        """Actions of a chunk that may play; 0: not known yet."""
+        policy = self._runner.policy
+        trained = 0 if policy.metadata is None else policy.metadata.trained_horizon
+        return self.options.action_horizon or policy.action_horizon or trained or self._rows

@@ -48,6 +48,7 @@ class Session:
     def begin(self, instruction: str) -> None:
         """An episode begins."""
         self.over = self.again = False
+        self._typed = None
         self._playing, self._settled, self._outcome = True, False, {"success": None}
         if self._recorder is not None:
             self._recorder.begin(instruction)
@@ -131,7 +132,7 @@ class Session:
             self._outcome["success"] = key == "s"
             self._echo(f"marked: {'success' if key == 's' else 'failure'}")
         elif key == ESCAPE:
-            self._stop.request("Esc")
+            self._stop.request("Esc", by_person=True)
         elif key in ("t", ENTER) and not self._playing:
             self._echo("new instruction (Enter: take it, Esc: keep the old one; the arm holds its pose):")
             self._type("", "")

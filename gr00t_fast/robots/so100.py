@@ -397,7 +397,7 @@ class SO100FollowerArm:
             self._bus.check_open()
             if (self._dark or time.perf_counter() - self._read_s > LONGEST_BLIND_S) and not self._may_send():
                 self.events["goal_dropped"] += 1
-                return  # the reading that follows says what is wrong
+                raise MissedReadingError("the servos do not say whether they hold.")
             self._bus.sync_write("Goal_Position", dict(zip(SO100_JOINTS, self._within_step(goal).tolist(), strict=True)))
             self._dark = False
         except Gr00tFastError:
