@@ -22,7 +22,7 @@ MIN_FRAME_PX, MAX_FRAME_PX, MAX_PIXELS = 32, 8192, 2**25
 
 # How body joints are expressed; the gripper is 0..100 (per cent open) in both.
 JointUnit = Literal["degrees", "range_m100_100"]
-NetworkName = Literal["n1.5", "n1.7"]
+NetworkName = Literal["n1.5", "n1.6", "n1.7"]
 
 
 @dataclass(frozen=True)

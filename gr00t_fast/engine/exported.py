@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,7 +87,8 @@ class ExportedEngine(Engine):
             with timer.stage("vision"):
                 seen = self._call("vision", {"pixel_values": inputs.pixel_values[items]}, "tokens", *self.handed_on["vision"], batch=len(items))
             with timer.stage("language"):
-                embeddings = self._embed([prompts[item] for item in items], inputs.image_positions, seen.pop("tokens"))
+                places = inputs.image_positions if inputs.image_positions.dim() == 1 else inputs.image_positions[items[0]]  # of prompts as long
+                embeddings = self._embed([prompts[item] for item in items], places, seen.pop("tokens"))
                 condition = self._call("language", {"embeddings": embeddings, **seen}, *self.handed_on["language"], batch=len(items))
             with timer.stage("denoise"):
                 fixed = {"state": inputs.state[items], **condition}
@@ -116,11 +118,22 @@ class ExportedEngine(Engine):
             check_picture(self.manifest.shapes, inputs.pixel_values.shape[-2:], None, self._remedy)
         elif inputs.camera_size is not None:
             check_picture(self.manifest.shapes, inputs.frames[0].shape[1:3], inputs.camera_size, self._remedy)
-        if self._image_positions is not None and inputs.image_positions.tolist() != self._image_positions:
+        if self._image_positions is not None and not self._in_their_places(inputs):
             raise EngineError(
                 "the prompt has its pictures in other places than the prompts that this export is made for: another tokenizer (--processor_path)? "
                 f"Run with the one that it was exported with, or run: {self._remedy}"
             )
+
+    def _in_their_places(self, inputs: Inputs) -> bool:
+        """Whether each prompt has its pictures where the graphs have them."""
+        tokens, places = inputs.input_ids.shape[1], np.array(inputs.image_positions.tolist())
+        if isinstance(inputs, ModelInputs):
+            lengths = [tokens] if inputs.prompt_mask is None else inputs.prompt_mask.sum(1).tolist()
+        else:
+            lengths = inputs.lengths
+        built_in = np.array(self._image_positions)
+        expected = built_in + np.array(lengths)[:, None] if built_in[0] < 0 else built_in
+        return places.shape[-1] == len(built_in) and bool((places == expected).all())
 
     def _prompt(self, inputs: ModelInputs, item: int) -> Tensor:
         """Ids (S,) of one item on the CPU, without padding."""

@@ -34,7 +34,8 @@ class PromptForm:
     render: instruction, number of images, tokens of each -> text. lists_texts: whether NVIDIA's robot clients make it read the printed list of the
     instruction (style `nvidia`). folders: where the tokenizer's files lie below a checkpoint, "" for the checkpoint itself; installed: the folder
     below NVIDIA's gr00t package that has them too; hub: the repository that has them; whose: the model they are of. place_holder: regular expression
-    of what the reference would replace by a picture wherever it stands, and an instruction must not hold.
+    of what the reference would replace by a picture wherever it stands, and an instruction must not hold. images_last: images come behind the
+    instruction, so that their places count from the prompt's end; else before it.
     """
 
     image_token: str
@@ -45,6 +46,7 @@ class PromptForm:
     whose: str
     installed: str = ""
     place_holder: str = ""
+    images_last: bool = False
 
 
 class PromptEncoder:

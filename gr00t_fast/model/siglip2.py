@@ -55,13 +55,7 @@ class Siglip2Tower(nn.Module):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(I, 3, h, w) -> patches with their positions (I, T, D)."""
-        return self.patch_embedding(self.patches(pixel_values)) + self.positions(*self.grid_of(pixel_values))
-
-    def patches(self, pixel_values: Tensor) -> Tensor:
-        """(I, 3, h, w) -> (I, T, p p 3), row by row; channels come last in a patch."""
-        (rows, columns), p = self.grid_of(pixel_values), self.config.patch_size
-        x = pixel_values.reshape(-1, 3, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)  # (I, R, C, p, p, 3)
-        return x.reshape(-1, rows * columns, p * p * 3)
+        return self.patch_embedding(patches_of(pixel_values, self.config.patch_size)) + self.positions(*self.grid_of(pixel_values))
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """(T, D): the learnt grid, interpolated bilinearly with antialias, corners not aligned. In fp32 whatever the dtype, then rounded once."""
@@ -69,6 +63,13 @@ class Siglip2Tower(nn.Module):
         grid = table.float().reshape(1, self.config.grid, self.config.grid, -1).permute(0, 3, 1, 2)  # (1, D, G, G)
         resized = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=False, antialias=True)
         return resized[0].flatten(1).t().to(table.dtype)  # (T, D)
+
+
+def patches_of(pixel_values: Tensor, p: int) -> Tensor:
+    """(I, 3, h, w) -> (I, T, p p 3), row by row; channels come last in a patch."""
+    rows, columns = pixel_values.shape[-2] // p, pixel_values.shape[-1] // p
+    x = pixel_values.reshape(-1, 3, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)  # (I, R, C, p, p, 3)
+    return x.reshape(-1, rows * columns, p * p * 3)
 
 
 def joined_patches(x: Tensor, rows: int, columns: int, m: int) -> Tensor:

@@ -206,6 +206,7 @@ PROMPT = PromptForm(
     whose="Eagle",
     installed="model/modules/nvidia/Eagle-Block2A-2B-v2",
     place_holder=r"<(image|video)-\d+>",
+    images_last=True,
 )
 
 
