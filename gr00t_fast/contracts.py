@@ -102,7 +102,7 @@ class Policy(Protocol):
     """
 
     metadata: PolicyMetadata | None = None  # what its checkpoint was trained on, where that is known
-    nested: bool = False  # whether NVIDIA's clients of it speak the nested form (N1.7's), else the flat one
+    protocol: NetworkName = "n1.5"  # which NVIDIA's clients of it speak: flat (N1.5's), or nested with N1.5's arrays (N1.6's) or its own (N1.7's)
     action_horizon: int | None = None  # how many actions a call returns; None: not known before the first one
     continues: frozenset[str] = frozenset()  # methods of ActionPrefix that `get_action` can do
     computes: bool = True  # False: it plays what was recorded, and there are no inferences to speak of

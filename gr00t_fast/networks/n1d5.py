@@ -373,5 +373,5 @@ N1D5 = NetworkSpec(
     reference_inputs=reference_inputs,
     download=(METADATA_FILE, "eagle2_hg_model/*"),
     fixed_images=True,
-    nested=False,
+    protocol="n1.5",
 )

@@ -239,5 +239,5 @@ N1D6 = NetworkSpec(
     reference_inputs=reference_inputs,
     download=(BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES), *n1d7.TRAINING_FILES),
     fixed_images=False,
-    nested=True,
+    protocol="n1.6",
 )

@@ -741,5 +741,5 @@ N1D7 = NetworkSpec(
     reference_inputs=reference_inputs,
     download=(BACKBONE_FILE, *PROCESSOR_FILES, *(f"{SUBDIRECTORY}/{file}" for file in PROCESSOR_FILES), *TRAINING_FILES),
     fixed_images=False,
-    nested=True,
+    protocol="n1.7",
 )
