@@ -33,9 +33,12 @@ MAX_MESSAGE_CHARACTERS = 10_000
 LENGTH_BYTES = 8
 FILES = {
     "n1.5": ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json", "model.safetensors"),
-    "n1.7": (
-        *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
-        "model.safetensors",
+    **dict.fromkeys(
+        ("n1.6", "n1.7"),
+        (
+            *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
+            "model.safetensors",
+        ),
     ),
     **{
         case: (
@@ -143,8 +146,8 @@ def test_hostile_checkpoints_are_refused_or_work(network: str, tmp_path: Path, r
     pristine, processor, seen = tmp_path / "pristine", None, observation()
     if network == "n1.5":
         write_network(pristine)
-    elif network == "n1.7":
-        write_random_checkpoint(pristine, "tiny", network="n1.7")
+    elif network in ("n1.6", "n1.7"):
+        write_random_checkpoint(pristine, "tiny", network=network)
     else:
         shared = request.getfixturevalue("shared_dir")
         shutil.copytree(shared / "golden_lerobot" / network / "checkpoint", pristine)

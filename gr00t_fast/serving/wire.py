@@ -86,7 +86,10 @@ def modality_config_message(configs: Mapping[str, ModalityConfig], form: Network
     for modality, config in configs.items():
         keys = [key.removeprefix(f"{modality}.") if modality in _PREFIXED else key for key in config.modality_keys]
         told = {} if config.action_configs is None else {"action_configs": config.action_configs}
-        message[modality] = {_CONFIG if form == "n1.6" else _CONFIG_N1D7: True, "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys, **told}}
+        message[modality] = {
+            _CONFIG if form == "n1.6" else _CONFIG_N1D7: True,
+            "as_json": {"delta_indices": list(config.delta_indices), "modality_keys": keys, **told},
+        }
     return message
 
 
