@@ -29,7 +29,8 @@ NetworkName = Literal["n1.5", "n1.6", "n1.7"]
 class ModalityConfig:
     """Which keys of a modality the policy reads, and at which time offsets (NVIDIA's `ModalityConfig`, same field names).
 
-    action_configs: of N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is absolute.
+    action_configs: of N1.6's and N1.7's actions, how the checkpoint gives each key: rep, type, format, state_key. What `get_action` returns is
+    absolute.
     """
 
     delta_indices: list[int]
@@ -49,8 +50,8 @@ class PartStatistics:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """Whether N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False where
-    the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
+    """Whether N1.6 or N1.7 pads every picture to a square with black before it does anything else; `why` says by what that was decided. known: False
+    where the checkpoint was made by a version that padded whatever its files say, or by one that did not, and nothing tells which."""
 
     pads: bool
     why: str
@@ -73,7 +74,7 @@ class PolicyMetadata:
     state_statistics: Mapping[str, PartStatistics]
     action_statistics: Mapping[str, PartStatistics]
     trained_horizon: int
-    letterbox: Letterbox | None = None  # of N1.7
+    letterbox: Letterbox | None = None  # of N1.6 and N1.7
     n_action_steps: int | None = None  # how many actions of a chunk a run plays unless it is told otherwise; None: all
     fingerprint: str | None = None  # of a policy on our server: what each of its answers carries
 

@@ -259,8 +259,8 @@ class Gr00tPolicy(Policy):
         return checkpoint.network.reference_inputs(inputs, self.processor.embodiment, checkpoint.config, pixels)
 
     def unapply_transforms(self, action: dict[str, Any]) -> dict[str, np.ndarray]:
-        """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units; of N1.6 and N1.7 those that
-        the embodiment has, relative ones from `"state"`, the `state.<part>` (B, T, D) that they count from."""
+        """`{"action": normalised actions (B, H, A)}`, a tensor or an array -> `action.<part>` float32 (B, H, D) in joint units; of N1.6 and N1.7
+        those that the embodiment has, relative ones from `"state"`, the `state.<part>` (B, T, D) that they count from."""
         chunk = np.asarray(torch.as_tensor(action["action"]).float().cpu())
         return self.processor.action(chunk[:, : self.processor.embodiment.trained_horizon], action.get("state"))
 
@@ -273,7 +273,7 @@ class Gr00tPolicy(Policy):
         """One inference.
 
         observation: `video.<cam>` uint8 (T, H, W, 3) or (B, T, H, W, 3) with T = 1, any resolution; `state.<part>` float (T, D) or
-        (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form of N1.6 and N1.7 is taken too. Where a checkpoint
+        (B, T, D); the instruction as str or list of str. Unbatched in, unbatched out. NVIDIA's nested form is taken too. Where a checkpoint
         reads earlier times (`delta_indices` of `get_modality_config`), T is their number, oldest first.
         noise: (B, trained horizon, A), numpy or torch; makes the call reproducible. Drawn from the policy's generator when absent.
         prefix: actions to continue (real-time chunking); without it, or with no rows in it, the call is exactly the same as ever.

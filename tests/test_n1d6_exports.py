@@ -67,7 +67,7 @@ def test_int8_is_near_on_random_weights(made: Made, eager: Gr00tPolicy, tmp_path
     rounded = load_policy(made.checkpoint, engine="openvino", engine_path=tmp_path / "int8", device="cpu")
     rounded.denoising_steps = eager.denoising_steps = 4
     got, expected = (policy.get_action(observation(), noise=noise_of(eager)) for policy in (rounded, eager))
-    assert 1e-4 < np.abs(got["action.single_arm"] - expected["action.single_arm"]).max()
+    assert np.abs(got["action.single_arm"] - expected["action.single_arm"]).max() > 1e-4
     assert np.abs(got["action.single_arm"] - expected["action.single_arm"]).max() < 1.0 or saturates_8_bits()
     verified = [f"--model_path={made.checkpoint}", "--engine=openvino", f"--engine_path={tmp_path / 'int8'}", f"--out={tmp_path / 'verify'}"]
     assert export.verify([*verified, *FEW]) == 0 or saturates_8_bits()

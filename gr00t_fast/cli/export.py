@@ -124,7 +124,7 @@ def make_onnx(config: OnnxConfig) -> Made:
         policy.expect_cameras(dict.fromkeys(policy.metadata.resolutions, size))
     example = policy.preprocess(policy.example_observation(config.lang_instruction))
     if size is not None and example.camera_size is None:
-        raise ConfigError(f"--camera_size={config.camera_size} is for GR00T N1.7; N1.5 resizes frames of any size to one. Leave it out.")
+        raise ConfigError(f"--camera_size={config.camera_size} is for GR00T N1.6 and N1.7; N1.5 resizes frames of any size to one. Leave it out.")
     usual = example.to(torch.device("cpu"), torch.float32)
     manifest = export_onnx(target, config, usual, command_line(), example.camera_size)
     size_bytes = sum(entry["bytes"] for entry in manifest.files.values())

@@ -215,8 +215,8 @@ def read_object(path: Path, nan: bool = False) -> dict[str, Any]:
         below = sorted({file.parent for file in path.parent.glob("*/model*.safetensors*")})
         meant = f" Did you mean {' or '.join(map(str, below[:3]))}?" if below else ""
         raise CheckpointError(
-            f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.6, N1.7) "
-            f"processor_config.json, statistics.json, embodiment_id.json; or what lerobot saved, with its policy_p*processor files.{meant}"
+            f"{path} is missing. Expected a GR00T checkpoint: config.json, model*.safetensors and (N1.5) experiment_cfg/metadata.json or (N1.6 "
+            f"and N1.7) processor_config.json, statistics.json, embodiment_id.json; or what lerobot saved, with its policy_p*processor files.{meant}"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Copy or download it again.") from error

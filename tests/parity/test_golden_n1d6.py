@@ -1,4 +1,4 @@
-"""Ours against what NVIDIA's N1.6 code recorded, stage by stage: four checkpoints, from raw frames to joint targets, 1, 2, 4, 8 denoising steps, fp32.
+"""Ours against what NVIDIA's N1.6 code recorded, stage by stage: four checkpoints, raw frames to joint targets, 1, 2, 4, 8 denoising steps, fp32.
 
 Ids, masks, pictures, state and joint values are compared for equality; stages by relative L2. Each mistake that was made in other ports is made here
 on purpose, and exceeds the tolerances.
@@ -154,7 +154,7 @@ def test_a_batch_of_unequal_prompts_gives_each_its_own_actions(case: Path, n1d6_
     one, noise = golden.flat_observation(), golden.arrays["noise"]
     both = {key: [*one[key], "go"] if isinstance(value, list) else np.concatenate([value, value]) for key, value in one.items()}
     inputs = policy.preprocess(both)
-    assert inputs.padded and inputs.image_positions.ndim == 2
+    assert inputs.image_positions.ndim == 2
     made = policy.infer(inputs, np.concatenate([noise, noise]))
     assert np.abs(made - golden.arrays["batch.action_pred.4"]).max() < ACTIONS
     assert np.abs(made[1] - golden.arrays["batch.alone.action_pred.4"][0]).max() < ACTIONS
