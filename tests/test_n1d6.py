@@ -99,6 +99,17 @@ def test_what_the_files_leave_to_nvidias_code(checkpoint: Path, caplog: pytest.L
         load(checkpoint)
 
 
+def test_pictures_by_torchvision_are_padded_unless_a_flag_says_otherwise(checkpoint: Path) -> None:
+    """They were in all of NVIDIA's code that knows no flag."""
+    for key, value in (("use_albumentations", False), ("image_target_size", [224, 224]), ("image_crop_size", [216, 216])):
+        edit_json(checkpoint / PROCESSOR, f"{KWARGS}.{key}", value)
+    policy = load(checkpoint)
+    assert (policy.metadata.letterbox.pads, policy.metadata.letterbox.known) == (True, True)
+    assert policy.preprocess(observation("so100_dualcam")).frames[0].shape == (1, 224, 224, 3)
+    edit_json(checkpoint / PROCESSOR, f"{KWARGS}.letter_box_transform", False)
+    assert not load(checkpoint).metadata.letterbox.pads
+
+
 def test_a_run_says_that_nothing_tells_of_padding(pristine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mujoco")
     cameras = "{front: {type: sim, width: 64, height: 48}, wrist: {type: sim, width: 64, height: 48}}"
