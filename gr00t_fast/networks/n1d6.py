@@ -174,7 +174,7 @@ def letterbox_of(checkpoint: Path, processor: Mapping[str, Any], asked: str) -> 
     kwargs = kwargs if isinstance(kwargs, Mapping) else {}
     if (pads := kwargs.get("letter_box_transform")) is None:
         if not kwargs.get("use_albumentations", False):
-            return Letterbox(True, "use_albumentations is false, and NVIDIA's torchvision pictures were padded whenever there was no flag for it", True)
+            return Letterbox(True, "use_albumentations is false, and NVIDIA's torchvision pictures were padded before there was a flag", True)
         return Letterbox(False, f"{PROCESSOR_FILE} has no letter_box_transform, as of the base and of fine-tunes before 24 February 2026", False)
     return Letterbox(pads is True, f"letter_box_transform is {str(pads).lower()} in {PROCESSOR_FILE}", True)
 
