@@ -200,15 +200,6 @@ class ServerN1d7(Server):
         return [{key.removeprefix("action."): value for key, value in self.policy.get_action(seen).items()}, {}]
 
 
-def pack_n1d6(message: Any) -> bytes:
-    def special(value: Any) -> Any:
-        file = io.BytesIO()
-        np.save(file, value, allow_pickle=False)
-        return {"__ndarray_class__": True, "as_npy": file.getvalue()}
-
-    return msgpack.packb(message, default=special)
-
-
 def unpack_n1d6(data: bytes) -> Any:
     def special(value: dict[str, Any]) -> Any:
         assert b"nd" not in value, "N1.6's code would leave it a map"
@@ -220,11 +211,11 @@ def unpack_n1d6(data: bytes) -> Any:
 
 
 class ClientN1d6(ClientN1d7):
-    pack, unpack = staticmethod(pack_n1d6), staticmethod(unpack_n1d6)
+    pack, unpack = staticmethod(pack), staticmethod(unpack_n1d6)
 
 
 class ServerN1d6(ServerN1d7):
-    pack, unpack = staticmethod(pack_n1d6), staticmethod(unpack_n1d6)
+    pack, unpack = staticmethod(pack), staticmethod(unpack_n1d6)
 
     def _configs(self) -> dict[str, Any]:
         return {name: {"__ModalityConfig_class__": True, "as_json": config["as_json"]} for name, config in super()._configs().items()}

@@ -31,15 +31,10 @@ COUNT = int(os.environ.get("GR00T_FAST_HOSTILE_CHECKPOINTS") or 60)
 HANG_S = 30.0  # on a busy machine; the slowest takes two seconds on a quiet one
 MAX_MESSAGE_CHARACTERS = 10_000
 LENGTH_BYTES = 8
+PROCESSOR_FILES = ("processor_config.json", "statistics.json", "embodiment_id.json")
 FILES = {
     "n1.5": ("config.json", "eagle2_hg_model/config.json", "experiment_cfg/metadata.json", "eagle2_hg_model/tokenizer.json", "model.safetensors"),
-    **dict.fromkeys(
-        ("n1.6", "n1.7"),
-        (
-            *("config.json", "backbone_config.json", "processor_config.json", "statistics.json", "embodiment_id.json", "tokenizer.json"),
-            "model.safetensors",
-        ),
-    ),
+    **dict.fromkeys(("n1.6", "n1.7"), ("config.json", "backbone_config.json", *PROCESSOR_FILES, "tokenizer.json", "model.safetensors")),
     **{
         case: (
             *("config.json", "base_config.json", "policy_preprocessor.json", "policy_preprocessor.json", "policy_postprocessor.json"),
