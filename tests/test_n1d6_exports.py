@@ -44,10 +44,9 @@ def test_verify_finds_each_stage_equal(made: Made, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_the_policy_gives_the_eager_actions(made: Made, eager: Gr00tPolicy, engine: str) -> None:
-    """Also of two instructions that are equally long, which one call computes."""
     n1d7.test_the_policy_gives_the_eager_actions(made, eager, engine)
     exported = load_policy(made.checkpoint, engine=engine, engine_path=made.onnx, precision="fp32", device="cpu")
-    alike, eager.denoising_steps = n1d7.observation(3, batch=2) | {n1d7.LANGUAGE: ["pick it", "take it"]}, 4
+    alike, eager.denoising_steps = n1d7.observation(3, batch=2) | {n1d7.LANGUAGE: ["pick it", "take it"]}, 4  # of one length: one call
     n1d7.assert_close(*(policy.get_action(alike, noise=n1d7.noise_of(eager, 2)) for policy in (exported, eager)))
 
 

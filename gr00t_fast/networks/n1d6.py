@@ -12,6 +12,7 @@ NVIDIA/Isaac-GR00T 4e62473 (December 2025), e29d8fc, ead5283 (April 2026), and i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,8 @@ def letterbox_of(checkpoint: Path, processor: Mapping[str, Any], asked: str) -> 
 
 
 def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> ProcessorFiles:
-    processor, statistics, rows_of_tags = n1d7.read_parts(n1d7.processor_directory(path))
-    return ProcessorFiles(FORM, processor, statistics, rows_of_tags, config, sizes, letterbox_of(path, processor, letterbox))
+    files = n1d7.read_files(path, config, sizes, letterbox)
+    return replace(files, form=FORM, letterbox=letterbox_of(path, files.processor, letterbox), history=1)
 
 
 # Pictures and prompts

@@ -666,23 +666,18 @@ def _statistics_of(modality: str, parts: Mapping[str, Any], needed: Iterable[str
     return {part: part_statistics(f"{modality}.{part}", values, 2 if modality == "relative_action" else 1) for part, values in parts.items()}
 
 
-def processor_directory(checkpoint: Path) -> Path:
+def _directory(checkpoint: Path) -> Path:
     """Where the processor's files are: the root wins."""
     inside = checkpoint / SUBDIRECTORY
     return inside if not (checkpoint / PROCESSOR_FILE).exists() and (inside / PROCESSOR_FILE).exists() else checkpoint
 
 
-def read_parts(directory: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The three files. Raises CheckpointError."""
+def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> ProcessorFiles:
+    directory = _directory(path)
     rows = directory / EMBODIMENT_FILE  # without one the reference has its own table
     processor, statistics = read_object(directory / PROCESSOR_FILE), read_object(directory / STATISTICS_FILE, nan=True)
-    return processor, statistics, read_object(rows) if rows.exists() else {}
-
-
-def read_files(path: Path, config: Mapping[str, Any], sizes: ModelConfig, letterbox: str) -> ProcessorFiles:
-    processor, statistics, rows = read_parts(processor_directory(path))
-    decided = letterbox_of(path, processor, letterbox)
-    return ProcessorFiles(FORM, processor, statistics, rows, config, sizes, decided, config.get("state_history_length", 1))
+    decided, history = letterbox_of(path, processor, letterbox), config.get("state_history_length", 1)
+    return ProcessorFiles(FORM, processor, statistics, read_object(rows) if rows.exists() else {}, config, sizes, decided, history)
 
 
 # Pictures and prompts
